@@ -1,0 +1,1 @@
+"""Runs inside a guest: finds free chunks, isolates them, hints them to the host."""

@@ -1,0 +1,51 @@
+"""Taking free chunks out of the guest's allocator, so that nobody can use them.
+
+One interface serves isolators that the agent pulls from (`embedded`) and one
+that the kernel pushes through (`kmod`): the hinting core asks for chunks
+whenever it was woken or its period has passed, and does not know which it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from hintfleet.ranges import RangeSet
+
+
+class Isolator(Protocol):
+    """Takes free chunks out of use and gives them back.
+
+    All methods but `start`'s callback are called from one thread.
+    """
+
+    name: str
+
+    def start(self, wake: Callable[[], None]) -> RangeSet:
+        """Begin, and return what an earlier agent left isolated (may be empty).
+
+        :param wake: called from any thread when there may be enough to isolate.
+        :raises hintfleet.errors.Refused: isolation is not safe or not possible
+            here; says why and what to do. Nothing is isolated then.
+        """
+
+    def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
+        """Isolate free chunks, within both bounds; empty if none is ready now. Never blocks.
+
+        What is returned stays isolated until `release`.
+        """
+
+    def release(self, ranges: RangeSet) -> None:
+        """Give back ranges exactly as `isolate` or `start` returned them."""
+
+    def report_now(self) -> None:
+        """Make everything that is free ready for `isolate`, without delay. Never blocks."""
+
+    def idle(self) -> bool:
+        """Whether nothing is ready, nor being made ready: `isolate` has nothing to give."""
+
+    def tracker_bytes(self) -> int:
+        """Memory that the tracker behind this isolator holds; 0 where the kernel tracks."""
+
+    def close(self) -> None:
+        """Let go. What is still isolated stays so, for the next agent (I4)."""

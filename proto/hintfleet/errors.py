@@ -1,0 +1,151 @@
+"""The error tree, and how it crosses gRPC.
+
+    HintfleetError
+    |-- TransientError     the same call may succeed later          UNAVAILABLE
+    |-- StableError        the same call will fail again
+    |   |-- InvalidInput   what was asked is wrong                  INVALID_ARGUMENT
+    |   |-- Refused        this machine or guest cannot do it       FAILED_PRECONDITION
+    |   `-- NotFound       there is no such thing                   NOT_FOUND
+    |-- LimitExceeded      a bound was hit                          RESOURCE_EXHAUSTED
+    |-- GuestLost          the guest vanished                       ABORTED
+    `-- OutcomeUnknown     it may or may not have been done         UNKNOWN
+
+`to_status` and `from_status` are each other's inverse for every class here. The
+string of an error is for people: what failed, then, after a newline, what to try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import grpc
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    UNDECIDED = 3
+    INTERRUPTED = 130
+
+
+class HintfleetError(Exception):
+    """Base of all errors that a user may see.
+
+    :ivar message: what failed, with its details.
+    :ivar hint: what to try; may be empty.
+    """
+
+    code = grpc.StatusCode.INTERNAL
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  try: {self.hint}" if self.hint else self.message
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return ExitCode.FAILED
+
+
+class TransientError(HintfleetError):
+    """The same call may succeed later: a link is down, a thing is busy."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class StableError(HintfleetError):
+    """The same call will fail again."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class InvalidInput(StableError):
+    """What was asked is wrong: a value, a file, a message."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return ExitCode.USAGE
+
+
+class Refused(StableError):
+    """This machine, host or guest cannot do it as it is."""
+
+
+class NotFound(StableError):
+    """There is no such guest, run or host."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class LimitExceeded(HintfleetError):
+    """A bound on size, number or rate was hit."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class GuestLost(HintfleetError):
+    """The guest vanished while it was needed; not the fault of what was asked."""
+
+    code = grpc.StatusCode.ABORTED
+
+
+class OutcomeUnknown(HintfleetError):
+    """The command may or may not have been done (deadline, link lost after sending)."""
+
+    code = grpc.StatusCode.UNKNOWN
+
+
+_BY_CODE: dict[grpc.StatusCode, type[HintfleetError]] = {
+    kind.code: kind
+    for kind in (
+        HintfleetError,
+        TransientError,
+        Refused,
+        InvalidInput,
+        NotFound,
+        LimitExceeded,
+        GuestLost,
+        OutcomeUnknown,
+    )
+} | {
+    grpc.StatusCode.DEADLINE_EXCEEDED: OutcomeUnknown,
+    grpc.StatusCode.CANCELLED: OutcomeUnknown,
+}
+
+_HINT_KEY = "hintfleet-hint-bin"
+
+
+def to_status(
+    error: HintfleetError,
+) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+    """The status code, details and trailing metadata that carry `error`."""
+    metadata = ((_HINT_KEY, error.hint.encode()),) if error.hint else ()
+    return error.code, error.message, metadata
+
+
+def from_status(
+    code: grpc.StatusCode, details: str, metadata: Sequence[tuple[str, str | bytes]] = ()
+) -> HintfleetError:
+    """The error that `to_status` turned into a status; unknown codes give the base class."""
+    hint = b"".join(
+        v if isinstance(v, bytes) else v.encode() for k, v in metadata if k == _HINT_KEY
+    )
+    return _BY_CODE.get(code, HintfleetError)(details, hint=hint.decode(errors="replace"))
+
+
+def from_rpc_error(error: grpc.RpcError, what: str) -> HintfleetError:
+    """The error behind a failed call; `what` names the call and its target."""
+    code = error.code() if callable(getattr(error, "code", None)) else grpc.StatusCode.UNKNOWN
+    details = error.details() if callable(getattr(error, "details", None)) else str(error)
+    trailing = getattr(error, "trailing_metadata", None)
+    metadata = trailing() if callable(trailing) else ()
+    return from_status(code, f"{what}: {details}", tuple(metadata or ()))

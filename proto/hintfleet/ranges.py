@@ -1,0 +1,215 @@
+"""Sets of page frames, and how they travel.
+
+`RangeSet` is the one value that trackers, isolators, batches, ledgers and
+reclaim pass around. `encode` and `decode` are its wire form:
+
+    byte    shift: common alignment of all starts and lengths, as a power of two
+    varint  gap    from the end of the range before (first range: from pfn 0)
+    varint  length
+    ...
+
+Gaps and lengths count units of 2**shift pages; between two ranges the gap is
+stored less 1 and the length always less 1, since neither can be 0. So every
+set has exactly one encoding, and a typical range of a batch (aligned to a chunk,
+less than 128 chunks after the one before) costs two bytes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from hintfleet.errors import InvalidInput
+
+MAX_PFN = 1 << 40
+"""One past the largest pfn: 52 bits of physical address and 4 KiB pages (x86-64)."""
+
+_MAX_SHIFT = 40
+_MAX_VARINT_BYTES = 6
+
+
+class Range(NamedTuple):
+    """A run of pages: first page frame number and page count."""
+
+    pfn: int
+    page_count: int
+
+    @property
+    def end_pfn(self) -> int:
+        """One past the last page."""
+        return self.pfn + self.page_count
+
+
+class RangeSet:
+    """An immutable set of page frames, kept as sorted ranges that do not touch.
+
+    Overlapping and adjacent ranges are merged when the set is made; empty ones
+    are dropped. All operations are linear in the number of ranges.
+    """
+
+    __slots__ = ("_ranges",)
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        """Make a set from (pfn, page_count) pairs in any order.
+
+        :raises InvalidInput: a pfn or a page count is negative, or beyond MAX_PFN.
+        """
+        merged: list[Range] = []
+        for pfn, page_count in sorted(ranges):
+            if pfn < 0 or page_count < 0 or pfn + page_count > MAX_PFN:
+                raise InvalidInput(f"range of {page_count} pages at pfn {pfn} cannot exist")
+            if not page_count:
+                continue
+            if merged and pfn <= merged[-1].end_pfn:
+                last = merged[-1]
+                merged[-1] = Range(last.pfn, max(last.end_pfn, pfn + page_count) - last.pfn)
+            else:
+                merged.append(Range(pfn, page_count))
+        self._ranges = tuple(merged)
+
+    @classmethod
+    def _of(cls, ranges: Iterable[Range]) -> RangeSet:
+        """Wrap ranges that are sorted, not empty and do not touch."""
+        made = cls.__new__(cls)
+        made._ranges = tuple(ranges)
+        return made
+
+    def __iter__(self) -> Iterator[Range]:
+        return iter(self._ranges)
+
+    def __len__(self) -> int:
+        """Number of ranges (not of pages)."""
+        return len(self._ranges)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RangeSet) and self._ranges == other._ranges
+
+    def __hash__(self) -> int:
+        return hash(self._ranges)
+
+    def __repr__(self) -> str:
+        return f"RangeSet({[tuple(r) for r in self._ranges]})"
+
+    @property
+    def page_count(self) -> int:
+        """Pages in all ranges."""
+        return sum(r.page_count for r in self._ranges)
+
+    def __contains__(self, pfn: int) -> bool:
+        at = bisect_right(self._ranges, pfn, key=lambda r: r.pfn) - 1
+        return at >= 0 and pfn < self._ranges[at].end_pfn
+
+    def __or__(self, other: RangeSet) -> RangeSet:
+        if not other._ranges or not self._ranges:
+            return self if self._ranges else other
+        return RangeSet((*self._ranges, *other._ranges))
+
+    def __and__(self, other: RangeSet) -> RangeSet:
+        mine, theirs = self._ranges, other._ranges
+        found: list[Range] = []
+        i = j = 0
+        while i < len(mine) and j < len(theirs):
+            start = max(mine[i].pfn, theirs[j].pfn)
+            end = min(mine[i].end_pfn, theirs[j].end_pfn)
+            if start < end:
+                found.append(Range(start, end - start))
+            if mine[i].end_pfn < theirs[j].end_pfn:
+                i += 1
+            else:
+                j += 1
+        return RangeSet._of(found)
+
+    def __sub__(self, other: RangeSet) -> RangeSet:
+        theirs = other._ranges
+        left: list[Range] = []
+        j = 0
+        for pfn, page_count in self._ranges:
+            end = pfn + page_count
+            while j < len(theirs) and theirs[j].end_pfn <= pfn:
+                j += 1
+            k = j
+            while k < len(theirs) and theirs[k].pfn < end:
+                if theirs[k].pfn > pfn:
+                    left.append(Range(pfn, theirs[k].pfn - pfn))
+                pfn = theirs[k].end_pfn
+                k += 1
+            if pfn < end:
+                left.append(Range(pfn, end - pfn))
+        return RangeSet._of(left)
+
+
+EMPTY = RangeSet()
+
+
+def _put_varint(out: bytearray, value: int) -> None:
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+
+
+def encode(ranges: RangeSet) -> bytes:
+    """Pack a set for the wire; the empty set is b""."""
+    if not ranges:
+        return b""
+    bits = 0
+    for pfn, page_count in ranges:
+        bits |= pfn | page_count
+    shift = (bits & -bits).bit_length() - 1
+    out = bytearray((shift,))
+    end = -1
+    for pfn, page_count in ranges:
+        start = pfn >> shift
+        _put_varint(out, start - end - 1)
+        length = page_count >> shift
+        _put_varint(out, length - 1)
+        end = start + length
+    return bytes(out)
+
+
+def decode(packed: bytes, max_ranges: int = 1 << 20) -> RangeSet:
+    """Unpack what `encode` packed, and nothing else: `encode(decode(b)) == b`.
+
+    :raises InvalidInput: truncated, not canonical, beyond MAX_PFN, or more than
+        `max_ranges` ranges. Work is bounded by the length of `packed`.
+    """
+    if not packed:
+        return EMPTY
+    shift = packed[0]
+    if shift > _MAX_SHIFT:
+        raise InvalidInput(f"packed ranges: alignment 2**{shift} pages is too large")
+    found: list[Range] = []
+    end = -1
+    bits = 0
+    at = 1
+    size = len(packed)
+    while at < size:
+        if len(found) == max_ranges:
+            raise InvalidInput(f"packed ranges: more than {max_ranges} ranges")
+        gap, at = _take_varint(packed, at)
+        length, at = _take_varint(packed, at)
+        start = end + 1 + gap
+        end = start + length + 1
+        if end << shift > MAX_PFN:
+            raise InvalidInput(f"packed ranges: range {len(found)} ends beyond pfn 2**40")
+        bits |= start | (length + 1)
+        found.append(Range(start << shift, (length + 1) << shift))
+    if not bits & 1:
+        raise InvalidInput("packed ranges: not canonical (the alignment can be larger)")
+    return RangeSet._of(found)
+
+
+def _take_varint(packed: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for n in range(_MAX_VARINT_BYTES):
+        if at == len(packed):
+            raise InvalidInput("packed ranges: truncated")
+        byte = packed[at]
+        at += 1
+        value |= (byte & 0x7F) << 7 * n
+        if byte < 0x80:
+            if byte == 0 and n:
+                raise InvalidInput("packed ranges: not canonical (overlong number)")
+            return value, at
+    raise InvalidInput("packed ranges: number too long")

@@ -1,0 +1,90 @@
+"""Sizes and durations as people write and read them.
+
+Sizes need a unit that says what it is: `512MiB` (binary) or `512MB` (decimal). A
+bare letter is refused, because `4G` is 4 GiB to virsh and 4*10^9 elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+
+from hintfleet.errors import InvalidInput
+
+PAGE_BYTES = 4096
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_SIZE_UNITS = {
+    "B": 1,
+    "KiB": KIB,
+    "MiB": MIB,
+    "GiB": GIB,
+    "TiB": 1 << 40,
+    "kB": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+_TIME_UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `384MiB`, `1.5GiB` or `2GB`.
+
+    :raises InvalidInput: no number, no unit, a bare letter, or not a whole number of bytes.
+    """
+    number, unit = _split(text, "size", "384MiB")
+    if unit in ("K", "M", "G", "T"):
+        raise InvalidInput(
+            f"size {text!r}: the unit {unit!r} is ambiguous",
+            hint=f"write {number}{unit}iB (binary) or {number}{unit}B (decimal)",
+        )
+    if unit not in _SIZE_UNITS:
+        raise InvalidInput(
+            f"size {text!r}: {'no unit' if not unit else f'unknown unit {unit!r}'}",
+            hint="units are B, KiB, MiB, GiB, TiB and kB, MB, GB, TB, as in 384MiB",
+        )
+    size = float(number) * _SIZE_UNITS[unit] if "." in number else int(number) * _SIZE_UNITS[unit]
+    if size != int(size):
+        raise InvalidInput(f"size {text!r} is not a whole number of bytes")
+    return int(size)
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds of a duration such as `2s`, `500ms`, `1.5min` or `1h`.
+
+    :raises InvalidInput: no number, or no unit that is known.
+    """
+    number, unit = _split(text, "duration", "2s")
+    if unit not in _TIME_UNITS_S:
+        raise InvalidInput(
+            f"duration {text!r}: {'no unit' if not unit else f'unknown unit {unit!r}'}",
+            hint="units are ms, s, m, min, h and d, as in 2s",
+        )
+    return float(number) * _TIME_UNITS_S[unit]
+
+
+def _split(text: str, what: str, example: str) -> tuple[str, str]:
+    match = _NUMBER_AND_UNIT.fullmatch(text)
+    if not match:
+        raise InvalidInput(f"{what} {text!r} is not a number with a unit, as in {example}")
+    return match[1], match[2]
+
+
+def format_size(size_bytes: float) -> str:
+    """A size for people, in binary units with three significant digits: `384 MiB`."""
+    sign = "-" if size_bytes < 0 else ""
+    size = abs(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1023.5:
+            return f"{sign}{_three_digits(size)} {unit}"
+        size /= 1024
+    return f"{sign}{_three_digits(size)} TiB"
+
+
+def _three_digits(value: float) -> str:
+    digits = 0 if value >= 100 or value == int(value) else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}"

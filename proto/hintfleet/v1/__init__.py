@@ -1,0 +1,1 @@
+"""Stubs generated from hinting.proto, host.proto and fleet.proto (`make proto`)."""
