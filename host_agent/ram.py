@@ -83,6 +83,14 @@ class GuestRam:
                 code = ctypes.get_errno()
                 raise OSError(code, f"punching {length} bytes: {os.strerror(code)}")
 
+    def only_fd(self) -> int:
+        """The file that all of this RAM lies in.
+
+        :raises ValueError: it lies in several.
+        """
+        (fd,) = self._fds
+        return fd
+
     def close(self) -> None:
         """Close the files, so that the kernel frees what a dead guest held."""
         fds, self._fds, self._segments = self._fds, [], ()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hintfleet.v1 import host_pb2
-
 from host_agent.ram import GuestRam
 
 

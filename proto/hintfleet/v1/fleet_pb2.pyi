@@ -111,16 +111,28 @@ class QuerySavingsRequest(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         BY_UNSPECIFIED: QuerySavingsRequest._By.ValueType  # 0
         FLEET: QuerySavingsRequest._By.ValueType  # 1
+        """A row per run and arm: all hosts together."""
         HOST: QuerySavingsRequest._By.ValueType  # 2
+        """A row per run, arm and host."""
         GUEST: QuerySavingsRequest._By.ValueType  # 3
+        """A row per run, arm and guest."""
         ARM: QuerySavingsRequest._By.ValueType  # 4
+        """A row per experiment and arm: all runs of the same spec pooled, all hosts
+        together.
+        """
 
     class By(_By, metaclass=_ByEnumTypeWrapper): ...
     BY_UNSPECIFIED: QuerySavingsRequest.By.ValueType  # 0
     FLEET: QuerySavingsRequest.By.ValueType  # 1
+    """A row per run and arm: all hosts together."""
     HOST: QuerySavingsRequest.By.ValueType  # 2
+    """A row per run, arm and host."""
     GUEST: QuerySavingsRequest.By.ValueType  # 3
+    """A row per run, arm and guest."""
     ARM: QuerySavingsRequest.By.ValueType  # 4
+    """A row per experiment and arm: all runs of the same spec pooled, all hosts
+    together.
+    """
 
     BY_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
@@ -167,44 +179,39 @@ Global___QuerySavingsResponse: _TypeAlias = QuerySavingsResponse  # noqa: Y015
 
 @_typing.final
 class Savings(_message.Message):
-    """Savings of one arm, aggregated over `key`: all trials that bear it."""
+    """What one arm of an experiment used and saved, aggregated over `key`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    EXPERIMENT_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     ARM_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
-    PROVISIONED_BYTES_FIELD_NUMBER: _builtins.int
-    PEAK_RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
-    MEAN_RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
-    RESIDENT_GIB_MIN_FIELD_NUMBER: _builtins.int
+    TRIALS_FIELD_NUMBER: _builtins.int
+    FOOTPRINT_FIELD_NUMBER: _builtins.int
     SAVED_BYTES_FIELD_NUMBER: _builtins.int
     SAVED_GIB_MIN_FIELD_NUMBER: _builtins.int
-    RECLAIMED_NOW_BYTES_FIELD_NUMBER: _builtins.int
-    REFAULTED_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
-    VERIFIED_PAGES_FIELD_NUMBER: _builtins.int
-    WRONG_PAGES_FIELD_NUMBER: _builtins.int
     UNDECIDED_FIELD_NUMBER: _builtins.int
+    experiment: _builtins.str
+    """The name that the spec bears."""
     run_id: _builtins.str
+    """Empty by arm."""
     arm: _builtins.str
     key: _builtins.str
     """The host's or guest's name; empty by fleet and by arm."""
-    provisioned_bytes: _builtins.int
-    peak_resident_bytes: _builtins.int
-    mean_resident_bytes: _builtins.int
-    resident_gib_min: _builtins.float
-    """The integral of resident over time, mean over trials."""
-    reclaimed_now_bytes: _builtins.int
-    """Ledger savings: reclaimed_now at the end of each trial, mean over trials."""
-    refaulted_total_bytes: _builtins.int
-    verified_pages: _builtins.int
-    wrong_pages: _builtins.int
+    trials: _builtins.int
+    """Trials behind the row."""
     undecided: _builtins.str
-    """Not empty: there is no figure, and this is why."""
+    """Not empty: why there is no figure."""
+    @_builtins.property
+    def footprint(self) -> Global___Footprint:
+        """Absent where the arm was not measured whole; `undecided` says why."""
+
     @_builtins.property
     def saved_bytes(self) -> Global___Interval:
         """Controlled savings: mean footprint of `none` less that of this arm, over
-        pairs with the same seed. Absent in the control itself.
+        pairs with the same seed. Absent in the control itself, and where `undecided`
+        says that there is no figure.
         """
 
     @_builtins.property
@@ -212,28 +219,112 @@ class Savings(_message.Message):
     def __init__(
         self,
         *,
+        experiment: _builtins.str = ...,
         run_id: _builtins.str = ...,
         arm: _builtins.str = ...,
         key: _builtins.str = ...,
-        provisioned_bytes: _builtins.int = ...,
-        peak_resident_bytes: _builtins.int = ...,
-        mean_resident_bytes: _builtins.int = ...,
-        resident_gib_min: _builtins.float = ...,
+        trials: _builtins.int = ...,
+        footprint: Global___Footprint | None = ...,
         saved_bytes: Global___Interval | None = ...,
         saved_gib_min: Global___Interval | None = ...,
-        reclaimed_now_bytes: _builtins.int = ...,
-        refaulted_total_bytes: _builtins.int = ...,
-        verified_pages: _builtins.int = ...,
-        wrong_pages: _builtins.int = ...,
         undecided: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["footprint", b"footprint", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "key", b"key", "mean_resident_bytes", b"mean_resident_bytes", "peak_resident_bytes", b"peak_resident_bytes", "provisioned_bytes", b"provisioned_bytes", "reclaimed_now_bytes", b"reclaimed_now_bytes", "refaulted_total_bytes", b"refaulted_total_bytes", "resident_gib_min", b"resident_gib_min", "run_id", b"run_id", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min", "undecided", b"undecided", "verified_pages", b"verified_pages", "wrong_pages", b"wrong_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "experiment", b"experiment", "footprint", b"footprint", "key", b"key", "run_id", b"run_id", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min", "trials", b"trials", "undecided", b"undecided"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Savings: _TypeAlias = Savings  # noqa: Y015
+
+@_typing.final
+class Footprint(_message.Message):
+    """What guests used together: means over trials where nothing else is said."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVISIONED_BYTES_FIELD_NUMBER: _builtins.int
+    PEAK_RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    MEAN_RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_GIB_MIN_FIELD_NUMBER: _builtins.int
+    RECLAIMED_NOW_BYTES_FIELD_NUMBER: _builtins.int
+    REFAULTED_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    VERIFIED_PAGES_FIELD_NUMBER: _builtins.int
+    WRONG_PAGES_FIELD_NUMBER: _builtins.int
+    RETURNED_FIELD_NUMBER: _builtins.int
+    provisioned_bytes: _builtins.int
+    peak_resident_bytes: _builtins.int
+    """The greatest of all trials; the sum of the hosts' peaks, where more than one
+    host is behind it.
+    """
+    mean_resident_bytes: _builtins.int
+    resident_gib_min: _builtins.float
+    """The integral of resident over time."""
+    reclaimed_now_bytes: _builtins.int
+    """Ledger savings: reclaimed_now at the end of a trial."""
+    refaulted_total_bytes: _builtins.int
+    verified_pages: _builtins.int
+    """Of all trials together."""
+    wrong_pages: _builtins.int
+    @_builtins.property
+    def returned(self) -> Global___Returned:
+        """Absent where the workload frees nothing."""
+
+    def __init__(
+        self,
+        *,
+        provisioned_bytes: _builtins.int = ...,
+        peak_resident_bytes: _builtins.int = ...,
+        mean_resident_bytes: _builtins.int = ...,
+        resident_gib_min: _builtins.float = ...,
+        reclaimed_now_bytes: _builtins.int = ...,
+        refaulted_total_bytes: _builtins.int = ...,
+        verified_pages: _builtins.int = ...,
+        wrong_pages: _builtins.int = ...,
+        returned: Global___Returned | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["returned", b"returned"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_resident_bytes", b"mean_resident_bytes", "peak_resident_bytes", b"peak_resident_bytes", "provisioned_bytes", b"provisioned_bytes", "reclaimed_now_bytes", b"reclaimed_now_bytes", "refaulted_total_bytes", b"refaulted_total_bytes", "resident_gib_min", b"resident_gib_min", "returned", b"returned", "verified_pages", b"verified_pages", "wrong_pages", b"wrong_pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Footprint: _TypeAlias = Footprint  # noqa: Y015
+
+@_typing.final
+class Returned(_message.Message):
+    """What left the guests' RAM files soon after the workload freed memory, all free
+    steps of all trials together.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    LEFT_BYTES_FIELD_NUMBER: _builtins.int
+    AFTER_S_FIELD_NUMBER: _builtins.int
+    freed_bytes: _builtins.int
+    left_bytes: _builtins.int
+    """How far resident bytes fell; negative if they rose. Other memory of the guest
+    that comes and goes meanwhile counts too.
+    """
+    after_s: _builtins.float
+    """How long after the end of a step it was looked at: 3 s, or until the next
+    step where that comes sooner.
+    """
+    def __init__(
+        self,
+        *,
+        freed_bytes: _builtins.int = ...,
+        left_bytes: _builtins.int = ...,
+        after_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_s", b"after_s", "freed_bytes", b"freed_bytes", "left_bytes", b"left_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Returned: _TypeAlias = Returned  # noqa: Y015
 
 @_typing.final
 class Interval(_message.Message):

@@ -1,0 +1,83 @@
+"""The agent's configuration: one JSON document that the host agent puts into the guest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from hintfleet.errors import InvalidInput
+
+METHODS = ("none", "hinting")
+MEMORIES = ("kernel", "embedded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the agent is to do. Every field but the first three has a default.
+
+    :ivar server: the host agent's address: `HOST:PORT` or `unix:PATH`.
+    :ivar method: `hinting`, or `none` to run only the workload.
+    :ivar isolator: `embedded` or `kmod`.
+    :ivar memory: `kernel` (this machine's own) or `embedded` (a RAM file).
+    :ivar ram_fd, memory_bytes: the RAM file of an embedded guest and its size.
+    :ivar workload: whether to run workloads for the host.
+    """
+
+    server: str
+    guest_uuid: str
+    token: str
+    method: str = "hinting"
+    isolator: str = "kmod"
+    tracker: str = ""
+    chunk_order: int = 9
+    threshold_chunks: int = 16
+    memory: str = "kernel"
+    ram_fd: int = -1
+    memory_bytes: int = 0
+    workload: bool = True
+
+    def to_json(self) -> str:
+        """The document that `parse` reads, on one line."""
+        return json.dumps(asdict(self))
+
+
+def parse(text: str) -> Config:
+    """Read a configuration.
+
+    :raises InvalidInput: no JSON object, an unknown or a missing key, a value of
+        the wrong type or out of its bounds.
+    """
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"agent configuration is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise InvalidInput("agent configuration is not a JSON object")
+    known = {field.name: field for field in fields(Config)}
+    if unknown := document.keys() - known.keys():
+        raise InvalidInput(f"agent configuration: unknown key {min(unknown)!r}")
+    if missing := {"server", "guest_uuid", "token"} - document.keys():
+        raise InvalidInput(f"agent configuration: key {min(missing)!r} is missing")
+    for name, value in document.items():
+        _check_type(name, value, str(known[name].type))
+    config = Config(**document)
+    _check_values(config)
+    return config
+
+
+def _check_type(name: str, value: Any, wanted: str) -> None:
+    if type(value).__name__ != wanted:
+        raise InvalidInput(f"agent configuration: {name} must be {wanted}, not {value!r}")
+
+
+def _check_values(config: Config) -> None:
+    for name, value, allowed in (
+        ("method", config.method, METHODS),
+        ("memory", config.memory, MEMORIES),
+        ("chunk_order", config.chunk_order, range(11)),
+        ("threshold_chunks", config.threshold_chunks, range(1, 1 << 20)),
+    ):
+        if value not in allowed:
+            said = f"0 to {allowed[-1]}" if isinstance(allowed, range) else " or ".join(allowed)
+            raise InvalidInput(f"agent configuration: {name} is {value!r}, must be {said}")

@@ -1,0 +1,72 @@
+"""Isolation in an embedded guest: the emulated buddy's own, fed by the bitmap tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from guest_agent.memory.buddy import BuddyAllocator, Zone
+from guest_agent.tracking import BitmapTracker
+from hintfleet.ranges import EMPTY, RangeSet
+
+
+class EmbeddedIsolator:
+    """Pulls: scans the trackers of all zones when it is asked for chunks."""
+
+    name = "embedded"
+
+    def __init__(self, allocator: BuddyAllocator, threshold_chunks: int) -> None:
+        """Track `allocator` from now on.
+
+        :param threshold_chunks: waiting chunks that wake the core without being asked.
+        """
+        self._allocator = allocator
+        self._threshold_chunks = threshold_chunks
+        self._chunk_pages = 1 << allocator.chunk_order
+        self._trackers = {zone: BitmapTracker(allocator.chunk_order) for zone in allocator.zones}
+        self._wake: Callable[[], None] = lambda: None
+        allocator.on_chunk_free = self._on_chunk_free
+
+    def start(self, wake: Callable[[], None]) -> RangeSet:
+        self._wake = wake
+        return EMPTY  # an embedded guest dies with its agent, and what was isolated with it
+
+    def _on_chunk_free(self, zone: Zone, pfn: int) -> None:
+        tracker = self._trackers[zone]
+        tracker.mark(pfn)
+        if tracker.waiting_count == self._threshold_chunks:
+            self._wake()
+
+    def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
+        # A chunk makes at most one range, so that bounding chunks bounds both.
+        room = min(max_ranges, max_pages // self._chunk_pages)
+        isolated: list[tuple[int, int]] = []
+        for zone, tracker in self._trackers.items():
+            while len(isolated) < room:
+                budget = self._allocator.isolation_budget_chunks(zone)
+                candidates = tracker.take(min(room - len(isolated), budget))
+                if not candidates:
+                    break
+                isolated += [
+                    (pfn, self._chunk_pages)
+                    for pfn in candidates
+                    if self._allocator.isolate(zone, pfn)
+                ]
+        return RangeSet(isolated)
+
+    def release(self, ranges: RangeSet) -> None:
+        self._allocator.release(ranges)
+
+    def report_now(self) -> None:
+        """Nothing to do: what is free is marked already."""
+
+    def idle(self) -> bool:
+        return not any(
+            tracker.waiting_count and self._allocator.isolation_budget_chunks(zone)
+            for zone, tracker in self._trackers.items()
+        )
+
+    def tracker_bytes(self) -> int:
+        return sum(tracker.memory_bytes() for tracker in self._trackers.values())
+
+    def close(self) -> None:
+        """Nothing to let go of."""

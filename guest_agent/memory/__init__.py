@@ -1,0 +1,1 @@
+"""What memory a guest has and what of it is free."""

@@ -1,0 +1,69 @@
+"""Memory for a workload: blocks of an embedded guest, or anonymous memory of a real one."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+from guest_agent.memory.buddy import BuddyAllocator
+from guest_agent.workload import EXTENT_BYTES
+from hintfleet.units import PAGE_BYTES
+
+_MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python's mmap has it from 3.13
+_EXTENT_ORDER = (EXTENT_BYTES // PAGE_BYTES).bit_length() - 1
+
+
+class BuddySource:
+    """Extents are blocks of the embedded allocator; bytes lie in the RAM file."""
+
+    def __init__(self, allocator: BuddyAllocator, ram: mmap.mmap) -> None:
+        self._allocator = allocator
+        self._ram = ram
+
+    def allocate(self) -> int:
+        return self._allocator.allocate(_EXTENT_ORDER)
+
+    def write(self, extent: int, data: memoryview) -> None:
+        start = extent * PAGE_BYTES
+        self._ram[start : start + EXTENT_BYTES] = data
+
+    def read(self, extent: int) -> bytes:
+        start = extent * PAGE_BYTES
+        return self._ram[start : start + EXTENT_BYTES]
+
+    def free(self, extent: int) -> None:
+        self._allocator.free(extent, _EXTENT_ORDER)
+
+
+class AnonymousSource:
+    """Extents are aligned parts of one private mapping; freed with MADV_DONTNEED.
+
+    MADV_HUGEPAGE has the kernel back an extent with one order-9 page where it
+    can, as it does for the heaps of large programs.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        """Reserve address space for `size_bytes`; no memory is used yet."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._map = mmap.mmap(-1, size_bytes + EXTENT_BYTES, flags=flags)
+        self._map.madvise(mmap.MADV_HUGEPAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._start = -address % EXTENT_BYTES
+        self._free = list(range(size_bytes // EXTENT_BYTES - 1, -1, -1))
+
+    def allocate(self) -> int:
+        if not self._free:
+            raise MemoryError("the workload's address space is used up")
+        return self._free.pop()
+
+    def write(self, extent: int, data: memoryview) -> None:
+        at = self._start + extent * EXTENT_BYTES
+        self._map[at : at + EXTENT_BYTES] = data
+
+    def read(self, extent: int) -> bytes:
+        at = self._start + extent * EXTENT_BYTES
+        return self._map[at : at + EXTENT_BYTES]
+
+    def free(self, extent: int) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED, self._start + extent * EXTENT_BYTES, EXTENT_BYTES)
+        self._free.append(extent)

@@ -1,0 +1,179 @@
+"""The control API: what an orchestrator asks of this host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+from hintfleet import __version__
+from hintfleet.errors import HintfleetError, InvalidInput, OutcomeUnknown
+from hintfleet.units import PAGE_BYTES
+from hintfleet.v1 import hinting_pb2, host_pb2
+from hintfleet.v1.host_pb2_grpc import HostServiceServicer
+from host_agent.edge import Context, abort
+from host_agent.guest import Guest
+from host_agent.registry import Registry
+
+_SHORTEST_PERIOD_MS = 10
+_DEFAULT_SETTLE_S = 30.0
+_T = TypeVar("_T")
+
+
+class ControlService(HostServiceServicer):
+    """Serves one host's registry."""
+
+    def __init__(self, registry: Registry, name: str, memory_budget_bytes: int) -> None:
+        self._registry = registry
+        self._name = name
+        self._memory_budget_bytes = memory_budget_bytes
+
+    async def GetHost(self, request: host_pb2.GetHostRequest, context: Context) -> host_pb2.Host:
+        """What this host is and can run."""
+        drivers = self._registry.drivers.values()
+        states = await asyncio.gather(*(asyncio.to_thread(d.state) for d in drivers))
+        return host_pb2.Host(
+            name=self._name,
+            agent_version=__version__,
+            memory_budget_bytes=self._memory_budget_bytes,
+            drivers=states,
+            cpu_count=os.cpu_count() or 1,
+            provisioned_bytes=sum(g.spec.memory_bytes for g in self._registry.guests),
+        )
+
+    async def CreateGuest(
+        self, request: host_pb2.CreateGuestRequest, context: Context
+    ) -> host_pb2.Guest:
+        """Make a guest and wait until it is ready."""
+
+        async def create() -> host_pb2.Guest:
+            guest = await self._registry.create(
+                request.name, request.command.trial_id, request.spec
+            )
+            return await guest.as_pb2()
+
+        return await self._once(request.command, create, context)
+
+    async def DestroyGuest(
+        self, request: host_pb2.DestroyGuestRequest, context: Context
+    ) -> host_pb2.DestroyGuestResponse:
+        """End a guest and close its books."""
+
+        async def destroy() -> host_pb2.DestroyGuestResponse:
+            return host_pb2.DestroyGuestResponse(ledger=await self._registry.destroy(request.name))
+
+        return await self._once(request.command, destroy, context)
+
+    async def ListGuests(
+        self, request: host_pb2.ListGuestsRequest, context: Context
+    ) -> host_pb2.ListGuestsResponse:
+        """All guests with their books, audited now."""
+        guests = await asyncio.gather(*(g.as_pb2() for g in self._registry.guests))
+        return host_pb2.ListGuestsResponse(guests=guests)
+
+    async def RunStep(
+        self, request: host_pb2.RunStepRequest, context: Context
+    ) -> host_pb2.RunStepResponse:
+        """One workload step on one guest."""
+
+        async def run() -> host_pb2.RunStepResponse:
+            guest = self._registry.get(request.guest_name)
+            done = await guest.run_step(lambda number: _command(request, number))
+            return host_pb2.RunStepResponse(
+                changed_bytes=done.changed_bytes,
+                held_bytes=done.held_bytes,
+                verified_pages=done.verified_pages,
+                wrong_pages=done.wrong_pages,
+                duration_us=done.duration_us,
+                done_at_unix_us=time.time_ns() // 1000,
+            )
+
+        return await self._once(request.command, run, context)
+
+    async def Settle(
+        self, request: host_pb2.SettleRequest, context: Context
+    ) -> host_pb2.SettleResponse:
+        """Report now on one guest, and return when all that can be reclaimed is."""
+        timeout_s = request.timeout_ms / 1000 or _DEFAULT_SETTLE_S
+        try:
+            guest = self._registry.get(request.guest_name)
+            async with asyncio.timeout(timeout_s):
+                settled = await guest.settle()
+            return host_pb2.SettleResponse(
+                batches=settled.batches,
+                hinted_bytes=settled.hinted_pages * PAGE_BYTES,
+                ledger=await guest.ledger(),
+            )
+        except TimeoutError:
+            await abort(
+                context,
+                OutcomeUnknown(f"guest {request.guest_name} did not settle within {timeout_s:g} s"),
+            )
+        except HintfleetError as error:
+            await abort(context, error)
+
+    async def Watch(
+        self, request: host_pb2.WatchRequest, context: Context
+    ) -> AsyncIterator[host_pb2.SampleSet]:
+        """Samples of a trial's guests; their lives hang on this stream."""
+        if not request.trial_id or request.period_ms < _SHORTEST_PERIOD_MS:
+            await abort(
+                context,
+                InvalidInput(f"Watch needs a trial and a period of {_SHORTEST_PERIOD_MS} ms"),
+            )
+        self._registry.open_watch(request.trial_id)
+        try:
+            next_s = time.monotonic()
+            while True:
+                yield await self._sample_set(request.trial_id)
+                # A sample that took longer than the period is not made up for.
+                next_s = max(next_s + request.period_ms / 1000, time.monotonic())
+                await asyncio.sleep(next_s - time.monotonic())
+        finally:
+            self._registry.close_watch(request.trial_id)
+
+    async def _sample_set(self, trial_id: str) -> host_pb2.SampleSet:
+        guests = [g for g in self._registry.guests if g.trial_id == trial_id and g.running]
+        samples = await asyncio.gather(*(_sample(guest) for guest in guests))
+        return host_pb2.SampleSet(at_unix_us=time.time_ns() // 1000, samples=samples)
+
+    async def _once(
+        self,
+        command: host_pb2.CommandId,
+        do: Callable[[], Awaitable[_T]],
+        context: Context,
+    ) -> _T:
+        try:
+            return await self._registry.once(command, do)
+        except HintfleetError as error:
+            await abort(context, error)
+
+
+async def _sample(guest: Guest) -> host_pb2.Sample:
+    told = guest.telemetry
+    return host_pb2.Sample(
+        guest_name=guest.name,
+        ledger=await guest.ledger(),
+        agent_cpu_us=told.agent_cpu_us,
+        agent_rss_bytes=told.agent_rss_bytes,
+        tracker_bytes=told.tracker_bytes,
+        guest_free_bytes=told.free_bytes,
+    )
+
+
+def _command(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.WorkloadCommand:
+    command = hinting_pb2.WorkloadCommand(command_id=number)
+    step = request.WhichOneof("step")
+    if step == "allocate_bytes":
+        command.allocate.size_bytes = request.allocate_bytes
+        command.allocate.seed = request.seed
+    elif step == "free_bytes":
+        command.free.size_bytes = request.free_bytes
+        command.free.seed = request.seed
+    elif step == "verify":
+        command.verify.SetInParent()
+    else:
+        raise InvalidInput("RunStep names no step")
+    return command
