@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import uuid
 from collections import Counter
@@ -10,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar, cast
 
 from hintfleet.errors import GuestLost, InvalidInput, NotFound, Refused
+from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.gate import Epochs
 from host_agent.guest import Guest
@@ -98,6 +100,7 @@ class Registry:
             raise Refused(f"there is a guest {name!r} on this host already")
         if not self._watches[trial_id]:
             raise Refused(f"no Watch of trial {trial_id!r} is open", hint="open Watch first")
+        _check_memory(name, spec.memory_bytes)
         if spec.driver not in self.drivers:
             raise InvalidInput(f"guest {name}: no driver is named")
         if spec.method not in (host_pb2.NONE, host_pb2.HINTING):
@@ -183,6 +186,17 @@ class Registry:
         if task is None:
             task = self._done[key] = asyncio.ensure_future(_as_coroutine(do))
         return cast(_T, await asyncio.shield(task))
+
+
+def _check_memory(name: str, size_bytes: int) -> None:
+    physical_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not size_bytes or size_bytes % MIB:
+        raise InvalidInput(f"guest {name}: memory must be whole MiB, not {size_bytes} bytes")
+    if size_bytes > physical_bytes:
+        raise Refused(
+            f"guest {name}: memory of {format_size(size_bytes)} is more than "
+            f"this machine's {format_size(physical_bytes)}"
+        )
 
 
 async def _as_coroutine(do: Callable[[], Awaitable[object]]) -> object:

@@ -94,7 +94,7 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
             )
         finally:
             await registry.close()
-            await asyncio.gather(control_server.stop(0.5), guest_server.stop(0.5))
+            await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
             if settings.listen.startswith("unix:"):
                 with contextlib.suppress(FileNotFoundError):
                     Path(settings.listen.removeprefix("unix:")).unlink()

@@ -96,10 +96,6 @@ class EmbeddedGuest:
 
 def _make_ram(request: GuestRequest) -> GuestRam:
     size_bytes = request.spec.memory_bytes
-    if size_bytes <= 0 or size_bytes % PAGE_BYTES:
-        raise Refused(
-            f"guest {request.name}: memory of {size_bytes} bytes is no whole number of pages"
-        )
     fd = os.memfd_create(f"hintfleet-{request.name}", os.MFD_CLOEXEC)
     try:
         os.truncate(fd, size_bytes)
@@ -127,7 +123,7 @@ class EmbeddedDriver:
     def create(self, request: GuestRequest) -> EmbeddedGuest:
         """Start a guest process.
 
-        :raises Refused: the memory is not whole pages, or the kernel refused the RAM file.
+        :raises Refused: an unknown setting, or the kernel refused the RAM file.
         """
         _check_settings(request.spec)
         return EmbeddedGuest(request, self._server)

@@ -1,0 +1,172 @@
+"""An embedded guest end to end: what it frees leaves the host, and the books say so."""
+
+import os
+import signal
+import time
+
+import grpc
+import pytest
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from tests.support.agents import TRIAL, HostAgent, alive, wait_until
+
+HELD = 96 * MIB
+FREED = 64 * MIB
+
+
+def test_freed_memory_leaves_the_host_and_what_is_held_stays(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create()
+    assert host_agent.allocate(HELD).held_bytes == HELD
+    assert host_agent.guests()["g"].ledger.resident_bytes == HELD
+    assert host_agent.free(FREED).wrong_pages == 0
+    books = host_agent.settle().ledger
+    assert books.resident_bytes == HELD - FREED
+    assert books.reclaimed_now_bytes == FREED
+    checked = host_agent.verify()
+    assert checked.verified_pages == (HELD - FREED) // 4096
+    assert checked.wrong_pages == 0
+
+
+def test_freed_memory_leaves_without_being_asked(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create()
+    host_agent.allocate(HELD)
+    host_agent.free(FREED)
+    wait_until(
+        lambda: host_agent.guests()["g"].ledger.resident_bytes == HELD - FREED,
+        "hinting to reclaim what was freed",
+        timeout_s=5,
+    )
+
+
+def test_without_hinting_freed_memory_stays(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create(method=host_pb2.NONE)
+    host_agent.allocate(HELD)
+    host_agent.free(FREED)
+    time.sleep(1)
+    assert host_agent.guests()["g"].ledger.resident_bytes == HELD
+
+
+def test_the_books_balance_over_many_rounds(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create()
+    for _ in range(6):
+        host_agent.allocate(HELD)
+        assert host_agent.free(HELD).wrong_pages == 0
+        books = host_agent.settle().ledger
+        resident_by_the_books = (
+            books.provisioned_bytes - books.reclaimed_now_bytes - books.untouched_bytes
+        )
+        assert books.resident_bytes == resident_by_the_books == 0
+        fates = books.reclaimed_total_bytes + books.absent_total_bytes
+        assert books.hinted_total_bytes == fates + sum(books.skipped_total_bytes.values())
+    assert books.reclaimed_total_bytes == 6 * HELD
+    assert books.refaulted_total_bytes > 0, "later rounds use again what was reclaimed"
+
+
+def test_samples_tell_the_same_story(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create()
+    host_agent.allocate(HELD)
+    wait_until(
+        lambda: host_agent.samples[-1].samples[0].ledger.resident_bytes == HELD, "a sample of it"
+    )
+    sample = host_agent.samples[-1]
+    assert abs(sample.at_unix_us / 1e6 - time.time()) < 2
+    wait_until(lambda: host_agent.samples[-1].samples[0].agent_rss_bytes > 0, "telemetry")
+    assert host_agent.samples[-1].samples[0].tracker_bytes > 0
+
+
+def test_more_than_the_guest_has_is_refused_and_harms_nothing(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create()
+    with pytest.raises(grpc.RpcError) as caught:
+        host_agent.allocate(256 * MIB)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "out of memory" in caught.value.details()
+    assert host_agent.verify().wrong_pages == 0
+
+
+def test_a_retried_command_is_answered_and_not_done_again(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create()
+    command = host_pb2.CommandId(run_id="r", trial_id=TRIAL, sequence=7)
+    request = host_pb2.RunStepRequest(
+        command=command, guest_name="g", allocate_bytes=8 * MIB, seed=1
+    )
+    first = host_agent.stub.RunStep(request, timeout=10)
+    assert host_agent.stub.RunStep(request, timeout=10) == first
+    assert host_agent.verify().held_bytes == 8 * MIB
+
+
+def test_guests_die_with_the_watch_of_their_trial(host_agent: HostAgent) -> None:
+    watch = host_agent.watch()
+    pid = host_agent.create().pid
+    watch.cancel()
+    wait_until(lambda: not host_agent.guests(), "the host agent to destroy them")
+    assert not alive(pid)
+
+
+def test_guests_die_with_a_host_agent_that_is_killed(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    pid = host_agent.create().pid
+    host_agent.process.kill()
+    wait_until(lambda: not alive(pid), "the guest to notice")
+
+
+def test_a_guest_that_dies_is_reported_with_its_last_words(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    guest = host_agent.create()
+    os.kill(guest.pid, signal.SIGKILL)
+    with pytest.raises(grpc.RpcError) as caught:
+        host_agent.verify()
+    assert caught.value.code() is grpc.StatusCode.ABORTED
+    assert "status -9" in caught.value.details()
+    host_agent.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="g"), timeout=10)
+    host_agent.create()
+    assert host_agent.verify().wrong_pages == 0
+
+
+def test_destroying_returns_the_closed_books_and_the_memory(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    pid = host_agent.create().pid
+    host_agent.allocate(HELD)
+    closed = host_agent.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="g"), timeout=10)
+    assert closed.ledger.resident_bytes == HELD
+    assert not alive(pid)
+    open_files = os.listdir(f"/proc/{host_agent.process.pid}/fd")
+    links = [os.readlink(f"/proc/{host_agent.process.pid}/fd/{n}") for n in open_files]
+    assert not [link for link in links if "memfd:hintfleet" in link]
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_bytes", "code", "said"),
+    [
+        ("no good", 128 * MIB, grpc.StatusCode.INVALID_ARGUMENT, "letters, digits"),
+        ("g", 5000, grpc.StatusCode.INVALID_ARGUMENT, "whole MiB"),
+        ("g", 1 << 62, grpc.StatusCode.FAILED_PRECONDITION, "4194304 TiB is more than"),
+    ],
+)
+def test_guests_that_cannot_be(
+    host_agent: HostAgent, name: str, memory_bytes: int, code: grpc.StatusCode, said: str
+) -> None:
+    host_agent.watch()
+    spec = host_pb2.GuestSpec(
+        driver=host_pb2.EMBEDDED, memory_bytes=memory_bytes, method=host_pb2.HINTING
+    )
+    request = host_pb2.CreateGuestRequest(
+        command=host_pb2.CommandId(trial_id=TRIAL), name=name, spec=spec
+    )
+    with pytest.raises(grpc.RpcError, match=said) as caught:
+        host_agent.stub.CreateGuest(request, timeout=10)
+    assert caught.value.code() is code
+    assert not host_agent.guests()
+
+
+def test_a_guest_needs_a_watch(host_agent: HostAgent) -> None:
+    with pytest.raises(grpc.RpcError, match="Watch") as caught:
+        host_agent.create()
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION

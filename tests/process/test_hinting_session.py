@@ -1,0 +1,188 @@
+"""The hinting protocol as a strange guest may speak it to a real host agent."""
+
+import queue
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from hintfleet.ranges import RangeSet, encode
+from hintfleet.units import MIB
+from hintfleet.v1 import hinting_pb2 as pb
+from hintfleet.v1 import host_pb2
+from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
+from tests.support.agents import InProcessHost, host_in_process, wait_until
+
+
+class Guest:
+    """Speaks the protocol by hand, on the door that virtual machines use."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.insecure_channel(address)
+        self.outbox: queue.SimpleQueue[pb.GuestMessage | None] = queue.SimpleQueue()
+        self.call = HintingServiceStub(self.channel).Session(self.messages(), timeout=30)
+
+    def messages(self) -> Iterator[pb.GuestMessage]:
+        while (message := self.outbox.get()) is not None:
+            yield message
+
+    def hello(self, uuid: str, token: str, **extra: object) -> None:
+        hello = pb.Hello(
+            identity=pb.Identity(guest_uuid=uuid, token=token),
+            page_size_bytes=4096,
+            chunk_order=9,
+            **extra,  # type: ignore[arg-type]
+        )
+        self.outbox.put(pb.GuestMessage(hello=hello))
+
+    def batch(self, epoch: int, seq: int, ranges: RangeSet) -> None:
+        batch = pb.Batch(epoch=epoch, seq=seq, ranges=encode(ranges))
+        self.outbox.put(pb.GuestMessage(batch=batch))
+
+    def next(self) -> pb.HostMessage:
+        return next(self.call)
+
+    def refusal(self) -> tuple[grpc.StatusCode, str]:
+        """What the host ended the session with."""
+        with pytest.raises(grpc.RpcError) as caught:
+            list(self.call)
+        return caught.value.code(), caught.value.details()
+
+    def close(self) -> None:
+        self.outbox.put(None)
+        self.call.cancel()
+        self.channel.close()
+
+
+@pytest.fixture
+def guest(host_agent: InProcessHost) -> Iterator[Guest]:
+    speaker = Guest(host_agent.guest_address)
+    yield speaker
+    speaker.close()
+
+
+@pytest.fixture
+def host_agent() -> Iterator[InProcessHost]:
+    with host_in_process() as host:
+        yield host
+
+
+@pytest.fixture
+def identity(host_agent: InProcessHost) -> tuple[str, str]:
+    """Uuid and token of a guest without hinting, whose session is free to be taken."""
+    host_agent.watch()
+    return host_agent.create(method=host_pb2.NONE).uuid, host_agent.token("g")
+
+
+def test_a_batch_is_reclaimed_and_acknowledged(
+    host_agent: InProcessHost, guest: Guest, identity: tuple[str, str]
+) -> None:
+    host_agent.allocate(96 * MIB)
+    guest.hello(*identity)
+    welcome = guest.next().welcome
+    everything = RangeSet([(0, 32768)])
+    guest.batch(welcome.epoch, 1, everything)
+    ack = guest.next().ack
+    assert (ack.epoch, ack.seq) == (welcome.epoch, 1)
+    assert ack.reclaimed_bytes == 96 * MIB
+    assert ack.absent_bytes == 32 * MIB
+    # A guest that lies about what is free hurts itself, and its own workload sees it.
+    assert host_agent.verify().wrong_pages == 96 * MIB // 4096
+
+
+def test_a_wrong_token_is_refused(guest: Guest, identity: tuple[str, str]) -> None:
+    guest.hello(identity[0], "0" * 32)
+    code, said = guest.refusal()
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "with that token" in said
+
+
+def test_a_session_must_begin_with_hello(guest: Guest) -> None:
+    guest.batch(1, 1, RangeSet([(0, 512)]))
+    assert guest.refusal()[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_pages_outside_the_ram_are_skipped_with_the_reason(
+    guest: Guest, identity: tuple[str, str]
+) -> None:
+    guest.hello(*identity)
+    welcome = guest.next().welcome
+    guest.batch(welcome.epoch, 1, RangeSet([(32768, 512), (1 << 30, 512)]))
+    (skipped,) = guest.next().ack.skipped
+    assert skipped.reason == pb.OUTSIDE_RAM
+    assert skipped.ranges == encode(RangeSet([(32768, 512), (1 << 30, 512)]))
+
+
+def test_a_batch_of_an_earlier_epoch_is_skipped(
+    host_agent: InProcessHost, guest: Guest, identity: tuple[str, str]
+) -> None:
+    host_agent.allocate(96 * MIB)
+    guest.hello(*identity)
+    welcome = guest.next().welcome
+    guest.batch(welcome.epoch - 1, 1, RangeSet([(0, 32768)]))
+    ack = guest.next().ack
+    assert [s.reason for s in ack.skipped] == [pb.WRONG_EPOCH]
+    assert ack.reclaimed_bytes == 0
+    assert host_agent.verify().wrong_pages == 0
+
+
+@pytest.mark.parametrize(
+    ("ranges", "seq", "said"),
+    [
+        (encode(RangeSet([(0, 512)])), 2, "1 was due"),
+        (b"", 1, "empty"),
+        (b"\x00\x80", 1, "truncated"),
+        (encode(RangeSet([(0, 1 << 21)])), 1, "limit"),
+        (encode(RangeSet((n << 1, 1) for n in range(513))), 1, "more than 512 ranges"),
+    ],
+)
+def test_violations_end_the_session_with_the_reason(
+    guest: Guest, identity: tuple[str, str], ranges: bytes, seq: int, said: str
+) -> None:
+    guest.hello(*identity)
+    epoch = guest.next().welcome.epoch
+    batch = pb.Batch(epoch=epoch, seq=seq, ranges=ranges)
+    guest.outbox.put(pb.GuestMessage(batch=batch))
+    code, details = guest.refusal()
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert said in details
+
+
+def test_the_newest_of_two_agents_wins(
+    host_agent: InProcessHost, guest: Guest, identity: tuple[str, str]
+) -> None:
+    guest.hello(*identity)
+    first_epoch = guest.next().welcome.epoch
+    second = Guest(host_agent.guest_address)
+    second.hello(*identity)
+    assert second.next().welcome.epoch > first_epoch
+    code, said = guest.refusal()
+    assert code is grpc.StatusCode.ABORTED
+    assert "another agent" in said
+    second.batch(second_epoch := host_agent.guests()["g"].epoch, 1, RangeSet([(0, 512)]))
+    assert second.next().ack.epoch == second_epoch
+    second.close()
+
+
+def test_a_guest_door_serves_no_control_api(host_agent: InProcessHost) -> None:
+    from hintfleet.v1.host_pb2_grpc import HostServiceStub
+
+    with grpc.insecure_channel(host_agent.guest_address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            HostServiceStub(channel).ListGuests(host_pb2.ListGuestsRequest(), timeout=5)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_guest_that_vanishes_leaves_the_others_alone(
+    host_agent: InProcessHost, guest: Guest, identity: tuple[str, str]
+) -> None:
+    host_agent.create("other")
+    guest.hello(*identity)
+    guest.next()
+    guest.call.cancel()
+    host_agent.allocate(32 * MIB, "other")
+    host_agent.free(32 * MIB, "other")
+    host_agent.settle("other")
+    wait_until(
+        lambda: host_agent.guests()["other"].ledger.reclaimed_now_bytes == 32 * MIB, "its books"
+    )

@@ -1,0 +1,189 @@
+"""Real agents on loopback: a host agent, as a process or in this one, and its clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from hintfleet.v1.host_pb2_grpc import HostServiceStub
+from host_agent.registry import Registry
+from host_agent.server import Serving, Settings, serving
+
+TRIAL = "test-trial"
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+    """Wait for a condition, bounded; says what it waited for."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {timeout_s} s for: {what}"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@dataclass(kw_only=True)
+class HostClient:
+    """A client of a host agent's control API."""
+
+    stub: HostServiceStub
+    guest_address: str
+    samples: list[host_pb2.SampleSet] = field(default_factory=list)
+
+    def watch(self, trial_id: str = TRIAL) -> grpc.RpcContext:
+        """Keep a trial's guests alive and collect its samples."""
+        call = self.stub.Watch(host_pb2.WatchRequest(trial_id=trial_id, period_ms=50), timeout=120)
+        seen = threading.Event()
+
+        def read() -> None:
+            with contextlib.suppress(grpc.RpcError):
+                for sample in call:
+                    self.samples.append(sample)
+                    seen.set()
+
+        threading.Thread(target=read, daemon=True).start()
+        assert seen.wait(10)
+        return call
+
+    def create(
+        self, name: str = "g", *, method: host_pb2.Method.ValueType = host_pb2.HINTING
+    ) -> host_pb2.Guest:
+        """An embedded guest of 128 MiB."""
+        spec = host_pb2.GuestSpec(driver=host_pb2.EMBEDDED, memory_bytes=128 * MIB, method=method)
+        command = host_pb2.CommandId(trial_id=TRIAL)
+        request = host_pb2.CreateGuestRequest(command=command, name=name, spec=spec)
+        return self.stub.CreateGuest(request, timeout=60)
+
+    def allocate(self, size_bytes: int, name: str = "g") -> host_pb2.RunStepResponse:
+        return self.stub.RunStep(
+            host_pb2.RunStepRequest(guest_name=name, allocate_bytes=size_bytes, seed=1), timeout=60
+        )
+
+    def free(self, size_bytes: int, name: str = "g") -> host_pb2.RunStepResponse:
+        return self.stub.RunStep(
+            host_pb2.RunStepRequest(guest_name=name, free_bytes=size_bytes, seed=1), timeout=60
+        )
+
+    def verify(self, name: str = "g") -> host_pb2.RunStepResponse:
+        return self.stub.RunStep(host_pb2.RunStepRequest(guest_name=name, verify=True), timeout=60)
+
+    def settle(self, name: str = "g") -> host_pb2.SettleResponse:
+        return self.stub.Settle(host_pb2.SettleRequest(guest_name=name), timeout=60)
+
+    def guests(self) -> dict[str, host_pb2.Guest]:
+        listed = self.stub.ListGuests(host_pb2.ListGuestsRequest(), timeout=10)
+        return {guest.name: guest for guest in listed.guests}
+
+
+@dataclass(kw_only=True)
+class HostAgent(HostClient):
+    """A running `python -m host_agent`."""
+
+    process: subprocess.Popen[bytes]
+
+
+@dataclass(kw_only=True)
+class InProcessHost(HostClient):
+    """A host agent that runs in a thread of the test, so that tokens can be had."""
+
+    registry: Registry
+
+    def token(self, name: str) -> str:
+        return self.registry.get(name).token
+
+
+@contextlib.contextmanager
+def host_in_process() -> Iterator[InProcessHost]:
+    """The same servers as `hintfleet-host`, on an event loop of their own."""
+    started: queue.Queue[Serving] = queue.Queue()
+    loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    async def serve(folder: str) -> None:
+        settings = Settings(
+            name="in-process",
+            listen=f"unix:{folder}/host.sock",
+            guest_listen="127.0.0.1:0",
+            memory_budget_bytes=1 << 30,
+            libvirt_uri="test:///default",
+        )
+        async with serving(settings) as served:
+            started.put(served)
+            await stop.wait()
+
+    with tempfile.TemporaryDirectory(prefix="hf-test-") as folder:
+        thread = threading.Thread(target=lambda: loop.run_until_complete(serve(folder)))
+        thread.start()
+        served = started.get(timeout=10)
+        with grpc.insecure_channel(served.control) as channel:
+            yield InProcessHost(
+                stub=HostServiceStub(channel), guest_address=served.guest, registry=served.registry
+            )
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(20)
+        assert not thread.is_alive()
+        loop.close()
+
+
+@contextlib.contextmanager
+def running_host_agent(*arguments: str) -> Iterator[HostAgent]:
+    """A host agent that is stopped at the end, and must have left nothing."""
+    ready_read, ready_write = os.pipe()
+    lifeline_read, lifeline_write = os.pipe()
+    with tempfile.TemporaryDirectory(prefix="hf-test-") as folder:
+        address = f"unix:{folder}/host.sock"
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "host_agent", "--listen", address),
+                *("--ready-fd", str(ready_write), "--lifeline-fd", str(lifeline_read)),
+                *arguments,
+            ],
+            pass_fds=(ready_write, lifeline_read),
+        )
+        os.close(ready_write)
+        os.close(lifeline_read)
+        with open(ready_read) as ready:
+            addresses = json.loads(ready.readline())
+        channel = grpc.insecure_channel(addresses["control"])
+        agent = HostAgent(
+            process=process, guest_address=addresses["guest"], stub=HostServiceStub(channel)
+        )
+        try:
+            yield agent
+        finally:
+            children = child_pids(process.pid)
+            os.close(lifeline_write)
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+                channel.close()
+            wait_until(lambda: not any(map(alive, children)), "the guests to end with their host")
+        assert process.returncode in (0, -9)
+
+
+def child_pids(pid: int) -> list[int]:
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []

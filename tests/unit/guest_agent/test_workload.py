@@ -1,0 +1,92 @@
+"""The workload notices every page that the host took away while it was in use."""
+
+import mmap
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
+from guest_agent.workload import EXTENT_BYTES, Pattern, Source, Workload
+from guest_agent.workload_memory import AnonymousSource, BuddySource
+from hintfleet.ranges import RangeSet
+from hintfleet.units import MIB, PAGE_BYTES
+from hintfleet.v1 import hinting_pb2 as pb
+
+RAM_BYTES = 64 * MIB
+
+
+@pytest.fixture
+def ram() -> Iterator[mmap.mmap]:
+    fd = os.memfd_create("test")
+    os.truncate(fd, RAM_BYTES)
+    with mmap.mmap(fd, RAM_BYTES) as mapped:
+        yield mapped
+    os.close(fd)
+
+
+@pytest.fixture(params=["buddy", "anonymous"])
+def source(request: pytest.FixtureRequest, ram: mmap.mmap) -> Source:
+    if request.param == "anonymous":
+        return AnonymousSource(RAM_BYTES)
+    zone = ZoneSpec(name="Normal", present=RangeSet([(0, RAM_BYTES // PAGE_BYTES)]))
+    return BuddySource(BuddyAllocator([zone], chunk_order=9), ram)
+
+
+def allocate(size_bytes: int, number: int = 1) -> pb.WorkloadCommand:
+    order = pb.Allocate(size_bytes=size_bytes, seed=7)
+    return pb.WorkloadCommand(command_id=number, allocate=order)
+
+
+def free(size_bytes: int, number: int = 2) -> pb.WorkloadCommand:
+    return pb.WorkloadCommand(command_id=number, free=pb.Free(size_bytes=size_bytes, seed=7))
+
+
+VERIFY = pb.WorkloadCommand(command_id=3, verify=pb.Verify())
+
+
+def test_what_is_held_verifies(source: Source) -> None:
+    workload = Workload(source)
+    done = workload.run(allocate(20 * MIB))
+    assert (done.changed_bytes, done.held_bytes, done.error) == (20 * MIB, 20 * MIB, "")
+    done = workload.run(free(12 * MIB))
+    assert (done.changed_bytes, done.held_bytes) == (12 * MIB, 8 * MIB)
+    assert (done.verified_pages, done.wrong_pages) == (12 * MIB // PAGE_BYTES, 0)
+    done = workload.run(VERIFY)
+    assert (done.verified_pages, done.wrong_pages) == (8 * MIB // PAGE_BYTES, 0)
+
+
+def test_freed_memory_is_used_again(source: Source) -> None:
+    workload = Workload(source)
+    for _ in range(20):
+        assert workload.run(allocate(40 * MIB)).error == ""
+        assert workload.run(free(40 * MIB)).wrong_pages == 0
+    assert workload.held_bytes == 0
+
+
+def test_a_page_dropped_in_use_is_counted_as_wrong(ram: mmap.mmap) -> None:
+    zone = ZoneSpec(name="Normal", present=RangeSet([(0, RAM_BYTES // PAGE_BYTES)]))
+    workload = Workload(BuddySource(BuddyAllocator([zone], chunk_order=9), ram))
+    workload.run(allocate(20 * MIB))
+    lost = 3 * PAGE_BYTES
+    ram.madvise(mmap.MADV_REMOVE, RAM_BYTES - EXTENT_BYTES, lost)
+    held_there = any(ram[RAM_BYTES - EXTENT_BYTES + lost :])
+    done = workload.run(VERIFY)
+    assert held_there, "the allocator hands out the highest block first"
+    assert done.wrong_pages == 3
+
+
+def test_running_out_of_memory_is_told_and_keeps_what_is_held(source: Source) -> None:
+    workload = Workload(source)
+    done = workload.run(allocate(2 * RAM_BYTES))
+    assert "out of memory" in done.error
+    assert 0 < done.held_bytes == workload.held_bytes < RAM_BYTES + 1
+    assert workload.run(VERIFY).wrong_pages == 0
+
+
+def test_patterns_of_neighbouring_keys_differ_in_every_page() -> None:
+    pattern = Pattern()
+    for key in range(1, 200):
+        a, b = pattern.of(key).tobytes(), pattern.of(key + 1).tobytes()
+        pages = range(0, EXTENT_BYTES, PAGE_BYTES)
+        assert all(a[at : at + PAGE_BYTES] != b[at : at + PAGE_BYTES] for at in pages)

@@ -1,0 +1,34 @@
+"""Every error class crosses gRPC and comes out as itself, hint included."""
+
+import pytest
+
+from hintfleet import errors
+from hintfleet.errors import ExitCode, HintfleetError, from_status, to_status
+
+CLASSES = [
+    errors.HintfleetError,
+    errors.TransientError,
+    errors.Refused,
+    errors.InvalidInput,
+    errors.NotFound,
+    errors.LimitExceeded,
+    errors.GuestLost,
+    errors.OutcomeUnknown,
+]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("hint", ["", "try this: ünï"])
+def test_round_trip(kind: type[HintfleetError], hint: str) -> None:
+    back = from_status(*to_status(kind("what failed", hint=hint)))
+    assert type(back) is kind
+    assert (back.message, back.hint) == ("what failed", hint)
+
+
+def test_text_for_people_says_what_to_try() -> None:
+    assert str(errors.Refused("it failed", hint="do that")) == "it failed\n  try: do that"
+
+
+def test_only_wrong_input_is_a_usage_error() -> None:
+    usage = [kind for kind in CLASSES if kind("x").exit_code == ExitCode.USAGE]
+    assert usage == [errors.InvalidInput]

@@ -1,0 +1,87 @@
+"""Reclaim punches exactly what was hinted and exists, and says what was there."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hintfleet.ranges import RangeSet
+from hintfleet.units import PAGE_BYTES
+from hintfleet.v1 import hinting_pb2 as pb
+from host_agent.ram import GuestRam, Segment
+from host_agent.reclaim import reclaim, skip
+
+page_sets = st.lists(st.tuples(st.integers(0, 5200), st.integers(1, 300)), max_size=8).map(RangeSet)
+on_real_memory = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def offset_bytes(pfn: int) -> int:
+    """Where the fixture's layout puts a page."""
+    return (pfn if pfn < 1024 else pfn - 1024) * PAGE_BYTES
+
+
+def touch(fd: int, pages: RangeSet) -> None:
+    for pfn, count in pages:
+        for page in range(pfn, pfn + count):
+            os.pwrite(fd, page.to_bytes(8, "big") * (PAGE_BYTES // 8), offset_bytes(page))
+
+
+@on_real_memory
+@given(touched=page_sets, hinted=page_sets)
+def test_every_hinted_page_has_one_fate(
+    ram: GuestRam, ram_fd: int, touched: RangeSet, hinted: RangeSet
+) -> None:
+    ram.punch(ram.pages)
+    touch(ram_fd, touched & ram.pages)
+    outcome = reclaim(ram, hinted)
+    assert outcome.reclaimed == touched & hinted & ram.pages
+    assert outcome.absent == (hinted & ram.pages) - touched
+    assert outcome.skipped.get(pb.OUTSIDE_RAM, RangeSet()) == hinted - ram.pages
+    left = (touched & ram.pages) - hinted
+    assert ram.resident(ram.pages) == left
+    assert ram.resident_bytes() == left.page_count * PAGE_BYTES
+
+
+@on_real_memory
+@given(touched=page_sets, hinted=page_sets)
+def test_what_was_not_hinted_keeps_its_contents(
+    ram: GuestRam, ram_fd: int, touched: RangeSet, hinted: RangeSet
+) -> None:
+    touch(ram_fd, touched & ram.pages)
+    reclaim(ram, hinted)
+    for pfn, count in (touched & ram.pages) - hinted:
+        for page in (pfn, pfn + count - 1):
+            assert os.pread(ram_fd, 8, offset_bytes(page)) == page.to_bytes(8, "big")
+
+
+def test_a_punch_that_the_kernel_refuses_is_told_as_skipped() -> None:
+    writable = os.memfd_create("refusing", os.MFD_ALLOW_SEALING)
+    os.pwrite(writable, b"\1" * (8 * PAGE_BYTES), 0)
+    read_only = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY)
+    ram = GuestRam([Segment(pfn=0, page_count=8, fd=read_only, offset_bytes=0)])
+    hinted = RangeSet([(2, 4)])
+    outcome = reclaim(ram, hinted)
+    assert outcome.skipped == {pb.HOST_ERROR: hinted}
+    assert not outcome.reclaimed
+    assert not outcome.absent
+    assert ram.resident_bytes() == 8 * PAGE_BYTES
+    ram.close()
+    os.close(writable)
+
+
+def test_a_skipped_batch_touches_nothing(ram: GuestRam, ram_fd: int) -> None:
+    touch(ram_fd, RangeSet([(0, 16)]))
+    outcome = skip(RangeSet([(0, 16)]), pb.STALE)
+    assert outcome.skipped == {pb.STALE: RangeSet([(0, 16)])}
+    assert ram.resident_bytes() == 16 * PAGE_BYTES
+
+
+def test_closing_frees_the_memory_and_the_descriptors(ram_fd: int) -> None:
+    ram = GuestRam([Segment(pfn=0, page_count=8, fd=ram_fd, offset_bytes=0)])
+    ram.close()
+    ram.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(ram_fd)
