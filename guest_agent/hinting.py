@@ -60,9 +60,10 @@ class Send:
 
 @dataclass(frozen=True)
 class Release:
-    """Give ranges back to the guest's allocator."""
+    """Give ranges back to the guest's allocator; `hinted` unless the host did not act on them."""
 
     ranges: RangeSet
+    hinted: bool
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class HintingCore:
         self.lost()
         self.state = State.OPEN
         self._epoch, self._seq, self._limits = epoch, 0, limits
-        released = [Release(ranges) for ranges in self._unfenced]
+        # Whether the host acted on them is not known: hint them again.
+        released = [Release(ranges, hinted=False) for ranges in self._unfenced]
         self._unfenced = []
         return [*released, ReportNow(), *self._ask()]
 
@@ -133,9 +135,10 @@ class HintingCore:
         self._settling = None
         return []
 
-    def acknowledged(self, epoch: int, seq: int) -> Sequence[Instruction]:
+    def acknowledged(self, epoch: int, seq: int, *, acted: bool) -> Sequence[Instruction]:
         """A batch was dealt with.
 
+        :param acted: False if the host skipped it for now (it came too late).
         :raises ProtocolViolation: an ack of this epoch for no batch in flight.
             The caller should end the session; nothing was released.
         """
@@ -143,7 +146,7 @@ class HintingCore:
             return []
         if seq not in self._in_flight:
             raise ProtocolViolation(f"ack of batch {seq}, which is not in flight")
-        return [Release(self._in_flight.pop(seq)), *self._ask()]
+        return [Release(self._in_flight.pop(seq), hinted=acted), *self._ask()]
 
     def ready(self) -> Sequence[Instruction]:
         """The isolator woke us: there may be enough to isolate."""

@@ -30,6 +30,10 @@ _SETTLING_PERIOD_S = 0.02
 _TELEMETRY_PERIOD_S = 2.0
 _LONGEST_PAUSE_S = 2.0
 
+# Reasons that hold for a whole batch and may be gone next time. Not OUTSIDE_RAM and its
+# like: hinting those again would go on for ever.
+_SKIPPED_FOR_NOW = frozenset({pb.STALE, pb.WRONG_EPOCH})
+
 # A session ends with one of these when the host will not have this agent again.
 _FINAL_CODES = frozenset(
     {
@@ -175,7 +179,9 @@ class HintingSession:
     def _heard(self, message: pb.HostMessage) -> Sequence[hinting.Instruction]:
         kind = message.WhichOneof("message")
         if kind == "ack":
-            return self._core.acknowledged(message.ack.epoch, message.ack.seq)
+            ack = message.ack
+            acted = not any(skipped.reason in _SKIPPED_FOR_NOW for skipped in ack.skipped)
+            return self._core.acknowledged(ack.epoch, ack.seq, acted=acted)
         if kind == "welcome":
             welcome = message.welcome
             self._obey(welcome.policy)
@@ -210,8 +216,8 @@ class HintingSession:
             case hinting.Send(epoch, seq, ranges):
                 batch = pb.Batch(epoch=epoch, seq=seq, ranges=encode(ranges))
                 self._outbox.put(pb.GuestMessage(batch=batch))
-            case hinting.Release(ranges):
-                self._isolator.release(ranges)
+            case hinting.Release(ranges, hinted):
+                self._isolator.release(ranges, hinted=hinted)
             case hinting.ReportNow():
                 self._isolator.report_now()
             case hinting.SendSettled():

@@ -35,8 +35,12 @@ class Isolator(Protocol):
         What is returned stays isolated until `release`.
         """
 
-    def release(self, ranges: RangeSet) -> None:
-        """Give back ranges exactly as `isolate` or `start` returned them."""
+    def release(self, ranges: RangeSet, *, hinted: bool) -> None:
+        """Give back ranges exactly as `isolate` or `start` returned them.
+
+        :param hinted: whether the host has dealt with them; if not, they will be
+            isolated again, so that nothing is left behind.
+        """
 
     def report_now(self) -> None:
         """Make everything that is free ready for `isolate`, without delay. Never blocks."""

@@ -53,8 +53,12 @@ class EmbeddedIsolator:
                 ]
         return RangeSet(isolated)
 
-    def release(self, ranges: RangeSet) -> None:
+    def release(self, ranges: RangeSet, *, hinted: bool) -> None:
         self._allocator.release(ranges)
+        if not hinted:
+            for pfn, page_count in ranges:
+                for chunk in range(pfn, pfn + page_count, self._chunk_pages):
+                    self._trackers[self._allocator.zone_of(chunk)].mark(chunk)
 
     def report_now(self) -> None:
         """Nothing to do: what is free is marked already."""

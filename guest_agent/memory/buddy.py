@@ -182,9 +182,9 @@ class BuddyAllocator:
         """Put isolated chunks back. The hook is not called: they hold nothing new."""
         with self._lock:
             for pfn, page_count in ranges:
-                zone = self.zone_of(pfn)
+                # Chunk by chunk: a range may run from the end of one zone into the next.
                 for chunk in range(pfn, pfn + page_count, 1 << self.chunk_order):
-                    zone.put(chunk, self.chunk_order)
+                    self.zone_of(chunk).put(chunk, self.chunk_order)
             self.isolated_page_count -= ranges.page_count
             self._returned.notify_all()
 

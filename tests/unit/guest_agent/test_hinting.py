@@ -49,7 +49,7 @@ class CoreMachine(RuleBasedStateMachine):
                     assert epoch == self.epoch
                     assert ranges in self.isolated
                     self.unacked[seq] = ranges
-                case Release(ranges):
+                case Release(ranges, _):
                     assert ranges in self.may_release, "released before its ack or a welcome"
                     self.may_release.remove(ranges)
                     self.isolated.remove(ranges)
@@ -71,13 +71,13 @@ class CoreMachine(RuleBasedStateMachine):
     def ack(self, newest: bool) -> None:
         seq = (max if newest else min)(self.unacked)
         self.may_release = [self.unacked.pop(seq)]
-        self.carry_out(list(self.core.acknowledged(self.epoch, seq)))
+        self.carry_out(list(self.core.acknowledged(self.epoch, seq, acted=True)))
         assert not self.may_release
 
     @precondition(lambda self: self.epoch > 0)
     @rule(seq=st.integers(1, 99))
     def ack_of_an_earlier_epoch_changes_nothing(self, seq: int) -> None:
-        assert not self.core.acknowledged(self.epoch - 1, seq)
+        assert not self.core.acknowledged(self.epoch - 1, seq, acted=True)
 
     @rule()
     def lose_link(self) -> None:
@@ -116,7 +116,7 @@ def opened() -> HintingCore:
 
 def test_an_ack_for_nothing_is_a_violation() -> None:
     with pytest.raises(ProtocolViolation, match="batch 7"):
-        opened().acknowledged(1, 7)
+        opened().acknowledged(1, 7, acted=True)
 
 
 def test_nothing_is_isolated_before_welcome() -> None:
@@ -131,7 +131,7 @@ def test_settled_comes_after_a_pass_that_gave_nothing_and_the_last_ack() -> None
     core.settle_requested(9)
     assert next(iter(core.isolated(chunk, isolator_idle=True))) == Send(1, 1, chunk)
     assert not core.isolated(EMPTY, isolator_idle=True), "a batch is still in flight"
-    core.acknowledged(1, 1)
+    core.acknowledged(1, 1, acted=True)
     again = core.isolated(EMPTY, isolator_idle=True)
     assert again == [ReportNow(), Isolate(4, 2048)], "the pass gave something: look again"
     settled = core.isolated(EMPTY, isolator_idle=True)
@@ -146,3 +146,20 @@ def test_settle_waits_for_an_isolator_that_is_still_working() -> None:
     assert core.period_passed(isolator_idle=True)[0] == SendSettled(
         request_id=3, batches=0, hinted_pages=0
     )
+
+
+@pytest.mark.parametrize("acted", [True, False])
+def test_what_the_host_skipped_for_now_is_hinted_again(acted: bool) -> None:
+    """A batch that came too late would stay resident until its chunks are freed again."""
+    core = opened()
+    chunk = RangeSet([(512, 512)])
+    core.isolated(chunk, isolator_idle=True)
+    assert core.acknowledged(1, 1, acted=acted)[0] == Release(chunk, hinted=acted)
+
+
+def test_what_was_in_flight_when_the_link_broke_is_hinted_again() -> None:
+    core = opened()
+    chunk = RangeSet([(512, 512)])
+    core.isolated(chunk, isolator_idle=True)
+    core.lost()
+    assert core.welcomed(2, LIMITS)[0] == Release(chunk, hinted=False)

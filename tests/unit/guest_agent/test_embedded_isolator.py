@@ -1,0 +1,120 @@
+"""The pulling isolator: what it takes, what it leaves, and what it hints again."""
+
+import pytest
+
+from guest_agent.isolation.embedded import EmbeddedIsolator
+from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
+from hintfleet.ranges import EMPTY, RangeSet
+
+CHUNK = 512
+CHUNKS = 64
+
+
+@pytest.fixture
+def allocator() -> BuddyAllocator:
+    zones = [
+        ZoneSpec(name="DMA32", present=RangeSet([(0, CHUNKS * CHUNK)])),
+        ZoneSpec(name="Normal", node=1, present=RangeSet([(CHUNKS * CHUNK, CHUNKS * CHUNK)])),
+    ]
+    return BuddyAllocator(zones, chunk_order=9)
+
+
+def freed(allocator: BuddyAllocator, chunks: int) -> RangeSet:
+    """Allocate so many chunks, free them, and say where they lie."""
+    pfns = [allocator.allocate(9) for _ in range(chunks)]
+    for pfn in pfns:
+        allocator.free(pfn, 9)
+    return RangeSet((pfn, CHUNK) for pfn in pfns)
+
+
+def drain(isolator: EmbeddedIsolator, max_ranges: int = 512) -> RangeSet:
+    """Isolate and release until nothing is left; all that came."""
+    seen = EMPTY
+    while ranges := isolator.isolate(max_ranges, 1 << 20):
+        seen |= ranges
+        isolator.release(ranges, hinted=True)
+    return seen
+
+
+def test_exactly_what_was_freed_is_isolated(allocator: BuddyAllocator) -> None:
+    isolator = EmbeddedIsolator(allocator, threshold_chunks=16)
+    chunks = freed(allocator, 40)
+    assert drain(isolator) == chunks
+    assert isolator.idle()
+    assert not drain(isolator), "released chunks are not new"
+
+
+def test_both_bounds_of_a_batch_are_kept(allocator: BuddyAllocator) -> None:
+    """v11 sent stale entries of its array when the last batch was not full."""
+    isolator = EmbeddedIsolator(allocator, threshold_chunks=16)
+    chunks = freed(allocator, 23)
+    sizes = []
+    seen = EMPTY
+    while ranges := isolator.isolate(10, 7 * CHUNK):
+        assert len(ranges) <= 10
+        assert not ranges & seen, "a partial last batch repeats an earlier one"
+        sizes.append(ranges.page_count // CHUNK)
+        seen |= ranges
+    assert sizes == [7, 7, 7, 2]
+    assert seen == chunks
+
+
+def test_chunks_used_again_before_the_scan_are_not_isolated(allocator: BuddyAllocator) -> None:
+    isolator = EmbeddedIsolator(allocator, threshold_chunks=16)
+    chunks = freed(allocator, 20)
+    used = RangeSet((allocator.allocate(9), CHUNK) for _ in range(8))
+    assert drain(isolator) == chunks - used
+
+
+def test_what_the_host_did_not_act_on_comes_again(allocator: BuddyAllocator) -> None:
+    isolator = EmbeddedIsolator(allocator, threshold_chunks=16)
+    freed(allocator, 20)
+    ranges = isolator.isolate(512, 1 << 20)
+    isolator.release(ranges, hinted=False)
+    assert not isolator.idle()
+    assert drain(isolator) == ranges
+
+
+def test_it_wakes_the_core_at_the_threshold(allocator: BuddyAllocator) -> None:
+    isolator = EmbeddedIsolator(allocator, threshold_chunks=16)
+    woken: list[bool] = []
+    isolator.start(lambda: woken.append(True))
+    freed(allocator, 15)
+    assert not woken
+    freed(allocator, 16)
+    assert woken
+
+
+def test_a_zone_at_its_watermark_keeps_its_bits_for_later(allocator: BuddyAllocator) -> None:
+    """A chunk that may not be isolated now must not be forgotten."""
+    isolator = EmbeddedIsolator(allocator, threshold_chunks=16)
+    chunks = freed(allocator, CHUNKS)
+    for zone in allocator.zones:
+        zone.low_watermark_pages = 8 * CHUNK
+    held = RangeSet()
+    while part := isolator.isolate(512, 1 << 20):
+        held |= part
+    assert isolator.idle(), "nothing more can be isolated while those are out"
+    assert held != chunks
+    isolator.release(held, hinted=True)
+    assert drain(isolator) | held == chunks
+
+
+def test_ranges_never_join_two_zones() -> None:
+    """v11 merged bits across NUMA nodes; a range here is released zone by zone."""
+    pages = 8 * CHUNK
+    zones = [
+        ZoneSpec(name="Normal", node=node, present=RangeSet([(node * pages, pages)]))
+        for node in (0, 1)
+    ]
+    allocator = BuddyAllocator(zones, chunk_order=9)
+    isolator = EmbeddedIsolator(allocator, threshold_chunks=1)
+    for zone in allocator.zones:
+        zone.low_watermark_pages = zone.min_watermark_pages = 0
+    blocks = [allocator.allocate(10) for _ in range(8)]
+    for pfn in blocks:
+        allocator.free(pfn, 10)
+    free_before = [zone.free_page_count for zone in allocator.zones]
+    ranges = isolator.isolate(512, 1 << 20)
+    isolator.release(ranges, hinted=True)
+    assert [zone.free_page_count for zone in allocator.zones] == free_before
