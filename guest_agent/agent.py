@@ -72,8 +72,11 @@ def _run_embedded(config: Config, channel: grpc.Channel, identity: pb.Identity) 
         name="workload",
         daemon=True,
     ).start()
-    isolator = EmbeddedIsolator(allocator, config.threshold_chunks)
-    _hint(config, channel, identity, boot, isolator, "bitmap", lambda: _free_bytes(allocator))
+    tracker = config.tracker or "bitmap"
+    isolator = EmbeddedIsolator(
+        allocator, tracker=tracker, threshold_chunks=config.threshold_chunks
+    )
+    _hint(config, channel, identity, boot, isolator, tracker, lambda: _free_bytes(allocator))
 
 
 def _free_bytes(allocator: BuddyAllocator) -> int:

@@ -10,6 +10,7 @@ from hintfleet.errors import InvalidInput
 
 METHODS = ("none", "hinting")
 MEMORIES = ("kernel", "embedded")
+TRACKERS = ("", "bitmap", "reported")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,14 @@ def _check_values(config: Config) -> None:
     for name, value, allowed in (
         ("method", config.method, METHODS),
         ("memory", config.memory, MEMORIES),
+        ("tracker", config.tracker, TRACKERS),
         ("chunk_order", config.chunk_order, range(11)),
         ("threshold_chunks", config.threshold_chunks, range(1, 1 << 20)),
     ):
         if value not in allowed:
-            said = f"0 to {allowed[-1]}" if isinstance(allowed, range) else " or ".join(allowed)
+            said = (
+                f"0 to {allowed[-1]}"
+                if isinstance(allowed, range)
+                else " or ".join(filter(None, allowed))
+            )
             raise InvalidInput(f"agent configuration: {name} is {value!r}, must be {said}")

@@ -1,12 +1,17 @@
-"""Isolation in an embedded guest: the emulated buddy's own, fed by the bitmap tracker."""
+"""Isolation in an embedded guest: the emulated buddy's own, fed by either tracker."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from guest_agent.memory.buddy import BuddyAllocator, Zone
-from guest_agent.tracking import BitmapTracker
+from guest_agent.tracking import BitmapTracker, ReportedTracker, Tracker
 from hintfleet.ranges import EMPTY, RangeSet
+
+TRACKERS: dict[str, Callable[[BuddyAllocator, Zone], Tracker]] = {
+    "bitmap": lambda allocator, _zone: BitmapTracker(allocator.chunk_order),
+    "reported": ReportedTracker,
+}
 
 
 class EmbeddedIsolator:
@@ -14,15 +19,19 @@ class EmbeddedIsolator:
 
     name = "embedded"
 
-    def __init__(self, allocator: BuddyAllocator, threshold_chunks: int) -> None:
+    def __init__(
+        self, allocator: BuddyAllocator, *, tracker: str = "bitmap", threshold_chunks: int
+    ) -> None:
         """Track `allocator` from now on.
 
+        :param tracker: a key of TRACKERS.
         :param threshold_chunks: waiting chunks that wake the core without being asked.
         """
         self._allocator = allocator
         self._threshold_chunks = threshold_chunks
         self._chunk_pages = 1 << allocator.chunk_order
-        self._trackers = {zone: BitmapTracker(allocator.chunk_order) for zone in allocator.zones}
+        self._trackers = {zone: TRACKERS[tracker](allocator, zone) for zone in allocator.zones}
+        self._woken = False
         self._wake: Callable[[], None] = lambda: None
         allocator.on_chunk_free = self._on_chunk_free
 
@@ -33,10 +42,12 @@ class EmbeddedIsolator:
     def _on_chunk_free(self, zone: Zone, pfn: int) -> None:
         tracker = self._trackers[zone]
         tracker.mark(pfn)
-        if tracker.waiting_count == self._threshold_chunks:
+        if tracker.waiting_count >= self._threshold_chunks and not self._woken:
+            self._woken = True
             self._wake()
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
+        self._woken = False
         # A chunk makes at most one range, so that bounding chunks bounds both.
         room = min(max_ranges, max_pages // self._chunk_pages)
         isolated: list[tuple[int, int]] = []
@@ -54,7 +65,7 @@ class EmbeddedIsolator:
         return RangeSet(isolated)
 
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
-        self._allocator.release(ranges)
+        self._allocator.release(ranges, reported=hinted)
         if not hinted:
             for pfn, page_count in ranges:
                 for chunk in range(pfn, pfn + page_count, self._chunk_pages):

@@ -35,6 +35,7 @@ _BATCH_STILL_ISOLATED = 1 << 0
 _IOC_WRITE, _IOC_READ = 1, 2
 _IOC_ACK = _IOC_WRITE << 30 | _SEQ.size << 16 | ord("h") << 8 | 1
 _IOC_REPORT_NOW = ord("h") << 8 | 2
+_IOC_RETURN = _IOC_WRITE << 30 | _SEQ.size << 16 | ord("h") << 8 | 4
 _IOC_STATUS = _IOC_READ << 30 | _STATUS.size << 16 | ord("h") << 8 | 3
 
 # How long the module shows a batch that nobody reads.
@@ -64,6 +65,7 @@ class KmodIsolator:
         self._seq = 0
         self._rest: list[Range] = []
         self._parts_out = 0
+        self._all_hinted = True
         self._acknowledged = Event()
         self._closing = -1
         self._watcher: Thread | None = None
@@ -100,10 +102,13 @@ class KmodIsolator:
         self._parts_out += bool(taken)
         return RangeSet(taken)
 
-    def release(self, ranges: RangeSet) -> None:
+    def release(self, ranges: RangeSet, *, hinted: bool) -> None:
         self._parts_out -= bool(ranges)
+        self._all_hinted &= hinted
         if ranges and not self._rest and not self._parts_out:
-            fcntl.ioctl(self._fd, _IOC_ACK, _SEQ.pack(self._seq))
+            answer = _IOC_ACK if self._all_hinted else _IOC_RETURN
+            fcntl.ioctl(self._fd, answer, _SEQ.pack(self._seq))
+            self._all_hinted = True
             self._acknowledged.set()
 
     def report_now(self) -> None:

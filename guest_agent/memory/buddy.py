@@ -1,8 +1,9 @@
 """A Linux-like buddy allocator: the memory of an embedded guest.
 
 Zones, orders 0 to MAX_ORDER, splitting and merging as in mm/page_alloc.c, low and
-min watermarks, and the hook of the 2019 thread in the free path: it tells the
-tracker which chunks became free. Not covered: per-CPU lists, migrate types,
+min watermarks, and what both designs of the 2019 thread need: a hook in the free
+path that tells which chunks became free (Lal), and a mark on free blocks that were
+reported (Duyck; PageReported in mm/page_reporting.h). Not covered: per-CPU lists, migrate types,
 compaction, reclaim; an allocation that does not fit fails.
 
 It hands out page frames only; what is in them lies in the guest's RAM file.
@@ -41,7 +42,7 @@ class ZoneSpec:
 class Zone:
     """Free lists of one zone. Not locked: the allocator does that."""
 
-    def __init__(self, spec: ZoneSpec) -> None:
+    def __init__(self, spec: ZoneSpec, chunk_order: int) -> None:
         self.name = spec.name
         self.node = spec.node
         self.present = spec.present
@@ -49,6 +50,11 @@ class Zone:
         # Insertion order makes each a stack: the block freed last is allocated first,
         # as the kernel does with the head of a free list.
         self.free_area: list[dict[int, None]] = [{} for _ in range(MAX_ORDER + 1)]
+        # Free blocks of at least a chunk that do not bear the mark, with their orders:
+        # the kernel keeps them at the head of each free list.
+        self.unreported: dict[int, int] = {}
+        self.unreported_page_count = 0
+        self._chunk_order = chunk_order
         # mm/page_alloc.c init_per_zone_wmark_min: sqrt-shaped; low = min + min/4.
         present_kib = spec.present.page_count * 4
         self.min_watermark_pages = int((present_kib * 16) ** 0.5) // 4
@@ -61,9 +67,8 @@ class Zone:
         """Take a block of `order` from the smallest block that has one; None if none has."""
         for have in range(order, MAX_ORDER + 1):
             if self.free_area[have]:
-                pfn, _ = self.free_area[have].popitem()
-                self.free_page_count -= 1 << order
-                self._put_back_halves(pfn, have, pfn, order)
+                pfn = next(reversed(self.free_area[have]))
+                self._split(pfn, have, pfn, order)
                 return pfn
         return None
 
@@ -72,35 +77,56 @@ class Zone:
         for have in range(order, MAX_ORDER + 1):
             head = pfn & -(1 << have)
             if head in self.free_area[have]:
-                del self.free_area[have][head]
-                self.free_page_count -= 1 << order
-                self._put_back_halves(head, have, pfn, order)
+                self._split(head, have, pfn, order)
                 return True
         return False
 
-    def put(self, pfn: int, order: int) -> int:
-        """Free a block, merge it with its buddies, and return the order it ended in."""
-        self.free_page_count += 1 << order
+    def put(self, pfn: int, order: int, *, reported: bool = False) -> int:
+        """Free a block, merge it with its buddies, and return the order it ended in.
+
+        The result bears the reported mark if all its parts did. (The kernel drops the
+        mark whenever blocks merge or are split, and reports such memory once more.)
+        """
         while order < MAX_ORDER:
             buddy = pfn ^ 1 << order
             if buddy not in self.free_area[order]:
                 break
-            del self.free_area[order][buddy]
+            reported &= self._remove(buddy, order)
             pfn &= buddy
             order += 1
-        self.free_area[order][pfn] = None
+        self._insert(pfn, order, reported)
         return order
 
-    def _put_back_halves(self, head: int, have: int, pfn: int, order: int) -> None:
-        """Free what is left of the block `head` after `pfn` was taken out of it."""
+    def _split(self, head: int, have: int, pfn: int, order: int) -> None:
+        """Take the block `pfn` out of the free block `head`; what is left stays free."""
+        reported = self._remove(head, have)
         while have > order:
             have -= 1
             half = head + (1 << have)
             if pfn < half:
-                self.free_area[have][half] = None
+                self._insert(half, have, reported)
             else:
-                self.free_area[have][head] = None
+                self._insert(head, have, reported)
                 head = half
+
+    def _insert(self, pfn: int, order: int, reported: bool) -> None:
+        self.free_area[order][pfn] = None
+        self.free_page_count += 1 << order
+        if order >= self._chunk_order and not reported:
+            self.unreported[pfn] = order
+            self.unreported_page_count += 1 << order
+
+    def _remove(self, pfn: int, order: int) -> bool:
+        """Take a whole block off its list; whether it bore the reported mark."""
+        del self.free_area[order][pfn]
+        self.free_page_count -= 1 << order
+        if order < self._chunk_order:
+            return False
+        if pfn not in self.unreported:
+            return True
+        del self.unreported[pfn]
+        self.unreported_page_count -= 1 << order
+        return False
 
 
 class BuddyAllocator:
@@ -111,7 +137,7 @@ class BuddyAllocator:
 
         :param chunk_order: the order at which the free hook is told, 0 to MAX_ORDER.
         """
-        self.zones = tuple(Zone(spec) for spec in zones)
+        self.zones = tuple(Zone(spec, chunk_order) for spec in zones)
         self.chunk_order = chunk_order
         self.isolated_page_count = 0
         self.on_chunk_free: FreeHook = _ignore
@@ -178,13 +204,31 @@ class BuddyAllocator:
             self.isolated_page_count += 1 << self.chunk_order
             return True
 
-    def release(self, ranges: RangeSet) -> None:
-        """Put isolated chunks back. The hook is not called: they hold nothing new."""
+    def unreported_chunks(self, zone: Zone, max_chunks: int) -> list[int]:
+        """First pfns of free chunks that do not bear the reported mark, newest blocks first.
+
+        What a pass of mm/page_reporting.c looks at; it stops after `max_chunks`, so
+        its cost does not grow with the free lists.
+        """
+        found: list[int] = []
+        with self._lock:
+            for pfn in reversed(zone.unreported):
+                end = pfn + (1 << zone.unreported[pfn])
+                found += range(pfn, end, 1 << self.chunk_order)
+                if len(found) >= max_chunks:
+                    break
+        return found[:max_chunks]
+
+    def release(self, ranges: RangeSet, *, reported: bool) -> None:
+        """Put isolated chunks back; the hook is not called: they hold nothing new.
+
+        :param reported: whether they get the mark.
+        """
         with self._lock:
             for pfn, page_count in ranges:
                 # Chunk by chunk: a range may run from the end of one zone into the next.
                 for chunk in range(pfn, pfn + page_count, 1 << self.chunk_order):
-                    self.zone_of(chunk).put(chunk, self.chunk_order)
+                    self.zone_of(chunk).put(chunk, self.chunk_order, reported=reported)
             self.isolated_page_count -= ranges.page_count
             self._returned.notify_all()
 

@@ -57,6 +57,7 @@ class EmbeddedGuest:
             "token": request.token,
             "method": host_pb2.Method.Name(request.spec.method).lower(),
             "isolator": "embedded",
+            "tracker": hinting.tracker,
             "chunk_order": hinting.chunk_order or 9,
             "threshold_chunks": hinting.threshold_chunks or 16,
             "memory": "embedded",
@@ -137,10 +138,11 @@ def _check_settings(spec: host_pb2.GuestSpec) -> None:
         raise Refused(f"an embedded guest has no method {host_pb2.Method.Name(spec.method)}")
     for what, value, allowed in (
         ("isolator", spec.hinting.isolator, ("", "embedded")),
-        ("tracker", spec.hinting.tracker, ("", "bitmap")),
+        ("tracker", spec.hinting.tracker, ("", "bitmap", "reported")),
         ("policy", spec.hinting.policy, ("", "eager")),
     ):
         if value not in allowed:
             raise Refused(
-                f"an embedded guest has no {what} {value!r}", hint=f"{what}: {allowed[-1]}"
+                f"an embedded guest has no {what} {value!r}",
+                hint=f"{what}: {' or '.join(filter(None, allowed))}",
             )

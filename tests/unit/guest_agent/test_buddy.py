@@ -93,12 +93,12 @@ class BuddyMachine(RuleBasedStateMachine):
         self.held |= wanted
         return pfn
 
-    @rule(pfn=consumes(isolated))
-    def release(self, pfn: int | None) -> None:
+    @rule(pfn=consumes(isolated), reported=st.booleans())
+    def release(self, pfn: int | None, reported: bool) -> None:
         if pfn is None:
             return
         self.marked.clear()
-        self.allocator.release(RangeSet([(pfn, CHUNK)]))
+        self.allocator.release(RangeSet([(pfn, CHUNK)]), reported=reported)
         self.held -= RangeSet([(pfn, CHUNK)])
         assert not self.marked, "a released chunk must not be hinted again"
 
@@ -145,7 +145,7 @@ def test_allocation_waits_for_what_is_isolated() -> None:
     waiter.start()
     time.sleep(0.05)
     assert not got
-    allocator.release(RangeSet([(0, 32 * CHUNK)]))
+    allocator.release(RangeSet([(0, 32 * CHUNK)]), reported=True)
     waiter.join(10)
     assert got
 
