@@ -21,7 +21,7 @@ from guest_agent import hinting
 from guest_agent.isolation import Isolator
 from hintfleet import __version__
 from hintfleet.errors import from_rpc_error
-from hintfleet.ranges import encode
+from hintfleet.ranges import decode, encode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
@@ -195,7 +195,9 @@ class HintingSession:
             )
         if kind == "settle":
             return self._core.settle_requested(message.settle.request_id)
-        if kind == "policy":
+        if kind == "refaulted":
+            self._isolator.used_again(decode(message.refaulted.ranges))
+        elif kind == "policy":
             self._obey(message.policy)
         return []
 

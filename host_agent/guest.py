@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from hintfleet.errors import GuestLost, HintfleetError, OutcomeUnknown, Refused, TransientError
-from hintfleet.ranges import EMPTY, RangeSet
+from hintfleet.ranges import EMPTY, RangeSet, encode
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.gate import Epochs, Gate, State
 from host_agent.guests import RunningGuest
@@ -23,6 +23,8 @@ from host_agent.ledger import Ledger
 from host_agent.reclaim import Outcome, reclaim, skip
 
 _T = TypeVar("_T")
+
+_NEWS_OF_LOSS_S = 1.0
 
 
 class Stream:
@@ -163,7 +165,7 @@ class Guest:
             self._hinting = None
             self.gate.close()
             error = TransientError(f"guest {self.name}: its hinting session ended")
-            self._fail_answers(stream, error)
+            self._fail_answers_soon(stream, error)
 
     def attach_workload(self, stream: Stream) -> None:
         """Make `stream` the one that workload commands go to."""
@@ -177,7 +179,7 @@ class Guest:
         if self._workload is stream:
             self._workload = None
             error = OutcomeUnknown(f"guest {self.name}: its workload stream ended")
-            self._fail_answers(stream, error)
+            self._fail_answers_soon(stream, error)
 
     def answer(self, request_id: int, message: object) -> None:
         """The guest answered a request; one that nobody waits for is dropped."""
@@ -188,6 +190,12 @@ class Guest:
         hints = self.spec.method == host_pb2.HINTING
         if self._workload is not None and (not hints or self.gate.state is State.OPEN):
             self._ready.set()
+
+    def _fail_answers_soon(self, stream: Stream, error: HintfleetError) -> None:
+        """A stream often ends because its guest does, and that news takes its own way: it
+        is given time to arrive, for it says more."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(_NEWS_OF_LOSS_S, self._fail_answers, stream, error)
 
     def _fail_answers(self, stream: Stream, error: HintfleetError) -> None:
         for asked, answer in self._answers.values():
@@ -212,6 +220,7 @@ class Guest:
 
     async def settle(self) -> hinting_pb2.Settled:
         """Have the guest report now; return when all that it can hint is acknowledged."""
+        await self.tell_refaults()
         return await self._request(
             self._hinting,
             "hinting session",
@@ -245,11 +254,10 @@ class Guest:
 
     async def run_batch(
         self, epoch: int, hinted: RangeSet, received_s: float, wire_bytes: int
-    ) -> tuple[Outcome, RangeSet]:
+    ) -> Outcome:
         """Reclaim a batch if it may run, and enter it into the books.
 
-        Returns the outcome and the ranges that refaulted since the last batch. The
-        work goes on if the caller is cancelled: a punch cannot be called back, and
+        The work goes on if the caller is cancelled: a punch cannot be called back, and
         the lock must be held until it is over.
         """
         task = asyncio.create_task(self._run_batch(epoch, hinted, received_s, wire_bytes))
@@ -259,7 +267,7 @@ class Guest:
 
     async def _run_batch(
         self, epoch: int, hinted: RangeSet, received_s: float, wire_bytes: int
-    ) -> tuple[Outcome, RangeSet]:
+    ) -> Outcome:
         async with self._ram_lock:
             reason = self.gate.admit(epoch, time.monotonic() - received_s)
             if reason is not None or self.running is None or self._ledger is None:
@@ -268,8 +276,15 @@ class Guest:
                 outcome = await asyncio.to_thread(reclaim, self.running.ram, hinted)
             if self._ledger is not None:
                 self._ledger.post(hinted, outcome, wire_bytes)
-            refaulted, self._unsaid_refaults = self._unsaid_refaults, EMPTY
-            return outcome, refaulted
+            return outcome
+
+    async def tell_refaults(self) -> None:
+        """Audit, and tell the guest which reclaimed ranges it has used again since."""
+        await self.ledger()
+        if self._unsaid_refaults and self._hinting is not None:
+            said, self._unsaid_refaults = self._unsaid_refaults, EMPTY
+            message = hinting_pb2.Refaulted(ranges=encode(said))
+            self._hinting.send(hinting_pb2.HostMessage(refaulted=message))
 
     async def ledger(self) -> host_pb2.Ledger:
         """Audit against the RAM file and return the books."""

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from typing import TypeVar
 
 from hintfleet.errors import HintfleetError, InvalidInput
-from hintfleet.ranges import EMPTY, RangeSet, decode, encode
+from hintfleet.ranges import RangeSet, decode, encode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceServicer
@@ -25,7 +25,6 @@ from host_agent.registry import Registry
 _FIRST_MESSAGE_S = 10.0
 _DEFAULT_PERIOD_MS = 200
 _DEFAULT_THRESHOLD_CHUNKS = 16
-_LONGEST_REFAULT_LIST = 1024
 _M = TypeVar("_M")
 
 
@@ -49,7 +48,10 @@ class GuestService(HintingServiceServicer):
                 yield pb.HostMessage(
                     welcome=pb.Welcome(epoch=epoch, policy=_policy(guest), limits=LIMITS)
                 )
-                async with ended_by(stream, _Receiver(guest, stream).read(request_iterator)):
+                async with (
+                    ended_by(stream, _Receiver(guest, stream).read(request_iterator)),
+                    ended_by(stream, _tell_refaults(guest, _policy(guest).report_period_ms)),
+                ):
                     while (message := await stream.next()) is not None:
                         yield message  # type: ignore[misc]
             finally:
@@ -120,11 +122,11 @@ class _Receiver:
     async def _run_batches(self) -> None:
         while True:
             batch, hinted, received_s = await self._waiting.get()
-            outcome, refaulted = await self._guest.run_batch(
+            outcome = await self._guest.run_batch(
                 batch.epoch, hinted, received_s, len(batch.ranges)
             )
             self._in_flight -= 1
-            self._stream.send(pb.HostMessage(ack=_ack(batch, outcome, refaulted)))
+            self._stream.send(pb.HostMessage(ack=_ack(batch, outcome)))
 
 
 async def _read_done(guest: Guest, events: AsyncIterator[pb.WorkloadEvent]) -> None:
@@ -163,8 +165,14 @@ def _policy(guest: Guest) -> pb.Policy:
     )
 
 
-def _ack(batch: pb.Batch, outcome: Outcome, refaulted: RangeSet) -> pb.Ack:
-    said = refaulted if len(refaulted) <= _LONGEST_REFAULT_LIST else EMPTY
+async def _tell_refaults(guest: Guest, period_ms: int) -> None:
+    """Host-guided hinting: audit once per period, and say what was used again."""
+    while True:
+        await asyncio.sleep(period_ms / 1000)
+        await guest.tell_refaults()
+
+
+def _ack(batch: pb.Batch, outcome: Outcome) -> pb.Ack:
     return pb.Ack(
         epoch=batch.epoch,
         seq=batch.seq,
@@ -174,5 +182,4 @@ def _ack(batch: pb.Batch, outcome: Outcome, refaulted: RangeSet) -> pb.Ack:
             pb.Skipped(reason=reason, ranges=encode(ranges))
             for reason, ranges in outcome.skipped.items()
         ],
-        refaulted_ranges=encode(said),
     )

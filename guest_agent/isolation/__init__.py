@@ -45,6 +45,10 @@ class Isolator(Protocol):
     def report_now(self) -> None:
         """Make everything that is free ready for `isolate`, without delay. Never blocks."""
 
+    def used_again(self, ranges: RangeSet) -> None:
+        """The host says that these were reclaimed and are resident again (host-guided
+        hinting): hinting them gains, if they are free."""
+
     def idle(self) -> bool:
         """Whether nothing is ready, nor being made ready: `isolate` has nothing to give."""
 

@@ -74,6 +74,9 @@ class EmbeddedIsolator:
     def report_now(self) -> None:
         """Nothing to do: what is free is marked already."""
 
+    def used_again(self, ranges: RangeSet) -> None:
+        """Nothing to do: the allocator itself notices what is freed."""
+
     def idle(self) -> bool:
         return not any(
             tracker.waiting_count and self._allocator.isolation_budget_chunks(zone)

@@ -114,6 +114,9 @@ class KmodIsolator:
     def report_now(self) -> None:
         fcntl.ioctl(self._fd, _IOC_REPORT_NOW)
 
+    def used_again(self, ranges: RangeSet) -> None:
+        """Nothing to do: the allocator itself notices what is freed."""
+
     def idle(self) -> bool:
         """Whether no pass is queued or running, and none is due.
 

@@ -132,6 +132,7 @@ class HostMessage(_message.Message):
     ACK_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     SETTLE_FIELD_NUMBER: _builtins.int
+    REFAULTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -140,6 +141,8 @@ class HostMessage(_message.Message):
     def policy(self) -> Global___Policy: ...
     @_builtins.property
     def settle(self) -> Global___Settle: ...
+    @_builtins.property
+    def refaulted(self) -> Global___Refaulted: ...
     def __init__(
         self,
         *,
@@ -147,12 +150,13 @@ class HostMessage(_message.Message):
         ack: Global___Ack | None = ...,
         policy: Global___Policy | None = ...,
         settle: Global___Settle | None = ...,
+        refaulted: Global___Refaulted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "message", b"message", "policy", b"policy", "settle", b"settle", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "message", b"message", "policy", b"policy", "refaulted", b"refaulted", "settle", b"settle", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "message", b"message", "policy", b"policy", "settle", b"settle", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "message", b"message", "policy", b"policy", "refaulted", b"refaulted", "settle", b"settle", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "ack", "policy", "settle"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "ack", "policy", "settle", "refaulted"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -367,15 +371,12 @@ class Ack(_message.Message):
     RECLAIMED_BYTES_FIELD_NUMBER: _builtins.int
     ABSENT_BYTES_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
-    REFAULTED_RANGES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     seq: _builtins.int
     reclaimed_bytes: _builtins.int
     """Resident before, absent after."""
     absent_bytes: _builtins.int
     """Hinted, but nothing was resident there."""
-    refaulted_ranges: _builtins.bytes
-    """Reclaimed earlier and resident again: what the guest used again since."""
     @_builtins.property
     def skipped(self) -> _containers.RepeatedCompositeFieldContainer[Global___Skipped]: ...
     def __init__(
@@ -386,15 +387,38 @@ class Ack(_message.Message):
         reclaimed_bytes: _builtins.int = ...,
         absent_bytes: _builtins.int = ...,
         skipped: _abc.Iterable[Global___Skipped] | None = ...,
-        refaulted_ranges: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_bytes", b"absent_bytes", "epoch", b"epoch", "reclaimed_bytes", b"reclaimed_bytes", "refaulted_ranges", b"refaulted_ranges", "seq", b"seq", "skipped", b"skipped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_bytes", b"absent_bytes", "epoch", b"epoch", "reclaimed_bytes", b"reclaimed_bytes", "seq", b"seq", "skipped", b"skipped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Ack: _TypeAlias = Ack  # noqa: Y015
+
+@_typing.final
+class Refaulted(_message.Message):
+    """Host-guided hinting: what was reclaimed and is resident again, as seen since this
+    was last said. A guest that finds such pages free knows that hinting them gains.
+    Sent once per report period, if there is any, and before a Settle.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANGES_FIELD_NUMBER: _builtins.int
+    ranges: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        ranges: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ranges", b"ranges"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refaulted: _TypeAlias = Refaulted  # noqa: Y015
 
 @_typing.final
 class Settle(_message.Message):
