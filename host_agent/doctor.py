@@ -23,7 +23,7 @@ def examine(libvirt_uri: str) -> list[Finding]:
 
 def _examine(libvirt_uri: str) -> Iterator[Finding]:
     yield _try("hole punch on a memfd", _punch_a_memfd)
-    yield _try("guest image", lambda: f"kernel {find_image().kernel_version}")
+    yield _try("guest image", lambda: f"kernel {find_image().kernel_release}")
     yield _try("libvirt", lambda: _libvirt_detail(libvirt_uri))
 
 

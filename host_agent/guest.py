@@ -103,7 +103,8 @@ class Guest:
         for stream in (self._hinting, self._workload):
             if stream is not None:
                 stream.end(error)
-                self._fail_answers(stream, error)
+        for stream, _ in list(self._answers.values()):  # some may have left already
+            self._fail_answers(stream, error)
         self._ready.set()
 
     async def ready(self, timeout_s: float) -> None:
