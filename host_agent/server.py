@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
+import os
+import secrets
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -75,29 +76,29 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
     :raises Refused: an address cannot be bound.
     :raises InvalidInput: an address is not loopback.
     """
-    with tempfile.TemporaryDirectory(prefix="hintfleet-host-") as directory:
-        guest_socket = f"unix:{Path(directory) / 'guest.sock'}"
-        guest_server, (_, guest_port) = _make_server([guest_socket, settings.guest_listen])
-        control_server, (control_port,) = _make_server([settings.listen])
-        registry = Registry(_drivers(guest_socket, guest_port, settings.libvirt_uri))
-        add_HintingServiceServicer_to_server(GuestService(registry), guest_server)
-        _add_control(
-            control_server, ControlService(registry, settings.name, settings.memory_budget_bytes)
+    # Abstract: it has no file, so nothing is left behind however this process ends.
+    # Anybody on this host can reach it; what counts is a guest's token.
+    guest_socket = f"unix-abstract:hintfleet-{os.getpid()}-{secrets.token_hex(8)}"
+    guest_server, (_, guest_port) = _make_server([guest_socket, settings.guest_listen])
+    control_server, (control_port,) = _make_server([settings.listen])
+    registry = Registry(_drivers(guest_socket, guest_port, settings.libvirt_uri))
+    control = ControlService(registry, settings.name, settings.memory_budget_bytes)
+    add_HintingServiceServicer_to_server(GuestService(registry), guest_server)
+    _add_control(control_server, control)
+    await guest_server.start()
+    await control_server.start()
+    try:
+        yield Serving(
+            control=_with_port(settings.listen, control_port),
+            guest=_with_port(settings.guest_listen, guest_port),
+            registry=registry,
         )
-        await guest_server.start()
-        await control_server.start()
-        try:
-            yield Serving(
-                control=_with_port(settings.listen, control_port),
-                guest=_with_port(settings.guest_listen, guest_port),
-                registry=registry,
-            )
-        finally:
-            await registry.close()
-            await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
-            if settings.listen.startswith("unix:"):
-                with contextlib.suppress(FileNotFoundError):
-                    Path(settings.listen.removeprefix("unix:")).unlink()
+    finally:
+        await registry.close()
+        await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
+        if settings.listen.startswith("unix:"):
+            with contextlib.suppress(FileNotFoundError):
+                Path(settings.listen.removeprefix("unix:")).unlink()
 
 
 def _drivers(
@@ -143,7 +144,7 @@ def _add_control(server: aio.Server, control: ControlService) -> None:
 
 def _check_loopback(address: str) -> None:
     host = address.rpartition(":")[0].strip("[]")
-    if not address.startswith("unix:") and host not in ("127.0.0.1", "::1", "localhost"):
+    if not address.startswith("unix") and host not in ("127.0.0.1", "::1", "localhost"):
         raise InvalidInput(
             f"{address} is not loopback, and this agent speaks plain text",
             hint="listen on unix:PATH or 127.0.0.1:PORT",
