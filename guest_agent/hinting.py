@@ -110,6 +110,7 @@ class HintingCore:
         # Kept one by one: an isolator takes back exactly what it gave.
         self._unfenced: list[RangeSet] = [still_isolated] if still_isolated else []
         self._settling: _Settling | None = None
+        self._allowance_pages: int | None = None
 
     @property
     def still_isolated(self) -> RangeSet:
@@ -148,6 +149,11 @@ class HintingCore:
             raise ProtocolViolation(f"ack of batch {seq}, which is not in flight")
         return [Release(self._in_flight.pop(seq), hinted=acted), *self._ask()]
 
+    def allowed(self, pages: int | None) -> Sequence[Instruction]:
+        """The host says how much may be hinted from now on; None for no bound."""
+        self._allowance_pages = pages
+        return self._ask()
+
     def ready(self) -> Sequence[Instruction]:
         """The isolator woke us: there may be enough to isolate."""
         return self._ask()
@@ -166,6 +172,8 @@ class HintingCore:
         self._in_flight[self._seq] = ranges
         self.batch_count += 1
         self.hinted_page_count += ranges.page_count
+        if self._allowance_pages is not None:
+            self._allowance_pages -= ranges.page_count
         return [Send(self._epoch, self._seq, ranges), *self._ask()]
 
     def settle_requested(self, request_id: int) -> Sequence[Instruction]:
@@ -186,7 +194,10 @@ class HintingCore:
     def _ask(self) -> Sequence[Instruction]:
         if self.state is not State.OPEN or len(self._in_flight) >= self._limits.batches_in_flight:
             return []
-        return [Isolate(self._limits.ranges_per_batch, self._limits.pages_per_batch)]
+        pages = self._limits.pages_per_batch
+        if self._allowance_pages is not None:
+            pages = min(pages, self._allowance_pages)
+        return [Isolate(self._limits.ranges_per_batch, pages)] if pages > 0 else []
 
     def _settle_on(self, *, isolator_idle: bool) -> Sequence[Instruction]:
         """Settled when a whole pass of the isolator gave nothing and nothing is in flight.

@@ -27,7 +27,7 @@ from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
 _SETTLING_PERIOD_S = 0.02
-_TELEMETRY_PERIOD_S = 2.0
+_TELEMETRY_PERIOD_S = 1.0
 _LONGEST_PAUSE_S = 2.0
 
 # Reasons that hold for a whole batch and may be gone next time. Not OUTSIDE_RAM and its
@@ -83,7 +83,7 @@ class HintingSession:
     ) -> None:
         """Start the isolator.
 
-        :param telemetry: what the agent costs and sees, asked every 2 s at the most.
+        :param telemetry: what the agent costs and sees, asked every second at the most.
         :raises Refused: the isolator cannot work here.
         """
         self._stub = HintingServiceStub(channel)
@@ -198,11 +198,16 @@ class HintingSession:
         if kind == "refaulted":
             self._isolator.used_again(decode(message.refaulted.ranges))
         elif kind == "policy":
-            self._obey(message.policy)
+            return self._obey(message.policy)
         return []
 
-    def _obey(self, policy: pb.Policy) -> None:
+    def _obey(self, policy: pb.Policy) -> Sequence[hinting.Instruction]:
         self._period_s = max(0.01, policy.report_period_ms / 1000)
+        self._isolator.only_cold(
+            policy.cold_after_ms / 1000 if policy.kind == pb.Policy.COLD else 0.0
+        )
+        bounded = policy.kind == pb.Policy.PRESSURE
+        return self._core.allowed(policy.allowance_pages if bounded else None)
 
     def _carry_out(self, instructions: Sequence[hinting.Instruction]) -> None:
         todo = deque(instructions)

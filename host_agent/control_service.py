@@ -160,6 +160,7 @@ async def _sample(guest: Guest) -> host_pb2.Sample:
         agent_rss_bytes=told.agent_rss_bytes,
         tracker_bytes=told.tracker_bytes,
         guest_free_bytes=told.free_bytes,
+        refusals=guest.refusals,
     )
 
 

@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -71,6 +72,9 @@ class Guest:
         self.spec = spec
         self.gate = Gate()
         self.telemetry = hinting_pb2.Telemetry()
+        self.refusals: Counter[str] = Counter()
+        """How often its policy allowed it nothing, by reason."""
+        self._allowed_something = False
         self.running: RunningGuest | None = None
         self.token = token
         self._ledger: Ledger | None = None
@@ -286,6 +290,13 @@ class Guest:
             said, self._unsaid_refaults = self._unsaid_refaults, EMPTY
             message = hinting_pb2.Refaulted(ranges=encode(said))
             self._hinting.send(hinting_pb2.HostMessage(refaulted=message))
+
+    def tell_policy(self, policy: hinting_pb2.Policy) -> None:
+        """Tell the guest's agent, if one is in session. Nothing twice in a row is not said."""
+        nothing_again = not policy.allowance_pages and not self._allowed_something
+        if self._hinting is not None and not nothing_again:
+            self._allowed_something = bool(policy.allowance_pages)
+            self._hinting.send(hinting_pb2.HostMessage(policy=policy))
 
     async def ledger(self) -> host_pb2.Ledger:
         """Audit against the RAM file and return the books."""

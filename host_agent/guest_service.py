@@ -19,12 +19,11 @@ from hintfleet.v1.hinting_pb2_grpc import HintingServiceServicer
 from host_agent.edge import Context, abort, ended_by
 from host_agent.gate import LIMITS
 from host_agent.guest import Guest, Stream
+from host_agent.pressure import policy_of
 from host_agent.reclaim import Outcome
 from host_agent.registry import Registry
 
 _FIRST_MESSAGE_S = 10.0
-_DEFAULT_PERIOD_MS = 200
-_DEFAULT_THRESHOLD_CHUNKS = 16
 _M = TypeVar("_M")
 
 
@@ -46,11 +45,13 @@ class GuestService(HintingServiceServicer):
             epoch = await guest.take_over_hinting(stream, self._registry.epochs)
             try:
                 yield pb.HostMessage(
-                    welcome=pb.Welcome(epoch=epoch, policy=_policy(guest), limits=LIMITS)
+                    welcome=pb.Welcome(
+                        epoch=epoch, policy=policy_of(guest.spec.hinting), limits=LIMITS
+                    )
                 )
                 async with (
                     ended_by(stream, _Receiver(guest, stream).read(request_iterator)),
-                    ended_by(stream, _tell_refaults(guest, _policy(guest).report_period_ms)),
+                    ended_by(stream, _tell_refaults(guest)),
                 ):
                     while (message := await stream.next()) is not None:
                         yield message  # type: ignore[misc]
@@ -156,19 +157,11 @@ def _check_hello(hello: pb.Hello) -> None:
     decode(hello.still_isolated_ranges)
 
 
-def _policy(guest: Guest) -> pb.Policy:
-    settings = guest.spec.hinting
-    return pb.Policy(
-        kind=pb.Policy.EAGER,
-        report_period_ms=settings.report_period_ms or _DEFAULT_PERIOD_MS,
-        threshold_chunks=settings.threshold_chunks or _DEFAULT_THRESHOLD_CHUNKS,
-    )
-
-
-async def _tell_refaults(guest: Guest, period_ms: int) -> None:
+async def _tell_refaults(guest: Guest) -> None:
     """Host-guided hinting: audit once per period, and say what was used again."""
+    period_s = policy_of(guest.spec.hinting).report_period_ms / 1000
     while True:
-        await asyncio.sleep(period_ms / 1000)
+        await asyncio.sleep(period_s)
         await guest.tell_refaults()
 
 

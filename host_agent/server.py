@@ -31,6 +31,7 @@ from host_agent.guest_service import GuestService
 from host_agent.guests import GuestDriver
 from host_agent.guests.embedded import EmbeddedDriver
 from host_agent.guests.libvirt import LibvirtDriver
+from host_agent.pressure import Pressure
 from host_agent.registry import Registry
 
 _GUEST_LOOPBACK = "10.0.2.2"
@@ -87,6 +88,8 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
     _add_control(control_server, control)
     await guest_server.start()
     await control_server.start()
+    pressure = Pressure(lambda: registry.guests, settings.memory_budget_bytes)
+    pressing = asyncio.create_task(pressure.run())
     try:
         yield Serving(
             control=_with_port(settings.listen, control_port),
@@ -94,6 +97,9 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
             registry=registry,
         )
     finally:
+        pressing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await pressing
         await registry.close()
         await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
         if settings.listen.startswith("unix:"):
@@ -144,7 +150,11 @@ def _add_control(server: aio.Server, control: ControlService) -> None:
 
 def _check_loopback(address: str) -> None:
     host = address.rpartition(":")[0].strip("[]")
-    if not address.startswith("unix") and host not in ("127.0.0.1", "::1", "localhost"):
+    if not address.startswith(("unix:", "unix-abstract:")) and host not in (
+        "127.0.0.1",
+        "::1",
+        "localhost",
+    ):
         raise InvalidInput(
             f"{address} is not loopback, and this agent speaks plain text",
             hint="listen on unix:PATH or 127.0.0.1:PORT",

@@ -49,6 +49,12 @@ class Isolator(Protocol):
         """The host says that these were reclaimed and are resident again (host-guided
         hinting): hinting them gains, if they are free."""
 
+    def only_cold(self, after_s: float) -> None:
+        """From now on, isolate only chunks that have been free for `after_s`; 0 for all.
+
+        :raises hintfleet.errors.Refused: this isolator does not know since when.
+        """
+
     def idle(self) -> bool:
         """Whether nothing is ready, nor being made ready: `isolate` has nothing to give."""
 

@@ -74,6 +74,10 @@ class EmbeddedIsolator:
     def report_now(self) -> None:
         """Nothing to do: what is free is marked already."""
 
+    def only_cold(self, after_s: float) -> None:
+        for tracker in self._trackers.values():
+            tracker.only_cold(after_s)
+
     def used_again(self, ranges: RangeSet) -> None:
         """Nothing to do: the allocator itself notices what is freed."""
 

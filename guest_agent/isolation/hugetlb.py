@@ -27,7 +27,7 @@ from guest_agent.memory.kernel import (
     parse_zoneinfo,
 )
 from guest_agent.procfs import boot_id, init_on_alloc
-from hintfleet.errors import TransientError
+from hintfleet.errors import Refused, TransientError
 from hintfleet.ranges import EMPTY, RangeSet
 
 CHUNK_ORDER = 9
@@ -99,6 +99,13 @@ class HugetlbIsolator:
     def used_again(self, ranges: RangeSet) -> None:
         """The host says that these are resident again: they can be reclaimed once more."""
         self._absent -= _whole_chunks(ranges)
+
+    def only_cold(self, after_s: float) -> None:
+        if after_s:
+            raise Refused(
+                "the kernel does not say since when a chunk is free: no policy cold with hugetlb",
+                hint="policy eager or pressure",
+            )
 
     def tracker_bytes(self) -> int:
         return 0

@@ -117,6 +117,13 @@ class KmodIsolator:
     def used_again(self, ranges: RangeSet) -> None:
         """Nothing to do: the allocator itself notices what is freed."""
 
+    def only_cold(self, after_s: float) -> None:
+        if after_s:
+            raise Refused(
+                "the kernel does not say since when a chunk is free: no policy cold with kmod",
+                hint="policy eager or pressure",
+            )
+
     def idle(self) -> bool:
         """Whether no pass is queued or running, and none is due.
 

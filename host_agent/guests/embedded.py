@@ -139,7 +139,7 @@ def _check_settings(spec: host_pb2.GuestSpec) -> None:
     for what, value, allowed in (
         ("isolator", spec.hinting.isolator, ("", "embedded")),
         ("tracker", spec.hinting.tracker, ("", "bitmap", "reported")),
-        ("policy", spec.hinting.policy, ("", "eager")),
+        ("policy", spec.hinting.policy, ("", "eager", "cold", "pressure")),
     ):
         if value not in allowed:
             raise Refused(

@@ -66,10 +66,16 @@ class HostClient:
         return call
 
     def create(
-        self, name: str = "g", *, method: host_pb2.Method.ValueType = host_pb2.HINTING
+        self,
+        name: str = "g",
+        *,
+        method: host_pb2.Method.ValueType = host_pb2.HINTING,
+        hinting: host_pb2.HintingSettings | None = None,
     ) -> host_pb2.Guest:
         """An embedded guest of 128 MiB."""
-        spec = host_pb2.GuestSpec(driver=host_pb2.EMBEDDED, memory_bytes=128 * MIB, method=method)
+        spec = host_pb2.GuestSpec(
+            driver=host_pb2.EMBEDDED, memory_bytes=128 * MIB, method=method, hinting=hinting
+        )
         command = host_pb2.CommandId(trial_id=TRIAL)
         request = host_pb2.CreateGuestRequest(command=command, name=name, spec=spec)
         return self.stub.CreateGuest(request, timeout=60)

@@ -277,30 +277,46 @@ class Policy(_message.Message):
         KIND_UNSPECIFIED: Policy._Kind.ValueType  # 0
         EAGER: Policy._Kind.ValueType  # 1
         """Hint every free chunk soon after it was freed."""
+        COLD: Policy._Kind.ValueType  # 2
+        """Hint only chunks that have been free for cold_after_ms."""
+        PRESSURE: Policy._Kind.ValueType  # 3
+        """Hint only as much as the host allows, which it does when it wants memory back."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: Policy.Kind.ValueType  # 0
     EAGER: Policy.Kind.ValueType  # 1
     """Hint every free chunk soon after it was freed."""
+    COLD: Policy.Kind.ValueType  # 2
+    """Hint only chunks that have been free for cold_after_ms."""
+    PRESSURE: Policy.Kind.ValueType  # 3
+    """Hint only as much as the host allows, which it does when it wants memory back."""
 
     KIND_FIELD_NUMBER: _builtins.int
     REPORT_PERIOD_MS_FIELD_NUMBER: _builtins.int
     THRESHOLD_CHUNKS_FIELD_NUMBER: _builtins.int
+    COLD_AFTER_MS_FIELD_NUMBER: _builtins.int
+    ALLOWANCE_PAGES_FIELD_NUMBER: _builtins.int
     kind: Global___Policy.Kind.ValueType
     report_period_ms: _builtins.int
     """How often the guest looks for free chunks below the threshold."""
     threshold_chunks: _builtins.int
     """Free chunks that make the guest hint at once, without waiting for the period."""
+    cold_after_ms: _builtins.int
+    """COLD only."""
+    allowance_pages: _builtins.int
+    """PRESSURE only: what may be hinted from now on; replaces what was allowed before."""
     def __init__(
         self,
         *,
         kind: Global___Policy.Kind.ValueType = ...,
         report_period_ms: _builtins.int = ...,
         threshold_chunks: _builtins.int = ...,
+        cold_after_ms: _builtins.int = ...,
+        allowance_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "report_period_ms", b"report_period_ms", "threshold_chunks", b"threshold_chunks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowance_pages", b"allowance_pages", "cold_after_ms", b"cold_after_ms", "kind", b"kind", "report_period_ms", b"report_period_ms", "threshold_chunks", b"threshold_chunks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

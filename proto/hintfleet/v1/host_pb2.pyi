@@ -167,9 +167,12 @@ class GuestSpec(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     HINTING_FIELD_NUMBER: _builtins.int
+    KERNEL_PARAMETERS_FIELD_NUMBER: _builtins.int
     driver: Global___Driver.ValueType
     memory_bytes: _builtins.int
     method: Global___Method.ValueType
+    kernel_parameters: _builtins.str
+    """Driver LIBVIRT only: more for the guest kernel's command line, as "init_on_alloc=0"."""
     @_builtins.property
     def hinting(self) -> Global___HintingSettings:
         """Method HINTING only."""
@@ -181,10 +184,11 @@ class GuestSpec(_message.Message):
         memory_bytes: _builtins.int = ...,
         method: Global___Method.ValueType = ...,
         hinting: Global___HintingSettings | None = ...,
+        kernel_parameters: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hinting", b"hinting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "hinting", b"hinting", "memory_bytes", b"memory_bytes", "method", b"method"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "hinting", b"hinting", "kernel_parameters", b"kernel_parameters", "memory_bytes", b"memory_bytes", "method", b"method"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -200,6 +204,8 @@ class HintingSettings(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     REPORT_PERIOD_MS_FIELD_NUMBER: _builtins.int
     THRESHOLD_CHUNKS_FIELD_NUMBER: _builtins.int
+    COLD_AFTER_MS_FIELD_NUMBER: _builtins.int
+    PRESSURE_PERCENT_FIELD_NUMBER: _builtins.int
     tracker: _builtins.str
     """"bitmap" or "reported"; empty where the isolator brings its own."""
     isolator: _builtins.str
@@ -207,9 +213,15 @@ class HintingSettings(_message.Message):
     chunk_order: _builtins.int
     """log2 of the pages in a chunk; 0 means 9."""
     policy: _builtins.str
-    """"eager"."""
+    """"eager" (also if empty), "cold" or "pressure"."""
     report_period_ms: _builtins.int
     threshold_chunks: _builtins.int
+    cold_after_ms: _builtins.int
+    """Policy cold: how long a chunk must have been free; 0 means 5 s."""
+    pressure_percent: _builtins.int
+    """Policy pressure: percent of the host's memory budget above which memory is
+    wanted back; 0 means 80.
+    """
     def __init__(
         self,
         *,
@@ -219,10 +231,12 @@ class HintingSettings(_message.Message):
         policy: _builtins.str = ...,
         report_period_ms: _builtins.int = ...,
         threshold_chunks: _builtins.int = ...,
+        cold_after_ms: _builtins.int = ...,
+        pressure_percent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_order", b"chunk_order", "isolator", b"isolator", "policy", b"policy", "report_period_ms", b"report_period_ms", "threshold_chunks", b"threshold_chunks", "tracker", b"tracker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_order", b"chunk_order", "cold_after_ms", b"cold_after_ms", "isolator", b"isolator", "policy", b"policy", "pressure_percent", b"pressure_percent", "report_period_ms", b"report_period_ms", "threshold_chunks", b"threshold_chunks", "tracker", b"tracker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -544,12 +558,33 @@ Global___SampleSet: _TypeAlias = SampleSet  # noqa: Y015
 class Sample(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class RefusalsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     GUEST_NAME_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
     AGENT_CPU_US_FIELD_NUMBER: _builtins.int
     AGENT_RSS_BYTES_FIELD_NUMBER: _builtins.int
     TRACKER_BYTES_FIELD_NUMBER: _builtins.int
     GUEST_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     guest_name: _builtins.str
     agent_cpu_us: _builtins.int
     """CPU time of the guest's agent, as it last said; 0 where there is none."""
@@ -558,6 +593,10 @@ class Sample(_message.Message):
     guest_free_bytes: _builtins.int
     @_builtins.property
     def ledger(self) -> Global___Ledger: ...
+    @_builtins.property
+    def refusals(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Policy pressure: how often the guest was allowed nothing, by reason."""
+
     def __init__(
         self,
         *,
@@ -567,10 +606,11 @@ class Sample(_message.Message):
         agent_rss_bytes: _builtins.int = ...,
         tracker_bytes: _builtins.int = ...,
         guest_free_bytes: _builtins.int = ...,
+        refusals: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "guest_free_bytes", b"guest_free_bytes", "guest_name", b"guest_name", "ledger", b"ledger", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "guest_free_bytes", b"guest_free_bytes", "guest_name", b"guest_name", "ledger", b"ledger", "refusals", b"refusals", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

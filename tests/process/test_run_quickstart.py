@@ -1,0 +1,302 @@
+"""Whole runs of the command line, small ones: real host agents, guests, gRPC, memfds and Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pool, message_factory
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+
+from hintfleet.units import MIB
+from tests.support.agents import HostAgent, wait_until
+
+_RUN_TIMEOUT_S = 120
+_MARK = "HINTFLEET_TEST_MARK"
+
+SPEC = """\
+name: tiny
+driver: embedded
+hosts: {count: 2, memory: 256MiB}
+guests: {per_host: 2, memory: 64MiB}
+workload:
+  phases:
+    - {allocate: 40MiB, for: 300ms}
+    - {free: 75%, for: 1s, settle: true}
+arms:
+  - {name: none, method: none}
+  - {name: bitmap, method: hinting, tracker: bitmap, report_period: 50ms}
+repetitions: 2
+sample_period: 50ms
+"""
+
+
+@dataclass(kw_only=True)
+class Lab:
+    """A folder with a spec and results, and a mark on every process that is started in it."""
+
+    folder: Path
+    temporary: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "orchestrator", *arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {
+            _MARK: self.mark,
+            "XDG_DATA_HOME": str(self.folder),
+            "TMPDIR": str(self.temporary),
+        }
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=_RUN_TIMEOUT_S,
+            check=False,
+        )
+
+    @contextmanager
+    def started(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+        process = subprocess.Popen(
+            self.command(*arguments),
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def spec(self, old: str = "", new: str = "") -> str:
+        path = self.folder / "tiny.yaml"
+        path.write_text(SPEC.replace(old, new))
+        return str(path)
+
+    def processes(self) -> dict[int, str]:
+        """All living processes that bear the mark, and what they are."""
+        found = {}
+        wanted = f"{_MARK}={self.mark}".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+        return found
+
+    def agents(self, *modules: str) -> list[int]:
+        """Process ids of these agents."""
+        return [
+            pid
+            for pid, command in self.processes().items()
+            if any(f"-m {module}" in command for module in modules)
+        ]
+
+    def check_nothing_is_left(self, timeout_s: float = 15.0) -> None:
+        wait_until(lambda: not self.processes(), f"the end of {self.processes()}", timeout_s)
+        assert list(self.temporary.iterdir()) == []
+
+
+@contextmanager
+def made_lab(folder: Path) -> Iterator[Lab]:
+    # Short: it is to be the folder for unix sockets.
+    with tempfile.TemporaryDirectory(prefix="hft-") as temporary:
+        made = Lab(folder=folder, temporary=Path(temporary))
+        try:
+            yield made
+        finally:
+            for pid in made.processes():
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    with made_lab(tmp_path) as made:
+        yield made
+
+
+def result(done: subprocess.CompletedProcess[str], code: int = 0) -> dict[str, Any]:
+    assert done.returncode == code, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def arms(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {arm["arm"]: arm for arm in data["arms"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, dict[str, Any]]]:
+    with made_lab(tmp_path_factory.mktemp("finished")) as lab:
+        yield lab, result(lab.run("run", lab.spec(), "-o", "json"))
+
+
+def test_memory_comes_back_and_nothing_is_left(finished: tuple[Lab, dict[str, Any]]) -> None:
+    lab, data = finished
+    assert data["state"] == "done"
+    none, bitmap = arms(data)["none"], arms(data)["bitmap"]
+    for arm in (none, bitmap):
+        used = arm["footprint"]
+        assert used["provisioned_bytes"] == 4 * 64 * MIB
+        assert 4 * 40 * MIB <= used["peak_resident_bytes"] < 4 * 44 * MIB
+        # Freed pages are verified before they are freed, the rest at the end.
+        assert used["verified_pages"] == 2 * 4 * 40 * MIB // 4096
+        assert used["wrong_pages"] == 0
+        assert used["returned"]["freed_bytes"] == 2 * 4 * 30 * MIB
+    assert none["saved_bytes"] is None
+    assert none["footprint"]["returned"]["share"] < 0.05
+    assert bitmap["footprint"]["returned"]["share"] > 0.9
+    assert bitmap["footprint"]["reclaimed_now_bytes"] >= 4 * 30 * MIB * 0.9
+    assert bitmap["saved_bytes"]["pairs"] == 4
+    assert bitmap["saved_bytes"]["low"] > 20 * MIB
+    lab.check_nothing_is_left()
+
+
+def test_show_and_savings_say_the_same(finished: tuple[Lab, dict[str, Any]]) -> None:
+    lab, data = finished
+    assert result(lab.run("show", data["run_id"][-8:], "-o", "json")) == data
+    shown = lab.run("show", "latest").stdout
+    assert "bitmap" in shown
+    assert "yes, 320 MiB" in shown
+    rows = json.loads(lab.run("savings", "--run", "latest", "-o", "json").stdout)
+    assert [row["saved_bytes"] for row in rows] == [arm["saved_bytes"] for arm in data["arms"]]
+    guests = json.loads(lab.run("savings", "--by", "guest", "-o", "json").stdout)
+    assert {row["key"] for row in guests} == {f"host{h}-guest{g}" for h in (1, 2) for g in (1, 2)}
+    runs = json.loads(lab.run("runs", "-o", "json").stdout)
+    assert [run["run_id"] for run in runs] == [data["run_id"]]
+
+
+def test_the_service_answers_any_client_with_reflection(
+    finished: tuple[Lab, dict[str, Any]],
+) -> None:
+    lab, data = finished
+    address = f"unix:{lab.folder}/fleet.sock"
+    with lab.started("serve", "--listen", address) as server:
+        assert server.stderr is not None
+        assert server.stderr.readline() == f"serving on {address}\n"
+        for by in ("fleet", "host", "guest", "arm"):
+            here = json.loads(lab.run("savings", "--by", by, "-o", "json").stdout)
+            there = lab.run("savings", "--by", by, "--server", address, "-o", "json")
+            assert json.loads(there.stdout) == here
+        with grpc.insecure_channel(address) as channel:
+            health = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service="hintfleet.v1.FleetService"), timeout=5
+            )
+            assert health.status == health_pb2.HealthCheckResponse.SERVING
+            answer = ask_by_reflection(channel)
+            assert [run.run_id for run in answer.runs] == [data["run_id"]]
+        bad = lab.run("savings", "--run", "nothing", "--server", address)
+        assert bad.returncode == 2
+        assert "no run 'nothing'" in bad.stderr
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
+
+
+def ask_by_reflection(channel: grpc.Channel) -> Any:
+    """Call ListRuns knowing nothing but what the server says of itself."""
+    pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+    method = pool.FindServiceByName("hintfleet.v1.FleetService").FindMethodByName("ListRuns")
+    request, response = map(
+        message_factory.GetMessageClass, (method.input_type, method.output_type)
+    )
+    call = channel.unary_unary(
+        "/hintfleet.v1.FleetService/ListRuns",
+        request_serializer=request.SerializeToString,
+        response_deserializer=response.FromString,
+    )
+    return call(request(limit=5), timeout=5)
+
+
+def wait_for_trial(process: "subprocess.Popen[str]", number: int) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(f"trial {number} "):
+            return
+    raise AssertionError(f"it ended before trial {number}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_but_its_results(
+    lab: Lab, number: signal.Signals
+) -> None:
+    with lab.started("run", lab.spec()) as process:
+        wait_for_trial(process, 2)
+        wait_until(lambda: len(lab.agents("guest_agent")) == 4, "four guests")
+        process.send_signal(number)
+        assert process.wait(30) == 130
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+        lab.check_nothing_is_left()
+    run = json.loads(lab.run("runs", "-o", "json").stdout)[0]
+    assert run["state"] == "interrupted"
+    shown = json.loads(lab.run("show", "-o", "json").stdout)
+    assert shown["trials"][0]["ended_unix_us"] > 0
+
+
+def test_a_killed_run_leaves_no_agent(lab: Lab) -> None:
+    with lab.started("run", lab.spec()) as process:
+        wait_for_trial(process, 2)
+        wait_until(lambda: len(lab.agents("guest_agent")) == 4, "four guests")
+        process.kill()
+        process.wait()
+        # Helpers of Ray itself stay for up to a minute: they try to report its end.
+        wait_until(lambda: not lab.agents("host_agent", "guest_agent"), "the end of all agents")
+    run = json.loads(lab.run("runs", "-o", "json").stdout)[0]
+    assert (run["state"], run["reason"]) == ("failed", "its process ended without a word")
+
+
+def test_a_lost_guest_makes_its_trial_undecided_and_the_run_goes_on(lab: Lab) -> None:
+    with lab.started("run", lab.spec("for: 1s", "for: 3s"), "-o", "json") as process:
+        wait_for_trial(process, 1)
+        wait_until(lambda: len(lab.agents("guest_agent")) == 4, "four guests")
+        os.kill(lab.agents("guest_agent")[0], signal.SIGKILL)
+        out, err = process.communicate(timeout=_RUN_TIMEOUT_S)
+    assert process.returncode == 3, err
+    data = json.loads(out)
+    assert data["state"] == "undecided"
+    undecided = [trial["undecided"] != "" for trial in data["trials"]]
+    assert undecided == [True, False, False, False]
+    assert arms(data)["bitmap"]["saved_bytes"] is None
+    assert "guest" in data["reason"]
+    lab.check_nothing_is_left()
+
+
+def test_a_host_agent_that_is_not_there(lab: Lab) -> None:
+    done = lab.run("run", lab.spec(), "--host", f"unix:{lab.folder}/nobody.sock")
+    assert done.returncode == 1
+    assert f"{lab.folder}/nobody.sock" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads(lab.run("runs", "-o", "json").stdout) == []
+    lab.check_nothing_is_left()
+
+
+def test_a_host_agent_that_runs_already(lab: Lab, host_agent: HostAgent) -> None:
+    spec = lab.spec("repetitions: 2", "repetitions: 2\nseed: 7")
+    command = list(map(str, host_agent.process.args))
+    address = command[command.index("--listen") + 1]
+    data = result(lab.run("run", spec, "--host", address, "-o", "json"))
+    assert arms(data)["bitmap"]["saved_bytes"]["pairs"] == 2
+    assert host_agent.guests() == {}
+    assert host_agent.process.poll() is None
+    lab.check_nothing_is_left()

@@ -1,0 +1,97 @@
+"""The pressure policy: who gives how much, and who is left alone."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from host_agent.policy import (
+    LONGEST_HOLD_S,
+    GuestView,
+    Hold,
+    HostView,
+    Reason,
+    Suggestion,
+    suggest,
+)
+
+MIB = 1 << 20
+
+
+def host(resident_mib: int, now_s: float = 0.0) -> HostView:
+    return HostView(
+        now_s=now_s, resident_bytes=resident_mib * MIB, budget_bytes=1000 * MIB, threshold=0.8
+    )
+
+
+def guest(
+    name: str, can_give_mib: int, reclaimed_mib: int = 0, refaulted_mib: int = 0
+) -> GuestView:
+    return GuestView(
+        name=name,
+        can_give_bytes=can_give_mib * MIB,
+        reclaimed_total_bytes=reclaimed_mib * MIB,
+        refaulted_total_bytes=refaulted_mib * MIB,
+    )
+
+
+def test_below_the_threshold_nobody_gives() -> None:
+    suggestions, _ = suggest(host(800), [guest("a", 100)], {})
+    assert suggestions == [Suggestion(name="a", allowance_bytes=0, reason=Reason.NO_PRESSURE)]
+
+
+def test_guests_give_in_proportion_to_what_they_can() -> None:
+    guests = [guest("a", 300), guest("b", 100), guest("c", 0)]
+    suggestions, _ = suggest(host(900), guests, {})
+    assert [s.allowance_bytes // MIB for s in suggestions] == [75, 25, 0]
+    assert suggestions[2].reason is Reason.NOTHING_TO_GIVE
+
+
+@given(
+    st.integers(0, 2000),
+    st.lists(st.integers(0, 500), min_size=1, max_size=8),
+)
+def test_never_more_than_is_wanted_nor_than_there_is(
+    resident_mib: int, can_give: list[int]
+) -> None:
+    view = host(resident_mib)
+    guests = [guest(f"g{n}", mib) for n, mib in enumerate(can_give)]
+    suggestions, _ = suggest(view, guests, {})
+    assert sum(s.allowance_bytes for s in suggestions) <= view.excess_bytes
+    for seen, said in zip(guests, suggestions, strict=True):
+        assert said.allowance_bytes <= seen.can_give_bytes
+        assert (said.allowance_bytes == 0) == (said.reason is not None)
+
+
+def test_a_guest_that_takes_back_what_it_gave_is_held_longer_each_time() -> None:
+    holds: dict[str, Hold] = {}
+    now_s, total = 0.0, 0
+    lengths = []
+    for _ in range(10):
+        _, holds = suggest(host(900, now_s), [guest("a", 100, total, total)], holds)
+        total += 100
+        suggestions, holds = suggest(host(900, now_s), [guest("a", 100, total, total)], holds)
+        assert suggestions[0].reason is Reason.OSCILLATES
+        lengths.append(holds["a"].length_s)
+        now_s = holds["a"].until_s
+    assert lengths[:4] == [1, 2, 4, 8]
+    assert lengths[-1] == LONGEST_HOLD_S
+
+
+def test_a_held_guest_is_left_alone_until_its_time_and_then_asked_again() -> None:
+    _, holds = suggest(host(900, 0), [guest("a", 100, 0, 0)], {})
+    _, holds = suggest(host(900, 1), [guest("a", 100, 50, 50)], holds)
+    held, holds = suggest(host(900, 1.5), [guest("a", 100, 50, 50)], holds)
+    assert held[0].reason is Reason.OSCILLATES
+    asked, holds = suggest(host(900, 2.0), [guest("a", 100, 50, 50)], holds)
+    assert asked[0].allowance_bytes > 0
+
+
+def test_others_give_in_place_of_a_held_guest() -> None:
+    holds = {"a": Hold(until_s=10, length_s=8)}
+    suggestions, _ = suggest(host(900, 5), [guest("a", 300), guest("b", 300)], holds)
+    assert [s.allowance_bytes // MIB for s in suggestions] == [0, 100]
+
+
+def test_a_guest_that_behaves_is_forgiven_in_steps() -> None:
+    holds = {"a": Hold(until_s=0, length_s=8)}
+    _, holds = suggest(host(900, 1), [guest("a", 100, 100, 0)], holds)
+    assert holds["a"].length_s == 4
