@@ -16,7 +16,7 @@ from guest_agent.config import Config
 from guest_agent.isolation import Isolator
 from guest_agent.isolation.embedded import EmbeddedIsolator
 from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
-from guest_agent.procfs import boot_id, mem_available_bytes, mem_free_bytes, own_rss_bytes
+from guest_agent.procfs import boot_id, mem_available_bytes, mem_free_bytes
 from guest_agent.session import HelloFacts, HintingSession
 from guest_agent.workload import Source, Workload
 from guest_agent.workload_client import serve_workload
@@ -134,15 +134,7 @@ def _hint(
     tracker: str,
     free_bytes: Callable[[], int],
 ) -> None:
-    def telemetry() -> pb.Telemetry:
-        return pb.Telemetry(
-            agent_cpu_us=time.process_time_ns() // 1000,
-            agent_rss_bytes=own_rss_bytes(),
-            tracker_bytes=isolator.tracker_bytes(),
-            free_bytes=free_bytes(),
-        )
-
     facts = HelloFacts(
         identity=identity, boot_id=boot, chunk_order=config.chunk_order, tracker=tracker
     )
-    HintingSession(channel, isolator, facts, telemetry).run()
+    HintingSession(channel, isolator, facts, free_bytes).run()

@@ -19,6 +19,7 @@ import grpc
 
 from guest_agent import hinting
 from guest_agent.isolation import Isolator
+from guest_agent.procfs import own_rss_bytes
 from hintfleet import __version__
 from hintfleet.errors import from_rpc_error
 from hintfleet.ranges import decode, encode
@@ -28,6 +29,8 @@ from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
 _SETTLING_PERIOD_S = 0.02
 _TELEMETRY_PERIOD_S = 1.0
+_LONGEST_SILENCE_S = 10.0
+_NEWS_BYTES = 1 << 20
 _LONGEST_PAUSE_S = 2.0
 
 # Reasons that hold for a whole batch and may be gone next time. Not OUTSIDE_RAM and its
@@ -79,17 +82,19 @@ class HintingSession:
         channel: grpc.Channel,
         isolator: Isolator,
         facts: HelloFacts,
-        telemetry: Callable[[], pb.Telemetry],
+        free_bytes: Callable[[], int],
     ) -> None:
         """Start the isolator.
 
-        :param telemetry: what the agent costs and sees, asked every second at the most.
+        :param free_bytes: the guest's free memory, asked every second at the most.
         :raises Refused: the isolator cannot work here.
         """
         self._stub = HintingServiceStub(channel)
         self._isolator = isolator
         self._facts = facts
-        self._telemetry = telemetry
+        self._free_bytes = free_bytes
+        self._told_free_bytes = -_NEWS_BYTES
+        self._told_at_s = 0.0
         self._inbox: _Inbox = queue.SimpleQueue()
         self._stopping = Event()
         self._core = hinting.HintingCore(isolator.start(lambda: self._inbox.put(_Wake())))
@@ -164,9 +169,9 @@ class HintingSession:
             except queue.Empty:
                 next_period_s = time.monotonic() + period_s
                 self._carry_out(self._core.period_passed(isolator_idle=self._isolator.idle()))
-                if self._core.state is hinting.State.OPEN and time.monotonic() >= next_telemetry_s:
+                if time.monotonic() >= next_telemetry_s:
                     next_telemetry_s = time.monotonic() + _TELEMETRY_PERIOD_S
-                    outbox.put(pb.GuestMessage(telemetry=self._telemetry()))
+                    self._tell_news()
                 continue
             if isinstance(event, _Ended):
                 if event.outbox is outbox:
@@ -175,6 +180,24 @@ class HintingSession:
                 self._carry_out(self._core.ready())
             else:
                 self._carry_out(self._heard(event))
+
+    def _tell_news(self) -> None:
+        """Telemetry, if free memory has changed, or nothing was said for long: an idle
+        guest's agent must cost next to nothing."""
+        if self._core.state is not hinting.State.OPEN:
+            return
+        free_bytes = self._free_bytes()
+        silent_s = time.monotonic() - self._told_at_s
+        if abs(free_bytes - self._told_free_bytes) < _NEWS_BYTES and silent_s < _LONGEST_SILENCE_S:
+            return
+        self._told_free_bytes, self._told_at_s = free_bytes, time.monotonic()
+        telemetry = pb.Telemetry(
+            agent_cpu_us=time.process_time_ns() // 1000,
+            agent_rss_bytes=own_rss_bytes(),
+            tracker_bytes=self._isolator.tracker_bytes(),
+            free_bytes=free_bytes,
+        )
+        self._outbox.put(pb.GuestMessage(telemetry=telemetry))
 
     def _heard(self, message: pb.HostMessage) -> Sequence[hinting.Instruction]:
         kind = message.WhichOneof("message")

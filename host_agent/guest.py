@@ -278,7 +278,8 @@ class Guest:
             if reason is not None or self.running is None or self._ledger is None:
                 outcome = skip(hinted, hinting_pb2.GUEST_GONE if reason is None else reason)
             else:
-                outcome = await asyncio.to_thread(reclaim, self.running.ram, hinted)
+                absent = self._ledger.absent_pages
+                outcome = await asyncio.to_thread(reclaim, self.running.ram, hinted, absent)
             if self._ledger is not None:
                 self._ledger.post(hinted, outcome, wire_bytes)
             return outcome

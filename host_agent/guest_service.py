@@ -127,7 +127,7 @@ class _Receiver:
                 batch.epoch, hinted, received_s, len(batch.ranges)
             )
             self._in_flight -= 1
-            self._stream.send(pb.HostMessage(ack=_ack(batch, outcome)))
+            self._stream.send(pb.HostMessage(ack=ack_of(batch, outcome)))
 
 
 async def _read_done(guest: Guest, events: AsyncIterator[pb.WorkloadEvent]) -> None:
@@ -165,7 +165,8 @@ async def _tell_refaults(guest: Guest) -> None:
         await guest.tell_refaults()
 
 
-def _ack(batch: pb.Batch, outcome: Outcome) -> pb.Ack:
+def ack_of(batch: pb.Batch, outcome: Outcome) -> pb.Ack:
+    """What became of a batch, for the guest."""
     return pb.Ack(
         epoch=batch.epoch,
         seq=batch.seq,

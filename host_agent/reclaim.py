@@ -31,20 +31,25 @@ def skip(hinted: RangeSet, reason: pb.SkipReason.ValueType) -> Outcome:
     return Outcome(skipped={reason: hinted})
 
 
-def reclaim(ram: GuestRam, hinted: RangeSet) -> Outcome:
+def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: RangeSet) -> Outcome:
     """Punch holes where `hinted` lies in the guest's RAM (I3) and something is resident.
+
+    :param maybe_absent: pages that may be absent, from the ledger; every other page
+        of the RAM is resident. Only these are looked up in the file, so that a batch
+        of memory that was in use costs the punches and nothing else.
 
     The set has merged adjacent ranges, so that each run is one system call. What
     lies outside the RAM, or what the host's kernel would not drop, is skipped;
     the file itself says afterwards which that is.
     """
     inside = hinted & ram.pages
-    resident = ram.resident(inside)
+    unsure = inside & maybe_absent
+    resident = (inside - unsure) | ram.resident(unsure)
     skipped: dict[pb.SkipReason.ValueType, RangeSet] = {}
     if outside := hinted - ram.pages:
         skipped[pb.OUTSIDE_RAM] = outside
     try:
-        ram.punch(RangeSet(run for run in inside if resident & RangeSet([run])))
+        ram.punch(inside.touching(resident))
         left = EMPTY
     except OSError:
         left = ram.resident(inside)

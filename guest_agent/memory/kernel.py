@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hintfleet.errors import Refused
@@ -99,20 +99,24 @@ class PageFlags:
                 hint="run as root, on a kernel with CONFIG_PROC_PAGE_MONITOR",
             ) from error
 
-    def chunks_with(self, bit: int, spans: Iterable[range], chunk_order: int) -> Iterator[int]:
+    def chunks_with(self, bit: int, spans: Iterable[range], chunk_order: int) -> list[int]:
         """First pfns of the chunks in `spans` whose first page has a flag.
 
         One read of 8 bytes a chunk: the flags of the other pages are not needed, and
         making them is what the kernel's side of such a read costs.
         """
-        wanted = 1 << bit
-        step = 1 << chunk_order
-        fd, pread, from_bytes = self._fd, os.pread, int.from_bytes
-        for span in spans:
-            for pfn in range(-(-span.start // step) * step, span.stop - step + 1, step):
-                entry = pread(fd, _ENTRY_BYTES, pfn * _ENTRY_BYTES)
-                if from_bytes(entry, "little") & wanted:
-                    yield pfn
+        fd, pread, step = self._fd, os.pread, _ENTRY_BYTES << chunk_order
+        byte, mask = bit >> 3, 1 << (bit & 7)
+        return [
+            offset // _ENTRY_BYTES
+            for span in spans
+            for offset in range(
+                -(-span.start * _ENTRY_BYTES // step) * step,
+                (span.stop * _ENTRY_BYTES - step) + 1,
+                step,
+            )
+            if pread(fd, _ENTRY_BYTES, offset)[byte] & mask
+        ]
 
     def close(self) -> None:
         """Close the file."""

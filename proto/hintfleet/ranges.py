@@ -100,6 +100,18 @@ class RangeSet:
         at = bisect_right(self._ranges, pfn, key=lambda r: r.pfn) - 1
         return at >= 0 and pfn < self._ranges[at].end_pfn
 
+    def touching(self, other: RangeSet) -> RangeSet:
+        """The whole ranges of this set that share at least one page with `other`."""
+        theirs = other._ranges
+        found: list[Range] = []
+        j = 0
+        for mine in self._ranges:
+            while j < len(theirs) and theirs[j].end_pfn <= mine.pfn:
+                j += 1
+            if j < len(theirs) and theirs[j].pfn < mine.end_pfn:
+                found.append(mine)
+        return RangeSet._of(found)
+
     def __or__(self, other: RangeSet) -> RangeSet:
         if not other._ranges or not self._ranges:
             return self if self._ranges else other

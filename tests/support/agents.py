@@ -106,6 +106,7 @@ class HostAgent(HostClient):
     """A running `python -m host_agent`."""
 
     process: subprocess.Popen[bytes]
+    control: str
 
 
 @dataclass(kw_only=True)
@@ -172,7 +173,10 @@ def running_host_agent(*arguments: str) -> Iterator[HostAgent]:
             addresses = json.loads(ready.readline())
         channel = grpc.insecure_channel(addresses["control"])
         agent = HostAgent(
-            process=process, guest_address=addresses["guest"], stub=HostServiceStub(channel)
+            process=process,
+            guest_address=addresses["guest"],
+            stub=HostServiceStub(channel),
+            control=addresses["control"],
         )
         try:
             yield agent

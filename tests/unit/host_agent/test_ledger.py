@@ -42,7 +42,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(pages=runs)
     def guest_hints(self, pages: list[tuple[int, int]]) -> None:
         hinted = RangeSet(pages)
-        self.ledger.post(hinted, reclaim(self.ram, hinted), wire_bytes=3)
+        self.ledger.post(hinted, reclaim(self.ram, hinted, self.ledger.absent_pages), wire_bytes=3)
 
     @rule(pages=runs)
     def batch_is_stale(self, pages: list[tuple[int, int]]) -> None:

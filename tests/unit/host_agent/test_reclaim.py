@@ -36,7 +36,7 @@ def test_every_hinted_page_has_one_fate(
 ) -> None:
     ram.punch(ram.pages)
     touch(ram_fd, touched & ram.pages)
-    outcome = reclaim(ram, hinted)
+    outcome = reclaim(ram, hinted, ram.pages)
     assert outcome.reclaimed == touched & hinted & ram.pages
     assert outcome.absent == (hinted & ram.pages) - touched
     assert outcome.skipped.get(pb.OUTSIDE_RAM, RangeSet()) == hinted - ram.pages
@@ -51,7 +51,7 @@ def test_what_was_not_hinted_keeps_its_contents(
     ram: GuestRam, ram_fd: int, touched: RangeSet, hinted: RangeSet
 ) -> None:
     touch(ram_fd, touched & ram.pages)
-    reclaim(ram, hinted)
+    reclaim(ram, hinted, ram.pages)
     for pfn, count in (touched & ram.pages) - hinted:
         for page in (pfn, pfn + count - 1):
             assert os.pread(ram_fd, 8, offset_bytes(page)) == page.to_bytes(8, "big")
@@ -63,7 +63,7 @@ def test_a_punch_that_the_kernel_refuses_is_told_as_skipped() -> None:
     read_only = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY)
     ram = GuestRam([Segment(pfn=0, page_count=8, fd=read_only, offset_bytes=0)])
     hinted = RangeSet([(2, 4)])
-    outcome = reclaim(ram, hinted)
+    outcome = reclaim(ram, hinted, ram.pages)
     assert outcome.skipped == {pb.HOST_ERROR: hinted}
     assert not outcome.reclaimed
     assert not outcome.absent

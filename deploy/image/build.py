@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Builds the guest image: kernel, initrd and a read-only root disk.
+
+    python3 deploy/image/build.py [--print-path]
+
+The image is kept outside the tree, in a directory named by a hash of all that
+it was made of, and reused while that does not change. HINTFLEET_IMAGE_DIR says
+where; else it is /var/cache/hintfleet/images for root (QEMU runs as another user
+and must be able to read it) and the XDG cache directory for others.
+
+    DIR/layers/kit-HASH/     kernel, modules, shell       minutes, when the module changes
+    DIR/layers/root-HASH/    root disk                    minutes, when a wheel changes
+    DIR/HASH/                the image: root.img vmlinuz initrd.img image.json
+    DIR/current              a link to the image built last
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import py_compile
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cpio
+from common import SUITE, TREE, BuildError, build_once, digest, require_tools, write_json
+from kit import kit
+from rootfs import rootfs
+
+PACKAGES = (("hintfleet", TREE / "proto/hintfleet"), ("guest_agent", TREE / "guest_agent"))
+INIT = Path(__file__).with_name("init")
+COMMANDS = ("chroot", "cat", "echo", "insmod", "ip", "mount", "poweroff", "rm", "sed", "sh")
+
+
+def image_dir(environ: dict[str, str], is_root: bool) -> Path:
+    """Where images are kept."""
+    if chosen := environ.get("HINTFLEET_IMAGE_DIR"):
+        return Path(chosen).absolute()
+    if is_root:
+        return Path("/var/cache/hintfleet/images")
+    cache = environ.get("XDG_CACHE_HOME") or Path(environ["HOME"], ".cache")
+    return Path(cache, "hintfleet/images")
+
+
+def build(images: Path) -> Path:
+    """The directory of this tree's image, built if need be; `current` points to it.
+
+    :raises BuildError: a step failed; what was there before is still there.
+    """
+    sources = [path for _, package in PACKAGES for path in _sources(package)]
+    layers = (kit(images / "layers"), rootfs(images / "layers"))
+    names = [str(path.relative_to(TREE)) for path in sources]
+    key = digest([*(layer.name for layer in layers), *names, *sources, INIT, Path(__file__)])
+    image = build_once(images / key, "image.json", lambda to: _assemble(to, key, *layers))
+    _point(images / "current", key)
+    return image
+
+
+def _sources(package: Path) -> list[Path]:
+    return sorted(package.rglob("*.py"))
+
+
+def _assemble(to: Path, key: str, kit_layer: Path, root_layer: Path) -> None:
+    kit_facts = json.loads((kit_layer / "kit.json").read_text())
+    root_facts = json.loads((root_layer / "root.json").read_text())
+    os.link(root_layer / "root.img", to / "root.img")
+    os.link(kit_layer / "vmlinuz", to / "vmlinuz")
+    compiled = root_facts["magic"] == importlib.util.MAGIC_NUMBER.hex()
+    with tempfile.TemporaryDirectory() as temporary:
+        code = Path(temporary)
+        _stage_agent(code, compiled)
+        (to / "initrd.img").write_bytes(cpio.archive(_initrd(kit_layer, kit_facts["load"], code)))
+    write_json(
+        to / "image.json",
+        {
+            "inputs": key,
+            "suite": SUITE,
+            "kernel": kit_facts["kernel"],
+            "kernel_package": kit_facts["kernel_package"],
+            "wheels": root_facts["wheels"],
+            "agent_compiled": compiled,
+            "built_unix_s": int(time.time()),
+        },
+    )
+
+
+def _stage_agent(to: Path, compiled: bool) -> None:
+    """Copy the agent's packages, with .pyc files if this Python makes the guest's kind.
+
+    They are unchecked: nobody edits a source in the guest, and its clock is no
+    help in telling which is newer.
+    """
+    for name, package in PACKAGES:
+        for source in _sources(package):
+            target = to / name / source.relative_to(package)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+            if compiled:
+                py_compile.compile(
+                    str(target),
+                    dfile=f"{name}/{source.relative_to(package)}",
+                    doraise=True,
+                    invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+                )
+
+
+def _initrd(kit_layer: Path, load: list[str], code: Path) -> Iterator[cpio.Entry]:
+    for name in ("bin", "dev", "mnt", "proc", "sys"):
+        yield cpio.directory(name)
+    # The kernel opens it for init before devtmpfs is mounted.
+    yield cpio.Entry(path="dev/console", mode=stat.S_IFCHR | 0o600, device=(5, 1))
+    yield cpio.file("init", INIT.read_bytes(), 0o755)
+    yield cpio.file("bin/busybox", (kit_layer / "busybox").read_bytes(), 0o755)
+    for command in COMMANDS:
+        yield cpio.symlink(f"bin/{command}", "busybox")
+    yield from cpio.tree(kit_layer / "modules", "modules")
+    yield cpio.file("modules/load", "".join(f"{name}\n" for name in load).encode())
+    yield from cpio.tree(code, "hintfleet")
+
+
+def _point(link: Path, target: str) -> None:
+    """Make `link` point to `target` in one step, so that readers always find one."""
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    with tempfile.TemporaryDirectory(dir=link.parent, prefix=".building-") as aside:
+        new = Path(aside, "current")
+        new.symlink_to(target)
+        new.replace(link)
+
+
+def main() -> int:
+    """Build, and say where the image is."""
+    parser = argparse.ArgumentParser(description="build the guest image")
+    parser.add_argument("--print-path", action="store_true", help="print the image's directory")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    try:
+        require_tools()
+        image = build(image_dir(dict(os.environ), os.geteuid() == 0))
+    except BuildError as error:
+        print(f"image: {error}", file=sys.stderr)
+        return 1
+    if arguments.print_path:
+        print(image)
+    else:
+        print(f"image: {image} ({time.monotonic() - started:.1f} s)", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    os.umask(0o022)
+    sys.exit(main())

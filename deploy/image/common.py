@@ -1,0 +1,122 @@
+"""What the steps of the image builder share: errors, commands, hashes, layers.
+
+The builder runs before anything is installed, so it uses the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+TREE = Path(__file__).resolve().parents[2]
+SUITE = "bookworm"
+
+_INSTALL = {
+    "mmdebstrap": "mmdebstrap",
+    "mke2fs": "e2fsprogs",
+    "tar": "tar",
+}
+
+
+class BuildError(Exception):
+    """The image cannot be built; says what failed and what to try."""
+
+
+def require_tools() -> None:
+    """Check that the programs that the builder runs are here.
+
+    :raises BuildError: names the missing ones and the Debian packages that have them.
+    """
+    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    missing = [tool for tool in _INSTALL if not shutil.which(tool, path=path)]
+    if missing:
+        packages = " ".join(_INSTALL[tool] for tool in missing)
+        raise BuildError(
+            f"the image builder needs {', '.join(missing)}\n  try: apt-get install {packages}"
+        )
+
+
+def run(command: Sequence[str | Path]) -> None:
+    """Run a command, silent unless it fails.
+
+    :raises BuildError: it failed; carries the end of what it said.
+    """
+    env = os.environ | {"PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"}
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-15:])
+        raise BuildError(f"{command[0]} failed with exit status {done.returncode}:\n{tail}")
+
+
+def mmdebstrap(
+    target: Path | None,
+    packages: Sequence[str],
+    hooks: Sequence[tuple[str, str]],
+    variant: str,
+) -> None:
+    """Make a Debian tree with `packages`, as a tar file or (target None) for its hooks only.
+
+    Root file systems need other owners than the caller: root has them, others
+    get them from a user namespace, so no mounts and no privileges are needed.
+
+    :raises BuildError: mmdebstrap failed.
+    """
+    run(
+        [
+            "mmdebstrap",
+            f"--mode={'root' if os.geteuid() == 0 else 'unshare'}",
+            f"--variant={variant}",
+            f"--format={'tar' if target else 'null'}",
+            f"--include={','.join(packages)}",
+            "--aptopt=APT::Install-Recommends false",
+            "--dpkgopt=path-exclude=/usr/share/doc/*",
+            "--dpkgopt=path-exclude=/usr/share/man/*",
+            "--dpkgopt=path-exclude=/usr/share/locale/*",
+            *(f"--{stage}-hook={hook}" for stage, hook in hooks),
+            SUITE,
+            target or "-",
+        ]
+    )
+
+
+def digest(parts: Iterable[str | Path]) -> str:
+    """Hash of strings and of files (name and content), in the order given."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = f"{part.name}\0".encode() + part.read_bytes() if isinstance(part, Path) else part
+        total.update(hashlib.sha256(data.encode() if isinstance(data, str) else data).digest())
+    return total.hexdigest()[:16]
+
+
+def build_once(directory: Path, marker: str, build: Callable[[Path], None]) -> Path:
+    """`directory`, made by `build` if its `marker` file is not there yet.
+
+    It is built aside and renamed, so a directory that is there is complete, and
+    two builders at once do no harm.
+    """
+    if (directory / marker).exists():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".building-") as temporary:
+        aside = Path(temporary) / "layer"
+        aside.mkdir()
+        build(aside)
+        try:
+            aside.rename(directory)
+        except OSError:
+            if not (directory / marker).exists():
+                raise
+    return directory
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` for people and programs."""
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,128 @@
+"""The second layer: a read-only root file system with Python and gRPC.
+
+It is shared by all guests of a host, and does not hold the agent itself: that is
+in the initrd, so that a change to the agent needs no new disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import SUITE, TREE, BuildError, build_once, digest, mmdebstrap, run, write_json
+
+PYTHON = (3, 11)
+PACKAGES = ("python3", "libstdc++6")
+"""libstdc++6 is what gRPC's extension module links to."""
+
+WHEELS = ("grpcio", "protobuf", "typing-extensions")
+"""All that the agent's base dependencies need; installed without looking for more."""
+
+AGENT_PATH = "/opt/hintfleet"
+_SITE = f"/usr/local/lib/python{PYTHON[0]}.{PYTHON[1]}/dist-packages"
+_SPARE_BYTES = 16 << 20
+
+# $1 is the tree. The import shows that the wheels fit this Python and its libraries.
+_FINISH = f"""
+set -eu
+chroot "$1" python3 -m compileall -q {_SITE}
+chroot "$1" python3 -c 'import grpc, google.protobuf.message'
+chroot "$1" python3 -c 'import importlib.util as u; print(u.MAGIC_NUMBER.hex())' > "$1/tmp/magic"
+mkdir -p "$1{AGENT_PATH}"
+"""
+
+
+def pins(constraints: str) -> list[str]:
+    """`name==version` of each of WHEELS, from the text of a pip constraints file.
+
+    :raises BuildError: one is not pinned there.
+    """
+    pinned = {
+        re.sub(r"[-_.]+", "-", name).lower(): f"{name}=={version}"
+        for name, version in re.findall(r"^\s*([\w.-]+)==([^\s;#]+)", constraints, re.M)
+    }
+    missing = [name for name in WHEELS if name not in pinned]
+    if missing:
+        raise BuildError(f"constraints.txt pins no version of {', '.join(missing)}")
+    return [pinned[name] for name in WHEELS]
+
+
+def rootfs(layers: Path) -> Path:
+    """The directory with root.img and root.json, built if need be.
+
+    root.json: `magic`, the guest's Python's .pyc magic number in hex, and
+    `wheels`, what was installed.
+
+    :raises BuildError: a step failed.
+    """
+    wheels = pins((TREE / "constraints.txt").read_text())
+    key = digest([SUITE, *PACKAGES, *wheels, Path(__file__)])
+    return build_once(layers / f"root-{key}", "root.json", lambda to: _build(to, wheels))
+
+
+def _build(to: Path, wheels: Sequence[str]) -> None:
+    site = to / "site"
+    _install_wheels(site, wheels)
+    hooks = [
+        ("customize", f'mkdir -p "$1{_SITE}"'),
+        ("customize", f"sync-in {site} {_SITE}"),
+        ("customize", _FINISH),
+        ("customize", f"copy-out /tmp/magic {to}"),
+        ("customize", 'rm -rf "$1/tmp/magic" "$1/var/cache" "$1/var/lib/apt" "$1/boot"'),
+    ]
+    mmdebstrap(to / "root.tar", PACKAGES, hooks, "essential")
+    _make_disk(to / "root.tar", to / "root.img")
+    magic = (to / "magic").read_text().strip()
+    shutil.rmtree(site)
+    for done in ("root.tar", "magic"):
+        (to / done).unlink()
+    write_json(to / "root.json", {"magic": magic, "wheels": list(wheels)})
+
+
+def _install_wheels(site: Path, wheels: Sequence[str]) -> None:
+    """Wheels for the guest's Python, whatever Python runs this."""
+    platforms = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_28_x86_64")
+    run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"),
+            *("--target", site, "--only-binary=:all:", "--implementation=cp"),
+            f"--python-version={PYTHON[0]}.{PYTHON[1]}",
+            *(f"--platform={platform}" for platform in platforms),
+            *wheels,
+        ]
+    )
+
+
+def _make_disk(tar: Path, disk: Path) -> None:
+    """An ext4 file system with what is in `tar`, made without mounting it.
+
+    Not root: all files belong to the caller instead of root, which only root
+    uses and which is read-only anyway.
+    """
+    tree = disk.with_suffix(".tree")
+    tree.mkdir()
+    run(["tar", "-x", "-f", tar, "-C", tree, "--exclude=./dev/*"])
+    used = sum(-(-path.lstat().st_size // 4096) * 4096 + 512 for path in tree.rglob("*"))
+    blocks = (used * 21 // 20 + _SPARE_BYTES) // 4096
+    run(
+        [
+            *("mke2fs", "-q", "-t", "ext4", "-b", "4096", "-m", "0", "-L", "hintfleet"),
+            *("-O", "^has_journal,^resize_inode", "-E", "root_owner=0:0"),
+            *("-d", tree, disk, str(blocks)),
+        ]
+    )
+    _remove(tree)
+
+
+def _remove(tree: Path) -> None:
+    """Remove an extracted tree, which may hold directories without write permission."""
+    for parent, names, _ in os.walk(tree):
+        for name in names:
+            path = Path(parent, name)
+            if not path.is_symlink():
+                path.chmod(0o700)
+    shutil.rmtree(tree)

@@ -1,0 +1,103 @@
+"""The libvirt domain of a guest: values in, XML out.
+
+What matters for hinting: the RAM is a shared memfd, so that the host agent can
+punch holes in it; there is no balloon, whose free page reporting would take the
+place of ours; a guest that resets or crashes ends, because its epoch does.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from host_agent.guests.image import GuestImage
+
+CONFIG_ENTRY = "opt/org.hintfleet/config"
+"""fw_cfg file in which the guest's agent finds its configuration."""
+
+NAME_PREFIX = "hintfleet-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainSpec:
+    """What a domain is made from.
+
+    :ivar accelerator: `kvm`, or `qemu` for TCG: the type of a libvirt domain.
+    :ivar console: file that the guest's serial console is written to.
+    :ivar config: file that the agent reads as CONFIG_ENTRY; None for a guest
+        without agent, which ends as soon as it has booted. Never text in the
+        XML: that shows in QEMU's command line, and it holds a secret.
+    :ivar parameters: for the guest's init, as it understands them (deploy/image/init).
+    """
+
+    name: str
+    uuid: str
+    accelerator: str
+    memory_bytes: int
+    image: GuestImage
+    console: Path
+    config: Path | None
+    parameters: Sequence[str] = ()
+    vcpu_count: int = 1
+
+
+def domain_xml(spec: DomainSpec) -> str:
+    """The XML to create a transient domain from."""
+    domain = ET.Element("domain", type=spec.accelerator)
+    _text(domain, "name", NAME_PREFIX + spec.name)
+    _text(domain, "uuid", spec.uuid)
+    _text(domain, "memory", str(spec.memory_bytes), unit="bytes")
+    _text(domain, "vcpu", str(spec.vcpu_count))
+    _memory_backing(domain)
+    _boot(domain, spec)
+    if spec.accelerator == "kvm":
+        ET.SubElement(domain, "cpu", mode="host-passthrough")
+    for event in ("poweroff", "reboot", "crash"):
+        _text(domain, f"on_{event}", "destroy")
+    _devices(domain, spec)
+    ET.indent(domain)
+    return ET.tostring(domain, encoding="unicode")
+
+
+def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:
+    ET.SubElement(parent, tag, attributes).text = text
+
+
+def _memory_backing(domain: ET.Element) -> None:
+    backing = ET.SubElement(domain, "memoryBacking")
+    ET.SubElement(backing, "source", type="memfd")
+    ET.SubElement(backing, "access", mode="shared")
+
+
+def _boot(domain: ET.Element, spec: DomainSpec) -> None:
+    if spec.config:
+        sysinfo = ET.SubElement(domain, "sysinfo", type="fwcfg")
+        ET.SubElement(sysinfo, "entry", name=CONFIG_ENTRY, file=str(spec.config))
+    os = ET.SubElement(domain, "os")
+    _text(os, "type", "hvm", arch="x86_64", machine="q35")
+    _text(os, "kernel", str(spec.image.kernel))
+    _text(os, "initrd", str(spec.image.initrd))
+    # panic=-1: reset at once, which ends the domain.
+    _text(os, "cmdline", " ".join(("console=ttyS0 quiet panic=-1", *spec.parameters)))
+    features = ET.SubElement(domain, "features")
+    ET.SubElement(features, "acpi")
+
+
+def _devices(domain: ET.Element, spec: DomainSpec) -> None:
+    devices = ET.SubElement(domain, "devices")
+    disk = ET.SubElement(devices, "disk", type="file", device="disk")
+    ET.SubElement(disk, "driver", name="qemu", type="raw")
+    # All guests share one file, so its owner and label are nobody's to change.
+    source = ET.SubElement(disk, "source", file=str(spec.image.root_disk))
+    ET.SubElement(source, "seclabel", model="dac", relabel="no")
+    ET.SubElement(disk, "target", dev="vda", bus="virtio")
+    ET.SubElement(disk, "readonly")
+    # The guest reaches the host's loopback as 10.0.2.2, with no privileges.
+    interface = ET.SubElement(devices, "interface", type="user")
+    ET.SubElement(interface, "model", type="virtio")
+    serial = ET.SubElement(devices, "serial", type="file")
+    ET.SubElement(serial, "source", path=str(spec.console))
+    ET.SubElement(devices, "controller", type="usb", model="none")
+    ET.SubElement(devices, "memballoon", model="none")

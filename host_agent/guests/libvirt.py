@@ -1,0 +1,359 @@
+"""Real guests: transient libvirt domains under QEMU.
+
+A domain is bound to this driver's connection (VIR_DOMAIN_START_AUTODESTROY), so
+libvirt ends all guests of a host agent that dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+from types import ModuleType
+from typing import Any
+
+from hintfleet.errors import HintfleetError, Refused
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests import GuestRequest, kvm_probe
+from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, domain_xml
+from host_agent.guests.image import GuestImage, find_image
+from host_agent.guests.libvirt_api import EventLoop, errors_as, modules
+from host_agent.guests.qemu_ram import open_ram, process_of_thread
+from host_agent.guests.runtime_dir import RuntimeDir
+from host_agent.ram import GuestRam
+
+_EVIDENCE_LINES = 40
+_PROBE_MEMORY_BYTES = 256 * MIB
+
+
+def translate(domain: Any) -> GuestRam:
+    """The RAM of a running domain, as parts of QEMU's files.
+
+    :param domain: a libvirt.virDomain, of this or any other maker.
+    :raises Refused: it has no shared memory backing of its own, runs on another
+        machine, or is not understood; says what to change.
+    :raises GuestLost: it is gone.
+    """
+    _, libvirt_qemu = modules()
+    with errors_as("looking into the domain's memory"):
+        memory_bytes = domain.maxMemory() * 1024
+        hmp = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+        return open_ram(
+            _qemu_pid(domain),
+            memory_bytes,
+            lambda command: str(libvirt_qemu.qemuMonitorCommand(domain, command, hmp)),
+        )
+
+
+def _qemu_pid(domain: Any) -> int:
+    """Process id of a running domain's QEMU, said by QEMU itself.
+
+    Not from a pid file, whose place depends on the URI.
+    """
+    _, libvirt_qemu = modules()
+    with errors_as("asking QEMU for its process id"):
+        query = json.dumps({"execute": "query-cpus-fast"})
+        cpus = json.loads(libvirt_qemu.qemuMonitorCommand(domain, query, 0))["return"]
+        return process_of_thread(cpus[0]["thread-id"], domain.UUIDString())
+
+
+class _Gone:
+    """Says once that a guest is gone, and not at all after its owner ended it."""
+
+    def __init__(self, on_gone: Callable[[str], None]) -> None:
+        self._on_gone = on_gone
+        self._lock = Lock()
+        self._said = False
+
+    def say(self, reason: str) -> None:
+        if self._first():
+            self._on_gone(reason)
+
+    def silence(self) -> None:
+        self._first()
+
+    def _first(self) -> bool:
+        with self._lock:
+            first, self._said = not self._said, True
+        return first
+
+
+class LibvirtGuest:
+    """A guest that runs; made by LibvirtDriver.create."""
+
+    def __init__(
+        self,
+        *,
+        domain: Any,
+        pid: int,
+        ram: GuestRam,
+        files: RuntimeDir,
+        gone: _Gone,
+        forget: Callable[[], None],
+    ) -> None:
+        """Own all of them."""
+        self.pid = pid
+        self.ram = ram
+        self._domain = domain
+        self._files = files
+        self._gone = gone
+        self._forget = forget
+
+    def evidence(self) -> str:
+        return self._files.console_tail(_EVIDENCE_LINES)
+
+    def close(self) -> None:
+        self._gone.silence()
+        self._forget()
+        _destroy(self._domain)
+        self.ram.close()
+        self._files.remove()
+
+
+class LibvirtDriver:
+    """Makes guests on one libvirt connection, which is opened when it is first needed."""
+
+    def __init__(self, uri: str, *, guest_server: str, images: Path | None = None) -> None:
+        """Nothing is contacted yet.
+
+        :param guest_server: where guests find the host agent, `10.0.2.2:PORT` for
+            one that listens on the host's loopback.
+        :param images: directory of guest images; the default one if None.
+        """
+        self._uri = uri
+        self._guest_server = guest_server
+        self._images = images
+        self._lock = Lock()
+        self._probing = Lock()
+        self._events: EventLoop | None = None
+        self._connection: Any = None
+        self._watched: dict[str, _Gone] = {}
+
+    def state(self) -> host_pb2.DriverState:
+        try:
+            connection = self._connect()
+            image = find_image(self._images)
+            with errors_as("asking libvirt for versions"):
+                detail = f"libvirt {_version(connection.getLibVersion())}, QEMU " + _version(
+                    connection.getVersion()
+                )
+        except HintfleetError as error:
+            return host_pb2.DriverState(driver=host_pb2.LIBVIRT, usable=False, detail=str(error))
+        boots = {True: "KVM", False: "TCG (KVM does not boot here)", None: "KVM not probed yet"}
+        detail += f", {boots[kvm_probe.cached(image)]}"
+        return host_pb2.DriverState(driver=host_pb2.LIBVIRT, usable=True, detail=detail)
+
+    def create(self, request: GuestRequest) -> LibvirtGuest:
+        image = find_image(self._images)
+        connection = self._connect()
+        _refuse_if_taken(connection, request)
+        accelerator = self._accelerator(connection, image)
+        files = RuntimeDir.make()
+        gone = _Gone(request.on_gone)
+        with contextlib.ExitStack() as undo:
+            undo.callback(files.remove)
+            spec = self._domain_spec(request, image, accelerator, files)
+            self._watched[request.uuid] = gone
+            undo.callback(self._forget, request.uuid)
+            undo.callback(gone.silence)
+            domain = _start(connection, spec)
+            undo.callback(_destroy, domain)
+            ram = translate(domain)
+            undo.callback(ram.close)
+            guest = LibvirtGuest(
+                domain=domain,
+                pid=_qemu_pid(domain),
+                ram=ram,
+                files=files,
+                gone=gone,
+                forget=lambda: self._forget(request.uuid),
+            )
+            undo.pop_all()
+        return guest
+
+    def close(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._disconnect()
+            if self._events is not None:
+                self._events.close()
+                self._events = None
+
+    def _connect(self) -> Any:
+        """The connection, opened or opened again if need be.
+
+        :raises Refused: libvirt-python or the URI is not there.
+        """
+        libvirt, _ = modules()
+        with self._lock:
+            if self._connection is not None and not self._connection.isAlive():
+                self._disconnect()
+            if self._connection is None:
+                self._events = self._events or EventLoop()
+                with errors_as(
+                    f"cannot connect to libvirt at {self._uri}",
+                    hint="apt-get install libvirt-daemon-system, start libvirtd, and check the"
+                    " URI; without root, qemu:///session",
+                ):
+                    self._connection = libvirt.open(self._uri)
+                self._subscribe(libvirt, self._connection)
+            return self._connection
+
+    def _disconnect(self) -> None:
+        libvirt, _ = modules()
+        connection, self._connection = self._connection, None
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.unregisterCloseCallback()
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.close()
+
+    def _subscribe(self, libvirt: ModuleType, connection: Any) -> None:
+        reasons = {
+            libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: "the guest shut down or was reset",
+            libvirt.VIR_DOMAIN_EVENT_STOPPED: "the guest was stopped",
+            libvirt.VIR_DOMAIN_EVENT_CRASHED: "the guest crashed",
+            libvirt.VIR_DOMAIN_EVENT_PMSUSPENDED: "the guest was suspended",
+        }
+
+        def lifecycle(_connection: Any, domain: Any, event: int, _detail: int, _: None) -> None:
+            if event in reasons:
+                self._say_gone(domain.UUIDString(), reasons[event])
+
+        def reboot(_connection: Any, domain: Any, _: None) -> None:
+            self._say_gone(domain.UUIDString(), "the guest was reset")
+
+        def closed(_connection: Any, _reason: int, _: None) -> None:
+            for uuid_text in list(self._watched):
+                self._say_gone(uuid_text, "the connection to libvirt was lost")
+
+        with errors_as("subscribing to libvirt's events"):
+            for kind, callback in (
+                (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
+                (libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, reboot),
+            ):
+                connection.domainEventRegisterAny(None, kind, callback, None)
+            connection.registerCloseCallback(closed, None)
+
+    def _forget(self, uuid_text: str) -> None:
+        self._watched.pop(uuid_text, None)
+
+    def _say_gone(self, uuid_text: str, reason: str) -> None:
+        gone = self._watched.get(uuid_text)
+        if gone:
+            gone.say(reason)
+
+    def _domain_spec(
+        self, request: GuestRequest, image: GuestImage, accelerator: str, files: RuntimeDir
+    ) -> DomainSpec:
+        files.write_config(json.dumps(self._agent_config(request)))
+        return DomainSpec(
+            name=request.name,
+            uuid=request.uuid,
+            accelerator=accelerator,
+            memory_bytes=request.spec.memory_bytes,
+            image=image,
+            console=files.console,
+            config=files.config,
+            parameters=_init_parameters(request.spec),
+        )
+
+    def _agent_config(self, request: GuestRequest) -> dict[str, str | int]:
+        hinting = request.spec.hinting
+        config: dict[str, str | int] = {
+            "server": self._guest_server,
+            "guest_uuid": request.uuid,
+            "token": request.token,
+            "method": host_pb2.Method.Name(request.spec.method).lower(),
+            "isolator": hinting.isolator or "kmod",
+            "tracker": hinting.tracker,
+            "chunk_order": hinting.chunk_order or 9,
+            "memory": "kernel",
+        }
+        if hinting.threshold_chunks:
+            config["threshold_chunks"] = hinting.threshold_chunks
+        return config
+
+    def _accelerator(self, connection: Any, image: GuestImage) -> str:
+        with self._probing:
+            boots = kvm_probe.cached(image)
+            if boots is None:
+                boots = _boots_under_kvm(connection, image)
+                kvm_probe.remember(image, boots)
+        return "kvm" if boots else "qemu"
+
+
+def _init_parameters(spec: host_pb2.GuestSpec) -> list[str]:
+    if spec.method != host_pb2.HINTING or spec.hinting.isolator not in ("", "kmod"):
+        return []
+    return ["hintfleet.isolator=kmod", f"hintfleet.order={spec.hinting.chunk_order or 9}"]
+
+
+def _refuse_if_taken(connection: Any, request: GuestRequest) -> None:
+    libvirt, _ = modules()
+    name = NAME_PREFIX + request.name
+    for lookup, key in (
+        (connection.lookupByName, name),
+        (connection.lookupByUUIDString, request.uuid),
+    ):
+        with contextlib.suppress(libvirt.libvirtError):
+            taken = lookup(key).name()
+            raise Refused(
+                f"cannot start domain {name}: there is a domain {taken} already",
+                hint=f"virsh destroy {taken}, or another name",
+            )
+
+
+def _start(connection: Any, spec: DomainSpec) -> Any:
+    """Create the domain.
+
+    :raises Refused: libvirt or QEMU would not have it.
+    """
+    libvirt, _ = modules()
+    name = NAME_PREFIX + spec.name
+    with errors_as(
+        f"cannot start domain {name}",
+        hint="QEMU (apt-get install qemu-system-x86) runs as a user of its own under"
+        f" qemu:///system, who must be able to read {spec.image.directory}",
+    ):
+        return connection.createXML(domain_xml(spec), libvirt.VIR_DOMAIN_START_AUTODESTROY)
+
+
+def _destroy(domain: Any) -> None:
+    """End a domain that may be gone already."""
+    libvirt, _ = modules()
+    with contextlib.suppress(libvirt.libvirtError):
+        domain.destroy()
+
+
+def _boots_under_kvm(connection: Any, image: GuestImage) -> bool:
+    """Boot a guest without agent under KVM, and end it."""
+    files = RuntimeDir.make()
+    identity = uuid.uuid4()
+    spec = DomainSpec(
+        name=f"kvm-probe-{identity.hex[:8]}",
+        uuid=str(identity),
+        accelerator="kvm",
+        memory_bytes=_PROBE_MEMORY_BYTES,
+        image=image,
+        console=files.console,
+        config=None,
+    )
+    try:
+        domain = _start(connection, spec)
+        try:
+            return kvm_probe.wait_for_boot(spec.console)
+        finally:
+            _destroy(domain)
+    except Refused:  # no KVM in this libvirt, or QEMU itself gave up
+        return False
+    finally:
+        files.remove()
+
+
+def _version(number: int) -> str:
+    """libvirt's way of packing a version into a number."""
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

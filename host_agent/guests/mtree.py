@@ -1,0 +1,98 @@
+"""Where a guest's RAM lies in QEMU's RAM blocks: what HMP `info mtree -f` says.
+
+Text in, values out. The lines that matter look like this, in the flat view that
+bears the address space "memory" (QEMU: softmmu/memory.c, mtree_print_flatview):
+
+      0000000000100000-000000003fffffff (prio 0, ram): pc.ram @0000000000100000 KVM
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from hintfleet.errors import Refused
+
+_RANGE = re.compile(
+    r"\s+(?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) "
+    r"\(prio -?\d+, (?P<kind>[^)]+)\): (?P<block>.+?)(?: @(?P<offset>[0-9a-f]{16}))?(?: KVM)?"
+)
+_MEMORY_VIEW = re.compile(r'^ AS "memory",', re.M)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RamRange:
+    """A run of guest physical addresses that lies in one RAM block in one piece.
+
+    :ivar address: first byte, guest physical.
+    :ivar offset_bytes: where that byte lies in the block.
+    """
+
+    address: int
+    size_bytes: int
+    block: str
+    offset_bytes: int
+
+    @property
+    def end(self) -> int:
+        """One past the last byte, guest physical."""
+        return self.address + self.size_bytes
+
+
+def parse(text: str) -> list[RamRange]:
+    """The RAM ranges of the guest's memory, in address order.
+
+    Ranges of all blocks are given, also those that are no main memory (a video
+    card's): only the file behind a block can tell.
+
+    :raises Refused: there is no flat view of the guest's memory in `text`.
+    """
+    lines = "\n".join(text.splitlines())  # the monitor ends lines with CR LF
+    for view in re.split(r"^FlatView #\d+$", lines, flags=re.M):
+        if _MEMORY_VIEW.search(view):
+            return list(_ram_ranges(view))
+    raise Refused(
+        'QEMU\'s `info mtree -f` shows no address space "memory"',
+        hint="this QEMU is not understood; please report its version",
+    )
+
+
+def _ram_ranges(view: str) -> Iterator[RamRange]:
+    for line in view.splitlines():
+        match = _RANGE.fullmatch(line)
+        if match and match["kind"] == "ram":
+            first = int(match["first"], 16)
+            yield RamRange(
+                address=first,
+                size_bytes=int(match["last"], 16) + 1 - first,
+                block=match["block"],
+                offset_bytes=int(match["offset"] or "0", 16),
+            )
+
+
+def whole_block(ranges: Iterable[RamRange], size_bytes: int) -> list[RamRange]:
+    """All of one block, from those of its ranges that the guest sees now.
+
+    The machine hides parts of RAM from the guest and changes which at run time:
+    under the ROMs below 1 MiB (PAM), and for system management mode (SMRAM). They
+    lie where the range before them would go on, so it is taken to go on there.
+
+    :param size_bytes: of the block.
+    :returns: ranges that cover the block exactly, as few as possible.
+    :raises Refused: they do not fit together like that.
+    """
+    found = sorted(ranges, key=lambda r: r.offset_bytes)
+    ends = [r.offset_bytes for r in found[1:]] + [size_bytes]
+    if not found or found[0].offset_bytes:
+        raise Refused("a RAM block of the guest is not mapped from its start")
+    whole: list[RamRange] = []
+    for part, end in zip(found, ends, strict=True):
+        grown = replace(part, size_bytes=end - part.offset_bytes)
+        if grown.size_bytes < part.size_bytes:
+            raise Refused(f"RAM block {part.block} is mapped twice at offset {end:#x}")
+        if whole and whole[-1].end == grown.address:
+            whole[-1] = replace(whole[-1], size_bytes=whole[-1].size_bytes + grown.size_bytes)
+        else:
+            whole.append(grown)
+    return whole

@@ -1,0 +1,41 @@
+"""`make bench`: run the benchmarks, print each figure, write all of them as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+from tests.bench import guest_cost, host_path, tracker
+
+_SUITES = {"host_path": host_path.run, "tracker": tracker.run, "guest_cost": guest_cost.run}
+
+
+def main() -> None:
+    """Run the named suites, or all."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("suite", nargs="*", choices=[[], *_SUITES], help="default: all")
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/bench.json"))
+    arguments = parser.parse_args()
+    figures = []
+    for name in arguments.suite or _SUITES:
+        print(f"{name} ...", file=sys.stderr)
+        for figure in _SUITES[name]():
+            print(figure, flush=True)
+            figures.append({"suite": name, **figure.as_dict()})
+    document = {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "figures": figures,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"written to {arguments.output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

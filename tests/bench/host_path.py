@@ -1,0 +1,116 @@
+"""From a received batch to its ack, against a bare C loop of the same punches."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hintfleet.ranges import RangeSet, encode
+from hintfleet.units import GIB, MIB, PAGE_BYTES
+from hintfleet.v1 import hinting_pb2 as pb
+from host_agent.gate import LIMITS, Gate
+from host_agent.ledger import Ledger
+from host_agent.ram import GuestRam, Segment
+from host_agent.reclaim import reclaim
+from tests.bench.report import Figure, side_by_side
+
+_ROUNDS = 7
+_RAM_BYTES = 1 * GIB
+_CHUNK_PAGES = 512
+_CHUNK_BYTES = _CHUNK_PAGES * PAGE_BYTES
+
+_C_LOOP = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <time.h>
+/* Punch `count` ranges; seconds that it took, or -1. */
+double punch_all(int fd, const long long *offsets, long long length, int count)
+{
+	struct timespec a, b;
+	clock_gettime(CLOCK_MONOTONIC, &a);
+	for (int i = 0; i < count; i++)
+		if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsets[i], length))
+			return -1;
+	clock_gettime(CLOCK_MONOTONIC, &b);
+	return (b.tv_sec - a.tv_sec) + (b.tv_nsec - a.tv_nsec) * 1e-9;
+}
+"""
+
+
+def run() -> Iterator[Figure]:
+    """Two figures: chunks that are not adjacent, and adjacent ones."""
+    if not shutil.which("cc"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        punch_in_c = _compile(Path(folder))
+        for name, chunks, wanted in (
+            ("host path, 2 MiB ranges, not adjacent / C loop", range(0, 512, 2), ">= 0.95"),
+            ("host path, adjacent ranges / C loop per chunk", range(256), "> 1"),
+        ):
+            pairs = [(_ours(list(chunks)), _in_c(punch_in_c, list(chunks))) for _ in range(_ROUNDS)]
+            yield side_by_side(name, "GiB/s", pairs, wanted)
+
+
+def _compile(folder: Path) -> ctypes._NamedFuncPointer:
+    source, library = folder / "punch.c", folder / "punch.so"
+    source.write_text(_C_LOOP)
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+    function = ctypes.CDLL(str(library)).punch_all
+    function.restype = ctypes.c_double
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int]
+    return function
+
+
+def _touched_ram(chunks: list[int]) -> int:
+    fd = os.memfd_create("bench-ram")
+    os.truncate(fd, _RAM_BYTES)
+    data = b"\1" * (2 * MIB)
+    for chunk in chunks:
+        os.pwrite(fd, data, chunk * _CHUNK_BYTES)
+    return fd
+
+
+def _in_c(punch: ctypes._NamedFuncPointer, chunks: list[int]) -> float:
+    fd = _touched_ram(chunks)
+    offsets = (ctypes.c_longlong * len(chunks))(*(c * _CHUNK_BYTES for c in chunks))
+    elapsed_s = punch(fd, offsets, _CHUNK_BYTES, len(chunks))
+    os.close(fd)
+    return len(chunks) * _CHUNK_BYTES / GIB / elapsed_s
+
+
+def _ours(chunks: list[int]) -> float:
+    """Decode, gate, reclaim, ledger and ack, as the service does it."""
+    fd = _touched_ram(chunks)
+    ram = GuestRam([Segment(pfn=0, page_count=_RAM_BYTES // PAGE_BYTES, fd=fd, offset_bytes=0)])
+    ledger, gate = Ledger(ram.pages), Gate()
+    # As the service does once per period: the books know what is resident.
+    ledger.audit(ram.resident(ledger.absent_pages))
+    gate.open(1)
+    packed = encode(RangeSet((c * _CHUNK_PAGES, _CHUNK_PAGES) for c in chunks))
+    wire = pb.GuestMessage(batch=pb.Batch(epoch=1, seq=1, ranges=packed)).SerializeToString()
+    started_s = time.perf_counter()
+    acknowledge(wire, ram, ledger, gate)
+    elapsed_s = time.perf_counter() - started_s
+    ram.close()
+    return len(chunks) * _CHUNK_BYTES / GIB / elapsed_s
+
+
+def acknowledge(wire: bytes, ram: GuestRam, ledger: Ledger, gate: Gate) -> bytes:
+    """What happens between the bytes of a batch and the bytes of its ack."""
+    from hintfleet.ranges import decode
+    from host_agent.guest_service import ack_of
+
+    batch = pb.GuestMessage.FromString(wire).batch
+    hinted = decode(batch.ranges, LIMITS.ranges_per_batch)
+    gate.check(batch, hinted)
+    if gate.admit(batch.epoch, 0.0) is not None:
+        raise RuntimeError("the gate did not admit the benchmark's batch")
+    outcome = reclaim(ram, hinted, ledger.absent_pages)
+    ledger.post(hinted, outcome, len(batch.ranges))
+    return pb.HostMessage(ack=ack_of(batch, outcome)).SerializeToString()

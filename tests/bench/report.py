@@ -1,0 +1,49 @@
+"""What a benchmark returns, and how it is shown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One comparison.
+
+    :ivar ours, other: medians over rounds, in `unit`.
+    :ivar ratio: ours / other, median of the rounds' ratios.
+    :ivar wanted: what the ratio or figure should be, as text; empty where there is no goal.
+    """
+
+    name: str
+    unit: str
+    ours: float
+    other: float | None = None
+    ratio: float | None = None
+    rounds: int = 1
+    wanted: str = ""
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        other = f" / {self.other:.4g}" if self.other is not None else ""
+        ratio = f" = {self.ratio:.3f}" if self.ratio is not None else ""
+        wanted = f"   (wanted: {self.wanted})" if self.wanted else ""
+        return f"{self.name:58} {self.ours:.4g}{other} {self.unit}{ratio}{wanted}"
+
+
+def side_by_side(
+    name: str, unit: str, pairs: Sequence[tuple[float, float]], wanted: str = ""
+) -> Figure:
+    """A figure from rounds of (ours, other), each pair measured together."""
+    return Figure(
+        name=name,
+        unit=unit,
+        ours=statistics.median(ours for ours, _ in pairs),
+        other=statistics.median(other for _, other in pairs),
+        ratio=statistics.median(ours / other for ours, other in pairs),
+        rounds=len(pairs),
+        wanted=wanted,
+    )

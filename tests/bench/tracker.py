@@ -1,0 +1,62 @@
+"""What tracking costs: scans, and reading the kernel's page flags."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+from guest_agent.memory.kernel import KPF_HUGE, PageFlags
+from guest_agent.tracking import BitmapTracker
+from hintfleet.errors import Refused
+from hintfleet.units import GIB, PAGE_BYTES
+from tests.bench.report import Figure, side_by_side
+
+_ROUNDS = 9
+_TIB_CHUNKS = (1 << 40) // PAGE_BYTES >> 9
+_FLAG_SPAN = range(GIB // PAGE_BYTES)
+
+
+def run() -> Iterator[Figure]:
+    """Scans of a small and a huge guest; page flags against bare reads."""
+    scans = [(_scan_us(_TIB_CHUNKS), _scan_us(2048)) for _ in range(_ROUNDS)]
+    yield side_by_side(
+        "scan of 16 bits, 1 TiB guest / 4 GiB guest", "us", scans, "< 50 us, ratio near 1"
+    )
+    try:
+        flags = PageFlags()
+    except Refused:
+        return
+    reads = [(1 / _flags_s(flags), 1 / _bare_reads_s()) for _ in range(_ROUNDS)]
+    yield side_by_side("kpageflags of 512 chunks / bare reads of them", "1/s", reads, ">= 0.9")
+    flags.close()
+
+
+def _scan_us(chunks: int) -> float:
+    tracker = BitmapTracker(9)
+    for n in range(16):
+        tracker.mark(n * (chunks // 16) << 9)
+    started_ns = time.perf_counter_ns()
+    taken = tracker.take(1000)
+    elapsed_ns = time.perf_counter_ns() - started_ns
+    if len(taken) != 16:
+        raise RuntimeError("the scan did not find what was marked")
+    return elapsed_ns / 1000
+
+
+def _flags_s(flags: PageFlags) -> float:
+    started_s = time.perf_counter()
+    for _ in flags.chunks_with(KPF_HUGE, [_FLAG_SPAN], 9):
+        pass
+    return time.perf_counter() - started_s
+
+
+def _bare_reads_s() -> float:
+    fd = os.open("/proc/kpageflags", os.O_RDONLY)
+    offsets = [pfn * 8 for pfn in range(_FLAG_SPAN.start, _FLAG_SPAN.stop, 512)]
+    started_s = time.perf_counter()
+    for offset in offsets:
+        os.pread(fd, 8, offset)
+    elapsed_s = time.perf_counter() - started_s
+    os.close(fd)
+    return elapsed_s

@@ -1,0 +1,233 @@
+"""Real guests under libvirt: what the driver makes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import uuid
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hintfleet.errors import GuestLost, Refused
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests import GuestRequest
+from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, domain_xml
+from host_agent.guests.image import GuestImage
+from host_agent.guests.libvirt import LibvirtDriver, translate
+from tests.support.agents import alive, wait_until
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "deploy/image"))
+
+import cpio  # noqa: E402
+
+libvirt = pytest.importorskip("libvirt")
+libvirt_qemu = pytest.importorskip("libvirt_qemu")
+pytestmark = pytest.mark.vm
+
+MEMORY_BYTES = 512 * MIB
+
+
+def a_request(gone: list[str], method: host_pb2.Method.ValueType = host_pb2.NONE) -> GuestRequest:
+    identity = uuid.uuid4()
+    spec = host_pb2.GuestSpec(driver=host_pb2.LIBVIRT, memory_bytes=MEMORY_BYTES, method=method)
+    return GuestRequest(
+        name=f"test-{identity.hex[:8]}",
+        uuid=str(identity),
+        token="secret-of-this-guest",
+        spec=spec,
+        on_gone=gone.append,
+    )
+
+
+@pytest.fixture
+def connection(libvirt_uri: str) -> Iterator[Any]:
+    opened = libvirt.open(libvirt_uri)
+    yield opened
+    opened.close()
+
+
+def guest_memory(domain: Any, address: int) -> bytes:
+    """A page of guest physical memory, as QEMU itself reads it."""
+    said = libvirt_qemu.qemuMonitorCommand(
+        domain, f"xp /512gx {address:#x}", libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+    )
+    words = re.findall(r"0x([0-9a-f]{16})", said)
+    return b"".join(int(word, 16).to_bytes(8, "little") for word in words)
+
+
+def test_a_guest_and_its_memory(driver: LibvirtDriver, connection: Any) -> None:
+    gone: list[str] = []
+    request = a_request(gone)
+    directories = set(Path(tempfile.gettempdir()).glob("hintfleet-guest-*"))
+    guest = driver.create(request)
+    try:
+        assert guest.ram.provisioned_bytes == MEMORY_BYTES
+        assert request.uuid in Path(f"/proc/{guest.pid}/cmdline").read_text()
+        assert request.token not in Path(f"/proc/{guest.pid}/cmdline").read_text()
+        wait_until(lambda: "hintfleet-init: started" in guest.evidence(), "the guest to boot", 60)
+
+        domain = connection.lookupByUUIDString(request.uuid)
+        domain.suspend()
+        resident = [r for r in guest.ram.resident(guest.ram.pages) if r.pfn >= 256]
+        assert len(resident) > 5
+        for pfn in (r.pfn for r in resident[:: max(1, len(resident) // 16)]):
+            ours = os.pread(guest.ram.only_fd(), 4096, pfn * 4096)
+            assert ours == guest_memory(domain, pfn * 4096), f"pfn {pfn:#x}"
+
+        with pytest.raises(Refused, match="already"):
+            driver.create(request)
+        assert not gone
+        domain.destroy()
+        wait_until(lambda: bool(gone), "on_gone after the domain was destroyed")
+        with pytest.raises(GuestLost):
+            translate(domain)
+    finally:
+        guest.close()
+    guest.close()
+    assert len(gone) == 1
+    assert NAME_PREFIX + request.name not in [d.name() for d in connection.listAllDomains()]
+    wait_until(lambda: not alive(guest.pid), "QEMU to end")
+    assert set(Path(tempfile.gettempdir()).glob("hintfleet-guest-*")) <= directories
+
+
+def image_with(image: GuestImage, files: dict[str, Path], to: Path) -> Path:
+    """A directory of images, its one like `image` with more files in its initrd.
+
+    The kernel unpacks one archive after the other.
+    """
+    made = to / "with-files"
+    made.mkdir()
+    for path in (image.kernel, image.root_disk, image.directory / "image.json"):
+        (made / path.name).symlink_to(path)
+    more = cpio.archive(cpio.file(name, path.read_bytes()) for name, path in files.items())
+    (made / "initrd.img").write_bytes(image.initrd.read_bytes() + more)
+    (to / "current").symlink_to("with-files")
+    return to
+
+
+@pytest.fixture
+def readable_by_qemu() -> Iterator[Path]:
+    """A directory that QEMU's own user can look into, unlike pytest's."""
+    directory = Path(tempfile.mkdtemp(prefix="hf-vm-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+def test_the_module_over_an_agents_life_and_death(
+    libvirt_uri: str, image: GuestImage, readable_by_qemu: Path
+) -> None:
+    probe = {"hintfleet/sitecustomize.py": Path(__file__).parent / "in_guest/sitecustomize.py"}
+    images = image_with(image, probe, readable_by_qemu)
+    driver = LibvirtDriver(libvirt_uri, guest_server="10.0.2.2:9", images=images)
+    gone: list[str] = []
+    guest = driver.create(a_request(gone, host_pb2.HINTING))
+    try:
+        wait_until(lambda: bool(gone), "the guest to end", 90)
+        evidence = guest.evidence()
+    finally:
+        guest.close()
+        driver.close()
+    line = next((x for x in evidence.splitlines() if x.startswith("PROBE ")), None)
+    assert line, evidence
+    seen = json.loads(line.removeprefix("PROBE "))
+
+    assert not seen["left_at_first"]
+    assert "another guest agent" in seen["second_open"]
+    assert seen["held"]
+    assert not seen["while_held"]
+    assert seen["wrong_ack"] == "ESTALE"
+    assert seen["rmmod_while_held"] in ("EAGAIN", "EBUSY")
+    assert seen["left_at_second"] == seen["held"]
+    assert seen["wanted_after_return"]
+    assert seen["drained_pages"] * 4096 >= 0.9 * 300 * MIB
+    assert seen["again_pages"] * 4096 < 16 * MIB
+    assert seen["woken"]
+    assert seen["taken_back"] == "EAGAIN"
+    assert seen["still_wanted"]
+    assert seen["pages_later"] * 4096 >= 0.8 * 64 * MIB
+    assert seen["rmmod"] == ""
+    assert "load the module" in seen["no_module"]
+
+
+def paused_domain(
+    connection: Any, image: GuestImage, console: Path, backing: ET.Element | None
+) -> Any:
+    identity = uuid.uuid4()
+    spec = DomainSpec(
+        name=f"test-{identity.hex[:8]}",
+        uuid=str(identity),
+        accelerator="qemu",
+        memory_bytes=MEMORY_BYTES,
+        image=image,
+        console=console,
+        config=None,
+    )
+    domain = ET.fromstring(domain_xml(spec))  # noqa: S314 - our own
+    old = domain.find("memoryBacking")
+    assert old is not None
+    domain.remove(old)
+    if backing is not None:
+        domain.append(backing)
+    flags = libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_PAUSED
+    return connection.createXML(ET.tostring(domain, encoding="unicode"), flags)
+
+
+@pytest.mark.parametrize(
+    "backing",
+    [None, "<memoryBacking><source type='memfd'/><access mode='private'/></memoryBacking>"],
+    ids=["anonymous", "private"],
+)
+def test_a_domain_without_shared_backing_is_refused(
+    connection: Any, image: GuestImage, readable_by_qemu: Path, backing: str | None
+) -> None:
+    element = ET.fromstring(backing) if backing else None  # noqa: S314 - our own
+    domain = paused_domain(connection, image, readable_by_qemu / "console", element)
+    try:
+        with pytest.raises(Refused, match="<access mode='shared'/>"):
+            translate(domain)
+    finally:
+        domain.destroy()
+
+
+def test_no_libvirt_there() -> None:
+    driver = LibvirtDriver("qemu+unix:///system?socket=/nonexistent", guest_server="")
+    with pytest.raises(Refused, match="cannot connect to libvirt"):
+        driver._connect()
+    state = driver.state()
+    driver.close()
+    assert not state.usable
+    assert "/nonexistent" in state.detail
+
+
+def test_no_image_there(libvirt_uri: str, tmp_path: Path) -> None:
+    driver = LibvirtDriver(libvirt_uri, guest_server="", images=tmp_path)
+    with pytest.raises(Refused, match="make image"):
+        driver.create(a_request([]))
+    driver.close()
+
+
+def test_an_image_that_qemu_cannot_read(
+    libvirt_uri: str, image: GuestImage, readable_by_qemu: Path, connection: Any
+) -> None:
+    images = image_with(image, {}, readable_by_qemu)
+    readable_by_qemu.chmod(0o700)
+    driver = LibvirtDriver(libvirt_uri, guest_server="", images=images)
+    gone: list[str] = []
+    if "system" not in libvirt_uri:
+        pytest.skip("QEMU runs as this user here")
+    with pytest.raises(Refused, match="must be able to read"):
+        driver.create(a_request(gone))
+    driver.close()
+    assert not gone
+    assert not [d for d in connection.listAllDomains() if d.name().startswith("hintfleet-test-")]
