@@ -1,0 +1,5 @@
+"""`python -m orchestrator` is `hintfleet`."""
+
+from orchestrator.cli import main
+
+main()

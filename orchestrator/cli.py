@@ -1,0 +1,88 @@
+"""`hintfleet`: the command line. Commands import what they need when they run, so
+that `--help` is fast; data goes to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from orchestrator.commands.doctor import doctor
+from orchestrator.commands.experiments import experiments
+from orchestrator.commands.run import run
+from orchestrator.commands.runs import runs, show
+from orchestrator.commands.savings import savings
+from orchestrator.commands.serve import serve
+
+_EPILOG = """\b
+Examples:
+  hintfleet doctor                      what this machine can run
+  hintfleet run quickstart              an experiment of the catalogue
+  hintfleet run my.yaml -o json         one of your own; data on stdout
+  hintfleet show latest                 the newest run again
+  hintfleet savings --by host --since 1h
+
+\b
+Environment: LIBVIRT_DEFAULT_URI, RAY_ADDRESS, XDG_DATA_HOME, NO_COLOR.
+Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 undecided (no figure can
+be given), 130 interrupted.
+Shell completion: eval "$(_HINTFLEET_COMPLETE=bash_source hintfleet)"
+"""
+
+
+def _version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from hintfleet import __version__
+
+        click.echo(f"hintfleet {__version__}")
+        context.exit()
+
+
+@click.group(
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
+    help="Print the version.",
+)  # fmt: skip
+def cli() -> None:
+    """A lab for memory overcommit: how much host memory free page hinting gives back,
+    what it costs, and which way of doing it is best, on real guests and a whole fleet."""
+
+
+for command in (doctor, experiments, run, runs, show, savings, serve):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The entry point: runs a command and ends the process with its exit code."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run a command line; returns its exit code. Errors are told on stderr."""
+    try:
+        return int(cli.main(arguments, prog_name="hintfleet", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough; nothing is left to say.
+        sys.stdout = None
+        return 1
+    except Exception as error:
+        from hintfleet.errors import HintfleetError
+
+        if not isinstance(error, HintfleetError):
+            raise
+        click.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        click.echo(str(error), err=True)
+        return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The commands of `hintfleet`, a module each."""

@@ -1,0 +1,40 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+data_dir_option = click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where results are stored.  [default: hintfleet in the XDG data folder]",
+)
+
+output_option = click.option(
+    "-o",
+    "--output",
+    "output_format",
+    type=click.Choice(("table", "json", "yaml")),
+    default="table",
+    show_default=True,
+    help="How to print the result.",
+)
+
+libvirt_uri_option = click.option(
+    "--libvirt-uri",
+    envvar="LIBVIRT_DEFAULT_URI",
+    default="",
+    metavar="URI",
+    help="Where libvirt guests are made.  [default: the host agent's]",
+)
+
+
+def data_dir_or_default(chosen: Path | None) -> Path:
+    """The folder with the results."""
+    if chosen is not None:
+        return chosen
+    from platformdirs import user_data_path
+
+    return user_data_path("hintfleet", appauthor=False)

@@ -1,0 +1,52 @@
+"""`hintfleet runs` and `hintfleet show`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from orchestrator.commands.options import data_dir_option, data_dir_or_default, output_option
+
+
+@click.command()
+@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True)
+@data_dir_option
+@output_option
+def runs(limit: int, data_dir: Path | None, output_format: str) -> None:
+    """List the stored runs, the newest first."""
+    from dataclasses import asdict
+
+    from orchestrator.output import emit
+    from orchestrator.store.reader import Store
+    from orchestrator.view import tables
+
+    with Store(data_dir_or_default(data_dir)) as store:
+        found = store.runs(limit)
+    data = [asdict(run) for run in found]
+    for run in data:
+        del run["spec_text"]
+    emit(data, output_format, lambda: tables.runs(found))
+
+
+@click.command(short_help="Show one run: its savings and its trials.")
+@click.argument("run", default="latest")
+@click.option("--spec", "only_spec", is_flag=True, help="Print the spec that was run, and no more.")
+@data_dir_option
+@output_option
+def show(run: str, only_spec: bool, data_dir: Path | None, output_format: str) -> int:
+    """Show one run: what its arms used and saved, and its trials.
+
+    RUN is an id, a part of one that no other run has, or `latest`. The exit code
+    is that of the run: 1 if it failed, 3 if it is undecided, 130 if it was
+    interrupted.
+    """
+    from orchestrator.commands.show_run import print_run
+    from orchestrator.store.reader import Store
+
+    with Store(data_dir_or_default(data_dir)) as store:
+        found = store.find_run(run)
+        if only_spec:
+            click.echo(found.spec_text, nl=False)
+            return 0
+        return print_run(store, found, output_format, with_trials=True)

@@ -1,0 +1,64 @@
+"""`hintfleet savings`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from orchestrator.commands.options import data_dir_option, data_dir_or_default, output_option
+
+_EPILOG = """\b
+Examples:
+  hintfleet savings                           each run's arms, whole fleet
+  hintfleet savings --by host --run latest
+  hintfleet savings --by arm --since 7d       runs of the same spec pooled
+  hintfleet savings --server 127.0.0.1:50061 -o json
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.option(
+    "--by",
+    type=click.Choice(("fleet", "host", "guest", "arm")),
+    default="fleet",
+    show_default=True,
+    help="What a row stands for.",
+)
+@click.option("--since", metavar="DURATION", help="Only runs that began so recently, as in 1h.")
+@click.option("--run", "run_name", default="", metavar="RUN", help="Only this run, or `latest`.")
+@click.option("--server", metavar="ADDR", help="Ask the fleet service there, not the store here.")
+@data_dir_option
+@output_option
+def savings(
+    by: str,
+    since: str | None,
+    run_name: str,
+    server: str | None,
+    data_dir: Path | None,
+    output_format: str,
+) -> None:
+    """Say what runs saved, against their control."""
+    from orchestrator.output import emit, savings_as_data
+    from orchestrator.queries import ask_server, ask_store
+    from orchestrator.savings import By
+    from orchestrator.store.reader import Store
+    from orchestrator.view import tables
+
+    since_unix_s = _since_unix_s(since)
+    if server:
+        rows = ask_server(server, By(by), run_name, since_unix_s)
+    else:
+        with Store(data_dir_or_default(data_dir)) as store:
+            rows = ask_store(store, By(by), run_name, since_unix_s)
+    emit([savings_as_data(row) for row in rows], output_format, lambda: tables.savings(rows))
+
+
+def _since_unix_s(since: str | None) -> int:
+    if since is None:
+        return 0
+    import time
+
+    from hintfleet.units import parse_duration_s
+
+    return max(1, int(time.time() - parse_duration_s(since)))

@@ -1,0 +1,51 @@
+"""What `run` and `show` print of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from hintfleet.errors import ExitCode
+from orchestrator.output import emit, savings_as_data
+from orchestrator.savings import By, Savings
+from orchestrator.store.reader import Run, Store
+
+
+def print_run(store: Store, run: Run, output_format: str, with_trials: bool = False) -> int:
+    """Print a run's summary on stdout; returns the exit code that says its state."""
+    rows = store.savings(By.FLEET, run.run_id)
+    emit(
+        run_as_data(store, run, rows), output_format, lambda: _tables(store, run, rows, with_trials)
+    )
+    return exit_code(run, rows)
+
+
+def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
+    """A run for machines: its header, a row per arm, and its trials."""
+    header = asdict(run)
+    del header["spec_text"]
+    arms = [savings_as_data(row) for row in rows]
+    for arm in arms:
+        del arm["experiment"], arm["run_id"], arm["key"]
+    return header | {"arms": arms, "trials": [asdict(t) for t in store.trials(run.run_id)]}
+
+
+def exit_code(run: Run, rows: list[Savings]) -> ExitCode:
+    """What a run comes to."""
+    if run.state == "failed":
+        return ExitCode.FAILED
+    if run.state == "interrupted":
+        return ExitCode.INTERRUPTED
+    return ExitCode.UNDECIDED if any(row.undecided for row in rows) else ExitCode.DONE
+
+
+def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from orchestrator.view import tables
+
+    summary = tables.summary(run, rows)
+    return (
+        Group(summary, Text(), tables.trials(store.trials(run.run_id))) if with_trials else summary
+    )

@@ -1,0 +1,133 @@
+"""What this machine can run, found out by trying it.
+
+The host agent examines itself (libvirt, the guest image, a hole punch) in a
+process of its own: neither it nor libvirt is imported here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hintfleet.units import GIB, format_size
+from orchestrator.machine import meminfo_bytes
+
+_HOST_AGENT_TIMEOUT_S = 120
+# The quickstart's guests and Ray together.
+_ENOUGH_BYTES = 2 * GIB
+# What the host agent looks at only for real guests.
+_LIBVIRT_FINDINGS = ("guest image", "libvirt")
+_INSTALL = "pip install 'hintfleet[orchestrator]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing looked at.
+
+    :ivar needed_for: "embedded" (and so everything), or "libvirt".
+    :ivar hint: what to do where it is not ok.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    hint: str = ""
+    needed_for: str = "embedded"
+
+
+def examine(libvirt_uri: str = "") -> list[Finding]:
+    """All findings, in the order a newcomer needs them."""
+    return list(_examine(libvirt_uri))
+
+
+def can_run(findings: list[Finding], driver: str) -> bool:
+    """Whether nothing is missing for this driver."""
+    return all(f.ok for f in findings if f.needed_for in ("embedded", driver))
+
+
+def _examine(libvirt_uri: str) -> Iterator[Finding]:
+    yield _python()
+    yield _memory()
+    yield Finding(name="processors", ok=True, detail=str(len(os.sched_getaffinity(0))))
+    yield _memfd()
+    for module in ("ray", "duckdb", "scipy"):
+        yield _importable(module, "embedded", _INSTALL)
+    yield _importable(
+        "libvirt",
+        "libvirt",
+        "apt install python3-libvirt, or apt install libvirt-dev pkg-config gcc python3-dev "
+        "and pip install 'hintfleet[host]'",
+    )
+    yield from _host_agent(libvirt_uri)
+
+
+def _python() -> Finding:
+    return Finding(
+        name="Python",
+        ok=sys.version_info >= (3, 11),
+        detail=f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        hint="Python 3.11 or newer, on Linux",
+    )
+
+
+def _memory() -> Finding:
+    available = meminfo_bytes("MemAvailable")
+    return Finding(
+        name="memory",
+        ok=available >= _ENOUGH_BYTES,
+        detail=f"{format_size(available)} of {format_size(meminfo_bytes('MemTotal'))} available",
+        hint=f"the quickstart needs {format_size(_ENOUGH_BYTES)}; end something large",
+    )
+
+
+def _memfd() -> Finding:
+    try:
+        os.close(os.memfd_create("hintfleet-doctor"))
+    except (AttributeError, OSError) as error:
+        return Finding(
+            name="memfd", ok=False, detail=str(error), hint="Linux 3.17 or newer with CONFIG_MEMFD"
+        )
+    return Finding(name="memfd", ok=True, detail="can be made")
+
+
+def _importable(module: str, needed_for: str, hint: str) -> Finding:
+    # libvirt is only looked for: the host agent is the one that imports it.
+    there = importlib.util.find_spec(module) is not None
+    return Finding(
+        name=f"{module} (Python)",
+        ok=there,
+        detail="installed" if there else "not installed",
+        hint="" if there else hint,
+        needed_for=needed_for,
+    )
+
+
+def _host_agent(libvirt_uri: str) -> Iterator[Finding]:
+    command = [sys.executable, "-m", "host_agent", "--doctor"]
+    if libvirt_uri:
+        command += ["--libvirt-uri", libvirt_uri]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_HOST_AGENT_TIMEOUT_S, check=True
+        )
+        findings = json.loads(done.stdout)
+    except subprocess.CalledProcessError as error:
+        yield Finding(
+            name="host agent",
+            ok=False,
+            detail=(error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1],
+            hint="pip install 'hintfleet[host]'",
+        )
+        return
+    except (subprocess.TimeoutExpired, ValueError) as error:
+        yield Finding(name="host agent", ok=False, detail=str(error))
+        return
+    for found in findings:
+        needed_for = "libvirt" if found["name"] in _LIBVIRT_FINDINGS else "embedded"
+        yield Finding(**found, needed_for=needed_for)

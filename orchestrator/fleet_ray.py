@@ -1,0 +1,254 @@
+"""The hosts under test as Ray actors, spread over the nodes of a cluster.
+
+The only module that imports Ray. An actor speaks to one host agent; on a cluster
+of one machine it also starts that host agent as a logical host. Without
+RAY_ADDRESS a private cluster is started on loopback and ended with the fleet.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+from hintfleet.errors import HintfleetError, TransientError
+from orchestrator.host_session import HostPlace, HostSession
+from orchestrator.machine import make_runtime_dir
+from orchestrator.plan import HostTask
+from orchestrator.records import HostDone, Record
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum is 75 MiB; samples are small
+_STOP_TIMEOUT_S = 12.0
+_POLL_S = 0.5
+
+# Set before Ray is imported; what the user has set wins.
+_RAY_ENVIRONMENT = {
+    # It watches the whole machine and would kill our actors when guests fill memory.
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+
+
+class Fleet:
+    """All hosts of a run. Use as a context manager.
+
+    On leaving, also by an error or Ctrl-C, every guest, logical host, Ray process
+    and folder that it made is gone, within a bounded time.
+    """
+
+    def __init__(self, places: Mapping[str, HostPlace]) -> None:
+        self._places = places
+        self._runtime_dir: Path | None = None  # of a private cluster
+        self._actors: dict[str, Any] = {}
+
+    def __enter__(self) -> Fleet:
+        try:
+            self._runtime_dir = None if _cluster_address() else make_runtime_dir()
+            _init_ray(self._runtime_dir)
+            self._start_actors(list(self._places))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def run_trial(self, tasks: Mapping[str, HostTask]) -> Iterator[Record]:
+        """Run a trial on all hosts at once; yields their records as they come.
+
+        The last record of each host is HostDone. A host whose actor dies is
+        undecided in this trial, and gets a new actor for the next one.
+
+        :raises HintfleetError: a host cannot run this, or cannot be reached any more.
+        """
+        import ray
+
+        self._start_actors([host for host in tasks if host not in self._actors])
+        streams: dict[Any, str] = {
+            self._actors[host].run.options(num_returns="streaming").remote(task): host
+            for host, task in tasks.items()
+        }
+        while streams:
+            ready, _ = ray.wait(list(streams), timeout=_POLL_S)
+            for stream in ready:
+                host = streams[stream]
+                try:
+                    yield _get(next(cast("Iterator[ObjectRef[Any]]", stream)))
+                except StopIteration:
+                    del streams[stream]
+                except ray.exceptions.RayActorError as error:
+                    del streams[stream]
+                    yield self._lost(tasks[host], error)
+
+    def close(self) -> None:
+        """End everything. Ctrl-C is ignored meanwhile: it takes some seconds at the most."""
+        import ray
+
+        with _undisturbed():
+            actors, self._actors = self._actors, {}
+            if ray.is_initialized():
+                stopping = [actor.stop.remote() for actor in actors.values()]
+                if stopping:
+                    ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_TIMEOUT_S)
+                for actor in actors.values():
+                    ray.kill(actor)
+            ray.shutdown()
+            if self._runtime_dir is not None:
+                shutil.rmtree(self._runtime_dir, ignore_errors=True)
+
+    def _start_actors(self, hosts: list[str]) -> None:
+        import ray
+
+        actor_class = ray.remote(
+            num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
+        )(_HostActor)
+        for host in hosts:
+            self._actors[host] = actor_class.remote(self._places[host], self._folder(host))
+        for opening in [self._actors[host].open.remote() for host in hosts]:
+            _get(opening)
+
+    def _folder(self, host: str) -> Path | None:
+        return self._runtime_dir / host if self._runtime_dir else None
+
+    def _lost(self, task: HostTask, error: Exception) -> HostDone:
+        with suppress(KeyError):
+            del self._actors[task.host]
+        said = str(error).splitlines()
+        return HostDone(
+            host=task.host,
+            trial_id=task.trial.trial_id,
+            at_unix_us=time.time_ns() // 1000,
+            undecided=f"{task.host}: its actor died: {said[0] if said else error!r}",
+        )
+
+
+class _HostActor:
+    """Runs on any node of the cluster; Ray calls its methods on one event loop.
+
+    When its process dies, the pipe to a logical host closes, and the host agent
+    there ends its guests and itself.
+    """
+
+    def __init__(self, place: HostPlace, folder: Path | None) -> None:
+        self._session = HostSession(place, folder)
+
+    async def open(self) -> None:
+        await self._session.open()
+
+    async def run(self, task: HostTask) -> AsyncIterator[Record]:
+        async for record in self._session.run(task):
+            yield record
+
+    async def stop(self) -> None:
+        await self._session.close()
+
+
+def _cluster_address() -> str:
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
+def _init_ray(runtime_dir: Path | None) -> None:
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    with _own_sigterm():
+        if runtime_dir is None:
+            _connect(_cluster_address(), quiet)
+        else:
+            _start_private(runtime_dir, quiet)
+
+
+def _connect(address: str, quiet: dict[str, Any]) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, **quiet)
+    except Exception as error:
+        raise TransientError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}",
+            hint="unset RAY_ADDRESS to run on this machine alone",
+        ) from error
+
+
+def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:
+    os.environ |= {
+        # Any user of this machine can reach its loopback, so the cluster has a secret.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        # Ray resolves 127.0.0.1 to an address that others can reach, unless clusters
+        # are off (as they are elsewhere than on Linux): ray/_private/services.py.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _temp_dir=str(runtime_dir / "ray"),
+        _node_ip_address="127.0.0.1",
+        **quiet,
+    )
+
+
+def _get(ref: ObjectRef[Any]) -> Any:
+    """The value behind a reference, or the error that an actor raised, as it raised it.
+
+    :raises ray.exceptions.RayActorError: the actor is gone.
+    """
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, HintfleetError):
+            raise error.cause from None
+        raise HintfleetError(f"a host's actor failed: {error.cause!r}") from error
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep our handler of SIGTERM: ray.init puts in one that ends the process on the spot."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM, so that cleaning up is not cut short."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,165 @@
+"""A logical host: a host agent as a child process, with a memory budget of its own.
+
+The child holds the read end of a pipe whose write end only this process has.
+When this process ends, however it ends, the pipe closes and the host agent
+destroys its guests and exits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hintfleet.errors import Refused, TransientError
+
+_STOP_TIMEOUT_S = 8.0
+_LOG_TAIL_BYTES = 1500
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogicalHost:
+    """How to start a logical host.
+
+    :ivar libvirt_uri: empty for the default.
+    """
+
+    name: str
+    memory_budget_bytes: int
+    libvirt_uri: str = ""
+    start_timeout_s: float = 20.0
+
+
+class HostProcess:
+    """A running host agent; `start` makes it, `stop` ends it.
+
+    :ivar address: where it answers.
+    """
+
+    def __init__(
+        self,
+        host: LogicalHost,
+        folder: Path,
+        process: asyncio.subprocess.Process,
+        lifeline_fd: int,
+    ) -> None:
+        self.address = ""
+        self._host = host
+        self._folder = folder
+        self._process = process
+        self._lifeline_fd = lifeline_fd
+
+    @classmethod
+    async def start(cls, host: LogicalHost, folder: Path) -> HostProcess:
+        """Start a host agent and wait until it serves.
+
+        :param folder: made for it, and removed with it; short, for unix sockets.
+        :raises Refused: it ended instead; the message has the end of its log.
+        :raises TransientError: it did not serve in time. Nothing stays behind.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        lifeline_read, lifeline_write = os.pipe()
+        ready_read, ready_write = os.pipe()
+        try:
+            process = await _spawn(host, folder, ready_write, lifeline_read)
+        except BaseException:
+            os.close(lifeline_write)
+            os.close(ready_read)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            os.close(ready_write)
+            os.close(lifeline_read)
+        running = cls(host, folder, process, lifeline_write)
+        try:
+            running.address = await running._wait_ready(ready_read)
+        except BaseException:
+            await running.stop()
+            raise
+        return running
+
+    async def _wait_ready(self, ready_fd: int) -> str:
+        line = await _read_line(ready_fd, self._host.start_timeout_s)
+        if line is None:
+            raise TransientError(
+                f"host agent {self._host.name} did not serve within "
+                f"{self._host.start_timeout_s:g} s",
+                hint=f"the end of its log:\n{self.log_tail()}",
+            )
+        if not line:
+            await self._process.wait()
+            raise Refused(
+                f"host agent {self._host.name} ended at start with exit code "
+                f"{self._process.returncode}",
+                hint=f"the end of its log:\n{self.log_tail()}",
+            )
+        return str(json.loads(line)["control"])
+
+    @property
+    def running(self) -> bool:
+        """Whether the host agent has not ended."""
+        return self._process.returncode is None
+
+    def log_tail(self) -> str:
+        """The last lines that the host agent wrote."""
+        try:
+            log = (self._folder / "log").read_bytes()
+        except OSError:
+            return ""
+        return log[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
+
+    async def stop(self) -> None:
+        """End the host agent with its guests, and remove its files. May be called twice."""
+        if self._lifeline_fd >= 0:
+            os.close(self._lifeline_fd)
+            self._lifeline_fd = -1
+        if self._process.returncode is None:
+            self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+async def _spawn(
+    host: LogicalHost, folder: Path, ready_fd: int, lifeline_fd: int
+) -> asyncio.subprocess.Process:
+    command = [sys.executable, "-m", "host_agent"]
+    command += ["--name", host.name]
+    command += ["--listen", f"unix:{folder}/control"]
+    command += ["--memory-budget", f"{host.memory_budget_bytes}B"]
+    command += ["--ready-fd", str(ready_fd)]
+    command += ["--lifeline-fd", str(lifeline_fd)]
+    if host.libvirt_uri:
+        command += ["--libvirt-uri", host.libvirt_uri]
+    with (folder / "log").open("wb") as log:
+        return await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(ready_fd, lifeline_fd),
+            # Ctrl-C on the terminal is for us; we end the host agent in order.
+            start_new_session=True,
+        )
+
+
+async def _read_line(fd: int, timeout_s: float) -> bytes | None:
+    """One line from a pipe, which is closed; b"" if it ended before, None if too late."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    transport, _ = await loop.connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb")
+    )
+    try:
+        return await asyncio.wait_for(reader.readline(), timeout_s)
+    except TimeoutError:
+        return None
+    finally:
+        transport.close()

@@ -1,0 +1,110 @@
+"""One host under test, as the actor that stands for it sees it: reached, used, let go."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hintfleet.errors import Refused
+from hintfleet.v1 import host_pb2
+from orchestrator.host_client import HostClient
+from orchestrator.host_process import HostProcess, LogicalHost
+from orchestrator.machine import make_runtime_dir
+from orchestrator.plan import HostTask
+from orchestrator.records import Record
+from orchestrator.spec import Driver, Timeouts
+from orchestrator.trial_runner import driver_pb2, run_host_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostPlace:
+    """Where a host is: a logical one to start, or the address of its host agent.
+
+    :ivar memory_needed_bytes: the largest guest that it has to hold.
+    """
+
+    name: str
+    driver: Driver
+    memory_needed_bytes: int
+    timeouts: Timeouts
+    logical: LogicalHost | None = None
+    address: str = ""
+
+
+class HostSession:
+    """Holds a host agent's client, and its process where it is a logical host."""
+
+    def __init__(self, place: HostPlace, folder: Path | None) -> None:
+        """:param folder: for a logical host's files; None for one that is made here."""
+        self._folder = folder
+        self._place = place
+        self._process: HostProcess | None = None
+        self._client: HostClient | None = None
+
+    async def open(self) -> None:
+        """Reach the host, and check that it can run what is asked.
+
+        :raises Refused: it cannot; says why and what to do.
+        :raises TransientError: it cannot be reached. After a failure nothing is left.
+        """
+        try:
+            await self._open()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open(self) -> None:
+        place = self._place
+        address = place.address
+        if place.logical is not None:
+            self._process = await HostProcess.start(
+                place.logical, self._folder or make_runtime_dir()
+            )
+            address = self._process.address
+        self._client = HostClient(address, place.timeouts)
+        # A logical host has the budget that we gave it, and embedded guests run
+        # wherever a host agent does: no need to have it look at libvirt, which takes
+        # seconds.
+        if place.logical is None or place.driver is not Driver.EMBEDDED:
+            self._check(await self._client.get_host())
+
+    def _check(self, host: host_pb2.Host) -> None:
+        place = self._place
+        if host.memory_budget_bytes < place.memory_needed_bytes:
+            raise Refused(
+                f"{place.name}: its memory budget of {host.memory_budget_bytes} bytes is less "
+                f"than one guest ({place.memory_needed_bytes} bytes)"
+            )
+        for state in host.drivers:
+            if state.driver == driver_pb2(place.driver):
+                if not state.usable:
+                    raise Refused(
+                        f"{place.name} cannot run {place.driver} guests: {state.detail}",
+                        hint="`hintfleet doctor` says what is missing",
+                    )
+                return
+        raise Refused(f"{place.name} has no {place.driver} driver")
+
+    async def run(self, task: HostTask) -> AsyncIterator[Record]:
+        """This host's part of a trial. A host agent that died since is started again."""
+        if self._process is not None and not self._process.running:
+            await self.close()
+        if self._client is None:
+            await self.open()
+        async for record in run_host_task(self._opened(), task):
+            yield record
+
+    def _opened(self) -> HostClient:
+        if self._client is None:
+            raise RuntimeError("the session is not open")
+        return self._client
+
+    async def close(self) -> None:
+        """Let go: guests end with their watch, a logical host with its guests."""
+        client, self._client = self._client, None
+        process, self._process = self._process, None
+        if client is not None:
+            await client.close()
+        if process is not None:
+            await process.stop()

@@ -1,0 +1,140 @@
+"""What a host's runner says while a trial runs, in the order in which it happens.
+
+Times are the host's wall clock, in microseconds since 1970.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hintfleet.v1 import host_pb2
+
+# Column of the stored samples: where its value comes from. All but the name are uint64.
+_COLUMNS: dict[str, Callable[[host_pb2.Sample], int]] = {
+    "provisioned_bytes": lambda s: s.ledger.provisioned_bytes,
+    "resident_bytes": lambda s: s.ledger.resident_bytes,
+    "hinted_total_bytes": lambda s: s.ledger.hinted_total_bytes,
+    "reclaimed_total_bytes": lambda s: s.ledger.reclaimed_total_bytes,
+    "absent_total_bytes": lambda s: s.ledger.absent_total_bytes,
+    "skipped_total_bytes": lambda s: sum(s.ledger.skipped_total_bytes.values()),
+    "refaulted_total_bytes": lambda s: s.ledger.refaulted_total_bytes,
+    "reclaimed_now_bytes": lambda s: s.ledger.reclaimed_now_bytes,
+    "untouched_bytes": lambda s: s.ledger.untouched_bytes,
+    "batches": lambda s: s.ledger.batches,
+    "wire_bytes": lambda s: s.ledger.wire_bytes,
+    "ranges": lambda s: s.ledger.ranges,
+    "agent_cpu_us": lambda s: s.agent_cpu_us,
+    "agent_rss_bytes": lambda s: s.agent_rss_bytes,
+    "tracker_bytes": lambda s: s.tracker_bytes,
+    "guest_free_bytes": lambda s: s.guest_free_bytes,
+}
+Columns = dict[str, "np.ndarray[Any, Any]"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Samples of a host's guests: a row per guest and time.
+
+    :ivar columns: `at_unix_us`, `guest`, and those of the ledger and telemetry.
+    """
+
+    host: str
+    trial_id: str
+    columns: Columns
+
+    @property
+    def row_count(self) -> int:
+        return len(self.columns["guest"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseStarted:
+    """All guests of a host go through this step now; `hold_s` follows."""
+
+    host: str
+    trial_id: str
+    at_unix_us: int
+    title: str
+    hold_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """A guest has done a step.
+
+    :ivar kind: `allocate`, `free` or `verify`.
+    :ivar changed_bytes: what it allocated or freed.
+    """
+
+    host: str
+    trial_id: str
+    guest: str
+    at_unix_us: int
+    kind: str
+    changed_bytes: int
+    held_bytes: int
+    verified_pages: int
+    wrong_pages: int
+    duration_us: int
+
+    @property
+    def started_unix_us(self) -> int:
+        return self.at_unix_us - self.duration_us
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestSettled:
+    """All that a guest could give back is back."""
+
+    host: str
+    trial_id: str
+    guest: str
+    at_unix_us: int
+    batches: int
+    hinted_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestEnded:
+    """A guest was destroyed, and its books closed like this."""
+
+    host: str
+    trial_id: str
+    guest: str
+    at_unix_us: int
+    provisioned_bytes: int
+    reclaimed_now_bytes: int
+    refaulted_total_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostDone:
+    """A host is through with a trial; its last record.
+
+    :ivar undecided: why the trial counts for nothing; empty if it counts.
+    """
+
+    host: str
+    trial_id: str
+    at_unix_us: int
+    undecided: str = ""
+
+
+Event = PhaseStarted | StepDone | GuestSettled | GuestEnded | HostDone
+Record = Samples | Event
+
+
+def columns_of(sets: Sequence[host_pb2.SampleSet]) -> Columns:
+    """Sample sets as they came over the wire, as columns."""
+    rows = [(a.at_unix_us, sample) for a in sets for sample in a.samples]
+    columns: Columns = {
+        "at_unix_us": np.array([at for at, _ in rows], dtype=np.int64),
+        "guest": np.array([sample.guest_name for _, sample in rows], dtype=object),
+    }
+    for name, value in _COLUMNS.items():
+        columns[name] = np.array([value(sample) for _, sample in rows], dtype=np.uint64)
+    return columns

@@ -1,0 +1,160 @@
+"""From a spec file to the model: every error says file, line and column."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from hintfleet.errors import InvalidInput
+from orchestrator import catalogue, spec_checks
+from orchestrator.spec import Arm, Guests, Hosts, Phase, Spec, Timeouts, Workload, keys_of
+from orchestrator.spec_checks import Problem
+from orchestrator.yaml_reader import Document, read_yaml
+
+_MAX_FILE_BYTES = 1 << 20
+
+# Which part of the model stands where, indexes left out.
+_PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
+    (): Spec,
+    ("hosts",): Hosts,
+    ("guests",): Guests,
+    ("workload",): Workload,
+    ("workload", "phases"): Phase,
+    ("arms",): Arm,
+    ("timeouts",): Timeouts,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSpec:
+    """A spec, and the document that it was read from."""
+
+    spec: Spec
+    document: Document
+
+    def error(self, problems: Iterable[Problem]) -> InvalidInput:
+        """The error that says these problems, each with its line."""
+        return _error(self.document, list(problems))
+
+
+def load(name_or_path: str, overrides: dict[str, Any] | None = None) -> LoadedSpec:
+    """Read a spec file, or an experiment of the catalogue.
+
+    :param overrides: top-level keys that replace what the file says.
+    :raises InvalidInput: there is no such file, or it is wrong; says where.
+    """
+    text, source = _read(name_or_path)
+    return parse(text, source, overrides)
+
+
+def parse(text: str, source: str, overrides: dict[str, Any] | None = None) -> LoadedSpec:
+    """Turn the text of a spec into the model, or say all that is wrong with it.
+
+    :raises InvalidInput: see above.
+    """
+    document = read_yaml(text, source)
+    if not isinstance(document.data, dict):
+        raise InvalidInput(f"{document.where(())}: a spec is a mapping, as in 'name: quickstart'")
+    try:
+        spec = Spec.model_validate(document.data | (overrides or {}))
+    except ValidationError as error:
+        raise _error(document, _problems(error)) from None
+    if problems := list(spec_checks.problems(spec)):
+        raise _error(document, problems)
+    return LoadedSpec(spec=spec, document=document)
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    path = Path(name_or_path)
+    if name_or_path in catalogue.names():
+        return catalogue.text(name_or_path), f"{name_or_path} (catalogue)"
+    if not path.is_file():
+        raise _no_such_spec(name_or_path)
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise InvalidInput(f"{path} is larger than {_MAX_FILE_BYTES} bytes: no spec")
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read {path}: {error}") from error
+
+
+def _no_such_spec(name: str) -> InvalidInput:
+    near = difflib.get_close_matches(name, catalogue.names(), 1)
+    known = f"did you mean {near[0]!r}? " if near else ""
+    return InvalidInput(
+        f"there is no file {name!r} and no such experiment in the catalogue",
+        hint=f"{known}`hintfleet experiments` lists the catalogue",
+    )
+
+
+def _problems(error: ValidationError) -> list[Problem]:
+    found = error.errors()
+    wrong_inside = {e["loc"][:n] for e in found for n in range(len(e["loc"]))}
+    meant = {(*e["loc"][:-1], _near(e["loc"])) for e in found if e["type"] == "extra_forbidden"}
+    # What follows from another problem says nothing new: a sequence with a wrong item
+    # counts as one item short, and a key that is misspelt counts as missing.
+    follows = {"too_short": wrong_inside, "missing": meant}
+    return [_problem(e) for e in found if e["loc"] not in follows.get(e["type"], ())]
+
+
+def _problem(error: Any) -> Problem:
+    path: tuple[Hashable, ...] = tuple(error["loc"])
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "hintfleet":
+        return Problem(path=path, message=context["message"], hint=context["hint"])
+    if kind == "extra_forbidden":
+        return _unknown_key(path)
+    if kind == "missing":
+        return Problem(path=path, message=f"the key {path[-1]!r} is missing")
+    if kind == "too_short":
+        return Problem(path=path, message="there is none; write at least one")
+    if kind == "string_pattern_mismatch":
+        return Problem(
+            path=path,
+            message=f"{error['input']!r} is no name",
+            hint="use lower-case letters, digits and '-', as in bitmap-eager",
+        )
+    shown = repr(error["input"])
+    text = error["msg"].removeprefix("Input should be ")
+    return Problem(path=path, message=f"{shown[:60]} should be {text}")
+
+
+def _unknown_key(path: tuple[Hashable, ...]) -> Problem:
+    near = _near(path)
+    hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(_known(path))}"
+    return Problem(path=path, message=f"unknown key {path[-1]!r}", hint=hint)
+
+
+def _known(path: tuple[Hashable, ...]) -> tuple[str, ...]:
+    """The keys that may stand where the last step of `path` does."""
+    around = tuple(step for step in path[:-1] if not isinstance(step, int))
+    return keys_of(_PARTS[around]) if around in _PARTS else ()
+
+
+def _near(path: tuple[Hashable, ...]) -> str:
+    """The key that was probably meant; empty if none is near."""
+    return next(iter(difflib.get_close_matches(str(path[-1]), _known(path), 1)), "")
+
+
+def _error(document: Document, problems: list[Problem]) -> InvalidInput:
+    problems = sorted(problems, key=lambda p: astuple(document.position(p.path)))
+    if len(problems) == 1:
+        return InvalidInput(_said(document, problems[0]), hint=problems[0].hint)
+    lines = [
+        _said(document, problem) + (f"\n  try: {problem.hint}" if problem.hint else "")
+        for problem in problems
+    ]
+    return InvalidInput("\n".join(lines))
+
+
+def _said(document: Document, problem: Problem) -> str:
+    dotted = "".join(
+        f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem.path
+    ).lstrip(".")
+    where = document.where(problem.path)
+    return f"{where}: {dotted}: {problem.message}" if dotted else f"{where}: {problem.message}"

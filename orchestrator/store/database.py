@@ -1,0 +1,117 @@
+"""The SQLite file: its schema, its version, and what goes wrong with it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hintfleet.errors import HintfleetError, LimitExceeded, Refused
+
+_BUSY_TIMEOUT_S = 10.0
+
+# Migration i takes a database from version i to i + 1 (PRAGMA user_version).
+_MIGRATIONS = (
+    """
+    CREATE TABLE runs (
+        run_id TEXT PRIMARY KEY,
+        name TEXT NOT NULL,
+        driver TEXT NOT NULL,
+        spec_text TEXT NOT NULL,
+        spec_hash TEXT NOT NULL,
+        control TEXT,
+        summary TEXT NOT NULL,
+        started_unix_us INTEGER NOT NULL,
+        ended_unix_us INTEGER NOT NULL DEFAULT 0,
+        state TEXT NOT NULL,
+        reason TEXT NOT NULL DEFAULT ''
+    ) STRICT;
+    CREATE TABLE trials (
+        trial_id TEXT PRIMARY KEY,
+        run_id TEXT NOT NULL REFERENCES runs,
+        position INTEGER NOT NULL,
+        arm TEXT NOT NULL,
+        repetition INTEGER NOT NULL,
+        started_unix_us INTEGER NOT NULL,
+        ended_unix_us INTEGER NOT NULL DEFAULT 0,
+        undecided TEXT NOT NULL DEFAULT ''
+    ) STRICT;
+    CREATE INDEX trials_by_run ON trials (run_id, position);
+    CREATE TABLE events (
+        event_id INTEGER PRIMARY KEY,
+        trial_id TEXT NOT NULL REFERENCES trials,
+        host TEXT NOT NULL,
+        at_unix_us INTEGER NOT NULL,
+        kind TEXT NOT NULL,
+        detail TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX events_by_trial ON events (trial_id, host);
+    CREATE TABLE footprints (
+        trial_id TEXT NOT NULL REFERENCES trials,
+        host TEXT NOT NULL,
+        guest TEXT NOT NULL,
+        footprint TEXT,
+        undecided TEXT NOT NULL DEFAULT '',
+        PRIMARY KEY (trial_id, host, guest)
+    ) STRICT;
+    """,
+)
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """Open or create the database, and bring it to this version.
+
+    :raises Refused: it was made by a newer version, or is no such database.
+    """
+    with reported(path):
+        connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        _migrate(connection, path)
+    return connection
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    connection.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once
+    try:
+        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        if version > len(_MIGRATIONS):
+            raise Refused(
+                f"{path} was written by a newer hintfleet (version {version})",
+                hint="update hintfleet, or choose another folder with --data-dir",
+            )
+        for script in _MIGRATIONS[version:]:
+            for statement in filter(str.strip, script.split(";")):
+                connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+@contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """Turn the errors of SQLite and the file system into ours.
+
+    :raises LimitExceeded: the disk is full.
+    :raises Refused: the file cannot be opened, read or written.
+    """
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: Path, error: Exception) -> HintfleetError:
+    """What a failed write or read at `path` means."""
+    said = str(error)
+    if "is full" in said or "No space left" in said or "File too large" in said:
+        return LimitExceeded(
+            f"the disk is full: cannot write results to {path.parent} ({said})",
+            hint="make room, or choose another folder with --data-dir; what was stored is intact",
+        )
+    return Refused(f"cannot use {path}: {said}", hint="choose another folder with --data-dir")

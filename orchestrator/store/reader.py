@@ -1,0 +1,195 @@
+"""What is stored: runs, their trials, and what they saved."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hintfleet.errors import NotFound
+from orchestrator.footprint import Footprint, Returned
+from orchestrator.savings import By, Measured, Savings, aggregate
+from orchestrator.store.database import open_database, reported
+
+LATEST = "latest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as it is stored.
+
+    :ivar state: running, done, failed, undecided or interrupted.
+    :ivar summary: what it runs, in a line.
+    :ivar ended_unix_us: 0 while it runs.
+    """
+
+    run_id: str
+    name: str
+    driver: str
+    spec_text: str
+    control: str | None
+    summary: str
+    started_unix_us: int
+    ended_unix_us: int
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTrial:
+    """A trial as it is stored; not ended if `ended_unix_us` is 0."""
+
+    trial_id: str
+    arm: str
+    repetition: int
+    started_unix_us: int
+    ended_unix_us: int
+    undecided: str
+
+
+class Store:
+    """The results in one folder. Use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open or create it.
+
+        :raises Refused: the folder cannot be used.
+        """
+        self.folder = folder
+        self.path = folder / "hintfleet.sqlite"
+        with reported(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.database = open_database(self.path)
+        self._end_abandoned_runs()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self.database.close()
+
+    def samples_dir(self, run_id: str) -> Path:
+        """Where a run's samples are."""
+        return self.folder / "samples" / run_id
+
+    def runs(self, limit: int = 100) -> list[Run]:
+        """The newest runs first."""
+        rows = self._query("SELECT * FROM runs ORDER BY started_unix_us DESC LIMIT ?", limit)
+        return [_run(row) for row in rows]
+
+    def find_run(self, name: str) -> Run:
+        """The run with this id, an unambiguous part of its id, or `latest`.
+
+        :raises NotFound: there is none, or more than one.
+        """
+        if name == LATEST:
+            rows = self._query("SELECT * FROM runs ORDER BY started_unix_us DESC LIMIT 1")
+        else:
+            rows = self._query("SELECT * FROM runs WHERE instr(run_id, ?) LIMIT 2", name.lower())
+        if len(rows) != 1:
+            raise NotFound(
+                f"{'more than one run has' if rows else 'there is no run'} {name!r}"
+                f"{' in its id' if rows else ''}",
+                hint="`hintfleet runs` lists them; 'latest' is the newest",
+            )
+        return _run(rows[0])
+
+    def trials(self, run_id: str) -> list[StoredTrial]:
+        """A run's trials, in order."""
+        rows = self._query("SELECT * FROM trials WHERE run_id = ? ORDER BY position", run_id)
+        return [_stored_trial(row) for row in rows]
+
+    def savings(self, by: By, run_id: str = "", since_unix_s: int = 0) -> list[Savings]:
+        """What ended runs saved; the newest first.
+
+        :param run_id: only this run; empty for all.
+        :param since_unix_s: only runs that started at or after this time.
+        """
+        return aggregate(self._measured(run_id, since_unix_s), by)
+
+    def _measured(self, run_id: str, since_unix_s: int) -> list[Measured]:
+        rows = self._query(
+            "SELECT r.run_id, r.name, r.spec_hash, r.control, t.arm, t.repetition, "
+            "       f.host, f.guest, f.footprint, f.undecided "
+            "FROM footprints f JOIN trials t USING (trial_id) JOIN runs r USING (run_id) "
+            "WHERE (?1 = '' OR r.run_id = ?1) AND r.started_unix_us >= ?2 "
+            "  AND r.state != 'running' "
+            "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.position, f.host, f.guest",
+            run_id,
+            since_unix_s * 1_000_000,
+        )
+        return [_measured(row) for row in rows]
+
+    def _query(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        with reported(self.path):
+            return self.database.execute(sql, values).fetchall()
+
+    def _end_abandoned_runs(self) -> None:
+        """Runs whose process is gone without a word (killed, power lost) have failed."""
+        for row in self._query("SELECT run_id FROM runs WHERE state = 'running'"):
+            if not is_locked(self.samples_dir(row["run_id"])):
+                with reported(self.path):
+                    self.database.execute(
+                        "UPDATE runs SET state = 'failed', ended_unix_us = ?, "
+                        "reason = 'its process ended without a word' "
+                        "WHERE run_id = ? AND state = 'running'",
+                        (time.time_ns() // 1000, row["run_id"]),
+                    )
+
+
+def is_locked(run_folder: Path) -> bool:
+    """Whether the process that runs this run is alive: it holds a lock while it is."""
+    try:
+        fd = os.open(run_folder / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _run(row: sqlite3.Row) -> Run:
+    return Run(**{name: row[name] for name in Run.__dataclass_fields__})
+
+
+def _stored_trial(row: sqlite3.Row) -> StoredTrial:
+    return StoredTrial(**{name: row[name] for name in StoredTrial.__dataclass_fields__})
+
+
+def _measured(row: sqlite3.Row) -> Measured:
+    return Measured(
+        run_id=row["run_id"],
+        experiment=row["name"],
+        spec_hash=row["spec_hash"],
+        arm=row["arm"],
+        is_control=row["arm"] == row["control"],
+        repetition=row["repetition"],
+        host=row["host"],
+        guest=row["guest"],
+        footprint=_footprint(json.loads(row["footprint"])) if row["footprint"] else None,
+        undecided=row["undecided"],
+    )
+
+
+def _footprint(stored: dict[str, Any]) -> Footprint:
+    returned = stored.pop("returned")
+    return Footprint(**stored, returned=Returned(**returned) if returned else None)

@@ -1,0 +1,266 @@
+"""Writing one run as it happens."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from hintfleet.errors import HintfleetError
+from orchestrator.footprint import Footprint, Undecided, guest_footprint, host_footprint
+from orchestrator.plan import HostTask, Trial
+from orchestrator.records import Event, GuestEnded, HostDone, Record, Samples, StepDone
+from orchestrator.spec import Spec
+from orchestrator.store.database import reported
+from orchestrator.store.reader import Store
+from orchestrator.store.samples import read_resident, write_part
+
+_PART_PERIOD_S = 2.0
+_RESERVE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHeader:
+    """What is known of a run before it starts."""
+
+    run_id: str
+    spec: Spec
+    spec_text: str
+    summary: str
+
+
+class RunWriter:
+    """Writes a run. Use as a context manager: the run is over when it is left.
+
+    Left by an error, the run is stored as failed, or as interrupted by
+    KeyboardInterrupt. A reserve on disk is kept so that this can be written even
+    when the disk is full.
+    """
+
+    def __init__(self, store: Store, header: RunHeader) -> None:
+        """:raises LimitExceeded: the disk is full. :raises Refused: cannot be written."""
+        self._store = store
+        self._header = header
+        self._folder = store.samples_dir(header.run_id)
+        self._undecided: list[str] = []
+        self._trial: _OpenTrial | None = None
+        with reported(store.path):
+            self._folder.mkdir(parents=True)
+            self._lock_fd = _lock(self._folder)
+            (self._folder / "reserve").write_bytes(bytes(_RESERVE_BYTES))
+            self._insert_run()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            reason = "; ".join(dict.fromkeys(self._undecided))
+            self._end("undecided" if reason else "done", reason)
+        else:
+            # The error itself is what the user has to see, not one of storing it.
+            with suppress(HintfleetError):
+                self._end(*_failure(error))
+
+    def begin_trial(self, trial: Trial, tasks: dict[str, HostTask]) -> None:
+        """What `append` gets from now on belongs to this trial."""
+        self._trial = _OpenTrial(self._folder / trial.trial_id, trial, tasks)
+        self._execute(
+            "INSERT INTO trials (trial_id, run_id, position, arm, repetition, started_unix_us) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            trial.trial_id,
+            trial.run_id,
+            trial.position,
+            trial.arm.name,
+            trial.repetition,
+            _now_us(),
+        )
+
+    def append(self, record: Record) -> None:
+        """Store a record. Events are on disk on return, samples within about 2 s.
+
+        :raises LimitExceeded: the disk is full. What was stored before is intact.
+        """
+        trial = self._open_trial()
+        if isinstance(record, Samples):
+            trial.add_samples(record)
+            return
+        self._execute(
+            "INSERT INTO events (trial_id, host, at_unix_us, kind, detail) VALUES (?, ?, ?, ?, ?)",
+            record.trial_id,
+            record.host,
+            record.at_unix_us,
+            type(record).__name__,
+            json.dumps(asdict(record)),
+        )
+        trial.add_event(record)
+
+    def end_trial(self) -> str:
+        """Store what the trial's guests used. Returns why it is undecided, or ""."""
+        trial = self._open_trial()
+        trial.flush()
+        undecided = ""
+        for task in trial.tasks.values():
+            for guest, footprint, reason in trial.footprints(task):
+                undecided = undecided or reason
+                self._insert_footprint(trial, task.host, guest, footprint, reason)
+        self._execute(
+            "UPDATE trials SET ended_unix_us = ?, undecided = ? WHERE trial_id = ?",
+            _now_us(),
+            undecided,
+            trial.trial.trial_id,
+        )
+        if undecided:
+            self._undecided.append(undecided)
+        self._trial = None
+        return undecided
+
+    def _open_trial(self) -> _OpenTrial:
+        if self._trial is None:
+            raise RuntimeError("no trial has begun")
+        return self._trial
+
+    def _insert_run(self) -> None:
+        spec = self._header.spec
+        self._execute(
+            "INSERT INTO runs (run_id, name, driver, spec_text, spec_hash, control, summary, "
+            "started_unix_us, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running')",
+            self._header.run_id,
+            spec.name,
+            spec.driver,
+            self._header.spec_text,
+            spec_hash(spec),
+            spec.control,
+            self._header.summary,
+            _now_us(),
+        )
+
+    def _insert_footprint(
+        self, trial: _OpenTrial, host: str, guest: str, footprint: Footprint | None, reason: str
+    ) -> None:
+        self._execute(
+            "INSERT INTO footprints (trial_id, host, guest, footprint, undecided) "
+            "VALUES (?, ?, ?, ?, ?)",
+            trial.trial.trial_id,
+            host,
+            guest,
+            json.dumps(asdict(footprint)) if footprint else None,
+            reason,
+        )
+
+    def _execute(self, sql: str, *values: object) -> None:
+        with reported(self._store.path):
+            self._store.database.execute(sql, values)
+
+    def _end(self, state: str, reason: str) -> None:
+        (self._folder / "reserve").unlink(missing_ok=True)
+        if self._trial is not None and state != "failed":
+            with suppress(HintfleetError):
+                self._trial.flush()
+        try:
+            self._execute(
+                "UPDATE runs SET state = ?, reason = ?, ended_unix_us = ? WHERE run_id = ?",
+                state,
+                reason,
+                _now_us(),
+                self._header.run_id,
+            )
+        finally:
+            os.close(self._lock_fd)
+
+
+class _OpenTrial:
+    """What a trial's footprints are made of, while it runs."""
+
+    def __init__(self, folder: Path, trial: Trial, tasks: dict[str, HostTask]) -> None:
+        self.trial = trial
+        self.tasks = tasks
+        self._folder = folder
+        self._buffered: list[Samples] = []
+        self._part_count = 0
+        self._flushed_at = time.monotonic()
+        self._steps: dict[str, list[StepDone]] = {}
+        self._ended: dict[str, GuestEnded] = {}
+        self._host_undecided: dict[str, str] = {}
+
+    def add_samples(self, samples: Samples) -> None:
+        self._buffered.append(samples)
+        if time.monotonic() - self._flushed_at >= _PART_PERIOD_S:
+            self.flush()
+
+    def add_event(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self._steps.setdefault(event.guest, []).append(event)
+        elif isinstance(event, GuestEnded):
+            self._ended[event.guest] = event
+        elif isinstance(event, HostDone):
+            self._host_undecided[event.host] = event.undecided
+
+    def flush(self) -> None:
+        """Write what is buffered as a part."""
+        self._flushed_at = time.monotonic()
+        if self._buffered:
+            buffered, self._buffered = self._buffered, []
+            self._part_count += 1
+            write_part(self._folder, self._part_count, buffered)
+
+    def footprints(self, task: HostTask) -> list[tuple[str, Footprint | None, str]]:
+        """Of a host (guest name "") and each of its guests: the footprint, or why none."""
+        names = [guest.name for guest in task.guests]
+        reason = self._host_undecided.get(task.host, f"{task.host}: did not come to the end")
+        if reason:
+            return [(name, None, reason) for name in ("", *names)]
+        try:
+            return self._measured(task, names)
+        except Undecided as undecided:
+            return [(name, None, str(undecided)) for name in ("", *names)]
+
+    def _measured(
+        self, task: HostTask, names: list[str]
+    ) -> list[tuple[str, Footprint | None, str]]:
+        series = read_resident(self._folder, task.host)
+        missing = [name for name in names if name not in series]
+        if missing:
+            raise Undecided(f"{missing[0]}: there are no samples")
+        steps = {name: self._steps.get(name, []) for name in names}
+        period_s = task.spec.sample_period_s
+        guests = [
+            guest_footprint(name, series[name], steps[name], self._ended.get(name), period_s)
+            for name in names
+        ]
+        whole = host_footprint({name: series[name] for name in names}, steps, guests)
+        return [("", whole, ""), *((n, f, "") for n, f in zip(names, guests, strict=True))]
+
+
+def spec_hash(spec: Spec) -> str:
+    """The same for specs that ask for the same, however they are written."""
+    asked = spec.model_dump_json(exclude={"description", "timeouts"})
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+
+def _failure(error: BaseException) -> tuple[str, str]:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "interrupted by the user"
+    return "failed", getattr(error, "message", "") or f"{type(error).__name__}: {error}"
+
+
+def _lock(folder: Path) -> int:
+    """Hold a lock as long as this process lives, so that others can tell."""
+    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000

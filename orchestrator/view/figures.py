@@ -1,0 +1,86 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+from hintfleet.units import GIB, KIB, MIB, format_size
+from orchestrator.footprint import Returned
+from orchestrator.statistics import Interval
+
+NO_FIGURE = "-"
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def size_interval(interval: Interval) -> str:
+    """`412 MiB`, and below it `[401, 423]` in the same unit."""
+    largest = max(abs(interval.low), abs(interval.high))
+    unit_bytes, unit = next(
+        (pair for pair in ((GIB, "GiB"), (MIB, "MiB")) if largest >= pair[0]), (KIB, "KiB")
+    )
+    digits = decimals(largest / unit_bytes)
+    values = (value / unit_bytes for value in (interval.mean, interval.low, interval.high))
+    mean, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{mean} {unit}\n[{low}, {high}]"
+
+
+def number_interval(interval: Interval) -> str:
+    """`0.0201`, and below it `[0.0190, 0.0212]`."""
+    digits = decimals(max(abs(interval.low), abs(interval.high)))
+    mean, low, high = (f"{v:.{digits}f}" for v in (interval.mean, interval.low, interval.high))
+    return f"{mean}\n[{low}, {high}]"
+
+
+def decimals(largest: float) -> int:
+    """Decimals that show about three digits of a value."""
+    return (
+        0
+        if largest >= 100
+        else 1
+        if largest >= 10
+        else 2
+        if largest >= 1
+        else 3
+        if largest >= 0.1
+        else 4
+    )
+
+
+def returned(part: Returned | None) -> str:
+    """`97 % in 2 s`: the share of what was freed that left."""
+    if part is None:
+        return NO_FIGURE
+    return f"{part.share * 100:.0f} % in {part.after_s:.2g} s"
+
+
+def pages(verified: int, wrong: int) -> str:
+    """Whether a workload read back what it wrote."""
+    if wrong:
+        return f"NO: {wrong} of {verified} pages wrong"
+    return f"yes, {format_size(verified * 4 * KIB)}" if verified else "nothing read"
+
+
+def first_line(text: str) -> str:
+    """What a table says of a reason; all of it is in the data (`-o json`)."""
+    return text.split("\n", 1)[0]
+
+
+def clock(seconds: float) -> str:
+    """`00:42`, `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def when(unix_us: int) -> str:
+    """Local date and time."""
+    return dt.datetime.fromtimestamp(unix_us / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def sparkline(values: list[int], top: int, width: int) -> str:
+    """The last `width` values as bars against `top`; 0 is a blank."""
+    shown = values[-width:]
+    return "".join(
+        _BARS[min(len(_BARS) - 1, value * len(_BARS) // top)] if value and top else " "
+        for value in shown
+    ).rjust(width)

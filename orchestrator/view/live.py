@@ -1,0 +1,178 @@
+"""The live view of a run: redrawn on a terminal, occasional lines elsewhere. Writes to stderr."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hintfleet.units import format_size
+from orchestrator.plan import Trial
+from orchestrator.progress import HostProgress, Progress
+from orchestrator.records import Record
+from orchestrator.store.writer import RunHeader
+from orchestrator.view.figures import clock, sparkline
+
+_FRAMES_PER_S = 5
+_BAR_WIDTH = 24
+_MAX_HOSTS = 12
+
+
+class LiveView:
+    """Redraws a few lines at the bottom of a terminal, and clears them at the end."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._header: RunHeader | None = None
+        self._progress: Progress | None = None
+        self._live = Live(
+            console=console,
+            refresh_per_second=_FRAMES_PER_S,
+            transient=True,
+            get_renderable=self._render,
+        )
+
+    def __enter__(self) -> LiveView:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def starting(self, header: RunHeader, trials: tuple[Trial, ...]) -> None:
+        self._header = header
+        self._progress = Progress(trials, time.monotonic())
+        self._live.start()
+
+    def trial_started(self, trial: Trial) -> None:
+        if self._progress:
+            self._progress.trial_started(trial, time.monotonic())
+
+    def record(self, record: Record) -> None:
+        if self._progress:
+            self._progress.record(record)
+
+    def trial_ended(self, trial: Trial, undecided: str) -> None:
+        if self._progress:
+            self._progress.trial_ended(trial, bool(undecided), time.monotonic())
+        if undecided:
+            self._console.print(Text.assemble(("undecided: ", "yellow"), undecided))
+
+    def _render(self) -> RenderableType:
+        if self._header is None or self._progress is None:
+            return Text()
+        width = self._console.width
+        parts: list[RenderableType] = [
+            _heading(self._header, self._progress, time.monotonic()),
+            Text(),
+        ]
+        parts.append(_arms(self._progress))
+        if self._progress.hosts:
+            parts += [Text(), _hosts(self._progress, width)]
+        return Group(*parts)
+
+
+class PlainView:
+    """Writes a line when a trial starts or is undecided: for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def starting(self, header: RunHeader, trials: tuple[Trial, ...]) -> None:
+        self._progress = Progress(trials, time.monotonic())
+        self._say(f"{header.spec.name}: {header.summary}")
+        self._say(f"run {header.run_id}: starting hosts")
+
+    def trial_started(self, trial: Trial) -> None:
+        if self._progress:
+            now_s = time.monotonic()
+            self._progress.trial_started(trial, now_s)
+            self._say(f"{_position(self._progress)}{_time_left(self._progress, now_s)}")
+
+    def record(self, record: Record) -> None:
+        pass
+
+    def trial_ended(self, trial: Trial, undecided: str) -> None:
+        if self._progress:
+            self._progress.trial_ended(trial, bool(undecided), time.monotonic())
+        if undecided:
+            self._say(f"undecided: {undecided}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _heading(header: RunHeader, progress: Progress, now_s: float) -> Text:
+    return Text.assemble(
+        (header.spec.name, "bold"),
+        f": {header.summary}\n",
+        (f"run {header.run_id}\n", "dim"),
+        f"{clock(now_s - progress.started_s)}  {_position(progress)}{_time_left(progress, now_s)}",
+    )
+
+
+def _position(progress: Progress) -> str:
+    trial = progress.trial
+    if trial is None:
+        return "starting hosts"
+    return (
+        f"trial {trial.position + 1} of {len(progress.trials)}: "
+        f"{trial.arm.name}, repetition {trial.repetition + 1}"
+    )
+
+
+def _time_left(progress: Progress, now_s: float) -> str:
+    left_s = progress.remaining_s(now_s)
+    return f", {clock(left_s)} left" if left_s is not None else ""
+
+
+def _arms(progress: Progress) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for name, arm in progress.arms.items():
+        count = f"{arm.ended}/{arm.total}"
+        note = Text(f"{arm.undecided} undecided" if arm.undecided else "", style="yellow")
+        bar = ProgressBar(total=arm.total, completed=arm.ended, width=_BAR_WIDTH)
+        grid.add_row(Text(name), bar, count, note)
+    return grid
+
+
+def _hosts(progress: Progress, width: int) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    line_width = max(10, min(60, width - 52))
+    by_number = sorted(progress.hosts.items(), key=lambda item: (len(item[0]), item[0]))
+    for name, host in by_number[:_MAX_HOSTS]:
+        grid.add_row(Text(name), *_host_cells(host, line_width))
+    if len(progress.hosts) > _MAX_HOSTS:
+        grid.add_row(Text(f"and {len(progress.hosts) - _MAX_HOSTS} more", style="dim"))
+    return grid
+
+
+def _host_cells(host: HostProgress, line_width: int) -> tuple[Text, ...]:
+    resident_bytes = host.resident_bytes[-1] if host.resident_bytes else 0
+    line = sparkline(list(host.resident_bytes), host.provisioned_bytes, line_width)
+    return (
+        Text(line, style="cyan"),
+        Text(f"{format_size(resident_bytes)} of {format_size(host.provisioned_bytes)}"),
+        Text(host.phase, style="dim"),
+    )

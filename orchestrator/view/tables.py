@@ -1,0 +1,223 @@
+"""Tables for people: they look good at 100 columns and can be read at 80."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hintfleet.units import format_size
+from orchestrator.doctor import Finding
+from orchestrator.footprint import Footprint
+from orchestrator.savings import Savings
+from orchestrator.store.reader import Run, StoredTrial
+from orchestrator.view.figures import (
+    NO_FIGURE,
+    clock,
+    decimals,
+    first_line,
+    number_interval,
+    pages,
+    returned,
+    size_interval,
+    when,
+)
+
+_STATE_STYLES = {
+    "done": "green",
+    "running": "cyan",
+    "undecided": "yellow",
+    "failed": "red",
+    "interrupted": "yellow",
+}
+# Columns that tell rows apart; they are never cut.
+_NAMES = ("experiment", "run", "of", "arm", "trial")
+_NONE = Text(NO_FIGURE, style="dim")
+
+
+def table(left: Sequence[str], right: Sequence[str] = (), title: str = "") -> Table:
+    """An empty table in the house style; columns in `right` are for numbers."""
+    made = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        show_edge=False,
+        header_style="bold",
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+    )
+    for column in left:
+        made.add_column(column, no_wrap=column in _NAMES)
+    for column in right:
+        made.add_column(column, justify="right", overflow="fold")
+    return made
+
+
+def summary(run: Run, rows: Sequence[Savings]) -> RenderableType:
+    """What a run found."""
+    heading = Text.assemble(
+        (run.name, "bold"), f": {run.summary}\n", (f"run {run.run_id}, ", "dim"), _state(run)
+    )
+    return Group(heading, Text(), savings(rows))
+
+
+def savings(rows: Sequence[Savings]) -> RenderableType:
+    """Rows of savings: the memory, what it cost, and why there is no figure."""
+    if not rows:
+        return Text("no trials have ended")
+    reasons = [
+        Text.assemble(("undecided: ", "yellow"), first_line(reason))
+        for reason in dict.fromkeys(row.undecided for row in rows)
+        if reason
+    ]
+    note = Text("saved: less mean resident memory than under none, pairs of same seeds", "dim")
+    return Group(_memory(rows), Text(), _cost(rows), Text(), note, *reasons)
+
+
+def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
+    """The columns that tell these rows apart."""
+    columns = []
+    if len({row.experiment for row in rows}) > 1 or not rows[0].run_id:
+        columns.append("experiment")
+    if len({row.run_id for row in rows}) > 1:
+        columns.append("run")
+    if any(row.key for row in rows):
+        columns.append("of")
+    return (*columns, "arm")
+
+
+def _name_cells(names: Sequence[str], row: Savings) -> list[str]:
+    values = {"experiment": row.experiment, "run": row.run_id[-6:], "of": row.key, "arm": row.arm}
+    return [values[name] for name in names]
+
+
+def _memory(rows: Sequence[Savings]) -> Table:
+    names = _names(rows)
+    made = table(
+        names,
+        (
+            "provi-\nsioned",
+            "peak\nresident",
+            "mean\nresident",
+            "\nGiB·min",
+            "saved\n\\[95 % CI]",
+            "GiB·min saved\n\\[95 % CI]",
+        ),
+    )
+    for row in rows:
+        made.add_row(*_name_cells(names, row), *_footprint_cells(row.footprint), *_saved(row))
+    return made
+
+
+def _footprint_cells(footprint: Footprint | None) -> list[str]:
+    if footprint is None:
+        return [NO_FIGURE] * 4
+    sizes = (
+        footprint.provisioned_bytes,
+        footprint.peak_resident_bytes,
+        footprint.mean_resident_bytes,
+    )
+    gib_min = footprint.resident_gib_min
+    return [*map(format_size, sizes), f"{gib_min:.{decimals(gib_min)}f}"]
+
+
+def _saved(row: Savings) -> list[Text]:
+    if row.undecided:
+        return [Text("undecided", style="yellow")] * 2
+    if row.saved_bytes is None or row.saved_gib_min is None:
+        return [_NONE] * 2
+    style = "green" if row.saved_bytes.low > 0 else ""
+    return [
+        Text(size_interval(row.saved_bytes), style=style),
+        Text(number_interval(row.saved_gib_min), style=style),
+    ]
+
+
+def _cost(rows: Sequence[Savings]) -> Table:
+    names = _names(rows)
+    made = table(
+        names,
+        (
+            "trials",
+            "freed memory\nthat left",
+            "reclaimed\nat the end",
+            "refaulted",
+            "workload verified",
+        ),
+    )
+    for row in rows:
+        made.add_row(*_name_cells(names, row), str(row.trials), *_cost_cells(row.footprint))
+    return made
+
+
+def _cost_cells(footprint: Footprint | None) -> list[Text]:
+    if footprint is None:
+        return [_NONE] * 4
+    return [
+        Text(returned(footprint.returned)),
+        Text(format_size(footprint.reclaimed_now_bytes)),
+        Text(format_size(footprint.refaulted_total_bytes)),
+        Text(
+            pages(footprint.verified_pages, footprint.wrong_pages),
+            style="red" if footprint.wrong_pages else "",
+        ),
+    ]
+
+
+def runs(found: Sequence[Run]) -> RenderableType:
+    """The stored runs."""
+    if not found:
+        return Text("no runs yet; `hintfleet run quickstart` makes one")
+    made = table(("run", "experiment", "started"), ("took",))
+    made.add_column("state", overflow="fold")
+    for run in found:
+        made.add_row(run.run_id, run.name, when(run.started_unix_us), _took(run), _state(run))
+    return made
+
+
+def trials(found: Sequence[StoredTrial]) -> RenderableType:
+    """A run's trials, in the order in which they ran."""
+    made = table(("trial", "arm"), ("repetition", "took"))
+    made.add_column("state", overflow="fold")
+    for number, trial in enumerate(found, 1):
+        ended = trial.ended_unix_us
+        took = clock((ended - trial.started_unix_us) / 1e6) if ended else NO_FIGURE
+        made.add_row(str(number), trial.arm, str(trial.repetition + 1), took, _trial_state(trial))
+    return made
+
+
+def _trial_state(trial: StoredTrial) -> str:
+    if trial.undecided:
+        return f"undecided: {first_line(trial.undecided)}"
+    return "done" if trial.ended_unix_us else "cut off"
+
+
+def findings(found: Sequence[Finding], can_run: Mapping[str, bool]) -> RenderableType:
+    """What the doctor found, and what follows from it."""
+    made = table(("", "looked at", "found"))
+    for finding in found:
+        detail = finding.detail
+        if not finding.ok and finding.hint:
+            detail += f"\ntry: {finding.hint}"
+        made.add_row(_mark(finding.ok), Text(finding.name), Text(detail))
+    verdicts = [Text.assemble(_mark(ok), f" {driver} guests") for driver, ok in can_run.items()]
+    return Group(made, *verdicts)
+
+
+def _mark(ok: bool) -> Text:
+    return Text("yes", style="green") if ok else Text("no ", style="red")
+
+
+def _took(run: Run) -> str:
+    if not run.ended_unix_us:
+        return NO_FIGURE
+    return clock((run.ended_unix_us - run.started_unix_us) / 1e6)
+
+
+def _state(run: Run) -> Text:
+    state = Text(run.state, style=_STATE_STYLES.get(run.state, ""))
+    return state.append(f": {first_line(run.reason)}", style="") if run.reason else state

@@ -1,0 +1,134 @@
+"""YAML as plain values that know their line.
+
+A strict subset: no aliases, no tags, no duplicate keys, one document. Sequences
+become tuples, so that what is read can be frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+
+from hintfleet.errors import InvalidInput
+
+Path = tuple[Hashable, ...]
+_MAX_DEPTH = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where something stands in a file; both count from 1."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """What a file says, and where.
+
+    :ivar source: the file's name, for messages.
+    :ivar positions: of every value, by the keys and indexes that lead to it.
+    """
+
+    source: str
+    text: str
+    data: Any
+    positions: dict[Path, Position] = field(repr=False)
+
+    def position(self, path: Sequence[Hashable]) -> Position:
+        """Of the value at `path`, or of the nearest thing around it that is there."""
+        found: Path = ()
+        for step in path:
+            if (*found, step) in self.positions:
+                found = (*found, step)
+        return self.positions[found]
+
+    def where(self, path: Sequence[Hashable]) -> str:
+        """`file:line:column` of `path`."""
+        position = self.position(path)
+        return f"{self.source}:{position.line}:{position.column}"
+
+
+def read_yaml(text: str, source: str) -> Document:
+    """Parse one YAML document.
+
+    :raises InvalidInput: not YAML, or beyond the subset; names file, line and column.
+    """
+    try:
+        node = YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        raise _syntax_error(error, source) from error
+    except ValueError as error:  # e.g. control characters
+        raise InvalidInput(f"{source}: not YAML: {error}") from error
+    if node is None:
+        raise InvalidInput(f"{source}:1:1: the file is empty")
+    reader = _Reader(source)
+    data = reader.value(node, ())
+    return Document(source=source, text=text, data=data, positions=reader.positions)
+
+
+def _syntax_error(error: MarkedYAMLError, source: str) -> InvalidInput:
+    mark = error.problem_mark or error.context_mark
+    where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+    return InvalidInput(f"{where}: not YAML: {error.problem or error.context}")
+
+
+class _Reader:
+    def __init__(self, source: str) -> None:
+        self.positions: dict[Path, Position] = {}
+        self._source = source
+        self._seen: set[int] = set()
+
+    def value(self, node: Node, path: Path) -> Any:
+        # Composing turns an alias into the very node it names; following it could
+        # go round for ever or grow without bound.
+        if id(node) in self._seen or len(path) > _MAX_DEPTH:
+            raise self._error(node, "aliases and deep nesting are not supported")
+        self._seen.add(id(node))
+        self.positions[path] = _position(node)
+        if isinstance(node, MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, ScalarNode):
+            return self._scalar(node)
+        return tuple(self.value(item, (*path, i)) for i, item in enumerate(node.value))
+
+    def _mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, ScalarNode):
+                raise self._error(key_node, "a key must be a plain word")
+            key = key_node.value
+            if key in found:
+                first = self.positions[(*path, key)].line
+                raise self._error(key_node, f"duplicate key {key!r} (first on line {first})")
+            found[key] = self.value(value_node, (*path, key))
+            self.positions[(*path, key)] = _position(key_node)
+        return found
+
+    def _scalar(self, node: ScalarNode) -> Any:
+        text: str = node.value
+        kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
+        try:
+            if kind == "int":
+                return int(text.replace("_", ""), 0)
+            if kind == "float":
+                return float(text)
+        except ValueError:
+            return text
+        if kind == "bool":
+            return text.lower() == "true"
+        return None if kind == "null" else text
+
+    def _error(self, node: Node, message: str) -> InvalidInput:
+        at = _position(node)
+        return InvalidInput(f"{self._source}:{at.line}:{at.column}: {message}")
+
+
+def _position(node: Node) -> Position:
+    return Position(line=node.start_mark.line + 1, column=node.start_mark.column + 1)

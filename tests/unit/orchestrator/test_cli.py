@@ -1,0 +1,90 @@
+"""The command line: bad input is told on stderr, with the right exit code, and costs nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import run_command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["run", "nowhere.yaml"], 2, "no file 'nowhere.yaml'"),
+        (["run", "quickstrat"], 2, "did you mean 'quickstart'"),
+        (["run", "quickstart", "--driver", "model"], 2, "'model'"),
+        (["run", "quickstart", "--host", "10.1.2.3:4"], 2, "loopback"),
+        (["run", "quickstart", "-o", "xml"], 2, "'xml'"),
+        (["run"], 2, "Missing argument"),
+        (["fly"], 2, "No such command"),
+        (["show", "nothing"], 1, "no run 'nothing'"),
+        (["savings", "--since", "1"], 2, "no unit"),
+        (["savings", "--run", "nothing"], 2, "no run 'nothing'"),
+        (["savings", "--by", "planet"], 2, "'planet'"),
+        (["savings", "--server", "example.org:1"], 2, "loopback"),
+        (["savings", "--server", "unix:/nowhere/socket"], 1, "fleet service at unix:/nowhere"),
+        (["serve", "--listen", "0.0.0.0:1"], 2, "loopback"),
+        (["experiments", "nothing"], 2, "it has quickstart"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert run_command(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_more_memory_than_the_machine_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "large.yaml"
+    large = "hosts: {count: 500, memory: 1TiB}\nguests: {per_host: 1000, memory: 256GiB}\n"
+    path.write_text(
+        "name: large\ndriver: embedded\n" + large + "workload: {phases: [{allocate: 192GiB}]}\n"
+        "arms: [{name: none, method: none}]\n"
+    )
+    assert run_command(["run", str(path), "--data-dir", str(tmp_path)]) == 2
+    assert "large.yaml:4:26: guests.memory" in (said := capsys.readouterr().err)
+    assert "more memory than the machine has" in said
+    assert not (tmp_path / "samples").exists()
+
+
+def test_experiments_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["experiments", "-o", "json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in listed] == ["quickstart", "quickstart-vm"]
+    assert run_command(["experiments", "quickstart"]) == 0
+    assert capsys.readouterr().out.startswith("#")
+
+
+def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["runs", "-o", "json", "--data-dir", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert run_command(["savings", "--data-dir", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "savings", "doctor"])
+def test_help_has_no_need_of_the_heavy_libraries(command: str) -> None:
+    program = (
+        "import sys\nfrom orchestrator.cli import run_command\n"
+        f"code = run_command([{command!r}, '--help'])\n"
+        "heavy = {'ray', 'duckdb', 'numpy', 'scipy', 'pydantic', 'grpc'} & set(sys.modules)\n"
+        "sys.exit(code or (str(heavy) if heavy else 0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage: hintfleet" in done.stdout

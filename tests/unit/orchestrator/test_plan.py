@@ -1,0 +1,106 @@
+"""Plans: arms pair, order is drawn, repeats are written out."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hintfleet.units import MIB
+from orchestrator.plan import host_names, host_task, plan_trials
+from orchestrator.spec import Amount, Spec, Workload
+from orchestrator.spec_checks import problems
+from orchestrator.workload import Step, expand, held_after
+
+
+def spec(**changes: Any) -> Spec:
+    return Spec.model_validate(
+        {
+            "name": "mine",
+            "driver": "embedded",
+            "hosts": {"count": 2, "memory": "1GiB"},
+            "guests": {"per_host": 2, "memory": "256MiB"},
+            "workload": {"phases": ({"allocate": "64MiB", "for": "1s"}, {"free": "50%"})},
+            "arms": (
+                {"name": "none", "method": "none"},
+                {"name": "a", "method": "hinting"},
+                {"name": "b", "method": "hinting"},
+            ),
+            "repetitions": 4,
+            **changes,
+        }
+    )
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(1, 12))
+def test_every_block_runs_every_arm_once(seed: int, repetitions: int) -> None:
+    trials = plan_trials(spec(seed=seed, repetitions=repetitions), "run")
+    assert [trial.position for trial in trials] == list(range(3 * repetitions))
+    assert len({trial.trial_id for trial in trials}) == len(trials)
+    for block in range(repetitions):
+        arms = [trial.arm.name for trial in trials[3 * block : 3 * block + 3]]
+        assert sorted(arms) == ["a", "b", "none"]
+        assert {trial.repetition for trial in trials[3 * block : 3 * block + 3]} == {block}
+
+
+def test_the_order_of_arms_varies() -> None:
+    trials = plan_trials(spec(repetitions=30), "run")
+    firsts = {trial.arm.name for trial in trials if trial.position % 3 == 0}
+    assert firsts == {"none", "a", "b"}
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_guests_do_the_same_in_every_arm_of_a_repetition(seed: int) -> None:
+    made = spec(seed=seed)
+    tasks: dict[tuple[int, str], set[tuple[Any, ...]]] = {}
+    for trial in plan_trials(made, "run"):
+        for host in host_names(made):
+            key = trial.repetition, host
+            tasks.setdefault(key, set()).add(host_task(made, trial, host).guests)
+    assert all(len(guests) == 1 for guests in tasks.values()), "arms of a repetition pair"
+    guests = [guest for group in tasks.values() for made_guests in group for guest in made_guests]
+    seeds = [step_seed for guest in guests for step_seed in guest.step_seeds]
+    assert len(set(seeds)) == len(seeds), "all guests, steps and repetitions differ"
+
+
+def test_a_plan_is_the_same_everywhere() -> None:
+    first = host_task(spec(), plan_trials(spec(), "run")[0], "host1")
+    assert first.guests[0].name == "host1-guest1"
+    assert first.guests[0].step_seeds[0] == 0x2BD71C83D990F2BE
+
+
+@pytest.mark.parametrize(
+    ("phases", "titles"),
+    [
+        (({"allocate": "1MiB"}, {"repeat": 3}), ["allocate 1 MiB"] * 3),
+        (
+            ({"allocate": "2MiB"}, {"free": "50%"}, {"repeat": 2}, {"free": "1MiB"}),
+            ["allocate 2 MiB", "free 50 %", "allocate 2 MiB", "free 50 %", "free 1 MiB"],
+        ),
+        (({"allocate": "1MiB"}, {"repeat": 1}), ["allocate 1 MiB"]),
+    ],
+)
+def test_repeats_are_written_out(phases: Any, titles: list[str]) -> None:
+    steps = expand(Workload.model_validate({"phases": phases}))
+    assert [step.title for step in steps] == titles
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 100)), max_size=20))
+def test_what_is_held_is_never_negative_and_whole_pages(kinds: list[tuple[bool, int]]) -> None:
+    held_bytes, memory_bytes = 0, 256 * MIB
+    for index, (allocate, percent) in enumerate(kinds):
+        amount = Amount(percent=float(percent))
+        step = Step(
+            phase_index=index,
+            allocate=amount if allocate else None,
+            free=None if allocate else amount,
+        )
+        held_bytes = held_after(step, held_bytes, memory_bytes)
+        assert held_bytes >= 0
+        assert held_bytes % 4096 == 0
+
+
+def test_a_repeat_that_fills_the_guest_is_refused() -> None:
+    phases = ({"allocate": "100MiB"}, {"free": "10%"}, {"repeat": 9})
+    found = list(problems(spec(workload={"phases": phases})))
+    assert [problem.path for problem in found] == [("workload", "phases", 0)]

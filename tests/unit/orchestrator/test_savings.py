@@ -1,0 +1,141 @@
+"""Savings: pairing, scaling to the fleet, and when there is no figure."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hintfleet.units import MIB
+from orchestrator.fleet_messages import savings_as_pb2, savings_from_pb2
+from orchestrator.footprint import Footprint, Returned
+from orchestrator.savings import By, Measured, Savings, aggregate
+
+
+def footprint(mean_bytes: float, wrong_pages: int = 0) -> Footprint:
+    return Footprint(
+        provisioned_bytes=256 * MIB,
+        peak_resident_bytes=mean_bytes * 2,
+        mean_resident_bytes=mean_bytes,
+        resident_gib_min=mean_bytes / MIB,
+        reclaimed_now_bytes=MIB,
+        refaulted_total_bytes=0,
+        verified_pages=100,
+        wrong_pages=wrong_pages,
+        returned=Returned(freed_bytes=4 * MIB, left_bytes=3.0 * MIB, after_s=2.0),
+    )
+
+
+def measured(
+    arm: str, repetition: int, host: str, found: Footprint | None, guest: str = "", run: str = "r1"
+) -> Measured:
+    return Measured(
+        run_id=run,
+        experiment="e",
+        spec_hash="x",
+        arm=arm,
+        is_control=arm == "none",
+        repetition=repetition,
+        host=host,
+        guest=guest,
+        footprint=found,
+        undecided="" if found else "guest lost",
+    )
+
+
+def rows(saved: dict[tuple[int, str], float], run: str = "r1") -> list[Measured]:
+    """Control 100 MiB above; the arm less by what is saved."""
+    return [
+        measured(arm, repetition, host, footprint(1000 * MIB - less), run=run)
+        for (repetition, host), value in saved.items()
+        for arm, less in (("none", 0.0), ("hint", value))
+    ]
+
+
+SAVED = {(0, "a"): 10.0 * MIB, (0, "b"): 20.0 * MIB, (1, "a"): 10.0 * MIB, (1, "b"): 20.0 * MIB}
+
+
+def arm(found: list[Savings], name: str = "hint") -> Savings:
+    return next(row for row in found if row.arm == name)
+
+
+def test_a_fleet_is_its_hosts_together() -> None:
+    row = arm(aggregate(rows(SAVED), By.FLEET))
+    assert row.saved_bytes is not None
+    assert row.saved_bytes.mean == pytest.approx(30 * MIB)
+    assert row.saved_bytes.pairs == 4
+    assert row.trials == 2
+    assert row.footprint is not None
+    assert row.footprint.provisioned_bytes == 512 * MIB
+    assert row.footprint.mean_resident_bytes == pytest.approx(1970 * MIB)
+    assert row.footprint.verified_pages == 400
+
+
+def test_the_control_has_a_footprint_and_no_savings() -> None:
+    row = arm(aggregate(rows(SAVED), By.FLEET), "none")
+    assert row.footprint is not None
+    assert (row.saved_bytes, row.undecided) == (None, "")
+
+
+def test_by_host_pairs_are_the_repetitions_there() -> None:
+    found = [row for row in aggregate(rows(SAVED), By.HOST) if row.arm == "hint"]
+    assert [row.key for row in found] == ["a", "b"]
+    for row, saved in zip(found, (10, 20), strict=True):
+        assert row.saved_bytes is not None
+        assert (row.saved_bytes.mean, row.saved_bytes.pairs) == (pytest.approx(saved * MIB), 2)
+
+
+def test_by_arm_pools_the_runs_of_one_spec() -> None:
+    row = arm(aggregate([*rows(SAVED), *rows(SAVED, run="r2")], By.ARM))
+    assert row.run_id == ""
+    assert row.trials == 4
+    assert row.saved_bytes is not None
+    assert row.saved_bytes.pairs == 8
+    assert row.saved_bytes.mean == pytest.approx(30 * MIB)
+
+
+def test_by_guest_looks_at_guests_only() -> None:
+    guests = [
+        measured(name, repetition, "a", footprint(mean * MIB), guest="a-guest1")
+        for repetition in (0, 1)
+        for name, mean in (("none", 100), ("hint", 60 + repetition))
+    ]
+    found = aggregate([*rows(SAVED), *guests], By.GUEST)
+    assert {row.key for row in found} == {"a-guest1"}
+
+
+@pytest.mark.parametrize("lost", ["none", "hint"])
+def test_one_lost_trial_leaves_no_figure(lost: str) -> None:
+    found = [row for row in rows(SAVED) if not (row.arm == lost and row.repetition == 1)]
+    found += [measured(lost, 1, host, None) for host in ("a", "b")]
+    row = arm(aggregate(found, By.FLEET))
+    assert row.saved_bytes is None
+    assert row.saved_gib_min is None
+    assert row.undecided == f"{lost}, repetition 2, guest lost"
+    assert (row.footprint is None) == (lost == "hint")
+
+
+def test_wrong_pages_leave_no_savings() -> None:
+    found = [*rows(SAVED), measured("hint", 2, "a", footprint(MIB, wrong_pages=3))]
+    row = arm(aggregate(found, By.FLEET))
+    assert row.saved_bytes is None
+    assert "3 pages came back wrong" in row.undecided
+
+
+def test_one_pair_has_no_interval() -> None:
+    row = arm(aggregate(rows({(0, "a"): 5.0}), By.FLEET))
+    assert row.saved_bytes is None
+    assert "one pair only" in row.undecided
+
+
+def test_no_control_no_savings() -> None:
+    found = [row for row in rows(SAVED) if row.arm != "none"]
+    row = arm(aggregate(found, By.FLEET))
+    assert (row.saved_bytes, row.undecided) == (None, "")
+
+
+@given(st.dictionaries(st.tuples(st.integers(0, 5), st.sampled_from("abc")), st.floats(0, 1e9)))
+def test_rows_survive_the_wire(saved: dict[tuple[int, str], float]) -> None:
+    for by in By:
+        for row in aggregate(rows(saved), by):
+            message = savings_as_pb2(row)
+            assert savings_as_pb2(savings_from_pb2(message)) == message
+            assert savings_from_pb2(message).undecided == row.undecided

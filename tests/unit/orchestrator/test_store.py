@@ -1,0 +1,305 @@
+"""The store: what was acknowledged is there after a kill, and after the disk is full."""
+
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+
+from hintfleet.errors import LimitExceeded, NotFound, Refused
+from orchestrator import spec_file
+from orchestrator.plan import HostTask, Trial, host_names, host_task, plan_trials
+from orchestrator.records import Columns, GuestEnded, HostDone, Record, Samples, StepDone
+from orchestrator.savings import By
+from orchestrator.spec import Spec
+from orchestrator.store.reader import Store
+from orchestrator.store.writer import RunHeader, RunWriter
+
+S = 1_000_000
+_TIMEOUT_S = 60
+
+
+def header(run_id: str = "run1") -> RunHeader:
+    loaded = spec_file.load("quickstart")
+    return RunHeader(
+        run_id=run_id, spec=loaded.spec, spec_text=loaded.document.text, summary="a test"
+    )
+
+
+def trial_of(spec: Spec, run_id: str, index: int) -> tuple[Trial, dict[str, HostTask]]:
+    trial = plan_trials(spec, run_id)[index]
+    return trial, {host: host_task(spec, trial, host) for host in host_names(spec)}
+
+
+def samples(task: HostTask, start_s: float, end_s: float, resident_bytes: int) -> Samples:
+    times = np.arange(round(start_s * S), round(end_s * S), S // 10, dtype=np.int64)
+    names = np.array([guest.name for guest in task.guests], dtype=object)
+    columns: Columns = {
+        "at_unix_us": np.repeat(times, len(names)),
+        "guest": np.tile(names, len(times)),
+        "resident_bytes": np.full(len(times) * len(names), resident_bytes, dtype=np.uint64),
+    }
+    return Samples(host=task.host, trial_id=task.trial.trial_id, columns=columns)
+
+
+def guest_records(task: HostTask) -> list[Record]:
+    def step(guest: str, kind: str, at_s: float) -> StepDone:
+        return StepDone(
+            host=task.host,
+            trial_id=task.trial.trial_id,
+            guest=guest,
+            at_unix_us=round(at_s * S),
+            kind=kind,
+            changed_bytes=0,
+            held_bytes=0,
+            verified_pages=1,
+            wrong_pages=0,
+            duration_us=0,
+        )
+
+    ended = [
+        GuestEnded(
+            host=task.host,
+            trial_id=task.trial.trial_id,
+            guest=guest.name,
+            at_unix_us=4 * S,
+            provisioned_bytes=1 << 28,
+            reclaimed_now_bytes=0,
+            refaulted_total_bytes=0,
+        )
+        for guest in task.guests
+    ]
+    steps = [
+        step(guest.name, kind, at_s)
+        for guest in task.guests
+        for kind, at_s in (("allocate", 1.0), ("verify", 3.0))
+    ]
+    done = HostDone(host=task.host, trial_id=task.trial.trial_id, at_unix_us=4 * S)
+    return [*steps, *ended, done]
+
+
+def write_trial(writer: RunWriter, index: int, resident_bytes: int) -> str:
+    head = header()
+    trial, tasks = trial_of(head.spec, head.run_id, index)
+    writer.begin_trial(trial, tasks)
+    for task in tasks.values():
+        writer.append(samples(task, 0.0, 4.0, resident_bytes))
+        for record in guest_records(task):
+            writer.append(record)
+    return writer.end_trial()
+
+
+def test_a_run_is_read_back(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        with RunWriter(store, header()) as writer:
+            for trial in plan_trials(header().spec, "run1"):
+                resident_bytes = (100 if trial.arm.name == "none" else 40) << 20
+                assert write_trial(writer, trial.position, resident_bytes) == ""
+            assert store.find_run("latest").state == "running"
+        run = store.find_run("run1")
+        assert (run.state, run.reason) == ("done", "")
+        rows = {row.arm: row for row in store.savings(By.FLEET, "run1")}
+        saved = rows["bitmap"].saved_bytes
+        assert saved is not None
+        assert saved.mean == pytest.approx(6 * 60 << 20)
+        assert saved.pairs == 6
+        assert len(store.savings(By.GUEST)) == 12
+        assert store.savings(By.FLEET, since_unix_s=int(time.time()) + 60) == []
+
+
+def test_an_undecided_trial_makes_the_run_undecided(tmp_path: Path) -> None:
+    with Store(tmp_path) as store, RunWriter(store, header()) as writer:
+        trial, tasks = trial_of(header().spec, "run1", 0)
+        writer.begin_trial(trial, tasks)
+        for host in tasks:
+            writer.append(
+                HostDone(host=host, trial_id=trial.trial_id, at_unix_us=1, undecided="guest lost")
+            )
+        assert writer.end_trial() == "guest lost"
+    with Store(tmp_path) as store:
+        assert store.find_run("run1").state == "undecided"
+        assert store.savings(By.FLEET)[0].footprint is None
+
+
+def test_an_error_makes_the_run_failed_and_ctrl_c_interrupted(tmp_path: Path) -> None:
+    for error, state in ((ValueError("x"), "failed"), (KeyboardInterrupt(), "interrupted")):
+        with Store(tmp_path) as store:
+            with pytest.raises(type(error)), RunWriter(store, header(state)):
+                raise error
+            assert store.find_run(state).state == state
+
+
+_KILLED_WRITER = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import test_store as t
+from orchestrator.store.reader import Store
+from orchestrator.store.writer import RunWriter
+with Store(Path(sys.argv[1])) as store, RunWriter(store, t.header()) as writer:
+    t.write_trial(writer, 0, 1 << 20)
+    trial, tasks = t.trial_of(t.header().spec, "run1", 1)
+    writer.begin_trial(trial, tasks)
+    task = tasks["host1"]
+    event, number = t.guest_records(task)[0], 0
+    while True:
+        writer.append(event)
+        number += 1
+        print(number, flush=True)
+"""
+
+
+def test_what_was_acknowledged_is_there_after_kill_9(tmp_path: Path) -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-c", _KILLED_WRITER, str(tmp_path), str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert writer.stdout is not None
+        while int(writer.stdout.readline()) < 25:
+            pass
+        with Store(tmp_path) as store:
+            assert store.find_run("run1").state == "running", "its process holds the lock"
+        writer.send_signal(signal.SIGKILL)
+        acknowledged = 25 + len(writer.stdout.read().split())
+    finally:
+        writer.kill()
+        writer.wait(_TIMEOUT_S)
+    with Store(tmp_path) as store:
+        run = store.find_run("run1")
+        assert (run.state, run.reason) == ("failed", "its process ended without a word")
+        rows = store.database.execute(
+            "SELECT count(*) FROM events WHERE trial_id = 'run1-none-1' OR trial_id LIKE '%-1'"
+        ).fetchone()
+        assert rows[0] >= acknowledged
+        assert [t.ended_unix_us > 0 for t in store.trials("run1")] == [True, False]
+        assert len(store.savings(By.GUEST, "run1")) == 6, "the first trial counts"
+
+
+def test_an_unfinished_part_is_no_part(tmp_path: Path) -> None:
+    with Store(tmp_path) as store, RunWriter(store, header()) as writer:
+        trial, _ = trial_of(header().spec, "run1", 0)
+        folder = store.samples_dir("run1") / trial.trial_id
+        folder.mkdir()
+        (folder / "000001.unfinished").write_bytes(b"PAR1 and then the power failed")
+        assert write_trial(writer, 0, 1 << 20) == ""
+        parts = sorted(path.name for path in folder.iterdir())
+        assert all(name.endswith(".parquet") for name in parts)
+        rows = duckdb.execute("SELECT count(*) FROM read_parquet(?)", [f"{folder}/*.parquet"])
+        assert rows.fetchone() == (2 * 40 * 3,)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "hintfleet-test", str(tmp_path)],
+        check=False,
+        capture_output=True,
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode()}")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def write_one_trial_and(folder: Path, fail: Callable[[RunWriter], object]) -> None:
+    """A run whose first trial is whole; `fail` is what happens in its second."""
+    with Store(folder) as store, RunWriter(store, header()) as writer:
+        assert write_trial(writer, 0, 1 << 20) == ""
+        fail(writer)
+
+
+def append_without_end(writer: RunWriter) -> None:
+    trial, tasks = trial_of(header().spec, "run1", 1)
+    writer.begin_trial(trial, tasks)
+    record = guest_records(tasks["host1"])[0]
+    for _ in range(200_000):
+        writer.append(record)
+
+
+def check_after_a_full_disk(folder: Path) -> None:
+    with Store(folder) as store:
+        run = store.find_run("run1")
+        assert run.state == "failed"
+        assert "disk is full" in run.reason
+        assert len(store.savings(By.GUEST, "run1")) == 6, "the first trial is intact"
+        assert store.database.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+
+
+def test_a_full_disk_fails_the_run_and_harms_nothing(small_disk: Path) -> None:
+    with pytest.raises(LimitExceeded, match="disk is full") as caught:
+        write_one_trial_and(small_disk, append_without_end)
+    assert "--data-dir" in caught.value.hint
+    check_after_a_full_disk(small_disk)
+
+
+def test_a_full_disk_while_samples_are_written(small_disk: Path) -> None:
+    def fill_and_go_on(writer: RunWriter) -> None:
+        disk = os.statvfs(small_disk)
+        (small_disk / "other").write_bytes(bytes(disk.f_bavail * disk.f_frsize - 8192))
+        write_trial(writer, 1, 1 << 20)
+
+    with pytest.raises(LimitExceeded, match="disk is full"):
+        write_one_trial_and(small_disk, fill_and_go_on)
+    check_after_a_full_disk(small_disk)
+
+
+def test_a_file_size_limit_is_told_like_a_full_disk(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit_and_go_on(writer: RunWriter) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        try:
+            append_without_end(writer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with pytest.raises((LimitExceeded, Refused)) as caught:
+        write_one_trial_and(tmp_path, limit_and_go_on)
+    assert "--data-dir" in caught.value.hint
+    with Store(tmp_path) as store:
+        assert store.find_run("run1").state == "failed"
+        assert len(store.savings(By.GUEST, "run1")) == 6
+
+
+def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    database = sqlite3.connect(tmp_path / "hintfleet.sqlite")
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(Refused, match="newer hintfleet"):
+        Store(tmp_path)
+
+
+def test_what_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "hintfleet.sqlite").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(Refused, match="cannot use"):
+        Store(tmp_path)
+    with pytest.raises(Refused, match="cannot use"):
+        Store(tmp_path / "hintfleet.sqlite")
+
+
+def test_runs_are_found_by_part_of_their_id(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        with pytest.raises(NotFound):
+            store.find_run("latest")
+        for name in ("aaa1", "aab2"):
+            with RunWriter(store, header(name)):
+                pass
+        assert store.find_run("b2").run_id == "aab2"
+        with pytest.raises(NotFound, match="more than one"):
+            store.find_run("aa")
+        with pytest.raises(NotFound, match="no run"):
+            store.find_run("zz")

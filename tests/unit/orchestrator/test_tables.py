@@ -1,0 +1,89 @@
+"""Tables: nothing that matters is cut, at 100 columns and at 80."""
+
+import pytest
+from rich.console import Console, RenderableType
+
+from hintfleet.units import MIB
+from orchestrator.footprint import Footprint, Returned
+from orchestrator.savings import Savings
+from orchestrator.statistics import Interval
+from orchestrator.store.reader import Run, StoredTrial
+from orchestrator.view import tables
+
+USED = Footprint(
+    provisioned_bytes=1536 * MIB,
+    peak_resident_bytes=1152.0 * MIB,
+    mean_resident_bytes=611.0 * MIB,
+    resident_gib_min=0.0357,
+    reclaimed_now_bytes=864 * MIB,
+    refaulted_total_bytes=3 * MIB,
+    verified_pages=884736,
+    wrong_pages=0,
+    returned=Returned(freed_bytes=864 * MIB, left_bytes=855.0 * MIB, after_s=2.0),
+)
+ROW = Savings(
+    experiment="quickstart",
+    run_id="01m83e784gckepknb5g3mph4a4",
+    arm="bitmap",
+    key="",
+    trials=3,
+    footprint=USED,
+    saved_bytes=Interval(mean=412.0 * MIB, low=401.0 * MIB, high=423.0 * MIB, pairs=6),
+    saved_gib_min=Interval(mean=0.0201, low=0.0190, high=0.0212, pairs=6),
+)
+LOST = Savings(
+    experiment="quickstart",
+    run_id=ROW.run_id,
+    arm="kmod",
+    key="",
+    trials=3,
+    footprint=None,
+    undecided="kmod, repetition 2, guest lost\nwith its last output",
+)
+
+
+def rendered(what: RenderableType, width: int) -> str:
+    console = Console(width=width, no_color=True)
+    with console.capture() as capture:
+        console.print(what)
+    return capture.get()
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_summary_shows_every_figure(width: int) -> None:
+    shown = rendered(tables.savings([ROW, LOST, LOST]), width)
+    for figure in ("1.50 GiB", "1.12 GiB", "611 MiB", "0.0357", "412 MiB", "[401, 423]", "0.0201"):
+        assert figure in shown
+    for figure in ("99 % in 2 s", "864 MiB", "3 MiB", "yes, 3.38 GiB", "undecided"):
+        assert figure in shown
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.count("guest lost") == 1, "a reason is said once"
+    assert "last output" not in shown
+
+
+def test_no_trials() -> None:
+    assert "no trials" in rendered(tables.savings([]), 80)
+
+
+def test_runs_and_trials() -> None:
+    run = Run(
+        run_id=ROW.run_id,
+        name="quickstart",
+        driver="embedded",
+        spec_text="",
+        control="none",
+        summary="",
+        started_unix_us=1,
+        ended_unix_us=61_000_001,
+        state="failed",
+        reason="the disk is full\nand more",
+    )
+    shown = rendered(tables.runs([run]), 100)
+    assert "01:01" in shown
+    assert "failed: the disk is full" in shown
+    assert "and more" not in shown
+    trial = StoredTrial(
+        trial_id="t", arm="none", repetition=0, started_unix_us=0, ended_unix_us=0, undecided=""
+    )
+    assert "cut off" in rendered(tables.trials([trial]), 80)
