@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 PROTOS := $(wildcard proto/hintfleet/v1/*.proto)
 
@@ -23,7 +23,7 @@ $(VENV)/dev: $(VENV)/base
 	@touch $@
 
 demo: $(VENV)/base
-	$(BIN)/hintfleet run quickstart
+	@$(BIN)/hintfleet run quickstart
 
 # What only root can install: QEMU, libvirt and the builder of the guest image.
 system:
@@ -33,7 +33,7 @@ image: $(VENV)/base
 	$(BIN)/python deploy/image/build.py
 
 test: system $(VENV)/dev
-	tests/run
+	@tests/run
 
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.bench
