@@ -74,12 +74,18 @@ class Zone:
 
     def take_at(self, pfn: int, order: int) -> bool:
         """Take exactly this block out of whatever free block holds it; False if not free."""
+        held = self.holder(pfn, order)
+        if held is not None:
+            self._split(*held, pfn, order)
+        return held is not None
+
+    def holder(self, pfn: int, order: int) -> tuple[int, int] | None:
+        """First pfn and order of the free block that holds this aligned block, if one does."""
         for have in range(order, MAX_ORDER + 1):
             head = pfn & -(1 << have)
             if head in self.free_area[have]:
-                self._split(head, have, pfn, order)
-                return True
-        return False
+                return head, have
+        return None
 
     def put(self, pfn: int, order: int, *, reported: bool = False) -> int:
         """Free a block, merge it with its buddies, and return the order it ended in.
@@ -231,6 +237,40 @@ class BuddyAllocator:
                     self.zone_of(chunk).put(chunk, self.chunk_order, reported=reported)
             self.isolated_page_count -= ranges.page_count
             self._returned.notify_all()
+
+    def online(self, zone: Zone, pages: RangeSet) -> None:
+        """Hot-plug: add pages to a zone; they are free, and the hook hears of no chunk,
+        for they hold nothing.
+
+        :raises ValueError: some of them are there already.
+        """
+        with self._lock:
+            if any(pages & other.present for other in self.zones):
+                raise ValueError("pages are online already")
+            zone.present |= pages
+            for pfn, order in _blocks(pages):
+                zone.put(pfn, order, reported=True)
+            self._returned.notify_all()
+
+    def offline(self, pages: RangeSet, *, patience_s: float = 1.0) -> None:
+        """Hot-unplug: take pages out of their zones. Waits for those that are isolated.
+
+        :raises MemoryError: some of them are in use; nothing has changed.
+        :raises ValueError: some of them are in no zone.
+        """
+        deadline = time.monotonic() + patience_s
+        # Free blocks are always merged, so an aligned block is free as a whole exactly
+        # if one free block holds it.
+        blocks = [(self.zone_of(pfn), pfn, order) for pfn, order in _blocks(pages)]
+        with self._lock:
+            while not all(zone.holder(pfn, order) for zone, pfn, order in blocks):
+                if not self.isolated_page_count or not self._returned.wait(
+                    deadline - time.monotonic()
+                ):
+                    raise MemoryError(f"some of the {pages.page_count} pages are in use")
+            for zone, pfn, order in blocks:
+                zone.take_at(pfn, order)
+                zone.present -= RangeSet([(pfn, 1 << order)])
 
     def zone_of(self, pfn: int) -> Zone:
         """The zone that holds a page frame.

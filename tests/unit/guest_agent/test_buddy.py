@@ -156,3 +156,37 @@ def test_what_does_not_fit_fails_at_once() -> None:
     with pytest.raises(MemoryError):
         list(iter(lambda: allocator.allocate(MAX_ORDER, patience_s=30), None))
     assert time.monotonic() - started_s < 10
+
+
+def test_hot_plugged_memory_can_be_used_and_merges_with_its_neighbours() -> None:
+    allocator = small(7)
+    (zone,) = allocator.zones
+    allocator.online(zone, RangeSet([(7 * CHUNK, 9 * CHUNK)]))
+    assert allocator.free_page_count == 16 * CHUNK
+    assert [len(area) for area in zone.free_area] == [0] * MAX_ORDER + [8]
+    assert not zone.unreported_page_count or zone.unreported_page_count <= 8 * CHUNK
+    with pytest.raises(ValueError, match="online already"):
+        allocator.online(zone, RangeSet([(0, 1)]))
+
+
+def test_memory_in_use_cannot_be_unplugged() -> None:
+    allocator = small(8)
+    pfn = allocator.allocate(0)
+    before = free_ranges(allocator)
+    with pytest.raises(MemoryError, match="in use"):
+        allocator.offline(RangeSet([(0, 8 * CHUNK)]))
+    assert free_ranges(allocator) == before
+    allocator.free(pfn, 0)
+    allocator.offline(RangeSet([(4 * CHUNK, 4 * CHUNK)]))
+    assert free_ranges(allocator) == RangeSet([(0, 4 * CHUNK)])
+
+
+def test_unplugging_waits_for_what_is_isolated() -> None:
+    allocator = small(8)
+    assert allocator.isolate(allocator.zones[0], 5 * CHUNK)
+    isolated = RangeSet([(5 * CHUNK, CHUNK)])
+    releaser = threading.Timer(0.1, lambda: allocator.release(isolated, reported=True))
+    releaser.start()
+    allocator.offline(RangeSet([(4 * CHUNK, 4 * CHUNK)]), patience_s=10)
+    assert free_ranges(allocator) == RangeSet([(0, 4 * CHUNK)])
+    releaser.join()

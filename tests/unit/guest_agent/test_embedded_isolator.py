@@ -138,3 +138,17 @@ def test_ranges_never_join_two_zones(tracker: str) -> None:
     ranges = isolator.isolate(512, 1 << 20)
     isolator.release(ranges, hinted=True)
     assert [zone.free_page_count for zone in allocator.zones] == free_before
+
+
+def test_a_set_bit_in_an_offline_range_is_passed_over(
+    allocator: BuddyAllocator, tracker: str
+) -> None:
+    """v11 looped for ever over a bit whose memory had been unplugged."""
+    isolator = tracking(allocator, tracker)
+    chunks = freed(allocator, 40)
+    gone = RangeSet([(2 * CHUNKS * CHUNK - 16 * CHUNK, 16 * CHUNK)])
+    allocator.offline(gone)
+    assert drain(isolator) == chunks - gone
+    assert isolator.idle()
+    allocator.online(allocator.zones[1], gone)
+    assert allocator.free_page_count == 2 * CHUNKS * CHUNK
