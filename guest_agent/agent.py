@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from threading import Thread
+from collections.abc import Coroutine
+from typing import Any
 
-import grpc
+from grpc import aio
 
 from guest_agent.config import Config
 from guest_agent.isolation import Isolator
 from guest_agent.isolation.embedded import EmbeddedIsolator
 from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
-from guest_agent.procfs import boot_id, mem_available_bytes, mem_free_bytes
+from guest_agent.procfs import boot_id, init_on_alloc, mem_available_bytes, mem_free_bytes
 from guest_agent.session import HelloFacts, HintingSession
-from guest_agent.workload import Source, Workload
+from guest_agent.workload import Workload
 from guest_agent.workload_client import serve_workload
 from guest_agent.workload_memory import AnonymousSource, BuddySource
 from hintfleet.errors import InvalidInput
@@ -43,16 +44,25 @@ def run(config: Config) -> None:
 
     :raises HintfleetError: isolation is not possible here, or the host refused this agent.
     """
-    identity = pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
-    channel = grpc.insecure_channel(config.server, options=_CHANNEL_OPTIONS)
-    if config.memory == "embedded":
-        _run_embedded(config, channel, identity)
-    else:
-        _run_in_guest(config, channel, identity)
+    asyncio.run(_run_embedded(config) if config.memory == "embedded" else _run_in_guest(config))
 
 
-def _run_embedded(config: Config, channel: grpc.Channel, identity: pb.Identity) -> None:
-    """A whole guest in this process: its workload is a thread beside the agent."""
+def _connect(config: Config) -> tuple[aio.Channel, pb.Identity]:
+    """A channel to the host agent, on the running event loop, and who speaks on it."""
+    channel = aio.insecure_channel(config.server, options=_CHANNEL_OPTIONS)
+    return channel, pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
+
+
+async def _until_one_fails(*work: Coroutine[Any, Any, None]) -> None:
+    """Run all of them; none ends but by an error, which is raised."""
+    tasks = [asyncio.create_task(one) for one in work]
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+
+
+async def _run_embedded(config: Config) -> None:
+    """A whole guest in this process: the agent, and its workload beside it."""
     if config.ram_fd < 0 or config.memory_bytes <= 0 or config.memory_bytes % PAGE_BYTES:
         raise InvalidInput("an embedded guest needs ram_fd and memory_bytes, in whole pages")
     ram = mmap.mmap(config.ram_fd, config.memory_bytes)
@@ -63,36 +73,32 @@ def _run_embedded(config: Config, channel: grpc.Channel, identity: pb.Identity) 
     # An embedded guest boots with every start of its process.
     boot = f"{boot_id()}-{os.getpid()}-{time.monotonic_ns()}"
     workload = Workload(BuddySource(allocator, ram))
+    channel, identity = _connect(config)
+    serving = serve_workload(channel, workload, identity, boot)
     if config.method == "none":
-        serve_workload(channel, workload, identity, boot)
+        await serving
         return
-    Thread(
-        target=serve_workload,
-        args=(channel, workload, identity, boot),
-        name="workload",
-        daemon=True,
-    ).start()
     tracker = config.tracker or "bitmap"
     isolator = EmbeddedIsolator(
         allocator, tracker=tracker, threshold_chunks=config.threshold_chunks
     )
-    _hint(config, channel, identity, boot, isolator, tracker, lambda: _free_bytes(allocator))
+    facts = HelloFacts(
+        identity=identity, boot_id=boot, chunk_order=config.chunk_order, tracker=tracker
+    )
+    session = HintingSession(
+        channel, isolator, facts, lambda: allocator.free_page_count * PAGE_BYTES
+    )
+    await _until_one_fails(session.run(), serving)
 
 
-def _free_bytes(allocator: BuddyAllocator) -> int:
-    return allocator.free_page_count * PAGE_BYTES
-
-
-def _run_in_guest(config: Config, channel: grpc.Channel, identity: pb.Identity) -> None:
+async def _run_in_guest(config: Config) -> None:
     """The agent of a real guest: the workload is a process of its own, so that its
     memory and CPU time are not the agent's."""
     if config.method == "none":
-        if config.workload:
-            serve_workload(channel, Workload(_anonymous()), identity, boot_id())
+        await _serve_anonymous_workload(config)
         return
-    # Late: an embedded guest never needs it.
-    from guest_agent.isolation.kmod import KmodIsolator
-
+    channel, identity = _connect(config)
+    isolator, tracker = _isolator(config)
     child = None
     if config.workload:
         child = subprocess.Popen(
@@ -104,11 +110,36 @@ def _run_in_guest(config: Config, channel: grpc.Channel, identity: pb.Identity) 
             child.stdin.write(config.to_json() + "\n")
             child.stdin.flush()
     try:
-        _hint(config, channel, identity, boot_id(), KmodIsolator(), "kernel", mem_free_bytes)
+        facts = HelloFacts(
+            identity=identity,
+            boot_id=boot_id(),
+            chunk_order=config.chunk_order,
+            tracker=tracker,
+        )
+        await HintingSession(channel, isolator, facts, mem_free_bytes).run()
     finally:
         if child is not None:
             child.kill()
             child.wait()
+
+
+def _isolator(config: Config) -> tuple[Isolator, str]:
+    """The isolator of a real guest, and the name of the tracker that it comes with.
+
+    Imported late: none needs the others.
+    """
+    if config.isolator == "hugetlb":
+        from guest_agent.isolation.hugetlb import HugetlbIsolator
+        from guest_agent.isolation.hugetlb_pool import HugetlbPool
+
+        zeroing = init_on_alloc()
+        print(f"hintfleet-guest: init_on_alloc={int(zeroing)}", file=sys.stderr, flush=True)
+        threshold = config.threshold_chunks
+        isolator = HugetlbIsolator(HugetlbPool(), threshold_chunks=threshold, zeroing=zeroing)
+        return isolator, "bitmap"
+    from guest_agent.isolation.kmod import KmodIsolator
+
+    return KmodIsolator(), "reported"
 
 
 def run_workload_only(config: Config) -> None:
@@ -116,25 +147,10 @@ def run_workload_only(config: Config) -> None:
     # The kernel is to kill the workload, not the agent, if the guest runs out of memory.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
-    identity = pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
-    channel = grpc.insecure_channel(config.server, options=_CHANNEL_OPTIONS)
-    serve_workload(channel, Workload(_anonymous()), identity, boot_id())
+    asyncio.run(_serve_anonymous_workload(config))
 
 
-def _anonymous() -> Source:
-    return AnonymousSource(mem_available_bytes())
-
-
-def _hint(
-    config: Config,
-    channel: grpc.Channel,
-    identity: pb.Identity,
-    boot: str,
-    isolator: Isolator,
-    tracker: str,
-    free_bytes: Callable[[], int],
-) -> None:
-    facts = HelloFacts(
-        identity=identity, boot_id=boot, chunk_order=config.chunk_order, tracker=tracker
-    )
-    HintingSession(channel, isolator, facts, free_bytes).run()
+async def _serve_anonymous_workload(config: Config) -> None:
+    channel, identity = _connect(config)
+    workload = Workload(AnonymousSource(mem_available_bytes()))
+    await serve_workload(channel, workload, identity, boot_id())

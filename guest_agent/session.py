@@ -1,21 +1,25 @@
 """The guest's end of a hinting session: gRPC outside, `HintingCore` inside.
 
-One thread runs the core and touches the isolator; gRPC's reader thread and the
-isolator's wake callback only put events into its inbox. A lost link is tried
-again, with a growing pause, for as long as the agent lives.
+All of it runs on one event loop, which alone touches the core and the isolator; the
+isolator's wake callback and the stream's reader only put events into an inbox. (gRPC's
+threaded client would wake up ten times a second for each open stream.) A lost link is
+tried again, with a growing pause, for as long as the agent lives.
 """
 
 from __future__ import annotations
 
-import queue
+import asyncio
+import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Event, Thread
+from enum import Enum, auto
+from typing import Any
 
 import grpc
+from grpc import aio
 
 from guest_agent import hinting
 from guest_agent.isolation import Isolator
@@ -31,7 +35,7 @@ _SETTLING_PERIOD_S = 0.02
 _TELEMETRY_PERIOD_S = 1.0
 _LONGEST_SILENCE_S = 10.0
 _NEWS_BYTES = 1 << 20
-_LONGEST_PAUSE_S = 2.0
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 # Reasons that hold for a whole batch and may be gone next time. Not OUTSIDE_RAM and its
 # like: hinting those again would go on for ever.
@@ -59,19 +63,18 @@ class HelloFacts:
     tracker: str
 
 
-class _Wake:
-    """Inbox event: the isolator may have something."""
+class _Event(Enum):
+    """What the inbox holds besides the host's messages."""
+
+    WAKE = auto()
+    """The isolator may have something."""
+    TICK = auto()
+    """A period has passed."""
+    ENDED = auto()
+    """The stream is over."""
 
 
-@dataclass(frozen=True)
-class _Ended:
-    """Inbox event: the stream with this outbox ended."""
-
-    outbox: queue.SimpleQueue[pb.GuestMessage | None]
-    error: grpc.RpcError | None
-
-
-_Inbox = queue.SimpleQueue[pb.HostMessage | _Wake | _Ended]
+_Call = aio.StreamStreamCall[Any, Any]
 
 
 class HintingSession:
@@ -79,12 +82,12 @@ class HintingSession:
 
     def __init__(
         self,
-        channel: grpc.Channel,
+        channel: aio.Channel,
         isolator: Isolator,
         facts: HelloFacts,
         free_bytes: Callable[[], int],
     ) -> None:
-        """Start the isolator.
+        """Start the isolator. Must be called on the event loop that will run the session.
 
         :param free_bytes: the guest's free memory, asked every second at the most.
         :raises Refused: the isolator cannot work here.
@@ -94,110 +97,121 @@ class HintingSession:
         self._facts = facts
         self._free_bytes = free_bytes
         self._told_free_bytes = -_NEWS_BYTES
-        self._told_at_s = 0.0
-        self._inbox: _Inbox = queue.SimpleQueue()
-        self._stopping = Event()
-        self._core = hinting.HintingCore(isolator.start(lambda: self._inbox.put(_Wake())))
-        self._outbox: queue.SimpleQueue[pb.GuestMessage | None] = queue.SimpleQueue()
+        self._told_at_s = self._looked_at_s = 0.0
         self._period_s = 1.0
+        self._inbox: asyncio.Queue[pb.HostMessage | _Event] = asyncio.Queue()
+        self._outbox: asyncio.Queue[pb.GuestMessage] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._next_tick = loop.call_later(0, int)  # replaced by the first session
 
-    def run(self) -> None:
-        """Hold sessions until `stop`.
+        def wake() -> None:
+            loop.call_soon_threadsafe(self._inbox.put_nowait, _Event.WAKE)
 
-        :raises HintfleetError: the host refused this agent for good; what was
-            isolated stays isolated.
+        self._core = hinting.HintingCore(isolator.start(wake))
+
+    async def run(self) -> None:
+        """Hold sessions until cancelled; what is isolated then stays so.
+
+        :raises HintfleetError: the host refused this agent for good.
         """
-        pause_s = 0.05
+        pause_s = _SHORTEST_PAUSE_S
         try:
-            while not self._stopping.is_set():
+            while True:
                 started_s = time.monotonic()
-                error = self._run_once()
-                if self._stopping.is_set():
-                    return
+                error = await self._run_once()
                 if error is not None and error.code() in _FINAL_CODES:
                     raise from_rpc_error(error, "the host agent ended the hinting session")
-                if time.monotonic() - started_s > 1:
-                    pause_s = 0.05
-                self._stopping.wait(pause_s * random.uniform(0.5, 1))
+                if time.monotonic() - started_s > _LONGEST_PAUSE_S:
+                    pause_s = _SHORTEST_PAUSE_S
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         finally:
             self._isolator.close()
 
-    def stop(self) -> None:
-        """End the session; `run` returns soon after. May be called from any thread."""
-        self._stopping.set()
-        self._outbox.put(None)
-        self._inbox.put(_Ended(self._outbox, None))
-
-    def _run_once(self) -> grpc.RpcError | None:
-        outbox = self._outbox = queue.SimpleQueue()
-        outbox.put(pb.GuestMessage(hello=self._hello()))
-        call = self._stub.Session(_until_none(outbox), wait_for_ready=True)
-        reader = Thread(target=self._read, args=(call, outbox), name="session-reader")
-        reader.start()
+    async def _run_once(self) -> grpc.RpcError | None:
+        """One stream from Hello to its end; the error that it ended with."""
+        self._outbox = asyncio.Queue()
+        self._outbox.put_nowait(pb.GuestMessage(hello=self._hello()))
+        call: _Call = self._stub.Session(wait_for_ready=True)  # type: ignore[call-arg]
+        tasks = [asyncio.create_task(work(call)) for work in (self._read, self._write)]
         try:
-            ended = self._loop(outbox)
+            await self._loop()
         finally:
             self._core.lost()
-            outbox.put(None)
-            call.cancel()  # type: ignore[no-untyped-call]  # grpc-stubs
-            reader.join()
-        return ended
+            for task in tasks:
+                task.cancel()
+            call.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+        return next((error for error in ended if isinstance(error, grpc.RpcError)), None)
 
-    def _read(
-        self,
-        call: Iterator[pb.HostMessage],
-        outbox: queue.SimpleQueue[pb.GuestMessage | None],
-    ) -> None:
-        error = None
+    async def _read(self, call: _Call) -> None:
         try:
-            for message in call:
-                self._inbox.put(message)
-        except grpc.RpcError as caught:
-            error = caught
-        self._inbox.put(_Ended(outbox, error))
+            async for message in call:
+                self._inbox.put_nowait(message)
+        finally:
+            self._inbox.put_nowait(_Event.ENDED)
 
-    def _loop(self, outbox: queue.SimpleQueue[pb.GuestMessage | None]) -> grpc.RpcError | None:
-        """Deal with events until this stream ends; the reason it ended with."""
-        now_s = time.monotonic()
-        next_period_s, next_telemetry_s = now_s + self._period_s, now_s
-        while True:
-            period_s = _SETTLING_PERIOD_S if self._core.settling else self._period_s
-            next_period_s = min(next_period_s, time.monotonic() + period_s)
-            try:
-                event = self._inbox.get(timeout=max(0.0, next_period_s - time.monotonic()))
-            except queue.Empty:
-                next_period_s = time.monotonic() + period_s
-                self._carry_out(self._core.period_passed(isolator_idle=self._isolator.idle()))
-                if time.monotonic() >= next_telemetry_s:
-                    next_telemetry_s = time.monotonic() + _TELEMETRY_PERIOD_S
+    async def _write(self, call: _Call) -> None:
+        # A stream that ends while it is written to is told of by `_read`.
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            while True:
+                await call.write(await self._outbox.get())
+
+    async def _loop(self) -> None:
+        """Deal with events until the stream ends."""
+        self._tick_later()
+        try:
+            while (event := await self._inbox.get()) is not _Event.ENDED:
+                if event is _Event.TICK:
+                    self._carry_out(self._core.period_passed(isolator_idle=self._isolator.idle()))
                     self._tell_news()
-                continue
-            if isinstance(event, _Ended):
-                if event.outbox is outbox:
-                    return event.error
-            elif isinstance(event, _Wake):
-                self._carry_out(self._core.ready())
-            else:
-                self._carry_out(self._heard(event))
+                elif isinstance(event, pb.HostMessage):
+                    self._carry_out(self._heard(event))
+                elif self._isolator.enough():
+                    self._carry_out(self._core.ready())
+                if self._core.settling or event is _Event.WAKE:
+                    self._tick_later()
+        finally:
+            self._next_tick.cancel()
+
+    def _tick_later(self) -> None:
+        self._next_tick.cancel()
+        if self._core.settling:
+            period_s = _SETTLING_PERIOD_S
+        elif self._isolator.must_be_polled or not self._isolator.idle():
+            period_s = self._period_s
+        else:
+            period_s = _TELEMETRY_PERIOD_S
+        self._next_tick = asyncio.get_running_loop().call_later(period_s, self._period_passed)
+
+    def _period_passed(self) -> None:
+        """Not an event unless there is something to do: most periods of an idle guest
+        pass without waking more than this."""
+        self._tick_later()
+        if self._core.settling or not self._isolator.idle() or self._telemetry_is_due():
+            self._inbox.put_nowait(_Event.TICK)
+
+    def _telemetry_is_due(self) -> bool:
+        return time.monotonic() - self._looked_at_s >= _TELEMETRY_PERIOD_S
 
     def _tell_news(self) -> None:
         """Telemetry, if free memory has changed, or nothing was said for long: an idle
         guest's agent must cost next to nothing."""
-        if self._core.state is not hinting.State.OPEN:
+        if self._core.state is not hinting.State.OPEN or not self._telemetry_is_due():
             return
+        now_s = self._looked_at_s = time.monotonic()
         free_bytes = self._free_bytes()
-        silent_s = time.monotonic() - self._told_at_s
-        if abs(free_bytes - self._told_free_bytes) < _NEWS_BYTES and silent_s < _LONGEST_SILENCE_S:
+        unchanged = abs(free_bytes - self._told_free_bytes) < _NEWS_BYTES
+        if unchanged and now_s - self._told_at_s < _LONGEST_SILENCE_S:
             return
-        self._told_free_bytes, self._told_at_s = free_bytes, time.monotonic()
+        self._told_free_bytes, self._told_at_s = free_bytes, now_s
         telemetry = pb.Telemetry(
             agent_cpu_us=time.process_time_ns() // 1000,
             agent_rss_bytes=own_rss_bytes(),
             tracker_bytes=self._isolator.tracker_bytes(),
             free_bytes=free_bytes,
         )
-        self._outbox.put(pb.GuestMessage(telemetry=telemetry))
+        self._outbox.put_nowait(pb.GuestMessage(telemetry=telemetry))
 
     def _heard(self, message: pb.HostMessage) -> Sequence[hinting.Instruction]:
         kind = message.WhichOneof("message")
@@ -245,7 +259,7 @@ class HintingSession:
                 return self._core.isolated(ranges, isolator_idle=idle)
             case hinting.Send(epoch, seq, ranges):
                 batch = pb.Batch(epoch=epoch, seq=seq, ranges=encode(ranges))
-                self._outbox.put(pb.GuestMessage(batch=batch))
+                self._outbox.put_nowait(pb.GuestMessage(batch=batch))
             case hinting.Release(ranges, hinted):
                 self._isolator.release(ranges, hinted=hinted)
             case hinting.ReportNow():
@@ -256,7 +270,7 @@ class HintingSession:
                     batches=instruction.batches,
                     hinted_pages=instruction.hinted_pages,
                 )
-                self._outbox.put(pb.GuestMessage(settled=settled))
+                self._outbox.put_nowait(pb.GuestMessage(settled=settled))
         return ()
 
     def _hello(self) -> pb.Hello:
@@ -271,10 +285,3 @@ class HintingSession:
             tracker=facts.tracker,
             agent_version=__version__,
         )
-
-
-def _until_none(
-    outbox: queue.SimpleQueue[pb.GuestMessage | None],
-) -> Iterator[pb.GuestMessage]:
-    while (message := outbox.get()) is not None:
-        yield message

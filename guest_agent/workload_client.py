@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import queue
-import time
-from collections.abc import Iterator
+import asyncio
 
 import grpc
+from grpc import aio
 
 from guest_agent.workload import Workload
 from hintfleet.errors import from_rpc_error
@@ -16,13 +15,19 @@ from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 _PAUSE_S = 0.2
 
 # The host will not have this workload again.
-_FINAL_CODES = frozenset({grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED})
+_FINAL_CODES = frozenset(
+    {
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.FAILED_PRECONDITION,
+    }
+)
 
 
-def serve_workload(
-    channel: grpc.Channel, workload: Workload, identity: pb.Identity, boot_id: str
+async def serve_workload(
+    channel: aio.Channel, workload: Workload, identity: pb.Identity, boot_id: str
 ) -> None:
-    """Run the host's commands for as long as this process lives.
+    """Run the host's commands until cancelled, each in a thread of its own.
 
     A lost stream is opened again. A command that comes a second time, because its
     answer was lost, is answered and not done again.
@@ -33,19 +38,16 @@ def serve_workload(
     attach = pb.WorkloadEvent(attach=pb.Attach(identity=identity, boot_id=boot_id))
     stub = HintingServiceStub(channel)
     while True:
-        outbox: queue.SimpleQueue[pb.WorkloadEvent] = queue.SimpleQueue()
-        outbox.put(attach)
+        call = stub.Workload(wait_for_ready=True)  # type: ignore[call-arg]
         try:
-            for command in stub.Workload(_forever(outbox), wait_for_ready=True):
+            await call.write(attach)
+            async for command in call:
                 if command.command_id != last.command_id:
-                    last = workload.run(command)
-                outbox.put(pb.WorkloadEvent(done=last))
+                    last = await asyncio.to_thread(workload.run, command)
+                await call.write(pb.WorkloadEvent(done=last))
         except grpc.RpcError as error:
             if error.code() in _FINAL_CODES:
                 raise from_rpc_error(error, "the host agent refused the workload") from error
-        time.sleep(_PAUSE_S)
-
-
-def _forever(outbox: queue.SimpleQueue[pb.WorkloadEvent]) -> Iterator[pb.WorkloadEvent]:
-    while True:
-        yield outbox.get()
+        except asyncio.InvalidStateError:  # the stream ended while the command ran
+            pass
+        await asyncio.sleep(_PAUSE_S)

@@ -21,10 +21,13 @@ class Isolator(Protocol):
 
     name: str
 
+    must_be_polled: bool
+    """Whether chunks can become free without a wake: then `idle` is asked once per period."""
+
     def start(self, wake: Callable[[], None]) -> RangeSet:
         """Begin, and return what an earlier agent left isolated (may be empty).
 
-        :param wake: called from any thread when there may be enough to isolate.
+        :param wake: called from any thread when there may be something to isolate.
         :raises hintfleet.errors.Refused: isolation is not safe or not possible
             here; says why and what to do. Nothing is isolated then.
         """
@@ -34,6 +37,9 @@ class Isolator(Protocol):
 
         What is returned stays isolated until `release`.
         """
+
+    def enough(self) -> bool:
+        """Whether so much is ready that it should be hinted now, and not in a period's time."""
 
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
         """Give back ranges exactly as `isolate` or `start` returned them.

@@ -18,6 +18,7 @@ class EmbeddedIsolator:
     """Pulls: scans the trackers of all zones when it is asked for chunks."""
 
     name = "embedded"
+    must_be_polled = False
 
     def __init__(
         self, allocator: BuddyAllocator, *, tracker: str = "bitmap", threshold_chunks: int
@@ -31,7 +32,7 @@ class EmbeddedIsolator:
         self._threshold_chunks = threshold_chunks
         self._chunk_pages = 1 << allocator.chunk_order
         self._trackers = {zone: TRACKERS[tracker](allocator, zone) for zone in allocator.zones}
-        self._woken = False
+        self._wakes = 0
         self._wake: Callable[[], None] = lambda: None
         allocator.on_chunk_free = self._on_chunk_free
 
@@ -40,14 +41,18 @@ class EmbeddedIsolator:
         return EMPTY  # an embedded guest dies with its agent, and what was isolated with it
 
     def _on_chunk_free(self, zone: Zone, pfn: int) -> None:
-        tracker = self._trackers[zone]
-        tracker.mark(pfn)
-        if tracker.waiting_count >= self._threshold_chunks and not self._woken:
-            self._woken = True
+        self._trackers[zone].mark(pfn)
+        # One wake for the first chunk, and one when there are enough of them.
+        wakes_due = 2 if self.enough() else 1
+        if self._wakes < wakes_due:
+            self._wakes = wakes_due
             self._wake()
 
+    def enough(self) -> bool:
+        return any(t.waiting_count >= self._threshold_chunks for t in self._trackers.values())
+
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
-        self._woken = False
+        self._wakes = 0
         # A chunk makes at most one range, so that bounding chunks bounds both.
         room = min(max_ranges, max_pages // self._chunk_pages)
         isolated: list[tuple[int, int]] = []

@@ -148,4 +148,9 @@ def from_rpc_error(error: grpc.RpcError, what: str) -> HintfleetError:
     details = error.details() if callable(getattr(error, "details", None)) else str(error)
     trailing = getattr(error, "trailing_metadata", None)
     metadata = trailing() if callable(trailing) else ()
-    return from_status(code, f"{what}: {details}", tuple(metadata or ()))
+    # gRPC wraps the reason that a connection failed for in several layers.
+    reason = str(details).rpartition("last error: ")[2]
+    found = from_status(code, f"{what}: {reason}", tuple(metadata or ()))
+    if code is grpc.StatusCode.UNAVAILABLE and not found.hint:
+        found.hint = "check that it runs there, and that the address is right"
+    return found
