@@ -85,7 +85,7 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
     registry = Registry(_drivers(guest_socket, guest_port, settings.libvirt_uri))
     control = ControlService(registry, settings.name, settings.memory_budget_bytes)
     add_HintingServiceServicer_to_server(GuestService(registry), guest_server)
-    _add_control(control_server, control)
+    await _add_control(control_server, control)
     await guest_server.start()
     await control_server.start()
     pressure = Pressure(lambda: registry.guests, settings.memory_budget_bytes)
@@ -133,11 +133,12 @@ def _make_server(addresses: Iterable[str]) -> tuple[aio.Server, list[int]]:
     return server, ports
 
 
-def _add_control(server: aio.Server, control: ControlService) -> None:
+async def _add_control(server: aio.Server, control: ControlService) -> None:
     add_HostServiceServicer_to_server(control, server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     names = [host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name]
+    await health.set(names[0], health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection(
         (
             *names,

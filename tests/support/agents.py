@@ -107,6 +107,13 @@ class HostAgent(HostClient):
 
     process: subprocess.Popen[bytes]
     control: str
+    lifeline_fd: int
+
+    def cut_lifeline(self) -> None:
+        """What happens when whoever started the agent dies."""
+        if self.lifeline_fd >= 0:
+            os.close(self.lifeline_fd)
+            self.lifeline_fd = -1
 
 
 @dataclass(kw_only=True)
@@ -177,12 +184,13 @@ def running_host_agent(*arguments: str) -> Iterator[HostAgent]:
             guest_address=addresses["guest"],
             stub=HostServiceStub(channel),
             control=addresses["control"],
+            lifeline_fd=lifeline_write,
         )
         try:
             yield agent
         finally:
             children = child_pids(process.pid)
-            os.close(lifeline_write)
+            agent.cut_lifeline()
             try:
                 process.wait(20)
             finally:

@@ -1,0 +1,107 @@
+"""The host agent as an operator meets it: flags, errors, health, reflection, metrics."""
+
+import json
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+
+from hintfleet.units import MIB
+from tests.support.agents import HostAgent, running_host_agent
+
+
+def host_agent_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "host_agent", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_health_says_serving(host_agent: HostAgent) -> None:
+    with grpc.insecure_channel(host_agent.control) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "hintfleet.v1.HostService"):
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING, service
+
+
+def test_a_client_without_our_stubs_finds_the_service(host_agent: HostAgent) -> None:
+    with grpc.insecure_channel(host_agent.control) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert "hintfleet.v1.HostService" in database.get_services()
+        described = database.FindFileContainingSymbol("hintfleet.v1.HostService")
+        assert "Settle" in [method.name for method in described.service[0].method]
+
+
+def test_metrics_are_the_books() -> None:
+    port = free_port()
+    with running_host_agent("--metrics", f"127.0.0.1:{port}") as host:
+        host.watch()
+        host.create()
+        host.allocate(96 * MIB)
+        host.free(64 * MIB)
+        books = host.settle().ledger
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+            lines = page.read().decode().splitlines()
+    series = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "{" in line}
+    assert series["hintfleet_guest_resident_bytes"] == books.resident_bytes == 32 * MIB
+    assert series["hintfleet_guest_reclaimed_bytes_total"] == books.reclaimed_total_bytes
+    assert 'hintfleet_guest_provisioned_bytes{guest="g",trial="test-trial"}' in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--listen", "0.0.0.0:7070"], 2, "not loopback"),
+        (["--guest-listen", "192.0.2.1:0"], 2, "not loopback"),
+        (["--memory-budget", "4G"], 2, "ambiguous"),
+        (["--metrics", "nonsense"], 2, "not HOST:PORT"),
+        (["--nonsense"], 2, "unrecognized arguments"),
+    ],
+)
+def test_wrong_usage_is_answered_with_what_to_do(
+    tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    listen = [] if "--listen" in arguments else ["--listen", f"unix:{tmp_path}/host.sock"]
+    done = host_agent_command(*listen, *arguments)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_address_in_use_is_said(host_agent: HostAgent) -> None:
+    port = host_agent.guest_address.rpartition(":")[2]
+    done = host_agent_command("--listen", f"127.0.0.1:{port}")
+    assert done.returncode == 1
+    assert "cannot listen" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_really_tried() -> None:
+    done = host_agent_command("--doctor", "--libvirt-uri", "test:///default")
+    findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert findings["hole punch on a memfd"]["ok"], findings
+    assert "punched and gone" in findings["hole punch on a memfd"]["detail"]
+
+
+def test_the_lifeline_ends_it(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create()
+    host_agent.cut_lifeline()
+    assert host_agent.process.wait(20) == 0
