@@ -4,12 +4,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import tempfile
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +18,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from hintfleet.units import MIB
 from tests.support.agents import HostAgent, wait_until
-
-_RUN_TIMEOUT_S = 120
-_MARK = "HINTFLEET_TEST_MARK"
+from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result
 
 SPEC = """\
 name: tiny
@@ -44,102 +37,10 @@ sample_period: 50ms
 """
 
 
-@dataclass(kw_only=True)
-class Lab:
-    """A folder with a spec and results, and a mark on every process that is started in it."""
-
-    folder: Path
-    temporary: Path
-    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "orchestrator", *arguments]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return os.environ | {
-            _MARK: self.mark,
-            "XDG_DATA_HOME": str(self.folder),
-            "TMPDIR": str(self.temporary),
-        }
-
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments),
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=_RUN_TIMEOUT_S,
-            check=False,
-        )
-
-    @contextmanager
-    def started(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-        process = subprocess.Popen(
-            self.command(*arguments),
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
-
-    def spec(self, old: str = "", new: str = "") -> str:
-        path = self.folder / "tiny.yaml"
-        path.write_text(SPEC.replace(old, new))
-        return str(path)
-
-    def processes(self) -> dict[int, str]:
-        """All living processes that bear the mark, and what they are."""
-        found = {}
-        wanted = f"{_MARK}={self.mark}".encode()
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue
-        return found
-
-    def agents(self, *modules: str) -> list[int]:
-        """Process ids of these agents."""
-        return [
-            pid
-            for pid, command in self.processes().items()
-            if any(f"-m {module}" in command for module in modules)
-        ]
-
-    def check_nothing_is_left(self, timeout_s: float = 15.0) -> None:
-        wait_until(lambda: not self.processes(), f"the end of {self.processes()}", timeout_s)
-        assert list(self.temporary.iterdir()) == []
-
-
-@contextmanager
-def made_lab(folder: Path) -> Iterator[Lab]:
-    # Short: it is to be the folder for unix sockets.
-    with tempfile.TemporaryDirectory(prefix="hft-") as temporary:
-        made = Lab(folder=folder, temporary=Path(temporary))
-        try:
-            yield made
-        finally:
-            for pid in made.processes():
-                os.kill(pid, signal.SIGKILL)
-
-
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
     with made_lab(tmp_path) as made:
         yield made
-
-
-def result(done: subprocess.CompletedProcess[str], code: int = 0) -> dict[str, Any]:
-    assert done.returncode == code, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def arms(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -149,7 +50,7 @@ def arms(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, dict[str, Any]]]:
     with made_lab(tmp_path_factory.mktemp("finished")) as lab:
-        yield lab, result(lab.run("run", lab.spec(), "-o", "json"))
+        yield lab, result(lab.run("run", lab.spec(SPEC), "-o", "json"))
 
 
 def test_memory_comes_back_and_nothing_is_left(finished: tuple[Lab, dict[str, Any]]) -> None:
@@ -240,7 +141,7 @@ def wait_for_trial(process: "subprocess.Popen[str]", number: int) -> None:
 def test_an_interrupted_run_leaves_nothing_but_its_results(
     lab: Lab, number: signal.Signals
 ) -> None:
-    with lab.started("run", lab.spec()) as process:
+    with lab.started("run", lab.spec(SPEC)) as process:
         wait_for_trial(process, 2)
         wait_until(lambda: len(lab.agents("guest_agent")) == 4, "four guests")
         process.send_signal(number)
@@ -255,7 +156,7 @@ def test_an_interrupted_run_leaves_nothing_but_its_results(
 
 
 def test_a_killed_run_leaves_no_agent(lab: Lab) -> None:
-    with lab.started("run", lab.spec()) as process:
+    with lab.started("run", lab.spec(SPEC)) as process:
         wait_for_trial(process, 2)
         wait_until(lambda: len(lab.agents("guest_agent")) == 4, "four guests")
         process.kill()
@@ -267,11 +168,11 @@ def test_a_killed_run_leaves_no_agent(lab: Lab) -> None:
 
 
 def test_a_lost_guest_makes_its_trial_undecided_and_the_run_goes_on(lab: Lab) -> None:
-    with lab.started("run", lab.spec("for: 1s", "for: 3s"), "-o", "json") as process:
+    with lab.started("run", lab.spec(SPEC.replace("for: 1s", "for: 3s")), "-o", "json") as process:
         wait_for_trial(process, 1)
         wait_until(lambda: len(lab.agents("guest_agent")) == 4, "four guests")
         os.kill(lab.agents("guest_agent")[0], signal.SIGKILL)
-        out, err = process.communicate(timeout=_RUN_TIMEOUT_S)
+        out, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 3, err
     data = json.loads(out)
     assert data["state"] == "undecided"
@@ -283,7 +184,7 @@ def test_a_lost_guest_makes_its_trial_undecided_and_the_run_goes_on(lab: Lab) ->
 
 
 def test_a_host_agent_that_is_not_there(lab: Lab) -> None:
-    done = lab.run("run", lab.spec(), "--host", f"unix:{lab.folder}/nobody.sock")
+    done = lab.run("run", lab.spec(SPEC), "--host", f"unix:{lab.folder}/nobody.sock")
     assert done.returncode == 1
     assert f"{lab.folder}/nobody.sock" in done.stderr
     assert "Traceback" not in done.stderr
@@ -292,7 +193,7 @@ def test_a_host_agent_that_is_not_there(lab: Lab) -> None:
 
 
 def test_a_host_agent_that_runs_already(lab: Lab, host_agent: HostAgent) -> None:
-    spec = lab.spec("repetitions: 2", "repetitions: 2\nseed: 7")
+    spec = lab.spec(SPEC.replace("repetitions: 2", "repetitions: 2\nseed: 7"))
     command = list(map(str, host_agent.process.args))
     address = command[command.index("--listen") + 1]
     data = result(lab.run("run", spec, "--host", address, "-o", "json"))

@@ -1,0 +1,112 @@
+"""The command line as a user runs it, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support.agents import wait_until
+
+RUN_TIMEOUT_S = 240
+_MARK = "HINTFLEET_TEST_MARK"
+
+
+@dataclass(kw_only=True)
+class Lab:
+    """A folder with a spec and results, and a mark on every process that is started in it."""
+
+    folder: Path
+    temporary: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "orchestrator", *arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {
+            _MARK: self.mark,
+            "XDG_DATA_HOME": str(self.folder),
+            "TMPDIR": str(self.temporary),
+        }
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=RUN_TIMEOUT_S,
+            check=False,
+        )
+
+    @contextmanager
+    def started(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+        process = subprocess.Popen(
+            self.command(*arguments),
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def spec(self, text: str) -> str:
+        """Write a spec and return its path."""
+        path = self.folder / "spec.yaml"
+        path.write_text(text)
+        return str(path)
+
+    def processes(self) -> dict[int, str]:
+        """All living processes that bear the mark, and what they are."""
+        found = {}
+        wanted = f"{_MARK}={self.mark}".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+        return found
+
+    def agents(self, *modules: str) -> list[int]:
+        """Process ids of these agents."""
+        return [
+            pid
+            for pid, command in self.processes().items()
+            if any(f"-m {module}" in command for module in modules)
+        ]
+
+    def check_nothing_is_left(self, timeout_s: float = 15.0) -> None:
+        wait_until(lambda: not self.processes(), f"the end of {self.processes()}", timeout_s)
+        assert list(self.temporary.iterdir()) == []
+
+
+@contextmanager
+def made_lab(folder: Path) -> Iterator[Lab]:
+    # Short: it is to be the folder for unix sockets.
+    with tempfile.TemporaryDirectory(prefix="hft-") as temporary:
+        made = Lab(folder=folder, temporary=Path(temporary))
+        try:
+            yield made
+        finally:
+            for pid in made.processes():
+                os.kill(pid, signal.SIGKILL)
+
+
+def result(done: subprocess.CompletedProcess[str], code: int = 0) -> dict[str, Any]:
+    assert done.returncode == code, done.stderr + done.stdout
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

@@ -1,0 +1,137 @@
+"""Real guests through a real host agent, booted side by side."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from hintfleet.units import GIB, MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests.domain_xml import NAME_PREFIX
+from host_agent.guests.image import GuestImage
+from host_agent.guests.libvirt import translate
+from tests.support.agents import TRIAL, HostAgent
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "deploy/image"))
+
+import cpio  # noqa: E402
+
+_BOOTS_AT_ONCE = 3
+
+
+def image_with(image: GuestImage, files: dict[str, Path], to: Path) -> Path:
+    """A directory of images, its one like `image` with more files in its initrd.
+
+    The kernel unpacks one archive after the other.
+    """
+    made = to / "with-files"
+    made.mkdir()
+    for path in (image.kernel, image.root_disk, image.directory / "image.json"):
+        (made / path.name).symlink_to(path)
+    more = cpio.archive(cpio.file(name, path.read_bytes()) for name, path in files.items())
+    (made / "initrd.img").write_bytes(image.initrd.read_bytes() + more)
+    (to / "current").symlink_to("with-files")
+    return to
+
+
+def spec(
+    method: host_pb2.Method.ValueType = host_pb2.HINTING,
+    *,
+    isolator: str = "",
+    parameters: str = "",
+    memory_bytes: int = GIB,
+) -> host_pb2.GuestSpec:
+    """What a test wants of a real guest."""
+    return host_pb2.GuestSpec(
+        driver=host_pb2.LIBVIRT,
+        memory_bytes=memory_bytes,
+        method=method,
+        hinting=host_pb2.HintingSettings(isolator=isolator),
+        kernel_parameters=parameters,
+    )
+
+
+class Guests:
+    """Guests by name; each one is there, or failed to come, by the time it is asked for."""
+
+    def __init__(self, host: HostAgent, specs: Mapping[str, host_pb2.GuestSpec]) -> None:
+        self.host = host
+        self._pool = ThreadPoolExecutor(_BOOTS_AT_ONCE)
+        self._made: dict[str, Future[host_pb2.Guest]] = {
+            name: self._pool.submit(self._create, name, spec) for name, spec in specs.items()
+        }
+
+    def _create(self, name: str, spec: host_pb2.GuestSpec) -> host_pb2.Guest:
+        request = host_pb2.CreateGuestRequest(
+            command=host_pb2.CommandId(trial_id=TRIAL), name=name, spec=spec
+        )
+        return self.host.stub.CreateGuest(request, timeout=180)
+
+    def wait(self) -> None:
+        """Until no boot disturbs what a test measures."""
+        self._pool.shutdown()
+
+    def __getitem__(self, name: str) -> host_pb2.Guest:
+        return self._made[name].result()
+
+    def failure(self, name: str) -> str:
+        """What the user reads who asked for a guest that cannot be."""
+        error = self._made[name].exception()
+        if not isinstance(error, grpc.RpcError):
+            raise AssertionError(f"guest {name} came up")
+        return str(error.details())
+
+    def ledger(self, name: str) -> host_pb2.Ledger:
+        return self.host.guests()[name].ledger
+
+    def falls_to(self, name: str, resident_bytes: int, timeout_s: float) -> float:
+        """Seconds until no more than so much is resident.
+
+        :raises AssertionError: it took longer; says where the guest stood.
+        """
+        started_s = time.monotonic()
+        while (now_bytes := self.ledger(name).resident_bytes) > resident_bytes:
+            elapsed_s = time.monotonic() - started_s
+            assert elapsed_s < timeout_s, (
+                f"{name}: {now_bytes // MIB} MiB are resident after {elapsed_s:.1f} s, "
+                f"not {resident_bytes // MIB} MiB"
+            )
+            time.sleep(0.05)
+        return time.monotonic() - started_s
+
+    def balances(self, name: str, connection: Any) -> None:
+        """The books against the RAM file itself, while the guest stands still."""
+        domain = connection.lookupByName(NAME_PREFIX + name)
+        domain.suspend()
+        try:
+            books = self.ledger(name)
+            ram = translate(domain)
+            resident_bytes = ram.resident(ram.pages).page_count * 4096
+            ram.close()
+        finally:
+            domain.resume()
+        assert books.resident_bytes == resident_bytes
+        assert (
+            books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
+            == books.provisioned_bytes
+        )
+        assert books.reclaimed_now_bytes == books.reclaimed_total_bytes - books.refaulted_total_bytes
+
+
+def console(pid: int) -> str:
+    """What a guest has said so far; `pid` is its QEMU's."""
+    files = [
+        Path(argument.removeprefix("name=opt/org.hintfleet/config,file="))
+        for argument in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        if argument.startswith("name=opt/org.hintfleet/config,")
+    ]
+    return (files[0].parent / "console.log").read_text(errors="replace")

@@ -1,0 +1,72 @@
+"""`hintfleet run` on real guests: what is freed leaves, and nothing is left behind."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from host_agent.guests.image import GuestImage
+from tests.support.agents import wait_until
+from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result
+
+CATALOGUE = Path(__file__).parents[2] / "orchestrator/catalogue/quickstart-vm.yaml"
+
+
+@pytest.fixture
+def lab(tmp_path: Path, libvirt_uri: str, image: GuestImage) -> Iterator[Lab]:
+    with made_lab(tmp_path) as made:
+        made.temporary.chmod(0o711)  # QEMU runs as a user of its own
+        yield made
+
+
+def domains(uri: str) -> list[str]:
+    connection = libvirt.open(uri)
+    try:
+        return [d.name() for d in connection.listAllDomains() if "hintfleet" in d.name()]
+    finally:
+        connection.close()
+
+
+def host_huge_pages() -> str:
+    meminfo = Path("/proc/meminfo").read_text().splitlines()
+    return next(line for line in meminfo if line.startswith("HugePages_Total"))
+
+
+def test_what_guests_free_leaves_the_host(lab: Lab, libvirt_uri: str) -> None:
+    huge_before = host_huge_pages()
+    # Two hosts of one guest in place of the reverse: two pairs from one repetition.
+    spec = CATALOGUE.read_text().replace("repetitions: 2", "repetitions: 1")
+    spec = spec.replace("count: 1,", "count: 2,").replace("per_host: 2,", "per_host: 1,")
+    data = result(lab.run("run", lab.spec(spec), "-o", "json"))
+    arms = {arm["arm"]: arm["footprint"] for arm in data["arms"]}
+    assert arms["kmod"]["returned"]["after_s"] == 3
+    assert arms["kmod"]["returned"]["share"] >= 0.9
+    assert arms["none"]["returned"]["share"] < 0.1
+    for footprint in arms.values():
+        assert footprint["wrong_pages"] == 0
+        assert footprint["verified_pages"] >= 2 * 512 * 256  # two guests read back 512 MiB each
+    assert domains(libvirt_uri) == []
+    assert host_huge_pages() == huge_before
+    lab.check_nothing_is_left()
+
+
+def test_ctrl_c_leaves_no_guest(lab: Lab, libvirt_uri: str) -> None:
+    with lab.started("run", lab.spec(CATALOGUE.read_text())) as process:
+        wait_until(lambda: len(domains(libvirt_uri)) == 2, "two guests to run", 60)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=RUN_TIMEOUT_S)
+        assert process.returncode == 130
+    wait_until(lambda: domains(libvirt_uri) == [], "the guests to be gone", 20)
+    lab.check_nothing_is_left()
+
+
+def test_a_libvirt_that_is_not_there_is_said(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu+unix:///session?socket=/nonexistent")
+    done = lab.run("run", lab.spec(CATALOGUE.read_text()), "-o", "json")
+    assert done.returncode == 1
+    assert "cannot connect to libvirt" in done.stderr
+    assert "try:" in done.stderr
+    assert not done.stdout or json.loads(done.stdout)
