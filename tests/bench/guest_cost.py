@@ -29,7 +29,11 @@ for _ in call:
 
 
 def run() -> Iterator[Figure]:
-    """RSS and CPU of an agent that has hinted 600 MiB and is idle."""
+    """RSS and CPU of an embedded guest that has hinted 640 MiB and is idle.
+
+    It holds more than an agent: the workload with its pattern, and the allocator. The
+    agent alone is measured in a real guest.
+    """
     with running_host_agent() as host:
         host.watch()
         # Its RAM is another process's file, so that only the agent itself counts.
@@ -45,19 +49,24 @@ def run() -> Iterator[Figure]:
         try:
             if bare.stdout is not None:
                 bare.stdout.readline()
-            before_s = _cpu_s(guest.pid)
+            pids = (guest.pid, bare.pid)
+            before_s = [_cpu_s(pid) for pid in pids]
             time.sleep(_IDLE_S)
-            used_s = _cpu_s(guest.pid) - before_s
-            pair = (_private_mib(guest.pid), _private_mib(bare.pid))
+            idle = [100 * (_cpu_s(p) - b) / _IDLE_S for p, b in zip(pids, before_s, strict=True)]
+            memory = [_private_mib(pid) for pid in pids]
         finally:
             bare.kill()
             bare.wait()
-        yield side_by_side("guest agent's own memory / bare gRPC client", "MiB", [pair], "<= 1.15")
-        yield Figure(
-            name="guest agent's CPU when idle",
-            unit="% of a core",
-            ours=100 * used_s / _IDLE_S,
-            wanted="< 0.1",
+        yield side_by_side(
+            "embedded guest with its workload / bare gRPC client, memory",
+            "MiB",
+            [(memory[0], memory[1])],
+        )
+        yield side_by_side(
+            "embedded guest, idle / bare gRPC client",
+            "% of a core",
+            [(idle[0], idle[1])],
+            "ours < 0.1",
         )
 
 
