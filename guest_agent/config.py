@@ -10,6 +10,7 @@ from hintfleet.errors import InvalidInput
 
 METHODS = ("none", "hinting")
 MEMORIES = ("kernel", "embedded")
+ISOLATORS = ("kmod", "hugetlb", "embedded")
 TRACKERS = ("", "bitmap", "reported")
 
 
@@ -19,7 +20,7 @@ class Config:
 
     :ivar server: the host agent's address: `HOST:PORT` or `unix:PATH`.
     :ivar method: `hinting`, or `none` to run only the workload.
-    :ivar isolator: `embedded` or `kmod`.
+    :ivar isolator: `kmod`, `hugetlb` or `embedded`.
     :ivar memory: `kernel` (this machine's own) or `embedded` (a RAM file).
     :ivar ram_fd, memory_bytes: the RAM file of an embedded guest and its size.
     :ivar workload: whether to run workloads for the host.
@@ -75,15 +76,16 @@ def _check_type(name: str, value: Any, wanted: str) -> None:
 def _check_values(config: Config) -> None:
     for name, value, allowed in (
         ("method", config.method, METHODS),
+        ("isolator", config.isolator, ISOLATORS),
         ("memory", config.memory, MEMORIES),
         ("tracker", config.tracker, TRACKERS),
-        ("chunk_order", config.chunk_order, range(11)),
+        ("chunk_order", config.chunk_order, (9,) if config.isolator == "hugetlb" else range(11)),
         ("threshold_chunks", config.threshold_chunks, range(1, 1 << 20)),
     ):
         if value not in allowed:
             said = (
                 f"0 to {allowed[-1]}"
                 if isinstance(allowed, range)
-                else " or ".join(filter(None, allowed))
+                else " or ".join(str(one) for one in allowed if one)
             )
             raise InvalidInput(f"agent configuration: {name} is {value!r}, must be {said}")

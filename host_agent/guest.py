@@ -18,6 +18,8 @@ from typing import TypeVar
 from hintfleet.errors import GuestLost, HintfleetError, OutcomeUnknown, Refused, TransientError
 from hintfleet.ranges import EMPTY, RangeSet, encode
 from hintfleet.v1 import hinting_pb2, host_pb2
+from host_agent.balloon import Balloon, Rule
+from host_agent.ballooning import follow
 from host_agent.gate import Epochs, Gate, State
 from host_agent.guests import RunningGuest
 from host_agent.ledger import Ledger
@@ -26,6 +28,16 @@ from host_agent.reclaim import Outcome, reclaim, skip
 _T = TypeVar("_T")
 
 _NEWS_OF_LOSS_S = 1.0
+_DEFAULT_CHUNK_ORDER = 9
+
+_PEERS = frozenset({host_pb2.REPORTING, host_pb2.BALLOON})
+"""Methods that take memory out of the RAM without us."""
+
+# The kernel's PAGE_REPORTING_DELAY is 2 s, and a balloon's step takes as long: after two
+# of them without any effect there is nothing more to come.
+_QUIET_S = 4.5
+_QUIET_LOOK_S = 0.1
+_NOISE_BYTES = 1 << 20
 
 
 class Stream:
@@ -81,7 +93,7 @@ class Guest:
         self.last_ledger = host_pb2.Ledger()
         """The books as of the last audit; closed books once the guest is destroyed."""
         self._ram_lock = asyncio.Lock()
-        self._unsaid_refaults = EMPTY
+        self._unsaid_used = EMPTY
         self._hinting: Stream | None = None
         self._workload: Stream | None = None
         self._ready = asyncio.Event()
@@ -89,13 +101,25 @@ class Guest:
         self._ids = itertools.count(1)
         self._answers: dict[int, tuple[Stream, asyncio.Future[object]]] = {}
         self._batches: set[asyncio.Task[object]] = set()
+        self._ballooning: asyncio.Task[None] | None = None
 
     # Life
 
     def started(self, running: RunningGuest) -> None:
         """The driver has made it; its RAM is untouched or nearly so."""
         self.running = running
-        self._ledger = Ledger(running.ram.pages)
+        self._ledger = Ledger(running.ram.pages, others_reclaim=self.spec.method in _PEERS)
+        if running.balloon is not None:
+            self._ballooning = asyncio.create_task(self._balloon(running.balloon))
+
+    async def _balloon(self, balloon: Balloon) -> None:
+        await self._ready.wait()  # a guest that boots is left alone
+        try:
+            await follow(balloon, Rule.of(self.spec))
+        except GuestLost:  # the driver says why
+            pass
+        except HintfleetError as error:
+            self.lost(f"its balloon cannot be moved: {error}")
 
     def lost(self, reason: str) -> None:
         """The guest is gone: its epoch ends now, and whoever waits for it hears why."""
@@ -129,6 +153,9 @@ class Guest:
         """End the guest, free all that it held, and return its closed books. Repeatable."""
         await self.ledger()
         self.lost("destroyed")
+        if self._ballooning is not None:
+            self._ballooning.cancel()
+            await asyncio.wait([self._ballooning])
         async with self._ram_lock:
             running, self.running = self.running, None
             if running is not None:
@@ -224,7 +251,13 @@ class Guest:
         return done
 
     async def settle(self) -> hinting_pb2.Settled:
-        """Have the guest report now; return when all that it can hint is acknowledged."""
+        """Have the guest report now; return when all that it can hint is acknowledged.
+
+        The peers cannot be asked: under them, return when nothing leaves the RAM any more.
+        """
+        if self.spec.method in _PEERS:
+            await self._quiet()
+            return hinting_pb2.Settled()
         await self.tell_refaults()
         return await self._request(
             self._hinting,
@@ -232,6 +265,16 @@ class Guest:
             lambda n: hinting_pb2.HostMessage(settle=hinting_pb2.Settle(request_id=n)),
             hinting_pb2.Settled,
         )
+
+    async def _quiet(self) -> None:
+        lowest_bytes = (await self.ledger()).resident_bytes
+        since_s = time.monotonic()
+        while time.monotonic() - since_s < _QUIET_S:
+            await asyncio.sleep(_QUIET_LOOK_S)
+            self._check_alive()
+            resident_bytes = (await self.ledger()).resident_bytes
+            if resident_bytes < lowest_bytes - _NOISE_BYTES:
+                lowest_bytes, since_s = resident_bytes, time.monotonic()
 
     async def _request(
         self,
@@ -282,14 +325,17 @@ class Guest:
                 outcome = await asyncio.to_thread(reclaim, self.running.ram, hinted, absent)
             if self._ledger is not None:
                 self._ledger.post(hinted, outcome, wire_bytes)
+            # What is gone again must not be told as used after the ack.
+            self._unsaid_used -= outcome.reclaimed
             return outcome
 
     async def tell_refaults(self) -> None:
-        """Audit, and tell the guest which reclaimed ranges it has used again since."""
+        """Audit, and tell the guest in which chunks it has used absent memory since."""
         await self.ledger()
-        if self._unsaid_refaults and self._hinting is not None:
-            said, self._unsaid_refaults = self._unsaid_refaults, EMPTY
-            message = hinting_pb2.Refaulted(ranges=encode(said))
+        if self._unsaid_used and self._hinting is not None:
+            said, self._unsaid_used = self._unsaid_used, EMPTY
+            order = self.spec.hinting.chunk_order or _DEFAULT_CHUNK_ORDER
+            message = hinting_pb2.Refaulted(ranges=encode(said.whole_chunks(order)))
             self._hinting.send(hinting_pb2.HostMessage(refaulted=message))
 
     def tell_policy(self, policy: hinting_pb2.Policy) -> None:
@@ -306,7 +352,7 @@ class Guest:
                 return self.last_ledger
             ledger, ram = self._ledger, self.running.ram
             resident = await asyncio.to_thread(ram.resident, ledger.absent_pages)
-            self._unsaid_refaults |= ledger.audit(resident)
+            self._unsaid_used |= ledger.audit(resident)
             self.last_ledger = ledger.as_pb2(ram.resident_bytes())
             return self.last_ledger
 

@@ -6,6 +6,12 @@ Balance, whenever the guest stands still after an `audit`:
     hinted_total = reclaimed_total + absent_total + sum(skipped_total)
 
 `untouched` is what was never resident: a hint there is `absent`, not a saving.
+
+Where somebody else takes memory out of the RAM file (the hypervisor's free page
+reporting, its balloon), only the file can tell: an audit then looks at all of it, and
+what is gone since the last one is entered as reclaimed. Such totals are samples: what
+went and came back between two audits is in none of them; the first balance holds all
+the same.
 """
 
 from __future__ import annotations
@@ -21,9 +27,13 @@ from host_agent.reclaim import Outcome
 class Ledger:
     """What was hinted, reclaimed and refaulted. Counts pages, speaks bytes."""
 
-    def __init__(self, ram_pages: RangeSet) -> None:
-        """Open the books of a guest whose RAM has never been touched."""
+    def __init__(self, ram_pages: RangeSet, *, others_reclaim: bool = False) -> None:
+        """Open the books of a guest whose RAM has never been touched.
+
+        :param others_reclaim: whether memory may leave the RAM without a `post`.
+        """
         self._provisioned = ram_pages.page_count
+        self._others_reclaim_in = ram_pages if others_reclaim else RangeSet()
         self.untouched = ram_pages
         """Pages that were never seen resident."""
         self.reclaimed = RangeSet()
@@ -34,8 +44,8 @@ class Ledger:
 
     @property
     def absent_pages(self) -> RangeSet:
-        """Where an audit has to look: pages that the books hold for absent."""
-        return self.reclaimed | self.untouched
+        """Where an audit has to look: pages that may be absent."""
+        return self._others_reclaim_in or self.reclaimed | self.untouched
 
     def post(self, hinted: RangeSet, outcome: Outcome, wire_bytes: int) -> None:
         """Enter one batch.
@@ -56,15 +66,19 @@ class Ledger:
         self.untouched -= outcome.reclaimed
 
     def audit(self, resident: RangeSet) -> RangeSet:
-        """Take note of pages found resident; the refaulted ones among them.
+        """Take note of pages found resident; those that were absent by the books until now.
 
         :param resident: resident pages within `absent_pages`; others change nothing.
         """
+        gone = self._others_reclaim_in - resident - self.reclaimed - self.untouched
+        self._reclaimed_total += gone.page_count
+        self.reclaimed |= gone
         refaulted = self.reclaimed & resident
+        touched = self.untouched & resident
         self._refaulted += refaulted.page_count
         self.reclaimed -= refaulted
-        self.untouched -= resident
-        return refaulted
+        self.untouched -= touched
+        return refaulted | touched
 
     def as_pb2(self, resident_bytes: int) -> host_pb2.Ledger:
         """The books in bytes, beside what the RAM file says is resident."""

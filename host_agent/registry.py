@@ -103,7 +103,7 @@ class Registry:
         _check_memory(name, spec.memory_bytes)
         if spec.driver not in self.drivers:
             raise InvalidInput(f"guest {name}: no driver is named")
-        if spec.method not in (host_pb2.NONE, host_pb2.HINTING):
+        if spec.method == host_pb2.METHOD_UNSPECIFIED:
             raise InvalidInput(f"guest {name}: no method is named")
 
     async def _start(self, guest: Guest) -> None:

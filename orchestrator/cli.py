@@ -9,6 +9,7 @@ import click
 
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.experiments import experiments
+from orchestrator.commands.report import report
 from orchestrator.commands.run import run
 from orchestrator.commands.runs import runs, show
 from orchestrator.commands.savings import savings
@@ -20,6 +21,7 @@ Examples:
   hintfleet run quickstart              an experiment of the catalogue
   hintfleet run my.yaml -o json         one of your own; data on stdout
   hintfleet show latest                 the newest run again
+  hintfleet report latest               the same as one HTML file with plots
   hintfleet savings --by host --since 1h
 
 \b
@@ -40,18 +42,22 @@ def _version(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 
 @click.group(
     epilog=_EPILOG,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
     help="Print the version.",
 )  # fmt: skip
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """A lab for memory overcommit: how much host memory free page hinting gives back,
     what it costs, and which way of doing it is best, on real guests and a whole fleet."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
-for command in (doctor, experiments, run, runs, show, savings, serve):
+for command in (doctor, experiments, report, run, runs, show, savings, serve):
     cli.add_command(command)
 
 

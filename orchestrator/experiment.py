@@ -10,7 +10,7 @@ from ulid import ULID
 from orchestrator import fleet_ray
 from orchestrator.host_process import LogicalHost
 from orchestrator.host_session import HostPlace
-from orchestrator.machine import meminfo_bytes
+from orchestrator.machine import environment, meminfo_bytes
 from orchestrator.plan import Trial, host_names, host_task, plan_trials
 from orchestrator.records import Record
 from orchestrator.spec import Spec, describe
@@ -52,6 +52,7 @@ def run_experiment(loaded: LoadedSpec, store: Store, view: View, libvirt_uri: st
         spec=spec,
         spec_text=loaded.document.text,
         summary=describe(spec),
+        environment=environment(),
     )
     trials = plan_trials(spec, header.run_id)
     view.starting(header, trials)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hintfleet.errors import HintfleetError, TransientError
 from orchestrator.host_session import HostPlace, HostSession
-from orchestrator.machine import make_runtime_dir
+from orchestrator.machine import RuntimeDir
 from orchestrator.plan import HostTask
 from orchestrator.records import HostDone, Record
 
@@ -51,13 +50,13 @@ class Fleet:
 
     def __init__(self, places: Mapping[str, HostPlace]) -> None:
         self._places = places
-        self._runtime_dir: Path | None = None  # of a private cluster
+        self._runtime_dir: RuntimeDir | None = None  # of a private cluster
         self._actors: dict[str, Any] = {}
 
     def __enter__(self) -> Fleet:
         try:
-            self._runtime_dir = None if _cluster_address() else make_runtime_dir()
-            _init_ray(self._runtime_dir)
+            self._runtime_dir = None if _cluster_address() else RuntimeDir()
+            _init_ray(self._runtime_dir.path if self._runtime_dir else None)
             self._start_actors(list(self._places))
         except BaseException:
             self.close()
@@ -113,7 +112,7 @@ class Fleet:
                     ray.kill(actor)
             ray.shutdown()
             if self._runtime_dir is not None:
-                shutil.rmtree(self._runtime_dir, ignore_errors=True)
+                self._runtime_dir.remove()
 
     def _start_actors(self, hosts: list[str]) -> None:
         import ray
@@ -127,7 +126,7 @@ class Fleet:
             _get(opening)
 
     def _folder(self, host: str) -> Path | None:
-        return self._runtime_dir / host if self._runtime_dir else None
+        return self._runtime_dir.path / host if self._runtime_dir else None
 
     def _lost(self, task: HostTask, error: Exception) -> HostDone:
         with suppress(KeyError):

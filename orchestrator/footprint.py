@@ -8,7 +8,7 @@ guests are not part of an arm's footprint.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,10 +31,12 @@ class Series:
     """Resident bytes over time.
 
     :ivar at_unix_us: strictly increasing.
+    :ivar counters: other columns of the same samples, by name.
     """
 
     at_unix_us: Numbers
     resident_bytes: Numbers
+    counters: Mapping[str, Numbers] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def guest_footprint(
     :param steps: of this guest, in order; the last one is the read-back.
     :raises Undecided: samples are missing, or the guest was not read back.
     """
-    window = _window(guest, steps)
+    window = window_of(guest, steps)
     if ended is None:
         raise Undecided(f"{guest}: its books were not closed")
     _check_gaps(guest, series, window, period_s)
@@ -111,7 +113,7 @@ def host_footprint(
     guests: Sequence[Footprint],
 ) -> Footprint:
     """What all guests of a host used together; each was measured by `guest_footprint`."""
-    windows = [_window(guest, steps[guest]) for guest in series]
+    windows = [window_of(guest, steps[guest]) for guest in series]
     together = Window(
         start_us=min(w.start_us for w in windows), end_us=max(w.end_us for w in windows)
     )
@@ -138,7 +140,11 @@ def sum_returned(parts: Sequence[Returned | None]) -> Returned | None:
     )
 
 
-def _window(guest: str, steps: Sequence[StepDone]) -> Window:
+def window_of(guest: str, steps: Sequence[StepDone]) -> Window:
+    """The measured window of a guest.
+
+    :raises Undecided: its workload did not come to its end.
+    """
     if len(steps) < 2 or steps[-1].kind != "verify":
         raise Undecided(f"{guest}: the workload did not come to its end")
     return Window(start_us=steps[0].started_unix_us, end_us=steps[-1].started_unix_us)
@@ -218,5 +224,9 @@ def _last_seen(series: Series, at_us: int) -> float:
     Not interpolated: memory leaves within milliseconds, and a sample after the
     start of a step would be taken for the state before it.
     """
-    index = int(np.searchsorted(series.at_unix_us, at_us, side="right")) - 1
-    return float(series.resident_bytes[max(index, 0)])
+    return float(series.resident_bytes[last_index(series, at_us)])
+
+
+def last_index(series: Series, at_us: int) -> int:
+    """Index of the last sample that was taken by then; 0 if there is none."""
+    return max(int(np.searchsorted(series.at_unix_us, at_us, side="right")) - 1, 0)

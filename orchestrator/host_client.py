@@ -79,9 +79,10 @@ class HostClient:
         """Close the connection; a Watch that is open ends, and its guests with it."""
         await self._channel.close(None)
 
-    async def get_host(self) -> host_pb2.Host:
-        """What the host is and can run."""
-        call = self._stub.GetHost(host_pb2.GetHostRequest(), timeout=self._timeouts.connect_s)
+    async def get_host(self, driver: host_pb2.Driver.ValueType) -> host_pb2.Host:
+        """What the host is, and whether it can run guests of this driver."""
+        request = host_pb2.GetHostRequest(drivers=[driver])
+        call = self._stub.GetHost(request, timeout=self._timeouts.connect_s)
         return await self._answer(call, "GetHost")
 
     async def create_guest(self, request: host_pb2.CreateGuestRequest) -> host_pb2.Guest:

@@ -10,7 +10,7 @@ from hintfleet.errors import Refused
 from hintfleet.v1 import host_pb2
 from orchestrator.host_client import HostClient
 from orchestrator.host_process import HostProcess, LogicalHost
-from orchestrator.machine import make_runtime_dir
+from orchestrator.machine import RuntimeDir
 from orchestrator.plan import HostTask
 from orchestrator.records import Record
 from orchestrator.spec import Driver, Timeouts
@@ -38,6 +38,7 @@ class HostSession:
     def __init__(self, place: HostPlace, folder: Path | None) -> None:
         """:param folder: for a logical host's files; None for one that is made here."""
         self._folder = folder
+        self._made: RuntimeDir | None = None
         self._place = place
         self._process: HostProcess | None = None
         self._client: HostClient | None = None
@@ -58,16 +59,16 @@ class HostSession:
         place = self._place
         address = place.address
         if place.logical is not None:
-            self._process = await HostProcess.start(
-                place.logical, self._folder or make_runtime_dir()
-            )
+            self._process = await HostProcess.start(place.logical, self._host_folder())
             address = self._process.address
         self._client = HostClient(address, place.timeouts)
-        # A logical host has the budget that we gave it, and embedded guests run
-        # wherever a host agent does: no need to have it look at libvirt, which takes
-        # seconds.
-        if place.logical is None or place.driver is not Driver.EMBEDDED:
-            self._check(await self._client.get_host())
+        self._check(await self._client.get_host(driver_pb2(place.driver)))
+
+    def _host_folder(self) -> Path:
+        if self._folder is not None:
+            return self._folder
+        self._made = self._made or RuntimeDir()
+        return self._made.path / self._place.name
 
     def _check(self, host: host_pb2.Host) -> None:
         place = self._place
@@ -108,3 +109,6 @@ class HostSession:
             await client.close()
         if process is not None:
             await process.stop()
+        if self._made is not None:
+            self._made.remove()
+            self._made = None

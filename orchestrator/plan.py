@@ -66,7 +66,7 @@ def plan_trials(spec: Spec, run_id: str) -> tuple[Trial, ...]:
 
 def _blocks(spec: Spec) -> Iterator[tuple[int, Arm]]:
     for repetition in range(spec.repetitions):
-        arms = list(spec.arms)
+        arms = list(spec.trial_arms)
         random.Random(_mix(spec.seed, repetition)).shuffle(arms)
         yield from ((repetition, arm) for arm in arms)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from hintfleet.v1 import host_pb2
 
-# Column of the stored samples: where its value comes from. All but the name are uint64.
+# Column of the stored samples: where its value comes from. All are uint64.
 _COLUMNS: dict[str, Callable[[host_pb2.Sample], int]] = {
     "provisioned_bytes": lambda s: s.ledger.provisioned_bytes,
     "resident_bytes": lambda s: s.ledger.resident_bytes,
@@ -31,6 +31,7 @@ _COLUMNS: dict[str, Callable[[host_pb2.Sample], int]] = {
     "agent_rss_bytes": lambda s: s.agent_rss_bytes,
     "tracker_bytes": lambda s: s.tracker_bytes,
     "guest_free_bytes": lambda s: s.guest_free_bytes,
+    "process_cpu_us": lambda s: s.process_cpu_us,
 }
 Columns = dict[str, "np.ndarray[Any, Any]"]
 
@@ -39,7 +40,8 @@ Columns = dict[str, "np.ndarray[Any, Any]"]
 class Samples:
     """Samples of a host's guests: a row per guest and time.
 
-    :ivar columns: `at_unix_us`, `guest`, and those of the ledger and telemetry.
+    :ivar columns: `at_unix_us`, `guest`, `host_agent_cpu_us`, and those of the ledger
+        and telemetry.
     """
 
     host: str
@@ -88,7 +90,7 @@ class StepDone:
 
 @dataclass(frozen=True, kw_only=True)
 class GuestSettled:
-    """All that a guest could give back is back."""
+    """All that a guest could give back is back; it was asked `duration_us` before."""
 
     host: str
     trial_id: str
@@ -96,6 +98,7 @@ class GuestSettled:
     at_unix_us: int
     batches: int
     hinted_bytes: int
+    duration_us: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +133,11 @@ Record = Samples | Event
 
 def columns_of(sets: Sequence[host_pb2.SampleSet]) -> Columns:
     """Sample sets as they came over the wire, as columns."""
-    rows = [(a.at_unix_us, sample) for a in sets for sample in a.samples]
+    rows = [(a, sample) for a in sets for sample in a.samples]
     columns: Columns = {
-        "at_unix_us": np.array([at for at, _ in rows], dtype=np.int64),
+        "at_unix_us": np.array([a.at_unix_us for a, _ in rows], dtype=np.int64),
         "guest": np.array([sample.guest_name for _, sample in rows], dtype=object),
+        "host_agent_cpu_us": np.array([a.host_agent_cpu_us for a, _ in rows], dtype=np.uint64),
     }
     for name, value in _COLUMNS.items():
         columns[name] = np.array([value(sample) for _, sample in rows], dtype=np.uint64)

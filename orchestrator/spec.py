@@ -8,15 +8,24 @@ several values is in `spec_checks`, and lines and columns are added by
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, model_validator
 
-from hintfleet.errors import InvalidInput
-from hintfleet.units import PAGE_BYTES, format_size, parse_duration_s, parse_size
-
-NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+from hintfleet.units import format_size
+from orchestrator.spec_values import (
+    AmountOrPercent,
+    DurationS,
+    Name,
+    Part,
+    PositiveDurationS,
+    Repetitions,
+    SamplePeriodS,
+    Size,
+    Strings,
+    WholePercent,
+    wrong,
+)
 
 
 class Driver(StrEnum):
@@ -31,77 +40,19 @@ class Method(StrEnum):
 
     NONE = "none"
     HINTING = "hinting"
+    REPORTING = "reporting"
+    BALLOON = "balloon"
 
 
-def wrong(message: str, hint: str = "") -> PydanticCustomError:
-    """An error with a hint, in the form that pydantic keeps."""
-    return PydanticCustomError("hintfleet", "{message}", {"message": message, "hint": hint})
+class Policy(StrEnum):
+    """When memory comes back."""
+
+    EAGER = "eager"
+    COLD = "cold"
+    PRESSURE = "pressure"
 
 
-def _size(value: Any) -> int:
-    if not isinstance(value, str):
-        raise wrong(f"{value!r} is not a size", "write a number with a unit, as in 384MiB")
-    try:
-        return parse_size(value)
-    except InvalidInput as error:
-        raise wrong(error.message, error.hint) from None
-
-
-def _duration_s(value: Any) -> float:
-    if not isinstance(value, str):
-        raise wrong(f"{value!r} is not a duration", "write a number with a unit, as in 2s")
-    try:
-        return parse_duration_s(value)
-    except InvalidInput as error:
-        raise wrong(error.message, error.hint) from None
-
-
-def _amount(value: Any) -> Amount:
-    if isinstance(value, str) and value.endswith("%"):
-        try:
-            percent = float(value[:-1])
-        except ValueError:
-            raise wrong(f"{value!r} is not a percentage", "write it as in 75%") from None
-        if not 0 < percent <= 100:
-            raise wrong(f"{value!r} is not above 0% and at most 100%")
-        return Amount(percent=percent)
-    size_bytes = _size(value)
-    if size_bytes <= 0:
-        raise wrong(f"{value!r} is not above 0")
-    return Amount(size_bytes=size_bytes)
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=False)
-
-
-class Amount(_Part):
-    """So many bytes, or a percentage of a whole that is known only later."""
-
-    size_bytes: int | None = None
-    percent: float | None = None
-
-    def of(self, whole_bytes: int, page_bytes: int = PAGE_BYTES) -> int:
-        """Bytes, whole pages, never more than `whole_bytes`."""
-        if self.percent is None:
-            wanted = self.size_bytes or 0
-        else:
-            wanted = int(whole_bytes * self.percent / 100)
-        return min(wanted, whole_bytes) // page_bytes * page_bytes
-
-    def __str__(self) -> str:
-        return format_size(self.size_bytes) if self.size_bytes else f"{self.percent:g} %"
-
-
-Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
-DurationS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0, le=7 * 86400)]
-PositiveDurationS = Annotated[float, BeforeValidator(_duration_s), Field(gt=0, le=7 * 86400)]
-AmountOrPercent = Annotated[Amount, BeforeValidator(_amount)]
-Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
-Strings = tuple[str, ...]
-
-
-class Hosts(_Part):
+class Hosts(Part):
     """The hosts under test: `count` logical ones on the machines that run the
     experiment, or the host agents that listen at `agents`.
 
@@ -130,14 +81,14 @@ class Hosts(_Part):
         return self.count or len(self.agents)
 
 
-class Guests(_Part):
+class Guests(Part):
     """The guests of every host."""
 
     per_host: int = Field(ge=1, le=1000)
     memory_bytes: Size = Field(alias="memory")
 
 
-class Phase(_Part):
+class Phase(Part):
     """One step of the workload on all guests, and how long to stay there after it.
 
     Exactly one of `allocate` (a percentage is of the guest's memory), `free` (a
@@ -164,41 +115,82 @@ class Phase(_Part):
         return self
 
 
-class Workload(_Part):
+class Workload(Part):
     """What every guest does, in order."""
 
     phases: Annotated[tuple[Phase, ...], Field(min_length=1, max_length=1000)]
 
 
-class Arm(_Part):
+class Arm(Part):
     """One method with its settings.
 
-    :ivar tracker: empty where the isolator brings its own.
-    :ivar isolator: empty for what the driver has.
-    :ivar threshold_chunks: free chunks that make a guest hint at once.
+    :ivar drivers: the arm is left out under any other; empty for all.
+    :ivar tracker, isolator: each may be left out; see `spec_checks.hinting_parts`.
+    :ivar cold_after_s: policy cold: how long a chunk must have been free.
+    :ivar pressure_above_percent: policy pressure: the share of the host's memory
+        budget above which memory is wanted back.
     :ivar report_period_s: how often a guest looks for free chunks below the threshold.
+    :ivar threshold_chunks: free chunks that make a guest hint at once.
+    :ivar reserve_percent: method balloon: what the guest keeps free.
+    :ivar step_percent: method balloon: how much of its memory a guest loses at a time.
+    :ivar kernel_parameters: for the kernel of a real guest.
     """
 
     name: Name
     method: Annotated[Method, Field(strict=False)]
+    drivers: tuple[Annotated[Driver, Field(strict=False)], ...] = ()
     tracker: str = ""
     isolator: str = ""
-    policy: Literal["eager"] = "eager"
+    policy: Annotated[Policy, Field(strict=False)] = Policy.EAGER
+    cold_after_s: PositiveDurationS = Field(default=5.0, alias="cold_after")
+    pressure_above_percent: WholePercent = Field(default=80, alias="pressure_above")
     report_period_s: PositiveDurationS = Field(default=0.1, alias="report_period")
     threshold_chunks: int = Field(default=16, ge=1, le=1 << 20, alias="threshold")
     chunk_order: int = Field(default=9, ge=0, le=10)
+    reserve_percent: WholePercent = Field(default=10, alias="reserve")
+    step_percent: WholePercent = Field(default=5, alias="step")
+    kernel_parameters: str = Field(default="", max_length=500, pattern=r"^[ -~]*$")
 
     @model_validator(mode="after")
-    def _none_has_no_settings(self) -> Arm:
-        if self.method is Method.NONE:
-            set_here = self.model_fields_set - {"name", "method"}
-            if set_here:
-                names = ", ".join(sorted(key_of(Arm, name) for name in set_here))
-                raise wrong(f"method none takes no settings, but has {names}", "remove them")
+    def _settings_fit(self) -> Arm:
+        own = _SETTINGS_OF[self.method]
+        others = self.model_fields_set - own - _SETTINGS_OF_ALL
+        if others:
+            names = ", ".join(sorted(key_of(Arm, name) for name in others))
+            raise wrong(f"method {self.method} does not take {names}", "remove what it cannot use")
+        for name, policy in _SETTINGS_OF_POLICIES.items():
+            if name in self.model_fields_set and self.policy is not policy:
+                key = key_of(Arm, name)
+                raise wrong(f"{key} needs policy {policy}, but the policy is {self.policy}")
         return self
 
+    def runs_under(self, driver: Driver) -> bool:
+        """Whether the arm is not left out."""
+        return not self.drivers or driver in self.drivers
 
-class Timeouts(_Part):
+
+_SETTINGS_OF_ALL = {"name", "method", "drivers", "kernel_parameters"}
+_SETTINGS_OF_POLICIES = {
+    "cold_after_s": Policy.COLD,
+    "pressure_above_percent": Policy.PRESSURE,
+}
+_SETTINGS_OF: dict[Method, set[str]] = {
+    Method.NONE: set(),
+    Method.HINTING: {
+        "tracker",
+        "isolator",
+        "policy",
+        "report_period_s",
+        "threshold_chunks",
+        "chunk_order",
+        *_SETTINGS_OF_POLICIES,
+    },
+    Method.REPORTING: set(),
+    Method.BALLOON: {"reserve_percent", "step_percent"},
+}
+
+
+class Timeouts(Part):
     """How long an answer of a host agent may take."""
 
     connect_s: PositiveDurationS = Field(default=30.0, alias="connect")
@@ -208,8 +200,30 @@ class Timeouts(_Part):
     destroy_s: PositiveDurationS = Field(default=60.0, alias="destroy")
 
 
-class Spec(_Part):
-    """An experiment."""
+class UnderDriver(Part):
+    """What is otherwise under one driver: each key replaces the spec's own."""
+
+    hosts: Hosts | None = None
+    guests: Guests | None = None
+    workload: Workload | None = None
+    repetitions: Repetitions | None = None
+    sample_period_s: SamplePeriodS | None = Field(default=None, alias="sample_period")
+    timeouts: Timeouts | None = None
+
+
+class Under(Part):
+    """What is otherwise under each driver."""
+
+    embedded: UnderDriver | None = None
+    libvirt: UnderDriver | None = None
+
+
+class Spec(Part):
+    """An experiment under one driver.
+
+    :ivar arms: also those that are left out under this driver.
+    :ivar under: has been merged in already, as far as it concerns this driver.
+    """
 
     name: Name
     description: str = ""
@@ -218,17 +232,27 @@ class Spec(_Part):
     guests: Guests
     workload: Workload
     arms: Annotated[tuple[Arm, ...], Field(min_length=1, max_length=100)]
-    repetitions: int = Field(default=1, ge=1, le=10000)
+    repetitions: Repetitions = 1
     seed: int = Field(default=1, ge=0, lt=1 << 63)
-    sample_period_s: Annotated[
-        float, BeforeValidator(_duration_s), Field(ge=0.01, le=60, alias="sample_period")
-    ] = 0.1
+    sample_period_s: SamplePeriodS = Field(default=0.1, alias="sample_period")
     timeouts: Timeouts = Timeouts()
+    under: Under = Under()
+
+    @property
+    def trial_arms(self) -> tuple[Arm, ...]:
+        """The arms that run under this driver."""
+        return tuple(arm for arm in self.arms if arm.runs_under(self.driver))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names that no arm under this driver bears."""
+        there = {arm.name for arm in self.trial_arms}
+        return tuple(arm.name for arm in self.arms if arm.name not in there)
 
     @property
     def control(self) -> str | None:
         """Name of the arm that all others are compared with."""
-        return next((arm.name for arm in self.arms if arm.method is Method.NONE), None)
+        return next((arm.name for arm in self.trial_arms if arm.method is Method.NONE), None)
 
     @property
     def guest_count(self) -> int:
@@ -251,7 +275,7 @@ def describe(spec: Spec) -> str:
     return (
         f"{spec.driver}, {_count(spec.hosts.number, 'host')} × "  # noqa: RUF001
         f"{_count(spec.guests.per_host, 'guest')} of {format_size(spec.guests.memory_bytes)}, "
-        f"{_count(len(spec.arms), 'arm')}, {_count(spec.repetitions, 'repetition')}"
+        f"{_count(len(spec.trial_arms), 'arm')}, {_count(spec.repetitions, 'repetition')}"
     )
 
 

@@ -11,12 +11,18 @@ from dataclasses import dataclass
 
 from hintfleet.units import MIB, format_size
 from orchestrator.addresses import plain_text_problem
-from orchestrator.spec import Driver, Method, Spec
+from orchestrator.spec import Arm, Driver, Method, Policy, Spec
 from orchestrator.workload import expand, held_after, total_allocated_bytes
 
-# What this version has, by driver. The kernel tracks in a real guest.
-TRACKERS = {Driver.EMBEDDED: ("bitmap", "reported"), Driver.LIBVIRT: ()}
-ISOLATORS = {Driver.EMBEDDED: ("embedded",), Driver.LIBVIRT: ("kmod",)}
+# Isolator and tracker go together: the hugetlb pool knows nothing of the buddy, so its
+# tracker reads the kernel's page flags into a bitmap; the module is told by the kernel,
+# which marks what it has reported. The first is what an arm that names neither gets.
+PARTS = {
+    Driver.EMBEDDED: (("embedded", "bitmap"), ("embedded", "reported")),
+    Driver.LIBVIRT: (("kmod", "reported"), ("hugetlb", "bitmap")),
+}
+_EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
+_HUGE_PAGE_ORDER = 9
 
 _EMBEDDED_PROCESS_BYTES = 48 * MIB  # a guest process apart from its RAM: Python and gRPC
 _QEMU_PROCESS_BYTES = 96 * MIB  # QEMU apart from the guest's RAM, TCG's translations included
@@ -37,9 +43,17 @@ class Problem:
 def problems(spec: Spec) -> Iterator[Problem]:
     """All that is wrong between the values of a spec; nothing if it can be run."""
     yield from _arm_problems(spec)
-    yield from _tracking_problems(spec)
     yield from _host_problems(spec)
     yield from _workload_problems(spec)
+
+
+def hinting_parts(driver: Driver, arm: Arm) -> tuple[str, str] | None:
+    """Isolator and tracker of an arm: the first pair of the driver that has what the arm
+    names. None if there is none."""
+    for isolator, tracker in PARTS[driver]:
+        if arm.isolator in ("", isolator) and arm.tracker in ("", tracker):
+            return isolator, tracker
+    return None
 
 
 def usable_bytes(driver: Driver, memory_bytes: int) -> int:
@@ -84,37 +98,98 @@ def machine_problem(spec: Spec, available_bytes: int) -> Problem | None:
 
 
 def _arm_problems(spec: Spec) -> Iterator[Problem]:
-    controls = [i for i, arm in enumerate(spec.arms) if arm.method is Method.NONE]
-    if len(spec.arms) > 1 and not controls:
+    arms = [(i, arm) for i, arm in enumerate(spec.arms) if arm.runs_under(spec.driver)]
+    if not arms:
+        yield Problem(
+            path=("arms",),
+            message=f"no arm runs under the {spec.driver} driver",
+            hint="choose another driver, or add it to an arm's drivers",
+        )
+    yield from _control_problems(arms)
+    yield from _name_problems(arms)
+    for i, arm in arms:
+        yield from _driver_problems(spec.driver, i, arm)
+        if arm.method is Method.HINTING:
+            yield from _hinting_problems(spec.driver, i, arm)
+
+
+def _control_problems(arms: list[tuple[int, Arm]]) -> Iterator[Problem]:
+    controls = [(i, arm.name) for i, arm in arms if arm.method is Method.NONE]
+    if len(arms) > 1 and not controls:
         yield Problem(
             path=("arms",),
             message="no arm has method none, so there is no control to compare with",
             hint="add an arm: {name: none, method: none}",
         )
-    for i in controls[1:]:
+    for i, name in controls[1:]:
         yield Problem(
             path=("arms", i, "method"),
-            message=f"{spec.arms[i].name!r} is a second control; "
-            f"{spec.arms[controls[0]].name!r} has method none already",
+            message=f"{name!r} is a second control; {controls[0][1]!r} has method none already",
         )
-    for name, count in Counter(arm.name for arm in spec.arms).items():
+
+
+def _name_problems(arms: list[tuple[int, Arm]]) -> Iterator[Problem]:
+    for name, count in Counter(arm.name for _, arm in arms).items():
         if count > 1:
-            last = max(i for i, arm in enumerate(spec.arms) if arm.name == name)
+            last = max(i for i, arm in arms if arm.name == name)
             yield Problem(path=("arms", last, "name"), message=f"{name!r} names two arms")
 
 
-def _tracking_problems(spec: Spec) -> Iterator[Problem]:
-    for i, arm in enumerate(spec.arms):
-        for key, chosen, there in (
-            ("tracker", arm.tracker, TRACKERS[spec.driver]),
-            ("isolator", arm.isolator, ISOLATORS[spec.driver]),
-        ):
-            if chosen and chosen not in there:
-                yield Problem(
-                    path=("arms", i, key),
-                    message=f"the {spec.driver} driver has no {key} {chosen!r}",
-                    hint=f"it has {', '.join(there)}" if there else f"remove {key}",
-                )
+def _driver_problems(driver: Driver, i: int, arm: Arm) -> Iterator[Problem]:
+    if driver is not Driver.EMBEDDED:
+        return
+    if arm.method not in _EMBEDDED_METHODS:
+        yield Problem(
+            path=("arms", i, "method"),
+            message=f"method {arm.method} needs real guests, but the driver is {driver}",
+            hint="run it with --driver libvirt, or leave the arm out elsewhere with "
+            "drivers: [libvirt]",
+        )
+    if arm.kernel_parameters:
+        yield Problem(
+            path=("arms", i, "kernel_parameters"),
+            message="an embedded guest has no kernel",
+            hint="leave the arm out with drivers: [libvirt], or remove kernel_parameters",
+        )
+
+
+def _hinting_problems(driver: Driver, i: int, arm: Arm) -> Iterator[Problem]:
+    parts = hinting_parts(driver, arm)
+    if parts is None:
+        yield _no_such_parts(driver, i, arm)
+        return
+    if arm.policy is Policy.COLD and parts != ("embedded", "bitmap"):
+        yield Problem(
+            path=("arms", i, "policy"),
+            message="policy cold needs a tracker that knows since when a chunk is free",
+            hint="the embedded driver's tracker bitmap does; leave the arm out elsewhere with "
+            "drivers: [embedded]",
+        )
+    if parts[0] == "hugetlb" and arm.chunk_order != _HUGE_PAGE_ORDER:
+        yield Problem(
+            path=("arms", i, "chunk_order"),
+            message=f"isolator hugetlb has huge pages of order {_HUGE_PAGE_ORDER} only",
+        )
+
+
+def _no_such_parts(driver: Driver, i: int, arm: Arm) -> Problem:
+    isolators, trackers = zip(*PARTS[driver], strict=True)
+    for key, chosen, there in (
+        ("tracker", arm.tracker, trackers),
+        ("isolator", arm.isolator, isolators),
+    ):
+        if chosen and chosen not in there:
+            return Problem(
+                path=("arms", i, key),
+                message=f"the {driver} driver has no {key} {chosen!r}",
+                hint=f"it has {', '.join(dict.fromkeys(there))}",
+            )
+    return Problem(
+        path=("arms", i, "tracker"),
+        message=f"isolator {arm.isolator} does not come with tracker {arm.tracker}",
+        hint=f"{driver} has "
+        + ", ".join(f"{isolator} with {tracker}" for isolator, tracker in PARTS[driver]),
+    )
 
 
 def _host_problems(spec: Spec) -> Iterator[Problem]:

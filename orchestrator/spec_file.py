@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable
-from dataclasses import astuple, dataclass
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,21 @@ from pydantic import BaseModel, ValidationError
 
 from hintfleet.errors import InvalidInput
 from orchestrator import catalogue, spec_checks
-from orchestrator.spec import Arm, Guests, Hosts, Phase, Spec, Timeouts, Workload, keys_of
+from orchestrator.spec import (
+    Arm,
+    Guests,
+    Hosts,
+    Phase,
+    Spec,
+    Timeouts,
+    Under,
+    UnderDriver,
+    Workload,
+    keys_of,
+)
 from orchestrator.spec_checks import Problem
 from orchestrator.yaml_reader import Document, read_yaml
+from orchestrator.yaml_reader import Path as Keys
 
 _MAX_FILE_BYTES = 1 << 20
 
@@ -27,19 +39,26 @@ _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
     ("workload", "phases"): Phase,
     ("arms",): Arm,
     ("timeouts",): Timeouts,
+    ("under",): Under,
+    ("under", "embedded"): UnderDriver,
+    ("under", "libvirt"): UnderDriver,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedSpec:
-    """A spec, and the document that it was read from."""
+    """A spec, and the document that it was read from.
+
+    :ivar moved: keys of the spec that stand elsewhere in the document: under a driver.
+    """
 
     spec: Spec
     document: Document
+    moved: Mapping[Hashable, Keys] = field(default_factory=dict)
 
     def error(self, problems: Iterable[Problem]) -> InvalidInput:
         """The error that says these problems, each with its line."""
-        return _error(self.document, list(problems))
+        return _error(self.document, self.moved, problems)
 
 
 def load(name_or_path: str, overrides: dict[str, Any] | None = None) -> LoadedSpec:
@@ -60,13 +79,29 @@ def parse(text: str, source: str, overrides: dict[str, Any] | None = None) -> Lo
     document = read_yaml(text, source)
     if not isinstance(document.data, dict):
         raise InvalidInput(f"{document.where(())}: a spec is a mapping, as in 'name: quickstart'")
+    overrides = overrides or {}
+    driver = (document.data | overrides).get("driver")
+    section = _under(document.data, driver)
+    moved: dict[Hashable, Keys] = {
+        key: ("under", driver, key) for key in section if key not in overrides
+    }
     try:
-        spec = Spec.model_validate(document.data | (overrides or {}))
+        spec = Spec.model_validate(document.data | section | overrides)
     except ValidationError as error:
-        raise _error(document, _problems(error)) from None
+        raise _error(document, moved, _problems(error)) from None
+    loaded = LoadedSpec(spec=spec, document=document, moved=moved)
     if problems := list(spec_checks.problems(spec)):
-        raise _error(document, problems)
-    return LoadedSpec(spec=spec, document=document)
+        raise loaded.error(problems)
+    return loaded
+
+
+def _under(data: dict[str, Any], driver: Any) -> dict[str, Any]:
+    """The keys that replace others under this driver. What is wrong with their form is
+    found when the spec is validated."""
+    sections = data.get("under")
+    section = sections.get(driver) if isinstance(sections, dict) else None
+    known = keys_of(UnderDriver)
+    return {k: v for k, v in section.items() if k in known} if isinstance(section, dict) else {}
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
@@ -141,13 +176,22 @@ def _near(path: tuple[Hashable, ...]) -> str:
     return next(iter(difflib.get_close_matches(str(path[-1]), _known(path), 1)), "")
 
 
-def _error(document: Document, problems: list[Problem]) -> InvalidInput:
-    problems = sorted(problems, key=lambda p: astuple(document.position(p.path)))
-    if len(problems) == 1:
-        return InvalidInput(_said(document, problems[0]), hint=problems[0].hint)
+def _error(
+    document: Document, moved: Mapping[Hashable, Keys], problems: Iterable[Problem]
+) -> InvalidInput:
+    # What stands under the driver is wrong in its own place and in the merged spec: once.
+    found = dict.fromkeys(
+        replace(problem, path=(*moved.get(problem.path[0], problem.path[:1]), *problem.path[1:]))
+        if problem.path
+        else problem
+        for problem in problems
+    )
+    ordered = sorted(found, key=lambda p: astuple(document.position(p.path)))
+    if len(ordered) == 1:
+        return InvalidInput(_said(document, ordered[0]), hint=ordered[0].hint)
     lines = [
         _said(document, problem) + (f"\n  try: {problem.hint}" if problem.hint else "")
-        for problem in problems
+        for problem in ordered
     ]
     return InvalidInput("\n".join(lines))
 

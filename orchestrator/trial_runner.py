@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
-from hintfleet.errors import HintfleetError, StableError, TransientError
+from hintfleet.errors import HintfleetError, InvalidInput, StableError, TransientError
 from hintfleet.v1 import host_pb2
 from orchestrator.host_client import HostClient
 from orchestrator.plan import GuestTask, HostTask
@@ -25,7 +25,8 @@ from orchestrator.records import (
     StepDone,
     columns_of,
 )
-from orchestrator.spec import Driver, Method, Spec
+from orchestrator.spec import Arm, Driver, Method, Spec
+from orchestrator.spec_checks import hinting_parts
 from orchestrator.workload import Step
 
 _FLUSH_PERIOD_S = 0.25
@@ -190,15 +191,18 @@ class _TrialRunner:
         )
 
     async def _settle(self, guest: GuestTask) -> None:
+        started_us = _now_us()
         settled = await self._client.settle(guest.name)
+        ended_us = _now_us()
         self._post(
             GuestSettled(
                 host=self._task.host,
                 trial_id=self._trial.trial_id,
                 guest=guest.name,
-                at_unix_us=_now_us(),
+                at_unix_us=ended_us,
                 batches=settled.batches,
                 hinted_bytes=settled.hinted_bytes,
+                duration_us=ended_us - started_us,
             )
         )
 
@@ -250,25 +254,37 @@ class _TrialRunner:
 
 def guest_spec(task: HostTask) -> host_pb2.GuestSpec:
     """What the guests of a trial are made of."""
-    arm = task.trial.arm
-    made = host_pb2.GuestSpec(
-        driver=driver_pb2(task.spec.driver), memory_bytes=task.spec.guests.memory_bytes
+    arm, driver = task.trial.arm, task.spec.driver
+    return host_pb2.GuestSpec(
+        driver=driver_pb2(driver),
+        memory_bytes=task.spec.guests.memory_bytes,
+        method=host_pb2.Method.Value(arm.method.name),
+        hinting=_hinting_settings(driver, arm) if arm.method is Method.HINTING else None,
+        balloon=_balloon_settings(arm) if arm.method is Method.BALLOON else None,
+        kernel_parameters=arm.kernel_parameters,
     )
-    if arm.method is Method.NONE:
-        made.method = host_pb2.NONE
-        return made
-    made.method = host_pb2.HINTING
-    made.hinting.CopyFrom(
-        host_pb2.HintingSettings(
-            tracker=arm.tracker,
-            isolator=arm.isolator,
-            chunk_order=arm.chunk_order,
-            policy=arm.policy,
-            report_period_ms=round(arm.report_period_s * 1000),
-            threshold_chunks=arm.threshold_chunks,
-        )
+
+
+def _hinting_settings(driver: Driver, arm: Arm) -> host_pb2.HintingSettings:
+    parts = hinting_parts(driver, arm)
+    if parts is None:
+        raise InvalidInput(f"arm {arm.name}: the {driver} driver has no such tracker and isolator")
+    return host_pb2.HintingSettings(
+        isolator=parts[0],
+        tracker=parts[1],
+        chunk_order=arm.chunk_order,
+        policy=arm.policy,
+        report_period_ms=round(arm.report_period_s * 1000),
+        threshold_chunks=arm.threshold_chunks,
+        cold_after_ms=round(arm.cold_after_s * 1000),
+        pressure_percent=arm.pressure_above_percent,
     )
-    return made
+
+
+def _balloon_settings(arm: Arm) -> host_pb2.BalloonSettings:
+    return host_pb2.BalloonSettings(
+        reserve_percent=arm.reserve_percent, step_percent=arm.step_percent
+    )
 
 
 def driver_pb2(driver: Driver) -> host_pb2.Driver.ValueType:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.spec import Amount, Phase, Workload
+from orchestrator.spec import Phase, Workload
+from orchestrator.spec_values import Amount
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,104 +1,129 @@
 """Isolation on a stock kernel: free chunks are moved into the hugetlb pool.
 
-One pass moves all free chunks, less a reserve, and keeps every one of them until
-the last was acknowledged. A pass that released as it went would meet the same
-chunks again and again, for the kernel hands out first what was freed last.
+A pass moves all chunks that are free as it begins, less a reserve, and keeps every one
+of them until the last was acknowledged. A pass that released as it went would meet the
+same chunks again and again, for the kernel hands out first what was freed last.
 
-With `init_on_alloc` the kernel zeroes each chunk as it moves it: absent memory
-becomes resident until it is punched. A pass then moves 32 chunks at a time, so
-that no more than 64 MiB are ever resident for that reason alone.
+With `init_on_alloc` the kernel zeroes each chunk as it moves it: absent memory becomes
+resident until it is punched. Such a pass moves 32 chunks at a time and hints all of
+them, so that no more than 64 MiB are ever resident for that reason alone. As it zeroes
+all that is free, it has to gain an eighth of that unless it is asked for, and an
+allowance (policy pressure) that covers less than all that is free gains nothing there.
 
-Tracking: what the host acknowledged is known to be absent until the host says that
-it was used again; a pass is worth its while when more chunks are free than that.
+Tracking: what the host acknowledged is absent until the host says that it was used
+again. A pass is worth its while when more chunks are free than are absent; what the
+last pass could not have (the reserve) does not count.
+
+When the host is lost in the middle of a pass, what is in the pool stays there until
+the next Welcome: the kernel does not let us choose which pages leave the pool, so
+those of a batch in flight cannot be told from the others. What bounds this: passes
+are short (a pass over 700 MiB holds them for about 0.1 s), one that has no batch in
+flight ends by itself, and the reserve (a sixteenth of the memory and the low
+watermarks) stays free for the guest, besides all that its kernel can reclaim.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Protocol
 
-from guest_agent.isolation.hugetlb_pool import HugetlbPool
-from guest_agent.memory.kernel import (
-    KPF_HUGE,
-    PageFlags,
-    free_chunk_count,
-    parse_buddyinfo,
-    parse_zoneinfo,
-)
-from guest_agent.procfs import boot_id, init_on_alloc
+from guest_agent.isolation.hugetlb_pool import CHUNK_ORDER, CHUNK_PAGES
 from hintfleet.errors import Refused, TransientError
 from hintfleet.ranges import EMPTY, RangeSet
 
-CHUNK_ORDER = 9
-_CHUNK_PAGES = 1 << CHUNK_ORDER
 _ZEROING_STEP_CHUNKS = 32
-_SMALLEST_RESERVE_CHUNKS = 16
-_RESERVE_SHARE = 16
-STATE_FILE = Path("/run/hintfleet-hugetlb.json")
+_ZEROING_GAIN_SHARE = 8
+
+
+class Pool(Protocol):
+    """The guest's kernel, as far as passes need it; see HugetlbPool."""
+
+    def open(self) -> RangeSet: ...
+    def free_chunks(self) -> int: ...
+    def reserve_chunks(self) -> int: ...
+    def grow(self, chunks: int) -> int: ...
+    def chunks(self) -> RangeSet: ...
+    def empty(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class HugetlbIsolator:
     """Pulls: grows the pool when it is asked for chunks and enough of them are free."""
 
     name = "hugetlb"
+    must_be_polled = True  # the kernel tells nobody of what is freed
 
-    def __init__(self, *, threshold_chunks: int, state_file: Path = STATE_FILE) -> None:
-        """Nothing is changed before `start`."""
+    def __init__(self, pool: Pool, *, threshold_chunks: int, zeroing: bool) -> None:
+        """Nothing is changed before `start`.
+
+        :param threshold_chunks: what an unasked pass has to gain.
+        :param zeroing: whether the kernel writes to chunks as it moves them.
+        """
+        self._pool = pool
         self._threshold_chunks = threshold_chunks
-        self._state_file = state_file
-        self._pool = HugetlbPool()
-        self._flags: PageFlags | None = None
-        self._step_chunks = 1 << 30
+        self._zeroing = zeroing
         self._held = EMPTY
         """In the pool now, by this pass."""
         self._to_hint: list[int] = []
-        """Chunks of `_held` that were not handed out yet."""
+        """First pfns of chunks of `_held` that are to be handed out."""
         self._out_pages = 0
         self._absent = EMPTY
         """Chunks that the host has dealt with and that were not used since."""
+        self._reserve_chunks = 0
+        self._to_move_chunks = 0
+        """How many more this pass is to move."""
+        self._withheld_chunks = 0
+        """Beyond the reserve, free chunks that the kernel would not move in this pass."""
+        self._left_behind_chunks = 0
+        """Free and not absent, but the last pass could not have them."""
         self._asked = False
 
     def start(self, wake: Callable[[], None]) -> RangeSet:
         del wake  # the kernel calls nobody; the core's period is what drives passes
-        self._flags = PageFlags()
-        left = self._adopt()
-        if not left:
-            self._pool.check_unused()
-        self._state_file.write_text(json.dumps({"boot_id": boot_id()}))
-        if init_on_alloc():
-            self._step_chunks = _ZEROING_STEP_CHUNKS
-        self._out_pages = left.page_count
-        return left
+        self._held = self._pool.open()
+        self._out_pages = self._held.page_count
+        self._reserve_chunks = self._pool.reserve_chunks()
+        return self._held
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
-        if not self._to_hint and not self._grow():
+        count = min(max_ranges, max_pages // CHUNK_PAGES)  # a chunk makes at most one range
+        if not count:
             return EMPTY
-        count = min(max_ranges, max_pages // _CHUNK_PAGES, len(self._to_hint))
+        if not self._to_hint:
+            self._fill(count)
         taken, self._to_hint = self._to_hint[:count], self._to_hint[count:]
-        ranges = RangeSet((pfn, _CHUNK_PAGES) for pfn in taken)
-        self._out_pages += ranges.page_count
-        return ranges
+        self._out_pages += len(taken) * CHUNK_PAGES
+        return RangeSet((pfn, CHUNK_PAGES) for pfn in taken)
+
+    def enough(self) -> bool:
+        return True  # what is in the pool is to be hinted
 
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
+        """They stay in the pool until the pass ends; nobody else can have them there."""
         self._out_pages -= ranges.page_count
         if hinted:
             self._absent |= ranges
         else:
             self._absent -= ranges
-        if not self._out_pages and not self._to_hint and not self._grow():
-            self._end_pass()
+            self._to_hint += _first_pfns(ranges)
 
     def report_now(self) -> None:
-        """Make the next `isolate` begin a pass if anything at all is to be gained."""
+        """Have the next `isolate` begin a pass, however little it may gain; with zeroing,
+        if it gains the threshold."""
         self._asked = True
 
     def idle(self) -> bool:
-        return not self._to_hint and not self._out_pages and not self._worth_a_pass()
+        """Costs one small read. Ends a pass that nobody goes on with: its core may have
+        used up an allowance, or have lost the host."""
+        if self._out_pages:
+            return True  # the pass goes on with the acks
+        if self._held:
+            self._end_pass()
+        return not self._worth_a_pass()
 
     def used_again(self, ranges: RangeSet) -> None:
-        """The host says that these are resident again: they can be reclaimed once more."""
-        self._absent -= _whole_chunks(ranges)
+        self._absent -= ranges.whole_chunks(CHUNK_ORDER)
 
     def only_cold(self, after_s: float) -> None:
         if after_s:
@@ -108,101 +133,82 @@ class HugetlbIsolator:
             )
 
     def tracker_bytes(self) -> int:
-        return 0
+        return sum(
+            sys.getsizeof(r) + sys.getsizeof(r.pfn) + sys.getsizeof(r.page_count)
+            for r in self._absent
+        )
 
     def close(self) -> None:
         self._pool.close()
-        if self._flags is not None:
-            self._flags.close()
-            self._flags = None
 
     # A pass
 
-    def _grow(self) -> bool:
-        """Move more chunks into the pool; whether there is something to hint."""
-        self._asked = False
-        room = self._free_chunks() - self._reserve_chunks()
-        if not self._held and not self._worth_a_pass():
-            return False
-        while room > 0 and not self._to_hint:
-            try:
-                came = self._pool.grow(min(room, self._step_chunks))
-            except TransientError:
-                return False  # the pool is as it was; the pass ends with what it has
-            if not came:
-                break
-            room -= came
-            new = self._in_pool() - self._held
-            self._held |= new
-            self._to_hint = [
-                pfn
-                for start, pages in new - self._absent
-                for pfn in range(start, start + pages, _CHUNK_PAGES)
-            ]
+    def _fill(self, wanted_chunks: int) -> None:
+        """Begin a pass or go on with one, until there is something to hint; end it if there
+        is nothing more and nothing is out."""
+        if self._zeroing and self._out_pages:
+            return  # what was zeroed before must be punched first
+        if not self._held and not self._begins():
+            return
+        step = min(_ZEROING_STEP_CHUNKS, wanted_chunks) if self._zeroing else self._to_move_chunks
+        while not self._to_hint and (chunks := min(self._to_move_chunks, step)) > 0:
+            self._move(chunks)
         if not self._to_hint and not self._out_pages:
             self._end_pass()
-        return bool(self._to_hint)
+
+    def _begins(self) -> bool:
+        worth = self._worth_a_pass()
+        self._asked = False
+        if worth:
+            self._reserve_chunks = self._pool.reserve_chunks()
+            self._to_move_chunks = self._room_chunks()
+            self._withheld_chunks = 0
+        return worth
+
+    def _move(self, chunks: int) -> None:
+        """Move so many into the pool, if they are still free."""
+        self._to_move_chunks -= chunks
+        chunks = min(chunks, max(0, self._room_chunks()))
+        try:
+            came = self._pool.grow(chunks)
+        except TransientError:
+            self._to_move_chunks = 0  # the pool is as it was, and the next pass tries again
+            return
+        self._withheld_chunks += chunks - came
+        new = self._pool.chunks() - self._held
+        self._held |= new
+        self._to_hint = _first_pfns(new if self._zeroing else new - self._absent)
 
     def _end_pass(self) -> None:
-        if self._held:
-            self._held = EMPTY
-            self._pool.empty()
-
-    def _in_pool(self) -> RangeSet:
-        """The chunks that are hugetlb pages now: all ours, for the pool is all reserved."""
-        assert self._flags is not None  # noqa: S101 - start() has opened it
-        return RangeSet(
-            (pfn, _CHUNK_PAGES) for pfn in self._flags.chunks_with(KPF_HUGE, _spans(), CHUNK_ORDER)
-        )
+        free = min(self._pool.free_chunks(), self._reserve_chunks + self._withheld_chunks)
+        # Of the absent chunks outside the pool, those that are free are among `free`.
+        self._left_behind_chunks = free - _chunk_count(self._absent - self._held)
+        self._to_hint, self._held, self._to_move_chunks = [], EMPTY, 0
+        self._pool.empty()
 
     # What a pass would gain
 
+    def _room_chunks(self) -> int:
+        return self._pool.free_chunks() - self._reserve_chunks
+
     def _worth_a_pass(self) -> bool:
-        room = self._free_chunks() - self._reserve_chunks()
-        gain = room - self._absent.page_count // _CHUNK_PAGES
-        return gain >= (1 if self._asked else self._threshold_chunks)
-
-    def _free_chunks(self) -> int:
-        """One small read: the free lists, counted in chunks."""
-        with open("/proc/buddyinfo") as file:
-            return free_chunk_count(parse_buddyinfo(file.read()).values(), CHUNK_ORDER)
-
-    def _reserve_chunks(self) -> int:
-        """Free chunks to leave alone, so that growing the pool never makes the kernel
-        reclaim or compact memory, and the guest can go on allocating meanwhile."""
-        with open("/proc/zoneinfo") as file:
-            zones = parse_zoneinfo(file.read())
-        share = sum(zone.present_pages for zone in zones) // _RESERVE_SHARE
-        low = sum(zone.low_watermark_pages for zone in zones)
-        return max(_SMALLEST_RESERVE_CHUNKS, (share + low) // _CHUNK_PAGES)
-
-    # An earlier agent
-
-    def _adopt(self) -> RangeSet:
-        """What an agent of this boot left in the pool, if it says that it was one of ours."""
-        try:
-            left_by = json.loads(self._state_file.read_text())
-        except (OSError, ValueError):
-            return EMPTY
-        if left_by != {"boot_id": boot_id()} or not self._pool.adopt():
-            return EMPTY
-        self._held = self._in_pool()
-        return self._held
+        room = self._room_chunks()
+        if room <= 0:
+            return False
+        free = room + self._reserve_chunks
+        gain = free - _chunk_count(self._absent) - self._left_behind_chunks
+        if self._asked and not self._zeroing:
+            return True
+        # A guest is never quite still: to zero all that is free for a chunk or two would
+        # go on for ever.
+        costs = self._zeroing and not self._asked
+        least = room // _ZEROING_GAIN_SHARE if costs else 0
+        return gain >= max(self._threshold_chunks, least)
 
 
-def _whole_chunks(ranges: RangeSet) -> RangeSet:
-    """The chunks that any page of `ranges` lies in."""
-    return RangeSet(
-        (start, -(-r.end_pfn // _CHUNK_PAGES) * _CHUNK_PAGES - start)
-        for r in ranges
-        for start in [r.pfn & -_CHUNK_PAGES]
-    )
+def _chunk_count(ranges: RangeSet) -> int:
+    return ranges.page_count // CHUNK_PAGES
 
 
-def _spans() -> list[range]:
-    """Where the guest has memory. Read anew each time: it may have been hot-plugged."""
-    with open("/proc/zoneinfo") as file:
-        return [
-            range(zone.start_pfn, zone.start_pfn + zone.spanned_pages)
-            for zone in parse_zoneinfo(file.read())
-        ]
+def _first_pfns(ranges: RangeSet) -> list[int]:
+    return [pfn for start, pages in ranges for pfn in range(start, start + pages, CHUNK_PAGES)]

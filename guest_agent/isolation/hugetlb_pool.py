@@ -1,26 +1,46 @@
-"""The kernel's pool of 2 MiB huge pages: what it says, and growing and shrinking it.
+"""The kernel's pool of 2 MiB huge pages: what may be moved into it, and moving it.
 
-Documentation/admin-guide/mm/hugetlbpage.rst. The pool must be nobody else's: every
-number is read back after it was written.
+Documentation/admin-guide/mm/hugetlbpage.rst. The pool must be nobody else's. Its
+pages are reserved by a file on a hugetlbfs of our own, never by a mapping alone: a
+reservation of a file outlives the process (fs/hugetlbfs/inode.c), so that nobody can
+use what a dead agent left isolated (I4). Every number is read back after it was written.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from guest_agent.memory.kernel import (
+    KPF_HUGE,
+    PageFlags,
+    free_chunk_count,
+    parse_buddyinfo,
+    parse_zoneinfo,
+    present_spans,
+)
 from hintfleet.errors import Refused, TransientError
+from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB
 
-HUGE_PAGE_BYTES = 2 * MIB
-_MAP_HUGETLB = 0x40000
-_MAP_HUGE_2MB = 21 << 26
+CHUNK_ORDER = 9
+CHUNK_PAGES = 1 << CHUNK_ORDER
+CHUNK_BYTES = 2 * MIB
+
+_SMALLEST_RESERVE_CHUNKS = 16
+_RESERVE_SHARE = 16
+
+# include/uapi/linux/mount.h
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolState:
-    """Pages of the pool: all, free ones, and free ones that a mapping has reserved."""
+    """Pages of the pool: all, free ones, and free ones that are reserved."""
 
     total: int
     free: int
@@ -34,45 +54,104 @@ class PoolState:
 
 
 class HugetlbPool:
-    """Grows the pool and holds what it grew by."""
+    """Moves free chunks of the guest's kernel into the pool, and back."""
 
-    def __init__(self, sys_root: Path = Path("/sys"), proc_root: Path = Path("/proc")) -> None:
+    def __init__(
+        self,
+        mount_point: Path = Path("/run/hintfleet-hugetlb"),
+        sys_root: Path = Path("/sys"),
+        proc_root: Path = Path("/proc"),
+    ) -> None:
+        """Nothing is looked at or changed before `open`."""
+        self._mount_point = mount_point
+        self._file = mount_point / "isolated"
         self._pool = sys_root / "kernel/mm/hugepages/hugepages-2048kB"
         self._sys_root = sys_root
         self._proc_root = proc_root
-        self._reservations: list[mmap.mmap] = []
+        self._flags: PageFlags | None = None
+        self._fd = -1
 
-    def check_unused(self) -> None:
-        """Refuse where free hugetlb pages may be used, moved or replaced under us.
+    # For the isolator
 
-        :raises Refused: says what stands in the way and what to do.
+    def open(self) -> RangeSet:
+        """Make the pool ours; returns the chunks that an earlier agent left in it.
+
+        :raises Refused: free pages of the pool may be used, moved or replaced under
+            us; says what stands in the way and what to do.
         """
-        if not self._pool.is_dir():
+        self._refuse_if_unsafe()
+        self._flags = PageFlags(str(self._proc_root / "kpageflags"))
+        self._mount()
+        if self._file.exists():
+            self._adopt()
+        elif total := self.state().total:
             raise Refused(
-                "this kernel has no 2 MiB huge pages", hint="a kernel with CONFIG_HUGETLBFS"
-            )
-        overcommit = self._number("nr_overcommit_hugepages")
-        if overcommit:
-            raise Refused(
-                f"nr_overcommit_hugepages is {overcommit}: others may take huge pages",
-                hint="sysctl vm.nr_overcommit_hugepages=0",
-            )
-        state = self.state()
-        if state.total:
-            raise Refused(
-                f"the hugetlb pool is in use: nr_hugepages is {state.total}",
+                f"the hugetlb pool is in use: nr_hugepages is {total}",
                 hint="sysctl vm.nr_hugepages=0, or use the kmod isolator",
             )
-        if self._cma_kib():
-            raise Refused(
-                f"this guest has CMA ({self._cma_kib()} kB): it may replace free huge pages",
-                hint="boot with cma=0, or use the kmod isolator",
-            )
-        if any(self._virtio_mem_devices()):
-            raise Refused(
-                "this guest has virtio-mem: unplugging may replace free huge pages",
-                hint="use the kmod isolator",
-            )
+        return self.chunks()
+
+    def free_chunks(self) -> int:
+        """Chunks in the free lists: one small read."""
+        text = (self._proc_root / "buddyinfo").read_text()
+        return free_chunk_count(parse_buddyinfo(text).values(), CHUNK_ORDER)
+
+    def reserve_chunks(self) -> int:
+        """Free chunks to leave alone, so that growing the pool never makes the kernel
+        reclaim or compact memory, and the guest can go on allocating meanwhile.
+
+        A sixteenth covers what lower zones keep from such allocations (a 256th of the
+        zones above, mm/page_alloc.c: setup_per_zone_lowmem_reserve).
+        """
+        zones = parse_zoneinfo((self._proc_root / "zoneinfo").read_text())
+        share = sum(zone.present_pages for zone in zones) // _RESERVE_SHARE
+        low = sum(zone.low_watermark_pages for zone in zones)
+        return max(_SMALLEST_RESERVE_CHUNKS, (share + low) // CHUNK_PAGES)
+
+    def grow(self, chunks: int) -> int:
+        """Move up to so many free chunks into the pool and reserve them; how many came.
+
+        :raises TransientError: somebody else uses the pool. It is as it was before.
+        """
+        state = self.state()
+        if not state.all_reserved:
+            raise TransientError(f"somebody else uses the hugetlb pool: {state}")
+        before = state.total
+        # First the file, which says that what is in the pool is ours, should we die.
+        self._open_file()
+        self._set_total(before + chunks)
+        came = max(0, self.state().total - before)
+        try:
+            self._reserve(before, came)
+        except TransientError:
+            os.ftruncate(self._fd, before * CHUNK_BYTES)
+            self._set_total(before)
+            raise
+        return came
+
+    def chunks(self) -> RangeSet:
+        """What is in the pool: all ours, for all of it is reserved."""
+        if self._flags is None:
+            raise Refused("the hugetlb pool is not open")
+        spans = present_spans(self._sys_root, self._proc_root)
+        first_pfns = self._flags.chunks_with(KPF_HUGE, spans, CHUNK_ORDER)
+        return RangeSet((pfn, CHUNK_PAGES) for pfn in first_pfns)
+
+    def empty(self) -> None:
+        """Give everything that is ours back to the buddy allocator."""
+        if self._fd >= 0:
+            ours = os.fstat(self._fd).st_size // CHUNK_BYTES
+            os.ftruncate(self._fd, 0)
+            self._set_total(self.state().total - ours)
+            self._file.unlink()
+            self._close_file()
+
+    def close(self) -> None:
+        """Let go; the chunks stay in the pool, and reserved (I4)."""
+        if self._flags is not None:
+            self._flags.close()
+            self._flags = None
+        self._close_file()
 
     def state(self) -> PoolState:
         """What the kernel says of the pool now."""
@@ -83,65 +162,30 @@ class HugetlbPool:
             surplus=self._number("surplus_hugepages"),
         )
 
-    def grow(self, pages: int) -> int:
-        """Add up to so many pages and reserve them; returns how many came.
+    # Whether the pool can be ours
 
-        :raises TransientError: somebody else uses the pool. It is as it was before
-            this call.
-        """
-        before = self.state().total
-        self._set(before + pages)
-        came = self.state().total - before
-        if came <= 0:
-            return 0
-        try:
-            self._reserve(came)
-        except OSError as error:
-            self._set(before)
-            raise TransientError(f"cannot reserve {came} huge pages: {error.strerror}") from error
-        state = self.state()
-        if not state.all_reserved or state.total != before + came:
-            self._reservations.pop().close()
-            self._set(before)
-            raise TransientError(f"somebody else uses the hugetlb pool: {state}")
-        return came
-
-    def adopt(self) -> int:
-        """Reserve all that is in the pool already; returns how many pages that is.
-
-        :raises Refused: some of it is used.
-        """
-        state = self.state()
-        if state.free != state.total or state.reserved or state.surplus:
+    def _refuse_if_unsafe(self) -> None:
+        if not self._pool.is_dir():
             raise Refused(
-                f"the hugetlb pool that an earlier agent left is in use: {state}",
-                hint="stop what uses it, then sysctl vm.nr_hugepages=0",
+                "this kernel has no 2 MiB huge pages", hint="a kernel with CONFIG_HUGETLBFS"
             )
-        if state.total:
-            self._reserve(state.total)
-        return state.total
-
-    def empty(self) -> None:
-        """Give everything back to the buddy allocator."""
-        while self._reservations:
-            self._reservations.pop().close()
-        self._set(0)
-
-    def close(self) -> None:
-        """Let the reservations go; the pages stay in the pool (I4)."""
-        while self._reservations:
-            self._reservations.pop().close()
-
-    def _reserve(self, pages: int) -> None:
-        """Map so many pages without touching them: the kernel sets them aside for us."""
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_HUGETLB | _MAP_HUGE_2MB
-        self._reservations.append(mmap.mmap(-1, pages * HUGE_PAGE_BYTES, flags=flags))
-
-    def _number(self, name: str) -> int:
-        return int((self._pool / name).read_text())
-
-    def _set(self, pages: int) -> None:
-        (self._pool / "nr_hugepages").write_text(str(pages))
+        if overcommit := self._number("nr_overcommit_hugepages"):
+            raise Refused(
+                f"nr_overcommit_hugepages is {overcommit}: others may take huge pages",
+                hint="sysctl vm.nr_overcommit_hugepages=0, or use the kmod isolator",
+            )
+        # alloc_contig_range() replaces free huge pages that are in its way (mm/hugetlb.c:
+        # isolate_or_dissolve_huge_page); these two call it.
+        if cma_kib := self._cma_kib():
+            raise Refused(
+                f"this guest has CMA ({cma_kib} kB), which may replace free huge pages",
+                hint="boot with cma=0, or use the kmod isolator",
+            )
+        if any((self._sys_root / "bus/virtio/drivers/virtio_mem").glob("virtio*")):
+            raise Refused(
+                "this guest has virtio-mem, which may replace free huge pages",
+                hint="use the kmod isolator",
+            )
 
     def _cma_kib(self) -> int:
         for line in (self._proc_root / "meminfo").read_text().splitlines():
@@ -149,6 +193,68 @@ class HugetlbPool:
                 return int(line.split()[1])
         return 0
 
-    def _virtio_mem_devices(self) -> list[Path]:
-        driver = self._sys_root / "bus/virtio/drivers/virtio_mem"
-        return list(driver.glob("virtio*")) if driver.is_dir() else []
+    def _adopt(self) -> None:
+        """Reserve all that an earlier agent of this boot left, if nobody uses it."""
+        self._open_file()
+        if not os.fstat(self._fd).st_size:  # nothing is reserved: it was taking or giving back
+            self._set_total(0)
+            self.empty()
+            return
+        state = self.state()
+        if state.free != state.total or state.surplus:
+            raise Refused(
+                f"the hugetlb pool that an earlier agent left is in use: {state}",
+                hint="stop what uses it, then start the agent again",
+            )
+        try:
+            self._reserve(0, state.total)
+        except TransientError as error:
+            raise Refused(error.message, hint="stop what else uses huge pages") from error
+
+    # The file that holds the reservation; it is there while something is in the pool
+
+    def _mount(self) -> None:
+        """Mount a hugetlbfs, if this is the first agent of this boot."""
+        self._mount_point.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.statvfs(self._mount_point).f_bsize != CHUNK_BYTES:
+            _mount_hugetlbfs(self._mount_point)
+
+    def _open_file(self) -> None:
+        if self._fd < 0:
+            self._fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def _close_file(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _reserve(self, before: int, chunks: int) -> None:
+        """Have the file hold `chunks` more pages than `before`; they are never touched.
+
+        :raises TransientError: somebody else took one.
+        """
+        os.ftruncate(self._fd, (before + chunks) * CHUNK_BYTES)
+        if chunks:
+            at, length = before * CHUNK_BYTES, chunks * CHUNK_BYTES
+            # The kernel reserves as the mapping is made, and keeps that with the file.
+            with contextlib.suppress(OSError):
+                mmap.mmap(self._fd, length, flags=mmap.MAP_SHARED, offset=at).close()
+        state = self.state()
+        if not state.all_reserved or state.total != before + chunks:
+            raise TransientError(f"somebody else uses the hugetlb pool: {state}")
+
+    def _number(self, name: str) -> int:
+        return int((self._pool / name).read_text())
+
+    def _set_total(self, chunks: int) -> None:
+        (self._pool / "nr_hugepages").write_text(str(chunks))
+
+
+def _mount_hugetlbfs(mount_point: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    if libc.mount(b"none", bytes(mount_point), b"hugetlbfs", flags, b"pagesize=2M,mode=0700"):
+        raise Refused(
+            f"cannot mount hugetlbfs at {mount_point}: {os.strerror(ctypes.get_errno())}",
+            hint="run the guest agent as root, on a kernel with CONFIG_HUGETLBFS",
+        )

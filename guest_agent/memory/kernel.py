@@ -11,8 +11,11 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from hintfleet.errors import Refused
+from hintfleet.ranges import RangeSet
+from hintfleet.units import PAGE_BYTES
 
 KPF_HUGE = 17
 """Bit of /proc/kpageflags: part of a hugetlb page (include/uapi/linux/kernel-page-flags.h)."""
@@ -86,6 +89,24 @@ def free_chunk_count(free_blocks: Iterable[list[int]], chunk_order: int) -> int:
     )
 
 
+def present_spans(sys_root: Path = Path("/sys"), proc_root: Path = Path("/proc")) -> list[range]:
+    """Where the guest has memory now, as runs of pfns: its memory blocks.
+
+    A hole of a sparse zone is in none, and a block that is hot-plugged is in the next
+    answer (Documentation/admin-guide/mm/memory-hotplug.rst). A kernel without memory
+    hotplug has no blocks; there the zones' spans, holes included, have to do.
+    """
+    blocks = sys_root / "devices/system/memory"
+    try:
+        block_pages = int((blocks / "block_size_bytes").read_text(), 16) // PAGE_BYTES
+    except FileNotFoundError:
+        zones = parse_zoneinfo((proc_root / "zoneinfo").read_text())
+        return [range(zone.start_pfn, zone.start_pfn + zone.spanned_pages) for zone in zones]
+    numbers = [int(name[6:]) for name in os.listdir(blocks) if re.fullmatch(r"memory\d+", name)]
+    present = RangeSet((number * block_pages, block_pages) for number in numbers)
+    return [range(pfn, pfn + pages) for pfn, pages in present]
+
+
 class PageFlags:
     """Reads /proc/kpageflags."""
 
@@ -115,7 +136,8 @@ class PageFlags:
                 (span.stop * _ENTRY_BYTES - step) + 1,
                 step,
             )
-            if pread(fd, _ENTRY_BYTES, offset)[byte] & mask
+            # Nothing is read behind the last page that there is.
+            if (entry := pread(fd, _ENTRY_BYTES, offset)) and entry[byte] & mask
         ]
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hintfleet.v1 import host_pb2
+from host_agent.balloon import Balloon
 from host_agent.ram import GuestRam
 
 
@@ -29,10 +30,14 @@ class GuestRequest:
 
 
 class RunningGuest(Protocol):
-    """A guest that runs; owned by whoever called `create`."""
+    """A guest that runs; owned by whoever called `create`.
+
+    :ivar balloon: to be moved by the owner; None except under method BALLOON.
+    """
 
     pid: int
     ram: GuestRam
+    balloon: Balloon | None
 
     def evidence(self) -> str:
         """The last lines that the guest or its process wrote (console, log)."""

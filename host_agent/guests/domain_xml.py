@@ -1,8 +1,9 @@
 """The libvirt domain of a guest: values in, XML out.
 
 What matters for hinting: the RAM is a shared memfd, so that the host agent can
-punch holes in it; there is no balloon, whose free page reporting would take the
-place of ours; a guest that resets or crashes ends, because its epoch does.
+punch holes in it; there is no balloon unless it is the method, for its free page
+reporting would take the place of ours; a guest that resets or crashes ends, because
+its epoch does.
 """
 
 from __future__ import annotations
@@ -10,14 +11,24 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
+from host_agent.balloon import PERIOD_S
 from host_agent.guests.image import GuestImage
 
 CONFIG_ENTRY = "opt/org.hintfleet/config"
 """fw_cfg file in which the guest's agent finds its configuration."""
 
 NAME_PREFIX = "hintfleet-"
+
+
+class Memballoon(Enum):
+    """What the guest's balloon device is for."""
+
+    NONE = "none"
+    REPORTING = "reporting"
+    TARGET = "target"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +40,8 @@ class DomainSpec:
     :ivar config: file that the agent reads as CONFIG_ENTRY; None for a guest
         without agent, which ends as soon as it has booted. Never text in the
         XML: that shows in QEMU's command line, and it holds a secret.
-    :ivar parameters: for the guest's init, as it understands them (deploy/image/init).
+    :ivar parameters: more for the kernel's command line; hintfleet.* is for the guest's
+        init (deploy/image/init).
     """
 
     name: str
@@ -40,6 +52,7 @@ class DomainSpec:
     console: Path
     config: Path | None
     parameters: Sequence[str] = ()
+    memballoon: Memballoon = Memballoon.NONE
     vcpu_count: int = 1
 
 
@@ -100,4 +113,15 @@ def _devices(domain: ET.Element, spec: DomainSpec) -> None:
     serial = ET.SubElement(devices, "serial", type="file")
     ET.SubElement(serial, "source", path=str(spec.console))
     ET.SubElement(devices, "controller", type="usb", model="none")
-    ET.SubElement(devices, "memballoon", model="none")
+    _balloon(devices, spec.memballoon)
+
+
+def _balloon(devices: ET.Element, use: Memballoon) -> None:
+    if use is Memballoon.NONE:
+        ET.SubElement(devices, "memballoon", model="none")
+    elif use is Memballoon.REPORTING:
+        ET.SubElement(devices, "memballoon", model="virtio", freePageReporting="on")
+    else:
+        # autodeflate: a guest that runs out of memory takes it back without being asked.
+        balloon = ET.SubElement(devices, "memballoon", model="virtio", autodeflate="on")
+        ET.SubElement(balloon, "stats", period=str(round(PERIOD_S)))

@@ -18,6 +18,7 @@ from typing import IO
 from hintfleet.errors import Refused
 from hintfleet.units import PAGE_BYTES, format_size
 from hintfleet.v1 import host_pb2
+from host_agent.balloon import Balloon
 from host_agent.guests import GuestRequest
 from host_agent.ram import GuestRam, Segment
 
@@ -26,6 +27,8 @@ _EVIDENCE_BYTES = 4096
 
 class EmbeddedGuest:
     """A running guest process."""
+
+    balloon: Balloon | None = None
 
     def __init__(self, request: GuestRequest, server: str) -> None:
         self._on_gone = request.on_gone
@@ -135,7 +138,10 @@ class EmbeddedDriver:
 
 def _check_settings(spec: host_pb2.GuestSpec) -> None:
     if spec.method not in (host_pb2.NONE, host_pb2.HINTING):
-        raise Refused(f"an embedded guest has no method {host_pb2.Method.Name(spec.method)}")
+        raise Refused(
+            f"an embedded guest has no method {host_pb2.Method.Name(spec.method).lower()}",
+            hint="driver: libvirt",
+        )
     for what, value, allowed in (
         ("isolator", spec.hinting.isolator, ("", "embedded")),
         ("tracker", spec.hinting.tracker, ("", "bitmap", "reported")),

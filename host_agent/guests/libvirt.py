@@ -16,10 +16,11 @@ from types import ModuleType
 from typing import Any
 
 from hintfleet.errors import HintfleetError, Refused
-from hintfleet.units import MIB
+from hintfleet.units import KIB, MIB
 from hintfleet.v1 import host_pb2
+from host_agent.balloon import Balloon, BalloonStats
 from host_agent.guests import GuestRequest, kvm_probe
-from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, domain_xml
+from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, Memballoon, domain_xml
 from host_agent.guests.image import GuestImage, find_image
 from host_agent.guests.libvirt_api import EventLoop, errors_as, modules
 from host_agent.guests.qemu_ram import open_ram, process_of_thread
@@ -28,6 +29,13 @@ from host_agent.ram import GuestRam
 
 _EVIDENCE_LINES = 40
 _PROBE_MEMORY_BYTES = 256 * MIB
+
+_TRACKER_OF_ISOLATOR = {"kmod": "reported", "hugetlb": "bitmap"}
+_ISOLATOR_OF_TRACKER = {"": "kmod", "reported": "kmod", "bitmap": "hugetlb"}
+_MEMBALLOONS = {
+    host_pb2.REPORTING: Memballoon.REPORTING,
+    host_pb2.BALLOON: Memballoon.TARGET,
+}
 
 
 def translate(domain: Any) -> GuestRam:
@@ -82,6 +90,29 @@ class _Gone:
         return first
 
 
+class LibvirtBalloon:
+    """The memory target of a running domain."""
+
+    def __init__(self, domain: Any) -> None:
+        self._domain = domain
+
+    def stats(self) -> BalloonStats | None:
+        with errors_as("reading the guest's memory statistics"):
+            said = self._domain.memoryStats()
+        if not said.get("last_update") or "unused" not in said:
+            return None
+        return BalloonStats(
+            size_bytes=said["actual"] * KIB,
+            unused_bytes=said["unused"] * KIB,
+            said_at_s=said["last_update"],
+        )
+
+    def set_target(self, size_bytes: int) -> None:
+        libvirt, _ = modules()
+        with errors_as("moving the guest's memory target"):
+            self._domain.setMemoryFlags(size_bytes // KIB, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+
 class LibvirtGuest:
     """A guest that runs; made by LibvirtDriver.create."""
 
@@ -91,6 +122,7 @@ class LibvirtGuest:
         domain: Any,
         pid: int,
         ram: GuestRam,
+        balloon: Balloon | None,
         files: RuntimeDir,
         gone: _Gone,
         forget: Callable[[], None],
@@ -98,6 +130,7 @@ class LibvirtGuest:
         """Own all of them."""
         self.pid = pid
         self.ram = ram
+        self.balloon = balloon
         self._domain = domain
         self._files = files
         self._gone = gone
@@ -148,6 +181,7 @@ class LibvirtDriver:
         return host_pb2.DriverState(driver=host_pb2.LIBVIRT, usable=True, detail=detail)
 
     def create(self, request: GuestRequest) -> LibvirtGuest:
+        _check_settings(request.spec)
         image = find_image(self._images)
         connection = self._connect()
         _refuse_if_taken(connection, request)
@@ -168,6 +202,7 @@ class LibvirtDriver:
                 domain=domain,
                 pid=_qemu_pid(domain),
                 ram=ram,
+                balloon=LibvirtBalloon(domain) if _is_ballooned(request.spec) else None,
                 files=files,
                 gone=gone,
                 forget=lambda: self._forget(request.uuid),
@@ -258,7 +293,8 @@ class LibvirtDriver:
             image=image,
             console=files.console,
             config=files.config,
-            parameters=_init_parameters(request.spec),
+            parameters=_kernel_parameters(request.spec),
+            memballoon=_MEMBALLOONS.get(request.spec.method, Memballoon.NONE),
         )
 
     def _agent_config(self, request: GuestRequest) -> dict[str, str | int]:
@@ -267,8 +303,9 @@ class LibvirtDriver:
             "server": self._guest_server,
             "guest_uuid": request.uuid,
             "token": request.token,
-            "method": host_pb2.Method.Name(request.spec.method).lower(),
-            "isolator": hinting.isolator or "kmod",
+            # Under the peers there is nothing for an agent to do but run the workload.
+            "method": "hinting" if request.spec.method == host_pb2.HINTING else "none",
+            "isolator": _isolator(hinting),
             "tracker": hinting.tracker,
             "chunk_order": hinting.chunk_order or 9,
             "memory": "kernel",
@@ -286,10 +323,48 @@ class LibvirtDriver:
         return "kvm" if boots else "qemu"
 
 
-def _init_parameters(spec: host_pb2.GuestSpec) -> list[str]:
-    if spec.method != host_pb2.HINTING or spec.hinting.isolator not in ("", "kmod"):
-        return []
-    return ["hintfleet.isolator=kmod", f"hintfleet.order={spec.hinting.chunk_order or 9}"]
+def _is_ballooned(spec: host_pb2.GuestSpec) -> bool:
+    return spec.method == host_pb2.BALLOON
+
+
+def _isolator(hinting: host_pb2.HintingSettings) -> str:
+    return hinting.isolator or _ISOLATOR_OF_TRACKER[hinting.tracker]
+
+
+def _kernel_parameters(spec: host_pb2.GuestSpec) -> list[str]:
+    parameters = spec.kernel_parameters.split()
+    if spec.method == host_pb2.HINTING and _isolator(spec.hinting) == "kmod":
+        order = spec.hinting.chunk_order or 9
+        return ["hintfleet.isolator=kmod", f"hintfleet.order={order}", *parameters]
+    return parameters
+
+
+def _check_settings(spec: host_pb2.GuestSpec) -> None:
+    """Refuse what a real guest's agent could not do, before one is booted.
+
+    :raises Refused: says what it is, and what there is instead.
+    """
+    hinting = spec.hinting
+    for what, value, allowed in (
+        ("isolator", hinting.isolator, ("", *_TRACKER_OF_ISOLATOR)),
+        ("tracker", hinting.tracker, tuple(_ISOLATOR_OF_TRACKER)),
+        # Neither kernel interface says since when a chunk is free.
+        ("policy", hinting.policy, ("", "eager", "pressure")),
+    ):
+        if value not in allowed:
+            raise Refused(
+                f"a libvirt guest has no {what} {value!r}",
+                hint=f"{what}: {' or '.join(filter(None, allowed))}",
+            )
+    isolator = _isolator(hinting)
+    tracker = _TRACKER_OF_ISOLATOR[isolator]
+    if hinting.tracker not in ("", tracker):
+        raise Refused(
+            f"isolator {isolator} has no tracker {hinting.tracker!r}",
+            hint=f"tracker: {tracker}, or leave it out",
+        )
+    if isolator == "hugetlb" and hinting.chunk_order not in (0, 9):
+        raise Refused("isolator hugetlb moves chunks of order 9 only", hint="isolator: kmod")
 
 
 def _refuse_if_taken(connection: Any, request: GuestRequest) -> None:

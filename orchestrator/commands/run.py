@@ -69,7 +69,20 @@ def run(
     with Store(data_dir_or_default(data_dir)) as store:
         with _view() as view:
             run_id = run_experiment(loaded, store, view, libvirt_uri)
-        return print_run(store, store.find_run(run_id), output_format)
+        code = print_run(store, store.find_run(run_id), output_format)
+    _say_where_it_is(run_id, store.folder)
+    return code
+
+
+def _say_where_it_is(run_id: str, folder: Path) -> None:
+    """What to do next, on stderr; the end of an id is enough to name a run."""
+    short = run_id[-6:]
+    click.echo(
+        f"\nkept in {folder}\n"
+        f"next: hintfleet show {short}      its trials\n"
+        f"      hintfleet report {short}    one HTML file with plots",
+        err=True,
+    )
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

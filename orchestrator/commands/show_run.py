@@ -25,8 +25,10 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
     header = asdict(run)
     del header["spec_text"]
     arms = [savings_as_data(row) for row in rows]
+    costs = {cost.arm: asdict(cost) for cost in store.costs(run)}
     for arm in arms:
         del arm["experiment"], arm["run_id"], arm["key"]
+        arm["cost"] = costs.get(arm["arm"])
     return header | {"arms": arms, "trials": [asdict(t) for t in store.trials(run.run_id)]}
 
 
@@ -45,7 +47,7 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
 
     from orchestrator.view import tables
 
-    summary = tables.summary(run, rows)
+    summary = tables.summary(run, rows, store.costs(run))
     return (
         Group(summary, Text(), tables.trials(store.trials(run.run_id))) if with_trials else summary
     )

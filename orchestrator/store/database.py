@@ -56,6 +56,12 @@ _MIGRATIONS = (
         PRIMARY KEY (trial_id, host, guest)
     ) STRICT;
     """,
+    # cost: of a host's row, where there is a footprint. arm_position: in the spec.
+    """
+    ALTER TABLE footprints ADD COLUMN cost TEXT;
+    ALTER TABLE trials ADD COLUMN arm_position INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE runs ADD COLUMN environment TEXT NOT NULL DEFAULT '{}';
+    """,
 )
 
 

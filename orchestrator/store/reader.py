@@ -7,17 +7,20 @@ import json
 import os
 import sqlite3
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from hintfleet.errors import NotFound
+from orchestrator.comparison import ArmCost, Charged, compare
+from orchestrator.cost import Cost
 from orchestrator.footprint import Footprint, Returned
 from orchestrator.savings import By, Measured, Savings, aggregate
 from orchestrator.store.database import open_database, reported
 
 LATEST = "latest"
+_E = TypeVar("_E")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class Run:
     ended_unix_us: int
     state: str
     reason: str
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +126,36 @@ class Store:
         """
         return aggregate(self._measured(run_id, since_unix_s), by)
 
+    def costs(self, run: Run) -> list[ArmCost]:
+        """What the arms of a run cost."""
+        rows = self._query(
+            "SELECT t.arm, t.repetition, f.host, f.cost FROM footprints f JOIN trials t "
+            "USING (trial_id) WHERE t.run_id = ? AND f.guest = '' "
+            "ORDER BY t.arm_position, t.position, f.host",
+            run.run_id,
+        )
+        charged = [
+            Charged(
+                arm=row["arm"],
+                is_control=row["arm"] == run.control,
+                repetition=row["repetition"],
+                host=row["host"],
+                cost=_cost(json.loads(row["cost"])) if row["cost"] else None,
+            )
+            for row in rows
+        ]
+        return compare(charged, run.driver)
+
+    def events(self, run_id: str, kind: type[_E]) -> list[_E]:
+        """Everything of one kind that happened in a run, in the order of time."""
+        rows = self._query(
+            "SELECT detail FROM events JOIN trials USING (trial_id) "
+            "WHERE run_id = ? AND kind = ? ORDER BY at_unix_us",
+            run_id,
+            kind.__name__,
+        )
+        return [kind(**json.loads(row["detail"])) for row in rows]
+
     def _measured(self, run_id: str, since_unix_s: int) -> list[Measured]:
         rows = self._query(
             "SELECT r.run_id, r.name, r.spec_hash, r.control, t.arm, t.repetition, "
@@ -129,7 +163,8 @@ class Store:
             "FROM footprints f JOIN trials t USING (trial_id) JOIN runs r USING (run_id) "
             "WHERE (?1 = '' OR r.run_id = ?1) AND r.started_unix_us >= ?2 "
             "  AND r.state != 'running' "
-            "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.position, f.host, f.guest",
+            "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position, "
+            "         f.host, f.guest",
             run_id,
             since_unix_s * 1_000_000,
         )
@@ -168,7 +203,8 @@ def is_locked(run_folder: Path) -> bool:
 
 
 def _run(row: sqlite3.Row) -> Run:
-    return Run(**{name: row[name] for name in Run.__dataclass_fields__})
+    values = {name: row[name] for name in Run.__dataclass_fields__}
+    return Run(**values | {"environment": json.loads(values["environment"])})
 
 
 def _stored_trial(row: sqlite3.Row) -> StoredTrial:
@@ -188,6 +224,11 @@ def _measured(row: sqlite3.Row) -> Measured:
         footprint=_footprint(json.loads(row["footprint"])) if row["footprint"] else None,
         undecided=row["undecided"],
     )
+
+
+def _cost(stored: dict[str, Any]) -> Cost:
+    lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
+    return Cost(**stored | lists)
 
 
 def _footprint(stored: dict[str, Any]) -> Footprint:

@@ -43,13 +43,17 @@ def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:
     return part
 
 
-def read_resident(folder: Path, host: str) -> dict[str, Series]:
-    """Resident bytes of each guest of a host during a trial, from all parts in `folder`."""
+def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[str, Series]:
+    """Resident bytes of each guest of a host during a trial, from all parts in `folder`.
+
+    :param counters: other columns that are wanted too.
+    """
     if not any(folder.glob("*.parquet")):
         return {}
+    columns = ", ".join(("guest", "at_unix_us", "resident_bytes", *counters))
     with _connect() as connection:
         found = connection.execute(
-            "SELECT guest, at_unix_us, resident_bytes FROM read_parquet(?) "
+            f"SELECT {columns} FROM read_parquet(?) "  # noqa: S608 - names of our own
             "WHERE host = ? ORDER BY guest, at_unix_us",
             [str(folder / "*.parquet"), host],
         ).fetchnumpy()
@@ -59,6 +63,7 @@ def read_resident(folder: Path, host: str) -> dict[str, Series]:
         str(name): Series(
             at_unix_us=found["at_unix_us"][start:end],
             resident_bytes=found["resident_bytes"][start:end],
+            counters={counter: found[counter][start:end] for counter in counters},
         )
         for name, start, end in zip(names, cuts, cuts[1:], strict=False)
     }

@@ -7,19 +7,29 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 from hintfleet.errors import HintfleetError
+from orchestrator.cost import COUNTERS, Cost, host_cost
 from orchestrator.footprint import Footprint, Undecided, guest_footprint, host_footprint
 from orchestrator.plan import HostTask, Trial
-from orchestrator.records import Event, GuestEnded, HostDone, Record, Samples, StepDone
+from orchestrator.records import (
+    Event,
+    GuestEnded,
+    GuestSettled,
+    HostDone,
+    Record,
+    Samples,
+    StepDone,
+)
 from orchestrator.spec import Spec
 from orchestrator.store.database import reported
 from orchestrator.store.reader import Store
-from orchestrator.store.samples import read_resident, write_part
+from orchestrator.store.samples import read_series, write_part
 
 _PART_PERIOD_S = 2.0
 _RESERVE_BYTES = 1 << 20
@@ -27,12 +37,30 @@ _RESERVE_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class RunHeader:
-    """What is known of a run before it starts."""
+    """What is known of a run before it starts.
+
+    :ivar environment: what it runs on; see `machine.environment`.
+    """
 
     run_id: str
     spec: Spec
     spec_text: str
     summary: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a trial came to for a guest, or for a host (guest "").
+
+    :ivar footprint: None where `undecided` says why there is none.
+    :ivar cost: of a host with a footprint.
+    """
+
+    guest: str
+    footprint: Footprint | None = None
+    cost: Cost | None = None
+    undecided: str = ""
 
 
 class RunWriter:
@@ -77,12 +105,13 @@ class RunWriter:
         """What `append` gets from now on belongs to this trial."""
         self._trial = _OpenTrial(self._folder / trial.trial_id, trial, tasks)
         self._execute(
-            "INSERT INTO trials (trial_id, run_id, position, arm, repetition, started_unix_us) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO trials (trial_id, run_id, position, arm, arm_position, repetition, "
+            "started_unix_us) VALUES (?, ?, ?, ?, ?, ?, ?)",
             trial.trial_id,
             trial.run_id,
             trial.position,
             trial.arm.name,
+            self._header.spec.trial_arms.index(trial.arm),
             trial.repetition,
             _now_us(),
         )
@@ -112,9 +141,9 @@ class RunWriter:
         trial.flush()
         undecided = ""
         for task in trial.tasks.values():
-            for guest, footprint, reason in trial.footprints(task):
-                undecided = undecided or reason
-                self._insert_footprint(trial, task.host, guest, footprint, reason)
+            for outcome in trial.outcomes(task):
+                undecided = undecided or outcome.undecided
+                self._insert_outcome(trial, task.host, outcome)
         self._execute(
             "UPDATE trials SET ended_unix_us = ?, undecided = ? WHERE trial_id = ?",
             _now_us(),
@@ -135,7 +164,7 @@ class RunWriter:
         spec = self._header.spec
         self._execute(
             "INSERT INTO runs (run_id, name, driver, spec_text, spec_hash, control, summary, "
-            "started_unix_us, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running')",
+            "started_unix_us, state, environment) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?)",
             self._header.run_id,
             spec.name,
             spec.driver,
@@ -144,19 +173,19 @@ class RunWriter:
             spec.control,
             self._header.summary,
             _now_us(),
+            json.dumps(self._header.environment),
         )
 
-    def _insert_footprint(
-        self, trial: _OpenTrial, host: str, guest: str, footprint: Footprint | None, reason: str
-    ) -> None:
+    def _insert_outcome(self, trial: _OpenTrial, host: str, outcome: Outcome) -> None:
         self._execute(
-            "INSERT INTO footprints (trial_id, host, guest, footprint, undecided) "
-            "VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO footprints (trial_id, host, guest, footprint, cost, undecided) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
             trial.trial.trial_id,
             host,
-            guest,
-            json.dumps(asdict(footprint)) if footprint else None,
-            reason,
+            outcome.guest,
+            json.dumps(asdict(outcome.footprint)) if outcome.footprint else None,
+            json.dumps(asdict(outcome.cost)) if outcome.cost else None,
+            outcome.undecided,
         )
 
     def _execute(self, sql: str, *values: object) -> None:
@@ -192,6 +221,7 @@ class _OpenTrial:
         self._flushed_at = time.monotonic()
         self._steps: dict[str, list[StepDone]] = {}
         self._ended: dict[str, GuestEnded] = {}
+        self._settled: list[GuestSettled] = []
         self._host_undecided: dict[str, str] = {}
 
     def add_samples(self, samples: Samples) -> None:
@@ -204,6 +234,8 @@ class _OpenTrial:
             self._steps.setdefault(event.guest, []).append(event)
         elif isinstance(event, GuestEnded):
             self._ended[event.guest] = event
+        elif isinstance(event, GuestSettled):
+            self._settled.append(event)
         elif isinstance(event, HostDone):
             self._host_undecided[event.host] = event.undecided
 
@@ -215,37 +247,44 @@ class _OpenTrial:
             self._part_count += 1
             write_part(self._folder, self._part_count, buffered)
 
-    def footprints(self, task: HostTask) -> list[tuple[str, Footprint | None, str]]:
-        """Of a host (guest name "") and each of its guests: the footprint, or why none."""
+    def outcomes(self, task: HostTask) -> list[Outcome]:
+        """Of a host (guest name "") and each of its guests."""
         names = [guest.name for guest in task.guests]
         reason = self._host_undecided.get(task.host, f"{task.host}: did not come to the end")
-        if reason:
-            return [(name, None, reason) for name in ("", *names)]
-        try:
-            return self._measured(task, names)
-        except Undecided as undecided:
-            return [(name, None, str(undecided)) for name in ("", *names)]
+        if not reason:
+            try:
+                return self._measured(task, names)
+            except Undecided as undecided:
+                reason = str(undecided)
+        return [Outcome(guest=name, undecided=reason) for name in ("", *names)]
 
-    def _measured(
-        self, task: HostTask, names: list[str]
-    ) -> list[tuple[str, Footprint | None, str]]:
-        series = read_resident(self._folder, task.host)
+    def _measured(self, task: HostTask, names: list[str]) -> list[Outcome]:
+        series = read_series(self._folder, task.host, COUNTERS)
         missing = [name for name in names if name not in series]
         if missing:
             raise Undecided(f"{missing[0]}: there are no samples")
+        series = {name: series[name] for name in names}
         steps = {name: self._steps.get(name, []) for name in names}
+        settled = [event for event in self._settled if event.host == task.host]
         period_s = task.spec.sample_period_s
         guests = [
             guest_footprint(name, series[name], steps[name], self._ended.get(name), period_s)
             for name in names
         ]
-        whole = host_footprint({name: series[name] for name in names}, steps, guests)
-        return [("", whole, ""), *((n, f, "") for n, f in zip(names, guests, strict=True))]
+        whole = Outcome(
+            guest="",
+            footprint=host_footprint(series, steps, guests),
+            cost=host_cost(series, steps, settled),
+        )
+        return [
+            whole,
+            *(Outcome(guest=n, footprint=f) for n, f in zip(names, guests, strict=True)),
+        ]
 
 
 def spec_hash(spec: Spec) -> str:
     """The same for specs that ask for the same, however they are written."""
-    asked = spec.model_dump_json(exclude={"description", "timeouts"})
+    asked = spec.model_dump_json(exclude={"description", "timeouts", "under"})
     return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 
 from hintfleet.units import GIB, KIB, MIB, format_size
+from orchestrator.comparison import ArmCost
 from orchestrator.footprint import Returned
 from orchestrator.statistics import Interval
 
@@ -29,6 +30,32 @@ def number_interval(interval: Interval) -> str:
     digits = decimals(max(abs(interval.low), abs(interval.high)))
     mean, low, high = (f"{v:.{digits}f}" for v in (interval.mean, interval.low, interval.high))
     return f"{mean}\n[{low}, {high}]"
+
+
+def percent_interval(interval: Interval | None) -> str:
+    """`+3.1 %`, and below it `[-0.4, 6.7]`."""
+    if interval is None:
+        return NO_FIGURE
+    digits = 0 if max(abs(interval.low), abs(interval.high)) >= 10 else 1
+    mean, low, high = (f"{v:.{digits}f}" for v in (interval.mean, interval.low, interval.high))
+    return f"{'' if mean.startswith('-') else '+'}{mean} %\n[{low}, {high}]"
+
+
+def seconds_interval(interval: Interval | None) -> str:
+    """`0.31 s`, and below it `[0.25, 0.37]`."""
+    if interval is None:
+        return NO_FIGURE
+    digits = min(2, decimals(max(abs(interval.low), abs(interval.high))))
+    mean, low, high = (f"{v:.{digits}f}" for v in (interval.mean, interval.low, interval.high))
+    return f"{mean} s\n[{low}, {high}]"
+
+
+def settle_time(cost: ArmCost) -> str:
+    """`0.12 s`, and below it the slowest."""
+    if cost.settle_s is None or cost.slowest_settle_s is None:
+        return NO_FIGURE
+    digits = min(2, decimals(cost.slowest_settle_s))
+    return f"{cost.settle_s:.{digits}f} s\nmax {cost.slowest_settle_s:.{digits}f} s"
 
 
 def decimals(largest: float) -> int:

@@ -15,6 +15,7 @@ from hintfleet.units import format_size
 from orchestrator.plan import Trial
 from orchestrator.progress import HostProgress, Progress
 from orchestrator.records import Record
+from orchestrator.spec import Spec
 from orchestrator.store.writer import RunHeader
 from orchestrator.view.figures import clock, sparkline
 
@@ -51,6 +52,8 @@ class LiveView:
     def starting(self, header: RunHeader, trials: tuple[Trial, ...]) -> None:
         self._header = header
         self._progress = Progress(trials, time.monotonic())
+        if header.spec.left_out:
+            self._console.print(left_out_note(header.spec), style="dim", highlight=False)
         self._live.start()
 
     def trial_started(self, trial: Trial) -> None:
@@ -102,6 +105,8 @@ class PlainView:
     def starting(self, header: RunHeader, trials: tuple[Trial, ...]) -> None:
         self._progress = Progress(trials, time.monotonic())
         self._say(f"{header.spec.name}: {header.summary}")
+        if header.spec.left_out:
+            self._say(left_out_note(header.spec))
         self._say(f"run {header.run_id}: starting hosts")
 
     def trial_started(self, trial: Trial) -> None:
@@ -121,6 +126,11 @@ class PlainView:
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def left_out_note(spec: Spec) -> str:
+    """Which arms do not run."""
+    return f"left out under the {spec.driver} driver: {', '.join(spec.left_out)}"
 
 
 def _heading(header: RunHeader, progress: Progress, now_s: float) -> Text:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hintfleet.units import format_size
+from orchestrator.comparison import ArmCost
 from orchestrator.doctor import Finding
 from orchestrator.footprint import Footprint
 from orchestrator.savings import Savings
@@ -21,7 +22,10 @@ from orchestrator.view.figures import (
     first_line,
     number_interval,
     pages,
+    percent_interval,
     returned,
+    seconds_interval,
+    settle_time,
     size_interval,
     when,
 )
@@ -36,6 +40,11 @@ _STATE_STYLES = {
 # Columns that tell rows apart; they are never cut.
 _NAMES = ("experiment", "run", "of", "arm", "trial")
 _NONE = Text(NO_FIGURE, style="dim")
+_SPENT_NOTE = Text(
+    "slower, more: than under none, pairs of same seeds, [95 % CI]; host CPU: of guests' processes "
+    "and host agents",
+    style="dim",
+)
 
 
 def table(left: Sequence[str], right: Sequence[str] = (), title: str = "") -> Table:
@@ -57,12 +66,15 @@ def table(left: Sequence[str], right: Sequence[str] = (), title: str = "") -> Ta
     return made
 
 
-def summary(run: Run, rows: Sequence[Savings]) -> RenderableType:
+def summary(run: Run, rows: Sequence[Savings], costs: Sequence[ArmCost]) -> RenderableType:
     """What a run found."""
     heading = Text.assemble(
         (run.name, "bold"), f": {run.summary}\n", (f"run {run.run_id}, ", "dim"), _state(run)
     )
-    return Group(heading, Text(), savings(rows))
+    parts: list[RenderableType] = [heading, Text(), savings(rows)]
+    if costs:
+        parts += [Text(), spent(costs), Text(), _SPENT_NOTE]
+    return Group(*parts)
 
 
 def savings(rows: Sequence[Savings]) -> RenderableType:
@@ -75,7 +87,7 @@ def savings(rows: Sequence[Savings]) -> RenderableType:
         if reason
     ]
     note = Text("saved: less mean resident memory than under none, pairs of same seeds", "dim")
-    return Group(_memory(rows), Text(), _cost(rows), Text(), note, *reasons)
+    return Group(memory(rows), Text(), came_back(rows), Text(), note, *reasons)
 
 
 def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
@@ -95,7 +107,8 @@ def _name_cells(names: Sequence[str], row: Savings) -> list[str]:
     return [values[name] for name in names]
 
 
-def _memory(rows: Sequence[Savings]) -> Table:
+def memory(rows: Sequence[Savings]) -> Table:
+    """What arms used and saved."""
     names = _names(rows)
     made = table(
         names,
@@ -137,7 +150,8 @@ def _saved(row: Savings) -> list[Text]:
     ]
 
 
-def _cost(rows: Sequence[Savings]) -> Table:
+def came_back(rows: Sequence[Savings]) -> Table:
+    """What memory came back, and whether the workload kept its data."""
     names = _names(rows)
     made = table(
         names,
@@ -150,11 +164,11 @@ def _cost(rows: Sequence[Savings]) -> Table:
         ),
     )
     for row in rows:
-        made.add_row(*_name_cells(names, row), str(row.trials), *_cost_cells(row.footprint))
+        made.add_row(*_name_cells(names, row), str(row.trials), *_came_back_cells(row.footprint))
     return made
 
 
-def _cost_cells(footprint: Footprint | None) -> list[Text]:
+def _came_back_cells(footprint: Footprint | None) -> list[Text]:
     if footprint is None:
         return [_NONE] * 4
     return [
@@ -166,6 +180,33 @@ def _cost_cells(footprint: Footprint | None) -> list[Text]:
             style="red" if footprint.wrong_pages else "",
         ),
     ]
+
+
+def spent(costs: Sequence[ArmCost]) -> Table:
+    """What arms cost."""
+    made = table(
+        ("arm",),
+        (
+            "95 % back\nafter",
+            "workload\nslower",
+            "guest CPU\nmore",
+            "host CPU\nmore",
+            "bytes\na range",
+            "tracker\nmemory",
+        ),
+    )
+    for cost in costs:
+        per_range = cost.wire_bytes_per_range
+        made.add_row(
+            cost.arm,
+            settle_time(cost),
+            percent_interval(cost.slowdown_percent),
+            seconds_interval(cost.guest_cpu_s),
+            seconds_interval(cost.host_cpu_s),
+            NO_FIGURE if per_range is None else f"{per_range:.1f}",
+            format_size(cost.tracker_bytes) if cost.tracker_bytes else NO_FIGURE,
+        )
+    return made
 
 
 def runs(found: Sequence[Run]) -> RenderableType:

@@ -112,6 +112,15 @@ class RangeSet:
                 found.append(mine)
         return RangeSet._of(found)
 
+    def whole_chunks(self, order: int) -> RangeSet:
+        """The chunks of 2**order pages in which any page of this set lies."""
+        chunk = 1 << order
+        return RangeSet(
+            (start, -(-r.end_pfn // chunk) * chunk - start)
+            for r in self._ranges
+            for start in [r.pfn & -chunk]
+        )
+
     def __or__(self, other: RangeSet) -> RangeSet:
         if not other._ranges or not self._ranges:
             return self if self._ranges else other

@@ -9,9 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from tests.bench import guest_cost, host_path, tracker
+from tests.bench import guest_cost, host_path, real_guest, tracker
 
-_SUITES = {"host_path": host_path.run, "tracker": tracker.run, "guest_cost": guest_cost.run}
+_SUITES = {
+    "host_path": host_path.run,
+    "tracker": tracker.run,
+    "guest_cost": guest_cost.run,
+    "real_guest": real_guest.run,
+}
 
 
 def main() -> None:

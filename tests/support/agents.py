@@ -50,9 +50,10 @@ class HostClient:
     guest_address: str
     samples: list[host_pb2.SampleSet] = field(default_factory=list)
 
-    def watch(self, trial_id: str = TRIAL) -> grpc.RpcContext:
+    def watch(self, trial_id: str = TRIAL, timeout_s: float = 120) -> grpc.RpcContext:
         """Keep a trial's guests alive and collect its samples."""
-        call = self.stub.Watch(host_pb2.WatchRequest(trial_id=trial_id, period_ms=50), timeout=120)
+        request = host_pb2.WatchRequest(trial_id=trial_id, period_ms=50)
+        call = self.stub.Watch(request, timeout=timeout_s)
         seen = threading.Event()
 
         def read() -> None:

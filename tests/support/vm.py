@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +47,7 @@ def spec(
     isolator: str = "",
     parameters: str = "",
     memory_bytes: int = GIB,
+    balloon: host_pb2.BalloonSettings | None = None,
 ) -> host_pb2.GuestSpec:
     """What a test wants of a real guest."""
     return host_pb2.GuestSpec(
@@ -57,6 +56,7 @@ def spec(
         method=method,
         hinting=host_pb2.HintingSettings(isolator=isolator),
         kernel_parameters=parameters,
+        balloon=balloon,
     )
 
 
@@ -124,7 +124,9 @@ class Guests:
             books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
             == books.provisioned_bytes
         )
-        assert books.reclaimed_now_bytes == books.reclaimed_total_bytes - books.refaulted_total_bytes
+        assert (
+            books.reclaimed_now_bytes == books.reclaimed_total_bytes - books.refaulted_total_bytes
+        )
 
 
 def console(pid: int) -> str:

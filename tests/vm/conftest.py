@@ -6,17 +6,24 @@ if HINTFLEET_REQUIRE_VM=1.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
 from host_agent.guests.image import GuestImage, find_image
 from host_agent.guests.libvirt import LibvirtDriver
+from tests.support.agents import running_host_agent
+from tests.support.vm import Guests, image_with, spec
 
 ROOT = Path(__file__).parents[2]
 URI = os.environ.get("LIBVIRT_DEFAULT_URI", "qemu:///system")
@@ -59,3 +66,55 @@ def driver(libvirt_uri: str, image: GuestImage) -> Iterator[LibvirtDriver]:
         cannot_be_had(state.detail)
     yield made
     made.close()
+
+
+@pytest.fixture
+def readable_by_qemu() -> Iterator[Path]:
+    """A directory that QEMU's own user can look into, unlike pytest's."""
+    directory = Path(tempfile.mkdtemp(prefix="hf-vm-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def connection(libvirt_uri: str) -> Iterator[Any]:
+    """libvirt, beside what the host agent has of it."""
+    opened = pytest.importorskip("libvirt").open(libvirt_uri)
+    yield opened
+    opened.close()
+
+
+SPECS = {
+    "kmod": spec(),
+    "hugetlb": spec(isolator="hugetlb", parameters="init_on_alloc=0 hintfleet.test=die"),
+    "zeroing": spec(isolator="hugetlb", parameters="init_on_alloc=1", memory_bytes=640 * MIB),
+    "reporting": spec(host_pb2.REPORTING),
+    # Steps of half the memory: what is tested here is not how slow the default is.
+    "balloon": spec(host_pb2.BALLOON, balloon=host_pb2.BalloonSettings(step_percent=50)),
+    "pool-in-use": spec(isolator="hugetlb", parameters="hugepages=4", memory_bytes=384 * MIB),
+    "overcommit": spec(
+        isolator="hugetlb",
+        parameters="sysctl.vm.nr_overcommit_hugepages=4",
+        memory_bytes=384 * MIB,
+    ),
+}
+"""Each is booted once; the tests of all modules share them."""
+
+
+@pytest.fixture(scope="session")
+def guests(libvirt_uri: str, image: GuestImage) -> Iterator[Guests]:
+    """A host agent with all of SPECS."""
+    folder = Path(tempfile.mkdtemp(prefix="hf-vm-"))
+    folder.chmod(0o755)
+    probe = {"hintfleet/sitecustomize.py": Path(__file__).parent / "in_guest/dying_agent.py"}
+    images = image_with(image, probe, folder)
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HINTFLEET_IMAGE_DIR", str(images))
+            host = undo.enter_context(running_host_agent())
+        host.watch(timeout_s=900)
+        made = Guests(host, SPECS)
+        made.wait()
+        yield made

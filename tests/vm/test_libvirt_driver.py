@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import sys
 import tempfile
 import uuid
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +21,7 @@ from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, domain_xml
 from host_agent.guests.image import GuestImage
 from host_agent.guests.libvirt import LibvirtDriver, translate
 from tests.support.agents import alive, wait_until
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "deploy/image"))
-
-import cpio  # noqa: E402
+from tests.support.vm import image_with
 
 libvirt = pytest.importorskip("libvirt")
 libvirt_qemu = pytest.importorskip("libvirt_qemu")
@@ -47,13 +40,6 @@ def a_request(gone: list[str], method: host_pb2.Method.ValueType = host_pb2.NONE
         spec=spec,
         on_gone=gone.append,
     )
-
-
-@pytest.fixture
-def connection(libvirt_uri: str) -> Iterator[Any]:
-    opened = libvirt.open(libvirt_uri)
-    yield opened
-    opened.close()
 
 
 def guest_memory(domain: Any, address: int) -> bytes:
@@ -98,30 +84,6 @@ def test_a_guest_and_its_memory(driver: LibvirtDriver, connection: Any) -> None:
     assert NAME_PREFIX + request.name not in [d.name() for d in connection.listAllDomains()]
     wait_until(lambda: not alive(guest.pid), "QEMU to end")
     assert set(Path(tempfile.gettempdir()).glob("hintfleet-guest-*")) <= directories
-
-
-def image_with(image: GuestImage, files: dict[str, Path], to: Path) -> Path:
-    """A directory of images, its one like `image` with more files in its initrd.
-
-    The kernel unpacks one archive after the other.
-    """
-    made = to / "with-files"
-    made.mkdir()
-    for path in (image.kernel, image.root_disk, image.directory / "image.json"):
-        (made / path.name).symlink_to(path)
-    more = cpio.archive(cpio.file(name, path.read_bytes()) for name, path in files.items())
-    (made / "initrd.img").write_bytes(image.initrd.read_bytes() + more)
-    (to / "current").symlink_to("with-files")
-    return to
-
-
-@pytest.fixture
-def readable_by_qemu() -> Iterator[Path]:
-    """A directory that QEMU's own user can look into, unlike pytest's."""
-    directory = Path(tempfile.mkdtemp(prefix="hf-vm-"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
 
 
 def test_the_module_over_an_agents_life_and_death(

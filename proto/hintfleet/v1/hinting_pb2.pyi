@@ -414,9 +414,10 @@ Global___Ack: _TypeAlias = Ack  # noqa: Y015
 
 @_typing.final
 class Refaulted(_message.Message):
-    """Host-guided hinting: what was reclaimed and is resident again, as seen since this
-    was last said. A guest that finds such pages free knows that hinting them gains.
-    Sent once per report period, if there is any, and before a Settle.
+    """Host-guided hinting: whole chunks in which something was absent (reclaimed, or never
+    used) and is resident now, as seen since this was last said. A guest that finds them
+    free knows that hinting them gains. Sent once per report period, if there is any, and
+    before a Settle.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

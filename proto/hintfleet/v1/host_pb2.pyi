@@ -45,12 +45,20 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_UNSPECIFIED: _Method.ValueType  # 0
     NONE: _Method.ValueType  # 1
     HINTING: _Method.ValueType  # 2
+    REPORTING: _Method.ValueType  # 3
+    """The peers, driver LIBVIRT only. The kernel's free page reporting into QEMU:"""
+    BALLOON: _Method.ValueType  # 4
+    """libvirt's memory target, moved by the host agent (BalloonSettings):"""
 
 class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
 
 METHOD_UNSPECIFIED: Method.ValueType  # 0
 NONE: Method.ValueType  # 1
 HINTING: Method.ValueType  # 2
+REPORTING: Method.ValueType  # 3
+"""The peers, driver LIBVIRT only. The kernel's free page reporting into QEMU:"""
+BALLOON: Method.ValueType  # 4
+"""libvirt's memory target, moved by the host agent (BalloonSettings):"""
 Global___Method: _TypeAlias = Method  # noqa: Y015
 
 @_typing.final
@@ -84,12 +92,19 @@ Global___CommandId: _TypeAlias = CommandId  # noqa: Y015
 class GetHostRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    DRIVERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def drivers(self) -> _containers.RepeatedScalarFieldContainer[Global___Driver.ValueType]:
+        """Only look at these drivers, for libvirt takes seconds; empty for all."""
+
     def __init__(
         self,
+        *,
+        drivers: _abc.Iterable[Global___Driver.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drivers", b"drivers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -168,6 +183,7 @@ class GuestSpec(_message.Message):
     METHOD_FIELD_NUMBER: _builtins.int
     HINTING_FIELD_NUMBER: _builtins.int
     KERNEL_PARAMETERS_FIELD_NUMBER: _builtins.int
+    BALLOON_FIELD_NUMBER: _builtins.int
     driver: Global___Driver.ValueType
     memory_bytes: _builtins.int
     method: Global___Method.ValueType
@@ -177,6 +193,10 @@ class GuestSpec(_message.Message):
     def hinting(self) -> Global___HintingSettings:
         """Method HINTING only."""
 
+    @_builtins.property
+    def balloon(self) -> Global___BalloonSettings:
+        """Method BALLOON only."""
+
     def __init__(
         self,
         *,
@@ -185,14 +205,43 @@ class GuestSpec(_message.Message):
         method: Global___Method.ValueType = ...,
         hinting: Global___HintingSettings | None = ...,
         kernel_parameters: _builtins.str = ...,
+        balloon: Global___BalloonSettings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hinting", b"hinting"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "hinting", b"hinting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "hinting", b"hinting", "kernel_parameters", b"kernel_parameters", "memory_bytes", b"memory_bytes", "method", b"method"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "driver", b"driver", "hinting", b"hinting", "kernel_parameters", b"kernel_parameters", "memory_bytes", b"memory_bytes", "method", b"method"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GuestSpec: _TypeAlias = GuestSpec  # noqa: Y015
+
+@_typing.final
+class BalloonSettings(_message.Message):
+    """How the balloon's target follows the guest. Once per second:
+      target = used + reserve_percent of the guest's memory
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESERVE_PERCENT_FIELD_NUMBER: _builtins.int
+    STEP_PERCENT_FIELD_NUMBER: _builtins.int
+    reserve_percent: _builtins.int
+    """What the guest keeps free; 0 means 10."""
+    step_percent: _builtins.int
+    """The target falls by at most so much of the guest's memory at a time; 0 means 5."""
+    def __init__(
+        self,
+        *,
+        reserve_percent: _builtins.int = ...,
+        step_percent: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reserve_percent", b"reserve_percent", "step_percent", b"step_percent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BalloonSettings: _TypeAlias = BalloonSettings  # noqa: Y015
 
 @_typing.final
 class HintingSettings(_message.Message):
@@ -207,9 +256,11 @@ class HintingSettings(_message.Message):
     COLD_AFTER_MS_FIELD_NUMBER: _builtins.int
     PRESSURE_PERCENT_FIELD_NUMBER: _builtins.int
     tracker: _builtins.str
-    """"bitmap" or "reported"; empty where the isolator brings its own."""
+    """"bitmap" or "reported"; empty where the isolator brings its own. In a real guest
+    each isolator brings one: "hugetlb" the first, "kmod" the second.
+    """
     isolator: _builtins.str
-    """"embedded" or "kmod"; empty: what the driver has."""
+    """"embedded", "kmod" or "hugetlb"; empty: what the driver has for that tracker."""
     chunk_order: _builtins.int
     """log2 of the pages in a chunk; 0 means 9."""
     policy: _builtins.str
@@ -537,7 +588,10 @@ class SampleSet(_message.Message):
 
     AT_UNIX_US_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    HOST_AGENT_CPU_US_FIELD_NUMBER: _builtins.int
     at_unix_us: _builtins.int
+    host_agent_cpu_us: _builtins.int
+    """CPU time of the host agent itself."""
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sample]: ...
     def __init__(
@@ -545,10 +599,11 @@ class SampleSet(_message.Message):
         *,
         at_unix_us: _builtins.int = ...,
         samples: _abc.Iterable[Global___Sample] | None = ...,
+        host_agent_cpu_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix_us", b"at_unix_us", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix_us", b"at_unix_us", "host_agent_cpu_us", b"host_agent_cpu_us", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -585,12 +640,15 @@ class Sample(_message.Message):
     TRACKER_BYTES_FIELD_NUMBER: _builtins.int
     GUEST_FREE_BYTES_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
+    PROCESS_CPU_US_FIELD_NUMBER: _builtins.int
     guest_name: _builtins.str
     agent_cpu_us: _builtins.int
     """CPU time of the guest's agent, as it last said; 0 where there is none."""
     agent_rss_bytes: _builtins.int
     tracker_bytes: _builtins.int
     guest_free_bytes: _builtins.int
+    process_cpu_us: _builtins.int
+    """CPU time of the guest's process on its host (embedded process or QEMU)."""
     @_builtins.property
     def ledger(self) -> Global___Ledger: ...
     @_builtins.property
@@ -607,10 +665,11 @@ class Sample(_message.Message):
         tracker_bytes: _builtins.int = ...,
         guest_free_bytes: _builtins.int = ...,
         refusals: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        process_cpu_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "guest_free_bytes", b"guest_free_bytes", "guest_name", b"guest_name", "ledger", b"ledger", "refusals", b"refusals", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "guest_free_bytes", b"guest_free_bytes", "guest_name", b"guest_name", "ledger", b"ledger", "process_cpu_us", b"process_cpu_us", "refusals", b"refusals", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -621,6 +680,9 @@ class Ledger(_message.Message):
     """The books of one guest. Integer bytes. Balance, at any audit:
       resident + reclaimed_now + untouched = provisioned
       hinted_total = reclaimed_total + absent_total + sum(skipped_total)
+    The second line under method HINTING only: what REPORTING and BALLOON take out of the
+    RAM file passes by the host agent, and reclaimed_total and refaulted_total are what
+    audits saw. What came and went between two of them is in neither.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -111,7 +111,9 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Settle(self, request, context):
-        """Report now on one guest, and return when all that can be reclaimed is.
+        """Report now on one guest, and return when all that can be reclaimed is. Under the
+        methods REPORTING and BALLOON, which cannot be asked: when nothing has left the
+        RAM file for some seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

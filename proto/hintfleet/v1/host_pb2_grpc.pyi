@@ -44,7 +44,10 @@ class HostServiceStub:
     RunStep: _grpc.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]
     """One workload step on one guest; returns when the guest has done it."""
     Settle: _grpc.UnaryUnaryMultiCallable[_host_pb2.SettleRequest, _host_pb2.SettleResponse]
-    """Report now on one guest, and return when all that can be reclaimed is."""
+    """Report now on one guest, and return when all that can be reclaimed is. Under the
+    methods REPORTING and BALLOON, which cannot be asked: when nothing has left the
+    RAM file for some seconds.
+    """
     Watch: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]
     """Samples of a trial's guests, once per period, until cancelled. The trial's
     guests live as long as this stream: when it ends, for whatever reason, the
@@ -67,7 +70,10 @@ class HostServiceAsyncStub(HostServiceStub):
     RunStep: _aio.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]  # type: ignore[assignment]
     """One workload step on one guest; returns when the guest has done it."""
     Settle: _aio.UnaryUnaryMultiCallable[_host_pb2.SettleRequest, _host_pb2.SettleResponse]  # type: ignore[assignment]
-    """Report now on one guest, and return when all that can be reclaimed is."""
+    """Report now on one guest, and return when all that can be reclaimed is. Under the
+    methods REPORTING and BALLOON, which cannot be asked: when nothing has left the
+    RAM file for some seconds.
+    """
     Watch: _aio.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]  # type: ignore[assignment]
     """Samples of a trial's guests, once per period, until cancelled. The trial's
     guests live as long as this stream: when it ends, for whatever reason, the
@@ -123,7 +129,10 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.SettleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.SettleResponse, _abc.Awaitable[_host_pb2.SettleResponse]]:
-        """Report now on one guest, and return when all that can be reclaimed is."""
+        """Report now on one guest, and return when all that can be reclaimed is. Under the
+        methods REPORTING and BALLOON, which cannot be asked: when nothing has left the
+        RAM file for some seconds.
+        """
 
     @_abc_1.abstractmethod
     def Watch(

@@ -1,10 +1,18 @@
 """What the kernel's files say, from real ones: a guest of 1 GiB and a machine of 24 GiB."""
 
+import struct
 from pathlib import Path
 
 import pytest
 
-from guest_agent.memory.kernel import free_chunk_count, parse_buddyinfo, parse_zoneinfo
+from guest_agent.memory.kernel import (
+    KPF_HUGE,
+    PageFlags,
+    free_chunk_count,
+    parse_buddyinfo,
+    parse_zoneinfo,
+    present_spans,
+)
 from hintfleet.errors import Refused
 
 DATA = Path(__file__).parents[2] / "data"
@@ -42,3 +50,47 @@ def test_a_zone_that_lacks_a_number_is_refused_not_guessed() -> None:
     text = (DATA / "zoneinfo-24GiB.txt").read_text().replace("        spanned", "        spannt")
     with pytest.raises(Refused, match="not understood"):
         parse_zoneinfo(text)
+
+
+def memory_blocks(sys_root: Path, *numbers: int) -> Path:
+    blocks = sys_root / "devices/system/memory"
+    blocks.mkdir(parents=True)
+    (blocks / "block_size_bytes").write_text("8000000\n")
+    for name in ("power", "auto_online_blocks", *(f"memory{number}" for number in numbers)):
+        (blocks / name).mkdir()
+    return blocks
+
+
+def test_a_sparse_guest_is_its_memory_blocks(tmp_path: Path) -> None:
+    blocks = memory_blocks(tmp_path, 0, 1, 2, 8192)
+    assert present_spans(tmp_path) == [range(3 * 32768), range(8192 * 32768, 8193 * 32768)]
+    (blocks / "memory3").mkdir()  # plugged in
+    (blocks / "memory8192").rmdir()
+    assert present_spans(tmp_path) == [range(4 * 32768)]
+
+
+def test_without_memory_blocks_the_zones_have_to_do(tmp_path: Path) -> None:
+    (tmp_path / "zoneinfo").write_text((DATA / "zoneinfo-24GiB.txt").read_text())
+    assert [span.start for span in present_spans(tmp_path, tmp_path)] == [1, 4096, 1048576]
+
+
+def test_one_entry_a_chunk_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "kpageflags"
+    huge = {512, 2048, 4096}
+    with path.open("wb") as file:
+        for pfn in sorted(huge):
+            file.seek(pfn * 8)
+            file.write(struct.pack("=Q", 1 << KPF_HUGE | 1))
+    flags = PageFlags(str(path))
+    try:
+        assert flags.chunks_with(KPF_HUGE, [range(3, 3000), range(3584, 6000)], 9) == sorted(huge)
+        assert flags.chunks_with(KPF_HUGE, [range(600, 2048)], 9) == []
+        assert flags.chunks_with(KPF_HUGE, [range(1 << 30, (1 << 30) + 1024)], 9) == []
+    finally:
+        flags.close()
+
+
+def test_no_page_flags(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="cannot read") as caught:
+        PageFlags(str(tmp_path / "kpageflags"))
+    assert "CONFIG_PROC_PAGE_MONITOR" in str(caught.value)

@@ -100,6 +100,12 @@ def test_malformed_bytes_are_refused(packed: bytes, said: str) -> None:
         decode(packed)
 
 
+def test_whole_chunks_cover_every_page_and_no_other_chunk() -> None:
+    pages = RangeSet([(3, 1), (511, 2), (2048, 512), (3071, 1)])
+    assert pages.whole_chunks(9) == RangeSet([(0, 1024), (2048, 1024)])
+    assert pages.whole_chunks(0) == pages
+
+
 def test_the_number_of_ranges_is_bounded() -> None:
     packed = encode(RangeSet((n * 2, 1) for n in range(10)))
     assert len(decode(packed, 10)) == 10

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hintfleet.units import GIB
-from host_agent.guests.domain_xml import CONFIG_ENTRY, DomainSpec, domain_xml
+from host_agent.guests.domain_xml import CONFIG_ENTRY, DomainSpec, Memballoon, domain_xml
 from host_agent.guests.image import GuestImage
 
 SPEC = DomainSpec(
@@ -42,6 +42,16 @@ def test_ram_is_a_shared_memfd_of_the_size_asked_for() -> None:
 
 def test_nothing_else_reports_free_pages() -> None:
     assert attribute(domain(), "devices/memballoon", "model") == "none"
+
+
+def test_the_peers_have_a_balloon() -> None:
+    reporting = domain(replace(SPEC, memballoon=Memballoon.REPORTING)).find("devices/memballoon")
+    assert reporting is not None
+    assert reporting.attrib == {"model": "virtio", "freePageReporting": "on"}
+    target = domain(replace(SPEC, memballoon=Memballoon.TARGET)).find("devices/memballoon")
+    assert target is not None
+    assert target.attrib == {"model": "virtio", "autodeflate": "on"}
+    assert attribute(target, "stats", "period") == "1"
 
 
 @pytest.mark.parametrize("event", ["on_poweroff", "on_reboot", "on_crash"])

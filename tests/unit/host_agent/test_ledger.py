@@ -13,7 +13,7 @@ from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
 from host_agent.ledger import Ledger
 from host_agent.ram import GuestRam, Segment
-from host_agent.reclaim import reclaim, skip
+from host_agent.reclaim import Outcome, reclaim, skip
 
 PAGES = 512
 runs = st.lists(st.tuples(st.integers(0, PAGES + 20), st.integers(1, 60)), min_size=1, max_size=4)
@@ -85,6 +85,50 @@ class UnauditedLedgerMachine(LedgerMachine):
         super().teardown()
 
 
+class PeerLedgerMachine(LedgerMachine):
+    """Somebody else takes memory out of the file as well, as reporting and balloons do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(self.ram.pages, others_reclaim=True)
+
+    @invariant()
+    def every_hinted_byte_has_one_fate(self) -> None:
+        """Not here: what others took is among what was reclaimed."""
+
+    @rule(pages=runs)
+    def somebody_else_reclaims(self, pages: list[tuple[int, int]]) -> None:
+        self.ram.punch(RangeSet(pages) & self.ram.pages)
+
+
+def test_what_others_take_is_entered_as_reclaimed_and_refaulted() -> None:
+    machine = PeerLedgerMachine()
+    machine.guest_touches([(0, 100)])
+    machine.audit()
+    machine.somebody_else_reclaims([(20, 50)])
+    machine.audit()
+    machine.guest_touches([(60, 20)])
+    machine.after_an_audit_the_file_agrees()
+    books = machine.books()
+    machine.teardown()
+    assert books.reclaimed_total_bytes == 50 * PAGE_BYTES
+    assert books.refaulted_total_bytes == 10 * PAGE_BYTES
+    assert books.untouched_bytes == (PAGES - 100) * PAGE_BYTES
+
+
+def test_an_audit_says_which_absent_pages_are_used_now() -> None:
+    ledger = Ledger(RangeSet([(0, 100)]))
+    ledger.post(
+        RangeSet([(0, 50)]),
+        Outcome(reclaimed=RangeSet([(0, 20)]), absent=RangeSet([(20, 30)])),
+        wire_bytes=3,
+    )
+    assert ledger.audit(RangeSet([(10, 20)])) == RangeSet([(10, 20)])
+    assert not ledger.audit(RangeSet([(10, 20)]))
+
+
+TestPeerLedger = PeerLedgerMachine.TestCase
+TestPeerLedger.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestLedger = LedgerMachine.TestCase
 TestLedger.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestUnauditedLedger = UnauditedLedgerMachine.TestCase

@@ -27,7 +27,10 @@ from orchestrator.cli import run_command
         (["savings", "--server", "example.org:1"], 2, "loopback"),
         (["savings", "--server", "unix:/nowhere/socket"], 1, "fleet service at unix:/nowhere"),
         (["serve", "--listen", "0.0.0.0:1"], 2, "loopback"),
-        (["experiments", "nothing"], 2, "it has quickstart"),
+        (["report", "nothing"], 1, "no run 'nothing'"),
+        (["report", "--plot", "plot.jpeg"], 2, "must end in .png or .svg"),
+        (["report", "-o", "a.html", "--plot", "a.png"], 2, "do not go together"),
+        (["experiments", "nothing"], 2, "it has methods, quickstart"),
     ],
 )
 def test_bad_input(
@@ -64,7 +67,7 @@ def test_more_memory_than_the_machine_has(
 def test_experiments_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["experiments", "-o", "json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in listed] == ["quickstart", "quickstart-vm"]
+    assert [row["name"] for row in listed] == ["methods", "quickstart", "quickstart-vm"]
     assert run_command(["experiments", "quickstart"]) == 0
     assert capsys.readouterr().out.startswith("#")
 
@@ -75,12 +78,18 @@ def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run_command(["savings", "--data-dir", str(tmp_path)]) == 0
 
 
-@pytest.mark.parametrize("command", ["run", "serve", "savings", "doctor"])
+def test_no_arguments_show_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command([]) == 0
+    assert "hintfleet run quickstart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "savings", "doctor", "report"])
 def test_help_has_no_need_of_the_heavy_libraries(command: str) -> None:
     program = (
         "import sys\nfrom orchestrator.cli import run_command\n"
         f"code = run_command([{command!r}, '--help'])\n"
-        "heavy = {'ray', 'duckdb', 'numpy', 'scipy', 'pydantic', 'grpc'} & set(sys.modules)\n"
+        "heavy = {'ray', 'duckdb', 'numpy', 'scipy', 'pydantic', 'grpc', 'altair'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(code or (str(heavy) if heavy else 0))"
     )
     done = subprocess.run(

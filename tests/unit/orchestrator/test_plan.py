@@ -3,13 +3,17 @@
 from typing import Any
 
 import pytest
+from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
 from orchestrator.plan import host_names, host_task, plan_trials
-from orchestrator.spec import Amount, Spec, Workload
+from orchestrator.spec import Spec, Workload
 from orchestrator.spec_checks import problems
+from orchestrator.spec_values import Amount
+from orchestrator.trial_runner import guest_spec
 from orchestrator.workload import Step, expand, held_after
 
 
@@ -104,3 +108,42 @@ def test_a_repeat_that_fills_the_guest_is_refused() -> None:
     phases = ({"allocate": "100MiB"}, {"free": "10%"}, {"repeat": 9})
     found = list(problems(spec(workload={"phases": phases})))
     assert [problem.path for problem in found] == [("workload", "phases", 0)]
+
+
+@pytest.mark.parametrize(
+    ("driver", "arm", "made"),
+    [
+        ("embedded", {"method": "none"}, "driver: EMBEDDED method: NONE"),
+        (
+            "embedded",
+            {"method": "hinting", "policy": "cold", "cold_after": "1.5s"},
+            "driver: EMBEDDED method: HINTING hinting { tracker: 'bitmap' isolator: 'embedded' "
+            "chunk_order: 9 policy: 'cold' report_period_ms: 100 threshold_chunks: 16 "
+            "cold_after_ms: 1500 pressure_percent: 80 }",
+        ),
+        (
+            "libvirt",
+            {"method": "hinting", "tracker": "bitmap", "kernel_parameters": "init_on_alloc=0"},
+            "driver: LIBVIRT method: HINTING hinting { tracker: 'bitmap' isolator: 'hugetlb' "
+            "chunk_order: 9 policy: 'eager' report_period_ms: 100 threshold_chunks: 16 "
+            "cold_after_ms: 5000 pressure_percent: 80 } kernel_parameters: 'init_on_alloc=0'",
+        ),
+        ("libvirt", {"method": "reporting"}, "driver: LIBVIRT method: REPORTING"),
+        (
+            "libvirt",
+            {"method": "balloon", "reserve": "20%"},
+            "driver: LIBVIRT method: BALLOON balloon { reserve_percent: 20 step_percent: 5 }",
+        ),
+    ],
+)
+def test_what_guests_are_made_of(driver: str, arm: dict[str, str], made: str) -> None:
+    only = spec(driver=driver, arms=({"name": "a", **arm},))
+    task = host_task(only, plan_trials(only, "run")[0], "host1")
+    wanted = text_format.Parse(f"memory_bytes: {256 * MIB} {made}", host_pb2.GuestSpec())
+    assert guest_spec(task) == wanted
+
+
+def test_arms_of_other_drivers_are_not_planned() -> None:
+    arms = ({"name": "none", "method": "none"}, {"name": "a", "method": "hinting"})
+    left_out = spec(arms=(*arms, {"name": "b", "method": "balloon", "drivers": ("libvirt",)}))
+    assert {trial.arm.name for trial in plan_trials(left_out, "run")} == {"none", "a"}

@@ -7,6 +7,7 @@ import pytest
 from hintfleet.errors import InvalidInput
 from hintfleet.units import GIB, MIB
 from orchestrator import catalogue, spec_checks, spec_file
+from orchestrator.spec import Arm, Driver, Method, describe
 
 GOOD = """\
 name: mine
@@ -62,7 +63,21 @@ def test_a_good_spec() -> None:
         ("allocate: 96MiB", "allocate: 250MiB", "7:7", "248 MiB is usable"),
         ("driver: embedded", "driver: qemu", "2:1", "'embedded' or 'libvirt'"),
         ("tracker: bitmap", "tracker: bitmp", "12:37", "it has bitmap, reported"),
-        ("method: none", "method: none, tracker: bitmap", "11:5", "takes no settings"),
+        ("method: none", "method: none, tracker: bitmap", "11:5", "does not take tracker"),
+        ("method: hinting", "method: balloon", "12:5", "method balloon does not take tracker"),
+        ("method: hinting, tracker: bitmap", "method: reporting", "12:20", "needs real guests"),
+        ("method: hinting, tracker: bitmap", "method: balloon, step: 5.5%", "12:37", "whole"),
+        ("tracker: bitmap", "isolator: kmod", "12:37", "has no isolator 'kmod'"),
+        ("tracker: bitmap", "policy: lazy", "12:37", "'eager', 'cold' or 'pressure'"),
+        ("tracker: bitmap", "tracker: reported, policy: cold", "12:56", "since when"),
+        ("tracker: bitmap", "cold_after: 2s", "12:5", "cold_after needs policy cold"),
+        ("tracker: bitmap", "policy: cold, pressure_above: 70%", "12:5", "needs policy pressure"),
+        ("tracker: bitmap", "policy: pressure, pressure_above: 70", "12:55", "as in 75%"),
+        ("tracker: bitmap", "kernel_parameters: quiet", "12:37", "has no kernel"),
+        ("tracker: bitmap", "drivers: [kvm]", "12:47", "'embedded' or 'libvirt'"),
+        ("repetitions: 3", "under: {libvirt: {guest: 1}}", "13:19", "did you mean 'guests'"),
+        ("repetitions: 3", "under: {embedded: {repetitions: 0}}", "13:20", "greater than"),
+        ("repetitions: 3", "under: {qemu: {}}", "13:9", "known keys: embedded, libvirt"),
         ("name: bitmap", "name: none", "12:6", "'none' names two arms"),
         ("{name: none, method: none}", "{name: a, method: hinting}", "10:1", "no control"),
         ("method: hinting, tracker: bitmap", "method: none", "12:20", "second control"),
@@ -122,9 +137,83 @@ def test_the_catalogue_is_sound(name: str) -> None:
     assert spec.repetitions * spec.hosts.number >= 2, "an interval needs two pairs"
 
 
-def test_a_driver_from_the_command_line_is_checked_against_the_spec() -> None:
-    with pytest.raises(InvalidInput, match="the libvirt driver has no tracker 'bitmap'"):
-        spec_file.load("quickstart", {"driver": "libvirt"})
+BOTH = (
+    GOOD.replace("tracker: bitmap}", "tracker: bitmap, drivers: [embedded]}")
+    + """\
+  # comment
+under:
+  libvirt:
+    guests: {per_host: 1, memory: 512MiB}
+    repetitions: 2
+"""
+).replace("arms:\n", "arms:\n  - {name: peer, method: reporting, drivers: [libvirt]}\n")
+
+
+def test_what_is_otherwise_under_a_driver() -> None:
+    here = spec_file.parse(BOTH, "mine.yaml").spec
+    assert [arm.name for arm in here.trial_arms] == ["none", "bitmap"]
+    assert here.left_out == ("peer",)
+    assert (here.guests.memory_bytes, here.repetitions) == (256 * MIB, 3)
+    there = spec_file.parse(BOTH, "mine.yaml", {"driver": "libvirt"}).spec
+    assert [arm.name for arm in there.trial_arms] == ["peer", "none"]
+    assert (there.guests.memory_bytes, there.guests.per_host) == (512 * MIB, 1)
+    assert there.repetitions == 2
+    assert describe(there) == "libvirt, 2 hosts × 1 guest of 512 MiB, 2 arms, 2 repetitions"  # noqa: RUF001
+
+
+def test_what_is_wrong_under_a_driver_is_said_once_and_there() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        spec_file.parse(BOTH.replace("512MiB", "2GiB"), "mine.yaml", {"driver": "libvirt"})
+    assert str(caught.value).startswith("mine.yaml:18:27: under.libvirt.guests.memory: a guest of")
+    with pytest.raises(InvalidInput) as caught:
+        spec_file.parse(BOTH.replace("512MiB", "512M"), "mine.yaml", {"driver": "libvirt"})
+    assert str(caught.value).count("mine.yaml") == 1
+
+
+def test_an_arm_that_a_driver_cannot_run_says_how_to_leave_it_out() -> None:
+    text = BOTH.replace("reporting, drivers: [libvirt]", "reporting")
+    with pytest.raises(InvalidInput, match=r"drivers: \[libvirt\]"):
+        spec_file.parse(text, "mine.yaml")
+    with pytest.raises(InvalidInput, match="no arm runs under the embedded driver"):
+        spec_file.parse(
+            GOOD.replace("method: none", "method: none, drivers: [libvirt]").replace(
+                "tracker: bitmap", "drivers: [libvirt]"
+            ),
+            "mine.yaml",
+        )
+
+
+@pytest.mark.parametrize(
+    ("driver", "named", "parts"),
+    [
+        ("embedded", {}, ("embedded", "bitmap")),
+        ("embedded", {"tracker": "reported"}, ("embedded", "reported")),
+        ("libvirt", {}, ("kmod", "reported")),
+        ("libvirt", {"tracker": "bitmap"}, ("hugetlb", "bitmap")),
+        ("libvirt", {"isolator": "hugetlb"}, ("hugetlb", "bitmap")),
+        ("libvirt", {"isolator": "kmod", "tracker": "bitmap"}, None),
+    ],
+)
+def test_isolator_and_tracker_go_together(
+    driver: str, named: dict[str, str], parts: tuple[str, str] | None
+) -> None:
+    arm = Arm.model_validate({"name": "a", "method": "hinting", **named})
+    assert spec_checks.hinting_parts(Driver(driver), arm) == parts
+
+
+def test_isolator_and_tracker_that_do_not_go_together() -> None:
+    text = GOOD.replace("tracker: bitmap", "isolator: kmod, tracker: bitmap")
+    text = text.replace("256MiB", "512MiB")
+    with pytest.raises(InvalidInput, match="kmod does not come with tracker bitmap") as caught:
+        spec_file.parse(text, "mine.yaml", {"driver": "libvirt"})
+    assert "kmod with reported, hugetlb with bitmap" in caught.value.hint
+
+
+@pytest.mark.parametrize("driver", ["embedded", "libvirt"])
+def test_all_methods_can_be_compared_under_both_drivers(driver: str) -> None:
+    spec = spec_file.load("methods", {"driver": driver}).spec
+    methods = {arm.method for arm in spec.trial_arms}
+    assert methods == ({"none", "hinting"} if driver == "embedded" else set(Method))
 
 
 def test_more_memory_than_the_machine_has() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from hintfleet.errors import LimitExceeded, NotFound, Refused
 from orchestrator import spec_file
+from orchestrator.cost import COUNTERS
 from orchestrator.plan import HostTask, Trial, host_names, host_task, plan_trials
 from orchestrator.records import Columns, GuestEnded, HostDone, Record, Samples, StepDone
 from orchestrator.savings import By
@@ -30,7 +31,11 @@ _TIMEOUT_S = 60
 def header(run_id: str = "run1") -> RunHeader:
     loaded = spec_file.load("quickstart")
     return RunHeader(
-        run_id=run_id, spec=loaded.spec, spec_text=loaded.document.text, summary="a test"
+        run_id=run_id,
+        spec=loaded.spec,
+        spec_text=loaded.document.text,
+        summary="a test",
+        environment={"kernel": "Linux"},
     )
 
 
@@ -46,6 +51,7 @@ def samples(task: HostTask, start_s: float, end_s: float, resident_bytes: int) -
         "at_unix_us": np.repeat(times, len(names)),
         "guest": np.tile(names, len(times)),
         "resident_bytes": np.full(len(times) * len(names), resident_bytes, dtype=np.uint64),
+        **{name: np.repeat(times, len(names)).astype(np.uint64) for name in COUNTERS},
     }
     return Samples(host=task.host, trial_id=task.trial.trial_id, columns=columns)
 
@@ -111,6 +117,11 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
         assert saved is not None
         assert saved.mean == pytest.approx(6 * 60 << 20)
         assert saved.pairs == 6
+        (cost,) = store.costs(run)
+        assert cost.arm == "bitmap"
+        assert cost.wire_bytes_per_range == 1
+        assert len(store.events("run1", HostDone)) == 12
+        assert run.environment == {"kernel": "Linux"}
         assert len(store.savings(By.GUEST)) == 12
         assert store.savings(By.FLEET, since_unix_s=int(time.time()) + 60) == []
 

@@ -1,9 +1,12 @@
 """Tables: nothing that matters is cut, at 100 columns and at 80."""
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console, RenderableType
 
 from hintfleet.units import MIB
+from orchestrator.comparison import ArmCost
 from orchestrator.footprint import Footprint, Returned
 from orchestrator.savings import Savings
 from orchestrator.statistics import Interval
@@ -42,6 +45,20 @@ LOST = Savings(
 )
 
 
+RUN = Run(
+    run_id=ROW.run_id,
+    name="quickstart",
+    driver="embedded",
+    spec_text="",
+    control="none",
+    summary="",
+    started_unix_us=1,
+    ended_unix_us=61_000_001,
+    state="failed",
+    reason="the disk is full\nand more",
+)
+
+
 def rendered(what: RenderableType, width: int) -> str:
     console = Console(width=width, no_color=True)
     with console.capture() as capture:
@@ -62,24 +79,37 @@ def test_a_summary_shows_every_figure(width: int) -> None:
     assert "last output" not in shown
 
 
+COST = ArmCost(
+    arm="order-10",
+    settle_s=1.234,
+    slowest_settle_s=2.456,
+    asked_settle_s=None,
+    slowdown_percent=Interval(mean=12.3, low=-14.6, high=51.9, pairs=6),
+    guest_cpu_s=Interval(mean=0.276, low=0.261, high=0.291, pairs=6),
+    host_cpu_s=Interval(mean=10.65, low=-10.57, high=31.73, pairs=6),
+    wire_bytes_per_range=2.14,
+    tracker_bytes=5970,
+)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_what_it_cost_can_be_read(width: int) -> None:
+    nothing = replace(COST, arm="reporting", settle_s=None, guest_cpu_s=None, tracker_bytes=0)
+    shown = rendered(tables.summary(RUN, [ROW], [COST, nothing]), width)
+    for figure in ("1.23 s", "max 2.46 s", "+12 %", "[-15, 52]", "0.28 s", "[0.26, 0.29]"):
+        assert figure in shown
+    for figure in ("10.7 s", "[-10.6, 31.7]", "2.1", "5.83 KiB"):
+        assert figure in shown
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+
+
 def test_no_trials() -> None:
     assert "no trials" in rendered(tables.savings([]), 80)
 
 
 def test_runs_and_trials() -> None:
-    run = Run(
-        run_id=ROW.run_id,
-        name="quickstart",
-        driver="embedded",
-        spec_text="",
-        control="none",
-        summary="",
-        started_unix_us=1,
-        ended_unix_us=61_000_001,
-        state="failed",
-        reason="the disk is full\nand more",
-    )
-    shown = rendered(tables.runs([run]), 100)
+    shown = rendered(tables.runs([RUN]), 100)
     assert "01:01" in shown
     assert "failed: the disk is full" in shown
     assert "and more" not in shown

@@ -1,0 +1,119 @@
+"""What the arms of a run cost, each against the control. Pure.
+
+Pairs are those of `savings`: same repetition and same host. An arm with a trial
+that is undecided has no figures here either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from orchestrator.cost import Cost
+from orchestrator.spec import Driver
+from orchestrator.statistics import Interval, mean_interval, paired_differences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charged:
+    """The cost of one host in one trial; None if that trial is undecided."""
+
+    arm: str
+    is_control: bool
+    repetition: int
+    host: str
+    cost: Cost | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmCost:
+    """What an arm cost; all hosts together where nothing else is said.
+
+    :ivar settle_s: mean over guests and free steps of the time until 95 % of what
+        came back was back; None if nothing came back.
+    :ivar slowest_settle_s: the longest of them.
+    :ivar asked_settle_s: mean time that a Settle took; None if there was none.
+    :ivar slowdown_percent: how much longer the workload's steps took than under the
+        control. The mean is the geometric one.
+    :ivar guest_cpu_s: CPU time in the guests, more than under the control.
+    :ivar host_cpu_s: CPU time of the guests' processes and the host agents, more than
+        under the control; has `guest_cpu_s` in it.
+    :ivar wire_bytes_per_range: None if no range was sent.
+    :ivar tracker_bytes: of one guest, the greatest.
+    """
+
+    arm: str
+    settle_s: float | None
+    slowest_settle_s: float | None
+    asked_settle_s: float | None
+    slowdown_percent: Interval | None
+    guest_cpu_s: Interval | None
+    host_cpu_s: Interval | None
+    wire_bytes_per_range: float | None
+    tracker_bytes: int
+
+
+def compare(rows: Sequence[Charged], driver: str) -> list[ArmCost]:
+    """Of every arm but the control that was measured whole, in the order of `rows`."""
+    arms: dict[str, list[Charged]] = {}
+    for row in rows:
+        arms.setdefault(row.arm, []).append(row)
+    whole = {name: arm for name, arm in arms.items() if all(row.cost for row in arm)}
+    control = next((arm for arm in whole.values() if arm[0].is_control), [])
+    return [_arm_cost(arm, control, driver) for arm in whole.values() if not arm[0].is_control]
+
+
+def _arm_cost(arm: Sequence[Charged], control: Sequence[Charged], driver: str) -> ArmCost:
+    costs = [row.cost for row in arm if row.cost]
+    settled = [s for cost in costs for s in cost.settle_s]
+    asked = [s for cost in costs for s in cost.asked_settle_s]
+    ranges = sum(cost.ranges for cost in costs)
+    embedded = driver == Driver.EMBEDDED
+    return ArmCost(
+        arm=arm[0].arm,
+        settle_s=_mean(settled),
+        slowest_settle_s=max(settled, default=None),
+        asked_settle_s=_mean(asked),
+        slowdown_percent=_slowdown_percent(control, arm),
+        guest_cpu_s=_more(control, arm, lambda c: c.process_cpu_s if embedded else c.agent_cpu_s),
+        host_cpu_s=_more(control, arm, lambda c: c.process_cpu_s + c.host_agent_cpu_s),
+        wire_bytes_per_range=sum(cost.wire_bytes for cost in costs) / ranges if ranges else None,
+        tracker_bytes=max(cost.tracker_bytes for cost in costs),
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _by_pair(rows: Sequence[Charged], value: Callable[[Cost], float]) -> dict[Hashable, float]:
+    return {(row.repetition, row.host): value(row.cost) for row in rows if row.cost}
+
+
+def _more(
+    control: Sequence[Charged], arm: Sequence[Charged], value: Callable[[Cost], float]
+) -> Interval | None:
+    less = mean_interval(paired_differences(_by_pair(control, value), _by_pair(arm, value)))
+    if less is None:
+        return None
+    hosts = len({row.host for row in arm})
+    more = Interval(mean=-less.mean, low=-less.high, high=-less.low, pairs=less.pairs)
+    return more.scaled(hosts)
+
+
+def _slowdown_percent(control: Sequence[Charged], arm: Sequence[Charged]) -> Interval | None:
+    """Of ratios the logarithms are averaged: twice as slow and twice as fast cancel out."""
+
+    def log_step_s(cost: Cost) -> float:
+        return math.log(max(cost.step_s, 1e-6))
+
+    log_ratio = mean_interval(
+        paired_differences(_by_pair(arm, log_step_s), _by_pair(control, log_step_s))
+    )
+    if log_ratio is None:
+        return None
+    mean, low, high = (
+        100 * math.expm1(value) for value in (log_ratio.mean, log_ratio.low, log_ratio.high)
+    )
+    return Interval(mean=mean, low=low, high=high, pairs=log_ratio.pairs)

@@ -1,0 +1,234 @@
+"""The charts of a report, as Vega-Lite made with Altair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+
+from hintfleet.units import GIB, MIB
+from orchestrator.report.contents import Contents
+from orchestrator.report.curves import Curve, Mark
+
+VegaLite = dict[str, Any]
+
+_WIDTH, _HEIGHT = 760, 360
+_FONT = "Helvetica, Arial, Liberation Sans, sans-serif"
+_INK, _FAINT, _AXIS, _GRID = "#24292f", "#6e7781", "#d0d7de", "#eaeef2"
+# The control is grey; the rest is Okabe and Ito's, which the colour-blind can tell apart.
+_CONTROL_COLOUR = "#8c959f"
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#003f5c")
+_LABEL_PX = 17  # the distance between two lines of text
+_CHARACTER_PX = 6.0
+_HEADROOM = 1.04
+
+
+def resident_chart(contents: Contents) -> VegaLite:
+    """Resident memory over time: each arm's mean, its band, and the phases."""
+    top = max(float(c.high_bytes.max()) for c in contents.curves)
+    unit_bytes, unit = (GIB, "GiB") if top >= 2 * GIB else (MIB, "MiB")
+    end_s = contents.marks[-1].at_s
+    x = alt.X(
+        "at_s:Q",
+        title="seconds since the workload began",
+        scale=alt.Scale(domain=[0, end_s], nice=False),
+        axis=alt.Axis(tickCount=8),
+    )
+    layers = [
+        *_phases(contents.marks, end_s, x),
+        *_lines(contents, x, top * _HEADROOM / unit_bytes, unit_bytes, unit),
+        _names(contents, unit_bytes, end_s),
+    ]
+    return _styled(
+        alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT, title=_title(contents))
+    )
+
+
+def _lines(
+    contents: Contents, x: alt.X, top: float, unit_bytes: int, unit: str
+) -> tuple[alt.Chart, alt.Chart]:
+    """The bands and the means of all arms."""
+    y_scale = alt.Scale(domain=[0, top], nice=False)
+    y = alt.Y(
+        "mean:Q",
+        title=f"resident on the hosts, {unit}",
+        scale=y_scale,
+        axis=alt.Axis(tickCount=6),
+    )
+    points = _chart(_points(contents.curves, unit_bytes)).encode(
+        x=x, color=alt.Color("arm:N", scale=_colours(contents), legend=None)
+    )
+    band = points.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", scale=y_scale), y2="high:Q")
+    line = points.mark_line(strokeWidth=2.5, strokeJoin="round").encode(
+        y=y,
+        tooltip=[
+            alt.Tooltip("arm:N"),
+            alt.Tooltip("at_s:Q", title="after, s", format=".1f"),
+            alt.Tooltip("mean:Q", title=f"mean, {unit}", format=".1f"),
+        ],
+    )
+    return band, line
+
+
+def savings_chart(contents: Contents) -> VegaLite | None:
+    """What each arm saved, with its interval; None if there is no such figure."""
+    values = [
+        {
+            "arm": row.arm,
+            "saved": row.saved_bytes.mean / MIB,
+            "low": row.saved_bytes.low / MIB,
+            "high": row.saved_bytes.high / MIB,
+        }
+        for row in contents.rows
+        if row.saved_bytes
+    ]
+    if not values:
+        return None
+    base = _chart(values).encode(
+        y=alt.Y("arm:N", title=None, sort=[str(value["arm"]) for value in values]),
+        color=alt.Color("arm:N", scale=_colours(contents), legend=None),
+    )
+    title = "saved, MiB of mean resident memory (95 % interval)"
+    interval = base.mark_rule(strokeWidth=3).encode(x=alt.X("low:Q", title=title), x2="high:Q")
+    mean = base.mark_point(filled=True, size=90, opacity=1).encode(
+        x="saved:Q",
+        tooltip=[
+            alt.Tooltip("arm:N"),
+            alt.Tooltip("saved:Q", format=".1f"),
+            alt.Tooltip("low:Q", format=".1f"),
+            alt.Tooltip("high:Q", format=".1f"),
+        ],
+    )
+    zero = _chart([{"x": 0}]).mark_rule(color=_FAINT, strokeDash=[2, 2]).encode(x="x:Q")
+    return _styled(alt.layer(zero, interval, mean).properties(width=_WIDTH, height=alt.Step(28)))
+
+
+def _chart(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
+    return alt.Chart(alt.InlineData(values=list(rows)))
+
+
+def _points(curves: Sequence[Curve], unit_bytes: int) -> list[dict[str, Any]]:
+    return [
+        {"arm": c.arm, "at_s": round(at, 3), "mean": mean, "low": low, "high": high}
+        for c in curves
+        for at, mean, low, high in zip(
+            c.at_s.tolist(),
+            *(
+                np.round(part / unit_bytes, 4).tolist()
+                for part in (c.mean_bytes, c.low_bytes, c.high_bytes)
+            ),
+            strict=True,
+        )
+    ]
+
+
+def _colours(contents: Contents) -> alt.Scale:
+    arms = [curve.arm for curve in contents.curves]
+    others = [arm for arm in arms if arm != contents.run.control]
+    of = {arm: _COLOURS[i % len(_COLOURS)] for i, arm in enumerate(others)}
+    return alt.Scale(domain=arms, range=[of.get(arm, _CONTROL_COLOUR) for arm in arms])
+
+
+def _title(contents: Contents) -> alt.TitleParams:
+    run = contents.run
+    return alt.TitleParams(
+        f"{run.name}: host memory under each arm",
+        subtitle=f"{run.summary}. Lines: mean of all trials; bands: lowest to highest; "
+        "saved: of the mean over time.",
+        anchor="start",
+        frame="group",
+        offset=14,
+    )
+
+
+def _phases(marks: Sequence[Mark], end_s: float, x: alt.X) -> list[alt.Chart]:
+    """A rule where each phase but the read-back begins, and what it is above the plot."""
+    placed = marks[:-1]
+    rows = _rows([(mark.at_s / end_s * _WIDTH, len(mark.title)) for mark in placed])
+    values = [{"at_s": mark.at_s, "title": mark.title} for mark in placed]
+    rules = _chart(values).mark_rule(color=_FAINT, strokeDash=[3, 3], opacity=0.6)
+    texts = [
+        _chart([value])
+        .mark_text(align="left", dy=-8 - row * _LABEL_PX, color=_FAINT, fontSize=11, clip=False)
+        .encode(x=x, y=alt.value(0), text="title:N")
+        for value, row in zip(values, rows, strict=True)
+    ]
+    return [rules.encode(x=x), *texts]
+
+
+def _rows(labels: Sequence[tuple[float, int]]) -> list[int]:
+    """Rows for labels that begin at these pixels and have so many characters: the first
+    row where each does not run into the one before."""
+    ends: list[float] = []
+    rows = []
+    for start_px, length in labels:
+        row = next((i for i, end in enumerate(ends) if end <= start_px), len(ends))
+        ends[row : row + 1] = [start_px + length * _CHARACTER_PX + 8]
+        rows.append(row)
+    return rows
+
+
+def _names(contents: Contents, unit_bytes: int, end_s: float) -> alt.Chart:
+    """Each arm's name and savings at the end of its line."""
+    saved = {row.arm: row.saved_bytes for row in contents.rows}
+    top = max(float(c.high_bytes.max()) for c in contents.curves) * _HEADROOM
+    ends = {c.arm: float(c.mean_bytes[-1]) for c in contents.curves}
+    heights = _spread(ends, _LABEL_PX / _HEIGHT * top)
+    values = [
+        {"arm": arm, "at_s": end_s, "y": height / unit_bytes, "text": _name(arm, saved.get(arm))}
+        for arm, height in heights.items()
+    ]
+    names: alt.Chart = (
+        _chart(values)
+        .mark_text(align="left", dx=8, fontSize=12.5, fontWeight="bold", clip=False)
+        .encode(
+            x="at_s:Q",
+            y="y:Q",
+            text="text:N",
+            color=alt.Color("arm:N", scale=_colours(contents), legend=None),
+        )
+    )
+    return names
+
+
+def _name(arm: str, saved: Any) -> str:
+    if saved is None:
+        return arm
+    return f"{arm}: {saved.mean / MIB:.0f} MiB saved"
+
+
+def _spread(wanted: dict[str, float], distance: float) -> dict[str, float]:
+    """Heights as near to the wanted ones as a distance between them allows, none below 0."""
+    found: dict[str, float] = {}
+    lowest = 0.0
+    for arm, height in sorted(wanted.items(), key=lambda item: item[1]):
+        found[arm] = max(height, lowest)
+        lowest = found[arm] + distance
+    return found
+
+
+def _styled(chart: Any) -> VegaLite:
+    padding = {"left": 8, "top": 12, "right": 16, "bottom": 8}
+    spec: VegaLite = (
+        chart.configure(font=_FONT, background="white", padding=padding)
+        .configure_view(stroke=None)
+        .configure_axis(
+            labelColor=_FAINT,
+            titleColor=_INK,
+            gridColor=_GRID,
+            domainColor=_AXIS,
+            tickColor=_AXIS,
+            labelFontSize=12,
+            titleFontSize=12,
+            titleFontWeight="normal",
+            titlePadding=10,
+        )
+        .configure_axisX(grid=False)
+        .configure_title(
+            fontSize=18, subtitleFontSize=12.5, color=_INK, subtitleColor=_FAINT, subtitlePadding=6
+        )
+        .to_dict()
+    )
+    return spec

@@ -1,0 +1,102 @@
+"""The values of a spec, as people write them: sizes, durations, percentages.
+
+Sizes become integer bytes, durations seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from hintfleet.errors import InvalidInput
+from hintfleet.units import PAGE_BYTES, format_size, parse_duration_s, parse_size
+
+NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+
+
+def wrong(message: str, hint: str = "") -> PydanticCustomError:
+    """An error with a hint, in the form that pydantic keeps."""
+    return PydanticCustomError("hintfleet", "{message}", {"message": message, "hint": hint})
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, str):
+        raise wrong(f"{value!r} is not a size", "write a number with a unit, as in 384MiB")
+    try:
+        return parse_size(value)
+    except InvalidInput as error:
+        raise wrong(error.message, error.hint) from None
+
+
+def _duration_s(value: Any) -> float:
+    if not isinstance(value, str):
+        raise wrong(f"{value!r} is not a duration", "write a number with a unit, as in 2s")
+    try:
+        return parse_duration_s(value)
+    except InvalidInput as error:
+        raise wrong(error.message, error.hint) from None
+
+
+def _percent(value: Any) -> float:
+    try:
+        percent = float(value.removesuffix("%")) if value.endswith("%") else None
+    except (AttributeError, ValueError):
+        percent = None
+    if percent is None:
+        raise wrong(f"{value!r} is not a percentage", "write it as in 75%")
+    if not 0 < percent <= 100:
+        raise wrong(f"{value!r} is not above 0% and at most 100%")
+    return percent
+
+
+def _whole_percent(value: Any) -> int:
+    percent = _percent(value)
+    if percent != int(percent):
+        raise wrong(f"{value!r} is not a whole percentage", "write it as in 75%")
+    return int(percent)
+
+
+def _amount(value: Any) -> Amount:
+    if isinstance(value, str) and value.endswith("%"):
+        return Amount(percent=_percent(value))
+    size_bytes = _size(value)
+    if size_bytes <= 0:
+        raise wrong(f"{value!r} is not above 0")
+    return Amount(size_bytes=size_bytes)
+
+
+class Part(BaseModel):
+    """A part of a spec: frozen, with no keys but its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=False)
+
+
+class Amount(Part):
+    """So many bytes, or a percentage of a whole that is known only later."""
+
+    size_bytes: int | None = None
+    percent: float | None = None
+
+    def of(self, whole_bytes: int, page_bytes: int = PAGE_BYTES) -> int:
+        """Bytes, whole pages, never more than `whole_bytes`."""
+        if self.percent is None:
+            wanted = self.size_bytes or 0
+        else:
+            wanted = int(whole_bytes * self.percent / 100)
+        return min(wanted, whole_bytes) // page_bytes * page_bytes
+
+    def __str__(self) -> str:
+        return format_size(self.size_bytes) if self.size_bytes else f"{self.percent:g} %"
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+DurationS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0, le=7 * 86400)]
+PositiveDurationS = Annotated[float, BeforeValidator(_duration_s), Field(gt=0, le=7 * 86400)]
+WholePercent = Annotated[int, BeforeValidator(_whole_percent)]
+AmountOrPercent = Annotated[Amount, BeforeValidator(_amount)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
+Strings = tuple[str, ...]
+Repetitions = Annotated[int, Field(ge=1, le=10000)]
+SamplePeriodS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.01, le=60)]

@@ -1,0 +1,260 @@
+"""Memory back from a real guest, by hinting and by its peers, side by side."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from threading import Event, Thread
+
+from hintfleet.errors import Refused
+from hintfleet.units import GIB, MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests.domain_xml import NAME_PREFIX
+from host_agent.guests.image import find_image
+from host_agent.guests.libvirt import translate
+from host_agent.guests.libvirt_api import errors_as, modules
+from host_agent.ram import GuestRam
+from tests.bench.report import Figure, side_by_side
+from tests.support.agents import HostAgent, running_host_agent
+from tests.support.vm import Guests, spec
+
+_ROUNDS = 3
+_DIRTIED_BYTES = 700 * MIB
+_TOUCHED_BYTES = 64 * MIB
+_TOUCH_ROUNDS = 12
+_SAMPLE_S = 0.01
+_STILL_S = 5.0
+_STILL_WHEN_SETTLED_S = 0.5
+_LONGEST_S = 40.0
+_NOISE_BYTES = 2 * MIB
+
+_NO_ZEROING = "init_on_alloc=0"
+# As fast as a balloon can: one step to where the rule wants it.
+_ONE_STEP = host_pb2.BalloonSettings(step_percent=100)
+_ARMS: Mapping[str, host_pb2.GuestSpec] = {
+    "none": spec(host_pb2.NONE, parameters=_NO_ZEROING),
+    "kmod": spec(parameters=_NO_ZEROING),
+    "hugetlb": spec(isolator="hugetlb", parameters=_NO_ZEROING),
+    "reporting": spec(host_pb2.REPORTING, parameters=_NO_ZEROING),
+    "balloon": spec(host_pb2.BALLOON, parameters=_NO_ZEROING, balloon=_ONE_STEP),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Return:
+    """How memory came back in one round.
+
+    :ivar back_bytes: what left the RAM file in the end.
+    :ivar took_s: from the workload's last free until 95 % of it had left.
+    :ivar moving_s: from the first hundredth of it that left until then.
+    """
+
+    back_bytes: int
+    took_s: float
+    moving_s: float
+
+    @property
+    def gib_per_s(self) -> float:
+        return 0.94 * self.back_bytes / GIB / max(self.moving_s, _SAMPLE_S)
+
+
+def run() -> Iterator[Figure]:
+    """One guest an arm, one after the other, so that none disturbs another."""
+    try:
+        find_image()
+        modules()
+    except Refused as error:
+        print(f"skipped: {error}", file=sys.stderr)
+        return
+    with running_host_agent() as host:
+        host.watch(timeout_s=1800)
+        seen = {arm: _measure(host, arm, wanted) for arm, wanted in _ARMS.items()}
+        fast = {arm: _measure_asked(host, arm) for arm in ("kmod", "hugetlb")}
+    yield from _against_reporting(seen)
+    for arm, returns in fast.items():
+        pairs = list(zip(returns, seen["balloon"].returns, strict=True))
+        yield side_by_side(
+            f"memory back when asked, {arm} / balloon in one step",
+            "GiB/s",
+            [(ours.gib_per_s, other.gib_per_s) for ours, other in pairs],
+            ">= 4",
+        )
+    for arm in list(seen)[1:]:
+        yield _slowdown(arm, seen[arm].touch_s, seen["none"].touch_s)
+    for arm in ("kmod", "hugetlb"):
+        name = f"guest agent's RSS in a real guest, {arm}"
+        yield Figure(name=name, unit="MiB", ours=seen[arm].agent_rss_mib)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What one arm's guest was measured to do."""
+
+    returns: list[_Return]
+    touch_s: list[float]
+    agent_rss_mib: float
+
+
+def _measure(host: HostAgent, arm: str, wanted: host_pb2.GuestSpec) -> _Seen:
+    with _Bench(host, arm, wanted) as guest:
+        touch_s = [guest.touch_s() for _ in range(_TOUCH_ROUNDS)]
+        hints = wanted.method != host_pb2.NONE
+        return _Seen(
+            touch_s=touch_s,
+            returns=[guest.give_back(_DIRTIED_BYTES) for _ in range(_ROUNDS)] if hints else [],
+            agent_rss_mib=guest.agent_rss_mib(),
+        )
+
+
+def _measure_asked(host: HostAgent, isolator: str) -> list[_Return]:
+    """The same, hinting only when asked to settle: how fast it is when all is free at once.
+
+    So little is freed that the kernel's own 2 s do not pass meanwhile.
+    """
+    wanted = spec(isolator=isolator, parameters=_NO_ZEROING)
+    wanted.hinting.report_period_ms = 60_000
+    with _Bench(host, isolator, wanted) as guest:
+        host.settle(isolator)
+        return [
+            guest.give_back(_DIRTIED_BYTES // 2, lambda: host.settle(isolator))
+            for _ in range(_ROUNDS)
+        ]
+
+
+def _against_reporting(seen: Mapping[str, _Seen]) -> Iterator[Figure]:
+    for arm, wanted in (("kmod", "<= 0.1"), ("hugetlb", "<= 0.25"), ("balloon", "")):
+        pairs = list(zip(seen[arm].returns, seen["reporting"].returns, strict=True))
+        yield side_by_side(
+            f"until 95 % of {_DIRTIED_BYTES // MIB} MiB is back, {arm} / reporting",
+            "s",
+            [(ours.took_s, other.took_s) for ours, other in pairs],
+            wanted,
+        )
+        yield side_by_side(
+            f"memory back, {arm} / reporting",
+            "MiB",
+            [(ours.back_bytes / MIB, other.back_bytes / MIB) for ours, other in pairs],
+            ">= 1" if wanted else "",
+        )
+
+
+def _slowdown(arm: str, seconds: list[float], none: list[float]) -> Figure:
+    """Of a loop that touches free memory and frees it, with the quartiles of its rounds."""
+    usual_s = statistics.median(none)
+    low, median, high = (s / usual_s for s in statistics.quantiles(seconds))
+    return Figure(
+        name=f"page touch loop, {arm} / none (quartiles {low:.2f}, {high:.2f})",
+        unit="s",
+        ours=median * usual_s,
+        other=usual_s,
+        ratio=median,
+        rounds=len(seconds),
+    )
+
+
+class _Bench:
+    """One guest, and a look at its RAM file every 10 ms that costs one system call."""
+
+    def __init__(self, host: HostAgent, name: str, wanted: host_pb2.GuestSpec) -> None:
+        self._host = host
+        self._name = name
+        made = Guests(host, {name: wanted})
+        made.wait()
+        made[name]
+        self._ram = _open_ram(name)
+
+    def __enter__(self) -> _Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ram.close()
+        request = host_pb2.DestroyGuestRequest(name=self._name)
+        self._host.stub.DestroyGuest(request, timeout=30)
+
+    def touch_s(self) -> float:
+        """Write to memory that was free for half a second."""
+        done = self._host.allocate(_TOUCHED_BYTES, self._name)
+        self._host.free(_TOUCHED_BYTES, self._name)
+        time.sleep(0.5)
+        return done.duration_us / 1e6
+
+    def give_back(self, size_bytes: int, ask: Callable[[], object] | None = None) -> _Return:
+        """Dirty memory, free all of it, and watch it leave."""
+        self._host.allocate(size_bytes, self._name)
+        time.sleep(0.5)
+        with _Sampled(self._ram) as sampled:
+            self._host.free(size_bytes, self._name)
+            freed_at_s = time.monotonic()
+            if ask is not None:
+                ask()
+            sampled.wait_until_still(_STILL_WHEN_SETTLED_S if ask else _STILL_S)
+        return _judge(sampled.seen, freed_at_s)
+
+    def agent_rss_mib(self) -> float:
+        """As its telemetry last said."""
+        for samples in reversed(self._host.samples):
+            for sample in samples.samples:
+                if sample.guest_name == self._name:
+                    return sample.agent_rss_bytes / MIB
+        return 0.0
+
+
+class _Sampled:
+    """Residency over time."""
+
+    def __init__(self, ram: GuestRam) -> None:
+        self.seen = [(time.monotonic(), ram.resident_bytes())]
+        self._ram = ram
+        self._stop = Event()
+        self._thread = Thread(target=self._sample)
+
+    def __enter__(self) -> _Sampled:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLE_S):
+            self.seen.append((time.monotonic(), self._ram.resident_bytes()))
+
+    def wait_until_still(self, still_s: float) -> None:
+        """Until nothing has left for so long."""
+        began_s = moved_s = time.monotonic()
+        lowest_bytes = self.seen[-1][1]
+        while time.monotonic() - moved_s < still_s and time.monotonic() - began_s < _LONGEST_S:
+            time.sleep(_SAMPLE_S)
+            if (now_bytes := self.seen[-1][1]) < lowest_bytes - _NOISE_BYTES:
+                lowest_bytes, moved_s = now_bytes, time.monotonic()
+
+
+def _judge(seen: list[tuple[float, int]], freed_at_s: float) -> _Return:
+    """Hinting may begin while the workload still frees: what counts as its time then is
+    what it needs after the last free, one sample at the least."""
+    full_bytes = max(resident for _, resident in seen)
+    back_bytes = full_bytes - min(resident for _, resident in seen)
+
+    def left_at_s(share: float) -> float:
+        return next(at for at, resident in seen if full_bytes - resident >= share * back_bytes)
+
+    return _Return(
+        back_bytes=back_bytes,
+        took_s=max(left_at_s(0.95) - freed_at_s, _SAMPLE_S),
+        moving_s=left_at_s(0.95) - left_at_s(0.01),
+    )
+
+
+def _open_ram(name: str) -> GuestRam:
+    libvirt, _ = modules()
+    with errors_as(f"looking for guest {name}"):
+        connection = libvirt.open(os.environ.get("LIBVIRT_DEFAULT_URI", "qemu:///system"))
+        try:
+            return translate(connection.lookupByName(NAME_PREFIX + name))
+        finally:
+            connection.close()

@@ -1,0 +1,310 @@
+"""The hugetlb isolator on a model of the kernel's free list: last in, first out."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from guest_agent.isolation.hugetlb import HugetlbIsolator
+from guest_agent.isolation.hugetlb_pool import CHUNK_PAGES
+from hintfleet.errors import Refused, TransientError
+from hintfleet.ranges import EMPTY, RangeSet
+
+RESERVE_CHUNKS = 6
+THRESHOLD_CHUNKS = 4
+
+
+class ModelKernel:
+    """A guest of `count` chunks, and the host memory behind each of them."""
+
+    def __init__(self, count: int, *, zeroing: bool) -> None:
+        self.free = list(range(count))
+        self.used: list[int] = []
+        self.pool: list[int] = []
+        self.resident: set[int] = set()
+        self.zeroing = zeroing
+        self.withheld = 0
+        self.shared = False
+        self.reads = 0
+
+    # The Pool that the isolator sees
+
+    def open(self) -> RangeSet:
+        return self.chunks()
+
+    def free_chunks(self) -> int:
+        self.reads += 1
+        return len(self.free)
+
+    def reserve_chunks(self) -> int:
+        return RESERVE_CHUNKS
+
+    def grow(self, chunks: int) -> int:
+        if self.shared:
+            raise TransientError("somebody else uses the pool")
+        came = max(0, min(chunks, len(self.free) - self.withheld))
+        assert len(self.free) - came >= RESERVE_CHUNKS or not came, "the reserve was touched"
+        for _ in range(came):
+            self.pool.append(self.free.pop())
+        if self.zeroing:
+            self.resident |= set(self.pool[len(self.pool) - came :])
+        return came
+
+    def chunks(self) -> RangeSet:
+        return RangeSet((chunk * CHUNK_PAGES, CHUNK_PAGES) for chunk in self.pool)
+
+    def empty(self) -> None:
+        self.free += reversed(self.pool)
+        self.pool = []
+
+    def close(self) -> None:
+        pass
+
+    # What the guest and the host do
+
+    def allocate(self, count: int) -> None:
+        for _ in range(min(count, len(self.free))):
+            self.used.append(self.free.pop())
+        self.resident |= set(self.used)
+
+    def release(self, count: int, first: int = 0) -> None:
+        given = self.used[first : first + count]
+        del self.used[first : first + count]
+        self.free += given
+
+    def punch(self, ranges: RangeSet) -> None:
+        chunks = chunks_of(ranges)
+        assert chunks <= set(self.pool), "hinted, but not isolated"
+        self.resident -= chunks
+
+
+def chunks_of(ranges: RangeSet) -> set[int]:
+    return {pfn // CHUNK_PAGES for r in ranges for pfn in range(r.pfn, r.end_pfn, CHUNK_PAGES)}
+
+
+class Host:
+    """Acknowledges batches, and says what was used again since it last did."""
+
+    def __init__(self, kernel: ModelKernel, isolator: HugetlbIsolator) -> None:
+        self.kernel, self.isolator = kernel, isolator
+        self.known_absent = set(kernel.free)
+        self.hinted_absent = 0
+
+    def tell_used(self) -> None:
+        used = self.known_absent & self.kernel.resident
+        self.known_absent -= used
+        self.isolator.used_again(RangeSet((chunk * CHUNK_PAGES, 1) for chunk in used))
+
+    def run(self, *, at_a_time: int = 4, asked: bool = False) -> int:
+        """Passes until there is no more to hint; the chunks that were hinted."""
+        self.tell_used()
+        if asked:
+            self.isolator.report_now()
+        hinted = 0
+        while not self.isolator.idle() or asked:
+            asked = False
+            flight: list[RangeSet] = []
+            while (batch := self.isolator.isolate(at_a_time, 1 << 20)) or flight:
+                if batch:
+                    flight.append(batch)
+                    hinted += len(chunks_of(batch))
+                if not batch or len(flight) == 2:
+                    self.acknowledge(flight.pop(0))
+        return hinted
+
+    def acknowledge(self, batch: RangeSet) -> None:
+        chunks = chunks_of(batch)
+        self.hinted_absent += len(chunks - self.kernel.resident)
+        self.kernel.punch(batch)
+        self.known_absent |= chunks
+        self.isolator.release(batch, hinted=True)
+
+
+def started(kernel: ModelKernel, threshold_chunks: int = 1) -> tuple[HugetlbIsolator, Host]:
+    isolator = HugetlbIsolator(kernel, threshold_chunks=threshold_chunks, zeroing=kernel.zeroing)
+    isolator.start(lambda: None)
+    return isolator, Host(kernel, isolator)
+
+
+@pytest.mark.parametrize("zeroing", [False, True])
+def test_chunks_released_last_come_back_first_and_yet_all_is_hinted(zeroing: bool) -> None:
+    kernel = ModelKernel(200, zeroing=zeroing)
+    _, host = started(kernel)
+    host.run()
+    for _ in range(3):
+        kernel.allocate(150)
+        host.tell_used()
+        for _ in range(10):  # freed bit by bit, a pass after each
+            kernel.release(15)
+            host.run(asked=True)
+        assert not kernel.resident & set(kernel.free)
+
+
+def test_nothing_is_hinted_that_is_known_to_be_absent() -> None:
+    kernel = ModelKernel(100, zeroing=False)
+    _, host = started(kernel)
+    host.run()
+    host.hinted_absent = 0
+    kernel.allocate(40)
+    kernel.release(40)
+    assert host.run() == 40
+    assert not host.hinted_absent
+
+
+def test_chunks_used_and_freed_between_two_looks_leave_nothing_behind() -> None:
+    kernel = ModelKernel(100, zeroing=False)
+    _, host = started(kernel, threshold_chunks=16)
+    host.run()
+    for _ in range(5):
+        kernel.allocate(30)
+        kernel.release(30)
+        assert host.run() == 30
+    assert not kernel.resident
+
+
+def test_a_pass_with_nothing_to_gain_costs_one_read() -> None:
+    kernel = ModelKernel(100, zeroing=False)
+    isolator, host = started(kernel)
+    host.run()
+    kernel.reads = 0
+    assert isolator.idle()
+    assert kernel.reads == 1
+    assert not kernel.pool
+
+
+def test_zeroing_makes_no_more_than_64_mib_resident() -> None:
+    kernel = ModelKernel(500, zeroing=True)
+    isolator, host = started(kernel)
+    most = 0
+    while batch := isolator.isolate(512, 1 << 20):
+        most = max(most, len(kernel.resident))
+        assert not isolator.isolate(512, 1 << 20), "what was zeroed before is still resident"
+        host.acknowledge(batch)
+    assert most == 32
+    assert not kernel.pool
+    assert not kernel.resident
+
+
+def test_zeroing_needs_more_to_gain() -> None:
+    kernel = ModelKernel(326, zeroing=True)
+    _, host = started(kernel, threshold_chunks=4)
+    host.run()
+    kernel.allocate(30)
+    kernel.release(30)
+    assert not host.run(), "30 chunks, at the price of zeroing 320"
+    assert host.run(asked=True) == 320
+    assert not host.run(asked=True), "nothing was used meanwhile"
+
+
+def test_a_batch_that_the_host_skipped_is_hinted_again() -> None:
+    kernel = ModelKernel(20, zeroing=False)
+    isolator, host = started(kernel)
+    batch = isolator.isolate(512, 1 << 20)
+    isolator.release(batch, hinted=False)
+    assert isolator.isolate(512, 1 << 20) == batch
+    isolator.release(batch, hinted=False)
+    assert not isolator.idle()
+    assert not kernel.pool, "nobody went on with the pass"
+    assert host.run() == 14
+
+
+def test_a_lost_host_leaves_the_reserve_to_the_guest() -> None:
+    kernel = ModelKernel(50, zeroing=False)
+    isolator, host = started(kernel)
+    batch = isolator.isolate(4, 1 << 20)
+    kernel.allocate(5)
+    for _ in range(10):
+        assert isolator.idle()
+        assert len(kernel.pool) == 44, "a batch is in flight: nothing may leave the pool"
+    isolator.release(batch, hinted=False)  # welcomed again
+    kernel.release(5)
+    host.run()
+    assert not kernel.pool
+
+
+def test_an_allowance_that_is_used_up_ends_the_pass() -> None:
+    kernel = ModelKernel(50, zeroing=False)
+    isolator, host = started(kernel)
+    host.acknowledge(isolator.isolate(512, 8 * CHUNK_PAGES))
+    assert kernel.pool
+    assert not isolator.isolate(512, CHUNK_PAGES - 1)
+    assert not isolator.idle()
+    assert not kernel.pool
+    assert host.run() == 36
+
+
+def test_what_a_dead_agent_left_is_hinted_by_the_next() -> None:
+    kernel = ModelKernel(50, zeroing=False)
+    dead, _ = started(kernel)
+    assert dead.isolate(4, 1 << 20)
+    heir = HugetlbIsolator(kernel, threshold_chunks=1, zeroing=False)
+    left = heir.start(lambda: None)
+    assert left.page_count == 44 * CHUNK_PAGES
+    heir.release(left, hinted=False)
+    assert Host(kernel, heir).run() == 44
+    assert not kernel.pool
+
+
+def test_a_kernel_that_withholds_chunks_is_not_asked_for_ever() -> None:
+    kernel = ModelKernel(50, zeroing=False)
+    kernel.withheld = 10
+    _, host = started(kernel)
+    assert host.run() == 40
+    assert not host.run()
+    kernel.withheld = 0
+    kernel.allocate(20)
+    kernel.release(20)
+    assert host.run() >= 20
+
+
+def test_a_pool_that_others_use_is_left_alone_until_they_do_not() -> None:
+    kernel = ModelKernel(50, zeroing=False)
+    isolator, host = started(kernel)
+    kernel.shared = True
+    assert isolator.isolate(512, 1 << 20) == EMPTY
+    assert not isolator.idle()
+    kernel.shared = False
+    assert host.run() == 44
+
+
+def test_policy_cold_is_refused() -> None:
+    isolator, _ = started(ModelKernel(10, zeroing=False))
+    isolator.only_cold(0)
+    with pytest.raises(Refused, match="since when"):
+        isolator.only_cold(5)
+
+
+class PassMachine(RuleBasedStateMachine):
+    """Any history of a guest: what a settled guest has free beyond the reserve is absent."""
+
+    @initialize(zeroing=st.booleans(), count=st.integers(20, 120))
+    def start(self, zeroing: bool, count: int) -> None:
+        self.kernel = ModelKernel(count, zeroing=zeroing)
+        self.isolator, self.host = started(self.kernel, THRESHOLD_CHUNKS)
+
+    @rule(count=st.integers(1, 60))
+    def allocate(self, count: int) -> None:
+        self.kernel.allocate(count)
+
+    @rule(count=st.integers(1, 60), first=st.integers(0, 30))
+    def free(self, count: int, first: int) -> None:
+        self.kernel.release(count, first)
+
+    @rule(at_a_time=st.integers(1, 64))
+    def passes(self, at_a_time: int) -> None:
+        self.host.run(at_a_time=at_a_time)
+
+    @rule()
+    def settle(self) -> None:
+        while self.host.run(asked=True):
+            pass
+        stay = len(self.kernel.resident & set(self.kernel.free))
+        assert stay <= RESERVE_CHUNKS + (THRESHOLD_CHUNKS if self.kernel.zeroing else 0)
+
+    @invariant()
+    def nothing_stays_isolated(self) -> None:
+        assert not hasattr(self, "kernel") or not self.kernel.pool
+
+
+TestPasses = PassMachine.TestCase
+TestPasses.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

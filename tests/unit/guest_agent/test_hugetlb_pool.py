@@ -1,0 +1,58 @@
+"""Where the hugetlb pool cannot be ours: what a user reads."""
+
+from pathlib import Path
+
+import pytest
+
+from guest_agent.isolation.hugetlb_pool import HugetlbPool
+from hintfleet.errors import Refused
+
+POOL = "kernel/mm/hugepages/hugepages-2048kB"
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Path:
+    """The /sys and /proc of a guest whose pool nobody uses."""
+    pool = tmp_path / POOL
+    pool.mkdir(parents=True)
+    for name in ("nr", "free", "resv", "surplus", "nr_overcommit"):
+        (pool / f"{name}_hugepages").write_text("0\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 1 kB\nCmaTotal:       0 kB\n")
+    return tmp_path
+
+
+def refusal(kernel: Path) -> str:
+    with pytest.raises(Refused) as caught:
+        HugetlbPool(kernel / "mount", kernel, kernel).open()
+    assert not (kernel / "mount").exists(), "something was changed"
+    return str(caught.value)
+
+
+def test_others_may_take_huge_pages(kernel: Path) -> None:
+    (kernel / POOL / "nr_overcommit_hugepages").write_text("7\n")
+    assert "nr_overcommit_hugepages is 7" in refusal(kernel)
+
+
+def test_cma(kernel: Path) -> None:
+    (kernel / "meminfo").write_text("CmaTotal:   65536 kB\n")
+    assert "CMA (65536 kB)" in refusal(kernel)
+
+
+def test_virtio_mem(kernel: Path) -> None:
+    (kernel / "bus/virtio/drivers/virtio_mem/virtio3").mkdir(parents=True)
+    assert "virtio-mem" in refusal(kernel)
+
+
+def test_no_page_flags(kernel: Path) -> None:
+    assert "kpageflags" in refusal(kernel)
+
+
+def test_no_huge_pages(tmp_path: Path) -> None:
+    assert "no 2 MiB huge pages" in refusal(tmp_path)
+
+
+def test_the_reserve_is_a_sixteenth_and_the_low_watermarks(kernel: Path) -> None:
+    text = (Path(__file__).parents[2] / "data/zoneinfo-24GiB.txt").read_text()
+    (kernel / "zoneinfo").write_text(text)
+    reserve = HugetlbPool(kernel / "mount", kernel, kernel).reserve_chunks()
+    assert 24 * 512 / 16 < reserve < 24 * 512 / 16 + 64

@@ -1,0 +1,53 @@
+"""What a spec asks of a real guest, and what is refused before one is booted."""
+
+import pytest
+
+from hintfleet.errors import Refused
+from hintfleet.v1 import host_pb2
+from host_agent.guests.libvirt import _check_settings, _isolator, _kernel_parameters
+
+
+def spec(parameters: str = "", **hinting: object) -> host_pb2.GuestSpec:
+    settings = host_pb2.HintingSettings(**hinting)  # type: ignore[arg-type]
+    return host_pb2.GuestSpec(
+        method=host_pb2.HINTING, hinting=settings, kernel_parameters=parameters
+    )
+
+
+@pytest.mark.parametrize(
+    ("hinting", "isolator"),
+    [
+        ({}, "kmod"),
+        ({"tracker": "reported"}, "kmod"),
+        ({"tracker": "bitmap"}, "hugetlb"),
+        ({"isolator": "hugetlb", "tracker": "bitmap"}, "hugetlb"),
+        ({"isolator": "hugetlb"}, "hugetlb"),
+    ],
+)
+def test_a_tracker_brings_its_isolator(hinting: dict[str, str], isolator: str) -> None:
+    asked = spec(**hinting)
+    _check_settings(asked)
+    assert _isolator(asked.hinting) == isolator
+
+
+@pytest.mark.parametrize(
+    ("hinting", "said"),
+    [
+        ({"isolator": "embedded"}, "no isolator 'embedded'"),
+        ({"tracker": "magic"}, "no tracker 'magic'"),
+        ({"policy": "cold"}, "no policy 'cold'"),
+        ({"isolator": "kmod", "tracker": "bitmap"}, "has no tracker 'bitmap'"),
+        ({"isolator": "hugetlb", "chunk_order": 10}, "order 9 only"),
+    ],
+)
+def test_what_a_real_guest_cannot_do(hinting: dict[str, object], said: str) -> None:
+    with pytest.raises(Refused, match=said) as caught:
+        _check_settings(spec(**hinting))
+    assert caught.value.hint
+
+
+def test_kernel_parameters_come_after_ours() -> None:
+    assert _kernel_parameters(spec("init_on_alloc=0  quiet", chunk_order=10)) == [
+        *("hintfleet.isolator=kmod", "hintfleet.order=10", "init_on_alloc=0", "quiet")
+    ]
+    assert _kernel_parameters(spec("a=1", isolator="hugetlb")) == ["a=1"]

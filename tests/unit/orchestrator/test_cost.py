@@ -1,0 +1,169 @@
+"""Costs of trials and of arms, against values computed by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hintfleet.units import MIB
+from orchestrator.comparison import ArmCost, Charged, compare
+from orchestrator.cost import COUNTERS, Cost, host_cost
+from orchestrator.footprint import Series
+from orchestrator.records import GuestSettled, StepDone
+
+S = 1_000_000
+
+
+def series(*points: tuple[float, int], **grown: int) -> Series:
+    """Resident MiB at these seconds; a counter grows by so much in each second."""
+    at_us = np.array([round(at * S) for at, _ in points], dtype=np.int64)
+    return Series(
+        at_unix_us=at_us,
+        resident_bytes=np.array([mib * MIB for _, mib in points], dtype=np.uint64),
+        counters={name: (at_us * grown.get(name, 0) // S).astype(np.uint64) for name in COUNTERS},
+    )
+
+
+def step(kind: str, start: float, end: float, changed_mib: int = 0) -> StepDone:
+    return StepDone(
+        host="h",
+        trial_id="t",
+        guest="g",
+        at_unix_us=round(end * S),
+        kind=kind,
+        changed_bytes=changed_mib * MIB,
+        held_bytes=0,
+        verified_pages=1,
+        wrong_pages=0,
+        duration_us=round((end - start) * S),
+    )
+
+
+STEPS = [step("allocate", 1, 2), step("free", 4, 4.5, changed_mib=100), step("verify", 9, 10)]
+
+
+def settle_s(*points: tuple[float, int], steps: list[StepDone] = STEPS) -> tuple[float, ...]:
+    return host_cost({"g": series(*points)}, {"g": steps}, []).settle_s
+
+
+def test_the_time_until_nearly_all_that_came_back_was_back() -> None:
+    # Of 100 MiB that came back in the end, 95 were back 2 s after the step.
+    assert settle_s((0, 0), (3, 200), (5, 150), (6.5, 105), (8, 100), (10, 100)) == (2.0,)
+
+
+def test_what_left_while_the_step_ran_took_no_time() -> None:
+    assert settle_s((0, 0), (3, 200), (4.4, 100), (6, 100), (10, 100)) == (0.0,)
+
+
+def test_nothing_came_back() -> None:
+    assert settle_s((0, 0), (3, 200), (5, 198), (10, 199)) == ()
+    assert settle_s((0, 0), (3, 200), (5, 210), (10, 220)) == ()
+
+
+def test_a_free_step_is_over_when_the_next_step_begins() -> None:
+    steps = [*STEPS[:2], step("free", 6, 6.5, changed_mib=50), step("verify", 9, 10)]
+    points = ((0, 0), (3, 200), (5, 100), (5.9, 100), (7.5, 50), (10, 50))
+    assert settle_s(*points, steps=steps) == (0.5, 1.0)
+
+
+def test_counters_are_of_the_window_and_of_all_guests() -> None:
+    points = tuple((at / 2, 100) for at in range(22))
+    grown = {
+        "agent_cpu_us": 1000,
+        "process_cpu_us": 3000,
+        "host_agent_cpu_us": 5000,
+        "wire_bytes": 20,
+        "ranges": 10,
+        "tracker_bytes": 1,
+    }
+    settled = GuestSettled(
+        host="h",
+        trial_id="t",
+        guest="a",
+        at_unix_us=0,
+        batches=1,
+        hinted_bytes=1,
+        duration_us=S // 4,
+    )
+    guests = {"a": series(*points, **grown), "b": series(*points, **grown)}
+    cost = host_cost(guests, dict.fromkeys(guests, STEPS), [settled])
+    assert cost.agent_cpu_s == pytest.approx(2 * 8 * 1e-3)
+    assert cost.process_cpu_s == pytest.approx(2 * 8 * 3e-3)
+    assert cost.host_agent_cpu_s == pytest.approx(8 * 5e-3), "there is one for all guests"
+    assert (cost.wire_bytes, cost.ranges) == (320, 160)
+    assert cost.tracker_bytes == 10
+    assert cost.step_s == pytest.approx(2 * 1.5), "the read-back is not the workload's"
+    assert cost.asked_settle_s == (0.25,)
+
+
+COST = Cost(
+    settle_s=(),
+    asked_settle_s=(),
+    step_s=2.0,
+    agent_cpu_s=0.0,
+    process_cpu_s=1.0,
+    host_agent_cpu_s=0.5,
+    wire_bytes=0,
+    ranges=0,
+    tracker_bytes=0,
+)
+HINTED = Cost(
+    settle_s=(0.1, 0.3),
+    asked_settle_s=(),
+    step_s=3.0,
+    agent_cpu_s=0.2,
+    process_cpu_s=1.5,
+    host_agent_cpu_s=0.75,
+    wire_bytes=21,
+    ranges=10,
+    tracker_bytes=416,
+)
+
+
+def rows(hinted: Cost | None = HINTED, control: Cost | None = COST) -> list[Charged]:
+    return [
+        Charged(arm=arm, is_control=arm == "none", repetition=i, host=host, cost=cost)
+        for i in (0, 1)
+        for host in ("a", "b")
+        for arm, cost in (("none", control), ("hint", hinted))
+    ]
+
+
+def only(found: list[ArmCost]) -> ArmCost:
+    (arm,) = found
+    return arm
+
+
+def test_an_arm_against_the_control() -> None:
+    arm = only(compare(rows(), "embedded"))
+    assert arm.settle_s == pytest.approx(0.2)
+    assert arm.slowest_settle_s == 0.3
+    assert arm.wire_bytes_per_range == 2.1
+    assert arm.tracker_bytes == 416
+    assert arm.slowdown_percent is not None
+    assert (arm.slowdown_percent.mean, arm.slowdown_percent.pairs) == (pytest.approx(50), 4)
+    assert arm.guest_cpu_s is not None
+    assert arm.guest_cpu_s.mean == pytest.approx(2 * 0.5), "an embedded guest is its process"
+    assert arm.host_cpu_s is not None
+    assert arm.host_cpu_s.mean == pytest.approx(2 * 0.75)
+
+
+def test_in_a_real_guest_the_agent_alone_counts() -> None:
+    found = only(compare(rows(), "libvirt")).guest_cpu_s
+    assert found is not None
+    assert found.mean == pytest.approx(2 * 0.2)
+
+
+def test_twice_as_slow_and_twice_as_fast_cancel_out() -> None:
+    found = rows()
+    for i, step_s in ((1, 1.0), (3, 4.0), (5, 1.0), (7, 4.0)):
+        found[i] = replace(found[i], cost=replace(HINTED, step_s=step_s))
+    slowdown = only(compare(found, "embedded")).slowdown_percent
+    assert slowdown is not None
+    assert slowdown.mean == pytest.approx(0)
+    assert slowdown.low < 0 < slowdown.high
+
+
+def test_undecided_trials_leave_no_figure() -> None:
+    assert compare([*rows(), replace(rows()[1], repetition=2, cost=None)], "embedded") == []
+    assert only(compare(rows(control=None), "embedded")).slowdown_percent is None

@@ -1,0 +1,73 @@
+"""Folders for sockets: private, short, and swept when their process was killed."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.machine import RuntimeDir, environment
+
+_KILLED = """
+import os, signal
+from orchestrator.machine import RuntimeDir
+made = RuntimeDir()
+(made.path / "socket").touch()
+print(made.path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield Path(folder)
+
+
+def test_folders_of_killed_processes_are_removed_and_others_stay(base: Path) -> None:
+    (base / "hf-other").mkdir()
+    alive = RuntimeDir()
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED], stdout=subprocess.PIPE, text=True, check=False
+    )
+    left = Path(killed.stdout.strip())
+    assert left.parent == base
+    assert left.is_dir()
+    made = RuntimeDir()
+    assert {path.name for path in base.iterdir()} == {"hf-other", alive.path.name, made.path.name}
+    assert made.path.stat().st_mode & 0o777 == 0o700
+    for folder in (alive, made, made):
+        folder.remove()
+    assert [path.name for path in base.iterdir()] == ["hf-other"]
+
+
+def test_a_folder_in_use_stays_though_its_process_cannot_be_seen(base: Path) -> None:
+    other = RuntimeDir()
+    # As a process of another container: its id means nothing here.
+    elsewhere = other.path.rename(base / "hf-999999999-x")
+    RuntimeDir().remove()
+    assert elsewhere.is_dir()
+    other.remove()
+    RuntimeDir().remove()
+    assert not elsewhere.exists(), "it was let go"
+
+
+def test_a_long_temporary_folder_is_not_used(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = base / ("x" * 60)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    made = RuntimeDir()
+    try:
+        assert len(str(made.path)) < 40
+    finally:
+        made.remove()
+
+
+def test_the_environment_says_what_matters() -> None:
+    found = environment()
+    assert {"hintfleet", "kernel", "processors", "memory", "ray"} <= found.keys()
+    assert all(found.values())

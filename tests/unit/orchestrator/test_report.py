@@ -1,0 +1,180 @@
+"""Reports: what is drawn and written, from a store with two arms."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hintfleet.errors import Refused
+from orchestrator import spec_file
+from orchestrator.cli import run_command
+from orchestrator.cost import COUNTERS
+from orchestrator.footprint import Series
+from orchestrator.plan import Trial, host_names, host_task, plan_trials
+from orchestrator.records import Columns, GuestEnded, HostDone, PhaseStarted, Samples, StepDone
+from orchestrator.report.contents import read_contents
+from orchestrator.report.curves import Mark, course, marks, times_s
+from orchestrator.store.reader import Store
+from orchestrator.store.writer import RunHeader, RunWriter
+
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+
+S = 1_000_000
+LOADED = spec_file.load("quickstart")
+MIB = 1 << 20
+
+
+def phase(title: str, at_s: float, host: str = "h", trial_id: str = "t") -> PhaseStarted:
+    return PhaseStarted(
+        host=host, trial_id=trial_id, at_unix_us=round(at_s * S), title=title, hold_s=0.0
+    )
+
+
+def test_marks_are_means_and_courses_are_stretched_to_them() -> None:
+    slow = [phase("allocate", 10), phase("free", 14), phase("verify", 20)]
+    fast = [phase("allocate", 50), phase("free", 52), phase("verify", 56)]
+    found = marks([slow, fast])
+    assert found == [
+        Mark(at_s=0.0, title="allocate"),
+        Mark(at_s=3.0, title="free"),
+        Mark(at_s=8.0, title="verify"),
+    ]
+    falls = Series(
+        at_unix_us=np.array([10, 14, 14.001, 20]) * S,
+        resident_bytes=np.array([100, 100, 40, 40], dtype=np.uint64),
+    )
+    total = course({"h": [falls, falls]}, {"h": slow}, found)
+    at_s = times_s(found)
+    assert set(total[at_s < 2.99]) == {200.0}
+    assert set(total[at_s > 3.01]) == {80.0}
+
+
+def store_trial(writer: RunWriter, trial: Trial) -> None:
+    tasks = {host: host_task(LOADED.spec, trial, host) for host in host_names(LOADED.spec)}
+    writer.begin_trial(trial, tasks)
+    for host, task in tasks.items():
+        for title, at_s in (("allocate 192 MiB", 1.0), ("free 75 %", 3.0), ("verify", 6.0)):
+            writer.append(phase(title, at_s, host, trial.trial_id))
+        names = [guest.name for guest in task.guests]
+        times = np.arange(0, 7 * S, S // 10, dtype=np.int64)
+        left = (30 if trial.arm.name == "bitmap" else 100) + trial.repetition
+        resident = np.where(times < 3.2 * S, 100, left) * MIB
+        columns: Columns = {
+            "at_unix_us": np.repeat(times, len(names)),
+            "guest": np.tile(np.array(names, dtype=object), len(times)),
+            "resident_bytes": np.repeat(resident, len(names)).astype(np.uint64),
+            **{name: np.repeat(times, len(names)).astype(np.uint64) for name in COUNTERS},
+        }
+        writer.append(Samples(host=host, trial_id=trial.trial_id, columns=columns))
+        common = {"host": host, "trial_id": trial.trial_id}
+        for name in names:
+            for kind, at_s in (("allocate", 1.5), ("free", 3.1), ("verify", 6.5)):
+                writer.append(
+                    StepDone(
+                        **common,
+                        guest=name,
+                        at_unix_us=round(at_s * S),
+                        kind=kind,
+                        changed_bytes=70 * MIB,
+                        held_bytes=0,
+                        verified_pages=1,
+                        wrong_pages=0,
+                        duration_us=S // 10,
+                    )
+                )
+            writer.append(
+                GuestEnded(
+                    **common,
+                    guest=name,
+                    at_unix_us=7 * S,
+                    provisioned_bytes=256 * MIB,
+                    reclaimed_now_bytes=0,
+                    refaulted_total_bytes=0,
+                )
+            )
+        writer.append(HostDone(**common, at_unix_us=7 * S))
+    assert writer.end_trial() == ""
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    header = RunHeader(
+        run_id="run1",
+        spec=LOADED.spec,
+        spec_text="name: </script><b>\n",
+        summary="a test of <reports>",
+        environment={"kernel": "Linux & more"},
+    )
+    with Store(folder) as store, RunWriter(store, header) as writer:
+        for trial in plan_trials(LOADED.spec, "run1"):
+            store_trial(writer, trial)
+    return folder
+
+
+def test_contents(stored: Path) -> None:
+    with Store(stored) as store:
+        contents = read_contents(store, store.find_run("run1"))
+    assert [curve.arm for curve in contents.curves] == ["none", "bitmap"]
+    bitmap = contents.curves[1]
+    last = [round(part[-1]) for part in (bitmap.low_bytes, bitmap.mean_bytes, bitmap.high_bytes)]
+    assert last == [6 * 30 * MIB, 6 * 31 * MIB, 6 * 32 * MIB], "six guests, three repetitions"
+    assert [mark.title for mark in contents.marks] == ["allocate 192 MiB", "free 75 %", "verify"]
+
+
+def test_the_page_has_all_in_it_and_trusts_no_text(
+    stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.html"
+    arguments = ["report", "latest", "-o", str(path), "--data-dir", str(stored)]
+    assert run_command(arguments) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    page = path.read_text()
+    assert "a test of &lt;reports&gt;" in page
+    assert "name: &lt;/script&gt;&lt;b&gt;" in page
+    assert "Linux &amp; more" in page
+    assert not re.search(r"""(src|href)=["']?https?:""", page), "it loads nothing"
+    found = re.search(r"Object\.entries\((\{.*\})\)\)", page)
+    assert found
+    charts = json.loads(found[1])
+    assert charts.keys() == {"resident", "savings"}
+    assert re.search(r"<td>\d+ MiB<br>\[\d+, \d+\]</td>", page)
+
+
+@pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<svg")])
+def test_a_picture_of_the_main_plot(stored: Path, tmp_path: Path, name: str, begins: bytes) -> None:
+    path = tmp_path / name
+    assert run_command(["report", "--plot", str(path), "--data-dir", str(stored)]) == 0
+    picture = path.read_bytes()
+    assert picture.startswith(begins)
+    if name.endswith("svg"):
+        for text in (b"allocate 192 MiB", b"free 75 %", b"bitmap: ", b">none<"):
+            assert text in picture
+
+
+def test_a_file_that_cannot_be_written(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["report", "--plot", "/nowhere/a.svg", "--data-dir", str(stored)]
+    assert run_command(arguments) == 1
+    assert "cannot write /nowhere/a.svg: No such file" in capsys.readouterr().err
+
+
+def test_a_run_without_trials_has_no_report(tmp_path: Path) -> None:
+    header = RunHeader(run_id="r", spec=LOADED.spec, spec_text="", summary="")
+    with Store(tmp_path) as store:
+        with RunWriter(store, header):
+            pass
+        with pytest.raises(Refused, match="no trial that could be shown"):
+            read_contents(store, store.find_run("r"))
+
+
+def test_the_missing_extra_is_named(
+    stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert run_command(["report", "--data-dir", str(stored)]) == 1
+    said = capsys.readouterr().err
+    assert "needs altair and vl_convert" in said
+    assert "hintfleet[report]" in said

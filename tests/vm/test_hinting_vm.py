@@ -1,0 +1,126 @@
+"""Hinting on a real guest, through a real host agent."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests import GuestRequest
+from host_agent.guests.domain_xml import DomainSpec, Memballoon
+from host_agent.guests.libvirt import LibvirtDriver
+from tests.support.agents import TRIAL, alive, running_host_agent, wait_until
+from tests.support.vm import Guests, spec
+
+pytestmark = pytest.mark.vm
+
+FREED_BYTES = 400 * MIB
+
+
+@pytest.mark.parametrize("name", ["kmod", "hugetlb"])
+def test_what_is_freed_leaves_the_host(guests: Guests, connection: Any, name: str) -> None:
+    host = guests.host
+    host.allocate(FREED_BYTES + 60 * MIB, name)
+    before_bytes = guests.ledger(name).resident_bytes
+    host.free(FREED_BYTES, name)
+    guests.falls_to(name, before_bytes - int(0.9 * FREED_BYTES), timeout_s=3)
+    settled = host.settle(name)
+    assert settled.ledger.reclaimed_now_bytes > 0.9 * FREED_BYTES
+    guests.balances(name, connection)
+    assert host.verify(name).wrong_pages == 0
+
+
+@pytest.mark.parametrize("name", ["kmod", "hugetlb"])
+def test_memory_used_and_freed_between_two_looks_leaves_nothing_behind(
+    guests: Guests, connection: Any, name: str
+) -> None:
+    host = guests.host
+    host.settle(name)
+    before = guests.ledger(name)
+    for _ in range(4):
+        host.allocate(200 * MIB, name)
+        host.free(200 * MIB, name)
+    after = host.settle(name).ledger
+    assert after.resident_bytes < before.resident_bytes + 20 * MIB
+    hinted_bytes = after.hinted_total_bytes - before.hinted_total_bytes
+    absent_bytes = after.absent_total_bytes - before.absent_total_bytes
+    assert hinted_bytes > 150 * MIB
+    if name == "hugetlb":  # the kernel reports what it merged and split again, too
+        assert absent_bytes < 0.1 * hinted_bytes, "hinted what was not resident"
+    guests.balances(name, connection)
+    assert host.verify(name).wrong_pages == 0
+
+
+def test_a_killed_host_agent_leaves_no_domain(connection: Any, libvirt_uri: str) -> None:
+    def domains() -> list[Any]:
+        return [d for d in connection.listAllDomains() if d.name() == "hintfleet-orphan"]
+
+    with running_host_agent() as host:
+        host.watch()
+        request = host_pb2.CreateGuestRequest(
+            command=host_pb2.CommandId(trial_id=TRIAL), name="orphan", spec=spec()
+        )
+        errors: list[grpc.RpcError] = []
+
+        def create() -> None:
+            try:
+                host.stub.CreateGuest(request, timeout=60)
+            except grpc.RpcError as error:
+                errors.append(error)
+
+        creating = threading.Thread(target=create)
+        creating.start()
+        # Killed at the worst moment: the guest runs, and nobody was told of it yet.
+        wait_until(lambda: bool(domains()), "the domain", 30)
+        uuid = domains()[0].UUIDString()
+        pids = filter(str.isdecimal, os.listdir("/proc"))
+        qemu = [int(pid) for pid in pids if uuid in command_line(pid)]
+        assert qemu
+        host.process.send_signal(signal.SIGKILL)
+        creating.join(30)
+        assert errors
+    wait_until(lambda: not domains(), "the domain to be gone")
+    wait_until(lambda: not any(map(alive, qemu)), "QEMU to end")
+
+
+def command_line(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+class WithReporting(LibvirtDriver):
+    """Makes hinting guests whose balloon has free page reporting on, as others may."""
+
+    def _domain_spec(self, *arguments: Any) -> DomainSpec:
+        made = super()._domain_spec(*arguments)
+        return DomainSpec(**(vars(made) | {"memballoon": Memballoon.REPORTING}))
+
+
+def test_reporting_that_is_registered_already_is_said(libvirt_uri: str, image: object) -> None:
+    driver = WithReporting(libvirt_uri, guest_server="10.0.2.2:9")
+    gone: list[str] = []
+    guest = driver.create(
+        GuestRequest(
+            name="busy",
+            uuid="5b9d0f0e-0000-4000-8000-00000000b157",
+            token="secret",
+            spec=spec(memory_bytes=512 * MIB),
+            on_gone=gone.append,
+        )
+    )
+    try:
+        wait_until(lambda: bool(gone), "the guest to end", 90)
+        said = guest.evidence()
+    finally:
+        guest.close()
+        driver.close()
+    assert "cannot load hintfleet_kmod" in said
+    assert "cannot isolate" in said
+    assert "free page reporting on" in said
