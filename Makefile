@@ -19,7 +19,7 @@ $(VENV)/base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) install --constraint constraints.txt --editable '.[embedded,orchestrator,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[embedded,orchestrator,report,dev]'
 	@touch $@
 
 demo: $(VENV)/base

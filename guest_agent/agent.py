@@ -17,7 +17,7 @@ from guest_agent.config import Config
 from guest_agent.isolation import Isolator
 from guest_agent.isolation.embedded import EmbeddedIsolator
 from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
-from guest_agent.procfs import boot_id, init_on_alloc, mem_available_bytes, mem_free_bytes
+from guest_agent.procfs import boot_id, init_on_alloc, mem_free_bytes, mem_total_bytes
 from guest_agent.session import HelloFacts, HintingSession
 from guest_agent.workload import Workload
 from guest_agent.workload_client import serve_workload
@@ -152,5 +152,5 @@ def run_workload_only(config: Config) -> None:
 
 async def _serve_anonymous_workload(config: Config) -> None:
     channel, identity = _connect(config)
-    workload = Workload(AnonymousSource(mem_available_bytes()))
+    workload = Workload(AnonymousSource(mem_total_bytes()))
     await serve_workload(channel, workload, identity, boot_id())

@@ -19,9 +19,9 @@ def mem_free_bytes() -> int:
     return _meminfo("MemFree")
 
 
-def mem_available_bytes() -> int:
-    """Memory that programs can have without swapping."""
-    return _meminfo("MemAvailable")
+def mem_total_bytes() -> int:
+    """Memory that the kernel manages, whatever it is used for now."""
+    return _meminfo("MemTotal")
 
 
 def own_rss_bytes() -> int:

@@ -12,7 +12,9 @@ allowance (policy pressure) that covers less than all that is free gains nothing
 
 Tracking: what the host acknowledged is absent until the host says that it was used
 again. A pass is worth its while when more chunks are free than are absent; what the
-last pass could not have (the reserve) does not count.
+last pass could not have (the reserve) does not count. A pass costs the guest as much as
+all that is free, however little it gains: after one, ten times as long goes by before
+the next, unless one is asked for.
 
 When the host is lost in the middle of a pass, what is in the pool stays there until
 the next Welcome: the kernel does not let us choose which pages leave the pool, so
@@ -25,6 +27,7 @@ watermarks) stays free for the guest, besides all that its kernel can reclaim.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -34,6 +37,7 @@ from hintfleet.ranges import EMPTY, RangeSet
 
 _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
+_REST_FACTOR = 10
 
 
 class Pool(Protocol):
@@ -54,7 +58,14 @@ class HugetlbIsolator:
     name = "hugetlb"
     must_be_polled = True  # the kernel tells nobody of what is freed
 
-    def __init__(self, pool: Pool, *, threshold_chunks: int, zeroing: bool) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        threshold_chunks: int,
+        zeroing: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Nothing is changed before `start`.
 
         :param threshold_chunks: what an unasked pass has to gain.
@@ -78,9 +89,12 @@ class HugetlbIsolator:
         self._left_behind_chunks = 0
         """Free and not absent, but the last pass could not have them."""
         self._asked = False
+        self._clock = clock
+        self._began_at_s = self._rest_until_s = 0.0
 
     def start(self, wake: Callable[[], None]) -> RangeSet:
         del wake  # the kernel calls nobody; the core's period is what drives passes
+        self._began_at_s = self._clock()  # what a dead agent left is a pass of ours now
         self._held = self._pool.open()
         self._out_pages = self._held.page_count
         self._reserve_chunks = self._pool.reserve_chunks()
@@ -160,6 +174,7 @@ class HugetlbIsolator:
         worth = self._worth_a_pass()
         self._asked = False
         if worth:
+            self._began_at_s = self._clock()
             self._reserve_chunks = self._pool.reserve_chunks()
             self._to_move_chunks = self._room_chunks()
             self._withheld_chunks = 0
@@ -185,6 +200,8 @@ class HugetlbIsolator:
         self._left_behind_chunks = free - _chunk_count(self._absent - self._held)
         self._to_hint, self._held, self._to_move_chunks = [], EMPTY, 0
         self._pool.empty()
+        now_s = self._clock()
+        self._rest_until_s = now_s + _REST_FACTOR * (now_s - self._began_at_s)
 
     # What a pass would gain
 
@@ -192,6 +209,8 @@ class HugetlbIsolator:
         return self._pool.free_chunks() - self._reserve_chunks
 
     def _worth_a_pass(self) -> bool:
+        if not self._asked and self._clock() < self._rest_until_s:
+            return False
         room = self._room_chunks()
         if room <= 0:
             return False

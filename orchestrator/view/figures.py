@@ -28,7 +28,7 @@ def size_interval(interval: Interval) -> str:
 def number_interval(interval: Interval) -> str:
     """`0.0201`, and below it `[0.0190, 0.0212]`."""
     digits = decimals(max(abs(interval.low), abs(interval.high)))
-    mean, low, high = (f"{v:.{digits}f}" for v in (interval.mean, interval.low, interval.high))
+    mean, low, high = _rounded(interval, digits)
     return f"{mean}\n[{low}, {high}]"
 
 
@@ -37,7 +37,7 @@ def percent_interval(interval: Interval | None) -> str:
     if interval is None:
         return NO_FIGURE
     digits = 0 if max(abs(interval.low), abs(interval.high)) >= 10 else 1
-    mean, low, high = (f"{v:.{digits}f}" for v in (interval.mean, interval.low, interval.high))
+    mean, low, high = _rounded(interval, digits)
     return f"{'' if mean.startswith('-') else '+'}{mean} %\n[{low}, {high}]"
 
 
@@ -46,7 +46,7 @@ def seconds_interval(interval: Interval | None) -> str:
     if interval is None:
         return NO_FIGURE
     digits = min(2, decimals(max(abs(interval.low), abs(interval.high))))
-    mean, low, high = (f"{v:.{digits}f}" for v in (interval.mean, interval.low, interval.high))
+    mean, low, high = _rounded(interval, digits)
     return f"{mean} s\n[{low}, {high}]"
 
 
@@ -56,6 +56,15 @@ def settle_time(cost: ArmCost) -> str:
         return NO_FIGURE
     digits = min(2, decimals(cost.slowest_settle_s))
     return f"{cost.settle_s:.{digits}f} s\nmax {cost.slowest_settle_s:.{digits}f} s"
+
+
+def _rounded(interval: Interval, digits: int) -> tuple[str, str, str]:
+    """Mean and ends; nothing is minus zero."""
+    return (
+        f"{interval.mean:z.{digits}f}",
+        f"{interval.low:z.{digits}f}",
+        f"{interval.high:z.{digits}f}",
+    )
 
 
 def decimals(largest: float) -> int:
@@ -77,7 +86,7 @@ def returned(part: Returned | None) -> str:
     """`97 % in 2 s`: the share of what was freed that left."""
     if part is None:
         return NO_FIGURE
-    return f"{part.share * 100:.0f} % in {part.after_s:.2g} s"
+    return f"{part.share * 100:z.0f} % in {part.after_s:.2g} s"
 
 
 def pages(verified: int, wrong: int) -> str:
