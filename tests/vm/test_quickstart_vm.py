@@ -25,7 +25,9 @@ def lab(tmp_path: Path, libvirt_uri: str, image: GuestImage) -> Iterator[Lab]:
 def domains(uri: str) -> list[str]:
     connection = libvirt.open(uri)
     try:
-        return [d.name() for d in connection.listAllDomains() if d.name().startswith("hintfleet-host")]
+        return [
+            d.name() for d in connection.listAllDomains() if d.name().startswith("hintfleet-host")
+        ]
     finally:
         connection.close()
 
