@@ -13,7 +13,7 @@ allowance (policy pressure) that covers less than all that is free gains nothing
 Tracking: what the host acknowledged is absent until the host says that it was used
 again. A pass is worth its while when more chunks are free than are absent; what the
 last pass could not have (the reserve) does not count. A pass costs the guest as much as
-all that is free, however little it gains: after one, ten times as long goes by before
+all that is free, however little it gains: after one, four times as long goes by before
 the next, unless one is asked for.
 
 When the host is lost in the middle of a pass, what is in the pool stays there until
@@ -37,7 +37,7 @@ from hintfleet.ranges import EMPTY, RangeSet
 
 _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
-_REST_FACTOR = 10
+_REST_FACTOR = 4
 
 
 class Pool(Protocol):
