@@ -14,7 +14,7 @@ Tracking: what the host acknowledged is absent until the host says that it was u
 again. A pass is worth its while when more chunks are free than are absent; what the
 last pass could not have (the reserve) does not count. A pass costs the guest as much as
 all that is free, however little it gains: after one, four times as long goes by before
-the next, unless one is asked for.
+the next, half a second at the most, unless one is asked for.
 
 When the host is lost in the middle of a pass, what is in the pool stays there until
 the next Welcome: the kernel does not let us choose which pages leave the pool, so
@@ -38,6 +38,7 @@ from hintfleet.ranges import EMPTY, RangeSet
 _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
 _REST_FACTOR = 4
+_LONGEST_REST_S = 0.5
 
 
 class Pool(Protocol):
@@ -201,7 +202,8 @@ class HugetlbIsolator:
         self._to_hint, self._held, self._to_move_chunks = [], EMPTY, 0
         self._pool.empty()
         now_s = self._clock()
-        self._rest_until_s = now_s + _REST_FACTOR * (now_s - self._began_at_s)
+        rest_s = min(_REST_FACTOR * (now_s - self._began_at_s), _LONGEST_REST_S)
+        self._rest_until_s = now_s + rest_s
 
     # What a pass would gain
 
