@@ -1,6 +1,6 @@
 """Taking free chunks out of the guest's allocator, so that nobody can use them.
 
-One interface serves isolators that the agent pulls from (`embedded`) and one
+One interface serves isolators that the agent pulls from (`embedded`, `hugetlb`) and one
 that the kernel pushes through (`kmod`): the hinting core asks for chunks
 whenever it was woken or its period has passed, and does not know which it has.
 """
