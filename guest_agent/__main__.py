@@ -21,7 +21,8 @@ The host agent writes the configuration when it makes the guest.
 _EPILOG = """\
 examples:
   hintfleet-guest --config /sys/firmware/qemu_fw_cfg/by_name/opt/org.hintfleet/config/raw
-  hintfleet-guest --config -     the first line of stdin; ends when stdin is closed
+  hintfleet-guest --config -     the first line of stdin; ends when stdin is closed,
+                                 unless the configuration has orphan_after_s
 
 exit codes: 0 stopped by a signal, 1 failed, 2 wrong usage or configuration
 """
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(ExitCode.DONE))
     try:
         settings = config.parse(_read_config(arguments.config))
+        if arguments.config == "-" and not settings.orphan_after_s:
+            Thread(target=_end_with_stdin, name="lifeline", daemon=True).start()
         if arguments.workload_only:
             agent.run_workload_only(settings)
         else:
@@ -59,9 +62,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def _read_config(path: str) -> str:
     if path == "-":
-        text = sys.stdin.readline()
-        Thread(target=_end_with_stdin, name="lifeline", daemon=True).start()
-        return text
+        return sys.stdin.readline()
     try:
         with open(path) as file:
             return file.read()

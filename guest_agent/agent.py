@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Coroutine
 from typing import Any
 
-from grpc import aio
+from grpc import ChannelConnectivity, aio
 
 from guest_agent.config import Config
 from guest_agent.isolation import Isolator
-from guest_agent.isolation.embedded import EmbeddedIsolator
-from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
-from guest_agent.procfs import boot_id, init_on_alloc, mem_free_bytes, mem_total_bytes
+from guest_agent.procfs import (
+    boot_id,
+    init_on_alloc,
+    init_on_free,
+    mem_free_bytes,
+    mem_total_bytes,
+)
 from guest_agent.session import HelloFacts, HintingSession
-from guest_agent.workload import Workload
-from guest_agent.workload_client import serve_workload
-from guest_agent.workload_memory import AnonymousSource, BuddySource
-from hintfleet.errors import InvalidInput
+from hintfleet.errors import InvalidInput, Refused, TransientError
 from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -34,8 +33,9 @@ _CHANNEL_OPTIONS = (
     # One connection a subchannel: nothing is shared with other channels of this process.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # What one attempt may take, not what lies between two: a starved guest needs seconds.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
 
@@ -48,35 +48,74 @@ def run(config: Config) -> None:
 
 
 def _connect(config: Config) -> tuple[aio.Channel, pb.Identity]:
-    """A channel to the host agent, on the running event loop, and who speaks on it."""
-    channel = aio.insecure_channel(config.server, options=_CHANNEL_OPTIONS)
-    return channel, pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
+    """A channel to the host agent, on the running event loop, and who speaks on it.
+
+    :raises InvalidInput: the TLS folder cannot be used.
+    """
+    identity = pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
+    if not config.tls_folder:
+        return aio.insecure_channel(config.server, options=_CHANNEL_OPTIONS), identity
+    from hintfleet.tls import Tls  # late: memory that most guests save
+
+    credentials = Tls.read(config.tls_folder, server=False).for_client()
+    return aio.secure_channel(config.server, credentials, options=_CHANNEL_OPTIONS), identity
+
+
+async def _end_orphaned(channel: aio.Channel, after_s: int) -> None:
+    """Watch the link to the host agent, which alone knows of this guest and can end it.
+
+    :raises TransientError: it was away for so long.
+    """
+    while after_s:
+        try:
+            async with asyncio.timeout(after_s):
+                await _until(channel, ChannelConnectivity.READY)
+        except TimeoutError:
+            raise TransientError(
+                f"no host agent for {after_s} s: nobody wants this guest"
+            ) from None
+        await channel.wait_for_state_change(ChannelConnectivity.READY)
+
+
+async def _until(channel: aio.Channel, wanted: ChannelConnectivity) -> None:
+    while (state := channel.get_state()) is not wanted:
+        await channel.wait_for_state_change(state)
 
 
 async def _until_one_fails(*work: Coroutine[Any, Any, None]) -> None:
-    """Run all of them; none ends but by an error, which is raised."""
+    """Run all of them until one raises, and raise that."""
     tasks = [asyncio.create_task(one) for one in work]
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     for task in done:
         task.result()
 
 
 async def _run_embedded(config: Config) -> None:
     """A whole guest in this process: the agent, and its workload beside it."""
+    # Imported late, here and below: a real guest's agent does without, and is smaller.
+    import mmap
+
+    from guest_agent.isolation.embedded import EmbeddedIsolator
+    from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
+    from guest_agent.workload import Workload
+    from guest_agent.workload_client import serve_workload
+    from guest_agent.workload_memory import BuddyPlugs, BuddySource
+
     if config.ram_fd < 0 or config.memory_bytes <= 0 or config.memory_bytes % PAGE_BYTES:
         raise InvalidInput("an embedded guest needs ram_fd and memory_bytes, in whole pages")
-    ram = mmap.mmap(config.ram_fd, config.memory_bytes)
+    ram = mmap.mmap(config.ram_fd, max(config.memory_bytes, config.max_memory_bytes))
     pages = config.memory_bytes // PAGE_BYTES
     allocator = BuddyAllocator(
         [ZoneSpec(name="Normal", present=RangeSet([(0, pages)]))], chunk_order=config.chunk_order
     )
     # An embedded guest boots with every start of its process.
     boot = f"{boot_id()}-{os.getpid()}-{time.monotonic_ns()}"
-    workload = Workload(BuddySource(allocator, ram))
+    workload = Workload(BuddySource(allocator, ram), BuddyPlugs(allocator))
     channel, identity = _connect(config)
     serving = serve_workload(channel, workload, identity, boot)
+    orphaned = _end_orphaned(channel, config.orphan_after_s)
     if config.method == "none":
-        await serving
+        await _until_one_fails(serving, orphaned)
         return
     tracker = config.tracker or "bitmap"
     isolator = EmbeddedIsolator(
@@ -88,39 +127,23 @@ async def _run_embedded(config: Config) -> None:
     session = HintingSession(
         channel, isolator, facts, lambda: allocator.free_page_count * PAGE_BYTES
     )
-    await _until_one_fails(session.run(), serving)
+    await _until_one_fails(session.run(), serving, orphaned)
 
 
 async def _run_in_guest(config: Config) -> None:
-    """The agent of a real guest: the workload is a process of its own, so that its
-    memory and CPU time are not the agent's."""
+    """The agent of a real guest. The workload is a process of its own (--workload-only): its
+    memory and CPU time are not the agent's, and it lives on when the agent dies."""
     if config.method == "none":
-        await _serve_anonymous_workload(config)
-        return
+        raise InvalidInput(
+            "method none: there is nothing to hint", hint="hintfleet-guest --workload-only"
+        )
     channel, identity = _connect(config)
     isolator, tracker = _isolator(config)
-    child = None
-    if config.workload:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "guest_agent", "--workload-only", "--config", "-"],
-            stdin=subprocess.PIPE,
-            text=True,
-        )
-        if child.stdin is not None:  # always: Popen was asked for a pipe
-            child.stdin.write(config.to_json() + "\n")
-            child.stdin.flush()
-    try:
-        facts = HelloFacts(
-            identity=identity,
-            boot_id=boot_id(),
-            chunk_order=config.chunk_order,
-            tracker=tracker,
-        )
-        await HintingSession(channel, isolator, facts, mem_free_bytes).run()
-    finally:
-        if child is not None:
-            child.kill()
-            child.wait()
+    facts = HelloFacts(
+        identity=identity, boot_id=boot_id(), chunk_order=config.chunk_order, tracker=tracker
+    )
+    session = HintingSession(channel, isolator, facts, mem_free_bytes)
+    await _until_one_fails(session.run(), _end_orphaned(channel, config.orphan_after_s))
 
 
 def _isolator(config: Config) -> tuple[Isolator, str]:
@@ -132,6 +155,12 @@ def _isolator(config: Config) -> tuple[Isolator, str]:
         from guest_agent.isolation.hugetlb import HugetlbIsolator
         from guest_agent.isolation.hugetlb_pool import HugetlbPool
 
+        if init_on_free():
+            raise Refused(
+                "this kernel zeroes pages as they are freed (init_on_free=1): what hugetlb"
+                " gave back would be resident again",
+                hint="boot with init_on_free=0, or use the kmod isolator",
+            )
         zeroing = init_on_alloc()
         print(f"hintfleet-guest: init_on_alloc={int(zeroing)}", file=sys.stderr, flush=True)
         threshold = config.threshold_chunks
@@ -143,7 +172,7 @@ def _isolator(config: Config) -> tuple[Isolator, str]:
 
 
 def run_workload_only(config: Config) -> None:
-    """The workload of a real guest, without hinting: what the agent starts beside itself."""
+    """The workload of a real guest, without hinting."""
     # The kernel is to kill the workload, not the agent, if the guest runs out of memory.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
@@ -151,6 +180,12 @@ def run_workload_only(config: Config) -> None:
 
 
 async def _serve_anonymous_workload(config: Config) -> None:
+    from guest_agent.memory.blocks import MemoryBlocks
+    from guest_agent.workload import Workload
+    from guest_agent.workload_client import serve_workload
+    from guest_agent.workload_memory import AnonymousSource
+
     channel, identity = _connect(config)
-    workload = Workload(AnonymousSource(mem_total_bytes()))
-    await serve_workload(channel, workload, identity, boot_id())
+    source = AnonymousSource(max(mem_total_bytes(), config.max_memory_bytes))
+    serving = serve_workload(channel, Workload(source, MemoryBlocks()), identity, boot_id())
+    await _until_one_fails(serving, _end_orphaned(channel, config.orphan_after_s))

@@ -19,16 +19,21 @@ class Config:
     """What the agent is to do. Every field but the first three has a default.
 
     :ivar server: the host agent's address: `HOST:PORT` or `unix:PATH`.
-    :ivar method: `hinting`, or `none` to run only the workload.
+    :ivar tls_folder: ca.pem, cert.pem and key.pem for a server that wants them; empty for
+        plain text.
+    :ivar method: `hinting`, or `none` for a guest that only runs workloads.
     :ivar isolator: `kmod`, `hugetlb` or `embedded`.
     :ivar memory: `kernel` (this machine's own) or `embedded` (a RAM file).
-    :ivar ram_fd, memory_bytes: the RAM file of an embedded guest and its size.
-    :ivar workload: whether to run workloads for the host.
+    :ivar ram_fd, memory_bytes: the RAM file of an embedded guest, and how much of it is
+        RAM from the start.
+    :ivar max_memory_bytes: what the guest may be resized to; 0 if it cannot be.
+    :ivar orphan_after_s: end when the host agent was away for so long; 0 for never.
     """
 
     server: str
     guest_uuid: str
     token: str
+    tls_folder: str = ""
     method: str = "hinting"
     isolator: str = "kmod"
     tracker: str = ""
@@ -37,7 +42,8 @@ class Config:
     memory: str = "kernel"
     ram_fd: int = -1
     memory_bytes: int = 0
-    workload: bool = True
+    max_memory_bytes: int = 0
+    orphan_after_s: int = 0
 
     def to_json(self) -> str:
         """The document that `parse` reads, on one line."""
@@ -52,7 +58,8 @@ def parse(text: str) -> Config:
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+        json.dumps(document, ensure_ascii=False).encode()  # no halves of UTF-16 pairs
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"agent configuration is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise InvalidInput("agent configuration is not a JSON object")
@@ -81,10 +88,13 @@ def _check_values(config: Config) -> None:
         ("tracker", config.tracker, TRACKERS),
         ("chunk_order", config.chunk_order, (9,) if config.isolator == "hugetlb" else range(11)),
         ("threshold_chunks", config.threshold_chunks, range(1, 1 << 20)),
+        ("orphan_after_s", config.orphan_after_s, range(1 << 20)),
+        ("ram_fd", config.ram_fd, range(-1, 1 << 20)),
+        ("memory_bytes", config.memory_bytes, range(1 << 52)),
     ):
         if value not in allowed:
             said = (
-                f"0 to {allowed[-1]}"
+                f"{allowed[0]} to {allowed[-1]}"
                 if isinstance(allowed, range)
                 else " or ".join(str(one) for one in allowed if one)
             )

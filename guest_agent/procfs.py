@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import re
 
 from hintfleet.errors import Refused
 from hintfleet.units import KIB
@@ -11,7 +11,7 @@ from hintfleet.units import KIB
 
 def boot_id() -> str:
     """The id of this boot, random for each."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return _read("/proc/sys/kernel/random/boot_id").decode().strip()
 
 
 def mem_free_bytes() -> int:
@@ -24,6 +24,11 @@ def mem_total_bytes() -> int:
     return _meminfo("MemTotal")
 
 
+def mem_available_bytes() -> int:
+    """What could be had without swapping, beyond the watermarks: free, and caches."""
+    return _meminfo("MemAvailable")
+
+
 def own_rss_bytes() -> int:
     """Resident memory of this process."""
     return _kib_field("/proc/self/status", "VmRSS")
@@ -34,11 +39,29 @@ def _meminfo(key: str) -> int:
 
 
 def _kib_field(path: str, key: str) -> int:
-    with open(path) as file:
-        for line in file:
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * KIB
-    raise Refused(f"{path} has no {key}")
+    # Not line by line: free memory is asked for once a second, in an idle guest too.
+    return parse_kib(_read(path), key, path)
+
+
+def parse_kib(text: bytes, key: str, path: str) -> int:
+    """Bytes of the line `key: N kB`.
+
+    :raises Refused: there is none in `text`, which is that of `path`.
+    """
+    rest = (b"\n" + text).partition(f"\n{key}:".encode())[2]
+    found = re.match(rb"[ \t]+([0-9]{1,15}) kB\n", rest)
+    if not found:
+        raise Refused(f"{path} has no {key}")
+    return int(found[1]) * KIB
+
+
+def _read(path: str) -> bytes:
+    """A file of /proc that is given in one piece."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 1 << 16)
+    finally:
+        os.close(fd)
 
 
 def init_on_alloc() -> bool:
@@ -46,12 +69,22 @@ def init_on_alloc() -> bool:
 
     True where it cannot be found out: the safe assumption.
     """
-    parameters = Path("/proc/cmdline").read_text().split()
+    return _auto_init("alloc", if_unknown=True)
+
+
+def init_on_free() -> bool:
+    """Whether the kernel zeroes pages as they are freed. False where it cannot be found out:
+    it is not the default, and costs nothing but effort."""
+    return _auto_init("free", if_unknown=False)
+
+
+def _auto_init(when: str, *, if_unknown: bool) -> bool:
+    parameters = _read("/proc/cmdline").decode().split()
     for parameter in reversed(parameters):
-        if parameter.startswith("init_on_alloc="):
+        if parameter.startswith(f"init_on_{when}="):
             return parameter.partition("=")[2].lower() in ("1", "y", "yes", "on")
     said = [line for line in _kernel_log() if "mem auto-init:" in line]
-    return not said or "heap alloc:on" in said[0]
+    return f"heap {when}:on" in said[0] if said else if_unknown
 
 
 def _kernel_log() -> list[str]:

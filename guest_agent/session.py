@@ -3,7 +3,7 @@
 All of it runs on one event loop, which alone touches the core and the isolator; the
 isolator's wake callback and the stream's reader only put events into an inbox. (gRPC's
 threaded client would wake up ten times a second for each open stream.) A lost link is
-tried again, with a growing pause, for as long as the agent lives.
+tried again for as long as the agent lives, with a pause that grows until a Welcome.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
 _SETTLING_PERIOD_S = 0.02
 _TELEMETRY_PERIOD_S = 1.0
+_RESTING_PERIOD_S = 1.0
+_LOOKS_BEFORE_REST = 10
 _LONGEST_SILENCE_S = 10.0
 _NEWS_BYTES = 1 << 20
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
@@ -99,6 +101,9 @@ class HintingSession:
         self._told_free_bytes = -_NEWS_BYTES
         self._told_at_s = self._looked_at_s = 0.0
         self._period_s = 1.0
+        self._vain_looks = 0
+        """How often in a row there was nothing to do."""
+        self._welcomed = False
         self._inbox: asyncio.Queue[pb.HostMessage | _Event] = asyncio.Queue()
         self._outbox: asyncio.Queue[pb.GuestMessage] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -117,11 +122,11 @@ class HintingSession:
         pause_s = _SHORTEST_PAUSE_S
         try:
             while True:
-                started_s = time.monotonic()
+                self._welcomed = False
                 error = await self._run_once()
                 if error is not None and error.code() in _FINAL_CODES:
                     raise from_rpc_error(error, "the host agent ended the hinting session")
-                if time.monotonic() - started_s > _LONGEST_PAUSE_S:
+                if self._welcomed:  # the host is there, and only the link was lost
                     pause_s = _SHORTEST_PAUSE_S
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -162,22 +167,29 @@ class HintingSession:
         self._tick_later()
         try:
             while (event := await self._inbox.get()) is not _Event.ENDED:
+                rested, self._vain_looks = self._rests, 0
                 if event is _Event.TICK:
                     self._carry_out(self._core.period_passed(isolator_idle=self._isolator.idle()))
-                    self._tell_news()
                 elif isinstance(event, pb.HostMessage):
                     self._carry_out(self._heard(event))
                 elif self._isolator.enough():
                     self._carry_out(self._core.ready())
-                if self._core.settling or event is _Event.WAKE:
+                if self._core.settling or event is _Event.WAKE or rested:
                     self._tick_later()
         finally:
             self._next_tick.cancel()
+
+    @property
+    def _rests(self) -> bool:
+        """Whether to look less often: waking is what an idle agent costs."""
+        return self._vain_looks >= _LOOKS_BEFORE_REST
 
     def _tick_later(self) -> None:
         self._next_tick.cancel()
         if self._core.settling:
             period_s = _SETTLING_PERIOD_S
+        elif self._rests:
+            period_s = max(self._period_s, _RESTING_PERIOD_S)
         elif self._isolator.must_be_polled or not self._isolator.idle():
             period_s = self._period_s
         else:
@@ -187,19 +199,21 @@ class HintingSession:
     def _period_passed(self) -> None:
         """Not an event unless there is something to do: most periods of an idle guest
         pass without waking more than this."""
-        self._tick_later()
-        if self._core.settling or not self._isolator.idle() or self._telemetry_is_due():
+        if self._core.settling or not self._isolator.idle():
             self._inbox.put_nowait(_Event.TICK)
-
-    def _telemetry_is_due(self) -> bool:
-        return time.monotonic() - self._looked_at_s >= _TELEMETRY_PERIOD_S
+        else:
+            self._vain_looks += 1
+        self._tick_later()
+        self._tell_news()
 
     def _tell_news(self) -> None:
         """Telemetry, if free memory has changed, or nothing was said for long: an idle
         guest's agent must cost next to nothing."""
-        if self._core.state is not hinting.State.OPEN or not self._telemetry_is_due():
+        now_s = time.monotonic()
+        due = now_s - self._looked_at_s >= _TELEMETRY_PERIOD_S
+        if not due or self._core.state is not hinting.State.OPEN:
             return
-        now_s = self._looked_at_s = time.monotonic()
+        self._looked_at_s = now_s
         free_bytes = self._free_bytes()
         unchanged = abs(free_bytes - self._told_free_bytes) < _NEWS_BYTES
         if unchanged and now_s - self._told_at_s < _LONGEST_SILENCE_S:
@@ -221,6 +235,7 @@ class HintingSession:
             return self._core.acknowledged(ack.epoch, ack.seq, acted=acted)
         if kind == "welcome":
             welcome = message.welcome
+            self._welcomed = True
             self._obey(welcome.policy)
             return self._core.welcomed(
                 welcome.epoch,

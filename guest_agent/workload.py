@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from hintfleet.errors import HintfleetError
+from hintfleet.ranges import RangeSet, decode
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
@@ -42,6 +44,22 @@ class Source(Protocol):
 
     def free(self, extent: int) -> None:
         """Give an extent back."""
+
+
+class Plugs(Protocol):
+    """Memory that the host has plugged, or is to unplug."""
+
+    def online(self, pages: RangeSet) -> None:
+        """Begin to use them; what is online already stays so.
+
+        :raises hintfleet.errors.Refused: it is not there; nothing has changed.
+        """
+
+    def offline(self, pages: RangeSet) -> None:
+        """Stop using them; what is offline already stays so. Isolated chunks are waited for.
+
+        :raises hintfleet.errors.Refused: some are in use; nothing has changed.
+        """
 
 
 class Pattern:
@@ -72,8 +90,9 @@ class _Count:
 class Workload:
     """Holds extents, and answers workload commands."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, plugs: Plugs) -> None:
         self._source = source
+        self._plugs = plugs
         self._pattern = Pattern()
         self._held: dict[int, int] = {}  # extent -> key
         self._next_key = 1
@@ -93,6 +112,8 @@ class Workload:
             self._run(command, count)
         except MemoryError as caught:
             error = f"the guest is out of memory: {caught}"
+        except HintfleetError as caught:
+            error = caught.message
         return pb.Done(
             command_id=command.command_id,
             changed_bytes=abs(self.held_bytes - held_before_bytes),
@@ -112,6 +133,10 @@ class Workload:
         elif kind == "verify":
             for extent in self._held:
                 self._check(extent, count)
+        elif kind == "online":
+            self._plugs.online(decode(command.online.ranges))
+        elif kind == "offline":
+            self._plugs.offline(decode(command.offline.ranges))
 
     def _allocate(self, order: pb.Allocate) -> None:
         for _ in range(-(-order.size_bytes // EXTENT_BYTES)):

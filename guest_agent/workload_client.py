@@ -12,7 +12,8 @@ from hintfleet.errors import from_rpc_error
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
-_PAUSE_S = 0.2
+_PAUSE_S = 0.1
+_ANSWERS_KEPT = 16
 
 # The host will not have this workload again.
 _FINAL_CODES = frozenset(
@@ -34,7 +35,7 @@ async def serve_workload(
 
     :raises HintfleetError: the host refused this guest's identity.
     """
-    last = pb.Done()
+    answers: dict[int, pb.Done] = {}
     attach = pb.WorkloadEvent(attach=pb.Attach(identity=identity, boot_id=boot_id))
     stub = HintingServiceStub(channel)
     while True:
@@ -42,9 +43,11 @@ async def serve_workload(
         try:
             await call.write(attach)
             async for command in call:
-                if command.command_id != last.command_id:
-                    last = await asyncio.to_thread(workload.run, command)
-                await call.write(pb.WorkloadEvent(done=last))
+                if command.command_id not in answers:
+                    answers[command.command_id] = await asyncio.to_thread(workload.run, command)
+                    if len(answers) > _ANSWERS_KEPT:
+                        del answers[next(iter(answers))]  # the oldest
+                await call.write(pb.WorkloadEvent(done=answers[command.command_id]))
         except grpc.RpcError as error:
             if error.code() in _FINAL_CODES:
                 raise from_rpc_error(error, "the host agent refused the workload") from error

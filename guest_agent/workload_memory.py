@@ -7,6 +7,8 @@ import mmap
 
 from guest_agent.memory.buddy import BuddyAllocator
 from guest_agent.workload import EXTENT_BYTES
+from hintfleet.errors import Refused
+from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
 
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python's mmap has it from 3.13
@@ -33,6 +35,23 @@ class BuddySource:
 
     def free(self, extent: int) -> None:
         self._allocator.free(extent, _EXTENT_ORDER)
+
+
+class BuddyPlugs:
+    """Memory that comes to and leaves the last zone of an embedded guest."""
+
+    def __init__(self, allocator: BuddyAllocator) -> None:
+        self._allocator = allocator
+        self._zone = allocator.zones[-1]
+
+    def online(self, pages: RangeSet) -> None:
+        self._allocator.online(self._zone, pages - self._zone.present)
+
+    def offline(self, pages: RangeSet) -> None:
+        try:
+            self._allocator.offline(pages & self._zone.present)
+        except MemoryError as error:
+            raise Refused(str(error)) from error
 
 
 class AnonymousSource:

@@ -7,10 +7,12 @@ import asyncio
 import json
 import os
 import platform
+import resource
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hintfleet import __version__
 from hintfleet.errors import ExitCode, HintfleetError, InvalidInput
@@ -24,6 +26,8 @@ _EPILOG = """\
 examples:
   hintfleet-host                                   serve on a unix socket in the runtime folder
   hintfleet-host --listen unix:/run/hintfleet/host.sock --memory-budget 16GiB
+  hintfleet-host --listen 192.0.2.7:7070 --tls /etc/hintfleet/tls
+  hintfleet-host --state /var/lib/hintfleet        guests outlive a crash or restart of it
   hintfleet-host --doctor                          what this host can run, as JSON
 
 environment: LIBVIRT_DEFAULT_URI, XDG_RUNTIME_DIR, HINTFLEET_IMAGE_DIR
@@ -32,7 +36,10 @@ exit codes: 0 stopped, 1 failed, 2 wrong usage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until SIGTERM, SIGINT or the end of --lifeline-fd."""
+    """Serve until SIGTERM, SIGINT or the end of --lifeline-fd.
+
+    Under --state guests survive all but the last.
+    """
     arguments = _parser().parse_args(argv)
     try:
         if arguments.doctor:
@@ -40,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             from host_agent.doctor import examine
 
             print(json.dumps(examine(arguments.libvirt_uri), indent=2))
+        elif arguments.leaks or arguments.clean:
+            print(json.dumps(_leaks(arguments), indent=2))
         else:
             asyncio.run(_serve(arguments))
     except HintfleetError as error:
@@ -72,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         help="where virtual machines reach this agent (default: %(default)s, 0 picks a port)",
     )
     add(
+        "--guest-advertise",
+        default="",
+        metavar="ADDR",
+        help="where guests are told to reach this agent, if not where it listens: behind NAT or"
+        " a proxy (for every guest, embedded ones too)",
+    )
+    add(
         "--memory-budget",
         type=_size,
         default=0,
@@ -84,10 +100,45 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URI",
         help="where libvirt guests are made (default: %(default)s)",
     )
+    add(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="keep what guests need to survive this agent here; without it, they end with it",
+    )
+    add(
+        "--orphan-after",
+        type=int,
+        default=60,
+        metavar="S",
+        help="with --state: a guest without host agent ends after so long (default: %(default)s s)",
+    )
+    add(
+        "--watch-grace",
+        type=int,
+        default=30,
+        metavar="S",
+        help="with --state: how long guests of an agent before wait for a Watch of their trial"
+        " (default: %(default)s s)",
+    )
     add("--metrics", default="", metavar="ADDR", help="serve Prometheus metrics on HOST:PORT")
+    add(
+        "--tls",
+        metavar="FOLDER",
+        help="speak TLS where --listen and --metrics are TCP, with this host's certificate, and "
+        "let in operators only (see `hintfleet pki`); needed off loopback",
+    )
+    add(
+        "--guest-tls",
+        metavar="FOLDER",
+        help="the same for --guest-listen, where guests show certificates, each its own, besides "
+        "their tokens",
+    )
     add("--ready-fd", type=int, metavar="FD", help="write the addresses here as JSON when serving")
     add("--lifeline-fd", type=int, metavar="FD", help="stop when this reads end of file")
     add("--doctor", action="store_true", help="print what this host can run, as JSON, and exit")
+    add("--leaks", action="store_true", help="print what a crash left on this host, as JSON")
+    add("--clean", action="store_true", help="remove what --leaks finds, and print it")
     add("--version", action="version", version=f"hintfleet-host {__version__}")
     return parser
 
@@ -106,28 +157,50 @@ def _default_socket() -> str:
     return f"unix:{Path(runtime) / 'hintfleet' / 'host.sock'}"
 
 
+def _leaks(arguments: argparse.Namespace) -> dict[str, Any]:
+    from hintfleet.leaks import remove_all
+    from host_agent.leaks import find
+
+    found, unseen = find(arguments.libvirt_uri)
+    leaks = remove_all(found) if arguments.clean else [leak for leak, _ in found]
+    return {"leaks": [leak.as_data() for leak in leaks], "not_looked_at": unseen}
+
+
 async def _serve(arguments: argparse.Namespace) -> None:
+    from hintfleet.tls import Tls
     from host_agent.metrics import serve_metrics
     from host_agent.server import Settings, serving
+    from host_agent.steady import keep_latency_steady
 
     if arguments.listen.startswith("unix:"):
         folder = Path(arguments.listen.removeprefix("unix:")).parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    keep_latency_steady()
+    # A guest takes a few descriptors, and so does each connection.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     stop = asyncio.Event()
+    unwanted = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if arguments.lifeline_fd is not None:
-        loop.add_reader(arguments.lifeline_fd, stop.set)
+        loop.add_reader(arguments.lifeline_fd, _set, unwanted, stop)
     settings = Settings(
         name=arguments.name,
         listen=arguments.listen,
         guest_listen=arguments.guest_listen,
+        guest_advertise=arguments.guest_advertise,
         memory_budget_bytes=arguments.memory_budget or _physical_bytes(),
         libvirt_uri=arguments.libvirt_uri,
+        tls=Tls.read(arguments.tls, server=True) if arguments.tls else None,
+        guest_tls=Tls.read(arguments.guest_tls, server=True) if arguments.guest_tls else None,
+        state=arguments.state,
+        orphan_after_s=arguments.orphan_after,
+        watch_grace_s=arguments.watch_grace,
     )
     async with serving(settings) as served:
-        with serve_metrics(arguments.metrics, served.registry):
+        with serve_metrics(arguments.metrics, served.registry, settings.tls):
             ready = json.dumps({"control": served.control, "guest": served.guest})
             if arguments.ready_fd is not None:
                 os.write(arguments.ready_fd, ready.encode() + b"\n")
@@ -135,6 +208,13 @@ async def _serve(arguments: argparse.Namespace) -> None:
             else:
                 print(f"hintfleet-host {__version__}: serving on {served.control}", file=sys.stderr)
             await stop.wait()
+            if unwanted.is_set():  # whoever wanted guests is gone, so they need not survive
+                await served.registry.end_all()
+
+
+def _set(*events: asyncio.Event) -> None:
+    for event in events:
+        event.set()
 
 
 def _physical_bytes() -> int:

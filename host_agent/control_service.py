@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -41,7 +42,7 @@ class ControlService(HostServiceServicer):
             memory_budget_bytes=self._memory_budget_bytes,
             drivers=states,
             cpu_count=os.cpu_count() or 1,
-            provisioned_bytes=sum(g.spec.memory_bytes for g in self._registry.guests),
+            provisioned_bytes=sum(g.provisioned_bytes for g in self._registry.guests),
         )
 
     async def CreateGuest(
@@ -51,11 +52,23 @@ class ControlService(HostServiceServicer):
 
         async def create() -> host_pb2.Guest:
             guest = await self._registry.create(
-                request.name, request.command.trial_id, request.spec
+                request.name, request.command.trial_id, request.spec, request.uuid
             )
             return await guest.as_pb2()
 
         return await self._once(request.command, create, context)
+
+    async def ResizeGuest(
+        self, request: host_pb2.ResizeGuestRequest, context: Context
+    ) -> host_pb2.Guest:
+        """Plug or unplug memory."""
+
+        async def resize() -> host_pb2.Guest:
+            guest = self._registry.get(request.name)
+            await guest.resize(request.memory_bytes)
+            return await guest.as_pb2()
+
+        return await self._once(request.command, resize, context)
 
     async def DestroyGuest(
         self, request: host_pb2.DestroyGuestRequest, context: Context
@@ -81,7 +94,9 @@ class ControlService(HostServiceServicer):
 
         async def run() -> host_pb2.RunStepResponse:
             guest = self._registry.get(request.guest_name)
-            done = await guest.run_step(lambda number: _command(request, number))
+            done = await guest.run_step(
+                lambda number: _command(request, number), command_id=_number_of(request.command)
+            )
             return host_pb2.RunStepResponse(
                 changed_bytes=done.changed_bytes,
                 held_bytes=done.held_bytes,
@@ -102,10 +117,13 @@ class ControlService(HostServiceServicer):
             guest = self._registry.get(request.guest_name)
             async with asyncio.timeout(timeout_s):
                 settled = await guest.settle()
+            ledger = await guest.ledger()
+            # What an experiment reckons with: no restart may take it back.
+            await guest.keeper.save(guest)
             return host_pb2.SettleResponse(
                 batches=settled.batches,
                 hinted_bytes=settled.hinted_pages * PAGE_BYTES,
-                ledger=await guest.ledger(),
+                ledger=ledger,
             )
         except TimeoutError:
             await abort(
@@ -178,6 +196,15 @@ def _cpu_us(pid: int) -> int:
         return time.clock_gettime_ns(clock) // 1000
     except OSError:
         return 0
+
+
+def _number_of(command: host_pb2.CommandId) -> int:
+    """The id of a step in its guest's workload: the same for a retry, whichever host agent
+    it comes to. 0 for a command without an id."""
+    if not command.sequence:
+        return 0
+    digest = hashlib.blake2b(command.SerializeToString(deterministic=True), digest_size=8)
+    return int.from_bytes(digest.digest())
 
 
 def _command(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.WorkloadCommand:

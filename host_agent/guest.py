@@ -2,32 +2,43 @@
 
 Everything here runs on the host agent's event loop; what blocks (system calls on
 the RAM file) runs in worker threads under `_ram_lock`, so that an audit and a
-punch never overlap, and a new epoch never begins while a batch runs (I2).
+punch never overlap. Which batches run and when a session is welcomed (I2) is decided
+by the gate; its instructions are carried out here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
-import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from hintfleet.errors import GuestLost, HintfleetError, OutcomeUnknown, Refused, TransientError
 from hintfleet.ranges import EMPTY, RangeSet, encode
 from hintfleet.v1 import hinting_pb2, host_pb2
+from host_agent import gate
 from host_agent.balloon import Balloon, Rule
 from host_agent.ballooning import follow
+from host_agent.claims import printable
 from host_agent.gate import Epochs, Gate, State
 from host_agent.guests import RunningGuest
-from host_agent.ledger import Ledger
+from host_agent.hinting_messages import ack_of, welcome_of
+from host_agent.keeper import Keeper
+from host_agent.ledger import Books, Ledger
+from host_agent.limits import Conduct
+from host_agent.ram import Segment
 from host_agent.reclaim import Outcome, reclaim, skip
+from host_agent.requests import Requests
+from host_agent.resizing import resize
+from host_agent.state import GuestRecord
+from host_agent.stream import Stream
 
 _T = TypeVar("_T")
 
-_NEWS_OF_LOSS_S = 1.0
+_RETURN_S = 1.0
 _DEFAULT_CHUNK_ORDER = 9
 
 _PEERS = frozenset({host_pb2.REPORTING, host_pb2.BALLOON})
@@ -40,50 +51,27 @@ _QUIET_LOOK_S = 0.1
 _NOISE_BYTES = 1 << 20
 
 
-class Stream:
-    """What the service has to say on one open stream; closed with an error or None."""
-
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[object] = asyncio.Queue()
-
-    def send(self, message: object) -> None:
-        """Queue a message for the guest."""
-        self._queue.put_nowait(message)
-
-    def end(self, error: HintfleetError | None = None) -> None:
-        """End the stream after what is queued; the first end counts."""
-        self._queue.put_nowait(_End(error))
-
-    async def next(self) -> object | None:
-        """The next message; None at a clean end.
-
-        :raises HintfleetError: the stream was ended with it.
-        """
-        item = await self._queue.get()
-        if not isinstance(item, _End):
-            return item
-        if item.error is not None:
-            raise item.error
-        return None
-
-
-class _End:
-    def __init__(self, error: HintfleetError | None) -> None:
-        self.error = error
-
-
 class Guest:
     """A guest from the moment it is asked for until its books are closed."""
 
     def __init__(
-        self, *, name: str, uuid: str, token: str, trial_id: str, spec: host_pb2.GuestSpec
+        self,
+        *,
+        name: str,
+        uuid: str,
+        token: str,
+        trial_id: str,
+        spec: host_pb2.GuestSpec,
+        keeper: Keeper | None = None,
     ) -> None:
+        """:param keeper: told of all that `record` would tell differently."""
         self.name = name
         self.uuid = uuid
         self.trial_id = trial_id
         self.spec = spec
         self.gate = Gate()
         self.telemetry = hinting_pb2.Telemetry()
+        self.conduct = Conduct()
         self.refusals: Counter[str] = Counter()
         """How often its policy allowed it nothing, by reason."""
         self._allowed_something = False
@@ -93,22 +81,42 @@ class Guest:
         self.last_ledger = host_pb2.Ledger()
         """The books as of the last audit; closed books once the guest is destroyed."""
         self._ram_lock = asyncio.Lock()
+        self.resize_lock = asyncio.Lock()
+        """Held while memory is on its way in or out."""
         self._unsaid_used = EMPTY
-        self._hinting: Stream | None = None
+        self._sessions: dict[int, Stream] = {}
         self._workload: Stream | None = None
+        self._workload_is_there = asyncio.Event()
         self._ready = asyncio.Event()
         self._lost: str | None = None
-        self._ids = itertools.count(1)
-        self._answers: dict[int, tuple[Stream, asyncio.Future[object]]] = {}
-        self._batches: set[asyncio.Task[object]] = set()
+        self._requests = Requests()
+        self._unstoppable: set[asyncio.Task[None]] = set()
         self._ballooning: asyncio.Task[None] | None = None
+        self.keeper = keeper or Keeper(None)
 
     # Life
 
     def started(self, running: RunningGuest) -> None:
         """The driver has made it; its RAM is untouched or nearly so."""
-        self.running = running
-        self._ledger = Ledger(running.ram.pages, others_reclaim=self.spec.method in _PEERS)
+        self._own(running, Ledger(running.ram.pages, others_reclaim=self._others_reclaim))
+
+    async def adopted(self, running: RunningGuest, books: Books) -> None:
+        """The driver has found it again; an earlier host agent has left these books."""
+        ram = running.ram
+        ledger = Ledger.restored(ram.pages, books, others_reclaim=self._others_reclaim)
+        resident = await asyncio.to_thread(ram.resident, ram.pages)
+        ledger.recover(resident)
+        # What the guest was told of that is not known: so all of it.
+        self._unsaid_used = resident
+        self._own(running, ledger)
+
+    @property
+    def _others_reclaim(self) -> bool:
+        return self.spec.method in _PEERS
+
+    def _own(self, running: RunningGuest, ledger: Ledger) -> None:
+        self.running, self._ledger = running, ledger
+        self.keeper.changed(self)
         if running.balloon is not None:
             self._ballooning = asyncio.create_task(self._balloon(running.balloon))
 
@@ -126,14 +134,13 @@ class Guest:
         if self._lost is not None:
             return
         self._lost = reason
-        self.gate.gone()
         error = GuestLost(f"guest {self.name}: {reason}")
-        for stream in (self._hinting, self._workload):
-            if stream is not None:
-                stream.end(error)
-        for stream, _ in list(self._answers.values()):  # some may have left already
-            self._fail_answers(stream, error)
+        self._carry_out(self.gate.gone(error))
+        if self._workload is not None:
+            self._workload.end(error)
+        self._requests.fail_all(error)
         self._ready.set()
+        self._workload_is_there.set()  # nobody is to wait for it
 
     async def ready(self, timeout_s: float) -> None:
         """Wait until the guest's agent is attached, and welcomed if its method hints.
@@ -156,15 +163,53 @@ class Guest:
         if self._ballooning is not None:
             self._ballooning.cancel()
             await asyncio.wait([self._ballooning])
-        async with self._ram_lock:
+        async with self.resize_lock, self._ram_lock:
             running, self.running = self.running, None
             if running is not None:
                 await asyncio.to_thread(running.close)
         return self.last_ledger
 
+    async def leave(self) -> None:
+        """Let go of the guest, which lives on. What runs on its RAM is waited for, and
+        nothing will run any more: the next host agent may be about to begin (I2).
+
+        :raises TransientError: the state cannot be written; it is let go of all the same.
+        """
+        async with self._ram_lock:
+            try:
+                await self.keeper.save(self)
+            finally:
+                self.running = None
+
+    def record(self) -> GuestRecord | None:
+        """What an adopting host agent needs to know; None while there is nothing to adopt."""
+        if self.running is None or self._ledger is None:
+            return None
+        return GuestRecord(
+            name=self.name,
+            uuid=self.uuid,
+            token=self.token,
+            trial_id=self.trial_id,
+            spec=self.spec,
+            handle=self.running.handle,
+            epoch=self.gate.epoch,
+            books=self._ledger.books(),
+        )
+
+    def misbehaved(self, error: HintfleetError) -> None:
+        """The guest broke a rule. One that does so over and over is given up."""
+        if self.conduct.violated(error, time.monotonic()):
+            self.lost(f"dropped: it {self.conduct}")
+
+    @property
+    def most_memory_bytes(self) -> int:
+        """What it can have, all that can be plugged in included."""
+        return max(self.spec.memory_bytes, self.spec.max_memory_bytes)
+
     def evidence(self) -> str:
-        """The last lines of the guest's console or log."""
-        return self.running.evidence() if self.running else ""
+        """The last lines of the guest's console or log, and how it behaved."""
+        said = printable(self.running.evidence()) if self.running else ""
+        return "\n".join(filter(None, (said, str(self.conduct))))
 
     def _check_alive(self) -> None:
         if self._lost is not None:
@@ -176,78 +221,83 @@ class Guest:
         """Whether a stream that bears this token comes from this guest."""
         return hmac.compare_digest(token.encode(), self.token.encode())
 
-    async def take_over_hinting(self, stream: Stream, epochs: Epochs) -> int:
-        """Make `stream` this guest's session: end the one before, wait until none of its
-        batches runs, and open the next epoch (I2). Returns the epoch."""
-        previous, self._hinting = self._hinting, stream
-        self.gate.close()
-        if previous is not None:
-            previous.end(GuestLost("another agent of this guest has connected"))
-        async with self._ram_lock:
-            self._check_alive()
-            if self._hinting is not stream:
-                raise GuestLost("another agent of this guest has connected")
-            self.gate.open(epochs.next())
-        self._note_ready()
-        return self.gate.epoch
+    def connect_hinting(self, stream: Stream, boot_id: str, epochs: Epochs) -> int:
+        """`stream` said Hello: its first message will be the Welcome, once the gate allows
+        it. Returns the session's number, for `batch_arrived` and `leave_hinting`."""
+        session = epochs.next()
+        self._sessions[session] = stream
+        self._carry_out(self.gate.connected(session, boot_id))
+        return session
 
-    def leave_hinting(self, stream: Stream) -> None:
-        """`stream` has ended; if it was the current session, its epoch ends with it."""
-        if self._hinting is stream:
-            self._hinting = None
-            self.gate.close()
-            error = TransientError(f"guest {self.name}: its hinting session ended")
-            self._fail_answers_soon(stream, error)
+    def batch_arrived(self, session: int, batch: gate.Batch) -> None:
+        """A batch came on a session; it will be run or skipped, and acknowledged.
+
+        :raises InvalidInput: it breaks the protocol; the session is to be ended with that.
+        """
+        self._carry_out(self.gate.arrived(session, batch))
+
+    def leave_hinting(self, session: int) -> None:
+        """The session's stream has ended; if it was the newest, its epoch ends with it."""
+        stream = self._sessions.pop(session)
+        self._carry_out(self.gate.left(session))
+        error = TransientError(f"guest {self.name}: its hinting session ended")
+        self._requests.fail_soon(stream, error)
+
+    @property
+    def _hinting(self) -> Stream | None:
+        """The session that is welcome."""
+        return self._sessions.get(self.gate.epoch) if self.gate.state is State.OPEN else None
 
     def attach_workload(self, stream: Stream) -> None:
-        """Make `stream` the one that workload commands go to."""
+        """Make `stream` the one that workload commands go to.
+
+        Those without an answer are sent again: the workload answers what it has done from
+        memory, so that a link that was cut costs nobody his command.
+        """
         if self._workload is not None:
             self._workload.end()
         self._workload = stream
+        self._workload_is_there.set()
+        self._requests.send_again(stream, hinting_pb2.WorkloadCommand)
         self._note_ready()
 
     def leave_workload(self, stream: Stream) -> None:
         """`stream` has ended."""
         if self._workload is stream:
             self._workload = None
+            self._workload_is_there.clear()
             error = OutcomeUnknown(f"guest {self.name}: its workload stream ended")
-            self._fail_answers_soon(stream, error)
+            self._requests.fail_soon(stream, error)
 
     def answer(self, request_id: int, message: object) -> None:
         """The guest answered a request; one that nobody waits for is dropped."""
-        if request_id in self._answers and not self._answers[request_id][1].done():
-            self._answers[request_id][1].set_result(message)
+        self._requests.answered(request_id, message)
 
     def _note_ready(self) -> None:
         hints = self.spec.method == host_pb2.HINTING
         if self._workload is not None and (not hints or self.gate.state is State.OPEN):
             self._ready.set()
 
-    def _fail_answers_soon(self, stream: Stream, error: HintfleetError) -> None:
-        """A stream often ends because its guest does, and that news takes its own way: it
-        is given time to arrive, for it says more."""
-        loop = asyncio.get_running_loop()
-        loop.call_later(_NEWS_OF_LOSS_S, self._fail_answers, stream, error)
-
-    def _fail_answers(self, stream: Stream, error: HintfleetError) -> None:
-        for asked, answer in self._answers.values():
-            if asked is stream and not answer.done():
-                answer.set_exception(error)
-
     # Requests to the guest
 
     async def run_step(
-        self, make: Callable[[int], hinting_pb2.WorkloadCommand]
+        self, make: Callable[[int], hinting_pb2.WorkloadCommand], command_id: int = 0
     ) -> hinting_pb2.Done:
         """Have the workload do one command and wait until it is done.
 
+        :param command_id: of a command that may be asked for again, also of another host
+            agent; 0 for one that is like no other.
         :raises GuestLost: the guest is gone.
         :raises OutcomeUnknown: its stream ended while it worked.
         :raises Refused: the guest could not do it (out of memory).
         """
-        done = await self._request(self._workload, "workload", make, hinting_pb2.Done)
+        # A link that was cut is back within a moment.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_RETURN_S):
+                await self._workload_is_there.wait()
+        done = await self._request(self._workload, "workload", make, hinting_pb2.Done, command_id)
         if done.error:
-            raise Refused(f"guest {self.name}: {done.error}")
+            raise Refused(f"guest {self.name}: {printable(done.error)}")
         return done
 
     async def settle(self) -> hinting_pb2.Settled:
@@ -282,52 +332,109 @@ class Guest:
         what: str,
         make: Callable[[int], object],
         answer_type: type[_T],
+        request_id: int = 0,
     ) -> _T:
         self._check_alive()
         if stream is None:
             raise TransientError(f"guest {self.name} has no {what} open now")
-        request_id = next(self._ids)
-        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        self._answers[request_id] = (stream, answer)
+        return await self._requests.ask(stream, make, answer_type, request_id)
+
+    # What the gate instructs
+
+    def _carry_out(self, instructions: Sequence[gate.Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case gate.Welcome(session):
+                    self._sessions[session].send(welcome_of(session, self.spec.hinting))
+                    self._note_ready()
+                case gate.EndSession(session, error):
+                    self._sessions[session].end(error)
+                case gate.TakeTurn():
+                    # Not awaited by any session: a punch cannot be called back.
+                    self._begin(self._take_turn())
+                case gate.Post(batch, outcome):
+                    self._post(batch, outcome)
+                case gate.Acknowledge(session, batch, outcome):
+                    self._sessions[session].send(ack_of(batch, outcome))
+                case gate.ForgetUsed():
+                    self._unsaid_used = EMPTY
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._unstoppable.add(task)
+        task.add_done_callback(self._unstoppable.discard)
+        return task
+
+    async def _take_turn(self) -> None:
+        async with self._ram_lock:
+            instructions = self.gate.turn_came(time.monotonic())
+            self._carry_out(instructions)
+            for instruction in instructions:
+                if isinstance(instruction, gate.Run):
+                    outcome = await self._run(instruction.batch)
+                    self._carry_out(self.gate.finished(instruction.batch, outcome))
+
+    async def _run(self, batch: gate.Batch) -> Outcome:
+        if self.running is None or self._ledger is None:
+            return skip(batch.ranges, hinting_pb2.GUEST_GONE)
+        absent = self._ledger.absent_pages
         try:
-            stream.send(make(request_id))
-            message = await answer
-        finally:
-            del self._answers[request_id]
-        if not isinstance(message, answer_type):
-            raise OutcomeUnknown(f"guest {self.name} answered with something else")
-        return message
+            return await asyncio.to_thread(reclaim, self.running.ram, batch.ranges, absent)
+        except OSError:  # the file does not even say what is resident
+            return skip(batch.ranges, hinting_pb2.HOST_ERROR)
+
+    def _post(self, batch: gate.Batch, outcome: Outcome) -> None:
+        if self._ledger is not None:
+            self._ledger.post(batch.ranges, outcome, batch.wire_bytes)
+            self.keeper.changed(self)
+        # What is gone again must not be told as used after the ack.
+        self._unsaid_used -= outcome.reclaimed
 
     # Memory
 
-    async def run_batch(
-        self, epoch: int, hinted: RangeSet, received_s: float, wire_bytes: int
-    ) -> Outcome:
-        """Reclaim a batch if it may run, and enter it into the books.
+    async def resize(self, memory_bytes: int) -> None:
+        """Plug or unplug memory until the guest has so much; see resizing.py. The work goes
+        on if the caller is cancelled, so that it never stays half done."""
+        await asyncio.shield(self._begin(resize(self, memory_bytes)))
 
-        The work goes on if the caller is cancelled: a punch cannot be called back, and
-        the lock must be held until it is over.
-        """
-        task = asyncio.create_task(self._run_batch(epoch, hinted, received_s, wire_bytes))
-        self._batches.add(task)
-        task.add_done_callback(self._batches.discard)
-        return await asyncio.shield(task)
+    @property
+    def provisioned_bytes(self) -> int:
+        """What the guest has now, or is to start with."""
+        return self.running.ram.provisioned_bytes if self.running else self.spec.memory_bytes
 
-    async def _run_batch(
-        self, epoch: int, hinted: RangeSet, received_s: float, wire_bytes: int
-    ) -> Outcome:
+    async def plugged(self, segments: Sequence[Segment]) -> RangeSet:
+        """Enter memory that the driver has plugged; returns which pages came."""
         async with self._ram_lock:
-            reason = self.gate.admit(epoch, time.monotonic() - received_s)
-            if reason is not None or self.running is None or self._ledger is None:
-                outcome = skip(hinted, hinting_pb2.GUEST_GONE if reason is None else reason)
-            else:
-                absent = self._ledger.absent_pages
-                outcome = await asyncio.to_thread(reclaim, self.running.ram, hinted, absent)
-            if self._ledger is not None:
-                self._ledger.post(hinted, outcome, wire_bytes)
-            # What is gone again must not be told as used after the ack.
-            self._unsaid_used -= outcome.reclaimed
-            return outcome
+            running, ledger = self._memory()
+            before = running.ram.pages
+            running.ram.plug(segments)
+            pages = running.ram.pages - before
+            ledger.plugged(pages)
+            self._unsaid_used -= pages  # of what was unplugged there: it is absent again
+            self.keeper.changed(self)
+            return pages
+
+    async def unplugged(self, pages: RangeSet) -> None:
+        """Drop memory that the driver has unplugged, and take it out of the books. A batch
+        that names it from now on finds it outside the RAM (I3).
+
+        :raises Refused: the host's kernel would not drop it; it is in the books still.
+        """
+        async with self._ram_lock:
+            running, ledger = self._memory()
+            try:
+                await asyncio.to_thread(running.ram.unplug, pages)
+            except OSError as error:
+                raise Refused(f"guest {self.name}: unplugged memory stays: {error}") from error
+            # A guest that remembers what is absent must not count these any more.
+            self._unsaid_used |= ledger.unplugged(pages)
+            self.keeper.changed(self)
+
+    def _memory(self) -> tuple[RunningGuest, Ledger]:
+        """The guest's memory and books, while there are any."""
+        if self.running is None or self._ledger is None:
+            raise GuestLost(f"guest {self.name} does not run")
+        return self.running, self._ledger
 
     async def tell_refaults(self) -> None:
         """Audit, and tell the guest in which chunks it has used absent memory since."""
@@ -352,7 +459,9 @@ class Guest:
                 return self.last_ledger
             ledger, ram = self._ledger, self.running.ram
             resident = await asyncio.to_thread(ram.resident, ledger.absent_pages)
-            self._unsaid_used |= ledger.audit(resident)
+            if used := ledger.audit(resident):
+                self._unsaid_used |= used
+                self.keeper.changed(self)
             self.last_ledger = ledger.as_pb2(ram.resident_bytes())
             return self.last_ledger
 

@@ -7,6 +7,11 @@ Balance, whenever the guest stands still after an `audit`:
 
 `untouched` is what was never resident: a hint there is `absent`, not a saving.
 
+Memory may be plugged (untouched) and unplugged. What had been reclaimed of the latter
+leaves `reclaimed_now` by a total of its own, for it came back in no other way:
+
+    reclaimed_now = reclaimed_total - refaulted_total - unplugged_total
+
 Where somebody else takes memory out of the RAM file (the hypervisor's free page
 reporting, its balloon), only the file can tell: an audit then looks at all of it, and
 what is gone since the last one is entered as reclaimed. Such totals are samples: what
@@ -17,11 +22,27 @@ the same.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.reclaim import Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """A ledger at one moment, as it is stored and opened again.
+
+    :ivar totals: its sums; `resident_bytes` is not set, for the RAM file knows it.
+    :ivar ram: all page frames that are RAM.
+    :ivar reclaimed, untouched: as in Ledger.
+    """
+
+    totals: host_pb2.Ledger
+    ram: RangeSet
+    reclaimed: RangeSet
+    untouched: RangeSet
 
 
 class Ledger:
@@ -32,20 +53,82 @@ class Ledger:
 
         :param others_reclaim: whether memory may leave the RAM without a `post`.
         """
-        self._provisioned = ram_pages.page_count
-        self._others_reclaim_in = ram_pages if others_reclaim else RangeSet()
+        self._ram = ram_pages
+        self._others_reclaim = others_reclaim
         self.untouched = ram_pages
         """Pages that were never seen resident."""
         self.reclaimed = RangeSet()
         """Pages that were reclaimed and are still absent, as of the last audit."""
         self._hinted = self._reclaimed_total = self._absent = self._refaulted = 0
+        self._unplugged = 0
         self._skipped: Counter[hinting_pb2.SkipReason.ValueType] = Counter()
         self._batches = self._wire_bytes = self._ranges = 0
+
+    @classmethod
+    def restored(cls, ram_pages: RangeSet, books: Books, *, others_reclaim: bool = False) -> Ledger:
+        """Open stored books again; `recover` must follow, for the guest did not stand still.
+
+        :param ram_pages: what is RAM now; memory may have come or gone meanwhile.
+        """
+        ledger, totals = cls(books.ram, others_reclaim=others_reclaim), books.totals
+        ledger.untouched, ledger.reclaimed = books.untouched, books.reclaimed
+        ledger._hinted = totals.hinted_total_bytes // PAGE_BYTES
+        ledger._reclaimed_total = totals.reclaimed_total_bytes // PAGE_BYTES
+        ledger._absent = totals.absent_total_bytes // PAGE_BYTES
+        ledger._refaulted = totals.refaulted_total_bytes // PAGE_BYTES
+        ledger._unplugged = totals.unplugged_total_bytes // PAGE_BYTES
+        for reason, size_bytes in totals.skipped_total_bytes.items():
+            ledger._skipped[hinting_pb2.SkipReason.Value(reason.upper())] = size_bytes // PAGE_BYTES
+        ledger._batches, ledger._wire_bytes = totals.batches, totals.wire_bytes
+        ledger._ranges = totals.ranges
+        ledger.plugged(ram_pages - books.ram)
+        ledger.unplugged(books.ram - ram_pages)
+        return ledger
+
+    def recover(self, resident: RangeSet) -> None:
+        """Bring restored books up to date from the RAM file alone.
+
+        What is absent there and resident by the books went with a batch that was not
+        entered before the host agent was killed: it was hinted and reclaimed. What such
+        a batch had hinted in vain, and what was reclaimed and used again, is in no total;
+        both balances hold all the same.
+
+        :param resident: all resident pages of the RAM; no batch may be running.
+        """
+        if not self._others_reclaim:
+            gone = self._ram - resident - self.reclaimed - self.untouched
+            self._hinted += gone.page_count
+            self._reclaimed_total += gone.page_count
+            self.reclaimed |= gone
+        self.audit(resident)
+
+    def books(self) -> Books:
+        """Everything in them, to be stored."""
+        return Books(
+            totals=self.as_pb2(resident_bytes=0),
+            ram=self._ram,
+            reclaimed=self.reclaimed,
+            untouched=self.untouched,
+        )
 
     @property
     def absent_pages(self) -> RangeSet:
         """Where an audit has to look: pages that may be absent."""
-        return self._others_reclaim_in or self.reclaimed | self.untouched
+        return self._ram if self._others_reclaim else self.reclaimed | self.untouched
+
+    def plugged(self, pages: RangeSet) -> None:
+        """The RAM has these pages too, from now on; nothing of them was ever resident."""
+        self._ram |= pages
+        self.untouched |= pages
+
+    def unplugged(self, pages: RangeSet) -> RangeSet:
+        """The RAM has these pages no longer; those that were absent by the books."""
+        reclaimed, untouched = self.reclaimed & pages, self.untouched & pages
+        self._unplugged += reclaimed.page_count
+        self._ram -= pages
+        self.reclaimed -= reclaimed
+        self.untouched -= untouched
+        return reclaimed | untouched
 
     def post(self, hinted: RangeSet, outcome: Outcome, wire_bytes: int) -> None:
         """Enter one batch.
@@ -70,9 +153,10 @@ class Ledger:
 
         :param resident: resident pages within `absent_pages`; others change nothing.
         """
-        gone = self._others_reclaim_in - resident - self.reclaimed - self.untouched
-        self._reclaimed_total += gone.page_count
-        self.reclaimed |= gone
+        if self._others_reclaim:
+            gone = self._ram - resident - self.reclaimed - self.untouched
+            self._reclaimed_total += gone.page_count
+            self.reclaimed |= gone
         refaulted = self.reclaimed & resident
         touched = self.untouched & resident
         self._refaulted += refaulted.page_count
@@ -83,7 +167,7 @@ class Ledger:
     def as_pb2(self, resident_bytes: int) -> host_pb2.Ledger:
         """The books in bytes, beside what the RAM file says is resident."""
         return host_pb2.Ledger(
-            provisioned_bytes=self._provisioned * PAGE_BYTES,
+            provisioned_bytes=self._ram.page_count * PAGE_BYTES,
             resident_bytes=resident_bytes,
             hinted_total_bytes=self._hinted * PAGE_BYTES,
             reclaimed_total_bytes=self._reclaimed_total * PAGE_BYTES,
@@ -93,9 +177,11 @@ class Ledger:
                 for reason, pages in self._skipped.items()
             },
             refaulted_total_bytes=self._refaulted * PAGE_BYTES,
-            reclaimed_now_bytes=(self._reclaimed_total - self._refaulted) * PAGE_BYTES,
+            reclaimed_now_bytes=PAGE_BYTES
+            * (self._reclaimed_total - self._refaulted - self._unplugged),
             untouched_bytes=self.untouched.page_count * PAGE_BYTES,
             batches=self._batches,
             wire_bytes=self._wire_bytes,
             ranges=self._ranges,
+            unplugged_total_bytes=self._unplugged * PAGE_BYTES,
         )

@@ -1,39 +1,18 @@
-"""Carries out policies: what a guest is told, and the loop that asks `policy.suggest`."""
+"""Carries out policies: the loop that asks `policy.suggest`, and tells the guests."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from hintfleet.units import PAGE_BYTES
-from hintfleet.v1 import hinting_pb2, host_pb2
+from hintfleet.v1 import host_pb2
 from host_agent.guest import Guest
+from host_agent.hinting_messages import policy_of
 from host_agent.policy import GuestView, Hold, HostView, Suggestion, suggest
 
 PERIOD_S = 0.5
-_DEFAULT_PERIOD_MS = 200
-_DEFAULT_THRESHOLD_CHUNKS = 16
-_DEFAULT_COLD_AFTER_MS = 5000
 _DEFAULT_PRESSURE_PERCENT = 80
-
-POLICIES: Mapping[str, hinting_pb2.Policy.Kind.ValueType] = {
-    "": hinting_pb2.Policy.EAGER,
-    "eager": hinting_pb2.Policy.EAGER,
-    "cold": hinting_pb2.Policy.COLD,
-    "pressure": hinting_pb2.Policy.PRESSURE,
-}
-
-
-def policy_of(settings: host_pb2.HintingSettings, allowance_bytes: int = 0) -> hinting_pb2.Policy:
-    """What a guest with these settings is told."""
-    return hinting_pb2.Policy(
-        kind=POLICIES[settings.policy],
-        report_period_ms=settings.report_period_ms or _DEFAULT_PERIOD_MS,
-        threshold_chunks=settings.threshold_chunks or _DEFAULT_THRESHOLD_CHUNKS,
-        cold_after_ms=settings.cold_after_ms or _DEFAULT_COLD_AFTER_MS,
-        allowance_pages=allowance_bytes // PAGE_BYTES,
-    )
 
 
 class Pressure:

@@ -1,4 +1,5 @@
-"""A guest's RAM as the host sees it: parts of files, in guest physical order.
+"""A guest's RAM as the host sees it: parts of files, in guest physical order, which come
+and go while the guest runs.
 
 Residency comes from the file itself (SEEK_DATA/SEEK_HOLE, blocks), so it holds
 for a guest process's memfd as for QEMU's. Shared memory (shmem) only: there a
@@ -10,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from hintfleet.ranges import Range, RangeSet
 from hintfleet.units import PAGE_BYTES
@@ -36,6 +38,11 @@ class Segment:
     fd: int
     offset_bytes: int
 
+    @property
+    def pages(self) -> RangeSet:
+        """All of them."""
+        return RangeSet([(self.pfn, self.page_count)])
+
     def to_offset(self, pfn: int) -> int:
         """Byte offset in the file of a page of this segment."""
         return self.offset_bytes + (pfn - self.pfn) * PAGE_BYTES
@@ -46,13 +53,17 @@ class GuestRam:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         """Take ownership of the segments' file descriptors; segments must not overlap."""
-        self._segments = tuple(sorted(segments, key=lambda s: s.pfn))
-        self._fds = sorted({s.fd for s in segments})
-        self.pages = RangeSet((s.pfn, s.page_count) for s in segments)
+        self._segments: tuple[Segment, ...] = ()
+        self.plug(segments)
+
+    @property
+    def pages(self) -> RangeSet:
+        """All page frames that are RAM now."""
+        return self._pages
 
     @property
     def provisioned_bytes(self) -> int:
-        """What the guest was promised."""
+        """What the guest has now."""
         return self.pages.page_count * PAGE_BYTES
 
     def resident_bytes(self) -> int:
@@ -63,8 +74,8 @@ class GuestRam:
         """The pages of `within` that are resident. Pages outside the RAM never are."""
         return RangeSet(
             extent
-            for segment, part in self._parts(within)
-            for extent in _data_extents(segment, part)
+            for segment in self._segments
+            for extent in _data_extents(segment, within & segment.pages)
         )
 
     def punch(self, ranges: RangeSet) -> None:
@@ -83,6 +94,28 @@ class GuestRam:
                 code = ctypes.get_errno()
                 raise OSError(code, f"punching {length} bytes: {os.strerror(code)}")
 
+    def plug(self, segments: Sequence[Segment]) -> None:
+        """More RAM: take ownership of its files, as in the beginning."""
+        self._set_segments((*self._segments, *segments))
+
+    def unplug(self, pages: RangeSet) -> None:
+        """Less RAM: drop the memory behind `pages`, and close files of which nothing is left.
+
+        :raises OSError: the kernel refused the punch; all of it is RAM still.
+        """
+        self.punch(pages)
+        before = self._fds
+        self._set_segments(
+            replace(
+                segment,
+                pfn=part.pfn,
+                page_count=part.page_count,
+                offset_bytes=segment.to_offset(part.pfn),
+            )
+            for segment, part in self._parts(self.pages - pages)
+        )
+        _close_all(before - self._fds)
+
     def only_fd(self) -> int:
         """The file that all of this RAM lies in.
 
@@ -93,31 +126,51 @@ class GuestRam:
 
     def close(self) -> None:
         """Close the files, so that the kernel frees what a dead guest held."""
-        fds, self._fds, self._segments = self._fds, [], ()
-        for fd in fds:
-            os.close(fd)
+        fds = self._fds
+        self._set_segments(())
+        _close_all(fds)
+
+    @property
+    def _fds(self) -> frozenset[int]:
+        return frozenset(segment.fd for segment in self._segments)
+
+    def _set_segments(self, segments: Iterable[Segment]) -> None:
+        self._segments = tuple(sorted(segments, key=lambda s: s.pfn))
+        self._pages = RangeSet((s.pfn, s.page_count) for s in self._segments)
 
     def _parts(self, ranges: RangeSet) -> Iterator[tuple[Segment, Range]]:
         for segment in self._segments:
-            whole = RangeSet([(segment.pfn, segment.page_count)])
-            for part in ranges & whole:
+            for part in ranges & segment.pages:
                 yield segment, part
 
 
-def _data_extents(segment: Segment, part: Range) -> Iterator[Range]:
-    at = segment.to_offset(part.pfn)
-    end = at + part.page_count * PAGE_BYTES
-    while at < end:
-        try:
-            data = os.lseek(segment.fd, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # no data from here to the end of the file
-                return
-            raise
-        if data >= end:
-            return
-        hole = min(os.lseek(segment.fd, data, os.SEEK_HOLE), end)
-        first = segment.pfn + (data - segment.offset_bytes) // PAGE_BYTES
-        last = segment.pfn + (hole - segment.offset_bytes + PAGE_BYTES - 1) // PAGE_BYTES
-        yield Range(first, last - first)
-        at = hole
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _data_extents(segment: Segment, within: RangeSet) -> Iterator[Range]:
+    data = -1
+    for part in within:
+        at = segment.to_offset(part.pfn)
+        end = at + part.page_count * PAGE_BYTES
+        while at < end:
+            if data < at:  # else it is what comes next from here, too
+                data = _next_data(segment.fd, at)
+            if data >= end:
+                break
+            hole = min(os.lseek(segment.fd, data, os.SEEK_HOLE), end)
+            if hole > data:  # else QEMU has dropped it since: reporting, a balloon
+                first = segment.pfn + (data - segment.offset_bytes) // PAGE_BYTES
+                last = segment.pfn + (hole - segment.offset_bytes + PAGE_BYTES - 1) // PAGE_BYTES
+                yield Range(first, last - first)
+            at, data = hole, -1
+
+
+def _next_data(fd: int, offset_bytes: int) -> int:
+    try:
+        return os.lseek(fd, offset_bytes, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data from here to the end of the file
+            return sys.maxsize
+        raise

@@ -7,15 +7,25 @@ import os
 import secrets
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
-from hintfleet.errors import GuestLost, InvalidInput, NotFound, Refused
+from hintfleet.errors import (
+    GuestLost,
+    InvalidInput,
+    NotFound,
+    OutcomeUnknown,
+    Refused,
+    TransientError,
+)
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.gate import Epochs
 from host_agent.guest import Guest
 from host_agent.guests import GuestDriver, GuestRequest
+from host_agent.keeper import Keeper
+from host_agent.resizing import check_maximum
+from host_agent.state import GuestRecord, State
 
 _T = TypeVar("_T")
 
@@ -32,11 +42,19 @@ _LONGEST_NAME = 64
 class Registry:
     """Owns the guests of this host."""
 
-    def __init__(self, drivers: Mapping[host_pb2.Driver.ValueType, GuestDriver]) -> None:
+    def __init__(
+        self,
+        drivers: Mapping[host_pb2.Driver.ValueType, GuestDriver],
+        state: State | None = None,
+    ) -> None:
+        """:param state: where guests are kept that outlive this process."""
         self.drivers = drivers
+        self.keeper = Keeper(state)
         self.epochs = Epochs()
         self._guests: dict[str, Guest] = {}
         self._watches: Counter[str] = Counter()
+        self.leaving = False
+        """Whether a Watch that ends leaves its guests alone, for this host agent ends."""
         self._ending: set[asyncio.Task[None]] = set()
         self._done: dict[tuple[str, str, int], asyncio.Task[object]] = {}
 
@@ -66,21 +84,17 @@ class Registry:
 
     # Making and ending guests
 
-    async def create(self, name: str, trial_id: str, spec: host_pb2.GuestSpec) -> Guest:
+    async def create(
+        self, name: str, trial_id: str, spec: host_pb2.GuestSpec, guest_uuid: str = ""
+    ) -> Guest:
         """Make a guest and wait until its agent is ready; nothing stays after a failure.
 
         :raises Refused: no watch holds the trial, the name is taken, or the driver cannot.
         :raises GuestLost: it ended or did not attach in time; with its last output.
         """
         self._check_new(name, trial_id, spec)
-        guest = Guest(
-            name=name,
-            uuid=str(uuid.uuid4()),
-            token=secrets.token_hex(16),
-            trial_id=trial_id,
-            spec=spec,
-        )
-        self._guests[name] = guest
+        token = secrets.token_hex(16)
+        guest = self._add(name, self._checked_uuid(guest_uuid), token, trial_id, spec)
         try:
             await self._start(guest)
             await guest.ready(READY_TIMEOUT_S[spec.driver])
@@ -93,6 +107,19 @@ class Registry:
             raise
         return guest
 
+    def _add(
+        self, name: str, uuid_text: str, token: str, trial_id: str, spec: host_pb2.GuestSpec
+    ) -> Guest:
+        guest = self._guests[name] = Guest(
+            name=name,
+            uuid=uuid_text,
+            token=token,
+            trial_id=trial_id,
+            spec=spec,
+            keeper=self.keeper,
+        )
+        return guest
+
     def _check_new(self, name: str, trial_id: str, spec: host_pb2.GuestSpec) -> None:
         if not name or len(name) > _LONGEST_NAME or not set(name) <= _NAME_CHARACTERS:
             raise InvalidInput(f"guest name {name!r}: 1 to 64 letters, digits and '-'")
@@ -100,33 +127,35 @@ class Registry:
             raise Refused(f"there is a guest {name!r} on this host already")
         if not self._watches[trial_id]:
             raise Refused(f"no Watch of trial {trial_id!r} is open", hint="open Watch first")
-        _check_memory(name, spec.memory_bytes)
+        _check_memory(name, spec)
         if spec.driver not in self.drivers:
             raise InvalidInput(f"guest {name}: no driver is named")
         if spec.method == host_pb2.METHOD_UNSPECIFIED:
             raise InvalidInput(f"guest {name}: no method is named")
 
+    def _checked_uuid(self, asked: str) -> str:
+        try:
+            found = str(uuid.UUID(asked) if asked else uuid.uuid4())
+        except ValueError:
+            raise InvalidInput(f"{asked!r} is no UUID") from None
+        if any(guest.uuid == found for guest in self.guests):
+            raise Refused(f"there is a guest with UUID {found} on this host already")
+        return found
+
     async def _start(self, guest: Guest) -> None:
-        loop = asyncio.get_running_loop()
-        request = GuestRequest(
-            name=guest.name,
-            uuid=guest.uuid,
-            token=guest.token,
-            spec=guest.spec,
-            on_gone=lambda reason: _tell(loop, guest, reason),
-        )
         # Shielded: a domain that is being made cannot be called back, and must be known
         # here before it is destroyed.
-        make = asyncio.create_task(self._make(guest, request))
+        make = asyncio.create_task(self._make(guest))
         try:
             await asyncio.shield(make)
         except asyncio.CancelledError:
             await asyncio.wait([make])
             raise
 
-    async def _make(self, guest: Guest, request: GuestRequest) -> None:
+    async def _make(self, guest: Guest) -> None:
         driver = self.drivers[guest.spec.driver]
-        guest.started(await asyncio.to_thread(driver.create, request))
+        guest.started(await asyncio.to_thread(driver.create, _request(guest)))
+        await self.keeper.save(guest)
 
     async def destroy(self, name: str) -> host_pb2.Ledger:
         """End a guest and return its closed books.
@@ -136,7 +165,37 @@ class Registry:
         guest = self.get(name)
         ledger = await guest.close()
         self._guests.pop(name, None)
+        await self.keeper.forget(guest)
         return ledger
+
+    # Guests of an earlier host agent
+
+    async def adopt(self, records: Sequence[GuestRecord], grace_s: float) -> None:
+        """Take over these guests; those that are gone count as lost.
+
+        :param grace_s: how long a trial's guests live on without a Watch.
+        :raises Refused: a driver cannot tell whether one is gone; none is ended for that.
+        """
+        adopting = [asyncio.create_task(self._adopt(record)) for record in records]
+        if adopting:
+            await asyncio.wait(adopting)
+        for task in adopting:
+            task.result()
+        loop = asyncio.get_running_loop()
+        for trial_id in {record.trial_id for record in records}:
+            loop.call_later(grace_s, self._end_unwatched, trial_id)
+
+    async def _adopt(self, record: GuestRecord) -> None:
+        self.epochs.after(record.epoch)
+        guest = self._add(record.name, record.uuid, record.token, record.trial_id, record.spec)
+        driver = self.drivers[record.spec.driver]
+        try:
+            running = await asyncio.to_thread(driver.adopt, _request(guest), record.handle)
+        except GuestLost as error:
+            guest.last_ledger = record.books.totals
+            guest.lost(error.message)
+        else:
+            await guest.adopted(running, record.books)
 
     # Trials
 
@@ -153,6 +212,11 @@ class Registry:
         if self._watches[trial_id] > 0:
             return
         del self._watches[trial_id]
+        self._end_unwatched(trial_id)
+
+    def _end_unwatched(self, trial_id: str) -> None:
+        if self.leaving or self._watches[trial_id] > 0:
+            return
         task = asyncio.create_task(self._end_trial(trial_id))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
@@ -162,10 +226,24 @@ class Registry:
         for key in [key for key in self._done if key[1] == trial_id]:
             del self._done[key]
 
-    async def close(self) -> None:
-        """Destroy every guest, then close the drivers."""
+    async def end_all(self) -> None:
+        """Destroy every guest."""
         await asyncio.gather(*self._ending)
         await self._destroy_all(self.guests)
+
+    async def leave(self) -> None:
+        """Let go of the guests that are left; they are for the next host agent to adopt.
+
+        :raises TransientError: the state cannot be written; older books are still in it.
+        """
+        await asyncio.gather(*self._ending)
+        left = await asyncio.gather(*(g.leave() for g in self.guests), return_exceptions=True)
+        for error in left:
+            if error is not None:
+                raise error
+
+    async def close(self) -> None:
+        """Close the drivers, after `end_all` or `leave`."""
         for driver in self.drivers.values():
             await asyncio.to_thread(driver.close)
 
@@ -177,7 +255,9 @@ class Registry:
     async def once(self, command: host_pb2.CommandId, do: Callable[[], Awaitable[_T]]) -> _T:
         """Carry out a command; a retry of it (same id) gets the first one's answer.
 
-        A command without an id is always carried out.
+        A command without an id is always carried out. One that failed for now, or whose
+        outcome is not known, is carried out again: a workload knows a step that it has
+        done already.
         """
         if not command.sequence:
             return await do()
@@ -185,13 +265,32 @@ class Registry:
         task = self._done.get(key)
         if task is None:
             task = self._done[key] = asyncio.ensure_future(_as_coroutine(do))
-        return cast(_T, await asyncio.shield(task))
+        try:
+            return cast(_T, await asyncio.shield(task))
+        except (TransientError, OutcomeUnknown):
+            if self._done.get(key) is task:
+                del self._done[key]
+            raise
 
 
-def _check_memory(name: str, size_bytes: int) -> None:
+def _request(guest: Guest) -> GuestRequest:
+    """What a driver gets to know of a guest."""
+    loop = asyncio.get_running_loop()
+    return GuestRequest(
+        name=guest.name,
+        uuid=guest.uuid,
+        token=guest.token,
+        spec=guest.spec,
+        on_gone=lambda reason: _tell(loop, guest, reason),
+    )
+
+
+def _check_memory(name: str, spec: host_pb2.GuestSpec) -> None:
     physical_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not size_bytes or size_bytes % MIB:
-        raise InvalidInput(f"guest {name}: memory must be whole MiB, not {size_bytes} bytes")
+    if not spec.memory_bytes or spec.memory_bytes % MIB:
+        raise InvalidInput(f"guest {name}: memory must be whole MiB, not {spec.memory_bytes} bytes")
+    check_maximum(name, spec)
+    size_bytes = max(spec.memory_bytes, spec.max_memory_bytes)
     if size_bytes > physical_bytes:
         raise Refused(
             f"guest {name}: memory of {format_size(size_bytes)} is more than "

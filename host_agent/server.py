@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import secrets
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +20,21 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from hintfleet.errors import InvalidInput, Refused
+from hintfleet.addresses import is_unix, plain_text_problem
+from hintfleet.tls import Tls, listen
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import add_HintingServiceServicer_to_server
 from hintfleet.v1.host_pb2_grpc import add_HostServiceServicer_to_server
 from host_agent.control_service import ControlService
+from host_agent.edge import ForOperators
+from host_agent.guest_door import Door, open_door, open_lasting_door
 from host_agent.guest_service import GuestService
-from host_agent.guests import GuestDriver
+from host_agent.guests import GuestDriver, Survival
 from host_agent.guests.embedded import EmbeddedDriver
 from host_agent.guests.libvirt import LibvirtDriver
 from host_agent.pressure import Pressure
 from host_agent.registry import Registry
+from host_agent.state import State, opened
 
 _GUEST_LOOPBACK = "10.0.2.2"
 """The host's loopback as a guest on user-mode networking (slirp) sees it."""
@@ -40,9 +42,21 @@ _GUEST_LOOPBACK = "10.0.2.2"
 _OPTIONS = (
     # A listener that is there already is an error, not a partner.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 1 << 20),
+    # Windows stay at 64 KiB: a stream that is not read holds no more than that.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.server_handshake_timeout_ms", 5_000),
     # Guests ping idle streams every 10 s to notice a lost link.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+_CONTROL_OPTIONS = (*_OPTIONS, ("grpc.max_receive_message_length", 1 << 20))
+_GUEST_OPTIONS = (
+    *_OPTIONS,
+    # A Hello with 100,000 ranges still isolated; a batch takes 6 KiB at the most.
+    ("grpc.max_receive_message_length", 256 << 10),
+    # A guest needs two, and as many that are ending.
+    ("grpc.max_concurrent_streams", 8),
+    ("grpc.max_allowed_incoming_connections", 8192),
+    ("grpc.max_connection_idle_ms", 60_000),
 )
 
 
@@ -50,15 +64,28 @@ _OPTIONS = (
 class Settings:
     """How this host agent runs.
 
-    :ivar listen: address of the control API: `unix:PATH` or a loopback `HOST:PORT`.
-    :ivar guest_listen: loopback `HOST:PORT` at which virtual machines reach the agent.
+    :ivar listen: address of the control API: `unix:PATH` or `HOST:PORT`.
+    :ivar guest_listen: `HOST:PORT` at which virtual machines reach the agent.
+    :ivar guest_advertise: what guests are told instead of where the agent listens; empty
+        where they reach it there.
+    :ivar tls, guest_tls: what TCP is encrypted with at either door; None for plain text,
+        which stays on loopback.
+    :ivar state: folder through which guests survive the agent; None: they end with it.
+    :ivar orphan_after_s: a surviving guest ends when it had no agent for so long.
+    :ivar watch_grace_s: how long adopted guests wait for a Watch of their trial.
     """
 
     name: str
     listen: str
     guest_listen: str
+    guest_advertise: str = ""
     memory_budget_bytes: int
     libvirt_uri: str
+    tls: Tls | None = None
+    guest_tls: Tls | None = None
+    state: Path | None = None
+    orphan_after_s: int = 60
+    watch_grace_s: int = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,63 +101,79 @@ class Serving:
 async def serving(settings: Settings) -> AsyncIterator[Serving]:
     """Serve until the block ends; then every guest is destroyed and the sockets closed.
 
-    :raises Refused: an address cannot be bound.
-    :raises InvalidInput: an address is not loopback.
+    With a state, the guests of an earlier agent are adopted first, and left to the next
+    one at the end.
+
+    :raises Refused: an address cannot be bound, or the state cannot be used.
+    :raises InvalidInput: an address needs TLS.
     """
-    # Abstract: it has no file, so nothing is left behind however this process ends.
-    # Anybody on this host can reach it; what counts is a guest's token.
-    guest_socket = f"unix-abstract:hintfleet-{os.getpid()}-{secrets.token_hex(8)}"
-    guest_server, (_, guest_port) = _make_server([guest_socket, settings.guest_listen])
-    control_server, (control_port,) = _make_server([settings.listen])
-    registry = Registry(_drivers(guest_socket, guest_port, settings.libvirt_uri))
+    with opened(settings.state) if settings.state else nullcontext() as state:
+        async with _serving(settings, state) as served:
+            yield served
+
+
+@asynccontextmanager
+async def _serving(settings: Settings, state: State | None) -> AsyncIterator[Serving]:
+    guest_server = aio.server(options=_GUEST_OPTIONS)
+    door = _open_guest_door(guest_server, settings, state)
+    control_server = aio.server(options=_CONTROL_OPTIONS, interceptors=[ForOperators()])
+    control_address = listen(control_server, settings.listen, settings.tls)
+    registry = Registry(_drivers(settings, door, state), state)
+    if state is not None:
+        await registry.adopt(state.guests(), settings.watch_grace_s)
     control = ControlService(registry, settings.name, settings.memory_budget_bytes)
     add_HintingServiceServicer_to_server(GuestService(registry), guest_server)
     await _add_control(control_server, control)
     await guest_server.start()
     await control_server.start()
     pressure = Pressure(lambda: registry.guests, settings.memory_budget_bytes)
-    pressing = asyncio.create_task(pressure.run())
+    loops = [asyncio.create_task(loop) for loop in (pressure.run(), registry.keeper.run())]
     try:
-        yield Serving(
-            control=_with_port(settings.listen, control_port),
-            guest=_with_port(settings.guest_listen, guest_port),
-            registry=registry,
-        )
+        yield Serving(control=control_address, guest=door.address, registry=registry)
     finally:
-        pressing.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await pressing
-        await registry.close()
+        for task in loops:
+            task.cancel()
+        await asyncio.wait(loops)
+        if state is None:
+            await registry.end_all()
+        registry.leaving = True
         await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
+        await registry.leave()  # before the state's lock is let go of
+        await registry.close()
         if settings.listen.startswith("unix:"):
             with contextlib.suppress(FileNotFoundError):
                 Path(settings.listen.removeprefix("unix:")).unlink()
 
 
+def _open_guest_door(server: aio.Server, settings: Settings, state: State | None) -> Door:
+    if state is None:
+        return open_door(server, settings.guest_listen, settings.guest_tls)
+    door = open_lasting_door(server, settings.guest_listen, settings.guest_tls, state.door())
+    state.set_door(door)
+    return door
+
+
 def _drivers(
-    guest_socket: str, guest_port: int, libvirt_uri: str
+    settings: Settings, door: Door, state: State | None
 ) -> dict[host_pb2.Driver.ValueType, GuestDriver]:
-    return {
-        host_pb2.EMBEDDED: EmbeddedDriver(guest_socket),
-        host_pb2.LIBVIRT: LibvirtDriver(
-            libvirt_uri, guest_server=f"{_GUEST_LOOPBACK}:{guest_port}"
-        ),
-    }
+    survival = None
+    if state is not None:
+        survival = Survival(folder=state.guests_folder, orphan_after_s=settings.orphan_after_s)
+    told = settings.guest_advertise
+    libvirt = LibvirtDriver(
+        settings.libvirt_uri,
+        guest_server=told or _as_guests_see_it(door.address),
+        guest_tls=settings.guest_tls is not None,
+        survival=survival,
+    )
+    embedded = EmbeddedDriver(told or door.socket, survival)
+    return {host_pb2.EMBEDDED: embedded, host_pb2.LIBVIRT: libvirt}
 
 
-def _make_server(addresses: Iterable[str]) -> tuple[aio.Server, list[int]]:
-    server = aio.server(options=_OPTIONS)
-    ports = []
-    for address in addresses:
-        _check_loopback(address)
-        try:
-            ports.append(server.add_insecure_port(address))
-        except RuntimeError as error:
-            raise Refused(
-                f"cannot listen on {address}",
-                hint="is another host agent running there? choose another --listen address",
-            ) from error
-    return server, ports
+def _as_guests_see_it(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    local = is_unix(address) or not plain_text_problem(address) or host in ("0.0.0.0", "[::]")  # noqa: S104
+    return f"{_GUEST_LOOPBACK}:{port}" if local else address
 
 
 async def _add_control(server: aio.Server, control: ControlService) -> None:
@@ -147,22 +190,3 @@ async def _add_control(server: aio.Server, control: ControlService) -> None:
         ),
         server,
     )
-
-
-def _check_loopback(address: str) -> None:
-    host = address.rpartition(":")[0].strip("[]")
-    if not address.startswith(("unix:", "unix-abstract:")) and host not in (
-        "127.0.0.1",
-        "::1",
-        "localhost",
-    ):
-        raise InvalidInput(
-            f"{address} is not loopback, and this agent speaks plain text",
-            hint="listen on unix:PATH or 127.0.0.1:PORT",
-        )
-
-
-def _with_port(address: str, port: int) -> str:
-    if address.startswith("unix:"):
-        return address
-    return f"{address.rpartition(':')[0]}:{port}"

@@ -9,6 +9,7 @@ import click
 
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.experiments import experiments
+from orchestrator.commands.pki import pki
 from orchestrator.commands.report import report
 from orchestrator.commands.run import run
 from orchestrator.commands.runs import runs, show
@@ -25,7 +26,7 @@ Examples:
   hintfleet savings --by host --since 1h
 
 \b
-Environment: LIBVIRT_DEFAULT_URI, RAY_ADDRESS, XDG_DATA_HOME, NO_COLOR.
+Environment: HINTFLEET_TLS, LIBVIRT_DEFAULT_URI, RAY_ADDRESS, XDG_DATA_HOME, NO_COLOR.
 Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 undecided (no figure can
 be given), 130 interrupted.
 Shell completion: eval "$(_HINTFLEET_COMPLETE=bash_source hintfleet)"
@@ -57,7 +58,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (doctor, experiments, report, run, runs, show, savings, serve):
+for command in (doctor, experiments, pki, report, run, runs, show, savings, serve):
     cli.add_command(command)
 
 

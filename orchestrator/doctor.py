@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hintfleet.errors import HintfleetError, Refused, TransientError
 from hintfleet.units import GIB, format_size
 from orchestrator.machine import meminfo_bytes
 
@@ -109,25 +110,34 @@ def _importable(module: str, needed_for: str, hint: str) -> Finding:
 
 
 def _host_agent(libvirt_uri: str) -> Iterator[Finding]:
-    command = [sys.executable, "-m", "host_agent", "--doctor"]
+    try:
+        findings = json.loads(ask_host_agent(libvirt_uri, "--doctor"))
+    except HintfleetError as error:
+        yield Finding(name="host agent", ok=False, detail=error.message, hint=error.hint)
+        return
+    except ValueError as error:
+        yield Finding(name="host agent", ok=False, detail=str(error))
+        return
+    for found in findings:
+        needed_for = "libvirt" if found["name"] in _LIBVIRT_FINDINGS else "embedded"
+        yield Finding(**found, needed_for=needed_for)
+
+
+def ask_host_agent(libvirt_uri: str, question: str) -> str:
+    """What `hintfleet-host` of this machine prints, asked with this flag.
+
+    :raises Refused: it cannot be run. :raises TransientError: it does not come to an end.
+    """
+    command = [sys.executable, "-m", "host_agent", question]
     if libvirt_uri:
         command += ["--libvirt-uri", libvirt_uri]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_HOST_AGENT_TIMEOUT_S, check=True
         )
-        findings = json.loads(done.stdout)
     except subprocess.CalledProcessError as error:
-        yield Finding(
-            name="host agent",
-            ok=False,
-            detail=(error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1],
-            hint="pip install 'hintfleet[host]'",
-        )
-        return
-    except (subprocess.TimeoutExpired, ValueError) as error:
-        yield Finding(name="host agent", ok=False, detail=str(error))
-        return
-    for found in findings:
-        needed_for = "libvirt" if found["name"] in _LIBVIRT_FINDINGS else "embedded"
-        yield Finding(**found, needed_for=needed_for)
+        said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        raise Refused(said[-1], hint="pip install 'hintfleet[host]'") from error
+    except subprocess.TimeoutExpired as error:
+        raise TransientError(str(error)) from error
+    return done.stdout

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from ulid import ULID
 
-from orchestrator import fleet_ray
+from hintfleet.errors import InvalidInput, Refused
+from orchestrator import fleet_ray, spec_file
 from orchestrator.host_process import LogicalHost
 from orchestrator.host_session import HostPlace
 from orchestrator.machine import environment, meminfo_bytes
 from orchestrator.plan import Trial, host_names, host_task, plan_trials
 from orchestrator.records import Record
 from orchestrator.spec import Spec, describe
-from orchestrator.spec_checks import machine_problem
+from orchestrator.spec_checks import hosts_problem, machine_problem
 from orchestrator.spec_file import LoadedSpec
-from orchestrator.store.reader import Store
-from orchestrator.store.writer import RunHeader, RunWriter
+from orchestrator.store.lock import busy
+from orchestrator.store.reader import Run, Store, StoredTrial
+from orchestrator.store.writer import RunHeader, RunWriter, TrialEnd, spec_hash
 
 
 class View(Protocol):
     """Shows a run while it runs."""
 
-    def starting(self, header: RunHeader, trials: tuple[Trial, ...]) -> None:
-        """The hosts are being started."""
+    def starting(self, header: RunHeader, trials: tuple[Trial, ...], kept: Collection[int]) -> None:
+        """The hosts are being started; the trials at positions `kept` have their results."""
 
     def trial_started(self, trial: Trial) -> None:
         """This trial runs now."""
@@ -32,53 +35,187 @@ class View(Protocol):
     def record(self, record: Record) -> None:
         """Something happened in it."""
 
-    def trial_ended(self, trial: Trial, undecided: str) -> None:
-        """It is over; `undecided` says why it counts for nothing, if it does not."""
+    def trial_ended(self, trial: Trial, end: TrialEnd) -> None:
+        """It is over."""
 
 
-def run_experiment(loaded: LoadedSpec, store: Store, view: View, libvirt_uri: str = "") -> str:
-    """Run all trials of a spec; returns the run's id.
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A run that can be started.
 
-    :raises InvalidInput: the machine has not the memory. Nothing was started then.
+    :ivar trials: all of its plan.
+    :ivar left: those to be run now.
+    :ivar again: it is stored, and is taken up.
+    :ivar is_over: there is nothing to be done.
+    """
+
+    loaded: LoadedSpec
+    header: RunHeader
+    trials: tuple[Trial, ...]
+    left: tuple[Trial, ...]
+    again: bool = False
+    is_over: bool = False
+
+
+def new_experiment(
+    name_or_path: str, overrides: Mapping[str, Any], libvirt_uri: str = ""
+) -> Experiment:
+    """A run of its own.
+
+    :param overrides: top-level keys that replace what the spec says.
+    :raises InvalidInput: there is no such spec, or it is wrong.
+    """
+    loaded = spec_file.load(name_or_path, dict(overrides))
+    header = RunHeader(
+        run_id=str(ULID()).lower(),
+        spec=loaded.spec,
+        spec_text=loaded.document.text,
+        summary=describe(loaded.spec),
+        environment=environment(),
+        overrides=overrides,
+        libvirt_uri=libvirt_uri,
+    )
+    trials = plan_trials(loaded.spec, header.run_id)
+    return Experiment(loaded=loaded, header=header, trials=trials, left=trials)
+
+
+def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experiment:
+    """A run that was cut off, as it was asked for: the same spec, so the same seeds.
+
+    :param libvirt_uri: in place of the one that it began with.
+    :raises Refused: another process runs it now, or this version reads its spec
+        otherwise, or not at all.
+    """
+    if run.state == "running":
+        raise busy(run.run_id)
+    loaded = _spec_of(run)
+    header = RunHeader(
+        run_id=run.run_id,
+        spec=loaded.spec,
+        spec_text=run.spec_text,
+        summary=run.summary,
+        environment=_changed(run.environment, environment()),
+        overrides=run.overrides,
+        libvirt_uri=libvirt_uri or run.libvirt_uri,
+    )
+    trials = plan_trials(loaded.spec, run.run_id)
+    left = left_to_run(trials, store.trials(run.run_id))
+    return Experiment(
+        loaded=loaded,
+        header=header,
+        trials=trials,
+        left=left,
+        again=True,
+        is_over=not left and not run.was_cut_off,
+    )
+
+
+def _spec_of(run: Run) -> LoadedSpec:
+    hint = (
+        f"run it anew: hintfleet show {run.run_id[-6:]} --spec > again.yaml; "
+        "hintfleet run again.yaml"
+    )
+    try:
+        loaded = spec_file.parse(run.spec_text, f"spec of run {run.run_id}", run.overrides)
+    except InvalidInput as error:
+        raise Refused(
+            f"run {run.run_id} cannot go on; this version cannot read its spec:\n{error.message}",
+            hint=hint,
+        ) from error
+    if spec_hash(loaded.spec) != run.spec_hash:
+        raise Refused(
+            f"run {run.run_id} cannot go on; to this version its spec means something else",
+            hint=hint,
+        )
+    return loaded
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """What a run was made on: both, where it is not the same any more."""
+    return {
+        name: value if before.get(name, value).endswith(value) else f"{before[name]}, then {value}"
+        for name, value in now.items()
+    }
+
+
+def left_to_run(trials: Iterable[Trial], attempts: Iterable[StoredTrial]) -> tuple[Trial, ...]:
+    """The trials that have no result yet, each as its next attempt. Pure.
+
+    A trial in which a guest was lost has a result, undecided: to run it until it ends
+    well would favour the arm that made it go wrong.
+    """
+    last = {made.position: made for made in sorted(attempts, key=lambda made: made.attempt)}
+    return tuple(
+        replace(trial, attempt=last[trial.position].attempt + 1)
+        if trial.position in last
+        else trial
+        for trial in trials
+        if trial.position not in last or not last[trial.position].has_result
+    )
+
+
+def run_experiment(
+    experiment: Experiment,
+    store: Store,
+    view: View,
+    retries: int = 1,
+    tls_folder: str = "",
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the trials that are left, and at the end those again that were lost.
+
+    :param retries: how often a trial that was lost with its host is run again.
+    :param check: called several times a second; what it raises ends the run.
+    :raises InvalidInput: the machine has not the memory, or a host's address needs TLS.
+        Nothing was started then.
     :raises HintfleetError: a host cannot be reached or used, or results cannot be
         stored. The run is stored as failed if it had begun; all guests and processes
         are gone.
     """
-    spec = loaded.spec
-    if problem := machine_problem(spec, meminfo_bytes("MemAvailable")):
-        raise loaded.error([problem])
-    header = RunHeader(
-        run_id=str(ULID()).lower(),
-        spec=spec,
-        spec_text=loaded.document.text,
-        summary=describe(spec),
-        environment=environment(),
-    )
-    trials = plan_trials(spec, header.run_id)
-    view.starting(header, trials)
+    spec, header = experiment.header.spec, experiment.header
+    left = list(experiment.left)
+    if not left:
+        with RunWriter(store, header, again=True):
+            return
+    problem = machine_problem(spec, meminfo_bytes("MemAvailable"))
+    if problem := problem or hosts_problem(spec, encrypted=bool(tls_folder)):
+        raise experiment.loaded.error([problem])
+    kept = {t.position for t in experiment.trials} - {t.position for t in left}
+    view.starting(header, experiment.trials, kept)
     # The run is stored before the fleet is ended: that takes its time.
     with (
-        fleet_ray.Fleet(_places(spec, libvirt_uri)) as fleet,
-        RunWriter(store, header) as writer,
+        fleet_ray.Fleet(_places(spec, header.libvirt_uri, tls_folder)) as fleet,
+        RunWriter(store, header, experiment.again) as writer,
     ):
-        for trial in trials:
-            _run_trial(spec, trial, fleet, writer, view)
-    return header.run_id
+        for _ in range(1 + retries):
+            left = [
+                replace(trial, attempt=trial.attempt + 1)
+                for trial in left
+                if _run_trial(spec, trial, fleet, writer, view, check).lost
+            ]
 
 
 def _run_trial(
-    spec: Spec, trial: Trial, fleet: fleet_ray.Fleet, writer: RunWriter, view: View
-) -> None:
+    spec: Spec,
+    trial: Trial,
+    fleet: fleet_ray.Fleet,
+    writer: RunWriter,
+    view: View,
+    check: Callable[[], None],
+) -> TrialEnd:
     tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
     writer.begin_trial(trial, tasks)
     view.trial_started(trial)
     for record in fleet.run_trial(tasks):
+        check()
         writer.append(record)
         view.record(record)
-    view.trial_ended(trial, writer.end_trial())
+    end = writer.end_trial()
+    view.trial_ended(trial, end)
+    return end
 
 
-def _places(spec: Spec, libvirt_uri: str) -> Mapping[str, HostPlace]:
+def _places(spec: Spec, libvirt_uri: str, tls_folder: str) -> Mapping[str, HostPlace]:
     return {
         name: HostPlace(
             name=name,
@@ -87,6 +224,7 @@ def _places(spec: Spec, libvirt_uri: str) -> Mapping[str, HostPlace]:
             timeouts=spec.timeouts,
             logical=_logical(spec, name, libvirt_uri),
             address=spec.hosts.agents[i] if spec.hosts.agents else "",
+            tls_folder=tls_folder,
         )
         for i, name in enumerate(host_names(spec))
     }

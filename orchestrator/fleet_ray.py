@@ -10,17 +10,20 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from hintfleet.errors import HintfleetError, TransientError
+from hintfleet.owned_folders import OwnedFolder
 from orchestrator.host_session import HostPlace, HostSession
-from orchestrator.machine import RuntimeDir
+from orchestrator.machine import runtime_dirs
 from orchestrator.plan import HostTask
 from orchestrator.records import HostDone, Record
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 _OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum is 75 MiB; samples are small
-_STOP_TIMEOUT_S = 12.0
+_STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.5
 
 # Set before Ray is imported; what the user has set wins.
@@ -50,12 +53,16 @@ class Fleet:
 
     def __init__(self, places: Mapping[str, HostPlace]) -> None:
         self._places = places
-        self._runtime_dir: RuntimeDir | None = None  # of a private cluster
+        self._runtime_dir: OwnedFolder | None = None  # of a private cluster
         self._actors: dict[str, Any] = {}
+        self._started: Counter[str] = Counter()
+        # Ray says on our stdout what befell its workers; that is for data.
+        self._stdout = redirect_stdout(sys.stderr)
 
     def __enter__(self) -> Fleet:
+        self._stdout.__enter__()
         try:
-            self._runtime_dir = None if _cluster_address() else RuntimeDir()
+            self._runtime_dir = None if _cluster_address() else runtime_dirs().make()
             _init_ray(self._runtime_dir.path if self._runtime_dir else None)
             self._start_actors(list(self._places))
         except BaseException:
@@ -74,10 +81,10 @@ class Fleet:
     def run_trial(self, tasks: Mapping[str, HostTask]) -> Iterator[Record]:
         """Run a trial on all hosts at once; yields their records as they come.
 
-        The last record of each host is HostDone. A host whose actor dies is
-        undecided in this trial, and gets a new actor for the next one.
+        The last record of each host is HostDone. A host whose actor dies is lost in
+        this trial, and gets a new actor for the next one.
 
-        :raises HintfleetError: a host cannot run this, or cannot be reached any more.
+        :raises HintfleetError: a host cannot run this, or was lost and did not come back.
         """
         import ray
 
@@ -99,7 +106,7 @@ class Fleet:
                     yield self._lost(tasks[host], error)
 
     def close(self) -> None:
-        """End everything. Ctrl-C is ignored meanwhile: it takes some seconds at the most."""
+        """End everything. Ctrl-C is ignored meanwhile: for seconds, half a minute at the most."""
         import ray
 
         with _undisturbed():
@@ -113,6 +120,7 @@ class Fleet:
             ray.shutdown()
             if self._runtime_dir is not None:
                 self._runtime_dir.remove()
+            self._stdout.__exit__(None, None, None)
 
     def _start_actors(self, hosts: list[str]) -> None:
         import ray
@@ -122,22 +130,35 @@ class Fleet:
         )(_HostActor)
         for host in hosts:
             self._actors[host] = actor_class.remote(self._places[host], self._folder(host))
-        for opening in [self._actors[host].open.remote() for host in hosts]:
-            _get(opening)
+        for host, opening in [(host, self._actors[host].open.remote()) for host in hosts]:
+            try:
+                _get(opening)
+            except ray.exceptions.RayActorError as error:
+                raise TransientError(f"{host}: {_said(error)}") from error
 
     def _folder(self, host: str) -> Path | None:
-        return self._runtime_dir.path / host if self._runtime_dir else None
+        """A new one each time: the host agent of an actor that died may not have done
+        with its own yet."""
+        if self._runtime_dir is None:
+            return None
+        self._started[host] += 1
+        return self._runtime_dir.path / f"{host}.{self._started[host]}"
 
     def _lost(self, task: HostTask, error: Exception) -> HostDone:
         with suppress(KeyError):
             del self._actors[task.host]
-        said = str(error).splitlines()
         return HostDone(
             host=task.host,
             trial_id=task.trial.trial_id,
             at_unix_us=time.time_ns() // 1000,
-            undecided=f"{task.host}: its actor died: {said[0] if said else error!r}",
+            undecided=f"{task.host}: {_said(error)}",
+            lost=True,
         )
+
+
+def _said(error: Exception) -> str:
+    """Why an actor died, in a line: Ray says where and how on many more."""
+    return f"its actor died: {(str(error).splitlines() or [repr(error)])[0]}"
 
 
 class _HostActor:

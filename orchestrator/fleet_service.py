@@ -1,7 +1,6 @@
 """The fleet service: what runs there are and what they saved, over gRPC.
 
-Reads the store anew for each call, so a run that ends meanwhile is seen. Plain
-text, so on loopback or a unix socket only.
+Reads the store anew for each call, so a run that ends meanwhile is seen.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from hintfleet.errors import HintfleetError, InvalidInput, Refused, to_status
+from hintfleet.errors import HintfleetError, InvalidInput, to_status
+from hintfleet.tls import Role, Tls, check_role, listen
 from hintfleet.v1 import fleet_pb2, fleet_pb2_grpc
-from orchestrator.addresses import check_plain_text
 from orchestrator.fleet_messages import BY_PB2, run_as_pb2, savings_as_pb2
 from orchestrator.queries import ask_store
 from orchestrator.savings import Savings
@@ -58,6 +57,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         self, question: Callable[[Store], list[_Answer]], context: grpc.ServicerContext
     ) -> list[_Answer]:
         try:
+            check_role(context.auth_context(), Role.OPERATOR)
             with Store(self._data_dir) as store:
                 return question(store)
         except HintfleetError as error:
@@ -73,25 +73,27 @@ def _savings(store: Store, request: fleet_pb2.QuerySavingsRequest) -> list[Savin
     return ask_store(store, by, request.run_id, request.since_unix_s)
 
 
-def serve(address: str, data_dir: Path, ready: Callable[[str], None]) -> None:
+def serve(
+    address: str, data_dir: Path, ready: Callable[[str], None], tls: Tls | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT. Call from the main thread.
 
     :param ready: called with the address when serving.
-    :raises InvalidInput: the address is not on loopback.
+    :raises InvalidInput: the address needs TLS.
     :raises Refused: it cannot be bound, or the store cannot be used.
     """
     Store(data_dir).close()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    server, bound = _bind(address, FleetService(data_dir))
+    server, bound = _bind(address, FleetService(data_dir), tls)
     server.start()
     ready(bound)
     stop.wait()
     server.stop(_GRACE_S).wait()
 
 
-def _bind(address: str, service: FleetService) -> tuple[grpc.Server, str]:
+def _bind(address: str, service: FleetService, tls: Tls | None) -> tuple[grpc.Server, str]:
     # Without SO_REUSEPORT a second server at the same address is an error.
     server = grpc.server(ThreadPoolExecutor(_WORKERS), options=(("grpc.so_reuseport", 0),))
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
@@ -101,12 +103,4 @@ def _bind(address: str, service: FleetService) -> tuple[grpc.Server, str]:
         state.set(name, health_pb2.HealthCheckResponse.SERVING)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    try:
-        port = server.add_insecure_port(check_plain_text(address))
-    except RuntimeError as error:
-        raise Refused(
-            f"cannot serve on {address}: {error}", hint="is another server there? try --listen"
-        ) from error
-    if address.startswith("unix:"):
-        return server, address
-    return server, f"{address.rpartition(':')[0]}:{port}"
+    return server, listen(server, address, tls)

@@ -15,8 +15,8 @@ import grpc
 import grpc.aio
 
 from hintfleet.errors import from_rpc_error
+from hintfleet.tls import Tls, client_credentials
 from hintfleet.v1 import host_pb2, host_pb2_grpc
-from orchestrator.addresses import check_plain_text
 from orchestrator.spec import Timeouts
 
 _Answer = TypeVar("_Answer")
@@ -38,7 +38,11 @@ _SERVICE_CONFIG = json.dumps(
         ]
     }
 )
-_MAX_MESSAGE_BYTES = 16 << 20
+_OPTIONS = (
+    ("grpc.service_config", _SERVICE_CONFIG),
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.enable_http_proxy", 0),
+)
 
 
 class HostClient:
@@ -48,18 +52,11 @@ class HostClient:
     the host agent cannot be reached, OutcomeUnknown if its answer did not come in time.
     """
 
-    def __init__(self, address: str, timeouts: Timeouts) -> None:
-        """:raises InvalidInput: the address is not a unix socket nor on loopback."""
-        self._address = check_plain_text(address)
+    def __init__(self, address: str, timeouts: Timeouts, tls: Tls | None = None) -> None:
+        """:raises InvalidInput: the address is not of this machine, and there is no TLS."""
+        self._address = address
         self._timeouts = timeouts
-        self._channel = grpc.aio.insecure_channel(
-            address,
-            options=(
-                ("grpc.service_config", _SERVICE_CONFIG),
-                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-                ("grpc.enable_http_proxy", 0),
-            ),
-        )
+        self._channel = _channel(address, tls)
         self._stub: host_pb2_grpc.HostServiceAsyncStub = host_pb2_grpc.HostServiceStub(
             self._channel
         )
@@ -79,10 +76,13 @@ class HostClient:
         """Close the connection; a Watch that is open ends, and its guests with it."""
         await self._channel.close(None)
 
-    async def get_host(self, driver: host_pb2.Driver.ValueType) -> host_pb2.Host:
-        """What the host is, and whether it can run guests of this driver."""
+    async def get_host(self, driver: host_pb2.Driver.ValueType, wait: bool) -> host_pb2.Host:
+        """What the host is, and whether it can run guests of this driver.
+
+        :param wait: for a host agent that is not there yet.
+        """
         request = host_pb2.GetHostRequest(drivers=[driver])
-        call = self._stub.GetHost(request, timeout=self._timeouts.connect_s)
+        call = self._stub.GetHost(request, timeout=self._timeouts.connect_s, wait_for_ready=wait)
         return await self._answer(call, "GetHost")
 
     async def create_guest(self, request: host_pb2.CreateGuestRequest) -> host_pb2.Guest:
@@ -128,3 +128,10 @@ class HostClient:
             return await call
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, f"{self._address}: {what}") from error
+
+
+def _channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
+    credentials = client_credentials(address, tls)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=_OPTIONS)

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from hintfleet.errors import Refused, TransientError
 
-_STOP_TIMEOUT_S = 8.0
+# libvirt gives a QEMU that does not hear SIGTERM 15 s (qemuProcessKill); a host agent that is
+# killed before that leaves its guests' folders.
+_STOP_TIMEOUT_S = 25.0
 _LOG_TAIL_BYTES = 1500
 
 

@@ -20,15 +20,22 @@ from orchestrator.workload import Step, expand
 class Trial:
     """One execution of an arm on all hosts.
 
-    :ivar trial_id: unique among all runs.
     :ivar position: place in the run, from 0.
+    :ivar attempt: from 1; a trial that was lost with its host is run again under the
+        next number, and its last attempt is the one that counts.
     """
 
     run_id: str
-    trial_id: str
     position: int
     repetition: int
     arm: Arm
+    attempt: int = 1
+
+    @property
+    def trial_id(self) -> str:
+        """Unique among all attempts of all runs; the name of a folder."""
+        again = f".{self.attempt}" if self.attempt > 1 else ""
+        return f"{self.run_id}-{self.arm.name}-{self.repetition + 1}{again}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +60,7 @@ class HostTask:
 def plan_trials(spec: Spec, run_id: str) -> tuple[Trial, ...]:
     """All trials of a run, in the order in which they run."""
     return tuple(
-        Trial(
-            run_id=run_id,
-            trial_id=f"{run_id}-{arm.name}-{repetition + 1}",
-            position=position,
-            repetition=repetition,
-            arm=arm,
-        )
+        Trial(run_id=run_id, position=position, repetition=repetition, arm=arm)
         for position, (repetition, arm) in enumerate(_blocks(spec))
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,21 +38,33 @@ class ArmProgress:
 class Progress:
     """The state of a run, as far as it is known here. Times are seconds of one clock."""
 
-    def __init__(self, trials: tuple[Trial, ...], now_s: float) -> None:
+    def __init__(self, trials: tuple[Trial, ...], now_s: float, kept: Collection[int] = ()) -> None:
+        """:param kept: positions of trials that need not be run any more."""
         self.started_s = now_s
         self.trials = trials
         self.trial: Trial | None = None
         self.hosts: dict[str, HostProgress] = {}
-        self.arms: dict[str, ArmProgress] = {}
-        for trial in sorted(trials, key=lambda t: (t.arm.method != "none", t.position)):
-            self.arms.setdefault(trial.arm.name, ArmProgress()).total += 1
+        self._undecided_by_position = dict.fromkeys(kept, False)
+        self._runs_ended = 0
         self._first_trial_s = now_s
         self._last_end_s = now_s
+
+    @property
+    def arms(self) -> dict[str, ArmProgress]:
+        """Each arm's trials, the control first."""
+        arms: dict[str, ArmProgress] = {}
+        for trial in sorted(self.trials, key=lambda t: (t.arm.method != "none", t.position)):
+            arm = arms.setdefault(trial.arm.name, ArmProgress())
+            arm.total += 1
+            arm.ended += trial.position in self._undecided_by_position
+            arm.undecided += self._undecided_by_position.get(trial.position, False)
+        return arms
 
     def trial_started(self, trial: Trial, now_s: float) -> None:
         if self.trial is None:
             self._first_trial_s = now_s
         self.trial = trial
+        self._undecided_by_position.pop(trial.position, None)  # it may be run again
         for host in self.hosts.values():
             host.phase = "starting guests"
 
@@ -63,21 +76,20 @@ class Progress:
             _add_samples(host, record)
 
     def trial_ended(self, trial: Trial, undecided: bool, now_s: float) -> None:
-        arm = self.arms[trial.arm.name]
-        arm.ended += 1
-        arm.undecided += undecided
+        self._undecided_by_position[trial.position] = undecided
+        self._runs_ended += 1
         self._last_end_s = now_s
 
     @property
     def ended_count(self) -> int:
         """Trials that are over."""
-        return sum(arm.ended for arm in self.arms.values())
+        return len(self._undecided_by_position)
 
     def remaining_s(self, now_s: float) -> float | None:
         """How long it will still take at this pace; None before the first trial's end."""
-        if not self.ended_count:
+        if not self._runs_ended:
             return None
-        per_trial_s = (self._last_end_s - self._first_trial_s) / self.ended_count
+        per_trial_s = (self._last_end_s - self._first_trial_s) / self._runs_ended
         left_s = per_trial_s * (len(self.trials) - self.ended_count)
         return max(0.0, left_s - (now_s - self._last_end_s))
 

@@ -119,12 +119,15 @@ class HostDone:
     """A host is through with a trial; its last record.
 
     :ivar undecided: why the trial counts for nothing; empty if it counts.
+    :ivar lost: because its host agent, or who spoke to it, was lost: the trial may be
+        run again.
     """
 
     host: str
     trial_id: str
     at_unix_us: int
     undecided: str = ""
+    lost: bool = False
 
 
 Event = PhaseStarted | StepDone | GuestSettled | GuestEnded | HostDone

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
+from hintfleet.addresses import ENCRYPT_HINT, address_problem, plain_text_problem
 from hintfleet.units import MIB, format_size
-from orchestrator.addresses import plain_text_problem
 from orchestrator.spec import Arm, Driver, Method, Policy, Spec
-from orchestrator.workload import expand, held_after, total_allocated_bytes
+from orchestrator.workload import expand, held_after, step_count, total_allocated_bytes
 
 # Isolator and tracker go together: the hugetlb pool knows nothing of the buddy, so its
 # tracker reads the kernel's page flags into a bitmap; the module is told by the kernel,
@@ -23,6 +23,7 @@ PARTS = {
 }
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
 _HUGE_PAGE_ORDER = 9
+_MOST_STEPS = 100_000
 
 _EMBEDDED_PROCESS_BYTES = 48 * MIB  # a guest process apart from its RAM: Python and gRPC
 _QEMU_PROCESS_BYTES = 96 * MIB  # QEMU apart from the guest's RAM, TCG's translations included
@@ -95,6 +96,14 @@ def machine_problem(spec: Spec, available_bytes: int) -> Problem | None:
         ),
         hint="fewer guests (hosts.count, guests.per_host), or a smaller workload",
     )
+
+
+def hosts_problem(spec: Spec, *, encrypted: bool) -> Problem | None:
+    """Whether the hosts may be spoken to: off this machine with TLS only."""
+    for i, address in enumerate(spec.hosts.agents):
+        if not encrypted and (problem := plain_text_problem(address)):
+            return Problem(path=("hosts", "agents", i), message=problem, hint=ENCRYPT_HINT)
+    return None
 
 
 def _arm_problems(spec: Spec) -> Iterator[Problem]:
@@ -194,7 +203,7 @@ def _no_such_parts(driver: Driver, i: int, arm: Arm) -> Problem:
 
 def _host_problems(spec: Spec) -> Iterator[Problem]:
     for i, address in enumerate(spec.hosts.agents):
-        if problem := plain_text_problem(address):
+        if problem := address_problem(address):
             yield Problem(path=("hosts", "agents", i), message=problem)
     budget_bytes = spec.hosts.memory_bytes
     if budget_bytes is not None and spec.guests.memory_bytes > budget_bytes:
@@ -214,6 +223,13 @@ def _workload_problems(spec: Spec) -> Iterator[Problem]:
         yield Problem(path=("guests", "memory"), message="not a multiple of 4MiB")
     if phases[0].repeat is not None:
         yield Problem(path=("workload", "phases", 0), message="there is no phase to repeat")
+        return
+    if step_count(spec.workload) > _MOST_STEPS:
+        yield Problem(
+            path=("workload", "phases"),
+            message=f"with its repeats the workload has more than {_MOST_STEPS} steps",
+            hint="repeat less: a repeat counts all repeats before it",
+        )
         return
     held_bytes = 0
     for step in expand(spec.workload):

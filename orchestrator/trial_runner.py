@@ -31,6 +31,7 @@ from orchestrator.workload import Step
 
 _FLUSH_PERIOD_S = 0.25
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
+_WATCH_BREAKS_WITHIN_S = 0.5
 # Samples on both sides of what is measured, so that none has to be extrapolated.
 _MARGIN_PERIODS = 2
 
@@ -69,20 +70,22 @@ class _TrialRunner:
     async def run(self) -> None:
         """Post all records, and None after the last one."""
         try:
-            undecided = await self._watched_script()
+            undecided, lost = await self._watched_script()
             self._post(
                 HostDone(
                     host=self._task.host,
                     trial_id=self._trial.trial_id,
                     at_unix_us=_now_us(),
                     undecided=undecided,
+                    lost=lost,
                 )
             )
         finally:
             self.records.put_nowait(None)
 
-    async def _watched_script(self) -> str:
-        """Run the script while watching; return why the trial is undecided, or ""."""
+    async def _watched_script(self) -> tuple[str, bool]:
+        """Run the script while watching; return why the trial is undecided, or "", and
+        whether that is because the host was lost."""
         watch = asyncio.create_task(self._watch())
         script = asyncio.create_task(self._script())
         try:
@@ -92,14 +95,19 @@ class _TrialRunner:
         except StableError:
             raise
         except HintfleetError as error:
-            return str(error)
+            # Only with the host agent does its stream break; it may be told of that a
+            # little later than a command is.
+            await asyncio.wait((watch,), timeout=_WATCH_BREAKS_WITHIN_S)
+            if watch.done():
+                return f"{self._task.host}: its host agent was lost: {error.message}", True
+            return str(error), False
         finally:
             # The watch goes last: the guests live as long as it does.
             for job in (script, watch):
                 job.cancel()
                 with suppress(asyncio.CancelledError, HintfleetError):
                     await job
-        return ""
+        return "", False
 
     async def _watch(self) -> None:
         stream = self._client.watch(self._trial.trial_id, self._spec.sample_period_s)

@@ -42,6 +42,14 @@ def expand(workload: Workload) -> tuple[Step, ...]:
     return steps
 
 
+def step_count(workload: Workload) -> int:
+    """How many steps `expand` gives, without making them."""
+    count = 0
+    for phase in workload.phases:
+        count = count * phase.repeat if phase.repeat is not None else count + 1
+    return count
+
+
 def _step(phase_index: int, phase: Phase) -> Step:
     return Step(
         phase_index=phase_index,

@@ -1,7 +1,7 @@
 """YAML as plain values that know their line.
 
-A strict subset: no aliases, no tags, no duplicate keys, one document. Sequences
-become tuples, so that what is read can be frozen.
+A strict subset: no aliases, no tags, no duplicate keys, no deep nesting, one document.
+Sequences become tuples, so that what is read can be frozen.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import MaxDepthExceededError
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.reader import ReaderError
 
 from hintfleet.errors import InvalidInput
 
 Path = tuple[Hashable, ...]
 _MAX_DEPTH = 20
+_LONGEST_NUMBER = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +63,19 @@ def read_yaml(text: str, source: str) -> Document:
 
     :raises InvalidInput: not YAML, or beyond the subset; names file, line and column.
     """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.max_depth = _MAX_DEPTH
     try:
-        node = YAML(typ="safe", pure=True).compose(text)
+        node = yaml.compose(text)
     except MarkedYAMLError as error:
         raise _syntax_error(error, source) from error
-    except ValueError as error:  # e.g. control characters
-        raise InvalidInput(f"{source}: not YAML: {error}") from error
+    except ReaderError as error:
+        before = text[: error.position].split("\n")
+        where = f"{source}:{len(before)}:{len(before[-1]) + 1}"
+        raise InvalidInput(f"{where}: not YAML: a control character") from error
+    except (ValueError, OverflowError) as error:  # chr() within ruamel.yaml, of "\U00110000"
+        where = f"{source}:{_lines_scanned(text)}:1"
+        raise InvalidInput(f"{where}: not YAML: an escape that is no character") from error
     if node is None:
         raise InvalidInput(f"{source}:1:1: the file is empty")
     reader = _Reader(source)
@@ -73,9 +83,22 @@ def read_yaml(text: str, source: str) -> Document:
     return Document(source=source, text=text, data=data, positions=reader.positions)
 
 
+def _lines_scanned(text: str) -> int:
+    """The line on which the last token that can be read ends."""
+    line = 1
+    try:
+        for token in YAML(typ="safe", pure=True).scan(text):
+            line = token.end_mark.line + 1
+    except (ValueError, OverflowError):
+        pass
+    return line
+
+
 def _syntax_error(error: MarkedYAMLError, source: str) -> InvalidInput:
     mark = error.problem_mark or error.context_mark
     where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+    if isinstance(error, MaxDepthExceededError):
+        return InvalidInput(f"{where}: more than {_MAX_DEPTH} levels are not supported")
     return InvalidInput(f"{where}: not YAML: {error.problem or error.context}")
 
 
@@ -88,8 +111,8 @@ class _Reader:
     def value(self, node: Node, path: Path) -> Any:
         # Composing turns an alias into the very node it names; following it could
         # go round for ever or grow without bound.
-        if id(node) in self._seen or len(path) > _MAX_DEPTH:
-            raise self._error(node, "aliases and deep nesting are not supported")
+        if id(node) in self._seen:
+            raise self._error(node, "aliases are not supported")
         self._seen.add(id(node))
         self.positions[path] = _position(node)
         if isinstance(node, MappingNode):
@@ -114,6 +137,8 @@ class _Reader:
     def _scalar(self, node: ScalarNode) -> Any:
         text: str = node.value
         kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
+        if len(text) > _LONGEST_NUMBER:
+            return text
         try:
             if kind == "int":
                 return int(text.replace("_", ""), 0)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Builds the guest image: kernel, initrd and a read-only root disk.
 
-    python3 deploy/image/build.py [--print-path]
+    python3 deploy/image/build.py [--print-path] [--package NAME ...]
 
 The image is kept outside the tree, in a directory named by a hash of all that
 it was made of, and reused while that does not change. HINTFLEET_IMAGE_DIR says
@@ -12,6 +12,9 @@ and must be able to read it) and the XDG cache directory for others.
     DIR/layers/root-HASH/    root disk                    minutes, when a wheel changes
     DIR/HASH/                the image: root.img vmlinuz initrd.img image.json
     DIR/current              a link to the image built last
+
+The images that were used last are kept, older ones removed. A guest that runs from one
+goes on: QEMU has its disk open, and has read the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cpio
@@ -36,6 +39,7 @@ from rootfs import rootfs
 
 PACKAGES = (("hintfleet", TREE / "proto/hintfleet"), ("guest_agent", TREE / "guest_agent"))
 INIT = Path(__file__).with_name("init")
+KEPT_IMAGES = 8
 COMMANDS = ("chroot", "cat", "echo", "insmod", "ip", "mount", "poweroff", "rm", "sed", "sh")
 
 
@@ -49,18 +53,33 @@ def image_dir(environ: dict[str, str], is_root: bool) -> Path:
     return Path(cache, "hintfleet/images")
 
 
-def build(images: Path) -> Path:
+def build(images: Path, packages: Sequence[str] = ()) -> Path:
     """The directory of this tree's image, built if need be; `current` points to it.
 
+    :param packages: more of Debian's for the root disk; `current` does not point to such
+        an image.
     :raises BuildError: a step failed; what was there before is still there.
     """
     sources = [path for _, package in PACKAGES for path in _sources(package)]
-    layers = (kit(images / "layers"), rootfs(images / "layers"))
+    layers = (kit(images / "layers"), rootfs(images / "layers", packages))
     names = [str(path.relative_to(TREE)) for path in sources]
     key = digest([*(layer.name for layer in layers), *names, *sources, INIT, Path(__file__)])
     image = build_once(images / key, "image.json", lambda to: _assemble(to, key, *layers))
-    _point(images / "current", key)
+    if not packages:
+        _point(images / "current", key)
+    os.utime(image)  # used now
+    prune(images)
     return image
+
+
+def prune(images: Path) -> None:
+    """Remove all images but `current` and those that were used last."""
+    there = [path.parent for path in images.glob("*/image.json")]
+    current = (images / "current").resolve()
+    ours = [image for image in there if not image.is_symlink() and image.resolve() != current]
+    ours.sort(key=lambda image: image.stat().st_mtime, reverse=True)
+    for image in ours[KEPT_IMAGES:]:
+        shutil.rmtree(image, ignore_errors=True)
 
 
 def _sources(package: Path) -> list[Path]:
@@ -139,11 +158,14 @@ def main() -> int:
     """Build, and say where the image is."""
     parser = argparse.ArgumentParser(description="build the guest image")
     parser.add_argument("--print-path", action="store_true", help="print the image's directory")
+    parser.add_argument(
+        "--package", action="append", default=[], metavar="NAME", help="one more on the root disk"
+    )
     arguments = parser.parse_args()
     started = time.monotonic()
     try:
         require_tools()
-        image = build(image_dir(dict(os.environ), os.geteuid() == 0))
+        image = build(image_dir(dict(os.environ), os.geteuid() == 0), arguments.package)
     except BuildError as error:
         print(f"image: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,10 @@ KMOD_SOURCES = ("hintfleet.h", "hintfleet_kmod.c", "Kbuild", "Makefile")
 KERNEL = "linux-image-cloud-amd64"
 PACKAGES = (KERNEL, "linux-headers-cloud-amd64", "gcc", "make", "busybox-static")
 
-DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon", "qemu_fw_cfg")
+DRIVERS = (
+    *("virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon", "virtio_mem"),
+    "qemu_fw_cfg",
+)
 """What the guest needs before it runs the agent; ext4 and serial are built into the kernel."""
 
 # Runs outside the throwaway tree, which is $1. The tree's own make and gcc are used.

@@ -51,7 +51,7 @@ def pins(constraints: str) -> list[str]:
     return [pinned[name] for name in WHEELS]
 
 
-def rootfs(layers: Path) -> Path:
+def rootfs(layers: Path, more_packages: Sequence[str] = ()) -> Path:
     """The directory with root.img and root.json, built if need be.
 
     root.json: `magic`, the guest's Python's .pyc magic number in hex, and
@@ -60,11 +60,12 @@ def rootfs(layers: Path) -> Path:
     :raises BuildError: a step failed.
     """
     wheels = pins((TREE / "constraints.txt").read_text())
-    key = digest([SUITE, *PACKAGES, *wheels, Path(__file__)])
-    return build_once(layers / f"root-{key}", "root.json", lambda to: _build(to, wheels))
+    packages = (*PACKAGES, *more_packages)
+    key = digest([SUITE, *packages, *wheels, Path(__file__)])
+    return build_once(layers / f"root-{key}", "root.json", lambda to: _build(to, packages, wheels))
 
 
-def _build(to: Path, wheels: Sequence[str]) -> None:
+def _build(to: Path, packages: Sequence[str], wheels: Sequence[str]) -> None:
     site = to / "site"
     _install_wheels(site, wheels)
     hooks = [
@@ -74,7 +75,7 @@ def _build(to: Path, wheels: Sequence[str]) -> None:
         ("customize", f"copy-out /tmp/magic {to}"),
         ("customize", 'rm -rf "$1/tmp/magic" "$1/var/cache" "$1/var/lib/apt" "$1/boot"'),
     ]
-    mmdebstrap(to / "root.tar", PACKAGES, hooks, "essential")
+    mmdebstrap(to / "root.tar", packages, hooks, "essential")
     _make_disk(to / "root.tar", to / "root.img")
     magic = (to / "magic").read_text().strip()
     shutil.rmtree(site)

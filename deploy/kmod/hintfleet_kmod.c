@@ -379,9 +379,28 @@ static int set_order(void)
 #endif
 }
 
+/*
+ * With page_poison=1 a free page holds a pattern that is checked when the page is
+ * allocated; after a reclaim it holds zeros. The balloon device tells its host of
+ * the pattern, or does not report (virtballoon_validate()); we have no such host.
+ */
+static int check_poisoning(void)
+{
+	/* 8db26a3d4735 ("mm, page_poison: use static key more efficiently") */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 11, 0)
+	if (!page_poisoning_enabled_static())
+		return 0;
+#else
+	if (!page_poisoning_enabled())
+		return 0;
+#endif
+	pr_err("page poisoning is on, and a reclaimed page would look corrupted: boot with page_poison=0\n");
+	return -EOPNOTSUPP;
+}
+
 static int __init hintfleet_init(void)
 {
-	int err = set_order();
+	int err = check_poisoning() ?: set_order();
 
 	if (err)
 		return err;

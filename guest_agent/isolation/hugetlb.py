@@ -5,10 +5,12 @@ of them until the last was acknowledged. A pass that released as it went would m
 same chunks again and again, for the kernel hands out first what was freed last.
 
 With `init_on_alloc` the kernel zeroes each chunk as it moves it: absent memory becomes
-resident until it is punched. Such a pass moves 32 chunks at a time and hints all of
-them, so that no more than 64 MiB are ever resident for that reason alone. As it zeroes
-all that is free, it has to gain an eighth of that unless it is asked for, and an
-allowance (policy pressure) that covers less than all that is free gains nothing there.
+resident until it is punched. Such a pass moves 32 chunks at a time, or a 64th of the
+memory if that is more and fits a batch, and hints all of them: no more than that is
+ever resident for that reason alone. (Each step looks at all page flags: steps of a
+fixed size would cost the square of the memory.) As it zeroes all that is free, it has
+to gain an eighth of that unless it is asked for, and an allowance (policy pressure)
+that covers less than all that is free gains nothing there.
 
 Tracking: what the host acknowledged is absent until the host says that it was used
 again. A pass is worth its while when more chunks are free than are absent; what the
@@ -165,7 +167,10 @@ class HugetlbIsolator:
             return  # what was zeroed before must be punched first
         if not self._held and not self._begins():
             return
-        step = min(_ZEROING_STEP_CHUNKS, wanted_chunks) if self._zeroing else self._to_move_chunks
+        step = self._to_move_chunks
+        if self._zeroing:
+            # The reserve is a sixteenth of the memory.
+            step = min(max(_ZEROING_STEP_CHUNKS, self._reserve_chunks // 4), wanted_chunks)
         while not self._to_hint and (chunks := min(self._to_move_chunks, step)) > 0:
             self._move(chunks)
         if not self._to_hint and not self._out_pages:

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from guest_agent.memory.kernel import (
     KPF_HUGE,
+    FreeLists,
     PageFlags,
+    ZoneInfo,
     free_chunk_count,
     parse_buddyinfo,
     parse_zoneinfo,
@@ -33,6 +37,7 @@ CHUNK_BYTES = 2 * MIB
 
 _SMALLEST_RESERVE_CHUNKS = 16
 _RESERVE_SHARE = 16
+_POOL_NAME = "hugepages-2048kB"
 
 # include/uapi/linux/mount.h
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
@@ -65,11 +70,13 @@ class HugetlbPool:
         """Nothing is looked at or changed before `open`."""
         self._mount_point = mount_point
         self._file = mount_point / "isolated"
-        self._pool = sys_root / "kernel/mm/hugepages/hugepages-2048kB"
+        self._lock = mount_point.with_suffix(".lock")
+        self._pool = sys_root / "kernel/mm/hugepages" / _POOL_NAME
         self._sys_root = sys_root
         self._proc_root = proc_root
         self._flags: PageFlags | None = None
-        self._fd = -1
+        self._free_lists: FreeLists | None = None
+        self._fd = self._lock_fd = -1
 
     # For the isolator
 
@@ -80,21 +87,28 @@ class HugetlbPool:
             us; says what stands in the way and what to do.
         """
         self._refuse_if_unsafe()
-        self._flags = PageFlags(str(self._proc_root / "kpageflags"))
-        self._mount()
-        if self._file.exists():
-            self._adopt()
-        elif total := self.state().total:
-            raise Refused(
-                f"the hugetlb pool is in use: nr_hugepages is {total}",
-                hint="sysctl vm.nr_hugepages=0, or use the kmod isolator",
-            )
-        return self.chunks()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self._lock_out_others()
+            self._flags = PageFlags(str(self._proc_root / "kpageflags"))
+            self._free_lists = FreeLists(CHUNK_ORDER, str(self._proc_root / "buddyinfo"))
+            self._mount()
+            if self._file.exists():
+                self._adopt()
+            elif total := self.state().total:
+                raise Refused(
+                    f"the hugetlb pool is in use: nr_hugepages is {total}",
+                    hint="sysctl vm.nr_hugepages=0, or use the kmod isolator",
+                )
+            chunks = self.chunks()
+            undo.pop_all()
+        return chunks
 
     def free_chunks(self) -> int:
         """Chunks in the free lists: one small read."""
-        text = (self._proc_root / "buddyinfo").read_text()
-        return free_chunk_count(parse_buddyinfo(text).values(), CHUNK_ORDER)
+        if self._free_lists is None:
+            raise Refused("the hugetlb pool is not open")
+        return self._free_lists.free_chunk_count()
 
     def reserve_chunks(self) -> int:
         """Free chunks to leave alone, so that growing the pool never makes the kernel
@@ -103,10 +117,7 @@ class HugetlbPool:
         A sixteenth covers what lower zones keep from such allocations (a 256th of the
         zones above, mm/page_alloc.c: setup_per_zone_lowmem_reserve).
         """
-        zones = parse_zoneinfo((self._proc_root / "zoneinfo").read_text())
-        share = sum(zone.present_pages for zone in zones) // _RESERVE_SHARE
-        low = sum(zone.low_watermark_pages for zone in zones)
-        return max(_SMALLEST_RESERVE_CHUNKS, (share + low) // CHUNK_PAGES)
+        return max(_SMALLEST_RESERVE_CHUNKS, _reserve_chunks(self._zones()))
 
     def grow(self, chunks: int) -> int:
         """Move up to so many free chunks into the pool and reserve them; how many came.
@@ -119,7 +130,7 @@ class HugetlbPool:
         before = state.total
         # First the file, which says that what is in the pool is ours, should we die.
         self._open_file()
-        self._set_total(before + chunks)
+        self._move_in(before, chunks)
         came = max(0, self.state().total - before)
         try:
             self._reserve(before, came)
@@ -128,6 +139,29 @@ class HugetlbPool:
             self._set_total(before)
             raise
         return came
+
+    def _move_in(self, before: int, chunks: int) -> None:
+        """On each NUMA node no more than it can spare. The kernel would go round the nodes,
+        and reclaim and compact memory where none is free (mm/hugetlb.c:
+        alloc_pool_huge_page)."""
+        free = parse_buddyinfo((self._proc_root / "buddyinfo").read_text())
+        nodes = sorted({node for node, _ in free})
+        if len(nodes) == 1:
+            self._set_total(before + chunks)
+            return
+        zones = self._zones()
+        for node in nodes:
+            free_blocks = [counts for (its_node, _), counts in free.items() if its_node == node]
+            reserve = _reserve_chunks(zone for zone in zones if zone.node == node)
+            room = max(0, free_chunk_count(free_blocks, CHUNK_ORDER) - reserve)
+            here = min(room, chunks)
+            chunks -= here
+            pool = self._sys_root / f"devices/system/node/node{node}/hugepages/{_POOL_NAME}"
+            total = pool / "nr_hugepages"
+            total.write_text(str(int(total.read_text()) + here))
+
+    def _zones(self) -> list[ZoneInfo]:
+        return parse_zoneinfo((self._proc_root / "zoneinfo").read_text())
 
     def chunks(self) -> RangeSet:
         """What is in the pool: all ours, for all of it is reserved."""
@@ -148,10 +182,14 @@ class HugetlbPool:
 
     def close(self) -> None:
         """Let go; the chunks stay in the pool, and reserved (I4)."""
-        if self._flags is not None:
-            self._flags.close()
-            self._flags = None
+        for file in (self._flags, self._free_lists):
+            if file is not None:
+                file.close()
+        self._flags = self._free_lists = None
         self._close_file()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
     def state(self) -> PoolState:
         """What the kernel says of the pool now."""
@@ -211,6 +249,17 @@ class HugetlbPool:
         except TransientError as error:
             raise Refused(error.message, hint="stop what else uses huge pages") from error
 
+    def _lock_out_others(self) -> None:
+        """Be the only agent: two would each release what the other has in flight (I1). The
+        kernel lets go of the lock when its holder is dead, and not before."""
+        self._lock_fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(
+                "another guest agent works with the hugetlb pool", hint="stop that one first"
+            ) from None
+
     # The file that holds the reservation; it is there while something is in the pool
 
     def _mount(self) -> None:
@@ -248,6 +297,12 @@ class HugetlbPool:
 
     def _set_total(self, chunks: int) -> None:
         (self._pool / "nr_hugepages").write_text(str(chunks))
+
+
+def _reserve_chunks(zones: Iterable[ZoneInfo]) -> int:
+    """What is left alone of some zones."""
+    pages = [zone.present_pages // _RESERVE_SHARE + zone.low_watermark_pages for zone in zones]
+    return sum(pages) // CHUNK_PAGES
 
 
 def _mount_hugetlbfs(mount_point: Path) -> None:

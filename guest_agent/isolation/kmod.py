@@ -43,10 +43,31 @@ _UNREAD_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batch:
+class Batch:
+    """What the module shows at a time; its ranges are isolated."""
+
     seq: int
     still_isolated: bool
     ranges: list[Range]
+
+
+def parse_batch(data: bytes) -> Batch:
+    """A struct hintfleet_batch.
+
+    :raises Refused: it is none: the module is of another version than this agent.
+    """
+    seq, range_count, flags = _BATCH_HEADER.unpack_from(data.ljust(_BATCH_BYTES, b"\0"))
+    if len(data) != _BATCH_BYTES or range_count > _CAPACITY:
+        raise Refused(
+            f"{DEVICE} shows {len(data)} bytes as a batch of {range_count} ranges",
+            hint="load the module of the same version as the guest agent",
+        )
+    used = data[_BATCH_HEADER.size : _BATCH_HEADER.size + range_count * _RANGE.size]
+    return Batch(
+        seq=seq,
+        still_isolated=bool(flags & _BATCH_STILL_ISOLATED),
+        ranges=[Range(*pair) for pair in _RANGE.iter_unpack(used)],
+    )
 
 
 class KmodIsolator:
@@ -163,18 +184,12 @@ class KmodIsolator:
             self._acknowledged.wait(_UNREAD_TIMEOUT_S)
             self._acknowledged.clear()
 
-    def _read(self) -> _Batch | None:
+    def _read(self) -> Batch | None:
         try:
             data = os.read(self._fd, _BATCH_BYTES)
         except BlockingIOError:
             return None
-        seq, range_count, flags = _BATCH_HEADER.unpack_from(data)
-        used = data[_BATCH_HEADER.size : _BATCH_HEADER.size + range_count * _RANGE.size]
-        return _Batch(
-            seq=seq,
-            still_isolated=bool(flags & _BATCH_STILL_ISOLATED),
-            ranges=[Range(*pair) for pair in _RANGE.iter_unpack(used)],
-        )
+        return parse_batch(data)
 
 
 def _open(device: str) -> int:
@@ -182,8 +197,8 @@ def _open(device: str) -> int:
         return os.open(device, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         hints = {
-            errno.ENOENT: "load the module: insmod hintfleet_kmod.ko (deploy/kmod); if that says"
-            " that the device is busy, the guest's balloon has free page reporting on",
+            errno.ENOENT: "load the module: insmod hintfleet_kmod.ko (deploy/kmod); if it does not"
+            " load, dmesg says why: most often the guest's balloon has free page reporting on",
             errno.EBUSY: "another guest agent has it open; stop that one first",
             errno.EACCES: "run the guest agent as root",
         }

@@ -45,7 +45,6 @@ class Zone:
     def __init__(self, spec: ZoneSpec, chunk_order: int) -> None:
         self.name = spec.name
         self.node = spec.node
-        self.present = spec.present
         self.free_page_count = 0
         # Insertion order makes each a stack: the block freed last is allocated first,
         # as the kernel does with the head of a free list.
@@ -55,13 +54,18 @@ class Zone:
         self.unreported: dict[int, int] = {}
         self.unreported_page_count = 0
         self._chunk_order = chunk_order
-        # mm/page_alloc.c init_per_zone_wmark_min: sqrt-shaped; low = min + min/4.
-        present_kib = spec.present.page_count * 4
-        self.min_watermark_pages = int((present_kib * 16) ** 0.5) // 4
-        self.low_watermark_pages = self.min_watermark_pages * 5 // 4
+        self.resize(spec.present)
 
     def __repr__(self) -> str:
         return f"Zone({self.name!r}, node={self.node})"
+
+    def resize(self, present: RangeSet) -> None:
+        """The zone has these pages from now on; its watermarks follow."""
+        self.present = present
+        # mm/page_alloc.c init_per_zone_wmark_min: sqrt-shaped; low = min + min/4.
+        present_kib = present.page_count * 4
+        self.min_watermark_pages = int((present_kib * 16) ** 0.5) // 4
+        self.low_watermark_pages = self.min_watermark_pages * 5 // 4
 
     def take(self, order: int) -> int | None:
         """Take a block of `order` from the smallest block that has one; None if none has."""
@@ -247,7 +251,7 @@ class BuddyAllocator:
         with self._lock:
             if any(pages & other.present for other in self.zones):
                 raise ValueError("pages are online already")
-            zone.present |= pages
+            zone.resize(zone.present | pages)
             for pfn, order in _blocks(pages):
                 zone.put(pfn, order, reported=True)
             self._returned.notify_all()
@@ -258,19 +262,20 @@ class BuddyAllocator:
         :raises MemoryError: some of them are in use; nothing has changed.
         :raises ValueError: some of them are in no zone.
         """
-        deadline = time.monotonic() + patience_s
+        deadline_s = time.monotonic() + patience_s
         # Free blocks are always merged, so an aligned block is free as a whole exactly
         # if one free block holds it.
         blocks = [(self.zone_of(pfn), pfn, order) for pfn, order in _blocks(pages)]
         with self._lock:
             while not all(zone.holder(pfn, order) for zone, pfn, order in blocks):
                 if not self.isolated_page_count or not self._returned.wait(
-                    deadline - time.monotonic()
+                    deadline_s - time.monotonic()
                 ):
                     raise MemoryError(f"some of the {pages.page_count} pages are in use")
             for zone, pfn, order in blocks:
                 zone.take_at(pfn, order)
-                zone.present -= RangeSet([(pfn, 1 << order)])
+            for zone in {zone for zone, _, _ in blocks}:
+                zone.resize(zone.present - pages)
 
     def zone_of(self, pfn: int) -> Zone:
         """The zone that holds a page frame.

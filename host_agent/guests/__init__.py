@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from hintfleet.ranges import RangeSet
 from hintfleet.v1 import host_pb2
 from host_agent.balloon import Balloon
-from host_agent.ram import GuestRam
+from host_agent.ram import GuestRam, Segment
+
+Handle = Mapping[str, int]
+"""What a driver needs, beside name and uuid, to find a guest again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survival:
+    """That guests outlive the host agent, where their files are, and for how long.
+
+    :ivar folder: holds a folder for each guest.
+    :ivar orphan_after_s: a guest that has had no host agent for so long ends by itself.
+    """
+
+    folder: Path
+    orphan_after_s: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +47,7 @@ class GuestRequest:
 
 
 class RunningGuest(Protocol):
-    """A guest that runs; owned by whoever called `create`.
+    """A guest that runs; owned by whoever called `create` or `adopt`.
 
     :ivar balloon: to be moved by the owner; None except under method BALLOON.
     """
@@ -38,6 +55,32 @@ class RunningGuest(Protocol):
     pid: int
     ram: GuestRam
     balloon: Balloon | None
+
+    @property
+    def handle(self) -> Handle:
+        """For `adopt`, by another host agent."""
+
+    def plug(self, size_bytes: int) -> Sequence[Segment]:
+        """Give the guest more memory, to be owned by whoever called; the guest does not
+        use it before it is told to. `ram` is not changed here.
+
+        :raises hintfleet.errors.Refused: it cannot be had; nothing has changed.
+        """
+
+    def to_unplug(self, size_bytes: int) -> Sequence[RangeSet]:
+        """Which pages to take for so much, device by device.
+
+        :raises hintfleet.errors.Refused: no set of memory devices is so large; says
+            what can be taken.
+        """
+
+    def unplug(self, pages: RangeSet) -> None:
+        """Take a device that `to_unplug` named, which the guest uses no longer. `ram` is not
+        changed.
+
+        :raises hintfleet.errors.Refused: the guest holds on to it; nothing has changed.
+        :raises hintfleet.errors.OutcomeUnknown: it did not say in time.
+        """
 
     def evidence(self) -> str:
         """The last lines that the guest or its process wrote (console, log)."""
@@ -62,5 +105,15 @@ class GuestDriver(Protocol):
         Nothing stays behind after a failure.
         """
 
+    def adopt(self, request: GuestRequest, handle: Handle) -> RunningGuest:
+        """Take over a guest that an earlier host agent made from this request.
+
+        Only under Survival, and only where no other host agent can be at work on it.
+
+        :raises hintfleet.errors.GuestLost: it is gone.
+        :raises hintfleet.errors.Refused: this host cannot tell, or cannot take it over.
+        Nothing is changed by a failure.
+        """
+
     def close(self) -> None:
-        """Let go of connections. Guests must have been closed before."""
+        """Let go of connections. Guests must have been closed before, or are to survive."""

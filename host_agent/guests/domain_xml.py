@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from hintfleet.units import KIB, MIB
 from host_agent.balloon import PERIOD_S
 from host_agent.guests.image import GuestImage
 
@@ -31,6 +32,10 @@ class Memballoon(Enum):
     TARGET = "target"
 
 
+_DIMM_SLOTS = 32
+"""Each time that a guest grows takes one, until it shrinks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DomainSpec:
     """What a domain is made from.
@@ -40,6 +45,8 @@ class DomainSpec:
     :ivar config: file that the agent reads as CONFIG_ENTRY; None for a guest
         without agent, which ends as soon as it has booted. Never text in the
         XML: that shows in QEMU's command line, and it holds a secret.
+    :ivar max_memory_bytes: what DIMMs may make it; 0 if it has no slots for any.
+    :ivar node_count: NUMA nodes that the memory is spread over evenly.
     :ivar parameters: more for the kernel's command line; hintfleet.* is for the guest's
         init (deploy/image/init).
     """
@@ -54,6 +61,8 @@ class DomainSpec:
     parameters: Sequence[str] = ()
     memballoon: Memballoon = Memballoon.NONE
     vcpu_count: int = 1
+    max_memory_bytes: int = 0
+    node_count: int = 1
 
 
 def domain_xml(spec: DomainSpec) -> str:
@@ -61,12 +70,14 @@ def domain_xml(spec: DomainSpec) -> str:
     domain = ET.Element("domain", type=spec.accelerator)
     _text(domain, "name", NAME_PREFIX + spec.name)
     _text(domain, "uuid", spec.uuid)
+    if spec.max_memory_bytes:
+        slots = str(_DIMM_SLOTS)
+        _text(domain, "maxMemory", str(spec.max_memory_bytes), unit="bytes", slots=slots)
     _text(domain, "memory", str(spec.memory_bytes), unit="bytes")
     _text(domain, "vcpu", str(spec.vcpu_count))
     _memory_backing(domain)
     _boot(domain, spec)
-    if spec.accelerator == "kvm":
-        ET.SubElement(domain, "cpu", mode="host-passthrough")
+    _cpu(domain, spec)
     for event in ("poweroff", "reboot", "crash"):
         _text(domain, f"on_{event}", "destroy")
     _devices(domain, spec)
@@ -84,6 +95,28 @@ def _memory_backing(domain: ET.Element) -> None:
     ET.SubElement(backing, "access", mode="shared")
 
 
+def _cpu(domain: ET.Element, spec: DomainSpec) -> None:
+    kvm = spec.accelerator == "kvm"
+    nodes = spec.node_count > 1 or spec.max_memory_bytes  # DIMMs are plugged into a node
+    if not kvm and not nodes:
+        return
+    cpu = ET.SubElement(domain, "cpu", {"mode": "host-passthrough"} if kvm else {})
+    if nodes:
+        numa = ET.SubElement(cpu, "numa")
+        for node, size_bytes in enumerate(_node_sizes(spec)):
+            cell = {"id": str(node), "memory": str(size_bytes // KIB), "unit": "KiB"}
+            if not node:  # all of them: memory is what there is to spread
+                cell["cpus"] = f"0-{spec.vcpu_count - 1}"
+            ET.SubElement(numa, "cell", cell)
+
+
+def _node_sizes(spec: DomainSpec) -> list[int]:
+    """Whole MiB each; the last has the rest."""
+    share_bytes = spec.memory_bytes // spec.node_count // MIB * MIB
+    others = [share_bytes] * (spec.node_count - 1)
+    return [*others, spec.memory_bytes - sum(others)]
+
+
 def _boot(domain: ET.Element, spec: DomainSpec) -> None:
     if spec.config:
         sysinfo = ET.SubElement(domain, "sysinfo", type="fwcfg")
@@ -92,10 +125,19 @@ def _boot(domain: ET.Element, spec: DomainSpec) -> None:
     _text(os, "type", "hvm", arch="x86_64", machine="q35")
     _text(os, "kernel", str(spec.image.kernel))
     _text(os, "initrd", str(spec.image.initrd))
-    # panic=-1: reset at once, which ends the domain.
-    _text(os, "cmdline", " ".join(("console=ttyS0 quiet panic=-1", *spec.parameters)))
+    _text(os, "cmdline", " ".join((*_parameters(spec), *spec.parameters)))
     features = ET.SubElement(domain, "features")
     ET.SubElement(features, "acpi")
+
+
+def _parameters(spec: DomainSpec) -> list[str]:
+    # panic=-1: reset at once, which ends the domain.
+    parameters = ["console=ttyS0", "quiet", "panic=-1"]
+    if spec.max_memory_bytes:
+        # DIMMs come above 4 GiB. For devices that cannot reach them (there are none here) the
+        # kernel would set 64 MiB of bounce buffers aside (arch/x86/kernel/pci-dma.c).
+        parameters.append("swiotlb=noforce")
+    return parameters
 
 
 def _devices(domain: ET.Element, spec: DomainSpec) -> None:

@@ -2,6 +2,10 @@
 
 The host agent makes the memfd and keeps a descriptor of it, as it would have one
 of QEMU's; so reclaim and accounting are the same as for a virtual machine.
+
+By default a guest ends with its host agent, whose end of a pipe it watches. Under
+Survival it ends only when it has had none for long; another host agent finds its
+process by pid and start time, and its RAM among its files.
 """
 
 from __future__ import annotations
@@ -9,20 +13,92 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
-import tempfile
 from threading import Thread
-from typing import IO
+from typing import Protocol
 
-from hintfleet.errors import Refused
+from hintfleet.errors import GuestLost, Refused
+from hintfleet.processes import look
+from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES, format_size
 from hintfleet.v1 import host_pb2
 from host_agent.balloon import Balloon
-from host_agent.guests import GuestRequest
+from host_agent.guests import GuestRequest, Handle, Survival
+from host_agent.guests.guest_log import GuestLog
 from host_agent.ram import GuestRam, Segment
 
-_EVIDENCE_BYTES = 4096
+
+class _Process(Protocol):
+    """A guest's process, whoever is its parent."""
+
+    pid: int
+
+    def wait(self) -> str:
+        """Until it has ended; returns how."""
+
+    def kill(self) -> None:
+        """End it; `wait` returns soon. Nothing happens if it is gone."""
+
+    def close(self) -> None:
+        """Let go of it, after `wait`."""
+
+
+class _Child:
+    """A process that this host agent started."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        self.pid = popen.pid
+        self._popen = popen
+
+    def wait(self) -> str:
+        return f"ended with status {self._popen.wait()}"
+
+    def kill(self) -> None:
+        self._popen.kill()
+
+    def close(self) -> None:
+        if self._popen.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._popen.stdin.close()
+
+
+class _Adopted:
+    """A process that an earlier host agent started: its status is not ours to have."""
+
+    def __init__(self, handle: Handle) -> None:
+        """:raises GuestLost: there is no such process any more."""
+        self.pid = handle["pid"]
+        try:
+            self._fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            raise self.lost() from None
+        # In this order: what has the start time now is what the descriptor stands for.
+        found = look(self.pid)
+        if found is None or found.start_ticks != handle["start_ticks"]:
+            self.close()
+            raise self.lost()
+
+    def lost(self) -> GuestLost:
+        return GuestLost(f"its process {self.pid} ended while there was no host agent")
+
+    def has_ended(self, timeout_ms: int | None = 0) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(timeout_ms))
+
+    def wait(self) -> str:
+        self.has_ended(timeout_ms=None)
+        return "ended"
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 class EmbeddedGuest:
@@ -30,76 +106,65 @@ class EmbeddedGuest:
 
     balloon: Balloon | None = None
 
-    def __init__(self, request: GuestRequest, server: str) -> None:
+    def __init__(
+        self, request: GuestRequest, process: _Process, ram: GuestRam, log: GuestLog, handle: Handle
+    ) -> None:
+        """Own all of them.
+
+        :param handle: which process, and which of its files is the RAM.
+        """
+        self.pid = process.pid
+        self.ram = ram
+        self._handle = handle
         self._on_gone = request.on_gone
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        self.ram = _make_ram(request)
-        try:
-            self._process = self._start(request, server)
-        except BaseException:
-            self.ram.close()
-            self._log.close()
-            raise
-        self.pid = self._process.pid
+        self._process = process
+        self._log = log
+        self._closed = False
         self._waiter = Thread(target=self._wait, name=f"wait-{request.name}", daemon=True)
         self._waiter.start()
 
-    def _start(self, request: GuestRequest, server: str) -> subprocess.Popen[bytes]:
-        ram_fd = self.ram.only_fd()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "guest_agent", "--config", "-"],
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            pass_fds=(ram_fd,),
-        )
-        hinting = request.spec.hinting
-        config = {
-            "server": server,
-            "guest_uuid": request.uuid,
-            "token": request.token,
-            "method": host_pb2.Method.Name(request.spec.method).lower(),
-            "isolator": "embedded",
-            "tracker": hinting.tracker,
-            "chunk_order": hinting.chunk_order or 9,
-            "threshold_chunks": hinting.threshold_chunks or 16,
-            "memory": "embedded",
-            "ram_fd": ram_fd,
-            "memory_bytes": request.spec.memory_bytes,
-        }
-        # Stdin stays open: when the host agent dies, the guest sees its end and dies too.
-        if process.stdin is not None:  # always: Popen was asked for a pipe
-            with contextlib.suppress(BrokenPipeError):  # it died at once; the waiter tells
-                process.stdin.write(json.dumps(config).encode() + b"\n")
-                process.stdin.flush()
-        return process
-
     def _wait(self) -> None:
-        code = self._process.wait()
-        self._on_gone(f"its process {self.pid} ended with status {code}: {self.evidence()}")
+        how = self._process.wait()
+        self._on_gone(f"its process {self.pid} {how}: {self.evidence()}")
+
+    @property
+    def handle(self) -> Handle:
+        """Its size is nowhere to be seen: the RAM file is as large as the maximum."""
+        return {**self._handle, "memory_bytes": self.ram.provisioned_bytes}
+
+    def plug(self, size_bytes: int) -> list[Segment]:
+        """The next part of the RAM file."""
+        (ram,) = self.ram.pages
+        return [_segment(ram.end_pfn, size_bytes, self.ram.only_fd())]
+
+    def to_unplug(self, size_bytes: int) -> list[RangeSet]:
+        """The end of the RAM."""
+        (ram,) = self.ram.pages
+        page_count = size_bytes // PAGE_BYTES
+        return [RangeSet([(ram.end_pfn - page_count, page_count)])]
+
+    def unplug(self, pages: RangeSet) -> None:
+        """Nothing to take: the memory goes with the hole in the RAM file."""
 
     def evidence(self) -> str:
         """The end of what the guest process wrote."""
-        if self._log.closed:
-            return ""
-        size = os.fstat(self._log.fileno()).st_size
-        start = max(0, size - _EVIDENCE_BYTES)
-        text = os.pread(self._log.fileno(), _EVIDENCE_BYTES, start).decode(errors="replace")
-        return text.strip() or "(it wrote nothing)"
+        return self._log.tail()
 
     def close(self) -> None:
         """Kill the process (its RAM holds nothing of worth) and free the memory."""
+        if self._closed:
+            return
+        self._closed = True
         self._process.kill()
         self._waiter.join()
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
+        self._process.close()
         self._log.close()
         self.ram.close()
 
 
 def _make_ram(request: GuestRequest) -> GuestRam:
-    size_bytes = request.spec.memory_bytes
+    spec = request.spec
+    size_bytes = max(spec.memory_bytes, spec.max_memory_bytes)  # sparse: costs nothing
     fd = os.memfd_create(f"hintfleet-{request.name}", os.MFD_CLOEXEC)
     try:
         os.truncate(fd, size_bytes)
@@ -108,15 +173,37 @@ def _make_ram(request: GuestRequest) -> GuestRam:
         raise Refused(
             f"guest {request.name}: a RAM file of {format_size(size_bytes)}: {error.strerror}"
         ) from error
-    return GuestRam([Segment(pfn=0, page_count=size_bytes // PAGE_BYTES, fd=fd, offset_bytes=0)])
+    return GuestRam([_segment(0, spec.memory_bytes, fd)])
+
+
+def _segment(pfn: int, size_bytes: int, fd: int) -> Segment:
+    """A page of the guest lies in the RAM file where it lies in the guest."""
+    page_count = size_bytes // PAGE_BYTES
+    return Segment(pfn=pfn, page_count=page_count, fd=fd, offset_bytes=pfn * PAGE_BYTES)
+
+
+def _open_ram(request: GuestRequest, handle: Handle, process: _Adopted) -> GuestRam:
+    """The RAM of a guest that runs: it holds the file as well."""
+    path = f"/proc/{process.pid}/fd/{handle['ram_fd']}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if process.has_ended():
+            raise process.lost() from error
+        raise Refused(
+            f"guest {request.name}: cannot open its RAM file {path}: {error.strerror}",
+            hint="run hintfleet-host as the user that made the guest",
+        ) from error
+    return GuestRam([_segment(0, handle["memory_bytes"], fd)])
 
 
 class EmbeddedDriver:
     """Makes embedded guests; needs no privileges."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, survival: Survival | None = None) -> None:
         """:param server: the address at which guests reach this host agent."""
         self._server = server
+        self._survival = survival
 
     def state(self) -> host_pb2.DriverState:
         """Always usable: a guest is a process."""
@@ -130,10 +217,81 @@ class EmbeddedDriver:
         :raises Refused: an unknown setting, or the kernel refused the RAM file.
         """
         _check_settings(request.spec)
-        return EmbeddedGuest(request, self._server)
+        with contextlib.ExitStack() as undo:
+            log = self._log(request)
+            undo.callback(log.close)
+            ram = _make_ram(request)
+            undo.callback(ram.close)
+            popen = self._start(request, ram.only_fd(), log)
+            undo.pop_all()
+        found = look(popen.pid)
+        handle = {
+            "pid": popen.pid,
+            "start_ticks": found.start_ticks if found else 0,
+            "ram_fd": ram.only_fd(),
+        }
+        return EmbeddedGuest(request, _Child(popen), ram, log, handle)
+
+    def adopt(self, request: GuestRequest, handle: Handle) -> EmbeddedGuest:
+        """Find the process and its RAM again.
+
+        :raises GuestLost: it has ended.
+        :raises Refused: its files cannot be looked into.
+        """
+        with contextlib.ExitStack() as undo:
+            log = self._log(request)
+            undo.callback(log.close)
+            try:
+                process = _Adopted(handle)
+                undo.callback(process.close)
+                ram = _open_ram(request, handle, process)
+            except GuestLost as error:
+                raise GuestLost(f"{error.message}: {log.tail()}") from error
+            undo.pop_all()
+        return EmbeddedGuest(request, process, ram, log, handle)
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+    def _log(self, request: GuestRequest) -> GuestLog:
+        return GuestLog(self._survival.folder / request.name if self._survival else None)
+
+    def _start(self, request: GuestRequest, ram_fd: int, log: GuestLog) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "guest_agent", "--config", "-"],
+            stdin=subprocess.PIPE,
+            stdout=log.file,
+            stderr=subprocess.STDOUT,
+            pass_fds=(ram_fd,),
+            # What ends the host agent's group (Ctrl-C) is not to end guests that survive it.
+            start_new_session=self._survival is not None,
+        )
+        if process.stdin is not None:  # always: Popen was asked for a pipe
+            with contextlib.suppress(BrokenPipeError):  # it died at once; the waiter tells
+                process.stdin.write(self._config(request, ram_fd).encode() + b"\n")
+                process.stdin.flush()
+        return process
+
+    def _config(self, request: GuestRequest, ram_fd: int) -> str:
+        hinting = request.spec.hinting
+        return json.dumps(
+            {
+                "server": self._server,
+                "guest_uuid": request.uuid,
+                "token": request.token,
+                "method": host_pb2.Method.Name(request.spec.method).lower(),
+                "isolator": "embedded",
+                "tracker": hinting.tracker,
+                "chunk_order": hinting.chunk_order or 9,
+                "threshold_chunks": hinting.threshold_chunks or 16,
+                "memory": "embedded",
+                "ram_fd": ram_fd,
+                "memory_bytes": request.spec.memory_bytes,
+                "max_memory_bytes": request.spec.max_memory_bytes,
+                # 0: it ends with the pipe on its stdin, which stays open.
+                "orphan_after_s": self._survival.orphan_after_s if self._survival else 0,
+            }
+        )
 
 
 def _check_settings(spec: host_pb2.GuestSpec) -> None:
@@ -142,6 +300,8 @@ def _check_settings(spec: host_pb2.GuestSpec) -> None:
             f"an embedded guest has no method {host_pb2.Method.Name(spec.method).lower()}",
             hint="driver: libvirt",
         )
+    if spec.node_count > 1:
+        raise Refused("an embedded guest has one NUMA node", hint="driver: libvirt")
     for what, value, allowed in (
         ("isolator", spec.hinting.isolator, ("", "embedded")),
         ("tracker", spec.hinting.tracker, ("", "bitmap", "reported")),

@@ -1,34 +1,40 @@
 """Real guests: transient libvirt domains under QEMU.
 
 A domain is bound to this driver's connection (VIR_DOMAIN_START_AUTODESTROY), so
-libvirt ends all guests of a host agent that dies, however it dies.
+libvirt ends all guests of a host agent that dies, however it dies. Under Survival it is
+not; another host agent finds the domain by its UUID, and where its RAM lies once more.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
 from typing import Any
 
-from hintfleet.errors import HintfleetError, Refused
+from hintfleet.errors import GuestLost, HintfleetError, Refused
+from hintfleet.ranges import RangeSet
 from hintfleet.units import KIB, MIB
 from hintfleet.v1 import host_pb2
 from host_agent.balloon import Balloon, BalloonStats
-from host_agent.guests import GuestRequest, kvm_probe
+from host_agent.guests import GuestRequest, Handle, Survival, kvm_probe
+from host_agent.guests.domain_ram import Dimms, qemu_pid, translate
 from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, Memballoon, domain_xml
 from host_agent.guests.image import GuestImage, find_image
 from host_agent.guests.libvirt_api import EventLoop, errors_as, modules
-from host_agent.guests.qemu_ram import open_ram, process_of_thread
 from host_agent.guests.runtime_dir import RuntimeDir
-from host_agent.ram import GuestRam
+from host_agent.ram import GuestRam, Segment
 
+_GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
 _EVIDENCE_LINES = 40
 _PROBE_MEMORY_BYTES = 256 * MIB
+_NEWS_OF_END_S = 2.0
+_LOOK_S = 0.05
 
 _TRACKER_OF_ISOLATOR = {"kmod": "reported", "hugetlb": "bitmap"}
 _ISOLATOR_OF_TRACKER = {"": "kmod", "reported": "kmod", "bitmap": "hugetlb"}
@@ -36,37 +42,6 @@ _MEMBALLOONS = {
     host_pb2.REPORTING: Memballoon.REPORTING,
     host_pb2.BALLOON: Memballoon.TARGET,
 }
-
-
-def translate(domain: Any) -> GuestRam:
-    """The RAM of a running domain, as parts of QEMU's files.
-
-    :param domain: a libvirt.virDomain, of this or any other maker.
-    :raises Refused: it has no shared memory backing of its own, runs on another
-        machine, or is not understood; says what to change.
-    :raises GuestLost: it is gone.
-    """
-    _, libvirt_qemu = modules()
-    with errors_as("looking into the domain's memory"):
-        memory_bytes = domain.maxMemory() * 1024
-        hmp = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
-        return open_ram(
-            _qemu_pid(domain),
-            memory_bytes,
-            lambda command: str(libvirt_qemu.qemuMonitorCommand(domain, command, hmp)),
-        )
-
-
-def _qemu_pid(domain: Any) -> int:
-    """Process id of a running domain's QEMU, said by QEMU itself.
-
-    Not from a pid file, whose place depends on the URI.
-    """
-    _, libvirt_qemu = modules()
-    with errors_as("asking QEMU for its process id"):
-        query = json.dumps({"execute": "query-cpus-fast"})
-        cpus = json.loads(libvirt_qemu.qemuMonitorCommand(domain, query, 0))["return"]
-        return process_of_thread(cpus[0]["thread-id"], domain.UUIDString())
 
 
 class _Gone:
@@ -116,6 +91,9 @@ class LibvirtBalloon:
 class LibvirtGuest:
     """A guest that runs; made by LibvirtDriver.create."""
 
+    handle: Handle = {}
+    """Its UUID says it all."""
+
     def __init__(
         self,
         *,
@@ -123,6 +101,7 @@ class LibvirtGuest:
         pid: int,
         ram: GuestRam,
         balloon: Balloon | None,
+        dimms: Dimms,
         files: RuntimeDir,
         gone: _Gone,
         forget: Callable[[], None],
@@ -131,10 +110,20 @@ class LibvirtGuest:
         self.pid = pid
         self.ram = ram
         self.balloon = balloon
+        self._dimms = dimms
         self._domain = domain
         self._files = files
         self._gone = gone
         self._forget = forget
+
+    def plug(self, size_bytes: int) -> Sequence[Segment]:
+        return self._dimms.plug(size_bytes, self.ram.pages)
+
+    def to_unplug(self, size_bytes: int) -> Sequence[RangeSet]:
+        return self._dimms.to_unplug(size_bytes)
+
+    def unplug(self, pages: RangeSet) -> None:
+        self._dimms.unplug(pages)
 
     def evidence(self) -> str:
         return self._files.console_tail(_EVIDENCE_LINES)
@@ -150,16 +139,27 @@ class LibvirtGuest:
 class LibvirtDriver:
     """Makes guests on one libvirt connection, which is opened when it is first needed."""
 
-    def __init__(self, uri: str, *, guest_server: str, images: Path | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        guest_server: str,
+        guest_tls: bool = False,
+        images: Path | None = None,
+        survival: Survival | None = None,
+    ) -> None:
         """Nothing is contacted yet.
 
         :param guest_server: where guests find the host agent, `10.0.2.2:PORT` for
             one that listens on the host's loopback.
+        :param guest_tls: whether it wants TLS; then the guest's image holds its certificate.
         :param images: directory of guest images; the default one if None.
         """
         self._uri = uri
         self._guest_server = guest_server
+        self._guest_tls = guest_tls
         self._images = images
+        self._survival = survival
         self._lock = Lock()
         self._probing = Lock()
         self._events: EventLoop | None = None
@@ -186,28 +186,64 @@ class LibvirtDriver:
         connection = self._connect()
         _refuse_if_taken(connection, request)
         accelerator = self._accelerator(connection, image)
-        files = RuntimeDir.make()
-        gone = _Gone(request.on_gone)
+        files = self._files(request.name)
         with contextlib.ExitStack() as undo:
             undo.callback(files.remove)
             spec = self._domain_spec(request, image, accelerator, files)
-            self._watched[request.uuid] = gone
-            undo.callback(self._forget, request.uuid)
-            undo.callback(gone.silence)
-            domain = _start(connection, spec)
+            gone = self._watch(request, undo)
+            domain = _start(connection, spec, lasting=self._survival is not None)
             undo.callback(_destroy, domain)
+            return self._own(request, domain, files, gone, undo)
+
+    def adopt(self, request: GuestRequest, handle: Handle) -> LibvirtGuest:  # noqa: ARG002
+        connection = self._connect()
+        with contextlib.ExitStack() as undo:
+            gone = self._watch(request, undo)
+            with errors_as("while there was no host agent"):
+                domain = connection.lookupByUUIDString(request.uuid)
+            return self._own(request, domain, self._files(request.name), gone, undo)
+
+    def _files(self, name: str) -> RuntimeDir:
+        return RuntimeDir.at(self._survival.folder / name) if self._survival else RuntimeDir.make()
+
+    def _watch(self, request: GuestRequest, undo: contextlib.ExitStack) -> _Gone:
+        """Hear from now on of what becomes of a guest, so that no event is missed."""
+        gone = self._watched[request.uuid] = _Gone(request.on_gone)
+        undo.callback(self._forget, request.uuid)
+        undo.callback(gone.silence)
+        return gone
+
+    def _own(
+        self,
+        request: GuestRequest,
+        domain: Any,
+        files: RuntimeDir,
+        gone: _Gone,
+        undo: contextlib.ExitStack,
+    ) -> LibvirtGuest:
+        """A domain that runs, as a guest; what `undo` would undo is the guest's from then on.
+
+        :raises GuestLost: it ended meanwhile.
+        """
+        try:
             ram = translate(domain)
-            undo.callback(ram.close)
-            guest = LibvirtGuest(
-                domain=domain,
-                pid=_qemu_pid(domain),
-                ram=ram,
-                balloon=LibvirtBalloon(domain) if _is_ballooned(request.spec) else None,
-                files=files,
-                gone=gone,
-                forget=lambda: self._forget(request.uuid),
-            )
-            undo.pop_all()
+        except Refused as error:
+            # QEMU's monitor breaks before libvirt says what became of QEMU.
+            if _ends(domain):
+                raise GuestLost(f"it ended just now: {error.message}") from error
+            raise
+        undo.callback(ram.close)
+        guest = LibvirtGuest(
+            domain=domain,
+            pid=qemu_pid(domain),
+            ram=ram,
+            balloon=LibvirtBalloon(domain) if _is_ballooned(request.spec) else None,
+            dimms=Dimms(domain, node=(request.spec.node_count or 1) - 1),
+            files=files,
+            gone=gone,
+            forget=lambda: self._forget(request.uuid),
+        )
+        undo.pop_all()
         return guest
 
     def close(self) -> None:
@@ -290,6 +326,8 @@ class LibvirtDriver:
             uuid=request.uuid,
             accelerator=accelerator,
             memory_bytes=request.spec.memory_bytes,
+            max_memory_bytes=request.spec.max_memory_bytes,
+            node_count=request.spec.node_count or 1,
             image=image,
             console=files.console,
             config=files.config,
@@ -309,9 +347,14 @@ class LibvirtDriver:
             "tracker": hinting.tracker,
             "chunk_order": hinting.chunk_order or 9,
             "memory": "kernel",
+            "max_memory_bytes": request.spec.max_memory_bytes,
         }
         if hinting.threshold_chunks:
             config["threshold_chunks"] = hinting.threshold_chunks
+        if self._guest_tls:
+            config["tls_folder"] = _GUEST_TLS_FOLDER
+        if self._survival:
+            config["orphan_after_s"] = self._survival.orphan_after_s
         return config
 
     def _accelerator(self, connection: Any, image: GuestImage) -> str:
@@ -382,9 +425,10 @@ def _refuse_if_taken(connection: Any, request: GuestRequest) -> None:
             )
 
 
-def _start(connection: Any, spec: DomainSpec) -> Any:
+def _start(connection: Any, spec: DomainSpec, *, lasting: bool = False) -> Any:
     """Create the domain.
 
+    :param lasting: whether it is to outlive the connection.
     :raises Refused: libvirt or QEMU would not have it.
     """
     libvirt, _ = modules()
@@ -394,7 +438,8 @@ def _start(connection: Any, spec: DomainSpec) -> Any:
         hint="QEMU (apt-get install qemu-system-x86) runs as a user of its own under"
         f" qemu:///system, who must be able to read {spec.image.directory}",
     ):
-        return connection.createXML(domain_xml(spec), libvirt.VIR_DOMAIN_START_AUTODESTROY)
+        flags = 0 if lasting else libvirt.VIR_DOMAIN_START_AUTODESTROY
+        return connection.createXML(domain_xml(spec), flags)
 
 
 def _destroy(domain: Any) -> None:
@@ -402,6 +447,18 @@ def _destroy(domain: Any) -> None:
     libvirt, _ = modules()
     with contextlib.suppress(libvirt.libvirtError):
         domain.destroy()
+
+
+def _ends(domain: Any) -> bool:
+    """Whether a domain is gone, or will be in a moment."""
+    libvirt, _ = modules()
+    deadline_s = time.monotonic() + _NEWS_OF_END_S
+    with contextlib.suppress(libvirt.libvirtError):  # there is no such domain any more
+        while domain.isActive():
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(_LOOK_S)
+    return True
 
 
 def _boots_under_kvm(connection: Any, image: GuestImage) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from hintfleet.errors import Refused
 
@@ -46,12 +47,16 @@ def parse(text: str) -> list[RamRange]:
     Ranges of all blocks are given, also those that are no main memory (a video
     card's): only the file behind a block can tell.
 
-    :raises Refused: there is no flat view of the guest's memory in `text`.
+    :raises Refused: there is no flat view of the guest's memory in `text`, or it is not
+        flat: one address has two meanings.
     """
     lines = "\n".join(text.splitlines())  # the monitor ends lines with CR LF
     for view in re.split(r"^FlatView #\d+$", lines, flags=re.M):
         if _MEMORY_VIEW.search(view):
-            return list(_ram_ranges(view))
+            ranges = list(_ram_ranges(view))
+            if any(a.end > b.address for a, b in pairwise(ranges)):
+                raise Refused("QEMU's flat view of the guest's memory has ranges that overlap")
+            return ranges
     raise Refused(
         'QEMU\'s `info mtree -f` shows no address space "memory"',
         hint="this QEMU is not understood; please report its version",
@@ -62,10 +67,12 @@ def _ram_ranges(view: str) -> Iterator[RamRange]:
     for line in view.splitlines():
         match = _RANGE.fullmatch(line)
         if match and match["kind"] == "ram":
-            first = int(match["first"], 16)
+            first, last = int(match["first"], 16), int(match["last"], 16)
+            if last < first:
+                raise Refused(f"QEMU's flat view of the guest's memory: {line.strip()!r}")
             yield RamRange(
                 address=first,
-                size_bytes=int(match["last"], 16) + 1 - first,
+                size_bytes=last + 1 - first,
                 block=match["block"],
                 offset_bytes=int(match["offset"] or "0", 16),
             )
@@ -95,4 +102,6 @@ def whole_block(ranges: Iterable[RamRange], size_bytes: int) -> list[RamRange]:
             whole[-1] = replace(whole[-1], size_bytes=whole[-1].size_bytes + grown.size_bytes)
         else:
             whole.append(grown)
+    if any(a.end > b.address for a, b in pairwise(sorted(whole, key=lambda r: r.address))):
+        raise Refused("a RAM block of the guest has two places at one address")
     return whole

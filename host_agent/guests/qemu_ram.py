@@ -15,9 +15,10 @@ from itertools import groupby
 from pathlib import Path
 
 from hintfleet.errors import GuestLost, Refused
+from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.units import PAGE_BYTES
 from host_agent.guests import mtree
-from host_agent.ram import GuestRam, Segment
+from host_agent.ram import Segment
 
 BACKING_HINT = (
     "give the domain shared memory of its own: <memoryBacking><source type='memfd'/>"
@@ -25,7 +26,9 @@ BACKING_HINT = (
 )
 
 _MAPPING = re.compile(
-    r"([0-9a-f]+)-([0-9a-f]+) ..(.)(.) ([0-9a-f]+) [0-9a-f]+:[0-9a-f]+ (\d+) *(.*)"
+    r"^([0-9a-f]+)-([0-9a-f]+) [r-][w-][x-]([sp]) ([0-9a-f]+) [0-9a-f]+:[0-9a-f]+ "
+    r"([0-9]{1,20})(?: +(.*))?$",
+    re.MULTILINE,
 )
 _HOST_ADDRESS = re.compile(r"Host virtual address for 0x[0-9a-f]+ \(.*\) is 0x([0-9a-f]+)")
 
@@ -53,8 +56,15 @@ def parse_maps(text: str) -> list[Mapping]:
             inode=int(inode),
             path=path,
         )
-        for start, end, _, sharing, offset, inode, path in _MAPPING.findall(text)
+        for start, end, sharing, offset, inode, path in _MAPPING.findall(text)
     ]
+
+
+def mappings(pid: int) -> list[Mapping]:
+    """What a process has mapped now."""
+    # Not as text: the kernel escapes line feeds in file names, but neither carriage returns
+    # nor what is no UTF-8.
+    return parse_maps(Path(f"/proc/{pid}/maps").read_bytes().decode(errors="replace"))
 
 
 def process_of_thread(thread_id: int, guest_uuid: str) -> int:
@@ -76,18 +86,26 @@ def process_of_thread(thread_id: int, guest_uuid: str) -> int:
     return pid
 
 
-def open_ram(pid: int, memory_bytes: int, hmp: Callable[[str], str]) -> GuestRam:
+def open_segments(
+    pid: int, memory_bytes: int, hmp: Callable[[str], str], *, besides: RangeSet = EMPTY
+) -> list[Segment]:
     """Open the RAM of the QEMU process `pid`.
 
     :param memory_bytes: what the guest was given; all of it must be found.
+    :param besides: RAM that is known already, and left out.
     :param hmp: runs a command of QEMU's human monitor and returns what it says.
     :raises Refused: a part of the guest's memory is not in shared memfds of its own, or not
         where it is expected; says what to change. Nothing stays open.
     :raises GuestLost: the process is gone.
     """
     try:
-        maps = parse_maps(Path(f"/proc/{pid}/maps").read_text())
-        segments = list(_segments(pid, mtree.parse(hmp("info mtree -f")), maps, hmp))
+        maps = mappings(pid)
+        ranges = [
+            part
+            for part in mtree.parse(hmp("info mtree -f"))
+            if part.address // PAGE_BYTES not in besides
+        ]
+        segments = list(_segments(pid, ranges, maps, hmp))
     except (FileNotFoundError, ProcessLookupError) as error:
         raise GuestLost(f"QEMU process {pid} is gone") from error
     except PermissionError as error:
@@ -95,15 +113,15 @@ def open_ram(pid: int, memory_bytes: int, hmp: Callable[[str], str]) -> GuestRam
             f"cannot look into QEMU process {pid}: {error.strerror}",
             hint="run hintfleet-host as root, or use qemu:///session",
         ) from error
-    ram = GuestRam(segments)
-    if ram.provisioned_bytes != memory_bytes:
-        found = ram.provisioned_bytes
-        ram.close()
+    found_bytes = sum(segment.page_count for segment in segments) * PAGE_BYTES
+    if found_bytes != memory_bytes:
+        for fd in {segment.fd for segment in segments}:
+            os.close(fd)
         raise Refused(
-            f"{found} of the guest's {memory_bytes} bytes of memory are in shared memfds",
+            f"{found_bytes} of the guest's {memory_bytes} bytes of memory are in shared memfds",
             hint=BACKING_HINT,
         )
-    return ram
+    return segments
 
 
 def _segments(

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_PREFIX = "hintfleet-guest-"
+from hintfleet.owned_folders import OwnedFolder, OwnedFolders
+
+
+def runtime_dirs() -> OwnedFolders:
+    """Those of all host agents of this machine."""
+    return OwnedFolders(base=Path(tempfile.gettempdir()), prefix="hintfleet-guest-")
 
 
 @dataclass(frozen=True)
 class RuntimeDir:
-    """A directory for one guest's files, through which QEMU's user can get at them."""
+    """A directory for one guest's files, through which QEMU's user can get at them.
+
+    :ivar owned: the same, where it does not outlive its host agent.
+    """
 
     path: Path
+    owned: OwnedFolder | None = None
 
     @classmethod
     def make(cls) -> RuntimeDir:
         """A new one. Those of host agents that were killed are removed on this occasion."""
-        parent = Path(tempfile.gettempdir())
-        _sweep(parent)
-        path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+        owned = runtime_dirs().make()
+        owned.path.chmod(0o711)
+        return cls(owned.path, owned)
+
+    @classmethod
+    def at(cls, path: Path) -> RuntimeDir:
+        """One that outlives the host agent, made if need be."""
+        path.mkdir(exist_ok=True)
         path.chmod(0o711)
         return cls(path)
 
@@ -51,14 +63,7 @@ class RuntimeDir:
         return "\n".join(lines[-line_count:])
 
     def remove(self) -> None:
-        """Remove it with all that is in it; it may be gone already."""
+        """Remove it with all that is in it; it may be gone already. May be called twice."""
+        if self.owned is not None:
+            self.owned.remove()
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _sweep(parent: Path) -> None:
-    for path in parent.glob(f"{_PREFIX}*-*"):
-        pid = path.name.removeprefix(_PREFIX).partition("-")[0]
-        with contextlib.suppress(OSError):
-            mine = path.lstat().st_uid == os.geteuid()
-            if mine and pid.isdecimal() and not Path(f"/proc/{pid}").exists():
-                shutil.rmtree(path, ignore_errors=True)

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from orchestrator.commands.options import libvirt_uri_option, output_option
+from orchestrator.commands.options import (
+    data_dir_option,
+    data_dir_or_default,
+    libvirt_uri_option,
+    output_option,
+)
+
+_EPILOG = """\b
+Examples:
+  hintfleet doctor
+  hintfleet doctor --leaks       what a crash left here: exit code 0 nothing, 1 something
+  hintfleet doctor --clean       remove that; exit code 1 if something had to stay
+"""
 
 
-@click.command(short_help="Say what this machine can run, and what is missing.")
+@click.command(
+    epilog=_EPILOG, short_help="Say what this machine can run, and what a crash left on it."
+)
+@click.option("--leaks", is_flag=True, help="List what crashes left on this machine.")
+@click.option("--clean", is_flag=True, help="Remove what --leaks lists, without asking.")
 @libvirt_uri_option
+@data_dir_option
 @output_option
-def doctor(libvirt_uri: str, output_format: str) -> int:
+def doctor(
+    leaks: bool, clean: bool, libvirt_uri: str, data_dir: Path | None, output_format: str
+) -> int:
     """Say what this machine can run, and what to install for the rest.
 
     Exit code 0 if it can run embedded guests, 1 if not.
+
+    With --leaks or --clean: look for what crashes left on this machine. That is domains
+    and guests without a host agent, host agents and Ray processes without a run, their
+    files and memory, and unfinished files in the store. What a living process owns is
+    never listed, nor what is not surely ours, nor guests that are to outlive their host
+    agent (hintfleet-host --state): those end by themselves.
     """
     from dataclasses import asdict
 
@@ -21,8 +48,28 @@ def doctor(libvirt_uri: str, output_format: str) -> int:
     from orchestrator.output import emit
     from orchestrator.view.tables import findings
 
+    if leaks or clean:
+        return _leaks(data_dir_or_default(data_dir), libvirt_uri, clean, output_format)
     found = examine(libvirt_uri)
     runs = {driver: can_run(found, driver) for driver in ("embedded", "libvirt")}
     data = {"can_run": runs, "findings": [asdict(finding) for finding in found]}
     emit(data, output_format, lambda: findings(found, runs))
     return 0 if runs["embedded"] else 1
+
+
+def _leaks(data_dir: Path, libvirt_uri: str, clean: bool, output_format: str) -> int:
+    from orchestrator.leaks import look_for_leaks
+    from orchestrator.output import emit
+    from orchestrator.view.leak_table import leak_table
+
+    found = look_for_leaks(data_dir, libvirt_uri, clean)
+    data = {
+        "leaks": [leak.as_data() for leak in found.leaks],
+        "not_looked_at": found.not_looked_at,
+    }
+    emit(data, output_format, lambda: leak_table(found.leaks))
+    for unseen in found.not_looked_at:
+        click.echo(f"not looked at: {unseen}", err=True)
+    if found.leaks and not clean:
+        click.echo("to remove them: hintfleet doctor --clean", err=True)
+    return 0 if all(leak.removed for leak in found.leaks) else 1

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from hintfleet.tls import Tls
 
 data_dir_option = click.option(
     "--data-dir",
@@ -31,6 +35,17 @@ libvirt_uri_option = click.option(
 )
 
 
+tls_option = click.option(
+    "--tls",
+    "tls_folder",
+    envvar="HINTFLEET_TLS",
+    default="",
+    metavar="FOLDER",
+    help="Speak TLS on TCP, with the certificate in this folder (see `hintfleet pki`).  "
+    "[env: HINTFLEET_TLS]",
+)
+
+
 def data_dir_or_default(chosen: Path | None) -> Path:
     """The folder with the results."""
     if chosen is not None:
@@ -38,3 +53,15 @@ def data_dir_or_default(chosen: Path | None) -> Path:
     from platformdirs import user_data_path
 
     return user_data_path("hintfleet", appauthor=False)
+
+
+def tls_or_none(folder: str, *, server: bool = False) -> Tls | None:
+    """The TLS folder that was chosen, if one was.
+
+    :raises InvalidInput: it cannot be used.
+    """
+    if not folder:
+        return None
+    from hintfleet.tls import Tls
+
+    return Tls.read(folder, server=server)

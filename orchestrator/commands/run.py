@@ -15,9 +15,13 @@ from orchestrator.commands.options import (
     data_dir_or_default,
     libvirt_uri_option,
     output_option,
+    tls_option,
+    tls_or_none,
 )
 
 if TYPE_CHECKING:
+    from orchestrator.experiment import Experiment
+    from orchestrator.store.reader import Store
     from orchestrator.view.live import LiveView, PlainView
 
 _EPILOG = """\b
@@ -25,11 +29,13 @@ Examples:
   hintfleet run quickstart
   hintfleet run quickstart-vm -o json > result.json
   hintfleet run my.yaml --host unix:/run/hintfleet/host.sock
+  hintfleet run my.yaml --host h1.example.org:7070 --tls ~/operator-alice
+  hintfleet run --resume latest
 """
 
 
 @click.command(epilog=_EPILOG, short_help="Run an experiment: a file, or a catalogue name.")
-@click.argument("spec")
+@click.argument("spec", required=False)
 @click.option(
     "--driver",
     type=click.Choice(("embedded", "libvirt")),
@@ -40,16 +46,32 @@ Examples:
     "agents",
     multiple=True,
     metavar="ADDR",
-    help="A host agent that runs already (unix:PATH or HOST:PORT on loopback), instead of the "
-    "hosts in SPEC. May be repeated.",
+    help="A host agent that runs already (unix:PATH or HOST:PORT; off loopback with --tls only), "
+    "instead of the hosts in SPEC. May be repeated.",
+)
+@tls_option
+@click.option(
+    "--resume",
+    metavar="RUN",
+    help="Go on with this run, as `hintfleet runs` lists it, or `latest`.",
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(0, 100),
+    default=1,
+    show_default=True,
+    help="How often a trial that was lost with its host is run again, at the end of the run.",
 )
 @libvirt_uri_option
 @data_dir_option
 @output_option
 def run(
-    spec: str,
+    spec: str | None,
     driver: str | None,
     agents: tuple[str, ...],
+    tls_folder: str,
+    resume: str | None,
+    retries: int,
     libvirt_uri: str,
     data_dir: Path | None,
     output_format: str,
@@ -58,20 +80,58 @@ def run(
 
     All trials of all arms run, in an order drawn from the seed; what they used and
     saved is stored and printed. Ctrl-C ends all guests and keeps what was stored.
+
+    A run that was cut off, by Ctrl-C, an error, a crash or a power failure, goes on
+    with --resume: trials that have a result keep it, the others are run. So are those
+    of an undecided run that were lost with a host or with what speaks to it. A run that
+    has no such trials is only shown.
     """
-    from orchestrator import spec_file
     from orchestrator.commands.show_run import print_run
-    from orchestrator.experiment import overrides, run_experiment
+    from orchestrator.experiment import new_experiment, overrides, stored_experiment
     from orchestrator.store.reader import Store
 
-    loaded = spec_file.load(spec, overrides(driver, agents))
-    signal.signal(signal.SIGTERM, _interrupt)
+    if (spec is None) == (resume is None):
+        raise click.UsageError("give either a SPEC or --resume RUN")
+    if resume is not None and (driver or agents):
+        raise click.UsageError("--resume runs what the run began with: no --driver, no --host")
+    if spec is not None:
+        experiment = new_experiment(spec, overrides(driver, agents), libvirt_uri)
+    tls_or_none(tls_folder)  # before anything is started
+    interrupts = Interrupts()
     with Store(data_dir_or_default(data_dir)) as store:
-        with _view() as view:
-            run_id = run_experiment(loaded, store, view, libvirt_uri)
+        if resume is not None:
+            experiment = stored_experiment(store, store.find_run(resume), libvirt_uri)
+        run_id = experiment.header.run_id
+        _run(experiment, store, retries, tls_folder, interrupts)
         code = print_run(store, store.find_run(run_id), output_format)
     _say_where_it_is(run_id, store.folder)
     return code
+
+
+def _run(
+    experiment: Experiment, store: Store, retries: int, tls_folder: str, interrupts: Interrupts
+) -> None:
+    """Run it; whatever cuts it off, say how to go on."""
+    from hintfleet.errors import HintfleetError
+    from orchestrator.commands.show_run import say_how_to_go_on
+    from orchestrator.experiment import run_experiment
+
+    run_id = experiment.header.run_id
+    if experiment.is_over:
+        click.echo(f"run {run_id} has no trial left to run", err=True)
+        return
+    try:
+        with _view() as view:
+            run_experiment(experiment, store, view, retries, tls_folder, interrupts.check)
+    except HintfleetError as error:
+        if store.has_run(run_id):
+            go_on = f"hintfleet run --resume {run_id[-6:]}"
+            error.hint += f"; then {go_on}" if error.hint else go_on
+        raise
+    except KeyboardInterrupt:
+        if store.has_run(run_id):
+            say_how_to_go_on([run_id])
+        raise
 
 
 def _say_where_it_is(run_id: str, folder: Path) -> None:
@@ -85,8 +145,24 @@ def _say_where_it_is(run_id: str, folder: Path) -> None:
     )
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class Interrupts:
+    """Ctrl-C and SIGTERM end a run alike, and for certain: an exception that a signal raises
+    is lost if it strikes in a destructor or in a callback of Ray's."""
+
+    def __init__(self) -> None:
+        """Take charge of both signals."""
+        self._came = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal came."""
+        if self._came:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        self._came = True
+        raise KeyboardInterrupt
 
 
 def _view() -> LiveView | PlainView:

@@ -17,6 +17,7 @@ def runs(limit: int, data_dir: Path | None, output_format: str) -> None:
     """List the stored runs, the newest first."""
     from dataclasses import asdict
 
+    from orchestrator.commands.show_run import say_how_to_go_on
     from orchestrator.output import emit
     from orchestrator.store.reader import Store
     from orchestrator.view import tables
@@ -27,6 +28,7 @@ def runs(limit: int, data_dir: Path | None, output_format: str) -> None:
     for run in data:
         del run["spec_text"]
     emit(data, output_format, lambda: tables.runs(found))
+    say_how_to_go_on([run.run_id for run in found if run.was_cut_off])
 
 
 @click.command(short_help="Show one run: its savings and its trials.")

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from orchestrator.commands.options import data_dir_option, data_dir_or_default, output_option
+from orchestrator.commands.options import (
+    data_dir_option,
+    data_dir_or_default,
+    output_option,
+    tls_option,
+    tls_or_none,
+)
 
 _EPILOG = """\b
 Examples:
@@ -14,6 +20,7 @@ Examples:
   hintfleet savings --by host --run latest
   hintfleet savings --by arm --since 7d       runs of the same spec pooled
   hintfleet savings --server 127.0.0.1:50061 -o json
+  hintfleet savings --server lab.example.org:50061 --tls ~/operator-alice
 """
 
 
@@ -28,6 +35,7 @@ Examples:
 @click.option("--since", metavar="DURATION", help="Only runs that began so recently, as in 1h.")
 @click.option("--run", "run_name", default="", metavar="RUN", help="Only this run, or `latest`.")
 @click.option("--server", metavar="ADDR", help="Ask the fleet service there, not the store here.")
+@tls_option
 @data_dir_option
 @output_option
 def savings(
@@ -35,6 +43,7 @@ def savings(
     since: str | None,
     run_name: str,
     server: str | None,
+    tls_folder: str,
     data_dir: Path | None,
     output_format: str,
 ) -> None:
@@ -47,7 +56,7 @@ def savings(
 
     since_unix_s = _since_unix_s(since)
     if server:
-        rows = ask_server(server, By(by), run_name, since_unix_s)
+        rows = ask_server(server, By(by), run_name, since_unix_s, tls_or_none(tls_folder))
     else:
         with Store(data_dir_or_default(data_dir)) as store:
             rows = ask_store(store, By(by), run_name, since_unix_s)

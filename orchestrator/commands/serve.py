@@ -6,11 +6,17 @@ from pathlib import Path
 
 import click
 
-from orchestrator.commands.options import data_dir_option, data_dir_or_default
+from orchestrator.commands.options import (
+    data_dir_option,
+    data_dir_or_default,
+    tls_option,
+    tls_or_none,
+)
 
 _EPILOG = """\b
 Examples:
   hintfleet serve
+  hintfleet serve --listen 192.0.2.7:50061 --tls ~/host-lab
   hintfleet savings --server 127.0.0.1:50061
   grpcurl -plaintext -d '{"by": "ARM"}' 127.0.0.1:50061 hintfleet.v1.FleetService/QuerySavings
 """
@@ -22,14 +28,16 @@ Examples:
     default="127.0.0.1:50061",
     show_default=True,
     metavar="ADDR",
-    help="HOST:PORT on loopback (port 0 picks one), or unix:PATH.",
+    help="HOST:PORT (port 0 picks one; off loopback with --tls only), or unix:PATH.",
 )
+@tls_option
 @data_dir_option
-def serve(listen: str, data_dir: Path | None) -> None:
+def serve(listen: str, tls_folder: str, data_dir: Path | None) -> None:
     """Serve runs and their savings over gRPC, with health and reflection, until SIGTERM."""
     from orchestrator import fleet_service
 
     def ready(address: str) -> None:
         click.echo(f"serving on {address}", err=True)
 
-    fleet_service.serve(listen, data_dir_or_default(data_dir), ready)
+    tls = tls_or_none(tls_folder, server=True)
+    fleet_service.serve(listen, data_dir_or_default(data_dir), ready, tls)

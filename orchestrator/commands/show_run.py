@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
+
+import click
 
 from hintfleet.errors import ExitCode
 from orchestrator.output import emit, savings_as_data
@@ -17,7 +20,19 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
     emit(
         run_as_data(store, run, rows), output_format, lambda: _tables(store, run, rows, with_trials)
     )
-    return exit_code(run, rows)
+    code = exit_code(run, rows)
+    if run.was_cut_off or any(t.lost and t.counted for t in store.trials(run.run_id)):
+        say_how_to_go_on([run.run_id])
+    if code is ExitCode.UNDECIDED and output_format != "table":
+        for reason in dict.fromkeys(row.undecided for row in rows if row.undecided):
+            click.echo(f"undecided: {reason}", err=True)
+    return code
+
+
+def say_how_to_go_on(run_ids: Sequence[str]) -> None:
+    """On stderr; the end of an id is enough to name a run."""
+    if run_ids:
+        click.echo(f"to go on: hintfleet run --resume {run_ids[0][-6:]}", err=True)
 
 
 def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def read_contents(store: Store, run: Run) -> Contents:
 
     :raises Refused: no trial of the run came to its end, so there is nothing to show.
     """
-    trials = [t for t in store.trials(run.run_id) if t.ended_unix_us and not t.undecided]
+    trials = [
+        t for t in store.trials(run.run_id) if t.counted and t.ended_unix_us and not t.undecided
+    ]
     if not trials:
         raise Refused(f"run {run.run_id} has no trial that could be shown: it is {run.state}")
     phases = _phases(store, run, {trial.trial_id for trial in trials})

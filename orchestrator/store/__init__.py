@@ -4,6 +4,8 @@
     <data dir>/samples/<run>/<trial>/000001.parquet     samples, in parts
     <data dir>/samples/<run>/lock                       held by the process that runs it
 
-What was acknowledged stays: rows are committed before `append` returns, and a
-part appears under its name only when it is whole and on disk.
+What was acknowledged stays, whoever is killed. An event is acknowledged when `append`
+returns: its row is committed. Samples are when the row in `parts` is, which follows
+their part; that appears under its name only when it is whole and on disk. A trial's
+figures are stored in one transaction with its end.
 """

@@ -62,6 +62,25 @@ _MIGRATIONS = (
     ALTER TABLE trials ADD COLUMN arm_position INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE runs ADD COLUMN environment TEXT NOT NULL DEFAULT '{}';
     """,
+    # attempt, lost: see plan.Trial and records.HostDone; figures are of the last attempts.
+    # overrides, libvirt_uri: what the command line said, for who takes the run up again.
+    # parts: a row says that a part is whole and on disk.
+    """
+    ALTER TABLE trials ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE trials ADD COLUMN lost INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE runs ADD COLUMN overrides TEXT NOT NULL DEFAULT '{}';
+    ALTER TABLE runs ADD COLUMN libvirt_uri TEXT NOT NULL DEFAULT '';
+    CREATE TABLE parts (
+        trial_id TEXT NOT NULL REFERENCES trials,
+        number INTEGER NOT NULL,
+        row_count INTEGER NOT NULL,
+        PRIMARY KEY (trial_id, number)
+    ) STRICT;
+    CREATE VIEW counted_trials AS SELECT * FROM trials AS t WHERE NOT EXISTS (
+        SELECT 1 FROM trials AS later WHERE later.run_id = t.run_id
+        AND later.position = t.position AND later.attempt > t.attempt
+    );
+    """,
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -18,6 +17,7 @@ from orchestrator.cost import Cost
 from orchestrator.footprint import Footprint, Returned
 from orchestrator.savings import By, Measured, Savings, aggregate
 from orchestrator.store.database import open_database, reported
+from orchestrator.store.lock import try_lock
 
 LATEST = "latest"
 _E = TypeVar("_E")
@@ -30,12 +30,14 @@ class Run:
     :ivar state: running, done, failed, undecided or interrupted.
     :ivar summary: what it runs, in a line.
     :ivar ended_unix_us: 0 while it runs.
+    :ivar overrides: what the command line put in place of keys of the spec.
     """
 
     run_id: str
     name: str
     driver: str
     spec_text: str
+    spec_hash: str
     control: str | None
     summary: str
     started_unix_us: int
@@ -43,18 +45,40 @@ class Run:
     state: str
     reason: str
     environment: dict[str, str] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    libvirt_uri: str = ""
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether it ended before its time, so that trials may be left to run."""
+        return self.state in ("interrupted", "failed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTrial:
-    """A trial as it is stored; not ended if `ended_unix_us` is 0."""
+    """An attempt at a trial as it is stored; not ended if `ended_unix_us` is 0.
+
+    :ivar lost: by a fault of what runs trials, not of what is tried.
+    :ivar counted: it is the last attempt; figures have only these.
+    :ivar sample_count: samples that are known to be on disk.
+    """
 
     trial_id: str
+    position: int
     arm: str
     repetition: int
     started_unix_us: int
     ended_unix_us: int
     undecided: str
+    attempt: int = 1
+    lost: bool = False
+    counted: bool = True
+    sample_count: int = 0
+
+    @property
+    def has_result(self) -> bool:
+        """Whether it came to an end of its own, be that undecided."""
+        return bool(self.ended_unix_us) and not self.lost
 
 
 class Store:
@@ -113,9 +137,19 @@ class Store:
             )
         return _run(rows[0])
 
+    def has_run(self, run_id: str) -> bool:
+        """Whether a run with this id has begun."""
+        return bool(self._query("SELECT 1 FROM runs WHERE run_id = ?", run_id))
+
     def trials(self, run_id: str) -> list[StoredTrial]:
-        """A run's trials, in order."""
-        rows = self._query("SELECT * FROM trials WHERE run_id = ? ORDER BY position", run_id)
+        """All attempts at a run's trials, in the order in which they were made."""
+        rows = self._query(
+            "SELECT t.*, trial_id IN (SELECT trial_id FROM counted_trials) AS counted, "
+            "  (SELECT ifnull(sum(row_count), 0) FROM parts p WHERE p.trial_id = t.trial_id) "
+            "  AS sample_count "
+            "FROM trials t WHERE run_id = ? ORDER BY started_unix_us, position",
+            run_id,
+        )
         return [_stored_trial(row) for row in rows]
 
     def savings(self, by: By, run_id: str = "", since_unix_s: int = 0) -> list[Savings]:
@@ -129,7 +163,7 @@ class Store:
     def costs(self, run: Run) -> list[ArmCost]:
         """What the arms of a run cost."""
         rows = self._query(
-            "SELECT t.arm, t.repetition, f.host, f.cost FROM footprints f JOIN trials t "
+            "SELECT t.arm, t.repetition, f.host, f.cost FROM footprints f JOIN counted_trials t "
             "USING (trial_id) WHERE t.run_id = ? AND f.guest = '' "
             "ORDER BY t.arm_position, t.position, f.host",
             run.run_id,
@@ -160,7 +194,7 @@ class Store:
         rows = self._query(
             "SELECT r.run_id, r.name, r.spec_hash, r.control, t.arm, t.repetition, "
             "       f.host, f.guest, f.footprint, f.undecided "
-            "FROM footprints f JOIN trials t USING (trial_id) JOIN runs r USING (run_id) "
+            "FROM footprints f JOIN counted_trials t USING (trial_id) JOIN runs r USING (run_id) "
             "WHERE (?1 = '' OR r.run_id = ?1) AND r.started_unix_us >= ?2 "
             "  AND r.state != 'running' "
             "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position, "
@@ -175,40 +209,37 @@ class Store:
             return self.database.execute(sql, values).fetchall()
 
     def _end_abandoned_runs(self) -> None:
-        """Runs whose process is gone without a word (killed, power lost) have failed."""
+        """Runs whose process is gone without a word (killed, power lost) are interrupted."""
         for row in self._query("SELECT run_id FROM runs WHERE state = 'running'"):
-            if not is_locked(self.samples_dir(row["run_id"])):
-                with reported(self.path):
-                    self.database.execute(
-                        "UPDATE runs SET state = 'failed', ended_unix_us = ?, "
-                        "reason = 'its process ended without a word' "
-                        "WHERE run_id = ? AND state = 'running'",
-                        (time.time_ns() // 1000, row["run_id"]),
-                    )
-
-
-def is_locked(run_folder: Path) -> bool:
-    """Whether the process that runs this run is alive: it holds a lock while it is."""
-    try:
-        fd = os.open(run_folder / "lock", os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+            with reported(self.path):
+                fd = try_lock(self.samples_dir(row["run_id"]))
+                if fd is None:
+                    continue
+                # Held meanwhile, so that nobody takes it up between the look and the word.
+                self.database.execute(
+                    "UPDATE runs SET state = 'interrupted', ended_unix_us = ?, "
+                    "reason = 'its process ended without a word' "
+                    "WHERE run_id = ? AND state = 'running'",
+                    (time.time_ns() // 1000, row["run_id"]),
+                )
+                os.close(fd)
 
 
 def _run(row: sqlite3.Row) -> Run:
     values = {name: row[name] for name in Run.__dataclass_fields__}
-    return Run(**values | {"environment": json.loads(values["environment"])})
+    environment = json.loads(values["environment"])
+    overrides = json.loads(values["overrides"], object_hook=_with_tuples)
+    return Run(**values | {"environment": environment, "overrides": overrides})
+
+
+def _with_tuples(stored: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples, and a spec no lists."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
 
 
 def _stored_trial(row: sqlite3.Row) -> StoredTrial:
-    return StoredTrial(**{name: row[name] for name in StoredTrial.__dataclass_fields__})
+    values = {name: row[name] for name in StoredTrial.__dataclass_fields__}
+    return StoredTrial(**values | {name: bool(values[name]) for name in ("lost", "counted")})
 
 
 def _measured(row: sqlite3.Row) -> Measured:

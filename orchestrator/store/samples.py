@@ -19,7 +19,7 @@ from orchestrator.store.database import storage_error
 if TYPE_CHECKING:
     import duckdb
 
-_UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished"
 
 
 def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:
@@ -28,9 +28,11 @@ def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:
     :raises LimitExceeded: the disk is full. Earlier parts are intact.
     """
     part = folder / f"{number:06}.parquet"
-    unfinished = part.with_suffix(_UNFINISHED)
+    unfinished = part.with_suffix(UNFINISHED)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            _sync(folder.parent)
         _copy_to(unfinished, _table(batches))
         _sync(unfinished)
         unfinished.rename(part)

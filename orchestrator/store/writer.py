@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from hintfleet.errors import HintfleetError
 from orchestrator.cost import COUNTERS, Cost, host_cost
@@ -28,11 +28,13 @@ from orchestrator.records import (
 )
 from orchestrator.spec import Spec
 from orchestrator.store.database import reported
+from orchestrator.store.lock import take_lock
 from orchestrator.store.reader import Store
 from orchestrator.store.samples import read_series, write_part
 
 _PART_PERIOD_S = 2.0
 _RESERVE_BYTES = 1 << 20
+RESERVE = "reserve"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class RunHeader:
     """What is known of a run before it starts.
 
     :ivar environment: what it runs on; see `machine.environment`.
+    :ivar overrides: top-level keys that replaced what `spec_text` says.
     """
 
     run_id: str
@@ -47,6 +50,20 @@ class RunHeader:
     spec_text: str
     summary: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    libvirt_uri: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEnd:
+    """How an attempt at a trial ended.
+
+    :ivar undecided: why it counts for nothing; empty if it counts.
+    :ivar lost: because a host or its actor was lost, and for no other reason.
+    """
+
+    undecided: str = ""
+    lost: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +84,28 @@ class RunWriter:
     """Writes a run. Use as a context manager: the run is over when it is left.
 
     Left by an error, the run is stored as failed, or as interrupted by
-    KeyboardInterrupt. A reserve on disk is kept so that this can be written even
-    when the disk is full.
+    KeyboardInterrupt; either can be taken up again. A reserve on disk is kept so that
+    this can be written even when the disk is full.
     """
 
-    def __init__(self, store: Store, header: RunHeader) -> None:
-        """:raises LimitExceeded: the disk is full. :raises Refused: cannot be written."""
+    def __init__(self, store: Store, header: RunHeader, again: bool = False) -> None:
+        """Begin a run, or take up one that is stored.
+
+        :raises LimitExceeded: the disk is full.
+        :raises Refused: cannot be written, or another process runs it now.
+        """
         self._store = store
         self._header = header
         self._folder = store.samples_dir(header.run_id)
-        self._undecided: list[str] = []
         self._trial: _OpenTrial | None = None
         with reported(store.path):
-            self._folder.mkdir(parents=True)
-            self._lock_fd = _lock(self._folder)
-            (self._folder / "reserve").write_bytes(bytes(_RESERVE_BYTES))
-            self._insert_run()
+            # Held as long as this process lives, so that others can tell.
+            self._lock_fd = take_lock(self._folder)
+            (self._folder / RESERVE).write_bytes(bytes(_RESERVE_BYTES))
+            if again:
+                self._take_up_run()
+            else:
+                self._insert_run()
 
     def __enter__(self) -> RunWriter:
         return self
@@ -94,7 +117,7 @@ class RunWriter:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            reason = "; ".join(dict.fromkeys(self._undecided))
+            reason = "; ".join(self._undecided())
             self._end("undecided" if reason else "done", reason)
         else:
             # The error itself is what the user has to see, not one of storing it.
@@ -106,24 +129,28 @@ class RunWriter:
         self._trial = _OpenTrial(self._folder / trial.trial_id, trial, tasks)
         self._execute(
             "INSERT INTO trials (trial_id, run_id, position, arm, arm_position, repetition, "
-            "started_unix_us) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "attempt, started_unix_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             trial.trial_id,
             trial.run_id,
             trial.position,
             trial.arm.name,
             self._header.spec.trial_arms.index(trial.arm),
             trial.repetition,
+            trial.attempt,
             _now_us(),
         )
 
     def append(self, record: Record) -> None:
-        """Store a record. Events are on disk on return, samples within about 2 s.
+        """Store a record. Events are on disk on return, samples within about 2 s: they
+        are acknowledged by the row in `parts` that is committed then.
 
         :raises LimitExceeded: the disk is full. What was stored before is intact.
         """
         trial = self._open_trial()
         if isinstance(record, Samples):
             trial.add_samples(record)
+            if trial.is_due:
+                self._flush(trial)
             return
         self._execute(
             "INSERT INTO events (trial_id, host, at_unix_us, kind, detail) VALUES (?, ?, ?, ?, ?)",
@@ -135,25 +162,45 @@ class RunWriter:
         )
         trial.add_event(record)
 
-    def end_trial(self) -> str:
-        """Store what the trial's guests used. Returns why it is undecided, or ""."""
+    def end_trial(self) -> TrialEnd:
+        """Store what the trial's guests used: all of it or, killed meanwhile, nothing."""
         trial = self._open_trial()
-        trial.flush()
-        undecided = ""
-        for task in trial.tasks.values():
-            for outcome in trial.outcomes(task):
-                undecided = undecided or outcome.undecided
-                self._insert_outcome(trial, task.host, outcome)
-        self._execute(
-            "UPDATE trials SET ended_unix_us = ?, undecided = ? WHERE trial_id = ?",
-            _now_us(),
-            undecided,
-            trial.trial.trial_id,
-        )
-        if undecided:
-            self._undecided.append(undecided)
+        self._flush(trial)
+        outcomes = {task.host: trial.outcomes(task) for task in trial.tasks.values()}
+        end = trial.end(outcomes)
+        with self._transaction():
+            for host, of_host in outcomes.items():
+                for outcome in of_host:
+                    self._insert_outcome(trial, host, outcome)
+            self._execute(
+                "UPDATE trials SET ended_unix_us = ?, undecided = ?, lost = ? WHERE trial_id = ?",
+                _now_us(),
+                end.undecided,
+                end.lost,
+                trial.trial.trial_id,
+            )
         self._trial = None
-        return undecided
+        return end
+
+    def _flush(self, trial: _OpenTrial) -> None:
+        """Write what is buffered as a part, and then say that it is there."""
+        row_count = trial.write_part()
+        if row_count:
+            self._execute(
+                "INSERT INTO parts (trial_id, number, row_count) VALUES (?, ?, ?)",
+                trial.trial.trial_id,
+                trial.part_count,
+                row_count,
+            )
+
+    def _undecided(self) -> list[str]:
+        with reported(self._store.path):
+            rows = self._store.database.execute(
+                "SELECT DISTINCT undecided FROM counted_trials "
+                "WHERE run_id = ? AND undecided != '' ORDER BY position",
+                (self._header.run_id,),
+            ).fetchall()
+        return [row["undecided"] for row in rows]
 
     def _open_trial(self) -> _OpenTrial:
         if self._trial is None:
@@ -164,7 +211,8 @@ class RunWriter:
         spec = self._header.spec
         self._execute(
             "INSERT INTO runs (run_id, name, driver, spec_text, spec_hash, control, summary, "
-            "started_unix_us, state, environment) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?)",
+            "started_unix_us, state, environment, overrides, libvirt_uri) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?)",
             self._header.run_id,
             spec.name,
             spec.driver,
@@ -174,6 +222,16 @@ class RunWriter:
             self._header.summary,
             _now_us(),
             json.dumps(self._header.environment),
+            json.dumps(self._header.overrides),
+            self._header.libvirt_uri,
+        )
+
+    def _take_up_run(self) -> None:
+        self._execute(
+            "UPDATE runs SET state = 'running', reason = '', ended_unix_us = 0, environment = ? "
+            "WHERE run_id = ?",
+            json.dumps(self._header.environment),
+            self._header.run_id,
         )
 
     def _insert_outcome(self, trial: _OpenTrial, host: str, outcome: Outcome) -> None:
@@ -192,11 +250,23 @@ class RunWriter:
         with reported(self._store.path):
             self._store.database.execute(sql, values)
 
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._execute("COMMIT")
+        except BaseException:
+            # SQLite may have rolled back by itself, as it does when the disk is full.
+            if self._store.database.in_transaction:
+                self._execute("ROLLBACK")
+            raise
+
     def _end(self, state: str, reason: str) -> None:
-        (self._folder / "reserve").unlink(missing_ok=True)
+        (self._folder / RESERVE).unlink(missing_ok=True)
         if self._trial is not None and state != "failed":
             with suppress(HintfleetError):
-                self._trial.flush()
+                self._flush(self._trial)
         try:
             self._execute(
                 "UPDATE runs SET state = ?, reason = ?, ended_unix_us = ? WHERE run_id = ?",
@@ -217,17 +287,20 @@ class _OpenTrial:
         self.tasks = tasks
         self._folder = folder
         self._buffered: list[Samples] = []
-        self._part_count = 0
+        self.part_count = 0
         self._flushed_at = time.monotonic()
         self._steps: dict[str, list[StepDone]] = {}
         self._ended: dict[str, GuestEnded] = {}
         self._settled: list[GuestSettled] = []
-        self._host_undecided: dict[str, str] = {}
+        self._done: dict[str, HostDone] = {}
 
     def add_samples(self, samples: Samples) -> None:
         self._buffered.append(samples)
-        if time.monotonic() - self._flushed_at >= _PART_PERIOD_S:
-            self.flush()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether what is buffered has waited long enough."""
+        return time.monotonic() - self._flushed_at >= _PART_PERIOD_S
 
     def add_event(self, event: Event) -> None:
         if isinstance(event, StepDone):
@@ -237,26 +310,38 @@ class _OpenTrial:
         elif isinstance(event, GuestSettled):
             self._settled.append(event)
         elif isinstance(event, HostDone):
-            self._host_undecided[event.host] = event.undecided
+            self._done[event.host] = event
 
-    def flush(self) -> None:
-        """Write what is buffered as a part."""
+    def write_part(self) -> int:
+        """Write what is buffered as a part; returns its number of samples, 0 for none."""
         self._flushed_at = time.monotonic()
-        if self._buffered:
-            buffered, self._buffered = self._buffered, []
-            self._part_count += 1
-            write_part(self._folder, self._part_count, buffered)
+        buffered, self._buffered = self._buffered, []
+        if buffered:
+            self.part_count += 1
+            write_part(self._folder, self.part_count, buffered)
+        return sum(samples.row_count for samples in buffered)
 
     def outcomes(self, task: HostTask) -> list[Outcome]:
         """Of a host (guest name "") and each of its guests."""
         names = [guest.name for guest in task.guests]
-        reason = self._host_undecided.get(task.host, f"{task.host}: did not come to the end")
+        done = self._done.get(task.host)
+        reason = done.undecided if done else f"{task.host}: did not come to the end"
         if not reason:
             try:
                 return self._measured(task, names)
             except Undecided as undecided:
                 reason = str(undecided)
         return [Outcome(guest=name, undecided=reason) for name in ("", *names)]
+
+    def end(self, outcomes: Mapping[str, list[Outcome]]) -> TrialEnd:
+        """What the outcomes of all hosts come to."""
+        reasons = {host: of_host[0].undecided for host, of_host in outcomes.items()}
+        undecided = {host: reason for host, reason in reasons.items() if reason}
+        return TrialEnd(
+            undecided=next(iter(undecided.values()), ""),
+            lost=bool(undecided)
+            and all(host in self._done and self._done[host].lost for host in undecided),
+        )
 
     def _measured(self, task: HostTask, names: list[str]) -> list[Outcome]:
         series = read_series(self._folder, task.host, COUNTERS)
@@ -292,13 +377,6 @@ def _failure(error: BaseException) -> tuple[str, str]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "interrupted by the user"
     return "failed", getattr(error, "message", "") or f"{type(error).__name__}: {error}"
-
-
-def _lock(folder: Path) -> int:
-    """Hold a lock as long as this process lives, so that others can tell."""
-    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return fd
 
 
 def _now_us() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -16,7 +17,7 @@ from orchestrator.plan import Trial
 from orchestrator.progress import HostProgress, Progress
 from orchestrator.records import Record
 from orchestrator.spec import Spec
-from orchestrator.store.writer import RunHeader
+from orchestrator.store.writer import RunHeader, TrialEnd
 from orchestrator.view.figures import clock, sparkline
 
 _FRAMES_PER_S = 5
@@ -49,9 +50,9 @@ class LiveView:
     ) -> None:
         self._live.stop()
 
-    def starting(self, header: RunHeader, trials: tuple[Trial, ...]) -> None:
+    def starting(self, header: RunHeader, trials: tuple[Trial, ...], kept: Collection[int]) -> None:
         self._header = header
-        self._progress = Progress(trials, time.monotonic())
+        self._progress = Progress(trials, time.monotonic(), kept)
         if header.spec.left_out:
             self._console.print(left_out_note(header.spec), style="dim", highlight=False)
         self._live.start()
@@ -64,11 +65,11 @@ class LiveView:
         if self._progress:
             self._progress.record(record)
 
-    def trial_ended(self, trial: Trial, undecided: str) -> None:
+    def trial_ended(self, trial: Trial, end: TrialEnd) -> None:
         if self._progress:
-            self._progress.trial_ended(trial, bool(undecided), time.monotonic())
-        if undecided:
-            self._console.print(Text.assemble(("undecided: ", "yellow"), undecided))
+            self._progress.trial_ended(trial, bool(end.undecided), time.monotonic())
+        if end.undecided:
+            self._console.print(Text.assemble((f"{_kind(end)}: ", "yellow"), end.undecided))
 
     def _render(self) -> RenderableType:
         if self._header is None or self._progress is None:
@@ -102,11 +103,13 @@ class PlainView:
     ) -> None:
         pass
 
-    def starting(self, header: RunHeader, trials: tuple[Trial, ...]) -> None:
-        self._progress = Progress(trials, time.monotonic())
+    def starting(self, header: RunHeader, trials: tuple[Trial, ...], kept: Collection[int]) -> None:
+        self._progress = Progress(trials, time.monotonic(), kept)
         self._say(f"{header.spec.name}: {header.summary}")
         if header.spec.left_out:
             self._say(left_out_note(header.spec))
+        if kept:
+            self._say(f"{len(kept)} of {len(trials)} trials have their results and are kept")
         self._say(f"run {header.run_id}: starting hosts")
 
     def trial_started(self, trial: Trial) -> None:
@@ -118,14 +121,18 @@ class PlainView:
     def record(self, record: Record) -> None:
         pass
 
-    def trial_ended(self, trial: Trial, undecided: str) -> None:
+    def trial_ended(self, trial: Trial, end: TrialEnd) -> None:
         if self._progress:
-            self._progress.trial_ended(trial, bool(undecided), time.monotonic())
-        if undecided:
-            self._say(f"undecided: {undecided}")
+            self._progress.trial_ended(trial, bool(end.undecided), time.monotonic())
+        if end.undecided:
+            self._say(f"{_kind(end)}: {end.undecided}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _kind(end: TrialEnd) -> str:
+    return "lost" if end.lost else "undecided"
 
 
 def left_out_note(spec: Spec) -> str:
@@ -149,6 +156,7 @@ def _position(progress: Progress) -> str:
     return (
         f"trial {trial.position + 1} of {len(progress.trials)}: "
         f"{trial.arm.name}, repetition {trial.repetition + 1}"
+        f"{f', attempt {trial.attempt}' if trial.attempt > 1 else ''}"
     )
 
 

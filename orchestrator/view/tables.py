@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -29,6 +30,9 @@ from orchestrator.view.figures import (
     size_interval,
     when,
 )
+
+if TYPE_CHECKING:
+    from orchestrator.pki import Certificate
 
 _STATE_STYLES = {
     "done": "green",
@@ -224,17 +228,20 @@ def trials(found: Sequence[StoredTrial]) -> RenderableType:
     """A run's trials, in the order in which they ran."""
     made = table(("trial", "arm"), ("repetition", "took"))
     made.add_column("state", overflow="fold")
-    for number, trial in enumerate(found, 1):
+    for trial in found:
         ended = trial.ended_unix_us
         took = clock((ended - trial.started_unix_us) / 1e6) if ended else NO_FIGURE
-        made.add_row(str(number), trial.arm, str(trial.repetition + 1), took, _trial_state(trial))
+        made.add_row(
+            str(trial.position + 1), trial.arm, str(trial.repetition + 1), took, _trial_state(trial)
+        )
     return made
 
 
 def _trial_state(trial: StoredTrial) -> str:
+    state = "done" if trial.ended_unix_us else "cut off"
     if trial.undecided:
-        return f"undecided: {first_line(trial.undecided)}"
-    return "done" if trial.ended_unix_us else "cut off"
+        state = f"{'lost' if trial.lost else 'undecided'}: {first_line(trial.undecided)}"
+    return state if trial.counted else f"{state} (not counted: it was run again)"
 
 
 def findings(found: Sequence[Finding], can_run: Mapping[str, bool]) -> RenderableType:
@@ -247,6 +254,24 @@ def findings(found: Sequence[Finding], can_run: Mapping[str, bool]) -> Renderabl
         made.add_row(_mark(finding.ok), Text(finding.name), Text(detail))
     verdicts = [Text.assemble(_mark(ok), f" {driver} guests") for driver, ok in can_run.items()]
     return Group(made, *verdicts)
+
+
+def certificates(found: Sequence[Certificate]) -> RenderableType:
+    """What certificates say. Not a table: a fingerprint that is cut is worth nothing."""
+    return Group(*(line for one in found for line in _certificate(one)))
+
+
+def _certificate(one: Certificate) -> Iterator[Text]:
+    style = "green" if one.state == "valid" else "red"
+    yield Text.assemble(
+        (f"{one.role or 'no role'} {one.name}", "bold"),
+        (f"  {one.state}", style),
+        f", until {one.not_after[:10]}",
+    )
+    if at := [subject for subject in one.subjects if not subject.startswith("urn:")]:
+        yield Text(f"  at {', '.join(at)}")
+    yield Text(f"  sha256 {one.fingerprint}")
+    yield Text(f"  {one.path}", style="dim", overflow="fold")
 
 
 def _mark(ok: bool) -> Text:

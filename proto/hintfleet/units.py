@@ -28,13 +28,15 @@ _SIZE_UNITS = {
     "TB": 10**12,
 }
 _TIME_UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_NUMBER_AND_UNIT = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*")
+_SIZE_LIMIT_BYTES = 1 << 63
 
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as `384MiB`, `1.5GiB` or `2GB`.
 
-    :raises InvalidInput: no number, no unit, a bare letter, or not a whole number of bytes.
+    :raises InvalidInput: no number, no unit, a bare letter, not a whole number of bytes, or
+        8 EiB and more.
     """
     number, unit = _split(text, "size", "384MiB")
     if unit in ("K", "M", "G", "T"):
@@ -47,10 +49,15 @@ def parse_size(text: str) -> int:
             f"size {text!r}: {'no unit' if not unit else f'unknown unit {unit!r}'}",
             hint="units are B, KiB, MiB, GiB, TiB and kB, MB, GB, TB, as in 384MiB",
         )
-    size = float(number) * _SIZE_UNITS[unit] if "." in number else int(number) * _SIZE_UNITS[unit]
-    if size != int(size):
+    # In integers: 2.03MB is 2030000 bytes, but 2.03 * 10**6 is no whole number.
+    whole, _, decimals = number.partition(".")
+    scale: int = 10 ** len(decimals)
+    size_bytes, rest = divmod(int(whole + decimals) * _SIZE_UNITS[unit], scale)
+    if rest:
         raise InvalidInput(f"size {text!r} is not a whole number of bytes")
-    return int(size)
+    if size_bytes >= _SIZE_LIMIT_BYTES:
+        raise InvalidInput(f"size {text!r} is more than any memory has")
+    return size_bytes
 
 
 def parse_duration_s(text: str) -> float:

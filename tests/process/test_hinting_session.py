@@ -1,6 +1,5 @@
 """The hinting protocol as a strange guest may speak it to a real host agent."""
 
-import queue
 from collections.abc import Iterator
 
 import grpc
@@ -10,53 +9,13 @@ from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
-from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 from tests.support.agents import InProcessHost, host_in_process, wait_until
-
-
-class Guest:
-    """Speaks the protocol by hand, on the door that virtual machines use."""
-
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.insecure_channel(address)
-        self.outbox: queue.SimpleQueue[pb.GuestMessage | None] = queue.SimpleQueue()
-        self.call = HintingServiceStub(self.channel).Session(self.messages(), timeout=30)
-
-    def messages(self) -> Iterator[pb.GuestMessage]:
-        while (message := self.outbox.get()) is not None:
-            yield message
-
-    def hello(self, uuid: str, token: str, **extra: object) -> None:
-        hello = pb.Hello(
-            identity=pb.Identity(guest_uuid=uuid, token=token),
-            page_size_bytes=4096,
-            chunk_order=9,
-            **extra,  # type: ignore[arg-type]
-        )
-        self.outbox.put(pb.GuestMessage(hello=hello))
-
-    def batch(self, epoch: int, seq: int, ranges: RangeSet) -> None:
-        batch = pb.Batch(epoch=epoch, seq=seq, ranges=encode(ranges))
-        self.outbox.put(pb.GuestMessage(batch=batch))
-
-    def next(self) -> pb.HostMessage:
-        return next(self.call)
-
-    def refusal(self) -> tuple[grpc.StatusCode, str]:
-        """What the host ended the session with."""
-        with pytest.raises(grpc.RpcError) as caught:
-            list(self.call)
-        return caught.value.code(), caught.value.details()
-
-    def close(self) -> None:
-        self.outbox.put(None)
-        self.call.cancel()
-        self.channel.close()
+from tests.support.speaker import Speaker
 
 
 @pytest.fixture
-def guest(host_agent: InProcessHost) -> Iterator[Guest]:
-    speaker = Guest(host_agent.guest_address)
+def guest(host_agent: InProcessHost) -> Iterator[Speaker]:
+    speaker = Speaker(host_agent.guest_address)
     yield speaker
     speaker.close()
 
@@ -75,7 +34,7 @@ def identity(host_agent: InProcessHost) -> tuple[str, str]:
 
 
 def test_a_batch_is_reclaimed_and_acknowledged(
-    host_agent: InProcessHost, guest: Guest, identity: tuple[str, str]
+    host_agent: InProcessHost, guest: Speaker, identity: tuple[str, str]
 ) -> None:
     host_agent.allocate(96 * MIB)
     guest.hello(*identity)
@@ -90,20 +49,20 @@ def test_a_batch_is_reclaimed_and_acknowledged(
     assert host_agent.verify().wrong_pages == 96 * MIB // 4096
 
 
-def test_a_wrong_token_is_refused(guest: Guest, identity: tuple[str, str]) -> None:
+def test_a_wrong_token_is_refused(guest: Speaker, identity: tuple[str, str]) -> None:
     guest.hello(identity[0], "0" * 32)
     code, said = guest.refusal()
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert "with that token" in said
 
 
-def test_a_session_must_begin_with_hello(guest: Guest) -> None:
+def test_a_session_must_begin_with_hello(guest: Speaker) -> None:
     guest.batch(1, 1, RangeSet([(0, 512)]))
     assert guest.refusal()[0] is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_pages_outside_the_ram_are_skipped_with_the_reason(
-    guest: Guest, identity: tuple[str, str]
+    guest: Speaker, identity: tuple[str, str]
 ) -> None:
     guest.hello(*identity)
     welcome = guest.next().welcome
@@ -114,7 +73,7 @@ def test_pages_outside_the_ram_are_skipped_with_the_reason(
 
 
 def test_a_batch_of_an_earlier_epoch_is_skipped(
-    host_agent: InProcessHost, guest: Guest, identity: tuple[str, str]
+    host_agent: InProcessHost, guest: Speaker, identity: tuple[str, str]
 ) -> None:
     host_agent.allocate(96 * MIB)
     guest.hello(*identity)
@@ -137,7 +96,7 @@ def test_a_batch_of_an_earlier_epoch_is_skipped(
     ],
 )
 def test_violations_end_the_session_with_the_reason(
-    guest: Guest, identity: tuple[str, str], ranges: bytes, seq: int, said: str
+    guest: Speaker, identity: tuple[str, str], ranges: bytes, seq: int, said: str
 ) -> None:
     guest.hello(*identity)
     epoch = guest.next().welcome.epoch
@@ -149,19 +108,35 @@ def test_violations_end_the_session_with_the_reason(
 
 
 def test_the_newest_of_two_agents_wins(
-    host_agent: InProcessHost, guest: Guest, identity: tuple[str, str]
+    host_agent: InProcessHost, guest: Speaker, identity: tuple[str, str]
 ) -> None:
     guest.hello(*identity)
     first_epoch = guest.next().welcome.epoch
-    second = Guest(host_agent.guest_address)
+    second = Speaker(host_agent.guest_address)
     second.hello(*identity)
     assert second.next().welcome.epoch > first_epoch
     code, said = guest.refusal()
-    assert code is grpc.StatusCode.ABORTED
+    assert code is grpc.StatusCode.UNAVAILABLE, (
+        "it may try again: its Hello may only have been late"
+    )
     assert "another agent" in said
     second.batch(second_epoch := host_agent.guests()["g"].epoch, 1, RangeSet([(0, 512)]))
     assert second.next().ack.epoch == second_epoch
     second.close()
+
+
+def test_an_agent_that_was_superseded_comes_back(host_agent: InProcessHost, guest: Speaker) -> None:
+    """A Hello that is late on its way must not cost a guest its agent for good."""
+    host_agent.watch()
+    real = host_agent.create()
+    guest.hello(real.uuid, host_agent.token("g"))
+    assert guest.next().welcome.epoch > real.epoch
+    assert guest.refusal()[0] is grpc.StatusCode.UNAVAILABLE, "superseded in its turn"
+    wait_until(lambda: host_agent.guests()["g"].epoch > real.epoch + 1, "the agent's return")
+    host_agent.allocate(32 * MIB)
+    host_agent.free(32 * MIB)
+    host_agent.settle()
+    assert host_agent.guests()["g"].ledger.reclaimed_now_bytes == 32 * MIB
 
 
 def test_a_guest_door_serves_no_control_api(host_agent: InProcessHost) -> None:
@@ -174,7 +149,7 @@ def test_a_guest_door_serves_no_control_api(host_agent: InProcessHost) -> None:
 
 
 def test_a_guest_that_vanishes_leaves_the_others_alone(
-    host_agent: InProcessHost, guest: Guest, identity: tuple[str, str]
+    host_agent: InProcessHost, guest: Speaker, identity: tuple[str, str]
 ) -> None:
     host_agent.create("other")
     guest.hello(*identity)
@@ -186,3 +161,22 @@ def test_a_guest_that_vanishes_leaves_the_others_alone(
     wait_until(
         lambda: host_agent.guests()["other"].ledger.reclaimed_now_bytes == 32 * MIB, "its books"
     )
+
+
+@pytest.mark.parametrize("method", ["Session", "Workload"])
+@pytest.mark.parametrize("at", [0, 1])
+def test_bytes_that_are_no_message_are_refused(
+    host_agent: InProcessHost, identity: tuple[str, str], method: str, at: int
+) -> None:
+    who = pb.Identity(guest_uuid=identity[0], token=identity[1])
+    first = {
+        "Session": pb.GuestMessage(hello=pb.Hello(identity=who, page_size_bytes=4096)),
+        "Workload": pb.WorkloadEvent(attach=pb.Attach(identity=who)),
+    }[method]
+    frames = [*[first.SerializeToString()][:at], b"\xff\xff\xff"]
+    with grpc.insecure_channel(host_agent.guest_address) as channel:
+        call = channel.stream_stream(f"/hintfleet.v1.HintingService/{method}")
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(iter(frames), timeout=10))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "no message" in caught.value.details()

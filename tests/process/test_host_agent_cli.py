@@ -68,8 +68,12 @@ def test_metrics_are_the_books() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--listen", "0.0.0.0:7070"], 2, "not loopback"),
-        (["--guest-listen", "192.0.2.1:0"], 2, "not loopback"),
+        (["--listen", "0.0.0.0:7070"], 2, "hintfleet pki"),
+        (["--guest-listen", "192.0.2.1:0"], 2, "hintfleet pki"),
+        (["--metrics", "0.0.0.0:0"], 2, "hintfleet pki"),
+        (["--metrics", "unix:/x"], 2, "not HOST:PORT"),
+        (["--tls", "/nowhere"], 2, "ca.pem: No such file"),
+        (["--guest-tls", "/nowhere"], 2, "ca.pem: No such file"),
         (["--memory-budget", "4G"], 2, "ambiguous"),
         (["--metrics", "nonsense"], 2, "not HOST:PORT"),
         (["--nonsense"], 2, "unrecognized arguments"),

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from hintfleet.units import MIB
 from tests.support.agents import HostAgent, wait_until
-from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result
+from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result, wait_for_line
 
 SPEC = """\
 name: tiny
@@ -149,25 +148,18 @@ def ask_by_reflection(channel: grpc.Channel) -> Any:
     return call(request(limit=5), timeout=5)
 
 
-def wait_for_trial(process: "subprocess.Popen[str]", number: int) -> None:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith(f"trial {number} "):
-            return
-    raise AssertionError(f"it ended before trial {number}")
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing_but_its_results(
     lab: Lab, number: signal.Signals
 ) -> None:
     with lab.started("run", lab.spec(spec(count="1"))) as process:
-        wait_for_trial(process, 2)
+        wait_for_line(process, "trial 2 ")
         wait_until(lambda: len(lab.agents("guest_agent")) == 2, "two guests")
         process.send_signal(number)
-        assert process.wait(30) == 130
-        assert process.stdout is not None
-        assert process.stdout.read() == ""
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert out == ""
+        assert "to go on: hintfleet run --resume" in err
         lab.check_nothing_is_left()
     run = json.loads(lab.run("runs", "-o", "json").stdout)[0]
     assert run["state"] == "interrupted"
@@ -177,20 +169,20 @@ def test_an_interrupted_run_leaves_nothing_but_its_results(
 
 def test_a_killed_run_leaves_no_agent(lab: Lab) -> None:
     with lab.started("run", lab.spec(SPEC)) as process:
-        wait_for_trial(process, 1)
+        wait_for_line(process, "trial 1 ")
         wait_until(lambda: len(lab.agents("guest_agent")) == 4, "four guests")
         process.kill()
         process.wait()
         # Helpers of Ray itself stay for up to a minute: they try to report its end.
         wait_until(lambda: not lab.agents("host_agent", "guest_agent"), "the end of all agents")
     run = json.loads(lab.run("runs", "-o", "json").stdout)[0]
-    assert (run["state"], run["reason"]) == ("failed", "its process ended without a word")
+    assert (run["state"], run["reason"]) == ("interrupted", "its process ended without a word")
 
 
 def test_a_lost_guest_makes_its_trial_undecided_and_the_run_goes_on(lab: Lab) -> None:
     short = spec(**{"count": "1", "for": "1s", "repetitions": "1"})
     with lab.started("run", lab.spec(short), "-o", "json") as process:
-        wait_for_trial(process, 1)
+        wait_for_line(process, "trial 1 ")
         wait_until(lambda: len(lab.agents("guest_agent")) == 2, "two guests")
         os.kill(lab.agents("guest_agent")[0], signal.SIGKILL)
         out, err = process.communicate(timeout=RUN_TIMEOUT_S)

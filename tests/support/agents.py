@@ -18,6 +18,7 @@ from pathlib import Path
 
 import grpc
 
+from hintfleet.tls import Tls
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceStub
@@ -72,13 +73,19 @@ class HostClient:
         *,
         method: host_pb2.Method.ValueType = host_pb2.HINTING,
         hinting: host_pb2.HintingSettings | None = None,
+        max_memory_bytes: int = 0,
+        uuid: str = "",
     ) -> host_pb2.Guest:
         """An embedded guest of 128 MiB."""
         spec = host_pb2.GuestSpec(
-            driver=host_pb2.EMBEDDED, memory_bytes=128 * MIB, method=method, hinting=hinting
+            driver=host_pb2.EMBEDDED,
+            memory_bytes=128 * MIB,
+            max_memory_bytes=max_memory_bytes,
+            method=method,
+            hinting=hinting,
         )
         command = host_pb2.CommandId(trial_id=TRIAL)
-        request = host_pb2.CreateGuestRequest(command=command, name=name, spec=spec)
+        request = host_pb2.CreateGuestRequest(command=command, name=name, spec=spec, uuid=uuid)
         return self.stub.CreateGuest(request, timeout=60)
 
     def allocate(self, size_bytes: int, name: str = "g") -> host_pb2.RunStepResponse:
@@ -93,6 +100,12 @@ class HostClient:
 
     def verify(self, name: str = "g") -> host_pb2.RunStepResponse:
         return self.stub.RunStep(host_pb2.RunStepRequest(guest_name=name, verify=True), timeout=60)
+
+    def resize(
+        self, memory_bytes: int, name: str = "g", command: host_pb2.CommandId | None = None
+    ) -> host_pb2.Guest:
+        request = host_pb2.ResizeGuestRequest(command=command, name=name, memory_bytes=memory_bytes)
+        return self.stub.ResizeGuest(request, timeout=60)
 
     def settle(self, name: str = "g") -> host_pb2.SettleResponse:
         return self.stub.Settle(host_pb2.SettleRequest(guest_name=name), timeout=60)
@@ -128,7 +141,7 @@ class InProcessHost(HostClient):
 
 
 @contextlib.contextmanager
-def host_in_process() -> Iterator[InProcessHost]:
+def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
     """The same servers as `hintfleet-host`, on an event loop of their own."""
     started: queue.Queue[Serving] = queue.Queue()
     loop = asyncio.new_event_loop()
@@ -141,13 +154,17 @@ def host_in_process() -> Iterator[InProcessHost]:
             guest_listen="127.0.0.1:0",
             memory_budget_bytes=1 << 30,
             libvirt_uri="test:///default",
+            guest_tls=guest_tls,
         )
         async with serving(settings) as served:
             started.put(served)
             await stop.wait()
 
     with tempfile.TemporaryDirectory(prefix="hf-test-") as folder:
-        thread = threading.Thread(target=lambda: loop.run_until_complete(serve(folder)))
+        # A daemon: whoever ends without leaving this block must not wait for it.
+        thread = threading.Thread(
+            target=lambda: loop.run_until_complete(serve(folder)), daemon=True
+        )
         thread.start()
         served = started.get(timeout=10)
         with grpc.insecure_channel(served.control) as channel:
@@ -171,7 +188,7 @@ def running_host_agent(*arguments: str) -> Iterator[HostAgent]:
             [
                 *(sys.executable, "-m", "host_agent", "--listen", address),
                 *("--ready-fd", str(ready_write), "--lifeline-fd", str(lifeline_read)),
-                *arguments,
+                *arguments,  # the last --listen counts
             ],
             pass_fds=(ready_write, lifeline_read),
         )
@@ -179,7 +196,9 @@ def running_host_agent(*arguments: str) -> Iterator[HostAgent]:
         os.close(lifeline_read)
         with open(ready_read) as ready:
             addresses = json.loads(ready.readline())
-        channel = grpc.insecure_channel(addresses["control"])
+        # Not the connection of a channel to an agent that was here before this one.
+        alone = (("grpc.use_local_subchannel_pool", 1),)
+        channel = grpc.insecure_channel(addresses["control"], options=alone)
         agent = HostAgent(
             process=process,
             guest_address=addresses["guest"],
@@ -198,11 +217,13 @@ def running_host_agent(*arguments: str) -> Iterator[HostAgent]:
                 process.kill()
                 channel.close()
             wait_until(lambda: not any(map(alive, children)), "the guests to end with their host")
-        assert process.returncode in (0, -9)
+        assert process.returncode in (0, -9), f"the host agent ended with {process.returncode}"
 
 
 def child_pids(pid: int) -> list[int]:
-    try:
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
+    """Those that any of its threads has started."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, children.read_text().split())
+    return found

@@ -19,6 +19,19 @@ RUN_TIMEOUT_S = 240
 _MARK = "HINTFLEET_TEST_MARK"
 
 
+def processes_with(variable: str, value: str) -> dict[int, str]:
+    """All living processes in whose environment this is, and what they are."""
+    found = {}
+    wanted = f"{variable}={value}".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+    return found
+
+
 @dataclass(kw_only=True)
 class Lab:
     """A folder with a spec and results, and a mark on every process that is started in it."""
@@ -71,27 +84,36 @@ class Lab:
 
     def processes(self) -> dict[int, str]:
         """All living processes that bear the mark, and what they are."""
-        found = {}
-        wanted = f"{_MARK}={self.mark}".encode()
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue
-        return found
+        return processes_with(_MARK, self.mark)
 
     def agents(self, *modules: str) -> list[int]:
         """Process ids of these agents."""
-        return [
-            pid
-            for pid, command in self.processes().items()
-            if any(f"-m {module}" in command for module in modules)
-        ]
+        return [pid for module in modules for pid in self.find(f"-m {module}")]
+
+    def find(self, part: str) -> list[int]:
+        """Process ids of those with this in their command line."""
+        return [pid for pid, command in self.processes().items() if part in command]
 
     def check_nothing_is_left(self, timeout_s: float = 15.0) -> None:
         wait_until(lambda: not self.processes(), f"the end of {self.processes()}", timeout_s)
-        assert list(self.temporary.iterdir()) == []
+        left = [str(path) for path in self.temporary.rglob("*")]
+        assert not left, f"left behind: {left}"
+
+
+def wait_for_line(process: "subprocess.Popen[str]", start: str) -> str:
+    """The next line on stderr that begins so."""
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        if line.startswith(start):
+            return line
+        said.append(line)
+    raise AssertionError(f"it ended without a line {start!r}: {''.join(said)}")
+
+
+def parent_pid(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("PPid:"))
 
 
 @contextmanager

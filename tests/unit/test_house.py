@@ -56,7 +56,7 @@ def test_parts_meet_only_in_the_contract(package: str) -> None:
             assert not imported_modules(tree) & others, path
 
 
-@pytest.mark.parametrize("library", ["libvirt", "ray"])
+@pytest.mark.parametrize("library", ["libvirt", "ray", "cryptography"])
 def test_one_module_imports(library: str) -> None:
     users = [path for path, tree in SOURCES.items() if library in imported_modules(tree)]
     assert len(users) == 1, users
@@ -91,6 +91,21 @@ def test_generated_stubs_are_current(tmp_path: Path) -> None:
         assert path.read_text() == (ROOT / "proto/hintfleet/v1" / path.name).read_text(), (
             f"{path.name}: run `make proto`"
         )
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "README.md", "docs/safety.md"])
+def test_what_a_page_names_is_there(page: str) -> None:
+    named = set(re.findall(r"`([\w/.-]+)`", (ROOT / page).read_text()))
+    paths = {name for name in named if re.match(r"(tests|deploy|docs|\w+_agent|proto)/", name)}
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    tests = {name for name in named if name.startswith("test_")}
+    text = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    missing |= {name for name in tests if f"def {name}(" not in text and not find(name)}
+    assert not missing, f"{page} names what is not there"
+
+
+def find(name: str) -> list[Path]:
+    return list((ROOT / "tests").rglob(name))
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")

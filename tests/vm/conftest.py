@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 
 import pytest
 
-from hintfleet.units import MIB
+from hintfleet.units import GIB, MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.image import GuestImage, find_image
 from host_agent.guests.libvirt import LibvirtDriver
 from tests.support.agents import running_host_agent
-from tests.support.vm import Guests, image_with, spec
+from tests.support.vm import Guests, image_with, nodes_spec, spec
 
 ROOT = Path(__file__).parents[2]
 URI = os.environ.get("LIBVIRT_DEFAULT_URI", "qemu:///system")
@@ -86,13 +86,25 @@ def connection(libvirt_uri: str) -> Iterator[Any]:
 
 
 SPECS = {
-    "kmod": spec(),
-    "hugetlb": spec(isolator="hugetlb", parameters="init_on_alloc=0 hintfleet.test=die"),
-    "zeroing": spec(isolator="hugetlb", parameters="init_on_alloc=1", memory_bytes=640 * MIB),
-    "reporting": spec(host_pb2.REPORTING),
+    "kmod": spec(max_memory_bytes=GIB + 512 * MIB),
+    "hugetlb": spec(
+        isolator="hugetlb",
+        parameters="init_on_alloc=0 hintfleet.test=die",
+        max_memory_bytes=GIB + 512 * MIB,
+    ),
+    "zeroing": spec(
+        isolator="hugetlb",
+        parameters="init_on_alloc=1 hintfleet.test=no-eject",
+        memory_bytes=640 * MIB,
+        max_memory_bytes=768 * MIB,
+    ),
+    "reporting": spec(host_pb2.REPORTING, max_memory_bytes=GIB + 512 * MIB),
     # Steps of half the memory: what is tested here is not how slow the default is.
     "balloon": spec(host_pb2.BALLOON, balloon=host_pb2.BalloonSettings(step_percent=50)),
+    "nodes-kmod": nodes_spec("kmod"),
+    "nodes-hugetlb": nodes_spec("hugetlb", "init_on_alloc=0"),
     "pool-in-use": spec(isolator="hugetlb", parameters="hugepages=4", memory_bytes=384 * MIB),
+    "zeroes-freed": spec(isolator="hugetlb", parameters="init_on_free=1", memory_bytes=384 * MIB),
     "overcommit": spec(
         isolator="hugetlb",
         parameters="sysctl.vm.nr_overcommit_hugepages=4",

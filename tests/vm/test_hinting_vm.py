@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ FREED_BYTES = 400 * MIB
 @pytest.mark.parametrize("name", ["kmod", "hugetlb"])
 def test_what_is_freed_leaves_the_host(guests: Guests, connection: Any, name: str) -> None:
     host = guests.host
+    time.sleep(3)  # so that the agent is at rest
     host.allocate(FREED_BYTES + 60 * MIB, name)
     before_bytes = guests.ledger(name).resident_bytes
     host.free(FREED_BYTES, name)

@@ -526,14 +526,22 @@ class WorkloadCommand(_message.Message):
     ALLOCATE_FIELD_NUMBER: _builtins.int
     FREE_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
+    ONLINE_FIELD_NUMBER: _builtins.int
+    OFFLINE_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
-    """Grows with every command of a guest; a repeated id is answered from memory."""
+    """Not that of the command before, unless it is the same command, asked for again: that
+    is answered from memory.
+    """
     @_builtins.property
     def allocate(self) -> Global___Allocate: ...
     @_builtins.property
     def free(self) -> Global___Free: ...
     @_builtins.property
     def verify(self) -> Global___Verify: ...
+    @_builtins.property
+    def online(self) -> Global___Online: ...
+    @_builtins.property
+    def offline(self) -> Global___Offline: ...
     def __init__(
         self,
         *,
@@ -541,12 +549,14 @@ class WorkloadCommand(_message.Message):
         allocate: Global___Allocate | None = ...,
         free: Global___Free | None = ...,
         verify: Global___Verify | None = ...,
+        online: Global___Online | None = ...,
+        offline: Global___Offline | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "free", b"free", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "free", b"free", "offline", b"offline", "online", b"online", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "command_id", b"command_id", "free", b"free", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "command_id", b"command_id", "free", b"free", "offline", b"offline", "online", b"online", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["allocate", "free", "verify"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["allocate", "free", "verify", "online", "offline"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -620,6 +630,50 @@ class Verify(_message.Message):
 Global___Verify: _TypeAlias = Verify  # noqa: Y015
 
 @_typing.final
+class Online(_message.Message):
+    """Begin to use memory that the host has plugged. What is online already stays so."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANGES_FIELD_NUMBER: _builtins.int
+    ranges: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        ranges: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ranges", b"ranges"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Online: _TypeAlias = Online  # noqa: Y015
+
+@_typing.final
+class Offline(_message.Message):
+    """Stop using memory that the host is to unplug; what is isolated there is waited for.
+    What is offline already stays so. All of it goes offline, or nothing changes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANGES_FIELD_NUMBER: _builtins.int
+    ranges: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        ranges: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ranges", b"ranges"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Offline: _TypeAlias = Offline  # noqa: Y015
+
+@_typing.final
 class WorkloadEvent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -681,7 +735,7 @@ class Done(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
     changed_bytes: _builtins.int
-    """What this command allocated or freed."""
+    """What this command allocated or freed; of memory on- and offlined nothing is said."""
     held_bytes: _builtins.int
     """What the workload holds after it."""
     verified_pages: _builtins.int

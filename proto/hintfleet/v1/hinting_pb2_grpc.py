@@ -60,8 +60,8 @@ class HintingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Workload(self, request_iterator, context):
-        """What an experiment asks of the guest's workload: one stream per guest,
-        opened by the guest. The first WorkloadEvent is Attach. Apart from Session,
+        """What an experiment asks of the guest's workload, and the guest's part of being
+        resized: one stream per guest, opened by the guest. The first WorkloadEvent is Attach. Apart from Session,
         so that a guest under any method (also `none`) runs the same workload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -46,8 +46,8 @@ class HintingServiceStub:
     ends the first one (the newest wins) before it is welcomed.
     """
     Workload: _grpc.StreamStreamMultiCallable[_hinting_pb2.WorkloadEvent, _hinting_pb2.WorkloadCommand]
-    """What an experiment asks of the guest's workload: one stream per guest,
-    opened by the guest. The first WorkloadEvent is Attach. Apart from Session,
+    """What an experiment asks of the guest's workload, and the guest's part of being
+    resized: one stream per guest, opened by the guest. The first WorkloadEvent is Attach. Apart from Session,
     so that a guest under any method (also `none`) runs the same workload.
     """
 
@@ -61,8 +61,8 @@ class HintingServiceAsyncStub(HintingServiceStub):
     ends the first one (the newest wins) before it is welcomed.
     """
     Workload: _aio.StreamStreamMultiCallable[_hinting_pb2.WorkloadEvent, _hinting_pb2.WorkloadCommand]  # type: ignore[assignment]
-    """What an experiment asks of the guest's workload: one stream per guest,
-    opened by the guest. The first WorkloadEvent is Attach. Apart from Session,
+    """What an experiment asks of the guest's workload, and the guest's part of being
+    resized: one stream per guest, opened by the guest. The first WorkloadEvent is Attach. Apart from Session,
     so that a guest under any method (also `none`) runs the same workload.
     """
 
@@ -85,8 +85,8 @@ class HintingServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_hinting_pb2.WorkloadEvent],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_hinting_pb2.WorkloadCommand], _abc.AsyncIterator[_hinting_pb2.WorkloadCommand]]:
-        """What an experiment asks of the guest's workload: one stream per guest,
-        opened by the guest. The first WorkloadEvent is Attach. Apart from Session,
+        """What an experiment asks of the guest's workload, and the guest's part of being
+        resized: one stream per guest, opened by the guest. The first WorkloadEvent is Attach. Apart from Session,
         so that a guest under any method (also `none`) runs the same workload.
         """
 

@@ -184,11 +184,21 @@ class GuestSpec(_message.Message):
     HINTING_FIELD_NUMBER: _builtins.int
     KERNEL_PARAMETERS_FIELD_NUMBER: _builtins.int
     BALLOON_FIELD_NUMBER: _builtins.int
+    MAX_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    NODE_COUNT_FIELD_NUMBER: _builtins.int
     driver: Global___Driver.ValueType
     memory_bytes: _builtins.int
     method: Global___Method.ValueType
     kernel_parameters: _builtins.str
     """Driver LIBVIRT only: more for the guest kernel's command line, as "init_on_alloc=0"."""
+    max_memory_bytes: _builtins.int
+    """What ResizeGuest may give it: memory_bytes and whole sections of 128 MiB more.
+    0: its size is fixed. Not under method BALLOON, which is a size that moves already.
+    """
+    node_count: _builtins.int
+    """Driver LIBVIRT only: NUMA nodes that memory_bytes is spread over evenly; 0 means 1.
+    What is plugged comes to the last one.
+    """
     @_builtins.property
     def hinting(self) -> Global___HintingSettings:
         """Method HINTING only."""
@@ -206,10 +216,12 @@ class GuestSpec(_message.Message):
         hinting: Global___HintingSettings | None = ...,
         kernel_parameters: _builtins.str = ...,
         balloon: Global___BalloonSettings | None = ...,
+        max_memory_bytes: _builtins.int = ...,
+        node_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "hinting", b"hinting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "driver", b"driver", "hinting", b"hinting", "kernel_parameters", b"kernel_parameters", "memory_bytes", b"memory_bytes", "method", b"method"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "driver", b"driver", "hinting", b"hinting", "kernel_parameters", b"kernel_parameters", "max_memory_bytes", b"max_memory_bytes", "memory_bytes", b"memory_bytes", "method", b"method", "node_count", b"node_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -300,7 +312,10 @@ class CreateGuestRequest(_message.Message):
     COMMAND_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    uuid: _builtins.str
+    """Empty: the host agent picks one. Given where a certificate was issued for it before."""
     @_builtins.property
     def command(self) -> Global___CommandId: ...
     @_builtins.property
@@ -311,10 +326,11 @@ class CreateGuestRequest(_message.Message):
         command: Global___CommandId | None = ...,
         name: _builtins.str = ...,
         spec: Global___GuestSpec | None = ...,
+        uuid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "name", b"name", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "name", b"name", "spec", b"spec", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -359,6 +375,32 @@ class Guest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Guest: _TypeAlias = Guest  # noqa: Y015
+
+@_typing.final
+class ResizeGuestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMAND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    memory_bytes: _builtins.int
+    @_builtins.property
+    def command(self) -> Global___CommandId: ...
+    def __init__(
+        self,
+        *,
+        command: Global___CommandId | None = ...,
+        name: _builtins.str = ...,
+        memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "memory_bytes", b"memory_bytes", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeGuestRequest: _TypeAlias = ResizeGuestRequest  # noqa: Y015
 
 @_typing.final
 class DestroyGuestRequest(_message.Message):
@@ -719,7 +761,9 @@ class Ledger(_message.Message):
     BATCHES_FIELD_NUMBER: _builtins.int
     WIRE_BYTES_FIELD_NUMBER: _builtins.int
     RANGES_FIELD_NUMBER: _builtins.int
+    UNPLUGGED_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     provisioned_bytes: _builtins.int
+    """What the guest has now: what it was made with, and what was plugged since."""
     resident_bytes: _builtins.int
     """Blocks of the guest's RAM file."""
     hinted_total_bytes: _builtins.int
@@ -727,13 +771,15 @@ class Ledger(_message.Message):
     absent_total_bytes: _builtins.int
     refaulted_total_bytes: _builtins.int
     reclaimed_now_bytes: _builtins.int
-    """reclaimed_total - refaulted_total: ledger savings."""
+    """reclaimed_total - refaulted_total - unplugged_total: ledger savings."""
     untouched_bytes: _builtins.int
     """Never resident since the guest was made."""
     batches: _builtins.int
     wire_bytes: _builtins.int
     """Bytes of packed ranges received, and the ranges in them."""
     ranges: _builtins.int
+    unplugged_total_bytes: _builtins.int
+    """Reclaimed, and still absent when it was unplugged: no saving any more."""
     @_builtins.property
     def skipped_total_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """By SkipReason name, in lower case."""
@@ -753,10 +799,11 @@ class Ledger(_message.Message):
         batches: _builtins.int = ...,
         wire_bytes: _builtins.int = ...,
         ranges: _builtins.int = ...,
+        unplugged_total_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_total_bytes", b"absent_total_bytes", "batches", b"batches", "hinted_total_bytes", b"hinted_total_bytes", "provisioned_bytes", b"provisioned_bytes", "ranges", b"ranges", "reclaimed_now_bytes", b"reclaimed_now_bytes", "reclaimed_total_bytes", b"reclaimed_total_bytes", "refaulted_total_bytes", b"refaulted_total_bytes", "resident_bytes", b"resident_bytes", "skipped_total_bytes", b"skipped_total_bytes", "untouched_bytes", b"untouched_bytes", "wire_bytes", b"wire_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_total_bytes", b"absent_total_bytes", "batches", b"batches", "hinted_total_bytes", b"hinted_total_bytes", "provisioned_bytes", b"provisioned_bytes", "ranges", b"ranges", "reclaimed_now_bytes", b"reclaimed_now_bytes", "reclaimed_total_bytes", b"reclaimed_total_bytes", "refaulted_total_bytes", b"refaulted_total_bytes", "resident_bytes", b"resident_bytes", "skipped_total_bytes", b"skipped_total_bytes", "unplugged_total_bytes", b"unplugged_total_bytes", "untouched_bytes", b"untouched_bytes", "wire_bytes", b"wire_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,6 +54,11 @@ class HostServiceStub:
                 request_serializer=hintfleet_dot_v1_dot_host__pb2.ListGuestsRequest.SerializeToString,
                 response_deserializer=hintfleet_dot_v1_dot_host__pb2.ListGuestsResponse.FromString,
                 _registered_method=True)
+        self.ResizeGuest = channel.unary_unary(
+                '/hintfleet.v1.HostService/ResizeGuest',
+                request_serializer=hintfleet_dot_v1_dot_host__pb2.ResizeGuestRequest.SerializeToString,
+                response_deserializer=hintfleet_dot_v1_dot_host__pb2.Guest.FromString,
+                _registered_method=True)
         self.RunStep = channel.unary_unary(
                 '/hintfleet.v1.HostService/RunStep',
                 request_serializer=hintfleet_dot_v1_dot_host__pb2.RunStepRequest.SerializeToString,
@@ -99,6 +104,17 @@ class HostServiceServicer:
 
     def ListGuests(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResizeGuest(self, request, context):
+        """Plug or unplug memory of a running guest until it has memory_bytes; returns when the
+        guest can use what came, or the host has all that went. Already so much: nothing.
+        INVALID_ARGUMENT: not the start size and whole sections of 128 MiB, less than the
+        start size or more than the maximum. FAILED_PRECONDITION: it was not made to be
+        resized, or what is to go is in use; nothing has changed then.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -150,6 +166,11 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.ListGuests,
                     request_deserializer=hintfleet_dot_v1_dot_host__pb2.ListGuestsRequest.FromString,
                     response_serializer=hintfleet_dot_v1_dot_host__pb2.ListGuestsResponse.SerializeToString,
+            ),
+            'ResizeGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResizeGuest,
+                    request_deserializer=hintfleet_dot_v1_dot_host__pb2.ResizeGuestRequest.FromString,
+                    response_serializer=hintfleet_dot_v1_dot_host__pb2.Guest.SerializeToString,
             ),
             'RunStep': grpc.unary_unary_rpc_method_handler(
                     servicer.RunStep,
@@ -275,6 +296,33 @@ class HostService:
             '/hintfleet.v1.HostService/ListGuests',
             hintfleet_dot_v1_dot_host__pb2.ListGuestsRequest.SerializeToString,
             hintfleet_dot_v1_dot_host__pb2.ListGuestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResizeGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hintfleet.v1.HostService/ResizeGuest',
+            hintfleet_dot_v1_dot_host__pb2.ResizeGuestRequest.SerializeToString,
+            hintfleet_dot_v1_dot_host__pb2.Guest.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,13 @@ class HostServiceStub:
     DestroyGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.DestroyGuestRequest, _host_pb2.DestroyGuestResponse]
     """End a guest and free all that it held. NOT_FOUND if there is none."""
     ListGuests: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListGuestsRequest, _host_pb2.ListGuestsResponse]
+    ResizeGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.ResizeGuestRequest, _host_pb2.Guest]
+    """Plug or unplug memory of a running guest until it has memory_bytes; returns when the
+    guest can use what came, or the host has all that went. Already so much: nothing.
+    INVALID_ARGUMENT: not the start size and whole sections of 128 MiB, less than the
+    start size or more than the maximum. FAILED_PRECONDITION: it was not made to be
+    resized, or what is to go is in use; nothing has changed then.
+    """
     RunStep: _grpc.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]
     """One workload step on one guest; returns when the guest has done it."""
     Settle: _grpc.UnaryUnaryMultiCallable[_host_pb2.SettleRequest, _host_pb2.SettleResponse]
@@ -67,6 +74,13 @@ class HostServiceAsyncStub(HostServiceStub):
     DestroyGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.DestroyGuestRequest, _host_pb2.DestroyGuestResponse]  # type: ignore[assignment]
     """End a guest and free all that it held. NOT_FOUND if there is none."""
     ListGuests: _aio.UnaryUnaryMultiCallable[_host_pb2.ListGuestsRequest, _host_pb2.ListGuestsResponse]  # type: ignore[assignment]
+    ResizeGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.ResizeGuestRequest, _host_pb2.Guest]  # type: ignore[assignment]
+    """Plug or unplug memory of a running guest until it has memory_bytes; returns when the
+    guest can use what came, or the host has all that went. Already so much: nothing.
+    INVALID_ARGUMENT: not the start size and whole sections of 128 MiB, less than the
+    start size or more than the maximum. FAILED_PRECONDITION: it was not made to be
+    resized, or what is to go is in use; nothing has changed then.
+    """
     RunStep: _aio.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]  # type: ignore[assignment]
     """One workload step on one guest; returns when the guest has done it."""
     Settle: _aio.UnaryUnaryMultiCallable[_host_pb2.SettleRequest, _host_pb2.SettleResponse]  # type: ignore[assignment]
@@ -114,6 +128,19 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.ListGuestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.ListGuestsResponse, _abc.Awaitable[_host_pb2.ListGuestsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ResizeGuest(
+        self,
+        request: _host_pb2.ResizeGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.Guest, _abc.Awaitable[_host_pb2.Guest]]:
+        """Plug or unplug memory of a running guest until it has memory_bytes; returns when the
+        guest can use what came, or the host has all that went. Already so much: nothing.
+        INVALID_ARGUMENT: not the start size and whole sections of 128 MiB, less than the
+        start size or more than the maximum. FAILED_PRECONDITION: it was not made to be
+        resized, or what is to go is in use; nothing has changed then.
+        """
 
     @_abc_1.abstractmethod
     def RunStep(

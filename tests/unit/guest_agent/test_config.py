@@ -28,6 +28,10 @@ def test_round_trip() -> None:
         (json.dumps(GOOD | {"isolator": "hugetlb", "chunk_order": 10}), "must be 9"),
         (json.dumps(GOOD | {"chunk_order": True}), "must be int"),
         (json.dumps(GOOD | {"token": 5}), "token must be str"),
+        (json.dumps(GOOD | {"token": "\ud800"}), "not JSON.*surrogates"),
+        (json.dumps(GOOD | {"memory_bytes": -1}), "memory_bytes is -1, must be 0 to"),
+        (json.dumps(GOOD | {"ram_fd": 1 << 64}), "must be -1 to"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_mistakes(text: str, said: str) -> None:

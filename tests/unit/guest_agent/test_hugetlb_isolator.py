@@ -17,12 +17,14 @@ THRESHOLD_CHUNKS = 4
 class ModelKernel:
     """A guest of `count` chunks, and the host memory behind each of them."""
 
-    def __init__(self, count: int, *, zeroing: bool) -> None:
+    def __init__(self, count: int, *, zeroing: bool, reserve: int = RESERVE_CHUNKS) -> None:
         self.free = list(range(count))
         self.used: list[int] = []
         self.pool: list[int] = []
         self.resident: set[int] = set()
         self.zeroing = zeroing
+        self.reserve = reserve
+        self.looks = 0
         self.withheld = 0
         self.shared = False
         self.reads = 0
@@ -39,14 +41,14 @@ class ModelKernel:
         return len(self.free)
 
     def reserve_chunks(self) -> int:
-        return RESERVE_CHUNKS
+        return self.reserve
 
     def grow(self, chunks: int) -> int:
         self.now_s += self.growing_takes_s
         if self.shared:
             raise TransientError("somebody else uses the pool")
         came = max(0, min(chunks, len(self.free) - self.withheld))
-        assert len(self.free) - came >= RESERVE_CHUNKS or not came, "the reserve was touched"
+        assert len(self.free) - came >= self.reserve or not came, "the reserve was touched"
         for _ in range(came):
             self.pool.append(self.free.pop())
         if self.zeroing:
@@ -54,6 +56,7 @@ class ModelKernel:
         return came
 
     def chunks(self) -> RangeSet:
+        self.looks += 1
         return RangeSet((chunk * CHUNK_PAGES, CHUNK_PAGES) for chunk in self.pool)
 
     def empty(self) -> None:
@@ -180,15 +183,19 @@ def test_a_pass_with_nothing_to_gain_costs_one_read() -> None:
     assert not kernel.pool
 
 
-def test_zeroing_makes_no_more_than_64_mib_resident() -> None:
-    kernel = ModelKernel(500, zeroing=True)
+@pytest.mark.parametrize(("chunks", "reserve", "bound"), [(500, 31, 32), (4096, 256, 64)])
+def test_zeroing_makes_no_more_than_64_mib_or_a_64th_resident(
+    chunks: int, reserve: int, bound: int
+) -> None:
+    kernel = ModelKernel(chunks, zeroing=True, reserve=reserve)
     isolator, host = started(kernel)
     most = 0
     while batch := isolator.isolate(512, 1 << 20):
         most = max(most, len(kernel.resident))
         assert not isolator.isolate(512, 1 << 20), "what was zeroed before is still resident"
         host.acknowledge(batch)
-    assert most == 32
+    assert most == bound
+    assert kernel.looks <= 64, "each step looks at all page flags"
     assert not kernel.pool
     assert not kernel.resident
 

@@ -1,5 +1,6 @@
 """Where the hugetlb pool cannot be ours: what a user reads."""
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,40 @@ def test_the_reserve_is_a_sixteenth_and_the_low_watermarks(kernel: Path) -> None
     (kernel / "zoneinfo").write_text(text)
     reserve = HugetlbPool(kernel / "mount", kernel, kernel).reserve_chunks()
     assert 24 * 512 / 16 < reserve < 24 * 512 / 16 + 64
+
+
+def test_only_one_agent_works_with_the_pool(kernel: Path) -> None:
+    """A second one would take what the first has in flight for what a dead agent left."""
+    with open(kernel / "mount.lock", "w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        assert "another guest agent" in refusal(kernel)
+    assert "kpageflags" in refusal(kernel), "the lock dies with its holder"
+
+
+def test_no_node_gives_more_than_it_can_spare(kernel: Path) -> None:
+    """Left to itself, the kernel would compact node 0 for each chunk in turn."""
+    free_chunks = {0: 3, 1: 90}
+    zoneinfo, buddyinfo = "", ""
+    for node, free in free_chunks.items():
+        pool = kernel / f"devices/system/node/node{node}/hugepages/hugepages-2048kB"
+        pool.mkdir(parents=True)
+        (pool / "nr_hugepages").write_text("0\n")
+        zoneinfo += (
+            f"Node {node}, zone   Normal\n        low      512\n        spanned  65536\n"
+            f"        present  65536\n  start_pfn:           {node * 65536}\n"
+        )
+        buddyinfo += f"Node {node}, zone   Normal {'0 ' * 9} {free} 0\n"
+    (kernel / "zoneinfo").write_text(zoneinfo)
+    (kernel / "buddyinfo").write_text(buddyinfo)
+    (kernel / "mount").mkdir()
+    HugetlbPool(kernel / "mount", kernel, kernel).grow(75)
+    asked = [
+        int(
+            (
+                kernel / f"devices/system/node/node{n}/hugepages/hugepages-2048kB/nr_hugepages"
+            ).read_text()
+        )
+        for n in free_chunks
+    ]
+    assert asked == [0, 75]
+    assert (kernel / POOL / "nr_hugepages").read_text() == "0\n", "asked node by node only"

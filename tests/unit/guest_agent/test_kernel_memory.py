@@ -1,5 +1,7 @@
 """What the kernel's files say, from real ones: a guest of 1 GiB and a machine of 24 GiB."""
 
+import os
+import re
 import struct
 from pathlib import Path
 
@@ -7,12 +9,14 @@ import pytest
 
 from guest_agent.memory.kernel import (
     KPF_HUGE,
+    FreeLists,
     PageFlags,
     free_chunk_count,
     parse_buddyinfo,
     parse_zoneinfo,
     present_spans,
 )
+from guest_agent.procfs import parse_kib
 from hintfleet.errors import Refused
 
 DATA = Path(__file__).parents[2] / "data"
@@ -38,6 +42,22 @@ def test_buddyinfo_counts_whole_chunks_only() -> None:
     assert free_chunk_count([[9] * 9 + [0, 0]], 9) == 0
 
 
+def test_free_lists_are_read_again_at_every_look(tmp_path: Path) -> None:
+    path = tmp_path / "buddyinfo"
+    path.write_text((DATA / "buddyinfo-24GiB.txt").read_text())
+    counts = parse_buddyinfo(path.read_text()).values()
+    lists = FreeLists(9, str(path))
+    try:
+        for _ in range(2):
+            assert lists.free_chunk_count() == free_chunk_count(counts, 9) > 0
+        # More nodes than one read of /proc/buddyinfo can tell of.
+        line = "Node {}, zone   Normal" + 11 * " {:6}" + " \n"
+        path.write_text("".join(line.format(node, *[node] * 11) for node in range(256)))
+        assert lists.free_chunk_count() == 3 * sum(range(256))
+    finally:
+        lists.close()
+
+
 @pytest.mark.parametrize("text", ["", "Node 0, zone      DMA\n", "rubbish\n" * 10])
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(Refused):
@@ -50,6 +70,21 @@ def test_a_zone_that_lacks_a_number_is_refused_not_guessed() -> None:
     text = (DATA / "zoneinfo-24GiB.txt").read_text().replace("        spanned", "        spannt")
     with pytest.raises(Refused, match="not understood"):
         parse_zoneinfo(text)
+
+
+@pytest.mark.parametrize("pages", ["9" * 5000, "9" * 20, "1"])
+def test_a_zone_that_cannot_be_is_refused(pages: str) -> None:
+    text = (DATA / "zoneinfo-24GiB.txt").read_text()
+    with pytest.raises(Refused, match="not understood"):
+        parse_zoneinfo(re.sub(r"spanned  \d+", f"spanned  {pages}", text))
+    with pytest.raises(Refused, match="not understood"):
+        parse_buddyinfo("Node 0, zone DMA " + "9" * 5000 + "\n")
+
+
+@pytest.mark.parametrize("line", ["MemFree:", "MemFree: kB", "MemFree: x kB", "MemFreely: 1 kB"])
+def test_a_line_without_its_number_is_refused(line: str) -> None:
+    with pytest.raises(Refused, match="/proc/meminfo has no MemFree"):
+        parse_kib(f"MemTotal: 4 kB\n{line}\n".encode(), "MemFree", "/proc/meminfo")
 
 
 def memory_blocks(sys_root: Path, *numbers: int) -> Path:
@@ -86,6 +121,55 @@ def test_one_entry_a_chunk_is_read(tmp_path: Path) -> None:
         assert flags.chunks_with(KPF_HUGE, [range(3, 3000), range(3584, 6000)], 9) == sorted(huge)
         assert flags.chunks_with(KPF_HUGE, [range(600, 2048)], 9) == []
         assert flags.chunks_with(KPF_HUGE, [range(1 << 30, (1 << 30) + 1024)], 9) == []
+    finally:
+        flags.close()
+
+
+def test_a_look_at_a_sparse_guest_reads_what_is_present(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 GiB over 1 TiB: 2048 reads, as in a guest that has them in one piece."""
+    memory_blocks(tmp_path, *range(0, 8192, 256))
+    with (tmp_path / "kpageflags").open("wb") as file:
+        file.truncate(8 << 28)
+        file.seek(256 * 32768 * 8)
+        file.write(struct.pack("=Q", 1 << KPF_HUGE))
+    read_at: list[int] = []
+    pread = os.pread
+
+    def counted(fd: int, size: int, at: int) -> bytes:
+        read_at.append(at)
+        return pread(fd, size, at)
+
+    flags = PageFlags(str(tmp_path / "kpageflags"))
+    monkeypatch.setattr(os, "pread", counted)
+    try:
+        assert flags.chunks_with(KPF_HUGE, present_spans(tmp_path), 9) == [256 * 32768]
+    finally:
+        flags.close()
+    assert len(read_at) == 4 * 512
+
+
+def test_memory_that_is_plugged_in_during_a_look_shifts_no_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk whose entry was not there yet must not be given the flags of the next one."""
+    path = tmp_path / "kpageflags"
+    path.write_bytes(b"".join(struct.pack("=Q", (pfn == 1024) << KPF_HUGE) for pfn in range(2048)))
+    pread = os.pread
+    not_there_yet = [512 * 8]
+
+    def as_it_comes(fd: int, size: int, at: int) -> bytes:
+        if at in not_there_yet:
+            not_there_yet.remove(at)
+            return b""
+        return pread(fd, size, at)
+
+    flags = PageFlags(str(path))
+    monkeypatch.setattr(os, "pread", as_it_comes)
+    try:
+        assert flags.chunks_with(KPF_HUGE, [range(2048)], 9) == [1024]
+        assert not not_there_yet
     finally:
         flags.close()
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from guest_agent.memory.blocks import MemoryBlocks
 from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
 from guest_agent.workload import EXTENT_BYTES, Pattern, Source, Workload
-from guest_agent.workload_memory import AnonymousSource, BuddySource
-from hintfleet.ranges import RangeSet
+from guest_agent.workload_memory import AnonymousSource, BuddyPlugs, BuddySource
+from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
@@ -46,7 +47,7 @@ VERIFY = pb.WorkloadCommand(command_id=3, verify=pb.Verify())
 
 
 def test_what_is_held_verifies(source: Source) -> None:
-    workload = Workload(source)
+    workload = Workload(source, MemoryBlocks())
     done = workload.run(allocate(20 * MIB))
     assert (done.changed_bytes, done.held_bytes, done.error) == (20 * MIB, 20 * MIB, "")
     done = workload.run(free(12 * MIB))
@@ -57,7 +58,7 @@ def test_what_is_held_verifies(source: Source) -> None:
 
 
 def test_freed_memory_is_used_again(source: Source) -> None:
-    workload = Workload(source)
+    workload = Workload(source, MemoryBlocks())
     for _ in range(20):
         assert workload.run(allocate(40 * MIB)).error == ""
         assert workload.run(free(40 * MIB)).wrong_pages == 0
@@ -66,7 +67,8 @@ def test_freed_memory_is_used_again(source: Source) -> None:
 
 def test_a_page_dropped_in_use_is_counted_as_wrong(ram: mmap.mmap) -> None:
     zone = ZoneSpec(name="Normal", present=RangeSet([(0, RAM_BYTES // PAGE_BYTES)]))
-    workload = Workload(BuddySource(BuddyAllocator([zone], chunk_order=9), ram))
+    allocator = BuddyAllocator([zone], chunk_order=9)
+    workload = Workload(BuddySource(allocator, ram), BuddyPlugs(allocator))
     workload.run(allocate(20 * MIB))
     lost = 3 * PAGE_BYTES
     ram.madvise(mmap.MADV_REMOVE, RAM_BYTES - EXTENT_BYTES, lost)
@@ -77,11 +79,34 @@ def test_a_page_dropped_in_use_is_counted_as_wrong(ram: mmap.mmap) -> None:
 
 
 def test_running_out_of_memory_is_told_and_keeps_what_is_held(source: Source) -> None:
-    workload = Workload(source)
+    workload = Workload(source, MemoryBlocks())
     done = workload.run(allocate(2 * RAM_BYTES))
     assert "out of memory" in done.error
     assert 0 < done.held_bytes == workload.held_bytes < RAM_BYTES + 1
     assert workload.run(VERIFY).wrong_pages == 0
+
+
+def test_memory_comes_and_goes_and_what_is_held_stays(ram: mmap.mmap) -> None:
+    half = RAM_BYTES // PAGE_BYTES // 2
+    zone = ZoneSpec(name="Normal", present=RangeSet([(0, half)]))
+    allocator = BuddyAllocator([zone], chunk_order=9)
+    workload = Workload(BuddySource(allocator, ram), BuddyPlugs(allocator))
+    packed = encode(RangeSet([(half, half)]))
+    online = pb.WorkloadCommand(command_id=4, online=pb.Online(ranges=packed))
+    offline = pb.WorkloadCommand(command_id=5, offline=pb.Offline(ranges=packed))
+
+    assert "out of memory" in workload.run(allocate(40 * MIB)).error
+    for _ in range(2):  # what is online already stays so
+        assert workload.run(online).error == ""
+    assert workload.run(allocate(20 * MIB)).error == ""
+    done = workload.run(offline)
+    assert "in use" in done.error
+    assert (done.changed_bytes, done.held_bytes) == (0, workload.held_bytes)
+    assert workload.run(VERIFY).wrong_pages == 0
+    workload.run(free(RAM_BYTES))
+    for _ in range(2):
+        assert workload.run(offline).error == ""
+    assert allocator.zones[0].present == RangeSet([(0, half)])
 
 
 def test_patterns_of_neighbouring_keys_differ_in_every_page() -> None:

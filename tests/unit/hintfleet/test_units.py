@@ -10,7 +10,16 @@ from hintfleet.units import format_size, parse_duration_s, parse_size
 
 @pytest.mark.parametrize(
     ("text", "size_bytes"),
-    [("384MiB", 384 << 20), ("1.5 GiB", 3 << 29), ("2GB", 2 * 10**9), ("7B", 7), ("1TiB", 1 << 40)],
+    [
+        ("384MiB", 384 << 20),
+        ("1.5 GiB", 3 << 29),
+        ("2GB", 2 * 10**9),
+        ("7B", 7),
+        ("1TiB", 1 << 40),
+        # In floating point these are no whole numbers.
+        ("2.03MB", 2_030_000),
+        ("9007199254740993.0B", (1 << 53) + 1),
+    ],
 )
 def test_sizes(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
@@ -25,6 +34,8 @@ def test_sizes(text: str, size_bytes: int) -> None:
         ("-1GiB", "not a number"),
         ("", "not a number"),
         ("0.3B", "whole number of bytes"),
+        ("9000000TiB", "more than any memory"),
+        ("9" * 5000 + "B", "not a number"),
     ],
 )
 def test_unclear_sizes_are_refused(text: str, said: str) -> None:
@@ -46,7 +57,7 @@ def test_durations(text: str, seconds: float) -> None:
     assert parse_duration_s(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["2", "2 weeks", "s"])
+@pytest.mark.parametrize("text", ["2", "2 weeks", "s", "9" * 400 + "s"])
 def test_unclear_durations_are_refused(text: str) -> None:
     with pytest.raises(InvalidInput):
         parse_duration_s(text)

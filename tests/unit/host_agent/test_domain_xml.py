@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hintfleet.units import GIB
+from hintfleet.units import GIB, MIB
 from host_agent.guests.domain_xml import CONFIG_ENTRY, DomainSpec, Memballoon, domain_xml
 from host_agent.guests.image import GuestImage
 
@@ -52,6 +52,29 @@ def test_the_peers_have_a_balloon() -> None:
     assert target is not None
     assert target.attrib == {"model": "virtio", "autodeflate": "on"}
     assert attribute(target, "stats", "period") == "1"
+
+
+def test_a_guest_of_fixed_size_has_no_slots() -> None:
+    assert domain().find("maxMemory") is None
+    assert domain().find("cpu") is None
+
+
+def test_a_guest_that_can_grow_has_slots_and_a_node_for_dimms() -> None:
+    made = domain(replace(SPEC, max_memory_bytes=2 * GIB))
+    assert made.findtext("maxMemory") == str(2 * GIB)
+    assert int(attribute(made, "maxMemory", "slots") or 0) > 1
+    (cell,) = made.iterfind("cpu/numa/cell")
+    assert cell.attrib == {"id": "0", "memory": str(GIB // 1024), "unit": "KiB", "cpus": "0-0"}
+    assert "swiotlb=noforce" in (made.findtext("os/cmdline") or "")
+
+
+def test_memory_is_spread_over_the_nodes() -> None:
+    made = domain(replace(SPEC, node_count=3, accelerator="kvm"))
+    cells = list(made.iterfind("cpu[@mode='host-passthrough']/numa/cell"))
+    sizes = [int(cell.attrib["memory"]) * 1024 for cell in cells]
+    assert sum(sizes) == GIB
+    assert max(sizes) - min(sizes) <= 2 * MIB
+    assert [cell.get("cpus") for cell in cells] == ["0-0", None, None]
 
 
 @pytest.mark.parametrize("event", ["on_poweroff", "on_reboot", "on_crash"])

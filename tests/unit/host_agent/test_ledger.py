@@ -3,6 +3,7 @@
 import os
 import random
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -16,7 +17,15 @@ from host_agent.ram import GuestRam, Segment
 from host_agent.reclaim import Outcome, reclaim, skip
 
 PAGES = 512
+WHOLE = RangeSet([(0, PAGES)])
 runs = st.lists(st.tuples(st.integers(0, PAGES + 20), st.integers(1, 60)), min_size=1, max_size=4)
+
+
+def segment(pfn: int, page_count: int) -> Segment:
+    """RAM in a file of its own, which begins with a page of somebody else's."""
+    fd = os.memfd_create("ledger")
+    os.truncate(fd, (1 + page_count) * PAGE_BYTES)
+    return Segment(pfn=pfn, page_count=page_count, fd=fd, offset_bytes=PAGE_BYTES)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -24,10 +33,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        fd = os.memfd_create("ledger")
-        os.truncate(fd, PAGES * PAGE_BYTES)
-        self.fd = fd
-        self.ram = GuestRam([Segment(pfn=0, page_count=PAGES, fd=fd, offset_bytes=0)])
+        self.ram = GuestRam([segment(0, PAGES)])
         self.ledger = Ledger(self.ram.pages)
         self.refaulted_pages = 0
 
@@ -36,8 +42,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(pages=runs)
     def guest_touches(self, pages: list[tuple[int, int]]) -> None:
-        for pfn, count in RangeSet(pages) & self.ram.pages:
-            os.pwrite(self.fd, random.randbytes(1) * (count * PAGE_BYTES), pfn * PAGE_BYTES)
+        for segment, part in self.ram._parts(RangeSet(pages)):
+            data = random.randbytes(1) * (part.page_count * PAGE_BYTES)
+            os.pwrite(segment.fd, data, segment.to_offset(part.pfn))
 
     @rule(pages=runs)
     def guest_hints(self, pages: list[tuple[int, int]]) -> None:
@@ -56,6 +63,18 @@ class LedgerMachine(RuleBasedStateMachine):
     def books(self) -> host_pb2.Ledger:
         return self.ledger.as_pb2(self.ram.resident_bytes())
 
+    @rule(pages=runs)
+    def memory_is_unplugged(self, pages: list[tuple[int, int]]) -> None:
+        gone = RangeSet(pages) & self.ram.pages
+        self.ram.unplug(gone)
+        self.ledger.unplugged(gone)
+
+    @rule(pages=runs)
+    def memory_is_plugged(self, pages: list[tuple[int, int]]) -> None:
+        come = (RangeSet(pages) & WHOLE) - self.ram.pages
+        self.ram.plug([segment(pfn, count) for pfn, count in come])
+        self.ledger.plugged(come)
+
     @invariant()
     def every_hinted_byte_has_one_fate(self) -> None:
         books = self.books()
@@ -70,6 +89,7 @@ class LedgerMachine(RuleBasedStateMachine):
             books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
             == books.provisioned_bytes
         )
+        assert books.provisioned_bytes == self.ram.provisioned_bytes
         assert books.reclaimed_now_bytes == self.ledger.reclaimed.page_count * PAGE_BYTES
 
 
@@ -101,6 +121,73 @@ class PeerLedgerMachine(LedgerMachine):
         self.ram.punch(RangeSet(pages) & self.ram.pages)
 
 
+class RestartedLedgerMachine(LedgerMachine):
+    """The host agent is killed at any point and starts again from books of any age."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored = self.ledger.books()
+
+    @rule()
+    def books_are_saved(self) -> None:
+        self.stored = self.ledger.books()
+
+    @rule()
+    def killed_and_restarted(self) -> None:
+        self.ledger = Ledger.restored(self.ram.pages, self.stored)
+        self.ledger.recover(self.ram.resident(self.ram.pages))
+        self.every_hinted_byte_has_one_fate()
+        books = self.books()
+        stored = self.stored.totals
+        for total in ("hinted", "reclaimed", "absent", "refaulted"):
+            field = f"{total}_total_bytes"
+            assert getattr(books, field) >= getattr(stored, field), field
+        assert (
+            books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
+            == books.provisioned_bytes
+        )
+
+    @rule(pages=runs)
+    def killed_in_the_middle_of_a_batch(self, pages: list[tuple[int, int]]) -> None:
+        first, *_ = RangeSet(pages)  # the rest of the batch is not punched, none of it entered
+        self.ram.punch(RangeSet([first]) & self.ram.pages)
+        self.killed_and_restarted()
+
+
+def test_a_batch_that_was_not_entered_is_derived_from_the_file() -> None:
+    machine = LedgerMachine()
+    machine.guest_touches([(0, 100)])
+    machine.audit()
+    machine.guest_hints([(0, 10)])
+    stored = machine.ledger.books()
+    machine.guest_hints([(50, 50)])
+    machine.guest_touches([(5, 5), (200, 10)])
+    machine.ledger = Ledger.restored(machine.ram.pages, stored)
+    machine.ledger.recover(machine.ram.resident(machine.ram.pages))
+    books = machine.books()
+    machine.teardown()
+    assert books.hinted_total_bytes == books.reclaimed_total_bytes == 60 * PAGE_BYTES
+    assert books.refaulted_total_bytes == 5 * PAGE_BYTES
+    assert books.reclaimed_now_bytes == 55 * PAGE_BYTES
+    assert books.untouched_bytes == (PAGES - 110) * PAGE_BYTES
+
+
+def test_restored_books_are_the_same_books() -> None:
+    ledger = Ledger(RangeSet([(0, 100)]))
+    ledger.post(
+        RangeSet([(0, 60)]),
+        Outcome(
+            reclaimed=RangeSet([(0, 20)]),
+            absent=RangeSet([(20, 30)]),
+            skipped={pb.STALE: RangeSet([(50, 10)])},
+        ),
+        wire_bytes=3,
+    )
+    ledger.audit(RangeSet([(10, 20)]))
+    again = Ledger.restored(RangeSet([(0, 100)]), ledger.books())
+    assert again.books() == ledger.books()
+
+
 def test_what_others_take_is_entered_as_reclaimed_and_refaulted() -> None:
     machine = PeerLedgerMachine()
     machine.guest_touches([(0, 100)])
@@ -116,6 +203,40 @@ def test_what_others_take_is_entered_as_reclaimed_and_refaulted() -> None:
     assert books.untouched_bytes == (PAGES - 100) * PAGE_BYTES
 
 
+def test_what_was_reclaimed_and_unplugged_is_no_saving_any_more() -> None:
+    machine = LedgerMachine()
+    machine.guest_touches([(0, 100)])
+    machine.guest_hints([(0, 60)])
+    machine.memory_is_unplugged([(40, 80)])
+    machine.after_an_audit_the_file_agrees()
+    books = machine.books()
+    machine.memory_is_plugged([(40, 80)])
+    machine.after_an_audit_the_file_agrees()
+    again = machine.books()
+    machine.teardown()
+    assert books.provisioned_bytes == (PAGES - 80) * PAGE_BYTES
+    assert books.reclaimed_total_bytes == 60 * PAGE_BYTES
+    assert books.unplugged_total_bytes == 20 * PAGE_BYTES
+    assert books.reclaimed_now_bytes == again.reclaimed_now_bytes == 40 * PAGE_BYTES
+    assert again.untouched_bytes == books.untouched_bytes + 80 * PAGE_BYTES
+
+
+def test_a_file_of_which_nothing_is_left_is_closed() -> None:
+    ram = GuestRam([segment(0, 10)])
+    dimm = segment(100, 10)
+    ram.plug([dimm])
+    os.pwrite(dimm.fd, b"x" * 11 * PAGE_BYTES, 0)
+    ram.unplug(RangeSet([(100, 4), (108, 2)]))
+    assert ram.pages == RangeSet([(0, 10), (104, 4)])
+    assert ram.resident_bytes() == 5 * PAGE_BYTES, "with the page that is nobody's RAM"
+    assert ram.resident(RangeSet([(0, 200)])) == RangeSet([(104, 4)])
+    ram.unplug(RangeSet([(104, 4)]))
+    assert ram.resident_bytes() == 0
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(dimm.fd)
+    ram.close()
+
+
 def test_an_audit_says_which_absent_pages_are_used_now() -> None:
     ledger = Ledger(RangeSet([(0, 100)]))
     ledger.post(
@@ -127,6 +248,8 @@ def test_an_audit_says_which_absent_pages_are_used_now() -> None:
     assert not ledger.audit(RangeSet([(10, 20)]))
 
 
+TestRestartedLedger = RestartedLedgerMachine.TestCase
+TestRestartedLedger.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestPeerLedger = PeerLedgerMachine.TestCase
 TestPeerLedger.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestLedger = LedgerMachine.TestCase

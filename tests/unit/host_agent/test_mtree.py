@@ -74,3 +74,18 @@ def test_what_is_hidden_is_covered(sizes: list[int], data: st.DataObject) -> Non
     visible = [data.draw(st.integers(1, size)) for size in sizes]
     seen = [ram(s * MIB, v * MIB, s * MIB) for s, v in zip(starts, visible, strict=True)]
     assert whole_block(seen, total * MIB) == [ram(0, total * MIB, 0)]
+
+
+def test_a_view_that_is_not_flat() -> None:
+    text = captured("mtree-q35-1GiB.txt")
+    line = "  0000000000100000-000000003fffffff (prio 0, ram): pc.ram @0000000000100000"
+    assert line in text
+    with pytest.raises(Refused, match="overlap"):
+        parse(text.replace(line, f"{line}\r\n{line}"))
+    with pytest.raises(Refused, match="flat view"):
+        parse(text.replace(line, line.replace("3fffffff", "000fffff")))
+
+
+def test_a_block_whose_hidden_part_would_lie_upon_another() -> None:
+    with pytest.raises(Refused, match="two places at one address"):
+        whole_block([ram(0, MIB, 0), ram(2 * MIB, MIB, 4 * MIB)], 5 * MIB)

@@ -57,6 +57,26 @@ def test_what_was_not_hinted_keeps_its_contents(
             assert os.pread(ram_fd, 8, offset_bytes(page)) == page.to_bytes(8, "big")
 
 
+def test_memory_that_goes_while_it_is_looked_for_is_absent(
+    ram: GuestRam, ram_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU itself drops memory under free page reporting and for a balloon."""
+    touch(ram_fd, RangeSet([(0, 4), (8, 2)]))
+    lseek, calls = os.lseek, 0
+
+    def lseek_in_a_race(fd: int, at: int, whence: int) -> int:
+        nonlocal calls
+        calls += 1
+        assert calls < 100, "it looks for ever"
+        found = lseek(fd, at, whence)
+        if calls == 1:
+            ram.punch(RangeSet([(0, 4)]))
+        return found
+
+    monkeypatch.setattr(os, "lseek", lseek_in_a_race)
+    assert ram.resident(ram.pages) == RangeSet([(8, 2)])
+
+
 def test_a_punch_that_the_kernel_refuses_is_told_as_skipped() -> None:
     writable = os.memfd_create("refusing", os.MFD_ALLOW_SEALING)
     os.pwrite(writable, b"\1" * (8 * PAGE_BYTES), 0)

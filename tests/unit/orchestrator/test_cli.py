@@ -1,6 +1,8 @@
 """The command line: bad input is told on stderr, with the right exit code, and costs nothing."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import run_command
+from orchestrator.commands.run import Interrupts
 
 
 @pytest.mark.parametrize(
@@ -18,7 +21,11 @@ from orchestrator.cli import run_command
         (["run", "quickstart", "--driver", "model"], 2, "'model'"),
         (["run", "quickstart", "--host", "10.1.2.3:4"], 2, "loopback"),
         (["run", "quickstart", "-o", "xml"], 2, "'xml'"),
-        (["run"], 2, "Missing argument"),
+        (["run"], 2, "either a SPEC or --resume"),
+        (["run", "quickstart", "--resume", "latest"], 2, "either a SPEC or --resume"),
+        (["run", "--resume", "latest", "--driver", "libvirt"], 2, "no --driver"),
+        (["run", "--resume", "nothing"], 1, "no run 'nothing'"),
+        (["run", "quickstart", "--retries", "-1"], 2, "--retries"),
         (["fly"], 2, "No such command"),
         (["show", "nothing"], 1, "no run 'nothing'"),
         (["savings", "--since", "1"], 2, "no unit"),
@@ -97,3 +104,17 @@ def test_help_has_no_need_of_the_heavy_libraries(command: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Usage: hintfleet" in done.stdout
+
+
+def test_an_interrupt_whose_exception_was_lost_still_ends_the_run() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        interrupts = Interrupts()
+        interrupts.check()
+        with contextlib.suppress(KeyboardInterrupt):  # as a destructor would
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.machine import RuntimeDir, environment
+from orchestrator.machine import environment, runtime_dirs
 
 _KILLED = """
 import os, signal
-from orchestrator.machine import RuntimeDir
-made = RuntimeDir()
+from orchestrator.machine import runtime_dirs
+made = runtime_dirs().make()
 (made.path / "socket").touch()
 print(made.path, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -30,14 +30,14 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_folders_of_killed_processes_are_removed_and_others_stay(base: Path) -> None:
     (base / "hf-other").mkdir()
-    alive = RuntimeDir()
+    alive = runtime_dirs().make()
     killed = subprocess.run(
         [sys.executable, "-c", _KILLED], stdout=subprocess.PIPE, text=True, check=False
     )
     left = Path(killed.stdout.strip())
     assert left.parent == base
     assert left.is_dir()
-    made = RuntimeDir()
+    made = runtime_dirs().make()
     assert {path.name for path in base.iterdir()} == {"hf-other", alive.path.name, made.path.name}
     assert made.path.stat().st_mode & 0o777 == 0o700
     for folder in (alive, made, made):
@@ -46,13 +46,13 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(base: Path) -> 
 
 
 def test_a_folder_in_use_stays_though_its_process_cannot_be_seen(base: Path) -> None:
-    other = RuntimeDir()
+    other = runtime_dirs().make()
     # As a process of another container: its id means nothing here.
     elsewhere = other.path.rename(base / "hf-999999999-x")
-    RuntimeDir().remove()
+    runtime_dirs().make().remove()
     assert elsewhere.is_dir()
     other.remove()
-    RuntimeDir().remove()
+    runtime_dirs().make().remove()
     assert not elsewhere.exists(), "it was let go"
 
 
@@ -60,7 +60,7 @@ def test_a_long_temporary_folder_is_not_used(base: Path, monkeypatch: pytest.Mon
     deep = base / ("x" * 60)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    made = RuntimeDir()
+    made = runtime_dirs().make()
     try:
         assert len(str(made.path)) < 40
     finally:

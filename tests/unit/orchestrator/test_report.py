@@ -17,7 +17,7 @@ from orchestrator.records import Columns, GuestEnded, HostDone, PhaseStarted, Sa
 from orchestrator.report.contents import read_contents
 from orchestrator.report.curves import Mark, course, marks, times_s
 from orchestrator.store.reader import Store
-from orchestrator.store.writer import RunHeader, RunWriter
+from orchestrator.store.writer import RunHeader, RunWriter, TrialEnd
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -96,7 +96,7 @@ def store_trial(writer: RunWriter, trial: Trial) -> None:
                 )
             )
         writer.append(HostDone(**common, at_unix_us=7 * S))
-    assert writer.end_trial() == ""
+    assert writer.end_trial() == TrialEnd()
 
 
 @pytest.fixture(scope="module")

@@ -82,10 +82,14 @@ def test_a_good_spec() -> None:
         ("{name: none, method: none}", "{name: a, method: hinting}", "10:1", "no control"),
         ("method: hinting, tracker: bitmap", "method: none", "12:20", "second control"),
         ("memory: 1GiB", "memory: 128MiB", "4:23", "larger than its host"),
-        ("count: 2, memory: 1GiB", "agents: ['10.0.0.1:5']", "3:18", "loopback"),
+        ("count: 2, memory: 1GiB", "agents: ['10.0.0.1']", "3:18", "no address"),
         ("count: 2, memory: 1GiB", "agents: [], memory: 1GiB", "3:1", "either count and memory"),
         ("repetitions: 3", "repetitions: [3", "14:1", "not YAML"),
         ("repetitions: 3", "repetitions: &a 3", None, ""),
+        ("repetitions: 3", f"repetitions: 0x{'f' * 9999}", "13:1", "valid integer"),
+        ("repetitions: 3", "a: \a", "13:4", "control character"),
+        ("repetitions: 3", 'a: "\\Uffffffff"', "13:1", "no character"),
+        ("repetitions: 3", f"a: {'[' * 21}", "13:23", "more than 20 levels"),
         ("name: mine", "name: My Lab", "1:1", "lower-case letters"),
     ],
 )
@@ -110,7 +114,13 @@ def test_all_problems_are_said_at_once_in_the_order_of_the_file() -> None:
     assert [line.split(":")[1] for line in lines] == ["3", "7", "13"]
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "just words\n", "a: *b\n", "a: &a [*a]\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "- a\n", "just words\n", "a: *b\n", "a: &a [*a]\n"),
+        *("a: \0\n", "a: [\n" * 1000, "[" * 100_000, 'a: "\\Uffffffff"\n'),
+    ],
+)
 def test_what_is_no_spec_at_all(text: str) -> None:
     with pytest.raises(InvalidInput, match=r"^mine.yaml:\d+:\d+: "):
         spec_file.parse(text, "mine.yaml")
@@ -224,3 +234,20 @@ def test_more_memory_than_the_machine_has() -> None:
     problem = spec_checks.machine_problem(spec, needed - 1)
     assert problem is not None
     assert "more memory than the machine has" in problem.message
+
+
+def test_hosts_elsewhere_need_tls() -> None:
+    agents = "agents: ['127.0.0.1:5', 'h1.example.org:5']"
+    loaded = spec_file.parse(GOOD.replace("count: 2, memory: 1GiB", agents), "mine.yaml")
+    assert spec_checks.hosts_problem(loaded.spec, encrypted=True) is None
+    problem = spec_checks.hosts_problem(loaded.spec, encrypted=False)
+    assert problem is not None
+    said = str(loaded.error([problem]))
+    assert "mine.yaml:3:" in said
+    assert "'h1.example.org:5' is not on this machine's loopback" in said
+    assert "hintfleet pki" in said
+
+
+def test_repeats_of_repeats_are_counted_before_they_are_written_out() -> None:
+    more = "more than 100000 steps"
+    assert more in refusal("{repeat: 2}", "{repeat: 10000}" + "\n    - {repeat: 10000}" * 9)

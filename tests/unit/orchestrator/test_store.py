@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -17,12 +18,13 @@ import pytest
 from hintfleet.errors import LimitExceeded, NotFound, Refused
 from orchestrator import spec_file
 from orchestrator.cost import COUNTERS
+from orchestrator.experiment import left_to_run, new_experiment, overrides, stored_experiment
 from orchestrator.plan import HostTask, Trial, host_names, host_task, plan_trials
 from orchestrator.records import Columns, GuestEnded, HostDone, Record, Samples, StepDone
 from orchestrator.savings import By
 from orchestrator.spec import Spec
-from orchestrator.store.reader import Store
-from orchestrator.store.writer import RunHeader, RunWriter
+from orchestrator.store.reader import Run, Store
+from orchestrator.store.writer import RunHeader, RunWriter, TrialEnd
 
 S = 1_000_000
 _TIMEOUT_S = 60
@@ -39,8 +41,10 @@ def header(run_id: str = "run1") -> RunHeader:
     )
 
 
-def trial_of(spec: Spec, run_id: str, index: int) -> tuple[Trial, dict[str, HostTask]]:
-    trial = plan_trials(spec, run_id)[index]
+def trial_of(
+    spec: Spec, run_id: str, index: int, attempt: int = 1
+) -> tuple[Trial, dict[str, HostTask]]:
+    trial = replace(plan_trials(spec, run_id)[index], attempt=attempt)
     return trial, {host: host_task(spec, trial, host) for host in host_names(spec)}
 
 
@@ -92,9 +96,9 @@ def guest_records(task: HostTask) -> list[Record]:
     return [*steps, *ended, done]
 
 
-def write_trial(writer: RunWriter, index: int, resident_bytes: int) -> str:
+def write_trial(writer: RunWriter, index: int, resident_bytes: int, attempt: int = 1) -> TrialEnd:
     head = header()
-    trial, tasks = trial_of(head.spec, head.run_id, index)
+    trial, tasks = trial_of(head.spec, head.run_id, index, attempt)
     writer.begin_trial(trial, tasks)
     for task in tasks.values():
         writer.append(samples(task, 0.0, 4.0, resident_bytes))
@@ -108,7 +112,7 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
         with RunWriter(store, header()) as writer:
             for trial in plan_trials(header().spec, "run1"):
                 resident_bytes = (100 if trial.arm.name == "none" else 40) << 20
-                assert write_trial(writer, trial.position, resident_bytes) == ""
+                assert write_trial(writer, trial.position, resident_bytes) == TrialEnd()
             assert store.find_run("latest").state == "running"
         run = store.find_run("run1")
         assert (run.state, run.reason) == ("done", "")
@@ -134,7 +138,7 @@ def test_an_undecided_trial_makes_the_run_undecided(tmp_path: Path) -> None:
             writer.append(
                 HostDone(host=host, trial_id=trial.trial_id, at_unix_us=1, undecided="guest lost")
             )
-        assert writer.end_trial() == "guest lost"
+        assert writer.end_trial() == TrialEnd(undecided="guest lost")
     with Store(tmp_path) as store:
         assert store.find_run("run1").state == "undecided"
         assert store.savings(By.FLEET)[0].footprint is None
@@ -146,6 +150,102 @@ def test_an_error_makes_the_run_failed_and_ctrl_c_interrupted(tmp_path: Path) ->
             with pytest.raises(type(error)), RunWriter(store, header(state)):
                 raise error
             assert store.find_run(state).state == state
+
+
+def host_lost(writer: RunWriter, index: int, **lost: bool) -> TrialEnd:
+    """A trial that comes to nothing on every host, through their loss or otherwise."""
+    trial, tasks = trial_of(header().spec, "run1", index)
+    writer.begin_trial(trial, tasks)
+    for host in tasks:
+        writer.append(samples(tasks[host], 0.0, 4.0, 7 << 30))
+        done = HostDone(
+            host=host, trial_id=trial.trial_id, at_unix_us=1, undecided="gone", lost=lost[host]
+        )
+        writer.append(done)
+    return writer.end_trial()
+
+
+def test_only_the_last_attempt_at_a_trial_counts(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        with RunWriter(store, header()) as writer:
+            assert host_lost(writer, 0, host1=True, host2=True).lost
+            for trial in plan_trials(header().spec, "run1")[1:]:
+                write_trial(writer, trial.position, 100 << 20)
+        run = store.find_run("run1")
+        assert (run.state, run.reason) == ("undecided", "gone")
+        with RunWriter(store, header(), again=True) as writer:
+            write_trial(writer, 0, 100 << 20, attempt=2)
+        assert store.find_run("run1").state == "done"
+        first, *others = store.trials("run1")
+        assert (first.lost, first.undecided, first.counted) == (True, "gone", False)
+        assert first.sample_count == others[-1].sample_count > 0, "what was stored stays"
+        assert [trial.counted for trial in others] == [True] * 6
+        for row in store.savings(By.FLEET, "run1"):
+            assert (row.trials, row.undecided) == (3, "")
+            assert row.footprint is not None
+            assert row.footprint.peak_resident_bytes == 2 * 3 * 100 << 20
+        assert len(store.savings(By.GUEST, "run1")) == 12
+        assert store.costs(run)[0].host_cpu_s is not None
+
+
+def test_a_lost_guest_beside_a_lost_host_is_a_result(tmp_path: Path) -> None:
+    with Store(tmp_path) as store, RunWriter(store, header()) as writer:
+        assert host_lost(writer, 0, host1=True, host2=False) == TrialEnd(undecided="gone")
+
+
+def test_what_is_left_of_a_run(tmp_path: Path) -> None:
+    trials = plan_trials(header().spec, "run1")
+    with Store(tmp_path) as store:
+        with RunWriter(store, header()) as writer:
+            write_trial(writer, 0, 1)
+            host_lost(writer, 1, host1=True, host2=True)
+            host_lost(writer, 2, host1=False, host2=False)
+            writer.begin_trial(*trial_of(header().spec, "run1", 3))
+        left = left_to_run(trials, store.trials("run1"))
+        assert [(trial.position, trial.attempt) for trial in left] == [
+            (1, 2), (3, 2), (4, 1), (5, 1),
+        ]  # fmt: skip
+        assert left[0].trial_id == f"{trials[1].trial_id}.2"
+
+
+def test_a_run_has_one_writer(tmp_path: Path) -> None:
+    with Store(tmp_path) as store, RunWriter(store, header()):
+        with pytest.raises(Refused, match="another process"):
+            RunWriter(store, header(), again=True)
+        with pytest.raises(Refused, match="another process"):
+            stored_experiment(store, store.find_run("run1"))
+
+
+def stored_run(store: Store, head: RunHeader) -> Run:
+    with pytest.raises(KeyboardInterrupt), RunWriter(store, head):
+        raise KeyboardInterrupt
+    return store.find_run(head.run_id)
+
+
+def test_what_the_command_line_said_is_asked_for_again(tmp_path: Path) -> None:
+    said = overrides("embedded", ("unix:/one", "unix:/two"))
+    asked = new_experiment("quickstart", said, "qemu:///session").header
+    with Store(tmp_path) as store:
+        taken_up = stored_experiment(store, stored_run(store, asked)).header
+    assert taken_up.spec == asked.spec
+    assert taken_up.spec.hosts.agents == ("unix:/one", "unix:/two")
+    assert taken_up.libvirt_uri == "qemu:///session"
+    assert taken_up.environment == asked.environment
+
+
+def test_a_run_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        run = stored_run(store, header())
+        taken_up = stored_experiment(store, replace(run, environment={"kernel": "older"}))
+        assert taken_up.header.spec == header().spec
+        assert taken_up.header.environment["kernel"].startswith("older, then Linux")
+        agents = {"agents": ("unix:/one", "unix:/two")}
+        with pytest.raises(Refused, match="means something else") as caught:
+            stored_experiment(store, replace(run, overrides={"hosts": agents}))
+        assert "--spec" in caught.value.hint
+        newer = run.spec_text + "colour: green\n"
+        with pytest.raises(Refused, match="cannot read its spec"):
+            stored_experiment(store, replace(run, spec_text=newer))
 
 
 _KILLED_WRITER = """
@@ -187,7 +287,7 @@ def test_what_was_acknowledged_is_there_after_kill_9(tmp_path: Path) -> None:
         writer.wait(_TIMEOUT_S)
     with Store(tmp_path) as store:
         run = store.find_run("run1")
-        assert (run.state, run.reason) == ("failed", "its process ended without a word")
+        assert (run.state, run.reason) == ("interrupted", "its process ended without a word")
         rows = store.database.execute(
             "SELECT count(*) FROM events WHERE trial_id = 'run1-none-1' OR trial_id LIKE '%-1'"
         ).fetchone()
@@ -202,11 +302,12 @@ def test_an_unfinished_part_is_no_part(tmp_path: Path) -> None:
         folder = store.samples_dir("run1") / trial.trial_id
         folder.mkdir()
         (folder / "000001.unfinished").write_bytes(b"PAR1 and then the power failed")
-        assert write_trial(writer, 0, 1 << 20) == ""
+        assert write_trial(writer, 0, 1 << 20) == TrialEnd()
         parts = sorted(path.name for path in folder.iterdir())
         assert all(name.endswith(".parquet") for name in parts)
-        rows = duckdb.execute("SELECT count(*) FROM read_parquet(?)", [f"{folder}/*.parquet"])
-        assert rows.fetchone() == (2 * 40 * 3,)
+        with duckdb.connect() as connection:
+            stored = connection.read_parquet(f"{folder}/*.parquet")
+            assert stored.shape[0] == 2 * 40 * 3
 
 
 @pytest.fixture
@@ -228,7 +329,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def write_one_trial_and(folder: Path, fail: Callable[[RunWriter], object]) -> None:
     """A run whose first trial is whole; `fail` is what happens in its second."""
     with Store(folder) as store, RunWriter(store, header()) as writer:
-        assert write_trial(writer, 0, 1 << 20) == ""
+        assert write_trial(writer, 0, 1 << 20) == TrialEnd()
         fail(writer)
 
 

@@ -50,6 +50,7 @@ RUN = Run(
     name="quickstart",
     driver="embedded",
     spec_text="",
+    spec_hash="",
     control="none",
     summary="",
     started_unix_us=1,
@@ -114,6 +115,12 @@ def test_runs_and_trials() -> None:
     assert "failed: the disk is full" in shown
     assert "and more" not in shown
     trial = StoredTrial(
-        trial_id="t", arm="none", repetition=0, started_unix_us=0, ended_unix_us=0, undecided=""
+        trial_id="t",
+        position=0,
+        arm="none",
+        repetition=0,
+        started_unix_us=0,
+        ended_unix_us=0,
+        undecided="",
     )
     assert "cut off" in rendered(tables.trials([trial]), 80)

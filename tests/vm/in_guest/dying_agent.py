@@ -1,11 +1,13 @@
-"""Runs in a guest as Python starts there: has its agent die while a batch is out.
+"""Runs in a guest as Python starts there, and does what the kernel's command line says.
 
-Only with hintfleet.test=die on the kernel's command line, and only the first time;
-the next agent says on the console what it found.
+hintfleet.test=die: has its agent die while a batch is out, the first time only; the next
+agent says on the console what it found. hintfleet.test=no-eject: has the kernel refuse to
+let go of DIMMs.
 """
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 DIED = Path("/run/hintfleet-test-died")
@@ -14,6 +16,7 @@ DIED = Path("/run/hintfleet-test-died")
 def arm() -> None:
     from guest_agent.isolation.hugetlb import HugetlbIsolator
     from guest_agent.isolation.hugetlb_pool import HugetlbPool
+    from hintfleet.errors import Refused
     from hintfleet.ranges import RangeSet
 
     take, open_pool = HugetlbIsolator.isolate, HugetlbPool.open
@@ -30,11 +33,23 @@ def arm() -> None:
         left = open_pool(self)
         if DIED.exists():
             print(f"PROBE found {found}, adopted {left.page_count // 512}", flush=True)
+            print(f"PROBE second agent: {refusal_of_a_second()}", flush=True)
         return left
+
+    def refusal_of_a_second() -> str:
+        try:
+            open_pool(HugetlbPool())
+        except Refused as error:
+            return error.message
+        return ""
 
     HugetlbIsolator.isolate = isolate_and_die
     HugetlbPool.open = open_and_tell
 
 
-if "hintfleet.test=die" in Path("/proc/cmdline").read_text():
+agent = "--workload-only" not in sys.orig_argv
+parameters = Path("/proc/cmdline").read_text().split()
+if agent and "hintfleet.test=die" in parameters:
     arm()
+if "hintfleet.test=no-eject" in parameters:
+    Path("/sys/firmware/acpi/hotplug/memory/enabled").write_text("0")

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import struct
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -121,8 +122,9 @@ def main() -> None:
     print("PROBE " + json.dumps(seen), flush=True)
 
 
-try:
-    main()
-except BaseException:  # noqa: BLE001 - all of it is evidence
-    traceback.print_exc()
-os._exit(0)  # there is no agent to go on to
+if "--workload-only" not in sys.orig_argv:
+    try:
+        main()
+    except BaseException:  # noqa: BLE001 - all of it is evidence
+        traceback.print_exc()
+os._exit(0)  # there is no agent to go on to, and no workload

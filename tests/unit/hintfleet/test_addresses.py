@@ -2,8 +2,8 @@
 
 import pytest
 
+from hintfleet.addresses import check_plain_text
 from hintfleet.errors import InvalidInput
-from orchestrator.addresses import check_plain_text
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:50061", "[::1]:0", "unix:/run/x"])
@@ -20,6 +20,7 @@ def test_loopback_and_unix_sockets(address: str) -> None:
         "a.org:1",
         "127.0.0.1",
         "127.0.0.1:x",
+        "127.0.0.1:" + "9" * 5000,
         ":1",
         "unix:",
     ],

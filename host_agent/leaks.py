@@ -1,0 +1,128 @@
+"""What host agents that were killed left on this host: processes, domains, files.
+
+Everything of ours hangs on a lifeline or a lock that the kernel lets go of when its
+owner dies, however it dies; so what has neither is nobody's. Guests that are to outlive
+their host agent (--state) are not looked at: each ends by itself when its time is up.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from hintfleet.errors import HintfleetError
+from hintfleet.leaks import Leak, Removable
+from hintfleet.processes import Process, living
+from host_agent.guests.domain_leaks import abandoned_domains
+from host_agent.guests.runtime_dir import runtime_dirs
+
+_MEMFD = "/memfd:hintfleet-"
+
+
+def find(libvirt_uri: str) -> tuple[list[Removable], list[str]]:
+    """What is found, in the order in which to remove it; and what could not be looked at."""
+    unseen = []
+    found = [*_processes(list(living()))]
+    try:
+        found += abandoned_domains(libvirt_uri)
+    except HintfleetError as error:
+        unseen.append(f"domains: {error.message}")
+    found += [_folder(path) for path in runtime_dirs().abandoned()]
+    return found, unseen
+
+
+def _processes(seen: list[Process]) -> Iterator[Removable]:
+    """Host agents and embedded guests whose lifeline has no other end, or only one that is
+    held by another of them."""
+    links = {process: process.links() or {} for process in seen}
+    lifelines = {
+        process: links[process].get(fd, "")
+        for process in seen
+        if (fd := _lifeline_fd(process)) is not None
+    }
+    holders = {process: _holders(pipe, process, links) for process, pipe in lifelines.items()}
+    leaked = {p for p, pipe in lifelines.items() if pipe.startswith("pipe:")}
+    leaked -= {p for p in leaked if _parent_is_hidden(p, links)}
+    while living_owner := {p for p in leaked if holders[p] - leaked}:
+        leaked -= living_owner
+    counted: set[str] = set()
+    for process in sorted(leaked, key=lambda p: p.start_ticks):
+        yield (
+            Leak(
+                what="host agent" if _is_host_agent(process) else "embedded guest",
+                where=f"process {process.pid}",
+                since_unix_s=process.started_unix_s,
+                size_bytes=_memfd_bytes(process, links[process], counted),
+                why="nobody holds the other end of its lifeline",
+            ),
+            process.end,
+        )
+
+
+def _lifeline_fd(process: Process) -> int | None:
+    """The descriptor whose end is to end it; None for what is none of ours, or lives by itself."""
+    argv = process.argv
+    if _is_host_agent(process) and "--lifeline-fd" in argv[:-1]:
+        number = argv[argv.index("--lifeline-fd") + 1]
+        return int(number) if number.isdecimal() else None
+    # One that leads a session of its own was made to outlive its host agent.
+    if argv[-4:] == ("-m", "guest_agent", "--config", "-") and process.session != process.pid:
+        return 0
+    return None
+
+
+def _is_host_agent(process: Process) -> bool:
+    argv = process.argv
+    return argv[1:3] == ("-m", "host_agent") or any(
+        Path(argument).name == "hintfleet-host" for argument in argv[:2]
+    )
+
+
+def _holders(pipe: str, process: Process, links: dict[Process, dict[int, str]]) -> set[Process]:
+    """Who else could write to it."""
+    return {
+        other
+        for other, open_files in links.items()
+        if other != process
+        for fd, link in open_files.items()
+        if link == pipe and other.can_write(fd)
+    }
+
+
+def _parent_is_hidden(process: Process, links: dict[Process, dict[int, str]]) -> bool:
+    """Whether its parent may hold the other end without our seeing it (sudo, setuid)."""
+    if process.parent_pid == 1 or os.geteuid() == 0:
+        return False
+    return not any(p.pid == process.parent_pid and found for p, found in links.items())
+
+
+def _memfd_bytes(process: Process, open_files: dict[int, str], counted: set[str]) -> int:
+    """Memory in RAM files that it holds, each counted once."""
+    size_bytes = 0
+    for fd, link in open_files.items():
+        if link.startswith(_MEMFD):
+            try:
+                status = os.stat(f"/proc/{process.pid}/fd/{fd}")
+            except OSError:
+                continue
+            file = f"{status.st_dev}:{status.st_ino}"
+            size_bytes += 0 if file in counted else status.st_blocks * 512
+            counted.add(file)
+    return size_bytes
+
+
+def _folder(path: Path) -> Removable:
+    leak = Leak(
+        what="guest's files",
+        where=str(path),
+        since_unix_s=round(path.lstat().st_mtime),
+        size_bytes=_size_bytes(path.rglob("*")),
+        why="the host agent that made it is gone",
+    )
+    return leak, lambda: shutil.rmtree(path)
+
+
+def _size_bytes(paths: Iterable[Path]) -> int:
+    return sum(path.lstat().st_blocks * 512 for path in paths)

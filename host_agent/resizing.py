@@ -1,0 +1,147 @@
+"""Memory hotplug: a running guest gets more memory, or gives some of it up.
+
+Plugging: the driver makes the memory, it is entered into the RAM and the books, and only
+then is the guest told to use it. Unplugging is the same backwards: the guest stops using
+it (which it may refuse), the driver takes it, and it leaves the RAM and the books. So the
+host never drops anything that a guest still uses, and hinting goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hintfleet.errors import (
+    GuestLost,
+    HintfleetError,
+    InvalidInput,
+    OutcomeUnknown,
+    Refused,
+    TransientError,
+)
+from hintfleet.ranges import RangeSet, encode
+from hintfleet.units import MIB, format_size
+from hintfleet.v1 import hinting_pb2 as pb
+from hintfleet.v1 import host_pb2
+
+if TYPE_CHECKING:
+    from host_agent.guest import Guest
+    from host_agent.guests import RunningGuest
+
+SECTION_BYTES = 128 * MIB
+"""What memory comes and goes in: a section of sparse memory on x86-64."""
+
+
+def check_maximum(name: str, spec: host_pb2.GuestSpec) -> None:
+    """Refuse a maximum that could never be reached.
+
+    :raises InvalidInput: says why.
+    """
+    if not spec.max_memory_bytes:
+        return
+    if spec.method == host_pb2.BALLOON:
+        raise InvalidInput(f"guest {name}: method balloon moves the size itself: no maximum")
+    _check_step(name, spec, spec.max_memory_bytes)
+
+
+def check(name: str, spec: host_pb2.GuestSpec, memory_bytes: int) -> None:
+    """Refuse a size that a guest cannot have.
+
+    :raises Refused: its size is fixed.
+    :raises InvalidInput: below the start size, beyond the maximum or between two sections.
+    """
+    if not spec.max_memory_bytes:
+        raise Refused(
+            f"guest {name} cannot be resized", hint="make it with a max_memory_bytes, which it has"
+        )
+    if memory_bytes > spec.max_memory_bytes:
+        raise InvalidInput(
+            f"guest {name}: {format_size(memory_bytes)} is more than its maximum of "
+            f"{format_size(spec.max_memory_bytes)}"
+        )
+    _check_step(name, spec, memory_bytes)
+
+
+def _check_step(name: str, spec: host_pb2.GuestSpec, memory_bytes: int) -> None:
+    more_bytes = memory_bytes - spec.memory_bytes
+    if more_bytes < 0:
+        raise InvalidInput(
+            f"guest {name}: {format_size(memory_bytes)} is less than the "
+            f"{format_size(spec.memory_bytes)} that it starts with"
+        )
+    if more_bytes % SECTION_BYTES:
+        raise InvalidInput(
+            f"guest {name}: {more_bytes} bytes beyond the {format_size(spec.memory_bytes)} that "
+            f"it starts with are no multiple of {format_size(SECTION_BYTES)}"
+        )
+
+
+async def resize(guest: Guest, memory_bytes: int) -> None:
+    """Plug or unplug memory until the guest has `memory_bytes`.
+
+    :raises InvalidInput: as `check`.
+    :raises Refused: as `check`; or the guest uses what is to go, or the driver cannot give
+        or take so much. The guest has what it had, less what was taken before a later
+        device was refused.
+    :raises GuestLost: it is gone.
+    :raises TransientError: its agent is not connected now; it has what it had.
+    :raises OutcomeUnknown: its agent did not answer; it is safe to ask again.
+    """
+    check(guest.name, guest.spec, memory_bytes)
+    async with guest.resize_lock:
+        more_bytes = memory_bytes - guest.provisioned_bytes
+        if more_bytes > 0:
+            await _grow(guest, more_bytes)
+        elif more_bytes < 0:
+            await _shrink(guest, -more_bytes)
+
+
+async def _grow(guest: Guest, size_bytes: int) -> None:
+    running = _running(guest)
+    pages = await guest.plugged(await asyncio.to_thread(running.plug, size_bytes))
+    try:
+        await guest.keeper.save(guest)  # whoever adopts the guest must know what it may use
+        await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=encode(pages))))
+    except (Refused, TransientError):  # only then is it sure that the guest does not use it
+        await _take(guest, running, pages)
+        raise
+    except OutcomeUnknown as error:
+        error.hint = "the guest has it, and may not use it: shrink it again"
+        raise
+
+
+async def _shrink(guest: Guest, size_bytes: int) -> None:
+    running = _running(guest)
+    left = list(await asyncio.to_thread(running.to_unplug, size_bytes))
+    await _tell(guest, pb.WorkloadCommand(offline=pb.Offline(ranges=_pack(left))))
+    try:
+        while left:
+            await _take(guest, running, left[0])
+            del left[0]
+    except HintfleetError:
+        await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=_pack(left))))
+        raise
+
+
+async def _take(guest: Guest, running: RunningGuest, pages: RangeSet) -> None:
+    await asyncio.to_thread(running.unplug, pages)
+    await guest.unplugged(pages)
+
+
+def _pack(devices: Sequence[RangeSet]) -> bytes:
+    return encode(RangeSet(pages for device in devices for pages in device))
+
+
+def _running(guest: Guest) -> RunningGuest:
+    if guest.running is None:
+        raise GuestLost(f"guest {guest.name} does not run")
+    return guest.running
+
+
+async def _tell(guest: Guest, command: pb.WorkloadCommand) -> None:
+    def numbered(number: int) -> pb.WorkloadCommand:
+        command.command_id = number
+        return command
+
+    await guest.run_step(numbered)

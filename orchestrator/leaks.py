@@ -1,0 +1,167 @@
+"""What runs that were killed left on this machine, and removing it.
+
+What the host agent made it finds itself, in a process of its own, as it does when it is
+examined. Here: Ray's processes, runtime folders, and what is unfinished in the store.
+Nothing is touched that a living owner holds, and nothing that is not surely ours.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hintfleet.errors import HintfleetError
+from hintfleet.leaks import Leak, Removable, remove_all
+from hintfleet.processes import Process, living
+from orchestrator.doctor import ask_host_agent
+from orchestrator.machine import runtime_dirs
+from orchestrator.store.lock import try_lock
+from orchestrator.store.samples import UNFINISHED
+from orchestrator.store.writer import RESERVE
+
+# Where guest_agent/isolation/hugetlb_pool.py has its reservation, if this is a guest.
+_HUGETLB_FILE = Path("/run/hintfleet-hugetlb/isolated")
+_RUNTIME_FOLDER = re.compile(r"(/[^\0 =]*/hf-[0-9]+-[a-z0-9_]+)/ray(?:/|$)")
+_RAY_PROGRAM = re.compile(r"/ray/(?:core/src|autoscaler|dashboard|_private)/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """All leaks, and what could not be looked at."""
+
+    leaks: list[Leak]
+    not_looked_at: list[str]
+
+
+def look_for_leaks(data_dir: Path, libvirt_uri: str = "", clean: bool = False) -> Found:
+    """What is there; with `clean`, what was there and what became of it.
+
+    The orchestrator's processes go first: with one that hangs, its host agents may go too.
+    """
+    act = remove_all if clean else _only_listed
+    leaks = act(_ray_processes())
+    of_host_agent, unseen = _of_host_agent(libvirt_uri, clean)
+    leaks += of_host_agent
+    leaks += act([*map(_folder, runtime_dirs().abandoned()), *_in_store(data_dir), *_huge_pages()])
+    return Found(leaks=leaks, not_looked_at=unseen)
+
+
+def _only_listed(found: Iterable[Removable]) -> list[Leak]:
+    return [leak for leak, _ in found]
+
+
+def _of_host_agent(libvirt_uri: str, clean: bool) -> tuple[list[Leak], list[str]]:
+    try:
+        said = json.loads(ask_host_agent(libvirt_uri, "--clean" if clean else "--leaks"))
+    except (HintfleetError, ValueError) as error:
+        return [], [f"host agents, guests and domains: {error}"]
+    return [Leak(**leak) for leak in said["leaks"]], said["not_looked_at"]
+
+
+def _ray_processes() -> Iterator[Removable]:
+    for process in living():
+        folder = _runtime_folder(process)
+        if folder is not None and runtime_dirs().belongs_to_nobody(folder):
+            leak = Leak(
+                what="Ray process",
+                where=f"process {process.pid}: {Path(process.argv[0].split()[0]).name}",
+                since_unix_s=process.started_unix_s,
+                size_bytes=_resident_bytes(process.pid),
+                why=f"the run that had {folder} is gone",
+            )
+            yield leak, process.end
+
+
+def _runtime_folder(process: Process) -> Path | None:
+    """The runtime folder whose cluster a process is of: named by its command line, or, where
+    Ray has put a title in its place, by the log that it writes."""
+    words = "\0".join(process.argv)
+    if words.startswith("ray::"):
+        words = "\0".join((process.links() or {}).values())
+    elif not _RAY_PROGRAM.search(words):
+        return None
+    found = _RUNTIME_FOLDER.search(words)
+    return Path(found[1]) if found else None
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _folder(path: Path) -> Removable:
+    why = "the process that made it is gone"
+    return _file(path, "runtime folder", why, lambda: shutil.rmtree(path))
+
+
+def _in_store(data_dir: Path) -> Iterator[Removable]:
+    for folder in sorted((data_dir / "samples").glob("*")):
+        files = [*folder.glob(f"*/*{UNFINISHED}"), *folder.glob(RESERVE)]
+        if files and _is_unlocked(folder):
+            for path in files:
+                yield _file(path, "unfinished file", f"nobody runs {folder.name}", _unlink(path))
+
+
+def _is_unlocked(run_folder: Path) -> bool:
+    fd = try_lock(run_folder)
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
+
+
+def _unlink(path: Path) -> Callable[[], None]:
+    """Under the lock: the run may be taken up again this moment."""
+
+    def unlink() -> None:
+        run_folder = path.parent if path.name == RESERVE else path.parent.parent
+        fd = try_lock(run_folder)
+        if fd is None:
+            raise BlockingIOError("the run goes on")
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+    return unlink
+
+
+def _huge_pages() -> Iterator[Removable]:
+    """Of a guest agent on this very machine; it holds a lock while it lives."""
+    if _HUGETLB_FILE.exists() and _is_free(_HUGETLB_FILE.parent.with_suffix(".lock")):
+        kept = (
+            "the host may still be punching them; start hintfleet-guest again, which gives "
+            "them back when the host says that it is not"
+        )
+        why = "the guest agent that isolated them is gone"
+        yield _file(_HUGETLB_FILE, "huge pages", why, lambda: None, kept)
+
+
+def _is_free(lock: Path) -> bool:
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _file(path: Path, what: str, why: str, remove: Callable[[], None], kept: str = "") -> Removable:
+    inside = path.rglob("*") if path.is_dir() else [path]
+    leak = Leak(
+        what=what,
+        where=str(path),
+        since_unix_s=round(path.lstat().st_mtime),
+        size_bytes=sum(file.lstat().st_blocks * 512 for file in inside),
+        why=why,
+        kept=kept,
+    )
+    return leak, remove

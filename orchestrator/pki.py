@@ -1,0 +1,335 @@
+"""A certificate authority in a folder, for a fleet that spans machines.
+
+    ca.pem, ca.key           the authority
+    issued/ROLE-NAME/        a TLS folder each (hintfleet.tls), to be moved to its user
+
+Keys are EC P-256 and leave no machine by themselves: files are 0600 in folders 0700.
+There is no revocation; certificates are short-lived instead, and a guest's opens
+nothing without the token of a guest that runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from hintfleet.errors import InvalidInput, Refused
+from hintfleet.tls import CA_FILE, CERT_FILE, KEY_FILE, Peer, Role
+
+CA_KEY_FILE = "ca.key"
+_ISSUED = "issued"
+_CLOCK_SKEW = timedelta(minutes=5)
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+
+_Key = ec.EllipticCurvePrivateKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What a certificate says.
+
+    :ivar role: `authority`, a `Role`'s value, or empty.
+    :ivar subjects: the names, addresses and URIs that it is for.
+    :ivar fingerprint: SHA-256, in hexadecimal.
+    :ivar state: `valid`, `expired`, `not yet valid`, or `foreign` (of another authority).
+    """
+
+    path: str
+    role: str
+    name: str
+    subjects: tuple[str, ...]
+    not_before: str
+    not_after: str
+    fingerprint: str
+    state: str
+
+
+class Authority:
+    """The authority in a folder that `init` made."""
+
+    def __init__(self, folder: Path) -> None:
+        """:raises InvalidInput: there is none, or it cannot be read."""
+        self._folder = folder
+        self._cert = _read_certificate(folder / CA_FILE)
+        self._key = _read_key(folder / CA_KEY_FILE)
+
+    @classmethod
+    def init(cls, folder: Path, name: str, days: int, now: datetime | None = None) -> Authority:
+        """Make an authority in `folder`, valid from `now` on (default: the clock's).
+
+        :raises Refused: one is there already, or the folder cannot be written to.
+        """
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = _common_name(name)
+        builder = (
+            _builder(subject, subject, key, key, _validity(days, now))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(signs_certificates=True), critical=True)
+        )
+        files = {CA_KEY_FILE: _pem_of(key), CA_FILE: _sign(builder, key).public_bytes(Encoding.PEM)}
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+            for file in files:  # before one of them is written
+                if (folder / file).exists():
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder / file)
+            for file, content in files.items():
+                _write_new(folder / file, content)
+        except FileExistsError as error:
+            raise Refused(
+                f"{folder} holds an authority already: {Path(error.filename).name}",
+                hint="a new one would make all that it issued worthless; choose another --folder",
+            ) from error
+        except OSError as error:
+            raise Refused(f"cannot write {error.filename}: {error.strerror}") from error
+        return cls(folder)
+
+    def issue(
+        self,
+        role: Role,
+        name: str,
+        hosts: Sequence[str],
+        days: int,
+        out: Path | None = None,
+        now: datetime | None = None,
+    ) -> Path:
+        """Make a certificate and its TLS folder; returns where that is.
+
+        :param name: of a guest its UUID.
+        :param hosts: DNS names and IP addresses at which a host is reached.
+        :raises InvalidInput: a name that cannot be, or more days than the authority has.
+        :raises Refused: there is such a folder already, or it cannot be written.
+        """
+        name = _checked_name(role, name)
+        key = ec.generate_private_key(ec.SECP256R1())
+        validity = _validity(days, now)
+        if validity[1] > self._cert.not_valid_after_utc:
+            raise InvalidInput(
+                f"the authority itself ends on {self._cert.not_valid_after_utc:%Y-%m-%d}",
+                hint="fewer --days",
+            )
+        purpose = (
+            ExtendedKeyUsageOID.SERVER_AUTH
+            if role is Role.HOST
+            else ExtendedKeyUsageOID.CLIENT_AUTH
+        )
+        uri = role.uri + (name if role is Role.GUEST else "")
+        names = [_general_name(host) for host in hosts]
+        builder = (
+            _builder(_common_name(name), self._cert.subject, key, self._key, validity)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(
+                x509.SubjectAlternativeName([*names, x509.UniformResourceIdentifier(uri)]),
+                critical=False,
+            )
+        )
+        target = out or self._folder / _ISSUED / f"{role.value}-{name}"
+        cert = _sign(builder, self._key)
+        _write_folder(
+            target,
+            {
+                CA_FILE: self._cert.public_bytes(Encoding.PEM),
+                CERT_FILE: cert.public_bytes(Encoding.PEM),
+                KEY_FILE: _pem_of(key),
+            },
+        )
+        return target
+
+
+def look_at(path: Path) -> Iterator[Certificate]:
+    """The certificates at `path`: a file, a TLS folder, or an authority with all it issued.
+
+    :raises InvalidInput: there is none, or one cannot be read.
+    """
+    if not path.is_dir():
+        yield _describe(path, path.parent / CA_FILE)
+    elif (path / CERT_FILE).exists():
+        yield _describe(path / CERT_FILE, path / CA_FILE)
+    else:
+        yield _describe(path / CA_FILE, path / CA_FILE)
+        for issued in sorted((path / _ISSUED).glob(f"*/{CERT_FILE}")):
+            yield _describe(issued, path / CA_FILE)
+
+
+def _describe(path: Path, ca_path: Path) -> Certificate:
+    cert = _read_certificate(path)
+    subjects = _subjects(cert)
+    uris = [s.value for s in subjects if isinstance(s, x509.UniformResourceIdentifier)]
+    peer = Peer.of_uris(uris)
+    is_ca = path.name == CA_FILE
+    names = cert.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return Certificate(
+        path=str(path),
+        role="authority" if is_ca else peer.role.value if peer else "",
+        name=str(names[0].value) if names else "",
+        subjects=tuple(str(subject.value) for subject in subjects),
+        not_before=cert.not_valid_before_utc.isoformat(),
+        not_after=cert.not_valid_after_utc.isoformat(),
+        fingerprint=cert.fingerprint(hashes.SHA256()).hex(),
+        state=_state(cert, _read_certificate(ca_path)),
+    )
+
+
+def _subjects(cert: x509.Certificate) -> list[x509.GeneralName]:
+    try:
+        found = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return []
+    return list(found.value)
+
+
+def _state(cert: x509.Certificate, ca: x509.Certificate) -> str:
+    try:
+        cert.verify_directly_issued_by(ca)
+    except (InvalidSignature, ValueError, TypeError):
+        return "foreign"
+    now = datetime.now(UTC)
+    if now > cert.not_valid_after_utc:
+        return "expired"
+    return "valid" if now >= cert.not_valid_before_utc else "not yet valid"
+
+
+def _checked_name(role: Role, name: str) -> str:
+    if role is Role.GUEST:
+        try:
+            return str(uuid.UUID(name))
+        except ValueError:
+            raise InvalidInput(f"a guest's name is its UUID, not {name!r}") from None
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(f"name {name!r}: 1 to 64 letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        if not _NAME.fullmatch(host):
+            raise InvalidInput(f"{host!r} is no DNS name and no IP address") from None
+        return x509.DNSName(host)
+
+
+def _common_name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: _Key,
+    issuer_key: _Key,
+    validity: tuple[datetime, datetime],
+) -> x509.CertificateBuilder:
+    own_id = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(validity[0])
+        .not_valid_after(validity[1])
+        .add_extension(own_id, critical=False)
+        .add_extension(issuer_id, critical=False)
+    )
+
+
+def _validity(days: int, now: datetime | None) -> tuple[datetime, datetime]:
+    start = now or datetime.now(UTC)
+    return start - _CLOCK_SKEW, start + timedelta(days=days)
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _sign(builder: x509.CertificateBuilder, key: _Key) -> x509.Certificate:
+    return builder.sign(key, hashes.SHA256())
+
+
+def _pem_of(key: _Key) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _read_certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot read {path}: {error.strerror}", hint="`hintfleet pki init` makes an authority"
+        ) from error
+    except ValueError as error:
+        raise InvalidInput(f"{path} is no certificate") from error
+
+
+def _read_key(path: Path) -> _Key:
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise InvalidInput(f"{path} is no key without a password") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise InvalidInput(f"{path} is no EC key")
+    return key
+
+
+def _write_folder(target: Path, files: dict[str, bytes]) -> None:
+    """Make `target` with these files in it: all of them or nothing."""
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))  # 0700
+        try:
+            for file, content in files.items():
+                _write_new(new / file, content)
+            if target.exists():  # rename would replace an empty folder
+                raise FileExistsError
+            new.rename(target)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except FileExistsError as error:
+        raise Refused(
+            f"{target} is there already", hint="remove it first, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise Refused(f"cannot write {target}: {error.strerror}") from error
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(content)

@@ -1,0 +1,34 @@
+"""What a crash left, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from hintfleet.leaks import Leak
+from hintfleet.units import format_size
+from orchestrator.view.figures import NO_FIGURE, when
+from orchestrator.view.tables import table
+
+
+def leak_table(leaks: Sequence[Leak]) -> RenderableType:
+    """One row each; what became of it below where it is."""
+    if not leaks:
+        return Text("nothing is left of earlier crashes")
+    made = table(("what", "where"), ("since", "size"))
+    for leak in leaks:
+        made.add_row(
+            leak.what,
+            Text(f"{leak.where}\n{_fate(leak)}"),
+            when(leak.since_unix_s * 1_000_000) if leak.since_unix_s else NO_FIGURE,
+            format_size(leak.size_bytes),
+        )
+    return made
+
+
+def _fate(leak: Leak) -> str:
+    if leak.removed:
+        return "removed"
+    return f"must stay: {leak.kept}" if leak.kept else leak.why

@@ -1,0 +1,125 @@
+"""Processes of this machine as /proc shows them, and ending them; see proc(5).
+
+A process is its pid and when it started: what is ended is what was looked at, never
+another one that came to bear the same pid.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from hintfleet.errors import Refused
+
+_TERM_TIMEOUT_S = 3.0
+_KILL_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One living process.
+
+    :ivar session: pid of the leader of its session.
+    :ivar start_ticks: when it started, in clock ticks since boot.
+    """
+
+    pid: int
+    parent_pid: int
+    session: int
+    start_ticks: int
+    argv: tuple[str, ...]
+
+    @property
+    def started_unix_s(self) -> int:
+        since_boot_s = self.start_ticks / os.sysconf("SC_CLK_TCK")
+        return round(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot_s)
+
+    def links(self) -> dict[int, str] | None:
+        """What its descriptors are; None if that is not for us to see, or it is gone."""
+        folder = f"/proc/{self.pid}/fd"
+        try:
+            numbers = [int(name) for name in os.listdir(folder)]
+        except OSError:
+            return None
+        found = {}
+        for number in numbers:
+            with suppress(OSError):
+                found[number] = os.readlink(f"{folder}/{number}")
+        return found
+
+    def can_write(self, fd: int) -> bool:
+        """Whether a descriptor of it was opened for writing."""
+        try:
+            info = Path(f"/proc/{self.pid}/fdinfo/{fd}").read_text()
+        except OSError:
+            return False
+        flags = next(line for line in info.splitlines() if line.startswith("flags:"))
+        return int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
+
+    def end(self) -> None:
+        """End it: asked first, then by force. It may be gone already.
+
+        :raises Refused: it is not ours to end, or the kernel does not get it ended.
+        """
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        try:
+            for number, timeout_s in (
+                (signal.SIGTERM, _TERM_TIMEOUT_S),
+                (signal.SIGKILL, _KILL_TIMEOUT_S),
+            ):
+                now = look(self.pid)
+                if now is None or now.start_ticks != self.start_ticks:
+                    return
+                if _ends(pidfd, number, timeout_s):
+                    return
+        except PermissionError as error:
+            raise Refused(f"process {self.pid} is another user's") from error
+        finally:
+            os.close(pidfd)
+        raise Refused(f"process {self.pid} does not end, not even by SIGKILL")
+
+
+def _ends(pidfd: int, number: signal.Signals, timeout_s: float) -> bool:
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, number)
+        # One that is stopped could not act on it.
+        signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def look(pid: int) -> Process | None:
+    """The living process with this pid; None if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The name before it, in brackets, may hold anything. Fields count from the state, 3.
+    fields = stat.rpartition(")")[2].split()
+    if fields[0] in "ZX":
+        return None
+    return Process(
+        pid=pid,
+        parent_pid=int(fields[1]),
+        session=int(fields[3]),
+        start_ticks=int(fields[19]),
+        argv=tuple(argv.decode(errors="replace").rstrip("\0").split("\0")),
+    )
+
+
+def living() -> Iterator[Process]:
+    """All that can be seen, but this one."""
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and int(name) != os.getpid() and (found := look(int(name))):
+            yield found

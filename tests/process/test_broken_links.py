@@ -1,0 +1,141 @@
+"""What a guest and its host agent make of a link that breaks or holds things back."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from tests.support.agents import HostAgent, running_host_agent, wait_until
+from tests.support.relay import Address, Link, Relay
+
+
+@dataclass(kw_only=True)
+class BrokenLink:
+    """A host agent with one guest behind a relay, and the relay's event loop."""
+
+    host: HostAgent
+    relay: Relay
+    loop: asyncio.AbstractEventLoop
+
+    def links(self, act: Callable[[Link], None]) -> None:
+        """Do something to every link, on the relay's own loop."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            for link in list(self.relay.links):
+                act(link)
+            done.set_result(None)
+
+        self.loop.call_soon_threadsafe(run)
+        done.result(10)
+
+    @property
+    def epoch(self) -> int:
+        return self.host.guests()["g"].epoch
+
+
+@contextmanager
+def relay_in_thread() -> Iterator[tuple[Relay, Address, asyncio.AbstractEventLoop]]:
+    relay, loop = Relay(), asyncio.new_event_loop()
+    stop, started = asyncio.Event(), Future[Address]()
+
+    async def serve() -> None:
+        async with relay.serving() as address:
+            started.set_result(address)
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    yield relay, started.result(10), loop
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(10)
+    loop.close()
+
+
+@pytest.fixture
+def broken() -> Iterator[BrokenLink]:
+    with (
+        relay_in_thread() as (relay, address, loop),
+        running_host_agent("--guest-advertise", str(address)) as host,
+    ):
+        relay.upstream = Address.parse(host.guest_address)
+        host.watch()
+        host.create()
+        yield BrokenLink(host=host, relay=relay, loop=loop)
+
+
+def test_steps_are_done_once_however_often_the_link_is_cut(broken: BrokenLink) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(5):
+            step = pool.submit(broken.host.allocate, 16 * MIB)
+            broken.links(Link.cut)
+            assert step.result(30).changed_bytes == 16 * MIB
+    checked = broken.host.verify()
+    assert checked.held_bytes == 80 * MIB
+    assert checked.wrong_pages == 0
+
+
+def test_a_cut_link_is_a_new_epoch_and_what_was_freed_comes_back(broken: BrokenLink) -> None:
+    before = broken.epoch
+    broken.host.allocate(96 * MIB)
+    broken.links(Link.stall)  # its batches will not arrive
+    broken.links(Link.cut)
+    wait_until(lambda: broken.epoch > before, "the next session")
+    broken.host.free(64 * MIB)
+    assert broken.host.settle().ledger.resident_bytes == 32 * MIB
+    assert broken.host.verify().wrong_pages == 0
+
+
+def test_a_hello_that_comes_late_ends_the_session_but_not_the_agent(broken: BrokenLink) -> None:
+    """A network may hold back a connection that its agent has long given up."""
+    host, upstream = broken.host, broken.relay.upstream
+    host.allocate(96 * MIB)
+    host.free(96 * MIB)
+    host.settle()
+    assert upstream is not None
+    said = bytes(broken.relay.links[0].recorded)
+    host.allocate(96 * MIB)  # the batches in what was said now name memory in use
+    before = broken.epoch
+    with socket.create_connection((upstream.host, upstream.port)) as late:
+        late.sendall(said)
+        # Once for the late session, once for the agent's next.
+        wait_until(lambda: broken.epoch > before, "the late session")
+        stolen = broken.epoch
+        wait_until(lambda: broken.epoch > stolen, "the agent to come again")
+        skipped = "wrong_epoch"
+        wait_until(lambda: skipped in host.guests()["g"].ledger.skipped_total_bytes, skipped)
+    assert host.verify().wrong_pages == 0
+    host.free(96 * MIB)
+    assert host.settle().ledger.resident_bytes == 0
+
+
+def test_a_link_with_seconds_of_delay_is_slow_and_not_lost(broken: BrokenLink) -> None:
+    """As where guest or host have next to no CPU time: to connect takes several round trips."""
+    before = broken.epoch
+    broken.relay.delay_s = 1.5
+    broken.links(Link.cut)
+    wait_until(lambda: broken.epoch > before, "the next session", timeout_s=30)
+    assert broken.host.allocate(16 * MIB).held_bytes == 16 * MIB
+
+
+def test_guests_are_told_the_address_that_is_advertised() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+        nobody.settimeout(20)
+        with (
+            running_host_agent("--guest-advertise", f"127.0.0.1:{port}") as host,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            host.watch()
+            making = pool.submit(host.create)
+            nobody.accept()[0].close()
+            destroy = host_pb2.DestroyGuestRequest(name="g")
+            host.stub.DestroyGuest(destroy, timeout=10)
+            assert making.exception(30) is not None

@@ -1,0 +1,275 @@
+"""A host agent with --state is killed and started again: its guests go on."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from hintfleet.v1.host_pb2_grpc import HostServiceStub
+from tests.support.agents import TRIAL, HostAgent, alive, running_host_agent, wait_until
+
+HELD = 96 * MIB
+FREED = 64 * MIB
+STEP = 8 * MIB
+MAY_BE_RETRIED = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.CANCELLED,
+)
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where one host agent after the other runs, by the same addresses."""
+
+    folder: Path
+
+    @property
+    def listen(self) -> str:
+        return f"unix:{self.folder}/host.sock"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return ("--listen", self.listen, "--state", str(self.folder / "state"))
+
+    def agent(self, *arguments: str) -> AbstractContextManager[HostAgent]:
+        return running_host_agent(*self.arguments, *arguments)
+
+    def failure(self) -> str:
+        """What an agent says that cannot start here."""
+        done = subprocess.run(
+            [sys.executable, "-m", "host_agent", *self.arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    @property
+    def boot_folder(self) -> Path:
+        (found,) = (p for p in (self.folder / "state").iterdir() if p.is_dir())
+        return found
+
+    def guest_files(self) -> list[str]:
+        return [path.name for path in (self.boot_folder / "guests").iterdir()]
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    with tempfile.TemporaryDirectory(prefix="hf-home-") as folder:
+        yield Home(Path(folder))
+
+
+def kill(agent: HostAgent) -> None:
+    agent.process.kill()
+    agent.process.wait()
+
+
+def in_session(agent: HostAgent, after_epoch: int) -> host_pb2.Guest:
+    wait_until(lambda: agent.guests()["g"].epoch > after_epoch, "the guest to come back", 5)
+    return agent.guests()["g"]
+
+
+def balances(books: host_pb2.Ledger) -> None:
+    known = books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
+    assert known == books.provisioned_bytes
+    fates = books.reclaimed_total_bytes + books.absent_total_bytes
+    assert books.hinted_total_bytes == fates + sum(books.skipped_total_bytes.values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+def test_guests_go_on_under_the_next_host_agent(home: Home, number: int) -> None:
+    with home.agent() as first:
+        first.watch()
+        guest = first.create()
+        first.allocate(HELD)
+        first.free(FREED)
+        books = first.settle().ledger
+        first.process.send_signal(number)
+        first.process.wait(10)
+    assert alive(guest.pid)
+    with home.agent() as second:
+        assert second.guest_address == first.guest_address
+        second.watch()
+        found = in_session(second, after_epoch=guest.epoch)
+        assert (found.pid, found.uuid, found.trial_id) == (guest.pid, guest.uuid, TRIAL)
+        assert found.spec == guest.spec
+        assert found.ledger == books
+        assert second.verify().wrong_pages == 0
+        second.free(HELD - FREED)
+        after = second.settle().ledger
+        balances(after)
+        assert after.resident_bytes == 0
+        assert after.reclaimed_total_bytes == HELD
+    # Its lifeline was cut: nobody wants the guests any more.
+    assert not alive(guest.pid)
+    assert not home.guest_files()
+
+
+def test_a_guest_is_as_large_as_it_was(home: Home) -> None:
+    with home.agent() as first:
+        first.watch()
+        guest = first.create(max_memory_bytes=384 * MIB)
+        first.resize(256 * MIB)
+        first.allocate(224 * MIB)
+        kill(first)
+    with home.agent() as second:
+        second.watch()
+        found = in_session(second, after_epoch=guest.epoch)
+        assert found.ledger.provisioned_bytes == 256 * MIB
+        second.free(224 * MIB)
+        balances(second.settle().ledger)
+        assert second.resize(384 * MIB).ledger.provisioned_bytes == 384 * MIB
+        assert second.resize(128 * MIB).ledger.provisioned_bytes == 128 * MIB
+        balances(second.settle().ledger)
+
+
+class Stepper:
+    """Allocates and frees for ever, like an orchestrator that retries what failed."""
+
+    def __init__(self, listen: str) -> None:
+        self.steps = 0
+        self.failures: list[grpc.RpcError] = []
+        self._stopping = threading.Event()
+        backoff = (("grpc.max_reconnect_backoff_ms", 100),)
+        self._channel = grpc.insecure_channel(listen, options=backoff)
+        self._stub = HostServiceStub(self._channel)
+        self._pool = ThreadPoolExecutor(1)
+        self._running = self._pool.submit(self._run)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            done = self._step(time.monotonic() + 20)
+            assert done.changed_bytes == STEP
+            assert done.wrong_pages == 0
+            self.steps += 1
+
+    def _step(self, deadline_s: float) -> host_pb2.RunStepResponse:
+        sizes = {"free_bytes": STEP} if self.steps % 2 else {"allocate_bytes": STEP}
+        request = host_pb2.RunStepRequest(
+            command=host_pb2.CommandId(trial_id=TRIAL, sequence=self.steps + 1),
+            guest_name="g",
+            seed=self.steps,
+            **sizes,
+        )
+        while True:
+            try:
+                return self._stub.RunStep(request, timeout=20, wait_for_ready=True)
+            except grpc.RpcError as error:
+                self.failures.append(error)
+                if error.code() not in MAY_BE_RETRIED or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.02)
+
+    def stop(self) -> None:
+        """:raises Exception: what ended it before."""
+        self._stopping.set()
+        self._running.result(30)
+        self._pool.shutdown()
+        self._channel.close()
+
+
+def test_killed_or_stopped_amid_batches_nothing_is_lost_nor_done_twice(home: Home) -> None:
+    rounds = int(os.environ.get("HINTFLEET_TEST_KILLS", "5"))
+    chance = random.Random(4)
+    with home.agent() as agent:
+        agent.watch()
+        guest = agent.create()
+        agent.allocate(HELD)
+        stepper = Stepper(home.listen)
+        time.sleep(0.3)
+        kill(agent)
+    epoch = guest.epoch
+    for _ in range(rounds):
+        with home.agent() as agent:
+            agent.watch()
+            epoch = in_session(agent, after_epoch=epoch).epoch
+            time.sleep(chance.uniform(0, 0.3))
+            agent.process.send_signal(chance.choice((signal.SIGKILL, signal.SIGTERM)))
+            agent.process.wait(10)
+    with home.agent() as agent:
+        agent.watch()
+        in_session(agent, after_epoch=epoch)
+        stepper.stop()
+        assert stepper.failures, "no step was under way when the host agent was killed"
+        assert stepper.steps > rounds
+        checked = agent.verify()
+        assert checked.wrong_pages == 0
+        assert checked.held_bytes == HELD + STEP * (stepper.steps % 2)
+        books = agent.settle().ledger
+        balances(books)
+        assert books.resident_bytes == checked.held_bytes
+
+
+def test_a_state_serves_one_host_agent_at_a_time(home: Home) -> None:
+    with home.agent() as agent:
+        said = home.failure()
+        assert f"another host agent (process {agent.process.pid}) serves" in said
+        agent.watch()
+        agent.create()
+        assert agent.verify().wrong_pages == 0
+
+
+def test_a_guest_whose_host_agent_stays_away_ends_by_itself(home: Home) -> None:
+    with home.agent("--orphan-after", "1") as agent:
+        agent.watch()
+        guests = [agent.create(), agent.create("idle", method=host_pb2.NONE)]
+        kill(agent)
+    wait_until(lambda: not any(alive(g.pid) for g in guests), "the orphans to end")
+    with home.agent() as agent:
+        assert agent.guests()["g"].ledger.provisioned_bytes == 128 * MIB
+        with pytest.raises(grpc.RpcError) as caught:
+            agent.verify()
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+        assert "while there was no host agent" in caught.value.details()
+        assert "no host agent for 1 s" in caught.value.details()
+        agent.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="g"), timeout=10)
+        assert home.guest_files() == ["idle"]
+
+
+def test_guests_that_nobody_watches_again_are_ended(home: Home) -> None:
+    with home.agent() as agent:
+        agent.watch()
+        agent.watch("other-trial")
+        guest = agent.create()
+        kill(agent)
+    with home.agent("--watch-grace", "1") as agent:
+        assert alive(guest.pid)
+        wait_until(lambda: not agent.guests(), "the grace to end")
+        assert not alive(guest.pid)
+        assert not home.guest_files()
+
+
+def test_a_damaged_state_is_said_with_what_to_do(home: Home) -> None:
+    with home.agent() as agent:
+        kill(agent)
+    for path in home.boot_folder.glob("state.db*"):
+        path.write_bytes(random.Random(1).randbytes(20_000))
+    said = home.failure()
+    assert "state.db is damaged" in said
+    assert f"remove the folder {home.boot_folder}" in said
+
+
+def test_a_door_that_somebody_else_took_is_said(home: Home) -> None:
+    with home.agent() as agent:
+        address = agent.guest_address
+        kill(agent)
+    with running_host_agent("--guest-listen", address):
+        assert f"cannot listen on {address}" in home.failure()

@@ -1,0 +1,358 @@
+"""Guests that lie, flood, stall or come without a name: told why, limited, dropped; and a
+neighbour that is served all the while."""
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+from hintfleet.ranges import RangeSet
+from hintfleet.units import MIB
+from hintfleet.v1 import hinting_pb2 as pb
+from hintfleet.v1 import host_pb2
+from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
+from host_agent import guest_service, limits, server, stream
+from tests.support.agents import InProcessHost, host_in_process, wait_until
+from tests.support.speaker import Speaker
+
+Identity = tuple[str, str]
+
+
+@pytest.fixture
+def host_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHost]:
+    """With shorter times, and less room, than outside of tests."""
+    monkeypatch.setattr(limits, "FLOOD_S", 0.5)
+    monkeypatch.setattr(limits, "BATCHES", limits.Rate(per_s=1e6, burst=1000))
+    monkeypatch.setattr(limits, "BARS_S", (1.0, 0.1, float("inf")))
+    monkeypatch.setattr(guest_service, "_MOST_WITHOUT_IDENTITY", 8)
+    monkeypatch.setattr(guest_service, "_REFUSAL_S", 0.05)
+    monkeypatch.setattr(stream, "_LAST_WORDS_S", 0.3)
+    short = ("grpc.server_handshake_timeout_ms", 500)
+    monkeypatch.setattr(server, "_GUEST_OPTIONS", (short, *server._GUEST_OPTIONS))
+    with host_in_process() as host:
+        host.watch()
+        yield host
+
+
+@pytest.fixture
+def identity(host_agent: InProcessHost) -> Identity:
+    """Uuid and token of a guest whose session is free to be taken."""
+    return host_agent.create(method=host_pb2.NONE).uuid, host_agent.token("g")
+
+
+@pytest.fixture
+def speaker(host_agent: InProcessHost) -> Iterator[Callable[[], Speaker]]:
+    """Makes speakers, and closes them."""
+    with contextlib.ExitStack() as stack:
+
+        def make() -> Speaker:
+            made = Speaker(host_agent.guest_address)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def assert_served(host: InProcessHost, name: str = "neighbour") -> None:
+    """Another guest's memory comes back, end to end."""
+    if name not in host.guests():
+        host.create(name)
+    before = host.guests()[name].ledger.reclaimed_total_bytes
+    host.allocate(8 * MIB, name)
+    host.free(8 * MIB, name)
+    host.settle(name)
+    assert host.guests()[name].ledger.reclaimed_total_bytes >= before + 8 * MIB
+
+
+def misbehave(speaker: Speaker, identity: Identity) -> tuple[grpc.StatusCode, str]:
+    """Break a rule; what the host said to that, or to the Hello."""
+    speaker.hello(*identity)
+    speaker.batch(1, 7, RangeSet())
+    return speaker.refusal()
+
+
+# Lies
+
+
+@pytest.mark.parametrize(
+    ("hello", "said"),
+    [
+        ({"page_size_bytes": 16384}, "pages have 16384 bytes"),
+        ({"chunk_order": 11}, "chunk_order is 11"),
+        ({"boot_id": "b" * 2000}, "length of boot_id is 2000"),
+    ],
+)
+def test_a_hello_that_cannot_be(
+    speaker: Callable[[], Speaker], identity: Identity, hello: dict[str, Any], said: str
+) -> None:
+    one = speaker()
+    one.hello(*identity, **hello)
+    code, details = one.refusal()
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert said in details
+
+
+@pytest.mark.parametrize(
+    "telemetry",
+    [{"free_bytes": 128 * MIB + 1}, {"agent_cpu_us": 1 << 60}, {"tracker_bytes": (1 << 64) - 1}],
+)
+def test_telemetry_that_cannot_be(
+    host_agent: InProcessHost,
+    speaker: Callable[[], Speaker],
+    identity: Identity,
+    telemetry: dict[str, int],
+) -> None:
+    one = speaker()
+    one.hello(*identity)
+    one.next()
+    one.outbox.put(pb.GuestMessage(telemetry=pb.Telemetry(**telemetry)))
+    code, details = one.refusal()
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"{next(iter(telemetry))} is {next(iter(telemetry.values()))}" in details
+    assert host_agent.registry.get("g").telemetry == pb.Telemetry()
+
+
+class WorkloadSpeaker:
+    """Answers workload commands by hand."""
+
+    def __init__(self, address: str, identity: Identity) -> None:
+        self.channel = grpc.insecure_channel(address)
+        self.outbox: queue.SimpleQueue[pb.WorkloadEvent | None] = queue.SimpleQueue()
+        who = pb.Identity(guest_uuid=identity[0], token=identity[1])
+        self.outbox.put(pb.WorkloadEvent(attach=pb.Attach(identity=who)))
+        self.call = HintingServiceStub(self.channel).Workload(iter(self.outbox.get, None))
+
+    def done(self, **fields: Any) -> None:
+        self.outbox.put(pb.WorkloadEvent(done=pb.Done(**fields)))
+
+    def close(self) -> None:
+        self.outbox.put(None)
+        self.call.cancel()
+        self.channel.close()
+
+
+@pytest.fixture
+def workload(host_agent: InProcessHost, identity: Identity) -> Iterator[WorkloadSpeaker]:
+    """In the place of the guest's own, which is held still."""
+    pid = host_agent.guests()["g"].pid
+    os.kill(pid, signal.SIGSTOP)
+    own = host_agent.registry.get("g")._workload
+    made = WorkloadSpeaker(host_agent.guest_address, identity)
+    wait_until(lambda: host_agent.registry.get("g")._workload is not own, "the other workload")
+    yield made
+    made.close()
+    os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    "done",
+    [
+        {"held_bytes": 129 * MIB},
+        {"changed_bytes": (1 << 64) - 1},
+        {"verified_pages": 1 << 40},
+        {"wrong_pages": 1 << 62},
+        {"duration_us": 1 << 60},
+        {"error": "e" * 2000},
+    ],
+)
+def test_work_that_cannot_have_been_done(workload: WorkloadSpeaker, done: dict[str, Any]) -> None:
+    workload.done(command_id=1, **done)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(workload.call)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert next(iter(done)) in caught.value.details()
+
+
+def test_answers_that_nobody_asked_for_are_dropped(
+    host_agent: InProcessHost, workload: WorkloadSpeaker
+) -> None:
+    for number in (0, 1, 2, 1 << 40):
+        workload.done(command_id=number, held_bytes=MIB)
+    with ThreadPoolExecutor() as pool:
+        step = pool.submit(host_agent.allocate, 2 * MIB)
+        command = next(workload.call)
+        workload.done(command_id=command.command_id + 1, held_bytes=3 * MIB)
+        workload.done(command_id=command.command_id, held_bytes=2 * MIB)
+        assert step.result(10).held_bytes == 2 * MIB
+    assert host_agent.registry.get("g").conduct.violations == 0
+
+
+def test_a_guests_words_steer_no_terminal(
+    host_agent: InProcessHost, workload: WorkloadSpeaker
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        step = pool.submit(host_agent.allocate, MIB)
+        workload.done(command_id=next(workload.call).command_id, error="\x1b[2Jno\nmemory\x07")
+        error = step.exception(10)
+    assert isinstance(error, grpc.RpcError)
+    assert error.details() == "guest g: �[2Jno\nmemory�"
+
+
+# Floods
+
+
+def test_a_message_that_is_too_large(
+    host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
+) -> None:
+    one = speaker()
+    one.hello(*identity)
+    one.next()
+    one.outbox.put(pb.GuestMessage(batch=pb.Batch(ranges=bytes(300 << 10))))
+    code, details = one.refusal()
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in details
+    assert_served(host_agent)
+
+
+def test_a_flood_is_slowed_and_then_ended_with_the_reason(
+    host_agent: InProcessHost, speaker: Callable[[], Speaker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MESSAGES", limits.Rate(per_s=20, burst=40))
+    uuid = host_agent.create("flooder", method=host_pb2.NONE).uuid
+    one = speaker()
+    one.hello(uuid, host_agent.token("flooder"))
+    one.next()
+    telemetry = pb.GuestMessage(telemetry=pb.Telemetry(free_bytes=MIB))
+    for _ in range(1000):
+        one.outbox.put(telemetry)
+    assert one.refusal() == (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "more than 20 messages per second for 0.5 s",
+    )
+    assert host_agent.registry.get("flooder").conduct.violations == 1
+    assert_served(host_agent)
+
+
+def fill_unread(host_agent: InProcessHost, one: Speaker) -> None:
+    """Send batches and read no ack, until the host ends the session."""
+    epoch = one.next().welcome.epoch
+    guest = host_agent.registry.get("g")
+    before = host_agent.guests()["g"].ledger.batches
+    # Outside of its RAM: each ack repeats all of the ranges.
+    ranges = RangeSet(((1 << 30) + 1025 * n, 1) for n in range(512))
+    for seq in range(1, 1000):
+        if not guest._sessions:
+            return
+        one.batch(epoch, seq, ranges)
+        wait_until(
+            lambda: not guest._sessions or host_agent.guests()["g"].ledger.batches == before + seq,  # noqa: B023
+            f"batch {seq} to be dealt with",
+        )
+    pytest.fail("acks pile up without a bound")
+
+
+def test_one_who_never_reads_is_shown_out(
+    host_agent: InProcessHost,
+    speaker: Callable[[], Speaker],
+    identity: Identity,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Acks pile up: first in the windows of the transport, then here, but only so many."""
+    monkeypatch.setattr(limits, "STREAMS", 3)  # the workload's is one
+    unread = [speaker(), speaker()]
+    for one in unread:
+        one.hello(*identity)
+        fill_unread(host_agent, one)
+    another = speaker()
+    another.hello(*identity)
+    code, said = another.refusal()
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert said == "3 streams are open, or never read to their end"
+    assert unread[0].refusal() == (
+        grpc.StatusCode.UNAVAILABLE,
+        "the guest does not read what it is sent",
+    )
+    another = speaker()
+    another.hello(*identity)
+    assert another.next().welcome.epoch, "one was read to its end now"
+    assert_served(host_agent)
+
+
+def test_sessions_in_a_loop_are_limited_with_the_reason(
+    speaker: Callable[[], Speaker], identity: Identity
+) -> None:
+    refusals = []
+    for _ in range(3 * limits.SESSIONS.burst):
+        one = speaker()
+        one.hello(*identity)
+        try:
+            one.next()
+        except grpc.RpcError as error:
+            refusals.append((error.code(), error.details()))
+            break
+        finally:
+            one.close()
+    assert refusals == [
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "more than 5 streams opened per second")
+    ]
+    time.sleep(2 / limits.SESSIONS.per_s)
+    one = speaker()
+    one.hello(*identity)
+    assert one.next().welcome.epoch
+
+
+# Repeated violations
+
+
+def test_who_breaks_the_rules_again_and_again_is_kept_out_then_dropped(
+    host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
+) -> None:
+    conduct = host_agent.registry.get("g").conduct
+    for bars in range(3):
+        for _ in range(limits.STRIKES):
+            assert misbehave(speaker(), identity)[0] is grpc.StatusCode.INVALID_ARGUMENT
+        if bars == 0:
+            code, said = misbehave(speaker(), identity)
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "kept out for 1 s: broke the protocol 5 times, the last: " in said
+            assert_served(host_agent)
+        if bars < 2:
+            wait_until(lambda: not conduct.barred(time.monotonic()), "the bar to end")
+    with pytest.raises(grpc.RpcError) as caught:
+        host_agent.verify()
+    assert caught.value.code() is grpc.StatusCode.ABORTED
+    assert "guest g: dropped: it broke the protocol 15 times" in caught.value.details()
+    assert "broke the protocol" in host_agent.registry.get("g").evidence()
+    assert_served(host_agent)
+
+
+def test_a_wrong_token_is_not_held_against_the_guest(
+    host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
+) -> None:
+    """Else anybody who knows a neighbour's UUID could have it kept out."""
+    for _ in range(2 * limits.STRIKES):
+        one = speaker()
+        one.hello(identity[0], "0" * 32)
+        assert one.refusal()[0] is grpc.StatusCode.FAILED_PRECONDITION
+    assert host_agent.registry.get("g").conduct.violations == 0
+    one = speaker()
+    one.hello(*identity)
+    assert one.next().welcome.epoch
+
+
+# Without a name
+
+
+def test_streams_that_do_not_say_whose_they_are_make_room(
+    host_agent: InProcessHost, speaker: Callable[[], Speaker]
+) -> None:
+    silent = [speaker() for _ in range(12)]
+    codes = [one.refusal()[0] for one in silent[:2]]
+    assert codes == [grpc.StatusCode.UNAVAILABLE] * 2, "long before their time was over"
+    assert_served(host_agent)
+
+
+def test_a_connection_that_says_nothing_is_closed(host_agent: InProcessHost) -> None:
+    host, _, port = host_agent.guest_address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as silent:
+        while silent.recv(4096):
+            pass
+    assert_served(host_agent)

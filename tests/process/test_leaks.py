@@ -1,0 +1,140 @@
+"""What a crash left is found and removed, and nothing else is touched."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hintfleet.units import MIB
+from orchestrator.store.lock import try_lock
+from tests.support.agents import HostAgent, alive, child_pids, running_host_agent, wait_until
+from tests.support.lab import Lab, made_lab
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    with made_lab(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def dead_pid() -> int:
+    """A process id that was somebody's."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+def doctor(lab: Lab, flag: str, code: int) -> dict[str, dict[str, Any]]:
+    """What is listed, by where it is."""
+    done = lab.run("doctor", flag, "-o", "json")
+    found = json.loads(done.stdout)["leaks"]
+    # Others on this machine may have left something, too.
+    assert done.returncode in (code, 1), done.stderr
+    return {leak["where"].partition(":")[0]: leak for leak in found}
+
+
+def hang(host: HostAgent) -> list[int]:
+    """Have its owner die while a host agent and its guest cannot take notice of it."""
+    pids = [host.process.pid, *child_pids(host.process.pid)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    host.cut_lifeline()
+    return pids
+
+
+def left_behind(lab: Lab, dead_pid: int) -> list[Path]:
+    """Files as processes leave them that are killed."""
+    runtime = lab.temporary / f"hf-{dead_pid}-abcdefgh"
+    (runtime / "host1.1").mkdir(parents=True)
+    guest = lab.temporary / f"hintfleet-guest-{dead_pid}-abcdefgh"
+    guest.mkdir()
+    (guest / "console.log").write_text("Linux\n")
+    trial = lab.folder / "hintfleet/samples/killed/killed-none-1"
+    trial.mkdir(parents=True)
+    (trial / "000001.parquet").write_bytes(b"whole")
+    (trial / "000002.unfinished").write_bytes(bytes(8192))
+    (trial.parent / "reserve").write_bytes(bytes(MIB))
+    return [runtime, guest, trial / "000002.unfinished", trial.parent / "reserve"]
+
+
+@contextlib.contextmanager
+def held(lab: Lab, dead_pid: int) -> Iterator[list[Path]]:
+    """The same files of those that live: they bear the pid, or hold the lock."""
+    mine = lab.temporary / f"hf-{os.getpid()}-abcdefgh"
+    # A process id says little: it may be of another container.
+    locked = [lab.temporary / f"{kind}-{dead_pid}-held" for kind in ("hf", "hintfleet-guest")]
+    elsewhere = lab.temporary / f"hf-{dead_pid}-not"
+    elsewhere.write_text("a file, no folder of ours")
+    run = lab.folder / "hintfleet/samples/running"
+    run.mkdir(parents=True)
+    (run / "reserve").write_bytes(bytes(MIB))
+    run_lock = try_lock(run)
+    assert run_lock is not None
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, run_lock)
+        for path in (mine, *locked):
+            path.mkdir()
+        for path in locked:
+            fd = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield [mine, *locked, elsewhere, run / "reserve"]
+
+
+def test_what_is_nobodys_is_removed_and_nothing_else(lab: Lab, dead_pid: int) -> None:
+    files = left_behind(lab, dead_pid)
+    with (
+        held(lab, dead_pid) as others,
+        running_host_agent() as living,
+        running_host_agent() as hanging,
+        running_host_agent("--state", f"{lab.folder}/state") as surviving,
+    ):
+        for host in (living, hanging, surviving):
+            host.watch()
+            host.create()
+            host.allocate(32 * MIB)
+        lost = hang(hanging)
+        survivors = child_pids(surviving.process.pid)
+        surviving.process.kill()
+        surviving.process.wait(10)
+        spared = [living.process.pid, *child_pids(living.process.pid), *survivors]
+        assert len(survivors) == 1
+
+        found = doctor(lab, "--leaks", 1)
+        ours = {*map(str, files), *(f"process {pid}" for pid in lost)}
+        assert ours <= found.keys()
+        assert not {str(path) for path in others} & found.keys()
+        assert not {f"process {pid}" for pid in spared} & found.keys()
+        kinds = [found[f"process {pid}"]["what"] for pid in lost]
+        assert kinds == ["host agent", "embedded guest"]
+        memory_bytes = sum(found[f"process {pid}"]["size_bytes"] for pid in lost)
+        assert 32 * MIB <= memory_bytes < 128 * MIB, "one RAM file, counted once"
+        assert found[str(files[-1])]["size_bytes"] == MIB
+        assert all(leak["since_unix_s"] > 0 for leak in found.values())
+        assert not any(leak["removed"] for leak in found.values())
+
+        cleaned = doctor(lab, "--clean", 0)
+        assert ours <= cleaned.keys()
+        assert all(cleaned[where]["removed"] for where in ours)
+        wait_until(lambda: not any(map(alive, lost)), "the end of what hung")
+        assert not any(path.exists() for path in files)
+        assert all(path.exists() for path in others)
+        assert (files[2].parent / "000001.parquet").exists()
+        assert all(map(alive, spared))
+        assert living.verify().wrong_pages == 0
+        hanging.process.wait(5)
+        for pid in survivors:
+            os.kill(pid, signal.SIGKILL)
+    said = lab.run("doctor", "--leaks")
+    assert said.returncode == 1
+    assert "unfinished file" in said.stdout, "whoever held the lock is gone now"
+    assert "hintfleet doctor --clean" in said.stderr

@@ -1,0 +1,181 @@
+"""Faults of what runs an experiment: real kills in the middle of small runs, which go on."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from tests.support.agents import wait_until
+from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, parent_pid, result, wait_for_line
+
+SPEC = """\
+name: tiny
+driver: embedded
+hosts: {count: 2, memory: 256MiB}
+guests: {per_host: 1, memory: 64MiB}
+workload:
+  phases:
+    - {allocate: 40MiB, for: 700ms}
+    - {free: 75%, for: 700ms, settle: true}
+arms:
+  - {name: none, method: none}
+  - {name: bitmap, method: hinting, tracker: bitmap, report_period: 50ms}
+repetitions: 2
+seed: 1
+sample_period: 50ms
+"""
+SEED = 20260
+KILLS = 2
+Part = tuple[str, int, int]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    with made_lab(tmp_path) as made:
+        yield made
+
+
+def kill_one(lab: Lab, what: str) -> None:
+    """Kill a host agent, or the actor that speaks to it, when all guests are there."""
+    wait_until(lambda: len(lab.agents("guest_agent")) == 2, "two guests")
+    host_agent = min(lab.agents("host_agent"))
+    os.kill(host_agent if what == "host agent" else parent_pid(host_agent), signal.SIGKILL)
+
+
+def check_figures(data: dict[str, Any]) -> None:
+    assert data["state"] == "done"
+    for arm in data["arms"]:
+        assert arm["trials"] == 2
+        assert arm["undecided"] == ""
+        assert arm["footprint"]["provisioned_bytes"] == 2 * 64 << 20
+        assert arm["footprint"]["verified_pages"] == 2 * 2 * 40 * 256, (
+            "two attempts are never mixed"
+        )
+        assert arm["footprint"]["wrong_pages"] == 0
+    assert data["arms"][1]["saved_bytes"]["pairs"] == 4
+    counted = [(trial["arm"], trial["repetition"]) for trial in data["trials"] if trial["counted"]]
+    assert len(counted) == len(set(counted)) == 4
+
+
+def test_lost_hosts_are_tried_again_and_then_the_run_can_go_on(lab: Lab) -> None:
+    with lab.started("run", lab.spec(SPEC), "--retries", "1", "-o", "json") as process:
+        wait_for_line(process, "trial 1 ")
+        kill_one(lab, "actor")
+        assert "host" in (said := wait_for_line(process, "lost: "))
+        assert "its actor died" in said
+        wait_for_line(process, "trial 2 ")
+        kill_one(lab, "host agent")
+        assert "its host agent was lost" in wait_for_line(process, "lost: ")
+        wait_for_line(process, "trial 1 of 4: ")  # again, at the end
+        kill_one(lab, "host agent")
+        out, err = process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 3, err
+    assert "attempt 2" in err
+    assert "undecided: " in err
+    assert "to go on: hintfleet run --resume" in err
+    data = json.loads(out)
+    assert data["state"] == "undecided"
+    states = [(t["position"], t["attempt"], t["lost"], t["counted"]) for t in data["trials"]]
+    assert states == [
+        (0, 1, True, False),
+        (1, 1, True, False),
+        (2, 1, False, True),
+        (3, 1, False, True),
+        (0, 2, True, True),
+        (1, 2, False, True),
+    ]
+    assert data["reason"] == data["trials"][4]["undecided"]
+    lab.check_nothing_is_left()
+
+    again = lab.run("run", "--resume", "latest", "-o", "json")
+    check_figures(data := result(again))
+    assert "3 of 4 trials have their results and are kept" in again.stderr
+    assert "trial 1 of 4" in again.stderr
+    assert "trial 2 of 4" not in again.stderr
+    lab.check_nothing_is_left()
+
+    once_more = lab.run("run", "--resume", data["run_id"][-6:], "-o", "json")
+    assert result(once_more) == data
+    assert "no trial left to run" in once_more.stderr
+    shown = lab.run("show").stdout
+    assert "its actor died" in shown
+    assert "run again" in shown
+
+
+def acknowledged(lab: Lab) -> set[Part]:
+    """The parts that the store says it has, asked from outside."""
+    with sqlite3.connect(
+        f"file:{lab.folder}/hintfleet/hintfleet.sqlite?mode=ro", uri=True
+    ) as store:
+        return set(store.execute("SELECT trial_id, number, row_count FROM parts"))
+
+
+def check_readable(lab: Lab, parts: set[Part]) -> None:
+    for trial_id, number, row_count in parts:
+        (path,) = lab.folder.glob(f"hintfleet/samples/*/{trial_id}/{number:06}.parquet")
+        with duckdb.connect() as connection:
+            assert connection.read_parquet(str(path)).shape[0] == row_count > 0
+
+
+def killed_somewhere(
+    lab: Lab, chance: random.Random, process: "subprocess.Popen[str]"
+) -> set[Part]:
+    """Kill the orchestrator at some moment after a trial's start; what it had acknowledged."""
+    wait_for_line(process, "trial ")
+    wait_until(lambda: bool(lab.agents("guest_agent")), "a guest")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(chance.uniform(0.0, 2.5))
+    before = acknowledged(lab)
+    for pid in lab.find("log_monitor.py"):
+        os.kill(pid, signal.SIGSTOP)  # a helper of Ray that does not notice
+    process.kill()
+    process.wait()
+    wait_until(lambda: not lab.agents("host_agent", "guest_agent"), "the end of all agents")
+    return before
+
+
+def test_nothing_acknowledged_is_lost_with_the_orchestrator(lab: Lab) -> None:
+    chance = random.Random(SEED)
+    seen: set[Part] = set()
+    command = ["run", lab.spec(SPEC)]
+    for _ in range(KILLS):
+        with lab.started(*command) as process:
+            seen |= killed_somewhere(lab, chance, process)
+        check_readable(lab, seen)
+        (run,) = json.loads(lab.run("runs", "-o", "json").stdout)
+        assert (run["state"], run["reason"]) == (
+            "interrupted",
+            "its process ended without a word",
+        )
+        command = ["run", "--resume", "latest", "-o", "json"]
+    cleaned = json.loads(lab.run("doctor", "--clean", "-o", "json").stdout)["leaks"]
+    assert "Ray process" in {leak["what"] for leak in cleaned}
+    assert f"{lab.folder}/hintfleet/samples/{run['run_id']}/reserve" in {
+        leak["where"] for leak in cleaned
+    }
+    lab.check_nothing_is_left()
+    check_readable(lab, seen)
+    shown = lab.run("show")
+    assert shown.returncode == 130
+    assert f"hintfleet run --resume {run['run_id'][-6:]}" in shown.stderr
+
+    with lab.started(*command) as process:
+        wait_for_line(process, "trial ")
+        other = lab.run(*command)
+        assert other.returncode == 1
+        assert "is being run by another process" in other.stderr
+        out, err = process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 0, err
+    check_figures(data := json.loads(out))
+    assert sum(trial["sample_count"] > 0 for trial in data["trials"]) >= 4
+    assert seen <= acknowledged(lab)
+    check_readable(lab, acknowledged(lab))
+    lab.check_nothing_is_left()

@@ -1,0 +1,23 @@
+"""A host agent that holds nothing against a guest, for tests that break rules all the time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+from host_agent import guest_service, limits
+
+_PLENTY = 1 << 30
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """Guests made meanwhile may break rules, and open streams, as often as they like."""
+    plenty = limits.Rate(per_s=_PLENTY, burst=_PLENTY)
+    with (
+        mock.patch.multiple(limits, STRIKES=_PLENTY, STREAMS=_PLENTY),
+        mock.patch.multiple(limits, SESSIONS=plenty, MESSAGES=plenty, BATCHES=plenty),
+        mock.patch.object(guest_service, "_REFUSAL_S", 0.0),
+    ):
+        yield

@@ -1,0 +1,164 @@
+"""A TCP relay between guests and their host agent that does what networks do.
+
+It cuts, stalls and delays single connections, keeps what a guest said on them, and knows
+whose they are: a guest's identity goes over the link in plain text (hinting.proto).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+# Identity as protobuf writes it: field 1, 36 bytes; field 2, 32 bytes.
+_IDENTITY = re.compile(rb"\x0a\x24([0-9a-f-]{36})\x12\x20([0-9a-f]{32})")
+_CHUNK_BYTES = 1 << 16
+_RECORDED_BYTES = 1 << 16
+_OLD_LINKS_KEPT = 8
+
+
+class Way(Enum):
+    """In which direction bytes go."""
+
+    TO_HOST = "to host"
+    TO_GUEST = "to guest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """`HOST:PORT`."""
+        host, _, port = text.rpartition(":")
+        return cls(host=host, port=int(port))
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+class Link:
+    """One connection of a guest."""
+
+    def __init__(self, guest: asyncio.StreamWriter, host: asyncio.StreamWriter) -> None:
+        self.guest_uuid = self.token = ""
+        """Empty until the guest has said who it is."""
+        self.recorded = bytearray()
+        """The first of what the guest said."""
+        self.delay_s = 0.0
+        """How long each piece is held back from now on."""
+        self._writers = {Way.TO_HOST: host, Way.TO_GUEST: guest}
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self._traps: dict[Way, list[Callable[[], None]]] = {way: [] for way in Way}
+
+    def cut(self) -> None:
+        """Both ends see a reset connection; what is on the way is lost."""
+        for writer in self._writers.values():
+            writer.transport.abort()
+        self._flows.set()
+
+    def stall(self) -> None:
+        """Nothing passes, and nobody is told."""
+        self._flows.clear()
+
+    def resume(self) -> None:
+        """What was stalled goes on."""
+        self._flows.set()
+
+    def before_next(self, way: Way, trap: Callable[[], None]) -> None:
+        """Call `trap` once, right before the next piece would be passed on."""
+        self._traps[way].append(trap)
+
+    def forget(self, way: Way, trap: Callable[[], None]) -> bool:
+        """Whether `trap` still waited; it does no longer."""
+        with contextlib.suppress(ValueError):
+            self._traps[way].remove(trap)
+            return True
+        return False
+
+    async def pump(self, way: Way, reader: asyncio.StreamReader) -> None:
+        """Pass bytes on in one direction until either end closes."""
+        writer = self._writers[way]
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(_CHUNK_BYTES):
+                if way is Way.TO_HOST:
+                    self._note(data)
+                traps, self._traps[way] = self._traps[way], []
+                for trap in traps:
+                    trap()
+                await self._flows.wait()
+                if self.delay_s:
+                    await asyncio.sleep(self.delay_s)
+                writer.write(data)
+                await writer.drain()
+        for end in self._writers.values():
+            end.close()
+
+    def _note(self, data: bytes) -> None:
+        self.recorded += data[: _RECORDED_BYTES - len(self.recorded)]
+        if not self.guest_uuid and (said := _IDENTITY.search(self.recorded)):
+            self.guest_uuid, self.token = said[1].decode(), said[2].decode()
+
+
+class Relay:
+    """Listens on a port of its own and connects each guest to `upstream`."""
+
+    def __init__(self) -> None:
+        self.upstream: Address | None = None
+        """The host agent's door for guests; None while there is none."""
+        self.links: list[Link] = []
+        """Open now."""
+        self.closed: dict[str, list[Link]] = {}
+        """The last ones of each guest that are not."""
+        self.link_count = 0
+        self.delay_s = 0.0
+        """Of links that are opened from now on."""
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[Address]:
+        """Relay until the block ends; where it listens."""
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        try:
+            yield Address(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
+        finally:
+            server.close()
+            for link in self.links:
+                link.cut()
+            await server.wait_closed()
+
+    def of(self, guest_uuid: str) -> list[Link]:
+        """The open links of a guest."""
+        return [link for link in self.links if link.guest_uuid == guest_uuid]
+
+    async def _connected(
+        self, from_guest: asyncio.StreamReader, to_guest: asyncio.StreamWriter
+    ) -> None:
+        try:
+            if self.upstream is None:
+                raise ConnectionRefusedError
+            from_host, to_host = await asyncio.open_connection(
+                self.upstream.host, self.upstream.port
+            )
+        except ConnectionError:
+            to_guest.transport.abort()
+            return
+        link = Link(to_guest, to_host)
+        link.delay_s = self.delay_s
+        self.links.append(link)
+        self.link_count += 1
+        try:
+            await asyncio.gather(
+                link.pump(Way.TO_HOST, from_guest), link.pump(Way.TO_GUEST, from_host)
+            )
+        finally:
+            self.links.remove(link)
+            old = self.closed.setdefault(link.guest_uuid, [])
+            old.append(link)
+            del old[:-_OLD_LINKS_KEPT]

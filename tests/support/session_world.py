@@ -1,0 +1,227 @@
+"""Both real state machines of the session protocol in a world that is played step by step.
+
+`HintingCore` and `Gate` are the shipped ones; what carries out their instructions is played:
+a guest with a few chunks that have contents, streams that are in order while one is not with
+another, a host whose punches take time. Nothing happens by itself: a test takes the steps.
+What must hold at a step is asserted at that step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from guest_agent import hinting
+from guest_agent.hinting import HintingCore
+from hintfleet.errors import GuestLost
+from hintfleet.ranges import RangeSet
+from host_agent import gate
+from host_agent.gate import LIMITS, Gate
+from host_agent.reclaim import Outcome
+
+CHUNK_COUNT = 9
+CHUNK_PAGES = 512
+_LIMITS = hinting.Limits(
+    ranges_per_batch=3,
+    pages_per_batch=3 * CHUNK_PAGES,
+    batches_in_flight=LIMITS.batches_in_flight,
+)
+
+
+@dataclass(frozen=True)
+class Hello:
+    boot_id: str
+    still_isolated: RangeSet
+
+
+Up = Hello | hinting.Send
+Down = gate.Welcome | gate.Acknowledge
+
+
+@dataclass(eq=False)
+class Stream:
+    """Messages on their way; `cut` when it is over, which either end notices some time."""
+
+    to_host: deque[Up] = field(default_factory=deque)
+    to_guest: deque[Down] = field(default_factory=deque)
+    cut: bool = False
+
+
+def chunks(ranges: RangeSet) -> list[int]:
+    return [n for pfn, count in ranges for n in range(pfn // 512, (pfn + count) // 512)]
+
+
+def pages(numbers: Iterable[int]) -> RangeSet:
+    return RangeSet((n * CHUNK_PAGES, CHUNK_PAGES) for n in numbers)
+
+
+class GuestKernel:
+    """Chunks that are free, isolated or in use; what is in use was written to."""
+
+    def __init__(self, boot_id: str) -> None:
+        self.boot_id = boot_id
+        self.free = list(range(CHUNK_COUNT))
+        self.isolated: set[int] = set()
+        self.reported: set[int] = set()
+        """Free and hinted: not to be hinted again before they were used."""
+        self.busy = True
+        """Whether the workload uses and frees at once what is released: so that there is
+        always something to hint."""
+        self.in_use: dict[int, int] = {}
+        self.contents: dict[int, int] = {}
+        """What the host has behind a chunk; nothing once it was dropped."""
+        self._writes = 0
+
+    def allocate(self) -> None:
+        self._writes += 1
+        chunk = self.free.pop(0)
+        self.reported.discard(chunk)
+        self.in_use[chunk] = self.contents[chunk] = self._writes
+
+    def free_one(self) -> None:
+        chunk = next(iter(self.in_use))
+        del self.in_use[chunk]
+        self.free.append(chunk)
+
+    def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
+        taken = [n for n in self.free if n not in self.reported]
+        # Others than the workload would get next: the worst case for whoever is too late.
+        taken = taken[-min(max_ranges, max_pages // CHUNK_PAGES) :]
+        self.free = [n for n in self.free if n not in taken]
+        self.isolated |= set(taken)
+        return pages(taken)
+
+    def idle(self) -> bool:
+        return self.reported.issuperset(self.free)
+
+    def release(self, ranges: RangeSet, *, hinted: bool) -> None:
+        assert set(chunks(ranges)) <= self.isolated, "released what is not isolated"
+        self.isolated -= set(chunks(ranges))
+        self.reported |= set(chunks(ranges) if hinted and not self.busy else ())
+        self.free = chunks(ranges) + self.free
+
+
+class Agent:
+    """A guest agent that holds the isolator; carries out what its core instructs."""
+
+    def __init__(self, kernel: GuestKernel, core: HintingCore) -> None:
+        self.kernel = kernel
+        self.core = core
+        self.stream: Stream | None = None
+        self.old_stream: Stream | None = None
+
+    def connect(self) -> Stream:
+        self.stream = Stream()
+        self.stream.to_host.append(Hello(self.kernel.boot_id, self.core.still_isolated))
+        return self.stream
+
+    def hear(self) -> None:
+        assert self.stream is not None
+        message = self.stream.to_guest.popleft()
+        if isinstance(message, gate.Welcome):
+            self.carry_out(self.core.welcomed(message.session, _LIMITS))
+        else:
+            self._acknowledged(message)
+
+    def hear_late_ack(self) -> None:
+        assert self.old_stream is not None
+        message = self.old_stream.to_guest.popleft()
+        if isinstance(message, gate.Acknowledge):
+            self._acknowledged(message)
+
+    def _acknowledged(self, ack: gate.Acknowledge) -> None:
+        batch = ack.batch
+        acted = not ack.outcome.skipped
+        self.carry_out(self.core.acknowledged(batch.epoch, batch.seq, acted=acted))
+
+    def lose_stream(self) -> None:
+        self.old_stream, self.stream = self.stream, None
+        self.carry_out(self.core.lost())
+
+    def look(self) -> None:
+        self.carry_out(self.core.period_passed(isolator_idle=self.kernel.idle()))
+
+    def carry_out(self, instructions: Sequence[hinting.Instruction]) -> None:
+        todo = deque(instructions)
+        while todo:
+            match todo.popleft():
+                case hinting.Isolate(max_ranges, max_pages):
+                    taken = self.kernel.isolate(max_ranges, max_pages)
+                    todo += self.core.isolated(taken, isolator_idle=self.kernel.idle())
+                case hinting.Send() as batch:
+                    assert self.stream is not None
+                    self.stream.to_host.append(batch)
+                case hinting.Release(ranges, hinted):
+                    self.kernel.release(ranges, hinted=hinted)
+
+
+class Host:
+    """A host agent's end of it: one punch at a time, chunk by chunk."""
+
+    def __init__(self, new_gate: Gate) -> None:
+        self.gate = new_gate
+        self.sessions: dict[int, Stream] = {}
+        self.unposted: list[gate.Batch] = []
+        """Arrived, and not in the books yet: these may run."""
+        self.running: gate.Batch | None = None
+        self.to_drop: list[int] = []
+        self.turn_asked = False
+
+    def hear(self, stream: Stream, now_s: float, next_session: int) -> None:
+        """Take the next message of a stream, however late it comes."""
+        message = stream.to_host.popleft()
+        if isinstance(message, Hello):
+            self.sessions[next_session] = stream
+            self.carry_out(self.gate.connected(next_session, message.boot_id))
+        elif session := self._session_of(stream):
+            batch = gate.Batch(
+                epoch=message.epoch, seq=message.seq, ranges=message.ranges, received_s=now_s
+            )
+            self.unposted.append(batch)
+            self.carry_out(self.gate.arrived(session, batch))
+
+    def leave(self, stream: Stream) -> None:
+        """Notice that a stream is over."""
+        session = self._session_of(stream)
+        del self.sessions[session]
+        stream.to_host.clear()
+        self.carry_out(self.gate.left(session))
+
+    def take_turn(self, now_s: float) -> None:
+        self.turn_asked = False
+        self.carry_out(self.gate.turn_came(now_s))
+
+    def finish(self) -> None:
+        batch, self.running = self.running, None
+        assert batch is not None
+        self.carry_out(self.gate.finished(batch, Outcome(reclaimed=batch.ranges)))
+
+    def guest_is_gone(self) -> None:
+        self.carry_out(self.gate.gone(GuestLost("reset")))
+        assert all(one is self.running for one in self.unposted), "a batch may run yet"
+
+    def carry_out(self, instructions: Sequence[gate.Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case gate.Welcome(session):
+                    assert self.running is None, "I2: a batch is running"
+                    assert not self.unposted, "I2: a batch may run yet"
+                    self.sessions[session].to_guest.append(instruction)
+                case gate.EndSession(session):
+                    self.sessions[session].cut = True
+                case gate.TakeTurn():
+                    assert not self.turn_asked, "two turns at once"
+                    self.turn_asked = True
+                case gate.Run(batch):
+                    assert self.running is None, "two punches at once"
+                    self.running, self.to_drop = batch, chunks(batch.ranges)
+                case gate.Post(batch):
+                    self.unposted.remove(batch)  # once, and only what arrived
+                case gate.Acknowledge(session, batch):
+                    assert batch not in self.unposted, "acknowledged before it was over"
+                    self.sessions[session].to_guest.append(instruction)
+
+    def _session_of(self, stream: Stream) -> int:
+        """Its number; 0 if it was never one here, or is none any more."""
+        return next((n for n, one in self.sessions.items() if one is stream), 0)

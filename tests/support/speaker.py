@@ -1,0 +1,56 @@
+"""A guest's agent that says what a test wants it to, on the door that virtual machines use."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from hintfleet.ranges import RangeSet, encode
+from hintfleet.v1 import hinting_pb2 as pb
+from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
+
+
+class Speaker:
+    """Speaks the protocol by hand, on the door that virtual machines use."""
+
+    def __init__(self, address: str) -> None:
+        options = (
+            # A connection of its own, as from a guest of its own.
+            ("grpc.use_local_subchannel_pool", 1),
+            # A window that does not grow: who does not read is soon sent no more.
+            ("grpc.http2.bdp_probe", 0),
+        )
+        self.channel = grpc.insecure_channel(address, options)
+        self.outbox: queue.SimpleQueue[pb.GuestMessage | None] = queue.SimpleQueue()
+        self.call = HintingServiceStub(self.channel).Session(self.messages(), timeout=30)
+
+    def messages(self) -> Iterator[pb.GuestMessage]:
+        while (message := self.outbox.get()) is not None:
+            yield message
+
+    def hello(self, uuid: str, token: str, **other: Any) -> None:
+        fields: dict[str, Any] = {"page_size_bytes": 4096, "chunk_order": 9} | other
+        identity = pb.Identity(guest_uuid=uuid, token=token)
+        self.outbox.put(pb.GuestMessage(hello=pb.Hello(identity=identity, **fields)))
+
+    def batch(self, epoch: int, seq: int, ranges: RangeSet) -> None:
+        batch = pb.Batch(epoch=epoch, seq=seq, ranges=encode(ranges))
+        self.outbox.put(pb.GuestMessage(batch=batch))
+
+    def next(self) -> pb.HostMessage:
+        return next(self.call)
+
+    def refusal(self) -> tuple[grpc.StatusCode, str]:
+        """What the host ended the session with."""
+        with pytest.raises(grpc.RpcError) as caught:
+            list(self.call)
+        return caught.value.code(), caught.value.details()
+
+    def close(self) -> None:
+        self.outbox.put(None)
+        self.call.cancel()
+        self.channel.close()

@@ -1,0 +1,83 @@
+"""Memory blocks of a guest's kernel, on a made-up tree of /sys (real ones: tests/vm)."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from guest_agent.memory.blocks import MemoryBlocks
+from hintfleet.errors import Refused
+from hintfleet.ranges import RangeSet
+from hintfleet.units import MIB
+
+BLOCK_PAGES = 32768
+TWO_BLOCKS = RangeSet([(32 * BLOCK_PAGES, 2 * BLOCK_PAGES)])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "block_size_bytes").write_text("8000000\n")
+    return tmp_path
+
+
+def add(root: Path, number: int, state: str = "offline") -> Path:
+    unseen, block = root / "unseen", root / f"memory{number}"
+    unseen.mkdir()
+    (unseen / "state").write_text(f"{state}\n")
+    unseen.rename(block)  # at once, as the kernel's come
+    return block / "state"
+
+
+def test_blocks_that_come_later_are_waited_for(root: Path) -> None:
+    first = add(root, 32)
+    coming = threading.Timer(0.3, add, (root, 33))
+    coming.start()
+    MemoryBlocks(root).online(TWO_BLOCKS)
+    coming.join()
+    assert first.read_text() == (root / "memory33/state").read_text() == "online_movable\n"
+
+
+def test_what_is_in_the_wanted_state_is_left_alone(root: Path) -> None:
+    state = add(root, 32, "online")
+    MemoryBlocks(root).online(RangeSet([(32 * BLOCK_PAGES, BLOCK_PAGES)]))
+    assert state.read_text() == "online\n"
+
+
+def test_all_blocks_go_offline_or_none(root: Path) -> None:
+    other, held = add(root, 32, "online"), add(root, 33, "online")
+    held.unlink()
+    held.symlink_to("/proc/version")  # nobody can write there, not even root
+    with pytest.raises(Refused, match=r"memory33 stays .* in use"):
+        MemoryBlocks(root, patience_s=0.5).offline(TWO_BLOCKS)
+    assert other.read_text() == "online_movable\n"
+    held.unlink()
+    held.write_text("online\n")
+    MemoryBlocks(root).offline(TWO_BLOCKS)
+    assert held.read_text() == other.read_text() == "offline\n"
+
+
+def test_what_the_guest_cannot_do_without_stays(root: Path) -> None:
+    states = [add(root, 32, "online"), add(root, 33, "online")]
+    blocks = MemoryBlocks(root, patience_s=0.5, available_bytes=lambda: 260 * MIB)
+    with pytest.raises(Refused, match="in use: the guest can do without 260 MiB only"):
+        blocks.offline(TWO_BLOCKS)
+    assert [state.read_text() for state in states] == ["online\n"] * 2
+    spare = iter([10 * MIB, 260 * MIB, 300 * MIB])
+    blocks = MemoryBlocks(root, available_bytes=lambda: next(spare))
+    blocks.offline(TWO_BLOCKS)
+    assert [state.read_text() for state in states] == ["offline\n"] * 2
+
+
+def test_what_never_comes_is_said(root: Path) -> None:
+    with pytest.raises(Refused, match="no memory block memory32"):
+        MemoryBlocks(root, patience_s=0.2).online(TWO_BLOCKS)
+
+
+def test_parts_of_blocks_cannot_be_had(root: Path) -> None:
+    with pytest.raises(Refused, match="134217728 bytes"):
+        MemoryBlocks(root).online(RangeSet([(0, 512)]))
+
+
+def test_a_kernel_without_memory_hotplug(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="no memory hotplug"):
+        MemoryBlocks(tmp_path).online(TWO_BLOCKS)

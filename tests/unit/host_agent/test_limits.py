@@ -1,0 +1,130 @@
+"""Limits on a guest: never too much, never too little for an honest one."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hintfleet.errors import InvalidInput, LimitExceeded
+from host_agent.limits import (
+    BARS_S,
+    BATCHES,
+    FLOOD_S,
+    MESSAGES,
+    SESSIONS,
+    STREAMS,
+    STRIKES,
+    STRIKES_WITHIN_S,
+    Conduct,
+    Pace,
+    Rate,
+)
+
+gaps = st.lists(st.floats(0, 0.5), min_size=1, max_size=200)
+
+
+@given(gaps, st.floats(1, 100), st.integers(1, 20))
+def test_one_who_waits_as_told_never_exceeds_the_rate(
+    gaps: list[float], per_s: float, burst: int
+) -> None:
+    pace, now_s, used = Pace(Rate(per_s=per_s, burst=burst)), 0.0, []
+    for gap_s in gaps:
+        now_s += gap_s
+        used.append(now_s)
+        now_s += pace.take(now_s)
+    for first, start_s in enumerate(used):
+        for last in range(first, len(used)):
+            most = burst + (used[last] - start_s) * per_s + 1
+            assert last - first + 1 <= most + 1e-6
+
+
+@given(gaps, st.floats(2, 100), st.integers(1, 20))
+def test_one_who_keeps_to_the_rate_never_waits(gaps: list[float], per_s: float, burst: int) -> None:
+    pace, now_s = Pace(Rate(per_s=per_s, burst=burst)), 0.0
+    for gap_s in gaps:
+        assert pace.take(now_s) <= 1e-9
+        now_s += gap_s + 1 / per_s
+
+
+@given(gaps)
+def test_held_is_told_from_the_first_wait_on(gaps: list[float]) -> None:
+    pace, now_s, since_s = Pace(Rate(per_s=10, burst=3)), 0.0, math.inf
+    for gap_s in gaps:
+        now_s += gap_s
+        since_s = min(since_s, now_s) if pace.take(now_s) else math.inf
+        assert pace.held_for_s(now_s) == max(0.0, now_s - since_s)
+
+
+def test_a_burst_then_the_rate() -> None:
+    pace = Pace(Rate(per_s=10, burst=3))
+    assert [pace.take(0) for _ in range(5)] == [0, 0, 0, pytest.approx(0.1), pytest.approx(0.2)]
+    assert pace.take(10) == 0
+
+
+def test_a_flood_is_a_violation_only_if_it_goes_on() -> None:
+    conduct, now_s = Conduct(), 0.0
+    while now_s <= FLOOD_S:
+        now_s += conduct.heard(now_s)
+    with pytest.raises(LimitExceeded, match="messages per second"):
+        conduct.heard(now_s)
+    now_s += MESSAGES.burst / MESSAGES.per_s
+    assert conduct.heard(now_s) == 0, "after a pause it is none"
+
+
+def test_batches_are_slowed_by_what_they_cost_and_held_against_nobody() -> None:
+    conduct, now_s, batches = Conduct(), 0.0, 0
+    while now_s < 10 * FLOOD_S:
+        now_s += conduct.heard_batch(1024, now_s)
+        batches += 1
+    assert batches == pytest.approx((BATCHES.burst + 10 * FLOOD_S * BATCHES.per_s) / 17, rel=0.01)
+    assert conduct.heard(now_s) == 0
+
+
+def test_streams_are_bounded_in_number() -> None:
+    conduct = Conduct()
+    closing = []
+    for n in range(STREAMS):
+        conduct.may_open(n / SESSIONS.per_s)
+        closing.append(conduct.opened())
+    with pytest.raises(LimitExceeded, match=f"{STREAMS} streams are open"):
+        conduct.may_open(60)
+    closing[3]()
+    conduct.may_open(60)
+
+
+def test_streams_are_bounded_in_rate() -> None:
+    conduct = Conduct()
+    for _ in range(SESSIONS.burst):
+        conduct.may_open(0)
+    for _ in range(SESSIONS.burst):
+        with pytest.raises(LimitExceeded, match="per second"):
+            conduct.may_open(0)
+    conduct.may_open(1.01 / SESSIONS.per_s)  # what was refused does not count
+
+
+def test_violations_far_apart_are_forgiven() -> None:
+    conduct = Conduct()
+    for n in range(10 * STRIKES):
+        at_s = n * (STRIKES_WITHIN_S / (STRIKES - 1) + 0.1)
+        assert not conduct.violated(InvalidInput("no"), at_s)
+        conduct.may_open(at_s)
+    assert conduct.violations == 10 * STRIKES
+
+
+def test_bars_grow_and_the_last_is_for_good() -> None:
+    conduct, now_s = Conduct(), 0.0
+    for bar_s in BARS_S:
+        outcomes = [
+            conduct.violated(InvalidInput("batch 2 is empty"), now_s) for _ in range(STRIKES)
+        ]
+        assert outcomes == [False] * (STRIKES - 1) + [bar_s == math.inf]
+        assert conduct.barred(now_s)
+        with pytest.raises(LimitExceeded, match="the last: batch 2 is empty"):
+            conduct.may_open(now_s + min(bar_s, 1e9) - 0.1)
+        now_s += bar_s
+    assert str(conduct) == "broke the protocol 15 times, the last: batch 2 is empty"
+
+
+def test_the_innocent_have_nothing_said_of_them() -> None:
+    assert str(Conduct()) == ""

@@ -1,0 +1,44 @@
+"""What the kernel says of a process's mappings."""
+
+import mmap
+import os
+from pathlib import Path
+
+from host_agent.guests.qemu_ram import Mapping, mappings, parse_maps
+
+
+def test_a_line_of_each_kind() -> None:
+    anonymous, ram = parse_maps(
+        "7f0000000000-7f0000001000 ---p 00000000 00:00 0\n"
+        "7f0040000000-7f0080000000 rw-s 00001000 00:01 1029       /memfd:pc.ram (deleted)\n"
+    )
+    assert not anonymous.shared
+    assert anonymous.path == ""
+    assert ram == Mapping(
+        start=0x7F0040000000,
+        end=0x7F0080000000,
+        shared=True,
+        offset_bytes=4096,
+        inode=1029,
+        path="/memfd:pc.ram (deleted)",
+    )
+
+
+def test_only_whole_lines_are_mappings() -> None:
+    line = "7f0040000000-7f0080000000 rw-s 00000000 00:01 1029 /memfd:pc.ram"
+    assert not parse_maps(
+        f"x{line}\n7f0040000000-7f0080000000 rw-s 00000000 00:01 \u0661 /memfd:a\n"
+    )
+    assert len(parse_maps(line)) == 1
+
+
+def test_a_file_name_can_hold_anything_but_a_line_feed(tmp_path: Path) -> None:
+    """A carriage return must not begin a line, nor may bytes that are no text be fatal."""
+    forged = b"7f0040000000-7f0080000000 rw-s 00000000 00:01 1029 memfd:pc.ram"
+    path = os.path.join(os.fsencode(tmp_path), b"\xff\r" + forged)
+    with open(path, "w+b") as file:
+        file.truncate(4096)
+        with mmap.mmap(file.fileno(), 4096):
+            found = mappings(os.getpid())
+        inode = os.fstat(file.fileno()).st_ino
+    assert [m.inode for m in found if m.path.endswith("memfd:pc.ram")] == [inode]

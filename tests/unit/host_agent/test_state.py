@@ -1,0 +1,156 @@
+"""What is stored for the next host agent, on a real file."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hintfleet.errors import Refused
+from hintfleet.ranges import EMPTY, RangeSet
+from hintfleet.units import MIB, PAGE_BYTES
+from hintfleet.v1 import host_pb2
+from host_agent.gate import Epochs
+from host_agent.guest_door import Door
+from host_agent.ledger import Books
+from host_agent.state import GuestRecord, opened
+
+
+def a_guest(name: str = "g", epoch: int = 5) -> GuestRecord:
+    return GuestRecord(
+        name=name,
+        uuid="5b9d0f0e-0000-4000-8000-00000000b157",
+        token="secret",
+        trial_id="t",
+        spec=host_pb2.GuestSpec(driver=host_pb2.EMBEDDED, memory_bytes=128 * MIB),
+        handle={"pid": 4711, "start_ticks": 1 << 40},
+        epoch=epoch,
+        books=Books(
+            totals=host_pb2.Ledger(hinted_total_bytes=4096, skipped_total_bytes={"stale": 4096}),
+            ram=RangeSet([(0, 2048)]),
+            reclaimed=EMPTY,
+            untouched=RangeSet([(0, 512), (1024, 1)]),
+        ),
+    )
+
+
+def test_what_was_saved_is_found(tmp_path: Path) -> None:
+    door = Door(socket="unix-abstract:x", address="127.0.0.1:20000")
+    with opened(tmp_path / "new" / "state") as state:
+        assert state.door() is None
+        assert state.guests() == []
+        state.set_door(Door(socket="unix-abstract:y", address="127.0.0.1:1"))
+        state.set_door(door)
+        state.save([a_guest("one"), a_guest("two", epoch=5)])
+        state.save([a_guest("two", epoch=6), a_guest("three")])
+        state.forget("three")
+    with opened(tmp_path / "new" / "state") as state:
+        assert state.door() == door
+        assert state.guests() == [a_guest("one"), a_guest("two", epoch=6)]
+
+
+def test_nobody_else_can_read_it(tmp_path: Path) -> None:
+    with opened(tmp_path / "state") as state:
+        state.save([a_guest()])
+        found = list((tmp_path / "state").rglob("*"))
+        assert {path.name for path in found} > {"lock", "state.db", "state.db-wal", "guests"}
+        for path in found:
+            assert path.stat().st_mode & 0o777 == (0o711 if path.is_dir() else 0o600), path
+
+
+def test_a_forgotten_guest_has_no_files(tmp_path: Path) -> None:
+    with opened(tmp_path) as state:
+        folder = state.guests_folder / "g"
+        folder.mkdir()
+        (folder / "log").write_text("last words")
+        state.save([a_guest()])
+        state.forget("g")
+        assert not folder.exists()
+
+
+def test_what_another_boot_of_the_host_left_is_not_read(tmp_path: Path) -> None:
+    with opened(tmp_path) as state:
+        state.save([a_guest()])
+        (boot,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    earlier = boot.rename(tmp_path / "an-earlier-boot")
+    (earlier / "state.db").write_text("torn by a power failure")
+    with opened(tmp_path) as state:
+        assert state.guests() == []
+        assert not earlier.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("UPDATE guest SET untouched = x'0080'", "damaged: packed ranges: truncated"),
+        ("UPDATE guest SET spec = x'ff'", "damaged"),
+        ("UPDATE guest SET handle = '{'", "damaged"),
+        ("DROP TABLE guest", "damaged: no such table"),
+        ("PRAGMA user_version = 7", "another version of hintfleet \\(format 7\\)"),
+    ],
+)
+def test_what_cannot_be_used_is_said(tmp_path: Path, change: str, said: str) -> None:
+    with opened(tmp_path) as state:
+        state.save([a_guest()])
+        (path,) = tmp_path.glob("*/state.db")
+    database = sqlite3.connect(path)
+    with database:
+        database.execute(change)
+    database.close()
+    with pytest.raises(Refused, match=said) as caught, opened(tmp_path) as state:
+        state.guests()
+    assert str(path.parent) in caught.value.hint
+    assert path.exists(), "a state that cannot be used is left for a closer look"
+
+
+PUNCHER = """
+import os, sys, threading, time
+from pathlib import Path
+from hintfleet.ranges import RangeSet
+from host_agent.ram import GuestRam, Segment
+from host_agent.state import opened
+
+fd, pages = int(sys.argv[2]), int(sys.argv[3])
+with opened(Path(sys.argv[1])):
+    ram = GuestRam([Segment(pfn=0, page_count=pages, fd=fd, offset_bytes=0)])
+    threading.Thread(target=ram.punch, args=[RangeSet([(0, pages)])]).start()
+    time.sleep(60)
+"""
+
+
+def test_the_lock_is_held_until_a_punch_of_a_killed_process_is_over(tmp_path: Path) -> None:
+    size_bytes = 512 * MIB
+    fd = os.memfd_create("ram")
+    for at in range(0, size_bytes, MIB):
+        os.pwrite(fd, b"\1" * MIB, at)
+
+    def resident_bytes() -> int:
+        return os.fstat(fd).st_blocks * 512
+
+    arguments = (str(tmp_path), str(fd), str(size_bytes // PAGE_BYTES))
+    with subprocess.Popen([sys.executable, "-c", PUNCHER, *arguments], pass_fds=[fd]) as process:
+        while resident_bytes() == size_bytes:  # bounded by the test's timeout
+            assert process.poll() is None
+        process.kill()
+        with opened(tmp_path):
+            assert resident_bytes() == 0
+    os.close(fd)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(Refused, match=r"cannot keep state in .*: Not a directory"),
+        opened(tmp_path / "file" / "state"),
+    ):
+        pass
+
+
+def test_epochs_grow_also_when_the_clock_was_set_back() -> None:
+    ahead = Epochs().next() + 3600 * 1_000_000
+    epochs = Epochs()
+    epochs.after(ahead)
+    epochs.after(ahead - 1)
+    assert epochs.next() == ahead + 1

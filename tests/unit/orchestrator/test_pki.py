@@ -1,0 +1,152 @@
+"""`hintfleet pki` as a user runs it: what it makes, what it refuses, what it says."""
+
+import json
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hintfleet.errors import InvalidInput
+from hintfleet.tls import CA_FILE, CERT_FILE, KEY_FILE, Role
+from orchestrator.cli import run_command
+from orchestrator.pki import Authority, look_at
+
+UUID = "6f3c2b0e-5d0a-4c7e-9b52-0c4f4a1f2d10"
+
+
+def pki(*arguments: str | Path) -> int:
+    return run_command(["pki", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """An authority."""
+    assert pki("init", "--folder", tmp_path / "pki") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'pki'}\n"
+    return tmp_path / "pki"
+
+
+def shown(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, Any]]]:
+    capsys.readouterr()
+    code = pki("show", path, "-o", "json")
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_what_is_issued_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pki("issue", "host", "h1", "--at", "a.org", "--at", "::1", "--folder", folder) == 0
+    assert pki("issue", "guest", UUID.upper(), "--folder", folder) == 0
+    assert pki("issue", "operator", "alice", "--days", "3", "--folder", folder) == 0
+    code, rows = shown(folder, capsys)
+    assert code == 0
+    assert {row["role"]: row["subjects"] for row in rows} == {
+        "authority": [],
+        "guest": [f"urn:uuid:{UUID}"],
+        "host": ["a.org", "::1", "urn:hintfleet:host"],
+        "operator": ["urn:hintfleet:operator"],
+    }
+    assert {row["state"] for row in rows} == {"valid"}
+    until = datetime.fromisoformat(rows[-1]["not_after"])
+    assert timedelta(days=2, hours=23) < until - datetime.now(UTC) <= timedelta(days=3)
+    assert len({row["fingerprint"] for row in rows}) == 4
+    assert pki("show", folder / "issued/operator-alice") == 0
+    assert rows[-1]["fingerprint"] in capsys.readouterr().out
+
+
+def test_a_host_is_reached_by_its_name_unless_said_otherwise(folder: Path) -> None:
+    assert pki("issue", "host", "h1.example.org", "--folder", folder) == 0
+    (_, host) = look_at(folder)
+    assert host.subjects == ("h1.example.org", "urn:hintfleet:host")
+
+
+def test_nobody_else_can_read_keys(folder: Path) -> None:
+    assert pki("issue", "operator", "alice", "--folder", folder) == 0
+    for path in (folder, *folder.rglob("*")):
+        assert not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO), path
+
+
+@pytest.mark.parametrize("lost", ["ca.key", "ca.pem"])
+def test_an_authority_is_never_overwritten(
+    folder: Path, lost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / lost).unlink()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert pki("init", "--folder", folder) == 1
+    assert "holds an authority already" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_certificate_is_never_overwritten(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    assert pki("issue", "operator", "alice", "--out", tmp_path / "there", "--folder", folder) == 1
+    assert pki("issue", "operator", "alice", "--folder", folder) == 0
+    key = (folder / "issued/operator-alice" / KEY_FILE).read_bytes()
+    assert pki("issue", "operator", "alice", "--folder", folder) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert (folder / "issued/operator-alice" / KEY_FILE).read_bytes() == key
+    assert [path.name for path in (folder / "issued").iterdir()] == ["operator-alice"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["guest", "not-a-uuid"], "UUID"),
+        (["operator", "../alice"], "letters"),
+        (["host", "h1", "--at", "a b"], "no DNS name"),
+        (["host", "h1", "--at", "*"], "no DNS name"),
+        (["operator", "alice", "--at", "a.org"], "no other role"),
+        (["operator", "alice", "--days", "36500"], "the authority itself ends"),
+        (["operator", "alice", "--days", "0"], "--days"),
+        (["king", "alice"], "'king'"),
+    ],
+)
+def test_wrong_input(
+    folder: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pki("issue", *arguments, "--folder", folder) == 2
+    assert said in capsys.readouterr().err
+    assert not list(folder.glob("issued/*"))
+
+
+def test_what_is_not_valid_is_said_and_is_a_failure(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority = Authority(folder)
+    now = datetime.now(UTC)
+    old = authority.issue(Role.OPERATOR, "old", (), 1, now=now - timedelta(days=2))
+    early = authority.issue(Role.OPERATOR, "early", (), 1, now=now + timedelta(days=1))
+    assert [row["state"] for row in shown(old, capsys)[1]] == ["expired"]
+    assert [row["state"] for row in shown(early, capsys)[1]] == ["not yet valid"]
+    other = Authority.init(tmp_path / "other", "other", 9).issue(Role.OPERATOR, "x", (), 1, now=now)
+    (other / CA_FILE).write_bytes((folder / CA_FILE).read_bytes())
+    code, rows = shown(other, capsys)
+    assert (code, [row["state"] for row in rows]) == (1, ["foreign"])
+    code, rows = shown(folder, capsys)
+    assert (code, [row["state"] for row in rows]) == (1, ["valid", "not yet valid", "expired"])
+
+
+@pytest.mark.parametrize("broken", [CERT_FILE, CA_FILE])
+def test_files_that_cannot_be_read(
+    folder: Path, broken: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issued = Authority(folder).issue(Role.OPERATOR, "alice", (), 1)
+    (issued / broken).write_text("nonsense")
+    assert pki("show", issued) == 2
+    assert "is no certificate" in capsys.readouterr().err
+
+
+def test_no_authority(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pki("issue", "operator", "alice", "--folder", tmp_path) == 2
+    assert "hintfleet pki init" in capsys.readouterr().err
+    (tmp_path / "ca.pem").write_text("x")
+    with pytest.raises(InvalidInput, match="no certificate"):
+        Authority(tmp_path)
+
+
+def test_an_authority_without_its_key_issues_nothing(folder: Path) -> None:
+    (folder / "ca.key").write_text("x")
+    with pytest.raises(InvalidInput, match="no key"):
+        Authority(folder)

@@ -1,0 +1,33 @@
+"""The builder of the guest image, as far as it needs no tools."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+BUILDER = Path(__file__).parents[2] / "deploy/image/build.py"
+
+
+def test_images_that_were_used_last_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BUILDER.parent))
+    spec = importlib.util.spec_from_file_location("image_builder", BUILDER)
+    assert spec is not None
+    assert spec.loader is not None
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    for age_s in range(builder.KEPT_IMAGES + 3):
+        image = tmp_path / f"{age_s:016x}"
+        image.mkdir()
+        (image / "image.json").write_text("{}")
+        os.utime(image, (0, 1_000_000 - age_s))
+    oldest = f"{builder.KEPT_IMAGES + 2:016x}"
+    (tmp_path / "current").symlink_to(oldest)
+    (tmp_path / "layers").mkdir()
+    builder.prune(tmp_path)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept[:-3] == [f"{age_s:016x}" for age_s in range(builder.KEPT_IMAGES)]
+    assert kept[-3] == oldest, "it is the current one"
+    assert kept[-2:] == ["current", "layers"]

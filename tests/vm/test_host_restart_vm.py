@@ -1,0 +1,98 @@
+"""Real guests outlive their host agent, and go on under the next one."""
+
+import contextlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests.domain_xml import NAME_PREFIX
+from host_agent.guests.image import GuestImage
+from tests.support.agents import HostAgent, running_host_agent, wait_until
+from tests.support.vm import Guests, spec
+
+pytestmark = pytest.mark.vm
+
+# A sixteenth of the memory and the watermarks, which the hugetlb isolator leaves free.
+KEPT_BYTES = 60 * MIB
+SPECS = {
+    "restart-kmod": spec(memory_bytes=512 * MIB),
+    "restart-hugetlb": spec(
+        isolator="hugetlb", parameters="init_on_alloc=0", memory_bytes=512 * MIB
+    ),
+}
+
+
+def kill_amid_batches(host: HostAgent, name: str) -> None:
+    """Kill the host agent while a step of this guest, and its batches, are under way."""
+
+    def step() -> None:
+        with contextlib.suppress(grpc.RpcError):
+            while True:
+                host.free(60 * MIB, name)
+                host.allocate(60 * MIB, name)
+
+    stepping = threading.Thread(target=step)
+    stepping.start()
+    batches = host.guests()[name].ledger.batches
+    wait_until(lambda: host.guests()[name].ledger.batches > batches + 2, "batches")
+    host.process.kill()
+    host.process.wait()
+    stepping.join(30)
+
+
+def test_real_guests_go_on_under_the_next_host_agent(
+    libvirt_uri: str, image: GuestImage, connection: Any, readable_by_qemu: Path
+) -> None:
+    arguments = ("--state", str(readable_by_qemu / "state"), "--orphan-after", "10")
+
+    def domains() -> set[str]:
+        names = {domain.name() for domain in connection.listAllDomains()}
+        return names & {NAME_PREFIX + name for name in SPECS}
+
+    with running_host_agent(*arguments) as first:
+        first.watch()
+        guests = Guests(first, SPECS)
+        guests.wait()
+        before = {name: guests[name] for name in SPECS}
+        for name in SPECS:
+            first.allocate(160 * MIB, name)
+            first.free(40 * MIB, name)
+        kill_amid_batches(first, "restart-kmod")
+    assert len(domains()) == len(SPECS)
+
+    with running_host_agent(*arguments) as second:
+        second.watch()
+        for name, guest in before.items():
+            wait_until(
+                lambda name=name, guest=guest: second.guests()[name].epoch > guest.epoch,
+                f"{name} to come back",
+                10,
+            )
+            assert second.guests()[name].pid == guest.pid
+            assert second.verify(name).wrong_pages == 0
+            resident_bytes = second.settle(name).ledger.resident_bytes
+            freed_bytes = second.free(110 * MIB, name).changed_bytes
+            settled = second.settle(name).ledger
+            assert settled.resident_bytes < resident_bytes - freed_bytes + KEPT_BYTES
+            fates = settled.reclaimed_total_bytes + settled.absent_total_bytes
+            skipped_bytes = sum(settled.skipped_total_bytes.values())
+            assert settled.hinted_total_bytes == fates + skipped_bytes
+            Guests(second, {}).balances(name, connection)
+            assert second.verify(name).wrong_pages == 0
+        second.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="restart-hugetlb"), timeout=30)
+        assert domains() == {NAME_PREFIX + "restart-kmod"}
+        second.process.kill()
+        second.process.wait()
+    # Nobody comes back to it: it ends by itself.
+    wait_until(lambda: not domains(), "the orphan to end", 40)
+
+    with running_host_agent(*arguments) as third:
+        with pytest.raises(grpc.RpcError) as caught:
+            third.verify("restart-kmod")
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+        assert "while there was no host agent" in str(caught.value.details())

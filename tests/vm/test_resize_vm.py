@@ -1,0 +1,90 @@
+"""DIMMs that come to and leave a real guest while hinting runs."""
+
+from typing import Any
+
+import grpc
+import pytest
+
+from hintfleet.units import GIB, MIB
+from tests.support.vm import Guests
+
+pytestmark = pytest.mark.vm
+
+START = GIB
+MOST = GIB + 512 * MIB
+MORE_THAN_START = GIB + 64 * MIB
+STAYS = 128 * MIB
+
+
+@pytest.mark.parametrize("name", ["kmod", "hugetlb"])
+def test_a_dimm_comes_is_hinted_and_goes(guests: Guests, connection: Any, name: str) -> None:
+    host = guests.host
+    host.free(START, name)  # what an earlier test held
+    at_first_bytes = host.settle(name).ledger.resident_bytes
+
+    assert host.resize(MOST, name).ledger.provisioned_bytes == MOST
+    guests.balances(name, connection)
+    host.allocate(MORE_THAN_START + STAYS, name)
+    dirty = guests.ledger(name)
+    assert dirty.resident_bytes > MORE_THAN_START + STAYS
+    assert host.free(MORE_THAN_START, name).wrong_pages == 0
+    books = host.settle(name).ledger
+    # The kernel has a struct page of 64 bytes for each page of the DIMM.
+    grown_bytes = books.resident_bytes - at_first_bytes - STAYS - (MOST - START) // 64
+    assert grown_bytes < MORE_THAN_START // 10, "what was freed came back"
+    guests.balances(name, connection)
+
+    # What the workload holds there moves into what stays.
+    assert host.resize(START, name).ledger.provisioned_bytes == START
+    assert guests.ledger(name).unplugged_total_bytes > 0
+    guests.balances(name, connection)
+    assert host.verify(name).wrong_pages == 0
+
+    # The guest goes on, and what it remembers of the DIMM hides nothing from it.
+    before_bytes = host.settle(name).ledger.resident_bytes
+    host.allocate(300 * MIB, name)
+    assert host.free(300 * MIB + STAYS, name).wrong_pages == 0
+    guests.falls_to(name, before_bytes - STAYS + 60 * MIB, timeout_s=5)
+    assert not host.settle(name).ledger.skipped_total_bytes.get("outside_ram")
+    guests.balances(name, connection)
+
+
+def test_dimms_go_whole(guests: Guests) -> None:
+    host = guests.host
+    host.free(START, "kmod")
+    host.resize(START + 128 * MIB, "kmod")
+    host.resize(START + 384 * MIB, "kmod")
+    with pytest.raises(grpc.RpcError, match="DIMMs of 128 MiB, 256 MiB"):
+        host.resize(START + 256 * MIB, "kmod")
+    assert host.resize(START + 128 * MIB, "kmod").ledger.provisioned_bytes == START + 128 * MIB
+    assert host.resize(START, "kmod").ledger.provisioned_bytes == START
+
+
+def test_a_peer_is_resized_too(guests: Guests, connection: Any) -> None:
+    host = guests.host
+    host.resize(MOST, "reporting")
+    host.allocate(300 * MIB, "reporting")  # the kernel takes from the DIMM first
+    assert host.free(300 * MIB, "reporting").wrong_pages == 0
+    guests.balances("reporting", connection)
+    host.resize(START, "reporting")
+    guests.balances("reporting", connection)
+
+
+def test_what_the_guest_uses_and_what_it_does_not_let_go_stays(
+    guests: Guests, connection: Any
+) -> None:
+    """Its kernel refuses to eject DIMMs, though the memory is offline by then."""
+    host, most = guests.host, 768 * MIB
+    host.resize(most, "zeroing")
+    host.allocate(540 * MIB, "zeroing")
+    with pytest.raises(grpc.RpcError, match="the memory is in use") as caught:
+        host.resize(640 * MIB, "zeroing")
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    host.free(540 * MIB, "zeroing")
+    with pytest.raises(grpc.RpcError, match="dimm0") as caught:
+        host.resize(640 * MIB, "zeroing")
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert guests.ledger("zeroing").provisioned_bytes == most
+    assert host.allocate(540 * MIB, "zeroing").held_bytes == 540 * MIB, "online again"
+    assert host.free(540 * MIB, "zeroing").wrong_pages == 0
+    guests.balances("zeroing", connection)
