@@ -1,0 +1,405 @@
+"""The real state machines of both sides, in any order of events: no chunk in use is dropped.
+
+The same mistakes as in session.pml, made in the real machines, must each be found.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import pytest
+from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+from guest_agent import hinting
+from guest_agent.hinting import HintingCore
+from hintfleet.errors import HintfleetError
+from hintfleet.ranges import RangeSet
+from hintfleet.v1 import hinting_pb2 as pb
+from host_agent import gate
+from host_agent.gate import OLDEST_BATCH_S, Gate
+from host_agent.reclaim import Outcome
+from tests.support.session_world import CHUNK_COUNT, Agent, GuestKernel, Host, Stream, pages
+
+LATE_STEP = 20
+"""A guest is reset after that at the earliest, for it ends there."""
+MOST_STEPS_TO_REST = 500
+
+Event = Callable[[], None]
+
+
+class Sessions(RuleBasedStateMachine):
+    """One guest, its agents one after the other, its host agents likewise, and the links.
+
+    Two rules, `goes_on` and `fault`, pick among the events that can happen now: so a step is
+    never in vain, and faults are as rare as it takes to get somewhere.
+    """
+
+    core: type[HintingCore] = HintingCore
+    gate: type[Gate] = Gate
+    death_releases = False
+    agents_share_the_isolator = False
+    next_host_agent_waits = True
+    reset_keeps_the_ram = False
+    comes_to_rest = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = GuestKernel("boot 0")
+        self.agents: list[Agent] = []
+        self.streams: list[Stream] = []
+        self.host: Host | None = Host(self.gate())
+        self.predecessor: int | None = None
+        """The chunk that a dead host agent's system call is still going to drop."""
+        self.sessions = self.boots = self.steps = 0
+        self.now_s = 0.0
+        self.reset = False
+        self.ram_is_open = True
+
+    @rule(choices=st.lists(st.integers(0, 999), min_size=2, max_size=7))
+    def goes_on(self, choices: list[int]) -> None:
+        for choice in choices:
+            self.one_of([*self.guest_events(), *self.host_events()], choice)
+
+    @rule(choice=st.integers(0, 999))
+    def fault(self, choice: int) -> None:
+        self.one_of(list(self.faults()), choice)
+
+    def one_of(self, events: list[Event], choice: int) -> None:
+        self.steps += 1
+        if events:
+            event = events[choice % len(events)]
+            note(getattr(event, "__qualname__", str(event)))
+            event()
+        self.workload_goes_on()
+        self.check()
+
+    # What the guest does
+
+    def guest_events(self) -> Iterator[Event]:
+        if not self.reset and len(self.agents) <= self.agents_share_the_isolator:
+            yield self.agent_starts
+        for agent in self.agents:
+            yield from self.agent_events(agent)
+
+    def workload_goes_on(self) -> None:
+        """It uses what it gets, up to a third of all chunks."""
+        if self.kernel.free and len(self.kernel.in_use) < CHUNK_COUNT // 3:
+            self.kernel.allocate()
+        elif self.kernel.in_use:
+            self.kernel.free_one()
+
+    def agent_starts(self) -> None:
+        """It learns what an earlier one left isolated (I4)."""
+        self.agents.append(Agent(self.kernel, self.core(pages(self.kernel.isolated))))
+
+    def agent_events(self, agent: Agent) -> Iterator[Event]:
+        if agent.stream is None:
+            yield lambda: self.streams.append(agent.connect())
+        else:
+            if agent.stream.to_guest:
+                yield agent.hear
+            if agent.stream.cut:
+                yield agent.lose_stream
+        if agent.core.state is hinting.State.OPEN:
+            if agent.old_stream and agent.old_stream.to_guest:
+                yield agent.hear_late_ack
+            if not self.kernel.idle():
+                yield agent.look
+
+    # What the host does
+
+    def host_events(self) -> Iterator[Event]:
+        if self.host is not None:
+            yield from self.host_agent_events(self.host)
+        elif not self.reset and (self.predecessor is None or not self.next_host_agent_waits):
+            yield self.next_host_agent_adopts_the_guest
+
+    def host_agent_events(self, host: Host) -> Iterator[Event]:
+        if host.running:
+            yield self.host_punches
+        elif host.turn_asked:
+            yield from (self.host_takes_its_turn,) * 3
+            yield self.host_takes_its_turn_late
+        for stream in self.streams:
+            # Also what is late: the stream is over, and its guest has opened another.
+            if stream.to_host:
+                yield partial(self.host_hears, stream)
+        for stream in host.sessions.values():
+            if stream.cut and not stream.to_host:
+                yield partial(host.leave, stream)
+        if self.reset and self.ram_is_open:
+            yield self.host_hears_of_the_reset
+
+    def host_hears(self, stream: Stream) -> None:
+        self.sessions += 1
+        self.host.hear(stream, self.now_s, self.sessions)
+
+    def host_takes_its_turn(self) -> None:
+        self.host.take_turn(self.now_s)
+
+    def host_takes_its_turn_late(self) -> None:
+        self.now_s += 2 * OLDEST_BATCH_S
+        self.host.take_turn(self.now_s)
+
+    def host_punches(self) -> None:
+        """One chunk after the other; what is dropped is not acknowledged yet."""
+        if self.host.to_drop:
+            self.drop(self.host.to_drop.pop())
+        else:
+            self.host.finish()
+
+    def kernel_finishes_a_dead_host_agents_punch(self) -> None:
+        chunk, self.predecessor = self.predecessor, None
+        self.drop(chunk)
+
+    def next_host_agent_adopts_the_guest(self) -> None:
+        self.host = Host(self.gate())
+
+    def host_hears_of_the_reset(self) -> None:
+        """It closes the RAM when nothing runs."""
+        self.host.guest_is_gone()
+        self.ram_is_open = bool(self.host.running)
+
+    # What befalls them
+
+    def faults(self) -> Iterator[Event]:
+        """Those that matter more where something is under way are there twice then."""
+        for agent in self.agents:
+            yield partial(self.agent_dies, agent)
+            if (stream := agent.stream) is not None:
+                yield from (partial(self.link_is_cut, stream),) * (2 if stream.to_guest else 1)
+        for stream in self.streams:
+            if stream.cut and stream.to_host:
+                yield stream.to_host.clear
+        if self.predecessor is not None:
+            yield self.kernel_finishes_a_dead_host_agents_punch
+        if self.host is not None:
+            yield from (self.host_agent_dies,) * (2 if self.host.to_drop else 1)
+            yield self.another_says_hello_in_the_guests_name
+        if self.agents and not self.kernel.isolated:
+            yield self.guest_boots_again_in_good_order
+        if not self.reset and self.host is not None and self.steps > LATE_STEP:
+            yield from (self.guest_is_reset,) * (2 if self.host.turn_asked else 1)
+
+    def agent_dies(self, agent: Agent) -> None:
+        self.agents.remove(agent)
+        if agent.stream is not None:
+            agent.stream.cut = True
+        if self.death_releases:
+            self.kernel.release(pages(self.kernel.isolated), hinted=False)
+
+    def link_is_cut(self, stream: Stream) -> None:
+        """Either end notices some time; what is under way may come late, or never."""
+        stream.cut = True
+
+    def host_agent_dies(self) -> None:
+        """The system call that it was in is finished by the kernel, some time."""
+        if self.host.to_drop:
+            self.predecessor = self.host.to_drop.pop()
+        for stream in self.host.sessions.values():
+            stream.cut = True
+            stream.to_host.clear()
+        self.host = None
+
+    def another_says_hello_in_the_guests_name(self) -> None:
+        """Or the guest's own Hello of long ago comes once more."""
+        self.streams.append(Agent(self.kernel, HintingCore()).connect())
+        self.streams[-1].cut = True
+
+    def guest_boots_again_in_good_order(self) -> None:
+        """As by kexec with nothing isolated: the host hears of it by the next Hello."""
+        for agent in list(self.agents):
+            self.agent_dies(agent)
+        self.boots += 1
+        contents = self.kernel.contents
+        self.kernel = GuestKernel(f"boot {self.boots}")
+        self.kernel.contents = contents
+
+    def guest_is_reset(self) -> None:
+        """Its memory is nobody's any more; the host hears of that later."""
+        self.reset = True
+        for agent in list(self.agents):
+            self.agent_dies(agent)
+        if self.reset_keeps_the_ram:
+            self.kernel = GuestKernel("boot anew")
+            while self.kernel.free:
+                self.kernel.allocate()
+
+    # What must hold
+
+    def drop(self, chunk: int) -> None:
+        assert self.ram_is_open, "a hole punched in what is another file by now"
+        if not self.reset or self.reset_keeps_the_ram:
+            assert chunk not in self.kernel.in_use, "a chunk in use was dropped"
+            assert chunk not in self.kernel.free, "I1: dropped, and not isolated any more"
+            self.kernel.contents.pop(chunk, None)
+
+    def check(self) -> None:
+        assert self.kernel.in_use.items() <= self.kernel.contents.items()
+        if len(self.agents) == 1:
+            told = self.agents[0].core.still_isolated
+            assert told == pages(self.kernel.isolated), "I4: not all that is isolated is known"
+
+    def teardown(self) -> None:
+        """When the faults are over, the guest has all of its memory back."""
+        if self.reset or not self.comes_to_rest:
+            return
+        self.kernel.busy = False
+        if self.predecessor is not None:
+            self.kernel_finishes_a_dead_host_agents_punch()
+        for _ in range(MOST_STEPS_TO_REST):
+            if events := self.necessary_events():
+                events[-1]()
+                self.check()
+        assert not self.kernel.isolated, "isolated for ever"
+        assert not self.host or not self.host.unposted, "missing in the books"
+
+    def necessary_events(self) -> list[Event]:
+        """Those that happen by themselves, if nothing befalls anybody."""
+        by_chance = {
+            self.host_takes_its_turn_late,
+            *(agent.look for agent in self.agents),
+        }
+        events = [*self.guest_events(), *self.host_events()]
+        return [event for event in events if event not in by_chance]
+
+
+BUDGET = settings(
+    max_examples=200,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_no_order_of_events_drops_a_chunk_in_use_or_leaves_one_isolated() -> None:
+    run_state_machine_as_test(Sessions, settings=BUDGET)
+
+
+# The guest's mistakes
+
+
+class ReleasesBeforeAck(HintingCore):
+    def isolated(self, ranges: RangeSet, *, isolator_idle: bool) -> Sequence[hinting.Instruction]:
+        instructions = super().isolated(ranges, isolator_idle=isolator_idle)
+        return [*instructions, *([hinting.Release(ranges, hinted=True)] if ranges else [])]
+
+    def acknowledged(self, epoch: int, seq: int, *, acted: bool) -> Sequence[hinting.Instruction]:
+        instructions = super().acknowledged(epoch, seq, acted=acted)
+        return [one for one in instructions if not isinstance(one, hinting.Release)]
+
+
+class LostLinkReleases(HintingCore):
+    def lost(self) -> Sequence[hinting.Instruction]:
+        super().lost()
+        released, self._unfenced = self._unfenced, []
+        return [hinting.Release(ranges, hinted=False) for ranges in released]
+
+    def welcomed(self, epoch: int, limits: hinting.Limits) -> Sequence[hinting.Instruction]:
+        return [*self.lost(), *super().welcomed(epoch, limits)]
+
+
+class TakesAcksOfOldEpochs(HintingCore):
+    def acknowledged(self, epoch: int, seq: int, *, acted: bool) -> Sequence[hinting.Instruction]:
+        if seq not in self._in_flight:
+            return []
+        return super().acknowledged(self._epoch, seq, acted=acted)
+
+
+class ForgetsWhatWasLeft(HintingCore):
+    def __init__(self, still_isolated: RangeSet) -> None:
+        super().__init__()
+
+
+# The host's
+
+
+class WelcomesWhileABatchRuns(Gate):
+    def _welcome(self) -> Sequence[gate.Instruction]:
+        running, self.running = self.running, None
+        instructions = super()._welcome()
+        self.running = running
+        return instructions
+
+
+class WaitingOutlivesItsEpoch(Gate):
+    def _close(self, reason: pb.SkipReason.ValueType) -> Sequence[gate.Instruction]:
+        waiting, self._waiting = self._waiting, deque()
+        super()._close(reason)
+        self._waiting = waiting
+        return []
+
+    def _why_skip(self, batch: gate.Batch, now_s: float) -> None:
+        return None
+
+
+class TakesBatchesOfOldSessions(Gate):
+    def arrived(self, session: int, batch: gate.Batch) -> Sequence[gate.Instruction]:
+        self._waiting.append(batch)
+        return self._ask_for_turn()
+
+    def _why_skip(self, batch: gate.Batch, now_s: float) -> None:
+        return None
+
+
+class AcknowledgesBeforeThePunch(Gate):
+    def turn_came(self, now_s: float) -> Sequence[gate.Instruction]:
+        instructions = super().turn_came(now_s)
+        if self.running is None:
+            return instructions
+        return [gate.Acknowledge(self.epoch, self.running, Outcome()), *instructions]
+
+    def finished(self, batch: gate.Batch, outcome: Outcome) -> Sequence[gate.Instruction]:
+        instructions = super().finished(batch, outcome)
+        return [one for one in instructions if not isinstance(one, gate.Acknowledge)]
+
+
+class RunsAfterAReset(Gate):
+    def gone(self, error: HintfleetError) -> Sequence[gate.Instruction]:
+        return []
+
+
+class SkipsWithoutAWord(Gate):
+    def _done(self, batch: gate.Batch, outcome: Outcome) -> Sequence[gate.Instruction]:
+        instructions = super()._done(batch, outcome)
+        return instructions[:1] if outcome.skipped else instructions
+
+
+MUTATIONS: dict[str, dict[str, object]] = {
+    **{
+        core.__name__: {"core": core}
+        for core in (ReleasesBeforeAck, LostLinkReleases, TakesAcksOfOldEpochs, ForgetsWhatWasLeft)
+    },
+    **{
+        one.__name__: {"gate": one}
+        for one in (
+            WelcomesWhileABatchRuns,
+            WaitingOutlivesItsEpoch,
+            TakesBatchesOfOldSessions,
+            AcknowledgesBeforeThePunch,
+            RunsAfterAReset,
+            SkipsWithoutAWord,
+        )
+    },
+    # Those of what carries out the instructions:
+    "DeathReleases": {"death_releases": True},
+    # They would go on superseding each other.
+    "AgentsShareTheIsolator": {"agents_share_the_isolator": True, "comes_to_rest": False},
+    "NextHostAgentDoesNotWait": {"next_host_agent_waits": False},
+    "ResetKeepsTheRam": {"reset_keeps_the_ram": True},
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_every_mutation_of_the_machines_is_found(mutation: str) -> None:
+    mutated = type(mutation, (Sessions,), MUTATIONS[mutation])
+    with pytest.raises((AssertionError, HintfleetError)) as found:
+        run_state_machine_as_test(mutated, settings=settings(BUDGET, max_examples=600))
+    print(f"{mutation}: {found.value}")
