@@ -1,5 +1,7 @@
 # make demo    set up a venv in the tree and run the quickstart on embedded guests
 # make test    set up everything and run all tests, real guests included
+# make torture [SECONDS_TO_RUN=60] [DRIVER=embedded|libvirt] [SEED=N]    faults on guests at work
+# make fuzz [SECONDS_TO_RUN=60]       inputs for all that takes them from outside, each held against an oracle
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +9,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 PROTOS := $(wildcard proto/hintfleet/v1/*.proto)
 
-.PHONY: demo test system image bench lint proto clean help
+.PHONY: demo test system image bench torture fuzz lint proto clean help
 
 help:
 	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -35,8 +37,20 @@ image: $(VENV)/base
 test: system $(VENV)/dev
 	@tests/run
 
+SECONDS_TO_RUN ?= 60
+DRIVER ?= embedded
+TORTURE := --seconds $(SECONDS_TO_RUN) --driver $(DRIVER) $(if $(SEED),--seed $(SEED))
+
+# Real guests need libvirt-python, which has no wheel, and what `make system` installs.
+torture: $(VENV)/dev $(if $(filter libvirt,$(DRIVER)),system)
+	@[ $(DRIVER) = embedded ] || $(PIP) install --constraint constraints.txt --editable '.[host]'
+	@$(BIN)/python -m tests.torture $(TORTURE) $(if $(filter libvirt,$(DRIVER)),--stress)
+
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.bench
+
+fuzz: $(VENV)/dev
+	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS_TO_RUN)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .

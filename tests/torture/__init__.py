@@ -1,0 +1,1 @@
+"""Fault injection on real processes and real guests (`make torture`)."""

@@ -1,0 +1,146 @@
+"""A host agent that can be killed and started again under its guests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grpc import aio
+
+from hintfleet.v1.host_pb2_grpc import HostServiceStub
+from tests.support.lab import processes_with
+from tests.support.relay import Address, Relay
+
+if TYPE_CHECKING:  # it is in the stubs only
+    from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
+
+_START_S = 60.0
+_STOP_S = 60.0
+_MARK = "HINTFLEET_TORTURE"
+_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 200),
+)
+
+
+class HostAgent:
+    """One `hintfleet-host --state` after another, at the same addresses.
+
+    :ivar module: what is run; a test runs one with a planted fault.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        relay: Relay,
+        advertise: str,
+        module: str,
+        environment: Mapping[str, str],
+    ) -> None:
+        self._folder = folder
+        self._relay = relay
+        self._advertise = advertise
+        self._module = module
+        self._environment = os.environ | environment | {_MARK: str(folder)}
+        self._process: asyncio.subprocess.Process | None = None
+        self._lifeline = -1
+        self._log = (folder / "host.log").open("ab")
+        self.control = f"unix:{folder}/host.sock"
+        self.deaths = 0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[HostServiceAsyncStub]:
+        """A host agent until the block ends, and a client of it that outlives its deaths."""
+        await self.start()
+        try:
+            async with aio.insecure_channel(self.control, options=_OPTIONS) as channel:
+                yield HostServiceStub(channel)
+        finally:
+            await self._stop()
+            self._log.close()
+
+    async def start(self) -> None:
+        """Start one and wait until it serves; where one was killed, the next."""
+        ready_read, ready_write = os.pipe()
+        lifeline_read, lifeline = os.pipe()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command(ready_write, lifeline_read),
+                pass_fds=(ready_write, lifeline_read),
+                stderr=self._log,
+                env=self._environment,
+                # Ctrl-C is for us: under --state it would leave its guests behind.
+                start_new_session=True,
+            )
+        finally:
+            os.close(ready_write)
+            os.close(lifeline_read)
+        self._let_go()
+        self._lifeline = lifeline
+        with open(ready_read) as ready:
+            async with asyncio.timeout(_START_S):
+                said = await asyncio.to_thread(ready.readline)
+        if not said:
+            raise RuntimeError(f"the host agent did not start:\n{self.log_tail()}")
+        self._relay.upstream = Address.parse(json.loads(said)["guest"])
+
+    def _command(self, ready_fd: int, lifeline_fd: int) -> Sequence[str]:
+        return (
+            *(sys.executable, "-m", self._module),
+            *("--listen", self.control, "--state", str(self._folder / "state")),
+            *("--guest-advertise", self._advertise),
+            *("--ready-fd", str(ready_fd), "--lifeline-fd", str(lifeline_fd)),
+        )
+
+    def signal(self, number: int) -> None:
+        """:raises ProcessLookupError: it is dead."""
+        if self._process is None or self._process.returncode is not None:
+            raise ProcessLookupError
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill -9; the lifeline stays open, so that this is no orderly end."""
+        self.signal(signal.SIGKILL)
+        self.deaths += 1
+
+    async def dead(self) -> None:
+        """Wait until a killed one is gone."""
+        if self._process is not None:
+            await self._process.wait()
+
+    def log_tail(self) -> str:
+        """The end of what host agents wrote."""
+        text = (self._folder / "host.log").read_text(errors="replace")
+        return "\n".join(text.splitlines()[-30:])
+
+    def left_behind(self) -> list[str]:
+        """Processes that this agent and its guests consist of, as command lines."""
+        return list(processes_with(_MARK, str(self._folder)).values())
+
+    def _let_go(self) -> None:
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+    async def _stop(self) -> None:
+        """By the lifeline, as when whoever started it dies: its guests end with it."""
+        self._let_go()
+        if self._process is None:
+            return
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await self._process.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+            raise RuntimeError(f"the host agent did not stop:\n{self.log_tail()}") from None

@@ -1,0 +1,351 @@
+"""Faults, one small class each: begin, hold, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import uuid
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import grpc
+
+from hintfleet.units import MIB
+from hintfleet.v1 import hinting_pb2, host_pb2
+from tests.support.relay import Link
+from tests.torture.guest import Victim
+from tests.torture.host import HostAgent
+from tests.torture.plan import Fault, Kind
+from tests.torture.strangers import hello_in, pretend, replay
+
+if TYPE_CHECKING:  # it is in the stubs only
+    from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
+
+_SECTION_BYTES = 128 * MIB
+_DEADLINE_S = 60.0
+_LONGEST_DELAY_S = 0.05
+
+
+class Missed(Exception):
+    """There is nothing, or no longer, that this fault could strike; or it was refused."""
+
+
+class Injector(Protocol):
+    """One fault. `end` is called once for every `begin`, also for one that missed."""
+
+    lasts: bool
+    """Whether it goes on until `end`, and not for as long as it takes."""
+
+    def begin(self) -> None:
+        """Strike. Never waits: it may be called from within the relay, between two bytes.
+
+        :raises Missed: nothing has happened.
+        """
+
+    async def end(self) -> None:
+        """Undo what can be undone, wait for what was begun.
+
+        :raises Missed: it turned out that nothing has happened.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a fault may need: its victim, and who runs it."""
+
+    victim: Victim
+    host: HostAgent
+    stub: HostServiceAsyncStub
+    fault: Fault
+    refused: Callable[[], None]
+    """Called when the host refused a stranger."""
+
+
+class Kill:
+    """kill -9 of the guest."""
+
+    lasts = False
+
+    def __init__(self, scene: Scene) -> None:
+        self._victim = scene.victim
+
+    def begin(self) -> None:
+        self._victim.doomed = True
+        _signal(self._victim.signal, signal.SIGKILL)
+
+    async def end(self) -> None:
+        """It stays dead."""
+
+
+class Suspend:
+    """A process stands still for a while: a guest, or the host agent."""
+
+    lasts = True
+
+    def __init__(self, send: Callable[[int], None]) -> None:
+        self._send = send
+
+    def begin(self) -> None:
+        _signal(self._send, signal.SIGSTOP)
+
+    async def end(self) -> None:
+        with contextlib.suppress(Missed):
+            _signal(self._send, signal.SIGCONT)
+
+
+class Cut:
+    """Every connection of the guest is reset."""
+
+    lasts = False
+
+    def __init__(self, scene: Scene) -> None:
+        self._victim = scene.victim
+
+    def begin(self) -> None:
+        for link in _links(self._victim):
+            link.cut()
+
+    async def end(self) -> None:
+        """The guest connects again."""
+
+
+class Stall:
+    """Nothing passes for a while, and nobody is told."""
+
+    lasts = True
+
+    def __init__(self, scene: Scene) -> None:
+        self._victim = scene.victim
+        self._stalled: list[Link] = []
+
+    def begin(self) -> None:
+        self._stalled = _links(self._victim)
+        for link in self._stalled:
+            link.stall()
+
+    async def end(self) -> None:
+        for link in self._stalled:
+            link.resume()
+
+
+class Delay:
+    """Every piece is held back a little, in both directions."""
+
+    lasts = True
+
+    def __init__(self, scene: Scene) -> None:
+        self._victim = scene.victim
+        self._delay_s = min(scene.fault.hold_s / 4, _LONGEST_DELAY_S)
+        self._delayed: list[Link] = []
+
+    def begin(self) -> None:
+        self._delayed = _links(self._victim)
+        for link in self._delayed:
+            link.delay_s = self._delay_s
+
+    async def end(self) -> None:
+        for link in self._delayed:
+            link.delay_s = 0.0
+
+
+class _Task:
+    """A fault that takes its time: begun as a task, awaited at the end."""
+
+    lasts = False
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[None] | None = None
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._task = asyncio.create_task(work)
+
+    async def end(self) -> None:
+        if self._task is not None:
+            await self._task
+
+
+class Stranger(_Task):
+    """Somebody else speaks for the guest."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._scene = scene
+
+    async def _let(self, speak: Coroutine[Any, Any, None]) -> None:
+        try:
+            await speak
+        except grpc.RpcError:
+            self._scene.refused()
+        except OSError as error:  # the host agent is dead just now
+            raise Missed from error
+
+    @property
+    def _hello(self) -> hinting_pb2.Hello:
+        victim = self._scene.victim
+        for link in [*victim.links, *victim.earlier_links]:
+            if (hello := hello_in(bytes(link.recorded))) is not None:
+                return hello
+        raise Missed
+
+
+class Replay(Stranger):
+    """All that the guest said on a connection arrives a second time on another."""
+
+    def begin(self) -> None:
+        victim, upstream = self._scene.victim, self._scene.victim.relay.upstream
+        links = [*victim.earlier_links, *victim.links]
+        if not links or upstream is None:
+            raise Missed
+        said = bytes(max(links, key=lambda link: len(link.recorded)).recorded)
+        self._start(self._let(replay(upstream, said, self._scene.fault.hold_s)))
+
+
+class SecondAgent(Stranger):
+    """Says the guest's own Hello, and holds on to the session."""
+
+    def begin(self) -> None:
+        upstream = self._scene.victim.relay.upstream
+        if upstream is None:
+            raise Missed
+        hello = self._changed(self._hello)
+        self._start(self._let(pretend(upstream, hello, self._scene.fault.hold_s)))
+
+    def _changed(self, hello: hinting_pb2.Hello) -> hinting_pb2.Hello:
+        return hello
+
+
+class OtherBoot(SecondAgent):
+    """Says that the guest has booted again."""
+
+    def _changed(self, hello: hinting_pb2.Hello) -> hinting_pb2.Hello:
+        hello.boot_id = str(uuid.uuid4())
+        return hello
+
+
+class Reset(_Task):
+    """`virsh reset`: its RAM goes with it, for such a domain ends."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._victim = scene.victim
+
+    def begin(self) -> None:
+        self._victim.doomed = True
+        self._start(asyncio.to_thread(self._reset))
+
+    def _reset(self) -> None:
+        libvirt_error = _libvirt_error()
+        try:
+            if self._victim.domain is not None:
+                self._victim.domain.reset()
+        except libvirt_error as error:
+            raise Missed from error
+
+
+class SuspendDomain(_Task):
+    """`virsh suspend`: the guest's CPUs stand still, QEMU does not."""
+
+    lasts = True
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._domain = scene.victim.domain
+
+    def begin(self) -> None:
+        if self._domain is None:
+            raise Missed
+        self._start(asyncio.to_thread(self._domain.suspend))
+
+    async def end(self) -> None:
+        try:
+            await super().end()
+            if self._domain is not None:
+                await asyncio.to_thread(self._domain.resume)
+        except _libvirt_error() as error:
+            raise Missed from error
+
+
+class Resize(_Task):
+    """Memory is plugged, or unplugged while it is in use."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._stub = scene.stub
+        self._victim = scene.victim
+
+    def begin(self) -> None:
+        self._start(self._resize())
+
+    async def _resize(self) -> None:
+        victim = self._victim
+        wanted_bytes = victim.spec.memory_bytes + _SECTION_BYTES * (not victim.is_grown)
+        request = host_pb2.ResizeGuestRequest(name=victim.name, memory_bytes=wanted_bytes)
+        try:
+            await self._stub.ResizeGuest(request, timeout=_DEADLINE_S)
+        except grpc.RpcError as error:
+            raise Missed from error
+        victim.is_grown = not victim.is_grown
+
+
+class KillHost:
+    """kill -9 of the host agent; another is started in its place."""
+
+    lasts = True
+
+    def __init__(self, scene: Scene) -> None:
+        self._host = scene.host
+        self._killed = False
+
+    def begin(self) -> None:
+        _signal(lambda _: self._host.kill(), signal.SIGKILL)
+        self._killed = True
+
+    async def end(self) -> None:
+        if self._killed:
+            await self._host.dead()
+            await self._host.start()
+
+
+def _signal(send: Callable[[int], None], number: int) -> None:
+    try:
+        send(number)
+    except ProcessLookupError as error:
+        raise Missed from error
+
+
+def _links(victim: Victim) -> list[Link]:
+    if not victim.links:
+        raise Missed
+    return victim.links
+
+
+def _libvirt_error() -> type[Exception]:
+    import libvirt
+
+    error: type[Exception] = libvirt.libvirtError
+    return error
+
+
+EMBEDDED: Mapping[Kind, Callable[[Scene], Injector]] = {
+    Kind.GUEST_KILLED: Kill,
+    Kind.GUEST_SUSPENDED: lambda scene: Suspend(scene.victim.signal),
+    Kind.LINK_CUT: Cut,
+    Kind.LINK_STALLED: Stall,
+    Kind.LINK_DELAYED: Delay,
+    Kind.SESSION_REPLAYED: Replay,
+    Kind.SECOND_AGENT: SecondAgent,
+    Kind.BOOT_ID_CHANGED: OtherBoot,
+    Kind.MEMORY_RESIZED: Resize,
+    Kind.HOST_AGENT_SUSPENDED: lambda scene: Suspend(scene.host.signal),
+    Kind.HOST_AGENT_KILLED: KillHost,
+}
+"""For each kind, what does it to an embedded guest."""
+
+REAL: Mapping[Kind, Callable[[Scene], Injector]] = {
+    **EMBEDDED,
+    Kind.GUEST_RESET: Reset,
+    Kind.GUEST_SUSPENDED: SuspendDomain,
+}
+"""The same for a virtual machine. Kind.AGENT_KILLED happens inside it, by itself."""

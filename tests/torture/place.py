@@ -1,0 +1,249 @@
+"""Where one guest runs after the other, each kept at work until it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from tests.torture.guest import Victim
+from tests.torture.report import Report
+
+if TYPE_CHECKING:  # it is in the stubs only
+    from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
+
+TRIAL = "torture"
+
+_PAUSE_AFTER_FAILURE_S = 0.05
+_GONE = (grpc.StatusCode.ABORTED, grpc.StatusCode.NOT_FOUND)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long guests of one kind may take.
+
+    :ivar silence_s: without any answer to a step, however many faults there are.
+    """
+
+    create_s: float
+    step_s: float
+    silence_s: float
+
+
+class Place:
+    """Makes a guest, has it allocate, free and verify, and makes the next when it is lost."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        spec: host_pb2.GuestSpec,
+        stub: HostServiceAsyncStub,
+        report: Report,
+        patience: Patience,
+        busy_share: float,
+        seed: str,
+        victim_of: Callable[[host_pb2.Guest], Awaitable[Victim]],
+    ) -> None:
+        self.name = name
+        self.spec = spec
+        self._stub = stub
+        self._report = report
+        self._patience = patience
+        self._most_bytes = int(spec.memory_bytes * busy_share)
+        self._random = random.Random(seed)
+        self._victim_of = victim_of
+        self._made = 0
+        self._held_bytes = 0
+        self._there: Victim | None = None
+        self._is_there = asyncio.Event()
+
+    async def victim(self) -> Victim:
+        """The guest, as soon as there is one."""
+        while self._there is None:
+            await self._is_there.wait()
+        return self._there
+
+    async def work(self, stop: asyncio.Event) -> None:
+        """Keep a guest at work, and make another when it is gone, until told to stop."""
+        while not stop.is_set():
+            if self._there is None:
+                await self._make()
+            else:
+                await self._step(self._there)
+
+    async def finish(self) -> None:
+        """With no fault any more: all memory can be used, is right, comes back, and the books
+        balance. What is not so is a problem in the report."""
+        try:
+            while self._there is None:
+                await self._make()
+            victim = self._there
+            for step in (self._fill, self._empty, self._settle):
+                await self._persist(lambda step=step: step(victim))
+            await victim.stand_still()
+            self._check_books(victim, await self._books(victim))
+        except grpc.RpcError as error:
+            self._report.problem(f"{self.name}, after the faults: {error.code()} {error.details()}")
+
+    def look(self) -> None:
+        """Note what the guest says of itself."""
+        if self._there is not None:
+            self._there.look(self._report)
+
+    async def destroy(self) -> None:
+        """End the guest."""
+        if self._there is not None:
+            await self._lost(self._there)
+
+    # Life
+
+    async def _make(self) -> None:
+        self._made += 1
+        name = f"{self.name}-{self._made}"
+        request = host_pb2.CreateGuestRequest(
+            command=host_pb2.CommandId(trial_id=TRIAL), name=name, spec=self.spec
+        )
+        try:
+            await self._sweep()
+            guest = await self._stub.CreateGuest(
+                request, timeout=self._patience.create_s, wait_for_ready=True
+            )
+            self._there = await self._victim_of(guest)
+        except (grpc.RpcError, ProcessLookupError) as error:
+            # Only a host agent that dies meanwhile is a reason.
+            if isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.ABORTED:
+                self._report.problem(f"guest {name} did not come: {error.details()}")
+            await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+            return
+        self._report.guests_made += 1
+        self._held_bytes = 0
+        self._is_there.set()
+
+    async def _sweep(self) -> None:
+        """End what was made, or not ended, by a host agent that died over it."""
+        listed = await self._stub.ListGuests(
+            host_pb2.ListGuestsRequest(), timeout=self._patience.step_s, wait_for_ready=True
+        )
+        for guest in listed.guests:
+            if guest.name.startswith(f"{self.name}-"):
+                await self._destroy(guest.name)
+
+    async def _lost(self, victim: Victim) -> None:
+        victim.look(self._report)
+        self._there = None
+        self._is_there.clear()
+        victim.forget()
+        await self._destroy(victim.name)
+
+    async def _destroy(self, name: str) -> None:
+        request = host_pb2.DestroyGuestRequest(name=name)
+        try:
+            closed = await self._stub.DestroyGuest(
+                request, timeout=self._patience.step_s, wait_for_ready=True
+            )
+            self._report.books(name, closed.ledger)
+        except grpc.RpcError:  # it is gone, or goes with its trial
+            pass
+
+    # Work
+
+    async def _step(self, victim: Victim) -> None:
+        try:
+            await self._run_step(victim, **self._next_step())
+        except grpc.RpcError as error:
+            await self._failed(victim, error)
+
+    def _next_step(self) -> dict[str, int | bool]:
+        room_bytes = self._most_bytes - self._held_bytes
+        choice = self._random.random()
+        if choice < 0.3:
+            return {"verify": True}
+        if self._held_bytes and (choice < 0.65 or room_bytes < 4 * MIB):
+            return {"free_bytes": self._random.randrange(2 * MIB, self._held_bytes + 2 * MIB)}
+        return {"allocate_bytes": self._random.randrange(2 * MIB, max(room_bytes, 4 * MIB))}
+
+    async def _run_step(self, victim: Victim, **step: int | bool) -> None:
+        request = host_pb2.RunStepRequest(
+            guest_name=victim.name,
+            seed=self._random.getrandbits(32),
+            **step,  # type: ignore[arg-type]
+        )
+        done = await self._stub.RunStep(request, timeout=self._patience.step_s)
+        self._held_bytes = done.held_bytes
+        victim.answered_s = time.monotonic()
+        self._report.step_done(done, victim.name)
+
+    async def _failed(self, victim: Victim, error: grpc.RpcError) -> None:
+        said = f"guest {victim.name}: {error.details()}"
+        if error.code() in _GONE:
+            if not victim.doomed:
+                self._report.problem(f"nobody had ended it: {said}")
+            await self._lost(victim)
+        elif error.code() is grpc.StatusCode.FAILED_PRECONDITION:  # it is full
+            self._held_bytes = max(self._held_bytes, self._most_bytes)
+        else:
+            self._report.steps_without_answer += 1
+            silence_s = time.monotonic() - victim.answered_s
+            if silence_s > self._patience.silence_s:
+                self._report.problem(
+                    f"no answer for {silence_s:.0f} s: {said}\n{victim.evidence()}"
+                )
+                victim.doomed = True
+                await self._lost(victim)
+            await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+
+    async def _fill(self, victim: Victim) -> None:
+        """Says first what is held: an answer may have been lost."""
+        await self._run_step(victim, verify=True)
+        if (more_bytes := self._most_bytes - self._held_bytes) > 0:
+            await self._run_step(victim, allocate_bytes=more_bytes)
+
+    async def _empty(self, victim: Victim) -> None:
+        await self._run_step(victim, verify=True)
+        if self._held_bytes:
+            await self._run_step(victim, free_bytes=self._held_bytes)
+
+    async def _settle(self, victim: Victim) -> None:
+        request = host_pb2.SettleRequest(guest_name=victim.name)
+        await self._stub.Settle(request, timeout=self._patience.step_s)
+
+    async def _persist(self, do: Callable[[], Awaitable[None]]) -> None:
+        """Agents that die by themselves go on with that when there are no other faults."""
+        give_up_s = time.monotonic() + self._patience.silence_s
+        while True:
+            try:
+                return await do()
+            except grpc.RpcError as error:
+                if error.code() in _GONE or time.monotonic() > give_up_s:
+                    raise
+            await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+
+    # Books
+
+    async def _books(self, victim: Victim) -> host_pb2.Ledger:
+        listed = await self._stub.ListGuests(
+            host_pb2.ListGuestsRequest(), timeout=self._patience.step_s
+        )
+        (ledger,) = (guest.ledger for guest in listed.guests if guest.name == victim.name)
+        return ledger
+
+    def _check_books(self, victim: Victim, books: host_pb2.Ledger) -> None:
+        self._report.books(victim.name, books)
+        known_bytes = books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
+        fates_bytes = (
+            books.reclaimed_total_bytes
+            + books.absent_total_bytes
+            + sum(books.skipped_total_bytes.values())
+        )
+        if known_bytes != books.provisioned_bytes or fates_bytes != books.hinted_total_bytes:
+            self._report.problem(f"guest {victim.name}: the books do not balance: {books}")
+        if self.spec.driver == host_pb2.EMBEDDED and books.resident_bytes:
+            self._report.problem(f"guest {victim.name}: all is free, not all came back: {books}")

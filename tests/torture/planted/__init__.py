@@ -1,0 +1,1 @@
+"""Agents with a fault in them on purpose, which torture must find."""

@@ -1,0 +1,143 @@
+"""Torture of real guests: kmod and hugetlb side by side, agents that die in the guest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests.image import GuestImage
+from tests.support.relay import Relay
+from tests.support.vm import ROOT, console, image_with, spec
+from tests.torture import injectors
+from tests.torture.guest import Victim
+from tests.torture.place import Patience
+from tests.torture.plan import Kind, Pace
+from tests.torture.report import Report
+from tests.torture.run import Setting
+
+_MEMORY_BYTES = 768 * MIB
+_STRESS = "128M"
+_EVIDENCE_CHARACTERS = 3000
+_AGENT_DIED = "the agent was killed (status 137)"
+_STRESS_ENDED = "STRESS round ended with status "
+
+_KINDS: Mapping[Kind, int] = {
+    Kind.LINK_CUT: 6,
+    Kind.LINK_STALLED: 4,
+    Kind.LINK_DELAYED: 2,
+    Kind.SESSION_REPLAYED: 4,
+    Kind.SECOND_AGENT: 3,
+    Kind.BOOT_ID_CHANGED: 1,
+    Kind.GUEST_SUSPENDED: 4,
+    Kind.MEMORY_RESIZED: 2,
+}
+_ENDS: Mapping[Kind, int] = {Kind.GUEST_KILLED: 1, Kind.GUEST_RESET: 1}
+
+
+@dataclass(kw_only=True)
+class RealVictim(Victim):
+    """A virtual machine, of which the console tells what happens inside."""
+
+    _said: Counter[str] = field(default_factory=Counter)
+
+    def look(self, report: Report) -> None:
+        with contextlib.suppress(OSError, IndexError):  # it is gone
+            text = console(self.pid)
+            report.faults[Kind.AGENT_KILLED] += self._news(text, _AGENT_DIED)
+            rounds = self._news(text, _STRESS_ENDED)
+            well = self._news(text, f"{_STRESS_ENDED}0")
+            report.stress_rounds += rounds
+            if rounds != well:
+                report.problem(f"guest {self.name}: stress-ng failed:\n{self.evidence()}")
+
+    def evidence(self) -> str:
+        with contextlib.suppress(OSError, IndexError):
+            return console(self.pid)[-_EVIDENCE_CHARACTERS:]
+        return ""
+
+    def _news(self, text: str, what: str) -> int:
+        news = text.count(what) - self._said[what]
+        self._said[what] += news
+        return news
+
+
+@contextmanager
+def setting(seed: int, *, short: bool = False, stress: bool = False) -> Iterator[Setting]:
+    """What to torture: a guest with each isolator, from an image whose agents die.
+
+    :param short: every kind is met within a minute or two; else most guests live longer.
+    :param stress: run stress-ng in the guests, too.
+    """
+    # As it is: with libvirt's event loop registered (libvirt_api), a connection that nobody
+    # runs the loop for is closed by libvirtd after 30 s without a sign of life.
+    import libvirt
+
+    libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises
+    with contextlib.ExitStack() as undo:
+        images = Path(tempfile.mkdtemp(prefix="hf-torture-images-"))
+        undo.callback(shutil.rmtree, images)
+        images.chmod(0o755)
+        _build(images, ["stress-ng"] if stress else [])
+        connection = libvirt.open(os.environ.get("LIBVIRT_DEFAULT_URI", "qemu:///system"))
+        undo.callback(connection.close)
+        parameters = f"init_on_alloc=0 hintfleet.torture={seed}"
+        parameters += f" hintfleet.stress={_STRESS}" if stress else ""
+        yield Setting(
+            driver="libvirt",
+            guests={f"torture-{name}": _spec(name, parameters) for name in ("kmod", "hugetlb")},
+            kinds={**_ENDS, **{kind: n if short else 4 * n for kind, n in _KINDS.items()}},
+            host_kinds={Kind.HOST_AGENT_SUSPENDED: 4, Kind.HOST_AGENT_KILLED: 1},
+            injectors=injectors.REAL,
+            pace=Pace(pause_s=0.5, lag_s=0.02, hold_s=1.0, longest_hold_s=0 if short else 20),
+            patience=Patience(create_s=180, step_s=60, silence_s=120),
+            advertise=lambda address: f"10.0.2.2:{address.port}",
+            victim_of=_taking_hold(connection),
+            longest_wait_s=0.5,
+            back_s=5 if short else 30,
+            back_means_answered=not short,
+            busy_share=0.4,
+            environment={"HINTFLEET_IMAGE_DIR": str(images)},
+        )
+
+
+def _spec(isolator: str, parameters: str) -> host_pb2.GuestSpec:
+    made = spec(isolator=isolator, parameters=parameters, memory_bytes=_MEMORY_BYTES)
+    made.max_memory_bytes = _MEMORY_BYTES + 128 * MIB
+    return made
+
+
+def _taking_hold(connection: Any) -> Callable[[host_pb2.Guest, Relay], Victim]:
+    def take_hold(guest: host_pb2.Guest, relay: Relay) -> Victim:
+        return RealVictim(
+            name=guest.name,
+            uuid=guest.uuid,
+            spec=guest.spec,
+            pid=guest.pid,
+            domain=connection.lookupByUUIDString(guest.uuid),
+            relay=relay,
+        )
+
+    return take_hold
+
+
+def _build(to: Path, packages: list[str]) -> None:
+    """The guest image, with agents that die, in `to`."""
+    command = [sys.executable, str(ROOT / "deploy/image/build.py"), "--print-path"]
+    for package in packages:
+        command += ["--package", package]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    here = Path(__file__).parent / "in_guest/sitecustomize.py"
+    built = GuestImage(directory=Path(done.stdout.strip()), kernel_release="")
+    image_with(built, {"hintfleet/sitecustomize.py": here}, to)

@@ -1,0 +1,81 @@
+"""Who else may speak for a guest: a connection that comes late, a second agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc import aio
+
+from hintfleet.v1 import hinting_pb2 as pb
+from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
+from tests.support.relay import Address
+
+# RFC 9113: the client's preface, and the header of a frame.
+_PREFACE_BYTES = 24
+_FRAME_HEADER_BYTES = 9
+_DATA = 0
+# gRPC over HTTP/2: a flag and a length before each message.
+_MESSAGE_HEADER_BYTES = 5
+
+
+def hello_in(recorded: bytes) -> pb.Hello | None:
+    """The Hello that a guest sent on a connection, if it sent one."""
+    for payload in _data_frames(recorded):
+        # Both streams of a guest begin so; an Attach has the fields of a Hello's first two.
+        with contextlib.suppress(DecodeError):
+            message = pb.GuestMessage.FromString(payload[_MESSAGE_HEADER_BYTES:])
+            if message.HasField("hello") and message.hello.page_size_bytes:
+                return message.hello
+    return None
+
+
+def _data_frames(recorded: bytes) -> Iterator[bytes]:
+    at = _PREFACE_BYTES
+    while at + _FRAME_HEADER_BYTES <= len(recorded):
+        length = int.from_bytes(recorded[at : at + 3])
+        kind = recorded[at + 3]
+        at += _FRAME_HEADER_BYTES
+        if kind == _DATA:
+            yield recorded[at : at + length]
+        at += length
+
+
+async def replay(to: Address, said: bytes, hold_s: float) -> None:
+    """Say once more what a guest has said, on a connection of its own, and listen for a while.
+
+    :raises ConnectionError: nobody is there.
+    """
+    reader, writer = await asyncio.open_connection(to.host, to.port)
+    try:
+        writer.write(said)
+        async with asyncio.timeout(hold_s):
+            while await reader.read(1 << 16):
+                pass
+    except TimeoutError:
+        pass
+    finally:
+        writer.transport.abort()
+
+
+async def pretend(to: Address, hello: pb.Hello, hold_s: float) -> None:
+    """Say Hello as somebody else's agent would, and stay for a while.
+
+    :raises grpc.RpcError: the host refused it, or had another session first.
+    """
+    async with aio.insecure_channel(
+        str(to), options=(("grpc.use_local_subchannel_pool", 1),)
+    ) as channel:
+        call = HintingServiceStub(channel).Session(timeout=hold_s)  # type: ignore[call-arg]
+        try:
+            await call.write(pb.GuestMessage(hello=hello))
+            async for _ in call:
+                pass
+        except asyncio.InvalidStateError:  # ended while it was written to
+            pass
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
