@@ -1,0 +1,165 @@
+"""Runs workers, each a process of its own, and reads what libFuzzer says of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.fuzz.target import CORPUS, load
+
+ROOT = Path(__file__).parents[2]
+FOUND = ROOT / "build/fuzz/found"
+CRASHES = ROOT / "build/fuzz/crashes"
+
+_LONGEST_INPUT_S = 10
+_MOST_RSS_MIB = 1024
+_SEED = 1
+_GRACE_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one worker did.
+
+    :ivar edges: branches of the measured packages that were reached.
+    :ivar new_entries: inputs that reached something new, kept in `FOUND`.
+    :ivar crashes: files with the inputs that violated the oracle, took too long or too
+        much memory.
+    :ivar exit_code: of the worker; 0 if it came to its end.
+    :ivar output: all that the worker said, for people.
+    """
+
+    target: str
+    inputs: int
+    inputs_per_s: int
+    edges: int
+    corpus_entries: int
+    new_entries: int
+    crashes: tuple[Path, ...]
+    exit_code: int
+    output: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether something was found, or nothing was done at all."""
+        return bool(self.crashes or self.exit_code) or not self.inputs
+
+    def __str__(self) -> str:
+        return (
+            f"{self.target:12} {self.inputs:>10} {self.inputs_per_s:>8} {self.edges:>6} "
+            f"{self.corpus_entries:>7} {self.new_entries:>5} {len(self.crashes):>8}"
+        )
+
+
+HEADING = (
+    f"{'target':12} {'inputs':>10} {'per s':>8} {'edges':>6} {'corpus':>7} {'new':>5} "
+    f"{'crashes':>8}"
+)
+
+
+def fuzz(name: str, *, runs: int = -1, seconds: int = 0, found_in: Path = FOUND) -> Result:
+    """Fuzz one target for so many inputs or seconds, whichever ends first; 0 and -1: no end.
+
+    The same kept and found inputs, seed and number of runs give the same inputs again.
+    """
+    found = found_in / name
+    CRASHES.mkdir(parents=True, exist_ok=True)
+    found.mkdir(parents=True, exist_ok=True)
+    entries, crashes = set(found.iterdir()), set(_crashes(name))
+    with _worker(name) as (command, seeds):
+        output, exit_code = _run(
+            [
+                *(*command, f"-seed={_SEED}", f"-runs={runs}", f"-max_total_time={seconds}"),
+                *("-print_final_stats=1", "-keep_seed=1", f"-artifact_prefix={CRASHES}/{name}-"),
+                *(str(folder) for folder in (found, CORPUS / name, seeds)),
+            ],
+            seconds + _GRACE_S if seconds else None,
+        )
+    return Result(
+        target=name,
+        inputs=_stat(output, r"^stat::number_of_executed_units: +(\d+)"),
+        inputs_per_s=_stat(output, r"^stat::average_exec_per_sec: +(\d+)"),
+        edges=_stat(output, r"^#\d+.* cov: (\d+)"),
+        corpus_entries=_stat(output, r"^#\d+.* corp: (\d+)"),
+        new_entries=len(set(found.iterdir()) - entries),
+        crashes=tuple(sorted(set(_crashes(name)) - crashes)),
+        exit_code=exit_code,
+        output=output,
+    )
+
+
+def keep(name: str) -> int:
+    """Make the kept corpus the fewest inputs that reach what it, the seeds and `FOUND` do.
+
+    :returns: how many those are.
+    """
+    kept = CORPUS / name
+    with _worker(name) as (command, seeds), tempfile.TemporaryDirectory() as fewest:
+        sources = [str(folder) for folder in (kept, FOUND / name, seeds) if folder.is_dir()]
+        output, _ = _run([*command, "-merge=1", fewest, *sources], None)
+        inputs = [path.read_bytes() for path in Path(fewest).iterdir()]
+        if not inputs:
+            raise RuntimeError(f"nothing is left of the corpus of {name}:\n{output}")
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for data in inputs:
+        (kept / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+    return len(inputs)
+
+
+@contextmanager
+def _worker(name: str) -> Iterator[tuple[list[str], Path]]:
+    """The command of a worker, and the folder with the target's seeds."""
+    target = load(name)
+    with tempfile.TemporaryDirectory(prefix="hf-fuzz-") as folder:
+        words, seeds = Path(folder, "words"), Path(folder, "seeds")
+        words.write_text("".join(_quoted(word) for word in target.words))
+        seeds.mkdir()
+        for i, seed in enumerate(target.seeds):
+            (seeds / str(i)).write_bytes(seed)
+        command = [
+            *(sys.executable, "-m", "tests.fuzz.worker", name, f"-max_len={target.max_bytes}"),
+            *(f"-timeout={_LONGEST_INPUT_S}", f"-rss_limit_mb={_MOST_RSS_MIB}"),
+            *([f"-dict={words}"] if target.words else []),  # it may not be empty
+        ]
+        yield command, seeds
+
+
+def _quoted(word: str) -> str:
+    """A line of a libFuzzer dictionary."""
+    return '"' + "".join(f"\\x{byte:02x}" for byte in word.encode()) + '"\n'
+
+
+def _run(command: list[str], timeout_s: float | None) -> tuple[str, int]:
+    """What a worker said, and its exit code."""
+    with tempfile.TemporaryDirectory(prefix="hf-fuzz-") as scratch:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            # Without a fixed seed of hashes the same inputs would reach other branches.
+            env=os.environ | {"PYTHONHASHSEED": "0", "TMPDIR": scratch},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+        )
+    return done.stdout.decode(errors="replace"), done.returncode
+
+
+def _crashes(name: str) -> Iterator[Path]:
+    for kind in ("crash", "timeout", "oom", "leak"):
+        yield from CRASHES.glob(f"{name}-{kind}-*")
+
+
+def _stat(output: str, pattern: str) -> int:
+    """The last such number in the output, 0 if there is none."""
+    return int((re.findall(pattern, output, re.MULTILINE) or ["0"])[-1])

@@ -1,0 +1,164 @@
+"""The gate: any order of sessions, batches, turns and resets keeps what it promises.
+
+What it is held against here is not another gate but the promises themselves: I2, one
+batch at a time, one post for each batch, acks in order to who is welcome.
+"""
+
+from __future__ import annotations
+
+from hintfleet.errors import GuestLost, InvalidInput
+from hintfleet.ranges import EMPTY, RangeSet
+from host_agent import gate
+from host_agent.reclaim import Outcome, skip
+from tests.fuzz.source import Source
+from tests.fuzz.target import Target
+
+_RANGES = (
+    RangeSet([(512, 512)]),
+    EMPTY,
+    RangeSet([(0, gate.LIMITS.pages_per_batch)]),
+    RangeSet([(0, gate.LIMITS.pages_per_batch + 1)]),
+)
+
+
+class _Guest:
+    """Carries out what the gate instructs, as host_agent/guest.py does, and watches it."""
+
+    def __init__(self) -> None:
+        self.gate = gate.Gate()
+        self.now_s = 0.0
+        self.sessions: list[int] = []
+        self.gone = False
+        self._left: set[int] = set()
+        self._ended: set[int] = set()
+        self._welcomed: set[int] = set()
+        self._running: gate.Batch | None = None
+        self._turn_asked = False
+        self._arrived: list[tuple[int, gate.Batch]] = []
+        self._posted: list[gate.Batch] = []
+        self._acknowledged: list[gate.Batch] = []
+
+    def connect(self, boot_id: str) -> None:
+        self.sessions.append(len(self.sessions) + 1)
+        self._carry_out(self.gate.connected(self.sessions[-1], boot_id))
+
+    def leave(self, session: int) -> None:
+        self._left.add(session)
+        self._carry_out(self.gate.left(session))
+
+    def lose(self) -> None:
+        self._carry_out(self.gate.gone(GuestLost("reset")))
+        self.gone = True
+
+    def send(self, session: int, epoch: int, seq: int, ranges: RangeSet) -> None:
+        if session in self._left:
+            return
+        batch = gate.Batch(epoch=epoch, seq=seq, ranges=ranges, received_s=self.now_s)
+        self._arrived.append((session, batch))
+        try:
+            instructions = self.gate.arrived(session, batch)
+        except InvalidInput:
+            self._arrived.pop()
+            self.leave(session)
+            return
+        self._carry_out(instructions)
+
+    def take_turn(self) -> None:
+        if self._turn_asked and self._running is None:
+            self._turn_asked = False
+            self._carry_out(self.gate.turn_came(self.now_s))
+
+    def finish(self) -> None:
+        if (batch := self._running) is not None:
+            self._running = None
+            self._carry_out(self.gate.finished(batch, Outcome(reclaimed=batch.ranges)))
+
+    def drain(self) -> None:
+        """Nothing more happens; then all that arrived is in the books, once."""
+        while self._turn_asked or self._running is not None:
+            self.take_turn()
+            self.finish()
+        assert sorted(map(id, self._posted)) == sorted(id(b) for _, b in self._arrived)
+
+    def _carry_out(self, instructions: object) -> None:
+        assert isinstance(instructions, list | tuple)
+        for instruction in instructions:
+            self._carry_out_one(instruction)
+
+    def _carry_out_one(self, instruction: gate.Instruction) -> None:
+        match instruction:
+            case gate.Welcome(session):
+                assert self._running is None, "I2"
+                assert not self.gone
+                assert session == self.sessions[-1] not in self._left | self._welcomed
+                self._welcomed.add(session)
+            case gate.EndSession(session, _):
+                assert session not in self._left | self._ended
+                self._ended.add(session)
+            case gate.TakeTurn():
+                assert not self._turn_asked
+                self._turn_asked = True
+            case gate.Run(batch):
+                self._check_run(batch)
+                self._running = batch
+            case gate.Post(batch, outcome):
+                assert outcome == Outcome(reclaimed=batch.ranges) or outcome == skip(
+                    batch.ranges, next(iter(outcome.skipped))
+                )
+                assert 0 < batch.ranges.page_count <= gate.LIMITS.pages_per_batch
+                self._posted.append(batch)
+            case gate.Acknowledge(session, batch, _):
+                assert (session, batch) in self._arrived
+                assert session == self.sessions[-1] not in self._left | self._ended
+                assert batch is self._posted[-1], "the books come first"
+                self._acknowledged.append(batch)
+
+    def _check_run(self, batch: gate.Batch) -> None:
+        """It may run: of the session that is welcome, in time, in order, and alone."""
+        assert self._running is None
+        assert not self.gone
+        (session,) = {s for s, b in self._arrived if b is batch}
+        assert batch.epoch == session == self.sessions[-1]
+        assert session in self._welcomed - self._left - self._ended
+        assert self.now_s - batch.received_s <= gate.OLDEST_BATCH_S
+        assert 0 < batch.ranges.page_count <= gate.LIMITS.pages_per_batch
+        assert not any(b is batch for b in self._posted)
+
+
+def try_input(data: bytes) -> None:
+    source = Source(data)
+    guest = _Guest()
+    due = 1
+    while source.more:
+        step = source.number()
+        argument = step >> 3
+        session = guest.sessions[-1 - argument % 2 % len(guest.sessions)] if guest.sessions else 0
+        match step & 7:
+            case 0:
+                guest.connect(("", "a", "b")[argument % 3])
+                due = 1
+            case 1 if session:
+                guest.leave(session)
+            case 2 if argument == 0:
+                guest.lose()
+            case 3 | 4 if session:
+                guest.send(session, session, due, _RANGES[0])
+                due += 1
+            case 5 if session:
+                epoch, seq = source.choice((session, 1, 1 << 63)), source.choice((due, 0, 1 << 63))
+                guest.send(session, epoch, seq, _RANGES[argument % len(_RANGES)])
+            case 6:
+                guest.take_turn()
+            case 7:
+                guest.finish()
+                guest.now_s += argument / 64
+    guest.drain()
+    assert guest.gate.state is not gate.State.OPEN or not guest.gone
+
+
+TARGET = Target.of(
+    try_input,
+    seeds=(bytes([0, 3, 6, 3, 7, 6, 7]), bytes([0, 3, 6, 8, 3, 7, 6, 7, 1, 0, 3, 6, 2])),
+    max_bytes=128,
+    quick_runs=10_000,
+)

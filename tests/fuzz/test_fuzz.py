@@ -1,0 +1,36 @@
+"""The kept inputs again, and some seconds of new ones for each target.
+
+`python -m tests.fuzz` does the same for as long as one likes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.run import fuzz
+from tests.fuzz.target import NAMES, kept_inputs, load
+
+_AT_MOST_S = 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_inputs_find_nothing(name: str) -> None:
+    target = load(name)
+    inputs = [*target.seeds, *kept_inputs(name)]
+    assert len(inputs) > len(target.seeds)
+    with target.opened() as try_input:
+        for data in inputs:
+            try_input(data)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris")
+@pytest.mark.parametrize("name", NAMES)
+def test_new_inputs_find_nothing(name: str, tmp_path: Path) -> None:
+    """With the same inputs each time: as many as take some seconds, from a fixed seed."""
+    result = fuzz(name, runs=load(name).quick_runs, seconds=_AT_MOST_S, found_in=tmp_path)
+    assert not result.failed, f"{result.crashes}\n{result.output}"
+    assert result.inputs > len(kept_inputs(name))
+    assert result.edges > 0

@@ -1,0 +1,33 @@
+"""One process that fuzzes one target with atheris: `python -m tests.fuzz.worker TARGET ...`.
+
+The rest of the command line is libFuzzer's. Run by `python -m tests.fuzz`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import atheris
+
+from tests.fuzz.target import load
+
+_MEASURED = ["hintfleet", "guest_agent", "host_agent", "orchestrator"]
+"""The packages whose branches guide the fuzzer."""
+
+_NOT_MEASURED = ["hintfleet.v1"]
+
+
+def main() -> None:
+    """Fuzz until libFuzzer has had enough; it ends the process."""
+    name = sys.argv[1]
+    with atheris.instrument_imports(include=_MEASURED, exclude=_NOT_MEASURED):
+        target = load(name)
+    # What libFuzzer runs again for a merge, through a shell.
+    myself = f"{sys.executable} -m {__spec__.name} {name}"
+    with target.opened() as try_input:
+        atheris.Setup([myself, *sys.argv[2:]], try_input)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
