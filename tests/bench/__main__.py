@@ -9,12 +9,25 @@ import sys
 import time
 from pathlib import Path
 
-from tests.bench import guest_cost, host_path, real_guest, tracker
+from tests.bench import (
+    agent_in_guest,
+    flood,
+    guest_cost,
+    host_path,
+    real_guest,
+    restart,
+    sparse,
+    tracker,
+)
 
 _SUITES = {
     "host_path": host_path.run,
     "tracker": tracker.run,
+    "sparse": sparse.run,
     "guest_cost": guest_cost.run,
+    "agent_in_guest": agent_in_guest.run,
+    "restart": restart.run,
+    "flood": flood.run,
     "real_guest": real_guest.run,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -11,28 +12,21 @@ from pathlib import Path
 from hintfleet.units import KIB, MIB
 from hintfleet.v1 import host_pb2
 from tests.bench.report import Figure, side_by_side
+from tests.bench.silent_host import silent_host
 from tests.support.agents import HostAgent, running_host_agent
 
+_START_S = 4.0
 _IDLE_S = 10.0
 
-_BARE_CLIENT = """
-import sys, threading, grpc
-from hintfleet.v1 import host_pb2
-from hintfleet.v1.host_pb2_grpc import HostServiceStub
-call = HostServiceStub(grpc.insecure_channel(sys.argv[1])).Watch(
-    host_pb2.WatchRequest(trial_id="bare", period_ms=1000000))
-next(call)
-print("ready", flush=True)
-for _ in call:
-    pass
-"""
+_BARE_CLIENT = str(Path(__file__).with_name("in_guest") / "bare_client.py")
 
 
 def run() -> Iterator[Figure]:
-    """RSS and CPU of an embedded guest that has hinted 640 MiB and is idle.
+    """RSS and CPU of an embedded guest that has hinted 640 MiB and is idle, and of the
+    agent of a real guest with nothing to do.
 
-    It holds more than an agent: the workload with its pattern, and the allocator. The
-    agent alone is measured in a real guest.
+    The embedded guest holds more than an agent: the workload with its pattern, and the
+    allocator.
     """
     with running_host_agent() as host:
         host.watch()
@@ -43,31 +37,44 @@ def run() -> Iterator[Figure]:
             host.free(64 * MIB)
         host.settle()
         yield _wire(host)
-        bare = subprocess.Popen(
-            [sys.executable, "-c", _BARE_CLIENT, host.control], stdout=subprocess.PIPE
-        )
-        try:
-            if bare.stdout is not None:
-                bare.stdout.readline()
-            pids = (guest.pid, bare.pid)
-            before_s = [_cpu_s(pid) for pid in pids]
-            time.sleep(_IDLE_S)
-            idle = [100 * (_cpu_s(p) - b) / _IDLE_S for p, b in zip(pids, before_s, strict=True)]
-            memory = [_private_mib(pid) for pid in pids]
-        finally:
-            bare.kill()
-            bare.wait()
-        yield side_by_side(
-            "embedded guest with its workload / bare gRPC client, memory",
-            "MiB",
-            [(memory[0], memory[1])],
-        )
-        yield side_by_side(
-            "embedded guest, idle / bare gRPC client",
-            "% of a core",
-            [(idle[0], idle[1])],
-            "ours < 0.1",
-        )
+        with silent_host() as port, contextlib.ExitStack() as undo:
+            server = f"127.0.0.1:{port}"
+            embedded = guest.pid
+            agent = undo.enter_context(_running("-m", "tests.bench.idle_agent", server))
+            aio = undo.enter_context(_running(_BARE_CLIENT, "aio", server))
+            sync = undo.enter_context(_running(_BARE_CLIENT, "sync", server))
+            time.sleep(_START_S)
+            memory, idle = _at_rest(embedded, agent, aio, sync)
+    for bare, kind in ((aio, "aio"), (sync, "sync")):
+        for ours, name in ((embedded, "embedded guest with its workload"), (agent, "idle agent")):
+            yield side_by_side(
+                f"{name} / bare {kind} client, memory", "MiB", [(memory[ours], memory[bare])]
+            )
+            yield side_by_side(
+                f"{name} / bare {kind} client, idle",
+                "% of a core",
+                [(idle[ours], idle[bare])],
+                "ours < 0.1",
+            )
+
+
+@contextlib.contextmanager
+def _running(*arguments: str) -> Iterator[int]:
+    """The pid of a Python process."""
+    process = subprocess.Popen([sys.executable, *arguments])
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _at_rest(*pids: int) -> tuple[dict[int, float], dict[int, float]]:
+    """Memory in MiB and CPU in % of a core, of each."""
+    before_s = {pid: _cpu_s(pid) for pid in pids}
+    time.sleep(_IDLE_S)
+    idle = {pid: 100 * (_cpu_s(pid) - before_s[pid]) / _IDLE_S for pid in pids}
+    return {pid: _private_mib(pid) for pid in pids}, idle
 
 
 def _wire(host: HostAgent) -> Figure:

@@ -14,7 +14,7 @@ from pathlib import Path
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import GIB, MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
-from host_agent.gate import LIMITS, Gate
+from host_agent.gate import LIMITS, Acknowledge, Batch, Gate, Run
 from host_agent.ledger import Ledger
 from host_agent.ram import GuestRam, Segment
 from host_agent.reclaim import reclaim
@@ -91,7 +91,7 @@ def _ours(chunks: list[int]) -> float:
     ledger, gate = Ledger(ram.pages), Gate()
     # As the service does once per period: the books know what is resident.
     ledger.audit(ram.resident(ledger.absent_pages))
-    gate.open(1)
+    gate.connected(1, "boot")
     packed = encode(RangeSet((c * _CHUNK_PAGES, _CHUNK_PAGES) for c in chunks))
     wire = pb.GuestMessage(batch=pb.Batch(epoch=1, seq=1, ranges=packed)).SerializeToString()
     started_s = time.perf_counter()
@@ -104,13 +104,21 @@ def _ours(chunks: list[int]) -> float:
 def acknowledge(wire: bytes, ram: GuestRam, ledger: Ledger, gate: Gate) -> bytes:
     """What happens between the bytes of a batch and the bytes of its ack."""
     from hintfleet.ranges import decode
-    from host_agent.guest_service import ack_of
+    from host_agent.hinting_messages import ack_of
 
-    batch = pb.GuestMessage.FromString(wire).batch
-    hinted = decode(batch.ranges, LIMITS.ranges_per_batch)
-    gate.check(batch, hinted)
-    if gate.admit(batch.epoch, 0.0) is not None:
+    said = pb.GuestMessage.FromString(wire).batch
+    batch = Batch(
+        epoch=said.epoch,
+        seq=said.seq,
+        ranges=decode(said.ranges, LIMITS.ranges_per_batch),
+        received_s=0.0,
+        wire_bytes=len(said.ranges),
+    )
+    gate.arrived(1, batch)
+    if gate.turn_came(0.0) != [Run(batch)]:
         raise RuntimeError("the gate did not admit the benchmark's batch")
-    outcome = reclaim(ram, hinted, ledger.absent_pages)
-    ledger.post(hinted, outcome, len(batch.ranges))
-    return pb.HostMessage(ack=ack_of(batch, outcome)).SerializeToString()
+    outcome = reclaim(ram, batch.ranges, ledger.absent_pages)
+    ledger.post(batch.ranges, outcome, batch.wire_bytes)
+    if Acknowledge(1, batch, outcome) not in gate.finished(batch, outcome):
+        raise RuntimeError("the gate did not acknowledge the benchmark's batch")
+    return ack_of(batch, outcome).SerializeToString()

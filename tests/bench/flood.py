@@ -1,0 +1,198 @@
+"""What one flooding guest costs its 256 neighbours: their ack latency, with and without,
+and the host agent's CPU time, which tells even where other work on the machine blurs the rest.
+
+One host agent, one process that speaks for all neighbours at a steady pace, one that
+floods; phases with and without the flood take turns within one run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+from grpc import aio
+
+from hintfleet.ranges import RangeSet, encode
+from hintfleet.units import PAGE_BYTES
+from hintfleet.v1 import hinting_pb2 as pb
+from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
+from tests.bench.report import Figure, side_by_side
+
+_NEIGHBOURS = 256
+_PERIOD_S = 0.5
+_PHASE_S = 3.0
+"""Less than what makes a flood a violation: one that goes on is ended, which would help."""
+_REST_S = 0.2
+"""For what is still on its way. In a phase without flood its burst fills up again."""
+_ROUNDS = 8
+_CHUNK_PAGES = 512
+_CHUNKS = range(0, 8, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Phase:
+    """What was measured for a while.
+
+    :ivar cpu_share: of one core, by the host agent.
+    """
+
+    latencies_s: list[float]
+    cpu_share: float
+
+    def latency_ms(self, percent: int) -> float:
+        return statistics.quantiles(self.latencies_s, n=100)[percent - 1] * 1000
+
+
+class _Neighbour:
+    """A guest that uses a page of each of some chunks, and hints the chunks, over and over."""
+
+    def __init__(self, address: str, guest: dict[str, str]) -> None:
+        # A connection of its own, as each guest has.
+        self._channel = aio.insecure_channel(
+            address, options=(("grpc.use_local_subchannel_pool", 1),)
+        )
+        self._guest = guest
+        self._ram = os.open(guest["ram"], os.O_RDWR)
+        self._ranges = encode(RangeSet((n * _CHUNK_PAGES, _CHUNK_PAGES) for n in _CHUNKS))
+        self.latencies_s: list[float] = []
+
+    async def open(self) -> None:
+        """Begin the session."""
+        self._call: Any = HintingServiceStub(self._channel).Session()  # type: ignore[call-arg]
+        identity = pb.Identity(guest_uuid=self._guest["uuid"], token=self._guest["token"])
+        hello = pb.Hello(identity=identity, page_size_bytes=PAGE_BYTES, chunk_order=9)
+        await self._call.write(pb.GuestMessage(hello=hello))
+        self._epoch = (await self._call.read()).welcome.epoch
+        self._seq = 0
+
+    async def run(self, offset_s: float) -> None:
+        """Send batches at a steady pace until cancelled; one that is late is not made up for."""
+        next_s = time.monotonic() + offset_s
+        while True:
+            await asyncio.sleep(max(0.0, next_s - time.monotonic()))
+            next_s += _PERIOD_S
+            self.latencies_s.append(await self._hint())
+
+    async def _hint(self) -> float:
+        for chunk in _CHUNKS:
+            os.pwrite(self._ram, b"\1", chunk * _CHUNK_PAGES * PAGE_BYTES)
+        self._seq += 1
+        batch = pb.Batch(epoch=self._epoch, seq=self._seq, ranges=self._ranges)
+        started_s = time.perf_counter()
+        await self._call.write(pb.GuestMessage(batch=batch))
+        message = await self._call.read()
+        while not message.HasField("ack"):
+            message = await self._call.read()
+        elapsed_s = time.perf_counter() - started_s
+        ack = message.ack
+        late = [skipped.reason for skipped in ack.skipped] == [pb.STALE]
+        if not late and ack.reclaimed_bytes != len(_CHUNKS) * PAGE_BYTES:
+            raise RuntimeError(f"the host reclaimed something else: {ack}")
+        return elapsed_s
+
+    async def close(self) -> None:
+        """End the session."""
+        self._call.cancel()
+        os.close(self._ram)
+        await self._channel.close()
+
+
+def run() -> Iterator[Figure]:
+    """CPU time, median and 99th percentile of ack latency, with the flood / without."""
+    with ExitStack() as stack:
+        host = stack.enter_context(_process("tests.bench.flood_host", str(_NEIGHBOURS + 1)))
+        said = json.loads(cast(IO[str], host.stdout).readline())
+        *neighbours, hostile = said["guests"]
+        arguments = (said["address"], json.dumps(hostile))
+        flooder = stack.enter_context(_process("tests.bench.flooder", *arguments))
+        rounds = asyncio.run(_measure(said["address"], neighbours, flooder, host.pid))
+    yield side_by_side(
+        f"host agent with {_NEIGHBOURS} guests, one floods / none",
+        "CPU s per s",
+        [(flood.cpu_share, calm.cpu_share) for flood, calm in rounds],
+    )
+    for name, percent, wanted in (("p50", 50, ""), ("p99", 99, "<= 1.5")):
+        pairs = [(flood.latency_ms(percent), calm.latency_ms(percent)) for flood, calm in rounds]
+        what = f"ack latency of {_NEIGHBOURS} guests, {name}, one floods / none"
+        yield side_by_side(what, "ms", pairs, wanted)
+
+
+async def _measure(
+    address: str, guests: list[dict[str, str]], flooder: subprocess.Popen[str], host_pid: int
+) -> list[tuple[_Phase, _Phase]]:
+    """Each round, with and without the flood."""
+    neighbours = [_Neighbour(address, guest) for guest in guests]
+    for neighbour in neighbours:
+        await neighbour.open()
+    running = [
+        asyncio.create_task(one.run(n * _PERIOD_S / len(neighbours)))
+        for n, one in enumerate(neighbours)
+    ]
+    try:
+        await _phase(neighbours, host_pid)  # warms up
+        rounds = []
+        for _ in range(_ROUNDS):
+            calm = await _phase(neighbours, host_pid)
+            _tell(flooder, "on")
+            flood = await _phase(neighbours, host_pid)
+            _tell(flooder, "off")
+            await asyncio.sleep(_REST_S)
+            rounds.append((flood, calm))
+    finally:
+        for task in running:
+            task.cancel()
+        ended = await asyncio.gather(*running, return_exceptions=True)
+    for error in ended:
+        if isinstance(error, Exception):
+            raise error
+    for neighbour in neighbours:
+        await neighbour.close()
+    if flooder.poll() is not None:
+        raise RuntimeError("the flooder has ended: it was shown out")
+    return rounds
+
+
+async def _phase(neighbours: list[_Neighbour], host_pid: int) -> _Phase:
+    for neighbour in neighbours:
+        neighbour.latencies_s.clear()
+    started_s, cpu_s = time.monotonic(), _cpu_s(host_pid)
+    await asyncio.sleep(_PHASE_S)
+    return _Phase(
+        latencies_s=[latency_s for one in neighbours for latency_s in one.latencies_s],
+        cpu_share=(_cpu_s(host_pid) - cpu_s) / (time.monotonic() - started_s),
+    )
+
+
+def _cpu_s(pid: int) -> float:
+    # What clock_getcpuclockid(3) returns.
+    return time.clock_gettime(~pid << 3 | 2)
+
+
+def _tell(process: subprocess.Popen[str], word: str) -> None:
+    stdin = cast(IO[str], process.stdin)
+    stdin.write(word + "\n")
+    stdin.flush()
+
+
+@contextmanager
+def _process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that ends when its stdin does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.communicate(timeout=30)

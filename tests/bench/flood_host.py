@@ -1,0 +1,92 @@
+"""A host agent with many guests that have RAM files and no processes.
+
+The servers, the registry, the books and the punches are the real ones; who speaks for the
+guests is the benchmark. (An embedded guest's process takes 16 MiB and half a second.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+
+from hintfleet.units import MIB, PAGE_BYTES
+from hintfleet.v1 import host_pb2
+from host_agent.guests import GuestRequest
+from host_agent.ram import GuestRam, Segment
+from host_agent.registry import Registry
+from host_agent.server import Settings, serving
+from host_agent.steady import keep_latency_steady
+from host_agent.stream import Stream
+
+_TRIAL = "flood"
+GUEST_BYTES = 64 * MIB
+
+
+class _Guest:
+    """A RAM file."""
+
+    pid = 0
+    handle = ""
+    balloon = None
+
+    def __init__(self, size_bytes: int) -> None:
+        self.fd = os.memfd_create("flood-ram")
+        os.truncate(self.fd, size_bytes)
+        segment = Segment(pfn=0, page_count=size_bytes // PAGE_BYTES, fd=self.fd, offset_bytes=0)
+        self.ram = GuestRam([segment])
+
+    def evidence(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        self.ram.close()
+
+
+class _Driver:
+    def create(self, request: GuestRequest) -> _Guest:
+        return _Guest(request.spec.memory_bytes)
+
+    def close(self) -> None:
+        pass
+
+
+async def _make(registry: Registry, name: str) -> dict[str, str]:
+    """A guest, and all that one must know to speak for it."""
+    spec = host_pb2.GuestSpec(
+        driver=host_pb2.EMBEDDED, memory_bytes=GUEST_BYTES, method=host_pb2.NONE
+    )
+    making = asyncio.create_task(registry.create(name, _TRIAL, spec))
+    while not any(guest.name == name and guest.running for guest in registry.guests):
+        await asyncio.sleep(0)
+    registry.get(name).attach_workload(Stream())  # without one it would not be ready
+    guest = await making
+    running = guest.running
+    assert isinstance(running, _Guest)
+    ram = f"/proc/{os.getpid()}/fd/{running.fd}"
+    return {"uuid": guest.uuid, "token": guest.token, "ram": ram}
+
+
+async def main(guests: int) -> None:
+    """Serve until stdin ends; says where, and who, on stdout."""
+    keep_latency_steady()
+    with tempfile.TemporaryDirectory(prefix="hf-flood-") as folder:
+        settings = Settings(
+            name="flood",
+            listen=f"unix:{folder}/host.sock",
+            guest_listen="127.0.0.1:0",
+            memory_budget_bytes=guests * GUEST_BYTES,
+            libvirt_uri="test:///default",
+        )
+        async with serving(settings) as served:
+            served.registry.drivers = {host_pb2.EMBEDDED: _Driver()}
+            served.registry.open_watch(_TRIAL)
+            made = [await _make(served.registry, f"g{n}") for n in range(guests)]
+            print(json.dumps({"address": served.guest, "guests": made}), flush=True)
+            await asyncio.to_thread(sys.stdin.read)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1])))

@@ -1,0 +1,79 @@
+"""A guest that floods: all that the protocol allows, as fast as the link takes it.
+
+It keeps to the letter, for a broken rule would end its session: two batches of as many
+ranges as may be are in flight at any time, and the rest of the stream is telemetry. Floods
+while the last line on stdin said `on`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+from grpc import aio
+
+from hintfleet.ranges import RangeSet, encode
+from hintfleet.v1 import hinting_pb2 as pb
+from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
+from host_agent.gate import LIMITS
+
+_RANGES = encode(RangeSet((2 * n, 1) for n in range(LIMITS.ranges_per_batch)))
+
+# With a field that nobody knows: else thousands fit into the stream's window, and the flood
+# would go on for long after its end.
+_PADDING = b"\x7a\x80\x20" + bytes(4096)
+_TELEMETRY = pb.GuestMessage(telemetry=pb.Telemetry.FromString(b"\x20\x01" + _PADDING))
+
+
+class Flooder:
+    """One session."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._on = asyncio.Event()
+        self._in_flight = 0
+        self._seq = 0
+        self.sent = 0
+
+    async def run(self, hello: pb.Hello) -> None:
+        """Flood until stdin ends, then say on stdout how many messages were sent."""
+        await self._call.write(pb.GuestMessage(hello=hello))
+        self._epoch = (await self._call.read()).welcome.epoch
+        tasks = [asyncio.create_task(work) for work in (self._read(), self._write())]
+        while line := (await asyncio.to_thread(sys.stdin.readline)).strip():
+            (self._on.set if line == "on" else self._on.clear)()
+            for task in tasks:
+                if task.done():
+                    task.result()
+        for task in tasks:
+            task.cancel()
+        print(self.sent, flush=True)
+
+    async def _read(self) -> None:
+        while message := await self._call.read():
+            self._in_flight -= message.HasField("ack")
+
+    async def _write(self) -> None:
+        while await self._on.wait():
+            if self._in_flight < LIMITS.batches_in_flight:
+                self._in_flight += 1
+                self._seq += 1
+                batch = pb.Batch(epoch=self._epoch, seq=self._seq, ranges=_RANGES)
+                await self._call.write(pb.GuestMessage(batch=batch))
+            else:
+                await self._call.write(_TELEMETRY)
+            self.sent += 1
+
+
+async def main(address: str, guest: dict[str, str]) -> None:
+    """Flood as this guest."""
+    identity = pb.Identity(guest_uuid=guest["uuid"], token=guest["token"])
+    async with aio.insecure_channel(address) as channel:
+        call = HintingServiceStub(channel).Session()  # type: ignore[call-arg]
+        await Flooder(call).run(pb.Hello(identity=identity, page_size_bytes=4096, chunk_order=9))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))

@@ -1,0 +1,41 @@
+"""The agent of a real guest with nothing to do, as a process of this machine.
+
+    python -m tests.bench.idle_agent HOST:PORT
+
+All of it is real, and so is what it reads every period; but it gains too little for a
+pass, whatever is free, and is told of no change of free memory: this machine is not idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import guest_agent.__main__  # noqa: F401 - what an agent imports
+from guest_agent.agent import _connect
+from guest_agent.config import Config
+from guest_agent.isolation.hugetlb import HugetlbIsolator
+from guest_agent.isolation.hugetlb_pool import HugetlbPool
+from guest_agent.memory.kernel import FreeLists
+from guest_agent.session import HelloFacts, HintingSession
+from hintfleet.ranges import EMPTY, RangeSet
+
+_CHUNK_ORDER = 9
+
+
+class _UnusedPool(HugetlbPool):
+    """Not mounted, and never grown."""
+
+    def open(self) -> RangeSet:
+        self._free_lists = FreeLists(_CHUNK_ORDER)
+        return EMPTY
+
+
+async def _run(server: str) -> None:
+    channel, identity = _connect(Config(server=server, guest_uuid="", token=""))
+    isolator = HugetlbIsolator(_UnusedPool(), threshold_chunks=1 << 40, zeroing=True)
+    facts = HelloFacts(identity=identity, boot_id="", chunk_order=_CHUNK_ORDER, tracker="bitmap")
+    await HintingSession(channel, isolator, facts, lambda: 0).run()
+
+
+asyncio.run(_run(sys.argv[1]))
