@@ -44,7 +44,7 @@ def _punch_a_memfd() -> str:
     ram = GuestRam([Segment(pfn=0, page_count=pages, fd=fd, offset_bytes=0)])
     try:
         os.pwrite(fd, b"\1" * size_bytes, 0)
-        outcome = reclaim(ram, RangeSet([(0, pages)]), ram.pages)
+        outcome = reclaim(ram, RangeSet([(0, pages)]), ram.page_map)
         left_bytes = ram.resident_bytes()
     finally:
         ram.close()

@@ -27,8 +27,10 @@ from hintfleet.ranges import RangeSet
 from hintfleet.v1 import hinting_pb2 as pb
 from host_agent.reclaim import Outcome, skip
 
-LIMITS = pb.Limits(ranges_per_batch=512, pages_per_batch=1 << 20, batches_in_flight=2)
-"""A batch is at most 4 GiB in 512 ranges; two may wait for their acks."""
+LIMITS = pb.Limits(ranges_per_batch=128, pages_per_batch=1 << 20, batches_in_flight=2)
+"""A batch is at most 4 GiB in 128 ranges; two may wait for their acks. What is handled in one
+go is what other guests may have to wait for, so a full batch costs well under a millisecond
+besides its punches."""
 
 OLDEST_BATCH_S = 0.25
 """A batch that waited longer is skipped: its guest may have been reset meanwhile,

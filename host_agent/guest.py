@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from hintfleet.errors import GuestLost, HintfleetError, OutcomeUnknown, Refused, TransientError
-from hintfleet.ranges import EMPTY, RangeSet, encode
+from hintfleet.ranges import RangeSet, encode
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent import gate
 from host_agent.balloon import Balloon, Rule
@@ -29,7 +29,8 @@ from host_agent.hinting_messages import ack_of, welcome_of
 from host_agent.keeper import Keeper
 from host_agent.ledger import Books, Ledger
 from host_agent.limits import Conduct
-from host_agent.ram import Segment
+from host_agent.page_map import NO_PAGES, PageMap
+from host_agent.ram import GuestRam, Segment
 from host_agent.reclaim import Outcome, reclaim, skip
 from host_agent.requests import Requests
 from host_agent.resizing import resize
@@ -83,7 +84,7 @@ class Guest:
         self._ram_lock = asyncio.Lock()
         self.resize_lock = asyncio.Lock()
         """Held while memory is on its way in or out."""
-        self._unsaid_used = EMPTY
+        self._unsaid_used = NO_PAGES
         self._sessions: dict[int, Stream] = {}
         self._workload: Stream | None = None
         self._workload_is_there = asyncio.Event()
@@ -98,17 +99,20 @@ class Guest:
 
     def started(self, running: RunningGuest) -> None:
         """The driver has made it; its RAM is untouched or nearly so."""
-        self._own(running, Ledger(running.ram.pages, others_reclaim=self._others_reclaim))
+        self._own(running, Ledger(running.ram.page_map, others_reclaim=self._others_reclaim))
 
     async def adopted(self, running: RunningGuest, books: Books) -> None:
         """The driver has found it again; an earlier host agent has left these books."""
-        ram = running.ram
-        ledger = Ledger.restored(ram.pages, books, others_reclaim=self._others_reclaim)
-        resident = await asyncio.to_thread(ram.resident, ram.pages)
-        ledger.recover(resident)
+        ledger, resident = await asyncio.to_thread(self._recovered, running.ram, books)
         # What the guest was told of that is not known: so all of it.
         self._unsaid_used = resident
         self._own(running, ledger)
+
+    def _recovered(self, ram: GuestRam, books: Books) -> tuple[Ledger, PageMap]:
+        ledger = Ledger.restored(ram.page_map, books, others_reclaim=self._others_reclaim)
+        resident = ram.resident(ram.page_map)
+        ledger.recover(resident)
+        return ledger, resident
 
     @property
     def _others_reclaim(self) -> bool:
@@ -357,7 +361,7 @@ class Guest:
                 case gate.Acknowledge(session, batch, outcome):
                     self._sessions[session].send(ack_of(batch, outcome))
                 case gate.ForgetUsed():
-                    self._unsaid_used = EMPTY
+                    self._unsaid_used = NO_PAGES
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -379,7 +383,10 @@ class Guest:
             return skip(batch.ranges, hinting_pb2.GUEST_GONE)
         absent = self._ledger.absent_pages
         try:
-            return await asyncio.to_thread(reclaim, self.running.ram, batch.ranges, absent)
+            outcome = await asyncio.to_thread(reclaim, self.running.ram, batch.ranges, absent)
+            pieces = outcome.reclaimed.run_count + outcome.absent.run_count
+            self.conduct.made_work(pieces - len(batch.ranges), time.monotonic())
+            return outcome
         except OSError:  # the file does not even say what is resident
             return skip(batch.ranges, hinting_pb2.HOST_ERROR)
 
@@ -409,8 +416,8 @@ class Guest:
             before = running.ram.pages
             running.ram.plug(segments)
             pages = running.ram.pages - before
-            ledger.plugged(pages)
-            self._unsaid_used -= pages  # of what was unplugged there: it is absent again
+            ledger.plugged(PageMap(pages))
+            self._unsaid_used -= PageMap(pages)  # of what was unplugged there: it is absent again
             self.keeper.changed(self)
             return pages
 
@@ -427,7 +434,7 @@ class Guest:
             except OSError as error:
                 raise Refused(f"guest {self.name}: unplugged memory stays: {error}") from error
             # A guest that remembers what is absent must not count these any more.
-            self._unsaid_used |= ledger.unplugged(pages)
+            self._unsaid_used |= ledger.unplugged(PageMap(pages))
             self.keeper.changed(self)
 
     def _memory(self) -> tuple[RunningGuest, Ledger]:
@@ -439,11 +446,16 @@ class Guest:
     async def tell_refaults(self) -> None:
         """Audit, and tell the guest in which chunks it has used absent memory since."""
         await self.ledger()
-        if self._unsaid_used and self._hinting is not None:
-            said, self._unsaid_used = self._unsaid_used, EMPTY
+        async with self._ram_lock:  # or the ack of a batch that took them could come first
+            said = self._unsaid_used
+            if not said or self._hinting is None:
+                return
             order = self.spec.hinting.chunk_order or _DEFAULT_CHUNK_ORDER
-            message = hinting_pb2.Refaulted(ranges=encode(said.whole_chunks(order)))
-            self._hinting.send(hinting_pb2.HostMessage(refaulted=message))
+            ranges = await asyncio.to_thread(lambda: encode(said.whole_chunks(order).ranges()))
+            if self._hinting is not None and self._unsaid_used is said:
+                self._unsaid_used = NO_PAGES
+                message = hinting_pb2.Refaulted(ranges=ranges)
+                self._hinting.send(hinting_pb2.HostMessage(refaulted=message))
 
     def tell_policy(self, policy: hinting_pb2.Policy) -> None:
         """Tell the guest's agent, if one is in session. Nothing twice in a row is not said."""
@@ -458,10 +470,11 @@ class Guest:
             if self.running is None or self._ledger is None:
                 return self.last_ledger
             ledger, ram = self._ledger, self.running.ram
-            resident = await asyncio.to_thread(ram.resident, ledger.absent_pages)
-            if used := ledger.audit(resident):
-                self._unsaid_used |= used
-                self.keeper.changed(self)
+            if not ledger.agrees_with(ram.resident_bytes()):
+                resident = await asyncio.to_thread(ram.resident, ledger.absent_pages)
+                if used := ledger.audit(resident):
+                    self._unsaid_used |= used
+                    self.keeper.changed(self)
             self.last_ledger = ledger.as_pb2(ram.resident_bytes())
             return self.last_ledger
 

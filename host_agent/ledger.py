@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
+from host_agent.page_map import NO_PAGES, PageMap
 from host_agent.reclaim import Outcome
 
 
@@ -40,15 +41,15 @@ class Books:
     """
 
     totals: host_pb2.Ledger
-    ram: RangeSet
-    reclaimed: RangeSet
-    untouched: RangeSet
+    ram: PageMap
+    reclaimed: PageMap
+    untouched: PageMap
 
 
 class Ledger:
     """What was hinted, reclaimed and refaulted. Counts pages, speaks bytes."""
 
-    def __init__(self, ram_pages: RangeSet, *, others_reclaim: bool = False) -> None:
+    def __init__(self, ram_pages: PageMap, *, others_reclaim: bool = False) -> None:
         """Open the books of a guest whose RAM has never been touched.
 
         :param others_reclaim: whether memory may leave the RAM without a `post`.
@@ -57,7 +58,7 @@ class Ledger:
         self._others_reclaim = others_reclaim
         self.untouched = ram_pages
         """Pages that were never seen resident."""
-        self.reclaimed = RangeSet()
+        self.reclaimed = NO_PAGES
         """Pages that were reclaimed and are still absent, as of the last audit."""
         self._hinted = self._reclaimed_total = self._absent = self._refaulted = 0
         self._unplugged = 0
@@ -65,7 +66,7 @@ class Ledger:
         self._batches = self._wire_bytes = self._ranges = 0
 
     @classmethod
-    def restored(cls, ram_pages: RangeSet, books: Books, *, others_reclaim: bool = False) -> Ledger:
+    def restored(cls, ram_pages: PageMap, books: Books, *, others_reclaim: bool = False) -> Ledger:
         """Open stored books again; `recover` must follow, for the guest did not stand still.
 
         :param ram_pages: what is RAM now; memory may have come or gone meanwhile.
@@ -85,7 +86,7 @@ class Ledger:
         ledger.unplugged(books.ram - ram_pages)
         return ledger
 
-    def recover(self, resident: RangeSet) -> None:
+    def recover(self, resident: PageMap) -> None:
         """Bring restored books up to date from the RAM file alone.
 
         What is absent there and resident by the books went with a batch that was not
@@ -112,16 +113,26 @@ class Ledger:
         )
 
     @property
-    def absent_pages(self) -> RangeSet:
+    def absent_pages(self) -> PageMap:
         """Where an audit has to look: pages that may be absent."""
         return self._ram if self._others_reclaim else self.reclaimed | self.untouched
 
-    def plugged(self, pages: RangeSet) -> None:
+    def agrees_with(self, resident_bytes: int) -> bool:
+        """Whether an audit of a RAM file of which so much is resident can find no news.
+
+        What is resident by the books is so in the file, unless others reclaim: if nothing
+        else is, by the sum, nothing was used again.
+        """
+        absent = self.reclaimed.page_count + self.untouched.page_count
+        resident = self._ram.page_count - absent
+        return not self._others_reclaim and resident_bytes == resident * PAGE_BYTES
+
+    def plugged(self, pages: PageMap) -> None:
         """The RAM has these pages too, from now on; nothing of them was ever resident."""
         self._ram |= pages
         self.untouched |= pages
 
-    def unplugged(self, pages: RangeSet) -> RangeSet:
+    def unplugged(self, pages: PageMap) -> PageMap:
         """The RAM has these pages no longer; those that were absent by the books."""
         reclaimed, untouched = self.reclaimed & pages, self.untouched & pages
         self._unplugged += reclaimed.page_count
@@ -148,7 +159,7 @@ class Ledger:
         self.reclaimed |= outcome.reclaimed
         self.untouched -= outcome.reclaimed
 
-    def audit(self, resident: RangeSet) -> RangeSet:
+    def audit(self, resident: PageMap) -> PageMap:
         """Take note of pages found resident; those that were absent by the books until now.
 
         :param resident: resident pages within `absent_pages`; others change nothing.

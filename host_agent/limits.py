@@ -24,11 +24,12 @@ class Rate:
 
 
 BATCHES = Rate(per_s=300, burst=250)
-"""Of one guest, where every 64 bytes of ranges count as one more: what a batch costs here
-grows with them. One that is full of single chunks counts 17, so 17 of those a second: 17 GiB
-at order 9, which no host punches. An honest guest waits for acks, so this is no violation."""
+"""Of one guest, where every 32 ranges count as one more: what a batch costs here grows with
+them. One that is full of single chunks counts 5, so 60 of those a second: 15 GiB at order 9,
+which no host punches. An honest guest waits for acks, so this is no violation."""
 
-BATCH_BYTES = 64
+RANGE_BYTES = 2
+RANGES_AS_A_BATCH = 32
 
 MESSAGES = Rate(per_s=50, burst=50)
 """Of one guest, other than batches. An honest one sends telemetry once a second, and answers."""
@@ -123,7 +124,12 @@ class Conduct:
 
     def heard_batch(self, size_bytes: int, now_s: float) -> float:
         """The guest sent a batch; how long to wait before its next message is read."""
-        return self._batches.take(now_s, 1 + size_bytes // BATCH_BYTES)
+        return self._batches.take(now_s, 1 + size_bytes // RANGE_BYTES // RANGES_AS_A_BATCH)
+
+    def made_work(self, pieces: int, now_s: float) -> None:
+        """A batch met memory that was cut up into so many more pieces than it had ranges. They
+        count like ranges, and have its successors wait."""
+        self._batches.take(now_s, max(0, pieces) / RANGES_AS_A_BATCH)
 
     def heard(self, now_s: float) -> float:
         """The guest sent another message; how long to wait before the next is read.

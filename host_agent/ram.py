@@ -14,9 +14,11 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from hintfleet.ranges import Range, RangeSet
 from hintfleet.units import PAGE_BYTES
+from host_agent.page_map import PageMap
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -38,10 +40,15 @@ class Segment:
     fd: int
     offset_bytes: int
 
-    @property
+    @cached_property
     def pages(self) -> RangeSet:
         """All of them."""
         return RangeSet([(self.pfn, self.page_count)])
+
+    @cached_property
+    def page_map(self) -> PageMap:
+        """The same, as the books keep sets of pages."""
+        return PageMap(self.pages)
 
     def to_offset(self, pfn: int) -> int:
         """Byte offset in the file of a page of this segment."""
@@ -62,6 +69,11 @@ class GuestRam:
         return self._pages
 
     @property
+    def page_map(self) -> PageMap:
+        """The same, as the books keep sets of pages."""
+        return self._page_map
+
+    @property
     def provisioned_bytes(self) -> int:
         """What the guest has now."""
         return self.pages.page_count * PAGE_BYTES
@@ -70,12 +82,12 @@ class GuestRam:
         """Blocks of the RAM files: one system call a file."""
         return sum(os.fstat(fd).st_blocks * 512 for fd in self._fds)
 
-    def resident(self, within: RangeSet) -> RangeSet:
+    def resident(self, within: PageMap) -> PageMap:
         """The pages of `within` that are resident. Pages outside the RAM never are."""
-        return RangeSet(
+        return PageMap(
             extent
             for segment in self._segments
-            for extent in _data_extents(segment, within & segment.pages)
+            for extent in _data_extents(segment, within & segment.page_map)
         )
 
     def punch(self, ranges: RangeSet) -> None:
@@ -83,14 +95,10 @@ class GuestRam:
 
         :raises OSError: the kernel refused; earlier ranges may have been dropped.
         """
-        for segment, part in self._parts(ranges):
-            length = part.page_count * PAGE_BYTES
-            if _fallocate(
-                segment.fd,
-                _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE,
-                segment.to_offset(part.pfn),
-                length,
-            ):
+        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+        for segment, (pfn, page_count) in self._parts(ranges):
+            length = page_count * PAGE_BYTES
+            if _fallocate(segment.fd, mode, segment.to_offset(pfn), length):
                 code = ctypes.get_errno()
                 raise OSError(code, f"punching {length} bytes: {os.strerror(code)}")
 
@@ -137,6 +145,7 @@ class GuestRam:
     def _set_segments(self, segments: Iterable[Segment]) -> None:
         self._segments = tuple(sorted(segments, key=lambda s: s.pfn))
         self._pages = RangeSet((s.pfn, s.page_count) for s in self._segments)
+        self._page_map = PageMap(self._pages)
 
     def _parts(self, ranges: RangeSet) -> Iterator[tuple[Segment, Range]]:
         for segment in self._segments:
@@ -149,7 +158,7 @@ def _close_all(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-def _data_extents(segment: Segment, within: RangeSet) -> Iterator[Range]:
+def _data_extents(segment: Segment, within: PageMap) -> Iterator[Range]:
     data = -1
     for part in within:
         at = segment.to_offset(part.pfn)

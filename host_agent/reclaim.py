@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hintfleet.ranges import EMPTY, RangeSet
+from hintfleet.ranges import RangeSet
 from hintfleet.v1 import hinting_pb2 as pb
+from host_agent.page_map import NO_PAGES, PageMap
 from host_agent.ram import GuestRam
 
 Skips = Mapping["pb.SkipReason.ValueType", RangeSet]
@@ -21,8 +22,8 @@ class Outcome:
     :ivar skipped: not touched, by reason.
     """
 
-    reclaimed: RangeSet = EMPTY
-    absent: RangeSet = EMPTY
+    reclaimed: PageMap = NO_PAGES
+    absent: PageMap = NO_PAGES
     skipped: Skips = field(default_factory=dict)
 
 
@@ -31,7 +32,7 @@ def skip(hinted: RangeSet, reason: pb.SkipReason.ValueType) -> Outcome:
     return Outcome(skipped={reason: hinted})
 
 
-def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: RangeSet) -> Outcome:
+def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap) -> Outcome:
     """Punch holes where `hinted` lies in the guest's RAM (I3) and something is resident.
 
     :param maybe_absent: pages that may be absent, from the ledger; every other page
@@ -42,16 +43,22 @@ def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: RangeSet) -> Outcome:
     lies outside the RAM, or what the host's kernel would not drop, is skipped;
     the file itself says afterwards which that is.
     """
-    inside = hinted & ram.pages
+    ours = hinted & ram.pages
+    inside = PageMap(ours)
     unsure = inside & maybe_absent
     resident = (inside - unsure) | ram.resident(unsure)
     skipped: dict[pb.SkipReason.ValueType, RangeSet] = {}
-    if outside := hinted - ram.pages:
+    if outside := hinted - ours:
         skipped[pb.OUTSIDE_RAM] = outside
     try:
-        ram.punch(inside.touching(resident))
-        left = EMPTY
+        ram.punch(ours if resident == inside else _met(ours, resident))
+        left = NO_PAGES
     except OSError:
         left = ram.resident(inside)
-        skipped[pb.HOST_ERROR] = left
+        skipped[pb.HOST_ERROR] = left.ranges()
     return Outcome(reclaimed=resident - left, absent=inside - resident - left, skipped=skipped)
+
+
+def _met(ranges: RangeSet, resident: PageMap) -> RangeSet:
+    """Whole ranges in which anything is resident."""
+    return RangeSet(one for one in ranges if resident.overlaps(one))

@@ -32,11 +32,11 @@ from google.protobuf.message import DecodeError
 
 from hintfleet.errors import InvalidInput, Refused, TransientError
 from hintfleet.processes import look
-from hintfleet.ranges import decode, encode
 from hintfleet.v1 import host_pb2
 from host_agent.guest_door import Door
 from host_agent.guests import Handle
 from host_agent.ledger import Books
+from host_agent.page_map import PageMap
 
 _LOCK_TIMEOUT_S = 1.0
 """For a holder that lives: it may be on its way out."""
@@ -46,7 +46,7 @@ _DEATH_TIMEOUT_S = 60.0
 
 _LOCK_LOOK_S = 0.05
 _FOLDER_MODE = 0o711
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = f"""
     CREATE TABLE door (socket TEXT NOT NULL, address TEXT NOT NULL) STRICT;
     CREATE TABLE guest (
@@ -58,9 +58,9 @@ _SCHEMA = f"""
         handle TEXT NOT NULL,     -- JSON, the driver's
         epoch INTEGER NOT NULL,
         totals BLOB NOT NULL,     -- hintfleet.v1.Ledger
-        ram BLOB NOT NULL,        -- packed ranges
-        reclaimed BLOB NOT NULL,  -- packed ranges
-        untouched BLOB NOT NULL   -- packed ranges
+        ram BLOB NOT NULL,        -- PageMap.pack
+        reclaimed BLOB NOT NULL,  -- PageMap.pack
+        untouched BLOB NOT NULL   -- PageMap.pack
     ) STRICT;
     PRAGMA user_version = {_SCHEMA_VERSION};
 """
@@ -248,9 +248,9 @@ def _row(record: GuestRecord) -> tuple[str | bytes | int, ...]:
         json.dumps(dict(record.handle)),
         record.epoch,
         books.totals.SerializeToString(),
-        encode(books.ram),
-        encode(books.reclaimed),
-        encode(books.untouched),
+        books.ram.pack(),
+        books.reclaimed.pack(),
+        books.untouched.pack(),
     )
 
 
@@ -277,8 +277,8 @@ def _record(
         epoch=epoch,
         books=Books(
             totals=host_pb2.Ledger.FromString(totals),
-            ram=decode(ram),
-            reclaimed=decode(reclaimed),
-            untouched=decode(untouched),
+            ram=PageMap.unpack(ram),
+            reclaimed=PageMap.unpack(reclaimed),
+            untouched=PageMap.unpack(untouched),
         ),
     )

@@ -17,7 +17,8 @@ less than 128 chunks after the one before) costs two bytes.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from hintfleet.errors import InvalidInput
@@ -39,6 +40,9 @@ class Range(NamedTuple):
     def end_pfn(self) -> int:
         """One past the last page."""
         return self.pfn + self.page_count
+
+
+_first_pfn = itemgetter(0)
 
 
 class RangeSet:
@@ -97,20 +101,8 @@ class RangeSet:
         return sum(r.page_count for r in self._ranges)
 
     def __contains__(self, pfn: int) -> bool:
-        at = bisect_right(self._ranges, pfn, key=lambda r: r.pfn) - 1
+        at = bisect_right(self._ranges, pfn, key=_first_pfn) - 1
         return at >= 0 and pfn < self._ranges[at].end_pfn
-
-    def touching(self, other: RangeSet) -> RangeSet:
-        """The whole ranges of this set that share at least one page with `other`."""
-        theirs = other._ranges
-        found: list[Range] = []
-        j = 0
-        for mine in self._ranges:
-            while j < len(theirs) and theirs[j].end_pfn <= mine.pfn:
-                j += 1
-            if j < len(theirs) and theirs[j].pfn < mine.end_pfn:
-                found.append(mine)
-        return RangeSet._of(found)
 
     def whole_chunks(self, order: int) -> RangeSet:
         """The chunks of 2**order pages in which any page of this set lies."""
@@ -127,6 +119,8 @@ class RangeSet:
         return RangeSet((*self._ranges, *other._ranges))
 
     def __and__(self, other: RangeSet) -> RangeSet:
+        if other._holds_all_of(self):  # most of the time: hints lie in RAM
+            return self
         mine, theirs = self._ranges, other._ranges
         found: list[Range] = []
         i = j = 0
@@ -141,7 +135,17 @@ class RangeSet:
                 j += 1
         return RangeSet._of(found)
 
+    def _holds_all_of(self, other: RangeSet) -> bool:
+        """Whether one range of this set spans all of `other`."""
+        if not other._ranges:
+            return True
+        first, last = other._ranges[0], other._ranges[-1]
+        at = bisect_right(self._ranges, first.pfn, key=_first_pfn) - 1
+        return at >= 0 and last.end_pfn <= self._ranges[at].end_pfn
+
     def __sub__(self, other: RangeSet) -> RangeSet:
+        if self._ranges is other._ranges or other._holds_all_of(self):
+            return EMPTY
         theirs = other._ranges
         left: list[Range] = []
         j = 0
@@ -200,37 +204,43 @@ def decode(packed: bytes, max_ranges: int = 1 << 20) -> RangeSet:
     shift = packed[0]
     if shift > _MAX_SHIFT:
         raise InvalidInput(f"packed ranges: alignment 2**{shift} pages is too large")
+    numbers = _varints(packed[1:])
+    if len(numbers) % 2:
+        raise InvalidInput("packed ranges: truncated")
+    if len(numbers) > 2 * max_ranges:
+        raise InvalidInput(f"packed ranges: more than {max_ranges} ranges")
     found: list[Range] = []
     end = -1
     bits = 0
-    at = 1
-    size = len(packed)
-    while at < size:
-        if len(found) == max_ranges:
-            raise InvalidInput(f"packed ranges: more than {max_ranges} ranges")
-        gap, at = _take_varint(packed, at)
-        length, at = _take_varint(packed, at)
-        start = end + 1 + gap
-        end = start + length + 1
-        if end << shift > MAX_PFN:
-            raise InvalidInput(f"packed ranges: range {len(found)} ends beyond pfn 2**40")
-        bits |= start | (length + 1)
-        found.append(Range(start << shift, (length + 1) << shift))
+    for gap, less_1 in zip(numbers[::2], numbers[1::2], strict=True):
+        start, length = end + 1 + gap, less_1 + 1
+        end = start + length
+        bits |= start | length
+        found.append(Range(start << shift, length << shift))
+    if end << shift > MAX_PFN:
+        raise InvalidInput(f"packed ranges: the last of {len(found)} ends beyond pfn 2**40")
     if not bits & 1:
         raise InvalidInput("packed ranges: not canonical (the alignment can be larger)")
     return RangeSet._of(found)
 
 
-def _take_varint(packed: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for n in range(_MAX_VARINT_BYTES):
-        if at == len(packed):
-            raise InvalidInput("packed ranges: truncated")
-        byte = packed[at]
-        at += 1
-        value |= (byte & 0x7F) << 7 * n
-        if byte < 0x80:
-            if byte == 0 and n:
-                raise InvalidInput("packed ranges: not canonical (overlong number)")
-            return value, at
-    raise InvalidInput("packed ranges: number too long")
+def _varints(packed: bytes) -> Sequence[int]:
+    """All numbers of up to 42 bits: seven of them a byte, the lowest first."""
+    if packed.isascii():  # each is one byte, as nearly all are
+        return packed
+    numbers: list[int] = []
+    value = shift = 0
+    for byte in packed:
+        value |= (byte & 0x7F) << shift
+        if byte > 0x7F:
+            shift += 7
+            if shift == 7 * _MAX_VARINT_BYTES:
+                raise InvalidInput("packed ranges: number too long")
+            continue
+        if byte == 0 and shift:
+            raise InvalidInput("packed ranges: not canonical (overlong number)")
+        numbers.append(value)
+        value = shift = 0
+    if shift:
+        raise InvalidInput("packed ranges: truncated")
+    return numbers

@@ -1,8 +1,8 @@
-"""What one flooding guest costs its 256 neighbours: their ack latency, with and without,
+"""What one hostile guest costs its 256 neighbours: their ack latency, with and without,
 and the host agent's CPU time, which tells even where other work on the machine blurs the rest.
 
 One host agent, one process that speaks for all neighbours at a steady pace, one that
-floods; phases with and without the flood take turns within one run.
+floods or shreds (flooder.py); phases with and without take turns within one run.
 """
 
 from __future__ import annotations
@@ -107,22 +107,27 @@ class _Neighbour:
 
 
 def run() -> Iterator[Figure]:
-    """CPU time, median and 99th percentile of ack latency, with the flood / without."""
+    """CPU time, median and 99th percentile of ack latency, with the hostile guest / without."""
+    yield from _beside("floods")
+    yield from _beside("shreds")
+
+
+def _beside(kind: str) -> Iterator[Figure]:
     with ExitStack() as stack:
         host = stack.enter_context(_process("tests.bench.flood_host", str(_NEIGHBOURS + 1)))
         said = json.loads(cast(IO[str], host.stdout).readline())
         *neighbours, hostile = said["guests"]
-        arguments = (said["address"], json.dumps(hostile))
+        arguments = (said["address"], kind, json.dumps(hostile))
         flooder = stack.enter_context(_process("tests.bench.flooder", *arguments))
         rounds = asyncio.run(_measure(said["address"], neighbours, flooder, host.pid))
     yield side_by_side(
-        f"host agent with {_NEIGHBOURS} guests, one floods / none",
+        f"host agent with {_NEIGHBOURS} guests, one {kind} / none",
         "CPU s per s",
         [(flood.cpu_share, calm.cpu_share) for flood, calm in rounds],
     )
     for name, percent, wanted in (("p50", 50, ""), ("p99", 99, "<= 1.5")):
         pairs = [(flood.latency_ms(percent), calm.latency_ms(percent)) for flood, calm in rounds]
-        what = f"ack latency of {_NEIGHBOURS} guests, {name}, one floods / none"
+        what = f"ack latency of {_NEIGHBOURS} guests, {name}, one {kind} / none"
         yield side_by_side(what, "ms", pairs, wanted)
 
 

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 
-from hintfleet.units import MIB, PAGE_BYTES
+from hintfleet.units import GIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from host_agent.guests import GuestRequest
 from host_agent.ram import GuestRam, Segment
@@ -22,7 +22,8 @@ from host_agent.steady import keep_latency_steady
 from host_agent.stream import Stream
 
 _TRIAL = "flood"
-GUEST_BYTES = 64 * MIB
+GUEST_BYTES = 1 * GIB
+"""Of address space; neighbours use four pages of it, and a Shredder half."""
 
 
 class _Guest:

@@ -1,20 +1,24 @@
-"""A guest that floods: all that the protocol allows, as fast as the link takes it.
+"""Guests that ask for as much of the host's time as they can get, and break no rule: that would
+end their sessions. They do it while the last line on stdin said `on`.
 
-It keeps to the letter, for a broken rule would end its session: two batches of as many
-ranges as may be are in flight at any time, and the rest of the stream is telemetry. Floods
-while the last line on stdin said `on`.
+`Flooder` sends all that the protocol allows, as fast as the link takes it: two batches of as
+many ranges as may be are in flight at any time, and the rest of the stream is telemetry.
+`Shredder` uses every second page of its memory and hints all of it in one range, over and
+over, so that the host meets as many pieces as there can be.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from typing import Any
 
 from grpc import aio
 
 from hintfleet.ranges import RangeSet, encode
+from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 from host_agent.gate import LIMITS
@@ -30,7 +34,8 @@ _TELEMETRY = pb.GuestMessage(telemetry=pb.Telemetry.FromString(b"\x20\x01" + _PA
 class Flooder:
     """One session."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, guest: dict[str, str]) -> None:
+        self._guest = guest
         self._call = call
         self._on = asyncio.Event()
         self._in_flight = 0
@@ -58,22 +63,45 @@ class Flooder:
     async def _write(self) -> None:
         while await self._on.wait():
             if self._in_flight < LIMITS.batches_in_flight:
-                self._in_flight += 1
-                self._seq += 1
-                batch = pb.Batch(epoch=self._epoch, seq=self._seq, ranges=_RANGES)
-                await self._call.write(pb.GuestMessage(batch=batch))
+                await self._hint(_RANGES)
             else:
                 await self._call.write(_TELEMETRY)
-            self.sent += 1
+                self.sent += 1
+
+    async def _hint(self, ranges: bytes) -> None:
+        self._in_flight += 1
+        self._seq += 1
+        batch = pb.Batch(epoch=self._epoch, seq=self._seq, ranges=ranges)
+        await self._call.write(pb.GuestMessage(batch=batch))
+        self.sent += 1
 
 
-async def main(address: str, guest: dict[str, str]) -> None:
-    """Flood as this guest."""
+class Shredder(Flooder):
+    """One session, with the guest's RAM in hand."""
+
+    async def _write(self) -> None:
+        ram = os.open(self._guest["ram"], os.O_RDWR)
+        size_bytes = os.fstat(ram).st_size
+        whole = encode(RangeSet([(0, size_bytes // PAGE_BYTES)]))
+        while await self._on.wait():
+            for at in range(0, size_bytes, 2 * PAGE_BYTES):
+                os.pwrite(ram, b"\1", at)
+            await self._hint(whole)
+            while self._in_flight:
+                await asyncio.sleep(0.01)
+
+
+async def main(address: str, kind: str, guest: dict[str, str]) -> None:
+    """Be that kind of guest."""
     identity = pb.Identity(guest_uuid=guest["uuid"], token=guest["token"])
     async with aio.insecure_channel(address) as channel:
         call = HintingServiceStub(channel).Session()  # type: ignore[call-arg]
-        await Flooder(call).run(pb.Hello(identity=identity, page_size_bytes=4096, chunk_order=9))
+        await _KINDS[kind](call, guest).run(
+            pb.Hello(identity=identity, page_size_bytes=4096, chunk_order=9)
+        )
 
+
+_KINDS = {"floods": Flooder, "shreds": Shredder}
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))
+    asyncio.run(main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))

@@ -92,7 +92,7 @@ def test_a_batch_of_an_earlier_epoch_is_skipped(
         (b"", 1, "empty"),
         (b"\x00\x80", 1, "truncated"),
         (encode(RangeSet([(0, 1 << 21)])), 1, "limit"),
-        (encode(RangeSet((n << 1, 1) for n in range(513))), 1, "more than 512 ranges"),
+        (encode(RangeSet((n << 1, 1) for n in range(129))), 1, "more than 128 ranges"),
     ],
 )
 def test_violations_end_the_session_with_the_reason(

@@ -20,6 +20,7 @@ from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 from host_agent import guest_service, limits, server, stream
+from host_agent.gate import LIMITS
 from tests.support.agents import InProcessHost, host_in_process, wait_until
 from tests.support.speaker import Speaker
 
@@ -237,7 +238,7 @@ def fill_unread(host_agent: InProcessHost, one: Speaker) -> None:
     guest = host_agent.registry.get("g")
     before = host_agent.guests()["g"].ledger.batches
     # Outside of its RAM: each ack repeats all of the ranges.
-    ranges = RangeSet(((1 << 30) + 1025 * n, 1) for n in range(512))
+    ranges = RangeSet(((1 << 30) + 1_000_001 * n, 1) for n in range(LIMITS.ranges_per_batch))
     for seq in range(1, 1000):
         if not guest._sessions:
             return

@@ -18,6 +18,7 @@ from hintfleet.errors import GuestLost
 from hintfleet.ranges import RangeSet
 from host_agent import gate
 from host_agent.gate import LIMITS, Gate
+from host_agent.page_map import PageMap
 from host_agent.reclaim import Outcome
 
 CHUNK_COUNT = 9
@@ -195,7 +196,7 @@ class Host:
     def finish(self) -> None:
         batch, self.running = self.running, None
         assert batch is not None
-        self.carry_out(self.gate.finished(batch, Outcome(reclaimed=batch.ranges)))
+        self.carry_out(self.gate.finished(batch, Outcome(reclaimed=PageMap(batch.ranges))))
 
     def guest_is_gone(self) -> None:
         self.carry_out(self.gate.gone(GuestLost("reset")))

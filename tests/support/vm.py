@@ -118,7 +118,7 @@ class Guests:
         """What is resident by the RAM files themselves."""
         ram = translate(connection.lookupByName(NAME_PREFIX + name))
         try:
-            return ram.resident(ram.pages)
+            return ram.resident(ram.page_map).ranges()
         finally:
             ram.close()
 

@@ -67,7 +67,7 @@ def test_a_guest_and_its_memory(driver: LibvirtDriver, connection: Any) -> None:
 
         domain = connection.lookupByUUIDString(request.uuid)
         domain.suspend()
-        resident = [r for r in guest.ram.resident(guest.ram.pages) if r.pfn >= 256]
+        resident = [r for r in guest.ram.resident(guest.ram.page_map) if r.pfn >= 256]
         assert len(resident) > 5
         for pfn in (r.pfn for r in resident[:: max(1, len(resident) // 16)]):
             ours = os.pread(guest.ram.only_fd(), 4096, pfn * 4096)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hintfleet.errors import GuestLost, InvalidInput
 from hintfleet.ranges import EMPTY, RangeSet
 from host_agent import gate
+from host_agent.page_map import PageMap
 from host_agent.reclaim import Outcome, skip
 from tests.fuzz.source import Source
 from tests.fuzz.target import Target
@@ -71,7 +72,7 @@ class _Guest:
     def finish(self) -> None:
         if (batch := self._running) is not None:
             self._running = None
-            self._carry_out(self.gate.finished(batch, Outcome(reclaimed=batch.ranges)))
+            self._carry_out(self.gate.finished(batch, Outcome(reclaimed=PageMap(batch.ranges))))
 
     def drain(self) -> None:
         """Nothing more happens; then all that arrived is in the books, once."""
@@ -102,7 +103,7 @@ class _Guest:
                 self._check_run(batch)
                 self._running = batch
             case gate.Post(batch, outcome):
-                assert outcome == Outcome(reclaimed=batch.ranges) or outcome == skip(
+                assert outcome == Outcome(reclaimed=PageMap(batch.ranges)) or outcome == skip(
                     batch.ranges, next(iter(outcome.skipped))
                 )
                 assert 0 < batch.ranges.page_count <= gate.LIMITS.pages_per_batch

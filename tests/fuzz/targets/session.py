@@ -332,7 +332,7 @@ class _Play:
         before = {call: len(call.heard) for call in self._calls}
         await self._guest.tell_refaults()
         ram = self._running.ram
-        absent = ram.pages - ram.resident(ram.pages).whole_chunks(_CHUNK_ORDER)
+        absent = ram.pages - ram.resident(ram.page_map).ranges().whole_chunks(_CHUNK_ORDER)
         await self._wait()
         for call in self._calls:
             for message in call.heard[before[call] :]:

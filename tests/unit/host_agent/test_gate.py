@@ -23,10 +23,11 @@ from host_agent.gate import (
     TakeTurn,
     Welcome,
 )
+from host_agent.page_map import PageMap
 from host_agent.reclaim import Outcome, skip
 
 SOME = RangeSet([(512, 512)])
-DONE = Outcome(reclaimed=SOME)
+DONE = Outcome(reclaimed=PageMap(SOME))
 
 
 def batch(seq: int, epoch: int = 5, ranges: RangeSet = SOME) -> Batch:

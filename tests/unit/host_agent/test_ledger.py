@@ -13,6 +13,7 @@ from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
 from host_agent.ledger import Ledger
+from host_agent.page_map import PageMap
 from host_agent.ram import GuestRam, Segment
 from host_agent.reclaim import Outcome, reclaim, skip
 
@@ -31,10 +32,12 @@ def segment(pfn: int, page_count: int) -> Segment:
 class LedgerMachine(RuleBasedStateMachine):
     """A guest that touches and hints as it likes, audited now and then."""
 
+    others_reclaim = False
+
     def __init__(self) -> None:
         super().__init__()
         self.ram = GuestRam([segment(0, PAGES)])
-        self.ledger = Ledger(self.ram.pages)
+        self.ledger = Ledger(self.ram.page_map, others_reclaim=self.others_reclaim)
         self.refaulted_pages = 0
 
     def teardown(self) -> None:
@@ -58,7 +61,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def audit(self) -> None:
-        self.ledger.audit(self.ram.resident(self.ledger.absent_pages))
+        no_news = self.ledger.agrees_with(self.ram.resident_bytes())
+        used = self.ledger.audit(self.ram.resident(self.ledger.absent_pages))
+        assert not (no_news and used), "the books agreed with the file, and there was news"
+        assert self.ledger.agrees_with(self.ram.resident_bytes()) != self.others_reclaim
 
     def books(self) -> host_pb2.Ledger:
         return self.ledger.as_pb2(self.ram.resident_bytes())
@@ -67,13 +73,13 @@ class LedgerMachine(RuleBasedStateMachine):
     def memory_is_unplugged(self, pages: list[tuple[int, int]]) -> None:
         gone = RangeSet(pages) & self.ram.pages
         self.ram.unplug(gone)
-        self.ledger.unplugged(gone)
+        self.ledger.unplugged(PageMap(gone))
 
     @rule(pages=runs)
     def memory_is_plugged(self, pages: list[tuple[int, int]]) -> None:
         come = (RangeSet(pages) & WHOLE) - self.ram.pages
         self.ram.plug([segment(pfn, count) for pfn, count in come])
-        self.ledger.plugged(come)
+        self.ledger.plugged(PageMap(come))
 
     @invariant()
     def every_hinted_byte_has_one_fate(self) -> None:
@@ -108,9 +114,7 @@ class UnauditedLedgerMachine(LedgerMachine):
 class PeerLedgerMachine(LedgerMachine):
     """Somebody else takes memory out of the file as well, as reporting and balloons do."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.ledger = Ledger(self.ram.pages, others_reclaim=True)
+    others_reclaim = True
 
     @invariant()
     def every_hinted_byte_has_one_fate(self) -> None:
@@ -134,8 +138,8 @@ class RestartedLedgerMachine(LedgerMachine):
 
     @rule()
     def killed_and_restarted(self) -> None:
-        self.ledger = Ledger.restored(self.ram.pages, self.stored)
-        self.ledger.recover(self.ram.resident(self.ram.pages))
+        self.ledger = Ledger.restored(self.ram.page_map, self.stored)
+        self.ledger.recover(self.ram.resident(self.ram.page_map))
         self.every_hinted_byte_has_one_fate()
         books = self.books()
         stored = self.stored.totals
@@ -162,8 +166,8 @@ def test_a_batch_that_was_not_entered_is_derived_from_the_file() -> None:
     stored = machine.ledger.books()
     machine.guest_hints([(50, 50)])
     machine.guest_touches([(5, 5), (200, 10)])
-    machine.ledger = Ledger.restored(machine.ram.pages, stored)
-    machine.ledger.recover(machine.ram.resident(machine.ram.pages))
+    machine.ledger = Ledger.restored(machine.ram.page_map, stored)
+    machine.ledger.recover(machine.ram.resident(machine.ram.page_map))
     books = machine.books()
     machine.teardown()
     assert books.hinted_total_bytes == books.reclaimed_total_bytes == 60 * PAGE_BYTES
@@ -173,18 +177,18 @@ def test_a_batch_that_was_not_entered_is_derived_from_the_file() -> None:
 
 
 def test_restored_books_are_the_same_books() -> None:
-    ledger = Ledger(RangeSet([(0, 100)]))
+    ledger = Ledger(PageMap([(0, 100)]))
     ledger.post(
         RangeSet([(0, 60)]),
         Outcome(
-            reclaimed=RangeSet([(0, 20)]),
-            absent=RangeSet([(20, 30)]),
+            reclaimed=PageMap([(0, 20)]),
+            absent=PageMap([(20, 30)]),
             skipped={pb.STALE: RangeSet([(50, 10)])},
         ),
         wire_bytes=3,
     )
-    ledger.audit(RangeSet([(10, 20)]))
-    again = Ledger.restored(RangeSet([(0, 100)]), ledger.books())
+    ledger.audit(PageMap([(10, 20)]))
+    again = Ledger.restored(PageMap([(0, 100)]), ledger.books())
     assert again.books() == ledger.books()
 
 
@@ -229,7 +233,7 @@ def test_a_file_of_which_nothing_is_left_is_closed() -> None:
     ram.unplug(RangeSet([(100, 4), (108, 2)]))
     assert ram.pages == RangeSet([(0, 10), (104, 4)])
     assert ram.resident_bytes() == 5 * PAGE_BYTES, "with the page that is nobody's RAM"
-    assert ram.resident(RangeSet([(0, 200)])) == RangeSet([(104, 4)])
+    assert ram.resident(PageMap([(0, 200)])) == PageMap([(104, 4)])
     ram.unplug(RangeSet([(104, 4)]))
     assert ram.resident_bytes() == 0
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -238,14 +242,14 @@ def test_a_file_of_which_nothing_is_left_is_closed() -> None:
 
 
 def test_an_audit_says_which_absent_pages_are_used_now() -> None:
-    ledger = Ledger(RangeSet([(0, 100)]))
+    ledger = Ledger(PageMap([(0, 100)]))
     ledger.post(
         RangeSet([(0, 50)]),
-        Outcome(reclaimed=RangeSet([(0, 20)]), absent=RangeSet([(20, 30)])),
+        Outcome(reclaimed=PageMap([(0, 20)]), absent=PageMap([(20, 30)])),
         wire_bytes=3,
     )
-    assert ledger.audit(RangeSet([(10, 20)])) == RangeSet([(10, 20)])
-    assert not ledger.audit(RangeSet([(10, 20)]))
+    assert ledger.audit(PageMap([(10, 20)])) == PageMap([(10, 20)])
+    assert not ledger.audit(PageMap([(10, 20)]))
 
 
 TestRestartedLedger = RestartedLedgerMachine.TestCase

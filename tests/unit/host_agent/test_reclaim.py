@@ -36,12 +36,12 @@ def test_every_hinted_page_has_one_fate(
 ) -> None:
     ram.punch(ram.pages)
     touch(ram_fd, touched & ram.pages)
-    outcome = reclaim(ram, hinted, ram.pages)
-    assert outcome.reclaimed == touched & hinted & ram.pages
-    assert outcome.absent == (hinted & ram.pages) - touched
+    outcome = reclaim(ram, hinted, ram.page_map)
+    assert outcome.reclaimed.ranges() == touched & hinted & ram.pages
+    assert outcome.absent.ranges() == (hinted & ram.pages) - touched
     assert outcome.skipped.get(pb.OUTSIDE_RAM, RangeSet()) == hinted - ram.pages
     left = (touched & ram.pages) - hinted
-    assert ram.resident(ram.pages) == left
+    assert ram.resident(ram.page_map).ranges() == left
     assert ram.resident_bytes() == left.page_count * PAGE_BYTES
 
 
@@ -51,7 +51,7 @@ def test_what_was_not_hinted_keeps_its_contents(
     ram: GuestRam, ram_fd: int, touched: RangeSet, hinted: RangeSet
 ) -> None:
     touch(ram_fd, touched & ram.pages)
-    reclaim(ram, hinted, ram.pages)
+    reclaim(ram, hinted, ram.page_map)
     for pfn, count in (touched & ram.pages) - hinted:
         for page in (pfn, pfn + count - 1):
             assert os.pread(ram_fd, 8, offset_bytes(page)) == page.to_bytes(8, "big")
@@ -74,7 +74,7 @@ def test_memory_that_goes_while_it_is_looked_for_is_absent(
         return found
 
     monkeypatch.setattr(os, "lseek", lseek_in_a_race)
-    assert ram.resident(ram.pages) == RangeSet([(8, 2)])
+    assert ram.resident(ram.page_map).ranges() == RangeSet([(8, 2)])
 
 
 def test_a_punch_that_the_kernel_refuses_is_told_as_skipped() -> None:
@@ -83,7 +83,7 @@ def test_a_punch_that_the_kernel_refuses_is_told_as_skipped() -> None:
     read_only = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY)
     ram = GuestRam([Segment(pfn=0, page_count=8, fd=read_only, offset_bytes=0)])
     hinted = RangeSet([(2, 4)])
-    outcome = reclaim(ram, hinted, ram.pages)
+    outcome = reclaim(ram, hinted, ram.page_map)
     assert outcome.skipped == {pb.HOST_ERROR: hinted}
     assert not outcome.reclaimed
     assert not outcome.absent

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from hintfleet.errors import Refused
-from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from host_agent.gate import Epochs
 from host_agent.guest_door import Door
 from host_agent.ledger import Books
+from host_agent.page_map import PageMap
 from host_agent.state import GuestRecord, opened
 
 
@@ -29,9 +29,9 @@ def a_guest(name: str = "g", epoch: int = 5) -> GuestRecord:
         epoch=epoch,
         books=Books(
             totals=host_pb2.Ledger(hinted_total_bytes=4096, skipped_total_bytes={"stale": 4096}),
-            ram=RangeSet([(0, 2048)]),
-            reclaimed=EMPTY,
-            untouched=RangeSet([(0, 512), (1024, 1)]),
+            ram=PageMap([(0, 8192)]),
+            reclaimed=PageMap(),
+            untouched=PageMap([(0, 512), (1024, 1), (4096, 4096)]),
         ),
     )
 
@@ -84,7 +84,7 @@ def test_what_another_boot_of_the_host_left_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("UPDATE guest SET untouched = x'0080'", "damaged: packed ranges: truncated"),
+        ("UPDATE guest SET untouched = x'0080'", "damaged: packed pages: truncated"),
         ("UPDATE guest SET spec = x'ff'", "damaged"),
         ("UPDATE guest SET handle = '{'", "damaged"),
         ("DROP TABLE guest", "damaged: no such table"),

@@ -1,0 +1,183 @@
+"""Sets of a guest's pages as the books keep them: a bitmap for each section of RAM.
+
+A guest decides how its memory is cut up, so the host must not pay for it by the piece. A
+`RangeSet` costs time for each range in it, whatever is done to it; a guest of 4 GiB that
+touches every second page would make half a million of them, and each entry into its books
+take half a second. Here any operation costs a few machine words for each section of 16 MiB
+that both sides have something in. What does go range by range (making a map, walking it) is
+for worker threads.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+
+from hintfleet.errors import InvalidInput
+from hintfleet.ranges import MAX_PFN, Range, RangeSet
+
+_SHIFT = 12
+_SECTION_PAGES = 1 << _SHIFT
+_FULL = (1 << _SECTION_PAGES) - 1
+_HEADER = struct.Struct("<IH")
+"""Section and bytes of its bitmap; no bytes for one that is full."""
+
+
+class PageMap:
+    """An immutable set of page frames. What has no page in a section has nothing there."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        """Make a set from (pfn, page_count) pairs in any order, which may overlap."""
+        sections: dict[int, int] = {}
+        for section, bits in _cut(ranges):
+            sections[section] = sections.get(section, 0) | bits
+        self._sections: Mapping[int, int] = sections
+
+    @classmethod
+    def _of(cls, sections: Mapping[int, int]) -> PageMap:
+        made = cls.__new__(cls)
+        made._sections = sections
+        return made
+
+    def __iter__(self) -> Iterator[Range]:
+        """Runs of pages in order; one that crosses a section's end comes in parts."""
+        for section, bits in sorted(self._sections.items()):
+            yield from _runs(section << _SHIFT, bits)
+
+    def __bool__(self) -> bool:
+        return bool(self._sections)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PageMap) and self._sections == other._sections
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._sections.items()))
+
+    def __repr__(self) -> str:
+        return f"PageMap({[tuple(run) for run in self.ranges()]})"
+
+    def ranges(self) -> RangeSet:
+        """The same set, run by run."""
+        return RangeSet(self)
+
+    @cached_property
+    def page_count(self) -> int:
+        """Pages in the set."""
+        return sum(bits.bit_count() for bits in self._sections.values())
+
+    @cached_property
+    def run_count(self) -> int:
+        """How many runs `__iter__` yields."""
+        return sum((bits & ~(bits << 1)).bit_count() for bits in self._sections.values())
+
+    def overlaps(self, run: Range) -> bool:
+        """Whether any page of `run` is in the set."""
+        return any(self._sections.get(section, 0) & bits for section, bits in _cut([run]))
+
+    def __or__(self, other: PageMap) -> PageMap:
+        few, many = sorted((self, other), key=lambda pages: len(pages._sections))
+        if not few:
+            return many
+        sections = dict(many._sections)
+        for section, bits in few._sections.items():
+            sections[section] = sections.get(section, 0) | bits
+        return PageMap._of(sections)
+
+    def __and__(self, other: PageMap) -> PageMap:
+        few, many = sorted((self, other), key=lambda pages: len(pages._sections))
+        shared = (
+            (section, bits & many._sections.get(section, 0))
+            for section, bits in few._sections.items()
+        )
+        return PageMap._of({section: bits for section, bits in shared if bits})
+
+    def __sub__(self, other: PageMap) -> PageMap:
+        if not other._sections:
+            return self
+        sections = dict(self._sections)
+        for section in self._sections.keys() & other._sections.keys():
+            if left := sections[section] & ~other._sections[section]:
+                sections[section] = left
+            else:
+                del sections[section]
+        return PageMap._of(sections)
+
+    def whole_chunks(self, order: int) -> PageMap:
+        """The chunks of 2**order pages in which any page of this set lies; at most order 12."""
+        chunk = (1 << (1 << order)) - 1
+        first_pages = _FULL // chunk
+        sections = {}
+        for section, bits in self._sections.items():
+            for step in range(order):  # gathers each chunk's bits in that of its first page
+                bits |= bits >> (1 << step)
+            sections[section] = (bits & first_pages) * chunk
+        return PageMap._of(sections)
+
+    def pack(self) -> bytes:
+        """For `unpack`; of a size that does not depend on how the set is cut up."""
+        parts: list[bytes] = []
+        for section, bits in self._sections.items():
+            bitmap = b"" if bits == _FULL else bits.to_bytes(-(-bits.bit_length() // 8))
+            parts += (_HEADER.pack(section, len(bitmap)), bitmap)
+        return b"".join(parts)
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> PageMap:
+        """What `pack` packed.
+
+        :raises InvalidInput: it is something else.
+        """
+        sections: dict[int, int] = {}
+        at = 0
+        while at < len(packed):
+            try:
+                section, size = _HEADER.unpack_from(packed, at)
+            except struct.error:
+                raise InvalidInput("packed pages: truncated") from None
+            at += _HEADER.size
+            bits = int.from_bytes(packed[at : at + size]) if size else _FULL
+            at += size
+            if at > len(packed) or not 0 < bits <= _FULL or section >= MAX_PFN >> _SHIFT:
+                raise InvalidInput("packed pages: truncated, or a section that cannot be")
+            sections[section] = bits
+        return cls._of(sections)
+
+
+def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Sections and bits of them; those of neighbours in one section together."""
+    section, bits = -1, 0
+    for pfn, page_count in ranges:
+        if not page_count:
+            continue
+        end = pfn + page_count
+        first, last = pfn >> _SHIFT, (end - 1) >> _SHIFT
+        if first != section:
+            if bits:
+                yield section, bits
+            section, bits = first, 0
+        at = pfn & (_SECTION_PAGES - 1)
+        if last == section:
+            bits |= ((1 << page_count) - 1) << at
+            continue
+        yield section, bits | _FULL >> at << at
+        for whole in range(first + 1, last):
+            yield whole, _FULL
+        section, bits = last, (1 << end - (last << _SHIFT)) - 1
+    if bits:
+        yield section, bits
+
+
+def _runs(pfn: int, bits: int) -> Iterator[Range]:
+    """Runs of set bits, the lowest of which stands for `pfn`."""
+    if bits == _FULL:
+        yield Range(pfn, _SECTION_PAGES)
+        return
+    text = f"{bits:b}"[::-1] + "0"  # to be searched at the speed of memchr(3)
+    end = 0
+    while (start := text.find("1", end)) >= 0:
+        end = text.find("0", start)
+        yield Range(pfn + start, end - start)
+
+
+NO_PAGES = PageMap()
