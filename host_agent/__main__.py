@@ -9,13 +9,15 @@ import os
 import platform
 import resource
 import signal
+import stat
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hintfleet import __version__
-from hintfleet.errors import ExitCode, HintfleetError, InvalidInput
+from hintfleet.errors import ExitCode, HintfleetError, InvalidInput, Refused
 from hintfleet.units import parse_size
 
 _DESCRIPTION = """\
@@ -175,6 +177,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
     if arguments.listen.startswith("unix:"):
         folder = Path(arguments.listen.removeprefix("unix:")).parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if arguments.listen == _default_socket():
+            _refuse_if_not_ours(folder, Path(tempfile.gettempdir()))
     keep_latency_steady()
     # A guest takes a few descriptors, and so does each connection.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -185,7 +189,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if arguments.lifeline_fd is not None:
-        loop.add_reader(arguments.lifeline_fd, _set, unwanted, stop)
+        loop.add_reader(arguments.lifeline_fd, _lifeline, arguments.lifeline_fd, unwanted, stop)
     settings = Settings(
         name=arguments.name,
         listen=arguments.listen,
@@ -212,9 +216,27 @@ async def _serve(arguments: argparse.Namespace) -> None:
                 await served.registry.end_all()
 
 
-def _set(*events: asyncio.Event) -> None:
-    for event in events:
-        event.set()
+def _lifeline(fd: int, *events: asyncio.Event) -> None:
+    """Something was read; at the end of file, set all events."""
+    if not os.read(fd, 1024):
+        asyncio.get_running_loop().remove_reader(fd)
+        for event in events:
+            event.set()
+
+
+def _refuse_if_not_ours(folder: Path, shared: Path) -> None:
+    """Whoever may write to a folder can put a socket of his own there.
+
+    :param shared: where anybody may make folders; what lies elsewhere is not looked at.
+    :raises Refused: another user's folder lies where the default socket's should.
+    """
+    for path in (folder, *folder.parents):
+        if shared not in path.parents:
+            return
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise Refused(f"{path} belongs to somebody else", hint="--listen unix:PATH")
+        path.chmod(0o700)
 
 
 def _physical_bytes() -> int:

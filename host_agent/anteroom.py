@@ -8,6 +8,7 @@ comes with its stream, so those that have waited are not honest guests' mostly.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -30,7 +31,8 @@ class Anteroom:
         if len(self._waiting) >= self._places:
             oldest = next(iter(self._waiting))
             del self._waiting[oldest]
-            oldest.reschedule(asyncio.get_running_loop().time())
+            with contextlib.suppress(RuntimeError):  # its time is just up
+                oldest.reschedule(asyncio.get_running_loop().time())
         async with asyncio.timeout(self._longest_s) as timeout:
             self._waiting[timeout] = None
             try:

@@ -17,6 +17,7 @@ from hintfleet.v1.host_pb2_grpc import HostServiceServicer
 from host_agent.edge import Context, abort
 from host_agent.guest import Guest
 from host_agent.registry import Registry
+from host_agent.threads import in_driver_thread
 
 _SHORTEST_PERIOD_MS = 10
 _DEFAULT_SETTLE_S = 30.0
@@ -35,7 +36,7 @@ class ControlService(HostServiceServicer):
         """What this host is and can run."""
         drivers = self._registry.drivers
         asked = [drivers[kind] for kind in request.drivers or drivers if kind in drivers]
-        states = await asyncio.gather(*(asyncio.to_thread(driver.state) for driver in asked))
+        states = await asyncio.gather(*(in_driver_thread(driver.state) for driver in asked))
         return host_pb2.Host(
             name=self._name,
             agent_version=__version__,

@@ -36,6 +36,7 @@ from host_agent.requests import Requests
 from host_agent.resizing import resize
 from host_agent.state import GuestRecord
 from host_agent.stream import Stream
+from host_agent.threads import in_driver_thread
 
 _T = TypeVar("_T")
 
@@ -77,6 +78,8 @@ class Guest:
         """How often its policy allowed it nothing, by reason."""
         self._allowed_something = False
         self.running: RunningGuest | None = None
+        self.making: asyncio.Task[None] | None = None
+        """Ends with `running` set, or with what kept it from being made."""
         self.token = token
         self._ledger: Ledger | None = None
         self.last_ledger = host_pb2.Ledger()
@@ -91,7 +94,7 @@ class Guest:
         self._ready = asyncio.Event()
         self._lost: str | None = None
         self._requests = Requests()
-        self._unstoppable: set[asyncio.Task[None]] = set()
+        self._unstoppable: set[asyncio.Task[Any]] = set()
         self._ballooning: asyncio.Task[None] | None = None
         self.keeper = keeper or Keeper(None)
 
@@ -161,17 +164,29 @@ class Guest:
         self._check_alive()
 
     async def close(self) -> host_pb2.Ledger:
-        """End the guest, free all that it held, and return its closed books. Repeatable."""
+        """End the guest, free all that it held, and return its closed books. Repeatable. One
+        that is being made cannot be called back: that is waited for.
+
+        :raises HintfleetError: the driver could not end it. It is `lost` all the same.
+        """
+        if self.making is not None:
+            await asyncio.wait([self.making])
         await self.ledger()
         self.lost("destroyed")
+        await self._stop_ballooning()
+        async with self.resize_lock:
+            await self._with_ram(self._end())
+        return self.last_ledger
+
+    async def _end(self) -> None:
+        if self.running is not None:
+            await in_driver_thread(self.running.close)
+            self.running = None
+
+    async def _stop_ballooning(self) -> None:
         if self._ballooning is not None:
             self._ballooning.cancel()
             await asyncio.wait([self._ballooning])
-        async with self.resize_lock, self._ram_lock:
-            running, self.running = self.running, None
-            if running is not None:
-                await asyncio.to_thread(running.close)
-        return self.last_ledger
 
     async def leave(self) -> None:
         """Let go of the guest, which lives on. What runs on its RAM is waited for, and
@@ -179,7 +194,8 @@ class Guest:
 
         :raises TransientError: the state cannot be written; it is let go of all the same.
         """
-        async with self._ram_lock:
+        await self._stop_ballooning()
+        async with self.resize_lock, self._ram_lock:
             try:
                 await self.keeper.save(self)
             finally:
@@ -230,6 +246,9 @@ class Guest:
         it. Returns the session's number, for `batch_arrived` and `leave_hinting`."""
         session = epochs.next()
         self._sessions[session] = stream
+        if self.running is not None and self._ledger is not None:
+            # What was said on a stream that was cut, nobody may have heard.
+            self._unsaid_used = self.running.ram.page_map - self._ledger.absent_pages
         self._carry_out(self.gate.connected(session, boot_id))
         return session
 
@@ -363,11 +382,21 @@ class Guest:
                 case gate.ForgetUsed():
                     self._unsaid_used = NO_PAGES
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _begin(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.create_task(work)
         self._unstoppable.add(task)
         task.add_done_callback(self._unstoppable.discard)
         return task
+
+    async def _with_ram(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Do this with the RAM to itself. It goes on if the caller is cancelled: a thread that
+        looks at the RAM cannot be called back, and the next must not begin before it ends."""
+
+        async def locked() -> _T:
+            async with self._ram_lock:
+                return await work
+
+        return await asyncio.shield(self._begin(locked()))
 
     async def _take_turn(self) -> None:
         async with self._ram_lock:
@@ -427,15 +456,17 @@ class Guest:
 
         :raises Refused: the host's kernel would not drop it; it is in the books still.
         """
-        async with self._ram_lock:
-            running, ledger = self._memory()
-            try:
-                await asyncio.to_thread(running.ram.unplug, pages)
-            except OSError as error:
-                raise Refused(f"guest {self.name}: unplugged memory stays: {error}") from error
-            # A guest that remembers what is absent must not count these any more.
-            self._unsaid_used |= ledger.unplugged(PageMap(pages))
-            self.keeper.changed(self)
+        await self._with_ram(self._unplug(pages))
+
+    async def _unplug(self, pages: RangeSet) -> None:
+        running, ledger = self._memory()
+        try:
+            await asyncio.to_thread(running.ram.unplug, pages)
+        except OSError as error:
+            raise Refused(f"guest {self.name}: unplugged memory stays: {error}") from error
+        # A guest that remembers what is absent must not count these any more.
+        self._unsaid_used |= ledger.unplugged(PageMap(pages))
+        self.keeper.changed(self)
 
     def _memory(self) -> tuple[RunningGuest, Ledger]:
         """The guest's memory and books, while there are any."""
@@ -445,17 +476,20 @@ class Guest:
 
     async def tell_refaults(self) -> None:
         """Audit, and tell the guest in which chunks it has used absent memory since."""
-        await self.ledger()
-        async with self._ram_lock:  # or the ack of a batch that took them could come first
-            said = self._unsaid_used
-            if not said or self._hinting is None:
-                return
-            order = self.spec.hinting.chunk_order or _DEFAULT_CHUNK_ORDER
-            ranges = await asyncio.to_thread(lambda: encode(said.whole_chunks(order).ranges()))
-            if self._hinting is not None and self._unsaid_used is said:
-                self._unsaid_used = NO_PAGES
-                message = hinting_pb2.Refaulted(ranges=ranges)
-                self._hinting.send(hinting_pb2.HostMessage(refaulted=message))
+        await self._with_ram(self._tell_refaults())
+
+    async def _tell_refaults(self) -> None:
+        await self._audit()
+        said = self._unsaid_used
+        if not said or self._hinting is None:
+            return
+        order = self.spec.hinting.chunk_order or _DEFAULT_CHUNK_ORDER
+        ranges = await asyncio.to_thread(lambda: encode(said.whole_chunks(order).ranges()))
+        # Still under the lock: the ack of a batch that took them must not come first.
+        if self._hinting is not None and self._unsaid_used is said:
+            self._unsaid_used = NO_PAGES
+            message = hinting_pb2.Refaulted(ranges=ranges)
+            self._hinting.send(hinting_pb2.HostMessage(refaulted=message))
 
     def tell_policy(self, policy: hinting_pb2.Policy) -> None:
         """Tell the guest's agent, if one is in session. Nothing twice in a row is not said."""
@@ -466,17 +500,19 @@ class Guest:
 
     async def ledger(self) -> host_pb2.Ledger:
         """Audit against the RAM file and return the books."""
-        async with self._ram_lock:
-            if self.running is None or self._ledger is None:
-                return self.last_ledger
-            ledger, ram = self._ledger, self.running.ram
-            if not ledger.agrees_with(ram.resident_bytes()):
-                resident = await asyncio.to_thread(ram.resident, ledger.absent_pages)
-                if used := ledger.audit(resident):
-                    self._unsaid_used |= used
-                    self.keeper.changed(self)
-            self.last_ledger = ledger.as_pb2(ram.resident_bytes())
+        return await self._with_ram(self._audit())
+
+    async def _audit(self) -> host_pb2.Ledger:
+        if self.running is None or self._ledger is None:
             return self.last_ledger
+        ledger, ram = self._ledger, self.running.ram
+        if not ledger.agrees_with(ram.resident_bytes()):
+            resident = await asyncio.to_thread(ram.resident, ledger.absent_pages)
+            if used := ledger.audit(resident):
+                self._unsaid_used |= used
+                self.keeper.changed(self)
+        self.last_ledger = ledger.as_pb2(ram.resident_bytes())
+        return self.last_ledger
 
     async def as_pb2(self) -> host_pb2.Guest:
         """What the control API says of this guest."""

@@ -63,11 +63,17 @@ def open_lasting_door(
 
 def _lasting_port(host: str) -> int:
     """A free port that nobody is given by chance while no host agent listens at it: below
-    those of outgoing connections, of which guests that look for us make many."""
+    those of outgoing connections, of which guests that look for us make many.
+
+    :raises Refused: there is none.
+    """
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     family = AF_INET6 if ":" in host else AF_INET
     for port in random.sample(range(low // 2, low), 50):
         with socket(family) as probe, contextlib.suppress(OSError):
             probe.bind((host.strip("[]"), port))
             return port
-    return 0  # nothing can be bound there, and `listen` says why
+    raise Refused(
+        f"no port below {low} is free for guests to find the next host agent at",
+        hint="give one with --guest-listen HOST:PORT",
+    )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Collection, Coroutine
+from typing import Any, Protocol
 
 from hintfleet.errors import TransientError
 from host_agent.state import GuestRecord, State
@@ -34,8 +34,10 @@ class Keeper:
         self._state = state
         self._changed: dict[str, Kept] = {}
         self._something = asyncio.Event()
-        # One write at a time, so that what is forgotten is not saved by an earlier one.
+        # One write at a time, so that what is forgotten is not saved by an earlier one. A
+        # thread that writes cannot be called back, so no caller's end ends a write.
         self._order = asyncio.Lock()
+        self._writes: set[asyncio.Task[None]] = set()
 
     def changed(self, guest: Kept) -> None:
         """This guest is to be saved soon."""
@@ -75,19 +77,32 @@ class Keeper:
         :raises TransientError: it cannot be written: it will be found to have ended later.
         """
         if self._state is not None:
-            async with self._order:
-                self._changed.pop(guest.name, None)
-                await asyncio.to_thread(self._state.forget, guest.name)
+            await self._write(self._forget(self._state, guest.name))
 
-    async def _save(self, guests: Iterable[Kept]) -> None:
-        if self._state is None:
-            return
-        async with self._order:
-            for guest in guests:
-                self._changed.pop(guest.name, None)
-            records = [record for guest in guests if (record := guest.record()) is not None]
-            try:
-                await asyncio.to_thread(self._state.save, records)
-            except TransientError:
-                self._changed |= {guest.name: guest for guest in guests}
-                raise
+    async def _forget(self, state: State, name: str) -> None:
+        self._changed.pop(name, None)
+        await asyncio.to_thread(state.forget, name)
+
+    async def _save(self, guests: Collection[Kept]) -> None:
+        if self._state is not None:
+            await self._write(self._save_all(self._state, guests))
+
+    async def _save_all(self, state: State, guests: Collection[Kept]) -> None:
+        for guest in guests:
+            self._changed.pop(guest.name, None)
+        records = [record for guest in guests if (record := guest.record()) is not None]
+        try:
+            await asyncio.to_thread(state.save, records)
+        except TransientError:
+            self._changed |= {guest.name: guest for guest in guests}
+            raise
+
+    async def _write(self, work: Coroutine[Any, Any, None]) -> None:
+        async def in_order() -> None:
+            async with self._order:
+                await work
+
+        task = asyncio.create_task(in_order())
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        await asyncio.shield(task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -12,11 +13,10 @@ from typing import TypeVar, cast
 
 from hintfleet.errors import (
     GuestLost,
+    HintfleetError,
     InvalidInput,
     NotFound,
-    OutcomeUnknown,
     Refused,
-    TransientError,
 )
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2, host_pb2
@@ -26,6 +26,7 @@ from host_agent.guests import GuestDriver, GuestRequest
 from host_agent.keeper import Keeper
 from host_agent.resizing import check_maximum
 from host_agent.state import GuestRecord, State
+from host_agent.threads import in_driver_thread
 
 _T = TypeVar("_T")
 
@@ -92,18 +93,24 @@ class Registry:
         :raises Refused: no watch holds the trial, the name is taken, or the driver cannot.
         :raises GuestLost: it ended or did not attach in time; with its last output.
         """
+        if name in self._guests and self._ending:
+            await asyncio.wait(self._ending)  # one of an earlier trial is on its way out
         self._check_new(name, trial_id, spec)
         token = secrets.token_hex(16)
         guest = self._add(name, self._checked_uuid(guest_uuid), token, trial_id, spec)
+        guest.making = asyncio.create_task(self._make(guest))
         try:
-            await self._start(guest)
+            # Shielded: a domain that is being made cannot be called back.
+            await asyncio.shield(guest.making)
             await guest.ready(READY_TIMEOUT_S[spec.driver])
         except GuestLost as error:
             evidence = guest.evidence()
-            await self.destroy(name)
+            await self._end(guest)
+            if evidence in error.message:
+                raise
             raise GuestLost(f"{error.message}; its last output:\n{evidence}") from error
         except BaseException:
-            await self.destroy(name)
+            await self._end(guest)
             raise
         return guest
 
@@ -142,30 +149,29 @@ class Registry:
             raise Refused(f"there is a guest with UUID {found} on this host already")
         return found
 
-    async def _start(self, guest: Guest) -> None:
-        # Shielded: a domain that is being made cannot be called back, and must be known
-        # here before it is destroyed.
-        make = asyncio.create_task(self._make(guest))
-        try:
-            await asyncio.shield(make)
-        except asyncio.CancelledError:
-            await asyncio.wait([make])
-            raise
-
     async def _make(self, guest: Guest) -> None:
         driver = self.drivers[guest.spec.driver]
-        guest.started(await asyncio.to_thread(driver.create, _request(guest)))
+        try:
+            running = await in_driver_thread(driver.create, _request(guest))
+        except OSError as error:  # no descriptors, no processes, no room
+            raise Refused(f"guest {guest.name} cannot be made: {error}") from error
+        guest.started(running)
         await self.keeper.save(guest)
 
     async def destroy(self, name: str) -> host_pb2.Ledger:
         """End a guest and return its closed books.
 
         :raises NotFound: there is none.
+        :raises HintfleetError: the driver could not end it; it is kept, to be tried again.
         """
-        guest = self.get(name)
+        return await self._end(self.get(name))
+
+    async def _end(self, guest: Guest) -> host_pb2.Ledger:
+        """The same; of one that has ended already, nothing is left to do."""
         ledger = await guest.close()
-        self._guests.pop(name, None)
-        await self.keeper.forget(guest)
+        if self._guests.get(guest.name) is guest:
+            del self._guests[guest.name]
+            await self.keeper.forget(guest)
         return ledger
 
     # Guests of an earlier host agent
@@ -190,7 +196,7 @@ class Registry:
         guest = self._add(record.name, record.uuid, record.token, record.trial_id, record.spec)
         driver = self.drivers[record.spec.driver]
         try:
-            running = await asyncio.to_thread(driver.adopt, _request(guest), record.handle)
+            running = await in_driver_thread(driver.adopt, _request(guest), record.handle)
         except GuestLost as error:
             guest.last_ledger = record.books.totals
             guest.lost(error.message)
@@ -245,19 +251,23 @@ class Registry:
     async def close(self) -> None:
         """Close the drivers, after `end_all` or `leave`."""
         for driver in self.drivers.values():
-            await asyncio.to_thread(driver.close)
+            await in_driver_thread(driver.close)
 
     async def _destroy_all(self, guests: tuple[Guest, ...] | list[Guest]) -> None:
-        await asyncio.gather(*(self.destroy(g.name) for g in guests), return_exceptions=True)
+        ended = await asyncio.gather(*(self._end(g) for g in guests), return_exceptions=True)
+        for guest, error in zip(guests, ended, strict=True):
+            if isinstance(error, HintfleetError):
+                print(
+                    f"hintfleet-host: guest {guest.name} is still there: {error}", file=sys.stderr
+                )
 
     # Commands
 
     async def once(self, command: host_pb2.CommandId, do: Callable[[], Awaitable[_T]]) -> _T:
         """Carry out a command; a retry of it (same id) gets the first one's answer.
 
-        A command without an id is always carried out. One that failed for now, or whose
-        outcome is not known, is carried out again: a workload knows a step that it has
-        done already.
+        A command without an id is always carried out. One that failed is carried out again,
+        unless its guest was lost with it: a workload knows a step that it has done already.
         """
         if not command.sequence:
             return await do()
@@ -267,7 +277,9 @@ class Registry:
             task = self._done[key] = asyncio.ensure_future(_as_coroutine(do))
         try:
             return cast(_T, await asyncio.shield(task))
-        except (TransientError, OutcomeUnknown):
+        except GuestLost:
+            raise
+        except Exception:
             if self._done.get(key) is task:
                 del self._done[key]
             raise

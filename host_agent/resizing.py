@@ -8,7 +8,6 @@ host never drops anything that a guest still uses, and hinting goes on meanwhile
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
+from host_agent.threads import in_driver_thread
 
 if TYPE_CHECKING:
     from host_agent.guest import Guest
@@ -99,7 +99,7 @@ async def resize(guest: Guest, memory_bytes: int) -> None:
 
 async def _grow(guest: Guest, size_bytes: int) -> None:
     running = _running(guest)
-    pages = await guest.plugged(await asyncio.to_thread(running.plug, size_bytes))
+    pages = await guest.plugged(await in_driver_thread(running.plug, size_bytes))
     try:
         await guest.keeper.save(guest)  # whoever adopts the guest must know what it may use
         await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=encode(pages))))
@@ -113,7 +113,7 @@ async def _grow(guest: Guest, size_bytes: int) -> None:
 
 async def _shrink(guest: Guest, size_bytes: int) -> None:
     running = _running(guest)
-    left = list(await asyncio.to_thread(running.to_unplug, size_bytes))
+    left = list(await in_driver_thread(running.to_unplug, size_bytes))
     await _tell(guest, pb.WorkloadCommand(offline=pb.Offline(ranges=_pack(left))))
     try:
         while left:
@@ -125,7 +125,7 @@ async def _shrink(guest: Guest, size_bytes: int) -> None:
 
 
 async def _take(guest: Guest, running: RunningGuest, pages: RangeSet) -> None:
-    await asyncio.to_thread(running.unplug, pages)
+    await in_driver_thread(running.unplug, pages)
     await guest.unplugged(pages)
 
 

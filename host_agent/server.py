@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from socket import AF_UNIX, socket
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,6 +22,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from hintfleet.addresses import is_unix, plain_text_problem
+from hintfleet.errors import Refused
 from hintfleet.tls import Tls, listen
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import add_HintingServiceServicer_to_server
@@ -51,7 +53,7 @@ _OPTIONS = (
 _CONTROL_OPTIONS = (*_OPTIONS, ("grpc.max_receive_message_length", 1 << 20))
 _GUEST_OPTIONS = (
     *_OPTIONS,
-    # A Hello with 100,000 ranges still isolated; a batch takes 6 KiB at the most.
+    # A Hello with 100,000 ranges still isolated; a batch takes 2 KiB at the most.
     ("grpc.max_receive_message_length", 256 << 10),
     # A guest needs two, and as many that are ending.
     ("grpc.max_concurrent_streams", 8),
@@ -117,6 +119,8 @@ async def _serving(settings: Settings, state: State | None) -> AsyncIterator[Ser
     guest_server = aio.server(options=_GUEST_OPTIONS)
     door = _open_guest_door(guest_server, settings, state)
     control_server = aio.server(options=_CONTROL_OPTIONS, interceptors=[ForOperators()])
+    if is_unix(settings.listen):
+        _refuse_if_taken(settings.listen)
     control_address = listen(control_server, settings.listen, settings.tls)
     registry = Registry(_drivers(settings, door, state), state)
     if state is not None:
@@ -143,6 +147,21 @@ async def _serving(settings: Settings, state: State | None) -> AsyncIterator[Ser
         if settings.listen.startswith("unix:"):
             with contextlib.suppress(FileNotFoundError):
                 Path(settings.listen.removeprefix("unix:")).unlink()
+
+
+def _refuse_if_taken(address: str) -> None:
+    """gRPC would put its own socket in place of one that somebody listens at.
+
+    :raises Refused: somebody does.
+    """
+    path = address.removeprefix("unix:")
+    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+        with socket(AF_UNIX) as probe:
+            probe.connect(path)
+        raise Refused(
+            f"another host agent listens on {address}",
+            hint="stop that one, or choose another --listen address",
+        )
 
 
 def _open_guest_door(server: aio.Server, settings: Settings, state: State | None) -> Door:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from hintfleet.errors import Refused
 from hintfleet.leaks import Leak, Removable
 from host_agent.guests.domain_xml import NAME_PREFIX
 from host_agent.guests.libvirt_api import errors_as, modules
@@ -22,9 +24,14 @@ from host_agent.guests.runtime_dir import runtime_dirs
 def abandoned_domains(uri: str) -> list[Removable]:
     """Those at this URI.
 
-    :raises Refused: libvirt is not there, or does not answer.
+    :raises Refused: libvirt is not there, does not answer, or is that of another machine, of
+        whose processes and folders nothing is known here.
     """
     libvirt, _ = modules()
+    if urlsplit(uri).hostname:
+        raise Refused(
+            f"the domains of {uri} are another machine's", hint="run hintfleet-host --leaks there"
+        )
     with errors_as(f"cannot connect to libvirt at {uri}"), closing(libvirt.open(uri)) as opened:
         return list(_abandoned(uri, opened))
 

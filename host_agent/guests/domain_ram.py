@@ -8,7 +8,7 @@ import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hintfleet.errors import OutcomeUnknown, Refused
+from hintfleet.errors import HintfleetError, OutcomeUnknown, Refused
 from hintfleet.ranges import RangeSet
 from hintfleet.units import KIB, format_size
 from host_agent.guests.dimm_xml import Dimm, dimm_xml, dimms_of
@@ -80,7 +80,7 @@ class Dimms:
             return open_segments(
                 qemu_pid(self._domain), size_bytes, _monitor(self._domain), besides=ram
             )
-        except Refused:
+        except HintfleetError:
             for dimm in self._dimms():
                 if dimm.alias not in before:
                     self._detach(dimm)

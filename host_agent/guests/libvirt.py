@@ -97,7 +97,6 @@ class LibvirtGuest:
     def __init__(
         self,
         *,
-        domain: Any,
         pid: int,
         ram: GuestRam,
         balloon: Balloon | None,
@@ -105,16 +104,20 @@ class LibvirtGuest:
         files: RuntimeDir,
         gone: _Gone,
         forget: Callable[[], None],
+        end: Callable[[], None],
     ) -> None:
-        """Own all of them."""
+        """Own all of them.
+
+        :param end: ends the domain, which may be gone already.
+        """
         self.pid = pid
         self.ram = ram
         self.balloon = balloon
         self._dimms = dimms
-        self._domain = domain
         self._files = files
         self._gone = gone
         self._forget = forget
+        self._end = end
 
     def plug(self, size_bytes: int) -> Sequence[Segment]:
         return self._dimms.plug(size_bytes, self.ram.pages)
@@ -130,8 +133,8 @@ class LibvirtGuest:
 
     def close(self) -> None:
         self._gone.silence()
+        self._end()
         self._forget()
-        _destroy(self._domain)
         self.ram.close()
         self._files.remove()
 
@@ -192,7 +195,7 @@ class LibvirtDriver:
             spec = self._domain_spec(request, image, accelerator, files)
             gone = self._watch(request, undo)
             domain = _start(connection, spec, lasting=self._survival is not None)
-            undo.callback(_destroy, domain)
+            undo.callback(self._destroy, request.uuid)
             return self._own(request, domain, files, gone, undo)
 
     def adopt(self, request: GuestRequest, handle: Handle) -> LibvirtGuest:  # noqa: ARG002
@@ -234,7 +237,6 @@ class LibvirtDriver:
             raise
         undo.callback(ram.close)
         guest = LibvirtGuest(
-            domain=domain,
             pid=qemu_pid(domain),
             ram=ram,
             balloon=LibvirtBalloon(domain) if _is_ballooned(request.spec) else None,
@@ -242,6 +244,7 @@ class LibvirtDriver:
             files=files,
             gone=gone,
             forget=lambda: self._forget(request.uuid),
+            end=lambda: self._destroy(request.uuid),
         )
         undo.pop_all()
         return guest
@@ -312,6 +315,15 @@ class LibvirtDriver:
     def _forget(self, uuid_text: str) -> None:
         self._watched.pop(uuid_text, None)
 
+    def _destroy(self, uuid_text: str) -> None:
+        """End a domain, by the connection that there is now; it may be gone already.
+
+        :raises Refused: libvirt could not, or is not there: it may run on.
+        """
+        connection = self._connect()
+        with contextlib.suppress(GuestLost), errors_as("ending the domain"):
+            connection.lookupByUUIDString(uuid_text).destroy()
+
     def _say_gone(self, uuid_text: str, reason: str) -> None:
         gone = self._watched.get(uuid_text)
         if gone:
@@ -361,9 +373,36 @@ class LibvirtDriver:
         with self._probing:
             boots = kvm_probe.cached(image)
             if boots is None:
-                boots = _boots_under_kvm(connection, image)
-                kvm_probe.remember(image, boots)
+                boots = self._boots_under_kvm(connection, image)
+                if boots is not None:
+                    kvm_probe.remember(image, boots)
         return "kvm" if boots else "qemu"
+
+    def _boots_under_kvm(self, connection: Any, image: GuestImage) -> bool | None:
+        """Boot a guest without agent under KVM, and end it; None if it could not be started,
+        which may be for another reason, and is not to be remembered."""
+        identity = uuid.uuid4()
+        name = f"kvm-probe-{identity.hex[:8]}"
+        files = self._files(name)
+        spec = DomainSpec(
+            name=name,
+            uuid=str(identity),
+            accelerator="kvm",
+            memory_bytes=_PROBE_MEMORY_BYTES,
+            image=image,
+            console=files.console,
+            config=None,
+        )
+        try:
+            _start(connection, spec)
+            try:
+                return kvm_probe.wait_for_boot(spec.console)
+            finally:
+                self._destroy(spec.uuid)
+        except Refused:  # no KVM in this libvirt, or QEMU itself gave up
+            return None
+        finally:
+            files.remove()
 
 
 def _is_ballooned(spec: host_pb2.GuestSpec) -> bool:
@@ -442,13 +481,6 @@ def _start(connection: Any, spec: DomainSpec, *, lasting: bool = False) -> Any:
         return connection.createXML(domain_xml(spec), flags)
 
 
-def _destroy(domain: Any) -> None:
-    """End a domain that may be gone already."""
-    libvirt, _ = modules()
-    with contextlib.suppress(libvirt.libvirtError):
-        domain.destroy()
-
-
 def _ends(domain: Any) -> bool:
     """Whether a domain is gone, or will be in a moment."""
     libvirt, _ = modules()
@@ -459,31 +491,6 @@ def _ends(domain: Any) -> bool:
                 return False
             time.sleep(_LOOK_S)
     return True
-
-
-def _boots_under_kvm(connection: Any, image: GuestImage) -> bool:
-    """Boot a guest without agent under KVM, and end it."""
-    files = RuntimeDir.make()
-    identity = uuid.uuid4()
-    spec = DomainSpec(
-        name=f"kvm-probe-{identity.hex[:8]}",
-        uuid=str(identity),
-        accelerator="kvm",
-        memory_bytes=_PROBE_MEMORY_BYTES,
-        image=image,
-        console=files.console,
-        config=None,
-    )
-    try:
-        domain = _start(connection, spec)
-        try:
-            return kvm_probe.wait_for_boot(spec.console)
-        finally:
-            _destroy(domain)
-    except Refused:  # no KVM in this libvirt, or QEMU itself gave up
-        return False
-    finally:
-        files.remove()
 
 
 def _version(number: int) -> str:

@@ -174,9 +174,12 @@ def _host_address(address: int, hmp: Callable[[str], str]) -> int:
 def _open_file(pid: int, mapping: Mapping) -> int:
     """Open the memfd behind a mapping for reading and writing."""
     for entry in os.scandir(f"/proc/{pid}/fd"):
-        if not os.readlink(entry.path).startswith("/memfd:"):
+        try:
+            if not os.readlink(entry.path).startswith("/memfd:"):
+                continue
+            fd = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # closed since: QEMU opens and closes sockets all the time
             continue
-        fd = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
         if os.fstat(fd).st_ino == mapping.inode and _is_shmem(fd):
             return fd
         os.close(fd)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from hintfleet.owned_folders import OwnedFolder, OwnedFolders
 
+_TAIL_BYTES = 4096
+
 
 def runtime_dirs() -> OwnedFolders:
     """Those of all host agents of this machine."""
@@ -57,7 +59,9 @@ class RuntimeDir:
     def console_tail(self, line_count: int) -> str:
         """The last lines of the console, or why there are none."""
         try:
-            lines = self.console.read_text(errors="replace").splitlines()
+            with self.console.open("rb") as console:
+                console.seek(max(0, self.console.stat().st_size - _TAIL_BYTES))
+                lines = console.read(_TAIL_BYTES).decode(errors="replace").splitlines()
         except OSError as error:
             return f"(no console: {error.strerror})"
         return "\n".join(lines[-line_count:])

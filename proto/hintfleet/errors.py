@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from urllib.parse import quote
 
 import grpc
 
@@ -122,14 +123,30 @@ _BY_CODE: dict[grpc.StatusCode, type[HintfleetError]] = {
 }
 
 _HINT_KEY = "hintfleet-hint-bin"
+_MOST_DETAILS_BYTES = 4096
+"""As they travel: percent-encoded."""
+_MOST_HINT_BYTES = 1024
 
 
 def to_status(
     error: HintfleetError,
 ) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
-    """The status code, details and trailing metadata that carry `error`."""
-    metadata = ((_HINT_KEY, error.hint.encode()),) if error.hint else ()
-    return error.code, error.message, metadata
+    """The status code, details and trailing metadata that carry `error`.
+
+    gRPC drops the whole status if its metadata exceed 8 KiB, so that a long message loses its
+    middle: what failed comes first, and the end of a log last.
+    """
+    metadata = ((_HINT_KEY, error.hint.encode()[:_MOST_HINT_BYTES]),) if error.hint else ()
+    return error.code, _shortened(error.message), metadata
+
+
+def _shortened(message: str) -> str:
+    if len(quote(message)) <= _MOST_DETAILS_BYTES:
+        return message
+    half = _MOST_DETAILS_BYTES // 2 // len(quote("\N{REPLACEMENT CHARACTER}"))
+    while len(quote(message[:half] + message[-half:])) < _MOST_DETAILS_BYTES * 3 // 4:
+        half += half // 4
+    return f"{message[:half]} ... {message[-half:]}"
 
 
 def from_status(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,9 +50,10 @@ class Report:
         return not self.wrong_pages and not self.problems
 
     def problem(self, text: str) -> None:
-        """Note what must not be; only so many, for one cause may have many effects."""
+        """Note what must not be, and say so; only so many, for one cause may have many effects."""
         if len(self.problems) < _MOST_PROBLEMS:
             self.problems.append(text)
+            print(f"PROBLEM: {text}", file=sys.stderr, flush=True)
 
     def step_done(self, done: host_pb2.RunStepResponse, guest: str) -> None:
         self.steps += 1
@@ -133,5 +135,4 @@ class Report:
         ]
         if self.stress_rounds:
             rows.append(("rounds of stress-ng", self.stress_rounds))
-        text = "\n".join(f"{name:28}{value!s:>14}" for name, value in rows)
-        return "\n".join([text, *(f"PROBLEM: {problem}" for problem in self.problems)])
+        return "\n".join(f"{name:28}{value!s:>14}" for name, value in rows)
