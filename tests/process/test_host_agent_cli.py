@@ -1,6 +1,7 @@
 """The host agent as an operator meets it: flags, errors, health, reflection, metrics."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -95,6 +96,20 @@ def test_an_address_in_use_is_said(host_agent: HostAgent) -> None:
     assert done.returncode == 1
     assert "cannot listen" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_socket_that_is_in_use_is_left_to_its_owner(host_agent: HostAgent) -> None:
+    done = host_agent_command("--listen", host_agent.control)
+    assert done.returncode == 1
+    assert f"another host agent listens on {host_agent.control}" in done.stderr
+    assert "try:" in done.stderr
+    assert host_agent.guests() == {}, "it can be reached as before"
+
+
+def test_only_the_end_of_the_lifeline_is_the_end(host_agent: HostAgent) -> None:
+    os.write(host_agent.lifeline_fd, b"still here")
+    assert host_agent.guests() == {}
+    assert host_agent.process.poll() is None
 
 
 def test_doctor_really_tried() -> None:

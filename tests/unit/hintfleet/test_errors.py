@@ -1,9 +1,11 @@
 """Every error class crosses gRPC and comes out as itself, hint included."""
 
+from urllib.parse import quote
+
 import pytest
 
 from hintfleet import errors
-from hintfleet.errors import ExitCode, HintfleetError, from_status, to_status
+from hintfleet.errors import ExitCode, GuestLost, HintfleetError, from_status, to_status
 
 CLASSES = [
     errors.HintfleetError,
@@ -32,3 +34,15 @@ def test_text_for_people_says_what_to_try() -> None:
 def test_only_wrong_input_is_a_usage_error() -> None:
     usage = [kind for kind in CLASSES if kind("x").exit_code == ExitCode.USAGE]
     assert usage == [errors.InvalidInput]
+
+
+@pytest.mark.parametrize("letter", ["x", "\N{REPLACEMENT CHARACTER}"])
+def test_a_long_log_does_not_keep_an_error_from_arriving(letter: str) -> None:
+    """gRPC gives RESOURCE_EXHAUSTED in place of a status of more than 8 KiB."""
+    error = GuestLost(f"guest g: it ended: {letter * 20_000} the end", hint="look " * 9_000)
+    found = from_status(*to_status(error))
+    assert isinstance(found, GuestLost)
+    assert found.message.startswith("guest g: it ended: ")
+    assert found.message.endswith(" the end")
+    assert 1500 < len(quote(found.message)) <= 4096 + 5
+    assert len(found.hint) < 2000

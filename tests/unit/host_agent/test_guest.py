@@ -1,12 +1,17 @@
 """What a guest is told of memory that goes and comes."""
 
 import asyncio
+import os
+import threading
+
+import pytest
 
 from hintfleet.ranges import RangeSet, decode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.gate import Epochs
 from host_agent.guest import Guest
+from host_agent.page_map import PageMap
 from host_agent.ram import GuestRam, Segment
 from host_agent.stream import Stream
 
@@ -49,3 +54,63 @@ def test_absent_memory_that_came_back_is_no_news(ram: GuestRam, ram_fd: int) -> 
     """It is absent again: to hint it would gain nothing."""
     device = Segment(pfn=4096, page_count=1024, fd=ram_fd, offset_bytes=3072 * PAGE_BYTES)
     assert asyncio.run(told_after_unplugging(ram, [device])) is None
+
+
+def started(ram: GuestRam) -> Guest:
+    spec = host_pb2.GuestSpec(method=host_pb2.HINTING)
+    guest = Guest(name="g", uuid="u", token="t", trial_id="t", spec=spec)
+    guest.started(Running(ram))  # type: ignore[arg-type]
+    return guest
+
+
+async def told_on_a_new_session(guest: Guest, epochs: Epochs) -> tuple[int, Stream, object]:
+    """Connect, and be told of what is used; the session, its stream, the message."""
+    stream = Stream()
+    session = guest.connect_hinting(stream, "boot", epochs)
+    await stream.next()  # the welcome
+    await guest.tell_refaults()
+    return session, stream, await stream.next()
+
+
+def test_what_was_said_on_a_link_that_was_cut_is_said_again(ram: GuestRam, ram_fd: int) -> None:
+    """Else a guest that did not hear it would take those chunks for absent for ever."""
+
+    async def scenario() -> None:
+        guest, epochs = started(ram), Epochs()
+        os.pwrite(ram_fd, b"x", 3 * PAGE_BYTES)
+        for _ in range(2):
+            session, stream, message = await told_on_a_new_session(guest, epochs)
+            assert isinstance(message, hinting_pb2.HostMessage)
+            assert decode(message.refaulted.ranges) == RangeSet([(0, 512)])
+            stream.end()
+            guest.leave_hinting(session)
+
+    asyncio.run(scenario())
+
+
+def test_a_look_at_the_ram_is_waited_for_though_its_caller_is_gone(
+    ram: GuestRam, ram_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, may_end = threading.Event(), threading.Event()
+    resident = ram.resident
+
+    def slow(within: PageMap) -> PageMap:
+        looking.set()
+        assert may_end.wait(10)
+        return resident(within)
+
+    async def scenario() -> None:
+        guest = started(ram)
+        os.pwrite(ram_fd, b"x", 0)
+        monkeypatch.setattr(ram, "resident", slow)
+        asking = asyncio.create_task(guest.ledger())
+        while not looking.is_set():
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        unplugging = asyncio.create_task(guest.unplugged(DEVICE))
+        await asyncio.sleep(0.05)
+        assert not unplugging.done(), "the RAM changes under a thread that looks at it"
+        may_end.set()
+        await unplugging
+
+    asyncio.run(scenario())

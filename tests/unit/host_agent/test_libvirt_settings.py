@@ -4,6 +4,7 @@ import pytest
 
 from hintfleet.errors import Refused
 from hintfleet.v1 import host_pb2
+from host_agent.guests.domain_leaks import abandoned_domains
 from host_agent.guests.libvirt import _check_settings, _isolator, _kernel_parameters
 
 
@@ -51,3 +52,8 @@ def test_kernel_parameters_come_after_ours() -> None:
         *("hintfleet.isolator=kmod", "hintfleet.order=10", "init_on_alloc=0", "quiet")
     ]
     assert _kernel_parameters(spec("a=1", isolator="hugetlb")) == ["a=1"]
+
+
+def test_another_machines_domains_are_not_called_abandoned() -> None:
+    with pytest.raises(Refused, match="another machine's"):
+        abandoned_domains("qemu+ssh://h2.example.org/system")

@@ -75,10 +75,20 @@ def test_a_flood_is_a_violation_only_if_it_goes_on() -> None:
 def test_batches_are_slowed_by_what_they_cost_and_held_against_nobody() -> None:
     conduct, now_s, batches = Conduct(), 0.0, 0
     while now_s < 10 * FLOOD_S:
-        now_s += conduct.heard_batch(1024, now_s)
+        now_s += conduct.heard_batch(256, now_s)
         batches += 1
-    assert batches == pytest.approx((BATCHES.burst + 10 * FLOOD_S * BATCHES.per_s) / 17, rel=0.01)
+    assert batches == pytest.approx((BATCHES.burst + 10 * FLOOD_S * BATCHES.per_s) / 5, rel=0.01)
     assert conduct.heard(now_s) == 0
+
+
+def test_memory_in_pieces_is_paid_for_by_its_guest() -> None:
+    conduct = Conduct()
+    assert conduct.heard_batch(2, 0) == 0
+    conduct.made_work(32 * 1000, 0)
+    assert conduct.heard_batch(2, 0) == pytest.approx((1002 - BATCHES.burst) / BATCHES.per_s)
+    conduct = Conduct()
+    conduct.made_work(-100, 0)  # fewer pieces than ranges
+    assert conduct.heard_batch(2, 0) == 0
 
 
 def test_streams_are_bounded_in_number() -> None:

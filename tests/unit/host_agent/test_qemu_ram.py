@@ -4,6 +4,9 @@ import mmap
 import os
 from pathlib import Path
 
+import pytest
+
+from host_agent.guests import qemu_ram
 from host_agent.guests.qemu_ram import Mapping, mappings, parse_maps
 
 
@@ -42,3 +45,25 @@ def test_a_file_name_can_hold_anything_but_a_line_feed(tmp_path: Path) -> None:
             found = mappings(os.getpid())
         inode = os.fstat(file.fileno()).st_ino
     assert [m.inode for m in found if m.path.endswith("memfd:pc.ram")] == [inode]
+
+
+def test_a_file_that_is_closed_meanwhile_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU opens and closes a socket each time its guest tries to connect."""
+    ram = os.memfd_create("ram")
+    os.truncate(ram, 4096)
+    with mmap.mmap(ram, 4096):
+        (mapping,) = (m for m in mappings(os.getpid()) if m.inode == os.fstat(ram).st_ino)
+    readlink, gone = os.readlink, []
+
+    def first_is_gone(path: str) -> str:
+        if not gone:
+            gone.append(path)
+            raise FileNotFoundError(path)
+        return readlink(path)
+
+    monkeypatch.setattr(os, "readlink", first_is_gone)
+    fd = qemu_ram._open_file(os.getpid(), mapping)
+    assert gone
+    assert os.fstat(fd).st_ino == mapping.inode
+    os.close(fd)
+    os.close(ram)

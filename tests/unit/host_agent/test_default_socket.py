@@ -1,0 +1,43 @@
+"""Where the default socket may lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hintfleet.errors import Refused
+from host_agent.__main__ import _refuse_if_not_ours
+
+
+def test_a_folder_of_ours_is_closed_to_others(tmp_path: Path) -> None:
+    folder = tmp_path / "hintfleet-0" / "hintfleet"
+    folder.mkdir(parents=True, mode=0o777)
+    _refuse_if_not_ours(folder, tmp_path)
+    assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent)} == {0o700}
+    assert tmp_path.stat().st_mode & 0o777 == 0o700, "pytest's own, as it was"
+
+
+def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
+    """Who made it first could put a socket of his own there at any time."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "hintfleet-0").symlink_to(tmp_path / "theirs")
+    folder = tmp_path / "hintfleet-0" / "hintfleet"
+    folder.mkdir()
+    with pytest.raises(Refused, match="hintfleet-0 belongs to somebody else"):
+        _refuse_if_not_ours(folder, tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder away needs root")
+def test_another_users_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "hintfleet-0" / "hintfleet"
+    folder.mkdir(parents=True)
+    os.chown(folder.parent, 1, 1)
+    with pytest.raises(Refused, match="belongs to somebody else"):
+        _refuse_if_not_ours(folder, tmp_path)
+
+
+def test_a_folder_elsewhere_is_not_looked_at(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "hintfleet"
+    folder.mkdir(parents=True, mode=0o755)
+    _refuse_if_not_ours(folder, tmp_path / "tmp")
+    assert folder.stat().st_mode & 0o777 == 0o755

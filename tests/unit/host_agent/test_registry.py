@@ -1,0 +1,147 @@
+"""Guests that begin and end at the same time, with a driver that takes its time."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from hintfleet.errors import GuestLost, Refused
+from hintfleet.units import MIB, PAGE_BYTES
+from hintfleet.v1 import host_pb2
+from host_agent.guests import GuestRequest
+from host_agent.ram import GuestRam, Segment
+from host_agent.registry import Registry
+from host_agent.stream import Stream
+
+TRIAL = "t"
+SPEC = host_pb2.GuestSpec(driver=host_pb2.EMBEDDED, memory_bytes=MIB, method=host_pb2.NONE)
+
+
+class Running:
+    """RAM, and whether it was let go of."""
+
+    pid = 0
+    balloon = None
+    handle: dict[str, int] = {}
+
+    def __init__(self, may_end: threading.Event) -> None:
+        fd = os.memfd_create("registry")
+        os.truncate(fd, MIB)
+        self.ram = GuestRam([Segment(pfn=0, page_count=MIB // PAGE_BYTES, fd=fd, offset_bytes=0)])
+        self.closed = False
+        self._may_end = may_end
+
+    def evidence(self) -> str:
+        return "its last words"
+
+    def close(self) -> None:
+        assert self._may_end.wait(10)
+        self.ram.close()
+        self.closed = True
+
+
+class Driver:
+    """Makes and ends guests when it is told to."""
+
+    def __init__(self) -> None:
+        self.may_make, self.may_end = threading.Event(), threading.Event()
+        self.may_end.set()
+        self.made: list[Running] = []
+        self.fails: OSError | None = None
+
+    def create(self, request: GuestRequest) -> Running:
+        assert self.may_make.wait(10)
+        if self.fails is not None:
+            raise self.fails
+        self.made.append(Running(self.may_end))
+        return self.made[-1]
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(test)
+
+
+def registry_with(driver: Driver) -> Registry:
+    registry = Registry({host_pb2.EMBEDDED: driver})  # type: ignore[dict-item]
+    registry.open_watch(TRIAL)
+    return registry
+
+
+async def made(registry: Registry) -> None:
+    """A guest whose workload has attached."""
+    creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
+    while not registry.guests or registry.guests[0].running is None:
+        await asyncio.sleep(0.01)
+    registry.get("g").attach_workload(Stream())
+    await creating
+
+
+def test_one_that_is_ended_while_it_is_made_leaves_nothing() -> None:
+    async def scenario() -> None:
+        driver = Driver()
+        registry = registry_with(driver)
+        creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
+        await asyncio.sleep(0.05)
+        registry.close_watch(TRIAL)  # whoever asked for it is gone
+        await asyncio.sleep(0.05)
+        driver.may_make.set()
+        with pytest.raises(GuestLost):
+            await creating
+        await registry.end_all()
+        assert not registry.guests
+        assert [one.closed for one in driver.made] == [True]
+
+    run(scenario())
+
+
+def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
+    async def scenario() -> None:
+        driver = Driver()
+        driver.may_make.set()
+        registry = registry_with(driver)
+        await made(registry)
+        driver.may_end.clear()
+        registry.close_watch(TRIAL)
+        registry.open_watch(TRIAL)  # the next trial begins before the last guest has ended
+        creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
+        await asyncio.sleep(0.1)
+        assert not creating.done()
+        driver.may_end.set()
+        while len(driver.made) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        registry.get("g").attach_workload(Stream())
+        assert (await creating).running is driver.made[1]
+        await registry.end_all()
+
+    run(scenario())
+
+
+def test_what_the_machine_has_not_is_refused_and_may_be_asked_for_again() -> None:
+    async def scenario() -> None:
+        driver = Driver()
+        driver.may_make.set()
+        driver.fails = OSError(24, "Too many open files")
+        registry = registry_with(driver)
+        command = host_pb2.CommandId(run_id="r", trial_id=TRIAL, sequence=1)
+
+        async def create() -> object:
+            return await registry.create("g", TRIAL, SPEC)
+
+        with pytest.raises(Refused, match=r"guest g cannot be made: .*Too many open files"):
+            await registry.once(command, create)
+        driver.fails = None
+        again = asyncio.create_task(registry.once(command, create))
+        while not registry.guests or registry.guests[0].running is None:
+            await asyncio.sleep(0.01)
+        registry.get("g").attach_workload(Stream())
+        await again
+        await registry.end_all()
+
+    run(scenario())
