@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from hintfleet.errors import GuestLost, HintfleetError, OutcomeUnknown, Refused, TransientError
-from hintfleet.ranges import RangeSet, encode
+from hintfleet.ranges import EMPTY, RangeSet, encode
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent import gate
 from host_agent.balloon import Balloon, Rule
@@ -85,6 +85,8 @@ class Guest:
         self.last_ledger = host_pb2.Ledger()
         """The books as of the last audit; closed books once the guest is destroyed."""
         self._ram_lock = asyncio.Lock()
+        self.plugged_pages = EMPTY
+        """Memory that was plugged and is in the books."""
         self.resize_lock = asyncio.Lock()
         """Held while memory is on its way in or out."""
         self._unsaid_used = NO_PAGES
@@ -106,6 +108,7 @@ class Guest:
 
     async def adopted(self, running: RunningGuest, books: Books) -> None:
         """The driver has found it again; an earlier host agent has left these books."""
+        self.plugged_pages = await in_driver_thread(running.plugged)
         ledger, resident = await asyncio.to_thread(self._recovered, running.ram, books)
         # What the guest was told of that is not known: so all of it.
         self._unsaid_used = resident
@@ -446,6 +449,7 @@ class Guest:
             running.ram.plug(segments)
             pages = running.ram.pages - before
             ledger.plugged(PageMap(pages))
+            self.plugged_pages |= pages
             self._unsaid_used -= PageMap(pages)  # of what was unplugged there: it is absent again
             self.keeper.changed(self)
             return pages
@@ -466,6 +470,7 @@ class Guest:
             raise Refused(f"guest {self.name}: unplugged memory stays: {error}") from error
         # A guest that remembers what is absent must not count these any more.
         self._unsaid_used |= ledger.unplugged(PageMap(pages))
+        self.plugged_pages -= pages
         self.keeper.changed(self)
 
     def _memory(self) -> tuple[RunningGuest, Ledger]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from socketserver import ThreadingMixIn
-from threading import Thread
+from threading import BoundedSemaphore, Thread
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -40,6 +40,10 @@ _COUNTERS = {
     "unplugged_total_bytes": "Reclaimed, and still absent when it was unplugged",
     "batches": "Batches received",
 }
+
+
+_CONNECTIONS = 16
+"""Served at a time."""
 
 
 class LedgerCollector(Collector):
@@ -131,6 +135,22 @@ def _make_server(address: str, tls: Tls | None) -> _Server:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    _rooms = BoundedSemaphore(_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Have a thread serve it, if not too many do: whoever reaches the port could ask for any
+        number of them."""
+        if self._rooms.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve it, and make room."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._rooms.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up, stalls or shows no certificate is no event."""

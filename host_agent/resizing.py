@@ -90,11 +90,16 @@ async def resize(guest: Guest, memory_bytes: int) -> None:
     """
     check(guest.name, guest.spec, memory_bytes)
     async with guest.resize_lock:
+        there = await in_driver_thread(_running(guest).plugged)
+        if left := guest.plugged_pages - there:  # after we had given up waiting for it
+            await guest.unplugged(left)
         more_bytes = memory_bytes - guest.provisioned_bytes
         if more_bytes > 0:
             await _grow(guest, more_bytes)
         elif more_bytes < 0:
             await _shrink(guest, -more_bytes)
+        elif there:  # whether the guest uses it is not known, if its answer was lost
+            await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=encode(there))))
 
 
 async def _grow(guest: Guest, size_bytes: int) -> None:

@@ -1,7 +1,7 @@
 """What the arms of a run cost, each against the control. Pure.
 
-Pairs are those of `savings`: same repetition and same host. An arm with a trial
-that is undecided has no figures here either.
+Pairs are those of `savings`: a repetition each, its hosts summed before they are
+compared. An arm with a trial that is undecided has no figures here either.
 """
 
 from __future__ import annotations
@@ -87,30 +87,29 @@ def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def _by_pair(rows: Sequence[Charged], value: Callable[[Cost], float]) -> dict[Hashable, float]:
-    return {(row.repetition, row.host): value(row.cost) for row in rows if row.cost}
+def _by_trial(rows: Sequence[Charged], value: Callable[[Cost], float]) -> dict[Hashable, float]:
+    """The sum over the hosts of each trial."""
+    sums: dict[Hashable, float] = {}
+    for row in rows:
+        if row.cost:
+            sums[row.repetition] = sums.get(row.repetition, 0.0) + value(row.cost)
+    return sums
 
 
 def _more(
     control: Sequence[Charged], arm: Sequence[Charged], value: Callable[[Cost], float]
 ) -> Interval | None:
-    less = mean_interval(paired_differences(_by_pair(control, value), _by_pair(arm, value)))
-    if less is None:
-        return None
-    hosts = len({row.host for row in arm})
-    more = Interval(mean=-less.mean, low=-less.high, high=-less.low, pairs=less.pairs)
-    return more.scaled(hosts)
+    return mean_interval(paired_differences(_by_trial(arm, value), _by_trial(control, value)))
 
 
 def _slowdown_percent(control: Sequence[Charged], arm: Sequence[Charged]) -> Interval | None:
     """Of ratios the logarithms are averaged: twice as slow and twice as fast cancel out."""
 
-    def log_step_s(cost: Cost) -> float:
-        return math.log(max(cost.step_s, 1e-6))
+    def log_step_s(rows: Sequence[Charged]) -> dict[Hashable, float]:
+        step_s = _by_trial(rows, lambda cost: cost.step_s)
+        return {trial: math.log(max(value, 1e-6)) for trial, value in step_s.items()}
 
-    log_ratio = mean_interval(
-        paired_differences(_by_pair(arm, log_step_s), _by_pair(control, log_step_s))
-    )
+    log_ratio = mean_interval(paired_differences(log_step_s(arm), log_step_s(control)))
     if log_ratio is None:
         return None
     mean, low, high = (

@@ -67,7 +67,9 @@ def _of_host_agent(libvirt_uri: str, clean: bool) -> tuple[list[Leak], list[str]
 def _ray_processes() -> Iterator[Removable]:
     for process in living():
         folder = _runtime_folder(process)
-        if folder is not None and runtime_dirs().belongs_to_nobody(folder):
+        if folder is None or not _shares_our_view(process):
+            continue
+        if runtime_dirs().belongs_to_nobody(folder):
             leak = Leak(
                 what="Ray process",
                 where=f"process {process.pid}: {Path(process.argv[0].split()[0]).name}",
@@ -76,6 +78,18 @@ def _ray_processes() -> Iterator[Removable]:
                 why=f"the run that had {folder} is gone",
             )
             yield leak, process.end
+
+
+def _shares_our_view(process: Process) -> bool:
+    """Whether the pids and paths that it speaks of mean the same here: those of a container
+    do not, and so say nothing of whether its run is gone."""
+    try:
+        return all(
+            os.readlink(f"/proc/{process.pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
+            for kind in ("pid", "mnt")
+        )
+    except OSError:  # gone meanwhile, or another user's
+        return False
 
 
 def _runtime_folder(process: Process) -> Path | None:

@@ -1,17 +1,21 @@
-"""The savings query, from the store or from a fleet service: the same answer either way."""
+"""What is asked of the store or of a fleet service: the same answer either way."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import grpc
 
-from hintfleet.errors import InvalidInput, NotFound, from_rpc_error
+from hintfleet.errors import from_rpc_error
 from hintfleet.tls import Tls, client_credentials
 from hintfleet.v1 import fleet_pb2, fleet_pb2_grpc
-from orchestrator.fleet_messages import BY_PB2, savings_from_pb2
+from orchestrator.fleet_messages import BY_PB2, run_as_pb2, savings_from_pb2
 from orchestrator.savings import By, Savings
-from orchestrator.store.reader import Store
+from orchestrator.store.reader import LATEST, Store
 
 _TIMEOUT_S = 30.0
+_MOST_RUNS = 10_000
 
 
 def ask_store(store: Store, by: By, run: str = "", since_unix_s: int = 0) -> list[Savings]:
@@ -20,11 +24,7 @@ def ask_store(store: Store, by: By, run: str = "", since_unix_s: int = 0) -> lis
     :param run: only this run: an id, an unambiguous part of one, or `latest`.
     :raises InvalidInput: there is no such run.
     """
-    try:
-        run_id = store.find_run(run).run_id if run else ""
-    except NotFound as error:
-        raise InvalidInput(error.message, hint=error.hint) from error
-    return store.savings(by, run_id, since_unix_s)
+    return store.savings(by, store.find_run(run).run_id if run else "", since_unix_s)
 
 
 def ask_server(
@@ -36,14 +36,45 @@ def ask_server(
     :raises InvalidInput: the address needs TLS.
     """
     request = fleet_pb2.QuerySavingsRequest(by=BY_PB2[by], run_id=run, since_unix_s=since_unix_s)
+    with _service(address, tls) as service:
+        answer = service.QuerySavings(request, timeout=_TIMEOUT_S)
+    return [savings_from_pb2(row) for row in answer.rows]
+
+
+def store_runs(store: Store) -> list[fleet_pb2.Run]:
+    """The newest runs first."""
+    return [run_as_pb2(run) for run in store.runs(_MOST_RUNS)]
+
+
+def server_runs(address: str, tls: Tls | None = None) -> list[fleet_pb2.Run]:
+    """The same from the fleet service at `address`; raises what `ask_server` does."""
+    with _service(address, tls) as service:
+        request = fleet_pb2.ListRunsRequest(limit=_MOST_RUNS)
+        return list(service.ListRuns(request, timeout=_TIMEOUT_S).runs)
+
+
+def not_done(
+    runs: Sequence[fleet_pb2.Run], run: str = "", since_unix_s: int = 0
+) -> list[fleet_pb2.Run]:
+    """Those that the same savings query asks for whose state is not done. Pure.
+
+    :param runs: the newest first.
+    """
+    asked = [found for found in runs if run in ("", LATEST) or run.lower() in found.run_id]
+    return [
+        found
+        for found in (asked[:1] if run == LATEST else asked)
+        if found.state != "done" and found.started_unix_s >= since_unix_s
+    ]
+
+
+@contextmanager
+def _service(address: str, tls: Tls | None) -> Iterator[fleet_pb2_grpc.FleetServiceStub]:
     with _channel(address, tls) as channel:
         try:
-            answer = fleet_pb2_grpc.FleetServiceStub(channel).QuerySavings(
-                request, timeout=_TIMEOUT_S
-            )
+            yield fleet_pb2_grpc.FleetServiceStub(channel)
         except grpc.RpcError as error:
             raise from_rpc_error(error, f"fleet service at {address}") from error
-    return [savings_from_pb2(row) for row in answer.rows]
 
 
 def _channel(address: str, tls: Tls | None) -> grpc.Channel:

@@ -1,8 +1,10 @@
 """What arms used and saved: the one query behind the summary, `savings` and the service.
 
-Controlled savings compare an arm with the control of the same run, pair by pair:
-same repetition (so same seeds) and same host. A figure for several hosts is their
-number times the mean of a host, so that every host of every repetition is a pair.
+Controlled savings compare an arm with the control of the same run, pair by pair. A
+pair is one repetition (so the same seeds) of all that a row stands for: the fleet, a
+host or a guest. What shares a trial shares that trial's noise, so the hosts of one are
+summed before they are compared: as pairs of their own they would count one draw as many,
+and the interval would be too narrow.
 If any trial of an arm is undecided, the arm is: leaving out the trials that went
 wrong would favour whatever made them go wrong.
 """
@@ -142,30 +144,30 @@ def _wrong_pages(rows: Iterable[Measured]) -> str:
     )
 
 
-def _unit_count(rows: Sequence[Measured]) -> int:
-    return len({(row.host, row.guest) for row in rows})
-
-
 def _saved(
     control: Sequence[Measured], rows: Sequence[Measured], value: Callable[[Footprint], float]
 ) -> Interval | None:
-    def by_pair(arm: Sequence[Measured]) -> dict[Hashable, float]:
-        return {
-            (row.run_id, row.repetition, row.host, row.guest): value(row.footprint)
-            for row in arm
-            if row.footprint is not None
-        }
+    return mean_interval(paired_differences(_by_trial(control, value), _by_trial(rows, value)))
 
-    interval = mean_interval(paired_differences(by_pair(control), by_pair(rows)))
-    return interval.scaled(_unit_count(rows)) if interval else None
+
+def _by_trial(
+    arm: Sequence[Measured], value: Callable[[Footprint], float]
+) -> dict[Hashable, float]:
+    """The sum over all that was measured in each trial."""
+    sums: dict[Hashable, float] = {}
+    for row in arm:
+        if row.footprint is not None:
+            trial = row.run_id, row.repetition
+            sums[trial] = sums.get(trial, 0.0) + value(row.footprint)
+    return sums
 
 
 def _together(rows: Sequence[Measured]) -> Footprint:
     footprints = [row.footprint for row in rows if row.footprint is not None]
-    units = _unit_count(rows)
 
     def mean(value: Callable[[Footprint], float]) -> float:
-        return units * fsum(map(value, footprints)) / len(footprints)
+        trials = _by_trial(rows, value)
+        return fsum(trials.values()) / len(trials)
 
     return Footprint(
         provisioned_bytes=round(mean(lambda f: f.provisioned_bytes)),

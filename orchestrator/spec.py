@@ -15,11 +15,13 @@ from pydantic import BaseModel, Field, model_validator
 from hintfleet.units import format_size
 from orchestrator.spec_values import (
     AmountOrPercent,
+    ColdAfterS,
     DurationS,
     Name,
     Part,
     PositiveDurationS,
     Repetitions,
+    ReportPeriodS,
     SamplePeriodS,
     Size,
     Strings,
@@ -142,11 +144,11 @@ class Arm(Part):
     tracker: str = ""
     isolator: str = ""
     policy: Annotated[Policy, Field(strict=False)] = Policy.EAGER
-    cold_after_s: PositiveDurationS = Field(default=5.0, alias="cold_after")
+    cold_after_s: ColdAfterS = Field(default=5.0, alias="cold_after")
     pressure_above_percent: WholePercent = Field(default=80, alias="pressure_above")
-    report_period_s: PositiveDurationS = Field(default=0.1, alias="report_period")
+    report_period_s: ReportPeriodS = Field(default=0.1, alias="report_period")
     threshold_chunks: int = Field(default=16, ge=1, le=1 << 20, alias="threshold")
-    chunk_order: int = Field(default=9, ge=0, le=10)
+    chunk_order: int = Field(default=9, ge=1, le=10)  # 0 on the wire means the default
     reserve_percent: WholePercent = Field(default=10, alias="reserve")
     step_percent: WholePercent = Field(default=5, alias="step")
     kernel_parameters: str = Field(default="", max_length=500, pattern=r"^[ -~]*$")

@@ -234,6 +234,12 @@ def _workload_problems(spec: Spec) -> Iterator[Problem]:
     held_bytes = 0
     for step in expand(spec.workload):
         path = ("workload", "phases", step.phase_index)
+        if step.allocate is not None and not step.allocate.of(memory_bytes):
+            yield Problem(
+                path=(*path, "allocate"),
+                message=f"{step.allocate} is less than a page, so nothing would be allocated",
+            )
+            return
         if step.free is not None and not step.free.of(held_bytes):
             yield Problem(path=path, message="nothing is held that could be freed")
             return

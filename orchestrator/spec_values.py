@@ -94,6 +94,10 @@ class Amount(Part):
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 DurationS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0, le=7 * 86400)]
 PositiveDurationS = Annotated[float, BeforeValidator(_duration_s), Field(gt=0, le=7 * 86400)]
+# Whole milliseconds on the wire, where 0 would mean what the guest does by itself; and no
+# guest looks more often than every 10 ms.
+ReportPeriodS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.01, le=7 * 86400)]
+ColdAfterS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.001, le=7 * 86400)]
 WholePercent = Annotated[int, BeforeValidator(_whole_percent)]
 AmountOrPercent = Annotated[Amount, BeforeValidator(_amount)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]

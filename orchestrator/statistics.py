@@ -1,8 +1,8 @@
 """Intervals of paired differences. Pure.
 
-Why Student's t and not a bootstrap: there are few pairs (six in the quickstart).
-The percentile bootstrap of so few covers the truth far less often than it
-claims (a resample of six cannot show more spread than the six have), while t is
+Why Student's t and not a bootstrap: there are few pairs (three in the
+quickstart). The percentile bootstrap of so few covers the truth far less often than it
+claims (a resample of three cannot show more spread than the three have), while t is
 exact for differences that are normal and errs to the wide side for the bounded,
 nearly symmetric ones that memory footprints give.
 """
@@ -25,20 +25,15 @@ class Interval:
     high: float
     pairs: int
 
-    def scaled(self, factor: float) -> Interval:
-        """The interval of `factor` (not negative) times the quantity."""
-        return Interval(
-            mean=self.mean * factor,
-            low=self.low * factor,
-            high=self.high * factor,
-            pairs=self.pairs,
-        )
-
 
 def paired_differences(
     control: Mapping[Hashable, float], treated: Mapping[Hashable, float]
 ) -> list[float]:
-    """Control less treated, for every key that both have, in the order of `treated`."""
+    """Control less treated, for every key that both have, in the order of `treated`.
+
+    The differences have to be independent for their interval to be true: a key is a
+    trial, not a part of one.
+    """
     return [control[key] - value for key, value in treated.items() if key in control]
 
 

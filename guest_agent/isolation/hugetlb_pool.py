@@ -212,6 +212,15 @@ class HugetlbPool:
                 f"nr_overcommit_hugepages is {overcommit}: others may take huge pages",
                 hint="sysctl vm.nr_overcommit_hugepages=0, or use the kmod isolator",
             )
+        # Page flags do not tell of which size a huge page is: theirs would be taken for ours.
+        for others in sorted(self._pool.parent.glob("hugepages-*")):
+            for name in ("nr_hugepages", "nr_overcommit_hugepages"):
+                path = others / name
+                if others != self._pool and path.exists() and (count := int(path.read_text())):
+                    raise Refused(
+                        f"huge pages of another size are used: {name} of {others.name} is {count}",
+                        hint=f"echo 0 > {path}, or use the kmod isolator",
+                    )
         # alloc_contig_range() replaces free huge pages that are in its way (mm/hugetlb.c:
         # isolate_or_dissolve_huge_page); these two call it.
         if cma_kib := self._cma_kib():

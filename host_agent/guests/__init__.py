@@ -60,6 +60,9 @@ class RunningGuest(Protocol):
     def handle(self) -> Handle:
         """For `adopt`, by another host agent."""
 
+    def plugged(self) -> RangeSet:
+        """Memory that was plugged and is there now."""
+
     def plug(self, size_bytes: int) -> Sequence[Segment]:
         """Give the guest more memory, to be owned by whoever called; the guest does not
         use it before it is told to. `ram` is not changed here.

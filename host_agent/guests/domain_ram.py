@@ -65,6 +65,10 @@ class Dimms:
         self._domain = domain
         self._node = node
 
+    def pages(self) -> RangeSet:
+        """Of all DIMMs that the domain has now."""
+        return RangeSet(pages for dimm in self._dimms() for pages in dimm.pages)
+
     def plug(self, size_bytes: int, ram: RangeSet) -> list[Segment]:
         """Attach one DIMM; returns where it lies.
 

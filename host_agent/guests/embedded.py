@@ -116,6 +116,7 @@ class EmbeddedGuest:
         self.pid = process.pid
         self.ram = ram
         self._handle = handle
+        self._first = RangeSet([(0, request.spec.memory_bytes // PAGE_BYTES)])
         self._on_gone = request.on_gone
         self._process = process
         self._log = log
@@ -131,6 +132,10 @@ class EmbeddedGuest:
     def handle(self) -> Handle:
         """Its size is nowhere to be seen: the RAM file is as large as the maximum."""
         return {**self._handle, "memory_bytes": self.ram.provisioned_bytes}
+
+    def plugged(self) -> RangeSet:
+        """What lies behind the memory that it started with."""
+        return self.ram.pages - self._first
 
     def plug(self, size_bytes: int) -> list[Segment]:
         """The next part of the RAM file."""

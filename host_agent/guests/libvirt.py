@@ -119,6 +119,9 @@ class LibvirtGuest:
         self._forget = forget
         self._end = end
 
+    def plugged(self) -> RangeSet:
+        return self._dimms.pages()
+
     def plug(self, size_bytes: int) -> Sequence[Segment]:
         return self._dimms.plug(size_bytes, self.ram.pages)
 

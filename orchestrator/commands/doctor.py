@@ -18,6 +18,10 @@ Examples:
   hintfleet doctor
   hintfleet doctor --leaks       what a crash left here: exit code 0 nothing, 1 something
   hintfleet doctor --clean       remove that; exit code 1 if something had to stay
+
+\b
+The exit code is also 1 where something could not be looked at, such as a libvirt that does
+not answer.
 """
 
 
@@ -67,9 +71,10 @@ def _leaks(data_dir: Path, libvirt_uri: str, clean: bool, output_format: str) ->
         "leaks": [leak.as_data() for leak in found.leaks],
         "not_looked_at": found.not_looked_at,
     }
-    emit(data, output_format, lambda: leak_table(found.leaks))
+    all_looked_at = not found.not_looked_at
+    emit(data, output_format, lambda: leak_table(found.leaks, all_looked_at=all_looked_at))
     for unseen in found.not_looked_at:
         click.echo(f"not looked at: {unseen}", err=True)
     if found.leaks and not clean:
         click.echo("to remove them: hintfleet doctor --clean", err=True)
-    return 0 if all(leak.removed for leak in found.leaks) else 1
+    return 0 if all_looked_at and all(leak.removed for leak in found.leaks) else 1

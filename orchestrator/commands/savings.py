@@ -46,21 +46,33 @@ def savings(
     tls_folder: str,
     data_dir: Path | None,
     output_format: str,
-) -> None:
-    """Say what runs saved, against their control."""
+) -> int:
+    """Say what runs saved, against their control.
+
+    Runs that are not done are named on stderr. The exit code is 3 if a row is undecided.
+    """
+    from hintfleet.errors import ExitCode
     from orchestrator.output import emit, savings_as_data
-    from orchestrator.queries import ask_server, ask_store
+    from orchestrator.queries import ask_server, ask_store, not_done, server_runs, store_runs
     from orchestrator.savings import By
     from orchestrator.store.reader import Store
     from orchestrator.view import tables
+    from orchestrator.view.figures import first_line
 
     since_unix_s = _since_unix_s(since)
     if server:
-        rows = ask_server(server, By(by), run_name, since_unix_s, tls_or_none(tls_folder))
+        tls = tls_or_none(tls_folder)
+        rows = ask_server(server, By(by), run_name, since_unix_s, tls)
+        runs = server_runs(server, tls)
     else:
         with Store(data_dir_or_default(data_dir)) as store:
             rows = ask_store(store, By(by), run_name, since_unix_s)
+            runs = store_runs(store)
     emit([savings_as_data(row) for row in rows], output_format, lambda: tables.savings(rows))
+    for run in not_done(runs, run_name, since_unix_s):
+        reason = f": {first_line(run.reason)}" if run.reason else ""
+        click.echo(f"run {run.run_id[-6:]} is {run.state}{reason}", err=True)
+    return ExitCode.UNDECIDED if any(row.undecided for row in rows) else ExitCode.DONE
 
 
 def _since_unix_s(since: str | None) -> int:

@@ -53,7 +53,8 @@ def exit_code(run: Run, rows: list[Savings]) -> ExitCode:
         return ExitCode.FAILED
     if run.state == "interrupted":
         return ExitCode.INTERRUPTED
-    return ExitCode.UNDECIDED if any(row.undecided for row in rows) else ExitCode.DONE
+    undecided = run.state == "undecided" or any(row.undecided for row in rows)
+    return ExitCode.UNDECIDED if undecided else ExitCode.DONE
 
 
 def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> Any:

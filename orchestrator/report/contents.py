@@ -11,6 +11,7 @@ from orchestrator.footprint import Numbers
 from orchestrator.records import PhaseStarted
 from orchestrator.report.curves import Curve, Mark, course, curve, marks
 from orchestrator.savings import By, Savings
+from orchestrator.store.lock import busy
 from orchestrator.store.reader import Run, Store
 from orchestrator.store.samples import read_series
 
@@ -29,8 +30,11 @@ class Contents:
 def read_contents(store: Store, run: Run) -> Contents:
     """Gather it.
 
-    :raises Refused: no trial of the run came to its end, so there is nothing to show.
+    :raises Refused: the run has not ended, no trial of it came to its end, or samples are
+        gone or damaged.
     """
+    if run.state == "running":
+        raise busy(run.run_id)
     trials = [
         t for t in store.trials(run.run_id) if t.counted and t.ended_unix_us and not t.undecided
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from hintfleet.errors import NotFound
+from hintfleet.errors import InvalidInput
 from orchestrator.comparison import ArmCost, Charged, compare
 from orchestrator.cost import Cost
 from orchestrator.footprint import Footprint, Returned
@@ -123,14 +123,14 @@ class Store:
     def find_run(self, name: str) -> Run:
         """The run with this id, an unambiguous part of its id, or `latest`.
 
-        :raises NotFound: there is none, or more than one.
+        :raises InvalidInput: there is none, or more than one.
         """
         if name == LATEST:
             rows = self._query("SELECT * FROM runs ORDER BY started_unix_us DESC LIMIT 1")
         else:
             rows = self._query("SELECT * FROM runs WHERE instr(run_id, ?) LIMIT 2", name.lower())
         if len(rows) != 1:
-            raise NotFound(
+            raise InvalidInput(
                 f"{'more than one run has' if rows else 'there is no run'} {name!r}"
                 f"{' in its id' if rows else ''}",
                 hint="`hintfleet runs` lists them; 'latest' is the newest",
@@ -161,11 +161,16 @@ class Store:
         return aggregate(self._measured(run_id, since_unix_s), by)
 
     def costs(self, run: Run) -> list[ArmCost]:
-        """What the arms of a run cost."""
+        """What the arms of a run cost that were measured whole; none while it runs."""
+        if run.state == "running":
+            return []
         rows = self._query(
-            "SELECT t.arm, t.repetition, f.host, f.cost FROM footprints f JOIN counted_trials t "
-            "USING (trial_id) WHERE t.run_id = ? AND f.guest = '' "
-            "ORDER BY t.arm_position, t.position, f.host",
+            # A trial that was cut off has no host, and so no cost; an undecided one has none.
+            "SELECT t.arm, t.repetition, ifnull(f.host, '') AS host, "
+            "       iif(t.undecided = '', f.cost, NULL) AS cost "
+            "FROM counted_trials t LEFT JOIN footprints f "
+            "     ON f.trial_id = t.trial_id AND f.guest = '' "
+            "WHERE t.run_id = ? ORDER BY t.arm_position, t.position, f.host",
             run.run_id,
         )
         charged = [
@@ -191,14 +196,24 @@ class Store:
         return [kind(**json.loads(row["detail"])) for row in rows]
 
     def _measured(self, run_id: str, since_unix_s: int) -> list[Measured]:
+        # A trial that was cut off has no footprints: it is missed by each host and guest that
+        # another trial of its run has, or, where none has any, by the run as a whole.
         rows = self._query(
+            "WITH units AS ("
+            "  SELECT DISTINCT t.run_id, f.host, f.guest "
+            "  FROM footprints f JOIN trials t USING (trial_id) "
+            "  WHERE ?1 = '' OR t.run_id = ?1) "
             "SELECT r.run_id, r.name, r.spec_hash, r.control, t.arm, t.repetition, "
-            "       f.host, f.guest, f.footprint, f.undecided "
-            "FROM footprints f JOIN counted_trials t USING (trial_id) JOIN runs r USING (run_id) "
+            "       ifnull(u.host, '') AS host, ifnull(u.guest, '') AS guest, "
+            "       f.footprint, ifnull(f.undecided, 'was cut off') AS undecided "
+            "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
+            "     LEFT JOIN units u ON u.run_id = t.run_id "
+            "     LEFT JOIN footprints f "
+            "     ON f.trial_id = t.trial_id AND f.host = u.host AND f.guest = u.guest "
             "WHERE (?1 = '' OR r.run_id = ?1) AND r.started_unix_us >= ?2 "
             "  AND r.state != 'running' "
             "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position, "
-            "         f.host, f.guest",
+            "         u.host, u.guest",
             run_id,
             since_unix_s * 1_000_000,
         )

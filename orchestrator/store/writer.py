@@ -331,17 +331,31 @@ class _OpenTrial:
                 return self._measured(task, names)
             except Undecided as undecided:
                 reason = str(undecided)
+        reason = self._wrong_pages(task.host) or reason
         return [Outcome(guest=name, undecided=reason) for name in ("", *names)]
 
     def end(self, outcomes: Mapping[str, list[Outcome]]) -> TrialEnd:
-        """What the outcomes of all hosts come to."""
+        """What the outcomes of all hosts come to.
+
+        Pages that came back wrong are a result, and the first to be said, also where the
+        host was lost after it: to run the trial again would forget them.
+        """
+        wrong = [reason for host in outcomes if (reason := self._wrong_pages(host))]
         reasons = {host: of_host[0].undecided for host, of_host in outcomes.items()}
         undecided = {host: reason for host, reason in reasons.items() if reason}
         return TrialEnd(
-            undecided=next(iter(undecided.values()), ""),
+            undecided=next(iter((*wrong, *undecided.values())), ""),
             lost=bool(undecided)
+            and not wrong
             and all(host in self._done and self._done[host].lost for host in undecided),
         )
+
+    def _wrong_pages(self, host: str) -> str:
+        """Which guest of a host read back what it had not written; empty if none did."""
+        for guest, steps in self._steps.items():
+            if count := sum(step.wrong_pages for step in steps if step.host == host):
+                return f"{guest}: {count} pages came back wrong"
+        return ""
 
     def _measured(self, task: HostTask, names: list[str]) -> list[Outcome]:
         series = read_series(self._folder, task.host, COUNTERS)

@@ -13,10 +13,12 @@ from orchestrator.view.figures import NO_FIGURE, when
 from orchestrator.view.tables import table
 
 
-def leak_table(leaks: Sequence[Leak]) -> RenderableType:
+def leak_table(leaks: Sequence[Leak], *, all_looked_at: bool) -> RenderableType:
     """One row each; what became of it below where it is."""
     if not leaks:
-        return Text("nothing is left of earlier crashes")
+        if all_looked_at:
+            return Text("nothing is left of earlier crashes")
+        return Text("nothing was found, but not everything could be looked at")
     made = table(("what", "where"), ("since", "size"))
     for leak in leaks:
         made.add_row(

@@ -75,6 +75,8 @@ def summary(run: Run, rows: Sequence[Savings], costs: Sequence[ArmCost]) -> Rend
     heading = Text.assemble(
         (run.name, "bold"), f": {run.summary}\n", (f"run {run.run_id}, ", "dim"), _state(run)
     )
+    if run.state == "running":
+        return Group(heading, Text(), Text("still running: figures are given when it has ended"))
     parts: list[RenderableType] = [heading, Text(), savings(rows)]
     if costs:
         parts += [Text(), spent(costs), Text(), _SPENT_NOTE]

@@ -82,7 +82,7 @@ class Refused(StableError):
 
 
 class NotFound(StableError):
-    """There is no such guest, run or host."""
+    """There is no such guest or host."""
 
     code = grpc.StatusCode.NOT_FOUND
 

@@ -2,7 +2,8 @@
 
 A process holds a lock on its folder while it lives. That tells also where process ids do
 not: after one was used again, and between containers. The id, which is in the folder's
-name, tells where the lock was not taken yet.
+name, tells where the lock was not taken yet: it is looked at first, so that nobody takes
+the lock from a process that is about to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from hintfleet.processes import look
+
+_CLOCKS_AGREE_WITHIN_S = 1.0  # when a process started is known in whole seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class OwnedFolders:
         """Whether it is the folder of a process that is gone; it may be gone itself."""
         pid = path.name.removeprefix(self.prefix).partition("-")[0]
         named = path.name.startswith(self.prefix) and pid.isdecimal()
-        if not named or Path(f"/proc/{pid}").exists():
+        if not named or _may_have_made(int(pid), path):
             return False
         try:
             os.close(_lock(path))
@@ -70,6 +75,22 @@ class OwnedFolder:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _may_have_made(pid: int, path: Path) -> bool:
+    """Whether a process with this id lives that did not start after `path` had its last
+    change. Without such a folder, whether one lives at all."""
+    try:
+        process = look(pid)
+    except OSError:
+        return True  # it is there, and not for us to see
+    if process is None:
+        return False
+    try:
+        changed_unix_s = path.lstat().st_mtime
+    except OSError:
+        return True
+    return process.started_unix_s <= changed_unix_s + _CLOCKS_AGREE_WITHIN_S
 
 
 def _is_mine(path: Path) -> bool:

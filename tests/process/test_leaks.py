@@ -138,3 +138,25 @@ def test_what_is_nobodys_is_removed_and_nothing_else(lab: Lab, dead_pid: int) ->
     assert said.returncode == 1
     assert "unfinished file" in said.stdout, "whoever held the lock is gone now"
     assert "hintfleet doctor --clean" in said.stderr
+
+
+_UNSHARE = ("unshare", "--user", "--map-root-user", "--fork", "--kill-child")
+
+
+@pytest.mark.parametrize(
+    ("within", "listed"),
+    [((), True), ((*_UNSHARE, "--mount"), False), ((*_UNSHARE, "--pid"), False)],
+)
+def test_processes_of_a_container_are_not_ours_to_end(
+    lab: Lab, dead_pid: int, within: tuple[str, ...], listed: bool
+) -> None:
+    """Its folders and process ids are others than those of the same names here."""
+    if within and subprocess.run([*within, "true"], check=False).returncode:
+        pytest.skip("this machine makes no namespaces")
+    folder = f"{lab.temporary}/hf-{dead_pid}-abcdefgh/ray/session"
+    command = [*within, "bash", "-c", "echo; read", "/ray/core/src/ray/raylet/raylet", folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (pid,) = child_pids(process.pid) if within else [process.pid]
+        assert (f"process {pid}" in doctor(lab, "--leaks", 0)) == listed

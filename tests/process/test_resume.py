@@ -60,7 +60,7 @@ def check_figures(data: dict[str, Any]) -> None:
             "two attempts are never mixed"
         )
         assert arm["footprint"]["wrong_pages"] == 0
-    assert data["arms"][1]["saved_bytes"]["pairs"] == 4
+    assert data["arms"][1]["saved_bytes"]["pairs"] == 2
     counted = [(trial["arm"], trial["repetition"]) for trial in data["trials"] if trial["counted"]]
     assert len(counted) == len(set(counted)) == 4
 

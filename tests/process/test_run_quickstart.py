@@ -81,7 +81,7 @@ def test_memory_comes_back_and_nothing_is_left(finished: tuple[Lab, dict[str, An
     assert none["footprint"]["returned"]["share"] < 0.05
     assert bitmap["footprint"]["returned"]["share"] > 0.9
     assert bitmap["footprint"]["reclaimed_now_bytes"] >= 4 * 30 * MIB * 0.9
-    assert bitmap["saved_bytes"]["pairs"] == 4
+    assert bitmap["saved_bytes"]["pairs"] == 2, "two repetitions, whatever the hosts"
     assert bitmap["saved_bytes"]["low"] > 20 * MIB
     lab.check_nothing_is_left()
 
@@ -96,8 +96,8 @@ def test_show_and_savings_say_the_same(finished: tuple[Lab, dict[str, Any]]) -> 
     assert cost["settle_s"] >= 0
     assert cost["asked_settle_s"] >= 0
     assert 1 < cost["wire_bytes_per_range"] < 8
-    assert cost["slowdown_percent"]["pairs"] == 4
-    assert cost["host_cpu_s"]["pairs"] == 4
+    assert cost["slowdown_percent"]["pairs"] == 2
+    assert cost["host_cpu_s"]["pairs"] == 2
     assert arms(data)["none"]["cost"] is None
     rows = json.loads(lab.run("savings", "--run", "latest", "-o", "json").stdout)
     assert [row["saved_bytes"] for row in rows] == [arm["saved_bytes"] for arm in data["arms"]]

@@ -39,6 +39,17 @@ def test_cma(kernel: Path) -> None:
     assert "CMA (65536 kB)" in refusal(kernel)
 
 
+@pytest.mark.parametrize("name", ["nr_hugepages", "nr_overcommit_hugepages"])
+def test_huge_pages_of_another_size(kernel: Path, name: str) -> None:
+    """Their page flags are the same, so that they would be punched while in use."""
+    others = kernel / "kernel/mm/hugepages/hugepages-1048576kB"
+    others.mkdir()
+    (others / name).write_text("0\n")
+    assert "huge pages of another size" not in refusal(kernel)
+    (others / name).write_text("1\n")
+    assert f"{name} of hugepages-1048576kB is 1" in refusal(kernel)
+
+
 def test_virtio_mem(kernel: Path) -> None:
     (kernel / "bus/virtio/drivers/virtio_mem/virtio3").mkdir(parents=True)
     assert "virtio-mem" in refusal(kernel)

@@ -24,17 +24,17 @@ from orchestrator.commands.run import Interrupts
         (["run"], 2, "either a SPEC or --resume"),
         (["run", "quickstart", "--resume", "latest"], 2, "either a SPEC or --resume"),
         (["run", "--resume", "latest", "--driver", "libvirt"], 2, "no --driver"),
-        (["run", "--resume", "nothing"], 1, "no run 'nothing'"),
+        (["run", "--resume", "nothing"], 2, "no run 'nothing'"),
         (["run", "quickstart", "--retries", "-1"], 2, "--retries"),
         (["fly"], 2, "No such command"),
-        (["show", "nothing"], 1, "no run 'nothing'"),
+        (["show", "nothing"], 2, "no run 'nothing'"),
         (["savings", "--since", "1"], 2, "no unit"),
         (["savings", "--run", "nothing"], 2, "no run 'nothing'"),
         (["savings", "--by", "planet"], 2, "'planet'"),
         (["savings", "--server", "example.org:1"], 2, "loopback"),
         (["savings", "--server", "unix:/nowhere/socket"], 1, "fleet service at unix:/nowhere"),
         (["serve", "--listen", "0.0.0.0:1"], 2, "loopback"),
-        (["report", "nothing"], 1, "no run 'nothing'"),
+        (["report", "nothing"], 2, "no run 'nothing'"),
         (["report", "--plot", "plot.jpeg"], 2, "must end in .png or .svg"),
         (["report", "-o", "a.html", "--plot", "a.png"], 2, "do not go together"),
         (["experiments", "nothing"], 2, "it has methods, quickstart"),
@@ -83,6 +83,18 @@ def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run_command(["runs", "-o", "json", "--data-dir", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out) == []
     assert run_command(["savings", "--data-dir", str(tmp_path)]) == 0
+
+
+def test_what_could_not_be_looked_at_is_not_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    uri = f"qemu+unix:///session?socket={tmp_path}/nothing"
+    command = ["doctor", "--leaks", "--libvirt-uri", uri, "--data-dir", str(tmp_path)]
+    assert run_command(command) == 1
+    out, err = capsys.readouterr()
+    assert "nothing is left" not in out
+    assert "not looked at: domains: " in err
 
 
 def test_no_arguments_show_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ import duckdb
 import numpy as np
 import pytest
 
-from hintfleet.errors import LimitExceeded, NotFound, Refused
+from hintfleet.errors import InvalidInput, LimitExceeded, Refused
 from orchestrator import spec_file
+from orchestrator.cli import run_command
 from orchestrator.cost import COUNTERS
 from orchestrator.experiment import left_to_run, new_experiment, overrides, stored_experiment
 from orchestrator.plan import HostTask, Trial, host_names, host_task, plan_trials
@@ -96,15 +97,26 @@ def guest_records(task: HostTask) -> list[Record]:
     return [*steps, *ended, done]
 
 
-def write_trial(writer: RunWriter, index: int, resident_bytes: int, attempt: int = 1) -> TrialEnd:
+def write_trial(
+    writer: RunWriter,
+    index: int,
+    resident_bytes: int,
+    attempt: int = 1,
+    changed: Callable[[Record], Record] = lambda record: record,
+) -> TrialEnd:
     head = header()
     trial, tasks = trial_of(head.spec, head.run_id, index, attempt)
     writer.begin_trial(trial, tasks)
     for task in tasks.values():
         writer.append(samples(task, 0.0, 4.0, resident_bytes))
         for record in guest_records(task):
-            writer.append(record)
+            writer.append(changed(record))
     return writer.end_trial()
+
+
+def measured_guests(store: Store) -> int:
+    """How many guests of arms have figures."""
+    return sum(row.footprint is not None for row in store.savings(By.GUEST, "run1"))
 
 
 def test_a_run_is_read_back(tmp_path: Path) -> None:
@@ -120,7 +132,7 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
         saved = rows["bitmap"].saved_bytes
         assert saved is not None
         assert saved.mean == pytest.approx(6 * 60 << 20)
-        assert saved.pairs == 6
+        assert saved.pairs == 3
         (cost,) = store.costs(run)
         assert cost.arm == "bitmap"
         assert cost.wire_bytes_per_range == 1
@@ -142,6 +154,96 @@ def test_an_undecided_trial_makes_the_run_undecided(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         assert store.find_run("run1").state == "undecided"
         assert store.savings(By.FLEET)[0].footprint is None
+
+
+def wrong_in_host2(record: Record) -> Record:
+    if isinstance(record, StepDone) and (record.guest, record.kind) == ("host2-guest3", "verify"):
+        return replace(record, wrong_pages=3)
+    return record
+
+
+def lost_after_it(record: Record) -> Record:
+    if isinstance(record, HostDone):
+        return replace(record, undecided=f"{record.host}: gone", lost=True)
+    return wrong_in_host2(record)
+
+
+@pytest.mark.parametrize("changed", [wrong_in_host2, lost_after_it])
+def test_pages_that_came_back_wrong_are_a_result_everywhere(
+    changed: Callable[[Record], Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "host2-guest3: 3 pages came back wrong"
+    with Store(tmp_path) as store:
+        with RunWriter(store, header()) as writer:
+            trials = plan_trials(header().spec, "run1")
+            hinted = next(trial.position for trial in trials if trial.arm.name == "bitmap")
+            for trial in trials:
+                asked = changed if trial.position == hinted else replace
+                end = write_trial(writer, trial.position, 1 << 20, changed=asked)
+                assert end == TrialEnd(undecided=said if trial.position == hinted else "")
+        run = store.find_run("run1")
+        assert (run.state, run.reason) == ("undecided", said)
+        rows = {row.arm: row for row in store.savings(By.FLEET, "run1")}
+        assert rows["bitmap"].saved_bytes is None
+        assert rows["bitmap"].undecided
+        assert store.costs(run) == []
+        assert left_to_run(trials, store.trials("run1")) == (), "it is not run again"
+    for command in ("show", "savings"):
+        assert run_command([command, "--data-dir", str(tmp_path)]) == 3
+        printed = capsys.readouterr()
+        assert "3 pages came back wrong" in (printed.out + printed.err).replace("\n", " ")
+
+
+@pytest.mark.parametrize("by", list(By))
+def test_a_trial_that_was_cut_off_leaves_no_figure(by: By, tmp_path: Path) -> None:
+    trials = plan_trials(header().spec, "run1")
+    with Store(tmp_path) as store:
+        with pytest.raises(KeyboardInterrupt), RunWriter(store, header()) as writer:  # noqa: PT012
+            for trial in trials[:-1]:
+                write_trial(writer, trial.position, 1 << 20)
+            writer.begin_trial(*trial_of(header().spec, "run1", trials[-1].position))
+            raise KeyboardInterrupt
+        last = trials[-1]
+        reason = f"{last.arm.name}, repetition {last.repetition + 1}, was cut off"
+        units = {By.HOST: 2, By.GUEST: 6}.get(by, 1)
+        rows = store.savings(by, "run1")
+        assert [row.undecided for row in rows if row.arm == last.arm.name] == [reason] * units
+        assert all(row.saved_bytes is None for row in rows)
+        assert all(cost.host_cpu_s is None for cost in store.costs(store.find_run("run1")))
+        with RunWriter(store, header(), again=True) as writer:
+            write_trial(writer, last.position, 1 << 20, attempt=2)
+        rows = store.savings(by, "run1")
+        assert [(row.undecided, row.trials) for row in rows] == [("", 3)] * 2 * units
+
+
+def test_a_run_that_was_cut_off_in_its_first_trial_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Store(tmp_path) as store:
+        with pytest.raises(KeyboardInterrupt), RunWriter(store, header()) as writer:  # noqa: PT012
+            writer.begin_trial(*trial_of(header().spec, "run1", 0))
+            raise KeyboardInterrupt
+        (row,) = store.savings(By.FLEET)
+        assert row.undecided.endswith("repetition 1, was cut off")
+    assert run_command(["savings", "--data-dir", str(tmp_path)]) == 3
+    shown = capsys.readouterr()
+    assert "was cut off" in shown.out
+    assert "run run1 is interrupted: interrupted by the user" in shown.err
+
+
+def test_a_run_that_goes_on_is_not_shown_as_if_it_were_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Store(tmp_path) as store, RunWriter(store, header()) as writer:
+        for index in (0, 1):
+            write_trial(writer, index, 1 << 20)
+        assert run_command(["show", "--data-dir", str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert "still running" in shown
+        assert "no trials" not in shown
+        assert shown.count("done") == 2
+        assert run_command(["savings", "--data-dir", str(tmp_path)]) == 0
+        assert "run run1 is running" in capsys.readouterr().err
 
 
 def test_an_error_makes_the_run_failed_and_ctrl_c_interrupted(tmp_path: Path) -> None:
@@ -293,7 +395,7 @@ def test_what_was_acknowledged_is_there_after_kill_9(tmp_path: Path) -> None:
         ).fetchone()
         assert rows[0] >= acknowledged
         assert [t.ended_unix_us > 0 for t in store.trials("run1")] == [True, False]
-        assert len(store.savings(By.GUEST, "run1")) == 6, "the first trial counts"
+        assert measured_guests(store) == 6, "the first trial counts"
 
 
 def test_an_unfinished_part_is_no_part(tmp_path: Path) -> None:
@@ -346,7 +448,7 @@ def check_after_a_full_disk(folder: Path) -> None:
         run = store.find_run("run1")
         assert run.state == "failed"
         assert "disk is full" in run.reason
-        assert len(store.savings(By.GUEST, "run1")) == 6, "the first trial is intact"
+        assert measured_guests(store) == 6, "the first trial is intact"
         assert store.database.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
 
 
@@ -383,7 +485,7 @@ def test_a_file_size_limit_is_told_like_a_full_disk(tmp_path: Path) -> None:
     assert "--data-dir" in caught.value.hint
     with Store(tmp_path) as store:
         assert store.find_run("run1").state == "failed"
-        assert len(store.savings(By.GUEST, "run1")) == 6
+        assert measured_guests(store) == 6
 
 
 def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
@@ -405,13 +507,13 @@ def test_what_is_no_store(tmp_path: Path) -> None:
 
 def test_runs_are_found_by_part_of_their_id(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
-        with pytest.raises(NotFound):
+        with pytest.raises(InvalidInput):
             store.find_run("latest")
         for name in ("aaa1", "aab2"):
             with RunWriter(store, header(name)):
                 pass
         assert store.find_run("b2").run_id == "aab2"
-        with pytest.raises(NotFound, match="more than one"):
+        with pytest.raises(InvalidInput, match="more than one"):
             store.find_run("aa")
-        with pytest.raises(NotFound, match="no run"):
+        with pytest.raises(InvalidInput, match="no run"):
             store.find_run("zz")
