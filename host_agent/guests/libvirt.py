@@ -26,7 +26,7 @@ from host_agent.guests import GuestRequest, Handle, Survival, kvm_probe
 from host_agent.guests.domain_ram import Dimms, qemu_pid, translate
 from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, Memballoon, domain_xml
 from host_agent.guests.image import GuestImage, find_image
-from host_agent.guests.libvirt_api import EventLoop, errors_as, modules
+from host_agent.guests.libvirt_api import errors_as, modules
 from host_agent.guests.runtime_dir import RuntimeDir
 from host_agent.ram import GuestRam, Segment
 
@@ -168,7 +168,6 @@ class LibvirtDriver:
         self._survival = survival
         self._lock = Lock()
         self._probing = Lock()
-        self._events: EventLoop | None = None
         self._connection: Any = None
         self._watched: dict[str, _Gone] = {}
 
@@ -256,9 +255,6 @@ class LibvirtDriver:
         with self._lock:
             if self._connection is not None:
                 self._disconnect()
-            if self._events is not None:
-                self._events.close()
-                self._events = None
 
     def _connect(self) -> Any:
         """The connection, opened or opened again if need be.
@@ -270,7 +266,6 @@ class LibvirtDriver:
             if self._connection is not None and not self._connection.isAlive():
                 self._disconnect()
             if self._connection is None:
-                self._events = self._events or EventLoop()
                 with errors_as(
                     f"cannot connect to libvirt at {self._uri}",
                     hint="apt-get install libvirt-daemon-system, start libvirtd, and check the"

@@ -1,7 +1,7 @@
 """libvirt-python as this package uses it: the one module that imports it.
 
 Imported late, because only a host with real guests needs it; its errors become
-ours, and its event loop has an owner.
+ours, and its event loop always runs.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import cache
-from threading import Event, Thread
+from threading import Thread
 from types import ModuleType
+from typing import NoReturn
 
 from hintfleet.errors import GuestLost, Refused
 
 
 @cache
 def modules() -> tuple[ModuleType, ModuleType]:
-    """libvirt and libvirt_qemu, with an event loop ready and errors left to the caller.
+    """libvirt and libvirt_qemu, with an event loop that runs and errors left to the caller.
+
+    The loop runs until the process ends: every connection opened once there is one answers
+    libvirtd's keepalives through it, and is cut off after 30 s if it does not.
 
     :raises Refused: libvirt-python is not installed.
     """
@@ -32,7 +36,13 @@ def modules() -> tuple[ModuleType, ModuleType]:
         ) from error
     libvirt.registerErrorHandler(lambda *_: None, None)  # else it prints each error itself
     libvirt.virEventRegisterDefaultImpl()
+    Thread(target=_run_events, args=(libvirt,), name="libvirt-events", daemon=True).start()
     return libvirt, libvirt_qemu
+
+
+def _run_events(libvirt: ModuleType) -> NoReturn:
+    while True:
+        libvirt.virEventRunDefaultImpl()
 
 
 @contextlib.contextmanager
@@ -45,24 +55,3 @@ def errors_as(what: str, hint: str = "") -> Iterator[None]:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             raise GuestLost(f"{what}: {error}") from error
         raise Refused(f"{what}: {error}", hint=hint) from error
-
-
-class EventLoop:
-    """libvirt's event loop in a thread of its own. Connections must be opened after it."""
-
-    def __init__(self) -> None:
-        self._libvirt, _ = modules()
-        self._stopping = Event()
-        self._thread = Thread(target=self._run, name="libvirt-events", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            self._libvirt.virEventRunDefaultImpl()
-
-    def close(self) -> None:
-        self._stopping.set()
-        # A timer that is due wakes the loop up.
-        timer = self._libvirt.virEventAddTimeout(0, lambda *_: None, None)
-        self._thread.join()
-        self._libvirt.virEventRemoveTimeout(timer)

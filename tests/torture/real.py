@@ -18,6 +18,7 @@ from typing import Any
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.image import GuestImage
+from host_agent.guests.libvirt_api import modules
 from tests.support.relay import Relay
 from tests.support.vm import ROOT, console, image_with, spec
 from tests.torture import injectors
@@ -80,11 +81,7 @@ def setting(seed: int, *, short: bool = False, stress: bool = False) -> Iterator
     :param short: every kind is met within a minute or two; else most guests live longer.
     :param stress: run stress-ng in the guests, too.
     """
-    # As it is: with libvirt's event loop registered (libvirt_api), a connection that nobody
-    # runs the loop for is closed by libvirtd after 30 s without a sign of life.
-    import libvirt
-
-    libvirt.registerErrorHandler(lambda *_: None, None)  # it prints what it raises
+    libvirt, _ = modules()
     with contextlib.ExitStack() as undo:
         images = Path(tempfile.mkdtemp(prefix="hf-torture-images-"))
         undo.callback(shutil.rmtree, images)

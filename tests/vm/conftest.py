@@ -22,6 +22,7 @@ from hintfleet.units import GIB, MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.image import GuestImage, find_image
 from host_agent.guests.libvirt import LibvirtDriver
+from host_agent.guests.libvirt_api import modules
 from tests.support.agents import running_host_agent
 from tests.support.vm import Guests, image_with, nodes_spec, spec
 
@@ -79,9 +80,11 @@ def readable_by_qemu() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def connection(libvirt_uri: str) -> Iterator[Any]:
-    """libvirt, beside what the host agent has of it."""
-    opened = pytest.importorskip("libvirt").open(libvirt_uri)
+    """libvirt, beside what the host agent has of it; open for as long as the tests run."""
+    libvirt, _ = modules()
+    opened = libvirt.open(libvirt_uri)
     yield opened
+    assert opened.isAlive(), "libvirtd cut it off: nobody answered its keepalives"
     opened.close()
 
 
