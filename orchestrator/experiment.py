@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -113,7 +114,7 @@ def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experime
 def _spec_of(run: Run) -> LoadedSpec:
     hint = (
         f"run it anew: hintfleet show {run.run_id[-6:]} --spec > again.yaml; "
-        "hintfleet run again.yaml"
+        f"{shlex.join(('hintfleet', 'run', 'again.yaml', *run.options))}"
     )
     try:
         loaded = spec_file.parse(run.spec_text, f"spec of run {run.run_id}", run.overrides)
@@ -130,12 +131,16 @@ def _spec_of(run: Run) -> LoadedSpec:
     return loaded
 
 
+_THEN = ", then "
+
+
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
     """What a run was made on: both, where it is not the same any more."""
-    return {
-        name: value if before.get(name, value).endswith(value) else f"{before[name]}, then {value}"
-        for name, value in now.items()
-    }
+    return {name: _with(before.get(name, value), value) for name, value in now.items()}
+
+
+def _with(said: str, value: str) -> str:
+    return said if said.split(_THEN)[-1] == value else f"{said}{_THEN}{value}"
 
 
 def left_to_run(trials: Iterable[Trial], attempts: Iterable[StoredTrial]) -> tuple[Trial, ...]:
@@ -206,8 +211,7 @@ def _run_trial(
     tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
     writer.begin_trial(trial, tasks)
     view.trial_started(trial)
-    for record in fleet.run_trial(tasks):
-        check()
+    for record in fleet.run_trial(tasks, check):
         writer.append(record)
         view.record(record)
     end = writer.end_trial()

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import TracebackType
@@ -78,12 +78,16 @@ class Fleet:
     ) -> None:
         self.close()
 
-    def run_trial(self, tasks: Mapping[str, HostTask]) -> Iterator[Record]:
+    def run_trial(
+        self, tasks: Mapping[str, HostTask], check: Callable[[], None] = lambda: None
+    ) -> Iterator[Record]:
         """Run a trial on all hosts at once; yields their records as they come.
 
         The last record of each host is HostDone. A host whose actor dies is lost in
         this trial, and gets a new actor for the next one.
 
+        :param check: called several times a second, also while there are no records, as when
+            guests boot; what it raises ends the trial.
         :raises HintfleetError: a host cannot run this, or was lost and did not come back.
         """
         import ray
@@ -95,6 +99,7 @@ class Fleet:
         }
         while streams:
             ready, _ = ray.wait(list(streams), timeout=_POLL_S)
+            check()
             for stream in ready:
                 host = streams[stream]
                 try:

@@ -15,6 +15,7 @@ import ipaddress
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -78,10 +79,12 @@ class Authority:
     def init(cls, folder: Path, name: str, days: int, now: datetime | None = None) -> Authority:
         """Make an authority in `folder`, valid from `now` on (default: the clock's).
 
-        :raises Refused: one is there already, or the folder cannot be written to.
+        :raises InvalidInput: a name that cannot be.
+        :raises Refused: one is there already, others may enter the folder, or it cannot be
+            written to. Nothing was made then, but for the folder, and nothing changed.
         """
+        subject = _common_name(_checked(name))
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = _common_name(name)
         builder = (
             _builder(subject, subject, key, key, _validity(days, now))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -90,7 +93,7 @@ class Authority:
         files = {CA_KEY_FILE: _pem_of(key), CA_FILE: _sign(builder, key).public_bytes(Encoding.PEM)}
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
+            _check_private(folder)
             for file in files:  # before one of them is written
                 if (folder / file).exists():
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder / file)
@@ -218,9 +221,23 @@ def _checked_name(role: Role, name: str) -> str:
             return str(uuid.UUID(name))
         except ValueError:
             raise InvalidInput(f"a guest's name is its UUID, not {name!r}") from None
+    return _checked(name)
+
+
+def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise InvalidInput(f"name {name!r}: 1 to 64 letters, digits, '.', '_' and '-'")
     return name
+
+
+def _check_private(folder: Path) -> None:
+    """Whose folder it is was said when it was made: it is not for us to shut others out."""
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise Refused(
+            f"others may enter {folder}, where the authority's key would be",
+            hint=f"choose a new --folder, or shut others out: chmod 700 {folder}",
+        )
 
 
 def _general_name(host: str) -> x509.GeneralName:

@@ -1,6 +1,7 @@
 """What a host's runner says while a trial runs, in the order in which it happens.
 
-Times are the host's wall clock, in microseconds since 1970.
+Times are in microseconds since 1970, of two clocks: samples and StepDone bear the host's,
+all else that of the actor which speaks to it and may sit on another machine.
 """
 
 from __future__ import annotations

@@ -99,7 +99,9 @@ def _under(data: dict[str, Any], driver: Any) -> dict[str, Any]:
     """The keys that replace others under this driver. What is wrong with their form is
     found when the spec is validated."""
     sections = data.get("under")
-    section = sections.get(driver) if isinstance(sections, dict) else None
+    if not isinstance(sections, dict) or not isinstance(driver, str):
+        return {}
+    section = sections.get(driver)
     known = keys_of(UnderDriver)
     return {k: v for k, v in section.items() if k in known} if isinstance(section, dict) else {}
 
@@ -148,15 +150,15 @@ def _problem(error: Any) -> Problem:
         return Problem(path=path, message=f"the key {path[-1]!r} is missing")
     if kind == "too_short":
         return Problem(path=path, message="there is none; write at least one")
-    if kind == "string_pattern_mismatch":
+    if kind == "string_pattern_mismatch" and path[-1] == "name":
         return Problem(
             path=path,
             message=f"{error['input']!r} is no name",
             hint="use lower-case letters, digits and '-', as in bitmap-eager",
         )
     shown = repr(error["input"])
-    text = error["msg"].removeprefix("Input should be ")
-    return Problem(path=path, message=f"{shown[:60]} should be {text}")
+    _, _, text = error["msg"].partition(" should ")
+    return Problem(path=path, message=f"{shown[:60]} should {text or error['msg']}")
 
 
 def _unknown_key(path: tuple[Hashable, ...]) -> Problem:

@@ -49,6 +49,6 @@ def show(run: str, only_spec: bool, data_dir: Path | None, output_format: str) -
     with Store(data_dir_or_default(data_dir)) as store:
         found = store.find_run(run)
         if only_spec:
-            click.echo(found.spec_text, nl=False)
+            click.echo(found.annotated_spec, nl=False)
             return 0
         return print_run(store, found, output_format, with_trials=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hintfleet.errors import Refused
 from orchestrator.comparison import ArmCost
-from orchestrator.footprint import Numbers
-from orchestrator.records import PhaseStarted
+from orchestrator.footprint import Numbers, Series
+from orchestrator.records import PhaseStarted, StepDone
 from orchestrator.report.curves import Curve, Mark, course, curve, marks
 from orchestrator.savings import By, Savings
 from orchestrator.store.lock import busy
@@ -47,7 +48,7 @@ def read_contents(store: Store, run: Run) -> Contents:
     for trial in trials:
         hosts = phases[trial.trial_id]
         folder = store.samples_dir(run.run_id) / trial.trial_id
-        guests = {host: list(read_series(folder, host).values()) for host in hosts}
+        guests = {host: list(_series(folder, host)) for host in hosts}
         courses[trial.arm].append(course(guests, hosts, laid_over))
     return Contents(
         run=run,
@@ -58,13 +59,30 @@ def read_contents(store: Store, run: Run) -> Contents:
     )
 
 
+def _series(folder: Path, host: str) -> Iterable[Series]:
+    found = read_series(folder, host)
+    if not found:
+        raise Refused(
+            f"the samples of {host} are gone from {folder}",
+            hint="what arms saved is stored apart from them: `hintfleet show`",
+        )
+    return found.values()
+
+
 def _phases(
     store: Store, run: Run, trial_ids: set[str]
 ) -> dict[str, dict[str, list[PhaseStarted]]]:
-    """What each host went through, by trial and host."""
+    """What each host went through, by trial and host, by the clock of its samples: a phase
+    began when the first guest began its step. It was announced by another clock."""
+    steps: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for done in store.events(run.run_id, StepDone):
+        guests = steps.setdefault((done.trial_id, done.host), {})
+        guests.setdefault(done.guest, []).append(done.started_unix_us)
     found: dict[str, dict[str, list[PhaseStarted]]] = {}
     for event in store.events(run.run_id, PhaseStarted):
         if event.trial_id in trial_ids:
-            hosts = found.setdefault(event.trial_id, {})
-            hosts.setdefault(event.host, []).append(event)
+            begun = found.setdefault(event.trial_id, {}).setdefault(event.host, [])
+            guests = steps[event.trial_id, event.host]
+            began_us = min(starts[len(begun)] for starts in guests.values())
+            begun.append(replace(event, at_unix_us=began_us))
     return found

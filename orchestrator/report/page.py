@@ -38,7 +38,7 @@ def page(contents: Contents) -> str:
         memory=_html_table(tables.memory(contents.rows)),
         returned=_html_table(tables.came_back(contents.rows)),
         spent=_html_table(tables.spent(contents.costs)),
-        spec=escape(run.spec_text),
+        spec=escape(run.annotated_spec),
         environment=_html_table(_environment(run.environment)),
         version=__version__,
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),

@@ -100,15 +100,11 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    if _version(connection, path) == len(_MIGRATIONS):
+        return  # who only reads does not wait for who writes
     connection.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once
     try:
-        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-        if version > len(_MIGRATIONS):
-            raise Refused(
-                f"{path} was written by a newer hintfleet (version {version})",
-                hint="update hintfleet, or choose another folder with --data-dir",
-            )
-        for script in _MIGRATIONS[version:]:
+        for script in _MIGRATIONS[_version(connection, path) :]:
             for statement in filter(str.strip, script.split(";")):
                 connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
@@ -116,6 +112,16 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
+
+
+def _version(connection: sqlite3.Connection, path: Path) -> int:
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version > len(_MIGRATIONS):
+        raise Refused(
+            f"{path} was written by a newer hintfleet (version {version})",
+            hint="update hintfleet, or choose another folder with --data-dir",
+        )
+    return version
 
 
 @contextmanager

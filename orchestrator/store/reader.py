@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sqlite3
 import time
 from dataclasses import dataclass, field
@@ -52,6 +53,22 @@ class Run:
     def was_cut_off(self) -> bool:
         """Whether it ended before its time, so that trials may be left to run."""
         return self.state in ("interrupted", "failed")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options of `hintfleet run` that say `overrides`, such as --driver libvirt."""
+        driver, agents = self.overrides.get("driver"), self.overrides.get("hosts", {}).get("agents")
+        return (
+            *(("--driver", driver) if driver else ()),
+            *(word for address in agents or () for word in ("--host", address)),
+        )
+
+    @property
+    def annotated_spec(self) -> str:
+        """The text of the spec, and before it, as a comment, the options it was run with."""
+        if not self.options:
+            return self.spec_text
+        return f"# It was run with {shlex.join(self.options)}\n{self.spec_text}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hintfleet.errors import Refused
 from orchestrator.footprint import Series
 from orchestrator.records import Columns, Samples
 from orchestrator.store.database import storage_error
@@ -49,16 +50,20 @@ def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[s
     """Resident bytes of each guest of a host during a trial, from all parts in `folder`.
 
     :param counters: other columns that are wanted too.
+    :raises Refused: a part is damaged, or cannot be read.
     """
     if not any(folder.glob("*.parquet")):
         return {}
     columns = ", ".join(("guest", "at_unix_us", "resident_bytes", *counters))
-    with _connect() as connection:
-        found = connection.execute(
-            f"SELECT {columns} FROM read_parquet(?) "  # noqa: S608 - names of our own
-            "WHERE host = ? ORDER BY guest, at_unix_us",
-            [str(folder / "*.parquet"), host],
-        ).fetchnumpy()
+    try:
+        with _connect() as connection:
+            found = connection.execute(
+                f"SELECT {columns} FROM read_parquet(?) "  # noqa: S608 - names of our own
+                "WHERE host = ? ORDER BY guest, at_unix_us",
+                [str(folder / "*.parquet"), host],
+            ).fetchnumpy()
+    except _duckdb_error() as error:
+        raise Refused(f"cannot read samples of {folder.name}: {error}") from error
     names, starts = np.unique(found["guest"].astype(str), return_index=True)
     cuts = [*starts.tolist(), len(found["guest"])]
     return {

@@ -108,9 +108,9 @@ def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
     return (*columns, "arm")
 
 
-def _name_cells(names: Sequence[str], row: Savings) -> list[str]:
+def _name_cells(names: Sequence[str], row: Savings) -> list[Text]:
     values = {"experiment": row.experiment, "run": row.run_id[-6:], "of": row.key, "arm": row.arm}
-    return [values[name] for name in names]
+    return [Text(values[name]) for name in names]
 
 
 def memory(rows: Sequence[Savings]) -> Table:
@@ -239,11 +239,12 @@ def trials(found: Sequence[StoredTrial]) -> RenderableType:
     return made
 
 
-def _trial_state(trial: StoredTrial) -> str:
+def _trial_state(trial: StoredTrial) -> Text:
+    """Not markup: a reason has words of guests in it."""
     state = "done" if trial.ended_unix_us else "cut off"
     if trial.undecided:
         state = f"{'lost' if trial.lost else 'undecided'}: {first_line(trial.undecided)}"
-    return state if trial.counted else f"{state} (not counted: it was run again)"
+    return Text(state if trial.counted else f"{state} (not counted: it was run again)")
 
 
 def findings(found: Sequence[Finding], can_run: Mapping[str, bool]) -> RenderableType:

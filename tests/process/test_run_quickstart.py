@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,47 @@ def test_an_interrupted_run_leaves_nothing_but_its_results(
     assert run["state"] == "interrupted"
     shown = json.loads(lab.run("show", "-o", "json").stdout)
     assert shown["trials"][0]["ended_unix_us"] > 0
+
+
+_UNHEARD = """
+import sys
+from pathlib import Path
+from orchestrator.experiment import new_experiment, run_experiment
+from orchestrator.store.reader import Store
+from orchestrator.view.live import PlainView
+from rich.console import Console
+
+class View(PlainView):
+    heard = 0
+    def record(self, record):
+        self.heard = 0
+
+view = View(Console(stderr=True))
+def check():
+    view.heard += 1
+    if view.heard > 3:
+        sys.exit("asked, though no record came")
+
+with Store(Path(sys.argv[2])) as store:
+    run_experiment(new_experiment(sys.argv[1], {}), store, view, check=check)
+"""
+
+
+def test_a_run_can_be_interrupted_while_nothing_is_heard_of_its_guests(lab: Lab) -> None:
+    # After the first sample the guests only wait, for longer than it takes to ask.
+    quiet = spec(count="1", sample_period="10s")
+    command = [sys.executable, "-c", _UNHEARD, lab.spec(quiet), str(lab.folder)]
+    done = subprocess.run(
+        command,
+        env=lab.environment,
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "asked, though no record came" in done.stderr
+    lab.check_nothing_is_left()
 
 
 def test_a_killed_run_leaves_no_agent(lab: Lab) -> None:

@@ -66,6 +66,30 @@ def test_nobody_else_can_read_keys(folder: Path) -> None:
         assert not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO), path
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o1777, 0o710])
+def test_a_folder_that_others_may_enter_is_refused_and_left_as_it_is(
+    mode: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    assert pki("init", "--folder", shared) == 1
+    assert f"chmod 700 {shared}" in capsys.readouterr().err
+    assert stat.S_IMODE(shared.stat().st_mode) == mode
+    assert list(shared.iterdir()) == []
+    shared.chmod(0o700)
+    assert pki("init", "--folder", shared) == 0
+
+
+@pytest.mark.parametrize("name", ["", "x" * 65, "a/b", "ä", "a\n"])
+def test_an_authority_is_called_like_all_others(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pki("init", "--name", name, "--folder", tmp_path / "pki") == 2
+    assert "1 to 64 letters" in capsys.readouterr().err
+    assert not (tmp_path / "pki").exists()
+
+
 @pytest.mark.parametrize("lost", ["ca.key", "ca.pem"])
 def test_an_authority_is_never_overwritten(
     folder: Path, lost: str, capsys: pytest.CaptureFixture[str]

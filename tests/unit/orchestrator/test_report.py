@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +58,8 @@ def store_trial(writer: RunWriter, trial: Trial) -> None:
     tasks = {host: host_task(LOADED.spec, trial, host) for host in host_names(LOADED.spec)}
     writer.begin_trial(trial, tasks)
     for host, task in tasks.items():
-        for title, at_s in (("allocate 192 MiB", 1.0), ("free 75 %", 3.0), ("verify", 6.0)):
+        # The clock of the actor that announces phases is an hour ahead of its host's.
+        for title, at_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
             writer.append(phase(title, at_s, host, trial.trial_id))
         names = [guest.name for guest in task.guests]
         times = np.arange(0, 7 * S, S // 10, dtype=np.int64)
@@ -108,6 +111,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         spec_text="name: </script><b>\n",
         summary="a test of <reports>",
         environment={"kernel": "Linux & more"},
+        overrides={"hosts": {"agents": ["unix:/a & b"]}},
     )
     with Store(folder) as store, RunWriter(store, header) as writer:
         for trial in plan_trials(LOADED.spec, "run1"):
@@ -123,6 +127,8 @@ def test_contents(stored: Path) -> None:
     last = [round(part[-1]) for part in (bitmap.low_bytes, bitmap.mean_bytes, bitmap.high_bytes)]
     assert last == [6 * 30 * MIB, 6 * 31 * MIB, 6 * 32 * MIB], "six guests, three repetitions"
     assert [mark.title for mark in contents.marks] == ["allocate 192 MiB", "free 75 %", "verify"]
+    assert [round(mark.at_s, 3) for mark in contents.marks] == [0, 1.6, 5], "by the hosts' clock"
+    assert round(bitmap.mean_bytes[0]) == 6 * 100 * MIB, "nothing was freed yet"
 
 
 def test_the_page_has_all_in_it_and_trusts_no_text(
@@ -135,6 +141,7 @@ def test_the_page_has_all_in_it_and_trusts_no_text(
     page = path.read_text()
     assert "a test of &lt;reports&gt;" in page
     assert "name: &lt;/script&gt;&lt;b&gt;" in page
+    assert "# It was run with --host &#x27;unix:/a &amp; b&#x27;\n" in page
     assert "Linux &amp; more" in page
     assert not re.search(r"""(src|href)=["']?https?:""", page), "it loads nothing"
     found = re.search(r"Object\.entries\((\{.*\})\)\)", page)
@@ -168,6 +175,39 @@ def test_a_run_without_trials_has_no_report(tmp_path: Path) -> None:
             pass
         with pytest.raises(Refused, match="no trial that could be shown"):
             read_contents(store, store.find_run("r"))
+
+
+def test_a_run_that_goes_on_has_no_report_yet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = RunHeader(run_id="run1", spec=LOADED.spec, spec_text="", summary="")
+    with Store(tmp_path) as store, RunWriter(store, header) as writer:
+        store_trial(writer, plan_trials(LOADED.spec, "run1")[0])
+        assert run_command(["report", "--data-dir", str(tmp_path)]) == 1
+    assert "run run1 is being run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda part: part.write_bytes(part.read_bytes()[:100]), "cannot read samples of run1-"),
+        (lambda part: part.unlink(), "the samples of host1 are gone"),
+    ],
+)
+def test_samples_that_cannot_be_read_are_said(
+    harm: Callable[[Path], object],
+    said: str,
+    stored: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(stored, tmp_path / "copy")
+    harm(next(folder.glob("samples/run1/*/000001.parquet")))
+    path = tmp_path / "report.html"
+    assert run_command(["report", "-o", str(path), "--data-dir", str(folder)]) == 1
+    assert said in capsys.readouterr().err
+    assert not path.exists()
+    assert run_command(["show", "--data-dir", str(folder)]) == 0, "its figures are there"
 
 
 def test_the_missing_extra_is_named(

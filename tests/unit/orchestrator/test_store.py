@@ -20,6 +20,7 @@ from orchestrator import spec_file
 from orchestrator.cli import run_command
 from orchestrator.cost import COUNTERS
 from orchestrator.experiment import left_to_run, new_experiment, overrides, stored_experiment
+from orchestrator.machine import environment
 from orchestrator.plan import HostTask, Trial, host_names, host_task, plan_trials
 from orchestrator.records import Columns, GuestEnded, HostDone, Record, Samples, StepDone
 from orchestrator.savings import By
@@ -324,7 +325,9 @@ def stored_run(store: Store, head: RunHeader) -> Run:
     return store.find_run(head.run_id)
 
 
-def test_what_the_command_line_said_is_asked_for_again(tmp_path: Path) -> None:
+def test_what_the_command_line_said_is_asked_for_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = overrides("embedded", ("unix:/one", "unix:/two"))
     asked = new_experiment("quickstart", said, "qemu:///session").header
     with Store(tmp_path) as store:
@@ -333,6 +336,12 @@ def test_what_the_command_line_said_is_asked_for_again(tmp_path: Path) -> None:
     assert taken_up.spec.hosts.agents == ("unix:/one", "unix:/two")
     assert taken_up.libvirt_uri == "qemu:///session"
     assert taken_up.environment == asked.environment
+    assert run_command(["show", "--spec", "--data-dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    comment, _, text = shown.partition("\n")
+    assert comment == "# It was run with --driver embedded --host unix:/one --host unix:/two"
+    assert text == asked.spec_text
+    assert spec_file.parse(shown, "again.yaml", said).spec == asked.spec
 
 
 def test_a_run_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
@@ -341,10 +350,16 @@ def test_a_run_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
         taken_up = stored_experiment(store, replace(run, environment={"kernel": "older"}))
         assert taken_up.header.spec == header().spec
         assert taken_up.header.environment["kernel"].startswith("older, then Linux")
+        of_more = {"processors": f"1{environment()['processors']}"}
+        changed = stored_experiment(store, replace(run, environment=of_more)).header.environment
+        assert changed["processors"] == f"{of_more['processors']}, then {of_more['processors'][1:]}"
+        again = stored_experiment(store, replace(run, environment=changed)).header.environment
+        assert again == changed
         agents = {"agents": ("unix:/one", "unix:/two")}
         with pytest.raises(Refused, match="means something else") as caught:
             stored_experiment(store, replace(run, overrides={"hosts": agents}))
         assert "--spec" in caught.value.hint
+        assert caught.value.hint.endswith("again.yaml --host unix:/one --host unix:/two")
         newer = run.spec_text + "colour: green\n"
         with pytest.raises(Refused, match="cannot read its spec"):
             stored_experiment(store, replace(run, spec_text=newer))
@@ -495,6 +510,14 @@ def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(Refused, match="newer hintfleet"):
         Store(tmp_path)
+
+
+def test_who_reads_does_not_wait_for_who_writes(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.database.execute("BEGIN IMMEDIATE")
+        with Store(tmp_path) as other:
+            assert other.runs() == []
+        store.database.execute("ROLLBACK")
 
 
 def test_what_is_no_store(tmp_path: Path) -> None:

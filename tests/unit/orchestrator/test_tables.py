@@ -124,3 +124,21 @@ def test_runs_and_trials() -> None:
         undecided="",
     )
     assert "cut off" in rendered(tables.trials([trial]), 80)
+
+
+def test_what_others_wrote_is_no_markup() -> None:
+    said = "console: [/b] [red]x[/red] [link=file:///etc/passwd]y"
+    trial = StoredTrial(
+        trial_id="t",
+        position=0,
+        arm="none",
+        repetition=0,
+        started_unix_us=0,
+        ended_unix_us=1,
+        undecided=said,
+    )
+    assert said in rendered(tables.trials([trial]), 120)
+    assert said in rendered(tables.runs([replace(RUN, reason=said)]), 160)
+    of_a_service = replace(ROW, experiment=said, run_id="")
+    assert said in rendered(tables.savings([of_a_service]), 200)
+    assert said in rendered(tables.savings([replace(LOST, undecided=said)]), 120)
