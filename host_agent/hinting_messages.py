@@ -12,7 +12,6 @@ from host_agent.gate import LIMITS, Batch
 from host_agent.reclaim import Outcome
 
 _DEFAULT_PERIOD_MS = 200
-_DEFAULT_THRESHOLD_CHUNKS = 16
 _DEFAULT_COLD_AFTER_MS = 5000
 
 POLICIES: Mapping[str, pb.Policy.Kind.ValueType] = {
@@ -28,7 +27,6 @@ def policy_of(settings: host_pb2.HintingSettings, allowance_bytes: int = 0) -> p
     return pb.Policy(
         kind=POLICIES[settings.policy],
         report_period_ms=settings.report_period_ms or _DEFAULT_PERIOD_MS,
-        threshold_chunks=settings.threshold_chunks or _DEFAULT_THRESHOLD_CHUNKS,
         cold_after_ms=settings.cold_after_ms or _DEFAULT_COLD_AFTER_MS,
         allowance_pages=allowance_bytes // PAGE_BYTES,
     )

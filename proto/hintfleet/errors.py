@@ -10,7 +10,8 @@
     |-- GuestLost          the guest vanished                       ABORTED
     `-- OutcomeUnknown     it may or may not have been done         UNKNOWN
 
-`to_status` and `from_status` are each other's inverse for every class here. The
+`to_status` and `from_status` are each other's inverse for every class here but
+StableError, which is only a base. The
 string of an error is for people: what failed, then, after a newline, what to try.
 """
 

@@ -101,7 +101,7 @@ def _ends(pidfd: int, number: signal.Signals, timeout_s: float) -> bool:
 def look(pid: int) -> Process | None:
     """The living process with this pid; None if there is none."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         argv = Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None

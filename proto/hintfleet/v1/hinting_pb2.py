@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahintfleet/v1/hinting.proto\x12\x0chintfleet.v1\"-\n\x08Identity\x12\x12\n\nguest_uuid\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"\xbd\x01\n\x0cGuestMessage\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.hintfleet.v1.HelloH\x00\x12$\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x13.hintfleet.v1.BatchH\x00\x12(\n\x07settled\x18\x03 \x01(\x0b\x32\x15.hintfleet.v1.SettledH\x00\x12,\n\ttelemetry\x18\x04 \x01(\x0b\x32\x17.hintfleet.v1.TelemetryH\x00\x42\t\n\x07message\"\xe2\x01\n\x0bHostMessage\x12(\n\x07welcome\x18\x01 \x01(\x0b\x32\x15.hintfleet.v1.WelcomeH\x00\x12 \n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x11.hintfleet.v1.AckH\x00\x12&\n\x06policy\x18\x03 \x01(\x0b\x32\x14.hintfleet.v1.PolicyH\x00\x12&\n\x06settle\x18\x04 \x01(\x0b\x32\x14.hintfleet.v1.SettleH\x00\x12,\n\trefaulted\x18\x05 \x01(\x0b\x32\x17.hintfleet.v1.RefaultedH\x00\x42\t\n\x07message\"\xc9\x01\n\x05Hello\x12(\n\x08identity\x18\x01 \x01(\x0b\x32\x16.hintfleet.v1.Identity\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x1d\n\x15still_isolated_ranges\x18\x03 \x01(\x0c\x12\x17\n\x0fpage_size_bytes\x18\x04 \x01(\r\x12\x13\n\x0b\x63hunk_order\x18\x05 \x01(\r\x12\x10\n\x08isolator\x18\x06 \x01(\t\x12\x0f\n\x07tracker\x18\x07 \x01(\t\x12\x15\n\ragent_version\x18\x08 \x01(\t\"d\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12$\n\x06policy\x18\x02 \x01(\x0b\x32\x14.hintfleet.v1.Policy\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.hintfleet.v1.Limits\"V\n\x06Limits\x12\x18\n\x10ranges_per_batch\x18\x01 \x01(\r\x12\x17\n\x0fpages_per_batch\x18\x02 \x01(\x04\x12\x19\n\x11\x62\x61tches_in_flight\x18\x03 \x01(\r\"\xd6\x01\n\x06Policy\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.hintfleet.v1.Policy.Kind\x12\x18\n\x10report_period_ms\x18\x02 \x01(\r\x12\x18\n\x10threshold_chunks\x18\x03 \x01(\r\x12\x15\n\rcold_after_ms\x18\x04 \x01(\r\x12\x17\n\x0f\x61llowance_pages\x18\x05 \x01(\x04\"?\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05\x45\x41GER\x10\x01\x12\x08\n\x04\x43OLD\x10\x02\x12\x0c\n\x08PRESSURE\x10\x03\"3\n\x05\x42\x61tch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0e\n\x06ranges\x18\x03 \x01(\x0c\"C\n\x07Skipped\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.hintfleet.v1.SkipReason\x12\x0e\n\x06ranges\x18\x02 \x01(\x0c\"x\n\x03\x41\x63k\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x17\n\x0freclaimed_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x61\x62sent_bytes\x18\x04 \x01(\x04\x12&\n\x07skipped\x18\x05 \x03(\x0b\x32\x15.hintfleet.v1.Skipped\"\x1b\n\tRefaulted\x12\x0e\n\x06ranges\x18\x01 \x01(\x0c\"\x1c\n\x06Settle\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"D\n\x07Settled\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x04\x12\x14\n\x0chinted_pages\x18\x03 \x01(\x04\"e\n\tTelemetry\x12\x14\n\x0c\x61gent_cpu_us\x18\x01 \x01(\x04\x12\x17\n\x0f\x61gent_rss_bytes\x18\x02 \x01(\x04\x12\x15\n\rtracker_bytes\x18\x03 \x01(\x04\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\"\xfa\x01\n\x0fWorkloadCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12*\n\x08\x61llocate\x18\x02 \x01(\x0b\x32\x16.hintfleet.v1.AllocateH\x00\x12\"\n\x04\x66ree\x18\x03 \x01(\x0b\x32\x12.hintfleet.v1.FreeH\x00\x12&\n\x06verify\x18\x04 \x01(\x0b\x32\x14.hintfleet.v1.VerifyH\x00\x12&\n\x06online\x18\x05 \x01(\x0b\x32\x14.hintfleet.v1.OnlineH\x00\x12(\n\x07offline\x18\x06 \x01(\x0b\x32\x15.hintfleet.v1.OfflineH\x00\x42\t\n\x07\x63ommand\",\n\x08\x41llocate\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"(\n\x04\x46ree\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\x08\n\x06Verify\"\x18\n\x06Online\x12\x0e\n\x06ranges\x18\x01 \x01(\x0c\"\x19\n\x07Offline\x12\x0e\n\x06ranges\x18\x01 \x01(\x0c\"d\n\rWorkloadEvent\x12&\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x14.hintfleet.v1.AttachH\x00\x12\"\n\x04\x64one\x18\x02 \x01(\x0b\x32\x12.hintfleet.v1.DoneH\x00\x42\x07\n\x05\x65vent\"C\n\x06\x41ttach\x12(\n\x08identity\x18\x01 \x01(\x0b\x32\x16.hintfleet.v1.Identity\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\"\x96\x01\n\x04\x44one\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x15\n\rchanged_bytes\x18\x02 \x01(\x04\x12\x12\n\nheld_bytes\x18\x03 \x01(\x04\x12\x16\n\x0everified_pages\x18\x04 \x01(\x04\x12\x13\n\x0bwrong_pages\x18\x05 \x01(\x04\x12\x13\n\x0b\x64uration_us\x18\x06 \x01(\x04\x12\r\n\x05\x65rror\x18\x07 \x01(\t*\x85\x01\n\nSkipReason\x12\x1b\n\x17SKIP_REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0bOUTSIDE_RAM\x10\x01\x12\r\n\tUNALIGNED\x10\x02\x12\t\n\x05STALE\x10\x03\x12\x0f\n\x0bWRONG_EPOCH\x10\x04\x12\x0e\n\nHOST_ERROR\x10\x05\x12\x0e\n\nGUEST_GONE\x10\x06\x32\xa2\x01\n\x0eHintingService\x12\x44\n\x07Session\x12\x1a.hintfleet.v1.GuestMessage\x1a\x19.hintfleet.v1.HostMessage(\x01\x30\x01\x12J\n\x08Workload\x12\x1b.hintfleet.v1.WorkloadEvent\x1a\x1d.hintfleet.v1.WorkloadCommand(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahintfleet/v1/hinting.proto\x12\x0chintfleet.v1\"-\n\x08Identity\x12\x12\n\nguest_uuid\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"\xbd\x01\n\x0cGuestMessage\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.hintfleet.v1.HelloH\x00\x12$\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x13.hintfleet.v1.BatchH\x00\x12(\n\x07settled\x18\x03 \x01(\x0b\x32\x15.hintfleet.v1.SettledH\x00\x12,\n\ttelemetry\x18\x04 \x01(\x0b\x32\x17.hintfleet.v1.TelemetryH\x00\x42\t\n\x07message\"\xe2\x01\n\x0bHostMessage\x12(\n\x07welcome\x18\x01 \x01(\x0b\x32\x15.hintfleet.v1.WelcomeH\x00\x12 \n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x11.hintfleet.v1.AckH\x00\x12&\n\x06policy\x18\x03 \x01(\x0b\x32\x14.hintfleet.v1.PolicyH\x00\x12&\n\x06settle\x18\x04 \x01(\x0b\x32\x14.hintfleet.v1.SettleH\x00\x12,\n\trefaulted\x18\x05 \x01(\x0b\x32\x17.hintfleet.v1.RefaultedH\x00\x42\t\n\x07message\"\xc9\x01\n\x05Hello\x12(\n\x08identity\x18\x01 \x01(\x0b\x32\x16.hintfleet.v1.Identity\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x1d\n\x15still_isolated_ranges\x18\x03 \x01(\x0c\x12\x17\n\x0fpage_size_bytes\x18\x04 \x01(\r\x12\x13\n\x0b\x63hunk_order\x18\x05 \x01(\r\x12\x10\n\x08isolator\x18\x06 \x01(\t\x12\x0f\n\x07tracker\x18\x07 \x01(\t\x12\x15\n\ragent_version\x18\x08 \x01(\t\"d\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12$\n\x06policy\x18\x02 \x01(\x0b\x32\x14.hintfleet.v1.Policy\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.hintfleet.v1.Limits\"V\n\x06Limits\x12\x18\n\x10ranges_per_batch\x18\x01 \x01(\r\x12\x17\n\x0fpages_per_batch\x18\x02 \x01(\x04\x12\x19\n\x11\x62\x61tches_in_flight\x18\x03 \x01(\r\"\xc2\x01\n\x06Policy\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.hintfleet.v1.Policy.Kind\x12\x18\n\x10report_period_ms\x18\x02 \x01(\r\x12\x15\n\rcold_after_ms\x18\x04 \x01(\r\x12\x17\n\x0f\x61llowance_pages\x18\x05 \x01(\x04\"?\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05\x45\x41GER\x10\x01\x12\x08\n\x04\x43OLD\x10\x02\x12\x0c\n\x08PRESSURE\x10\x03J\x04\x08\x03\x10\x04\"3\n\x05\x42\x61tch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0e\n\x06ranges\x18\x03 \x01(\x0c\"C\n\x07Skipped\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.hintfleet.v1.SkipReason\x12\x0e\n\x06ranges\x18\x02 \x01(\x0c\"x\n\x03\x41\x63k\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x17\n\x0freclaimed_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x61\x62sent_bytes\x18\x04 \x01(\x04\x12&\n\x07skipped\x18\x05 \x03(\x0b\x32\x15.hintfleet.v1.Skipped\"\x1b\n\tRefaulted\x12\x0e\n\x06ranges\x18\x01 \x01(\x0c\"\x1c\n\x06Settle\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"D\n\x07Settled\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x04\x12\x14\n\x0chinted_pages\x18\x03 \x01(\x04\"e\n\tTelemetry\x12\x14\n\x0c\x61gent_cpu_us\x18\x01 \x01(\x04\x12\x17\n\x0f\x61gent_rss_bytes\x18\x02 \x01(\x04\x12\x15\n\rtracker_bytes\x18\x03 \x01(\x04\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\"\xfa\x01\n\x0fWorkloadCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12*\n\x08\x61llocate\x18\x02 \x01(\x0b\x32\x16.hintfleet.v1.AllocateH\x00\x12\"\n\x04\x66ree\x18\x03 \x01(\x0b\x32\x12.hintfleet.v1.FreeH\x00\x12&\n\x06verify\x18\x04 \x01(\x0b\x32\x14.hintfleet.v1.VerifyH\x00\x12&\n\x06online\x18\x05 \x01(\x0b\x32\x14.hintfleet.v1.OnlineH\x00\x12(\n\x07offline\x18\x06 \x01(\x0b\x32\x15.hintfleet.v1.OfflineH\x00\x42\t\n\x07\x63ommand\",\n\x08\x41llocate\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"(\n\x04\x46ree\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\x08\n\x06Verify\"\x18\n\x06Online\x12\x0e\n\x06ranges\x18\x01 \x01(\x0c\"\x19\n\x07Offline\x12\x0e\n\x06ranges\x18\x01 \x01(\x0c\"d\n\rWorkloadEvent\x12&\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x14.hintfleet.v1.AttachH\x00\x12\"\n\x04\x64one\x18\x02 \x01(\x0b\x32\x12.hintfleet.v1.DoneH\x00\x42\x07\n\x05\x65vent\"C\n\x06\x41ttach\x12(\n\x08identity\x18\x01 \x01(\x0b\x32\x16.hintfleet.v1.Identity\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\"\x96\x01\n\x04\x44one\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x15\n\rchanged_bytes\x18\x02 \x01(\x04\x12\x12\n\nheld_bytes\x18\x03 \x01(\x04\x12\x16\n\x0everified_pages\x18\x04 \x01(\x04\x12\x13\n\x0bwrong_pages\x18\x05 \x01(\x04\x12\x13\n\x0b\x64uration_us\x18\x06 \x01(\x04\x12\r\n\x05\x65rror\x18\x07 \x01(\t*|\n\nSkipReason\x12\x1b\n\x17SKIP_REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0bOUTSIDE_RAM\x10\x01\x12\t\n\x05STALE\x10\x03\x12\x0f\n\x0bWRONG_EPOCH\x10\x04\x12\x0e\n\nHOST_ERROR\x10\x05\x12\x0e\n\nGUEST_GONE\x10\x06\"\x04\x08\x02\x10\x02\x32\xa2\x01\n\x0eHintingService\x12\x44\n\x07Session\x12\x1a.hintfleet.v1.GuestMessage\x1a\x19.hintfleet.v1.HostMessage(\x01\x30\x01\x12J\n\x08Workload\x12\x1b.hintfleet.v1.WorkloadEvent\x1a\x1d.hintfleet.v1.WorkloadCommand(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hintfleet.v1.hinting_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SKIPREASON']._serialized_start=2328
-  _globals['_SKIPREASON']._serialized_end=2461
+  _globals['_SKIPREASON']._serialized_start=2307
+  _globals['_SKIPREASON']._serialized_end=2431
   _globals['_IDENTITY']._serialized_start=44
   _globals['_IDENTITY']._serialized_end=89
   _globals['_GUESTMESSAGE']._serialized_start=92
@@ -46,41 +46,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LIMITS']._serialized_start=818
   _globals['_LIMITS']._serialized_end=904
   _globals['_POLICY']._serialized_start=907
-  _globals['_POLICY']._serialized_end=1121
-  _globals['_POLICY_KIND']._serialized_start=1058
-  _globals['_POLICY_KIND']._serialized_end=1121
-  _globals['_BATCH']._serialized_start=1123
-  _globals['_BATCH']._serialized_end=1174
-  _globals['_SKIPPED']._serialized_start=1176
-  _globals['_SKIPPED']._serialized_end=1243
-  _globals['_ACK']._serialized_start=1245
-  _globals['_ACK']._serialized_end=1365
-  _globals['_REFAULTED']._serialized_start=1367
-  _globals['_REFAULTED']._serialized_end=1394
-  _globals['_SETTLE']._serialized_start=1396
-  _globals['_SETTLE']._serialized_end=1424
-  _globals['_SETTLED']._serialized_start=1426
-  _globals['_SETTLED']._serialized_end=1494
-  _globals['_TELEMETRY']._serialized_start=1496
-  _globals['_TELEMETRY']._serialized_end=1597
-  _globals['_WORKLOADCOMMAND']._serialized_start=1600
-  _globals['_WORKLOADCOMMAND']._serialized_end=1850
-  _globals['_ALLOCATE']._serialized_start=1852
-  _globals['_ALLOCATE']._serialized_end=1896
-  _globals['_FREE']._serialized_start=1898
-  _globals['_FREE']._serialized_end=1938
-  _globals['_VERIFY']._serialized_start=1940
-  _globals['_VERIFY']._serialized_end=1948
-  _globals['_ONLINE']._serialized_start=1950
-  _globals['_ONLINE']._serialized_end=1974
-  _globals['_OFFLINE']._serialized_start=1976
-  _globals['_OFFLINE']._serialized_end=2001
-  _globals['_WORKLOADEVENT']._serialized_start=2003
-  _globals['_WORKLOADEVENT']._serialized_end=2103
-  _globals['_ATTACH']._serialized_start=2105
-  _globals['_ATTACH']._serialized_end=2172
-  _globals['_DONE']._serialized_start=2175
-  _globals['_DONE']._serialized_end=2325
-  _globals['_HINTINGSERVICE']._serialized_start=2464
-  _globals['_HINTINGSERVICE']._serialized_end=2626
+  _globals['_POLICY']._serialized_end=1101
+  _globals['_POLICY_KIND']._serialized_start=1032
+  _globals['_POLICY_KIND']._serialized_end=1095
+  _globals['_BATCH']._serialized_start=1103
+  _globals['_BATCH']._serialized_end=1154
+  _globals['_SKIPPED']._serialized_start=1156
+  _globals['_SKIPPED']._serialized_end=1223
+  _globals['_ACK']._serialized_start=1225
+  _globals['_ACK']._serialized_end=1345
+  _globals['_REFAULTED']._serialized_start=1347
+  _globals['_REFAULTED']._serialized_end=1374
+  _globals['_SETTLE']._serialized_start=1376
+  _globals['_SETTLE']._serialized_end=1404
+  _globals['_SETTLED']._serialized_start=1406
+  _globals['_SETTLED']._serialized_end=1474
+  _globals['_TELEMETRY']._serialized_start=1476
+  _globals['_TELEMETRY']._serialized_end=1577
+  _globals['_WORKLOADCOMMAND']._serialized_start=1580
+  _globals['_WORKLOADCOMMAND']._serialized_end=1830
+  _globals['_ALLOCATE']._serialized_start=1832
+  _globals['_ALLOCATE']._serialized_end=1876
+  _globals['_FREE']._serialized_start=1878
+  _globals['_FREE']._serialized_end=1918
+  _globals['_VERIFY']._serialized_start=1920
+  _globals['_VERIFY']._serialized_end=1928
+  _globals['_ONLINE']._serialized_start=1930
+  _globals['_ONLINE']._serialized_end=1954
+  _globals['_OFFLINE']._serialized_start=1956
+  _globals['_OFFLINE']._serialized_end=1981
+  _globals['_WORKLOADEVENT']._serialized_start=1983
+  _globals['_WORKLOADEVENT']._serialized_end=2083
+  _globals['_ATTACH']._serialized_start=2085
+  _globals['_ATTACH']._serialized_end=2152
+  _globals['_DONE']._serialized_start=2155
+  _globals['_DONE']._serialized_end=2305
+  _globals['_HINTINGSERVICE']._serialized_start=2434
+  _globals['_HINTINGSERVICE']._serialized_end=2596
 # @@protoc_insertion_point(module_scope)

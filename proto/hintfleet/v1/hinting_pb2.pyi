@@ -36,8 +36,6 @@ class _SkipReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SkipReason
     SKIP_REASON_UNSPECIFIED: _SkipReason.ValueType  # 0
     OUTSIDE_RAM: _SkipReason.ValueType  # 1
     """Outside the guest's RAM, or in a part that is gone (hot-unplugged)."""
-    UNALIGNED: _SkipReason.ValueType  # 2
-    """The start or the length is no multiple of the host's page."""
     STALE: _SkipReason.ValueType  # 3
     """The batch waited longer than the host keeps one."""
     WRONG_EPOCH: _SkipReason.ValueType  # 4
@@ -52,8 +50,6 @@ class SkipReason(_SkipReason, metaclass=_SkipReasonEnumTypeWrapper): ...
 SKIP_REASON_UNSPECIFIED: SkipReason.ValueType  # 0
 OUTSIDE_RAM: SkipReason.ValueType  # 1
 """Outside the guest's RAM, or in a part that is gone (hot-unplugged)."""
-UNALIGNED: SkipReason.ValueType  # 2
-"""The start or the length is no multiple of the host's page."""
 STALE: SkipReason.ValueType  # 3
 """The batch waited longer than the host keeps one."""
 WRONG_EPOCH: SkipReason.ValueType  # 4
@@ -293,30 +289,30 @@ class Policy(_message.Message):
 
     KIND_FIELD_NUMBER: _builtins.int
     REPORT_PERIOD_MS_FIELD_NUMBER: _builtins.int
-    THRESHOLD_CHUNKS_FIELD_NUMBER: _builtins.int
     COLD_AFTER_MS_FIELD_NUMBER: _builtins.int
     ALLOWANCE_PAGES_FIELD_NUMBER: _builtins.int
     kind: Global___Policy.Kind.ValueType
     report_period_ms: _builtins.int
-    """How often the guest looks for free chunks below the threshold."""
-    threshold_chunks: _builtins.int
-    """Free chunks that make the guest hint at once, without waiting for the period."""
+    """How often the guest looks for free chunks. (So many that it does not wait for that are
+    its own configuration's.)
+    """
     cold_after_ms: _builtins.int
     """COLD only."""
     allowance_pages: _builtins.int
-    """PRESSURE only: what may be hinted from now on; replaces what was allowed before."""
+    """PRESSURE only: what may be hinted from now on; replaces what was allowed before. A
+    guest whose isolator gives back whole batches only ends the one that it is in.
+    """
     def __init__(
         self,
         *,
         kind: Global___Policy.Kind.ValueType = ...,
         report_period_ms: _builtins.int = ...,
-        threshold_chunks: _builtins.int = ...,
         cold_after_ms: _builtins.int = ...,
         allowance_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowance_pages", b"allowance_pages", "cold_after_ms", b"cold_after_ms", "kind", b"kind", "report_period_ms", b"report_period_ms", "threshold_chunks", b"threshold_chunks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowance_pages", b"allowance_pages", "cold_after_ms", b"cold_after_ms", "kind", b"kind", "report_period_ms", b"report_period_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,7 +113,8 @@ class HostServiceServicer:
         guest can use what came, or the host has all that went. Already so much: nothing.
         INVALID_ARGUMENT: not the start size and whole sections of 128 MiB, less than the
         start size or more than the maximum. FAILED_PRECONDITION: it was not made to be
-        resized, or what is to go is in use; nothing has changed then.
+        resized, or what is to go is in use; of several DIMMs those before that one are gone
+        then, and Guest says how much is left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +139,8 @@ class HostServiceServicer:
     def Watch(self, request, context):
         """Samples of a trial's guests, once per period, until cancelled. The trial's
         guests live as long as this stream: when it ends, for whatever reason, the
-        host agent destroys them. So a lost orchestrator leaves nothing behind.
+        host agent destroys them; one that keeps its state (--state) after a time of grace. So
+        a lost orchestrator leaves nothing behind.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,8 @@ class HostServiceStub:
     guest can use what came, or the host has all that went. Already so much: nothing.
     INVALID_ARGUMENT: not the start size and whole sections of 128 MiB, less than the
     start size or more than the maximum. FAILED_PRECONDITION: it was not made to be
-    resized, or what is to go is in use; nothing has changed then.
+    resized, or what is to go is in use; of several DIMMs those before that one are gone
+    then, and Guest says how much is left.
     """
     RunStep: _grpc.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]
     """One workload step on one guest; returns when the guest has done it."""
@@ -58,7 +59,8 @@ class HostServiceStub:
     Watch: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]
     """Samples of a trial's guests, once per period, until cancelled. The trial's
     guests live as long as this stream: when it ends, for whatever reason, the
-    host agent destroys them. So a lost orchestrator leaves nothing behind.
+    host agent destroys them; one that keeps its state (--state) after a time of grace. So
+    a lost orchestrator leaves nothing behind.
     """
 
 @_typing.type_check_only
@@ -79,7 +81,8 @@ class HostServiceAsyncStub(HostServiceStub):
     guest can use what came, or the host has all that went. Already so much: nothing.
     INVALID_ARGUMENT: not the start size and whole sections of 128 MiB, less than the
     start size or more than the maximum. FAILED_PRECONDITION: it was not made to be
-    resized, or what is to go is in use; nothing has changed then.
+    resized, or what is to go is in use; of several DIMMs those before that one are gone
+    then, and Guest says how much is left.
     """
     RunStep: _aio.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]  # type: ignore[assignment]
     """One workload step on one guest; returns when the guest has done it."""
@@ -91,7 +94,8 @@ class HostServiceAsyncStub(HostServiceStub):
     Watch: _aio.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]  # type: ignore[assignment]
     """Samples of a trial's guests, once per period, until cancelled. The trial's
     guests live as long as this stream: when it ends, for whatever reason, the
-    host agent destroys them. So a lost orchestrator leaves nothing behind.
+    host agent destroys them; one that keeps its state (--state) after a time of grace. So
+    a lost orchestrator leaves nothing behind.
     """
 
 class HostServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -139,7 +143,8 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         guest can use what came, or the host has all that went. Already so much: nothing.
         INVALID_ARGUMENT: not the start size and whole sections of 128 MiB, less than the
         start size or more than the maximum. FAILED_PRECONDITION: it was not made to be
-        resized, or what is to go is in use; nothing has changed then.
+        resized, or what is to go is in use; of several DIMMs those before that one are gone
+        then, and Guest says how much is left.
         """
 
     @_abc_1.abstractmethod
@@ -169,7 +174,8 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_host_pb2.SampleSet], _abc.AsyncIterator[_host_pb2.SampleSet]]:
         """Samples of a trial's guests, once per period, until cancelled. The trial's
         guests live as long as this stream: when it ends, for whatever reason, the
-        host agent destroys them. So a lost orchestrator leaves nothing behind.
+        host agent destroys them; one that keeps its state (--state) after a time of grace. So
+        a lost orchestrator leaves nothing behind.
         """
 
 def add_HostServiceServicer_to_server(servicer: HostServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
