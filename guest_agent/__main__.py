@@ -24,7 +24,8 @@ examples:
   hintfleet-guest --config -     the first line of stdin; ends when stdin is closed,
                                  unless the configuration has orphan_after_s
 
-exit codes: 0 stopped by a signal, 1 failed, 2 wrong usage or configuration
+exit codes: 0 stopped by SIGTERM or the end of stdin, 1 failed or refused, 2 wrong usage or
+configuration, 130 interrupted
 """
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Coroutine
@@ -26,6 +28,9 @@ from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
+_PATIENCE_S = 1.0
+"""How long an agent that is asked to end waits for the acks of what it has in flight."""
+
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 1 << 20),
     ("grpc.keepalive_time_ms", 10_000),
@@ -42,9 +47,27 @@ _CHANNEL_OPTIONS = (
 def run(config: Config) -> None:
     """Run the agent until it is stopped or refused.
 
+    SIGTERM has a real guest's agent give back what is isolated, as far as the host agent
+    answers within a second; what is left stays isolated, for the next agent (I4).
+
     :raises HintfleetError: isolation is not possible here, or the host refused this agent.
     """
-    asyncio.run(_run_embedded(config) if config.memory == "embedded" else _run_in_guest(config))
+    with contextlib.suppress(_Terminated):
+        asyncio.run(_run_embedded(config) if config.memory == "embedded" else _run_in_guest(config))
+
+
+class _Terminated(Exception):
+    """By SIGTERM."""
+
+
+async def _end_when_terminated(session: HintingSession) -> None:
+    asked = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
+    await asked.wait()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_PATIENCE_S):
+            await session.finish()
+    raise _Terminated
 
 
 def _connect(config: Config) -> tuple[aio.Channel, pb.Identity]:
@@ -143,7 +166,11 @@ async def _run_in_guest(config: Config) -> None:
         identity=identity, boot_id=boot_id(), chunk_order=config.chunk_order, tracker=tracker
     )
     session = HintingSession(channel, isolator, facts, mem_free_bytes)
-    await _until_one_fails(session.run(), _end_orphaned(channel, config.orphan_after_s))
+    await _until_one_fails(
+        session.run(),
+        _end_when_terminated(session),
+        _end_orphaned(channel, config.orphan_after_s),
+    )
 
 
 def _isolator(config: Config) -> tuple[Isolator, str]:

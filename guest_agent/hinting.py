@@ -68,7 +68,9 @@ class Release:
 
 @dataclass(frozen=True)
 class ReportNow:
-    """Have the isolator make ready all that is free."""
+    """Have the isolator make ready what is free; `thorough`: all of it, however little."""
+
+    thorough: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,8 @@ class HintingCore:
         self._unfenced: list[RangeSet] = [still_isolated] if still_isolated else []
         self._settling: _Settling | None = None
         self._allowance_pages: int | None = None
+        self._unfinished = False
+        self._stopped = False
 
     @property
     def still_isolated(self) -> RangeSet:
@@ -126,7 +130,7 @@ class HintingCore:
         # Whether the host acted on them is not known: hint them again.
         released = [Release(ranges, hinted=False) for ranges in self._unfenced]
         self._unfenced = []
-        return [*released, ReportNow(), *self._ask()]
+        return [*released, *self._look()]
 
     def lost(self) -> Sequence[Instruction]:
         """The stream ended: batches in flight may still run on the host, so keep them."""
@@ -160,12 +164,19 @@ class HintingCore:
 
     def period_passed(self, *, isolator_idle: bool) -> Sequence[Instruction]:
         """Time to look for what the threshold did not bring."""
-        if self.state is not State.OPEN or isolator_idle:
-            return self._settle_on(isolator_idle=isolator_idle)
-        return [ReportNow(), *self._ask()]
+        nothing = isolator_idle or not self._may_hint
+        if self.state is not State.OPEN or nothing:
+            return self._settle_on(isolator_idle=nothing)
+        return self._look()
 
-    def isolated(self, ranges: RangeSet, *, isolator_idle: bool) -> Sequence[Instruction]:
-        """The answer to `Isolate`: what is now isolated, perhaps nothing."""
+    def isolated(
+        self, ranges: RangeSet, *, isolator_idle: bool, unfinished: bool = False
+    ) -> Sequence[Instruction]:
+        """The answer to `Isolate`: what is now isolated, perhaps nothing.
+
+        :param unfinished: there is more, which has to be hinted whatever is allowed.
+        """
+        self._unfinished = unfinished
         if not ranges:
             return self._settle_on(isolator_idle=isolator_idle)
         self._seq += 1
@@ -173,34 +184,48 @@ class HintingCore:
         self.batch_count += 1
         self.hinted_page_count += ranges.page_count
         if self._allowance_pages is not None:
-            self._allowance_pages -= ranges.page_count
+            self._allowance_pages = max(0, self._allowance_pages - ranges.page_count)
         return [Send(self._epoch, self._seq, ranges), *self._ask()]
 
     def settle_requested(self, request_id: int) -> Sequence[Instruction]:
-        """Report now; answer when everything that can be hinted was acknowledged."""
+        """Report now; answer when everything that may be hinted was acknowledged."""
         self._settling = _Settling(
             request_id=request_id,
             batches_before=self.batch_count,
             pages_before=self.hinted_page_count,
             pages_at_last_pass=self.hinted_page_count,
         )
-        return [ReportNow(), *self._ask()]
+        return self._look(thorough=True)
+
+    def stop(self) -> None:
+        """Isolate nothing from now on. What is isolated still goes back with its acks."""
+        self._stopped = True
 
     @property
     def settling(self) -> bool:
         """Whether a settle request waits for its answer."""
         return self._settling is not None
 
+    @property
+    def _may_hint(self) -> bool:
+        return self._unfinished or (not self._stopped and self._allowance_pages != 0)
+
+    def _look(self, *, thorough: bool = False) -> Sequence[Instruction]:
+        """Look for what is free: not if none of it may be hinted."""
+        return [ReportNow(thorough), *self._ask()] if self._may_hint else []
+
     def _ask(self) -> Sequence[Instruction]:
-        if self.state is not State.OPEN or len(self._in_flight) >= self._limits.batches_in_flight:
+        full = len(self._in_flight) >= self._limits.batches_in_flight
+        if self.state is not State.OPEN or full or not self._may_hint:
             return []
         pages = self._limits.pages_per_batch
-        if self._allowance_pages is not None:
+        if self._allowance_pages is not None and not self._unfinished:
             pages = min(pages, self._allowance_pages)
-        return [Isolate(self._limits.ranges_per_batch, pages)] if pages > 0 else []
+        return [Isolate(self._limits.ranges_per_batch, pages)]
 
     def _settle_on(self, *, isolator_idle: bool) -> Sequence[Instruction]:
-        """Settled when a whole pass of the isolator gave nothing and nothing is in flight.
+        """Settled when a whole pass of the isolator gave nothing, or nothing may be hinted,
+        and nothing is in flight.
 
         One pass may give only part of what is free (mm/page_reporting.c looks at
         1/16 of a list at a time), so a pass that gave something is repeated.
@@ -210,7 +235,7 @@ class HintingCore:
             return []
         if self.hinted_page_count != settling.pages_at_last_pass:
             settling.pages_at_last_pass = self.hinted_page_count
-            return [ReportNow(), *self._ask()]
+            return self._look(thorough=True)
         self._settling = None
         return [
             SendSettled(

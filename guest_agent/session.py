@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from guest_agent import hinting
 from guest_agent.isolation import Isolator
 from guest_agent.procfs import own_rss_bytes
 from hintfleet import __version__
-from hintfleet.errors import from_rpc_error
+from hintfleet.errors import InvalidInput, from_rpc_error
 from hintfleet.ranges import decode, encode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -38,6 +39,7 @@ _LOOKS_BEFORE_REST = 10
 _LONGEST_SILENCE_S = 10.0
 _NEWS_BYTES = 1 << 20
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_LOOK_FOR_ACKS_S = 0.01
 
 # Reasons that hold for a whole batch and may be gone next time. Not OUTSIDE_RAM and its
 # like: hinting those again would go on for ever.
@@ -133,14 +135,28 @@ class HintingSession:
         finally:
             self._isolator.close()
 
+    async def finish(self) -> None:
+        """Hint nothing more; return when all that was isolated is back in use.
+
+        It takes as long as the acks do: for ever while there is no host agent. `run` must be
+        running, and is not needed afterwards.
+        """
+        self._core.stop()
+        while self._core.still_isolated:
+            await asyncio.sleep(_LOOK_FOR_ACKS_S)
+        self._isolator.idle()  # ends the pass
+
     async def _run_once(self) -> grpc.RpcError | None:
-        """One stream from Hello to its end; the error that it ended with."""
+        """One stream from Hello to its end; the error that the host ended it with."""
         self._outbox = asyncio.Queue()
         self._outbox.put_nowait(pb.GuestMessage(hello=self._hello()))
         call: _Call = self._stub.Session(wait_for_ready=True)  # type: ignore[call-arg]
         tasks = [asyncio.create_task(work(call)) for work in (self._read, self._write)]
         try:
             await self._loop()
+        except (hinting.ProtocolViolation, InvalidInput) as violation:
+            # Its host agent may be another one soon; without an agent, the guest is none's.
+            print(f"hintfleet-guest: ending the session: {violation}", file=sys.stderr, flush=True)
         finally:
             self._core.lost()
             for task in tasks:
@@ -271,14 +287,15 @@ class HintingSession:
             case hinting.Isolate(max_ranges, max_pages):
                 ranges = self._isolator.isolate(max_ranges, max_pages)
                 idle = bool(ranges) or self._isolator.idle()
-                return self._core.isolated(ranges, isolator_idle=idle)
+                more = self._isolator.unfinished
+                return self._core.isolated(ranges, isolator_idle=idle, unfinished=more)
             case hinting.Send(epoch, seq, ranges):
                 batch = pb.Batch(epoch=epoch, seq=seq, ranges=encode(ranges))
                 self._outbox.put_nowait(pb.GuestMessage(batch=batch))
             case hinting.Release(ranges, hinted):
                 self._isolator.release(ranges, hinted=hinted)
-            case hinting.ReportNow():
-                self._isolator.report_now()
+            case hinting.ReportNow(thorough):
+                self._isolator.report_now(thorough=thorough)
             case hinting.SendSettled():
                 settled = pb.Settled(
                     request_id=instruction.request_id,

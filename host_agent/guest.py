@@ -479,6 +479,11 @@ class Guest:
             raise GuestLost(f"guest {self.name} does not run")
         return self.running, self._ledger
 
+    @property
+    def chunk_order(self) -> int:
+        """The order of what it hints."""
+        return self.spec.hinting.chunk_order or _DEFAULT_CHUNK_ORDER
+
     async def tell_refaults(self) -> None:
         """Audit, and tell the guest in which chunks it has used absent memory since."""
         await self._with_ram(self._tell_refaults())
@@ -488,8 +493,9 @@ class Guest:
         said = self._unsaid_used
         if not said or self._hinting is None:
             return
-        order = self.spec.hinting.chunk_order or _DEFAULT_CHUNK_ORDER
-        ranges = await asyncio.to_thread(lambda: encode(said.whole_chunks(order).ranges()))
+        ranges = await asyncio.to_thread(
+            lambda: encode(said.whole_chunks(self.chunk_order).ranges())
+        )
         # Still under the lock: the ack of a batch that took them must not come first.
         if self._hinting is not None and self._unsaid_used is said:
             self._unsaid_used = NO_PAGES

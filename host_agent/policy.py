@@ -43,11 +43,13 @@ class GuestView:
     """What the policy sees of one guest.
 
     :ivar can_give_bytes: free in the guest and resident here.
+    :ivar chunk_bytes: what it hints is a multiple of that.
     :ivar reclaimed_total_bytes, refaulted_total_bytes: from its ledger.
     """
 
     name: str
     can_give_bytes: int
+    chunk_bytes: int
     reclaimed_total_bytes: int
     refaulted_total_bytes: int
 
@@ -89,7 +91,8 @@ def suggest(
 
     :param holds: back-off state as returned last time; empty at first.
     :returns: a suggestion for each guest, and the state for the next call. The
-        allowances never sum to more than the excess, nor exceed what a guest can give.
+        allowances never sum to more than the excess, nor exceed what a guest can give. They
+        are whole chunks: less than one nobody could hint.
     """
     new_holds = {g.name: _look(host.now_s, g, holds.get(g.name)) for g in guests}
     givers = {g.name: g.can_give_bytes for g in guests if new_holds[g.name].until_s <= host.now_s}
@@ -98,6 +101,7 @@ def suggest(
     suggestions = []
     for guest in guests:
         share = givers.get(guest.name, 0) * wanted_bytes // total_bytes if total_bytes else 0
+        share -= share % guest.chunk_bytes
         reason = None if share else _why_nothing(host, guest.name in givers)
         suggestions.append(Suggestion(name=guest.name, allowance_bytes=share, reason=reason))
     return suggestions, new_holds

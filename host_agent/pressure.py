@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
+from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from host_agent.guest import Guest
 from host_agent.hinting_messages import policy_of
@@ -61,6 +62,7 @@ def _view(guest: Guest, ledger: host_pb2.Ledger) -> GuestView:
         name=guest.name,
         # What is absent is free in the guest; the rest of its free memory is resident.
         can_give_bytes=max(0, guest.telemetry.free_bytes - absent_bytes),
+        chunk_bytes=PAGE_BYTES << guest.chunk_order,
         reclaimed_total_bytes=ledger.reclaimed_total_bytes,
         refaulted_total_bytes=ledger.refaulted_total_bytes,
     )

@@ -24,6 +24,11 @@ class Isolator(Protocol):
     must_be_polled: bool
     """Whether chunks can become free without a wake: then `idle` is asked once per period."""
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether `isolate` gave part of what goes back only as a whole: the rest is to be
+        taken, too, even if that is more than is allowed."""
+
     def start(self, wake: Callable[[], None]) -> RangeSet:
         """Begin, and return what an earlier agent left isolated (may be empty).
 
@@ -48,8 +53,11 @@ class Isolator(Protocol):
             isolated again, so that nothing is left behind.
         """
 
-    def report_now(self) -> None:
-        """Make everything that is free ready for `isolate`, without delay. Never blocks."""
+    def report_now(self, *, thorough: bool) -> None:
+        """Make what is free ready for `isolate`, without delay. Never blocks.
+
+        :param thorough: all of it, whatever that costs the guest and however little it gains.
+        """
 
     def used_again(self, ranges: RangeSet) -> None:
         """The host says that these were reclaimed and are resident again (host-guided
@@ -62,7 +70,11 @@ class Isolator(Protocol):
         """
 
     def idle(self) -> bool:
-        """Whether nothing is ready, nor being made ready: `isolate` has nothing to give."""
+        """Whether nothing is ready, nor being made ready: `isolate` has nothing to give.
+
+        Gives back what no `isolate` came for, though it was ready: the core may have used up
+        its allowance, or have lost the host, or be about to end.
+        """
 
     def tracker_bytes(self) -> int:
         """Memory that the tracker behind this isolator holds; 0 where the kernel tracks."""

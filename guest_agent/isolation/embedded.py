@@ -18,6 +18,7 @@ class EmbeddedIsolator:
     """Pulls: scans the trackers of all zones when it is asked for chunks."""
 
     name = "embedded"
+    unfinished = False
     must_be_polled = False
 
     def __init__(
@@ -76,7 +77,7 @@ class EmbeddedIsolator:
                 for chunk in range(pfn, pfn + page_count, self._chunk_pages):
                     self._trackers[self._allocator.zone_of(chunk)].mark(chunk)
 
-    def report_now(self) -> None:
+    def report_now(self, *, thorough: bool) -> None:
         """Nothing to do: what is free is marked already."""
 
     def only_cold(self, after_s: float) -> None:

@@ -1,29 +1,35 @@
 """Isolation on a stock kernel: free chunks are moved into the hugetlb pool.
 
-A pass moves all chunks that are free as it begins, less a reserve, and keeps every one
-of them until the last was acknowledged. A pass that released as it went would meet the
-same chunks again and again, for the kernel hands out first what was freed last.
+A pass moves free chunks, in steps, until it has found as many as there are to gain, and
+leaves a reserve. It keeps every one of them until the last was acknowledged: if it released
+as it went, it would meet the same chunks again and again, for the kernel hands out first
+what was freed last. For that reason, too, the first steps find most of what was freed since
+the last pass, and the guest has the rest of its free memory all the time.
 
 With `init_on_alloc` the kernel zeroes each chunk as it moves it: absent memory becomes
 resident until it is punched. Such a pass moves 32 chunks at a time, or a 64th of the
 memory if that is more and fits a batch, and hints all of them: no more than that is
 ever resident for that reason alone. (Each step looks at all page flags: steps of a
-fixed size would cost the square of the memory.) As it zeroes all that is free, it has
+fixed size would cost the square of the memory.) As it may have to zero all that is free, it has
 to gain an eighth of that unless it is asked for, and an allowance (policy pressure)
 that covers less than all that is free gains nothing there.
 
 Tracking: what the host acknowledged is absent until the host says that it was used
 again. A pass is worth its while when more chunks are free than are absent; what the
-last pass could not have (the reserve) does not count. A pass costs the guest as much as
-all that is free, however little it gains: after one, four times as long goes by before
-the next, half a second at the most, unless one is asked for.
+last pass could not have (the reserve) does not count. After a pass, four times as long as
+it took goes by before the next, half a second at the most, unless one is asked for.
+
+A guest that takes memory while a pass holds some of it may run out of it. So no pass begins
+while free memory falls, unless it is asked for; and once the guest has used half of the
+reserve, nothing more is handed out, and the pass ends with what is in flight.
 
 When the host is lost in the middle of a pass, what is in the pool stays there until
 the next Welcome: the kernel does not let us choose which pages leave the pool, so
 those of a batch in flight cannot be told from the others. What bounds this: passes
-are short (a pass over 700 MiB holds them for about 0.1 s), one that has no batch in
-flight ends by itself, and the reserve (a sixteenth of the memory and the low
-watermarks) stays free for the guest, besides all that its kernel can reclaim.
+are short (a pass over 700 MiB holds them for about 0.1 s) and hold little more than was
+freed lately, one that has no batch in flight ends by itself, and the reserve (a sixteenth of
+the memory and the low watermarks) stays free for the guest, besides all that its kernel can
+reclaim.
 """
 
 from __future__ import annotations
@@ -41,6 +47,8 @@ _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
 _REST_FACTOR = 4
 _LONGEST_REST_S = 0.5
+_STEPS = 8
+_GROWTH_SHARE = 4
 
 
 class Pool(Protocol):
@@ -59,6 +67,7 @@ class HugetlbIsolator:
     """Pulls: grows the pool when it is asked for chunks and enough of them are free."""
 
     name = "hugetlb"
+    unfinished = False
     must_be_polled = True  # the kernel tells nobody of what is freed
 
     def __init__(
@@ -86,12 +95,21 @@ class HugetlbIsolator:
         """Chunks that the host has dealt with and that were not used since."""
         self._reserve_chunks = 0
         self._to_move_chunks = 0
-        """How many more this pass is to move."""
+        """How many more this pass may move."""
+        self._to_find_chunks = 0
+        """How many more that are not absent this pass is to find."""
+        self._step_chunks = 0
         self._withheld_chunks = 0
-        """Beyond the reserve, free chunks that the kernel would not move in this pass."""
+        """Beyond the reserve, free chunks that this pass did not move: the kernel would not,
+        or there was nothing more to find."""
         self._left_behind_chunks = 0
         """Free and not absent, but the last pass could not have them."""
         self._asked = False
+        self._last_free_chunks = 0
+        self._growing = False
+        """The guest took memory between the last two looks."""
+        self._shared = False
+        """Somebody else uses the pool, and this was said."""
         self._clock = clock
         self._began_at_s = self._rest_until_s = 0.0
 
@@ -107,6 +125,8 @@ class HugetlbIsolator:
         count = min(max_ranges, max_pages // CHUNK_PAGES)  # a chunk makes at most one range
         if not count:
             return EMPTY
+        if self._held and self._pool.free_chunks() < self._reserve_chunks // 2:
+            self._break_off()
         if not self._to_hint:
             self._fill(count)
         taken, self._to_hint = self._to_hint[:count], self._to_hint[count:]
@@ -125,19 +145,21 @@ class HugetlbIsolator:
             self._absent -= ranges
             self._to_hint += _first_pfns(ranges)
 
-    def report_now(self) -> None:
+    def report_now(self, *, thorough: bool) -> None:
         """Have the next `isolate` begin a pass, however little it may gain; with zeroing,
         if it gains the threshold."""
-        self._asked = True
+        self._asked |= thorough
 
     def idle(self) -> bool:
-        """Costs one small read. Ends a pass that nobody goes on with: its core may have
-        used up an allowance, or have lost the host."""
+        """Costs one small read."""
         if self._out_pages:
             return True  # the pass goes on with the acks
         if self._held:
             self._end_pass()
-        return not self._worth_a_pass()
+        free = self._pool.free_chunks()
+        self._growing = self._last_free_chunks - free > self._reserve_chunks // _GROWTH_SHARE
+        self._last_free_chunks = free
+        return not self._gain(free)
 
     def used_again(self, ranges: RangeSet) -> None:
         self._absent -= ranges.whole_chunks(CHUNK_ORDER)
@@ -167,7 +189,7 @@ class HugetlbIsolator:
             return  # what was zeroed before must be punched first
         if not self._held and not self._begins():
             return
-        step = self._to_move_chunks
+        step = self._step_chunks
         if self._zeroing:
             # The reserve is a sixteenth of the memory.
             step = min(max(_ZEROING_STEP_CHUNKS, self._reserve_chunks // 4), wanted_chunks)
@@ -177,14 +199,22 @@ class HugetlbIsolator:
             self._end_pass()
 
     def _begins(self) -> bool:
-        worth = self._worth_a_pass()
+        gain = self._gain(self._pool.free_chunks())
         self._asked = False
-        if worth:
+        if gain:
             self._began_at_s = self._clock()
             self._reserve_chunks = self._pool.reserve_chunks()
             self._to_move_chunks = self._room_chunks()
+            self._to_find_chunks = gain
+            self._step_chunks = max(gain, self._to_move_chunks // _STEPS)
             self._withheld_chunks = 0
-        return worth
+        return gain > 0
+
+    def _break_off(self) -> None:
+        """The guest needs its memory: what was not handed out yet has to wait."""
+        if self._zeroing:
+            self._absent -= RangeSet((pfn, CHUNK_PAGES) for pfn in self._to_hint)
+        self._to_hint, self._to_move_chunks = [], 0
 
     def _move(self, chunks: int) -> None:
         """Move so many into the pool, if they are still free."""
@@ -192,19 +222,31 @@ class HugetlbIsolator:
         chunks = min(chunks, max(0, self._room_chunks()))
         try:
             came = self._pool.grow(chunks)
-        except TransientError:
-            self._to_move_chunks = 0  # the pool is as it was, and the next pass tries again
+            new = self._pool.chunks() - self._held
+        except TransientError as error:
+            self._to_move_chunks = 0  # what is held is as it was, and the next pass tries again
+            if not self._shared:
+                print(f"hintfleet-guest: {error}: waiting", file=sys.stderr, flush=True)
+            self._shared = True
             return
+        if self._shared:
+            print("hintfleet-guest: the hugetlb pool is free again", file=sys.stderr, flush=True)
+        self._shared = False
         self._withheld_chunks += chunks - came
-        new = self._pool.chunks() - self._held
         self._held |= new
-        self._to_hint = _first_pfns(new if self._zeroing else new - self._absent)
+        found = new - self._absent
+        self._to_hint = _first_pfns(new if self._zeroing else found)
+        self._to_find_chunks -= _chunk_count(found)
+        if self._to_find_chunks <= 0:
+            self._withheld_chunks += self._to_move_chunks
+            self._to_move_chunks = 0
 
     def _end_pass(self) -> None:
         free = min(self._pool.free_chunks(), self._reserve_chunks + self._withheld_chunks)
         # Of the absent chunks outside the pool, those that are free are among `free`.
         self._left_behind_chunks = free - _chunk_count(self._absent - self._held)
         self._to_hint, self._held, self._to_move_chunks = [], EMPTY, 0
+        self._last_free_chunks = 0  # what was in the pool was not free
         self._pool.empty()
         now_s = self._clock()
         rest_s = min(_REST_FACTOR * (now_s - self._began_at_s), _LONGEST_REST_S)
@@ -215,21 +257,21 @@ class HugetlbIsolator:
     def _room_chunks(self) -> int:
         return self._pool.free_chunks() - self._reserve_chunks
 
-    def _worth_a_pass(self) -> bool:
-        if not self._asked and self._clock() < self._rest_until_s:
-            return False
-        room = self._room_chunks()
-        if room <= 0:
-            return False
-        free = room + self._reserve_chunks
-        gain = free - _chunk_count(self._absent) - self._left_behind_chunks
-        if self._asked and not self._zeroing:
-            return True
-        # A guest is never quite still: to zero all that is free for a chunk or two would
-        # go on for ever.
-        costs = self._zeroing and not self._asked
-        least = room // _ZEROING_GAIN_SHARE if costs else 0
-        return gain >= max(self._threshold_chunks, least)
+    def _gain(self, free_chunks: int) -> int:
+        """How many chunks a pass has to find; 0 if it is not worth its while now."""
+        room = free_chunks - self._reserve_chunks
+        rests = self._growing or self._clock() < self._rest_until_s
+        if room <= 0 or (rests and not self._asked):
+            return 0
+        thorough = self._asked and not self._zeroing
+        left_behind = 0 if thorough else self._left_behind_chunks
+        gain = free_chunks - _chunk_count(self._absent) - left_behind
+        least = 1 if thorough else self._threshold_chunks
+        if self._zeroing and not self._asked:
+            # A guest is never quite still: to zero all that is free for a chunk or two would
+            # go on for ever.
+            least = max(least, room // _ZEROING_GAIN_SHARE)
+        return gain if gain >= least else 0
 
 
 def _chunk_count(ranges: RangeSet) -> int:

@@ -126,7 +126,7 @@ class HugetlbPool:
         """
         state = self.state()
         if not state.all_reserved:
-            raise TransientError(f"somebody else uses the hugetlb pool: {state}")
+            raise _shared(state)
         before = state.total
         # First the file, which says that what is in the pool is ours, should we die.
         self._open_file()
@@ -164,11 +164,18 @@ class HugetlbPool:
         return parse_zoneinfo((self._proc_root / "zoneinfo").read_text())
 
     def chunks(self) -> RangeSet:
-        """What is in the pool: all ours, for all of it is reserved."""
+        """What is in the pool: all ours, for all of it is reserved.
+
+        :raises TransientError: somebody else put pages into it, or uses some: these could not
+            be told from ours.
+        """
         if self._flags is None:
             raise Refused("the hugetlb pool is not open")
         spans = present_spans(self._sys_root, self._proc_root)
         first_pfns = self._flags.chunks_with(KPF_HUGE, spans, CHUNK_ORDER)
+        state = self.state()  # after the look: whoever came before it is seen by one of them
+        if not state.all_reserved or state.total != len(first_pfns):
+            raise _shared(state)
         return RangeSet((pfn, CHUNK_PAGES) for pfn in first_pfns)
 
     def empty(self) -> None:
@@ -233,6 +240,16 @@ class HugetlbPool:
                 "this guest has virtio-mem, which may replace free huge pages",
                 hint="use the kmod isolator",
             )
+
+        # free_pages_prepare() writes to each page that leaves the pool.
+        for parameter in (self._proc_root / "cmdline").read_text().split():
+            name, _, value = parameter.partition("=")
+            if name == "page_poison" and value.lower() in ("1", "y", "yes", "on"):
+                raise Refused(
+                    "this kernel writes a pattern to pages as they are freed (page_poison=1):"
+                    " what hugetlb gave back would be resident again",
+                    hint="boot with page_poison=0",
+                )
 
     def _cma_kib(self) -> int:
         for line in (self._proc_root / "meminfo").read_text().splitlines():
@@ -299,13 +316,17 @@ class HugetlbPool:
                 mmap.mmap(self._fd, length, flags=mmap.MAP_SHARED, offset=at).close()
         state = self.state()
         if not state.all_reserved or state.total != before + chunks:
-            raise TransientError(f"somebody else uses the hugetlb pool: {state}")
+            raise _shared(state)
 
     def _number(self, name: str) -> int:
         return int((self._pool / name).read_text())
 
     def _set_total(self, chunks: int) -> None:
         (self._pool / "nr_hugepages").write_text(str(chunks))
+
+
+def _shared(state: PoolState) -> TransientError:
+    return TransientError(f"somebody else uses the hugetlb pool: {state}")
 
 
 def _reserve_chunks(zones: Iterable[ZoneInfo]) -> int:

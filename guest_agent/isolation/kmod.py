@@ -74,7 +74,9 @@ class KmodIsolator:
     """Takes free chunks through the kernel's page reporting.
 
     A batch of the module that is larger than what `isolate` may return is handed
-    out in parts, and acknowledged when all of them were released.
+    out in parts, and acknowledged when all of them were released. An allowance (policy
+    pressure) is thus rounded up to batches, of 64 MiB or, with pages merged to order 10,
+    128 MiB: a batch given back half hinted would be shown again whole.
     """
 
     name = "kmod"
@@ -97,9 +99,12 @@ class KmodIsolator:
         left = EMPTY
         batch = self._read()
         if batch is not None:
-            self._seq, self._rest = batch.seq, batch.ranges
+            self._seq = batch.seq
             if batch.still_isolated:
+                self._rest = batch.ranges
                 left = self._take(len(self._rest), sum(r.page_count for r in self._rest))
+            else:
+                self._answer(_IOC_RETURN)  # it may not be hinted before there is a Welcome
         self._closing = os.eventfd(0)
         self._watcher = Thread(target=self._watch, args=(wake,), name="kmod", daemon=True)
         self._watcher.start()
@@ -124,6 +129,10 @@ class KmodIsolator:
         self._parts_out += bool(taken)
         return RangeSet(taken)
 
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._rest)
+
     def enough(self) -> bool:
         return True  # the kernel has collected a batch
 
@@ -131,12 +140,14 @@ class KmodIsolator:
         self._parts_out -= bool(ranges)
         self._all_hinted &= hinted
         if ranges and not self._rest and not self._parts_out:
-            answer = _IOC_ACK if self._all_hinted else _IOC_RETURN
-            fcntl.ioctl(self._fd, answer, _SEQ.pack(self._seq))
-            self._all_hinted = True
-            self._acknowledged.set()
+            self._answer(_IOC_ACK if self._all_hinted else _IOC_RETURN)
 
-    def report_now(self) -> None:
+    def _answer(self, how: int) -> None:
+        fcntl.ioctl(self._fd, how, _SEQ.pack(self._seq))
+        self._all_hinted = True
+        self._acknowledged.set()
+
+    def report_now(self, *, thorough: bool) -> None:  # noqa: ARG002 - the kernel knows
         fcntl.ioctl(self._fd, _IOC_REPORT_NOW)
 
     def used_again(self, ranges: RangeSet) -> None:
@@ -201,6 +212,7 @@ def _open(device: str) -> int:
             " load, dmesg says why: most often the guest's balloon has free page reporting on",
             errno.EBUSY: "another guest agent has it open; stop that one first",
             errno.EACCES: "run the guest agent as root",
+            errno.EPERM: "let it use the device: DeviceAllow=/dev/hintfleet rw in its unit",
         }
         raise Refused(
             f"cannot isolate: opening {device}: {error.strerror}",

@@ -98,13 +98,16 @@ class MemoryBlocks:
     def _set_all(self, blocks: list[Path], wanted: str, before: str, deadline_s: float) -> None:
         """Bring all blocks into a state, or none.
 
-        :raises Refused: the kernel would not, in time.
+        :raises Refused: the kernel would not, in time. Says which blocks it would not bring
+            back to the state `before`, either.
         """
         for i, block in enumerate(blocks):
             if not _set(block, wanted, deadline_s):
-                for changed in blocks[:i]:
-                    _set(changed, before, time.monotonic() + self._patience_s)
-                raise Refused(f"memory block {block.name} stays {_state(block)}: it is in use")
+                again_until_s = time.monotonic() + self._patience_s
+                stuck = [b.name for b in blocks[:i] if not _set(b, before, again_until_s)]
+                why = "it is in use" if wanted == "offline" else "the kernel would not take it"
+                also = f"; {', '.join(stuck)} did not become {before} again" if stuck else ""
+                raise Refused(f"memory block {block.name} stays {_state(block)}: {why}{also}")
 
 
 def _state(block: Path) -> str:

@@ -174,7 +174,7 @@ class Sessions(RuleBasedStateMachine):
                 yield from (partial(self.link_is_cut, stream),) * (2 if stream.to_guest else 1)
         for stream in self.streams:
             if stream.cut and stream.to_host:
-                yield stream.to_host.clear
+                yield stream.lose
         if self.predecessor is not None:
             yield self.kernel_finishes_a_dead_host_agents_punch
         if self.host is not None:
@@ -202,7 +202,7 @@ class Sessions(RuleBasedStateMachine):
             self.predecessor = self.host.to_drop.pop()
         for stream in self.host.sessions.values():
             stream.cut = True
-            stream.to_host.clear()
+            stream.lose()
         self.host = None
 
     def another_says_hello_in_the_guests_name(self) -> None:

@@ -47,6 +47,17 @@ class Stream:
     to_host: deque[Up] = field(default_factory=deque)
     to_guest: deque[Down] = field(default_factory=deque)
     cut: bool = False
+    lossy: bool = False
+
+    def send(self, message: Up) -> None:
+        """Towards the host. Behind what was lost nothing arrives: it is a byte stream."""
+        if not self.lossy:
+            self.to_host.append(message)
+
+    def lose(self) -> None:
+        """What is on its way to the host, once the stream is cut."""
+        self.lossy = True
+        self.to_host.clear()
 
 
 def chunks(ranges: RangeSet) -> list[int]:
@@ -152,7 +163,7 @@ class Agent:
                     todo += self.core.isolated(taken, isolator_idle=self.kernel.idle())
                 case hinting.Send() as batch:
                     assert self.stream is not None
-                    self.stream.to_host.append(batch)
+                    self.stream.send(batch)
                 case hinting.Release(ranges, hinted):
                     self.kernel.release(ranges, hinted=hinted)
 
@@ -186,7 +197,7 @@ class Host:
         """Notice that a stream is over."""
         session = self._session_of(stream)
         del self.sessions[session]
-        stream.to_host.clear()
+        stream.lose()
         self.carry_out(self.gate.left(session))
 
     def take_turn(self, now_s: float) -> None:

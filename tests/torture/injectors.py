@@ -348,4 +348,5 @@ REAL: Mapping[Kind, Callable[[Scene], Injector]] = {
     Kind.GUEST_RESET: Reset,
     Kind.GUEST_SUSPENDED: SuspendDomain,
 }
-"""The same for a virtual machine. Kind.AGENT_KILLED happens inside it, by itself."""
+"""The same for a virtual machine. What ends its agent (Kind.AGENT_KILLED,
+Kind.AGENT_STOPPED) happens inside it, by itself."""

@@ -18,6 +18,7 @@ class Kind(Enum):
     GUEST_RESET = "guest reset"
     GUEST_SUSPENDED = "guest suspended"
     AGENT_KILLED = "guest agent killed"
+    AGENT_STOPPED = "guest agent stopped"
     """kill -9 of the agent alone, inside a real guest, at a step of the protocol."""
     HOST_AGENT_KILLED = "host agent killed"
     HOST_AGENT_SUSPENDED = "host agent suspended"

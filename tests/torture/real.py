@@ -31,7 +31,10 @@ from tests.torture.run import Setting
 _MEMORY_BYTES = 768 * MIB
 _STRESS = "128M"
 _EVIDENCE_CHARACTERS = 3000
-_AGENT_DIED = "the agent was killed (status 137)"
+_AGENT_ENDED = {
+    Kind.AGENT_KILLED: "the agent was killed (status 137)",
+    Kind.AGENT_STOPPED: "the agent was stopped",
+}
 _STRESS_ENDED = "STRESS round ended with status "
 
 _KINDS: Mapping[Kind, int] = {
@@ -56,7 +59,8 @@ class RealVictim(Victim):
     def look(self, report: Report) -> None:
         with contextlib.suppress(OSError, IndexError):  # it is gone
             text = console(self.pid)
-            report.faults[Kind.AGENT_KILLED] += self._news(text, _AGENT_DIED)
+            for kind, words in _AGENT_ENDED.items():
+                report.faults[kind] += self._news(text, words)
             rounds = self._news(text, _STRESS_ENDED)
             well = self._news(text, f"{_STRESS_ENDED}0")
             report.stress_rounds += rounds

@@ -14,6 +14,7 @@ from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests import GuestRequest
 from host_agent.guests.domain_xml import DomainSpec, Memballoon
+from host_agent.guests.image import GuestImage
 from host_agent.guests.libvirt import LibvirtDriver
 from tests.support.agents import TRIAL, alive, running_host_agent, wait_until
 from tests.support.vm import Guests, spec
@@ -56,6 +57,41 @@ def test_memory_used_and_freed_between_two_looks_leaves_nothing_behind(
         assert absent_bytes < 0.1 * hinted_bytes, "hinted what was not resident"
     guests.balances(name, connection)
     assert host.verify(name).wrong_pages == 0
+
+
+def test_under_pressure_a_guest_gives_what_is_wanted_and_keeps_nothing_back(
+    image: GuestImage, libvirt_uri: str
+) -> None:
+    """The module shows up to 128 MiB at a time, and takes them back only as a whole: what is
+    left when an allowance is used up is hinted too, and then there is nothing to settle."""
+    threshold_bytes, held_bytes = 420 * MIB, 50 * MIB
+
+    def free_bytes() -> int:
+        return host.samples[-1].samples[0].guest_free_bytes if host.samples[-1].samples else 0
+
+    with running_host_agent("--memory-budget", "560MiB") as host:
+        host.watch()
+        asked = spec(memory_bytes=768 * MIB)
+        asked.hinting.policy, asked.hinting.pressure_percent = "pressure", 75
+        host.stub.CreateGuest(
+            host_pb2.CreateGuestRequest(
+                command=host_pb2.CommandId(trial_id=TRIAL), name="wanted", spec=asked
+            ),
+            timeout=180,
+        )
+        wait_until(lambda: free_bytes() > 0, "the guest to say what is free")
+        free_at_first_bytes = free_bytes()
+        host.allocate(held_bytes + FREED_BYTES, "wanted")
+        host.free(FREED_BYTES, "wanted")
+
+        def resident_bytes() -> int:
+            return host.guests()["wanted"].ledger.resident_bytes
+
+        wait_until(lambda: resident_bytes() <= threshold_bytes, "the excess to come back", 30)
+        host.settle("wanted")
+        assert resident_bytes() > threshold_bytes - 130 * MIB, "and no more than that"
+        least_bytes = free_at_first_bytes - held_bytes - 16 * MIB
+        wait_until(lambda: free_bytes() > least_bytes, "the guest to have the rest back")
 
 
 def test_a_killed_host_agent_leaves_no_domain(connection: Any, libvirt_uri: str) -> None:

@@ -99,6 +99,13 @@ def test_what_a_dead_agent_isolated_stays_so_until_the_next_is_welcomed(guests: 
     assert guests.ledger("hugetlb").hinted_total_bytes >= adopted * 2 * MIB
 
 
+def test_an_agent_that_is_stopped_gives_back_what_it_has(guests: Guests) -> None:
+    """It waits for the acks of what is in flight, so that its guest is not short of that."""
+    said = console(guests["hugetlb"].pid)
+    assert "the agent was stopped: starting it again" in said
+    assert "PROBE left PoolState(total=0, free=0, reserved=0, surplus=0)" in said
+
+
 def test_zeroing_costs_no_more_than_64_mib_at_a_time(guests: Guests, connection: Any) -> None:
     host = guests.host
     assert "init_on_alloc=1" in console(guests["zeroing"].pid)

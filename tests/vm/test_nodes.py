@@ -33,6 +33,7 @@ def test_memory_comes_back_from_every_zone_and_node(
     guests: Guests, connection: Any, name: str
 ) -> None:
     host = guests.host
+    assert guests[name].name == name, "or says why it did not come up"
     host.resize(NODES_MEMORY_BYTES + 128 * MIB, name)
     host.settle(name)
     before = resident_mib(guests, name, connection)

@@ -1,8 +1,10 @@
 """Runs in a real guest as Python starts there, told by the kernel's command line.
 
-hintfleet.torture=SEED has the agent kill itself (-9) at steps of the protocol, again and
-again: init starts the next. hintfleet.stress=SIZE has `stress-ng --vm --verify` run beside
-the workload, round after round; each round's end is said on the console.
+hintfleet.torture=SEED has the agent kill itself (-9), or ask itself to end, at steps of the
+protocol, again and again: init starts the next. hintfleet.stress=SIZE has
+`stress-ng --vm --verify` run beside the workload, round after round; each round's end is said
+on the console. Should the guest run out of memory, while an agent is dead that had much
+isolated, it is stress-ng that has to go: it starts its workers again.
 """
 
 import asyncio
@@ -32,7 +34,8 @@ def parameter(name: str) -> str:
 
 
 class Death:
-    """When this agent is to die: so many steps after so long, at once or a little later."""
+    """When this agent is to die, and how: so many steps after so long, at once or a little
+    later, by kill -9 or, one time in four, by SIGTERM."""
 
     def __init__(self, seed: str) -> None:
         starts = int(STARTS.read_text()) if STARTS.exists() else 0
@@ -41,6 +44,7 @@ class Death:
         self.after_s = time.monotonic() + chance.choice((0, 3, 10, 20))
         self.steps = chance.randrange(1, 30)
         self.lag_s = chance.choice((0.0, chance.uniform(0, 0.02)))
+        self.signal = chance.choice((signal.SIGTERM, *[signal.SIGKILL] * 3))
 
     def step(self) -> None:
         if time.monotonic() < self.after_s:
@@ -48,13 +52,12 @@ class Death:
         self.steps -= 1
         if self.steps == 0:
             if self.lag_s:
-                asyncio.get_running_loop().call_later(self.lag_s, die)
+                asyncio.get_running_loop().call_later(self.lag_s, self.strike)
             else:
-                die()
+                self.strike()
 
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    def strike(self) -> None:
+        os.kill(os.getpid(), self.signal)
 
 
 def with_steps(method: Callable[..., Any], death: Death) -> Callable[..., Any]:
@@ -83,3 +86,4 @@ if "--workload-only" not in sys.orig_argv:
         arm(seed)
 elif size := parameter("stress"):
     subprocess.Popen(["/bin/sh", "-c", STRESS.format(size=size)])
+    Path("/proc/self/oom_score_adj").write_text("-400")  # the workload's own

@@ -1,5 +1,7 @@
 """The hinting core keeps I1 under any sequence of events."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -133,7 +135,9 @@ def test_settled_comes_after_a_pass_that_gave_nothing_and_the_last_ack() -> None
     assert not core.isolated(EMPTY, isolator_idle=True), "a batch is still in flight"
     core.acknowledged(1, 1, acted=True)
     again = core.isolated(EMPTY, isolator_idle=True)
-    assert again == [ReportNow(), Isolate(4, 2048)], "the pass gave something: look again"
+    assert again == [ReportNow(thorough=True), Isolate(4, 2048)], (
+        "the pass gave something: look again"
+    )
     settled = core.isolated(EMPTY, isolator_idle=True)
     assert settled == [SendSettled(request_id=9, batches=1, hinted_pages=512)]
 
@@ -146,6 +150,32 @@ def test_settle_waits_for_an_isolator_that_is_still_working() -> None:
     assert core.period_passed(isolator_idle=True)[0] == SendSettled(
         request_id=3, batches=0, hinted_pages=0
     )
+
+
+@pytest.mark.parametrize("forbid", [lambda core: core.allowed(0), lambda core: core.stop()])
+def test_what_may_not_be_hinted_is_not_looked_for(forbid: Callable[[HintingCore], object]) -> None:
+    """The kernel module would isolate a batch that nobody takes; and nobody would settle."""
+    core = opened()
+    chunk = RangeSet([(512, 512)])
+    core.isolated(chunk, isolator_idle=False)
+    forbid(core)
+    assert not core.ready()
+    assert not core.period_passed(isolator_idle=False)
+    assert not core.settle_requested(4)
+    assert not core.period_passed(isolator_idle=False), "a batch is in flight"
+    assert list(core.acknowledged(1, 1, acted=True)) == [Release(chunk, hinted=True)]
+    assert list(core.period_passed(isolator_idle=False)) == [
+        SendSettled(request_id=4, batches=0, hinted_pages=0)
+    ]
+    core.lost()
+    assert not core.welcomed(2, LIMITS)
+
+
+def test_what_is_allowed_later_is_looked_for() -> None:
+    core = opened()
+    core.allowed(0)
+    assert list(core.allowed(512)) == [Isolate(4, 512)]
+    assert list(core.period_passed(isolator_idle=False)) == [ReportNow(), Isolate(4, 512)]
 
 
 @pytest.mark.parametrize("acted", [True, False])

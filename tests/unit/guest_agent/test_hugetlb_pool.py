@@ -19,6 +19,7 @@ def kernel(tmp_path: Path) -> Path:
     for name in ("nr", "free", "resv", "surplus", "nr_overcommit"):
         (pool / f"{name}_hugepages").write_text("0\n")
     (tmp_path / "meminfo").write_text("MemTotal: 1 kB\nCmaTotal:       0 kB\n")
+    (tmp_path / "cmdline").write_text("console=ttyS0 quiet\n")
     return tmp_path
 
 
@@ -53,6 +54,11 @@ def test_huge_pages_of_another_size(kernel: Path, name: str) -> None:
 def test_virtio_mem(kernel: Path) -> None:
     (kernel / "bus/virtio/drivers/virtio_mem/virtio3").mkdir(parents=True)
     assert "virtio-mem" in refusal(kernel)
+
+
+def test_poisoned_pages(kernel: Path) -> None:
+    (kernel / "cmdline").write_text("console=ttyS0 page_poison=on\n")
+    assert "page_poison=1" in refusal(kernel)
 
 
 def test_no_page_flags(kernel: Path) -> None:

@@ -1,5 +1,7 @@
 """The pressure policy: who gives how much, and who is left alone."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,9 +30,18 @@ def guest(
     return GuestView(
         name=name,
         can_give_bytes=can_give_mib * MIB,
+        chunk_bytes=MIB,
         reclaimed_total_bytes=reclaimed_mib * MIB,
         refaulted_total_bytes=refaulted_mib * MIB,
     )
+
+
+def test_a_share_is_whole_chunks_or_nothing() -> None:
+    """A guest with the kernel module would take a batch and could not hint the end of it."""
+    both = [replace(guest("a", 100), chunk_bytes=4 * MIB), guest("b", 1)]
+    suggestions, _ = suggest(host(810), both, {})
+    assert [one.allowance_bytes // MIB for one in suggestions] == [8, 0]
+    assert [one.reason for one in suggestions] == [None, Reason.NOTHING_TO_GIVE]
 
 
 def test_below_the_threshold_nobody_gives() -> None:

@@ -1,8 +1,8 @@
 """Runs in a guest as Python starts there, and does what the kernel's command line says.
 
-hintfleet.test=die: has its agent die while a batch is out, the first time only; the next
-agent says on the console what it found. hintfleet.test=no-eject: has the kernel refuse to
-let go of DIMMs.
+hintfleet.test=die: has its agent die while a batch is out; the next agent says on the
+console what it found, is asked to end while a batch is out, and says what it leaves.
+hintfleet.test=no-eject: has the kernel refuse to let go of DIMMs.
 """
 
 import os
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 DIED = Path("/run/hintfleet-test-died")
+STOPPED = Path("/run/hintfleet-test-stopped")
 
 
 def arm() -> None:
@@ -19,19 +20,27 @@ def arm() -> None:
     from hintfleet.errors import Refused
     from hintfleet.ranges import RangeSet
 
-    take, open_pool = HugetlbIsolator.isolate, HugetlbPool.open
+    take, close = HugetlbIsolator.isolate, HugetlbIsolator.close
+    open_pool = HugetlbPool.open
 
     def isolate_and_die(self: HugetlbIsolator, max_ranges: int, max_pages: int) -> RangeSet:
         taken = take(self, max_ranges, max_pages)
         if taken and not DIED.exists():
             DIED.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        elif taken and not STOPPED.exists():
+            STOPPED.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
         return taken
+
+    def close_and_tell(self: HugetlbIsolator) -> None:
+        close(self)
+        print(f"PROBE left {HugetlbPool().state()}", flush=True)
 
     def open_and_tell(self: HugetlbPool) -> RangeSet:
         found = self.state()
         left = open_pool(self)
-        if DIED.exists():
+        if DIED.exists() and not STOPPED.exists():
             print(f"PROBE found {found}, adopted {left.page_count // 512}", flush=True)
             print(f"PROBE second agent: {refusal_of_a_second()}", flush=True)
         return left
@@ -43,7 +52,7 @@ def arm() -> None:
             return error.message
         return ""
 
-    HugetlbIsolator.isolate = isolate_and_die
+    HugetlbIsolator.isolate, HugetlbIsolator.close = isolate_and_die, close_and_tell
     HugetlbPool.open = open_and_tell
 
 

@@ -1,0 +1,121 @@
+"""The guest's end of a session against a host agent that does as each test says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from grpc import aio
+
+from guest_agent.isolation.embedded import EmbeddedIsolator
+from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
+from guest_agent.session import HelloFacts, HintingSession
+from hintfleet.ranges import RangeSet
+from hintfleet.v1 import hinting_pb2 as pb
+from hintfleet.v1.hinting_pb2_grpc import (
+    HintingServiceServicer,
+    add_HintingServiceServicer_to_server,
+)
+
+CHUNK_COUNT = 64
+LIMITS = pb.Limits(ranges_per_batch=8, pages_per_batch=1 << 20, batches_in_flight=2)
+
+
+class ScriptedHost(HintingServiceServicer):
+    """Welcomes whoever comes, and acknowledges each batch.
+
+    :ivar violate_in: sessions, counted from 1, in which it acknowledges what nobody sent.
+    """
+
+    def __init__(self) -> None:
+        self.sessions = 0
+        self.batches: list[pb.Batch] = []
+        self.withhold_acks = asyncio.Event()
+        self.violate_in: set[int] = set()
+
+    async def Session(  # noqa: N802 - gRPC's
+        self, requests: AsyncIterator[pb.GuestMessage], context: aio.ServicerContext
+    ) -> AsyncIterator[pb.HostMessage]:
+        del context
+        self.sessions += 1
+        epoch = self.sessions
+        async for message in requests:
+            if message.HasField("hello"):
+                policy = pb.Policy(kind=pb.Policy.EAGER, report_period_ms=10)
+                yield pb.HostMessage(welcome=pb.Welcome(epoch=epoch, limits=LIMITS, policy=policy))
+                if epoch in self.violate_in:
+                    yield pb.HostMessage(ack=pb.Ack(epoch=epoch, seq=99))
+            elif message.HasField("batch"):
+                self.batches.append(message.batch)
+                while self.withhold_acks.is_set():
+                    await asyncio.sleep(0.01)
+                yield pb.HostMessage(ack=pb.Ack(epoch=epoch, seq=message.batch.seq))
+
+
+@contextlib.asynccontextmanager
+async def in_session(
+    host: ScriptedHost,
+) -> AsyncIterator[tuple[HintingSession, BuddyAllocator]]:
+    server = aio.server()
+    add_HintingServiceServicer_to_server(host, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    zone = ZoneSpec(name="Normal", present=RangeSet([(0, CHUNK_COUNT * 512)]))
+    allocator = BuddyAllocator([zone], chunk_order=9)
+    facts = HelloFacts(identity=pb.Identity(), boot_id="boot", chunk_order=9, tracker="bitmap")
+    async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        isolator = EmbeddedIsolator(allocator, threshold_chunks=1)
+        session = HintingSession(channel, isolator, facts, lambda: 0)
+        for pfn in [allocator.allocate(9) for _ in range(CHUNK_COUNT // 2)]:
+            allocator.free(pfn, 9)
+        running = asyncio.create_task(session.run())
+        yield session, allocator
+        assert not running.done(), running.exception()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    await server.stop(None)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def run(scene: Callable[[ScriptedHost], Awaitable[None]]) -> None:
+    async def play() -> None:
+        await scene(ScriptedHost())
+
+    asyncio.run(play())
+
+
+def test_a_host_that_breaks_the_protocol_is_left_and_tried_again() -> None:
+    """Not for good: the guest would be without an agent because of one odd message."""
+
+    async def scene(host: ScriptedHost) -> None:
+        host.violate_in = {1, 2}
+        async with in_session(host):
+            await until(lambda: host.sessions == 3 and len(host.batches) > 0)
+
+    run(scene)
+
+
+def test_who_finishes_hints_no_more_and_waits_for_its_acks() -> None:
+    async def scene(host: ScriptedHost) -> None:
+        host.withhold_acks.set()
+        async with in_session(host) as (session, allocator):
+            await until(lambda: len(host.batches) == 1)
+            before = allocator.free_page_count
+            assert before < CHUNK_COUNT * 512, "some are isolated"
+            finishing = asyncio.create_task(session.finish())
+            await asyncio.sleep(0.2)
+            assert not finishing.done(), "a batch is in flight"
+            host.withhold_acks.clear()
+            await asyncio.wait_for(finishing, 10)
+            assert allocator.free_page_count == CHUNK_COUNT * 512
+            sent = len(host.batches)
+            await asyncio.sleep(0.2)
+            assert len(host.batches) == sent <= LIMITS.batches_in_flight
+
+    run(scene)
