@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import time
+from collections.abc import Callable
 
 from guest_agent.memory.buddy import BuddyAllocator
+from guest_agent.procfs import mem_available_bytes
 from guest_agent.workload import EXTENT_BYTES
 from hintfleet.errors import Refused
 from hintfleet.ranges import RangeSet
-from hintfleet.units import PAGE_BYTES
+from hintfleet.units import MIB, PAGE_BYTES, format_size
 
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python's mmap has it from 3.13
+_SPARE_BYTES = 8 * MIB
+_ASSURED_EXTENTS = 8
+"""What is taken between two looks at what there is."""
+_PATIENCE_S = 10.0
+_PAUSE_S = 0.1
 _EXTENT_ORDER = (EXTENT_BYTES // PAGE_BYTES).bit_length() - 1
 
 
@@ -61,8 +69,20 @@ class AnonymousSource:
     can, as it does for the heaps of large programs.
     """
 
-    def __init__(self, size_bytes: int) -> None:
-        """Reserve address space for `size_bytes`; no memory is used yet."""
+    def __init__(
+        self,
+        size_bytes: int,
+        available_bytes: Callable[[], int] = mem_available_bytes,
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
+        """Reserve address space for `size_bytes`; no memory is used yet.
+
+        :param available_bytes: what the guest can still use.
+        :param patience_s: how long memory that is isolated, or in the balloon, is waited for.
+        """
+        self._available_bytes = available_bytes
+        self._patience_s = patience_s
+        self._assured_extents = 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._map = mmap.mmap(-1, size_bytes + EXTENT_BYTES, flags=flags)
         self._map.madvise(mmap.MADV_HUGEPAGE)
@@ -73,7 +93,21 @@ class AnonymousSource:
     def allocate(self) -> int:
         if not self._free:
             raise MemoryError("the workload's address space is used up")
+        if not self._assured_extents:
+            self._assured_extents = min(self._wait_for_room(), _ASSURED_EXTENTS)
+        self._assured_extents -= 1
         return self._free.pop()
+
+    def _wait_for_room(self) -> int:
+        """How many extents there is memory for, as soon as there is for one. A kernel that has
+        none kills a process rather than say so."""
+        deadline_s = time.monotonic() + self._patience_s
+        while (room_bytes := self._available_bytes() - _SPARE_BYTES) < EXTENT_BYTES:
+            if time.monotonic() > deadline_s:
+                left_bytes = max(0, room_bytes + _SPARE_BYTES)
+                raise MemoryError(f"{format_size(left_bytes)} are left to it")
+            time.sleep(_PAUSE_S)
+        return room_bytes // EXTENT_BYTES
 
     def write(self, extent: int, data: memoryview) -> None:
         at = self._start + extent * EXTENT_BYTES

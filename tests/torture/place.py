@@ -61,7 +61,7 @@ class Place:
         self._random = random.Random(seed)
         self._victim_of = victim_of
         self._made = 0
-        self._held_bytes = 0
+        self._held_bytes, self._unsure = 0, False
         self._there: Victim | None = None
         self._is_there = asyncio.Event()
 
@@ -124,7 +124,7 @@ class Place:
             await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
             return
         self._report.guests_made += 1
-        self._held_bytes = 0
+        self._held_bytes, self._unsure = 0, False
         self._is_there.set()
 
     async def _sweep(self) -> None:
@@ -164,7 +164,7 @@ class Place:
     def _next_step(self) -> dict[str, int | bool]:
         room_bytes = self._most_bytes - self._held_bytes
         choice = self._random.random()
-        if choice < 0.3:
+        if choice < 0.3 or self._unsure:
             return {"verify": True}
         if self._held_bytes and (choice < 0.65 or room_bytes < 4 * MIB):
             return {"free_bytes": self._random.randrange(2 * MIB, self._held_bytes + 2 * MIB)}
@@ -177,7 +177,7 @@ class Place:
             **step,  # type: ignore[arg-type]
         )
         done = await self._stub.RunStep(request, timeout=self._patience.step_s)
-        self._held_bytes = done.held_bytes
+        self._held_bytes, self._unsure = done.held_bytes, False
         victim.answered_s = time.monotonic()
         self._report.step_done(done, victim.name)
 
@@ -191,6 +191,7 @@ class Place:
             self._held_bytes = max(self._held_bytes, self._most_bytes)
         else:
             self._report.steps_without_answer += 1
+            self._unsure = True  # whether it was done: the next step is to say what is held
             silence_s = time.monotonic() - victim.answered_s
             if silence_s > self._patience.silence_s:
                 self._report.problem(

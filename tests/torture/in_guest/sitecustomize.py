@@ -3,8 +3,7 @@
 hintfleet.torture=SEED has the agent kill itself (-9), or ask itself to end, at steps of the
 protocol, again and again: init starts the next. hintfleet.stress=SIZE has
 `stress-ng --vm --verify` run beside the workload, round after round; each round's end is said
-on the console. Should the guest run out of memory, while an agent is dead that had much
-isolated, it is stress-ng that has to go: it starts its workers again.
+on the console.
 """
 
 import asyncio
@@ -86,4 +85,3 @@ if "--workload-only" not in sys.orig_argv:
         arm(seed)
 elif size := parameter("stress"):
     subprocess.Popen(["/bin/sh", "-c", STRESS.format(size=size)])
-    Path("/proc/self/oom_score_adj").write_text("-400")  # the workload's own

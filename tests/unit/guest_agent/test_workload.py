@@ -65,6 +65,20 @@ def test_freed_memory_is_used_again(source: Source) -> None:
     assert workload.held_bytes == 0
 
 
+def test_a_guest_that_is_full_says_so_and_is_not_killed() -> None:
+    """What is isolated, or in the balloon, may come back: it is waited for."""
+    available = [100 * MIB, 0, 0, 100 * MIB, 0]
+    source = AnonymousSource(
+        RAM_BYTES, lambda: available.pop(0) if len(available) > 1 else 9 * MIB, patience_s=0.5
+    )
+    workload = Workload(source, MemoryBlocks())
+    assert workload.run(allocate(20 * MIB)).error == ""
+    done = workload.run(allocate(40 * MIB))
+    assert done.error == "the guest is out of memory: 9 MiB are left to it"
+    assert done.held_bytes == 32 * MIB
+    assert workload.run(VERIFY).wrong_pages == 0
+
+
 def test_a_page_dropped_in_use_is_counted_as_wrong(ram: mmap.mmap) -> None:
     zone = ZoneSpec(name="Normal", present=RangeSet([(0, RAM_BYTES // PAGE_BYTES)]))
     allocator = BuddyAllocator([zone], chunk_order=9)
