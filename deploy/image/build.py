@@ -13,7 +13,8 @@ and must be able to read it) and the XDG cache directory for others.
     DIR/HASH/                the image: root.img vmlinuz initrd.img image.json
     DIR/current              a link to the image built last
 
-The images that were used last are kept, older ones removed. A guest that runs from one
+The images that were used last are kept. Older ones are removed, and so are, after a day, layers
+that are in none of them. A guest that runs from one
 goes on: QEMU has its disk open, and has read the rest.
 """
 
@@ -39,7 +40,9 @@ from rootfs import rootfs
 
 PACKAGES = (("hintfleet", TREE / "proto/hintfleet"), ("guest_agent", TREE / "guest_agent"))
 INIT = Path(__file__).with_name("init")
+BUILDER = tuple(Path(__file__).with_name(f"{name}.py") for name in ("build", "common", "cpio"))
 KEPT_IMAGES = 8
+KEPT_LAYERS_S = 24 * 3600
 COMMANDS = ("chroot", "cat", "echo", "insmod", "ip", "mount", "poweroff", "rm", "sed", "sh")
 
 
@@ -63,7 +66,7 @@ def build(images: Path, packages: Sequence[str] = ()) -> Path:
     sources = [path for _, package in PACKAGES for path in _sources(package)]
     layers = (kit(images / "layers"), rootfs(images / "layers", packages))
     names = [str(path.relative_to(TREE)) for path in sources]
-    key = digest([*(layer.name for layer in layers), *names, *sources, INIT, Path(__file__)])
+    key = digest([*(layer.name for layer in layers), *names, *sources, INIT, *BUILDER])
     image = build_once(images / key, "image.json", lambda to: _assemble(to, key, *layers))
     if not packages:
         _point(images / "current", key)
@@ -73,13 +76,20 @@ def build(images: Path, packages: Sequence[str] = ()) -> Path:
 
 
 def prune(images: Path) -> None:
-    """Remove all images but `current` and those that were used last."""
+    """Remove all images but `current` and those that were used last, and layers of no image.
+
+    A layer goes when it is a day old: a new one may be on its way into its first image.
+    """
     there = [path.parent for path in images.glob("*/image.json")]
     current = (images / "current").resolve()
     ours = [image for image in there if not image.is_symlink() and image.resolve() != current]
     ours.sort(key=lambda image: image.stat().st_mtime, reverse=True)
     for image in ours[KEPT_IMAGES:]:
         shutil.rmtree(image, ignore_errors=True)
+    for layer in images.glob("layers/*-*"):
+        is_in_one = any(file.stat().st_nlink > 1 for file in layer.iterdir() if file.is_file())
+        if not is_in_one and time.time() - layer.stat().st_mtime > KEPT_LAYERS_S:
+            shutil.rmtree(layer, ignore_errors=True)
 
 
 def _sources(package: Path) -> list[Path]:

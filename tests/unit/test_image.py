@@ -2,22 +2,27 @@
 
 import importlib.util
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 BUILDER = Path(__file__).parents[2] / "deploy/image/build.py"
 
 
-def test_images_that_were_used_last_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BUILDER.parent))
     spec = importlib.util.spec_from_file_location("image_builder", BUILDER)
     assert spec is not None
     assert spec.loader is not None
     builder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(builder)
+    return builder
+
+
+def test_images_that_were_used_last_are_kept(builder: Any, tmp_path: Path) -> None:
     for age_s in range(builder.KEPT_IMAGES + 3):
         image = tmp_path / f"{age_s:016x}"
         image.mkdir()
@@ -31,3 +36,18 @@ def test_images_that_were_used_last_are_kept(
     assert kept[:-3] == [f"{age_s:016x}" for age_s in range(builder.KEPT_IMAGES)]
     assert kept[-3] == oldest, "it is the current one"
     assert kept[-2:] == ["current", "layers"]
+
+
+def test_layers_of_no_image_go_after_a_day(builder: Any, tmp_path: Path) -> None:
+    for name in ("root-used", "root-old", "root-new"):
+        (tmp_path / "layers" / name).mkdir(parents=True)
+        (tmp_path / "layers" / name / "root.img").write_text(name)
+    image = tmp_path / "image"
+    image.mkdir()
+    (image / "image.json").write_text("{}")
+    os.link(tmp_path / "layers/root-used/root.img", image / "root.img")
+    day_ago = time.time() - builder.KEPT_LAYERS_S - 1
+    for name in ("root-used", "root-old"):
+        os.utime(tmp_path / "layers" / name, (day_ago, day_ago))
+    builder.prune(tmp_path)
+    assert {layer.name for layer in (tmp_path / "layers").iterdir()} == {"root-used", "root-new"}
