@@ -72,8 +72,8 @@ class Isolator(Protocol):
     def idle(self) -> bool:
         """Whether nothing is ready, nor being made ready: `isolate` has nothing to give.
 
-        Gives back what no `isolate` came for, though it was ready: the core may have used up
-        its allowance, or have lost the host, or be about to end.
+        An isolator that holds chunks for a pass gives back what no `isolate` came for: the core
+        may have used up its allowance, or have lost the host, or be about to end.
         """
 
     def tracker_bytes(self) -> int:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import cache
-from threading import Thread
+from threading import Lock, Thread
 from types import ModuleType
 from typing import NoReturn
 
 from hintfleet.errors import GuestLost, Refused
 
+_loading = Lock()
 
-@cache
+
 def modules() -> tuple[ModuleType, ModuleType]:
     """libvirt and libvirt_qemu, with an event loop that runs and errors left to the caller.
 
@@ -25,6 +26,12 @@ def modules() -> tuple[ModuleType, ModuleType]:
 
     :raises Refused: libvirt-python is not installed.
     """
+    with _loading:  # threads may be the first at once, and there can be one loop only
+        return _modules()
+
+
+@cache
+def _modules() -> tuple[ModuleType, ModuleType]:
     try:
         import libvirt
         import libvirt_qemu

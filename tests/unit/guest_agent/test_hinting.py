@@ -171,6 +171,19 @@ def test_what_may_not_be_hinted_is_not_looked_for(forbid: Callable[[HintingCore]
     assert not core.welcomed(2, LIMITS)
 
 
+def test_what_goes_back_only_as_a_whole_is_hinted_whatever_is_allowed() -> None:
+    """The module's batch: half of it hinted and given back, it would come again and again."""
+    core = opened()
+    core.allowed(512)
+    first, rest = RangeSet([(512, 512)]), RangeSet([(1024, 512)])
+    more = core.isolated(first, isolator_idle=True, unfinished=True)
+    assert list(more) == [Send(1, 1, first), Isolate(4, 2048)]
+    core.stop()
+    assert list(core.isolated(rest, isolator_idle=True)) == [Send(1, 2, rest)]
+    assert list(core.acknowledged(1, 1, acted=True)) == [Release(first, hinted=True)]
+    assert list(core.acknowledged(1, 2, acted=True)) == [Release(rest, hinted=True)]
+
+
 def test_what_is_allowed_later_is_looked_for() -> None:
     core = opened()
     core.allowed(0)

@@ -60,6 +60,17 @@ RUN = Run(
 )
 
 
+TRIAL = StoredTrial(
+    trial_id="t",
+    position=0,
+    arm="none",
+    repetition=0,
+    started_unix_us=0,
+    ended_unix_us=0,
+    undecided="",
+)
+
+
 def rendered(what: RenderableType, width: int) -> str:
     console = Console(width=width, no_color=True)
     with console.capture() as capture:
@@ -114,29 +125,12 @@ def test_runs_and_trials() -> None:
     assert "01:01" in shown
     assert "failed: the disk is full" in shown
     assert "and more" not in shown
-    trial = StoredTrial(
-        trial_id="t",
-        position=0,
-        arm="none",
-        repetition=0,
-        started_unix_us=0,
-        ended_unix_us=0,
-        undecided="",
-    )
-    assert "cut off" in rendered(tables.trials([trial]), 80)
+    assert "cut off" in rendered(tables.trials([TRIAL]), 80)
 
 
 def test_what_others_wrote_is_no_markup() -> None:
     said = "console: [/b] [red]x[/red] [link=file:///etc/passwd]y"
-    trial = StoredTrial(
-        trial_id="t",
-        position=0,
-        arm="none",
-        repetition=0,
-        started_unix_us=0,
-        ended_unix_us=1,
-        undecided=said,
-    )
+    trial = replace(TRIAL, ended_unix_us=1, undecided=said)
     assert said in rendered(tables.trials([trial]), 120)
     assert said in rendered(tables.runs([replace(RUN, reason=said)]), 160)
     of_a_service = replace(ROW, experiment=said, run_id="")
