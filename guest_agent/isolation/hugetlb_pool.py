@@ -85,6 +85,7 @@ class HugetlbPool:
 
         :raises Refused: free pages of the pool may be used, moved or replaced under
             us; says what stands in the way and what to do.
+        :raises TransientError: somebody began to use it just now.
         """
         self._refuse_if_unsafe()
         with contextlib.ExitStack() as undo:

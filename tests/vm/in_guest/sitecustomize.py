@@ -102,7 +102,7 @@ def an_agent_that_does_not_read() -> dict[str, object]:
     wakes: list[float] = []
     isolator = kmod.KmodIsolator()
     isolator.start(lambda: wakes.append(time.monotonic()))
-    dirty_and_free(64 * MIB)
+    dirty_and_free(128 * MIB)
     isolator.report_now(thorough=True)
     time.sleep(1.5)
     seen: dict[str, object] = {
