@@ -107,12 +107,7 @@ class Acknowledge:
     outcome: Outcome
 
 
-@dataclass(frozen=True)
-class ForgetUsed:
-    """The guest has booted again: what memory it used before is no news to it."""
-
-
-Instruction = Welcome | EndSession | TakeTurn | Run | Post | Acknowledge | ForgetUsed
+Instruction = Welcome | EndSession | TakeTurn | Run | Post | Acknowledge
 
 
 class Gate:
@@ -130,25 +125,21 @@ class Gate:
         self.running: Batch | None = None
         """What a `Run` is carried out for; it may be of an epoch that is over."""
         self._session: int | None = None
-        self._boot_id = ""
         self._waiting: deque[Batch] = deque()
         self._next_seq = 1
         self._asked_for_turn = False
         self._gone: HintfleetError | None = None
 
-    def connected(self, session: int, boot_id: str) -> Sequence[Instruction]:
+    def connected(self, session: int) -> Sequence[Instruction]:
         """A stream said Hello: the newest wins, and the epoch of the one before is over.
 
         :param session: a number larger than that of all sessions before.
-        :param boot_id: if it differs, nothing of the last boot is left in the guest:
-            neither its batches, which no session may outlive anyway, nor what it used.
         """
         if self._gone is not None:
             return [EndSession(session, self._gone)]
         superseded = self._end_session(TransientError("another agent of this guest has connected"))
-        booted_again = self._boot_id not in ("", boot_id)
-        self._session, self._boot_id = session, boot_id
-        return [*superseded, *([ForgetUsed()] if booted_again else []), *self._welcome()]
+        self._session = session
+        return [*superseded, *self._welcome()]
 
     def left(self, session: int) -> Sequence[Instruction]:
         """A stream has ended; if it was the newest, nothing runs until the next one."""

@@ -244,15 +244,15 @@ class Guest:
         """Whether a stream that bears this token comes from this guest."""
         return hmac.compare_digest(token.encode(), self.token.encode())
 
-    def connect_hinting(self, stream: Stream, boot_id: str, epochs: Epochs) -> int:
+    def connect_hinting(self, stream: Stream, epochs: Epochs) -> int:
         """`stream` said Hello: its first message will be the Welcome, once the gate allows
         it. Returns the session's number, for `batch_arrived` and `leave_hinting`."""
         session = epochs.next()
         self._sessions[session] = stream
         if self.running is not None and self._ledger is not None:
-            # What was said on a stream that was cut, nobody may have heard.
+            # All that it uses: what was said on a stream that was cut, nobody may have heard.
             self._unsaid_used = self.running.ram.page_map - self._ledger.absent_pages
-        self._carry_out(self.gate.connected(session, boot_id))
+        self._carry_out(self.gate.connected(session))
         return session
 
     def batch_arrived(self, session: int, batch: gate.Batch) -> None:
@@ -382,8 +382,6 @@ class Guest:
                     self._post(batch, outcome)
                 case gate.Acknowledge(session, batch, outcome):
                     self._sessions[session].send(ack_of(batch, outcome))
-                case gate.ForgetUsed():
-                    self._unsaid_used = NO_PAGES
 
     def _begin(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.create_task(work)

@@ -50,7 +50,7 @@ class GuestService(HintingServiceServicer):
             guest = await self._admitted(hello.identity, context)
             with _held_to_account(guest), _stream(guest, context) as stream:
                 check_hello(hello)
-                session = guest.connect_hinting(stream, hello.boot_id, self._registry.epochs)
+                session = guest.connect_hinting(stream, self._registry.epochs)
                 try:
                     welcome = await stream.next()
                     await guest.keeper.save(guest)  # its epoch is known before it is used

@@ -4,7 +4,9 @@ A pass moves free chunks, in steps, until it has found as many as there are to g
 leaves a reserve. It keeps every one of them until the last was acknowledged: if it released
 as it went, it would meet the same chunks again and again, for the kernel hands out first
 what was freed last. For that reason, too, the first steps find most of what was freed since
-the last pass, and the guest has the rest of its free memory all the time.
+the last pass, and the guest has the rest of its free memory all the time. Each step moves
+twice as many as the one before, and begins when all of that was acknowledged: how much is
+held grows with the proof that the host answers.
 
 With `init_on_alloc` the kernel zeroes each chunk as it moves it: absent memory becomes
 resident until it is punched. Such a pass moves 32 chunks at a time, or a 64th of the
@@ -15,7 +17,8 @@ to gain an eighth of that unless it is asked for, and an allowance (policy press
 that covers less than all that is free gains nothing there.
 
 Tracking: what the host acknowledged is absent until the host says that it was used
-again. A pass is worth its while when more chunks are free than are absent; what the
+again. An agent that starts waits for the host to say what is resident; all else that is
+free is absent. A pass is worth its while when more chunks are free than are absent; what the
 last pass could not have (the reserve) does not count. After a pass, four times as long as
 it took goes by before the next, half a second at the most, unless one is asked for.
 
@@ -47,7 +50,7 @@ _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
 _REST_FACTOR = 4
 _LONGEST_REST_S = 0.5
-_STEPS = 8
+_FIRST_STEP_SHARE = 16
 _GROWTH_SHARE = 4
 
 
@@ -56,6 +59,7 @@ class Pool(Protocol):
 
     def open(self) -> RangeSet: ...
     def free_chunks(self) -> int: ...
+    def free_ranges(self) -> RangeSet: ...
     def reserve_chunks(self) -> int: ...
     def grow(self, chunks: int) -> int: ...
     def chunks(self) -> RangeSet: ...
@@ -93,12 +97,15 @@ class HugetlbIsolator:
         self._out_pages = 0
         self._absent = EMPTY
         """Chunks that the host has dealt with and that were not used since."""
+        self._told_resident = False
+        """Whether the host has said what is resident at all."""
         self._reserve_chunks = 0
         self._to_move_chunks = 0
         """How many more this pass may move."""
         self._to_find_chunks = 0
         """How many more that are not absent this pass is to find."""
         self._step_chunks = 0
+        """How many the next step moves, unless it zeroes them."""
         self._withheld_chunks = 0
         """Beyond the reserve, free chunks that this pass did not move: the kernel would not,
         or there was nothing more to find."""
@@ -162,6 +169,10 @@ class HugetlbIsolator:
         return not self._gain(free)
 
     def used_again(self, ranges: RangeSet) -> None:
+        if not self._told_resident:
+            self._absent |= self._pool.free_ranges()
+            self._left_behind_chunks = 0
+            self._told_resident = True
         self._absent -= ranges.whole_chunks(CHUNK_ORDER)
 
     def only_cold(self, after_s: float) -> None:
@@ -184,19 +195,22 @@ class HugetlbIsolator:
 
     def _fill(self, wanted_chunks: int) -> None:
         """Begin a pass or go on with one, until there is something to hint; end it if there
-        is nothing more and nothing is out."""
-        if self._zeroing and self._out_pages:
-            return  # what was zeroed before must be punched first
-        if not self._held and not self._begins():
+        is nothing more. Nothing is done before all that is out was acknowledged."""
+        if self._out_pages or not (self._held or self._begins()):
             return
-        step = self._step_chunks
+        while not self._to_hint and self._to_move_chunks > 0:
+            self._move(min(self._step(wanted_chunks), self._to_move_chunks))
+        if not self._to_hint:
+            self._end_pass()
+
+    def _step(self, wanted_chunks: int) -> int:
+        """How many to move next."""
         if self._zeroing:
             # The reserve is a sixteenth of the memory.
-            step = min(max(_ZEROING_STEP_CHUNKS, self._reserve_chunks // 4), wanted_chunks)
-        while not self._to_hint and (chunks := min(self._to_move_chunks, step)) > 0:
-            self._move(chunks)
-        if not self._to_hint and not self._out_pages:
-            self._end_pass()
+            return min(max(_ZEROING_STEP_CHUNKS, self._reserve_chunks // 4), wanted_chunks)
+        step = self._step_chunks
+        self._step_chunks *= 2
+        return step
 
     def _begins(self) -> bool:
         gain = self._gain(self._pool.free_chunks())
@@ -206,7 +220,7 @@ class HugetlbIsolator:
             self._reserve_chunks = self._pool.reserve_chunks()
             self._to_move_chunks = self._room_chunks()
             self._to_find_chunks = gain
-            self._step_chunks = max(gain, self._to_move_chunks // _STEPS)
+            self._step_chunks = -(-self._to_move_chunks // _FIRST_STEP_SHARE)
             self._withheld_chunks = 0
         return gain > 0
 
@@ -261,7 +275,7 @@ class HugetlbIsolator:
         """How many chunks a pass has to find; 0 if it is not worth its while now."""
         room = free_chunks - self._reserve_chunks
         rests = self._growing or self._clock() < self._rest_until_s
-        if room <= 0 or (rests and not self._asked):
+        if room <= 0 or not self._told_resident or (rests and not self._asked):
             return 0
         thorough = self._asked and not self._zeroing
         left_behind = 0 if thorough else self._left_behind_chunks

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guest_agent.memory.kernel import (
+    KPF_BUDDY,
     KPF_HUGE,
     FreeLists,
     PageFlags,
@@ -111,6 +112,11 @@ class HugetlbPool:
             raise Refused("the hugetlb pool is not open")
         return self._free_lists.free_chunk_count()
 
+    def free_ranges(self) -> RangeSet:
+        """The chunks whose first page is in the free lists: so is all of such a chunk, if
+        nothing in it was ever touched."""
+        return RangeSet((pfn, CHUNK_PAGES) for pfn in self._chunks_with(KPF_BUDDY))
+
     def reserve_chunks(self) -> int:
         """Free chunks to leave alone, so that growing the pool never makes the kernel
         reclaim or compact memory, and the guest can go on allocating meanwhile.
@@ -170,14 +176,17 @@ class HugetlbPool:
         :raises TransientError: somebody else put pages into it, or uses some: these could not
             be told from ours.
         """
-        if self._flags is None:
-            raise Refused("the hugetlb pool is not open")
-        spans = present_spans(self._sys_root, self._proc_root)
-        first_pfns = self._flags.chunks_with(KPF_HUGE, spans, CHUNK_ORDER)
+        first_pfns = self._chunks_with(KPF_HUGE)
         state = self.state()  # after the look: whoever came before it is seen by one of them
         if not state.all_reserved or state.total != len(first_pfns):
             raise _shared(state)
         return RangeSet((pfn, CHUNK_PAGES) for pfn in first_pfns)
+
+    def _chunks_with(self, flag: int) -> list[int]:
+        if self._flags is None:
+            raise Refused("the hugetlb pool is not open")
+        spans = present_spans(self._sys_root, self._proc_root)
+        return self._flags.chunks_with(flag, spans, CHUNK_ORDER)
 
     def empty(self) -> None:
         """Give everything that is ours back to the buddy allocator."""

@@ -18,8 +18,11 @@ from hintfleet.errors import Refused
 from hintfleet.ranges import MAX_PFN, RangeSet
 from hintfleet.units import PAGE_BYTES
 
+# Bits of /proc/kpageflags (include/uapi/linux/kernel-page-flags.h).
+KPF_BUDDY = 10
+"""Free: part of a block of the free lists, be it not its first page (fs/proc/page.c)."""
 KPF_HUGE = 17
-"""Bit of /proc/kpageflags: part of a hugetlb page (include/uapi/linux/kernel-page-flags.h)."""
+"""Part of a hugetlb page."""
 
 _ENTRY_BYTES = 8
 _CHUNKS_AT_ONCE = 2048

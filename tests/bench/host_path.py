@@ -93,7 +93,7 @@ def _ours(chunks: list[int]) -> float:
     ledger, gate = Ledger(ram.page_map), Gate()
     # As the service does once per period: the books know what is resident.
     ledger.audit(ram.resident(ledger.absent_pages))
-    gate.connected(1, "boot")
+    gate.connected(1)
     packed = encode(RangeSet((c * _CHUNK_PAGES, _CHUNK_PAGES) for c in chunks))
     wire = pb.GuestMessage(batch=pb.Batch(epoch=1, seq=1, ranges=packed)).SerializeToString()
     started_s = time.perf_counter()

@@ -48,13 +48,13 @@ class Sessions(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernel = GuestKernel("boot 0")
+        self.kernel = GuestKernel()
         self.agents: list[Agent] = []
         self.streams: list[Stream] = []
         self.host: Host | None = Host(self.gate())
         self.predecessor: int | None = None
         """The chunk that a dead host agent's system call is still going to drop."""
-        self.sessions = self.boots = self.steps = 0
+        self.sessions = self.steps = 0
         self.now_s = 0.0
         self.reset = False
         self.ram_is_open = True
@@ -214,9 +214,8 @@ class Sessions(RuleBasedStateMachine):
         """As by kexec with nothing isolated: the host hears of it by the next Hello."""
         for agent in list(self.agents):
             self.agent_dies(agent)
-        self.boots += 1
         contents = self.kernel.contents
-        self.kernel = GuestKernel(f"boot {self.boots}")
+        self.kernel = GuestKernel()
         self.kernel.contents = contents
 
     def guest_is_reset(self) -> None:
@@ -225,7 +224,7 @@ class Sessions(RuleBasedStateMachine):
         for agent in list(self.agents):
             self.agent_dies(agent)
         if self.reset_keeps_the_ram:
-            self.kernel = GuestKernel("boot anew")
+            self.kernel = GuestKernel()
             while self.kernel.free:
                 self.kernel.allocate()
 

@@ -32,7 +32,6 @@ _LIMITS = hinting.Limits(
 
 @dataclass(frozen=True)
 class Hello:
-    boot_id: str
     still_isolated: RangeSet
 
 
@@ -71,8 +70,7 @@ def pages(numbers: Iterable[int]) -> RangeSet:
 class GuestKernel:
     """Chunks that are free, isolated or in use; what is in use was written to."""
 
-    def __init__(self, boot_id: str) -> None:
-        self.boot_id = boot_id
+    def __init__(self) -> None:
         self.free = list(range(CHUNK_COUNT))
         self.isolated: set[int] = set()
         self.reported: set[int] = set()
@@ -125,7 +123,7 @@ class Agent:
 
     def connect(self) -> Stream:
         self.stream = Stream()
-        self.stream.to_host.append(Hello(self.kernel.boot_id, self.core.still_isolated))
+        self.stream.to_host.append(Hello(self.core.still_isolated))
         return self.stream
 
     def hear(self) -> None:
@@ -185,7 +183,7 @@ class Host:
         message = stream.to_host.popleft()
         if isinstance(message, Hello):
             self.sessions[next_session] = stream
-            self.carry_out(self.gate.connected(next_session, message.boot_id))
+            self.carry_out(self.gate.connected(next_session))
         elif session := self._session_of(stream):
             batch = gate.Batch(
                 epoch=message.epoch, seq=message.seq, ranges=message.ranges, received_s=now_s

@@ -92,8 +92,13 @@ SPECS = {
     "kmod": spec(max_memory_bytes=GIB + 512 * MIB),
     "hugetlb": spec(
         isolator="hugetlb",
-        parameters="init_on_alloc=0 hintfleet.test=die",
+        parameters="init_on_alloc=0",
         max_memory_bytes=GIB + 512 * MIB,
+    ),
+    "dying": spec(
+        isolator="hugetlb",
+        parameters="init_on_alloc=0 hintfleet.test=die",
+        memory_bytes=512 * MIB,
     ),
     "zeroing": spec(
         isolator="hugetlb",

@@ -82,8 +82,25 @@ def test_a_guest_with_virtio_mem_is_refused(
     assert "use the kmod isolator" in said
 
 
-def test_what_a_dead_agent_isolated_stays_so_until_the_next_is_welcomed(guests: Guests) -> None:
-    said = console(guests["hugetlb"].pid)
+@pytest.fixture
+def said_by_dying_agents(guests: Guests) -> str:
+    """By the guest in which an agent is killed in the middle of a pass, and then another is
+    asked to end (in_guest/dying_agent.py)."""
+
+    def said() -> str:
+        return console(guests["dying"].pid)
+
+    if "PROBE left" not in said():
+        guests.host.allocate(FREED_BYTES, "dying")
+        guests.host.free(FREED_BYTES, "dying")
+        wait_until(lambda: "the agent was stopped" in said(), "two agents to end", 60)
+    return said()
+
+
+def test_what_a_dead_agent_isolated_stays_so_until_the_next_is_welcomed(
+    guests: Guests, said_by_dying_agents: str
+) -> None:
+    said = said_by_dying_agents
     assert "the agent was killed (status 137)" in said
     found = re.search(
         r"PROBE found PoolState\(total=(\d+), free=(\d+), reserved=(\d+), surplus=0\),"
@@ -92,18 +109,16 @@ def test_what_a_dead_agent_isolated_stays_so_until_the_next_is_welcomed(guests: 
     )
     assert found, said
     total, free, reserved, adopted = map(int, found.groups())
-    assert total == free == reserved == adopted > 100, "somebody could have used them"
+    assert total == free == reserved == adopted > 0, "somebody could have used them"
     assert "PROBE second agent: another guest agent works with the hugetlb pool" in said
     # What it found was released after the welcome, and has been hinted since.
-    guests.host.settle("hugetlb")
-    assert guests.ledger("hugetlb").hinted_total_bytes >= adopted * 2 * MIB
+    assert guests.ledger("dying").hinted_total_bytes >= adopted * 2 * MIB
 
 
-def test_an_agent_that_is_stopped_gives_back_what_it_has(guests: Guests) -> None:
+def test_an_agent_that_is_stopped_gives_back_what_it_has(said_by_dying_agents: str) -> None:
     """It waits for the acks of what is in flight, so that its guest is not short of that."""
-    said = console(guests["hugetlb"].pid)
-    assert "the agent was stopped: starting it again" in said
-    assert "PROBE left PoolState(total=0, free=0, reserved=0, surplus=0)" in said
+    assert "the agent was stopped: starting it again" in said_by_dying_agents
+    assert "PROBE left PoolState(total=0, free=0, reserved=0, surplus=0)" in said_by_dying_agents
 
 
 def test_zeroing_costs_no_more_than_64_mib_at_a_time(guests: Guests, connection: Any) -> None:

@@ -411,9 +411,9 @@ Global___Ack: _TypeAlias = Ack  # noqa: Y015
 @_typing.final
 class Refaulted(_message.Message):
     """Host-guided hinting: whole chunks in which something was absent (reclaimed, or never
-    used) and is resident now, as seen since this was last said. A guest that finds them
-    free knows that hinting them gains. Sent once per report period, if there is any, and
-    before a Settle.
+    used) and is resident now, as seen since this was last said; the first of a session names
+    all chunks in which anything is resident. A guest that finds them free knows that hinting
+    them gains. Sent once per report period, if there is any, and before a Settle.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -39,9 +39,9 @@ class _Guest:
         self._posted: list[gate.Batch] = []
         self._acknowledged: list[gate.Batch] = []
 
-    def connect(self, boot_id: str) -> None:
+    def connect(self) -> None:
         self.sessions.append(len(self.sessions) + 1)
-        self._carry_out(self.gate.connected(self.sessions[-1], boot_id))
+        self._carry_out(self.gate.connected(self.sessions[-1]))
 
     def leave(self, session: int) -> None:
         self._left.add(session)
@@ -136,7 +136,7 @@ def try_input(data: bytes) -> None:
         session = guest.sessions[-1 - argument % 2 % len(guest.sessions)] if guest.sessions else 0
         match step & 7:
             case 0:
-                guest.connect(("", "a", "b")[argument % 3])
+                guest.connect()
                 due = 1
             case 1 if session:
                 guest.leave(session)

@@ -1,5 +1,8 @@
 """The hugetlb isolator on a model of the kernel's free list: last in, first out."""
 
+from collections.abc import Iterable
+from itertools import pairwise
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,13 +18,13 @@ THRESHOLD_CHUNKS = 4
 
 
 class ModelKernel:
-    """A guest of `count` chunks, and the host memory behind each of them."""
+    """A guest of `count` chunks, and the host memory behind each: all but the reserve was used."""
 
     def __init__(self, count: int, *, zeroing: bool, reserve: int = RESERVE_CHUNKS) -> None:
         self.free = list(range(count))
         self.used: list[int] = []
         self.pool: list[int] = []
-        self.resident: set[int] = set()
+        self.resident = set(self.free[reserve:])
         self.zeroing = zeroing
         self.reserve = reserve
         self.looks = 0
@@ -40,6 +43,9 @@ class ModelKernel:
         self.reads += 1
         return len(self.free)
 
+    def free_ranges(self) -> RangeSet:
+        return ranges_of(self.free)
+
     def reserve_chunks(self) -> int:
         return self.reserve
 
@@ -57,7 +63,7 @@ class ModelKernel:
 
     def chunks(self) -> RangeSet:
         self.looks += 1
-        return RangeSet((chunk * CHUNK_PAGES, CHUNK_PAGES) for chunk in self.pool)
+        return ranges_of(self.pool)
 
     def empty(self) -> None:
         self.free += reversed(self.pool)
@@ -84,16 +90,20 @@ class ModelKernel:
         self.resident -= chunks
 
 
+def ranges_of(chunks: Iterable[int]) -> RangeSet:
+    return RangeSet((chunk * CHUNK_PAGES, CHUNK_PAGES) for chunk in chunks)
+
+
 def chunks_of(ranges: RangeSet) -> set[int]:
     return {pfn // CHUNK_PAGES for r in ranges for pfn in range(r.pfn, r.end_pfn, CHUNK_PAGES)}
 
 
 class Host:
-    """Acknowledges batches, and says what was used again since it last did."""
+    """Acknowledges batches, and says what is resident that was not when it last did."""
 
     def __init__(self, kernel: ModelKernel, isolator: HugetlbIsolator) -> None:
         self.kernel, self.isolator = kernel, isolator
-        self.known_absent = set(kernel.free)
+        self.known_absent = {*kernel.free, *kernel.pool}
         self.hinted_absent = 0
 
     def tell_used(self) -> None:
@@ -134,7 +144,9 @@ def started(kernel: ModelKernel, threshold_chunks: int = 1) -> tuple[HugetlbIsol
         clock=lambda: kernel.now_s,
     )
     isolator.start(lambda: None)
-    return isolator, Host(kernel, isolator)
+    host = Host(kernel, isolator)
+    host.tell_used()
+    return isolator, host
 
 
 @pytest.mark.parametrize("zeroing", [False, True])
@@ -188,7 +200,9 @@ def test_zeroing_makes_no_more_than_64_mib_or_a_64th_resident(
     chunks: int, reserve: int, bound: int
 ) -> None:
     kernel = ModelKernel(chunks, zeroing=True, reserve=reserve)
+    kernel.resident.clear()
     isolator, host = started(kernel)
+    isolator.used_again(ranges_of(kernel.free))  # and yet nothing is resident
     most = 0
     while batch := isolator.isolate(512, 1 << 20):
         most = max(most, len(kernel.resident))
@@ -226,11 +240,13 @@ def test_a_batch_that_the_host_skipped_is_hinted_again() -> None:
 def test_a_lost_host_leaves_the_reserve_to_the_guest() -> None:
     kernel = ModelKernel(50, zeroing=False)
     isolator, host = started(kernel)
+    host.acknowledge(isolator.isolate(44, 1 << 20))
     batch = isolator.isolate(4, 1 << 20)
+    held = len(kernel.pool)
     kernel.allocate(5)
     for _ in range(10):
         assert isolator.idle()
-        assert len(kernel.pool) == 44, "a batch is in flight: nothing may leave the pool"
+        assert len(kernel.pool) == held, "a batch is in flight: nothing may leave the pool"
     isolator.release(batch, hinted=False)  # welcomed again
     kernel.release(5)
     host.run()
@@ -245,16 +261,17 @@ def test_an_allowance_that_is_used_up_ends_the_pass() -> None:
     assert not isolator.isolate(512, CHUNK_PAGES - 1)
     assert not isolator.idle()
     assert not kernel.pool
-    assert host.run() == 36
+    assert host.run() == 41
 
 
 def test_what_a_dead_agent_left_is_hinted_by_the_next() -> None:
     kernel = ModelKernel(50, zeroing=False)
-    dead, _ = started(kernel)
-    assert dead.isolate(4, 1 << 20)
+    dead, host = started(kernel)
+    host.acknowledge(dead.isolate(44, 1 << 20))
+    assert dead.isolate(2, 1 << 20)
     heir = HugetlbIsolator(kernel, threshold_chunks=1, zeroing=False, clock=lambda: 9e9)
     left = heir.start(lambda: None)
-    assert left.page_count == 44 * CHUNK_PAGES
+    assert left == kernel.chunks()
     heir.release(left, hinted=False)
     assert Host(kernel, heir).run() == 44
     assert not kernel.pool
@@ -340,6 +357,40 @@ def test_a_pass_holds_little_more_than_what_was_freed() -> None:
     assert not host.run(), "nothing is left for another pass"
 
 
+def test_an_agent_that_starts_hints_what_the_host_says_is_resident() -> None:
+    """One that has just been started anew in a guest in need held all free memory at once."""
+    kernel = ModelKernel(1000, zeroing=False)
+    kernel.allocate(300)
+    kernel.release(20)
+    kernel.resident = set(kernel.used) | set(kernel.free[-20:])
+    isolator = HugetlbIsolator(kernel, threshold_chunks=1, zeroing=False, clock=lambda: 0.0)
+    isolator.start(lambda: None)
+    isolator.report_now(thorough=False)
+    assert isolator.isolate(512, 1 << 20) == EMPTY, "it knows nothing yet"
+    assert isolator.idle()
+    host = Host(kernel, isolator)
+    host.tell_used()
+    batch = isolator.isolate(512, 1 << 20)
+    assert chunks_of(batch) == set(kernel.pool) & kernel.resident
+    assert len(kernel.pool) <= 720 // 16
+    host.acknowledge(batch)
+    assert not host.run()
+    assert not host.hinted_absent
+
+
+def test_a_pass_holds_more_only_when_the_host_has_answered() -> None:
+    kernel = ModelKernel(1000, zeroing=False)
+    isolator, host = started(kernel)
+    held = []
+    while batch := isolator.isolate(1000, 1 << 20):
+        held.append(len(kernel.pool))
+        assert not isolator.isolate(1000, 1 << 20), "not before the ack"
+        host.acknowledge(batch)
+    assert held[0] <= 1000 // 16 + 1
+    assert all(now <= 3 * before for before, now in pairwise(held))
+    assert held[-1] == 1000 - RESERVE_CHUNKS
+
+
 def test_what_was_not_freed_last_is_found_too() -> None:
     kernel = ModelKernel(1000, zeroing=False)
     isolator, host = started(kernel)
@@ -348,7 +399,7 @@ def test_what_was_not_freed_last_is_found_too() -> None:
     isolator.idle()
     kernel.free = kernel.used[:50] + kernel.free  # where the kernel looks last
     del kernel.used[:50]
-    assert host.run() == 50
+    assert host.run() == 50 - RESERVE_CHUNKS, "the kernel looks at the reserve last"
     assert not host.run()
 
 
@@ -373,8 +424,10 @@ def test_no_pass_begins_while_the_guest_takes_memory() -> None:
 def test_a_guest_that_needs_its_memory_has_it_with_the_acks_in_flight() -> None:
     kernel = ModelKernel(100, zeroing=False, reserve=8)
     isolator, host = started(kernel)
+    for _ in range(3):
+        host.acknowledge(isolator.isolate(100, 1 << 20))
     flight = [isolator.isolate(10, 1 << 20) for _ in range(2)]
-    kernel.allocate(5)
+    kernel.allocate(7)
     assert not isolator.isolate(10, 1 << 20)
     host.acknowledge(flight.pop())
     assert not isolator.isolate(10, 1 << 20)
@@ -382,15 +435,15 @@ def test_a_guest_that_needs_its_memory_has_it_with_the_acks_in_flight() -> None:
     host.acknowledge(flight.pop())
     assert not isolator.isolate(10, 1 << 20)
     assert not kernel.pool
-    kernel.release(5)
-    assert host.run() >= 100 - 8 - 20, "what it had to leave is not forgotten"
+    kernel.release(7)
+    assert host.run() >= 100 - 8 - 42 - 20, "what it had to leave is not forgotten"
 
 
 def test_a_pass_is_followed_by_a_rest() -> None:
     """On real guests, passes that followed each other at once slowed the workload by 4."""
     kernel = ModelKernel(100, zeroing=False)
     isolator, host = started(kernel)
-    kernel.growing_takes_s = 0.1
+    kernel.growing_takes_s = 0.025
     kernel.allocate(40)
     kernel.release(20)
     assert host.run() > 0

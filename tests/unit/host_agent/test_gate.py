@@ -14,7 +14,6 @@ from host_agent.gate import (
     Batch,
     EndSession,
     Epochs,
-    ForgetUsed,
     Gate,
     Instruction,
     Post,
@@ -45,7 +44,7 @@ def ended(instructions: list[Instruction]) -> dict[int, type[Exception]]:
 @pytest.fixture
 def gate() -> Gate:
     gate = Gate()
-    assert gate.connected(5, "boot") == [Welcome(5)]
+    assert gate.connected(5) == [Welcome(5)]
     return gate
 
 
@@ -94,7 +93,7 @@ def test_more_than_may_be_in_flight_is_a_violation(running: Gate) -> None:
 
 
 def test_a_batch_before_the_welcome_is_a_violation(running: Gate) -> None:
-    running.connected(6, "boot")
+    running.connected(6)
     with pytest.raises(InvalidInput, match="before the welcome"):
         running.arrived(6, batch(1, epoch=6))
 
@@ -123,7 +122,7 @@ def test_a_batch_that_waited_too_long_is_stale(running: Gate) -> None:
 
 def test_a_running_batch_holds_the_welcome_up(running: Gate) -> None:
     """I2: it cannot be called back, and what it punches the guest may not have yet."""
-    instructions = list(running.connected(6, "boot"))
+    instructions = list(running.connected(6))
     assert skipped(batch(2), pb.WRONG_EPOCH) in instructions, "what waits never runs"
     assert ended(instructions) == {5: TransientError}
     assert Welcome(6) not in instructions
@@ -131,14 +130,14 @@ def test_a_running_batch_holds_the_welcome_up(running: Gate) -> None:
 
 
 def test_only_the_newest_of_those_who_wait_for_a_running_batch_is_welcomed(running: Gate) -> None:
-    running.connected(6, "boot")
-    assert ended(list(running.connected(7, "boot"))) == {6: TransientError}
+    running.connected(6)
+    assert ended(list(running.connected(7))) == {6: TransientError}
     assert running.finished(batch(1), DONE)[-1] == Welcome(7)
     assert running.epoch == 7
 
 
 def test_one_who_leaves_while_it_waits_is_not_welcomed(running: Gate) -> None:
-    running.connected(6, "boot")
+    running.connected(6)
     running.left(6)
     assert running.finished(batch(1), DONE) == [Post(batch(1), DONE)]
     assert running.state is State.CLOSED
@@ -146,7 +145,7 @@ def test_one_who_leaves_while_it_waits_is_not_welcomed(running: Gate) -> None:
 
 def test_a_turn_that_comes_after_its_epoch_runs_nothing(gate: Gate) -> None:
     gate.arrived(5, batch(1))
-    assert gate.connected(6, "boot")[0] == skipped(batch(1), pb.WRONG_EPOCH)
+    assert gate.connected(6)[0] == skipped(batch(1), pb.WRONG_EPOCH)
     assert gate.turn_came(0.0) == []
 
 
@@ -157,14 +156,14 @@ def test_nothing_runs_between_sessions(running: Gate) -> None:
 
 
 def test_the_end_of_a_superseded_session_changes_nothing(gate: Gate) -> None:
-    gate.connected(6, "boot")
+    gate.connected(6)
     assert gate.left(5) == []
     assert gate.arrived(6, batch(1, epoch=6)) == [TakeTurn()]
 
 
 def test_what_a_superseded_session_still_says_never_runs(gate: Gate) -> None:
     """Not even if it names the epoch that is open now."""
-    gate.connected(6, "boot")
+    gate.connected(6)
     told = batch(1, epoch=6)
     assert gate.arrived(5, told) == [skipped(told, pb.WRONG_EPOCH)]
     assert gate.turn_came(0.0) == []
@@ -173,20 +172,16 @@ def test_what_a_superseded_session_still_says_never_runs(gate: Gate) -> None:
 
 def test_what_a_superseded_session_still_says_is_bounded(gate: Gate) -> None:
     """It is entered into the books, and 4096 batches of 2**40 pages are 2**64 bytes."""
-    gate.connected(6, "boot")
+    gate.connected(6)
     for ranges in (EMPTY, RangeSet([(0, LIMITS.pages_per_batch + 1)])):
         with pytest.raises(InvalidInput):
             gate.arrived(5, batch(1, ranges=ranges))
 
 
-def test_batches_of_an_earlier_boot_are_skipped_and_its_refaults_are_no_news(
-    running: Gate,
-) -> None:
-    instructions = running.connected(6, "another boot")
-    assert skipped(batch(2), pb.WRONG_EPOCH) in instructions
-    assert ForgetUsed() in instructions
+def test_batches_of_an_earlier_boot_are_skipped(running: Gate) -> None:
+    """A guest that boots again says Hello like any other agent, and that is enough."""
+    assert skipped(batch(2), pb.WRONG_EPOCH) in running.connected(6)
     assert running.finished(batch(1), DONE)[-1] == Welcome(6)
-    assert ForgetUsed() not in running.connected(7, "another boot")
 
 
 def test_a_guest_that_is_gone_stays_gone(running: Gate) -> None:
@@ -194,7 +189,7 @@ def test_a_guest_that_is_gone_stays_gone(running: Gate) -> None:
     assert skipped(batch(2), pb.GUEST_GONE) in instructions
     assert ended(instructions) == {5: GuestLost}
     assert running.finished(batch(1), DONE) == [Post(batch(1), DONE)]
-    assert ended(list(running.connected(6, "boot"))) == {6: GuestLost}
+    assert ended(list(running.connected(6))) == {6: GuestLost}
     assert running.left(6) == []
     assert running.turn_came(0.0) == []
     assert running.state is State.GONE
