@@ -60,8 +60,8 @@ class Isolator(Protocol):
         """
 
     def used_again(self, ranges: RangeSet) -> None:
-        """The host says that these were reclaimed and are resident again (host-guided
-        hinting): hinting them gains, if they are free."""
+        """The host says that these were absent and are resident now (host-guided hinting):
+        hinting them gains, if they are free. What it says first is all that is resident."""
 
     def only_cold(self, after_s: float) -> None:
         """From now on, isolate only chunks that have been free for `after_s`; 0 for all.

@@ -29,7 +29,7 @@ reserve, nothing more is handed out, and the pass ends with what is in flight.
 When the host is lost in the middle of a pass, what is in the pool stays there until
 the next Welcome: the kernel does not let us choose which pages leave the pool, so
 those of a batch in flight cannot be told from the others. What bounds this: passes
-are short (a pass over 700 MiB holds them for about 0.1 s) and hold little more than was
+are short (a few tenths of a second for 700 MiB) and hold little more than was
 freed lately, one that has no batch in flight ends by itself, and the reserve (a sixteenth of
 the memory and the low watermarks) stays free for the guest, besides all that its kernel can
 reclaim.

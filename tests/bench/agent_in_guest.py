@@ -86,7 +86,6 @@ def _figures(isolator: str, seen: dict[str, Any]) -> Iterator[Figure]:
         yield side_by_side(name, "% of a core", [(cpu["agent"], cpu[client])])
     for what, numbers in (("reads", _READS), ("ioctls", _IOCTL)):
         per_s = sum(seen["calls_per_s"].get(number, 0.0) for number in numbers)
-        # One read a second is telemetry's, of free memory.
         name = f"{what} of an idle period, {isolator}"
         yield Figure(name=name, unit="calls", ours=per_s * PERIOD_S)
     if isolator == "hugetlb":

@@ -15,8 +15,9 @@ from tests.bench.report import Figure, side_by_side
 from tests.bench.silent_host import silent_host
 from tests.support.agents import HostAgent, running_host_agent
 
-_START_S = 4.0
-_IDLE_S = 10.0
+_START_S = 30.0
+"""Threads of gRPC's look for work, ever more seldom, for so long after the last."""
+_IDLE_S = 30.0
 
 _BARE_CLIENT = str(Path(__file__).with_name("in_guest") / "bare_client.py")
 

@@ -3,7 +3,7 @@
     python -m tests.bench.idle_agent HOST:PORT
 
 All of it is real, and so is what it reads every period; but it gains too little for a
-pass, whatever is free, and is told of no change of free memory: this machine is not idle.
+pass, whatever is free, and sees no change of free memory: this machine is not idle.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from guest_agent.config import Config
 from guest_agent.isolation.hugetlb import HugetlbIsolator
 from guest_agent.isolation.hugetlb_pool import HugetlbPool
 from guest_agent.memory.kernel import FreeLists
+from guest_agent.procfs import mem_free_bytes
 from guest_agent.session import HelloFacts, HintingSession
 from hintfleet.ranges import EMPTY, RangeSet
 
@@ -35,7 +36,12 @@ async def _run(server: str) -> None:
     channel, identity = _connect(Config(server=server, guest_uuid="", token=""))
     isolator = HugetlbIsolator(_UnusedPool(), threshold_chunks=1 << 40, zeroing=True)
     facts = HelloFacts(identity=identity, boot_id="", chunk_order=_CHUNK_ORDER, tracker="bitmap")
-    await HintingSession(channel, isolator, facts, lambda: 0).run()
+    await HintingSession(channel, isolator, facts, _read_and_forget).run()
+
+
+def _read_and_forget() -> int:
+    mem_free_bytes()
+    return 0
 
 
 asyncio.run(_run(sys.argv[1]))
