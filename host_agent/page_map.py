@@ -95,6 +95,8 @@ class PageMap:
     def __sub__(self, other: PageMap) -> PageMap:
         if not other._sections:
             return self
+        if self._sections == other._sections:  # as what was hinted and what is resident often are
+            return NO_PAGES
         sections = dict(self._sections)
         for section in self._sections.keys() & other._sections.keys():
             if left := sections[section] & ~other._sections[section]:

@@ -42,7 +42,7 @@ class Range(NamedTuple):
         return self.pfn + self.page_count
 
 
-_first_pfn = itemgetter(0)
+_first_pfn, _page_count = itemgetter(0), itemgetter(1)
 
 
 class RangeSet:
@@ -98,7 +98,7 @@ class RangeSet:
     @property
     def page_count(self) -> int:
         """Pages in all ranges."""
-        return sum(r.page_count for r in self._ranges)
+        return sum(map(_page_count, self._ranges))
 
     def __contains__(self, pfn: int) -> bool:
         at = bisect_right(self._ranges, pfn, key=_first_pfn) - 1

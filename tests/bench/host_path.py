@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hintfleet.ranges import RangeSet, encode
+from hintfleet.ranges import RangeSet, decode, encode
 from hintfleet.units import GIB, MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
-from host_agent.gate import LIMITS, Acknowledge, Batch, Gate, Run
+from host_agent.gate import LIMITS, Acknowledge, Batch, Gate, Post, Run
+from host_agent.hinting_messages import ack_of
 from host_agent.ledger import Ledger
 from host_agent.ram import GuestRam, Segment
 from host_agent.reclaim import reclaim
@@ -105,9 +106,6 @@ def _ours(chunks: list[int]) -> float:
 
 def acknowledge(wire: bytes, ram: GuestRam, ledger: Ledger, gate: Gate) -> bytes:
     """What happens between the bytes of a batch and the bytes of its ack."""
-    from hintfleet.ranges import decode
-    from host_agent.hinting_messages import ack_of
-
     said = pb.GuestMessage.FromString(wire).batch
     batch = Batch(
         epoch=said.epoch,
@@ -117,10 +115,12 @@ def acknowledge(wire: bytes, ram: GuestRam, ledger: Ledger, gate: Gate) -> bytes
         wire_bytes=len(said.ranges),
     )
     gate.arrived(1, batch)
-    if gate.turn_came(0.0) != [Run(batch)]:
-        raise RuntimeError("the gate did not admit the benchmark's batch")
-    outcome = reclaim(ram, batch.ranges, ledger.absent_pages)
-    ledger.post(batch.ranges, outcome, batch.wire_bytes)
-    if Acknowledge(1, batch, outcome) not in gate.finished(batch, outcome):
-        raise RuntimeError("the gate did not acknowledge the benchmark's batch")
-    return ack_of(batch, outcome).SerializeToString()
+    for instruction in gate.turn_came(0.0):
+        if isinstance(instruction, Run):
+            outcome = reclaim(ram, batch.ranges, ledger.absent_pages)
+    for instruction in gate.finished(batch, outcome):
+        if isinstance(instruction, Post):
+            ledger.post(batch.ranges, outcome, batch.wire_bytes)
+        elif isinstance(instruction, Acknowledge):
+            return ack_of(batch, outcome).SerializeToString()
+    raise RuntimeError("the gate did not acknowledge the benchmark's batch")
