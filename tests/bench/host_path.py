@@ -22,7 +22,7 @@ from host_agent.reclaim import reclaim
 from host_agent.steady import keep_latency_steady
 from tests.bench.report import Figure, side_by_side
 
-_ROUNDS = 31
+_ROUNDS = 40
 _RAM_BYTES = 1 * GIB
 _CHUNK_PAGES = 512
 _CHUNK_BYTES = _CHUNK_PAGES * PAGE_BYTES
@@ -56,8 +56,19 @@ def run() -> Iterator[Figure]:
             ("host path, 2 MiB ranges, not adjacent / C loop", range(0, 256, 2), ">= 0.95"),
             ("host path, adjacent ranges / C loop per chunk", range(256), "> 1"),
         ):
-            pairs = [(_ours(list(chunks)), _in_c(punch_in_c, list(chunks))) for _ in range(_ROUNDS)]
+            pairs = [_pair(punch_in_c, list(chunks), turn) for turn in range(_ROUNDS)]
             yield side_by_side(name, "GiB/s", pairs, wanted)
+
+
+def _pair(
+    punch_in_c: ctypes._NamedFuncPointer, chunks: list[int], turn: int
+) -> tuple[float, float]:
+    """Ours and C's GiB/s. They take turns in coming first, for that is not the same: what the
+    other freed just now is still in the caches."""
+    if turn % 2:
+        in_c = _in_c(punch_in_c, chunks)
+        return _ours(chunks), in_c
+    return _ours(chunks), _in_c(punch_in_c, chunks)
 
 
 def _compile(folder: Path) -> ctypes._NamedFuncPointer:
