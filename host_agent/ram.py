@@ -96,8 +96,7 @@ class GuestRam:
 
         :raises OSError: the kernel refused; earlier ranges may have been dropped.
         """
-        for segment in self._segments:
-            parts = ranges & segment.pages
+        for segment, parts in self._parts(ranges):
             offsets = [segment.to_offset(pfn) for pfn, _ in parts]
             lengths = [page_count * PAGE_BYTES for _, page_count in parts]
             # The loop is C's: a punch leaves little of Python in the caches.
@@ -123,7 +122,8 @@ class GuestRam:
                 page_count=part.page_count,
                 offset_bytes=segment.to_offset(part.pfn),
             )
-            for segment, part in self._parts(self.pages - pages)
+            for segment, parts in self._parts(self.pages - pages)
+            for part in parts
         )
         _close_all(before - self._fds)
 
@@ -150,10 +150,9 @@ class GuestRam:
         self._pages = RangeSet((s.pfn, s.page_count) for s in self._segments)
         self._page_map = PageMap(self._pages)
 
-    def _parts(self, ranges: RangeSet) -> Iterator[tuple[Segment, Range]]:
+    def _parts(self, ranges: RangeSet) -> Iterator[tuple[Segment, RangeSet]]:
         for segment in self._segments:
-            for part in ranges & segment.pages:
-                yield segment, part
+            yield segment, ranges & segment.pages
 
 
 def _close_all(fds: Iterable[int]) -> None:

@@ -96,7 +96,8 @@ class HugetlbIsolator:
         """First pfns of chunks of `_held` that are to be handed out."""
         self._out_pages = 0
         self._absent = EMPTY
-        """Chunks that the host has dealt with and that were not used since."""
+        """Chunks that the host has dealt with, or that it did not name as resident at first, and
+        that were not used since."""
         self._told_resident = False
         """Whether the host has said what is resident at all."""
         self._reserve_chunks = 0

@@ -45,9 +45,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(pages=runs)
     def guest_touches(self, pages: list[tuple[int, int]]) -> None:
-        for segment, part in self.ram._parts(RangeSet(pages)):
-            data = random.randbytes(1) * (part.page_count * PAGE_BYTES)
-            os.pwrite(segment.fd, data, segment.to_offset(part.pfn))
+        for segment, parts in self.ram._parts(RangeSet(pages)):
+            for part in parts:
+                data = random.randbytes(1) * (part.page_count * PAGE_BYTES)
+                os.pwrite(segment.fd, data, segment.to_offset(part.pfn))
 
     @rule(pages=runs)
     def guest_hints(self, pages: list[tuple[int, int]]) -> None:
