@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -48,6 +49,20 @@ class Config:
     def to_json(self) -> str:
         """The document that `parse` reads, on one line."""
         return json.dumps(asdict(self))
+
+
+def read(path: str) -> Config:
+    """The configuration in a file, or on the first line of stdin (`-`).
+
+    :raises InvalidInput: it cannot be read, or is none.
+    """
+    if path == "-":
+        return parse(sys.stdin.readline())
+    try:
+        with open(path) as file:
+            return parse(file.read())
+    except OSError as error:
+        raise InvalidInput(f"cannot read the configuration: {error}") from error
 
 
 def parse(text: str) -> Config:

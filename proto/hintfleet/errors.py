@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from urllib.parse import quote
 
 import grpc
 
@@ -142,6 +141,8 @@ def to_status(
 
 
 def _shortened(message: str) -> str:
+    from urllib.parse import quote  # late: memory that most guests save
+
     if len(quote(message)) <= _MOST_DETAILS_BYTES:
         return message
     half = _MOST_DETAILS_BYTES // 2 // len(quote("\N{REPLACEMENT CHARACTER}"))

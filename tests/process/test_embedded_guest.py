@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -48,6 +49,11 @@ def test_without_hinting_freed_memory_stays(host_agent: HostAgent) -> None:
     host_agent.free(FREED)
     time.sleep(1)
     assert host_agent.guests()["g"].ledger.resident_bytes == HELD
+
+
+def test_an_agent_takes_no_huge_pages(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    assert "THP_enabled:\t0\n" in Path(f"/proc/{host_agent.create().pid}/status").read_text()
 
 
 def test_the_books_balance_over_many_rounds(host_agent: HostAgent) -> None:

@@ -264,10 +264,10 @@ def test_a_guest_agent_speaks_tls(door: InProcessHost, folders: Folders) -> None
     try:
         # Asked of the one that is held still, and again of the other when it has come.
         assert door.allocate(4 * MIB, "mine").held_bytes == 4 * MIB
-        rss_kib = int(
-            re.findall(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[0]
-        )
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        rss_kib = int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
         assert rss_kib > 4 << 10, "it was this process that did it"
+        assert "THP_enabled:\t1\n" in status, "a workload has huge pages, if an agent has none"
     finally:
         process.kill()
         process.communicate()

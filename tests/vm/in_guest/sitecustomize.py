@@ -10,6 +10,7 @@ import fcntl
 import json
 import mmap
 import os
+import re
 import struct
 import sys
 import time
@@ -115,8 +116,15 @@ def an_agent_that_does_not_read() -> dict[str, object]:
     return seen
 
 
+def longest_list_of_a_cpu() -> int:
+    """Pages up to which a CPU keeps what is freed on its own lists, of all CPUs and zones."""
+    with open("/proc/zoneinfo") as file:
+        return max(int(high) for high in re.findall(r"count: +\d+\s+high: +(\d+)", file.read()))
+
+
 def main() -> None:
     seen = an_agent_that_dies() | an_agent_that_does_not_read()
+    seen["longest_list_of_a_cpu"] = longest_list_of_a_cpu()
     seen["rmmod"] = errno_of(remove_module)
     seen["no_module"] = refusal(lambda: kmod.KmodIsolator().start(lambda: None))
     print("PROBE " + json.dumps(seen), flush=True)
