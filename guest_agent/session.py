@@ -34,8 +34,10 @@ from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
 _SETTLING_PERIOD_S = 0.02
 _TELEMETRY_PERIOD_S = 1.0
-_RESTING_PERIOD_S = 1.0
 _LOOKS_BEFORE_REST = 10
+_RESTING_PERIODS_S = (0.0, 1.0, 2.0)
+"""The shortest pause after so many tens of looks for nothing. The kernel's own reporting makes
+one of 2 s, too; and memory that is taken into use ends the rest, before it is freed."""
 _LONGEST_SILENCE_S = 10.0
 _NEWS_BYTES = 1 << 20
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
@@ -183,7 +185,7 @@ class HintingSession:
         self._tick_later()
         try:
             while (event := await self._inbox.get()) is not _Event.ENDED:
-                rested, self._vain_looks = self._rests, 0
+                rested, self._vain_looks = self._resting_period_s, 0
                 if event is _Event.TICK:
                     self._carry_out(self._core.period_passed(isolator_idle=self._isolator.idle()))
                 elif isinstance(event, pb.HostMessage):
@@ -196,16 +198,17 @@ class HintingSession:
             self._next_tick.cancel()
 
     @property
-    def _rests(self) -> bool:
-        """Whether to look less often: waking is what an idle agent costs."""
-        return self._vain_looks >= _LOOKS_BEFORE_REST
+    def _resting_period_s(self) -> float:
+        """Waking is what an idle agent costs, so it looks less and less often. 0: no rest."""
+        tens = self._vain_looks // _LOOKS_BEFORE_REST
+        return _RESTING_PERIODS_S[min(tens, len(_RESTING_PERIODS_S) - 1)]
 
     def _tick_later(self) -> None:
         self._next_tick.cancel()
         if self._core.settling:
             period_s = _SETTLING_PERIOD_S
-        elif self._rests:
-            period_s = max(self._period_s, _RESTING_PERIOD_S)
+        elif self._resting_period_s:
+            period_s = max(self._period_s, self._resting_period_s)
         elif self._isolator.must_be_polled or not self._isolator.idle():
             period_s = self._period_s
         else:

@@ -22,7 +22,7 @@ from host_agent.reclaim import reclaim
 from host_agent.steady import keep_latency_steady
 from tests.bench.report import Figure, side_by_side
 
-_ROUNDS = 40
+_ROUNDS = 100
 _RAM_BYTES = 1 * GIB
 _CHUNK_PAGES = 512
 _CHUNK_BYTES = _CHUNK_PAGES * PAGE_BYTES
