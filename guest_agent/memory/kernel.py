@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import compress, repeat
 from pathlib import Path
 
 from hintfleet.errors import Refused
@@ -25,7 +24,6 @@ KPF_HUGE = 17
 """Part of a hugetlb page."""
 
 _ENTRY_BYTES = 8
-_CHUNKS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +174,7 @@ class PageFlags:
         """:raises Refused: there is none, or it may not be read."""
         self._fd = _open(path, "run as root, on a kernel with CONFIG_PROC_PAGE_MONITOR")
         self._looked_at: tuple[tuple[range, ...], int] = ((), 0)
-        self._parts: list[list[int]] = []
+        self._kept_offsets: list[int] = []
 
     def chunks_with(self, bit: int, spans: Iterable[range], chunk_order: int) -> list[int]:
         """First pfns of the chunks in `spans` whose first page has a flag.
@@ -184,33 +182,28 @@ class PageFlags:
         One read of 8 bytes a chunk: the flags of the other pages are not needed, and
         making them is what the kernel's side of such a read costs.
         """
-        # No step of it is Python's: a loop of its own costs an eighth of the reads, and
-        # numbers made anew for each of them another twentieth.
-        has_flag = bytes(byte >> (bit & 7) & 1 for byte in range(256))
-        found: list[int] = []
-        for part in self._offsets(tuple(spans), chunk_order):
-            entries = b"".join(map(os.pread, repeat(self._fd), repeat(_ENTRY_BYTES), part))
-            if len(entries) < len(part) * _ENTRY_BYTES:
-                # Nothing is read behind the last page that there is.
-                each = (os.pread(self._fd, _ENTRY_BYTES, at) for at in part)
-                entries = b"".join(entry.ljust(_ENTRY_BYTES, b"\0") for entry in each)
-            flagged = entries[bit >> 3 :: _ENTRY_BYTES].translate(has_flag)
-            if 1 in flagged:
-                found += [at // _ENTRY_BYTES for at in compress(part, flagged)]
+        byte, mask = bit >> 3, 1 << (bit & 7)
+        # All of the loop is in locals: it costs less than a tenth of what the reads do.
+        pread, fd, size_bytes = os.pread, self._fd, _ENTRY_BYTES
+        found = []
+        for offset in self._offsets(tuple(spans), chunk_order):
+            try:
+                if pread(fd, size_bytes, offset)[byte] & mask:
+                    found.append(offset // size_bytes)
+            except IndexError:
+                continue  # nothing is read behind the last page that there is
         return found
 
-    def _offsets(self, spans: tuple[range, ...], chunk_order: int) -> list[list[int]]:
-        """Where to read, in parts. Kept until memory comes or goes: 20 KiB for each GiB of it."""
+    def _offsets(self, spans: tuple[range, ...], chunk_order: int) -> list[int]:
+        """Where to read. Kept until memory comes or goes: 20 KiB for each GiB of it."""
         if self._looked_at != (spans, chunk_order):
             step = _ENTRY_BYTES << chunk_order
-            offsets: list[int] = []
+            self._kept_offsets = []
             for span in spans:
                 first = -(-span.start * _ENTRY_BYTES // step) * step
-                offsets += range(first, span.stop * _ENTRY_BYTES - step + 1, step)
-            starts = range(0, len(offsets), _CHUNKS_AT_ONCE)
-            self._parts = [offsets[at : at + _CHUNKS_AT_ONCE] for at in starts]
+                self._kept_offsets += range(first, span.stop * _ENTRY_BYTES - step + 1, step)
             self._looked_at = (spans, chunk_order)
-        return self._parts
+        return self._kept_offsets
 
     def close(self) -> None:
         """Close the file."""
