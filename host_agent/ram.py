@@ -14,19 +14,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import repeat
-
-from cffi import FFI
 
 from hintfleet.ranges import Range, RangeSet
 from hintfleet.units import PAGE_BYTES
 from host_agent.page_map import PageMap
-
-_PUNCH_HOLE = 0x02 | 0x01
-"""FALLOC_FL_PUNCH_HOLE, which needs FALLOC_FL_KEEP_SIZE (include/uapi/linux/falloc.h)."""
-_ffi = FFI()  # with ctypes, calls that find their caches empty take a hundredth of a batch's time
-_ffi.cdef("int fallocate(int fd, int mode, int64_t offset, int64_t len);")
-_libc = _ffi.dlopen(None)
+from host_agent.punch import punch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +93,7 @@ class GuestRam:
         for segment, parts in self._parts(ranges):
             offsets = [segment.to_offset(pfn) for pfn, _ in parts]
             lengths = [page_count * PAGE_BYTES for _, page_count in parts]
-            # The loop is C's: a punch leaves little of Python in the caches.
-            punched = map(
-                _libc.fallocate, repeat(segment.fd), repeat(_PUNCH_HOLE), offsets, lengths
-            )
-            if any(punched):
-                code = _ffi.errno
-                raise OSError(code, f"punching a hole: {os.strerror(code)}")
+            punch(segment.fd, offsets, lengths)
 
     def plug(self, segments: Sequence[Segment]) -> None:
         """More RAM: take ownership of its files, as in the beginning."""

@@ -1,0 +1,61 @@
+"""Punching many holes: the loop in C, and the one for machines without a compiler."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hintfleet.units import PAGE_BYTES
+from host_agent import punch
+from host_agent.punch import LIBRARY, Punch, in_c, one_by_one
+
+PAGES = 16
+both = pytest.mark.parametrize("punch_all", [in_c(LIBRARY), one_by_one()], ids=["c", "one-by-one"])
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    file = os.memfd_create("punched")
+    os.pwrite(file, b"\1" * (PAGES * PAGE_BYTES), 0)
+    yield file
+    os.close(file)
+
+
+def pages_with_data(fd: int) -> list[int]:
+    data = os.pread(fd, PAGES * PAGE_BYTES, 0)
+    return [page for page in range(PAGES) if data[page * PAGE_BYTES]]
+
+
+@both
+def test_only_the_ranges_are_dropped(fd: int, punch_all: Punch) -> None:
+    ranges = [(1, 2), (5, 1), (8, 4)]
+    punch_all(fd, [p * PAGE_BYTES for p, _ in ranges], [n * PAGE_BYTES for _, n in ranges])
+    assert pages_with_data(fd) == [0, 3, 4, 6, 7, 12, 13, 14, 15]
+    assert os.fstat(fd).st_size == PAGES * PAGE_BYTES
+    assert os.fstat(fd).st_blocks * 512 == 9 * PAGE_BYTES
+
+
+@both
+def test_nothing_to_drop(fd: int, punch_all: Punch) -> None:
+    punch_all(fd, [], [])
+    assert len(pages_with_data(fd)) == PAGES
+
+
+@both
+def test_it_ends_at_the_first_that_is_refused(fd: int, punch_all: Punch) -> None:
+    offsets = [0, -PAGE_BYTES, 4 * PAGE_BYTES]
+    with pytest.raises(OSError, match="punching a hole") as refused:
+        punch_all(fd, offsets, [PAGE_BYTES] * 3)
+    assert refused.value.errno == errno.EINVAL
+    assert pages_with_data(fd) == list(range(1, PAGES))
+
+
+def test_the_host_agent_has_the_loop_in_c() -> None:
+    assert punch.punch.__qualname__.startswith("in_c.")
+
+
+def test_a_library_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="cannot open shared object"):
+        in_c(tmp_path / "libpunch.so")
