@@ -15,8 +15,8 @@ from tests.bench.report import Figure, side_by_side
 from tests.bench.silent_host import silent_host
 from tests.support.agents import HostAgent, running_host_agent
 
-_START_S = 30.0
-"""Threads of gRPC's look for work, ever more seldom, for so long after the last."""
+_START_S = 60.0
+"""Threads of gRPC's look for work, ever more seldom, for most of a minute after the last."""
 _IDLE_S = 30.0
 
 _BARE_CLIENT = str(Path(__file__).with_name("in_guest") / "bare_client.py")
