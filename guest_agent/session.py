@@ -36,8 +36,11 @@ _SETTLING_PERIOD_S = 0.02
 _TELEMETRY_PERIOD_S = 1.0
 _LOOKS_BEFORE_REST = 10
 _RESTING_PERIODS_S = (0.0, 1.0, 2.0)
-"""The shortest pause after so many tens of looks for nothing. The kernel's own reporting makes
+"""The shortest pause after so many tens of vain looks. The kernel's own reporting makes
 one of 2 s, too; and memory that is taken into use ends the rest, before it is freed."""
+_STIR_PAGES = 2048
+"""A look is vain if less than this is used again or hinted until the next one: in an idle guest,
+too, kernel and daemons split a chunk and merge it now and then."""
 _LONGEST_SILENCE_S = 10.0
 _NEWS_BYTES = 1 << 20
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
@@ -106,12 +109,15 @@ class HintingSession:
         self._told_at_s = self._looked_at_s = 0.0
         self._period_s = 1.0
         self._vain_looks = 0
-        """How often in a row there was nothing to do."""
+        """In a row."""
+        self._stirred_pages = 0
+        """Used again or hinted since the last look."""
         self._welcomed = False
         self._inbox: asyncio.Queue[pb.HostMessage | _Event] = asyncio.Queue()
         self._outbox: asyncio.Queue[pb.GuestMessage] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        self._next_tick = loop.call_later(0, int)  # replaced by the first session
+        self._next_tick = loop.call_later(0, int)
+        self._next_tick.cancel()  # until the first session
 
         def wake() -> None:
             loop.call_soon_threadsafe(self._inbox.put_nowait, _Event.WAKE)
@@ -185,13 +191,15 @@ class HintingSession:
         self._tick_later()
         try:
             while (event := await self._inbox.get()) is not _Event.ENDED:
-                rested, self._vain_looks = self._resting_period_s, 0
+                rested = self._resting_period_s > 0
                 if event is _Event.TICK:
                     self._carry_out(self._core.period_passed(isolator_idle=self._isolator.idle()))
                 elif isinstance(event, pb.HostMessage):
                     self._carry_out(self._heard(event))
                 elif self._isolator.enough():
                     self._carry_out(self._core.ready())
+                if self._core.settling or self._stirred_pages >= _STIR_PAGES:
+                    self._vain_looks = 0
                 if self._core.settling or event is _Event.WAKE or rested:
                     self._tick_later()
         finally:
@@ -204,24 +212,31 @@ class HintingSession:
         return _RESTING_PERIODS_S[min(tens, len(_RESTING_PERIODS_S) - 1)]
 
     def _tick_later(self) -> None:
-        self._next_tick.cancel()
+        """Have a period pass, unless one does so before."""
+        loop = asyncio.get_running_loop()
+        at_s = loop.time() + self._pause_s()
+        if self._next_tick.cancelled() or at_s < self._next_tick.when():
+            self._next_tick.cancel()
+            self._next_tick = loop.call_at(at_s, self._period_passed)
+
+    def _pause_s(self) -> float:
+        polled = self._isolator.must_be_polled
         if self._core.settling:
-            period_s = _SETTLING_PERIOD_S
-        elif self._resting_period_s:
-            period_s = max(self._period_s, self._resting_period_s)
-        elif self._isolator.must_be_polled or not self._isolator.idle():
-            period_s = self._period_s
-        else:
-            period_s = _TELEMETRY_PERIOD_S
-        self._next_tick = asyncio.get_running_loop().call_later(period_s, self._period_passed)
+            return _SETTLING_PERIOD_S
+        if not polled and not self._isolator.idle():
+            return self._period_s
+        if self._resting_period_s:
+            return max(self._period_s, self._resting_period_s)
+        return self._period_s if polled else _TELEMETRY_PERIOD_S
 
     def _period_passed(self) -> None:
         """Not an event unless there is something to do: most periods of an idle guest
         pass without waking more than this."""
+        self._next_tick.cancel()  # so that the next one may be later
         if self._core.settling or not self._isolator.idle():
             self._inbox.put_nowait(_Event.TICK)
-        else:
-            self._vain_looks += 1
+        self._vain_looks += 1
+        self._stirred_pages = 0
         self._tick_later()
         self._tell_news()
 
@@ -267,12 +282,15 @@ class HintingSession:
         if kind == "settle":
             return self._core.settle_requested(message.settle.request_id)
         if kind == "refaulted":
-            self._isolator.used_again(decode(message.refaulted.ranges))
+            ranges = decode(message.refaulted.ranges)
+            self._stirred_pages += ranges.page_count
+            self._isolator.used_again(ranges)
         elif kind == "policy":
             return self._obey(message.policy)
         return []
 
     def _obey(self, policy: pb.Policy) -> Sequence[hinting.Instruction]:
+        self._vain_looks = 0
         self._period_s = max(0.01, policy.report_period_ms / 1000)
         self._isolator.only_cold(
             policy.cold_after_ms / 1000 if policy.kind == pb.Policy.COLD else 0.0
@@ -289,6 +307,7 @@ class HintingSession:
         match instruction:
             case hinting.Isolate(max_ranges, max_pages):
                 ranges = self._isolator.isolate(max_ranges, max_pages)
+                self._stirred_pages += ranges.page_count
                 idle = bool(ranges) or self._isolator.idle()
                 more = self._isolator.unfinished
                 return self._core.isolated(ranges, isolator_idle=idle, unfinished=more)

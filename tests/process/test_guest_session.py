@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import NamedTuple
 
 from grpc import aio
 
 from guest_agent.isolation.embedded import EmbeddedIsolator
 from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
 from guest_agent.session import HelloFacts, HintingSession
-from hintfleet.ranges import RangeSet
+from hintfleet.ranges import RangeSet, encode
+from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import (
     HintingServiceServicer,
@@ -26,37 +28,60 @@ class ScriptedHost(HintingServiceServicer):
     """Welcomes whoever comes, and acknowledges each batch.
 
     :ivar violate_in: sessions, counted from 1, in which it acknowledges what nobody sent.
+    :ivar say: to the guest, in the session that came last.
     """
 
     def __init__(self) -> None:
         self.sessions = 0
         self.batches: list[pb.Batch] = []
+        self.telemetry_count = 0
         self.withhold_acks = asyncio.Event()
         self.violate_in: set[int] = set()
+        self.report_period_ms = 10
+        self.say: Callable[[pb.HostMessage], Awaitable[None]]
 
     async def Session(  # noqa: N802 - gRPC's
-        self, requests: AsyncIterator[pb.GuestMessage], context: aio.ServicerContext
-    ) -> AsyncIterator[pb.HostMessage]:
-        del context
+        self,
+        requests: AsyncIterator[pb.GuestMessage],
+        context: aio.ServicerContext[pb.GuestMessage, pb.HostMessage],
+    ) -> None:
+        self.say = context.write
         self.sessions += 1
         epoch = self.sessions
         async for message in requests:
             if message.HasField("hello"):
-                policy = pb.Policy(kind=pb.Policy.EAGER, report_period_ms=10)
-                yield pb.HostMessage(welcome=pb.Welcome(epoch=epoch, limits=LIMITS, policy=policy))
+                policy = pb.Policy(kind=pb.Policy.EAGER, report_period_ms=self.report_period_ms)
+                welcome = pb.Welcome(epoch=epoch, limits=LIMITS, policy=policy)
+                await self.say(pb.HostMessage(welcome=welcome))
                 if epoch in self.violate_in:
-                    yield pb.HostMessage(ack=pb.Ack(epoch=epoch, seq=99))
+                    await self.say(pb.HostMessage(ack=pb.Ack(epoch=epoch, seq=99)))
+            elif message.HasField("telemetry"):
+                self.telemetry_count += 1
             elif message.HasField("batch"):
                 self.batches.append(message.batch)
                 while self.withhold_acks.is_set():
                     await asyncio.sleep(0.01)
-                yield pb.HostMessage(ack=pb.Ack(epoch=epoch, seq=message.batch.seq))
+                await self.say(pb.HostMessage(ack=pb.Ack(epoch=epoch, seq=message.batch.seq)))
+
+
+class CountingIsolator(EmbeddedIsolator):
+    """Counts how often it is asked whether there is something to do."""
+
+    looks = 0
+
+    def idle(self) -> bool:
+        self.looks += 1
+        return super().idle()
+
+
+class Guest(NamedTuple):
+    session: HintingSession
+    allocator: BuddyAllocator
+    isolator: CountingIsolator
 
 
 @contextlib.asynccontextmanager
-async def in_session(
-    host: ScriptedHost,
-) -> AsyncIterator[tuple[HintingSession, BuddyAllocator]]:
+async def in_session(host: ScriptedHost, *, polled: bool = False) -> AsyncIterator[Guest]:
     server = aio.server()
     add_HintingServiceServicer_to_server(host, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -65,12 +90,15 @@ async def in_session(
     allocator = BuddyAllocator([zone], chunk_order=9)
     facts = HelloFacts(identity=pb.Identity(), boot_id="boot", chunk_order=9, tracker="bitmap")
     async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        isolator = EmbeddedIsolator(allocator, threshold_chunks=1)
-        session = HintingSession(channel, isolator, facts, lambda: 0)
+        isolator = CountingIsolator(allocator, threshold_chunks=1)
+        isolator.must_be_polled = polled
+        session = HintingSession(
+            channel, isolator, facts, lambda: allocator.free_page_count * PAGE_BYTES
+        )
         for pfn in [allocator.allocate(9) for _ in range(CHUNK_COUNT // 2)]:
             allocator.free(pfn, 9)
         running = asyncio.create_task(session.run())
-        yield session, allocator
+        yield Guest(session, allocator, isolator)
         assert not running.done(), running.exception()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -104,7 +132,7 @@ def test_a_host_that_breaks_the_protocol_is_left_and_tried_again() -> None:
 def test_who_finishes_hints_no_more_and_waits_for_its_acks() -> None:
     async def scene(host: ScriptedHost) -> None:
         host.withhold_acks.set()
-        async with in_session(host) as (session, allocator):
+        async with in_session(host) as (session, allocator, _):
             await until(lambda: len(host.batches) == 1)
             before = allocator.free_page_count
             assert before < CHUNK_COUNT * 512, "some are isolated"
@@ -117,5 +145,52 @@ def test_who_finishes_hints_no_more_and_waits_for_its_acks() -> None:
             sent = len(host.batches)
             await asyncio.sleep(0.2)
             assert len(host.batches) == sent <= LIMITS.batches_in_flight
+
+    run(scene)
+
+
+def test_an_agent_stays_at_rest_while_next_to_nothing_happens() -> None:
+    """An idle guest, too, uses a chunk and frees it now and then: an agent that looked at its
+    shortest period after each of them would never rest."""
+
+    async def scene(host: ScriptedHost) -> None:
+        host.report_period_ms = 100
+        async with in_session(host, polled=True) as (_, allocator, isolator):
+
+            async def used(chunks: int) -> None:
+                ranges = encode(RangeSet([(0, chunks * 512)]))
+                await host.say(pb.HostMessage(refaulted=pb.Refaulted(ranges=ranges)))
+
+            async def freed() -> None:
+                batches = len(host.batches)
+                allocator.free(allocator.allocate(9), 9)
+                await until(lambda: len(host.batches) > batches)
+
+            async def looks_while(act: Callable[[], Awaitable[None]]) -> int:
+                before = isolator.looks
+                for _ in range(5):
+                    await act()
+                    await asyncio.sleep(0.4)
+                return isolator.looks - before
+
+            async with asyncio.timeout(10):
+                while await looks_while(lambda: asyncio.sleep(0)) > 4:
+                    pass
+            assert await looks_while(lambda: used(1)) <= 4, "of twenty"
+            assert await looks_while(freed) <= 4 + 5 * 2, "two for each batch that is sought"
+            assert await looks_while(lambda: used(4)) > 10
+
+    run(scene)
+
+
+def test_a_guest_that_frees_all_the_time_is_heard_of() -> None:
+    async def scene(host: ScriptedHost) -> None:
+        host.report_period_ms = 200
+        async with in_session(host) as (_, allocator, _):
+            for _ in range(50):
+                pfn = allocator.allocate(9)
+                await asyncio.sleep(0.05)
+                allocator.free(pfn, 9)
+            assert host.telemetry_count
 
     run(scene)
