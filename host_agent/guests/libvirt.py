@@ -168,6 +168,8 @@ class LibvirtDriver:
         self._survival = survival
         self._lock = Lock()
         self._probing = Lock()
+        self._kvm_fails = False
+        """A guest could not even be started under KVM; not tried again."""
         self._connection: Any = None
         self._watched: dict[str, _Gone] = {}
 
@@ -370,15 +372,16 @@ class LibvirtDriver:
     def _accelerator(self, connection: Any, image: GuestImage) -> str:
         with self._probing:
             boots = kvm_probe.cached(image)
-            if boots is None:
+            if boots is None and not self._kvm_fails:
                 boots = self._boots_under_kvm(connection, image)
+                self._kvm_fails = boots is None
                 if boots is not None:
                     kvm_probe.remember(image, boots)
         return "kvm" if boots else "qemu"
 
     def _boots_under_kvm(self, connection: Any, image: GuestImage) -> bool | None:
         """Boot a guest without agent under KVM, and end it; None if it could not be started,
-        which may be for another reason, and is not to be remembered."""
+        which may be for another reason: the next host agent is to try again."""
         identity = uuid.uuid4()
         name = f"kvm-probe-{identity.hex[:8]}"
         files = self._files(name)

@@ -17,11 +17,11 @@ import pytest
 from hintfleet.errors import GuestLost, Refused
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests import GuestRequest
+from host_agent.guests import GuestRequest, kvm_probe
 from host_agent.guests.domain_ram import translate
 from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, domain_xml
 from host_agent.guests.image import GuestImage
-from host_agent.guests.libvirt import LibvirtDriver
+from host_agent.guests.libvirt import LibvirtDriver, _start
 from host_agent.ram import GuestRam
 from tests.support.agents import alive, wait_until
 from tests.support.vm import image_with
@@ -147,6 +147,24 @@ def paused_domain(
         domain.append(backing)
     flags = libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_PAUSED
     return connection.createXML(ET.tostring(domain, encoding="unicode"), flags)
+
+
+def test_kvm_that_starts_no_guest_is_tried_once(
+    driver: LibvirtDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def start_without_kvm(connection: Any, spec: DomainSpec, **options: Any) -> Any:
+        if spec.accelerator == "kvm":
+            tried.append(spec.name)
+            raise Refused("QEMU gave up")
+        return _start(connection, spec, **options)
+
+    monkeypatch.setattr("host_agent.guests.libvirt._start", start_without_kvm)
+    monkeypatch.setattr(kvm_probe, "cached", lambda _: None)
+    for _ in range(2):
+        driver.create(a_request([])).close()
+    assert len(tried) == 1
 
 
 def test_a_guest_that_is_killed_while_it_is_adopted_is_lost(
