@@ -120,24 +120,34 @@ class Relay:
         self.link_count = 0
         self.delay_s = 0.0
         """Of links that are opened from now on."""
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Address]:
         """Relay until the block ends; where it listens."""
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         try:
             yield Address(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
         finally:
             server.close()
             for link in self.links:
                 link.cut()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             await server.wait_closed()
 
     def of(self, guest_uuid: str) -> list[Link]:
         """The open links of a guest."""
         return [link for link in self.links if link.guest_uuid == guest_uuid]
 
-    async def _connected(
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Have a task of our own relay: `serving` ends it, and waits for that."""
+        task = asyncio.create_task(self._relay(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _relay(
         self, from_guest: asyncio.StreamReader, to_guest: asyncio.StreamWriter
     ) -> None:
         try:
