@@ -22,7 +22,8 @@ class Isolator(Protocol):
     name: str
 
     must_be_polled: bool
-    """Whether chunks can become free without a wake: then `idle` is asked once per period."""
+    """Whether chunks can become free without a wake: then `idle` is asked once per period, or
+    more seldom at rest."""
 
     @property
     def unfinished(self) -> bool:
