@@ -15,8 +15,8 @@ from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceServicer
 from host_agent.edge import Context, abort
-from host_agent.guest import Guest
 from host_agent.registry import Registry
+from host_agent.sampling import Rest, sample_set
 from host_agent.threads import in_driver_thread
 
 _SHORTEST_PERIOD_MS = 10
@@ -98,6 +98,8 @@ class ControlService(HostServiceServicer):
             done = await guest.run_step(
                 lambda number: _command(request, number), command_id=_number_of(request.command)
             )
+            if request.verify:
+                await guest.ledger()  # the samples that follow are of books that were audited
             return host_pb2.RunStepResponse(
                 changed_bytes=done.changed_bytes,
                 held_bytes=done.held_bytes,
@@ -144,24 +146,19 @@ class ControlService(HostServiceServicer):
                 InvalidInput(f"Watch needs a trial and a period of {_SHORTEST_PERIOD_MS} ms"),
             )
         self._registry.open_watch(request.trial_id)
+        period_s = request.period_ms / 1000
+        rest = Rest(period_s)
         try:
             next_s = time.monotonic()
             while True:
-                yield await self._sample_set(request.trial_id)
+                guests = [g for g in self._registry.guests if g.trial_id == request.trial_id]
+                for samples in rest.to_send(sample_set(guests, self._registry.observing)):
+                    yield samples
                 # A sample that took longer than the period is not made up for.
-                next_s = max(next_s + request.period_ms / 1000, time.monotonic())
+                next_s = max(next_s + period_s, time.monotonic())
                 await asyncio.sleep(next_s - time.monotonic())
         finally:
             self._registry.close_watch(request.trial_id)
-
-    async def _sample_set(self, trial_id: str) -> host_pb2.SampleSet:
-        guests = [g for g in self._registry.guests if g.trial_id == trial_id and g.running]
-        samples = await asyncio.gather(*(_sample(guest) for guest in guests))
-        return host_pb2.SampleSet(
-            at_unix_us=time.time_ns() // 1000,
-            samples=samples,
-            host_agent_cpu_us=time.process_time_ns() // 1000,
-        )
 
     async def _once(
         self,
@@ -173,30 +170,6 @@ class ControlService(HostServiceServicer):
             return await self._registry.once(command, do)
         except HintfleetError as error:
             await abort(context, error)
-
-
-async def _sample(guest: Guest) -> host_pb2.Sample:
-    told = guest.telemetry
-    return host_pb2.Sample(
-        guest_name=guest.name,
-        ledger=await guest.ledger(),
-        agent_cpu_us=told.agent_cpu_us,
-        agent_rss_bytes=told.agent_rss_bytes,
-        tracker_bytes=told.tracker_bytes,
-        guest_free_bytes=told.free_bytes,
-        refusals=guest.refusals,
-        process_cpu_us=_cpu_us(guest.running.pid) if guest.running else 0,
-    )
-
-
-def _cpu_us(pid: int) -> int:
-    """CPU time of a process; 0 if it is gone."""
-    # What clock_getcpuclockid(3) returns; Python has it only for threads.
-    clock = (~pid << 3) | 2
-    try:
-        return time.clock_gettime_ns(clock) // 1000
-    except OSError:
-        return 0
 
 
 def _number_of(command: host_pb2.CommandId) -> int:

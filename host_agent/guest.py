@@ -1,9 +1,7 @@
 """One guest of this host: its memory, its books, and the streams its agent opened.
 
-Everything here runs on the host agent's event loop; what blocks (system calls on
-the RAM file) runs in worker threads under `_ram_lock`, so that an audit and a
-punch never overlap. Which batches run and when a session is welcomed (I2) is decided
-by the gate; its instructions are carried out here.
+Everything here runs on the host agent's event loop. Which batches run and when a
+session is welcomed (I2) is decided by the gate; its instructions are carried out here.
 """
 
 from __future__ import annotations
@@ -17,21 +15,24 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from hintfleet.errors import GuestLost, HintfleetError, OutcomeUnknown, Refused, TransientError
-from hintfleet.ranges import EMPTY, RangeSet, encode
+from hintfleet.ranges import RangeSet, encode
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent import gate
+from host_agent.audit_pace import AuditPace, Pace
 from host_agent.balloon import Balloon, Rule
 from host_agent.ballooning import follow
 from host_agent.claims import printable
+from host_agent.cpu_meter import CpuMeter
 from host_agent.gate import Epochs, Gate, State
+from host_agent.guest_memory import GuestMemory
 from host_agent.guests import RunningGuest
-from host_agent.hinting_messages import ack_of, welcome_of
+from host_agent.hinting_messages import ack_of, policy_of, welcome_of
 from host_agent.keeper import Keeper
-from host_agent.ledger import Books, Ledger
+from host_agent.ledger import Books
 from host_agent.limits import Conduct
-from host_agent.page_map import NO_PAGES, PageMap
-from host_agent.ram import GuestRam, Segment
-from host_agent.reclaim import Outcome, reclaim, skip
+from host_agent.page_map import NO_PAGES
+from host_agent.ram import Segment
+from host_agent.reclaim import Outcome
 from host_agent.requests import Requests
 from host_agent.resizing import resize
 from host_agent.state import GuestRecord
@@ -45,6 +46,9 @@ _DEFAULT_CHUNK_ORDER = 9
 
 _PEERS = frozenset({host_pb2.REPORTING, host_pb2.BALLOON})
 """Methods that take memory out of the RAM without us."""
+
+_OBSERVING = Pace(period_s=1.0, share=1 / 100)
+"""Audits that serve samples and metrics alone."""
 
 # The kernel's PAGE_REPORTING_DELAY is 2 s, and a balloon's step takes as long: after two
 # of them without any effect there is nothing more to come.
@@ -65,8 +69,11 @@ class Guest:
         trial_id: str,
         spec: host_pb2.GuestSpec,
         keeper: Keeper | None = None,
+        observing: CpuMeter | None = None,
     ) -> None:
-        """:param keeper: told of all that `record` would tell differently."""
+        """:param keeper: told of all that `record` would tell differently.
+        :param observing: where audits are entered that serve nothing but samples and metrics.
+        """
         self.name = name
         self.uuid = uuid
         self.trial_id = trial_id
@@ -81,15 +88,20 @@ class Guest:
         self.making: asyncio.Task[None] | None = None
         """Ends with `running` set, or with what kept it from being made."""
         self.token = token
-        self._ledger: Ledger | None = None
-        self.last_ledger = host_pb2.Ledger()
-        """The books as of the last audit; closed books once the guest is destroyed."""
-        self._ram_lock = asyncio.Lock()
-        self.plugged_pages = EMPTY
-        """Memory that was plugged and is in the books."""
+        self.memory = GuestMemory(
+            name,
+            others_reclaim=spec.method in _PEERS,
+            changed=lambda: self.keeper.changed(self),
+        )
+        self._observing = observing or CpuMeter()
+        self._hints = spec.method == host_pb2.HINTING
+        self._report_period_s = policy_of(spec.hinting).report_period_ms / 1000
+        telling = Pace(period_s=min(self._report_period_s, _OBSERVING.period_s), share=1 / 20)
+        self._pace = AuditPace(telling if self._hints else _OBSERVING)
+        self._audit_task: asyncio.Task[None] | None = None
+        self._next_tell_s = 0.0
         self.resize_lock = asyncio.Lock()
         """Held while memory is on its way in or out."""
-        self._unsaid_used = NO_PAGES
         self._sessions: dict[int, Stream] = {}
         self._workload: Stream | None = None
         self._workload_is_there = asyncio.Event()
@@ -104,28 +116,17 @@ class Guest:
 
     def started(self, running: RunningGuest) -> None:
         """The driver has made it; its RAM is untouched or nearly so."""
-        self._own(running, Ledger(running.ram.page_map, others_reclaim=self._others_reclaim))
+        self.memory.started(running.ram)
+        self._own(running)
 
     async def adopted(self, running: RunningGuest, books: Books) -> None:
         """The driver has found it again; an earlier host agent has left these books."""
-        self.plugged_pages = await in_driver_thread(running.plugged)
-        ledger, resident = await asyncio.to_thread(self._recovered, running.ram, books)
-        # What the guest was told of that is not known: so all of it.
-        self._unsaid_used = resident
-        self._own(running, ledger)
+        self.memory.plugged_pages = await in_driver_thread(running.plugged)
+        await asyncio.to_thread(self.memory.recovered, running.ram, books)
+        self._own(running)
 
-    def _recovered(self, ram: GuestRam, books: Books) -> tuple[Ledger, PageMap]:
-        ledger = Ledger.restored(ram.page_map, books, others_reclaim=self._others_reclaim)
-        resident = ram.resident(ram.page_map)
-        ledger.recover(resident)
-        return ledger, resident
-
-    @property
-    def _others_reclaim(self) -> bool:
-        return self.spec.method in _PEERS
-
-    def _own(self, running: RunningGuest, ledger: Ledger) -> None:
-        self.running, self._ledger = running, ledger
+    def _own(self, running: RunningGuest) -> None:
+        self.running = running
         self.keeper.changed(self)
         if running.balloon is not None:
             self._ballooning = asyncio.create_task(self._balloon(running.balloon))
@@ -179,10 +180,11 @@ class Guest:
         await self._stop_ballooning()
         async with self.resize_lock:
             await self._with_ram(self._end())
-        return self.last_ledger
+        return self.memory.last_ledger
 
     async def _end(self) -> None:
         if self.running is not None:
+            self.memory.closed()
             await in_driver_thread(self.running.close)
             self.running = None
 
@@ -198,15 +200,17 @@ class Guest:
         :raises TransientError: the state cannot be written; it is let go of all the same.
         """
         await self._stop_ballooning()
-        async with self.resize_lock, self._ram_lock:
+        async with self.resize_lock, self.memory.alone:
             try:
                 await self.keeper.save(self)
             finally:
+                self.memory.closed()
                 self.running = None
 
     def record(self) -> GuestRecord | None:
         """What an adopting host agent needs to know; None while there is nothing to adopt."""
-        if self.running is None or self._ledger is None:
+        books = self.memory.books()
+        if self.running is None or books is None:
             return None
         return GuestRecord(
             name=self.name,
@@ -216,7 +220,7 @@ class Guest:
             spec=self.spec,
             handle=self.running.handle,
             epoch=self.gate.epoch,
-            books=self._ledger.books(),
+            books=books,
         )
 
     def misbehaved(self, error: HintfleetError) -> None:
@@ -249,9 +253,7 @@ class Guest:
         it. Returns the session's number, for `batch_arrived` and `leave_hinting`."""
         session = epochs.next()
         self._sessions[session] = stream
-        if self.running is not None and self._ledger is not None:
-            # All that it uses: what was said on a stream that was cut, nobody may have heard.
-            self._unsaid_used = self.running.ram.page_map - self._ledger.absent_pages
+        self.memory.forget_what_was_told()  # on a stream that was cut
         self._carry_out(self.gate.connected(session))
         return session
 
@@ -300,8 +302,7 @@ class Guest:
         self._requests.answered(request_id, message)
 
     def _note_ready(self) -> None:
-        hints = self.spec.method == host_pb2.HINTING
-        if self._workload is not None and (not hints or self.gate.state is State.OPEN):
+        if self._workload is not None and (not self._hints or self.gate.state is State.OPEN):
             self._ready.set()
 
     # Requests to the guest
@@ -343,12 +344,12 @@ class Guest:
         )
 
     async def _quiet(self) -> None:
-        lowest_bytes = (await self.ledger()).resident_bytes
+        lowest_bytes = self.memory.books_now().resident_bytes
         since_s = time.monotonic()
         while time.monotonic() - since_s < _QUIET_S:
             await asyncio.sleep(_QUIET_LOOK_S)
             self._check_alive()
-            resident_bytes = (await self.ledger()).resident_bytes
+            resident_bytes = self.memory.books_now().resident_bytes
             if resident_bytes < lowest_bytes - _NOISE_BYTES:
                 lowest_bytes, since_s = resident_bytes, time.monotonic()
 
@@ -379,7 +380,7 @@ class Guest:
                     # Not awaited by any session: a punch cannot be called back.
                     self._begin(self._take_turn())
                 case gate.Post(batch, outcome):
-                    self._post(batch, outcome)
+                    self.memory.post(batch, outcome)
                 case gate.Acknowledge(session, batch, outcome):
                     self._sessions[session].send(ack_of(batch, outcome))
 
@@ -394,13 +395,13 @@ class Guest:
         looks at the RAM cannot be called back, and the next must not begin before it ends."""
 
         async def locked() -> _T:
-            async with self._ram_lock:
+            async with self.memory.alone:
                 return await work
 
         return await asyncio.shield(self._begin(locked()))
 
     async def _take_turn(self) -> None:
-        async with self._ram_lock:
+        async with self.memory.alone:
             instructions = self.gate.turn_came(time.monotonic())
             self._carry_out(instructions)
             for instruction in instructions:
@@ -409,23 +410,10 @@ class Guest:
                     self._carry_out(self.gate.finished(instruction.batch, outcome))
 
     async def _run(self, batch: gate.Batch) -> Outcome:
-        if self.running is None or self._ledger is None:
-            return skip(batch.ranges, hinting_pb2.GUEST_GONE)
-        absent = self._ledger.absent_pages
-        try:
-            outcome = await asyncio.to_thread(reclaim, self.running.ram, batch.ranges, absent)
-            pieces = outcome.reclaimed.run_count + outcome.absent.run_count
-            self.conduct.made_work(pieces - len(batch.ranges), time.monotonic())
-            return outcome
-        except OSError:  # the file does not even say what is resident
-            return skip(batch.ranges, hinting_pb2.HOST_ERROR)
-
-    def _post(self, batch: gate.Batch, outcome: Outcome) -> None:
-        if self._ledger is not None:
-            self._ledger.post(batch.ranges, outcome, batch.wire_bytes)
-            self.keeper.changed(self)
-        # What is gone again must not be told as used after the ack.
-        self._unsaid_used -= outcome.reclaimed
+        outcome = await self.memory.reclaim(batch)
+        pieces = outcome.reclaimed.run_count + outcome.absent.run_count
+        self.conduct.made_work(pieces - len(batch.ranges), time.monotonic())
+        return outcome
 
     # Memory
 
@@ -441,16 +429,8 @@ class Guest:
 
     async def plugged(self, segments: Sequence[Segment]) -> RangeSet:
         """Enter memory that the driver has plugged; returns which pages came."""
-        async with self._ram_lock:
-            running, ledger = self._memory()
-            before = running.ram.pages
-            running.ram.plug(segments)
-            pages = running.ram.pages - before
-            ledger.plugged(PageMap(pages))
-            self.plugged_pages |= pages
-            self._unsaid_used -= PageMap(pages)  # of what was unplugged there: it is absent again
-            self.keeper.changed(self)
-            return pages
+        async with self.memory.alone:
+            return self.memory.plugged(segments)
 
     async def unplugged(self, pages: RangeSet) -> None:
         """Drop memory that the driver has unplugged, and take it out of the books. A batch
@@ -458,24 +438,7 @@ class Guest:
 
         :raises Refused: the host's kernel would not drop it; it is in the books still.
         """
-        await self._with_ram(self._unplug(pages))
-
-    async def _unplug(self, pages: RangeSet) -> None:
-        running, ledger = self._memory()
-        try:
-            await asyncio.to_thread(running.ram.unplug, pages)
-        except OSError as error:
-            raise Refused(f"guest {self.name}: unplugged memory stays: {error}") from error
-        # A guest that remembers what is absent must not count these any more.
-        self._unsaid_used |= ledger.unplugged(PageMap(pages))
-        self.plugged_pages -= pages
-        self.keeper.changed(self)
-
-    def _memory(self) -> tuple[RunningGuest, Ledger]:
-        """The guest's memory and books, while there are any."""
-        if self.running is None or self._ledger is None:
-            raise GuestLost(f"guest {self.name} does not run")
-        return self.running, self._ledger
+        await self._with_ram(self.memory.unplugged(pages))
 
     @property
     def chunk_order(self) -> int:
@@ -483,20 +446,24 @@ class Guest:
         return self.spec.hinting.chunk_order or _DEFAULT_CHUNK_ORDER
 
     async def tell_refaults(self) -> None:
-        """Audit, and tell the guest in which chunks it has used absent memory since."""
-        await self._with_ram(self._tell_refaults())
+        """Audit in full, and tell the guest in which chunks it has used absent memory since."""
+        await self._with_ram(self._audit_and_tell())
 
-    async def _tell_refaults(self) -> None:
-        await self._audit()
-        said = self._unsaid_used
+    async def _audit_and_tell(self) -> None:
+        await self.memory.audit()
+        await self._tell()
+
+    async def _tell(self) -> None:
+        said = self.memory.used_again
         if not said or self._hinting is None:
             return
+        self._next_tell_s = time.monotonic() + self._report_period_s
         ranges = await asyncio.to_thread(
             lambda: encode(said.whole_chunks(self.chunk_order).ranges())
         )
         # Still under the lock: the ack of a batch that took them must not come first.
-        if self._hinting is not None and self._unsaid_used is said:
-            self._unsaid_used = NO_PAGES
+        if self._hinting is not None and self.memory.used_again is said:
+            self.memory.used_again = NO_PAGES
             message = hinting_pb2.Refaulted(ranges=ranges)
             self._hinting.send(hinting_pb2.HostMessage(refaulted=message))
 
@@ -507,21 +474,34 @@ class Guest:
             self._allowed_something = bool(policy.allowance_pages)
             self._hinting.send(hinting_pb2.HostMessage(policy=policy))
 
-    async def ledger(self) -> host_pb2.Ledger:
-        """Audit against the RAM file and return the books."""
-        return await self._with_ram(self._audit())
+    # Audits
 
-    async def _audit(self) -> host_pb2.Ledger:
-        if self.running is None or self._ledger is None:
-            return self.last_ledger
-        ledger, ram = self._ledger, self.running.ram
-        if not ledger.agrees_with(ram.resident_bytes()):
-            resident = await asyncio.to_thread(ram.resident, ledger.absent_pages)
-            if used := ledger.audit(resident):
-                self._unsaid_used |= used
-                self.keeper.changed(self)
-        self.last_ledger = ledger.as_pb2(ram.resident_bytes())
-        return self.last_ledger
+    @property
+    def next_check_s(self) -> float:
+        """No `check` is due before this time of the monotonic clock."""
+        return self._pace.next_check_s
+
+    def check(self, now_s: float) -> None:
+        """Begin to audit, and to tell the guest what it uses again, if that is due."""
+        look = self._pace.check(now_s, self.memory.moved_pages())
+        news = self.memory.used_again and self._hinting is not None
+        tell = bool(news) and now_s >= self._next_tell_s
+        if (look or tell) and (self._audit_task is None or self._audit_task.done()):
+            self._audit_task = self._begin(self._check(look))
+
+    async def _check(self, look: bool) -> None:
+        async with self.memory.alone:
+            if look:
+                took_s = await self.memory.look()
+                self._pace.looked(time.monotonic(), took_s)
+                if not self._hints:
+                    self._observing.add(took_s)
+            if time.monotonic() >= self._next_tell_s:
+                await self._tell()
+
+    async def ledger(self) -> host_pb2.Ledger:
+        """Audit in full against the RAM file and return the books."""
+        return await self._with_ram(self.memory.audit())
 
     async def as_pb2(self) -> host_pb2.Guest:
         """What the control API says of this guest."""

@@ -23,7 +23,6 @@ from host_agent.claims import check_done, check_hello, check_telemetry
 from host_agent.edge import Context, abort, ended_by, received, show_out
 from host_agent.gate import LIMITS, Batch
 from host_agent.guest import Guest
-from host_agent.hinting_messages import policy_of
 from host_agent.registry import Registry
 from host_agent.stream import Stream
 
@@ -55,10 +54,7 @@ class GuestService(HintingServiceServicer):
                     welcome = await stream.next()
                     await guest.keeper.save(guest)  # its epoch is known before it is used
                     yield welcome  # type: ignore[misc]
-                    async with (
-                        ended_by(stream, _read_session(guest, session, messages)),
-                        ended_by(stream, _tell_refaults(guest)),
-                    ):
+                    async with ended_by(stream, _read_session(guest, session, messages)):
                         while (message := await stream.next()) is not None:
                             yield message  # type: ignore[misc]
                 finally:
@@ -180,15 +176,3 @@ async def _read_done(guest: Guest, events: AsyncIterator[pb.WorkloadEvent]) -> N
             raise InvalidInput("a workload stream carries only done after attach")
         check_done(event.done, guest.most_memory_bytes)
         guest.answer(event.done.command_id, event.done)
-
-
-async def _tell_refaults(guest: Guest) -> None:
-    """Host-guided hinting: audit once per period, and say what was used again. Memory that is
-    cut up takes long to look at, which is done a fifth of the time at the most."""
-    period_s = policy_of(guest.spec.hinting).report_period_ms / 1000
-    took_s = 0.0
-    while True:
-        await asyncio.sleep(max(period_s, 4 * took_s))
-        started_s = time.monotonic()
-        await guest.tell_refaults()
-        took_s = time.monotonic() - started_s

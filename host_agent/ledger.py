@@ -117,15 +117,15 @@ class Ledger:
         """Where an audit has to look: pages that may be absent."""
         return self._ram if self._others_reclaim else self.reclaimed | self.untouched
 
-    def agrees_with(self, resident_bytes: int) -> bool:
-        """Whether an audit of a RAM file of which so much is resident can find no news.
+    def unseen_pages(self, resident_bytes: int) -> int:
+        """How many pages, by the sum, have come back to a RAM file of which so much is resident,
+        and are absent by the books. Negative if more have left than came.
 
-        What is resident by the books is so in the file, unless others reclaim: if nothing
-        else is, by the sum, nothing was used again.
+        Unless others reclaim, what is resident by the books is so in the file: so 0 says that an
+        audit can find nothing, and any other number how much it will.
         """
         absent = self.reclaimed.page_count + self.untouched.page_count
-        resident = self._ram.page_count - absent
-        return not self._others_reclaim and resident_bytes == resident * PAGE_BYTES
+        return resident_bytes // PAGE_BYTES - (self._ram.page_count - absent)
 
     def plugged(self, pages: PageMap) -> None:
         """The RAM has these pages too, from now on; nothing of them was ever resident."""
@@ -159,13 +159,15 @@ class Ledger:
         self.reclaimed |= outcome.reclaimed
         self.untouched -= outcome.reclaimed
 
-    def audit(self, resident: PageMap) -> PageMap:
+    def audit(self, resident: PageMap, looked: PageMap | None = None) -> PageMap:
         """Take note of pages found resident; those that were absent by the books until now.
 
         :param resident: resident pages within `absent_pages`; others change nothing.
+        :param looked: where was looked for them, if not everywhere.
         """
         if self._others_reclaim:
-            gone = self._ram - resident - self.reclaimed - self.untouched
+            ram = self._ram if looked is None else self._ram & looked
+            gone = ram - resident - self.reclaimed - self.untouched
             self._reclaimed_total += gone.page_count
             self.reclaimed |= gone
         refaulted = self.reclaimed & resident

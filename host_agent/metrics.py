@@ -54,7 +54,7 @@ class LedgerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One family per field of the ledger, labelled by guest and trial."""
-        books = [(g.name, g.trial_id, g.last_ledger) for g in self._registry.guests]
+        books = [(g.name, g.trial_id, g.memory.last_ledger) for g in self._registry.guests]
         families = [(GaugeMetricFamily, field, field, text) for field, text in _GAUGES.items()] + [
             # Prometheus puts _total behind a counter's name and its unit before that.
             (CounterMetricFamily, field, field.replace("_total", ""), text)

@@ -11,6 +11,7 @@ for worker threads.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
@@ -74,6 +75,22 @@ class PageMap:
     def overlaps(self, run: Range) -> bool:
         """Whether any page of `run` is in the set."""
         return any(self._sections.get(section, 0) & bits for section, bits in _cut([run]))
+
+    def sections_from(self, pfn: int) -> Iterator[int]:
+        """Numbers of the sections that have a page in the set, in order, beginning with that of
+        `pfn` and going round."""
+        sections = sorted(self._sections)
+        first = bisect_left(sections, pfn >> _SHIFT)
+        yield from sections[first:]
+        yield from sections[:first]
+
+    def runs_in(self, section: int) -> Iterator[Range]:
+        """Runs of the set's pages in one section."""
+        yield from _runs(section << _SHIFT, self._sections.get(section, 0))
+
+    def only(self, sections: Iterable[int]) -> PageMap:
+        """The pages that lie in these sections, of those that have any."""
+        return PageMap._of({section: self._sections[section] for section in sections})
 
     def __or__(self, other: PageMap) -> PageMap:
         few, many = sorted((self, other), key=lambda pages: len(pages._sections))
@@ -144,6 +161,11 @@ class PageMap:
                 raise InvalidInput("packed pages: truncated, or a section that cannot be")
             sections[section] = bits
         return cls._of(sections)
+
+
+def first_pfn(section: int) -> int:
+    """The page frame that a section begins with."""
+    return section << _SHIFT
 
 
 def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

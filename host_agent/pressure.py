@@ -13,6 +13,8 @@ from host_agent.hinting_messages import policy_of
 from host_agent.policy import GuestView, Hold, HostView, Suggestion, suggest
 
 PERIOD_S = 0.5
+_IDLE_PERIOD_S = 1.0
+"""While there is no guest under policy pressure."""
 _DEFAULT_PRESSURE_PERCENT = 80
 
 
@@ -24,21 +26,23 @@ class Pressure:
         self._guests = guests
         self._budget_bytes = budget_bytes
         self._holds: dict[str, Hold] = {}
+        self._ruled = False
 
     async def run(self) -> None:
         """Look and act once per period until cancelled."""
         while True:
-            await asyncio.sleep(PERIOD_S)
-            await self.act()
+            await asyncio.sleep(PERIOD_S if self._ruled else _IDLE_PERIOD_S)
+            self.act()
 
-    async def act(self) -> None:
+    def act(self) -> None:
         """One look at the host, and what follows from it."""
         guests = {g.name: g for g in self._guests() if g.running is not None}
         ruled = [g for g in guests.values() if _is_ruled(g)]
+        self._ruled = bool(ruled)
         if not ruled:
             self._holds = {}
             return
-        books = {name: await guest.ledger() for name, guest in guests.items()}
+        books = {name: guest.memory.books_now() for name, guest in guests.items()}
         percent = min(g.spec.hinting.pressure_percent or _DEFAULT_PRESSURE_PERCENT for g in ruled)
         host = HostView(
             now_s=time.monotonic(),

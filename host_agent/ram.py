@@ -3,7 +3,9 @@ and go while the guest runs.
 
 Residency comes from the file itself (SEEK_DATA/SEEK_HOLE, blocks), so it holds
 for a guest process's memfd as for QEMU's. Shared memory (shmem) only: there a
-page is resident exactly if it is data, mm/shmem.c.
+page is resident exactly if it is data, mm/shmem.c. A look costs a system call or two
+for each run of pages that it passes, and what the kernel's walk over those that are
+resident takes, some 30 ns a page.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hintfleet.ranges import Range, RangeSet
 from hintfleet.units import PAGE_BYTES
-from host_agent.page_map import PageMap
+from host_agent.cache_count import cached_bytes
+from host_agent.page_map import PageMap, first_pfn
 from host_agent.punch import punch
 
 
@@ -50,6 +53,21 @@ class Segment:
         return self.offset_bytes + (pfn - self.pfn) * PAGE_BYTES
 
 
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a look at the RAM files found.
+
+    :ivar looked: where it looked.
+    :ivar resident: the pages of `looked` that are resident.
+    :ivar next_pfn: where the next look should begin: where this one ended, or found the last
+        page.
+    """
+
+    looked: PageMap
+    resident: PageMap
+    next_pfn: int
+
+
 class GuestRam:
     """All of a guest's RAM, and the one place that punches holes in it."""
 
@@ -79,11 +97,35 @@ class GuestRam:
 
     def resident(self, within: PageMap) -> PageMap:
         """The pages of `within` that are resident. Pages outside the RAM never are."""
-        return PageMap(
-            extent
-            for segment in self._segments
-            for extent in _data_extents(segment, within & segment.page_map)
-        )
+        return self.look(within).resident
+
+    def look(
+        self,
+        within: PageMap,
+        start_pfn: int = 0,
+        enough: Callable[[int], bool] = lambda _: False,
+    ) -> Look:
+        """Look for the resident pages of `within`, one section after the other, beginning with
+        that of `start_pfn` and going round.
+
+        :param enough: asked after each section, with the number of pages found so far,
+            whether to look no further.
+        """
+        walks = [_Walk(segment, within & segment.page_map) for segment in self._segments]
+        looked: list[int] = []
+        found: list[Range] = []
+        found_pages, next_pfn = 0, start_pfn
+        for section in within.sections_from(start_pfn):
+            looked.append(section)
+            here = [extent for walk in walks for extent in walk.data_extents(section)]
+            if here:
+                found += here
+                found_pages += sum(extent.page_count for extent in here)
+                next_pfn = here[-1].pfn
+            if enough(found_pages):
+                next_pfn = next_pfn if here else first_pfn(section)
+                break
+        return Look(looked=within.only(looked), resident=PageMap(found), next_pfn=next_pfn)
 
     def punch(self, ranges: RangeSet) -> None:
         """Drop the memory behind `ranges`: one system call per range and segment.
@@ -100,11 +142,8 @@ class GuestRam:
         self._set_segments((*self._segments, *segments))
 
     def unplug(self, pages: RangeSet) -> None:
-        """Less RAM: drop the memory behind `pages`, and close files of which nothing is left.
-
-        :raises OSError: the kernel refused the punch; all of it is RAM still.
-        """
-        self.punch(pages)
+        """Less RAM: `pages`, whose memory was dropped before, are none any more. Close files of
+        which nothing is left."""
         before = self._fds
         self._set_segments(
             replace(
@@ -151,22 +190,45 @@ def _close_all(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-def _data_extents(segment: Segment, within: PageMap) -> Iterator[Range]:
-    data = -1
-    for part in within:
-        at = segment.to_offset(part.pfn)
-        end = at + part.page_count * PAGE_BYTES
+class _Walk:
+    """Finds data in one segment's file. What a system call said holds for the places behind the
+    one that it was asked for, too."""
+
+    def __init__(self, segment: Segment, within: PageMap) -> None:
+        self._segment = segment
+        self._within = within
+        # No data in [asked, data), nothing else in [data, hole); nothing is known yet.
+        self._asked, self._data, self._hole = sys.maxsize, 0, 0
+
+    def data_extents(self, section: int) -> Iterator[Range]:
+        """The resident runs among the pages of one section that are to be looked at."""
+        segment = self._segment
+        to_pfn = segment.pfn - segment.offset_bytes // PAGE_BYTES
+        for part in self._within.runs_in(section):
+            at = segment.to_offset(part.pfn)
+            for data, hole in self._extents(at, at + part.page_count * PAGE_BYTES):
+                yield Range(data // PAGE_BYTES + to_pfn, (hole - data) // PAGE_BYTES)
+
+    def _extents(self, at: int, end: int) -> Iterator[tuple[int, int]]:
+        fd = self._segment.fd
+        left = -1
         while at < end:
-            if data < at:  # else it is what comes next from here, too
-                data = _next_data(segment.fd, at)
+            if not self._asked <= at < max(self._hole, self._data + 1):
+                self._asked, self._data = at, _next_data(fd, at)
+                self._hole = self._data
+            data = max(at, self._data)
             if data >= end:
-                break
-            hole = min(os.lseek(segment.fd, data, os.SEEK_HOLE), end)
-            if hole > data:  # else QEMU has dropped it since: reporting, a balloon
-                first = segment.pfn + (data - segment.offset_bytes) // PAGE_BYTES
-                last = segment.pfn + (hole - segment.offset_bytes + PAGE_BYTES - 1) // PAGE_BYTES
-                yield Range(first, last - first)
-            at, data = hole, -1
+                return
+            if self._hole <= data:
+                # SEEK_HOLE would walk through all that is resident behind `end`, too.
+                left = cached_bytes(fd, data, end - data) if left < 0 else left
+                self._hole = end if left == end - data else os.lseek(fd, data, os.SEEK_HOLE)
+            at = min(end, self._hole)
+            if at > data:
+                yield data, at
+                left -= at - data
+            else:  # QEMU has dropped it since: reporting, a balloon
+                self._asked = sys.maxsize
 
 
 def _next_data(fd: int, offset_bytes: int) -> int:

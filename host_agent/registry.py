@@ -20,6 +20,7 @@ from hintfleet.errors import (
 )
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2, host_pb2
+from host_agent.cpu_meter import CpuMeter
 from host_agent.gate import Epochs
 from host_agent.guest import Guest
 from host_agent.guests import GuestDriver, GuestRequest
@@ -52,6 +53,8 @@ class Registry:
         self.drivers = drivers
         self.keeper = Keeper(state)
         self.epochs = Epochs()
+        self.observing = CpuMeter()
+        """What samples cost, and audits that serve nothing else."""
         self._guests: dict[str, Guest] = {}
         self._watches: Counter[str] = Counter()
         self.leaving = False
@@ -124,6 +127,7 @@ class Registry:
             trial_id=trial_id,
             spec=spec,
             keeper=self.keeper,
+            observing=self.observing,
         )
         return guest
 
@@ -198,7 +202,7 @@ class Registry:
         try:
             running = await in_driver_thread(driver.adopt, _request(guest), record.handle)
         except GuestLost as error:
-            guest.last_ledger = record.books.totals
+            guest.memory.last_ledger = record.books.totals
             guest.lost(error.message)
         else:
             await guest.adopted(running, record.books)

@@ -91,7 +91,7 @@ async def resize(guest: Guest, memory_bytes: int) -> None:
     check(guest.name, guest.spec, memory_bytes)
     async with guest.resize_lock:
         there = await in_driver_thread(_running(guest).plugged)
-        if left := guest.plugged_pages - there:  # after we had given up waiting for it
+        if left := guest.memory.plugged_pages - there:  # after we had given up waiting for it
             await guest.unplugged(left)
         more_bytes = memory_bytes - guest.provisioned_bytes
         if more_bytes > 0:

@@ -27,6 +27,7 @@ from hintfleet.tls import Tls, listen
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import add_HintingServiceServicer_to_server
 from hintfleet.v1.host_pb2_grpc import add_HostServiceServicer_to_server
+from host_agent.auditor import audit_when_due
 from host_agent.control_service import ControlService
 from host_agent.edge import ForOperators
 from host_agent.guest_door import Door, open_door, open_lasting_door
@@ -131,7 +132,8 @@ async def _serving(settings: Settings, state: State | None) -> AsyncIterator[Ser
     await guest_server.start()
     await control_server.start()
     pressure = Pressure(lambda: registry.guests, settings.memory_budget_bytes)
-    loops = [asyncio.create_task(loop) for loop in (pressure.run(), registry.keeper.run())]
+    audits = audit_when_due(lambda: registry.guests, registry.observing)
+    loops = [asyncio.create_task(loop) for loop in (pressure.run(), registry.keeper.run(), audits)]
     try:
         yield Serving(control=control_address, guest=door.address, registry=registry)
     finally:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.gate import Epochs
 from host_agent.guest import Guest
 from host_agent.page_map import PageMap
-from host_agent.ram import GuestRam, Segment
+from host_agent.ram import GuestRam, Look, Segment
 from host_agent.stream import Stream
 
 DEVICE = RangeSet([(4096, 1024)])
@@ -92,20 +93,19 @@ def test_a_look_at_the_ram_is_waited_for_though_its_caller_is_gone(
     ram: GuestRam, ram_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looking, may_end = threading.Event(), threading.Event()
-    resident = ram.resident
+    look = ram.look
 
-    def slow(within: PageMap) -> PageMap:
+    def slow(within: PageMap, *how: Any) -> Look:
         looking.set()
         assert may_end.wait(10)
-        return resident(within)
+        return look(within, *how)
 
     async def scenario() -> None:
         guest = started(ram)
         os.pwrite(ram_fd, b"x", 0)
-        monkeypatch.setattr(ram, "resident", slow)
+        monkeypatch.setattr(ram, "look", slow)
         asking = asyncio.create_task(guest.ledger())
-        while not looking.is_set():
-            await asyncio.sleep(0.01)
+        assert await asyncio.to_thread(looking.wait, 10)
         asking.cancel()
         unplugging = asyncio.create_task(guest.unplugged(DEVICE))
         await asyncio.sleep(0.05)

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hintfleet.ranges import RangeSet
-from hintfleet.units import PAGE_BYTES
+from hintfleet.ranges import Range, RangeSet
+from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
+from host_agent.cache_count import cached_bytes
+from host_agent.page_map import PageMap
 from host_agent.ram import GuestRam, Segment
 from host_agent.reclaim import reclaim, skip
 
@@ -75,6 +77,56 @@ def test_memory_that_goes_while_it_is_looked_for_is_absent(
 
     monkeypatch.setattr(os, "lseek", lseek_in_a_race)
     assert ram.resident(ram.page_map).ranges() == RangeSet([(8, 2)])
+
+
+def test_a_look_ends_with_what_it_was_sent_for(ram: GuestRam, ram_fd: int) -> None:
+    """And the next one begins there: memory comes back where it came back last."""
+    far = RangeSet([(4097, 2)])
+    touch(ram_fd, far)
+    look = ram.look(ram.page_map, 4096, lambda found_pages: found_pages >= 2)
+    assert look.resident.ranges() == far
+    assert not look.looked.overlaps(Range(0, 1024))
+    touch(ram_fd, RangeSet([(8, 2)]))
+    again = ram.look(ram.page_map - PageMap(far), look.next_pfn, lambda found: found >= 2)
+    assert again.resident.ranges() == RangeSet([(8, 2)]), "it goes round"
+
+
+def test_a_look_at_little_does_not_walk_through_all_that_is_resident_behind_it() -> None:
+    """Else what an audit costs would follow how much a guest uses, not how much came back."""
+    fd = os.memfd_create("sea")
+    os.truncate(fd, 64 * MIB)
+    os.pwrite(fd, bytes(64 * MIB - PAGE_BYTES), PAGE_BYTES)
+    ram = GuestRam([Segment(pfn=0, page_count=64 * MIB // PAGE_BYTES, fd=fd, offset_bytes=0)])
+    if not cached_bytes(fd, PAGE_BYTES, PAGE_BYTES):
+        pytest.skip("this kernel has no cachestat")
+    asked = []
+    lseek = os.lseek
+
+    def counted(fd: int, at: int, whence: int) -> int:
+        asked.append(whence)
+        return lseek(fd, at, whence)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "lseek", counted)
+        assert ram.resident(PageMap([(0, 16)])).ranges() == RangeSet([(1, 15)])
+    assert os.SEEK_HOLE not in asked
+    ram.close()
+
+
+@on_real_memory
+@given(touched=page_sets, within=page_sets, start_pfn=st.integers(0, 6000), counts=st.booleans())
+def test_a_look_finds_what_is_there(
+    ram: GuestRam, ram_fd: int, touched: RangeSet, within: RangeSet, start_pfn: int, counts: bool
+) -> None:
+    """From wherever it begins, and on kernels that do not count."""
+    ram.punch(ram.pages)
+    touch(ram_fd, touched & ram.pages)
+    with pytest.MonkeyPatch.context() as patch:
+        if not counts:
+            patch.setattr("host_agent.ram.cached_bytes", lambda *_: 0)
+        look = ram.look(PageMap(within), start_pfn)
+    assert look.resident.ranges() == touched & within & ram.pages
+    assert look.looked.ranges() == within
 
 
 def test_a_punch_that_the_kernel_refuses_is_told_as_skipped() -> None:

@@ -1,0 +1,72 @@
+"""When to look at a guest's RAM file for what the books cannot know. Pure: clocks are handed in.
+
+What came back, and under the peers what left, only a look at the file can tell, and that costs
+time for each run of pages that it passes. How much is resident, one fstat tells. So that sum is
+asked for often, and says how much a look would find; here it is said when that is worth a look:
+soon while memory moves, seldom while next to nothing does, and never for more than a share of
+the time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+CALM_PAGES = 256
+"""Less than this (1 MiB) is next to nothing: a guest that rests has kernel and daemons, too."""
+CALM_PERIOD_S = 10.0
+"""How long next to nothing waits to be looked for."""
+_CALM_SHARE = 1 / 2000
+
+_LONGEST_REST_S = 1.0
+"""Between two checks of the sum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How often to look while memory moves.
+
+    :ivar period_s: no sooner than this after the last look.
+    :ivar share: of one processor, which looks may take in the long run.
+    """
+
+    period_s: float
+    share: float
+
+
+class AuditPace:
+    """When one guest's sum is checked next, and its RAM looked at.
+
+    :ivar next_check_s: no sooner than then.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self.next_check_s = -math.inf
+        self._rest_s = pace.period_s
+        self._looked_at_s = -math.inf
+        self._took_s = 0.0
+
+    def check(self, now_s: float, moved_pages: int) -> bool:
+        """Whether to look now.
+
+        :param moved_pages: how many pages a look would find, by the sum.
+        """
+        shortest_s = self._pace.period_s
+        calm = moved_pages < CALM_PAGES
+        longer_s = min(2 * self._rest_s, _LONGEST_REST_S)
+        self._rest_s = max(shortest_s, longer_s) if calm else shortest_s
+        self.next_check_s = now_s + self._rest_s
+        if self._rest_s == _LONGEST_REST_S:
+            # The same moment for all guests: what a check costs is mostly that we wake for it.
+            self.next_check_s = math.floor(self.next_check_s)
+        return moved_pages > 0 and now_s >= self._looked_at_s + self._pause_s(calm)
+
+    def _pause_s(self, calm: bool) -> float:
+        if calm:
+            return max(CALM_PERIOD_S, self._took_s / _CALM_SHARE)
+        return max(self._pace.period_s, self._took_s / self._pace.share)
+
+    def looked(self, now_s: float, took_s: float) -> None:
+        """A look has ended that took so much processor time."""
+        self._looked_at_s, self._took_s = now_s, took_s

@@ -1,0 +1,34 @@
+"""Has every guest's books audited when that is due: one task for all guests, which sleeps until
+the first of them is to be checked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from host_agent.cpu_meter import CpuMeter
+from host_agent.guest import Guest
+
+_SHORTEST_S = 0.02
+_LONGEST_S = 1.0
+"""A guest that is new meanwhile is checked for the first time after so long at the most."""
+_AT_A_TIME = 64
+
+
+async def audit_when_due(guests: Callable[[], Sequence[Guest]], observing: CpuMeter) -> None:
+    """Run until cancelled.
+
+    :param observing: where the checks are entered.
+    """
+    while True:
+        now_s = time.monotonic()
+        everyone = guests()
+        for first in range(0, len(everyone), _AT_A_TIME):
+            with observing.running():
+                for guest in everyone[first : first + _AT_A_TIME]:
+                    if guest.next_check_s <= now_s:
+                        guest.check(now_s)
+            await asyncio.sleep(0)  # acks do not wait for all of them
+        next_s = min((guest.next_check_s for guest in everyone), default=now_s + _LONGEST_S)
+        await asyncio.sleep(max(next_s - time.monotonic(), _SHORTEST_S))

@@ -1,0 +1,60 @@
+"""Samples that are left out are missed by nobody."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from host_agent.sampling import Rest
+
+PERIOD_S = 0.5
+
+
+def made(n: int, resident_bytes: int, hinted_bytes: int = 0) -> host_pb2.SampleSet:
+    """The n-th sample of a guest."""
+    ledger = host_pb2.Ledger(resident_bytes=resident_bytes, hinted_total_bytes=hinted_bytes)
+    sample = host_pb2.Sample(guest_name="g", ledger=ledger)
+    return host_pb2.SampleSet(at_unix_us=round(n * PERIOD_S * 1e6), samples=[sample])
+
+
+def sent(sets: list[host_pb2.SampleSet]) -> list[host_pb2.SampleSet]:
+    rest = Rest(PERIOD_S)
+    return [one for each in sets for one in rest.to_send(each)]
+
+
+def test_of_a_guest_at_rest_every_fourth_is_sent() -> None:
+    numbers = [
+        round(one.at_unix_us / 1e6 / PERIOD_S) for one in sent([made(n, 0) for n in range(9)])
+    ]
+    assert numbers == [0, 4, 8]
+
+
+def test_the_moment_before_a_change_is_sent_with_it() -> None:
+    seen = sent([made(0, 0), made(1, 0), made(2, 0), made(3, 64 * MIB)])
+    assert [one.at_unix_us for one in seen] == [0, 1_000_000, 1_500_000]
+
+
+def test_what_was_entered_in_the_books_is_sent_at_once() -> None:
+    assert len(sent([made(0, 0), made(1, 0, hinted_bytes=4096)])) == 2
+
+
+def test_a_guest_that_is_new_is_sent_at_once() -> None:
+    two = made(1, 0)
+    two.samples.append(host_pb2.Sample(guest_name="h"))
+    assert len(sent([made(0, 0), two])) == 2
+
+
+@given(st.lists(st.integers(0, 4 * MIB), min_size=2, max_size=30))
+def test_a_line_through_what_was_sent_is_never_far_from_what_was(resident: list[int]) -> None:
+    sets = [made(n, size_bytes) for n, size_bytes in enumerate(resident)]
+    seen = sent(sets)
+    last_us = seen[-1].at_unix_us
+    known = [one for one in sets if one.at_unix_us <= last_us]
+    line = np.interp(
+        [one.at_unix_us for one in known],
+        [one.at_unix_us for one in seen],
+        [one.samples[0].ledger.resident_bytes for one in seen],
+    )
+    truth = np.array([one.samples[0].ledger.resident_bytes for one in known])
+    assert np.abs(line - truth).max() < 2 * MIB
