@@ -31,6 +31,8 @@ class ControlService(HostServiceServicer):
         self._registry = registry
         self._name = name
         self._memory_budget_bytes = memory_budget_bytes
+        self._answered = 0
+        """Commands."""
 
     async def GetHost(self, request: host_pb2.GetHostRequest, context: Context) -> host_pb2.Host:
         """What this host is and can run."""
@@ -135,6 +137,8 @@ class ControlService(HostServiceServicer):
             )
         except HintfleetError as error:
             await abort(context, error)
+        finally:
+            self._answered += 1
 
     async def Watch(
         self, request: host_pb2.WatchRequest, context: Context
@@ -147,13 +151,15 @@ class ControlService(HostServiceServicer):
             )
         self._registry.open_watch(request.trial_id)
         period_s = request.period_ms / 1000
-        rest = Rest(period_s)
+        rest, answered = Rest(period_s), self._answered
         try:
             next_s = time.monotonic()
             while True:
                 guests = [g for g in self._registry.guests if g.trial_id == request.trial_id]
-                for samples in rest.to_send(sample_set(guests, self._registry.observing)):
+                made = sample_set(guests, self._registry.observing)
+                for samples in rest.to_send(made, commanded=answered != self._answered):
                     yield samples
+                answered = self._answered
                 # A sample that took longer than the period is not made up for.
                 next_s = max(next_s + period_s, time.monotonic())
                 await asyncio.sleep(next_s - time.monotonic())
@@ -170,6 +176,8 @@ class ControlService(HostServiceServicer):
             return await self._registry.once(command, do)
         except HintfleetError as error:
             await abort(context, error)
+        finally:
+            self._answered += 1
 
 
 def _number_of(command: host_pb2.CommandId) -> int:

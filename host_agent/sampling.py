@@ -62,9 +62,15 @@ class Rest:
         self._sent_us = 0
         self._held: host_pb2.SampleSet | None = None
 
-    def to_send(self, made: host_pb2.SampleSet) -> Iterator[host_pb2.SampleSet]:
-        """What is to be sent now that this one has been made: nothing, one or two."""
-        same = self._sent is not None and _says_the_same(self._sent, made)
+    def to_send(
+        self, made: host_pb2.SampleSet, *, commanded: bool = False
+    ) -> Iterator[host_pb2.SampleSet]:
+        """What is to be sent now that this one has been made: nothing, one or two.
+
+        :param commanded: whether a command was answered since the last one was made: then
+            somebody wants to know how things are.
+        """
+        same = self._sent is not None and not commanded and _says_the_same(self._sent, made)
         if same and made.at_unix_us - self._sent_us < self._longest_us:
             self._held = made
             return

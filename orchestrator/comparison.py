@@ -39,6 +39,8 @@ class ArmCost:
     :ivar guest_cpu_s: CPU time in the guests, more than under the control.
     :ivar host_cpu_s: CPU time of the guests' processes and the host agents, more than
         under the control; has `guest_cpu_s` in it.
+    :ivar observing_cpu_s: mean CPU time of a trial that went into measuring; in none of the
+        others.
     :ivar wire_bytes_per_range: None if no range was sent.
     :ivar tracker_bytes: of one guest, the greatest.
     """
@@ -50,6 +52,7 @@ class ArmCost:
     slowdown_percent: Interval | None
     guest_cpu_s: Interval | None
     host_cpu_s: Interval | None
+    observing_cpu_s: float | None
     wire_bytes_per_range: float | None
     tracker_bytes: int
 
@@ -78,6 +81,7 @@ def _arm_cost(arm: Sequence[Charged], control: Sequence[Charged], driver: str) -
         slowdown_percent=_slowdown_percent(control, arm),
         guest_cpu_s=_more(control, arm, lambda c: c.process_cpu_s if embedded else c.agent_cpu_s),
         host_cpu_s=_more(control, arm, lambda c: c.process_cpu_s + c.host_agent_cpu_s),
+        observing_cpu_s=_mean(list(_by_trial(arm, lambda c: c.observing_cpu_s).values())),
         wire_bytes_per_range=sum(cost.wire_bytes for cost in costs) / ranges if ranges else None,
         tracker_bytes=max(cost.tracker_bytes for cost in costs),
     )

@@ -41,8 +41,8 @@ Columns = dict[str, "np.ndarray[Any, Any]"]
 class Samples:
     """Samples of a host's guests: a row per guest and time.
 
-    :ivar columns: `at_unix_us`, `guest`, `host_agent_cpu_us`, and those of the ledger
-        and telemetry.
+    :ivar columns: `at_unix_us`, `guest`, `host_agent_cpu_us`, `observing_cpu_us`, and those
+        of the ledger and telemetry.
     """
 
     host: str
@@ -142,6 +142,7 @@ def columns_of(sets: Sequence[host_pb2.SampleSet]) -> Columns:
         "at_unix_us": np.array([a.at_unix_us for a, _ in rows], dtype=np.int64),
         "guest": np.array([sample.guest_name for _, sample in rows], dtype=object),
         "host_agent_cpu_us": np.array([a.host_agent_cpu_us for a, _ in rows], dtype=np.uint64),
+        "observing_cpu_us": np.array([a.observing_cpu_us for a, _ in rows], dtype=np.uint64),
     }
     for name, value in _COLUMNS.items():
         columns[name] = np.array([value(sample) for _, sample in rows], dtype=np.uint64)

@@ -46,7 +46,8 @@ _NAMES = ("experiment", "run", "of", "arm", "trial")
 _NONE = Text(NO_FIGURE, style="dim")
 _SPENT_NOTE = Text(
     "slower, more: than under none, pairs of same seeds, [95 % CI]; host CPU: of guests' processes "
-    "and host agents",
+    "and host agents, without what it took to observe them; tracker, a range: its memory in a guest, "
+    "what a range takes on the wire",
     style="dim",
 )
 
@@ -197,8 +198,8 @@ def spent(costs: Sequence[ArmCost]) -> Table:
             "workload\nslower",
             "guest CPU\nmore",
             "host CPU\nmore",
-            "bytes\na range",
-            "tracker\nmemory",
+            "to\nobserve",
+            "tracker,\na range",
         ),
     )
     for cost in costs:
@@ -209,8 +210,9 @@ def spent(costs: Sequence[ArmCost]) -> Table:
             percent_interval(cost.slowdown_percent),
             seconds_interval(cost.guest_cpu_s),
             seconds_interval(cost.host_cpu_s),
-            NO_FIGURE if per_range is None else f"{per_range:.1f}",
-            format_size(cost.tracker_bytes) if cost.tracker_bytes else NO_FIGURE,
+            NO_FIGURE if cost.observing_cpu_s is None else f"{cost.observing_cpu_s:.2f} s",
+            f"{format_size(cost.tracker_bytes) if cost.tracker_bytes else NO_FIGURE}\n"
+            f"{NO_FIGURE if per_range is None else f'{per_range:.1f} B'}",
         )
     return made
 

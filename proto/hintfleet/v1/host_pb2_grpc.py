@@ -138,8 +138,9 @@ class HostServiceServicer:
 
     def Watch(self, request, context):
         """Samples of a trial's guests, once per period, until cancelled. While no guest's books
-        change, and less than 1 MiB moves in any of them, up to three in a row are left out; the
-        last of them comes late, before the first that says something else. The trial's
+        change, less than 1 MiB moves in any of them and no command is answered, up to three in
+        a row are left out; the last of them comes late, before the first that says something
+        else. The trial's
         guests live as long as this stream: when it ends, for whatever reason, the
         host agent destroys them; one that keeps its state (--state) after a time of grace. So
         a lost orchestrator leaves nothing behind.

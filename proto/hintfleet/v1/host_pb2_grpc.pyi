@@ -58,8 +58,9 @@ class HostServiceStub:
     """
     Watch: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]
     """Samples of a trial's guests, once per period, until cancelled. While no guest's books
-    change, and less than 1 MiB moves in any of them, up to three in a row are left out; the
-    last of them comes late, before the first that says something else. The trial's
+    change, less than 1 MiB moves in any of them and no command is answered, up to three in
+    a row are left out; the last of them comes late, before the first that says something
+    else. The trial's
     guests live as long as this stream: when it ends, for whatever reason, the
     host agent destroys them; one that keeps its state (--state) after a time of grace. So
     a lost orchestrator leaves nothing behind.
@@ -95,8 +96,9 @@ class HostServiceAsyncStub(HostServiceStub):
     """
     Watch: _aio.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]  # type: ignore[assignment]
     """Samples of a trial's guests, once per period, until cancelled. While no guest's books
-    change, and less than 1 MiB moves in any of them, up to three in a row are left out; the
-    last of them comes late, before the first that says something else. The trial's
+    change, less than 1 MiB moves in any of them and no command is answered, up to three in
+    a row are left out; the last of them comes late, before the first that says something
+    else. The trial's
     guests live as long as this stream: when it ends, for whatever reason, the
     host agent destroys them; one that keeps its state (--state) after a time of grace. So
     a lost orchestrator leaves nothing behind.
@@ -177,8 +179,9 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_host_pb2.SampleSet], _abc.AsyncIterator[_host_pb2.SampleSet]]:
         """Samples of a trial's guests, once per period, until cancelled. While no guest's books
-        change, and less than 1 MiB moves in any of them, up to three in a row are left out; the
-        last of them comes late, before the first that says something else. The trial's
+        change, less than 1 MiB moves in any of them and no command is answered, up to three in
+        a row are left out; the last of them comes late, before the first that says something
+        else. The trial's
         guests live as long as this stream: when it ends, for whatever reason, the
         host agent destroys them; one that keeps its state (--state) after a time of grace. So
         a lost orchestrator leaves nothing behind.

@@ -39,6 +39,13 @@ def test_what_was_entered_in_the_books_is_sent_at_once() -> None:
     assert len(sent([made(0, 0), made(1, 0, hinted_bytes=4096)])) == 2
 
 
+def test_whoever_gave_a_command_sees_how_things_are() -> None:
+    rest = Rest(PERIOD_S)
+    assert list(rest.to_send(made(0, 0)))
+    assert not list(rest.to_send(made(1, 0)))
+    assert len(list(rest.to_send(made(2, 0), commanded=True))) == 2
+
+
 def test_a_guest_that_is_new_is_sent_at_once() -> None:
     two = made(1, 0)
     two.samples.append(host_pb2.Sample(guest_name="h"))

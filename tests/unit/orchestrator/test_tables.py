@@ -99,6 +99,7 @@ COST = ArmCost(
     slowdown_percent=Interval(mean=12.3, low=-14.6, high=51.9, pairs=6),
     guest_cpu_s=Interval(mean=0.276, low=0.261, high=0.291, pairs=6),
     host_cpu_s=Interval(mean=10.65, low=-10.57, high=31.73, pairs=6),
+    observing_cpu_s=0.123,
     wire_bytes_per_range=2.14,
     tracker_bytes=5970,
 )
@@ -110,7 +111,7 @@ def test_what_it_cost_can_be_read(width: int) -> None:
     shown = rendered(tables.summary(RUN, [ROW], [COST, nothing]), width)
     for figure in ("1.23 s", "max 2.46 s", "+12 %", "[-15, 52]", "0.28 s", "[0.26, 0.29]"):
         assert figure in shown
-    for figure in ("10.7 s", "[-10.6, 31.7]", "2.1", "5.83 KiB"):
+    for figure in ("10.7 s", "[-10.6, 31.7]", "2.1", "5.83 KiB", "0.12 s"):
         assert figure in shown
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= width
