@@ -52,7 +52,7 @@ _OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
 _CONTROL_OPTIONS = (*_OPTIONS, ("grpc.max_receive_message_length", 1 << 20))
-_GUEST_OPTIONS = (
+GUEST_OPTIONS = (
     *_OPTIONS,
     # A Hello with 100,000 ranges still isolated; a batch takes 2 KiB at the most.
     ("grpc.max_receive_message_length", 256 << 10),
@@ -117,7 +117,7 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
 
 @asynccontextmanager
 async def _serving(settings: Settings, state: State | None) -> AsyncIterator[Serving]:
-    guest_server = aio.server(options=_GUEST_OPTIONS)
+    guest_server = aio.server(options=GUEST_OPTIONS)
     door = _open_guest_door(guest_server, settings, state)
     control_server = aio.server(options=_CONTROL_OPTIONS, interceptors=[ForOperators()])
     if is_unix(settings.listen):

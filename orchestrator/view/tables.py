@@ -46,8 +46,8 @@ _NAMES = ("experiment", "run", "of", "arm", "trial")
 _NONE = Text(NO_FIGURE, style="dim")
 _SPENT_NOTE = Text(
     "slower, more: than under none, pairs of same seeds, [95 % CI]; host CPU: of guests' processes "
-    "and host agents, without what it took to observe them; tracker, a range: its memory in a guest, "
-    "what a range takes on the wire",
+    "and host agents, without what it took to observe them; tracker, a range: memory in a guest, "
+    "bytes on the wire",
     style="dim",
 )
 

@@ -13,6 +13,7 @@ from tests.bench import (
     agent_in_guest,
     flood,
     guest_cost,
+    host_at_rest,
     host_path,
     real_guest,
     restart,
@@ -28,6 +29,7 @@ _SUITES = {
     "agent_in_guest": agent_in_guest.run,
     "restart": restart.run,
     "flood": flood.run,
+    "host_at_rest": host_at_rest.run,
     "real_guest": real_guest.run,
 }
 

@@ -114,11 +114,11 @@ def run() -> Iterator[Figure]:
 
 def _beside(kind: str) -> Iterator[Figure]:
     with ExitStack() as stack:
-        host = stack.enter_context(_process("tests.bench.flood_host", str(_NEIGHBOURS + 1)))
+        host = stack.enter_context(process("tests.bench.flood_host", str(_NEIGHBOURS + 1)))
         said = json.loads(cast(IO[str], host.stdout).readline())
         *neighbours, hostile = said["guests"]
         arguments = (said["address"], kind, json.dumps(hostile))
-        flooder = stack.enter_context(_process("tests.bench.flooder", *arguments))
+        flooder = stack.enter_context(process("tests.bench.flooder", *arguments))
         rounds = asyncio.run(_measure(said["address"], neighbours, flooder, host.pid))
     yield side_by_side(
         f"host agent with {_NEIGHBOURS} guests, one {kind} / none",
@@ -189,7 +189,7 @@ def _tell(process: subprocess.Popen[str], word: str) -> None:
 
 
 @contextmanager
-def _process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A process that ends when its stdin does."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import sys
 import tempfile
 
@@ -73,6 +74,8 @@ async def _make(registry: Registry, name: str) -> dict[str, str]:
 async def main(guests: int) -> None:
     """Serve until stdin ends; says where, and who, on stdout."""
     keep_latency_steady()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as hintfleet-host does
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with tempfile.TemporaryDirectory(prefix="hf-flood-") as folder:
         settings = Settings(
             name="flood",

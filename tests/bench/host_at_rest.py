@@ -1,0 +1,153 @@
+"""What a host agent costs while its guests rest, and while one of them churns.
+
+CPU time of the host agent's process, with a Watch of a second open. From what a guest that
+uses and frees memory costs, the punches themselves are taken: a bare loop's time for as much.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+from hintfleet.errors import Refused
+from hintfleet.units import GIB, MIB, PAGE_BYTES
+from hintfleet.v1 import host_pb2
+from host_agent.guests.image import find_image
+from host_agent.guests.libvirt_api import modules
+from host_agent.ram import GuestRam, Segment
+from tests.bench.report import Figure
+from tests.bench.sessions import cpu_s, idle_sessions
+from tests.support.agents import TRIAL, HostAgent, running_host_agent
+from tests.support.vm import Guests, spec
+
+_WATCH_PERIOD_MS = 1000
+_WORKED_BYTES = 400 * MIB
+_CALM_DOWN_S = 30.0
+_REST_S = 60.0
+_CHURN_BYTES = 64 * MIB
+_CHURN_PERIOD_S = 0.5
+_CHURN_ROUNDS = 40
+_REAL_GUESTS = 3
+_EMBEDDED_GUESTS = 200
+_SESSIONS = (1000, 2000)
+
+_ARMS: Mapping[str, host_pb2.GuestSpec] = {
+    "kmod": spec(),
+    "hugetlb": spec(isolator="hugetlb", parameters="init_on_alloc=0"),
+    "reporting": spec(host_pb2.REPORTING),
+    "balloon": spec(host_pb2.BALLOON),
+}
+_EMBEDDED = host_pb2.GuestSpec(
+    driver=host_pb2.EMBEDDED,
+    memory_bytes=128 * MIB,
+    method=host_pb2.HINTING,
+    hinting=host_pb2.HintingSettings(tracker="bitmap"),
+)
+
+
+def run() -> Iterator[Figure]:
+    """Real guests, three of each method; embedded ones; bare sessions."""
+    punch_s_per_byte = _punch_s_per_byte()
+    try:
+        find_image()
+        modules()
+        for arm, wanted in _ARMS.items():
+            yield from _real(arm, wanted, punch_s_per_byte)
+    except Refused as error:
+        print(f"skipped: {error}", file=sys.stderr)
+    yield from _embedded(punch_s_per_byte)
+    for count in _SESSIONS:
+        yield from idle_sessions(count)
+
+
+def _real(arm: str, wanted: host_pb2.GuestSpec, punch_s_per_byte: float) -> Iterator[Figure]:
+    with running_host_agent() as host:
+        _watch(host)
+        names = [f"{arm}{n}" for n in range(_REAL_GUESTS)]
+        guests = Guests(host, dict.fromkeys(names, wanted))
+        guests.wait()
+        for name in names:
+            guests[name]
+            host.allocate(_WORKED_BYTES, name)
+            host.free(_WORKED_BYTES, name)
+        time.sleep(_CALM_DOWN_S)
+        yield _rest(f"a real guest, {arm}", host, _REAL_GUESTS, "<= 0.1")
+        yield _churn(f"a real guest, {arm}", host, names[0], punch_s_per_byte)
+
+
+def _embedded(punch_s_per_byte: float) -> Iterator[Figure]:
+    with running_host_agent() as host:
+        _watch(host)
+        names = [f"g{n}" for n in range(_EMBEDDED_GUESTS)]
+        Guests(host, dict.fromkeys(names, _EMBEDDED)).wait()
+        time.sleep(_CALM_DOWN_S)
+        yield _rest("an embedded guest", host, _EMBEDDED_GUESTS, "<= 0.05")
+        yield _churn("an embedded guest", host, names[0], punch_s_per_byte)
+
+
+def _rest(what: str, host: HostAgent, guests: int, wanted: str) -> Figure:
+    started_s, spent_s = time.monotonic(), cpu_s(host.process.pid)
+    time.sleep(_REST_S)
+    share = (cpu_s(host.process.pid) - spent_s) / (time.monotonic() - started_s)
+    name = f"host agent at rest, for {what} of {guests}"
+    return Figure(name=name, unit="% of a core", ours=100 * share / guests, wanted=wanted)
+
+
+def _churn(what: str, host: HostAgent, name: str, punch_s_per_byte: float) -> Figure:
+    """What it costs more than at rest is hardly less than all of it."""
+    before = host.guests()[name].ledger.reclaimed_total_bytes
+    started_s, spent_s = time.monotonic(), cpu_s(host.process.pid)
+    next_s = started_s
+    for _ in range(_CHURN_ROUNDS):
+        host.allocate(_CHURN_BYTES, name)
+        host.free(_CHURN_BYTES, name)
+        # A guest that needs longer is not made to catch up.
+        next_s = max(next_s + _CHURN_PERIOD_S, time.monotonic())
+        time.sleep(next_s - time.monotonic())
+    spent_s = cpu_s(host.process.pid) - spent_s
+    elapsed_s = time.monotonic() - started_s
+    by_host = _EMBEDDED.method == host_pb2.HINTING and host.guests()[name].spec.method == (
+        host_pb2.HINTING
+    )
+    punched = host.guests()[name].ledger.reclaimed_total_bytes - before if by_host else 0
+    share = (spent_s - punched * punch_s_per_byte) / elapsed_s
+    return Figure(
+        name=f"host agent while {what} uses and frees {_CHURN_BYTES // MIB} MiB "
+        f"{_CHURN_ROUNDS / elapsed_s:.1f} times a second, less the punches",
+        unit="% of a core",
+        ours=100 * share,
+        wanted="<= 3",
+    )
+
+
+def _punch_s_per_byte() -> float:
+    """CPU time of dropping memory as an agent does, in chunks and nothing else."""
+    fd = os.memfd_create("bench")
+    os.truncate(fd, GIB)
+    ram = GuestRam([Segment(pfn=0, page_count=GIB // PAGE_BYTES, fd=fd, offset_bytes=0)])
+    for at in range(0, GIB, MIB):
+        os.pwrite(fd, bytes(MIB), at)
+    started_s = time.thread_time()
+    ram.punch(ram.pages)
+    took_s = time.thread_time() - started_s
+    ram.close()
+    return took_s / GIB
+
+
+def _watch(host: HostAgent) -> None:
+    """Keep the guests alive, as an experiment does, at a pace of its own."""
+    request = host_pb2.WatchRequest(trial_id=TRIAL, period_ms=_WATCH_PERIOD_MS)
+    stream = host.stub.Watch(request, timeout=1800)
+    next(iter(stream))
+
+    def read() -> None:
+        try:
+            for _ in stream:
+                pass
+        except Exception:  # noqa: BLE001 - the host agent ends with the block that started it
+            return
+
+    threading.Thread(target=read, daemon=True).start()
