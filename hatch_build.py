@@ -4,19 +4,20 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE, LIBRARY = "host_agent/punch.c", "host_agent/libpunch.so"
 
 
-class CompilePunch(BuildHookInterface):
+class CompilePunch(BuildHookInterface[BuilderConfig]):
     """Without it, the host agent makes one call for each punch (host_agent/punch.py)."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         """Leave out what cannot be compiled; a library of an earlier build goes."""
         library = Path(self.root, LIBRARY)
         library.unlink(missing_ok=True)
-        command = ["cc", "-O2", "-Wall", "-shared", "-fPIC", "-o", library, SOURCE]
+        command = ["cc", "-O2", "-Wall", "-shared", "-fPIC", "-o", LIBRARY, SOURCE]
         try:
             subprocess.run(command, cwd=self.root, check=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -71,7 +71,7 @@ class _Neighbour:
         identity = pb.Identity(guest_uuid=self._guest["uuid"], token=self._guest["token"])
         hello = pb.Hello(identity=identity, page_size_bytes=PAGE_BYTES, chunk_order=9)
         await self._call.write(pb.GuestMessage(hello=hello))
-        self._epoch = (await self._call.read()).welcome.epoch
+        self._epoch = (await self._read()).welcome.epoch
         self._seq = 0
 
     async def run(self, offset_s: float) -> None:
@@ -89,9 +89,9 @@ class _Neighbour:
         batch = pb.Batch(epoch=self._epoch, seq=self._seq, ranges=self._ranges)
         started_s = time.perf_counter()
         await self._call.write(pb.GuestMessage(batch=batch))
-        message = await self._call.read()
+        message = await self._read()
         while not message.HasField("ack"):
-            message = await self._call.read()
+            message = await self._read()
         elapsed_s = time.perf_counter() - started_s
         ack = message.ack
         late = [skipped.reason for skipped in ack.skipped] == [pb.STALE]
@@ -99,11 +99,15 @@ class _Neighbour:
             raise RuntimeError(f"the host reclaimed something else: {ack}")
         return elapsed_s
 
+    async def _read(self) -> pb.HostMessage:
+        message: pb.HostMessage = await self._call.read()
+        return message
+
     async def close(self) -> None:
         """End the session."""
         self._call.cancel()
         os.close(self._ram)
-        await self._channel.close()
+        await self._channel.close(None)
 
 
 def run() -> Iterator[Figure]:

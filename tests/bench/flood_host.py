@@ -85,7 +85,7 @@ async def main(guests: int) -> None:
             libvirt_uri="test:///default",
         )
         async with serving(settings) as served:
-            served.registry.drivers = {host_pb2.EMBEDDED: _Driver()}
+            served.registry.drivers = {host_pb2.EMBEDDED: _Driver()}  # type: ignore[dict-item]
             served.registry.open_watch(_TRIAL)
             made = [await _make(served.registry, f"g{n}") for n in range(guests)]
             print(json.dumps({"address": served.guest, "guests": made}), flush=True)

@@ -93,7 +93,7 @@ def _touched_ram(chunks: list[int]) -> int:
 def _in_c(punch: ctypes._NamedFuncPointer, chunks: list[int]) -> float:
     fd = _touched_ram(chunks)
     offsets = (ctypes.c_longlong * len(chunks))(*(c * _CHUNK_BYTES for c in chunks))
-    elapsed_s = punch(fd, offsets, _CHUNK_BYTES, len(chunks))
+    elapsed_s: float = punch(fd, offsets, _CHUNK_BYTES, len(chunks))
     os.close(fd)
     return len(chunks) * _CHUNK_BYTES / GIB / elapsed_s
 

@@ -134,26 +134,32 @@ class Sessions(RuleBasedStateMachine):
         if self.reset and self.ram_is_open:
             yield self.host_hears_of_the_reset
 
+    @property
+    def present_host(self) -> Host:
+        assert self.host is not None
+        return self.host
+
     def host_hears(self, stream: Stream) -> None:
         self.sessions += 1
-        self.host.hear(stream, self.now_s, self.sessions)
+        self.present_host.hear(stream, self.now_s, self.sessions)
 
     def host_takes_its_turn(self) -> None:
-        self.host.take_turn(self.now_s)
+        self.present_host.take_turn(self.now_s)
 
     def host_takes_its_turn_late(self) -> None:
         self.now_s += 2 * OLDEST_BATCH_S
-        self.host.take_turn(self.now_s)
+        self.present_host.take_turn(self.now_s)
 
     def host_punches(self) -> None:
         """One chunk after the other; what is dropped is not acknowledged yet."""
-        if self.host.to_drop:
-            self.drop(self.host.to_drop.pop())
+        if self.present_host.to_drop:
+            self.drop(self.present_host.to_drop.pop())
         else:
-            self.host.finish()
+            self.present_host.finish()
 
     def kernel_finishes_a_dead_host_agents_punch(self) -> None:
         chunk, self.predecessor = self.predecessor, None
+        assert chunk is not None
         self.drop(chunk)
 
     def next_host_agent_adopts_the_guest(self) -> None:
@@ -161,8 +167,8 @@ class Sessions(RuleBasedStateMachine):
 
     def host_hears_of_the_reset(self) -> None:
         """It closes the RAM when nothing runs."""
-        self.host.guest_is_gone()
-        self.ram_is_open = bool(self.host.running)
+        self.present_host.guest_is_gone()
+        self.ram_is_open = bool(self.present_host.running)
 
     # What befalls them
 
@@ -198,9 +204,9 @@ class Sessions(RuleBasedStateMachine):
 
     def host_agent_dies(self) -> None:
         """The system call that it was in is finished by the kernel, some time."""
-        if self.host.to_drop:
-            self.predecessor = self.host.to_drop.pop()
-        for stream in self.host.sessions.values():
+        if self.present_host.to_drop:
+            self.predecessor = self.present_host.to_drop.pop()
+        for stream in self.present_host.sessions.values():
             stream.cut = True
             stream.lose()
         self.host = None
@@ -286,8 +292,10 @@ def test_no_order_of_events_drops_a_chunk_in_use_or_leaves_one_isolated() -> Non
 
 
 class ReleasesBeforeAck(HintingCore):
-    def isolated(self, ranges: RangeSet, *, isolator_idle: bool) -> Sequence[hinting.Instruction]:
-        instructions = super().isolated(ranges, isolator_idle=isolator_idle)
+    def isolated(
+        self, ranges: RangeSet, *, isolator_idle: bool, unfinished: bool = False
+    ) -> Sequence[hinting.Instruction]:
+        instructions = super().isolated(ranges, isolator_idle=isolator_idle, unfinished=unfinished)
         return [*instructions, *([hinting.Release(ranges, hinted=True)] if ranges else [])]
 
     def acknowledged(self, epoch: int, seq: int, *, acted: bool) -> Sequence[hinting.Instruction]:

@@ -92,7 +92,7 @@ def test_more_than_the_guest_has_is_refused_and_harms_nothing(host_agent: HostAg
     with pytest.raises(grpc.RpcError) as caught:
         host_agent.allocate(256 * MIB)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert "out of memory" in caught.value.details()
+    assert "out of memory" in str(caught.value.details())
     assert host_agent.verify().wrong_pages == 0
 
 
@@ -130,7 +130,7 @@ def test_a_guest_that_dies_is_reported_with_its_last_words(host_agent: HostAgent
     with pytest.raises(grpc.RpcError) as caught:
         host_agent.verify()
     assert caught.value.code() is grpc.StatusCode.ABORTED
-    assert "status -9" in caught.value.details()
+    assert "status -9" in str(caught.value.details())
     host_agent.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="g"), timeout=10)
     host_agent.create()
     assert host_agent.verify().wrong_pages == 0

@@ -91,11 +91,12 @@ def hello(address: str, tls: Tls, uuid: str, token: str) -> pb.HostMessage:
         )
     )
     with grpc.secure_channel(address, tls.for_client()) as channel:
-        return next(HintingServiceStub(channel).Session(iter([message]), timeout=5))
+        call = HintingServiceStub(channel).Session(iter([message]), timeout=5)
+        return next(iter(call))
 
 
 def refusal(error: pytest.ExceptionInfo[grpc.RpcError]) -> tuple[grpc.StatusCode, str]:
-    return error.value.code(), error.value.details()
+    return error.value.code(), str(error.value.details())
 
 
 def test_an_operator_may_control(host_agent: HostAgent, folders: Folders) -> None:
@@ -119,7 +120,7 @@ def test_nor_may_it_watch_or_ask_for_health(host_agent: HostAgent, folders: Fold
             host_pb2.WatchRequest(trial_id="t", period_ms=50), timeout=5
         )
         with pytest.raises(grpc.RpcError) as error:
-            next(watch)
+            next(iter(watch))
         assert refusal(error)[0] is grpc.StatusCode.FAILED_PRECONDITION
         health = health_pb2_grpc.HealthStub(channel)
         with pytest.raises(grpc.RpcError) as error:
@@ -141,7 +142,7 @@ def test_an_operator_sees_health_and_samples(host_agent: HostAgent, folders: Fol
         samples = HostServiceStub(channel).Watch(
             host_pb2.WatchRequest(trial_id="t", period_ms=50), timeout=5
         )
-        assert next(samples).at_unix_us
+        assert next(iter(samples)).at_unix_us
         samples.cancel()
 
 

@@ -42,13 +42,13 @@ class Speaker:
         self.outbox.put(pb.GuestMessage(batch=batch))
 
     def next(self) -> pb.HostMessage:
-        return next(self.call)
+        return next(iter(self.call))
 
     def refusal(self) -> tuple[grpc.StatusCode, str]:
         """What the host ended the session with."""
         with pytest.raises(grpc.RpcError) as caught:
             list(self.call)
-        return caught.value.code(), caught.value.details()
+        return caught.value.code(), str(caught.value.details())
 
     def close(self) -> None:
         self.outbox.put(None)

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
@@ -87,7 +88,7 @@ class Place:
                 await self._make()
             victim = self._there
             for step in (self._fill, self._empty, self._settle):
-                await self._persist(lambda step=step: step(victim))
+                await self._persist(partial(step, victim))
             await victim.stand_still()
             self._check_books(victim, await self._books(victim))
         except grpc.RpcError as error:

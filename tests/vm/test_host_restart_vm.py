@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ SPECS = {
         isolator="hugetlb", parameters="init_on_alloc=0", memory_bytes=512 * MIB
     ),
 }
+
+
+def is_back(host: HostAgent, guest: host_pb2.Guest) -> bool:
+    """Whether a guest of an earlier host agent is in session with this one."""
+    return host.guests()[guest.name].epoch > guest.epoch
 
 
 def kill_amid_batches(host: HostAgent, name: str) -> None:
@@ -68,11 +74,7 @@ def test_real_guests_go_on_under_the_next_host_agent(
     with running_host_agent(*arguments) as second:
         second.watch()
         for name, guest in before.items():
-            wait_until(
-                lambda name=name, guest=guest: second.guests()[name].epoch > guest.epoch,
-                f"{name} to come back",
-                10,
-            )
+            wait_until(partial(is_back, second, guest), f"{name} to come back")
             assert second.guests()[name].pid == guest.pid
             assert second.verify(name).wrong_pages == 0
             resident_bytes = second.settle(name).ledger.resident_bytes

@@ -18,7 +18,7 @@ def hold(address: str) -> None:
 
 async def hold_aio(address: str) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
-        async for _ in HintingServiceStub(channel).Session():
+        async for _ in HintingServiceStub(channel).Session():  # type: ignore[call-arg]
             pass
 
 

@@ -53,7 +53,7 @@ class _Door:
         source = Source(data)
         method = _SERVICE + _METHODS[source.number() % 8 % len(_METHODS)]
         frames = list(self._frames(source))
-        call = self._channel.stream_stream(method)(iter(frames), timeout=_DEADLINE_S)
+        call = self._channel.stream_stream(method, None, None)(iter(frames), timeout=_DEADLINE_S)
         with contextlib.suppress(grpc.RpcError):  # its code says all
             for _ in call:
                 pass

@@ -1,5 +1,7 @@
 """What a spec asks of a real guest, and what is refused before one is booted."""
 
+from typing import Any
+
 import pytest
 
 from hintfleet.errors import Refused
@@ -41,7 +43,7 @@ def test_a_tracker_brings_its_isolator(hinting: dict[str, str], isolator: str) -
         ({"isolator": "hugetlb", "chunk_order": 10}, "order 9 only"),
     ],
 )
-def test_what_a_real_guest_cannot_do(hinting: dict[str, object], said: str) -> None:
+def test_what_a_real_guest_cannot_do(hinting: dict[str, Any], said: str) -> None:
     with pytest.raises(Refused, match=said) as caught:
         _check_settings(spec(**hinting))
     assert caught.value.hint

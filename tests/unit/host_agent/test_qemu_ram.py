@@ -53,7 +53,8 @@ def test_a_file_that_is_closed_meanwhile_is_passed_over(monkeypatch: pytest.Monk
     os.truncate(ram, 4096)
     with mmap.mmap(ram, 4096):
         (mapping,) = (m for m in mappings(os.getpid()) if m.inode == os.fstat(ram).st_ino)
-    readlink, gone = os.readlink, []
+    readlink = os.readlink
+    gone: list[str] = []
 
     def first_is_gone(path: str) -> str:
         if not gone:

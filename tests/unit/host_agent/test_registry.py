@@ -117,7 +117,8 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
         registry.get("g").attach_workload(Stream())
-        assert (await creating).running is driver.made[1]
+        running: object = (await creating).running
+        assert running is driver.made[1]
         await registry.end_all()
 
     run(scenario())

@@ -144,7 +144,8 @@ def test_an_arm_against_the_control() -> None:
     assert arm.wire_bytes_per_range == 2.1
     assert arm.tracker_bytes == 416
     assert arm.slowdown_percent is not None
-    assert (arm.slowdown_percent.mean, arm.slowdown_percent.pairs) == (pytest.approx(50), 2)
+    assert arm.slowdown_percent.mean == pytest.approx(50)
+    assert arm.slowdown_percent.pairs == 2
     assert arm.guest_cpu_s is not None
     assert arm.guest_cpu_s.mean == pytest.approx(2 * 0.5), "an embedded guest is its process"
     assert arm.host_cpu_s is not None

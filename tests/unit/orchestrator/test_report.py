@@ -59,8 +59,8 @@ def store_trial(writer: RunWriter, trial: Trial) -> None:
     writer.begin_trial(trial, tasks)
     for host, task in tasks.items():
         # The clock of the actor that announces phases is an hour ahead of its host's.
-        for title, at_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
-            writer.append(phase(title, at_s, host, trial.trial_id))
+        for title, said_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
+            writer.append(phase(title, said_s, host, trial.trial_id))
         names = [guest.name for guest in task.guests]
         times = np.arange(0, 7 * S, S // 10, dtype=np.int64)
         left = (30 if trial.arm.name == "bitmap" else 100) + trial.repetition
@@ -72,12 +72,12 @@ def store_trial(writer: RunWriter, trial: Trial) -> None:
             **{name: np.repeat(times, len(names)).astype(np.uint64) for name in COUNTERS},
         }
         writer.append(Samples(host=host, trial_id=trial.trial_id, columns=columns))
-        common = {"host": host, "trial_id": trial.trial_id}
         for name in names:
             for kind, at_s in (("allocate", 1.5), ("free", 3.1), ("verify", 6.5)):
                 writer.append(
                     StepDone(
-                        **common,
+                        host=host,
+                        trial_id=trial.trial_id,
                         guest=name,
                         at_unix_us=round(at_s * S),
                         kind=kind,
@@ -90,7 +90,8 @@ def store_trial(writer: RunWriter, trial: Trial) -> None:
                 )
             writer.append(
                 GuestEnded(
-                    **common,
+                    host=host,
+                    trial_id=trial.trial_id,
                     guest=name,
                     at_unix_us=7 * S,
                     provisioned_bytes=256 * MIB,
@@ -98,7 +99,7 @@ def store_trial(writer: RunWriter, trial: Trial) -> None:
                     refaulted_total_bytes=0,
                 )
             )
-        writer.append(HostDone(**common, at_unix_us=7 * S))
+        writer.append(HostDone(host=host, trial_id=trial.trial_id, at_unix_us=7 * S))
     assert writer.end_trial() == TrialEnd()
 
 

@@ -1,6 +1,7 @@
 """Intervals, against tables and invariants."""
 
 import math
+from collections.abc import Hashable
 
 import pytest
 from hypothesis import given
@@ -52,6 +53,6 @@ def test_a_shift_moves_all_three(values: list[int], shift: int) -> None:
 
 
 @given(st.dictionaries(st.integers(0, 9), finite), st.dictionaries(st.integers(0, 9), finite))
-def test_only_what_both_have_is_a_pair(a: dict[int, float], b: dict[int, float]) -> None:
-    differences = paired_differences(dict(a), dict(b))
+def test_only_what_both_have_is_a_pair(a: dict[Hashable, float], b: dict[Hashable, float]) -> None:
+    differences = paired_differences(a, b)
     assert sorted(differences) == sorted(a[key] - b[key] for key in a.keys() & b.keys())

@@ -353,7 +353,7 @@ def test_a_run_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
         of_more = {"processors": f"1{environment()['processors']}"}
         changed = stored_experiment(store, replace(run, environment=of_more)).header.environment
         assert changed["processors"] == f"{of_more['processors']}, then {of_more['processors'][1:]}"
-        again = stored_experiment(store, replace(run, environment=changed)).header.environment
+        again = stored_experiment(store, replace(run, environment=dict(changed))).header.environment
         assert again == changed
         agents = {"agents": ("unix:/one", "unix:/two")}
         with pytest.raises(Refused, match="means something else") as caught:

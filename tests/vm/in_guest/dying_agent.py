@@ -52,8 +52,9 @@ def arm() -> None:
             return error.message
         return ""
 
-    HugetlbIsolator.isolate, HugetlbIsolator.close = isolate_and_die, close_and_tell
-    HugetlbPool.open = open_and_tell
+    HugetlbIsolator.isolate = isolate_and_die  # type: ignore[method-assign]
+    HugetlbIsolator.close = close_and_tell  # type: ignore[method-assign]
+    HugetlbPool.open = open_and_tell  # type: ignore[method-assign]
 
 
 agent = "--workload-only" not in sys.orig_argv
