@@ -276,7 +276,6 @@ class Sessions(RuleBasedStateMachine):
 BUDGET = settings(
     max_examples=200,
     stateful_step_count=30,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.generate],

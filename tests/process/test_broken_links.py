@@ -12,7 +12,7 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from tests.support.agents import HostAgent, running_host_agent, wait_until
+from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
 from tests.support.relay import Address, Link, Relay
 
 
@@ -34,7 +34,7 @@ class BrokenLink:
             done.set_result(None)
 
         self.loop.call_soon_threadsafe(run)
-        done.result(10)
+        done.result(HANG_S)
 
     @property
     def epoch(self) -> int:
@@ -53,9 +53,9 @@ def relay_in_thread() -> Iterator[tuple[Relay, Address, asyncio.AbstractEventLoo
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
-    yield relay, started.result(10), loop
+    yield relay, started.result(HANG_S), loop
     loop.call_soon_threadsafe(stop.set)
-    thread.join(10)
+    thread.join(HANG_S)
     loop.close()
 
 
@@ -76,7 +76,7 @@ def test_steps_are_done_once_however_often_the_link_is_cut(broken: BrokenLink) -
         for _ in range(5):
             step = pool.submit(broken.host.allocate, 16 * MIB)
             broken.links(Link.cut)
-            assert step.result(30).changed_bytes == 16 * MIB
+            assert step.result(HANG_S).changed_bytes == 16 * MIB
     checked = broken.host.verify()
     assert checked.held_bytes == 80 * MIB
     assert checked.wrong_pages == 0
@@ -121,7 +121,7 @@ def test_a_link_with_seconds_of_delay_is_slow_and_not_lost(broken: BrokenLink) -
     before = broken.epoch
     broken.relay.delay_s = 1.5
     broken.links(Link.cut)
-    wait_until(lambda: broken.epoch > before, "the next session", timeout_s=30)
+    wait_until(lambda: broken.epoch > before, "the next session")
     assert broken.host.allocate(16 * MIB).held_bytes == 16 * MIB
 
 
@@ -137,5 +137,5 @@ def test_guests_are_told_the_address_that_is_advertised() -> None:
             making = pool.submit(host.create)
             nobody.accept()[0].close()
             destroy = host_pb2.DestroyGuestRequest(name="g")
-            host.stub.DestroyGuest(destroy, timeout=10)
-            assert making.exception(30) is not None
+            host.stub.DestroyGuest(destroy, timeout=HANG_S)
+            assert making.exception(HANG_S) is not None

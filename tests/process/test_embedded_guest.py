@@ -10,7 +10,7 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from tests.support.agents import TRIAL, HostAgent, alive, wait_until
+from tests.support.agents import HANG_S, TRIAL, HostAgent, alive, wait_until
 
 HELD = 96 * MIB
 FREED = 64 * MIB
@@ -38,7 +38,6 @@ def test_freed_memory_leaves_without_being_asked(host_agent: HostAgent) -> None:
     wait_until(
         lambda: host_agent.guests()["g"].ledger.resident_bytes == HELD - FREED,
         "hinting to reclaim what was freed",
-        timeout_s=5,
     )
 
 
@@ -76,12 +75,13 @@ def test_the_books_balance_over_many_rounds(host_agent: HostAgent) -> None:
 def test_samples_tell_the_same_story(host_agent: HostAgent) -> None:
     host_agent.watch()
     host_agent.create()
+    began_s = time.time()
     host_agent.allocate(HELD)
     wait_until(
         lambda: host_agent.samples[-1].samples[0].ledger.resident_bytes == HELD, "a sample of it"
     )
     sample = host_agent.samples[-1]
-    assert abs(sample.at_unix_us / 1e6 - time.time()) < 2
+    assert began_s < sample.at_unix_us / 1e6 < time.time()
     wait_until(lambda: host_agent.samples[-1].samples[0].agent_rss_bytes > 0, "telemetry")
     assert host_agent.samples[-1].samples[0].tracker_bytes > 0
 
@@ -103,8 +103,8 @@ def test_a_retried_command_is_answered_and_not_done_again(host_agent: HostAgent)
     request = host_pb2.RunStepRequest(
         command=command, guest_name="g", allocate_bytes=8 * MIB, seed=1
     )
-    first = host_agent.stub.RunStep(request, timeout=10)
-    assert host_agent.stub.RunStep(request, timeout=10) == first
+    first = host_agent.stub.RunStep(request, timeout=HANG_S)
+    assert host_agent.stub.RunStep(request, timeout=HANG_S) == first
     assert host_agent.verify().held_bytes == 8 * MIB
 
 
@@ -131,7 +131,7 @@ def test_a_guest_that_dies_is_reported_with_its_last_words(host_agent: HostAgent
         host_agent.verify()
     assert caught.value.code() is grpc.StatusCode.ABORTED
     assert "status -9" in str(caught.value.details())
-    host_agent.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="g"), timeout=10)
+    host_agent.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="g"), timeout=HANG_S)
     host_agent.create()
     assert host_agent.verify().wrong_pages == 0
 
@@ -140,7 +140,7 @@ def test_destroying_returns_the_closed_books_and_the_memory(host_agent: HostAgen
     host_agent.watch()
     pid = host_agent.create().pid
     host_agent.allocate(HELD)
-    closed = host_agent.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="g"), timeout=10)
+    closed = host_agent.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="g"), timeout=HANG_S)
     assert closed.ledger.resident_bytes == HELD
     assert not alive(pid)
     open_files = os.listdir(f"/proc/{host_agent.process.pid}/fd")
@@ -167,7 +167,7 @@ def test_guests_that_cannot_be(
         command=host_pb2.CommandId(trial_id=TRIAL), name=name, spec=spec
     )
     with pytest.raises(grpc.RpcError, match=said) as caught:
-        host_agent.stub.CreateGuest(request, timeout=10)
+        host_agent.stub.CreateGuest(request, timeout=HANG_S)
     assert caught.value.code() is code
     assert not host_agent.guests()
 

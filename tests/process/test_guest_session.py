@@ -19,6 +19,7 @@ from hintfleet.v1.hinting_pb2_grpc import (
     HintingServiceServicer,
     add_HintingServiceServicer_to_server,
 )
+from tests.support.agents import HANG_S
 
 CHUNK_COUNT = 64
 LIMITS = pb.Limits(ranges_per_batch=8, pages_per_batch=1 << 20, batches_in_flight=2)
@@ -107,7 +108,7 @@ async def in_session(host: ScriptedHost, *, polled: bool = False) -> AsyncIterat
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_S):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -141,7 +142,7 @@ def test_who_finishes_hints_no_more_and_waits_for_its_acks() -> None:
             await asyncio.sleep(0.2)
             assert not finishing.done(), "a batch is in flight"
             host.withhold_acks.clear()
-            await asyncio.wait_for(finishing, 10)
+            await asyncio.wait_for(finishing, HANG_S)
             assert allocator.free_page_count == CHUNK_COUNT * 512
             sent = len(host.batches)
             await asyncio.sleep(0.2)
@@ -174,7 +175,7 @@ def test_an_agent_stays_at_rest_while_next_to_nothing_happens() -> None:
                     await asyncio.sleep(0.4)
                 return isolator.looks - before
 
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(HANG_S):
                 while await looks_while(lambda: asyncio.sleep(0)) > 4:
                     pass
             assert await looks_while(lambda: used(1)) <= 4, "of twenty"

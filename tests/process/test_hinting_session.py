@@ -9,7 +9,7 @@ from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
-from tests.support.agents import InProcessHost, host_in_process, wait_until
+from tests.support.agents import HANG_S, InProcessHost, host_in_process, wait_until
 from tests.support.speaker import Speaker
 
 
@@ -144,7 +144,7 @@ def test_a_guest_door_serves_no_control_api(host_agent: InProcessHost) -> None:
 
     with grpc.insecure_channel(host_agent.guest_address) as channel:
         with pytest.raises(grpc.RpcError) as caught:
-            HostServiceStub(channel).ListGuests(host_pb2.ListGuestsRequest(), timeout=5)
+            HostServiceStub(channel).ListGuests(host_pb2.ListGuestsRequest(), timeout=HANG_S)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -177,6 +177,6 @@ def test_bytes_that_are_no_message_are_refused(
     with grpc.insecure_channel(host_agent.guest_address) as channel:
         call = channel.stream_stream(f"/hintfleet.v1.HintingService/{method}", None, None)
         with pytest.raises(grpc.RpcError) as caught:
-            list(call(iter(frames), timeout=10))
+            list(call(iter(frames), timeout=HANG_S))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "no message" in str(caught.value.details())

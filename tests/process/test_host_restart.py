@@ -20,7 +20,7 @@ import pytest
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceStub
-from tests.support.agents import TRIAL, HostAgent, alive, running_host_agent, wait_until
+from tests.support.agents import HANG_S, TRIAL, HostAgent, alive, running_host_agent, wait_until
 
 HELD = 96 * MIB
 FREED = 64 * MIB
@@ -55,7 +55,7 @@ class Home:
             [sys.executable, "-m", "host_agent", *self.arguments],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=HANG_S,
             check=False,
         )
         assert done.returncode == 1, done.stderr
@@ -83,7 +83,7 @@ def kill(agent: HostAgent) -> None:
 
 
 def in_session(agent: HostAgent, after_epoch: int) -> host_pb2.Guest:
-    wait_until(lambda: agent.guests()["g"].epoch > after_epoch, "the guest to come back", 5)
+    wait_until(lambda: agent.guests()["g"].epoch > after_epoch, "the guest to come back")
     return agent.guests()["g"]
 
 
@@ -103,7 +103,7 @@ def test_guests_go_on_under_the_next_host_agent(home: Home, number: int) -> None
         first.free(FREED)
         books = first.settle().ledger
         first.process.send_signal(number)
-        first.process.wait(10)
+        first.process.wait(HANG_S)
     assert alive(guest.pid)
     with home.agent() as second:
         assert second.guest_address == first.guest_address
@@ -156,7 +156,7 @@ class Stepper:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            done = self._step(time.monotonic() + 20)
+            done = self._step(time.monotonic() + HANG_S)
             assert done.changed_bytes == STEP
             assert done.wrong_pages == 0
             self.steps += 1
@@ -173,7 +173,7 @@ class Stepper:
             request.allocate_bytes = STEP
         while True:
             try:
-                return self._stub.RunStep(request, timeout=20, wait_for_ready=True)
+                return self._stub.RunStep(request, timeout=HANG_S, wait_for_ready=True)
             except grpc.RpcError as error:
                 self.failures.append(error)
                 if error.code() not in MAY_BE_RETRIED or time.monotonic() > deadline_s:
@@ -183,7 +183,7 @@ class Stepper:
     def stop(self) -> None:
         """:raises Exception: what ended it before."""
         self._stopping.set()
-        self._running.result(30)
+        self._running.result(HANG_S)
         self._pool.shutdown()
         self._channel.close()
 
@@ -205,7 +205,7 @@ def test_killed_or_stopped_amid_batches_nothing_is_lost_nor_done_twice(home: Hom
             epoch = in_session(agent, after_epoch=epoch).epoch
             time.sleep(chance.uniform(0, 0.3))
             agent.process.send_signal(chance.choice((signal.SIGKILL, signal.SIGTERM)))
-            agent.process.wait(10)
+            agent.process.wait(HANG_S)
     with home.agent() as agent:
         agent.watch()
         in_session(agent, after_epoch=epoch)
@@ -242,7 +242,7 @@ def test_a_guest_whose_host_agent_stays_away_ends_by_itself(home: Home) -> None:
         assert caught.value.code() is grpc.StatusCode.ABORTED
         assert "while there was no host agent" in str(caught.value.details())
         assert "no host agent for 1 s" in str(caught.value.details())
-        agent.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="g"), timeout=10)
+        agent.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="g"), timeout=HANG_S)
         assert home.guest_files() == ["idle"]
 
 
@@ -252,7 +252,7 @@ def test_guests_that_nobody_watches_again_are_ended(home: Home) -> None:
         agent.watch("other-trial")
         guest = agent.create()
         kill(agent)
-    with home.agent("--watch-grace", "1") as agent:
+    with home.agent("--watch-grace", "3") as agent:
         assert alive(guest.pid)
         wait_until(lambda: not agent.guests(), "the grace to end")
         assert not alive(guest.pid)

@@ -15,14 +15,15 @@ import pytest
 
 from hintfleet.units import MIB
 from orchestrator.store.lock import try_lock
-from tests.support.agents import HostAgent, alive, child_pids, running_host_agent, wait_until
-from tests.support.lab import Lab, made_lab
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    with made_lab(tmp_path) as made:
-        yield made
+from tests.support.agents import (
+    HANG_S,
+    HostAgent,
+    alive,
+    child_pids,
+    running_host_agent,
+    wait_until,
+)
+from tests.support.lab import Lab
 
 
 @pytest.fixture
@@ -90,7 +91,8 @@ def held(lab: Lab, dead_pid: int) -> Iterator[list[Path]]:
         yield [mine, *locked, elsewhere, run / "reserve"]
 
 
-def test_what_is_nobodys_is_removed_and_nothing_else(lab: Lab, dead_pid: int) -> None:
+def test_what_is_nobodys_is_removed_and_nothing_else(cleaning_lab: Lab, dead_pid: int) -> None:
+    lab = cleaning_lab
     files = left_behind(lab, dead_pid)
     with (
         held(lab, dead_pid) as others,
@@ -105,7 +107,7 @@ def test_what_is_nobodys_is_removed_and_nothing_else(lab: Lab, dead_pid: int) ->
         lost = hang(hanging)
         survivors = child_pids(surviving.process.pid)
         surviving.process.kill()
-        surviving.process.wait(10)
+        surviving.process.wait(HANG_S)
         spared = [living.process.pid, *child_pids(living.process.pid), *survivors]
         assert len(survivors) == 1
 
@@ -131,7 +133,7 @@ def test_what_is_nobodys_is_removed_and_nothing_else(lab: Lab, dead_pid: int) ->
         assert (files[2].parent / "000001.parquet").exists()
         assert all(map(alive, spared))
         assert living.verify().wrong_pages == 0
-        hanging.process.wait(5)
+        hanging.process.wait(HANG_S)
         for pid in survivors:
             os.kill(pid, signal.SIGKILL)
     said = lab.run("doctor", "--leaks")

@@ -24,8 +24,11 @@ def test_cold_memory_leaves_only_when_it_has_been_free_for_long(host_agent: Host
     host_agent.allocate(HELD)
     freed_at_s = time.monotonic()
     host_agent.free(FREED)
-    while time.monotonic() < freed_at_s + 1.2:
-        assert resident_bytes(host_agent) == HELD
+    while True:
+        found_bytes = resident_bytes(host_agent)
+        if time.monotonic() > freed_at_s + 1.2:  # the answer may be too late to judge
+            break
+        assert found_bytes == HELD
         time.sleep(0.1)
     wait_until(lambda: resident_bytes(host_agent) == HELD - FREED, "cold memory to leave")
 

@@ -11,7 +11,7 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from tests.support.agents import TRIAL, HostAgent
+from tests.support.agents import HANG_S, TRIAL, HostAgent
 
 START = 128 * MIB
 HALF = 256 * MIB
@@ -104,7 +104,7 @@ def working(host: HostAgent) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(60)
+        thread.join(HANG_S)
     assert wrong
     assert not any(wrong)
 

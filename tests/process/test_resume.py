@@ -6,15 +6,13 @@ import random
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
 
 from tests.support.agents import wait_until
-from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, parent_pid, result, wait_for_line
+from tests.support.lab import RUN_TIMEOUT_S, Lab, parent_pid, result, wait_for_line
 
 SPEC = """\
 name: tiny
@@ -35,12 +33,6 @@ sample_period: 50ms
 SEED = 20260
 KILLS = 2
 Part = tuple[str, int, int]
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    with made_lab(tmp_path) as made:
-        yield made
 
 
 def kill_one(lab: Lab, what: str) -> None:
@@ -142,7 +134,8 @@ def killed_somewhere(
     return before
 
 
-def test_nothing_acknowledged_is_lost_with_the_orchestrator(lab: Lab) -> None:
+def test_nothing_acknowledged_is_lost_with_the_orchestrator(cleaning_lab: Lab) -> None:
+    lab = cleaning_lab
     chance = random.Random(SEED)
     seen: set[Part] = set()
     command = ["run", lab.spec(SPEC)]

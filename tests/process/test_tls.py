@@ -27,7 +27,13 @@ from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 from hintfleet.v1.host_pb2_grpc import HostServiceStub
 from orchestrator.cli import run_command
 from orchestrator.pki import Authority
-from tests.support.agents import HostAgent, InProcessHost, host_in_process, running_host_agent
+from tests.support.agents import (
+    HANG_S,
+    HostAgent,
+    InProcessHost,
+    host_in_process,
+    running_host_agent,
+)
 
 UUID, OTHER_UUID = "6f3c2b0e-5d0a-4c7e-9b52-0c4f4a1f2d10", "00000000-0000-4000-8000-000000000000"
 
@@ -80,7 +86,7 @@ def host_agent(folders: Folders, metrics_port: int) -> Iterator[HostAgent]:
 def get_host(address: str, tls: Tls) -> host_pb2.Host:
     with grpc.secure_channel(address, tls.for_client()) as channel:
         return HostServiceStub(channel).GetHost(
-            host_pb2.GetHostRequest(drivers=[host_pb2.EMBEDDED]), timeout=5
+            host_pb2.GetHostRequest(drivers=[host_pb2.EMBEDDED]), timeout=HANG_S
         )
 
 
@@ -91,7 +97,7 @@ def hello(address: str, tls: Tls, uuid: str, token: str) -> pb.HostMessage:
         )
     )
     with grpc.secure_channel(address, tls.for_client()) as channel:
-        call = HintingServiceStub(channel).Session(iter([message]), timeout=5)
+        call = HintingServiceStub(channel).Session(iter([message]), timeout=HANG_S)
         return next(iter(call))
 
 
@@ -117,17 +123,17 @@ def test_nor_may_it_watch_or_ask_for_health(host_agent: HostAgent, folders: Fold
     credentials = folders.tls(Role.GUEST).for_client()
     with grpc.secure_channel(host_agent.control, credentials) as channel:
         watch = HostServiceStub(channel).Watch(
-            host_pb2.WatchRequest(trial_id="t", period_ms=50), timeout=5
+            host_pb2.WatchRequest(trial_id="t", period_ms=50), timeout=HANG_S
         )
         with pytest.raises(grpc.RpcError) as error:
             next(iter(watch))
         assert refusal(error)[0] is grpc.StatusCode.FAILED_PRECONDITION
         health = health_pb2_grpc.HealthStub(channel)
         with pytest.raises(grpc.RpcError) as error:
-            health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+            health.Check(health_pb2.HealthCheckRequest(), timeout=HANG_S)
         assert refusal(error)[0] is grpc.StatusCode.FAILED_PRECONDITION
         with pytest.raises(grpc.RpcError) as error:
-            next(health.Watch(health_pb2.HealthCheckRequest(), timeout=5))
+            next(health.Watch(health_pb2.HealthCheckRequest(), timeout=HANG_S))
         assert refusal(error)[0] is grpc.StatusCode.FAILED_PRECONDITION
 
 
@@ -136,11 +142,11 @@ def test_an_operator_sees_health_and_samples(host_agent: HostAgent, folders: Fol
     credentials = folders.tls(Role.OPERATOR).for_client()
     with grpc.secure_channel(host_agent.control, credentials) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=5)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=HANG_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         watch.cancel()
         samples = HostServiceStub(channel).Watch(
-            host_pb2.WatchRequest(trial_id="t", period_ms=50), timeout=5
+            host_pb2.WatchRequest(trial_id="t", period_ms=50), timeout=HANG_S
         )
         assert next(iter(samples)).at_unix_us
         samples.cancel()
@@ -163,11 +169,13 @@ def test_strangers_get_no_answer(host_agent: HostAgent, folders: Folders, tmp_pa
         for address in (host_agent.control, host_agent.guest_address):
             with grpc.secure_channel(address, credentials) as channel:
                 with pytest.raises(grpc.RpcError) as error:
-                    HostServiceStub(channel).ListGuests(host_pb2.ListGuestsRequest(), timeout=5)
+                    HostServiceStub(channel).ListGuests(
+                        host_pb2.ListGuestsRequest(), timeout=HANG_S
+                    )
                 assert refusal(error)[0] is grpc.StatusCode.UNAVAILABLE
     with grpc.insecure_channel(host_agent.control) as channel:
         with pytest.raises(grpc.RpcError) as error:
-            HostServiceStub(channel).ListGuests(host_pb2.ListGuestsRequest(), timeout=5)
+            HostServiceStub(channel).ListGuests(host_pb2.ListGuestsRequest(), timeout=HANG_S)
         assert refusal(error)[0] is grpc.StatusCode.UNAVAILABLE
 
 
@@ -189,7 +197,7 @@ def scrape(port: int, folder: Path | None, ca: Path) -> str:
     if folder is not None:
         context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
     address = f"https://127.0.0.1:{port}/metrics"
-    with urllib.request.urlopen(address, timeout=5, context=context) as page:
+    with urllib.request.urlopen(address, timeout=HANG_S, context=context) as page:
         return str(page.read().decode())
 
 
@@ -285,7 +293,7 @@ def test_a_guest_agent_with_anothers_certificate_gives_up(
         tls_folder=str(folders.guest),
     )
     process = guest_agent_process(config)
-    assert process.wait(30) == 1
+    assert process.wait(HANG_S) == 1
     _, said = process.communicate()
     assert f"the certificate is not that of guest {OTHER_UUID}" in said
 

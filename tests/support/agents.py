@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -27,8 +28,11 @@ from host_agent.server import Serving, Settings, serving
 
 TRIAL = "test-trial"
 
+HANG_S = 300.0
+"""Bounds what would hang. All that goes well takes less, on a machine that is busy too."""
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = HANG_S) -> None:
     """Wait for a condition, bounded; says what it waited for."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
@@ -51,7 +55,7 @@ class HostClient:
     guest_address: str
     samples: list[host_pb2.SampleSet] = field(default_factory=list)
 
-    def watch(self, trial_id: str = TRIAL, timeout_s: float = 120) -> grpc.RpcContext:
+    def watch(self, trial_id: str = TRIAL, timeout_s: float = 900) -> grpc.RpcContext:
         """Keep a trial's guests alive and collect its samples."""
         request = host_pb2.WatchRequest(trial_id=trial_id, period_ms=50)
         call = self.stub.Watch(request, timeout=timeout_s)
@@ -64,7 +68,7 @@ class HostClient:
                     seen.set()
 
         threading.Thread(target=read, daemon=True).start()
-        assert seen.wait(10)
+        assert seen.wait(HANG_S)
         return call
 
     def create(
@@ -86,32 +90,31 @@ class HostClient:
         )
         command = host_pb2.CommandId(trial_id=TRIAL)
         request = host_pb2.CreateGuestRequest(command=command, name=name, spec=spec, uuid=uuid)
-        return self.stub.CreateGuest(request, timeout=60)
+        return self.stub.CreateGuest(request, timeout=HANG_S)
 
     def allocate(self, size_bytes: int, name: str = "g") -> host_pb2.RunStepResponse:
-        return self.stub.RunStep(
-            host_pb2.RunStepRequest(guest_name=name, allocate_bytes=size_bytes, seed=1), timeout=60
-        )
+        return self._step(guest_name=name, allocate_bytes=size_bytes, seed=1)
 
     def free(self, size_bytes: int, name: str = "g") -> host_pb2.RunStepResponse:
-        return self.stub.RunStep(
-            host_pb2.RunStepRequest(guest_name=name, free_bytes=size_bytes, seed=1), timeout=60
-        )
+        return self._step(guest_name=name, free_bytes=size_bytes, seed=1)
 
     def verify(self, name: str = "g") -> host_pb2.RunStepResponse:
-        return self.stub.RunStep(host_pb2.RunStepRequest(guest_name=name, verify=True), timeout=60)
+        return self._step(guest_name=name, verify=True)
+
+    def _step(self, **step: Any) -> host_pb2.RunStepResponse:
+        return self.stub.RunStep(host_pb2.RunStepRequest(**step), timeout=HANG_S)
 
     def resize(
         self, memory_bytes: int, name: str = "g", command: host_pb2.CommandId | None = None
     ) -> host_pb2.Guest:
         request = host_pb2.ResizeGuestRequest(command=command, name=name, memory_bytes=memory_bytes)
-        return self.stub.ResizeGuest(request, timeout=60)
+        return self.stub.ResizeGuest(request, timeout=HANG_S)
 
     def settle(self, name: str = "g") -> host_pb2.SettleResponse:
-        return self.stub.Settle(host_pb2.SettleRequest(guest_name=name), timeout=60)
+        return self.stub.Settle(host_pb2.SettleRequest(guest_name=name), timeout=HANG_S)
 
     def guests(self) -> dict[str, host_pb2.Guest]:
-        listed = self.stub.ListGuests(host_pb2.ListGuestsRequest(), timeout=10)
+        listed = self.stub.ListGuests(host_pb2.ListGuestsRequest(), timeout=HANG_S)
         return {guest.name: guest for guest in listed.guests}
 
 
@@ -166,13 +169,13 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
             target=lambda: loop.run_until_complete(serve(folder)), daemon=True
         )
         thread.start()
-        served = started.get(timeout=10)
+        served = started.get(timeout=HANG_S)
         with grpc.insecure_channel(served.control) as channel:
             yield InProcessHost(
                 stub=HostServiceStub(channel), guest_address=served.guest, registry=served.registry
             )
         loop.call_soon_threadsafe(stop.set)
-        thread.join(20)
+        thread.join(HANG_S)
         assert not thread.is_alive()
         loop.close()
 
@@ -212,7 +215,7 @@ def running_host_agent(*arguments: str) -> Iterator[HostAgent]:
             children = child_pids(process.pid)
             agent.cut_lifeline()
             try:
-                process.wait(20)
+                process.wait(HANG_S)
             finally:
                 process.kill()
                 channel.close()

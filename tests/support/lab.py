@@ -1,5 +1,6 @@
 """The command line as a user runs it, and what it leaves behind."""
 
+import fcntl
 import json
 import os
 import signal
@@ -13,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.agents import wait_until
+from tests.support.agents import HANG_S, wait_until
 
-RUN_TIMEOUT_S = 240
+RUN_TIMEOUT_S = 600
 _MARK = "HINTFLEET_TEST_MARK"
 
 
@@ -94,7 +95,7 @@ class Lab:
         """Process ids of those with this in their command line."""
         return [pid for pid, command in self.processes().items() if part in command]
 
-    def check_nothing_is_left(self, timeout_s: float = 15.0) -> None:
+    def check_nothing_is_left(self, timeout_s: float = HANG_S) -> None:
         wait_until(lambda: not self.processes(), f"the end of {self.processes()}", timeout_s)
         left = [str(path) for path in self.temporary.rglob("*")]
         assert not left, f"left behind: {left}"
@@ -114,6 +115,20 @@ def wait_for_line(process: "subprocess.Popen[str]", start: str) -> str:
 def parent_pid(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("PPid:"))
+
+
+@contextmanager
+def on_this_machine(*, alone: bool = False) -> Iterator[None]:
+    """Hold the machine together with other tests that run beside this one, or alone.
+
+    `doctor --clean` looks at all of it: it would end what another test is about to.
+    """
+    lock = os.open(Path(__file__).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
+from tests.support.agents import HANG_S
 
 
 class Speaker:
@@ -26,7 +27,7 @@ class Speaker:
         )
         self.channel = grpc.insecure_channel(address, options)
         self.outbox: queue.SimpleQueue[pb.GuestMessage | None] = queue.SimpleQueue()
-        self.call = HintingServiceStub(self.channel).Session(self.messages(), timeout=30)
+        self.call = HintingServiceStub(self.channel).Session(self.messages(), timeout=HANG_S)
 
     def messages(self) -> Iterator[pb.GuestMessage]:
         while (message := self.outbox.get()) is not None:

@@ -59,7 +59,7 @@ SETTING = Setting(
     host_kinds={Kind.HOST_AGENT_SUSPENDED: 12, Kind.HOST_AGENT_KILLED: 1},
     injectors=injectors.EMBEDDED,
     pace=Pace(pause_s=0.04, lag_s=0.005, hold_s=0.12),
-    patience=Patience(create_s=60, step_s=20, silence_s=40),
+    patience=Patience(create_s=60, step_s=60, silence_s=120),
     advertise=str,
     victim_of=_victim,
     longest_wait_s=0.1,

@@ -13,11 +13,11 @@ from tests.torture.plan import Kind, faults
 from tests.torture.run import Until, torture
 
 FAULTS = 2000
-LONGEST_S = 200
+LONGEST_S = 800
+"""Bounds a hang."""
 SEED = 4
 
 
-@pytest.mark.timeout(LONGEST_S + 90)
 def test_two_thousand_faults_and_no_wrong_page() -> None:
     setting = embedded.SETTING
     report = asyncio.run(torture(setting, SEED, Until(seconds=LONGEST_S, faults=FAULTS)))
@@ -36,12 +36,19 @@ def test_two_thousand_faults_and_no_wrong_page() -> None:
 def test_a_planted_fault_is_found(planted: str) -> None:
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "tests.torture", "--seconds", "60", "--seed", str(SEED)),
+            *(
+                sys.executable,
+                "-m",
+                "tests.torture",
+                "--seconds",
+                str(LONGEST_S),
+                "--seed",
+                str(SEED),
+            ),
             *("--host-module", f"tests.torture.planted.{planted}", "-o", "json"),
         ],
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 1, done.stderr

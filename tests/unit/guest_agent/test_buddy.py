@@ -10,6 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from guest_agent.memory.buddy import MAX_ORDER, BuddyAllocator, Zone, ZoneSpec
 from hintfleet.ranges import RangeSet
+from tests.support.agents import HANG_S
 
 CHUNK_ORDER = 9
 CHUNK = 1 << CHUNK_ORDER
@@ -111,7 +112,7 @@ class BuddyMachine(RuleBasedStateMachine):
 
 
 TestBuddy = BuddyMachine.TestCase
-TestBuddy.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestBuddy.settings = settings(max_examples=40, stateful_step_count=40)
 
 
 def small(chunks: int) -> BuddyAllocator:
@@ -141,21 +142,19 @@ def test_allocation_waits_for_what_is_isolated() -> None:
     for chunk in range(64):
         assert allocator.isolate(zone, chunk * CHUNK)
     got: list[int] = []
-    waiter = threading.Thread(target=lambda: got.append(allocator.allocate(9, patience_s=10)))
+    waiter = threading.Thread(target=lambda: got.append(allocator.allocate(9, patience_s=HANG_S)))
     waiter.start()
     time.sleep(0.05)
     assert not got
     allocator.release(RangeSet([(0, 32 * CHUNK)]), reported=True)
-    waiter.join(10)
+    waiter.join(HANG_S)
     assert got
 
 
 def test_what_does_not_fit_fails_at_once() -> None:
     allocator = small(8)
-    started_s = time.monotonic()
-    with pytest.raises(MemoryError):
-        list(iter(lambda: allocator.allocate(MAX_ORDER, patience_s=30), None))
-    assert time.monotonic() - started_s < 10
+    with pytest.raises(MemoryError):  # else this would run into its time limit
+        list(iter(lambda: allocator.allocate(MAX_ORDER, patience_s=3600), None))
 
 
 def test_hot_plugged_memory_can_be_used_and_merges_with_its_neighbours() -> None:

@@ -107,7 +107,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCore = CoreMachine.TestCase
-TestCore.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestCore.settings = settings(max_examples=100, stateful_step_count=40)
 
 
 def opened() -> HintingCore:

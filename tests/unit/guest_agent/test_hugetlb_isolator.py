@@ -339,7 +339,7 @@ class PassMachine(RuleBasedStateMachine):
 
 
 TestPasses = PassMachine.TestCase
-TestPasses.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestPasses.settings = settings(max_examples=80, stateful_step_count=30)
 
 
 def test_a_pass_holds_little_more_than_what_was_freed() -> None:

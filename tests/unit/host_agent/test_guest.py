@@ -15,6 +15,7 @@ from host_agent.guest import Guest
 from host_agent.page_map import PageMap
 from host_agent.ram import GuestRam, Look, Segment
 from host_agent.stream import Stream
+from tests.support.agents import HANG_S
 
 DEVICE = RangeSet([(4096, 1024)])
 
@@ -97,7 +98,7 @@ def test_a_look_at_the_ram_is_waited_for_though_its_caller_is_gone(
 
     def slow(within: PageMap, *how: Any) -> Look:
         looking.set()
-        assert may_end.wait(10)
+        assert may_end.wait(HANG_S)
         return look(within, *how)
 
     async def scenario() -> None:
@@ -105,7 +106,7 @@ def test_a_look_at_the_ram_is_waited_for_though_its_caller_is_gone(
         os.pwrite(ram_fd, b"x", 0)
         monkeypatch.setattr(ram, "look", slow)
         asking = asyncio.create_task(guest.ledger())
-        assert await asyncio.to_thread(looking.wait, 10)
+        assert await asyncio.to_thread(looking.wait, HANG_S)
         asking.cancel()
         unplugging = asyncio.create_task(guest.unplugged(DEVICE))
         await asyncio.sleep(0.05)

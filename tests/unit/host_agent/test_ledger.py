@@ -264,10 +264,10 @@ def test_an_audit_says_which_absent_pages_are_used_now() -> None:
 
 
 TestRestartedLedger = RestartedLedgerMachine.TestCase
-TestRestartedLedger.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestRestartedLedger.settings = settings(max_examples=40, stateful_step_count=30)
 TestPeerLedger = PeerLedgerMachine.TestCase
-TestPeerLedger.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestPeerLedger.settings = settings(max_examples=40, stateful_step_count=30)
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestLedger.settings = settings(max_examples=40, stateful_step_count=30)
 TestUnauditedLedger = UnauditedLedgerMachine.TestCase
-TestUnauditedLedger.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestUnauditedLedger.settings = settings(max_examples=40, stateful_step_count=30)

@@ -16,7 +16,7 @@ from host_agent.reclaim import reclaim, skip
 
 page_sets = st.lists(st.tuples(st.integers(0, 5200), st.integers(1, 300)), max_size=8).map(RangeSet)
 on_real_memory = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -15,6 +15,7 @@ from host_agent.guests import GuestRequest
 from host_agent.ram import GuestRam, Segment
 from host_agent.registry import Registry
 from host_agent.stream import Stream
+from tests.support.agents import HANG_S
 
 TRIAL = "t"
 SPEC = host_pb2.GuestSpec(driver=host_pb2.EMBEDDED, memory_bytes=MIB, method=host_pb2.NONE)
@@ -38,7 +39,7 @@ class Running:
         return "its last words"
 
     def close(self) -> None:
-        assert self._may_end.wait(10)
+        assert self._may_end.wait(HANG_S)
         self.ram.close()
         self.closed = True
 
@@ -53,7 +54,7 @@ class Driver:
         self.fails: OSError | None = None
 
     def create(self, request: GuestRequest) -> Running:
-        assert self.may_make.wait(10)
+        assert self.may_make.wait(HANG_S)
         if self.fails is not None:
             raise self.fails
         self.made.append(Running(self.may_end))
@@ -106,6 +107,7 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
         driver.may_make.set()
         registry = registry_with(driver)
         await made(registry)
+        first = registry.get("g")
         driver.may_end.clear()
         registry.close_watch(TRIAL)
         registry.open_watch(TRIAL)  # the next trial begins before the last guest has ended
@@ -113,9 +115,8 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
         await asyncio.sleep(0.1)
         assert not creating.done()
         driver.may_end.set()
-        while len(driver.made) < 2:
+        while not any(guest.running for guest in registry.guests if guest is not first):
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)
         registry.get("g").attach_workload(Stream())
         running: object = (await creating).running
         assert running is driver.made[1]
