@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from hintfleet.v1 import host_pb2
 from host_agent.guests.domain_ram import translate
 from host_agent.guests.domain_xml import NAME_PREFIX
 from host_agent.guests.image import GuestImage
-from tests.support.agents import TRIAL, HostAgent
+from tests.support.agents import HANG_S, TRIAL, HostAgent, wait_until
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "deploy/image"))
@@ -95,7 +94,7 @@ class Guests:
         request = host_pb2.CreateGuestRequest(
             command=host_pb2.CommandId(trial_id=TRIAL), name=name, spec=spec
         )
-        return self.host.stub.CreateGuest(request, timeout=180)
+        return self.host.stub.CreateGuest(request, timeout=HANG_S)
 
     def wait(self) -> None:
         """Until no boot disturbs what a test measures."""
@@ -122,20 +121,12 @@ class Guests:
         finally:
             ram.close()
 
-    def falls_to(self, name: str, resident_bytes: int, timeout_s: float) -> float:
-        """Seconds until no more than so much is resident.
-
-        :raises AssertionError: it took longer; says where the guest stood.
-        """
-        started_s = time.monotonic()
-        while (now_bytes := self.ledger(name).resident_bytes) > resident_bytes:
-            elapsed_s = time.monotonic() - started_s
-            assert elapsed_s < timeout_s, (
-                f"{name}: {now_bytes // MIB} MiB are resident after {elapsed_s:.1f} s, "
-                f"not {resident_bytes // MIB} MiB"
-            )
-            time.sleep(0.05)
-        return time.monotonic() - started_s
+    def falls_to(self, name: str, resident_bytes: int) -> None:
+        """Wait until no more than so much is resident."""
+        wait_until(
+            lambda: self.ledger(name).resident_bytes <= resident_bytes,
+            f"no more than {resident_bytes // MIB} MiB of {name} to be resident",
+        )
 
     def balances(self, name: str, connection: Any) -> None:
         """The books against the RAM file itself, while the guest stands still."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from host_agent.guests.runtime_dir import RuntimeDir
-from tests.support.agents import wait_until
+from tests.support.agents import HANG_S, wait_until
 
 
 def start_domain(connection: Any, name: str, console: Path | None) -> None:
@@ -43,7 +43,7 @@ def host_agent(flag: str, uri: str) -> dict[str, dict[str, Any]]:
         [sys.executable, "-m", "host_agent", flag, "--libvirt-uri", uri],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
         check=True,
     )
     said = json.loads(done.stdout)

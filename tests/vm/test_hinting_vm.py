@@ -16,29 +16,28 @@ from host_agent.guests import GuestRequest
 from host_agent.guests.domain_xml import DomainSpec, Memballoon
 from host_agent.guests.image import GuestImage
 from host_agent.guests.libvirt import LibvirtDriver
-from tests.support.agents import TRIAL, alive, running_host_agent, wait_until
-from tests.support.vm import Guests, spec
+from tests.support.agents import HANG_S, TRIAL, alive, running_host_agent, wait_until
+from tests.support.vm import Guests, console, spec
 
-pytestmark = pytest.mark.vm
-
+GUESTS = ("kmod", "hugetlb")
 FREED_BYTES = 400 * MIB
 
 
-@pytest.mark.parametrize("name", ["kmod", "hugetlb"])
+@pytest.mark.parametrize("name", GUESTS)
 def test_what_is_freed_leaves_the_host(guests: Guests, connection: Any, name: str) -> None:
     host = guests.host
     time.sleep(3)  # so that the agent is at rest
     host.allocate(FREED_BYTES + 60 * MIB, name)
     before_bytes = guests.ledger(name).resident_bytes
     host.free(FREED_BYTES, name)
-    guests.falls_to(name, before_bytes - int(0.9 * FREED_BYTES), timeout_s=3)
+    guests.falls_to(name, before_bytes - int(0.9 * FREED_BYTES))
     settled = host.settle(name)
     assert settled.ledger.reclaimed_now_bytes > 0.9 * FREED_BYTES
     guests.balances(name, connection)
     assert host.verify(name).wrong_pages == 0
 
 
-@pytest.mark.parametrize("name", ["kmod", "hugetlb"])
+@pytest.mark.parametrize("name", GUESTS)
 def test_memory_used_and_freed_between_two_looks_leaves_nothing_behind(
     guests: Guests, connection: Any, name: str
 ) -> None:
@@ -77,7 +76,7 @@ def test_under_pressure_a_guest_gives_what_is_wanted_and_keeps_nothing_back(
             host_pb2.CreateGuestRequest(
                 command=host_pb2.CommandId(trial_id=TRIAL), name="wanted", spec=asked
             ),
-            timeout=180,
+            timeout=HANG_S,
         )
         wait_until(lambda: free_bytes() > 0, "the guest to say what is free")
         free_at_first_bytes = free_bytes()
@@ -87,11 +86,15 @@ def test_under_pressure_a_guest_gives_what_is_wanted_and_keeps_nothing_back(
         def resident_bytes() -> int:
             return host.guests()["wanted"].ledger.resident_bytes
 
-        wait_until(lambda: resident_bytes() <= threshold_bytes, "the excess to come back", 30)
+        wait_until(lambda: resident_bytes() <= threshold_bytes, "the excess to come back")
         host.settle("wanted")
         assert resident_bytes() > threshold_bytes - 130 * MIB, "and no more than that"
         least_bytes = free_at_first_bytes - held_bytes - 16 * MIB
         wait_until(lambda: free_bytes() > least_bytes, "the guest to have the rest back")
+
+
+def test_init_on_alloc_off_is_seen(guests: Guests) -> None:
+    assert "init_on_alloc=0" in console(guests["hugetlb"].pid)
 
 
 def test_a_killed_host_agent_leaves_no_domain(connection: Any, libvirt_uri: str) -> None:
@@ -107,20 +110,20 @@ def test_a_killed_host_agent_leaves_no_domain(connection: Any, libvirt_uri: str)
 
         def create() -> None:
             try:
-                host.stub.CreateGuest(request, timeout=60)
+                host.stub.CreateGuest(request, timeout=HANG_S)
             except grpc.RpcError as error:
                 errors.append(error)
 
         creating = threading.Thread(target=create)
         creating.start()
         # Killed at the worst moment: the guest runs, and nobody was told of it yet.
-        wait_until(lambda: bool(domains()), "the domain", 30)
+        wait_until(lambda: bool(domains()), "the domain")
         uuid = domains()[0].UUIDString()
         pids = filter(str.isdecimal, os.listdir("/proc"))
         qemu = [int(pid) for pid in pids if uuid in command_line(pid)]
         assert qemu
         host.process.send_signal(signal.SIGKILL)
-        creating.join(30)
+        creating.join(HANG_S)
         assert errors
     wait_until(lambda: not domains(), "the domain to be gone")
     wait_until(lambda: not any(map(alive, qemu)), "QEMU to end")
@@ -154,7 +157,7 @@ def test_reporting_that_is_registered_already_is_said(libvirt_uri: str, image: o
         )
     )
     try:
-        wait_until(lambda: bool(gone), "the guest to end", 90)
+        wait_until(lambda: bool(gone), "the guest to end")
         said = guest.evidence()
     finally:
         guest.close()

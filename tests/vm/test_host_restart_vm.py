@@ -13,10 +13,8 @@ from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.domain_xml import NAME_PREFIX
 from host_agent.guests.image import GuestImage
-from tests.support.agents import HostAgent, running_host_agent, wait_until
+from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
 from tests.support.vm import Guests, spec
-
-pytestmark = pytest.mark.vm
 
 # A sixteenth of the memory and the watermarks, which the hugetlb isolator leaves free.
 KEPT_BYTES = 60 * MIB
@@ -48,13 +46,13 @@ def kill_amid_batches(host: HostAgent, name: str) -> None:
     wait_until(lambda: host.guests()[name].ledger.batches > batches + 2, "batches")
     host.process.kill()
     host.process.wait()
-    stepping.join(30)
+    stepping.join(HANG_S)
 
 
 def test_real_guests_go_on_under_the_next_host_agent(
     libvirt_uri: str, image: GuestImage, connection: Any, readable_by_qemu: Path
 ) -> None:
-    arguments = ("--state", str(readable_by_qemu / "state"), "--orphan-after", "10")
+    arguments = ("--state", str(readable_by_qemu / "state"), "--orphan-after", "20")
 
     def domains() -> set[str]:
         names = {domain.name() for domain in connection.listAllDomains()}
@@ -86,12 +84,14 @@ def test_real_guests_go_on_under_the_next_host_agent(
             assert settled.hinted_total_bytes == fates + skipped_bytes
             Guests(second, {}).balances(name, connection)
             assert second.verify(name).wrong_pages == 0
-        second.stub.DestroyGuest(host_pb2.DestroyGuestRequest(name="restart-hugetlb"), timeout=30)
+        second.stub.DestroyGuest(
+            host_pb2.DestroyGuestRequest(name="restart-hugetlb"), timeout=HANG_S
+        )
         assert domains() == {NAME_PREFIX + "restart-kmod"}
         second.process.kill()
         second.process.wait()
     # Nobody comes back to it: it ends by itself.
-    wait_until(lambda: not domains(), "the orphan to end", 40)
+    wait_until(lambda: not domains(), "the orphan to end")
 
     with running_host_agent(*arguments) as third:
         with pytest.raises(grpc.RpcError) as caught:

@@ -28,8 +28,6 @@ from tests.support.vm import image_with
 
 libvirt = pytest.importorskip("libvirt")
 libvirt_qemu = pytest.importorskip("libvirt_qemu")
-pytestmark = pytest.mark.vm
-
 MEMORY_BYTES = 1024 * MIB
 
 
@@ -63,7 +61,7 @@ def test_a_guest_and_its_memory(driver: LibvirtDriver, connection: Any) -> None:
         assert guest.ram.provisioned_bytes == MEMORY_BYTES
         assert request.uuid in Path(f"/proc/{guest.pid}/cmdline").read_text()
         assert request.token not in Path(f"/proc/{guest.pid}/cmdline").read_text()
-        wait_until(lambda: "hintfleet-init: started" in guest.evidence(), "the guest to boot", 60)
+        wait_until(lambda: "hintfleet-init: started" in guest.evidence(), "the guest to boot")
 
         domain = connection.lookupByUUIDString(request.uuid)
         domain.suspend()
@@ -98,7 +96,7 @@ def test_the_module_over_an_agents_life_and_death(
     gone: list[str] = []
     guest = driver.create(a_request(gone, host_pb2.HINTING))
     try:
-        wait_until(lambda: bool(gone), "the guest to end", 90)
+        wait_until(lambda: bool(gone), "the guest to end")
         evidence = guest.evidence()
     finally:
         guest.close()

@@ -8,8 +8,7 @@ from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB
 from tests.support.vm import NODES_MEMORY_BYTES, Guests
 
-pytestmark = pytest.mark.vm
-
+GUESTS = ("nodes-kmod", "nodes-hugetlb")
 HELD_BYTES = 720 * MIB
 PARTS_MIB = {
     "node 0, DMA32": [(16, 160), (1408, 1536)],
@@ -28,7 +27,7 @@ def resident_mib(guests: Guests, name: str, connection: Any) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("name", ["nodes-kmod", "nodes-hugetlb"])
+@pytest.mark.parametrize("name", GUESTS)
 def test_memory_comes_back_from_every_zone_and_node(
     guests: Guests, connection: Any, name: str
 ) -> None:

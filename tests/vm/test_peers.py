@@ -7,11 +7,10 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from tests.support.agents import TRIAL
+from tests.support.agents import HANG_S, TRIAL
 from tests.support.vm import Guests
 
-pytestmark = pytest.mark.vm
-
+GUESTS = ("reporting", "balloon")
 FREED_BYTES = 300 * MIB
 
 
@@ -26,7 +25,7 @@ def test_what_a_peer_takes_back_is_in_the_books(
     full_bytes = guests.ledger(name).resident_bytes
     assert full_bytes > before.resident_bytes + 0.9 * FREED_BYTES
     host.free(FREED_BYTES, name)
-    guests.falls_to(name, full_bytes - int(share * FREED_BYTES), timeout_s=40)
+    guests.falls_to(name, full_bytes - int(share * FREED_BYTES))
     host.settle(name)
     after = guests.ledger(name)
     assert not after.hinted_total_bytes
@@ -52,7 +51,7 @@ def test_an_embedded_guest_has_no_peers(guests: Guests, method: host_pb2.Method.
             host_pb2.CreateGuestRequest(
                 command=host_pb2.CommandId(trial_id=TRIAL), name="embedded", spec=spec
             ),
-            timeout=10,
+            timeout=HANG_S,
         )
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert f"no method {host_pb2.Method.Name(method).lower()}" in str(caught.value.details())

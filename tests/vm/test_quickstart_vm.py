@@ -1,18 +1,23 @@
 """`hintfleet run` on real guests: what is freed leaves, and nothing is left behind."""
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import libvirt
 import pytest
 
+from hintfleet.units import MIB
 from host_agent.guests.image import GuestImage
 from tests.support.agents import wait_until
 from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result
 
+libvirt = pytest.importorskip("libvirt")
+
 CATALOGUE = Path(__file__).parents[2] / "orchestrator/catalogue/quickstart-vm.yaml"
+# How soon it leaves is for the benchmark (tests/bench); here, that it does.
+SPEC = re.sub(r"free: (.*)}", r"free: \1, settle: true}", CATALOGUE.read_text())
 
 
 @pytest.fixture
@@ -39,10 +44,12 @@ def host_huge_pages() -> str:
 
 def test_what_guests_free_leaves_the_host(lab: Lab, libvirt_uri: str) -> None:
     huge_before = host_huge_pages()
-    data = result(lab.run("run", lab.spec(CATALOGUE.read_text()), "-o", "json"))
+    data = result(lab.run("run", lab.spec(SPEC), "-o", "json"))
     arms = {arm["arm"]: arm["footprint"] for arm in data["arms"]}
     assert arms["kmod"]["returned"]["after_s"] == 3
-    assert arms["kmod"]["returned"]["share"] >= 0.9
+    assert arms["kmod"]["returned"]["freed_bytes"] == 2 * 2 * 384 * MIB
+    assert arms["kmod"]["reclaimed_now_bytes"] >= 0.9 * 2 * 384 * MIB
+    assert arms["none"]["reclaimed_now_bytes"] == 0
     assert arms["none"]["returned"]["share"] < 0.1
     for footprint in arms.values():
         assert footprint["wrong_pages"] == 0
@@ -53,18 +60,18 @@ def test_what_guests_free_leaves_the_host(lab: Lab, libvirt_uri: str) -> None:
 
 
 def test_ctrl_c_leaves_no_guest(lab: Lab, libvirt_uri: str) -> None:
-    with lab.started("run", lab.spec(CATALOGUE.read_text())) as process:
-        wait_until(lambda: len(domains(libvirt_uri)) == 2, "two guests to run", 60)
+    with lab.started("run", lab.spec(SPEC)) as process:
+        wait_until(lambda: len(domains(libvirt_uri)) == 2, "two guests to run")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=RUN_TIMEOUT_S)
         assert process.returncode == 130
-    wait_until(lambda: domains(libvirt_uri) == [], "the guests to be gone", 20)
+    wait_until(lambda: domains(libvirt_uri) == [], "the guests to be gone")
     lab.check_nothing_is_left()
 
 
 def test_a_libvirt_that_is_not_there_is_said(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu+unix:///session?socket=/nonexistent")
-    done = lab.run("run", lab.spec(CATALOGUE.read_text()), "-o", "json")
+    done = lab.run("run", lab.spec(SPEC), "-o", "json")
     assert done.returncode == 1
     assert "cannot connect to libvirt" in done.stderr
     assert "try:" in done.stderr

@@ -8,8 +8,7 @@ import pytest
 from hintfleet.units import GIB, MIB
 from tests.support.vm import Guests
 
-pytestmark = pytest.mark.vm
-
+GUESTS = ("kmod", "hugetlb", "reporting", "zeroing")
 START = GIB
 MOST = GIB + 512 * MIB
 MORE_THAN_START = GIB + 64 * MIB
@@ -44,7 +43,7 @@ def test_a_dimm_comes_is_hinted_and_goes(guests: Guests, connection: Any, name: 
     before_bytes = host.settle(name).ledger.resident_bytes
     host.allocate(300 * MIB, name)
     assert host.free(300 * MIB + STAYS, name).wrong_pages == 0
-    guests.falls_to(name, before_bytes - STAYS + 60 * MIB, timeout_s=5)
+    guests.falls_to(name, before_bytes - STAYS + 60 * MIB)
     assert not host.settle(name).ledger.skipped_total_bytes.get("outside_ram")
     guests.balances(name, connection)
 
