@@ -1,5 +1,6 @@
 # make demo    set up a venv in the tree and run the quickstart on embedded guests
-# make test    set up everything and run all tests, real guests included
+# make check   after every edit: format, lint, types, unit and model tests; no root, about a minute
+# make test    run all tests, real guests included; as root it installs what they need (VM=no: it does without)
 # make torture [SECONDS_TO_RUN=60] [DRIVER=embedded|libvirt] [SEED=N]    faults on guests at work
 # make fuzz [SECONDS_TO_RUN=60]       inputs for all that takes them from outside, each held against an oracle
 PYTHON ?= python3
@@ -9,10 +10,10 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 PROTOS := $(wildcard proto/hintfleet/v1/*.proto)
 
-.PHONY: demo test system image bench torture fuzz lint proto clean help
+.PHONY: demo check test system image bench torture fuzz proto clean help
 
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^# \(make \)/\1/p' $(firstword $(MAKEFILE_LIST))
 
 $(VENV)/base: pyproject.toml constraints.txt hatch_build.py host_agent/punch.c
 	@echo "setting up $(VENV) ..." >&2
@@ -34,8 +35,13 @@ system:
 image: $(VENV)/base
 	$(BIN)/python deploy/image/build.py
 
-test: system $(VENV)/dev
-	@tests/run
+# tests/unit/test_house.py is ruff and mypy.
+check: $(VENV)/dev
+	@$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 tests/unit tests/model
+
+# VM=no: without real guests, and nothing is installed for them.
+test: $(if $(filter no,$(VM)),,system) $(VENV)/dev
+	@VM=$(VM) tests/run
 
 SECONDS_TO_RUN ?= 60
 DRIVER ?= embedded
@@ -51,11 +57,6 @@ bench: $(VENV)/dev
 
 fuzz: $(VENV)/dev
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS_TO_RUN)
-
-lint: $(VENV)/dev
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
 
 # --mypy_out writes what a type checker needs beside what protoc generates.
 proto: $(VENV)/dev

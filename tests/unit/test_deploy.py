@@ -1,5 +1,6 @@
 """What the packaging promises the code."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,39 @@ def test_the_guest_agents_mounts_outlive_it(option: str) -> None:
     it would let others use chunks that the host may still drop (I4)."""
     unit = (ROOT / "deploy/systemd/hintfleet-guest.service").read_text()
     assert not any(line.startswith(f"{option}=") for line in unit.splitlines())
+
+
+def install(folder: Path, user: int) -> list[str]:
+    """What deploy/system/install says and runs, where no package is there."""
+    commands = {
+        "id": f"echo {user}",
+        "dpkg-query": "exit 1",
+        "apt-get": 'echo "RUN $0 $*" >&2',
+    }
+    for name, does in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "deploy/system/install"],
+        env={"PATH": f"{folder}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stderr.splitlines()
+
+
+def test_root_is_told_what_is_installed_before_it_is(tmp_path: Path) -> None:
+    said = install(tmp_path, user=0)
+    (first,) = (n for n, line in enumerate(said) if line.endswith("apt-get update -qq"))
+    told = "\n".join(said[:first])
+    assert "qemu-system-x86 " in told
+    assert "apt-get install" in told
+    assert "make test VM=no" in told
+    assert said[first + 1].startswith(f"RUN {tmp_path}/apt-get install --no-install-recommends")
+
+
+def test_others_are_told_what_is_missing(tmp_path: Path) -> None:
+    said = install(tmp_path, user=1000)
+    assert "not root, so not installed: qemu-system-x86 " in said[0]
+    assert not any(line.startswith("RUN") for line in said)
