@@ -23,6 +23,7 @@ from guest_agent.procfs import (
     mem_total_bytes,
 )
 from guest_agent.session import HelloFacts, HintingSession
+from hintfleet.channels import open_aio_channel
 from hintfleet.errors import InvalidInput, Refused, TransientError
 from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
@@ -76,12 +77,12 @@ def _connect(config: Config) -> tuple[aio.Channel, pb.Identity]:
     :raises InvalidInput: the TLS folder cannot be used.
     """
     identity = pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
-    if not config.tls_folder:
-        return aio.insecure_channel(config.server, options=_CHANNEL_OPTIONS), identity
-    from hintfleet.tls import Tls  # late: memory that most guests save
+    credentials = None
+    if config.tls_folder:
+        from hintfleet.tls import Tls  # late: memory that most guests save
 
-    credentials = Tls.read(config.tls_folder, server=False).for_client()
-    return aio.secure_channel(config.server, credentials, options=_CHANNEL_OPTIONS), identity
+        credentials = Tls.read(config.tls_folder, server=False).for_client()
+    return open_aio_channel(config.server, credentials, _CHANNEL_OPTIONS), identity
 
 
 async def _end_orphaned(channel: aio.Channel, after_s: int) -> None:

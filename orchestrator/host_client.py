@@ -14,6 +14,7 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
+from hintfleet.channels import open_aio_channel
 from hintfleet.errors import from_rpc_error
 from hintfleet.tls import Tls, client_credentials
 from hintfleet.v1 import host_pb2, host_pb2_grpc
@@ -41,7 +42,6 @@ _SERVICE_CONFIG = json.dumps(
 _OPTIONS = (
     ("grpc.service_config", _SERVICE_CONFIG),
     ("grpc.max_receive_message_length", 16 << 20),
-    ("grpc.enable_http_proxy", 0),
 )
 
 
@@ -56,7 +56,7 @@ class HostClient:
         """:raises InvalidInput: the address is not of this machine, and there is no TLS."""
         self._address = address
         self._timeouts = timeouts
-        self._channel = _channel(address, tls)
+        self._channel = open_aio_channel(address, client_credentials(address, tls), _OPTIONS)
         self._stub: host_pb2_grpc.HostServiceAsyncStub = host_pb2_grpc.HostServiceStub(
             self._channel
         )
@@ -128,10 +128,3 @@ class HostClient:
             return await call
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, f"{self._address}: {what}") from error
-
-
-def _channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
-    credentials = client_credentials(address, tls)
-    if credentials is None:
-        return grpc.aio.insecure_channel(address, options=_OPTIONS)
-    return grpc.aio.secure_channel(address, credentials, options=_OPTIONS)

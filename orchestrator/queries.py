@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import grpc
 
+from hintfleet.channels import open_channel
 from hintfleet.errors import from_rpc_error
 from hintfleet.tls import Tls, client_credentials
 from hintfleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -70,16 +71,8 @@ def not_done(
 
 @contextmanager
 def _service(address: str, tls: Tls | None) -> Iterator[fleet_pb2_grpc.FleetServiceStub]:
-    with _channel(address, tls) as channel:
+    with open_channel(address, client_credentials(address, tls)) as channel:
         try:
             yield fleet_pb2_grpc.FleetServiceStub(channel)
         except grpc.RpcError as error:
             raise from_rpc_error(error, f"fleet service at {address}") from error
-
-
-def _channel(address: str, tls: Tls | None) -> grpc.Channel:
-    options = (("grpc.enable_http_proxy", 0),)
-    credentials = client_credentials(address, tls)
-    if credentials is None:
-        return grpc.insecure_channel(address, options)
-    return grpc.secure_channel(address, credentials, options)

@@ -19,8 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-from grpc import aio
-
+from hintfleet.channels import open_aio_channel
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -57,9 +56,7 @@ class _Neighbour:
 
     def __init__(self, address: str, guest: dict[str, str]) -> None:
         # A connection of its own, as each guest has.
-        self._channel = aio.insecure_channel(
-            address, options=(("grpc.use_local_subchannel_pool", 1),)
-        )
+        self._channel = open_aio_channel(address, options=(("grpc.use_local_subchannel_pool", 1),))
         self._guest = guest
         self._ram = os.open(guest["ram"], os.O_RDWR)
         self._ranges = encode(RangeSet((n * _CHUNK_PAGES, _CHUNK_PAGES) for n in _CHUNKS))

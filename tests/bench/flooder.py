@@ -15,8 +15,7 @@ import os
 import sys
 from typing import Any
 
-from grpc import aio
-
+from hintfleet.channels import open_aio_channel
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -94,7 +93,7 @@ class Shredder(Flooder):
 async def main(address: str, kind: str, guest: dict[str, str]) -> None:
     """Be that kind of guest."""
     identity = pb.Identity(guest_uuid=guest["uuid"], token=guest["token"])
-    async with aio.insecure_channel(address) as channel:
+    async with open_aio_channel(address) as channel:
         call = HintingServiceStub(channel).Session()  # type: ignore[call-arg]
         await _KINDS[kind](call, guest).run(
             pb.Hello(identity=identity, page_size_bytes=4096, chunk_order=9)

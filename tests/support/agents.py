@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 
+from hintfleet.channels import open_channel
 from hintfleet.tls import Tls
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
@@ -170,7 +171,7 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
         )
         thread.start()
         served = started.get(timeout=HANG_S)
-        with grpc.insecure_channel(served.control) as channel:
+        with open_channel(served.control) as channel:
             yield InProcessHost(
                 stub=HostServiceStub(channel), guest_address=served.guest, registry=served.registry
             )
@@ -201,7 +202,7 @@ def running_host_agent(*arguments: str) -> Iterator[HostAgent]:
             addresses = json.loads(ready.readline())
         # Not the connection of a channel to an agent that was here before this one.
         alone = (("grpc.use_local_subchannel_pool", 1),)
-        channel = grpc.insecure_channel(addresses["control"], options=alone)
+        channel = open_channel(addresses["control"], options=alone)
         agent = HostAgent(
             process=process,
             guest_address=addresses["guest"],

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from hintfleet.channels import open_channel
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
@@ -25,7 +26,7 @@ class Speaker:
             # A window that does not grow: who does not read is soon sent no more.
             ("grpc.http2.bdp_probe", 0),
         )
-        self.channel = grpc.insecure_channel(address, options)
+        self.channel = open_channel(address, options=options)
         self.outbox: queue.SimpleQueue[pb.GuestMessage | None] = queue.SimpleQueue()
         self.call = HintingServiceStub(self.channel).Session(self.messages(), timeout=HANG_S)
 

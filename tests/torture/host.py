@@ -13,8 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpc import aio
-
+from hintfleet.channels import open_aio_channel
 from hintfleet.v1.host_pb2_grpc import HostServiceStub
 from tests.support.lab import processes_with
 from tests.support.relay import Address, Relay
@@ -62,7 +61,7 @@ class HostAgent:
         """A host agent until the block ends, and a client of it that outlives its deaths."""
         await self.start()
         try:
-            async with aio.insecure_channel(self.control, options=_OPTIONS) as channel:
+            async with open_aio_channel(self.control, options=_OPTIONS) as channel:
                 yield HostServiceStub(channel)
         finally:
             await self._stop()

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import grpc
 from google.protobuf.message import DecodeError
-from grpc import aio
 
+from hintfleet.channels import open_aio_channel
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 from tests.support.relay import Address
@@ -66,7 +66,7 @@ async def pretend(to: Address, hello: pb.Hello, hold_s: float) -> None:
 
     :raises grpc.RpcError: the host refused it, or had another session first.
     """
-    async with aio.insecure_channel(
+    async with open_aio_channel(
         str(to), options=(("grpc.use_local_subchannel_pool", 1),)
     ) as channel:
         call = HintingServiceStub(channel).Session(timeout=hold_s)  # type: ignore[call-arg]

@@ -56,6 +56,16 @@ def test_parts_meet_only_in_the_contract(package: str) -> None:
             assert not imported_modules(tree) & others, path
 
 
+def test_one_module_opens_channels() -> None:
+    openers = {"insecure_channel", "secure_channel"}
+    users = [
+        path.name
+        for path, tree in SOURCES.items()
+        if any(isinstance(node, ast.Attribute) and node.attr in openers for node in ast.walk(tree))
+    ]
+    assert users == ["channels.py"], "the one that no proxy gets in the way of"
+
+
 @pytest.mark.parametrize("library", ["libvirt", "ray", "cryptography"])
 def test_one_module_imports(library: str) -> None:
     users = [path for path, tree in SOURCES.items() if library in imported_modules(tree)]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import grpc
 
+from hintfleet.channels import open_channel
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -99,7 +100,7 @@ class _Door:
 def _opened() -> Iterator[TryInput]:
     with patience(), host_in_process() as host:
         watch = host.watch(timeout_s=24 * 3600)
-        with grpc.insecure_channel(host.guest_address) as channel:
+        with open_channel(host.guest_address) as channel:
             door = _Door(host, channel)
             yield door.try_input
             door.neighbour_goes_on()

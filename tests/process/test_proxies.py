@@ -1,0 +1,87 @@
+"""Proxies in the environment, as many a company's machine has them: everything of ours and of
+Ray's passes them by. They are closed ports: what tried to use one would fail."""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from orchestrator.host_client import HostClient
+from orchestrator.spec import Timeouts
+from tests.support.agents import running_host_agent
+from tests.support.lab import Lab, made_lab, result
+
+SPEC = """\
+name: tiny
+driver: embedded
+hosts: {count: 1, memory: 256MiB}
+guests: {per_host: 1, memory: 64MiB}
+workload:
+  phases:
+    - {allocate: 40MiB}
+    - {free: 75%, settle: true}
+arms:
+  - {name: none, method: none}
+  - {name: bitmap, method: hinting}
+repetitions: 2
+timeouts: {create: 20s}
+"""
+PROXIES = ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy")
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    with made_lab(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def proxies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For this process and all that it starts."""
+    with socket.socket() as bound:  # and never listening
+        bound.bind(("127.0.0.1", 0))
+        for name in PROXIES:
+            for spelling in (name, name.upper()):
+                monkeypatch.setenv(spelling, f"http://127.0.0.1:{bound.getsockname()[1]}")
+        yield
+
+
+def test_a_run_on_this_machine(lab: Lab) -> None:
+    data = result(lab.run("run", lab.spec(SPEC), "-o", "json"))
+    assert data["state"] == "done"
+    lab.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("how", ["unix-abstract", "TCP"])
+def test_guests_reach_their_host_agent(how: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    tcp = ("--guest-listen", address, "--guest-advertise", address)
+    with running_host_agent(*(tcp if how == "TCP" else ())) as host:
+        host.watch()
+        host.create()
+        host.allocate(16 * MIB)
+        host.free(16 * MIB)
+        assert host.settle().ledger.reclaimed_now_bytes > 0
+
+
+def test_the_orchestrator_reaches_a_host_agent() -> None:
+    async def name_of(address: str) -> str:
+        async with HostClient(address, Timeouts()) as client:
+            return (await client.get_host(host_pb2.EMBEDDED, wait=False)).name
+
+    with running_host_agent("--listen", "127.0.0.1:0", "--name", "near") as host:
+        assert asyncio.run(name_of(host.control)) == "near"
+
+
+def test_queries_reach_the_fleet_service(lab: Lab) -> None:
+    with lab.started("serve", "--listen", "127.0.0.1:0") as server:
+        assert server.stderr is not None
+        address = server.stderr.readline().split()[-1]
+        there = lab.run("savings", "--server", address)
+        here = lab.run("savings")
+        assert (there.returncode, there.stderr) == (here.returncode, here.stderr)
