@@ -26,7 +26,8 @@ Examples:
   hintfleet savings --by host --since 1h
 
 \b
-Environment: HINTFLEET_TLS, LIBVIRT_DEFAULT_URI, RAY_ADDRESS, XDG_DATA_HOME, NO_COLOR.
+Environment: HINTFLEET_TLS, LIBVIRT_DEFAULT_URI, XDG_DATA_HOME, NO_COLOR; RAY_ADDRESS
+(HOST:PORT of a Ray cluster that this machine is a node of, or auto). Proxies are not used.
 Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 undecided (no figure can
 be given), 130 interrupted.
 Shell completion: eval "$(_HINTFLEET_COMPLETE=bash_source hintfleet)"

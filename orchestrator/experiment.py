@@ -171,8 +171,8 @@ def run_experiment(
 
     :param retries: how often a trial that was lost with its host is run again.
     :param check: called several times a second; what it raises ends the run.
-    :raises InvalidInput: the machine has not the memory, or a host's address needs TLS.
-        Nothing was started then.
+    :raises InvalidInput: the machine has not the memory, a host's address needs TLS, or
+        RAY_ADDRESS is malformed. Nothing was started then.
     :raises HintfleetError: a host cannot be reached or used, or results cannot be
         stored. The run is stored as failed if it had begun; all guests and processes
         are gone.
@@ -186,10 +186,11 @@ def run_experiment(
     if problem := problem or hosts_problem(spec, encrypted=bool(tls_folder)):
         raise experiment.loaded.error([problem])
     kept = {t.position for t in experiment.trials} - {t.position for t in left}
+    fleet = fleet_ray.Fleet(_places(spec, header.libvirt_uri, tls_folder))
     view.starting(header, experiment.trials, kept)
     # The run is stored before the fleet is ended: that takes its time.
     with (
-        fleet_ray.Fleet(_places(spec, header.libvirt_uri, tls_folder)) as fleet,
+        fleet,
         RunWriter(store, header, experiment.again) as writer,
     ):
         for _ in range(1 + retries):

@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -25,9 +24,11 @@ from hintfleet.owned_folders import OwnedFolder
 from orchestrator.host_session import HostPlace, HostSession
 from orchestrator.machine import runtime_dirs
 from orchestrator.plan import HostTask
+from orchestrator.ray_cluster import ClusterWatch, check_answers, cluster_address, nobody_answers
 from orchestrator.records import HostDone, Record
 
 if TYPE_CHECKING:
+    import grpc
     from ray import ObjectRef
 
 _OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum is 75 MiB; samples are small
@@ -52,18 +53,19 @@ class Fleet:
     """
 
     def __init__(self, places: Mapping[str, HostPlace]) -> None:
+        """:raises InvalidInput: RAY_ADDRESS is no address of a cluster."""
         self._places = places
+        self._address = cluster_address(os.environ)
         self._runtime_dir: OwnedFolder | None = None  # of a private cluster
+        self._cluster: ClusterWatch | None = None
         self._actors: dict[str, Any] = {}
         self._started: Counter[str] = Counter()
-        # Ray says on our stdout what befell its workers; that is for data.
-        self._stdout = redirect_stdout(sys.stderr)
 
     def __enter__(self) -> Fleet:
-        self._stdout.__enter__()
         try:
-            self._runtime_dir = None if _cluster_address() else runtime_dirs().make()
-            _init_ray(self._runtime_dir.path if self._runtime_dir else None)
+            self._runtime_dir = None if self._address else runtime_dirs().make()
+            _init_ray(self._address, self._runtime_dir.path if self._runtime_dir else None)
+            self._cluster = _watch()
             self._start_actors(list(self._places))
         except BaseException:
             self.close()
@@ -88,7 +90,8 @@ class Fleet:
 
         :param check: called several times a second, also while there are no records, as when
             guests boot; what it raises ends the trial.
-        :raises HintfleetError: a host cannot run this, or was lost and did not come back.
+        :raises HintfleetError: a host cannot run this, or was lost and did not come back; or
+            the cluster is gone.
         """
         import ray
 
@@ -98,7 +101,7 @@ class Fleet:
             for host, task in tasks.items()
         }
         while streams:
-            ready, _ = ray.wait(list(streams), timeout=_POLL_S)
+            ready = self._ready(streams)
             check()
             for stream in ready:
                 host = streams[stream]
@@ -106,7 +109,8 @@ class Fleet:
                     yield _get(next(cast("Iterator[ObjectRef[Any]]", stream)))
                 except StopIteration:
                     del streams[stream]
-                except ray.exceptions.RayActorError as error:
+                # ObjectLostError: of a record that was still on a node that died.
+                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                     del streams[stream]
                     yield self._lost(tasks[host], error)
 
@@ -116,7 +120,12 @@ class Fleet:
 
         with _undisturbed():
             actors, self._actors = self._actors, {}
-            if ray.is_initialized():
+            cluster, self._cluster = self._cluster, None
+            if cluster is not None:
+                cluster.close()
+            # On a cluster that is gone nobody hears: actors end with their node, and with
+            # them the pipes that keep host agents and guests.
+            if ray.is_initialized() and not (cluster and cluster.lost):
                 stopping = [actor.stop.remote() for actor in actors.values()]
                 if stopping:
                     ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_TIMEOUT_S)
@@ -125,7 +134,6 @@ class Fleet:
             ray.shutdown()
             if self._runtime_dir is not None:
                 self._runtime_dir.remove()
-            self._stdout.__exit__(None, None, None)
 
     def _start_actors(self, hosts: list[str]) -> None:
         import ray
@@ -135,11 +143,26 @@ class Fleet:
         )(_HostActor)
         for host in hosts:
             self._actors[host] = actor_class.remote(self._places[host], self._folder(host))
-        for host, opening in [(host, self._actors[host].open.remote()) for host in hosts]:
-            try:
-                _get(opening)
-            except ray.exceptions.RayActorError as error:
-                raise TransientError(f"{host}: {_said(error)}") from error
+        opening = {self._actors[host].open.remote(): host for host in hosts}
+        while opening:
+            for done in self._ready(opening):
+                host = opening.pop(done)
+                try:
+                    _get(done)
+                except ray.exceptions.RayActorError as error:
+                    raise TransientError(f"{host}: {_said(error)}") from error
+
+    def _ready(self, refs: Collection[Any]) -> list[Any]:
+        """Those that are ready within a moment.
+
+        :raises TransientError: the cluster is gone, so that none will ever be.
+        """
+        import ray
+
+        ready, _ = ray.wait(list(refs), timeout=_POLL_S)
+        if self._cluster is not None:
+            self._cluster.check()
+        return ready
 
     def _folder(self, host: str) -> Path | None:
         """A new one each time: the host agent of an actor that died may not have done
@@ -162,8 +185,13 @@ class Fleet:
 
 
 def _said(error: Exception) -> str:
-    """Why an actor died, in a line: Ray says where and how on many more."""
-    return f"its actor died: {(str(error).splitlines() or [repr(error)])[0]}"
+    """Why an actor died."""
+    return f"its actor died: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    """Ray says where and how on many more."""
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 class _HostActor:
@@ -187,32 +215,33 @@ class _HostActor:
         await self._session.close()
 
 
-def _cluster_address() -> str:
-    address = os.environ.get("RAY_ADDRESS", "")
-    return "" if address == "local" else address
-
-
-def _init_ray(runtime_dir: Path | None) -> None:
+def _init_ray(address: str, runtime_dir: Path | None) -> None:
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     with _own_sigterm():
         if runtime_dir is None:
-            _connect(_cluster_address(), quiet)
+            _connect(address, quiet)
         else:
             _start_private(runtime_dir, quiet)
 
 
 def _connect(address: str, quiet: dict[str, Any]) -> None:
     import ray
+    from ray._private.services import canonicalize_bootstrap_address
 
     try:
+        # What Ray makes of `auto`, and of a loopback address: one that others can reach.
+        gcs_address = canonicalize_bootstrap_address(address) or address
+        where = address if address == gcs_address else f"{address} ({gcs_address})"
+        with _gcs_channel(gcs_address) as channel:
+            # Ray finds the token of a cluster by itself only for `auto`.
+            check_answers(where, *_check_alive(channel), needs_token=address != "auto")
         ray.init(address=address, **quiet)
+    except HintfleetError:
+        raise
     except Exception as error:
-        raise TransientError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}",
-            hint="unset RAY_ADDRESS to run on this machine alone",
-        ) from error
+        raise nobody_answers(address, str(error.__cause__ or error)) from error
 
 
 def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:
@@ -223,24 +252,57 @@ def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:
         # Ray resolves 127.0.0.1 to an address that others can reach, unless clusters
         # are off (as they are elsewhere than on Linux): ray/_private/services.py.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Off by default; who has it on means other clusters, not this one on loopback.
+        "RAY_grpc_enable_http_proxy": "0",
     }
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        _temp_dir=str(runtime_dir / "ray"),
-        _node_ip_address="127.0.0.1",
-        **quiet,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=str(runtime_dir / "ray"),
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+    except Exception as error:  # a bare one, where a process of Ray's does not start (node.py)
+        raise TransientError(f"Ray did not start: {_first_line(error)}") from error
+
+
+def _gcs_channel(address: str) -> grpc.Channel:
+    """A channel as Ray opens its own: with its tokens, its TLS, its choice of proxies."""
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
+
+    return cast("grpc.Channel", init_grpc_channel(address, GLOBAL_GRPC_OPTIONS))
+
+
+def _check_alive(channel: grpc.Channel, *node_ids: bytes) -> tuple[Any, Any]:
+    """The GCS's method that says whether it and these nodes live, and the request for it."""
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    pb2: Any = gcs_service_pb2
+    rpc: Any = gcs_service_pb2_grpc
+    stub = rpc.NodeInfoGcsServiceStub(channel)
+    return stub.CheckAlive, pb2.CheckAliveRequest(node_ids=node_ids)
+
+
+def _watch() -> ClusterWatch:
+    """Watch the cluster that this process is connected to."""
+    import ray
+
+    context = ray.get_runtime_context()
+    channel = _gcs_channel(context.gcs_address)
+    return ClusterWatch(channel, *_check_alive(channel, bytes.fromhex(context.get_node_id())))
 
 
 def _get(ref: ObjectRef[Any]) -> Any:
     """The value behind a reference, or the error that an actor raised, as it raised it.
 
     :raises ray.exceptions.RayActorError: the actor is gone.
+    :raises ray.exceptions.ObjectLostError: the value was on a node that is gone.
     """
     import ray
 
@@ -250,6 +312,10 @@ def _get(ref: ObjectRef[Any]) -> Any:
         if isinstance(error.cause, HintfleetError):
             raise error.cause from None
         raise HintfleetError(f"a host's actor failed: {error.cause!r}") from error
+    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
+        raise
+    except ray.exceptions.RayError as error:
+        raise TransientError(f"Ray failed: {_first_line(error)}") from error
 
 
 @contextmanager

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -115,15 +114,19 @@ def _run(
     from hintfleet.errors import HintfleetError
     from orchestrator.commands.show_run import say_how_to_go_on
     from orchestrator.experiment import run_experiment
+    from orchestrator.stray_output import stray_output_in
 
     run_id = experiment.header.run_id
     if experiment.is_over:
         click.echo(f"run {run_id} has no trial left to run", err=True)
         return
+    log = _log(run_id, store.folder)
     try:
-        with _view() as view:
+        with stray_output_in(log) as terminal, _view(terminal) as view:
             run_experiment(experiment, store, view, retries, tls_folder, interrupts.check)
     except HintfleetError as error:
+        if log.exists():
+            error.hint += f"{'; ' if error.hint else ''}read what Ray said: {log}"
         if store.has_run(run_id):
             go_on = f"hintfleet run --resume {run_id[-6:]}"
             error.hint += f"; then {go_on}" if error.hint else go_on
@@ -134,9 +137,16 @@ def _run(
         raise
 
 
+def _log(run_id: str, folder: Path) -> Path:
+    """Where what Ray says in a run goes; there only if it said anything."""
+    return folder / "logs" / f"{run_id}.log"
+
+
 def _say_where_it_is(run_id: str, folder: Path) -> None:
     """What to do next, on stderr; the end of an id is enough to name a run."""
     short = run_id[-6:]
+    if (log := _log(run_id, folder)).exists():
+        click.echo(f"\nwarning: something went wrong that Ray tells of in {log}", err=True)
     click.echo(
         f"\nkept in {folder}\n"
         f"next: hintfleet show {short}      its trials\n"
@@ -165,10 +175,10 @@ class Interrupts:
         raise KeyboardInterrupt
 
 
-def _view() -> LiveView | PlainView:
+def _view(terminal: TextIO) -> LiveView | PlainView:
     from rich.console import Console
 
     from orchestrator.view.live import LiveView, PlainView
 
-    console = Console(stderr=True)
-    return LiveView(console) if sys.stderr.isatty() else PlainView(console)
+    console = Console(file=terminal)
+    return LiveView(console) if terminal.isatty() else PlainView(console)

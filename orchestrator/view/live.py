@@ -36,6 +36,9 @@ class LiveView:
             console=console,
             refresh_per_second=_FRAMES_PER_S,
             transient=True,
+            # Nothing else writes there meanwhile (orchestrator/stray_output.py).
+            redirect_stdout=False,
+            redirect_stderr=False,
             get_renderable=self._render,
         )
 

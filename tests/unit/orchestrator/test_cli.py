@@ -56,6 +56,31 @@ def test_bad_input(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://127.0.0.1:10001", "RAY_ADDRESS=auto"),
+        *((wrong, "HOST:PORT") for wrong in ("head", ":6379", "http://head:6379", " ", "head:x")),
+    ],
+)
+def test_a_malformed_address_of_ray(
+    address: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert run_command(["run", "quickstart"]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    error, hint = err.splitlines()
+    assert error.startswith("error: RAY_ADDRESS=")
+    assert said in hint
+    assert "unset RAY_ADDRESS" in hint
+
+
 def test_more_memory_than_the_machine_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

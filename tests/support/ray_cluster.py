@@ -1,0 +1,89 @@
+"""A Ray cluster as a user starts one: a head and more nodes, by `ray start` on this machine."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.agents import wait_until
+from tests.support.lab import Lab, parent_pid
+
+_RAY = Path(sys.executable).with_name("ray")
+_ENVIRONMENT = {
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Its nodes listen where others can reach them.
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
+}
+_NODE = (
+    *("--block", "--disable-usage-stats", "--num-cpus=1", "--object-store-memory=83886080"),
+    *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayCluster:
+    """A running cluster.
+
+    :ivar environment: what its users have set.
+    :ivar raylets: process ids, the head's first.
+    """
+
+    environment: dict[str, str]
+    raylets: list[int]
+
+    def raylet_of_an_actor(self, lab: Lab, *, head: bool) -> int:
+        """The raylet of the head, or of another node; waits until an actor of ours is on it."""
+        wanted = self.raylets[:1] if head else self.raylets[1:]
+
+        def found() -> list[int]:
+            actors = lab.find("ray::_HostActor")
+            return [pid for pid in map(parent_pid, actors) if pid in wanted]
+
+        wait_until(lambda: bool(found()), "an actor on that node", 30)
+        return found()[0]
+
+
+@contextmanager
+def ray_cluster(lab: Lab, nodes: int) -> Iterator[RayCluster]:
+    """A cluster until the block ends; its processes bear the lab's mark."""
+    port = _free_port()
+    head = ("--head", f"--port={port}", "--include-dashboard=false", "--ray-client-server-port=0")
+    head = (*head, f"--temp-dir={lab.temporary}/ray")
+    raylets: list[int] = []
+    with ExitStack() as stack:
+        for arguments in (head, *[(f"--address=127.0.0.1:{port}",)] * (nodes - 1)):
+            log = lab.folder / f"ray-node-{len(raylets)}.log"
+            stack.enter_context(_node(arguments, lab.environment | _ENVIRONMENT, log))
+            raylets += set(lab.find("raylet/raylet ")) - set(raylets)
+        yield RayCluster(
+            environment=_ENVIRONMENT | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, raylets=raylets
+        )
+
+
+@contextmanager
+def _node(arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> Iterator[None]:
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [str(_RAY), "start", *arguments, *_NODE], env=environment, stdout=file, stderr=file
+        )
+    try:
+        wait_until(lambda: "block forever" in log.read_text(), f"a node of Ray: {log}", 60)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
