@@ -10,7 +10,7 @@ import sys
 from threading import Thread
 from typing import NoReturn
 
-from hintfleet import __version__
+from hintfleet import __version__, program
 
 _PR_SET_THP_DISABLE = 41  # include/uapi/linux/prctl.h
 
@@ -32,6 +32,13 @@ configuration, 130 interrupted
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the agent; never returns."""
+    tell = program.prepare("hintfleet-guest")
+    code = program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet")
+    # Not sys.exit: a workload thread inside gRPC would hold the process up.
+    os._exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hintfleet-guest",
         description=_DESCRIPTION,
@@ -43,10 +50,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         "--workload-only", action="store_true", help="run workloads for the host, do not hint"
     )
     parser.add_argument("--version", action="version", version=f"hintfleet-guest {__version__}")
-    arguments = parser.parse_args(argv)
-    if not arguments.workload_only:
-        _avoid_huge_pages()
-    _run(arguments.config, arguments.workload_only)
+    return parser
 
 
 def _avoid_huge_pages() -> None:
@@ -58,27 +62,20 @@ def _avoid_huge_pages() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0)))
 
 
-def _run(config_path: str, workload_only: bool) -> NoReturn:
+def _run(arguments: argparse.Namespace) -> None:
+    if not arguments.workload_only:
+        _avoid_huge_pages()
     # Late: most of an agent's memory comes with gRPC.
     from guest_agent import agent, config
-    from hintfleet.errors import ExitCode, HintfleetError
 
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(ExitCode.DONE))
-    try:
-        settings = config.read(config_path)
-        if config_path == "-" and not settings.orphan_after_s:
-            Thread(target=_end_with_stdin, name="lifeline", daemon=True).start()
-        if workload_only:
-            agent.run_workload_only(settings)
-        else:
-            agent.run(settings)
-    except HintfleetError as error:
-        print(f"hintfleet-guest: {error}", file=sys.stderr, flush=True)
-        # Not sys.exit: a workload thread inside gRPC would hold the process up.
-        os._exit(error.exit_code)
-    except KeyboardInterrupt:
-        os._exit(ExitCode.INTERRUPTED)
-    os._exit(ExitCode.DONE)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    settings = config.read(arguments.config)
+    if arguments.config == "-" and not settings.orphan_after_s:
+        Thread(target=_end_with_stdin, name="lifeline", daemon=True).start()
+    if arguments.workload_only:
+        agent.run_workload_only(settings)
+    else:
+        agent.run(settings)
 
 
 def _end_with_stdin() -> None:

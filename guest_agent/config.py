@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hintfleet.errors import InvalidInput
+from hintfleet.files import read_at_most
 
 METHODS = ("none", "hinting")
 MEMORIES = ("kernel", "embedded")
 ISOLATORS = ("kmod", "hugetlb", "embedded")
+_MOST_BYTES = 1 << 16
 TRACKERS = ("", "bitmap", "reported")
 
 
@@ -19,7 +21,8 @@ TRACKERS = ("", "bitmap", "reported")
 class Config:
     """What the agent is to do. Every field but the first three has a default.
 
-    :ivar server: the host agent's address: `HOST:PORT` or `unix:PATH`.
+    :ivar server: the host agent's address, as gRPC takes it: `HOST:PORT` or `unix:PATH`, where
+        PATH is percent-encoded.
     :ivar tls_folder: ca.pem, cert.pem and key.pem for a server that wants them; empty for
         plain text.
     :ivar method: `hinting`, or `none` for a guest that only runs workloads.
@@ -56,13 +59,13 @@ def read(path: str) -> Config:
 
     :raises InvalidInput: it cannot be read, or is none.
     """
-    if path == "-":
-        return parse(sys.stdin.readline())
     try:
-        with open(path) as file:
-            return parse(file.read())
-    except OSError as error:
-        raise InvalidInput(f"cannot read the configuration: {error}") from error
+        if path == "-":
+            return parse(sys.stdin.readline(_MOST_BYTES))
+        return parse(read_at_most(path, _MOST_BYTES).decode())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidInput(f"cannot read the configuration {path}: {reason}") from error
 
 
 def parse(text: str) -> Config:

@@ -14,10 +14,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from hintfleet import __version__
-from hintfleet.errors import ExitCode, HintfleetError, InvalidInput, Refused
+from hintfleet import __version__, program
+from hintfleet.addresses import socket_path
+from hintfleet.errors import InvalidInput, Refused
 from hintfleet.units import parse_size
 
 _DESCRIPTION = """\
@@ -33,32 +34,29 @@ examples:
   hintfleet-host --doctor                          what this host can run, as JSON
 
 environment: LIBVIRT_DEFAULT_URI, XDG_RUNTIME_DIR, HINTFLEET_IMAGE_DIR
-exit codes: 0 stopped, 1 failed, 2 wrong usage
+exit codes: 0 stopped, 1 failed, 2 wrong usage, 130 interrupted before it served
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Serve until SIGTERM, SIGINT or the end of --lifeline-fd.
 
     Under --state guests survive all but the last.
     """
-    arguments = _parser().parse_args(argv)
-    try:
-        if arguments.doctor:
-            # Late: a doctor must be able to tell that something cannot be imported.
-            from host_agent.doctor import examine
+    tell = program.prepare("hintfleet-host")
+    sys.exit(program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet[host]"))
 
-            print(json.dumps(examine(arguments.libvirt_uri), indent=2))
-        elif arguments.leaks or arguments.clean:
-            print(json.dumps(_leaks(arguments), indent=2))
-        else:
-            asyncio.run(_serve(arguments))
-    except HintfleetError as error:
-        print(f"hintfleet-host: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except ImportError as error:
-        print(f"hintfleet-host: {error}\n  try: pip install 'hintfleet[host]'", file=sys.stderr)
-        sys.exit(ExitCode.FAILED)
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.doctor:
+        # Late: a doctor must be able to tell that something cannot be imported.
+        from host_agent.doctor import examine
+
+        print(json.dumps(examine(arguments.libvirt_uri), indent=2))
+    elif arguments.leaks or arguments.clean:
+        print(json.dumps(_leaks(arguments), indent=2))
+    else:
+        asyncio.run(_serve(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,9 +172,15 @@ async def _serve(arguments: argparse.Namespace) -> None:
     from host_agent.server import Settings, serving
     from host_agent.steady import keep_latency_steady
 
-    if arguments.listen.startswith("unix:"):
-        folder = Path(arguments.listen.removeprefix("unix:")).parent
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if socket := socket_path(arguments.listen):
+        folder = socket.parent
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(
+                f"cannot make the socket's folder {folder}: {error.strerror}",
+                hint="choose another --listen unix:PATH",
+            ) from error
         if arguments.listen == _default_socket():
             _refuse_if_not_ours(folder, Path(tempfile.gettempdir()))
     keep_latency_steady()

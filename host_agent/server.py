@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from hintfleet.addresses import is_unix, plain_text_problem
+from hintfleet.addresses import (
+    check_address,
+    grpc_target,
+    is_unix,
+    plain_text_problem,
+    socket_path,
+)
 from hintfleet.errors import Refused
 from hintfleet.tls import Tls, listen
 from hintfleet.v1 import host_pb2
@@ -120,8 +127,8 @@ async def _serving(settings: Settings, state: State | None) -> AsyncIterator[Ser
     guest_server = aio.server(options=GUEST_OPTIONS)
     door = _open_guest_door(guest_server, settings, state)
     control_server = aio.server(options=_CONTROL_OPTIONS, interceptors=[ForOperators()])
-    if is_unix(settings.listen):
-        _refuse_if_taken(settings.listen)
+    if socket_file := socket_path(check_address(settings.listen)):
+        _refuse_if_taken(socket_file)
     control_address = listen(control_server, settings.listen, settings.tls)
     registry = Registry(_drivers(settings, door, state), state)
     if state is not None:
@@ -146,24 +153,30 @@ async def _serving(settings: Settings, state: State | None) -> AsyncIterator[Ser
         await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
         await registry.leave()  # before the state's lock is let go of
         await registry.close()
-        if settings.listen.startswith("unix:"):
+        if socket_file is not None:
             with contextlib.suppress(FileNotFoundError):
-                Path(settings.listen.removeprefix("unix:")).unlink()
+                socket_file.unlink()
 
 
-def _refuse_if_taken(address: str) -> None:
+def _refuse_if_taken(path: Path) -> None:
     """gRPC would put its own socket in place of one that somebody listens at.
 
-    :raises Refused: somebody does.
+    :raises Refused: somebody does, or it cannot be found out.
     """
-    path = address.removeprefix("unix:")
-    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+    try:
         with socket(AF_UNIX) as probe:
-            probe.connect(path)
+            probe.connect(os.fspath(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        return
+    except OSError as error:
         raise Refused(
-            f"another host agent listens on {address}",
-            hint="stop that one, or choose another --listen address",
-        )
+            f"cannot listen on unix:{path}: {error.strerror}",
+            hint="choose another --listen address",
+        ) from error
+    raise Refused(
+        f"another host agent listens on unix:{path}",
+        hint="stop that one, or choose another --listen address",
+    )
 
 
 def _open_guest_door(server: aio.Server, settings: Settings, state: State | None) -> Door:
@@ -180,7 +193,7 @@ def _drivers(
     survival = None
     if state is not None:
         survival = Survival(folder=state.guests_folder, orphan_after_s=settings.orphan_after_s)
-    told = settings.guest_advertise
+    told = grpc_target(settings.guest_advertise)
     libvirt = LibvirtDriver(
         settings.libvirt_uri,
         guest_server=told or _as_guests_see_it(door.address),

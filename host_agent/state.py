@@ -195,7 +195,10 @@ def opened(folder: Path) -> Iterator[State]:
             _remove_all_but(boot, folder)
             state = State(folder / boot)
         except OSError as error:
-            raise Refused(f"cannot keep state in {folder}: {error.strerror}") from error
+            raise Refused(
+                f"cannot keep state in {folder}: {error.strerror}",
+                hint="choose another folder with --state",
+            ) from error
         stack.callback(state.close)
         yield state
 

@@ -1,5 +1,24 @@
-"""`python -m orchestrator` is `hintfleet`."""
+"""The entry point of `hintfleet`, and `python -m orchestrator`."""
 
-from orchestrator.cli import main
+from __future__ import annotations
 
-main()
+import sys
+from typing import NoReturn
+
+from hintfleet import program
+
+
+def main() -> NoReturn:
+    """Run a command and end the process with its exit code."""
+    tell = program.prepare("hintfleet")
+    sys.exit(program.run(_command, tell, "hintfleet[orchestrator]"))
+
+
+def _command() -> int:
+    from orchestrator.cli import run_command  # late: it needs what may not be installed
+
+    return run_command(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

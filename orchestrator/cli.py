@@ -3,10 +3,11 @@ that `--help` is fast; data goes to stdout, all else to stderr."""
 
 from __future__ import annotations
 
-import sys
+from contextlib import suppress
 
 import click
 
+from hintfleet import program
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.experiments import experiments
 from orchestrator.commands.pki import pki
@@ -63,34 +64,22 @@ for command in (doctor, experiments, pki, report, run, runs, show, savings, serv
     cli.add_command(command)
 
 
-def main() -> None:
-    """The entry point: runs a command and ends the process with its exit code."""
-    sys.exit(run_command(sys.argv[1:]))
-
-
 def run_command(arguments: list[str]) -> int:
     """Run a command line; returns its exit code. Errors are told on stderr."""
+    return program.run(lambda: _invoke(arguments), _tell, "hintfleet[orchestrator]")
+
+
+def _invoke(arguments: list[str]) -> int:
     try:
         return int(cli.main(arguments, prog_name="hintfleet", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output has had enough; nothing is left to say.
-        sys.stdout = None
-        return 1
-    except Exception as error:
-        from hintfleet.errors import HintfleetError
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
 
-        if not isinstance(error, HintfleetError):
-            raise
+
+def _tell(message: str) -> None:
+    with suppress(OSError):
         click.secho("error: ", fg="red", bold=True, err=True, nl=False)
-        click.echo(str(error), err=True)
-        return int(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()
+    program.say(message)

@@ -36,7 +36,8 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hintfleet.errors import InvalidInput, Refused
-from hintfleet.tls import CA_FILE, CERT_FILE, KEY_FILE, Peer, Role
+from hintfleet.files import read_at_most
+from hintfleet.tls import CA_FILE, CERT_FILE, KEY_FILE, MOST_BYTES, Peer, Role
 
 CA_KEY_FILE = "ca.key"
 _ISSUED = "issued"
@@ -304,7 +305,7 @@ def _pem_of(key: _Key) -> bytes:
 
 def _read_certificate(path: Path) -> x509.Certificate:
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        return x509.load_pem_x509_certificate(read_at_most(path, MOST_BYTES))
     except OSError as error:
         raise InvalidInput(
             f"cannot read {path}: {error.strerror}", hint="`hintfleet pki init` makes an authority"
@@ -315,7 +316,7 @@ def _read_certificate(path: Path) -> x509.Certificate:
 
 def _read_key(path: Path) -> _Key:
     try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        key = load_pem_private_key(read_at_most(path, MOST_BYTES), password=None)
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:

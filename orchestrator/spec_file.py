@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from hintfleet.errors import InvalidInput
+from hintfleet.files import read_at_most
 from orchestrator import catalogue, spec_checks
 from orchestrator.spec import (
     Arm,
@@ -107,17 +107,19 @@ def _under(data: dict[str, Any], driver: Any) -> dict[str, Any]:
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
-    path = Path(name_or_path)
     if name_or_path in catalogue.names():
         return catalogue.text(name_or_path), f"{name_or_path} (catalogue)"
-    if not path.is_file():
-        raise _no_such_spec(name_or_path)
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InvalidInput(f"{path} is larger than {_MAX_FILE_BYTES} bytes: no spec")
-        return path.read_text(encoding="utf-8"), str(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read {path}: {error}") from error
+        content = read_at_most(name_or_path, _MAX_FILE_BYTES)
+        return content.decode().replace("\r\n", "\n"), name_or_path
+    except FileNotFoundError:
+        raise _no_such_spec(name_or_path) from None
+    except OSError as error:
+        raise InvalidInput(f"cannot read the spec {name_or_path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            f"cannot read the spec {name_or_path}: it is not UTF-8: {error}"
+        ) from error
 
 
 def _no_such_spec(name: str) -> InvalidInput:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hintfleet.errors import Refused
+from hintfleet.files import read_at_most
 
+_MOST_MANIFEST_BYTES = 1 << 20
 _BUILD_HINT = "make image (or set HINTFLEET_IMAGE_DIR to where it was built)"
 
 
@@ -60,7 +62,7 @@ def find_image(images: Path | None = None) -> GuestImage:
     manifest = current / "image.json"
     try:
         directory = current.resolve(strict=True)
-        release = json.loads(manifest.read_text())["kernel"]
+        release = json.loads(read_at_most(manifest, _MOST_MANIFEST_BYTES))["kernel"]
         image = GuestImage(directory=directory, kernel_release=release)
         for path in (image.kernel, image.initrd, image.root_disk):
             with path.open("rb") as file:

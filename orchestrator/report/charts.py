@@ -42,7 +42,9 @@ def resident_chart(contents: Contents) -> VegaLite:
         _names(contents, unit_bytes, end_s),
     ]
     return _styled(
-        alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT, title=_title(contents))
+        alt.layer(*layers).properties(
+            width=_WIDTH, height=_height(contents), title=_title(contents)
+        )
     )
 
 
@@ -175,7 +177,7 @@ def _names(contents: Contents, unit_bytes: int, end_s: float) -> alt.Chart:
     saved = {row.arm: row.saved_bytes for row in contents.rows}
     top = max(float(c.high_bytes.max()) for c in contents.curves) * _HEADROOM
     ends = {c.arm: float(c.mean_bytes[-1]) for c in contents.curves}
-    heights = _spread(ends, _LABEL_PX / _HEIGHT * top)
+    heights = _spread(ends, _LABEL_PX / _height(contents) * top, top)
     values = [
         {"arm": arm, "at_s": end_s, "y": height / unit_bytes, "text": _name(arm, saved.get(arm))}
         for arm, height in heights.items()
@@ -199,13 +201,22 @@ def _name(arm: str, saved: Any) -> str:
     return f"{arm}: {saved.mean / MIB:.0f} MiB saved"
 
 
-def _spread(wanted: dict[str, float], distance: float) -> dict[str, float]:
-    """Heights as near to the wanted ones as a distance between them allows, none below 0."""
+def _height(contents: Contents) -> int:
+    """In pixels: each arm's name has room beside the plot."""
+    return max(_HEIGHT, len(contents.curves) * _LABEL_PX)
+
+
+def _spread(wanted: dict[str, float], distance: float, highest: float) -> dict[str, float]:
+    """Heights as near to the wanted ones as a distance between them allows, from 0 to
+    `highest`, where that has room for all."""
     found: dict[str, float] = {}
     lowest = 0.0
     for arm, height in sorted(wanted.items(), key=lambda item: item[1]):
         found[arm] = max(height, lowest)
         lowest = found[arm] + distance
+    for arm in reversed(found):
+        found[arm] = min(found[arm], highest)
+        highest = found[arm] - distance
     return found
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from hintfleet.errors import HintfleetError, LimitExceeded, Refused
 
 _BUSY_TIMEOUT_S = 10.0
+_FULL = ("is full", "No space left", "File too large", "quota exceeded")
+"""What SQLite, DuckDB and the kernel (ENOSPC, EFBIG, EDQUOT) say of a disk."""
 
 # Migration i takes a database from version i to i + 1 (PRAGMA user_version).
 _MIGRATIONS = (
@@ -140,7 +142,9 @@ def reported(path: Path) -> Iterator[None]:
 def storage_error(path: Path, error: Exception) -> HintfleetError:
     """What a failed write or read at `path` means."""
     said = str(error)
-    if "is full" in said or "No space left" in said or "File too large" in said:
+    if isinstance(error, OSError):
+        said, path = error.strerror or said, Path(error.filename or path)
+    if any(words in said for words in _FULL):
         return LimitExceeded(
             f"the disk is full: cannot write results to {path.parent} ({said})",
             hint="make room, or choose another folder with --data-dir; what was stored is intact",

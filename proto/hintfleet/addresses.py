@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+from pathlib import Path
+from urllib.parse import quote
 
 from hintfleet.errors import InvalidInput
 
@@ -13,15 +16,43 @@ ENCRYPT_HINT = (
 )
 
 
+_MOST_PATH_BYTES = 107
+"""Of a socket: sun_path has 108 with its NUL, see unix(7)."""
+
+
 def is_unix(address: str) -> bool:
     """Whether it is a socket of this machine's kernel, which no network can reach."""
     return address.startswith(("unix:", "unix-abstract:"))
 
 
+def socket_path(address: str) -> Path | None:
+    """The file of a unix socket; None if it has none."""
+    return Path(address.removeprefix("unix:")) if address.startswith("unix:") else None
+
+
+def grpc_target(address: str) -> str:
+    """Return `address` as gRPC takes it, to listen at and to connect to.
+
+    It takes a socket's path for that of a URI (src/core/util/uri.cc): `%41` becomes `A`, and
+    a client drops what follows `?` or `#`.
+    """
+    if not address.startswith("unix:"):
+        return address
+    return f"unix:{quote(os.fsencode(address.removeprefix('unix:')))}"
+
+
 def address_problem(address: str) -> str:
     """Why this is no address; empty if it is one."""
     if is_unix(address):
-        return "" if address.partition(":")[2] else f"{address!r} has no path after unix:"
+        path_bytes = len(os.fsencode(address.partition(":")[2]))
+        if not path_bytes:
+            return f"{address!r} has no path after unix:"
+        if path_bytes > _MOST_PATH_BYTES:
+            return (
+                f"{address!r} is too long: of a socket's path the kernel takes "
+                f"{_MOST_PATH_BYTES} bytes, and these are {path_bytes}"
+            )
+        return ""
     _, colon, port = address.rpartition(":")
     if not colon or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         return f"{address!r} is no address: write HOST:PORT or unix:PATH"
@@ -36,11 +67,22 @@ def plain_text_problem(address: str) -> str:
     return f"{address!r} is not on this machine's loopback, and plain text stays on it"
 
 
+def check_address(address: str) -> str:
+    """Return `address` if it is one.
+
+    :raises InvalidInput: it is none; says why.
+    """
+    if problem := address_problem(address):
+        raise InvalidInput(problem)
+    return address
+
+
 def check_plain_text(address: str) -> str:
     """Return `address` if it is a unix socket or on loopback.
 
     :raises InvalidInput: otherwise; says why.
     """
+    check_address(address)
     if problem := plain_text_problem(address):
         raise InvalidInput(problem, hint=ENCRYPT_HINT)
     return address

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import grpc
 from grpc import aio
 
+from hintfleet.addresses import grpc_target
+
 _Option = tuple[str, str | int]
 
 # Else gRPC obeys grpc_proxy, https_proxy and http_proxy for every target but `unix:`, loopback
@@ -25,12 +27,13 @@ def open_channel(
 ) -> grpc.Channel:
     """A channel to a server.
 
+    :param address: as for people; what gRPC takes is made of it here.
     :param credentials: None for plain text.
     """
     options = (*options, *_DIRECTLY)
     if credentials is None:
-        return grpc.insecure_channel(address, options)
-    return grpc.secure_channel(address, credentials, options)
+        return grpc.insecure_channel(grpc_target(address), options)
+    return grpc.secure_channel(grpc_target(address), credentials, options)
 
 
 def open_aio_channel(
@@ -41,5 +44,5 @@ def open_aio_channel(
     """The same on the running event loop."""
     options = (*options, *_DIRECTLY)
     if credentials is None:
-        return aio.insecure_channel(address, options)
-    return aio.secure_channel(address, credentials, options)
+        return aio.insecure_channel(grpc_target(address), options)
+    return aio.secure_channel(grpc_target(address), credentials, options)

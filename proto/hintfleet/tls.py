@@ -8,6 +8,8 @@ in plain text; unix sockets are guarded by the file system and never encrypted.
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +19,13 @@ from typing import Any, Protocol
 
 import grpc
 
-from hintfleet.addresses import check_plain_text, is_unix
+from hintfleet.addresses import check_address, check_plain_text, grpc_target, is_unix, socket_path
 from hintfleet.errors import InvalidInput, Refused
+from hintfleet.files import read_at_most
 
 CA_FILE, CERT_FILE, KEY_FILE = "ca.pem", "cert.pem", "key.pem"
+MOST_BYTES = 1 << 20
+"""Of one of them: more is none."""
 
 GUEST_URI = "urn:uuid:"
 """What the URI in a guest's certificate begins with; its UUID follows."""
@@ -106,7 +111,9 @@ class Tls:
         """
         where = Path(folder)
         try:
-            ca, cert, key = ((where / name).read_bytes() for name in (CA_FILE, CERT_FILE, KEY_FILE))
+            ca, cert, key = (
+                read_at_most(where / name, MOST_BYTES) for name in (CA_FILE, CERT_FILE, KEY_FILE)
+            )
             _handshake(where, server=server)
         except ssl.SSLError as error:  # an OSError, too
             reason = getattr(error, "verify_message", "") or error.reason or str(error)
@@ -137,10 +144,9 @@ class Tls:
 def client_credentials(address: str, tls: Tls | None) -> grpc.ChannelCredentials | None:
     """What to connect to `address` with; None for plain text.
 
-    :raises InvalidInput: without TLS, the address is not of this machine.
+    :raises InvalidInput: it is no address, or without TLS not of this machine.
     """
-    if tls is None:
-        check_plain_text(address)
+    check_address(address) if tls else check_plain_text(address)
     return None if tls is None or is_unix(address) else tls.for_client()
 
 
@@ -155,22 +161,38 @@ class _Server(Protocol):
 def listen(server: _Server, address: str, tls: Tls | None) -> str:
     """Have a server listen; returns the address with the port that it got.
 
-    :raises InvalidInput: without TLS, the address is not of this machine.
+    :raises InvalidInput: it is no address, or without TLS not of this machine.
     :raises Refused: it cannot be bound.
     """
-    if tls is None:
-        check_plain_text(address)
+    check_address(address) if tls else check_plain_text(address)
     try:
         if tls is None or is_unix(address):
-            port = server.add_insecure_port(address)
+            port = server.add_insecure_port(grpc_target(address))
         else:
             port = server.add_secure_port(address, tls.for_server())
     except RuntimeError as error:
+        reason = _bind_problem(address)
         raise Refused(
-            f"cannot listen on {address}",
+            f"cannot listen on {address}{f': {reason}' if reason else ''}",
             hint="is another server there? choose another --listen address",
         ) from error
     return address if is_unix(address) else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _bind_problem(address: str) -> str:
+    """Why `address` cannot be bound: gRPC says it to its own log only."""
+    try:
+        if path := socket_path(address):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.bind(os.fspath(path))
+            path.unlink()
+        elif not is_unix(address):
+            host, _, port = address.rpartition(":")
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _handshake(folder: Path, *, server: bool) -> None:

@@ -1,5 +1,6 @@
 """Reports: what is drawn and written, from a store with two arms."""
 
+import itertools
 import json
 import re
 import shutil
@@ -10,29 +11,17 @@ import numpy as np
 import pytest
 
 from hintfleet.errors import Refused
-from orchestrator import spec_file
 from orchestrator.cli import run_command
-from orchestrator.cost import COUNTERS
 from orchestrator.footprint import Series
-from orchestrator.plan import Trial, host_names, host_task, plan_trials
-from orchestrator.records import Columns, GuestEnded, HostDone, PhaseStarted, Samples, StepDone
+from orchestrator.plan import plan_trials
 from orchestrator.report.contents import read_contents
 from orchestrator.report.curves import Mark, course, marks, times_s
 from orchestrator.store.reader import Store
-from orchestrator.store.writer import RunHeader, RunWriter, TrialEnd
+from orchestrator.store.writer import RunHeader, RunWriter
+from tests.support.stored import MIB, QUICKSTART, S, phase, store_run, store_trial
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
-
-S = 1_000_000
-LOADED = spec_file.load("quickstart")
-MIB = 1 << 20
-
-
-def phase(title: str, at_s: float, host: str = "h", trial_id: str = "t") -> PhaseStarted:
-    return PhaseStarted(
-        host=host, trial_id=trial_id, at_unix_us=round(at_s * S), title=title, hold_s=0.0
-    )
 
 
 def test_marks_are_means_and_courses_are_stretched_to_them() -> None:
@@ -54,69 +43,10 @@ def test_marks_are_means_and_courses_are_stretched_to_them() -> None:
     assert set(total[at_s > 3.01]) == {80.0}
 
 
-def store_trial(writer: RunWriter, trial: Trial) -> None:
-    tasks = {host: host_task(LOADED.spec, trial, host) for host in host_names(LOADED.spec)}
-    writer.begin_trial(trial, tasks)
-    for host, task in tasks.items():
-        # The clock of the actor that announces phases is an hour ahead of its host's.
-        for title, said_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
-            writer.append(phase(title, said_s, host, trial.trial_id))
-        names = [guest.name for guest in task.guests]
-        times = np.arange(0, 7 * S, S // 10, dtype=np.int64)
-        left = (30 if trial.arm.name == "bitmap" else 100) + trial.repetition
-        resident = np.where(times < 3.2 * S, 100, left) * MIB
-        columns: Columns = {
-            "at_unix_us": np.repeat(times, len(names)),
-            "guest": np.tile(np.array(names, dtype=object), len(times)),
-            "resident_bytes": np.repeat(resident, len(names)).astype(np.uint64),
-            **{name: np.repeat(times, len(names)).astype(np.uint64) for name in COUNTERS},
-        }
-        writer.append(Samples(host=host, trial_id=trial.trial_id, columns=columns))
-        for name in names:
-            for kind, at_s in (("allocate", 1.5), ("free", 3.1), ("verify", 6.5)):
-                writer.append(
-                    StepDone(
-                        host=host,
-                        trial_id=trial.trial_id,
-                        guest=name,
-                        at_unix_us=round(at_s * S),
-                        kind=kind,
-                        changed_bytes=70 * MIB,
-                        held_bytes=0,
-                        verified_pages=1,
-                        wrong_pages=0,
-                        duration_us=S // 10,
-                    )
-                )
-            writer.append(
-                GuestEnded(
-                    host=host,
-                    trial_id=trial.trial_id,
-                    guest=name,
-                    at_unix_us=7 * S,
-                    provisioned_bytes=256 * MIB,
-                    reclaimed_now_bytes=0,
-                    refaulted_total_bytes=0,
-                )
-            )
-        writer.append(HostDone(host=host, trial_id=trial.trial_id, at_unix_us=7 * S))
-    assert writer.end_trial() == TrialEnd()
-
-
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    header = RunHeader(
-        run_id="run1",
-        spec=LOADED.spec,
-        spec_text="name: </script><b>\n",
-        summary="a test of <reports>",
-        environment={"kernel": "Linux & more"},
-        overrides={"hosts": {"agents": ["unix:/a & b"]}},
-    )
-    with Store(folder) as store, RunWriter(store, header) as writer:
-        for trial in plan_trials(LOADED.spec, "run1"):
-            store_trial(writer, trial)
+    store_run(folder)
     return folder
 
 
@@ -170,7 +100,7 @@ def test_a_file_that_cannot_be_written(stored: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_run_without_trials_has_no_report(tmp_path: Path) -> None:
-    header = RunHeader(run_id="r", spec=LOADED.spec, spec_text="", summary="")
+    header = RunHeader(run_id="r", spec=QUICKSTART, spec_text="", summary="")
     with Store(tmp_path) as store:
         with RunWriter(store, header):
             pass
@@ -181,9 +111,9 @@ def test_a_run_without_trials_has_no_report(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_has_no_report_yet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    header = RunHeader(run_id="run1", spec=LOADED.spec, spec_text="", summary="")
+    header = RunHeader(run_id="run1", spec=QUICKSTART, spec_text="", summary="")
     with Store(tmp_path) as store, RunWriter(store, header) as writer:
-        store_trial(writer, plan_trials(LOADED.spec, "run1")[0])
+        store_trial(writer, plan_trials(QUICKSTART, "run1")[0], QUICKSTART)
         assert run_command(["report", "--data-dir", str(tmp_path)]) == 1
     assert "run run1 is being run" in capsys.readouterr().err
 
@@ -219,3 +149,14 @@ def test_the_missing_extra_is_named(
     said = capsys.readouterr().err
     assert "needs altair and vl_convert" in said
     assert "hintfleet[report]" in said
+
+
+def test_the_names_of_a_hundred_arms_stay_beside_the_plot() -> None:
+    from orchestrator.report.charts import _spread
+
+    wanted = {f"arm{i}": 600.0 for i in range(100)}
+    heights = sorted(_spread(wanted, 624 / 100, 624).values())
+    assert heights[0] >= 0
+    assert heights[-1] == 624
+    assert min(b - a for a, b in itertools.pairwise(heights)) == pytest.approx(6.24)
+    assert _spread({"a": 100.0, "b": 300.0}, 17, 624) == {"a": 100.0, "b": 300.0}, "they had room"

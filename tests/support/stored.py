@@ -1,0 +1,86 @@
+"""A run in a store that no host has run: two phases, and less memory under arm `bitmap`."""
+
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator import spec_file
+from orchestrator.cost import COUNTERS
+from orchestrator.plan import Trial, host_names, host_task, plan_trials
+from orchestrator.records import Columns, GuestEnded, HostDone, PhaseStarted, Samples, StepDone
+from orchestrator.spec import Spec
+from orchestrator.store.reader import Store
+from orchestrator.store.writer import RunHeader, RunWriter, TrialEnd
+
+S = 1_000_000
+MIB = 1 << 20
+QUICKSTART = spec_file.load("quickstart").spec
+
+
+def phase(title: str, at_s: float, host: str = "h", trial_id: str = "t") -> PhaseStarted:
+    return PhaseStarted(
+        host=host, trial_id=trial_id, at_unix_us=round(at_s * S), title=title, hold_s=0.0
+    )
+
+
+def store_trial(writer: RunWriter, trial: Trial, spec: Spec) -> None:
+    tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
+    writer.begin_trial(trial, tasks)
+    for host, task in tasks.items():
+        # The clock of the actor that announces phases is an hour ahead of its host's.
+        for title, at_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
+            writer.append(phase(title, at_s, host, trial.trial_id))
+        names = [guest.name for guest in task.guests]
+        times = np.arange(0, 7 * S, S // 10, dtype=np.int64)
+        left = (30 if trial.arm.name == "bitmap" else 100) + trial.repetition
+        resident = np.where(times < 3.2 * S, 100, left) * MIB
+        columns: Columns = {
+            "at_unix_us": np.repeat(times, len(names)),
+            "guest": np.tile(np.array(names, dtype=object), len(times)),
+            "resident_bytes": np.repeat(resident, len(names)).astype(np.uint64),
+            **{name: np.repeat(times, len(names)).astype(np.uint64) for name in COUNTERS},
+        }
+        writer.append(Samples(host=host, trial_id=trial.trial_id, columns=columns))
+        common = {"host": host, "trial_id": trial.trial_id}
+        for name in names:
+            for kind, at_s in (("allocate", 1.5), ("free", 3.1), ("verify", 6.5)):
+                writer.append(
+                    StepDone(
+                        **common,
+                        guest=name,
+                        at_unix_us=round(at_s * S),
+                        kind=kind,
+                        changed_bytes=70 * MIB,
+                        held_bytes=0,
+                        verified_pages=1,
+                        wrong_pages=0,
+                        duration_us=S // 10,
+                    )
+                )
+            writer.append(
+                GuestEnded(
+                    **common,
+                    guest=name,
+                    at_unix_us=7 * S,
+                    provisioned_bytes=256 * MIB,
+                    reclaimed_now_bytes=0,
+                    refaulted_total_bytes=0,
+                )
+            )
+        writer.append(HostDone(**common, at_unix_us=7 * S))
+    assert writer.end_trial() == TrialEnd()
+
+
+def store_run(folder: Path, spec: Spec = QUICKSTART) -> None:
+    """Store a run "run1", whose words are not to be trusted."""
+    header = RunHeader(
+        run_id="run1",
+        spec=spec,
+        spec_text="name: </script><b>\n",
+        summary="a test of <reports>",
+        environment={"kernel": "Linux & more"},
+        overrides={"hosts": {"agents": ["unix:/a & b"]}},
+    )
+    with Store(folder) as store, RunWriter(store, header) as writer:
+        for trial in plan_trials(spec, "run1"):
+            store_trial(writer, trial, spec)
