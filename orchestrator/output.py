@@ -19,13 +19,23 @@ if TYPE_CHECKING:
 def emit(data: Any, output_format: str, table: Callable[[], RenderableType]) -> None:
     """Print `data` as JSON or YAML, or what `table` makes, on stdout."""
     if output_format == "json":
-        click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+        click.echo(_json(data))
     elif output_format == "yaml":
         _yaml(data)
     else:
         from rich.console import Console
 
         Console().print(table())
+
+
+def _json(data: Any) -> str:
+    """JSON is text, which a file name need not be: its other bytes are escaped then."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(data, indent=2)
+    return text
 
 
 def savings_as_data(row: Savings) -> dict[str, Any]:

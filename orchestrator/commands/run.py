@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -96,6 +97,7 @@ def run(
     if spec is not None:
         experiment = new_experiment(spec, overrides(driver, agents), libvirt_uri)
     tls_or_none(tls_folder)  # before anything is started
+    _check_names()
     interrupts = Interrupts()
     with Store(data_dir_or_default(data_dir)) as store:
         if resume is not None:
@@ -105,6 +107,23 @@ def run(
         code = print_run(store, store.find_run(run_id), output_format)
     _say_where_it_is(run_id, store.folder)
     return code
+
+
+def _check_names() -> None:
+    """Ray sends the command line and the current folder as text: _private/worker.py, `connect`.
+
+    :raises Refused: one of them is none.
+    """
+    from hintfleet.errors import Refused
+
+    for name in (*sys.argv, os.getcwd()):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise Refused(
+                f"{name}: Ray cannot run with a name that is not UTF-8",
+                hint="reach it by a link with another name (ln -s), and from another folder",
+            ) from error
 
 
 def _run(

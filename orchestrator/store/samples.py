@@ -6,7 +6,8 @@ A part is whole or not there. DuckDB writes Parquet from numpy by itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,8 @@ def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:
         if not folder.exists():
             folder.mkdir(parents=True)
             _sync(folder.parent)
-        _copy_to(unfinished, _table(batches))
+        with _plain_name(folder) as plain:
+            _copy_to(f"{plain}/{unfinished.name}", _table(batches))
         _sync(unfinished)
         unfinished.rename(part)
         _sync(folder)
@@ -56,13 +58,13 @@ def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[s
         return {}
     columns = ", ".join(("guest", "at_unix_us", "resident_bytes", *counters))
     try:
-        with _connect() as connection:
+        with _plain_name(folder) as plain, _connect() as connection:
             found = connection.execute(
                 f"SELECT {columns} FROM read_parquet(?) "  # noqa: S608 - names of our own
                 "WHERE host = ? ORDER BY guest, at_unix_us",
-                [str(folder / "*.parquet"), host],
+                [f"{plain}/*.parquet", host],
             ).fetchnumpy()
-    except _duckdb_error() as error:
+    except (OSError, _duckdb_error()) as error:
         raise Refused(f"cannot read samples of {folder.name}: {error}") from error
     names, starts = np.unique(found["guest"].astype(str), return_index=True)
     cuts = [*starts.tolist(), len(found["guest"])]
@@ -85,11 +87,27 @@ def _table(batches: Sequence[Samples]) -> Columns:
     return {"host": np.concatenate(hosts), **table}
 
 
-def _copy_to(path: Path, table: Columns) -> None:
+@contextmanager
+def _plain_name(folder: Path) -> Iterator[str]:
+    """Another name of `folder` while the block runs, which means nothing to DuckDB.
+
+    DuckDB takes a path for UTF-8 text with a meaning: `[`, `*` and `?` are a glob, `host=a` is
+    a column (hive partitioning), `x://` a remote file system. Users' folders may be called so.
+    """
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    plain = f"/proc/self/fd/{fd}"
+    try:
+        yield plain
+    except _duckdb_error() as error:
+        raise type(error)(str(error).replace(plain, str(folder))) from error
+    finally:
+        os.close(fd)
+
+
+def _copy_to(path: str, table: Columns) -> None:
     with _connect() as connection:
         connection.register("batch", table)
-        escaped = str(path).replace("'", "''")
-        connection.execute(f"COPY batch TO '{escaped}' (FORMAT parquet)")
+        connection.execute(f"COPY batch TO '{path}' (FORMAT parquet)")
 
 
 def _connect() -> duckdb.DuckDBPyConnection:
