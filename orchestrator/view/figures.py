@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 
+from hintfleet.program import printable
 from hintfleet.units import GIB, KIB, MIB, format_size
 from orchestrator.comparison import ArmCost
 from orchestrator.footprint import Returned
@@ -98,7 +99,7 @@ def pages(verified: int, wrong: int) -> str:
 
 def first_line(text: str) -> str:
     """What a table says of a reason; all of it is in the data (`-o json`)."""
-    return text.split("\n", 1)[0]
+    return printable(text.split("\n", 1)[0])
 
 
 def clock(seconds: float) -> str:

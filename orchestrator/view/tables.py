@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hintfleet.program import printable
 from hintfleet.units import format_size
 from orchestrator.comparison import ArmCost
 from orchestrator.doctor import Finding
@@ -43,6 +45,7 @@ _STATE_STYLES = {
 }
 # Columns that tell rows apart; they are never cut.
 _NAMES = ("experiment", "run", "of", "arm", "trial")
+_NAME_WIDTH = 16
 _NONE = Text(NO_FIGURE, style="dim")
 _SPENT_NOTE = Text(
     "slower, more: than under none, pairs of same seeds, [95 % CI]; host CPU: of guests' processes "
@@ -111,7 +114,12 @@ def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
 
 def _name_cells(names: Sequence[str], row: Savings) -> list[Text]:
     values = {"experiment": row.experiment, "run": row.run_id[-6:], "of": row.key, "arm": row.arm}
-    return [Text(values[name]) for name in names]
+    return [_name(values[name]) for name in names]
+
+
+def _name(name: str) -> Text:
+    """A name, whole: a long one on several lines, so that figures keep their room."""
+    return Text(textwrap.fill(printable(name), _NAME_WIDTH))
 
 
 def memory(rows: Sequence[Savings]) -> Table:
@@ -205,7 +213,7 @@ def spent(costs: Sequence[ArmCost]) -> Table:
     for cost in costs:
         per_range = cost.wire_bytes_per_range
         made.add_row(
-            cost.arm,
+            _name(cost.arm),
             settle_time(cost),
             percent_interval(cost.slowdown_percent),
             seconds_interval(cost.guest_cpu_s),
@@ -224,7 +232,9 @@ def runs(found: Sequence[Run]) -> RenderableType:
     made = table(("run", "experiment", "started"), ("took",))
     made.add_column("state", overflow="fold")
     for run in found:
-        made.add_row(run.run_id, run.name, when(run.started_unix_us), _took(run), _state(run))
+        made.add_row(
+            run.run_id, _name(run.name), when(run.started_unix_us), _took(run), _state(run)
+        )
     return made
 
 
@@ -236,7 +246,11 @@ def trials(found: Sequence[StoredTrial]) -> RenderableType:
         ended = trial.ended_unix_us
         took = clock((ended - trial.started_unix_us) / 1e6) if ended else NO_FIGURE
         made.add_row(
-            str(trial.position + 1), trial.arm, str(trial.repetition + 1), took, _trial_state(trial)
+            str(trial.position + 1),
+            _name(trial.arm),
+            str(trial.repetition + 1),
+            took,
+            _trial_state(trial),
         )
     return made
 

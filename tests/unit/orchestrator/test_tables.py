@@ -135,5 +135,22 @@ def test_what_others_wrote_is_no_markup() -> None:
     assert said in rendered(tables.trials([trial]), 120)
     assert said in rendered(tables.runs([replace(RUN, reason=said)]), 160)
     of_a_service = replace(ROW, experiment=said, run_id="")
-    assert said in rendered(tables.savings([of_a_service]), 200)
+    shown = rendered(tables.savings([of_a_service]), 200)
+    assert "[/b]" in shown
+    assert "[red]x[/red]" in shown
     assert said in rendered(tables.savings([replace(LOST, undecided=said)]), 120)
+
+
+def test_a_long_name_is_whole_and_leaves_the_figures_their_room() -> None:
+    name = "an-arm-with-as-many-characters-as-can-be"
+    shown = rendered(tables.savings([replace(ROW, arm=name)]), 80)
+    rows = shown.split("─\n")[1].split("\n\n")[0].splitlines()
+    assert "".join(row[:16].strip() for row in rows) == name
+    for figure in ("1.50 GiB", "1.12 GiB", "611 MiB", "[401, 423]"):
+        assert figure in shown
+
+
+def test_words_of_guests_do_not_steer_the_terminal() -> None:
+    shown = rendered(tables.savings([replace(LOST, undecided="lost: \x1b[2J\x9b31m")]), 80)
+    assert "lost: \N{REPLACEMENT CHARACTER}[2J" in shown
+    assert not {"\x1b", "\x9b"} & set(shown)
