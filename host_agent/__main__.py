@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from hintfleet import __version__, program
 from hintfleet.addresses import socket_path
 from hintfleet.errors import InvalidInput, Refused
+from hintfleet.machine_limits import total_memory
 from hintfleet.units import parse_size
 
 _DESCRIPTION = """\
@@ -92,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_size,
         default=0,
         metavar="SIZE",
-        help="memory that guests may use together (default: all of this machine's)",
+        help="memory that guests may use together (default: all that the machine"
+        " and the cgroups above this process allow)",
     )
     add(
         "--libvirt-uri",
@@ -199,7 +201,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         listen=arguments.listen,
         guest_listen=arguments.guest_listen,
         guest_advertise=arguments.guest_advertise,
-        memory_budget_bytes=arguments.memory_budget or _physical_bytes(),
+        memory_budget_bytes=arguments.memory_budget or total_memory().value,
         libvirt_uri=arguments.libvirt_uri,
         tls=Tls.read(arguments.tls, server=True) if arguments.tls else None,
         guest_tls=Tls.read(arguments.guest_tls, server=True) if arguments.guest_tls else None,
@@ -241,10 +243,6 @@ def _refuse_if_not_ours(folder: Path, shared: Path) -> None:
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise Refused(f"{path} belongs to somebody else", hint="--listen unix:PATH")
         path.chmod(0o700)
-
-
-def _physical_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from hintfleet import __version__
 from hintfleet.errors import HintfleetError, InvalidInput, OutcomeUnknown
+from hintfleet.machine_limits import processors
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceServicer
@@ -44,7 +44,7 @@ class ControlService(HostServiceServicer):
             agent_version=__version__,
             memory_budget_bytes=self._memory_budget_bytes,
             drivers=states,
-            cpu_count=os.cpu_count() or 1,
+            cpu_count=max(1, int(processors().value)),
             provisioned_bytes=sum(g.provisioned_bytes for g in self._registry.guests),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import sys
 import uuid
@@ -18,6 +17,7 @@ from hintfleet.errors import (
     NotFound,
     Refused,
 )
+from hintfleet.machine_limits import total_memory
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
@@ -302,15 +302,16 @@ def _request(guest: Guest) -> GuestRequest:
 
 
 def _check_memory(name: str, spec: host_pb2.GuestSpec) -> None:
-    physical_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if not spec.memory_bytes or spec.memory_bytes % MIB:
         raise InvalidInput(f"guest {name}: memory must be whole MiB, not {spec.memory_bytes} bytes")
     check_maximum(name, spec)
     size_bytes = max(spec.memory_bytes, spec.max_memory_bytes)
-    if size_bytes > physical_bytes:
+    total = total_memory()
+    if size_bytes > total.value:
         raise Refused(
-            f"guest {name}: memory of {format_size(size_bytes)} is more than "
-            f"this machine's {format_size(physical_bytes)}"
+            f"guest {name}: memory of {format_size(size_bytes)} is more than the "
+            f"{format_size(total.value)} {total.where}",
+            hint="a smaller guest" + total.or_raise,
         )
 
 

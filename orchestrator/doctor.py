@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hintfleet.errors import HintfleetError, Refused, TransientError
-from hintfleet.units import GIB, format_size
-from orchestrator.machine import meminfo_bytes
+from hintfleet.machine_limits import available_memory, processors, total_memory
+from hintfleet.units import format_size
+from orchestrator import spec_file
+from orchestrator.spec_checks import needed_bytes
 
 _HOST_AGENT_TIMEOUT_S = 120
-# The quickstart's guests and Ray together.
-_ENOUGH_BYTES = 2 * GIB
 # What the host agent looks at only for real guests.
 _LIBVIRT_FINDINGS = ("guest image", "libvirt")
 _INSTALL = "pip install 'hintfleet[orchestrator]'"
@@ -55,7 +55,7 @@ def can_run(findings: list[Finding], driver: str) -> bool:
 def _examine(libvirt_uri: str) -> Iterator[Finding]:
     yield _python()
     yield _memory()
-    yield Finding(name="processors", ok=True, detail=str(len(os.sched_getaffinity(0))))
+    yield _processors()
     yield _memfd()
     for module in ("ray", "duckdb", "scipy"):
         yield _importable(module, "embedded", _INSTALL)
@@ -78,13 +78,21 @@ def _python() -> Finding:
 
 
 def _memory() -> Finding:
-    available = meminfo_bytes("MemAvailable")
+    needed = needed_bytes(spec_file.load("quickstart").spec)
+    available, total = available_memory(), total_memory()
     return Finding(
         name="memory",
-        ok=available >= _ENOUGH_BYTES,
-        detail=f"{format_size(available)} of {format_size(meminfo_bytes('MemTotal'))} available",
-        hint=f"the quickstart needs {format_size(_ENOUGH_BYTES)}; end something large",
+        ok=available.value >= needed,
+        detail=f"{format_size(available.value)} of {format_size(total.value)} available "
+        f"{available.where}",
+        hint=f"the quickstart needs {format_size(needed)}; end something large"
+        + available.or_raise,
     )
+
+
+def _processors() -> Finding:
+    found = processors()
+    return Finding(name="processors", ok=True, detail=f"{found.value:g} {found.where}")
 
 
 def _memfd() -> Finding:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 from ulid import ULID
 
 from hintfleet.errors import InvalidInput, Refused
+from hintfleet.machine_limits import available_memory
 from orchestrator import fleet_ray, spec_file
 from orchestrator.host_process import LogicalHost
 from orchestrator.host_session import HostPlace
-from orchestrator.machine import environment, meminfo_bytes
+from orchestrator.machine import environment
 from orchestrator.plan import Trial, host_names, host_task, plan_trials
 from orchestrator.records import Record
 from orchestrator.spec import Spec, describe
@@ -171,7 +172,7 @@ def run_experiment(
 
     :param retries: how often a trial that was lost with its host is run again.
     :param check: called several times a second; what it raises ends the run.
-    :raises InvalidInput: the machine has not the memory, a host's address needs TLS, or
+    :raises InvalidInput: there is not the memory here, a host's address needs TLS, or
         RAY_ADDRESS is malformed. Nothing was started then.
     :raises HintfleetError: a host cannot be reached or used, or results cannot be
         stored. The run is stored as failed if it had begun; all guests and processes
@@ -182,7 +183,7 @@ def run_experiment(
     if not left:
         with RunWriter(store, header, again=True):
             return
-    problem = machine_problem(spec, meminfo_bytes("MemAvailable"))
+    problem = machine_problem(spec, available_memory())
     if problem := problem or hosts_problem(spec, encrypted=bool(tls_folder)):
         raise experiment.loaded.error([problem])
     kept = {t.position for t in experiment.trials} - {t.position for t in left}

@@ -9,6 +9,7 @@ from pathlib import Path
 from hintfleet.errors import OutcomeUnknown, Refused, TransientError
 from hintfleet.owned_folders import OwnedFolder
 from hintfleet.tls import Tls
+from hintfleet.units import format_size
 from hintfleet.v1 import host_pb2
 from orchestrator.host_client import HostClient
 from orchestrator.host_process import HostProcess, LogicalHost
@@ -81,8 +82,10 @@ class HostSession:
         place = self._place
         if host.memory_budget_bytes < place.memory_needed_bytes:
             raise Refused(
-                f"{place.name}: its memory budget of {host.memory_budget_bytes} bytes is less "
-                f"than one guest ({place.memory_needed_bytes} bytes)"
+                f"{place.name}: its memory budget of {format_size(host.memory_budget_bytes)} is "
+                f"less than one guest ({format_size(place.memory_needed_bytes)})",
+                hint="hintfleet-host --memory-budget, a higher memory limit of the cgroup that it "
+                "runs in, or smaller guests",
             )
         for state in host.drivers:
             if state.driver == driver_pb2(place.driver):

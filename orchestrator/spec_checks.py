@@ -1,6 +1,6 @@
 """What must hold between the values of a spec, and between a spec and a machine.
 
-Pure: the memory of the machine is handed in.
+Pure: the memory that there is, is handed in.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from hintfleet.addresses import ENCRYPT_HINT, address_problem, plain_text_problem
+from hintfleet.machine_limits import Bound
 from hintfleet.units import MIB, format_size
 from orchestrator.spec import Arm, Driver, Method, Policy, Spec
 from orchestrator.workload import expand, held_after, step_count, total_allocated_bytes
@@ -24,9 +25,14 @@ PARTS = {
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
 _HUGE_PAGE_ORDER = 9
 _MOST_STEPS = 100_000
+_FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload"
 
 _EMBEDDED_PROCESS_BYTES = 48 * MIB  # a guest process apart from its RAM: Python and gRPC
 _QEMU_PROCESS_BYTES = 96 * MIB  # QEMU apart from the guest's RAM, TCG's translations included
+# Measured in a memory cgroup of their own, with the program text that they cannot do without.
+_FLEET_BYTES = 480 * MIB  # the command itself and a private Ray cluster
+_ACTOR_BYTES = 64 * MIB  # what speaks to a host
+_HOST_AGENT_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,18 @@ def usable_bytes(driver: Driver, memory_bytes: int) -> int:
     return memory_bytes - 128 * MIB - memory_bytes // 32
 
 
+def needed_bytes(spec: Spec) -> int:
+    """The most memory that a run can come to use on this machine at once.
+
+    That is its guests and logical hosts, unless they are elsewhere, and what runs them.
+    """
+    fleet_bytes = _FLEET_BYTES + spec.hosts.number * _ACTOR_BYTES
+    if spec.hosts.agents:
+        return fleet_bytes
+    agents_bytes = spec.hosts.number * _HOST_AGENT_BYTES
+    return could_become_resident_bytes(spec) + agents_bytes + fleet_bytes
+
+
 def could_become_resident_bytes(spec: Spec) -> int:
     """The most host memory that all guests of one trial can come to use at once.
 
@@ -83,18 +101,19 @@ def could_become_resident_bytes(spec: Spec) -> int:
     return per_guest * spec.guest_count
 
 
-def machine_problem(spec: Spec, available_bytes: int) -> Problem | None:
-    """Whether logical hosts on one machine with so much memory left can run the spec."""
-    needed_bytes = could_become_resident_bytes(spec)
-    if spec.hosts.agents or needed_bytes <= available_bytes:
+def machine_problem(spec: Spec, available: Bound[int]) -> Problem | None:
+    """Whether so much memory is enough to run the spec from here."""
+    needed = needed_bytes(spec)
+    if needed <= available.value:
         return None
+    what, less = f"{spec.guest_count} guests and what runs them", _FEWER_GUESTS
+    if spec.hosts.agents:
+        what, less = "this command and Ray", "end something large"
     return Problem(
-        path=("guests", "memory"),
-        message=(
-            f"{spec.guest_count} guests could come to use {format_size(needed_bytes)} at once, "
-            f"more memory than the machine has ({format_size(available_bytes)} available)"
-        ),
-        hint="fewer guests (hosts.count, guests.per_host), or a smaller workload",
+        path=("hosts", "agents") if spec.hosts.agents else ("guests", "memory"),
+        message=f"{what} could come to use {format_size(needed)} at once, more memory than there "
+        f"is ({format_size(available.value)} available {available.where})",
+        hint=less + available.or_raise,
     )
 
 

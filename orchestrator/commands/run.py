@@ -85,6 +85,9 @@ def run(
     with --resume: trials that have a result keep it, the others are run. So are those
     of an undecided run that were lost with a host or with what speaks to it. A run that
     has no such trials is only shown.
+
+    Where there is less memory than the run could come to use, on this machine or in a cgroup
+    above this command, nothing is started: exit code 2.
     """
     from orchestrator.commands.show_run import print_run
     from orchestrator.experiment import new_experiment, overrides, stored_experiment

@@ -35,14 +35,18 @@ def processes_with(variable: str, value: str) -> dict[int, str]:
 
 @dataclass(kw_only=True)
 class Lab:
-    """A folder with a spec and results, and a mark on every process that is started in it."""
+    """A folder with a spec and results, and a mark on every process that is started in it.
+
+    :ivar prefix: a command that starts the one that it is given.
+    """
 
     folder: Path
     temporary: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    prefix: tuple[str, ...] = ()
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "orchestrator", *arguments]
+        return [*self.prefix, sys.executable, "-m", "orchestrator", *arguments]
 
     @property
     def environment(self) -> dict[str, str]:

@@ -123,7 +123,9 @@ class Host(_message.Message):
     name: _builtins.str
     agent_version: _builtins.str
     memory_budget_bytes: _builtins.int
+    """Default: the memory of the machine, or the least limit of a cgroup above the host agent."""
     cpu_count: _builtins.int
+    """Whole processors that the host agent may use (affinity, cgroup quota); at least 1."""
     provisioned_bytes: _builtins.int
     """What the running guests were promised together."""
     @_builtins.property

@@ -92,7 +92,7 @@ def test_more_memory_than_the_machine_has(
     )
     assert run_command(["run", str(path), "--data-dir", str(tmp_path)]) == 2
     assert "large.yaml:4:26: guests.memory" in (said := capsys.readouterr().err)
-    assert "more memory than the machine has" in said
+    assert "more memory than there is" in said
     assert not (tmp_path / "samples").exists()
 
 

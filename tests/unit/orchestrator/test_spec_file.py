@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hintfleet.errors import InvalidInput
+from hintfleet.machine_limits import Bound
 from hintfleet.units import GIB, MIB
 from orchestrator import catalogue, spec_checks, spec_file
 from orchestrator.spec import Arm, Driver, Method, describe
@@ -236,12 +237,24 @@ def test_all_methods_can_be_compared_under_both_drivers(driver: str) -> None:
 
 def test_more_memory_than_the_machine_has() -> None:
     spec = spec_file.load("quickstart").spec
-    needed = spec_checks.could_become_resident_bytes(spec)
-    assert needed >= 6 * 192 * MIB
-    assert spec_checks.machine_problem(spec, needed) is None
-    problem = spec_checks.machine_problem(spec, needed - 1)
+    needed = spec_checks.needed_bytes(spec)
+    assert needed > spec_checks.could_become_resident_bytes(spec) >= 6 * 192 * MIB
+    assert spec_checks.machine_problem(spec, Bound(value=needed)) is None
+    problem = spec_checks.machine_problem(spec, Bound(value=needed - 1, cgroup="/cg"))
     assert problem is not None
-    assert "more memory than the machine has" in problem.message
+    assert "more memory than there is" in problem.message
+    assert "available in cgroup /cg" in problem.message
+    assert "raise the memory limit of that cgroup" in problem.hint
+
+
+def test_what_runs_guests_elsewhere_needs_memory_here() -> None:
+    spec = spec_file.load("quickstart", {"hosts": {"agents": ("127.0.0.1:5",)}}).spec
+    needed = spec_checks.needed_bytes(spec)
+    assert spec_checks.machine_problem(spec, Bound(value=needed)) is None
+    problem = spec_checks.machine_problem(spec, Bound(value=needed - 1))
+    assert problem is not None
+    assert "this command and Ray could come to use" in problem.message
+    assert "on this machine" in problem.message
 
 
 def test_hosts_elsewhere_need_tls() -> None:

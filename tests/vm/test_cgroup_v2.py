@@ -1,0 +1,46 @@
+"""Limits by a kernel whose cgroups are of v2, whatever the host's are."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests import GuestRequest
+from host_agent.guests.image import GuestImage
+from host_agent.guests.libvirt import LibvirtDriver
+from tests.support.agents import wait_until
+from tests.support.vm import image_with, spec
+
+pytestmark = pytest.mark.vm
+
+
+def test_cgroups_of_v2_limit(libvirt_uri: str, image: GuestImage, readable_by_qemu: Path) -> None:
+    probe = Path(__file__).parent / "in_guest/cgroup_v2.py"
+    images = image_with(image, {"hintfleet/sitecustomize.py": probe}, readable_by_qemu)
+    identity = uuid.uuid4()
+    request = GuestRequest(
+        name=f"test-{identity.hex[:8]}",
+        uuid=str(identity),
+        token="t",
+        spec=spec(host_pb2.NONE, memory_bytes=384 * MIB),
+        on_gone=lambda _: None,
+    )
+    driver = LibvirtDriver(libvirt_uri, guest_server="10.0.2.2:9", images=images)
+    guest = driver.create(request)
+    try:
+        wait_until(lambda: guest.evidence().count("PROBE processors") == 2, "the limits", 90)
+        said = [line for line in guest.evidence().splitlines() if line.startswith("PROBE")]
+    finally:
+        guest.close()
+        driver.close()
+    outer = "in cgroup /sys/fs/cgroup/outer"
+    assert said == [
+        f"PROBE total 150 MiB {outer}/inner",
+        f"PROBE less True {outer}/inner",
+        f"PROBE processors 0.5 {outer}",
+        f"PROBE total 200 MiB {outer}",
+        f"PROBE less True {outer}",
+        f"PROBE processors 0.5 {outer}",
+    ]
