@@ -29,7 +29,7 @@ def find(libvirt_uri: str) -> tuple[list[Removable], list[str]]:
         found += abandoned_domains(libvirt_uri)
     except HintfleetError as error:
         unseen.append(f"domains: {error.message}")
-    found += [_folder(path) for path in runtime_dirs().abandoned()]
+    found += [_folder(path) for dirs in runtime_dirs() for path in dirs.abandoned()]
     return found, unseen
 
 

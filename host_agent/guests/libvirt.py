@@ -28,6 +28,7 @@ from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, Memballoon, do
 from host_agent.guests.image import GuestImage, find_image
 from host_agent.guests.libvirt_api import errors_as, modules
 from host_agent.guests.runtime_dir import RuntimeDir
+from host_agent.guests.qemu_user import QemuUser
 from host_agent.ram import GuestRam, Segment
 
 _GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
@@ -151,12 +152,14 @@ class LibvirtDriver:
         *,
         guest_server: str,
         guest_tls: bool = False,
+        self._qemu_user: QemuUser | None = None
         images: Path | None = None,
         survival: Survival | None = None,
     ) -> None:
         """Nothing is contacted yet.
 
         :param guest_server: where guests find the host agent, `10.0.2.2:PORT` for
+            self._check_reach(image)
             one that listens on the host's loopback.
         :param guest_tls: whether it wants TLS; then the guest's image holds its certificate.
         :param images: directory of guest images; the default one if None.
@@ -171,6 +174,7 @@ class LibvirtDriver:
         self._kvm_fails = False
         """A guest could not even be started under KVM; not tried again."""
         self._connection: Any = None
+        self._check_reach(image)
         self._watched: dict[str, _Gone] = {}
 
     def state(self) -> host_pb2.DriverState:
@@ -211,7 +215,20 @@ class LibvirtDriver:
             return self._own(request, domain, self._files(request.name), gone, undo)
 
     def _files(self, name: str) -> RuntimeDir:
-        return RuntimeDir.at(self._survival.folder / name) if self._survival else RuntimeDir.make()
+        if self._survival:
+            return RuntimeDir.at(self._survival.folder / name)
+        return RuntimeDir.make(self._qemu_user)
+
+    def _check_reach(self, image: GuestImage) -> None:
+        """Refuse what QEMU could not read, which it would say less clearly.
+
+        :raises Refused: names what keeps its user out.
+        """
+        if self._qemu_user is None:
+            return
+        self._qemu_user.check(image.root_disk, "build the image elsewhere: HINTFLEET_IMAGE_DIR")
+        if self._survival:
+            self._qemu_user.check(self._survival.folder, "choose another --state DIR")
 
     def _watch(self, request: GuestRequest, undo: contextlib.ExitStack) -> _Gone:
         """Hear from now on of what becomes of a guest, so that no event is missed."""
@@ -257,6 +274,8 @@ class LibvirtDriver:
         with self._lock:
             if self._connection is not None:
                 self._disconnect()
+                with errors_as("asking libvirt which user QEMU has"):
+                    self._qemu_user = QemuUser.of(self._connection.getCapabilities())
 
     def _connect(self) -> Any:
         """The connection, opened or opened again if need be.
@@ -476,7 +495,8 @@ def _start(connection: Any, spec: DomainSpec, *, lasting: bool = False) -> Any:
     with errors_as(
         f"cannot start domain {name}",
         hint="QEMU (apt-get install qemu-system-x86) runs as a user of its own under"
-        f" qemu:///system, who must be able to read {spec.image.directory}",
+        f" qemu:///system, who must be able to read {spec.image.directory} and"
+        f" {spec.console.parent}",
     ):
         flags = 0 if lasting else libvirt.VIR_DOMAIN_START_AUTODESTROY
         return connection.createXML(domain_xml(spec), flags)

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hintfleet.owned_folders import OwnedFolder, OwnedFolders
+from host_agent.guests.qemu_user import QemuUser
 
 _TAIL_BYTES = 4096
+_SHARED = Path("/tmp")  # noqa: S108
 
 
-def runtime_dirs() -> OwnedFolders:
-    """Those of all host agents of this machine."""
-    return OwnedFolders(base=Path(tempfile.gettempdir()), prefix="hintfleet-guest-")
+def runtime_dirs() -> list[OwnedFolders]:
+    """Those of all host agents of this machine: in the temporary folder, or in everybody's, for
+    one's own may keep QEMU's user out (libpam-tmpdir)."""
+    bases = dict.fromkeys((Path(tempfile.gettempdir()), _SHARED))
+    return [OwnedFolders(base=base, prefix="hintfleet-guest-") for base in bases]
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,14 @@ class RuntimeDir:
     owned: OwnedFolder | None = None
 
     @classmethod
-    def make(cls) -> RuntimeDir:
-        """A new one. Those of host agents that were killed are removed on this occasion."""
-        owned = runtime_dirs().make()
+    def make(cls, user: QemuUser | None = None) -> RuntimeDir:
+        """A new one. Those of host agents that were killed are removed on this occasion.
+
+        :param user: who must be able to get at files in it, if not this user.
+        """
+        places = runtime_dirs()
+        open_to_all = (p for p in places if user is None or user.barrier(p.base) is None)
+        owned = next(open_to_all, places[0]).make()
         owned.path.chmod(0o711)
         return cls(owned.path, owned)
 

@@ -1,0 +1,105 @@
+"""What others have: folders that keep QEMU's user out, and guests whose drivers are silent."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hintfleet.errors import Refused
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests import GuestRequest, Survival
+from host_agent.guests.image import GuestImage
+from host_agent.guests.libvirt import LibvirtDriver
+from tests.support.lab import Lab, made_lab, result
+
+pytestmark = pytest.mark.vm
+
+SPEC = """\
+name: small-vm
+driver: libvirt
+hosts: {count: 1, memory: 1GiB}
+guests: {per_host: 1, memory: 384MiB}
+workload: {phases: [{allocate: 64MiB, for: 500ms}]}
+repetitions: 1
+arms:
+  - {name: none, method: none}
+"""
+
+
+@pytest.fixture
+def lab(tmp_path: Path, libvirt_uri: str, image: GuestImage) -> Iterator[Lab]:
+    """Whose temporary folder is for its user alone, as libpam-tmpdir makes it."""
+    with made_lab(tmp_path) as made:
+        assert made.temporary.stat().st_mode & 0o777 == 0o700
+        yield made
+
+
+@pytest.fixture
+def private() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="hf-vm-") as folder:
+        yield Path(folder)
+
+
+def a_request() -> GuestRequest:
+    identity = uuid.uuid4()
+    return GuestRequest(
+        name=f"test-{identity.hex[:8]}",
+        uuid=str(identity),
+        token="t",
+        spec=host_pb2.GuestSpec(
+            driver=host_pb2.LIBVIRT, memory_bytes=384 * MIB, method=host_pb2.NONE
+        ),
+        on_gone=lambda _: None,
+    )
+
+
+def guests_folders() -> set[Path]:
+    return set(Path("/tmp").glob("hintfleet-guest-*"))  # noqa: S108
+
+
+def test_a_temporary_folder_that_qemu_may_not_enter(lab: Lab) -> None:
+    before = guests_folders()
+    data = result(lab.run("run", lab.spec(SPEC), "-o", "json"))
+    assert data["state"] == "done"
+    assert guests_folders() <= before
+    lab.check_nothing_is_left()
+
+
+def test_an_image_that_qemu_may_not_reach(
+    libvirt_uri: str, image: GuestImage, private: Path
+) -> None:
+    copy = Path(shutil.copytree(image.directory, private / "home/cache/one"))
+    (private / "home/cache/current").symlink_to(copy)
+    private.chmod(0o755)
+    (private / "home").chmod(0o700)
+    refused(LibvirtDriver(libvirt_uri, guest_server="", images=copy.parent), private / "home")
+
+
+def test_a_state_that_qemu_may_not_reach(
+    libvirt_uri: str, image: GuestImage, private: Path
+) -> None:
+    folder = private / "state/guests"
+    folder.mkdir(parents=True)
+    survival = Survival(folder=folder, orphan_after_s=60)
+    images = image.directory.parent
+    refused(LibvirtDriver(libvirt_uri, guest_server="", images=images, survival=survival), private)
+
+
+def refused(driver: LibvirtDriver, barrier: Path) -> None:
+    """Both by what says what can be had, and where it is asked for all the same."""
+    try:
+        state = driver.state()
+        with pytest.raises(Refused) as caught:
+            driver.create(a_request()).close()
+    finally:
+        driver.close()
+    assert not state.usable
+    assert f"{barrier} keeps QEMU's user" in state.detail
+    assert f"{barrier} keeps QEMU's user" in caught.value.message
+    assert f"chmod o+x {barrier};" in caught.value.hint
