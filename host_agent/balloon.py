@@ -20,6 +20,9 @@ from hintfleet.v1 import host_pb2
 PERIOD_S = 1.0
 """How often the target is looked at, and how often the guest's balloon driver speaks."""
 
+SILENT_AFTER_S = 20.0
+"""Twenty periods: even a guest under TCG on a busy host speaks in so long."""
+
 _DEFAULT_RESERVE_PERCENT = 10
 _DEFAULT_STEP_PERCENT = 5
 _DEAD_BAND_PER_MILLE = 5
@@ -31,20 +34,21 @@ class BalloonStats:
     """What the hypervisor and the guest's balloon driver say.
 
     :ivar size_bytes: what the guest has now: its memory less what is in the balloon.
-    :ivar unused_bytes: free in the guest, as it last said.
-    :ivar said_at_s: when it said so; host wall clock, whole seconds, rounded down.
+    :ivar unused_bytes: free in the guest, as it last said; None if it does not say.
+    :ivar said_at_s: when it last said anything; host wall clock, whole seconds, rounded down;
+        0 if it never did.
     """
 
     size_bytes: int
-    unused_bytes: int
+    unused_bytes: int | None
     said_at_s: int
 
 
 class Balloon(Protocol):
     """A running guest's balloon. Both may block; called from worker threads."""
 
-    def stats(self) -> BalloonStats | None:
-        """What is known now; None before the guest's driver has spoken.
+    def stats(self) -> BalloonStats:
+        """What is known now.
 
         :raises hintfleet.errors.GuestLost: the guest is gone.
         """
@@ -54,6 +58,37 @@ class Balloon(Protocol):
 
         :raises hintfleet.errors.GuestLost: the guest is gone.
         """
+
+
+class Reporting(Protocol):
+    """A running guest's free page reporting. May block; called from worker threads."""
+
+    def problem(self) -> str:
+        """Why the guest does not report; empty if it does, or if that cannot be known.
+
+        :raises hintfleet.errors.GuestLost: the guest is gone.
+        """
+
+
+class Silence:
+    """How long a guest's balloon driver has said nothing that the rule can use."""
+
+    def __init__(self, now_s: float) -> None:
+        """:param now_s: as of every look, by a monotonic clock."""
+        self._since_s = now_s
+        self._said_at_s = 0
+
+    def look(self, stats: BalloonStats, now_s: float) -> str:
+        """Why the guest cannot be followed; empty while it can, or may only be slow."""
+        if stats.said_at_s != self._said_at_s and stats.unused_bytes is not None:
+            self._since_s, self._said_at_s = now_s, stats.said_at_s
+        if now_s - self._since_s < SILENT_AFTER_S:
+            return ""
+        if not stats.said_at_s:
+            return f"its balloon driver has said nothing in {SILENT_AFTER_S:.0f} s; is there one?"
+        if stats.unused_bytes is None:
+            return "its balloon driver does not say how much memory is unused"
+        return f"its balloon driver has said nothing more for {SILENT_AFTER_S:.0f} s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +112,8 @@ class Rule:
 
     def next_target(self, stats: BalloonStats) -> int | None:
         """The size in bytes that the guest should have; None to leave it as it is."""
+        if stats.unused_bytes is None:
+            return None
         used_bytes = stats.size_bytes - stats.unused_bytes
         wanted_bytes = max(used_bytes + self.reserve_bytes, _SMALLEST_TARGET_BYTES)
         wanted_bytes = max(wanted_bytes, stats.size_bytes - self.step_bytes)

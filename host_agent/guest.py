@@ -19,8 +19,8 @@ from hintfleet.ranges import RangeSet, encode
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent import gate
 from host_agent.audit_pace import AuditPace, Pace
-from host_agent.balloon import Balloon, Rule
-from host_agent.ballooning import follow
+from host_agent.balloon import Rule
+from host_agent.ballooning import follow, wait_reporting
 from host_agent.claims import printable
 from host_agent.cpu_meter import CpuMeter
 from host_agent.gate import Epochs, Gate, State
@@ -109,7 +109,9 @@ class Guest:
         self._lost: str | None = None
         self._requests = Requests()
         self._unstoppable: set[asyncio.Task[Any]] = set()
-        self._ballooning: asyncio.Task[None] | None = None
+        self._peer: asyncio.Task[None] | None = None
+        self._method_works = spec.method not in _PEERS
+        """Whether the guest has what its method needs; of a peer that has to be seen first."""
         self.keeper = keeper or Keeper(None)
 
     # Life
@@ -128,17 +130,26 @@ class Guest:
     def _own(self, running: RunningGuest) -> None:
         self.running = running
         self.keeper.changed(self)
-        if running.balloon is not None:
-            self._ballooning = asyncio.create_task(self._balloon(running.balloon))
+        if not self._method_works:
+            self._peer = asyncio.create_task(self._run_peer(running))
 
-    async def _balloon(self, balloon: Balloon) -> None:
-        await self._ready.wait()  # a guest that boots is left alone
+    async def _run_peer(self, running: RunningGuest) -> None:
+        await self._workload_is_there.wait()  # a guest that boots is left alone
         try:
-            await follow(balloon, Rule.of(self.spec))
+            if running.reporting is not None:
+                await wait_reporting(running.reporting)
+                self._peer_works()
+            if running.balloon is not None:
+                await follow(running.balloon, Rule.of(self.spec), self._peer_works)
         except GuestLost:  # the driver says why
             pass
         except HintfleetError as error:
-            self.lost(f"its balloon cannot be moved: {error}")
+            name = host_pb2.Method.Name(self.spec.method).lower()
+            self.lost(f"method {name} cannot work: {error}")
+
+    def _peer_works(self) -> None:
+        self._method_works = True
+        self._note_ready()
 
     def lost(self, reason: str) -> None:
         """The guest is gone: its epoch ends now, and whoever waits for it hears why."""
@@ -154,9 +165,10 @@ class Guest:
         self._workload_is_there.set()  # nobody is to wait for it
 
     async def ready(self, timeout_s: float) -> None:
-        """Wait until the guest's agent is attached, and welcomed if its method hints.
+        """Wait until the guest's agent is attached, and its method at work: welcomed if it
+        hints, and under a peer heard of by the hypervisor.
 
-        :raises GuestLost: the guest ended, or did not attach in time.
+        :raises GuestLost: the guest ended, did not attach in time, or its method cannot work.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -177,7 +189,7 @@ class Guest:
             await asyncio.wait([self.making])
         await self.ledger()
         self.lost("destroyed")
-        await self._stop_ballooning()
+        await self._stop_peer()
         async with self.resize_lock:
             await self._with_ram(self._end())
         return self.memory.last_ledger
@@ -188,10 +200,10 @@ class Guest:
             await in_driver_thread(self.running.close)
             self.running = None
 
-    async def _stop_ballooning(self) -> None:
-        if self._ballooning is not None:
-            self._ballooning.cancel()
-            await asyncio.wait([self._ballooning])
+    async def _stop_peer(self) -> None:
+        if self._peer is not None:
+            self._peer.cancel()
+            await asyncio.wait([self._peer])
 
     async def leave(self) -> None:
         """Let go of the guest, which lives on. What runs on its RAM is waited for, and
@@ -199,7 +211,7 @@ class Guest:
 
         :raises TransientError: the state cannot be written; it is let go of all the same.
         """
-        await self._stop_ballooning()
+        await self._stop_peer()
         async with self.resize_lock, self.memory.alone:
             try:
                 await self.keeper.save(self)
@@ -302,7 +314,8 @@ class Guest:
         self._requests.answered(request_id, message)
 
     def _note_ready(self) -> None:
-        if self._workload is not None and (not self._hints or self.gate.state is State.OPEN):
+        works = self._method_works and (not self._hints or self.gate.state is State.OPEN)
+        if self._workload is not None and works:
             self._ready.set()
 
     # Requests to the guest

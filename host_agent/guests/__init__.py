@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hintfleet.ranges import RangeSet
 from hintfleet.v1 import host_pb2
-from host_agent.balloon import Balloon
+from host_agent.balloon import Balloon, Reporting
 from host_agent.ram import GuestRam, Segment
 
 Handle = Mapping[str, int]
@@ -50,11 +50,13 @@ class RunningGuest(Protocol):
     """A guest that runs; owned by whoever called `create` or `adopt`.
 
     :ivar balloon: to be moved by the owner; None except under method BALLOON.
+    :ivar reporting: None except under method REPORTING.
     """
 
     pid: int
     ram: GuestRam
     balloon: Balloon | None
+    reporting: Reporting | None
 
     @property
     def handle(self) -> Handle:

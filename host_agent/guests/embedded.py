@@ -25,7 +25,7 @@ from hintfleet.processes import look
 from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES, format_size
 from hintfleet.v1 import host_pb2
-from host_agent.balloon import Balloon
+from host_agent.balloon import Balloon, Reporting
 from host_agent.guests import GuestRequest, Handle, Survival
 from host_agent.guests.guest_log import GuestLog
 from host_agent.ram import GuestRam, Segment
@@ -105,6 +105,7 @@ class EmbeddedGuest:
     """A running guest process."""
 
     balloon: Balloon | None = None
+    reporting: Reporting | None = None
 
     def __init__(
         self, request: GuestRequest, process: _Process, ram: GuestRam, log: GuestLog, handle: Handle

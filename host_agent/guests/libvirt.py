@@ -19,16 +19,17 @@ from typing import Any
 
 from hintfleet.errors import GuestLost, HintfleetError, Refused
 from hintfleet.ranges import RangeSet
-from hintfleet.units import KIB, MIB
+from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.balloon import Balloon, BalloonStats
+from host_agent.balloon import Balloon, Reporting
 from host_agent.guests import GuestRequest, Handle, Survival, kvm_probe
+from host_agent.guests.domain_balloon import LibvirtBalloon, LibvirtReporting
 from host_agent.guests.domain_ram import Dimms, qemu_pid, translate
 from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, Memballoon, domain_xml
 from host_agent.guests.image import GuestImage, find_image
 from host_agent.guests.libvirt_api import errors_as, modules
-from host_agent.guests.runtime_dir import RuntimeDir
 from host_agent.guests.qemu_user import QemuUser
+from host_agent.guests.runtime_dir import RuntimeDir
 from host_agent.ram import GuestRam, Segment
 
 _GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
@@ -66,29 +67,6 @@ class _Gone:
         return first
 
 
-class LibvirtBalloon:
-    """The memory target of a running domain."""
-
-    def __init__(self, domain: Any) -> None:
-        self._domain = domain
-
-    def stats(self) -> BalloonStats | None:
-        with errors_as("reading the guest's memory statistics"):
-            said = self._domain.memoryStats()
-        if not said.get("last_update") or "unused" not in said:
-            return None
-        return BalloonStats(
-            size_bytes=said["actual"] * KIB,
-            unused_bytes=said["unused"] * KIB,
-            said_at_s=said["last_update"],
-        )
-
-    def set_target(self, size_bytes: int) -> None:
-        libvirt, _ = modules()
-        with errors_as("moving the guest's memory target"):
-            self._domain.setMemoryFlags(size_bytes // KIB, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-
-
 class LibvirtGuest:
     """A guest that runs; made by LibvirtDriver.create."""
 
@@ -101,6 +79,7 @@ class LibvirtGuest:
         pid: int,
         ram: GuestRam,
         balloon: Balloon | None,
+        reporting: Reporting | None,
         dimms: Dimms,
         files: RuntimeDir,
         gone: _Gone,
@@ -114,6 +93,7 @@ class LibvirtGuest:
         self.pid = pid
         self.ram = ram
         self.balloon = balloon
+        self.reporting = reporting
         self._dimms = dimms
         self._files = files
         self._gone = gone
@@ -152,14 +132,12 @@ class LibvirtDriver:
         *,
         guest_server: str,
         guest_tls: bool = False,
-        self._qemu_user: QemuUser | None = None
         images: Path | None = None,
         survival: Survival | None = None,
     ) -> None:
         """Nothing is contacted yet.
 
         :param guest_server: where guests find the host agent, `10.0.2.2:PORT` for
-            self._check_reach(image)
             one that listens on the host's loopback.
         :param guest_tls: whether it wants TLS; then the guest's image holds its certificate.
         :param images: directory of guest images; the default one if None.
@@ -174,13 +152,14 @@ class LibvirtDriver:
         self._kvm_fails = False
         """A guest could not even be started under KVM; not tried again."""
         self._connection: Any = None
-        self._check_reach(image)
+        self._qemu_user: QemuUser | None = None
         self._watched: dict[str, _Gone] = {}
 
     def state(self) -> host_pb2.DriverState:
         try:
             connection = self._connect()
             image = find_image(self._images)
+            self._check_reach(image)
             with errors_as("asking libvirt for versions"):
                 detail = f"libvirt {_version(connection.getLibVersion())}, QEMU " + _version(
                     connection.getVersion()
@@ -195,6 +174,7 @@ class LibvirtDriver:
         _check_settings(request.spec)
         image = find_image(self._images)
         connection = self._connect()
+        self._check_reach(image)
         _refuse_if_taken(connection, request)
         accelerator = self._accelerator(connection, image)
         files = self._files(request.name)
@@ -257,10 +237,12 @@ class LibvirtDriver:
                 raise GuestLost(f"it ended just now: {error.message}") from error
             raise
         undo.callback(ram.close)
+        method = request.spec.method
         guest = LibvirtGuest(
             pid=qemu_pid(domain),
             ram=ram,
-            balloon=LibvirtBalloon(domain) if _is_ballooned(request.spec) else None,
+            balloon=LibvirtBalloon(domain) if method == host_pb2.BALLOON else None,
+            reporting=LibvirtReporting(domain) if method == host_pb2.REPORTING else None,
             dimms=Dimms(domain, node=(request.spec.node_count or 1) - 1),
             files=files,
             gone=gone,
@@ -274,8 +256,6 @@ class LibvirtDriver:
         with self._lock:
             if self._connection is not None:
                 self._disconnect()
-                with errors_as("asking libvirt which user QEMU has"):
-                    self._qemu_user = QemuUser.of(self._connection.getCapabilities())
 
     def _connect(self) -> Any:
         """The connection, opened or opened again if need be.
@@ -294,6 +274,8 @@ class LibvirtDriver:
                 ):
                     self._connection = libvirt.open(self._uri)
                 self._subscribe(libvirt, self._connection)
+                with errors_as("asking libvirt which user QEMU has"):
+                    self._qemu_user = QemuUser.of(self._connection.getCapabilities())
             return self._connection
 
     def _disconnect(self) -> None:
@@ -423,10 +405,6 @@ class LibvirtDriver:
             return None
         finally:
             files.remove()
-
-
-def _is_ballooned(spec: host_pb2.GuestSpec) -> bool:
-    return spec.method == host_pb2.BALLOON
 
 
 def _isolator(hinting: host_pb2.HintingSettings) -> str:

@@ -30,6 +30,7 @@ repetitions: 1
 arms:
   - {name: none, method: none}
 """
+NO_BALLOON = "kernel_parameters: module_blacklist=virtio_balloon"
 
 
 @pytest.fixture
@@ -103,3 +104,20 @@ def refused(driver: LibvirtDriver, barrier: Path) -> None:
     assert f"{barrier} keeps QEMU's user" in state.detail
     assert f"{barrier} keeps QEMU's user" in caught.value.message
     assert f"chmod o+x {barrier};" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("balloon", "its balloon driver has said nothing in 20 s"),
+        ("reporting", "it has no driver for its balloon device"),
+    ],
+)
+def test_a_peer_that_is_silent_is_undecided(lab: Lab, method: str, reason: str) -> None:
+    arm = f"  - {{name: silent, method: {method}, {NO_BALLOON}}}\n"
+    data = result(lab.run("run", lab.spec(SPEC + arm), "-o", "json"), code=3)
+    undecided = {trial["arm"]: trial["undecided"] for trial in data["trials"]}
+    assert not undecided["none"]
+    assert f"method {method} cannot work: {reason}" in undecided["silent"]
+    assert not any(trial["lost"] for trial in data["trials"])
+    lab.check_nothing_is_left()

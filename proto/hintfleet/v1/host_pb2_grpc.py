@@ -87,8 +87,9 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateGuest(self, request, context):
-        """Make a guest and wait until its agent is attached (and welcomed, where the
-        method hints). On failure nothing of the guest stays behind.
+        """Make a guest and wait until its agent is attached and its method works: welcomed
+        where it hints; under a peer, the guest's balloon driver speaks or reports (ABORTED
+        if it does not, with the reason). On failure nothing of the guest stays behind.
         FAILED_PRECONDITION unless a Watch of the same trial is open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -34,8 +34,9 @@ class HostServiceStub:
     GetHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.Host]
     """What this host is and can run."""
     CreateGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.CreateGuestRequest, _host_pb2.Guest]
-    """Make a guest and wait until its agent is attached (and welcomed, where the
-    method hints). On failure nothing of the guest stays behind.
+    """Make a guest and wait until its agent is attached and its method works: welcomed
+    where it hints; under a peer, the guest's balloon driver speaks or reports (ABORTED
+    if it does not, with the reason). On failure nothing of the guest stays behind.
     FAILED_PRECONDITION unless a Watch of the same trial is open.
     """
     DestroyGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.DestroyGuestRequest, _host_pb2.DestroyGuestResponse]
@@ -72,8 +73,9 @@ class HostServiceAsyncStub(HostServiceStub):
     GetHost: _aio.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.Host]  # type: ignore[assignment]
     """What this host is and can run."""
     CreateGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.CreateGuestRequest, _host_pb2.Guest]  # type: ignore[assignment]
-    """Make a guest and wait until its agent is attached (and welcomed, where the
-    method hints). On failure nothing of the guest stays behind.
+    """Make a guest and wait until its agent is attached and its method works: welcomed
+    where it hints; under a peer, the guest's balloon driver speaks or reports (ABORTED
+    if it does not, with the reason). On failure nothing of the guest stays behind.
     FAILED_PRECONDITION unless a Watch of the same trial is open.
     """
     DestroyGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.DestroyGuestRequest, _host_pb2.DestroyGuestResponse]  # type: ignore[assignment]
@@ -119,8 +121,9 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.CreateGuestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.Guest, _abc.Awaitable[_host_pb2.Guest]]:
-        """Make a guest and wait until its agent is attached (and welcomed, where the
-        method hints). On failure nothing of the guest stays behind.
+        """Make a guest and wait until its agent is attached and its method works: welcomed
+        where it hints; under a peer, the guest's balloon driver speaks or reports (ABORTED
+        if it does not, with the reason). On failure nothing of the guest stays behind.
         FAILED_PRECONDITION unless a Watch of the same trial is open.
         """
 

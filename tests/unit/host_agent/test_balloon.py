@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from hintfleet.units import GIB, KIB, MIB
 from hintfleet.v1 import host_pb2
-from host_agent.balloon import BalloonStats, Rule
+from host_agent.balloon import SILENT_AFTER_S, BalloonStats, Rule, Silence
+from host_agent.guests.domain_balloon import reporting_problem
 
 SPEC = host_pb2.GuestSpec(driver=host_pb2.LIBVIRT, memory_bytes=GIB, method=host_pb2.BALLOON)
 RULE = Rule.of(SPEC)
@@ -66,3 +67,43 @@ def test_a_guest_that_follows_ends_with_what_it_uses_and_the_reserve(
     wanted = min(max(used_mib * MIB + rule.reserve_bytes, 64 * MIB), GIB)
     if used_mib * MIB <= size_bytes:
         assert abs(size_bytes - wanted) <= GIB * 0.006
+
+
+def heard(*looks: tuple[float, int, int | None]) -> str:
+    """What is found at the last of these looks: when, when the guest last spoke, unused MiB."""
+    silence = Silence(0.0)
+    found = ""
+    for now_s, said_at_s, unused in looks:
+        said = BalloonStats(size_bytes=GIB, unused_bytes=unused, said_at_s=said_at_s)
+        found = silence.look(said, now_s)
+    return found
+
+
+def test_a_guest_that_cannot_be_followed() -> None:
+    late_s = SILENT_AFTER_S + 1
+    assert not heard((late_s - 2, 0, None)), "it may be slow"
+    assert "said nothing in 20 s" in heard((late_s, 0, None))
+    assert "how much memory is unused" in heard((1, 1, None), (late_s, 20, None))
+    assert "nothing more for 20 s" in heard((1, 5, 5), (late_s, 5, 5), (2 * late_s, 5, 5))
+    assert not heard((1, 5, 5), (late_s, 20, 5), (2 * late_s - 2, 20, 5))
+    assert not heard((1, 1000, 5), (late_s, 5, 5)), "the clock was set back"
+    assert RULE.next_target(BalloonStats(size_bytes=GIB, unused_bytes=None, said_at_s=1)) is None
+
+
+DRIVER_OK = "VIRTIO_CONFIG_S_DRIVER_OK: Driver setup and ready"
+REPORTS = "VIRTIO_BALLOON_F_REPORTING: Page reporting VQ available"
+
+
+@pytest.mark.parametrize(
+    ("status", "features", "problem"),
+    [
+        ([], [], "no driver"),
+        (["VIRTIO_CONFIG_S_ACKNOWLEDGE: Valid virtio device found"], [REPORTS], "no driver"),
+        ([DRIVER_OK], ["VIRTIO_BALLOON_F_STATS_VQ: Memory stats"], "no free page reporting"),
+        ([DRIVER_OK], [REPORTS], ""),
+    ],
+)
+def test_a_guest_that_does_not_report(status: list[str], features: list[str], problem: str) -> None:
+    found = reporting_problem(status, features)
+    assert problem in found
+    assert bool(found) == bool(problem)

@@ -25,6 +25,7 @@ class Running:
 
     pid = 0
     balloon = None
+    reporting = None
 
     def __init__(self, ram: GuestRam) -> None:
         self.ram = ram

@@ -26,6 +26,7 @@ class Running:
 
     pid = 0
     balloon = None
+    reporting = None
     handle: dict[str, int] = {}
 
     def __init__(self, may_end: threading.Event) -> None:
