@@ -24,7 +24,6 @@ from grpc_reflection.v1alpha import reflection
 
 from hintfleet.addresses import (
     check_address,
-    grpc_target,
     is_unix,
     plain_text_problem,
     socket_path,
@@ -193,7 +192,7 @@ def _drivers(
     survival = None
     if state is not None:
         survival = Survival(folder=state.guests_folder, orphan_after_s=settings.orphan_after_s)
-    told = grpc_target(settings.guest_advertise)
+    told = settings.guest_advertise
     libvirt = LibvirtDriver(
         settings.libvirt_uri,
         guest_server=told or _as_guests_see_it(door.address),

@@ -34,6 +34,14 @@ class Echo(HintingServiceServicer):
             elif message.HasField("batch"):
                 yield pb.HostMessage(ack=pb.Ack(epoch=1, seq=message.batch.seq))
 
+    async def Workload(  # noqa: N802 - the generated name
+        self, request_iterator: AsyncIterator[pb.WorkloadEvent], context: Any
+    ) -> AsyncIterator[pb.WorkloadCommand]:
+        """No commands."""
+        async for _ in request_iterator:
+            return
+        yield pb.WorkloadCommand()
+
 
 async def main() -> None:
     """Serve until stdin ends; says where on stdout."""

@@ -109,10 +109,9 @@ def _churn(what: str, host: HostAgent, name: str, punch_s_per_byte: float) -> Fi
         time.sleep(next_s - time.monotonic())
     spent_s = cpu_s(host.process.pid) - spent_s
     elapsed_s = time.monotonic() - started_s
-    by_host = _EMBEDDED.method == host_pb2.HINTING and host.guests()[name].spec.method == (
-        host_pb2.HINTING
-    )
-    punched = host.guests()[name].ledger.reclaimed_total_bytes - before if by_host else 0
+    guest = host.guests()[name]
+    ours = guest.spec.method == host_pb2.HINTING  # QEMU pays for what the peers drop
+    punched = (guest.ledger.reclaimed_total_bytes - before) if ours else 0
     share = (spent_s - punched * punch_s_per_byte) / elapsed_s
     return Figure(
         name=f"host agent while {what} uses and frees {_CHURN_BYTES // MIB} MiB "

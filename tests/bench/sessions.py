@@ -116,7 +116,8 @@ class _Stream:
         identity = pb.Identity(guest_uuid=self._guest["uuid"], token=self._guest["token"])
         hello = pb.Hello(identity=identity, page_size_bytes=PAGE_BYTES, chunk_order=9)
         await self._call.write(pb.GuestMessage(hello=hello))
-        self._epoch = (await self._call.read()).welcome.epoch
+        welcome: pb.HostMessage = await self._call.read()
+        self._epoch = welcome.welcome.epoch
 
     async def latencies_s(self) -> list[float]:
         """Of some batches, one after the other; nothing is resident where they hint."""
@@ -135,7 +136,7 @@ class _Stream:
     async def close(self) -> None:
         """End the session."""
         self._call.cancel()
-        await self._channel.close()
+        await self._channel.close(None)
 
 
 def _percentile(values: list[float], percent: int) -> float:

@@ -40,7 +40,7 @@ def host_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHost]:
     monkeypatch.setattr(guest_service, "_REFUSAL_S", 0.05)
     monkeypatch.setattr(stream, "_LAST_WORDS_S", 0.3)
     short = ("grpc.server_handshake_timeout_ms", 500)
-    monkeypatch.setattr(server, "_GUEST_OPTIONS", (short, *server._GUEST_OPTIONS))
+    monkeypatch.setattr(server, "GUEST_OPTIONS", (short, *server.GUEST_OPTIONS))
     with host_in_process() as host:
         host.watch()
         yield host

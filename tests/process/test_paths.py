@@ -31,7 +31,7 @@ NAMES = {
 COMMANDS = {"hintfleet": "orchestrator", "hintfleet-host": "host_agent"}
 
 
-@pytest.fixture(params=NAMES.values(), ids=NAMES.keys())
+@pytest.fixture(params=list(NAMES.values()), ids=list(NAMES))
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder with such a name, reached by a link of such a name."""
     name = os.fsdecode(request.param)
@@ -93,9 +93,9 @@ def test_certificates(folder: Path) -> None:
 
 @contextmanager
 def serving(data_dir: Path, *arguments: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "orchestrator", "serve", "--data-dir", data_dir, *arguments]
+    command = [sys.executable, "-m", "orchestrator", "serve", *arguments, "--data-dir"]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, encoding="utf-8", errors="surrogateescape"
+        [*command, data_dir], stderr=subprocess.PIPE, encoding="utf-8", errors="surrogateescape"
     ) as server:
         try:
             assert server.stderr is not None

@@ -54,8 +54,8 @@ class RayCluster:
 def ray_cluster(lab: Lab, nodes: int) -> Iterator[RayCluster]:
     """A cluster until the block ends; its processes bear the lab's mark."""
     port = _free_port()
-    head = ("--head", f"--port={port}", "--include-dashboard=false", "--ray-client-server-port=0")
-    head = (*head, f"--temp-dir={lab.temporary}/ray")
+    head: tuple[str, ...] = ("--head", f"--port={port}", f"--temp-dir={lab.temporary}/ray")
+    head = (*head, "--include-dashboard=false", "--ray-client-server-port=0")
     raylets: list[int] = []
     with ExitStack() as stack:
         for arguments in (head, *[(f"--address=127.0.0.1:{port}",)] * (nodes - 1)):

@@ -1,6 +1,7 @@
 """A run in a store that no host has run: two phases, and less memory under arm `bitmap`."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +29,8 @@ def store_trial(writer: RunWriter, trial: Trial, spec: Spec) -> None:
     writer.begin_trial(trial, tasks)
     for host, task in tasks.items():
         # The clock of the actor that announces phases is an hour ahead of its host's.
-        for title, at_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
-            writer.append(phase(title, at_s, host, trial.trial_id))
+        for title, said_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
+            writer.append(phase(title, said_s, host, trial.trial_id))
         names = [guest.name for guest in task.guests]
         times = np.arange(0, 7 * S, S // 10, dtype=np.int64)
         left = (30 if trial.arm.name == "bitmap" else 100) + trial.repetition
@@ -41,7 +42,7 @@ def store_trial(writer: RunWriter, trial: Trial, spec: Spec) -> None:
             **{name: np.repeat(times, len(names)).astype(np.uint64) for name in COUNTERS},
         }
         writer.append(Samples(host=host, trial_id=trial.trial_id, columns=columns))
-        common = {"host": host, "trial_id": trial.trial_id}
+        common: dict[str, Any] = {"host": host, "trial_id": trial.trial_id}
         for name in names:
             for kind, at_s in (("allocate", 1.5), ("free", 3.1), ("verify", 6.5)):
                 writer.append(
