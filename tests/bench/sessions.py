@@ -112,12 +112,12 @@ class _Stream:
 
     async def open(self) -> None:
         """Say Hello, and wait for the Welcome."""
-        self._call: Any = HintingServiceStub(self._channel).Session()  # type: ignore[call-arg]
+        stub: Any = HintingServiceStub(self._channel)
+        self._call = stub.Session()
         identity = pb.Identity(guest_uuid=self._guest["uuid"], token=self._guest["token"])
         hello = pb.Hello(identity=identity, page_size_bytes=PAGE_BYTES, chunk_order=9)
         await self._call.write(pb.GuestMessage(hello=hello))
-        welcome: pb.HostMessage = await self._call.read()
-        self._epoch = welcome.welcome.epoch
+        self._epoch = (await self._call.read()).welcome.epoch
 
     async def latencies_s(self) -> list[float]:
         """Of some batches, one after the other; nothing is resident where they hint."""
