@@ -105,8 +105,9 @@ def _churn(what: str, host: HostAgent, name: str, punch_s_per_byte: float) -> Fi
         host.allocate(_CHURN_BYTES, name)
         host.free(_CHURN_BYTES, name)
         # A guest that needs longer is not made to catch up.
-        next_s = max(next_s + _CHURN_PERIOD_S, time.monotonic())
-        time.sleep(next_s - time.monotonic())
+        now_s = time.monotonic()
+        next_s = max(next_s + _CHURN_PERIOD_S, now_s)
+        time.sleep(next_s - now_s)
     spent_s = cpu_s(host.process.pid) - spent_s
     elapsed_s = time.monotonic() - started_s
     guest = host.guests()[name]
