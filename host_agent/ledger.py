@@ -60,6 +60,9 @@ class Ledger:
         """Pages that were never seen resident."""
         self.reclaimed = NO_PAGES
         """Pages that were reclaimed and are still absent, as of the last audit."""
+        # Kept beside the two of them, for every batch asks for these, and counting and uniting
+        # goes through all sections of the RAM.
+        self._absent_pages, self._absent_page_count = ram_pages, ram_pages.page_count
         self._hinted = self._reclaimed_total = self._absent = self._refaulted = 0
         self._unplugged = 0
         self._skipped: Counter[hinting_pb2.SkipReason.ValueType] = Counter()
@@ -73,6 +76,8 @@ class Ledger:
         """
         ledger, totals = cls(books.ram, others_reclaim=others_reclaim), books.totals
         ledger.untouched, ledger.reclaimed = books.untouched, books.reclaimed
+        ledger._absent_pages = books.untouched | books.reclaimed
+        ledger._absent_page_count = ledger._absent_pages.page_count
         ledger._hinted = totals.hinted_total_bytes // PAGE_BYTES
         ledger._reclaimed_total = totals.reclaimed_total_bytes // PAGE_BYTES
         ledger._absent = totals.absent_total_bytes // PAGE_BYTES
@@ -97,11 +102,22 @@ class Ledger:
         :param resident: all resident pages of the RAM; no batch may be running.
         """
         if not self._others_reclaim:
-            gone = self._ram - resident - self.reclaimed - self.untouched
+            gone = self._ram - resident - self._absent_pages
             self._hinted += gone.page_count
-            self._reclaimed_total += gone.page_count
-            self.reclaimed |= gone
+            self._gone(gone)
         self.audit(resident)
+
+    def _gone(self, pages: PageMap) -> None:
+        """These were reclaimed; by the books they were resident until now."""
+        self._reclaimed_total += pages.page_count
+        self.reclaimed |= pages
+        self._absent_pages |= pages
+        self._absent_page_count += pages.page_count
+
+    def _not_absent(self, pages: PageMap) -> None:
+        """These are absent by the books no more."""
+        self._absent_pages -= pages
+        self._absent_page_count -= pages.page_count
 
     def books(self) -> Books:
         """Everything in them, to be stored."""
@@ -115,7 +131,7 @@ class Ledger:
     @property
     def absent_pages(self) -> PageMap:
         """Where an audit has to look: pages that may be absent."""
-        return self._ram if self._others_reclaim else self.reclaimed | self.untouched
+        return self._ram if self._others_reclaim else self._absent_pages
 
     def unseen_pages(self, resident_bytes: int) -> int:
         """How many pages, by the sum, have come back to a RAM file of which so much is resident,
@@ -124,13 +140,15 @@ class Ledger:
         Unless others reclaim, what is resident by the books is so in the file: so 0 says that an
         audit can find nothing, and any other number how much it will.
         """
-        absent = self.reclaimed.page_count + self.untouched.page_count
-        return resident_bytes // PAGE_BYTES - (self._ram.page_count - absent)
+        resident_by_books = self._ram.page_count - self._absent_page_count
+        return resident_bytes // PAGE_BYTES - resident_by_books
 
     def plugged(self, pages: PageMap) -> None:
         """The RAM has these pages too, from now on; nothing of them was ever resident."""
         self._ram |= pages
         self.untouched |= pages
+        self._absent_pages |= pages
+        self._absent_page_count += pages.page_count
 
     def unplugged(self, pages: PageMap) -> PageMap:
         """The RAM has these pages no longer; those that were absent by the books."""
@@ -139,7 +157,9 @@ class Ledger:
         self._ram -= pages
         self.reclaimed -= reclaimed
         self.untouched -= untouched
-        return reclaimed | untouched
+        absent = reclaimed | untouched
+        self._not_absent(absent)
+        return absent
 
     def post(self, hinted: RangeSet, outcome: Outcome, wire_bytes: int) -> None:
         """Enter one batch.
@@ -153,29 +173,28 @@ class Ledger:
         self._absent += outcome.absent.page_count
         for reason, ranges in outcome.skipped.items():
             self._skipped[reason] += ranges.page_count
-        # Reclaimed before and reclaimed again: it was resident between, unseen.
-        self._refaulted += (self.reclaimed & outcome.reclaimed).page_count
-        self._reclaimed_total += outcome.reclaimed.page_count
-        self.reclaimed |= outcome.reclaimed
-        self.untouched -= outcome.reclaimed
+        # Absent by the books and reclaimed: it was resident between, unseen.
+        self._used(self._absent_pages & outcome.reclaimed)
+        self._gone(outcome.reclaimed)
 
-    def audit(self, resident: PageMap, looked: PageMap | None = None) -> PageMap:
+    def audit(self, resident: PageMap) -> PageMap:
         """Take note of pages found resident; those that were absent by the books until now.
 
         :param resident: resident pages within `absent_pages`; others change nothing.
-        :param looked: where was looked for them, if not everywhere.
         """
         if self._others_reclaim:
-            ram = self._ram if looked is None else self._ram & looked
-            gone = ram - resident - self.reclaimed - self.untouched
-            self._reclaimed_total += gone.page_count
-            self.reclaimed |= gone
-        refaulted = self.reclaimed & resident
-        touched = self.untouched & resident
+            self._gone(self._ram - resident - self._absent_pages)
+        return self._used(resident)
+
+    def _used(self, pages: PageMap) -> PageMap:
+        """These are in use; returns those that were absent by the books until now."""
+        refaulted, touched = self.reclaimed & pages, self.untouched & pages
         self._refaulted += refaulted.page_count
         self.reclaimed -= refaulted
         self.untouched -= touched
-        return refaulted | touched
+        used = refaulted | touched
+        self._not_absent(used)
+        return used
 
     def as_pb2(self, resident_bytes: int) -> host_pb2.Ledger:
         """The books in bytes, beside what the RAM file says is resident."""

@@ -88,10 +88,6 @@ class PageMap:
         """Runs of the set's pages in one section."""
         yield from _runs(section << _SHIFT, self._sections.get(section, 0))
 
-    def only(self, sections: Iterable[int]) -> PageMap:
-        """The pages that lie in these sections, of those that have any."""
-        return PageMap._of({section: self._sections[section] for section in sections})
-
     def __or__(self, other: PageMap) -> PageMap:
         few, many = sorted((self, other), key=lambda pages: len(pages._sections))
         if not few:

@@ -57,13 +57,11 @@ class Segment:
 class Look:
     """What a look at the RAM files found.
 
-    :ivar looked: where it looked.
-    :ivar resident: the pages of `looked` that are resident.
+    :ivar resident: the pages that are resident, where it looked.
     :ivar next_pfn: where the next look should begin: where this one ended, or found the last
         page.
     """
 
-    looked: PageMap
     resident: PageMap
     next_pfn: int
 
@@ -112,11 +110,9 @@ class GuestRam:
             whether to look no further.
         """
         walks = [_Walk(segment, within & segment.page_map) for segment in self._segments]
-        looked: list[int] = []
         found: list[Range] = []
         found_pages, next_pfn = 0, start_pfn
         for section in within.sections_from(start_pfn):
-            looked.append(section)
             here = [extent for walk in walks for extent in walk.data_extents(section)]
             if here:
                 found += here
@@ -125,7 +121,7 @@ class GuestRam:
             if enough(found_pages):
                 next_pfn = next_pfn if here else first_pfn(section)
                 break
-        return Look(looked=within.only(looked), resident=PageMap(found), next_pfn=next_pfn)
+        return Look(resident=PageMap(found), next_pfn=next_pfn)
 
     def punch(self, ranges: RangeSet) -> None:
         """Drop the memory behind `ranges`: one system call per range and segment.

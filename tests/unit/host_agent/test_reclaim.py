@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hintfleet.ranges import Range, RangeSet
+from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from host_agent.cache_count import cached_bytes
@@ -83,10 +83,9 @@ def test_a_look_ends_with_what_it_was_sent_for(ram: GuestRam, ram_fd: int) -> No
     """And the next one begins there: memory comes back where it came back last."""
     far = RangeSet([(4097, 2)])
     touch(ram_fd, far)
+    touch(ram_fd, RangeSet([(8, 2)]))
     look = ram.look(ram.page_map, 4096, lambda found_pages: found_pages >= 2)
     assert look.resident.ranges() == far
-    assert not look.looked.overlaps(Range(0, 1024))
-    touch(ram_fd, RangeSet([(8, 2)]))
     again = ram.look(ram.page_map - PageMap(far), look.next_pfn, lambda found: found >= 2)
     assert again.resident.ranges() == RangeSet([(8, 2)]), "it goes round"
 
@@ -126,7 +125,6 @@ def test_a_look_finds_what_is_there(
             patch.setattr("host_agent.ram.cached_bytes", lambda *_: 0)
         look = ram.look(PageMap(within), start_pfn)
     assert look.resident.ranges() == touched & within & ram.pages
-    assert look.looked.ranges() == within
 
 
 def test_a_punch_that_the_kernel_refuses_is_told_as_skipped() -> None:
