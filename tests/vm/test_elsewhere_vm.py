@@ -7,16 +7,21 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from hintfleet.errors import Refused
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests import GuestRequest, Survival
+from host_agent.guests.domain_xml import NAME_PREFIX
 from host_agent.guests.image import GuestImage
 from host_agent.guests.libvirt import LibvirtDriver
+from tests.support.agents import running_host_agent
 from tests.support.lab import Lab, made_lab, result
+from tests.support.vm import Guests, spec
 
 pytestmark = pytest.mark.vm
 
@@ -42,7 +47,10 @@ def lab(tmp_path: Path, libvirt_uri: str, image: GuestImage) -> Iterator[Lab]:
 
 
 @pytest.fixture
-def private() -> Iterator[Path]:
+def private(libvirt_uri: str) -> Iterator[Path]:
+    """A folder of this user's, where QEMU has another."""
+    if "system" not in libvirt_uri:
+        pytest.skip("QEMU runs as this user here")
     with tempfile.TemporaryDirectory(prefix="hf-vm-") as folder:
         yield Path(folder)
 
@@ -114,10 +122,25 @@ def refused(driver: LibvirtDriver, barrier: Path) -> None:
     ],
 )
 def test_a_peer_that_is_silent_is_undecided(lab: Lab, method: str, reason: str) -> None:
-    arm = f"  - {{name: silent, method: {method}, {NO_BALLOON}}}\n"
-    data = result(lab.run("run", lab.spec(SPEC + arm), "-o", "json"), code=3)
-    undecided = {trial["arm"]: trial["undecided"] for trial in data["trials"]}
-    assert not undecided["none"]
-    assert f"method {method} cannot work: {reason}" in undecided["silent"]
-    assert not any(trial["lost"] for trial in data["trials"])
+    silent = SPEC.replace("method: none", f"method: {method}, {NO_BALLOON}")
+    data = result(lab.run("run", lab.spec(silent), "-o", "json"), code=3)
+    (trial,) = data["trials"]
+    assert f"method {method} cannot work: {reason}" in trial["undecided"]
+    assert not trial["lost"]
     lab.check_nothing_is_left()
+
+
+def test_a_balloon_that_falls_silent_is_lost_to_its_method(
+    connection: Any, image: GuestImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that is suspended says as little as one whose driver has gone."""
+    monkeypatch.setenv("HINTFLEET_IMAGE_DIR", str(image.directory.parent))
+    with running_host_agent() as host:
+        host.watch(timeout_s=300)
+        name = f"silent-{uuid.uuid4().hex[:8]}"
+        guests = Guests(host, {name: spec(host_pb2.BALLOON, memory_bytes=384 * MIB)})
+        assert guests[name].pid
+        connection.lookupByName(NAME_PREFIX + name).suspend()
+        with pytest.raises(grpc.RpcError, match="its balloon driver has said nothing more") as lost:
+            host.allocate(MIB, name)
+        assert lost.value.code() is grpc.StatusCode.ABORTED
