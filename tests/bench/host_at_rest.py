@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from hintfleet.errors import Refused
 from hintfleet.units import GIB, MIB, PAGE_BYTES
@@ -74,8 +74,7 @@ def _real(arm: str, wanted: host_pb2.GuestSpec, punch_s_per_byte: float) -> Iter
             host.allocate(_WORKED_BYTES, name)
             host.free(_WORKED_BYTES, name)
         time.sleep(_CALM_DOWN_S)
-        yield _rest(f"a real guest, {arm}", host, _REAL_GUESTS, "<= 0.1")
-        yield _churn(f"a real guest, {arm}", host, names[0], punch_s_per_byte)
+        yield from _rest_and_churn(f"a real guest, {arm}", host, names, "<= 0.1", punch_s_per_byte)
 
 
 def _embedded(punch_s_per_byte: float) -> Iterator[Figure]:
@@ -84,20 +83,28 @@ def _embedded(punch_s_per_byte: float) -> Iterator[Figure]:
         names = [f"g{n}" for n in range(_EMBEDDED_GUESTS)]
         Guests(host, dict.fromkeys(names, _EMBEDDED)).wait()
         time.sleep(_CALM_DOWN_S)
-        yield _rest("an embedded guest", host, _EMBEDDED_GUESTS, "<= 0.05")
-        yield _churn("an embedded guest", host, names[0], punch_s_per_byte)
+        yield from _rest_and_churn("an embedded guest", host, names, "<= 0.05", punch_s_per_byte)
 
 
-def _rest(what: str, host: HostAgent, guests: int, wanted: str) -> Figure:
+def _rest_and_churn(
+    what: str, host: HostAgent, names: Sequence[str], wanted: str, punch_s_per_byte: float
+) -> Iterator[Figure]:
     started_s, spent_s = time.monotonic(), cpu_s(host.process.pid)
     time.sleep(_REST_S)
     share = (cpu_s(host.process.pid) - spent_s) / (time.monotonic() - started_s)
-    name = f"host agent at rest, for {what} of {guests}"
-    return Figure(name=name, unit="% of a core", ours=100 * share / guests, wanted=wanted)
+    yield Figure(
+        name=f"host agent at rest, for {what} of {len(names)}",
+        unit="% of a core",
+        ours=100 * share / len(names),
+        wanted=wanted,
+    )
+    others_share = share * (1 - 1 / len(names))
+    yield _churn(what, host, names[0], others_share, punch_s_per_byte)
 
 
-def _churn(what: str, host: HostAgent, name: str, punch_s_per_byte: float) -> Figure:
-    """What it costs more than at rest is hardly less than all of it."""
+def _churn(
+    what: str, host: HostAgent, name: str, others_share: float, punch_s_per_byte: float
+) -> Figure:
     before = host.guests()[name].ledger.reclaimed_total_bytes
     started_s, spent_s = time.monotonic(), cpu_s(host.process.pid)
     next_s = started_s
@@ -113,9 +120,9 @@ def _churn(what: str, host: HostAgent, name: str, punch_s_per_byte: float) -> Fi
     guest = host.guests()[name]
     ours = guest.spec.method == host_pb2.HINTING  # QEMU pays for what the peers drop
     punched = (guest.ledger.reclaimed_total_bytes - before) if ours else 0
-    share = (spent_s - punched * punch_s_per_byte) / elapsed_s
+    share = (spent_s - punched * punch_s_per_byte) / elapsed_s - others_share
     return Figure(
-        name=f"host agent while {what} uses and frees {_CHURN_BYTES // MIB} MiB "
+        name=f"host agent, for {what} that uses and frees {_CHURN_BYTES // MIB} MiB "
         f"{_CHURN_ROUNDS / elapsed_s:.1f} times a second, less the punches",
         unit="% of a core",
         ours=100 * share,
