@@ -279,6 +279,8 @@ class Registry:
         task = self._done.get(key)
         if task is None:
             task = self._done[key] = asyncio.ensure_future(_as_coroutine(do))
+            # Whoever asked may be gone by now: asyncio would tell of an error that nobody heard.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             return cast(_T, await asyncio.shield(task))
         except GuestLost:

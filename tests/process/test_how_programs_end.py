@@ -23,7 +23,7 @@ def ran(
     command = [*within, sys.executable, "-m", PROGRAMS[words[0]], *words[1:]]
     if redirect:
         command = ["bash", "-c", f'"$@" {redirect}', "bash", *command]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     for sign in ("Traceback", "Exception ignored", "a bug in", "E0000"):
         assert sign not in done.stderr, done.stderr
     return done
@@ -184,7 +184,7 @@ def test_a_bug_is_one_message_and_a_file(
     monkeypatch.setenv("TMPDIR", str(folder / "folder"))
     code = BUG.format(module=PROGRAMS[program], place=place, arguments=arguments)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     (log,) = Path("folder").iterdir()
     assert done.returncode == 1
@@ -201,6 +201,7 @@ def test_a_bug_is_one_message_and_a_file(
 LOGGED = """
 import logging, threading
 from hintfleet import program
+from tests.support.agents import HANG_S
 program.prepare("hintfleet-host")
 def fail(): raise KeyError("missing")
 for _ in range(50):
@@ -215,7 +216,7 @@ def test_bugs_of_threads_and_callbacks_are_told_alike_and_are_bounded(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(folder / "folder"))
     done = subprocess.run(
-        [sys.executable, "-c", LOGGED], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", LOGGED], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert "Traceback" not in done.stderr
     (log,) = Path("folder").iterdir()
@@ -225,7 +226,7 @@ def test_bugs_of_threads_and_callbacks_are_told_alike_and_are_bounded(
 def test_a_module_that_is_not_installed() -> None:
     code = "import sys; sys.modules['click'] = None\nimport orchestrator.__main__ as p; p.main()"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 1
     assert "click" in done.stderr

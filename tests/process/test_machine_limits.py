@@ -38,7 +38,7 @@ def cgroup(controller: str, **values: str) -> Iterator[Path]:
         (made / file).write_text(value)
         yield made
     finally:
-        wait_until(lambda: not (made / "cgroup.procs").read_text(), f"{made} to be empty", 30)
+        wait_until(lambda: not (made / "cgroup.procs").read_text(), f"{made} to be empty")
         made.rmdir()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from hintfleet.addresses import grpc_target
 from tests.process.test_run_quickstart import SPEC, arms, spec
-from tests.support.agents import running_host_agent, wait_until
+from tests.support.agents import HANG_S, running_host_agent, wait_until
 from tests.support.lab import made_lab, result
 from tests.support.stored import store_run
 
@@ -46,7 +46,7 @@ def ran(command: str, *arguments: str | Path, code: int = 0) -> str:
         capture_output=True,
         encoding="utf-8",
         errors="surrogateescape",
-        timeout=60,
+        timeout=HANG_S,
         check=False,
     )
     assert "Traceback" not in done.stderr
@@ -161,7 +161,7 @@ def test_a_real_run_where_all_folders_have_such_names(tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=HANG_S,
             check=False,
         )
         assert arms(result(done, 3)).keys() == {"none", "bitmap"}, "one repetition has no interval"

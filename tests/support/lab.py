@@ -102,7 +102,9 @@ class Lab:
     def check_nothing_is_left(self, timeout_s: float = HANG_S) -> None:
         wait_until(lambda: not self.processes(), f"the end of {self.processes()}", timeout_s)
         left = [str(path) for path in self.temporary.rglob("*")]
-        assert not left, f"left behind: {left}"
+        assert not left, f"left behind: {left} " + " ".join(
+            p.read_text() for p in self.temporary.glob("hintfleet-bug*")
+        )
 
 
 def wait_for_line(process: "subprocess.Popen[str]", start: str) -> str:

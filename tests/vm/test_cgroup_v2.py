@@ -3,8 +3,6 @@
 import uuid
 from pathlib import Path
 
-import pytest
-
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests import GuestRequest
@@ -12,8 +10,6 @@ from host_agent.guests.image import GuestImage
 from host_agent.guests.libvirt import LibvirtDriver
 from tests.support.agents import wait_until
 from tests.support.vm import image_with, spec
-
-pytestmark = pytest.mark.vm
 
 
 def test_cgroups_of_v2_limit(libvirt_uri: str, image: GuestImage, readable_by_qemu: Path) -> None:
@@ -30,7 +26,7 @@ def test_cgroups_of_v2_limit(libvirt_uri: str, image: GuestImage, readable_by_qe
     driver = LibvirtDriver(libvirt_uri, guest_server="10.0.2.2:9", images=images)
     guest = driver.create(request)
     try:
-        wait_until(lambda: guest.evidence().count("PROBE processors") == 2, "the limits", 90)
+        wait_until(lambda: guest.evidence().count("PROBE processors") == 2, "the limits")
         said = [line for line in guest.evidence().splitlines() if line.startswith("PROBE")]
     finally:
         guest.close()

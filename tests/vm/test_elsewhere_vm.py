@@ -23,8 +23,6 @@ from tests.support.agents import running_host_agent
 from tests.support.lab import Lab, made_lab, result
 from tests.support.vm import Guests, spec
 
-pytestmark = pytest.mark.vm
-
 SPEC = """\
 name: small-vm
 driver: libvirt
