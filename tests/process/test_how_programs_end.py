@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.agents import HANG_S
 from tests.support.stored import store_run
 
 PROGRAMS = {"hintfleet": "orchestrator", "hintfleet-host": "host_agent"}
@@ -201,7 +202,6 @@ def test_a_bug_is_one_message_and_a_file(
 LOGGED = """
 import logging, threading
 from hintfleet import program
-from tests.support.agents import HANG_S
 program.prepare("hintfleet-host")
 def fail(): raise KeyError("missing")
 for _ in range(50):

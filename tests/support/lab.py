@@ -102,9 +102,8 @@ class Lab:
     def check_nothing_is_left(self, timeout_s: float = HANG_S) -> None:
         wait_until(lambda: not self.processes(), f"the end of {self.processes()}", timeout_s)
         left = [str(path) for path in self.temporary.rglob("*")]
-        assert not left, f"left behind: {left} " + " ".join(
-            p.read_text() for p in self.temporary.glob("hintfleet-bug*")
-        )
+        bugs = [path.read_text() for path in self.temporary.glob("hintfleet-bug-*")]
+        assert not left, "\n".join((f"left behind: {left}", *bugs))
 
 
 def wait_for_line(process: "subprocess.Popen[str]", start: str) -> str:
