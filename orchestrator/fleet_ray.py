@@ -136,6 +136,19 @@ class Fleet:
                 self._runtime_dir.remove()
 
     def _start_actors(self, hosts: list[str]) -> None:
+        """Start an actor for each host, and have it reach its host.
+
+        One that dies meanwhile is started anew, once: it may have been put on a node that was
+        dead already, which Ray knows only now.
+
+        :raises HintfleetError: it cannot reach its host, or died again.
+        """
+        died = self._open_actors(hosts)
+        for host, error in self._open_actors(list(died)).items():
+            raise TransientError(f"{host}: {_said(error)}") from error
+
+    def _open_actors(self, hosts: list[str]) -> dict[str, Exception]:
+        """Returns those that died of it, and why."""
         import ray
 
         actor_class = ray.remote(
@@ -144,13 +157,15 @@ class Fleet:
         for host in hosts:
             self._actors[host] = actor_class.remote(self._places[host], self._folder(host))
         opening = {self._actors[host].open.remote(): host for host in hosts}
+        died: dict[str, Exception] = {}
         while opening:
             for done in self._ready(opening):
                 host = opening.pop(done)
                 try:
                     _get(done)
                 except ray.exceptions.RayActorError as error:
-                    raise TransientError(f"{host}: {_said(error)}") from error
+                    died[host] = error
+        return died
 
     def _ready(self, refs: Collection[Any]) -> list[Any]:
         """Those that are ready within a moment.

@@ -17,6 +17,7 @@ _RAY = Path(sys.executable).with_name("ray")
 _ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONUNBUFFERED": "1",  # so that what `ray start` says is seen when it says it
     # Its nodes listen where others can reach them.
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
@@ -46,7 +47,7 @@ class RayCluster:
             actors = lab.find("ray::_HostActor")
             return [pid for pid in map(parent_pid, actors) if pid in wanted]
 
-        wait_until(lambda: bool(found()), "an actor on that node", 30)
+        wait_until(lambda: bool(found()), "an actor on that node")
         return found()[0]
 
 
@@ -55,7 +56,7 @@ def ray_cluster(lab: Lab, nodes: int) -> Iterator[RayCluster]:
     """A cluster until the block ends; its processes bear the lab's mark."""
     port = _free_port()
     head: tuple[str, ...] = ("--head", f"--port={port}", f"--temp-dir={lab.temporary}/ray")
-    head = (*head, "--include-dashboard=false", "--ray-client-server-port=0")
+    head = (*head, "--include-dashboard=false", f"--ray-client-server-port={_free_port()}")
     raylets: list[int] = []
     with ExitStack() as stack:
         for arguments in (head, *[(f"--address=127.0.0.1:{port}",)] * (nodes - 1)):
@@ -74,7 +75,8 @@ def _node(arguments: tuple[str, ...], environment: dict[str, str], log: Path) ->
             [str(_RAY), "start", *arguments, *_NODE], env=environment, stdout=file, stderr=file
         )
     try:
-        wait_until(lambda: "block forever" in log.read_text(), f"a node of Ray: {log}", 60)
+        wait_until(lambda: process.poll() is not None or _is_up(log), f"a node of Ray: {log}")
+        assert process.poll() is None, log.read_text()
         yield
     finally:
         process.terminate()
@@ -82,6 +84,10 @@ def _node(arguments: tuple[str, ...], environment: dict[str, str], log: Path) ->
             process.wait(30)
         finally:
             process.kill()
+
+
+def _is_up(log: Path) -> bool:
+    return "block forever" in log.read_text()
 
 
 def _free_port() -> int:
