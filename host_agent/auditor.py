@@ -28,7 +28,14 @@ async def audit_when_due(guests: Callable[[], Sequence[Guest]], observing: CpuMe
             with observing.running():
                 for guest in everyone[first : first + _AT_A_TIME]:
                     if guest.next_check_s <= now_s:
-                        guest.check(now_s)
+                        _check(guest, now_s)
             await asyncio.sleep(0)  # acks do not wait for all of them
         next_s = min((guest.next_check_s for guest in everyone), default=now_s + _LONGEST_S)
         await asyncio.sleep(max(next_s - time.monotonic(), _SHORTEST_S))
+
+
+def _check(guest: Guest, now_s: float) -> None:
+    try:
+        guest.check(now_s)
+    except OSError as error:  # one guest's, and no reason to stop looking at all others
+        guest.lost(f"its RAM cannot be looked at: {error.strerror}")

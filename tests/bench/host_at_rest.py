@@ -7,13 +7,15 @@ uses and frees memory costs, the punches themselves are taken: a bare loop's tim
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from hintfleet.errors import Refused
-from hintfleet.units import GIB, MIB, PAGE_BYTES
+from hintfleet.ranges import RangeSet
+from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from host_agent.guests.image import find_image
 from host_agent.guests.libvirt_api import modules
@@ -131,17 +133,43 @@ def _churn(
 
 
 def _punch_s_per_byte() -> float:
-    """CPU time of dropping memory as an agent does, in chunks and nothing else."""
+    """CPU time of dropping memory that another process has written, in chunks, and nothing
+    else: as an agent does it, with caches that somebody else has used meanwhile."""
     fd = os.memfd_create("bench")
-    os.truncate(fd, GIB)
-    ram = GuestRam([Segment(pfn=0, page_count=GIB // PAGE_BYTES, fd=fd, offset_bytes=0)])
-    for at in range(0, GIB, MIB):
-        os.pwrite(fd, bytes(MIB), at)
-    started_s = time.thread_time()
-    ram.punch(ram.pages)
-    took_s = time.thread_time() - started_s
+    os.truncate(fd, _CHURN_BYTES)
+    ram = GuestRam([Segment(pfn=0, page_count=_CHURN_BYTES // PAGE_BYTES, fd=fd, offset_bytes=0)])
+    chunks = RangeSet((pfn, 512) for pfn in range(0, _CHURN_BYTES // PAGE_BYTES, 1024))
+    rest = ram.pages - chunks
+    took_s = 0.0
+    with subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(fd)],
+        pass_fds=[fd],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        for _ in range(_CHURN_ROUNDS):
+            writer.stdin.write(b"\n")
+            writer.stdin.flush()
+            writer.stdout.readline()
+            time.sleep(_CHURN_PERIOD_S / 2)
+            started_s = time.thread_time()
+            for half in (chunks, rest):
+                ram.punch(half)
+            took_s += time.thread_time() - started_s
+        writer.stdin.close()
     ram.close()
-    return took_s / GIB
+    return took_s / (_CHURN_ROUNDS * _CHURN_BYTES)
+
+
+_WRITER = """
+import mmap, sys
+ram = mmap.mmap(int(sys.argv[1]), 0)
+for line in sys.stdin:
+    ram[:] = b"x" * len(ram)
+    print(flush=True)
+"""
 
 
 def _watch(host: HostAgent) -> None:
