@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.bench import (
     agent_in_guest,
+    audit,
     flood,
     guest_cost,
     host_at_rest,
@@ -23,6 +24,7 @@ from tests.bench import (
 
 _SUITES = {
     "host_path": host_path.run,
+    "audit": audit.run,
     "tracker": tracker.run,
     "sparse": sparse.run,
     "guest_cost": guest_cost.run,
