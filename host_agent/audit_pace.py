@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from host_agent.waking import WAKE_S, next_wake_s
+
 CALM_PAGES = 256
 """Less than this (1 MiB) is next to nothing: a guest that rests has kernel and daemons, too."""
 CALM_PERIOD_S = 10.0
 """How long next to nothing waits to be looked for."""
 _CALM_SHARE = 1 / 2000
-
-_LONGEST_REST_S = 1.0
-"""Between two checks of the sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +53,9 @@ class AuditPace:
         """
         shortest_s = self._pace.period_s
         calm = moved_pages < CALM_PAGES
-        longer_s = min(2 * self._rest_s, _LONGEST_REST_S)
-        self._rest_s = max(shortest_s, longer_s) if calm else shortest_s
-        self.next_check_s = now_s + self._rest_s
-        if self._rest_s == _LONGEST_REST_S:
-            # The same moment for all guests: what a check costs is mostly that we wake for it.
-            self.next_check_s = math.floor(self.next_check_s)
+        self._rest_s = max(shortest_s, min(2 * self._rest_s, WAKE_S)) if calm else shortest_s
+        resting = self._rest_s == WAKE_S
+        self.next_check_s = next_wake_s(now_s) if resting else now_s + self._rest_s
         return moved_pages > 0 and now_s >= self._looked_at_s + self._pause_s(calm)
 
     def _pause_s(self, calm: bool) -> float:

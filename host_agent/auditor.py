@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
+from host_agent.waking import next_wake_s, sleep_until
 
 _SHORTEST_S = 0.02
-_LONGEST_S = 1.0
-"""A guest that is new meanwhile is checked for the first time after so long at the most."""
 _AT_A_TIME = 64
 
 
@@ -30,8 +29,9 @@ async def audit_when_due(guests: Callable[[], Sequence[Guest]], observing: CpuMe
                     if guest.next_check_s <= now_s:
                         _check(guest, now_s)
             await asyncio.sleep(0)  # acks do not wait for all of them
-        next_s = min((guest.next_check_s for guest in everyone), default=now_s + _LONGEST_S)
-        await asyncio.sleep(max(next_s - time.monotonic(), _SHORTEST_S))
+        # No later: a guest that is new has never been checked.
+        next_s = min((next_wake_s(now_s), *(guest.next_check_s for guest in everyone)))
+        await sleep_until(max(next_s, now_s + _SHORTEST_S))
 
 
 def _check(guest: Guest, now_s: float) -> None:

@@ -18,6 +18,7 @@ from host_agent.edge import Context, abort
 from host_agent.registry import Registry
 from host_agent.sampling import Rest, sample_set
 from host_agent.threads import in_driver_thread
+from host_agent.waking import WAKE_S, next_wake_s, sleep_until
 
 _SHORTEST_PERIOD_MS = 10
 _DEFAULT_SETTLE_S = 30.0
@@ -154,6 +155,8 @@ class ControlService(HostServiceServicer):
         rest, answered = Rest(period_s), self._answered
         try:
             next_s = time.monotonic()
+            if period_s >= WAKE_S:  # not the first, but all that follow
+                next_s = next_wake_s(next_s) - period_s
             while True:
                 guests = [g for g in self._registry.guests if g.trial_id == request.trial_id]
                 made = sample_set(guests, self._registry.observing)
@@ -162,7 +165,7 @@ class ControlService(HostServiceServicer):
                 answered = self._answered
                 # A sample that took longer than the period is not made up for.
                 next_s = max(next_s + period_s, time.monotonic())
-                await asyncio.sleep(next_s - time.monotonic())
+                await sleep_until(next_s)
         finally:
             self._registry.close_watch(request.trial_id)
 

@@ -50,6 +50,9 @@ _PEERS = frozenset({host_pb2.REPORTING, host_pb2.BALLOON})
 _OBSERVING = Pace(period_s=1.0, share=1 / 100)
 """Audits that serve samples and metrics alone."""
 
+_FEW_RUNS = 64
+"""So many are encoded sooner than a thread begins with them."""
+
 # The kernel's PAGE_REPORTING_DELAY is 2 s, and a balloon's step takes as long: after two
 # of them without any effect there is nothing more to come.
 _QUIET_S = 4.5
@@ -471,9 +474,11 @@ class Guest:
         if not said or self._hinting is None:
             return
         self._next_tell_s = time.monotonic() + self._report_period_s
-        ranges = await asyncio.to_thread(
-            lambda: encode(said.whole_chunks(self.chunk_order).ranges())
-        )
+        chunks = said.whole_chunks(self.chunk_order)
+        if chunks.run_count <= _FEW_RUNS:
+            ranges = encode(chunks.ranges())
+        else:
+            ranges = await asyncio.to_thread(lambda: encode(chunks.ranges()))
         # Still under the lock: the ack of a batch that took them must not come first.
         if self._hinting is not None and self.memory.used_again is said:
             self.memory.used_again = NO_PAGES

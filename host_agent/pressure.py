@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,10 +10,9 @@ from hintfleet.v1 import host_pb2
 from host_agent.guest import Guest
 from host_agent.hinting_messages import policy_of
 from host_agent.policy import GuestView, Hold, HostView, Suggestion, suggest
+from host_agent.waking import next_wake_s, sleep_until
 
 PERIOD_S = 0.5
-_IDLE_PERIOD_S = 1.0
-"""While there is no guest under policy pressure."""
 _DEFAULT_PRESSURE_PERCENT = 80
 
 
@@ -31,7 +29,8 @@ class Pressure:
     async def run(self) -> None:
         """Look and act once per period until cancelled."""
         while True:
-            await asyncio.sleep(PERIOD_S if self._ruled else _IDLE_PERIOD_S)
+            now_s = time.monotonic()
+            await sleep_until(now_s + PERIOD_S if self._ruled else next_wake_s(now_s))
             self.act()
 
     def act(self) -> None:
