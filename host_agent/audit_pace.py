@@ -56,13 +56,16 @@ class AuditPace:
         self._rest_s = max(shortest_s, min(2 * self._rest_s, WAKE_S)) if calm else shortest_s
         resting = self._rest_s == WAKE_S
         self.next_check_s = next_wake_s(now_s) if resting else now_s + self._rest_s
-        return moved_pages > 0 and now_s >= self._looked_at_s + self._pause_s(calm)
+        look = moved_pages > 0 and now_s >= self._looked_at_s + self._pause_s(calm)
+        if look:
+            self._looked_at_s = now_s
+        return look
 
     def _pause_s(self, calm: bool) -> float:
         if calm:
             return max(CALM_PERIOD_S, self._took_s / _CALM_SHARE)
         return max(self._pace.period_s, self._took_s / self._pace.share)
 
-    def looked(self, now_s: float, took_s: float) -> None:
+    def looked(self, took_s: float) -> None:
         """A look has ended that took so much processor time."""
-        self._looked_at_s, self._took_s = now_s, took_s
+        self._took_s = took_s

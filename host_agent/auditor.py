@@ -27,15 +27,8 @@ async def audit_when_due(guests: Callable[[], Sequence[Guest]], observing: CpuMe
             with observing.running():
                 for guest in everyone[first : first + _AT_A_TIME]:
                     if guest.next_check_s <= now_s:
-                        _check(guest, now_s)
+                        guest.check(now_s)
             await asyncio.sleep(0)  # acks do not wait for all of them
         # No later: a guest that is new has never been checked.
         next_s = min((next_wake_s(now_s), *(guest.next_check_s for guest in everyone)))
         await sleep_until(max(next_s, now_s + _SHORTEST_S))
-
-
-def _check(guest: Guest, now_s: float) -> None:
-    try:
-        guest.check(now_s)
-    except OSError as error:  # one guest's, and no reason to stop looking at all others
-        guest.lost(f"its RAM cannot be looked at: {error.strerror}")

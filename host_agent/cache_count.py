@@ -7,6 +7,7 @@ way to learn where data ends, walks to that end at 28 ns a page, however far it 
 from __future__ import annotations
 
 import ctypes
+import os
 
 from hintfleet.units import PAGE_BYTES
 
@@ -39,3 +40,16 @@ def cached_bytes(fd: int, offset_bytes: int, size_bytes: int) -> int:
     if _syscall(_CACHESTAT, fd, ctypes.byref(where), ctypes.byref(counts), 0):
         return 0
     return int(counts.nr_cache + counts.nr_evicted) * PAGE_BYTES
+
+
+def _can_count() -> bool:
+    fd = os.memfd_create("hintfleet-count")
+    try:
+        os.pwrite(fd, b"x", 0)
+        return cached_bytes(fd, 0, PAGE_BYTES) == PAGE_BYTES
+    finally:
+        os.close(fd)
+
+
+CAN_COUNT = _can_count()
+"""Whether the kernel says."""

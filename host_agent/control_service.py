@@ -152,17 +152,17 @@ class ControlService(HostServiceServicer):
             )
         self._registry.open_watch(request.trial_id)
         period_s = request.period_ms / 1000
-        rest, answered = Rest(period_s), self._answered
+        rest, heard = Rest(), self._answered
         try:
             next_s = time.monotonic()
             if period_s >= WAKE_S:  # not the first, but all that follow
                 next_s = next_wake_s(next_s) - period_s
             while True:
                 guests = [g for g in self._registry.guests if g.trial_id == request.trial_id]
+                heard, before = self._answered, heard
                 made = sample_set(guests, self._registry.observing)
-                for samples in rest.to_send(made, commanded=answered != self._answered):
+                for samples in rest.to_send(made, commanded=heard != before):
                     yield samples
-                answered = self._answered
                 # A sample that took longer than the period is not made up for.
                 next_s = max(next_s + period_s, time.monotonic())
                 await sleep_until(next_s)

@@ -50,8 +50,8 @@ _PEERS = frozenset({host_pb2.REPORTING, host_pb2.BALLOON})
 _OBSERVING = Pace(period_s=1.0, share=1 / 100)
 """Audits that serve samples and metrics alone."""
 
-_FEW_RUNS = 64
-"""So many are encoded sooner than a thread begins with them."""
+_FEW_SECTIONS = 16
+"""The chunks of so many are encoded sooner than a thread begins with them."""
 
 # The kernel's PAGE_REPORTING_DELAY is 2 s, and a balloon's step takes as long: after two
 # of them without any effect there is nothing more to come.
@@ -95,6 +95,7 @@ class Guest:
             name,
             others_reclaim=spec.method in _PEERS,
             changed=lambda: self.keeper.changed(self),
+            lost=self.lost,
         )
         self._observing = observing or CpuMeter()
         self._hints = spec.method == host_pb2.HINTING
@@ -473,12 +474,12 @@ class Guest:
         said = self.memory.used_again
         if not said or self._hinting is None:
             return
-        self._next_tell_s = time.monotonic() + self._report_period_s
-        chunks = said.whole_chunks(self.chunk_order)
-        if chunks.run_count <= _FEW_RUNS:
-            ranges = encode(chunks.ranges())
-        else:
-            ranges = await asyncio.to_thread(lambda: encode(chunks.ranges()))
+
+        def packed() -> bytes:
+            return encode(said.whole_chunks(self.chunk_order).ranges())
+
+        few = said.section_count <= _FEW_SECTIONS
+        ranges = packed() if few else await asyncio.to_thread(packed)
         # Still under the lock: the ack of a batch that took them must not come first.
         if self._hinting is not None and self.memory.used_again is said:
             self.memory.used_again = NO_PAGES
@@ -505,16 +506,17 @@ class Guest:
         news = self.memory.used_again and self._hinting is not None
         tell = bool(news) and now_s >= self._next_tell_s
         if (look or tell) and (self._audit_task is None or self._audit_task.done()):
-            self._audit_task = self._begin(self._check(look))
+            self._audit_task = self._begin(self._check(look, now_s))
 
-    async def _check(self, look: bool) -> None:
+    async def _check(self, look: bool, now_s: float) -> None:
         async with self.memory.alone:
             if look:
                 took_s = await self.memory.look()
-                self._pace.looked(time.monotonic(), took_s)
+                self._pace.looked(took_s)
                 if not self._hints:
                     self._observing.add(took_s)
-            if time.monotonic() >= self._next_tell_s:
+            if now_s >= self._next_tell_s:
+                self._next_tell_s = now_s + self._report_period_s
                 await self._tell()
 
     async def ledger(self) -> host_pb2.Ledger:

@@ -15,6 +15,7 @@ from hintfleet.errors import GuestLost, Refused
 from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
+from host_agent.cache_count import CAN_COUNT
 from host_agent.gate import Batch
 from host_agent.ledger import Books, Ledger
 from host_agent.page_map import NO_PAGES, PageMap
@@ -29,10 +30,18 @@ _SLICE_S = 0.01
 class GuestMemory:
     """From the moment that the guest runs; before and afterwards there is nothing to look at."""
 
-    def __init__(self, name: str, *, others_reclaim: bool, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        others_reclaim: bool,
+        changed: Callable[[], None],
+        lost: Callable[[str], None],
+    ) -> None:
         """:param name: the guest's, for messages.
         :param others_reclaim: whether memory may leave the RAM without a batch.
         :param changed: called when anything was entered in the books.
+        :param lost: told why when the RAM cannot be looked at any more; then it is closed.
         """
         self.alone = asyncio.Lock()
         self.used_again = NO_PAGES
@@ -45,6 +54,7 @@ class GuestMemory:
         self._name = name
         self._others_reclaim = others_reclaim
         self._changed = changed
+        self._lost = lost
         self._open: tuple[GuestRam, Ledger] | None = None
         self._audited_bytes = 0
         """How much was resident at the last audit."""
@@ -109,6 +119,8 @@ class GuestMemory:
         unseen = max(0, ledger.unseen_pages(ram.resident_bytes()))
         return (
             not self._others_reclaim
+            # Else a look at few pages may walk through all that is resident behind them.
+            and (CAN_COUNT or not unseen)
             and absent.run_count <= _LIGHT_RANGES
             and pages.page_count - absent.page_count + unseen <= _LIGHT_PAGES
         )
@@ -162,7 +174,11 @@ class GuestMemory:
         One system call for each file. The message is the next call's, too: copy it."""
         if self._open:
             ram, ledger = self._open
-            resident_bytes = ram.resident_bytes()
+            try:
+                resident_bytes = ram.resident_bytes()
+            except OSError as error:
+                self._broken(error)
+                return self.last_ledger
             if self._made_out:
                 self.last_ledger.resident_bytes = resident_bytes
             else:
@@ -172,9 +188,9 @@ class GuestMemory:
 
     def moved_pages(self) -> int:
         """How many pages an audit would find, by the sum."""
+        resident_bytes = self.books_now().resident_bytes
         if self._open is None:
             return 0
-        resident_bytes = self.books_now().resident_bytes
         if self._others_reclaim:
             return abs(resident_bytes - self._audited_bytes) // PAGE_BYTES
         return self._open[1].unseen_pages(resident_bytes)
@@ -182,8 +198,9 @@ class GuestMemory:
     async def audit(self) -> host_pb2.Ledger:
         """Look at all that can have changed, and return the books. Alone."""
         if self._open:
-            ram, ledger = self._open
-            if self._others_reclaim or ledger.unseen_pages(ram.resident_bytes()):
+            _, ledger = self._open
+            resident_bytes = self.books_now().resident_bytes
+            if self._others_reclaim or ledger.unseen_pages(resident_bytes):
                 await self.look(in_full=True)
         return self.books_now()
 
@@ -197,26 +214,33 @@ class GuestMemory:
         if self._open is None:
             return 0.0
         ram, ledger = self._open
-        self._audited_bytes = ram.resident_bytes()
+        self._audited_bytes = self.books_now().resident_bytes
         unseen_pages = ledger.unseen_pages(self._audited_bytes)
 
         def look() -> tuple[Look, float]:
             began_s = time.thread_time()
-
-            def enough(found_pages: int) -> bool:
-                late = time.thread_time() - began_s > _SLICE_S
-                return not (in_full or self._others_reclaim) and (
-                    late or found_pages >= unseen_pages
-                )
-
-            found = ram.look(ledger.absent_pages, self._look_from_pfn, enough)
+            if in_full or self._others_reclaim:
+                found = ram.look(ledger.absent_pages)
+            else:
+                found = ram.look(ledger.absent_pages, self._look_from_pfn, unseen_pages, _SLICE_S)
             return found, time.thread_time() - began_s
 
-        found, took_s = await asyncio.to_thread(look)
+        try:
+            found, took_s = await asyncio.to_thread(look)
+        except OSError as error:
+            self._broken(error)
+            return 0.0
+        began_s = time.thread_time()
         self._look_from_pfn = found.next_pfn
-        self.used_again |= ledger.audit(found.resident)
-        self._entered()
-        return took_s
+        used = ledger.audit(found.resident)
+        if used or self._others_reclaim:
+            self.used_again |= used
+            self._entered()
+        return took_s + time.thread_time() - began_s
+
+    def _broken(self, error: OSError) -> None:
+        self.closed()
+        self._lost(f"its RAM cannot be looked at: {error.strerror}")
 
     def _entered(self) -> None:
         self._made_out = False

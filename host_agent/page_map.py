@@ -41,6 +41,14 @@ class PageMap:
         made._sections = sections
         return made
 
+    @classmethod
+    def union(cls, parts: Iterable[PageMap]) -> PageMap:
+        """The pages of all parts, of which no two have any in the same section."""
+        sections: dict[int, int] = {}
+        for part in parts:
+            sections.update(part._sections)
+        return cls._of(sections)
+
     def __iter__(self) -> Iterator[Range]:
         """Runs of pages in order; one that crosses a section's end comes in parts."""
         for section, bits in sorted(self._sections.items()):
@@ -66,6 +74,11 @@ class PageMap:
     def page_count(self) -> int:
         """Pages in the set."""
         return sum(bits.bit_count() for bits in self._sections.values())
+
+    @property
+    def section_count(self) -> int:
+        """How many sections have a page in the set."""
+        return len(self._sections)
 
     @cached_property
     def run_count(self) -> int:

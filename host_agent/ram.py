@@ -11,9 +11,11 @@ resident takes, some 30 ns a page.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -58,8 +60,8 @@ class Look:
     """What a look at the RAM files found.
 
     :ivar resident: the pages that are resident, where it looked.
-    :ivar next_pfn: where the next look should begin: where this one ended, or found the last
-        page.
+    :ivar next_pfn: where the next look should begin: where this one found something last, or
+        behind where its time was over.
     """
 
     resident: PageMap
@@ -101,27 +103,31 @@ class GuestRam:
         self,
         within: PageMap,
         start_pfn: int = 0,
-        enough: Callable[[int], bool] = lambda _: False,
+        most_pages: float = math.inf,
+        slice_s: float = math.inf,
     ) -> Look:
         """Look for the resident pages of `within`, one section after the other, beginning with
         that of `start_pfn` and going round.
 
-        :param enough: asked after each section, with the number of pages found so far,
-            whether to look no further.
+        :param most_pages: look no further when so many are found.
+        :param slice_s: nor after so much processor time; the next look goes on behind.
         """
         walks = [_Walk(segment, within & segment.page_map) for segment in self._segments]
-        found: list[Range] = []
+        found: list[PageMap] = []
         found_pages, next_pfn = 0, start_pfn
+        end_s = time.thread_time() + slice_s
         for section in within.sections_from(start_pfn):
-            here = [extent for walk in walks for extent in walk.data_extents(section)]
+            here = PageMap(extent for walk in walks for extent in walk.data_extents(section))
             if here:
-                found += here
-                found_pages += sum(extent.page_count for extent in here)
-                next_pfn = here[-1].pfn
-            if enough(found_pages):
-                next_pfn = next_pfn if here else first_pfn(section)
+                found.append(here)
+                found_pages += here.page_count
+                next_pfn = first_pfn(section)
+            if found_pages >= most_pages:
                 break
-        return Look(resident=PageMap(found), next_pfn=next_pfn)
+            if time.thread_time() > end_s:
+                next_pfn = first_pfn(section + 1)
+                break
+        return Look(resident=PageMap.union(found), next_pfn=next_pfn)
 
     def punch(self, ranges: RangeSet) -> None:
         """Drop the memory behind `ranges`: one system call per range and segment.

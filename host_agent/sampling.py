@@ -11,7 +11,7 @@ from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
 
 _CALM_BYTES = 1 * MIB
-_LONGEST_REST_PERIODS = 4
+_MOST_LEFT_OUT = 3
 
 
 def sample_set(guests: Iterable[Guest], observing: CpuMeter) -> host_pb2.SampleSet:
@@ -56,10 +56,9 @@ class Rest:
     it. What was left out last is sent before the next that says something else, so that a line
     drawn through what was sent is never far from what was."""
 
-    def __init__(self, period_s: float) -> None:
-        self._longest_us = round(_LONGEST_REST_PERIODS * period_s * 1e6)
+    def __init__(self) -> None:
         self._sent: host_pb2.SampleSet | None = None
-        self._sent_us = 0
+        self._left_out = 0
         self._held: host_pb2.SampleSet | None = None
 
     def to_send(
@@ -71,12 +70,13 @@ class Rest:
             somebody wants to know how things are.
         """
         same = self._sent is not None and not commanded and _says_the_same(self._sent, made)
-        if same and made.at_unix_us - self._sent_us < self._longest_us:
+        if same and self._left_out < _MOST_LEFT_OUT:
             self._held = made
+            self._left_out += 1
             return
         if self._held is not None and not same:
             yield self._held
-        self._held, self._sent, self._sent_us = None, made, made.at_unix_us
+        self._held, self._sent, self._left_out = None, made, 0
         yield made
 
 
@@ -92,5 +92,6 @@ def _alike(one: host_pb2.Sample, other: host_pb2.Sample) -> bool:
         and (a.provisioned_bytes, a.hinted_total_bytes, a.reclaimed_total_bytes)
         == (b.provisioned_bytes, b.hinted_total_bytes, b.reclaimed_total_bytes)
         and abs(a.refaulted_total_bytes - b.refaulted_total_bytes) < _CALM_BYTES
+        and abs(a.untouched_bytes - b.untouched_bytes) < _CALM_BYTES
         and one.refusals == other.refusals
     )

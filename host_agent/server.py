@@ -140,6 +140,8 @@ async def _serving(settings: Settings, state: State | None) -> AsyncIterator[Ser
     pressure = Pressure(lambda: registry.guests, settings.memory_budget_bytes)
     audits = audit_when_due(lambda: registry.guests, registry.observing)
     loops = [asyncio.create_task(loop) for loop in (pressure.run(), registry.keeper.run(), audits)]
+    for task in loops:
+        task.add_done_callback(_tell_end)
     try:
         yield Serving(control=control_address, guest=door.address, registry=registry)
     finally:
@@ -176,6 +178,13 @@ def _refuse_if_taken(path: Path) -> None:
         f"another host agent listens on unix:{path}",
         hint="stop that one, or choose another --listen address",
     )
+
+
+def _tell_end(task: asyncio.Task[None]) -> None:
+    """A loop ends with the agent; one that ends before has met a bug, which must be told."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        context = {"message": "a loop of the host agent has ended", "exception": error}
+        task.get_loop().call_exception_handler(context)
 
 
 def _open_guest_door(server: aio.Server, settings: Settings, state: State | None) -> Door:

@@ -49,7 +49,7 @@ class _Guest:
 
     def look(self) -> None:
         """As the host agent does where memory came back before."""
-        found = self.ram.look(self.absent, 4096, lambda pages: pages >= _BACK.page_count)
+        found = self.ram.look(self.absent, 4096, _BACK.page_count)
         assert found.resident.page_count == _BACK.page_count
 
 

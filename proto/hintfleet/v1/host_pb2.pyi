@@ -638,9 +638,9 @@ class SampleSet(_message.Message):
     host_agent_cpu_us: _builtins.int
     """CPU time of the host agent itself."""
     observing_cpu_us: _builtins.int
-    """What of it served nothing but samples and metrics: making samples, and audits under
-    every method but HINTING, whose guests are told what audits find. Without what gRPC
-    takes to send a sample.
+    """What of it served nothing but samples and metrics: making samples, checking whether an
+    audit is due, and audits under every method but HINTING, whose guests are told what
+    audits find. Without what gRPC takes to send a sample.
     """
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sample]: ...

@@ -16,7 +16,7 @@ def looks(pace: AuditPace, moved_pages: int, took_s: float, until_s: float) -> l
     while now_s < until_s:
         if pace.check(now_s, moved_pages):
             seen.append(now_s)
-            pace.looked(now_s, took_s)
+            pace.looked(took_s)
         now_s = pace.next_check_s
     return seen
 
@@ -29,6 +29,14 @@ def test_moving_memory_is_looked_at_every_period() -> None:
     seen = looks(AuditPace(PACE), CALM_PAGES, 0.001, until_s=10)
     assert all(b - a < 0.3 for a, b in itertools.pairwise(seen))
     assert seen[-1] > 9
+
+
+def test_a_look_that_takes_a_while_costs_no_period() -> None:
+    """It ends after the check that began it, and the next check is a period after that one."""
+    pace = AuditPace(PACE)
+    assert pace.check(10.0, CALM_PAGES)
+    pace.looked(0.005)
+    assert pace.check(pace.next_check_s, CALM_PAGES)
 
 
 def test_next_to_nothing_waits_and_is_found_all_the_same() -> None:

@@ -3,12 +3,16 @@
 import asyncio
 import os
 
+import pytest
+
+from hintfleet.errors import GuestLost
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from host_agent.auditor import audit_when_due
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
 from host_agent.ram import GuestRam, Segment
+from host_agent.sampling import sample_set
 from tests.support.agents import HANG_S
 
 TOUCHED_PAGES = 512
@@ -24,6 +28,9 @@ class Running:
         self.fd = os.memfd_create("ram")
         os.truncate(self.fd, 1024 * PAGE_BYTES)
         self.ram = GuestRam([Segment(pfn=0, page_count=1024, fd=self.fd, offset_bytes=0)])
+
+    def close(self) -> None:
+        """The driver's part of its end."""
 
     def touch(self) -> None:
         os.pwrite(self.fd, bytes(TOUCHED_PAGES * PAGE_BYTES), 0)
@@ -49,8 +56,12 @@ def test_what_comes_back_is_found_though_another_guests_ram_cannot_be_looked_at(
                 await asyncio.sleep(0.05)
         untouched_bytes = guests[1].memory.books_now().untouched_bytes
         assert untouched_bytes == (1024 - TOUCHED_PAGES) * PAGE_BYTES
-        assert "cannot be looked at" in str(guests[0]._lost)
+        with pytest.raises(GuestLost, match="cannot be looked at"):
+            await guests[0].ready(HANG_S)
         assert observing.cpu_ns > 0
+        # It can be sampled and ended like any other.
+        assert sample_set(guests, observing).samples[0].guest_name == "broken"
+        await guests[0].close()
         auditing.cancel()
         whole.ram.close()
 

@@ -72,7 +72,7 @@ class LedgerMachine(RuleBasedStateMachine):
         unseen_pages = self.ledger.unseen_pages(self.ram.resident_bytes())
         if self.others_reclaim or not unseen_pages:
             return
-        look = self.ram.look(self.ledger.absent_pages, start_pfn, lambda n: n >= unseen_pages)
+        look = self.ram.look(self.ledger.absent_pages, start_pfn, unseen_pages)
         assert self.ledger.audit(look.resident).page_count == unseen_pages
 
     def books(self) -> host_pb2.Ledger:

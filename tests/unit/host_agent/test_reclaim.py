@@ -84,10 +84,21 @@ def test_a_look_ends_with_what_it_was_sent_for(ram: GuestRam, ram_fd: int) -> No
     far = RangeSet([(4097, 2)])
     touch(ram_fd, far)
     touch(ram_fd, RangeSet([(8, 2)]))
-    look = ram.look(ram.page_map, 4096, lambda found_pages: found_pages >= 2)
+    look = ram.look(ram.page_map, 4096, 2)
     assert look.resident.ranges() == far
-    again = ram.look(ram.page_map - PageMap(far), look.next_pfn, lambda found: found >= 2)
+    again = ram.look(ram.page_map - PageMap(far), look.next_pfn, 2)
     assert again.resident.ranges() == RangeSet([(8, 2)]), "it goes round"
+
+
+def test_a_look_whose_time_is_over_goes_on_behind_where_it_ended(
+    ram: GuestRam, ram_fd: int
+) -> None:
+    """Else it would begin with the same memory again and again, and never come to the rest."""
+    touch(ram_fd, RangeSet([(8, 2), (4097, 2)]))
+    first = ram.look(ram.page_map, 0, slice_s=0)
+    assert first.resident.ranges() == RangeSet([(8, 2)])
+    second = ram.look(ram.page_map, first.next_pfn, slice_s=0)
+    assert second.resident.ranges() == RangeSet([(4097, 2)])
 
 
 def test_a_look_at_little_does_not_walk_through_all_that_is_resident_behind_it() -> None:

@@ -19,7 +19,7 @@ def made(n: int, resident_bytes: int, hinted_bytes: int = 0) -> host_pb2.SampleS
 
 
 def sent(sets: list[host_pb2.SampleSet]) -> list[host_pb2.SampleSet]:
-    rest = Rest(PERIOD_S)
+    rest = Rest()
     return [one for each in sets for one in rest.to_send(each)]
 
 
@@ -40,7 +40,7 @@ def test_what_was_entered_in_the_books_is_sent_at_once() -> None:
 
 
 def test_whoever_gave_a_command_sees_how_things_are() -> None:
-    rest = Rest(PERIOD_S)
+    rest = Rest()
     assert list(rest.to_send(made(0, 0)))
     assert not list(rest.to_send(made(1, 0)))
     assert len(list(rest.to_send(made(2, 0), commanded=True))) == 2
