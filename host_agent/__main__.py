@@ -16,11 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+# What needs gRPC is imported late: until `program.prepare`, Ctrl-C would show a traceback.
 from hintfleet import __version__, program
-from hintfleet.addresses import socket_path
-from hintfleet.errors import InvalidInput, Refused
-from hintfleet.machine_limits import total_memory
-from hintfleet.units import parse_size
 
 _DESCRIPTION = """\
 Make guests, reclaim the memory that they hint, keep the books, and serve the control API.
@@ -146,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> int:
+    from hintfleet.errors import InvalidInput
+    from hintfleet.units import parse_size
+
     try:
         return parse_size(text)
     except InvalidInput as error:
@@ -169,6 +169,9 @@ def _leaks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
+    from hintfleet.addresses import socket_path
+    from hintfleet.errors import Refused
+    from hintfleet.machine_limits import total_memory
     from hintfleet.tls import Tls
     from host_agent.metrics import serve_metrics
     from host_agent.server import Settings, serving
@@ -236,6 +239,8 @@ def _refuse_if_not_ours(folder: Path, shared: Path) -> None:
     :param shared: where anybody may make folders; what lies elsewhere is not looked at.
     :raises Refused: another user's folder lies where the default socket's should.
     """
+    from hintfleet.errors import Refused
+
     for path in (folder, *folder.parents):
         if shared not in path.parents:
             return

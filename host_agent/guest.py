@@ -178,8 +178,9 @@ class Guest:
             async with asyncio.timeout(timeout_s):
                 await self._ready.wait()
         except TimeoutError:
+            late = "attach" if self._workload is None or self._hints else "see its method at work"
             raise GuestLost(
-                f"guest {self.name}: its agent did not attach within {timeout_s:.0f} s"
+                f"guest {self.name}: its agent did not {late} within {timeout_s:.0f} s"
             ) from None
         self._check_alive()
 

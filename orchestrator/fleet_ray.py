@@ -24,7 +24,13 @@ from hintfleet.owned_folders import OwnedFolder
 from orchestrator.host_session import HostPlace, HostSession
 from orchestrator.machine import runtime_dirs
 from orchestrator.plan import HostTask
-from orchestrator.ray_cluster import ClusterWatch, check_answers, cluster_address, nobody_answers
+from orchestrator.ray_cluster import (
+    ClusterWatch,
+    cannot_join,
+    check_answers,
+    cluster_address,
+    nobody_answers,
+)
 from orchestrator.records import HostDone, Record
 
 if TYPE_CHECKING:
@@ -252,11 +258,13 @@ def _connect(address: str, quiet: dict[str, Any]) -> None:
         with _gcs_channel(gcs_address) as channel:
             # Ray finds the token of a cluster by itself only for `auto`.
             check_answers(where, *_check_alive(channel), needs_token=address != "auto")
-        ray.init(address=address, **quiet)
+        ray.init(address=address, **quiet)  # refuses other versions of Ray and Python
     except HintfleetError:
         raise
+    except ConnectionError as error:
+        raise nobody_answers(address, str(error)) from error
     except Exception as error:
-        raise nobody_answers(address, str(error.__cause__ or error)) from error
+        raise cannot_join(address, str(error.__cause__ or error)) from error
 
 
 def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:

@@ -60,6 +60,15 @@ def nobody_answers(address: str, reason: str) -> HintfleetError:
     )
 
 
+def cannot_join(address: str, reason: str) -> HintfleetError:
+    """The error for a cluster that answers and cannot be used, as one of other versions."""
+    said = " ".join(line.strip() for line in reason.splitlines())
+    return Refused(
+        f"cannot join the Ray cluster at RAY_ADDRESS={address}: {said}",
+        hint=f"Ray and Python must be the same on all of it; or {_UNSET_HINT}",
+    )
+
+
 def check_answers(
     address: str, check_alive: Any, request: Any, *, needs_token: bool = True
 ) -> None:

@@ -52,9 +52,23 @@ def _exchanged(fd: int, by: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _flush()
+        _drop_what_does_not_fit(by)
         os.dup2(before, fd)
         os.close(before)
+
+
+def _drop_what_does_not_fit(log_fd: int) -> None:
+    """Flush into the log; what a full disk does not take must neither hide the error that is on
+    its way, nor come out on what is stdout and stderr afterwards."""
+    try:
+        _flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        for fd in (_STDOUT, _STDERR):
+            if os.path.sameopenfile(fd, log_fd):
+                os.dup2(null, fd)
+        os.close(null)
+        _flush()
 
 
 def _duplicate(fd: int) -> int:

@@ -107,8 +107,11 @@ def run(
         if resume is not None:
             experiment = stored_experiment(store, store.find_run(resume), libvirt_uri)
         run_id = experiment.header.run_id
-        _run(experiment, store, retries, tls_folder, interrupts)
+        ray_spoke = _run(experiment, store, retries, tls_folder, interrupts)
         code = print_run(store, store.find_run(run_id), output_format)
+    if ray_spoke:
+        log = _log(run_id, store.folder)
+        click.echo(f"\nwarning: something went wrong that Ray tells of in {log}", err=True)
     _say_where_it_is(run_id, store.folder)
     return code
 
@@ -120,7 +123,11 @@ def _check_names() -> None:
     """
     from hintfleet.errors import Refused
 
-    for name in (*sys.argv, os.getcwd()):
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:
+        raise Refused("the current folder is gone", hint="go to another one (cd)") from None
+    for name in (*sys.argv, folder):
         try:
             name.encode()
         except UnicodeEncodeError as error:
@@ -132,8 +139,11 @@ def _check_names() -> None:
 
 def _run(
     experiment: Experiment, store: Store, retries: int, tls_folder: str, interrupts: Interrupts
-) -> None:
-    """Run it; whatever cuts it off, say how to go on."""
+) -> bool:
+    """Run it; whatever cuts it off, say how to go on.
+
+    Returns whether Ray wrote anything into the run's log meanwhile.
+    """
     from hintfleet.errors import HintfleetError
     from orchestrator.commands.show_run import say_how_to_go_on
     from orchestrator.experiment import run_experiment
@@ -142,13 +152,14 @@ def _run(
     run_id = experiment.header.run_id
     if experiment.is_over:
         click.echo(f"run {run_id} has no trial left to run", err=True)
-        return
+        return False
     log = _log(run_id, store.folder)
+    said_before = _size(log)
     try:
         with stray_output_in(log) as terminal, _view(terminal) as view:
             run_experiment(experiment, store, view, retries, tls_folder, interrupts.check)
     except HintfleetError as error:
-        if log.exists():
+        if _size(log) > said_before:
             error.hint += f"{'; ' if error.hint else ''}read what Ray said: {log}"
         if store.has_run(run_id):
             go_on = f"hintfleet run --resume {run_id[-6:]}"
@@ -158,6 +169,11 @@ def _run(
         if store.has_run(run_id):
             say_how_to_go_on([run_id])
         raise
+    return _size(log) > said_before
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _log(run_id: str, folder: Path) -> Path:
@@ -168,8 +184,6 @@ def _log(run_id: str, folder: Path) -> Path:
 def _say_where_it_is(run_id: str, folder: Path) -> None:
     """What to do next, on stderr; the end of an id is enough to name a run."""
     short = run_id[-6:]
-    if (log := _log(run_id, folder)).exists():
-        click.echo(f"\nwarning: something went wrong that Ray tells of in {log}", err=True)
     click.echo(
         f"\nkept in {folder}\n"
         f"next: hintfleet show {short}      its trials\n"

@@ -36,9 +36,10 @@ def grpc_target(address: str) -> str:
     It takes a socket's path for that of a URI (src/core/util/uri.cc): `%41` becomes `A`, and
     a client drops what follows `?` or `#`.
     """
-    if not address.startswith("unix:"):
+    if not is_unix(address):
         return address
-    return f"unix:{quote(os.fsencode(address.removeprefix('unix:')))}"
+    kind, _, name = address.partition(":")
+    return f"{kind}:{quote(os.fsencode(name))}"
 
 
 def address_problem(address: str) -> str:

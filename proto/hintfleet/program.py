@@ -101,7 +101,7 @@ def _explain(error: BaseException, tell: Tell, needs: str) -> int:
     elif isinstance(error, OSError) and error.errno is not None:
         tell(": ".join(str(part) for part in (error.filename, error.strerror) if part))
     else:
-        _tell_bug(error, tell)
+        _tell_bug(error, tell, fatal=True)
     return _FAILED
 
 
@@ -111,19 +111,21 @@ def _is_ours(module: str | None) -> bool:
 
 
 _reports: list[str] = []
-"""The file with the bugs that this process has met, as often as there is one in it."""
+"""For each bug that this process has met, the file with it; empty if there is none."""
 
 
-def _tell_bug(error: BaseException, tell: Tell) -> None:
+def _tell_bug(error: BaseException, tell: Tell, *, fatal: bool = False) -> None:
+    """:param fatal: the program ends by it, so that it is told however many there were."""
     import traceback
 
-    if len(_reports) == _MOST_REPORTS:
+    if len(_reports) >= _MOST_REPORTS and not fatal:
         return
     what = traceback.format_exception_only(error)[-1].strip()
     report = _report("".join(traceback.format_exception(error)))
     try:
         _reports.append(_append(report))
     except OSError as failed:
+        _reports.append("")
         tell(f"a bug in hintfleet: {what}\n{report}  (no file can be written: {failed.strerror})")
         return
     tell(
@@ -153,9 +155,10 @@ def _report(trace: str) -> str:
 def _append(report: str) -> str:
     import tempfile
 
-    if _reports:
-        fd, path = os.open(_reports[-1], os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW), _reports[-1]
-    else:
+    path = _reports[-1] if _reports else ""
+    if os.path.lexists(path):
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+    else:  # the first one, or somebody cleans the temporary folder
         fd, path = tempfile.mkstemp(prefix="hintfleet-bug-", suffix=".log")
     with open(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(report)

@@ -223,6 +223,26 @@ def test_bugs_of_threads_and_callbacks_are_told_alike_and_are_bounded(
     assert log.read_text().count("Traceback") == done.stderr.count("a bug in hintfleet") == 20
 
 
+FATAL = LOGGED.replace("logging.getLogger", "program.run(fail, print, ''); logging.getLogger")
+
+
+def test_the_bug_that_ends_a_program_is_told_however_many_there_were(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(folder / "folder"))
+    done = subprocess.run(
+        [sys.executable, "-c", FATAL], capture_output=True, text=True, timeout=HANG_S, check=False
+    )
+    assert done.stdout.count("a bug in hintfleet") == 1
+    assert done.stderr.count("a bug in hintfleet") == 20
+
+
+@pytest.mark.parametrize("program", ["guest_agent", "host_agent", "orchestrator"])
+def test_what_takes_long_to_import_is_not_imported_before_ctrl_c_is_ready(program: str) -> None:
+    code = f"import sys, {program}.__main__; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_module_that_is_not_installed() -> None:
     code = "import sys; sys.modules['click'] = None\nimport orchestrator.__main__ as p; p.main()"
     done = subprocess.run(

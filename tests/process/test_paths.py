@@ -178,4 +178,5 @@ def test_ray_is_not_started_with_a_name_that_it_cannot_have(tmp_path: Path) -> N
 
 def test_what_grpc_is_told_of_a_socket() -> None:
     assert grpc_target("unix:/a b#%41?c") == "unix:/a%20b%23%2541%3Fc"
+    assert grpc_target("unix-abstract:a#b") == "unix-abstract:a%23b"
     assert grpc_target("127.0.0.1:1") == "127.0.0.1:1"

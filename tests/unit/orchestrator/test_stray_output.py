@@ -42,6 +42,30 @@ def test_noise_goes_into_the_file(tmp_path: Path) -> None:
         assert sorted(log.read_text().splitlines()) == sorted(noise * times), "appended"
 
 
+_FAILS = """
+import sys
+from pathlib import Path
+from orchestrator.stray_output import stray_output_in
+
+try:
+    with stray_output_in(Path(sys.argv[1])):
+        sys.stdout = open(1, "w", closefd=False)  # buffered, whatever the environment says
+        print("noise")
+        raise KeyError("what went wrong")
+except KeyError as error:
+    print(error, file=sys.stderr)
+print("data")
+"""
+
+
+def test_a_full_disk_hides_no_error_and_no_data(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.symlink_to("/dev/full")
+    command = [sys.executable, "-c", _FAILS, str(log)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("data\n", "'what went wrong'\n")
+
+
 def test_without_noise_there_is_no_file(tmp_path: Path) -> None:
     log = tmp_path / "run.log"
     assert said(log) == ("before after\n", "ours\nand after\n")
