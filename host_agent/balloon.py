@@ -18,7 +18,9 @@ from hintfleet.units import KIB, MIB
 from hintfleet.v1 import host_pb2
 
 PERIOD_S = 1.0
-"""How often the target is looked at, and how often the guest's balloon driver speaks."""
+"""How often the target is looked at, but at rest, and how often the guest's driver speaks."""
+
+_PERIODS_BEFORE_REST, _PERIODS_AT_REST = 12, 4
 
 SILENT_AFTER_S = 20.0
 """Twenty periods: even a guest under TCG on a busy host speaks in so long."""
@@ -68,6 +70,23 @@ class Reporting(Protocol):
 
         :raises hintfleet.errors.GuestLost: the guest is gone.
         """
+
+
+class Rest:
+    """When the hypervisor need not be asked: each time takes a round trip through libvirt."""
+
+    def __init__(self) -> None:
+        self._still_periods = 0
+
+    def over(self, stirred: bool) -> bool:
+        """Whether to ask in this period.
+
+        :param stirred: whether the guest's resident memory has moved since the last one.
+        """
+        self._still_periods = 0 if stirred else self._still_periods + 1
+        if self._still_periods < _PERIODS_BEFORE_REST:
+            return True
+        return not self._still_periods % _PERIODS_AT_REST
 
 
 class Silence:

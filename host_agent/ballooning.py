@@ -11,20 +11,34 @@ import time
 from collections.abc import Callable
 
 from hintfleet.errors import Refused
-from host_agent.balloon import PERIOD_S, SILENT_AFTER_S, Balloon, Reporting, Rule, Silence
+from host_agent.balloon import (
+    PERIOD_S,
+    SILENT_AFTER_S,
+    Balloon,
+    Reporting,
+    Rest,
+    Rule,
+    Silence,
+)
+from host_agent.waking import next_wake_s, sleep_until
 
 
-async def follow(balloon: Balloon, rule: Rule, works: Callable[[], None]) -> None:
-    """Look once per period and move the target, until cancelled.
+async def follow(
+    balloon: Balloon, rule: Rule, works: Callable[[], None], stirred: Callable[[], bool]
+) -> None:
+    """Look once per period, or less often at rest, and move the target, until cancelled.
 
     :param works: called each time that the guest has said what the rule needs.
+    :param stirred: whether the guest's resident memory has moved since it was last called.
     :raises hintfleet.errors.GuestLost: the guest is gone.
     :raises hintfleet.errors.Refused: the guest is silent, or the hypervisor would not do it.
     """
     moved_at_s = 0.0
-    silence = Silence(time.monotonic())
+    silence, rest = Silence(time.monotonic()), Rest()
     while True:
-        await asyncio.sleep(PERIOD_S)
+        await sleep_until(next_wake_s(time.monotonic()))
+        if not rest.over(stirred()):
+            continue
         stats = await asyncio.to_thread(balloon.stats)
         if problem := silence.look(stats, time.monotonic()):
             raise Refused(problem)

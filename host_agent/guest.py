@@ -144,7 +144,8 @@ class Guest:
                 await wait_reporting(running.reporting)
                 self._peer_works()
             if running.balloon is not None:
-                await follow(running.balloon, Rule.of(self.spec), self._peer_works)
+                rule = Rule.of(self.spec)
+                await follow(running.balloon, rule, self._peer_works, self.memory.stirred)
         except GuestLost:  # the driver says why
             pass
         except HintfleetError as error:

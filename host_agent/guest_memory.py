@@ -15,6 +15,7 @@ from hintfleet.errors import GuestLost, Refused
 from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
+from host_agent.audit_pace import CALM_PAGES
 from host_agent.cache_count import CAN_COUNT
 from host_agent.gate import Batch
 from host_agent.ledger import Books, Ledger
@@ -59,6 +60,7 @@ class GuestMemory:
         self._audited_bytes = 0
         """How much was resident at the last audit."""
         self._look_from_pfn = 0
+        self._stirred_bytes = 0
 
     # Life
 
@@ -194,6 +196,14 @@ class GuestMemory:
         if self._others_reclaim:
             return abs(resident_bytes - self._audited_bytes) // PAGE_BYTES
         return self._open[1].unseen_pages(resident_bytes)
+
+    def stirred(self) -> bool:
+        """Whether 1 MiB or more of what is resident has moved since this last said so."""
+        resident_bytes = self.books_now().resident_bytes
+        moved = abs(resident_bytes - self._stirred_bytes) >= CALM_PAGES * PAGE_BYTES
+        if moved:
+            self._stirred_bytes = resident_bytes
+        return moved
 
     async def audit(self) -> host_pb2.Ledger:
         """Look at all that can have changed, and return the books. Alone."""

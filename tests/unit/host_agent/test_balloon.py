@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hintfleet.units import GIB, KIB, MIB
 from hintfleet.v1 import host_pb2
-from host_agent.balloon import SILENT_AFTER_S, BalloonStats, Rule, Silence
+from host_agent.balloon import SILENT_AFTER_S, BalloonStats, Rest, Rule, Silence
 from host_agent.guests.domain_balloon import reporting_problem
 
 SPEC = host_pb2.GuestSpec(driver=host_pb2.LIBVIRT, memory_bytes=GIB, method=host_pb2.BALLOON)
@@ -107,3 +107,12 @@ def test_a_guest_that_does_not_report(status: list[str], features: list[str], pr
     found = reporting_problem(status, features)
     assert problem in found
     assert bool(found) == bool(problem)
+
+
+def test_a_guest_at_rest_is_asked_every_fourth_time_and_at_once_when_it_stirs() -> None:
+    rest = Rest()
+    assert all(rest.over(stirred=False) for _ in range(10))
+    resting = [rest.over(stirred=False) for _ in range(40)]
+    assert resting.count(True) <= 12
+    assert rest.over(stirred=True)
+    assert all(rest.over(stirred=False) for _ in range(10)), "its next step may follow"
