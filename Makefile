@@ -1,6 +1,7 @@
 # make demo    set up a venv in the tree and run the quickstart on embedded guests
 # make check   after every edit: format, lint, types, unit and model tests; no root, about a minute
 # make test    run all tests, real guests included; as root it installs what they need (VM=no: it does without)
+# make bench [SUITE...]    ratios against bare loops, bare clients and the peers; what users' machines pay
 # make torture [SECONDS_TO_RUN=60] [DRIVER=embedded|libvirt] [SEED=N]    faults on guests at work
 # make fuzz [SECONDS_TO_RUN=60]       inputs for all that takes them from outside, each held against an oracle
 PYTHON ?= python3
@@ -52,8 +53,15 @@ torture: $(VENV)/dev $(if $(filter libvirt,$(DRIVER)),system)
 	@[ $(DRIVER) = embedded ] || $(PIP) install --constraint constraints.txt --editable '.[host]'
 	@$(BIN)/python -m tests.torture $(TORTURE) $(if $(filter libvirt,$(DRIVER)),--stress)
 
+# `make bench flood`: the words behind it are suites, not targets.
+ifeq ($(firstword $(MAKECMDGOALS)),bench)
+SUITES := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
+.PHONY: $(SUITES)
+$(SUITES): ;@:
+endif
+
 bench: $(VENV)/dev
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench $(SUITES)
 
 fuzz: $(VENV)/dev
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS_TO_RUN)
