@@ -72,6 +72,22 @@ def test_the_books_balance_over_many_rounds(host_agent: HostAgent) -> None:
     assert books.refaulted_total_bytes > 0, "later rounds use again what was reclaimed"
 
 
+def test_a_sample_is_of_the_moment_and_after_a_verification_of_audited_books(
+    host_agent: HostAgent,
+) -> None:
+    host_agent.watch()
+    host_agent.create(method=host_pb2.NONE)
+    host_agent.allocate(HELD)
+    host_agent.verify()
+    before = len(host_agent.samples)
+    # The one that is on its way may have been made before; the next was not.
+    wait_until(lambda: len(host_agent.samples) >= before + 2, "samples")
+    books = host_agent.samples[before + 1].samples[0].ledger
+    assert books.resident_bytes == HELD
+    assert books.untouched_bytes == books.provisioned_bytes - HELD
+    assert host_agent.samples[-1].observing_cpu_us > 0
+
+
 def test_samples_tell_the_same_story(host_agent: HostAgent) -> None:
     host_agent.watch()
     host_agent.create()
