@@ -1,10 +1,10 @@
 """When to look at a guest's RAM file for what the books cannot know. Pure: clocks are handed in.
 
-What came back, and under the peers what left, only a look at the file can tell, and that costs
-time for each run of pages that it passes. How much is resident, one fstat tells. So that sum is
-asked for often, and says how much a look would find; here it is said when that is worth a look:
-soon while memory moves, seldom while next to nothing does, and never for more than a share of
-the time.
+Only a look at the file tells which memory came back (and under the peers which left). A look
+costs time for each run of pages that it passes. One fstat tells how much is resident; from
+this sum follows how much a look would find. So the sum is checked often, and the RAM is looked
+at soon while memory moves, seldom while next to nothing moves, and never for more than a share
+of the time.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class GuestRam:
         self._set_segments((*self._segments, *segments))
 
     def unplug(self, pages: RangeSet) -> None:
-        """Less RAM: `pages`, whose memory was dropped before, are none any more. Close files of
+        """Less RAM: forget `pages`, whose memory must have been dropped before. Close files of
         which nothing is left."""
         before = self._fds
         self._set_segments(
@@ -193,8 +193,8 @@ def _close_all(fds: Iterable[int]) -> None:
 
 
 class _Walk:
-    """Finds data in one segment's file. What a system call said holds for the places behind the
-    one that it was asked for, too."""
+    """Finds data in one segment's file. Remembers what the last system call said of the places
+    behind the one that it was asked for, and does not ask again."""
 
     def __init__(self, segment: Segment, within: PageMap) -> None:
         self._segment = segment

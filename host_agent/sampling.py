@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
-from hintfleet.units import MIB
+from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
+from host_agent.audit_pace import CALM_PAGES
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
 
-_CALM_BYTES = 1 * MIB
+_CALM_BYTES = CALM_PAGES * PAGE_BYTES
 _MOST_LEFT_OUT = 3
 
 

@@ -170,15 +170,16 @@ async def _measure(
 async def _phase(neighbours: list[_Neighbour], host_pid: int) -> _Phase:
     for neighbour in neighbours:
         neighbour.latencies_s.clear()
-    started_s, cpu_s = time.monotonic(), _cpu_s(host_pid)
+    started_s, before_s = time.monotonic(), cpu_s(host_pid)
     await asyncio.sleep(_PHASE_S)
     return _Phase(
         latencies_s=[latency_s for one in neighbours for latency_s in one.latencies_s],
-        cpu_share=(_cpu_s(host_pid) - cpu_s) / (time.monotonic() - started_s),
+        cpu_share=(cpu_s(host_pid) - before_s) / (time.monotonic() - started_s),
     )
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
+    """CPU time of a process."""
     # What clock_getcpuclockid(3) returns.
     return time.clock_gettime(~pid << 3 | 2)
 

@@ -20,8 +20,9 @@ from hintfleet.v1 import host_pb2
 from host_agent.guests.image import find_image
 from host_agent.guests.libvirt_api import modules
 from host_agent.ram import GuestRam, Segment
+from tests.bench.flood import cpu_s
 from tests.bench.report import Figure
-from tests.bench.sessions import cpu_s, idle_sessions
+from tests.bench.sessions import idle_sessions
 from tests.support.agents import TRIAL, HostAgent, running_host_agent
 from tests.support.vm import Guests, spec
 

@@ -20,7 +20,7 @@ from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
-from tests.bench.flood import process
+from tests.bench.flood import cpu_s, process
 from tests.bench.report import Figure, side_by_side
 
 _REST_S = 30.0
@@ -28,12 +28,6 @@ _ROUNDS = 6
 _ACKS_A_ROUND = 400
 _PAUSE_S = 0.005
 _BATCH = encode(RangeSet([(0, 512)]))
-
-
-def cpu_s(pid: int) -> float:
-    """CPU time of a process."""
-    # What clock_getcpuclockid(3) returns.
-    return time.clock_gettime(~pid << 3 | 2)
 
 
 def idle_sessions(count: int) -> Iterator[Figure]:
