@@ -504,10 +504,12 @@ class Guest:
 
     def check(self, now_s: float) -> None:
         """Begin to audit, and to tell the guest what it uses again, if that is due."""
-        look = self._pace.check(now_s, self.memory.moved_pages())
+        busy = self._audit_task is not None and not self._audit_task.done()
+        # While one audit is under way, none is due: else the next would count as done.
+        look = self._pace.check(now_s, 0 if busy else self.memory.moved_pages())
         news = self.memory.used_again and self._hinting is not None
         tell = bool(news) and now_s >= self._next_tell_s
-        if (look or tell) and (self._audit_task is None or self._audit_task.done()):
+        if (look or tell) and not busy:
             self._audit_task = self._begin(self._check(look, now_s))
 
     async def _check(self, look: bool, now_s: float) -> None:
