@@ -16,7 +16,7 @@ PROTOS := $(wildcard proto/hintfleet/v1/*.proto)
 help:
 	@sed -n 's/^# \(make \)/\1/p' $(firstword $(MAKEFILE_LIST))
 
-$(VENV)/base: pyproject.toml constraints.txt hatch_build.py host_agent/punch.c
+$(VENV)/base: pyproject.toml constraints.txt hatch_build.py host_agent/memory/punch.c
 	@echo "setting up $(VENV) ..." >&2
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt --editable '.[embedded,orchestrator]'
@@ -72,4 +72,4 @@ proto: $(VENV)/dev
 		--grpc_python_out=proto --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTOS)
 
 clean:
-	rm -rf $(VENV) build dist host_agent/libpunch.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist host_agent/memory/libpunch.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

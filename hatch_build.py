@@ -1,4 +1,4 @@
-"""Compiles host_agent/punch.c as the package is built or installed, where there is a compiler."""
+"""Compiles punch.c as the package is built or installed, where there is a compiler."""
 
 import subprocess
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE, LIBRARY = "host_agent/punch.c", "host_agent/libpunch.so"
+SOURCE, LIBRARY = "host_agent/memory/punch.c", "host_agent/memory/libpunch.so"
 
 
 class CompilePunch(BuildHookInterface[BuilderConfig]):
-    """Without it, the host agent makes one call for each punch (host_agent/punch.py)."""
+    """Without it, the host agent makes one call for each punch (host_agent/memory/punch.py)."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         """Leave out what cannot be compiled; a library of an earlier build goes."""

@@ -14,7 +14,7 @@ from typing import Any
 from grpc import ChannelConnectivity, aio
 
 from guest_agent.config import Config
-from guest_agent.isolation import Isolator
+from guest_agent.isolation.isolator import Isolator
 from guest_agent.procfs import (
     boot_id,
     init_on_alloc,
@@ -23,8 +23,8 @@ from guest_agent.procfs import (
     mem_total_bytes,
 )
 from guest_agent.session import HelloFacts, HintingSession
-from hintfleet.channels import open_aio_channel
 from hintfleet.errors import InvalidInput, Refused, TransientError
+from hintfleet.net.channels import open_aio_channel
 from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -79,7 +79,7 @@ def _connect(config: Config) -> tuple[aio.Channel, pb.Identity]:
     identity = pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
     credentials = None
     if config.tls_folder:
-        from hintfleet.tls import Tls  # late: memory that most guests save
+        from hintfleet.net.tls import Tls  # late: memory that most guests save
 
         credentials = Tls.read(config.tls_folder, server=False).for_client()
     return open_aio_channel(config.server, credentials, _CHANNEL_OPTIONS), identity

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hintfleet.errors import InvalidInput
-from hintfleet.files import read_at_most
+from hintfleet.system.files import read_at_most
 
 METHODS = ("none", "hinting")
 MEMORIES = ("kernel", "embedded")

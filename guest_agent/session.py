@@ -23,7 +23,7 @@ import grpc
 from grpc import aio
 
 from guest_agent import hinting
-from guest_agent.isolation import Isolator
+from guest_agent.isolation.isolator import Isolator
 from guest_agent.procfs import own_rss_bytes
 from hintfleet import __version__
 from hintfleet.errors import InvalidInput, from_rpc_error

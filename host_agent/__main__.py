@@ -169,11 +169,11 @@ def _leaks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
-    from hintfleet.addresses import socket_path
     from hintfleet.errors import Refused
-    from hintfleet.machine_limits import total_memory
-    from hintfleet.tls import Tls
-    from host_agent.metrics import serve_metrics
+    from hintfleet.net.addresses import socket_path
+    from hintfleet.net.tls import Tls
+    from hintfleet.system.machine_limits import total_memory
+    from host_agent.api.metrics import serve_metrics
     from host_agent.server import Settings, serving
     from host_agent.steady import keep_latency_steady
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from hintfleet.errors import HintfleetError
 from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB, PAGE_BYTES
-from host_agent.guests.image import find_image
-from host_agent.guests.libvirt import LibvirtDriver
-from host_agent.ram import GuestRam, Segment
-from host_agent.reclaim import reclaim
+from host_agent.guests.libvirt.driver import LibvirtDriver
+from host_agent.guests.libvirt.image import find_image
+from host_agent.memory.ram import GuestRam, Segment
+from host_agent.memory.reclaim import reclaim
 
 Finding = dict[str, str | bool]
 

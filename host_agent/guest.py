@@ -17,26 +17,26 @@ from typing import Any, TypeVar
 from hintfleet.errors import GuestLost, HintfleetError, OutcomeUnknown, Refused, TransientError
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.v1 import hinting_pb2, host_pb2
-from host_agent import gate
-from host_agent.audit_pace import AuditPace, Pace
-from host_agent.balloon import Rule
-from host_agent.ballooning import follow, wait_reporting
-from host_agent.claims import printable
 from host_agent.cpu_meter import CpuMeter
-from host_agent.gate import Epochs, Gate, State
-from host_agent.guest_memory import GuestMemory
-from host_agent.guests import RunningGuest
-from host_agent.hinting_messages import ack_of, policy_of, welcome_of
-from host_agent.keeper import Keeper
-from host_agent.ledger import Books
-from host_agent.limits import Conduct
-from host_agent.page_map import NO_PAGES
-from host_agent.ram import Segment
-from host_agent.reclaim import Outcome
-from host_agent.requests import Requests
+from host_agent.guests.balloon import Rule
+from host_agent.guests.balloon_loop import follow, wait_reporting
+from host_agent.guests.driver import RunningGuest
+from host_agent.memory.audit_pace import AuditPace, Pace
+from host_agent.memory.guest_memory import GuestMemory
+from host_agent.memory.ledger import Books
+from host_agent.memory.page_map import NO_PAGES
+from host_agent.memory.ram import Segment
+from host_agent.memory.reclaim import Outcome
+from host_agent.persistence.database import GuestRecord
+from host_agent.persistence.saver import Keeper
 from host_agent.resizing import resize
-from host_agent.state import GuestRecord
-from host_agent.stream import Stream
+from host_agent.session import gate
+from host_agent.session.gate import Epochs, Gate, State
+from host_agent.session.messages import ack_of, policy_of, welcome_of
+from host_agent.session.rate_limits import Conduct
+from host_agent.session.requests import Requests
+from host_agent.session.stream import Stream
+from host_agent.session.validation import printable
 from host_agent.threads import in_driver_thread
 
 _T = TypeVar("_T")
@@ -399,7 +399,7 @@ class Guest:
                     # Not awaited by any session: a punch cannot be called back.
                     self._begin(self._take_turn())
                 case gate.Post(batch, outcome):
-                    self.memory.post(batch, outcome)
+                    self.memory.post(batch.ranges, outcome, batch.wire_bytes)
                 case gate.Acknowledge(session, batch, outcome):
                     self._sessions[session].send(ack_of(batch, outcome))
 
@@ -429,7 +429,7 @@ class Guest:
                     self._carry_out(self.gate.finished(instruction.batch, outcome))
 
     async def _run(self, batch: gate.Batch) -> Outcome:
-        outcome = await self.memory.reclaim(batch)
+        outcome = await self.memory.reclaim(batch.ranges)
         pieces = outcome.reclaimed.run_count + outcome.absent.run_count
         self.conduct.made_work(pieces - len(batch.ranges), time.monotonic())
         return outcome

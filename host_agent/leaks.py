@@ -14,9 +14,9 @@ from pathlib import Path
 
 from hintfleet.errors import HintfleetError
 from hintfleet.leaks import Leak, Removable
-from hintfleet.processes import Process, living
-from host_agent.guests.domain_leaks import abandoned_domains
-from host_agent.guests.runtime_dir import runtime_dirs
+from hintfleet.system.processes import Process, living
+from host_agent.guests.libvirt.domain_leaks import abandoned_domains
+from host_agent.guests.libvirt.runtime_dir import runtime_dirs
 
 _MEMFD = "/memfd:hintfleet-"
 

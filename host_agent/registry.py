@@ -17,16 +17,16 @@ from hintfleet.errors import (
     NotFound,
     Refused,
 )
-from hintfleet.machine_limits import total_memory
+from hintfleet.system.machine_limits import total_memory
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
-from host_agent.gate import Epochs
 from host_agent.guest import Guest
-from host_agent.guests import GuestDriver, GuestRequest
-from host_agent.keeper import Keeper
+from host_agent.guests.driver import GuestDriver, GuestRequest
+from host_agent.persistence.database import GuestRecord, State
+from host_agent.persistence.saver import Keeper
 from host_agent.resizing import check_maximum
-from host_agent.state import GuestRecord, State
+from host_agent.session.gate import Epochs
 from host_agent.threads import in_driver_thread
 
 _T = TypeVar("_T")

@@ -27,7 +27,7 @@ from host_agent.threads import in_driver_thread
 
 if TYPE_CHECKING:
     from host_agent.guest import Guest
-    from host_agent.guests import RunningGuest
+    from host_agent.guests.driver import RunningGuest
 
 SECTION_BYTES = 128 * MIB
 """What memory comes and goes in: a section of sparse memory on x86-64."""

@@ -22,28 +22,28 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from hintfleet.addresses import (
+from hintfleet.errors import Refused
+from hintfleet.net.addresses import (
     check_address,
     is_unix,
     plain_text_problem,
     socket_path,
 )
-from hintfleet.errors import Refused
-from hintfleet.tls import Tls, listen
+from hintfleet.net.tls import Tls, listen
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import add_HintingServiceServicer_to_server
 from hintfleet.v1.host_pb2_grpc import add_HostServiceServicer_to_server
+from host_agent.api.control_service import ControlService
+from host_agent.api.grpc_calls import ForOperators
+from host_agent.api.guest_service import GuestService
 from host_agent.auditor import audit_when_due
-from host_agent.control_service import ControlService
-from host_agent.edge import ForOperators
-from host_agent.guest_door import Door, open_door, open_lasting_door
-from host_agent.guest_service import GuestService
-from host_agent.guests import GuestDriver, Survival
+from host_agent.guests.driver import GuestDriver, Survival
 from host_agent.guests.embedded import EmbeddedDriver
-from host_agent.guests.libvirt import LibvirtDriver
-from host_agent.pressure import Pressure
+from host_agent.guests.libvirt.driver import LibvirtDriver
+from host_agent.persistence.database import State, opened
+from host_agent.pressure.loop import Pressure
 from host_agent.registry import Registry
-from host_agent.state import State, opened
+from host_agent.session.guest_address import Door, open_door, open_lasting_door
 
 _GUEST_LOOPBACK = "10.0.2.2"
 """The host's loopback as a guest on user-mode networking (slirp) sees it."""

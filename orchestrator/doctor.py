@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hintfleet.errors import HintfleetError, Refused, TransientError
-from hintfleet.machine_limits import available_memory, processors, total_memory
+from hintfleet.system.machine_limits import available_memory, processors, total_memory
 from hintfleet.units import format_size
-from orchestrator import spec_file
-from orchestrator.spec_checks import needed_bytes
+from orchestrator.spec import file as spec_file
+from orchestrator.spec.checks import needed_bytes
 
 _HOST_AGENT_TIMEOUT_S = 120
 # What the host agent looks at only for real guests.

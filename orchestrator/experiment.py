@@ -10,19 +10,20 @@ from typing import Any, Protocol
 from ulid import ULID
 
 from hintfleet.errors import InvalidInput, Refused
-from hintfleet.machine_limits import available_memory
-from orchestrator import fleet_ray, spec_file
-from orchestrator.host_process import LogicalHost
-from orchestrator.host_session import HostPlace
+from hintfleet.system.machine_limits import available_memory
 from orchestrator.machine import environment
-from orchestrator.plan import Trial, host_names, host_task, plan_trials
-from orchestrator.records import Record
-from orchestrator.spec import Spec, describe
-from orchestrator.spec_checks import hosts_problem, machine_problem
-from orchestrator.spec_file import LoadedSpec
-from orchestrator.store.lock import busy
-from orchestrator.store.reader import Run, Store, StoredTrial
-from orchestrator.store.writer import RunHeader, RunWriter, TrialEnd, spec_hash
+from orchestrator.results.store.lock import busy
+from orchestrator.results.store.reader import Run, Store, StoredTrial
+from orchestrator.results.store.writer import RunHeader, RunWriter, TrialEnd, spec_hash
+from orchestrator.spec import file as spec_file
+from orchestrator.spec.checks import hosts_problem, machine_problem
+from orchestrator.spec.file import LoadedSpec
+from orchestrator.spec.model import Spec, describe
+from orchestrator.trial import ray_actors
+from orchestrator.trial.host_process import LogicalHost
+from orchestrator.trial.host_session import HostPlace
+from orchestrator.trial.plan import Trial, host_names, host_task, plan_trials
+from orchestrator.trial.records import Record
 
 
 class View(Protocol):
@@ -187,7 +188,7 @@ def run_experiment(
     if problem := problem or hosts_problem(spec, encrypted=bool(tls_folder)):
         raise experiment.loaded.error([problem])
     kept = {t.position for t in experiment.trials} - {t.position for t in left}
-    fleet = fleet_ray.Fleet(_places(spec, header.libvirt_uri, tls_folder))
+    fleet = ray_actors.Fleet(_places(spec, header.libvirt_uri, tls_folder))
     view.starting(header, experiment.trials, kept)
     # The run is stored before the fleet is ended: that takes its time.
     with (
@@ -205,7 +206,7 @@ def run_experiment(
 def _run_trial(
     spec: Spec,
     trial: Trial,
-    fleet: fleet_ray.Fleet,
+    fleet: ray_actors.Fleet,
     writer: RunWriter,
     view: View,
     check: Callable[[], None],

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from hintfleet.errors import HintfleetError
 from hintfleet.leaks import Leak, Removable, remove_all
-from hintfleet.processes import Process, living
+from hintfleet.system.processes import Process, living
 from orchestrator.doctor import ask_host_agent
 from orchestrator.machine import runtime_dirs
-from orchestrator.store.lock import try_lock
-from orchestrator.store.samples import UNFINISHED
-from orchestrator.store.writer import RESERVE
+from orchestrator.results.store.lock import try_lock
+from orchestrator.results.store.samples import UNFINISHED
+from orchestrator.results.store.writer import RESERVE
 
 # Where guest_agent/isolation/hugetlb_pool.py has its reservation, if this is a guest.
 _HUGETLB_FILE = Path("/run/hintfleet-hugetlb/isolated")

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hintfleet import __version__
-from hintfleet.machine_limits import processors, total_memory
-from hintfleet.owned_folders import OwnedFolders
+from hintfleet.system.machine_limits import processors, total_memory
+from hintfleet.system.owned_folders import OwnedFolders
 from hintfleet.units import format_size
 
 # sockaddr_un has room for 107 characters; what is made below needs about 75.

@@ -1,7 +1,7 @@
 """A certificate authority in a folder, for a fleet that spans machines.
 
     ca.pem, ca.key           the authority
-    issued/ROLE-NAME/        a TLS folder each (hintfleet.tls), to be moved to its user
+    issued/ROLE-NAME/        a TLS folder each (hintfleet.net.tls), to be moved to its user
 
 Keys are EC P-256 and leave no machine by themselves: files are 0600 in folders 0700.
 There is no revocation; certificates are short-lived instead, and a guest's opens
@@ -36,8 +36,8 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hintfleet.errors import InvalidInput, Refused
-from hintfleet.files import read_at_most
-from hintfleet.tls import CA_FILE, CERT_FILE, KEY_FILE, MOST_BYTES, Peer, Role
+from hintfleet.net.tls import CA_FILE, CERT_FILE, KEY_FILE, MOST_BYTES, Peer, Role
+from hintfleet.system.files import read_at_most
 
 CA_KEY_FILE = "ca.key"
 _ISSUED = "issued"

@@ -21,14 +21,14 @@ from threading import Thread
 from typing import Protocol
 
 from hintfleet.errors import GuestLost, Refused
-from hintfleet.processes import look
 from hintfleet.ranges import RangeSet
+from hintfleet.system.processes import look
 from hintfleet.units import PAGE_BYTES, format_size
 from hintfleet.v1 import host_pb2
-from host_agent.balloon import Balloon, Reporting
-from host_agent.guests import GuestRequest, Handle, Survival
+from host_agent.guests.balloon import Balloon, Reporting
+from host_agent.guests.driver import GuestRequest, Handle, Survival
 from host_agent.guests.guest_log import GuestLog
-from host_agent.ram import GuestRam, Segment
+from host_agent.memory.ram import GuestRam, Segment
 
 
 class _Process(Protocol):

@@ -48,8 +48,8 @@ def doctor(
     """
     from dataclasses import asdict
 
+    from orchestrator.commands.output import emit
     from orchestrator.doctor import can_run, examine
-    from orchestrator.output import emit
     from orchestrator.view.tables import findings
 
     if leaks or clean:
@@ -62,8 +62,8 @@ def doctor(
 
 
 def _leaks(data_dir: Path, libvirt_uri: str, clean: bool, output_format: str) -> int:
+    from orchestrator.commands.output import emit
     from orchestrator.leaks import look_for_leaks
-    from orchestrator.output import emit
     from orchestrator.view.leak_table import leak_table
 
     found = look_for_leaks(data_dir, libvirt_uri, clean)

@@ -19,9 +19,10 @@ def experiments(name: str | None, output_format: str) -> None:
       hintfleet experiments quickstart > my.yaml
     """
     from hintfleet.errors import InvalidInput
-    from orchestrator import catalogue, spec_file
-    from orchestrator.output import emit
-    from orchestrator.spec import describe
+    from orchestrator.commands.output import emit
+    from orchestrator.spec import catalogue
+    from orchestrator.spec import file as spec_file
+    from orchestrator.spec.model import describe
     from orchestrator.view.tables import table
 
     if name is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from hintfleet.tls import Tls
+    from hintfleet.net.tls import Tls
 
 data_dir_option = click.option(
     "--data-dir",
@@ -62,6 +62,6 @@ def tls_or_none(folder: str, *, server: bool = False) -> Tls | None:
     """
     if not folder:
         return None
-    from hintfleet.tls import Tls
+    from hintfleet.net.tls import Tls
 
     return Tls.read(folder, server=server)

@@ -80,7 +80,7 @@ def issue(
     folder: Path | None,
 ) -> None:
     """Make a certificate and its key, in a folder of their own. A guest's NAME is its UUID."""
-    from hintfleet.tls import Role
+    from hintfleet.net.tls import Role
     from orchestrator.pki import Authority
 
     if hosts and role != Role.HOST.value:
@@ -102,7 +102,7 @@ def show(path: Path | None, output_format: str) -> int:
     """
     from dataclasses import asdict
 
-    from orchestrator.output import emit
+    from orchestrator.commands.output import emit
     from orchestrator.pki import look_at
     from orchestrator.view.tables import certificates
 

@@ -42,7 +42,7 @@ def report(run: str, output: Path | None, plot: Path | None, data_dir: Path | No
     RUN is an id, a part of one that no other run has, or `latest`. Prints the name of
     the file. Needs the extra `report`.
     """
-    from orchestrator.store.reader import Store
+    from orchestrator.results.store.reader import Store
 
     _check(output, plot)
     with Store(data_dir_or_default(data_dir)) as store:

@@ -22,7 +22,7 @@ from orchestrator.commands.options import (
 
 if TYPE_CHECKING:
     from orchestrator.experiment import Experiment
-    from orchestrator.store.reader import Store
+    from orchestrator.results.store.reader import Store
     from orchestrator.view.live import LiveView, PlainView
 
 _EPILOG = """\b
@@ -92,7 +92,7 @@ def run(
     """
     from orchestrator.commands.show_run import print_run
     from orchestrator.experiment import new_experiment, overrides, stored_experiment
-    from orchestrator.store.reader import Store
+    from orchestrator.results.store.reader import Store
 
     if (spec is None) == (resume is None):
         raise click.UsageError("give either a SPEC or --resume RUN")
@@ -147,7 +147,7 @@ def _run(
     from hintfleet.errors import HintfleetError
     from orchestrator.commands.show_run import say_how_to_go_on
     from orchestrator.experiment import run_experiment
-    from orchestrator.stray_output import stray_output_in
+    from orchestrator.trial.stray_output import stray_output_in
 
     run_id = experiment.header.run_id
     if experiment.is_over:

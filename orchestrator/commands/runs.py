@@ -17,9 +17,9 @@ def runs(limit: int, data_dir: Path | None, output_format: str) -> None:
     """List the stored runs, the newest first."""
     from dataclasses import asdict
 
+    from orchestrator.commands.output import emit
     from orchestrator.commands.show_run import say_how_to_go_on
-    from orchestrator.output import emit
-    from orchestrator.store.reader import Store
+    from orchestrator.results.store.reader import Store
     from orchestrator.view import tables
 
     with Store(data_dir_or_default(data_dir)) as store:
@@ -44,7 +44,7 @@ def show(run: str, only_spec: bool, data_dir: Path | None, output_format: str) -
     interrupted.
     """
     from orchestrator.commands.show_run import print_run
-    from orchestrator.store.reader import Store
+    from orchestrator.results.store.reader import Store
 
     with Store(data_dir_or_default(data_dir)) as store:
         found = store.find_run(run)

@@ -52,10 +52,16 @@ def savings(
     Runs that are not done are named on stderr. The exit code is 3 if a row is undecided.
     """
     from hintfleet.errors import ExitCode
-    from orchestrator.output import emit, savings_as_data
-    from orchestrator.queries import ask_server, ask_store, not_done, server_runs, store_runs
-    from orchestrator.savings import By
-    from orchestrator.store.reader import Store
+    from orchestrator.commands.output import emit, savings_as_data
+    from orchestrator.results.savings import By
+    from orchestrator.results.store.reader import Store
+    from orchestrator.service.queries import (
+        ask_server,
+        ask_store,
+        not_done,
+        server_runs,
+        store_runs,
+    )
     from orchestrator.view import tables
     from orchestrator.view.figures import first_line
 

@@ -34,10 +34,10 @@ Examples:
 @data_dir_option
 def serve(listen: str, tls_folder: str, data_dir: Path | None) -> None:
     """Serve runs and their savings over gRPC, with health and reflection, until SIGTERM."""
-    from orchestrator import fleet_service
+    from orchestrator.service import server
 
     def ready(address: str) -> None:
         click.echo(f"serving on {address}", err=True)
 
     tls = tls_or_none(tls_folder, server=True)
-    fleet_service.serve(listen, data_dir_or_default(data_dir), ready, tls)
+    server.serve(listen, data_dir_or_default(data_dir), ready, tls)

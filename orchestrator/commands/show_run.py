@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from hintfleet.errors import ExitCode
-from orchestrator.output import emit, savings_as_data
-from orchestrator.savings import By, Savings
-from orchestrator.store.reader import Run, Store
+from orchestrator.commands.output import emit, savings_as_data
+from orchestrator.results.savings import By, Savings
+from orchestrator.results.store.reader import Run, Store
 
 
 def print_run(store: Store, run: Run, output_format: str, with_trials: bool = False) -> int:

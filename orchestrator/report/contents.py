@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hintfleet.errors import Refused
-from orchestrator.comparison import ArmCost
-from orchestrator.footprint import Numbers, Series
-from orchestrator.records import PhaseStarted, StepDone
 from orchestrator.report.curves import Curve, Mark, course, curve, marks
-from orchestrator.savings import By, Savings
-from orchestrator.store.lock import busy
-from orchestrator.store.reader import Run, Store
-from orchestrator.store.samples import read_series
+from orchestrator.results.comparison import ArmCost
+from orchestrator.results.footprint import Numbers, Series
+from orchestrator.results.savings import By, Savings
+from orchestrator.results.store.lock import busy
+from orchestrator.results.store.reader import Run, Store
+from orchestrator.results.store.samples import read_series
+from orchestrator.trial.records import PhaseStarted, StepDone
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.footprint import Numbers, Series
-from orchestrator.records import PhaseStarted
+from orchestrator.results.footprint import Numbers, Series
+from orchestrator.trial.records import PhaseStarted
 
 _POINTS = 400
 _US_PER_S = 1_000_000

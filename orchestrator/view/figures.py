@@ -6,9 +6,9 @@ import datetime as dt
 
 from hintfleet.program import printable
 from hintfleet.units import GIB, KIB, MIB, format_size
-from orchestrator.comparison import ArmCost
-from orchestrator.footprint import Returned
-from orchestrator.statistics import Interval
+from orchestrator.results.comparison import ArmCost
+from orchestrator.results.footprint import Returned
+from orchestrator.results.statistics import Interval
 
 NO_FIGURE = "-"
 _BARS = "▁▂▃▄▅▆▇█"

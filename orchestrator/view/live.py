@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hintfleet.units import format_size
-from orchestrator.plan import Trial
-from orchestrator.progress import HostProgress, Progress
-from orchestrator.records import Record
-from orchestrator.spec import Spec
-from orchestrator.store.writer import RunHeader, TrialEnd
+from orchestrator.results.store.writer import RunHeader, TrialEnd
+from orchestrator.spec.model import Spec
+from orchestrator.trial.plan import Trial
+from orchestrator.trial.records import Record
 from orchestrator.view.figures import clock, sparkline
+from orchestrator.view.progress import HostProgress, Progress
 
 _FRAMES_PER_S = 5
 _BAR_WIDTH = 24
@@ -36,7 +36,7 @@ class LiveView:
             console=console,
             refresh_per_second=_FRAMES_PER_S,
             transient=True,
-            # Nothing else writes there meanwhile (orchestrator/stray_output.py).
+            # Nothing else writes there meanwhile (orchestrator/trial/stray_output.py).
             redirect_stdout=False,
             redirect_stderr=False,
             get_renderable=self._render,

@@ -13,11 +13,11 @@ from rich.text import Text
 
 from hintfleet.program import printable
 from hintfleet.units import format_size
-from orchestrator.comparison import ArmCost
 from orchestrator.doctor import Finding
-from orchestrator.footprint import Footprint
-from orchestrator.savings import Savings
-from orchestrator.store.reader import Run, StoredTrial
+from orchestrator.results.comparison import ArmCost
+from orchestrator.results.footprint import Footprint
+from orchestrator.results.savings import Savings
+from orchestrator.results.store.reader import Run, StoredTrial
 from orchestrator.view.figures import (
     NO_FIGURE,
     clock,

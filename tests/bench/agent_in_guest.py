@@ -14,8 +14,8 @@ from typing import Any
 
 from hintfleet.errors import Refused
 from hintfleet.units import MIB
-from host_agent.guests.image import find_image
-from host_agent.guests.libvirt_api import modules
+from host_agent.guests.libvirt.api import modules
+from host_agent.guests.libvirt.image import find_image
 from tests.bench.report import Figure, side_by_side
 from tests.bench.silent_host import PERIOD_S, silent_host
 from tests.support.agents import running_host_agent

@@ -11,8 +11,8 @@ from unittest import mock
 
 from hintfleet.ranges import RangeSet
 from hintfleet.units import GIB, MIB, PAGE_BYTES
-from host_agent.page_map import PageMap
-from host_agent.ram import GuestRam, Segment
+from host_agent.memory.page_map import PageMap
+from host_agent.memory.ram import GuestRam, Segment
 from tests.bench.report import Figure, side_by_side
 
 _ROUNDS = 11
@@ -84,7 +84,7 @@ def _walk_all(guest: _Guest) -> None:
 
 
 def _uncounted(guest: _Guest) -> None:
-    with mock.patch("host_agent.ram.cached_bytes", return_value=0):
+    with mock.patch("host_agent.memory.ram.cached_bytes", return_value=0):
         guest.look()
 
 

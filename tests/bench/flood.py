@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-from hintfleet.channels import open_aio_channel
+from hintfleet.net.channels import open_aio_channel
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb

@@ -15,12 +15,12 @@ import tempfile
 
 from hintfleet.units import GIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
-from host_agent.guests import GuestRequest
-from host_agent.ram import GuestRam, Segment
+from host_agent.guests.driver import GuestRequest
+from host_agent.memory.ram import GuestRam, Segment
 from host_agent.registry import Registry
 from host_agent.server import Settings, serving
+from host_agent.session.stream import Stream
 from host_agent.steady import keep_latency_steady
-from host_agent.stream import Stream
 
 _TRIAL = "flood"
 GUEST_BYTES = 1 * GIB

@@ -15,12 +15,12 @@ import os
 import sys
 from typing import Any
 
-from hintfleet.channels import open_aio_channel
+from hintfleet.net.channels import open_aio_channel
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
-from host_agent.gate import LIMITS
+from host_agent.session.gate import LIMITS
 
 _RANGES = encode(RangeSet((2 * n, 1) for n in range(LIMITS.ranges_per_batch)))
 

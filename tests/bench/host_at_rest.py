@@ -19,9 +19,9 @@ from hintfleet.errors import Refused
 from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
-from host_agent.guests.image import find_image
-from host_agent.guests.libvirt_api import modules
-from host_agent.ram import GuestRam, Segment
+from host_agent.guests.libvirt.api import modules
+from host_agent.guests.libvirt.image import find_image
+from host_agent.memory.ram import GuestRam, Segment
 from tests.bench.flood import cpu_s
 from tests.bench.report import Figure
 from tests.bench.sessions import idle_sessions

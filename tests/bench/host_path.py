@@ -14,11 +14,11 @@ from pathlib import Path
 from hintfleet.ranges import RangeSet, decode, encode
 from hintfleet.units import GIB, MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
-from host_agent.gate import LIMITS, Acknowledge, Batch, Gate, Post, Run
-from host_agent.hinting_messages import ack_of
-from host_agent.ledger import Ledger
-from host_agent.ram import GuestRam, Segment
-from host_agent.reclaim import reclaim
+from host_agent.memory.ledger import Ledger
+from host_agent.memory.ram import GuestRam, Segment
+from host_agent.memory.reclaim import reclaim
+from host_agent.session.gate import LIMITS, Acknowledge, Batch, Gate, Post, Run
+from host_agent.session.messages import ack_of
 from host_agent.steady import keep_latency_steady
 from tests.bench.report import Figure, side_by_side
 

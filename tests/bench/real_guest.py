@@ -13,11 +13,11 @@ from threading import Event, Thread
 from hintfleet.errors import Refused
 from hintfleet.units import GIB, MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests.domain_ram import translate
-from host_agent.guests.domain_xml import NAME_PREFIX
-from host_agent.guests.image import find_image
-from host_agent.guests.libvirt_api import errors_as, modules
-from host_agent.ram import GuestRam
+from host_agent.guests.libvirt.api import errors_as, modules
+from host_agent.guests.libvirt.domain_ram import translate
+from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
+from host_agent.guests.libvirt.image import find_image
+from host_agent.memory.ram import GuestRam
 from tests.bench.report import Figure, side_by_side
 from tests.support.agents import HostAgent, running_host_agent
 from tests.support.vm import Guests, spec

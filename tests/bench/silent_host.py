@@ -10,7 +10,7 @@ from threading import Event
 import grpc
 
 from hintfleet.v1 import hinting_pb2 as pb
-from host_agent.gate import LIMITS
+from host_agent.session.gate import LIMITS
 
 PERIOD_S = 0.2
 

@@ -3,7 +3,7 @@
  *
  * What must hold: the host never drops a chunk that the guest may be using. The words
  * and the invariants I1, I2 and I4 are those of ARCHITECTURE.md; the code is
- * guest_agent/hinting.py (Agent) and host_agent/gate.py with what carries out its
+ * guest_agent/hinting.py (Agent) and host_agent/session/gate.py with what carries out its
  * instructions (Host). tests/model/test_session_model.py runs this.
  *
  * Faults, at any point and FAULTS of them in all: the link is cut, an agent dies, the

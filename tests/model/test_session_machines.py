@@ -19,9 +19,9 @@ from guest_agent.hinting import HintingCore
 from hintfleet.errors import HintfleetError
 from hintfleet.ranges import RangeSet
 from hintfleet.v1 import hinting_pb2 as pb
-from host_agent import gate
-from host_agent.gate import OLDEST_BATCH_S, Gate
-from host_agent.reclaim import Outcome
+from host_agent.memory.reclaim import Outcome
+from host_agent.session import gate
+from host_agent.session.gate import OLDEST_BATCH_S, Gate
 from tests.support.session_world import CHUNK_COUNT, Agent, GuestKernel, Host, Stream, pages
 
 LATE_STEP = 20

@@ -159,7 +159,8 @@ def test_a_guest_that_vanishes_leaves_the_others_alone(
     host_agent.free(32 * MIB, "other")
     host_agent.settle("other")
     wait_until(
-        lambda: host_agent.guests()["other"].ledger.reclaimed_now_bytes == 32 * MIB, "its books"
+        lambda: host_agent.guests()["other"].ledger.reclaimed_now_bytes == 32 * MIB,
+        "its books",
     )
 
 

@@ -21,8 +21,10 @@ from hintfleet.units import MIB
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
-from host_agent import guest_service, limits, server, stream
-from host_agent.gate import LIMITS
+from host_agent import server
+from host_agent.api import guest_service
+from host_agent.session import rate_limits, stream
+from host_agent.session.gate import LIMITS
 from tests.support.agents import HANG_S, InProcessHost, host_in_process, wait_until
 from tests.support.speaker import Speaker
 
@@ -32,9 +34,9 @@ Identity = tuple[str, str]
 @pytest.fixture
 def host_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHost]:
     """With shorter times, and less room, than outside of tests."""
-    monkeypatch.setattr(limits, "FLOOD_S", 0.5)
-    monkeypatch.setattr(limits, "BATCHES", limits.Rate(per_s=1e6, burst=1000))
-    monkeypatch.setattr(limits, "BARS_S", (3.0, 0.1, float("inf")))
+    monkeypatch.setattr(rate_limits, "FLOOD_S", 0.5)
+    monkeypatch.setattr(rate_limits, "BATCHES", rate_limits.Rate(per_s=1e6, burst=1000))
+    monkeypatch.setattr(rate_limits, "BARS_S", (3.0, 0.1, float("inf")))
     monkeypatch.setattr(guest_service, "_MOST_WITHOUT_IDENTITY", 8)
     monkeypatch.setattr(guest_service, "_FIRST_MESSAGE_S", 3600.0)
     monkeypatch.setattr(guest_service, "_REFUSAL_S", 0.05)
@@ -221,7 +223,7 @@ def test_a_message_that_is_too_large(
 def test_a_flood_is_slowed_and_then_ended_with_the_reason(
     host_agent: InProcessHost, speaker: Callable[[], Speaker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "MESSAGES", limits.Rate(per_s=20, burst=40))
+    monkeypatch.setattr(rate_limits, "MESSAGES", rate_limits.Rate(per_s=20, burst=40))
     uuid = host_agent.create("flooder", method=host_pb2.NONE).uuid
     one = speaker()
     one.hello(uuid, host_agent.token("flooder"))
@@ -262,7 +264,7 @@ def test_one_who_never_reads_is_shown_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Acks pile up: first in the windows of the transport, then here, but only so many."""
-    monkeypatch.setattr(limits, "STREAMS", 3)  # the workload's is one
+    monkeypatch.setattr(rate_limits, "STREAMS", 3)  # the workload's is one
     unread = [speaker(), speaker()]
     for one in unread:
         one.hello(*identity)
@@ -286,7 +288,7 @@ def test_sessions_in_a_loop_are_limited_with_the_reason(
     speaker: Callable[[], Speaker], identity: Identity
 ) -> None:
     refusals = []
-    for _ in range(3 * limits.SESSIONS.burst):
+    for _ in range(3 * rate_limits.SESSIONS.burst):
         one = speaker()
         one.hello(*identity)
         try:
@@ -299,7 +301,7 @@ def test_sessions_in_a_loop_are_limited_with_the_reason(
     assert refusals == [
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "more than 5 streams opened per second")
     ]
-    time.sleep(2 / limits.SESSIONS.per_s)
+    time.sleep(2 / rate_limits.SESSIONS.per_s)
     one = speaker()
     one.hello(*identity)
     assert one.next().welcome.epoch
@@ -313,7 +315,7 @@ def test_who_breaks_the_rules_again_and_again_is_kept_out_then_dropped(
 ) -> None:
     conduct = host_agent.registry.get("g").conduct
     for bars in range(3):
-        for _ in range(limits.STRIKES):
+        for _ in range(rate_limits.STRIKES):
             assert misbehave(speaker(), identity)[0] is grpc.StatusCode.INVALID_ARGUMENT
         if bars == 0:
             code, said = misbehave(speaker(), identity)
@@ -334,7 +336,7 @@ def test_a_wrong_token_is_not_held_against_the_guest(
     host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
 ) -> None:
     """Else anybody who knows a neighbour's UUID could have it kept out."""
-    for _ in range(2 * limits.STRIKES):
+    for _ in range(2 * rate_limits.STRIKES):
         one = speaker()
         one.hello(identity[0], "0" * 32)
         assert one.refusal()[0] is grpc.StatusCode.FAILED_PRECONDITION

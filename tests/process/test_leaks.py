@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hintfleet.units import MIB
-from orchestrator.store.lock import try_lock
+from orchestrator.results.store.lock import try_lock
 from tests.support.agents import (
     HANG_S,
     HostAgent,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hintfleet.units import MIB, format_size
-from orchestrator import spec_file
-from orchestrator.spec_checks import needed_bytes
+from orchestrator.spec import file as spec_file
+from orchestrator.spec.checks import needed_bytes
 from tests.support.agents import wait_until
 from tests.support.lab import Lab, made_lab, result
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hintfleet.addresses import grpc_target
+from hintfleet.net.addresses import grpc_target
 from tests.process.test_run_quickstart import SPEC, arms, spec
 from tests.support.agents import HANG_S, running_host_agent, wait_until
 from tests.support.lab import made_lab, result

@@ -10,8 +10,8 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from orchestrator.host_client import HostClient
-from orchestrator.spec import Timeouts
+from orchestrator.spec.model import Timeouts
+from orchestrator.trial.host_client import HostClient
 from tests.support.agents import running_host_agent
 from tests.support.lab import Lab, made_lab, result
 from tests.support.ray_cluster import ray_cluster

@@ -167,7 +167,7 @@ _UNHEARD = """
 import sys
 from pathlib import Path
 from orchestrator.experiment import new_experiment, run_experiment
-from orchestrator.store.reader import Store
+from orchestrator.results.store.reader import Store
 from orchestrator.view.live import PlainView
 from rich.console import Console
 

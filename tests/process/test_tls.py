@@ -19,7 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from guest_agent.config import Config
-from hintfleet.tls import Role, Tls
+from hintfleet.net.tls import Role, Tls
 from hintfleet.units import MIB
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2

@@ -19,8 +19,8 @@ from typing import Any
 
 import grpc
 
-from hintfleet.channels import open_channel
-from hintfleet.tls import Tls
+from hintfleet.net.channels import open_channel
+from hintfleet.net.tls import Tls
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceStub

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
-from host_agent import guest_service, limits
+from host_agent.api import guest_service
+from host_agent.session import rate_limits
 
 _PLENTY = 1 << 30
 
@@ -14,10 +15,10 @@ _PLENTY = 1 << 30
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
     """Guests made meanwhile may break rules, and open streams, as often as they like."""
-    plenty = limits.Rate(per_s=_PLENTY, burst=_PLENTY)
+    plenty = rate_limits.Rate(per_s=_PLENTY, burst=_PLENTY)
     with (
-        mock.patch.multiple(limits, STRIKES=_PLENTY, STREAMS=_PLENTY),
-        mock.patch.multiple(limits, SESSIONS=plenty, MESSAGES=plenty, BATCHES=plenty),
+        mock.patch.multiple(rate_limits, STRIKES=_PLENTY, STREAMS=_PLENTY),
+        mock.patch.multiple(rate_limits, SESSIONS=plenty, MESSAGES=plenty, BATCHES=plenty),
         mock.patch.object(guest_service, "_REFUSAL_S", 0.0),
     ):
         yield

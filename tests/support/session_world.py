@@ -16,10 +16,10 @@ from guest_agent import hinting
 from guest_agent.hinting import HintingCore
 from hintfleet.errors import GuestLost
 from hintfleet.ranges import RangeSet
-from host_agent import gate
-from host_agent.gate import LIMITS, Gate
-from host_agent.page_map import PageMap
-from host_agent.reclaim import Outcome
+from host_agent.memory.page_map import PageMap
+from host_agent.memory.reclaim import Outcome
+from host_agent.session import gate
+from host_agent.session.gate import LIMITS, Gate
 
 CHUNK_COUNT = 9
 CHUNK_PAGES = 512

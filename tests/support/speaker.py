@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from hintfleet.channels import open_channel
+from hintfleet.net.channels import open_channel
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub

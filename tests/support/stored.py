@@ -5,13 +5,20 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import spec_file
-from orchestrator.cost import COUNTERS
-from orchestrator.plan import Trial, host_names, host_task, plan_trials
-from orchestrator.records import Columns, GuestEnded, HostDone, PhaseStarted, Samples, StepDone
-from orchestrator.spec import Spec
-from orchestrator.store.reader import Store
-from orchestrator.store.writer import RunHeader, RunWriter, TrialEnd
+from orchestrator.results.cost import COUNTERS
+from orchestrator.results.store.reader import Store
+from orchestrator.results.store.writer import RunHeader, RunWriter, TrialEnd
+from orchestrator.spec import file as spec_file
+from orchestrator.spec.model import Spec
+from orchestrator.trial.plan import Trial, host_names, host_task, plan_trials
+from orchestrator.trial.records import (
+    Columns,
+    GuestEnded,
+    HostDone,
+    PhaseStarted,
+    Samples,
+    StepDone,
+)
 
 S = 1_000_000
 MIB = 1 << 20

@@ -13,9 +13,9 @@ import grpc
 from hintfleet.ranges import RangeSet
 from hintfleet.units import GIB, MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests.domain_ram import translate
-from host_agent.guests.domain_xml import NAME_PREFIX
-from host_agent.guests.image import GuestImage
+from host_agent.guests.libvirt.domain_ram import translate
+from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
+from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S, TRIAL, HostAgent, wait_until
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hintfleet.channels import open_aio_channel
+from hintfleet.net.channels import open_aio_channel
 from hintfleet.v1.host_pb2_grpc import HostServiceStub
 from tests.support.lab import processes_with
 from tests.support.relay import Address, Relay

@@ -17,8 +17,8 @@ from typing import Any
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests.image import GuestImage
-from host_agent.guests.libvirt_api import modules
+from host_agent.guests.libvirt.api import modules
+from host_agent.guests.libvirt.image import GuestImage
 from tests.support.relay import Relay
 from tests.support.vm import ROOT, console, image_with, spec
 from tests.torture import injectors

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import grpc
 from google.protobuf.message import DecodeError
 
-from hintfleet.channels import open_aio_channel
+from hintfleet.net.channels import open_aio_channel
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 from tests.support.relay import Address

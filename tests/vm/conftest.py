@@ -20,9 +20,9 @@ import pytest
 
 from hintfleet.units import GIB, MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests.image import GuestImage, find_image
-from host_agent.guests.libvirt import LibvirtDriver
-from host_agent.guests.libvirt_api import modules
+from host_agent.guests.libvirt.api import modules
+from host_agent.guests.libvirt.driver import LibvirtDriver
+from host_agent.guests.libvirt.image import GuestImage, find_image
 from tests.support.agents import running_host_agent
 from tests.support.vm import Guests, image_with, nodes_spec, spec
 

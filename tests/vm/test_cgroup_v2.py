@@ -5,9 +5,9 @@ from pathlib import Path
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests import GuestRequest
-from host_agent.guests.image import GuestImage
-from host_agent.guests.libvirt import LibvirtDriver
+from host_agent.guests.driver import GuestRequest
+from host_agent.guests.libvirt.driver import LibvirtDriver
+from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import wait_until
 from tests.support.vm import image_with, spec
 

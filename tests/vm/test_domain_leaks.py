@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from host_agent.guests.runtime_dir import RuntimeDir
+from host_agent.guests.libvirt.runtime_dir import RuntimeDir
 from tests.support.agents import HANG_S, wait_until
 
 

@@ -15,10 +15,10 @@ import pytest
 from hintfleet.errors import Refused
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests import GuestRequest, Survival
-from host_agent.guests.domain_xml import NAME_PREFIX
-from host_agent.guests.image import GuestImage
-from host_agent.guests.libvirt import LibvirtDriver
+from host_agent.guests.driver import GuestRequest, Survival
+from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
+from host_agent.guests.libvirt.driver import LibvirtDriver
+from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import running_host_agent
 from tests.support.lab import Lab, made_lab, result
 from tests.support.vm import Guests, spec

@@ -12,10 +12,10 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests import GuestRequest
-from host_agent.guests.domain_xml import DomainSpec, Memballoon
-from host_agent.guests.image import GuestImage
-from host_agent.guests.libvirt import LibvirtDriver
+from host_agent.guests.driver import GuestRequest
+from host_agent.guests.libvirt.domain_xml import DomainSpec, Memballoon
+from host_agent.guests.libvirt.driver import LibvirtDriver
+from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S, TRIAL, alive, running_host_agent, wait_until
 from tests.support.vm import Guests, console, spec
 

@@ -11,8 +11,8 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests.domain_xml import NAME_PREFIX
-from host_agent.guests.image import GuestImage
+from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
+from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
 from tests.support.vm import Guests, spec
 

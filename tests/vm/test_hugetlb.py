@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from hintfleet.units import MIB
-from host_agent.guests import GuestRequest
-from host_agent.guests.domain_xml import DomainSpec, domain_xml
-from host_agent.guests.libvirt import LibvirtDriver
+from host_agent.guests.driver import GuestRequest
+from host_agent.guests.libvirt.domain_xml import DomainSpec, domain_xml
+from host_agent.guests.libvirt.driver import LibvirtDriver
 from tests.support.agents import wait_until
 from tests.support.vm import Guests, console, spec
 
@@ -59,7 +59,7 @@ def test_a_guest_with_virtio_mem_is_refused(
         devices.append(ET.fromstring(VIRTIO_MEM))  # noqa: S314 - our own
         return ET.tostring(domain, encoding="unicode")
 
-    monkeypatch.setattr("host_agent.guests.libvirt.domain_xml", with_virtio_mem)
+    monkeypatch.setattr("host_agent.guests.libvirt.driver.domain_xml", with_virtio_mem)
     driver = LibvirtDriver(libvirt_uri, guest_server="10.0.2.2:9")
     gone: list[str] = []
     guest = driver.create(

@@ -17,12 +17,13 @@ import pytest
 from hintfleet.errors import GuestLost, Refused
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests import GuestRequest, kvm_probe
-from host_agent.guests.domain_ram import translate
-from host_agent.guests.domain_xml import NAME_PREFIX, DomainSpec, domain_xml
-from host_agent.guests.image import GuestImage
-from host_agent.guests.libvirt import LibvirtDriver, _start
-from host_agent.ram import GuestRam
+from host_agent.guests.driver import GuestRequest
+from host_agent.guests.libvirt import kvm_probe
+from host_agent.guests.libvirt.domain_ram import translate
+from host_agent.guests.libvirt.domain_xml import NAME_PREFIX, DomainSpec, domain_xml
+from host_agent.guests.libvirt.driver import LibvirtDriver, _start
+from host_agent.guests.libvirt.image import GuestImage
+from host_agent.memory.ram import GuestRam
 from tests.support.agents import alive, wait_until
 from tests.support.vm import image_with
 
@@ -158,7 +159,7 @@ def test_kvm_that_starts_no_guest_is_tried_once(
             raise Refused("QEMU gave up")
         return _start(connection, spec, **options)
 
-    monkeypatch.setattr("host_agent.guests.libvirt._start", start_without_kvm)
+    monkeypatch.setattr("host_agent.guests.libvirt.driver._start", start_without_kvm)
     monkeypatch.setattr(kvm_probe, "cached", lambda _: None)
     for _ in range(2):
         driver.create(a_request([])).close()
@@ -176,7 +177,7 @@ def test_a_guest_that_is_killed_while_it_is_adopted_is_lost(
             os.kill(guest.pid, signal.SIGKILL)
             return translate(domain)
 
-        monkeypatch.setattr("host_agent.guests.libvirt.translate", translate_too_late)
+        monkeypatch.setattr("host_agent.guests.libvirt.driver.translate", translate_too_late)
         with pytest.raises(GuestLost):  # libvirt or QEMU's monitor may be the first to know
             driver.adopt(request, guest.handle)
     finally:

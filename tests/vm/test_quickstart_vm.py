@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hintfleet.units import MIB
-from host_agent.guests.image import GuestImage
+from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import wait_until
 from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result
 

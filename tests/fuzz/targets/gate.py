@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from hintfleet.errors import GuestLost, InvalidInput
 from hintfleet.ranges import EMPTY, RangeSet
-from host_agent import gate
-from host_agent.page_map import PageMap
-from host_agent.reclaim import Outcome, skip
+from host_agent.memory.page_map import PageMap
+from host_agent.memory.reclaim import Outcome, skip
+from host_agent.session import gate
 from tests.fuzz.source import Source
 from tests.fuzz.target import Target
 

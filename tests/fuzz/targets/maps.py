@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from hintfleet.errors import Refused
-from host_agent.guests.qemu_ram import Mapping, parse_maps
+from host_agent.guests.libvirt.qemu_ram import Mapping, parse_maps
 from tests.fuzz.target import Target
 
 _LINES = b"""\

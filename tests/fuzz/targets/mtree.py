@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from hintfleet.errors import Refused
 from hintfleet.units import GIB
-from host_agent.guests.mtree import RamRange, parse, whole_block
+from host_agent.guests.libvirt.mtree import RamRange, parse, whole_block
 from tests.fuzz.target import DATA, Target
 
 

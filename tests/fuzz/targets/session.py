@@ -21,12 +21,12 @@ from hintfleet.ranges import EMPTY, RangeSet, decode, encode
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
+from host_agent.api.guest_service import GuestService
 from host_agent.guest import Guest
-from host_agent.guest_service import GuestService
-from host_agent.guests import GuestRequest
-from host_agent.ram import GuestRam, Segment
+from host_agent.guests.driver import GuestRequest
+from host_agent.memory.ram import GuestRam, Segment
 from host_agent.registry import Registry
-from host_agent.stream import Stream
+from host_agent.session.stream import Stream
 from tests.fuzz.source import Source
 from tests.fuzz.target import Target, TryInput
 from tests.support.patience import patience

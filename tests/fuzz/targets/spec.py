@@ -6,10 +6,11 @@ import re
 from contextlib import suppress
 
 from hintfleet.errors import InvalidInput
-from orchestrator import catalogue, spec_checks
-from orchestrator.spec import Spec, describe
-from orchestrator.spec_file import parse
-from orchestrator.workload import expand
+from orchestrator.spec import catalogue
+from orchestrator.spec import checks as spec_checks
+from orchestrator.spec.file import parse
+from orchestrator.spec.model import Spec, describe
+from orchestrator.spec.workload import expand
 from tests.fuzz.target import Target
 
 _SOURCE = "fuzz.yaml"

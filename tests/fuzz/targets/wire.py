@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import grpc
 
-from hintfleet.channels import open_channel
+from hintfleet.net.channels import open_channel
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb

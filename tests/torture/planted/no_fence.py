@@ -1,7 +1,7 @@
 """A host agent that runs batches of earlier epochs, and such as waited too long (I2)."""
 
 from host_agent.__main__ import main
-from host_agent.gate import Gate
+from host_agent.session.gate import Gate
 
 if __name__ == "__main__":
     Gate._why_skip = lambda *_: None  # type: ignore[method-assign]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hintfleet.addresses import check_plain_text
 from hintfleet.errors import InvalidInput
+from hintfleet.net.addresses import check_plain_text
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:50061", "[::1]:0", "unix:/run/x"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hintfleet.errors import Refused
-from hintfleet.machine_limits import Bound, available_memory, processors, total_memory
+from hintfleet.system.machine_limits import Bound, available_memory, processors, total_memory
 from hintfleet.units import GIB, MIB
 
 NO_LIMIT = 9223372036854771712

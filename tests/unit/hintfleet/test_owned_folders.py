@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hintfleet.owned_folders import OwnedFolders
+from hintfleet.system.owned_folders import OwnedFolders
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hintfleet.errors import InvalidInput, Refused
-from hintfleet.tls import CA_FILE, KEY_FILE, Peer, Role, Tls, check_role
+from hintfleet.net.tls import CA_FILE, KEY_FILE, Peer, Role, Tls, check_role
 from orchestrator.pki import Authority
 
 UUID = "6f3c2b0e-5d0a-4c7e-9b52-0c4f4a1f2d10"

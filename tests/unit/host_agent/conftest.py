@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from hintfleet.units import PAGE_BYTES
-from host_agent.ram import GuestRam, Segment
+from host_agent.memory.ram import GuestRam, Segment
 
 RAM_PAGES = 4096
 

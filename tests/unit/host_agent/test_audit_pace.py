@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from host_agent.audit_pace import CALM_PAGES, CALM_PERIOD_S, AuditPace, Pace
+from host_agent.memory.audit_pace import CALM_PAGES, CALM_PERIOD_S, AuditPace, Pace
 
 PACE = Pace(period_s=0.2, share=1 / 20)
 

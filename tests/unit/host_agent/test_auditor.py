@@ -8,11 +8,11 @@ import pytest
 from hintfleet.errors import GuestLost
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
+from host_agent.api.sampling import sample_set
 from host_agent.auditor import audit_when_due
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
-from host_agent.ram import GuestRam, Segment
-from host_agent.sampling import sample_set
+from host_agent.memory.ram import GuestRam, Segment
 from tests.support.agents import HANG_S
 
 TOUCHED_PAGES = 512

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from hintfleet.units import GIB, KIB, MIB
 from hintfleet.v1 import host_pb2
-from host_agent.balloon import SILENT_AFTER_S, BalloonStats, Rest, Rule, Silence
-from host_agent.guests.domain_balloon import reporting_problem
+from host_agent.guests.balloon import SILENT_AFTER_S, BalloonStats, Rest, Rule, Silence
+from host_agent.guests.libvirt.domain_balloon import reporting_problem
 
 SPEC = host_pb2.GuestSpec(driver=host_pb2.LIBVIRT, memory_bytes=GIB, method=host_pb2.BALLOON)
 RULE = Rule.of(SPEC)

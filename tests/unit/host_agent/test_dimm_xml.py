@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB
-from host_agent.guests.dimm_xml import dimm_xml, dimms_of
+from host_agent.guests.libvirt.dimm_xml import dimm_xml, dimms_of
 
 # As libvirt 9.0 shows a running domain.
 LIVE = """

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hintfleet.units import GIB, MIB
-from host_agent.guests.domain_xml import CONFIG_ENTRY, DomainSpec, Memballoon, domain_xml
-from host_agent.guests.image import GuestImage
+from host_agent.guests.libvirt.domain_xml import CONFIG_ENTRY, DomainSpec, Memballoon, domain_xml
+from host_agent.guests.libvirt.image import GuestImage
 
 SPEC = DomainSpec(
     name="g1",

@@ -7,7 +7,9 @@ import pytest
 from hintfleet.errors import GuestLost, InvalidInput, TransientError
 from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.v1 import hinting_pb2 as pb
-from host_agent.gate import (
+from host_agent.memory.page_map import PageMap
+from host_agent.memory.reclaim import Outcome, skip
+from host_agent.session.gate import (
     LIMITS,
     OLDEST_BATCH_S,
     Acknowledge,
@@ -22,8 +24,6 @@ from host_agent.gate import (
     TakeTurn,
     Welcome,
 )
-from host_agent.page_map import PageMap
-from host_agent.reclaim import Outcome, skip
 
 SOME = RangeSet([(512, 512)])
 DONE = Outcome(reclaimed=PageMap(SOME))

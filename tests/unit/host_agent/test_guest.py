@@ -10,11 +10,11 @@ import pytest
 from hintfleet.ranges import RangeSet, decode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
-from host_agent.gate import Epochs
 from host_agent.guest import Guest
-from host_agent.page_map import PageMap
-from host_agent.ram import GuestRam, Look, Segment
-from host_agent.stream import Stream
+from host_agent.memory.page_map import PageMap
+from host_agent.memory.ram import GuestRam, Look, Segment
+from host_agent.session.gate import Epochs
+from host_agent.session.stream import Stream
 from tests.support.agents import HANG_S
 
 DEVICE = RangeSet([(4096, 1024)])

@@ -12,10 +12,10 @@ from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
-from host_agent.ledger import Ledger
-from host_agent.page_map import PageMap
-from host_agent.ram import GuestRam, Segment
-from host_agent.reclaim import Outcome, reclaim, skip
+from host_agent.memory.ledger import Ledger
+from host_agent.memory.page_map import PageMap
+from host_agent.memory.ram import GuestRam, Segment
+from host_agent.memory.reclaim import Outcome, reclaim, skip
 
 PAGES = 512
 WHOLE = RangeSet([(0, PAGES)])

@@ -6,8 +6,8 @@ import pytest
 
 from hintfleet.errors import Refused
 from hintfleet.v1 import host_pb2
-from host_agent.guests.domain_leaks import abandoned_domains
-from host_agent.guests.libvirt import _check_settings, _isolator, _kernel_parameters
+from host_agent.guests.libvirt.domain_leaks import abandoned_domains
+from host_agent.guests.libvirt.driver import _check_settings, _isolator, _kernel_parameters
 
 
 def spec(parameters: str = "", **hinting: object) -> host_pb2.GuestSpec:

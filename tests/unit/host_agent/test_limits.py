@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hintfleet.errors import InvalidInput, LimitExceeded
-from host_agent.limits import (
+from host_agent.session.rate_limits import (
     BARS_S,
     BATCHES,
     FLOOD_S,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hintfleet.errors import Refused
 from hintfleet.units import GIB, MIB
-from host_agent.guests.mtree import RamRange, parse, whole_block
+from host_agent.guests.libvirt.mtree import RamRange, parse, whole_block
 
 DATA = Path(__file__).parents[2] / "data"
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hintfleet.errors import InvalidInput
 from hintfleet.ranges import Range, RangeSet
-from host_agent.page_map import PageMap
+from host_agent.memory.page_map import PageMap
 
 SECTION = 4096
 # Around the ends of sections, and whole ones.

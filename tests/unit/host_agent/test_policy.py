@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from host_agent.policy import (
+from host_agent.pressure.policy import (
     LONGEST_HOLD_S,
     GuestView,
     Hold,

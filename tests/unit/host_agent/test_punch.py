@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hintfleet.units import PAGE_BYTES
-from host_agent import punch
-from host_agent.punch import LIBRARY, Punch, in_c, one_by_one
+from host_agent.memory import punch
+from host_agent.memory.punch import LIBRARY, Punch, in_c, one_by_one
 
 PAGES = 16
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")

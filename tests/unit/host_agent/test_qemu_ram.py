@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from host_agent.guests import qemu_ram
-from host_agent.guests.qemu_ram import Mapping, mappings, parse_maps
+from host_agent.guests.libvirt import qemu_ram
+from host_agent.guests.libvirt.qemu_ram import Mapping, mappings, parse_maps
 
 
 def test_a_line_of_each_kind() -> None:

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hintfleet.errors import Refused
-from host_agent.guests.qemu_user import QemuUser
+from host_agent.guests.libvirt.qemu_user import QemuUser
 
 UID, GID, OTHER_GID = 64055, 64055, 107
 USER = QemuUser(uid=UID, gids=frozenset((GID, OTHER_GID)))

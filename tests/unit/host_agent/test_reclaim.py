@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
-from host_agent.cache_count import cached_bytes
-from host_agent.page_map import PageMap
-from host_agent.ram import GuestRam, Segment
-from host_agent.reclaim import reclaim, skip
+from host_agent.memory.cache_count import cached_bytes
+from host_agent.memory.page_map import PageMap
+from host_agent.memory.ram import GuestRam, Segment
+from host_agent.memory.reclaim import reclaim, skip
 
 page_sets = st.lists(st.tuples(st.integers(0, 5200), st.integers(1, 300)), max_size=8).map(RangeSet)
 on_real_memory = settings(
@@ -133,7 +133,7 @@ def test_a_look_finds_what_is_there(
     touch(ram_fd, touched & ram.pages)
     with pytest.MonkeyPatch.context() as patch:
         if not counts:
-            patch.setattr("host_agent.ram.cached_bytes", lambda *_: 0)
+            patch.setattr("host_agent.memory.ram.cached_bytes", lambda *_: 0)
         look = ram.look(PageMap(within), start_pfn)
     assert look.resident.ranges() == touched & within & ram.pages
 

@@ -11,10 +11,10 @@ import pytest
 from hintfleet.errors import GuestLost, Refused
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
-from host_agent.guests import GuestRequest
-from host_agent.ram import GuestRam, Segment
+from host_agent.guests.driver import GuestRequest
+from host_agent.memory.ram import GuestRam, Segment
 from host_agent.registry import Registry
-from host_agent.stream import Stream
+from host_agent.session.stream import Stream
 from tests.support.agents import HANG_S
 
 TRIAL = "t"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from host_agent.guests.qemu_user import QemuUser
-from host_agent.guests.runtime_dir import RuntimeDir, runtime_dirs
+from host_agent.guests.libvirt.qemu_user import QemuUser
+from host_agent.guests.libvirt.runtime_dir import RuntimeDir, runtime_dirs
 
 USER = QemuUser(uid=64055, gids=frozenset((64055,)))
 EVERYBODYS = Path("/tmp")  # noqa: S108

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.sampling import Rest
+from host_agent.api.sampling import Rest
 
 PERIOD_S = 0.5
 

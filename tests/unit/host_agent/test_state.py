@@ -11,11 +11,11 @@ import pytest
 from hintfleet.errors import Refused
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
-from host_agent.gate import Epochs
-from host_agent.guest_door import Door
-from host_agent.ledger import Books
-from host_agent.page_map import PageMap
-from host_agent.state import GuestRecord, opened
+from host_agent.memory.ledger import Books
+from host_agent.memory.page_map import PageMap
+from host_agent.persistence.database import GuestRecord, opened
+from host_agent.session.gate import Epochs
+from host_agent.session.guest_address import Door
 
 
 def a_guest(name: str = "g", epoch: int = 5) -> GuestRecord:
@@ -109,8 +109,8 @@ PUNCHER = """
 import os, sys, threading, time
 from pathlib import Path
 from hintfleet.ranges import RangeSet
-from host_agent.ram import GuestRam, Segment
-from host_agent.state import opened
+from host_agent.memory.ram import GuestRam, Segment
+from host_agent.persistence.database import opened
 
 fd, pages = int(sys.argv[2]), int(sys.argv[3])
 with opened(Path(sys.argv[1])):

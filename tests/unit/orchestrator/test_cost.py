@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from hintfleet.units import MIB
-from orchestrator.comparison import ArmCost, Charged, compare
-from orchestrator.cost import COUNTERS, Cost, host_cost
-from orchestrator.footprint import Series
-from orchestrator.records import GuestSettled, StepDone
-from orchestrator.statistics import Interval
+from orchestrator.results.comparison import ArmCost, Charged, compare
+from orchestrator.results.cost import COUNTERS, Cost, host_cost
+from orchestrator.results.footprint import Series
+from orchestrator.results.statistics import Interval
+from orchestrator.trial.records import GuestSettled, StepDone
 
 S = 1_000_000
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hintfleet.units import GIB, MIB
-from orchestrator.footprint import Returned
-from orchestrator.statistics import Interval
+from orchestrator.results.footprint import Returned
+from orchestrator.results.statistics import Interval
 from orchestrator.view import figures
 
 

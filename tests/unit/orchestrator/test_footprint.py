@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hintfleet.units import GIB
-from orchestrator.footprint import Series, Undecided, guest_footprint, host_footprint
-from orchestrator.records import GuestEnded, StepDone
+from orchestrator.results.footprint import Series, Undecided, guest_footprint, host_footprint
+from orchestrator.trial.records import GuestEnded, StepDone
 
 S = 1_000_000
 G = GIB

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hintfleet.errors import InvalidInput
-from hintfleet.tls import CA_FILE, CERT_FILE, KEY_FILE, Role
+from hintfleet.net.tls import CA_FILE, CERT_FILE, KEY_FILE, Role
 from orchestrator.cli import run_command
 from orchestrator.pki import Authority, look_at
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from orchestrator.plan import host_names, host_task, plan_trials
-from orchestrator.spec import Spec, Workload
-from orchestrator.spec_checks import problems
-from orchestrator.spec_values import Amount
-from orchestrator.trial_runner import guest_spec
-from orchestrator.workload import Step, expand, held_after
+from orchestrator.spec.checks import problems
+from orchestrator.spec.model import Spec, Workload
+from orchestrator.spec.values import Amount
+from orchestrator.spec.workload import Step, expand, held_after
+from orchestrator.trial.plan import host_names, host_task, plan_trials
+from orchestrator.trial.runner import guest_spec
 
 
 def spec(**changes: Any) -> Spec:

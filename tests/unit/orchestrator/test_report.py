@@ -12,12 +12,12 @@ import pytest
 
 from hintfleet.errors import Refused
 from orchestrator.cli import run_command
-from orchestrator.footprint import Series
-from orchestrator.plan import plan_trials
 from orchestrator.report.contents import read_contents
 from orchestrator.report.curves import Mark, course, marks, times_s
-from orchestrator.store.reader import Store
-from orchestrator.store.writer import RunHeader, RunWriter
+from orchestrator.results.footprint import Series
+from orchestrator.results.store.reader import Store
+from orchestrator.results.store.writer import RunHeader, RunWriter
+from orchestrator.trial.plan import plan_trials
 from tests.support.stored import MIB, QUICKSTART, S, phase, store_run, store_trial
 
 pytest.importorskip("altair")

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hintfleet.units import MIB
-from orchestrator.fleet_messages import savings_as_pb2, savings_from_pb2
-from orchestrator.footprint import Footprint, Returned
-from orchestrator.savings import By, Measured, Savings, aggregate
+from orchestrator.results.footprint import Footprint, Returned
+from orchestrator.results.savings import By, Measured, Savings, aggregate
+from orchestrator.service.messages import savings_as_pb2, savings_from_pb2
 
 
 def footprint(mean_bytes: float, wrong_pages: int = 0) -> Footprint:

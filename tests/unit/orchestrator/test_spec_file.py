@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from hintfleet.errors import InvalidInput
-from hintfleet.machine_limits import Bound
+from hintfleet.system.machine_limits import Bound
 from hintfleet.units import GIB, MIB
-from orchestrator import catalogue, spec_checks, spec_file
-from orchestrator.spec import Arm, Driver, Method, describe
+from orchestrator.spec import catalogue
+from orchestrator.spec import checks as spec_checks
+from orchestrator.spec import file as spec_file
+from orchestrator.spec.model import Arm, Driver, Method, describe
 
 GOOD = """\
 name: mine

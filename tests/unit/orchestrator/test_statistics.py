@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.statistics import mean_interval, paired_differences
+from orchestrator.results.statistics import mean_interval, paired_differences
 
 finite = st.floats(-1e12, 1e12)
 

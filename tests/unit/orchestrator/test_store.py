@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 
 from hintfleet.errors import InvalidInput, LimitExceeded, Refused
-from orchestrator import spec_file
 from orchestrator.cli import run_command
-from orchestrator.cost import COUNTERS
 from orchestrator.experiment import left_to_run, new_experiment, overrides, stored_experiment
 from orchestrator.machine import environment
-from orchestrator.plan import HostTask, Trial, host_names, host_task, plan_trials
-from orchestrator.records import Columns, GuestEnded, HostDone, Record, Samples, StepDone
-from orchestrator.savings import By
-from orchestrator.spec import Spec
-from orchestrator.store.reader import Run, Store
-from orchestrator.store.writer import RunHeader, RunWriter, TrialEnd
+from orchestrator.results.cost import COUNTERS
+from orchestrator.results.savings import By
+from orchestrator.results.store.reader import Run, Store
+from orchestrator.results.store.writer import RunHeader, RunWriter, TrialEnd
+from orchestrator.spec import file as spec_file
+from orchestrator.spec.model import Spec
+from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
+from orchestrator.trial.records import Columns, GuestEnded, HostDone, Record, Samples, StepDone
 
 S = 1_000_000
 _TIMEOUT_S = 60
@@ -370,8 +370,8 @@ import sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import test_store as t
-from orchestrator.store.reader import Store
-from orchestrator.store.writer import RunWriter
+from orchestrator.results.store.reader import Store
+from orchestrator.results.store.writer import RunWriter
 with Store(Path(sys.argv[1])) as store, RunWriter(store, t.header()) as writer:
     t.write_trial(writer, 0, 1 << 20)
     trial, tasks = t.trial_of(t.header().spec, "run1", 1)

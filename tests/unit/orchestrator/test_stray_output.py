@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from hintfleet.errors import Refused
-from orchestrator.stray_output import stray_output_in
+from orchestrator.trial.stray_output import stray_output_in
 
 _PROGRAM = """
 import os, subprocess, sys
 from pathlib import Path
-from orchestrator.stray_output import stray_output_in
+from orchestrator.trial.stray_output import stray_output_in
 
 print("before", end=" ")  # not flushed yet
 with stray_output_in(Path(sys.argv[1])) as terminal:
@@ -45,7 +45,7 @@ def test_noise_goes_into_the_file(tmp_path: Path) -> None:
 _FAILS = """
 import sys
 from pathlib import Path
-from orchestrator.stray_output import stray_output_in
+from orchestrator.trial.stray_output import stray_output_in
 
 try:
     with stray_output_in(Path(sys.argv[1])):

@@ -6,11 +6,11 @@ import pytest
 from rich.console import Console, RenderableType
 
 from hintfleet.units import MIB
-from orchestrator.comparison import ArmCost
-from orchestrator.footprint import Footprint, Returned
-from orchestrator.savings import Savings
-from orchestrator.statistics import Interval
-from orchestrator.store.reader import Run, StoredTrial
+from orchestrator.results.comparison import ArmCost
+from orchestrator.results.footprint import Footprint, Returned
+from orchestrator.results.savings import Savings
+from orchestrator.results.statistics import Interval
+from orchestrator.results.store.reader import Run, StoredTrial
 from orchestrator.view import tables
 
 USED = Footprint(

@@ -7,7 +7,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from hintfleet.machine_limits import available_memory, processors, total_memory
+from hintfleet.system.machine_limits import available_memory, processors, total_memory
 
 ROOT = Path("/sys/fs/cgroup")
 OUTER = ROOT / "outer"

@@ -1,0 +1,208 @@
+"""The control API: what an orchestrator asks of this host."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+from hintfleet import __version__
+from hintfleet.errors import HintfleetError, InvalidInput, OutcomeUnknown
+from hintfleet.system.machine_limits import processors
+from hintfleet.units import PAGE_BYTES
+from hintfleet.v1 import hinting_pb2, host_pb2
+from hintfleet.v1.host_pb2_grpc import HostServiceServicer
+from host_agent.api.grpc_calls import Context, abort
+from host_agent.api.sampling import Rest, sample_set
+from host_agent.registry import Registry
+from host_agent.threads import in_driver_thread
+from host_agent.waking import WAKE_S, next_wake_s, sleep_until
+
+_SHORTEST_PERIOD_MS = 10
+_DEFAULT_SETTLE_S = 30.0
+_T = TypeVar("_T")
+
+
+class ControlService(HostServiceServicer):
+    """Serves one host's registry."""
+
+    def __init__(self, registry: Registry, name: str, memory_budget_bytes: int) -> None:
+        self._registry = registry
+        self._name = name
+        self._memory_budget_bytes = memory_budget_bytes
+        self._answered = 0
+        """Commands."""
+
+    async def GetHost(self, request: host_pb2.GetHostRequest, context: Context) -> host_pb2.Host:
+        """What this host is and can run."""
+        drivers = self._registry.drivers
+        asked = [drivers[kind] for kind in request.drivers or drivers if kind in drivers]
+        states = await asyncio.gather(*(in_driver_thread(driver.state) for driver in asked))
+        return host_pb2.Host(
+            name=self._name,
+            agent_version=__version__,
+            memory_budget_bytes=self._memory_budget_bytes,
+            drivers=states,
+            cpu_count=max(1, int(processors().value)),
+            provisioned_bytes=sum(g.provisioned_bytes for g in self._registry.guests),
+        )
+
+    async def CreateGuest(
+        self, request: host_pb2.CreateGuestRequest, context: Context
+    ) -> host_pb2.Guest:
+        """Make a guest and wait until it is ready."""
+
+        async def create() -> host_pb2.Guest:
+            guest = await self._registry.create(
+                request.name, request.command.trial_id, request.spec, request.uuid
+            )
+            return await guest.as_pb2()
+
+        return await self._once(request.command, create, context)
+
+    async def ResizeGuest(
+        self, request: host_pb2.ResizeGuestRequest, context: Context
+    ) -> host_pb2.Guest:
+        """Plug or unplug memory."""
+
+        async def resize() -> host_pb2.Guest:
+            guest = self._registry.get(request.name)
+            await guest.resize(request.memory_bytes)
+            return await guest.as_pb2()
+
+        return await self._once(request.command, resize, context)
+
+    async def DestroyGuest(
+        self, request: host_pb2.DestroyGuestRequest, context: Context
+    ) -> host_pb2.DestroyGuestResponse:
+        """End a guest and close its books."""
+
+        async def destroy() -> host_pb2.DestroyGuestResponse:
+            return host_pb2.DestroyGuestResponse(ledger=await self._registry.destroy(request.name))
+
+        return await self._once(request.command, destroy, context)
+
+    async def ListGuests(
+        self, request: host_pb2.ListGuestsRequest, context: Context
+    ) -> host_pb2.ListGuestsResponse:
+        """All guests with their books, audited now."""
+        guests = await asyncio.gather(*(g.as_pb2() for g in self._registry.guests))
+        return host_pb2.ListGuestsResponse(guests=guests)
+
+    async def RunStep(
+        self, request: host_pb2.RunStepRequest, context: Context
+    ) -> host_pb2.RunStepResponse:
+        """One workload step on one guest."""
+
+        async def run() -> host_pb2.RunStepResponse:
+            guest = self._registry.get(request.guest_name)
+            done = await guest.run_step(
+                lambda number: _command(request, number), command_id=_number_of(request.command)
+            )
+            if request.verify:
+                await guest.ledger()  # the samples that follow are of books that were audited
+            return host_pb2.RunStepResponse(
+                changed_bytes=done.changed_bytes,
+                held_bytes=done.held_bytes,
+                verified_pages=done.verified_pages,
+                wrong_pages=done.wrong_pages,
+                duration_us=done.duration_us,
+                done_at_unix_us=time.time_ns() // 1000,
+            )
+
+        return await self._once(request.command, run, context)
+
+    async def Settle(
+        self, request: host_pb2.SettleRequest, context: Context
+    ) -> host_pb2.SettleResponse:
+        """Report now on one guest, and return when all that can be reclaimed is."""
+        timeout_s = request.timeout_ms / 1000 or _DEFAULT_SETTLE_S
+        try:
+            guest = self._registry.get(request.guest_name)
+            async with asyncio.timeout(timeout_s):
+                settled = await guest.settle()
+            ledger = await guest.ledger()
+            # What an experiment reckons with: no restart may take it back.
+            await guest.keeper.save(guest)
+            return host_pb2.SettleResponse(
+                batches=settled.batches,
+                hinted_bytes=settled.hinted_pages * PAGE_BYTES,
+                ledger=ledger,
+            )
+        except TimeoutError:
+            await abort(
+                context,
+                OutcomeUnknown(f"guest {request.guest_name} did not settle within {timeout_s:g} s"),
+            )
+        except HintfleetError as error:
+            await abort(context, error)
+        finally:
+            self._answered += 1
+
+    async def Watch(
+        self, request: host_pb2.WatchRequest, context: Context
+    ) -> AsyncIterator[host_pb2.SampleSet]:
+        """Samples of a trial's guests; their lives hang on this stream."""
+        if not request.trial_id or request.period_ms < _SHORTEST_PERIOD_MS:
+            await abort(
+                context,
+                InvalidInput(f"Watch needs a trial and a period of {_SHORTEST_PERIOD_MS} ms"),
+            )
+        self._registry.open_watch(request.trial_id)
+        period_s = request.period_ms / 1000
+        rest, heard = Rest(), self._answered
+        try:
+            next_s = time.monotonic()
+            if period_s >= WAKE_S:  # not the first, but all that follow
+                next_s = next_wake_s(next_s) - period_s
+            while True:
+                guests = [g for g in self._registry.guests if g.trial_id == request.trial_id]
+                heard, before = self._answered, heard
+                made = sample_set(guests, self._registry.observing)
+                for samples in rest.to_send(made, commanded=heard != before):
+                    yield samples
+                # A sample that took longer than the period is not made up for.
+                next_s = max(next_s + period_s, time.monotonic())
+                await sleep_until(next_s)
+        finally:
+            self._registry.close_watch(request.trial_id)
+
+    async def _once(
+        self,
+        command: host_pb2.CommandId,
+        do: Callable[[], Awaitable[_T]],
+        context: Context,
+    ) -> _T:
+        try:
+            return await self._registry.once(command, do)
+        except HintfleetError as error:
+            await abort(context, error)
+        finally:
+            self._answered += 1
+
+
+def _number_of(command: host_pb2.CommandId) -> int:
+    """The id of a step in its guest's workload: the same for a retry, whichever host agent
+    it comes to. 0 for a command without an id."""
+    if not command.sequence:
+        return 0
+    digest = hashlib.blake2b(command.SerializeToString(deterministic=True), digest_size=8)
+    return int.from_bytes(digest.digest())
+
+
+def _command(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.WorkloadCommand:
+    command = hinting_pb2.WorkloadCommand(command_id=number)
+    step = request.WhichOneof("step")
+    if step == "allocate_bytes":
+        command.allocate.size_bytes = request.allocate_bytes
+        command.allocate.seed = request.seed
+    elif step == "free_bytes":
+        command.free.size_bytes = request.free_bytes
+        command.free.seed = request.seed
+    elif step == "verify":
+        command.verify.SetInParent()
+    else:
+        raise InvalidInput("RunStep names no step")
+    return command

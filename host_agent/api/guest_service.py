@@ -1,0 +1,178 @@
+"""The door for guests: the hinting protocol and the workload stream over gRPC.
+
+A guest is untrusted: what it sends is checked against the gate's limits, against what can
+be (`claims`) and against what it may ask of us (`limits`). A violation ends its own stream
+with the reason, nobody else's, and is held against it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import TypeVar
+
+from hintfleet.errors import HintfleetError, InvalidInput, LimitExceeded, Refused, TransientError
+from hintfleet.net.tls import Role, check_role
+from hintfleet.ranges import decode
+from hintfleet.v1 import hinting_pb2 as pb
+from hintfleet.v1.hinting_pb2_grpc import HintingServiceServicer
+from host_agent.api.grpc_calls import Context, abort, ended_by, received, show_out
+from host_agent.guest import Guest
+from host_agent.registry import Registry
+from host_agent.session.gate import LIMITS, Batch
+from host_agent.session.pending_streams import Anteroom
+from host_agent.session.stream import Stream
+from host_agent.session.validation import check_done, check_hello, check_telemetry
+
+_FIRST_MESSAGE_S = 10.0
+_MOST_WITHOUT_IDENTITY = 256
+_REFUSAL_S = 0.5
+_M = TypeVar("_M")
+
+
+class GuestService(HintingServiceServicer):
+    """Serves the guests of one registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._anteroom = Anteroom(_MOST_WITHOUT_IDENTITY, _FIRST_MESSAGE_S)
+
+    async def Session(
+        self, request_iterator: AsyncIterator[pb.GuestMessage], context: Context
+    ) -> AsyncIterator[pb.HostMessage]:
+        """One hinting session; see hinting.proto."""
+        messages = received(request_iterator)
+        try:
+            hello = (await self._first(messages, "hello")).hello
+            guest = await self._admitted(hello.identity, context)
+            with _held_to_account(guest), _stream(guest, context) as stream:
+                check_hello(hello)
+                session = guest.connect_hinting(stream, self._registry.epochs)
+                try:
+                    welcome = await stream.next()
+                    await guest.keeper.save(guest)  # its epoch is known before it is used
+                    yield welcome  # type: ignore[misc]
+                    async with ended_by(stream, _read_session(guest, session, messages)):
+                        while (message := await stream.next()) is not None:
+                            yield message  # type: ignore[misc]
+                finally:
+                    guest.leave_hinting(session)
+        except HintfleetError as error:
+            await abort(context, error)
+
+    async def Workload(
+        self, request_iterator: AsyncIterator[pb.WorkloadEvent], context: Context
+    ) -> AsyncIterator[pb.WorkloadCommand]:
+        """Commands for the guest's workload; see hinting.proto."""
+        events = received(request_iterator)
+        try:
+            attach = (await self._first(events, "attach")).attach
+            guest = await self._admitted(attach.identity, context)
+            with _held_to_account(guest), _stream(guest, context) as stream:
+                guest.attach_workload(stream)
+                try:
+                    async with ended_by(stream, _read_done(guest, events)):
+                        while (message := await stream.next()) is not None:
+                            yield message  # type: ignore[misc]
+                finally:
+                    guest.leave_workload(stream)
+        except HintfleetError as error:
+            await abort(context, error)
+
+    async def _first(self, messages: AsyncIterator[_M], kind: str) -> _M:
+        """The first message of a stream, which must be of this kind and come soon."""
+        try:
+            async with self._anteroom.place():
+                first = await anext(messages)
+        except TimeoutError:  # the link's fault, or ours: no reason to give the guest up
+            raise TransientError(
+                f"no {kind} came within {_FIRST_MESSAGE_S:.0f} s, or too many wait for theirs"
+            ) from None
+        except StopAsyncIteration:
+            raise InvalidInput(f"the stream did not begin with {kind}") from None
+        if not first.HasField(kind):  # type: ignore[attr-defined]
+            raise InvalidInput(f"the stream did not begin with {kind}")
+        return first
+
+    async def _admitted(self, identity: pb.Identity, context: Context) -> Guest:
+        """The guest that speaks: by its token, and by its certificate where it shows one.
+
+        :raises HintfleetError: it is none, or must stay out; after a pause, so that trying
+            again and again costs little here.
+        """
+        try:
+            peer = check_role(context.auth_context(), Role.GUEST)
+            if peer is not None and peer.guest_uuid != identity.guest_uuid:
+                raise Refused(f"the certificate is not that of guest {identity.guest_uuid}")
+            guest = self._registry.authenticate(identity)
+            guest.conduct.may_open(time.monotonic())
+        except HintfleetError:
+            with contextlib.suppress(TimeoutError):
+                async with self._anteroom.place():
+                    await asyncio.sleep(_REFUSAL_S)
+            raise
+        return guest
+
+
+def _stream(guest: Guest, context: Context) -> Stream:
+    return Stream(lambda error: show_out(context, error), guest.conduct.opened())
+
+
+@contextlib.contextmanager
+def _held_to_account(guest: Guest) -> Iterator[None]:
+    """What a guest does wrong on its stream is counted."""
+    try:
+        yield
+    except (InvalidInput, LimitExceeded) as error:
+        guest.misbehaved(error)
+        raise
+
+
+async def _read_session(
+    guest: Guest, session: int, messages: AsyncIterator[pb.GuestMessage]
+) -> None:
+    async for message in _paced(guest, messages):
+        kind = message.WhichOneof("message")
+        if kind == "batch":
+            guest.batch_arrived(session, _received(message.batch))
+        elif kind == "settled":
+            guest.answer(message.settled.request_id, message.settled)
+        elif kind == "telemetry":
+            check_telemetry(message.telemetry, guest.most_memory_bytes)
+            guest.telemetry = message.telemetry
+        else:
+            raise InvalidInput(f"a session cannot carry {kind or 'an empty message'} here")
+
+
+async def _paced(guest: Guest, messages: AsyncIterator[_M]) -> AsyncIterator[_M]:
+    """Messages, read no faster than the guest may send. What is not read fills the stream's
+    window, and then the guest has to wait: a flood costs no memory here, and little time."""
+    async for message in messages:
+        now_s = time.monotonic()
+        if isinstance(message, pb.GuestMessage) and message.HasField("batch"):
+            wait_s = guest.conduct.heard_batch(len(message.batch.ranges), now_s)
+        else:
+            wait_s = guest.conduct.heard(now_s)
+        yield message
+        if wait_s:
+            await asyncio.sleep(wait_s)
+
+
+def _received(batch: pb.Batch) -> Batch:
+    return Batch(
+        epoch=batch.epoch,
+        seq=batch.seq,
+        ranges=decode(batch.ranges, LIMITS.ranges_per_batch),
+        received_s=time.monotonic(),
+        wire_bytes=len(batch.ranges),
+    )
+
+
+async def _read_done(guest: Guest, events: AsyncIterator[pb.WorkloadEvent]) -> None:
+    async for event in _paced(guest, events):
+        if event.WhichOneof("event") != "done":
+            raise InvalidInput("a workload stream carries only done after attach")
+        check_done(event.done, guest.most_memory_bytes)
+        guest.answer(event.done.command_id, event.done)

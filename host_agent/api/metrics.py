@@ -1,0 +1,179 @@
+"""The books as Prometheus metrics.
+
+Read at scrape time from the last audit of each guest; a scrape audits nothing
+itself, so it cannot slow a guest's batches down.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from socketserver import ThreadingMixIn
+from threading import BoundedSemaphore, Thread
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from hintfleet.errors import InvalidInput, Refused
+from hintfleet.net.addresses import address_problem, check_plain_text, is_unix
+from hintfleet.net.tls import Peer, Role, Tls
+from host_agent.registry import Registry
+
+_GAUGES = {
+    "provisioned_bytes": "What the guest has, with what was plugged since it was made",
+    "resident_bytes": "Blocks of the guest's RAM file",
+    "reclaimed_now_bytes": "Reclaimed and still absent: ledger savings",
+    "untouched_bytes": "Never resident",
+}
+_COUNTERS = {
+    "hinted_total_bytes": "Hinted by the guest",
+    "reclaimed_total_bytes": "Resident before a punch, absent after",
+    "absent_total_bytes": "Hinted, but nothing was there",
+    "refaulted_total_bytes": "Reclaimed, then used again by the guest",
+    "unplugged_total_bytes": "Reclaimed, and still absent when it was unplugged",
+    "batches": "Batches received",
+}
+
+
+_CONNECTIONS = 16
+"""Served at a time."""
+
+
+class LedgerCollector(Collector):
+    """Turns the ledgers of all guests into metric families."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """One family per field of the ledger, labelled by guest and trial."""
+        books = [(g.name, g.trial_id, g.memory.last_ledger) for g in self._registry.guests]
+        families = [(GaugeMetricFamily, field, field, text) for field, text in _GAUGES.items()] + [
+            # Prometheus puts _total behind a counter's name and its unit before that.
+            (CounterMetricFamily, field, field.replace("_total", ""), text)
+            for field, text in _COUNTERS.items()
+        ]
+        for make, field, name, text in families:
+            family = make(f"hintfleet_guest_{name}", text, labels=("guest", "trial"))
+            for guest, trial, ledger in books:
+                family.add_metric((guest, trial), getattr(ledger, field))
+            yield family
+        yield from self._conduct()
+        skipped = CounterMetricFamily(
+            "hintfleet_guest_skipped_bytes",
+            "Not touched, by reason",
+            labels=("guest", "trial", "reason"),
+        )
+        for guest, trial, ledger in books:
+            for reason, size_bytes in ledger.skipped_total_bytes.items():
+                skipped.add_metric((guest, trial, reason), size_bytes)
+        yield skipped
+
+    def _conduct(self) -> Iterator[Metric]:
+        guests, now_s = self._registry.guests, time.monotonic()
+        violations = CounterMetricFamily(
+            "hintfleet_guest_violations", "Broken rules of the protocol", labels=("guest", "trial")
+        )
+        barred = GaugeMetricFamily(
+            "hintfleet_guest_barred", "1 while the guest is kept out", labels=("guest", "trial")
+        )
+        for guest in guests:
+            violations.add_metric((guest.name, guest.trial_id), guest.conduct.violations)
+            barred.add_metric((guest.name, guest.trial_id), guest.conduct.barred(now_s))
+        yield from (violations, barred)
+
+
+@contextmanager
+def serve_metrics(address: str, registry: Registry, tls: Tls | None = None) -> Iterator[None]:
+    """Serve metrics over HTTP(S) while the block runs; an empty address serves none.
+
+    :raises InvalidInput: the address is not HOST:PORT, or needs TLS.
+    :raises Refused: it cannot be bound.
+    """
+    if not address:
+        yield
+        return
+    if is_unix(address) or address_problem(address):
+        raise InvalidInput(f"--metrics {address!r} is not HOST:PORT", hint="127.0.0.1:9177")
+    if tls is None:
+        check_plain_text(address)
+    collectors = CollectorRegistry()
+    collectors.register(LedgerCollector(registry))
+    try:
+        server = _make_server(address, tls)
+    except OSError as error:
+        raise Refused(f"cannot serve metrics on {address}: {error.strerror}") from error
+    server.set_app(make_wsgi_app(collectors))
+    thread = Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _make_server(address: str, tls: Tls | None) -> _Server:
+    host, _, port = address.rpartition(":")
+    kind = _Server6 if host.startswith("[") else _Server
+    server = kind((host.strip("[]"), int(port)), _Handler)
+    if tls is not None:
+        # Shaken hands with in the connection's own thread: one that stalls stalls itself.
+        server.socket = tls.server_context().wrap_socket(
+            server.socket, server_side=True, do_handshake_on_connect=False
+        )
+    return server
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    _rooms = BoundedSemaphore(_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Have a thread serve it, if not too many do: whoever reaches the port could ask for any
+        number of them."""
+        if self._rooms.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve it, and make room."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._rooms.release()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up, stalls or shows no certificate is no event."""
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10.0
+
+    def parse_request(self) -> bool:
+        """Read the request; answer it here if it is not an operator's."""
+        if not super().parse_request():
+            return False
+        if isinstance(self.connection, ssl.SSLSocket):
+            names: Any = (self.connection.getpeercert() or {}).get("subjectAltName", ())
+            peer = Peer.of_uris(value for kind, value in names if kind == "URI")
+            if peer is None or peer.role is not Role.OPERATOR:
+                self.send_error(HTTPStatus.FORBIDDEN, "metrics are for operators")
+                return False
+        return True
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
+        """Nothing: scrapes are no events."""

@@ -1,0 +1,98 @@
+"""Samples of a trial's guests, and when none need be sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from hintfleet.units import PAGE_BYTES
+from hintfleet.v1 import host_pb2
+from host_agent.cpu_meter import CpuMeter
+from host_agent.guest import Guest
+from host_agent.memory.audit_pace import CALM_PAGES
+
+_CALM_BYTES = CALM_PAGES * PAGE_BYTES
+_MOST_LEFT_OUT = 3
+
+
+def sample_set(guests: Iterable[Guest], observing: CpuMeter) -> host_pb2.SampleSet:
+    """One sample of each of these guests that runs.
+
+    :param observing: what samples cost, this one included.
+    """
+    with observing.running():
+        samples = [_sample(guest) for guest in guests if guest.running]
+        made = host_pb2.SampleSet(at_unix_us=time.time_ns() // 1000, samples=samples)
+    made.host_agent_cpu_us = time.process_time_ns() // 1000
+    made.observing_cpu_us = observing.cpu_ns // 1000
+    return made
+
+
+def _sample(guest: Guest) -> host_pb2.Sample:
+    told = guest.telemetry
+    return host_pb2.Sample(
+        guest_name=guest.name,
+        ledger=guest.memory.books_now(),
+        agent_cpu_us=told.agent_cpu_us,
+        agent_rss_bytes=told.agent_rss_bytes,
+        tracker_bytes=told.tracker_bytes,
+        guest_free_bytes=told.free_bytes,
+        refusals=guest.refusals,
+        process_cpu_us=_cpu_us(guest.running.pid) if guest.running else 0,
+    )
+
+
+def _cpu_us(pid: int) -> int:
+    """CPU time of a process; 0 if it is gone."""
+    # What clock_getcpuclockid(3) returns; Python has it only for threads.
+    clock = (~pid << 3) | 2
+    try:
+        return time.clock_gettime_ns(clock) // 1000
+    except OSError:
+        return 0
+
+
+class Rest:
+    """Leaves out samples that say what the last one said: to send one costs more than to make
+    it. What was left out last is sent before the next that says something else, so that a line
+    drawn through what was sent is never far from what was."""
+
+    def __init__(self) -> None:
+        self._sent: host_pb2.SampleSet | None = None
+        self._left_out = 0
+        self._held: host_pb2.SampleSet | None = None
+
+    def to_send(
+        self, made: host_pb2.SampleSet, *, commanded: bool = False
+    ) -> Iterator[host_pb2.SampleSet]:
+        """What is to be sent now that this one has been made: nothing, one or two.
+
+        :param commanded: whether a command was answered since the last one was made: then
+            somebody wants to know how things are.
+        """
+        same = self._sent is not None and not commanded and _says_the_same(self._sent, made)
+        if same and self._left_out < _MOST_LEFT_OUT:
+            self._held = made
+            self._left_out += 1
+            return
+        if self._held is not None and not same:
+            yield self._held
+        self._held, self._sent, self._left_out = None, made, 0
+        yield made
+
+
+def _says_the_same(sent: host_pb2.SampleSet, made: host_pb2.SampleSet) -> bool:
+    return len(made.samples) == len(sent.samples) and all(map(_alike, sent.samples, made.samples))
+
+
+def _alike(one: host_pb2.Sample, other: host_pb2.Sample) -> bool:
+    a, b = one.ledger, other.ledger
+    return (
+        one.guest_name == other.guest_name
+        and abs(a.resident_bytes - b.resident_bytes) < _CALM_BYTES
+        and (a.provisioned_bytes, a.hinted_total_bytes, a.reclaimed_total_bytes)
+        == (b.provisioned_bytes, b.hinted_total_bytes, b.reclaimed_total_bytes)
+        and abs(a.refaulted_total_bytes - b.refaulted_total_bytes) < _CALM_BYTES
+        and abs(a.untouched_bytes - b.untouched_bytes) < _CALM_BYTES
+        and one.refusals == other.refusals
+    )

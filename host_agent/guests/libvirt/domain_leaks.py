@@ -1,0 +1,74 @@
+"""Domains that outlived the host agent that made them.
+
+libvirt ends a host agent's domains with its connection (autodestroy). One that is still
+there was let down by libvirtd itself. It is known by its name and its console: a file in
+the folder that its host agent made for it, and on which that holds a lock.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from hintfleet.errors import Refused
+from hintfleet.leaks import Leak, Removable
+from host_agent.guests.libvirt.api import errors_as, modules
+from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
+from host_agent.guests.libvirt.runtime_dir import runtime_dirs
+
+
+def abandoned_domains(uri: str) -> list[Removable]:
+    """Those at this URI.
+
+    :raises Refused: libvirt is not there, does not answer, or is that of another machine, of
+        whose processes and folders nothing is known here.
+    """
+    libvirt, _ = modules()
+    if urlsplit(uri).hostname:
+        raise Refused(
+            f"the domains of {uri} are another machine's", hint="run hintfleet-host --leaks there"
+        )
+    with errors_as(f"cannot connect to libvirt at {uri}"), closing(libvirt.open(uri)) as opened:
+        return list(_abandoned(uri, opened))
+
+
+def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
+    libvirt, _ = modules()
+    for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+        folder = _folder_of(domain.XMLDesc())
+        if not domain.name().startswith(NAME_PREFIX) or folder is None:
+            continue
+        if runtime_dirs()[0].belongs_to_nobody(folder):  # wherever it is
+            leak = Leak(
+                what="domain",
+                where=domain.name(),
+                since_unix_s=round(folder.lstat().st_mtime) if folder.exists() else 0,
+                size_bytes=domain.memoryStats().get("rss", 0) * 1024,
+                why="the host agent that made it is gone",
+            )
+            yield leak, _destroyer(uri, domain.UUIDString())
+
+
+def _folder_of(domain_xml: str) -> Path | None:
+    console = ET.fromstring(domain_xml).find("devices/serial/source")  # noqa: S314 - libvirt's
+    path = console.get("path") if console is not None else None
+    return Path(path).parent if path else None
+
+
+def _destroyer(uri: str, uuid_text: str) -> Callable[[], None]:
+    """By its UUID: under its name there may be another one by now."""
+
+    def destroy() -> None:
+        libvirt, _ = modules()
+        with errors_as("ending the domain"), closing(libvirt.open(uri)) as connection:
+            try:
+                connection.lookupByUUIDString(uuid_text).destroy()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                    raise
+
+    return destroy

@@ -1,0 +1,498 @@
+"""Real guests: transient libvirt domains under QEMU.
+
+A domain is bound to this driver's connection (VIR_DOMAIN_START_AUTODESTROY), so
+libvirt ends all guests of a host agent that dies, however it dies. Under Survival it is
+not; another host agent finds the domain by its UUID, and where its RAM lies once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Lock
+from types import ModuleType
+from typing import Any
+
+from hintfleet.errors import GuestLost, HintfleetError, Refused
+from hintfleet.ranges import RangeSet
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests.balloon import Balloon, Reporting
+from host_agent.guests.driver import GuestRequest, Handle, Survival
+from host_agent.guests.libvirt import kvm_probe
+from host_agent.guests.libvirt.api import errors_as, modules
+from host_agent.guests.libvirt.domain_balloon import LibvirtBalloon, LibvirtReporting
+from host_agent.guests.libvirt.domain_ram import Dimms, qemu_pid, translate
+from host_agent.guests.libvirt.domain_xml import NAME_PREFIX, DomainSpec, Memballoon, domain_xml
+from host_agent.guests.libvirt.image import GuestImage, find_image
+from host_agent.guests.libvirt.qemu_user import QemuUser
+from host_agent.guests.libvirt.runtime_dir import RuntimeDir
+from host_agent.memory.ram import GuestRam, Segment
+
+_GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
+_EVIDENCE_LINES = 40
+_PROBE_MEMORY_BYTES = 256 * MIB
+_NEWS_OF_END_S = 2.0
+_LOOK_S = 0.05
+
+_TRACKER_OF_ISOLATOR = {"kmod": "reported", "hugetlb": "bitmap"}
+_ISOLATOR_OF_TRACKER = {"": "kmod", "reported": "kmod", "bitmap": "hugetlb"}
+_MEMBALLOONS = {
+    host_pb2.REPORTING: Memballoon.REPORTING,
+    host_pb2.BALLOON: Memballoon.TARGET,
+}
+
+
+class _Gone:
+    """Says once that a guest is gone, and not at all after its owner ended it."""
+
+    def __init__(self, on_gone: Callable[[str], None]) -> None:
+        self._on_gone = on_gone
+        self._lock = Lock()
+        self._said = False
+
+    def say(self, reason: str) -> None:
+        if self._first():
+            self._on_gone(reason)
+
+    def silence(self) -> None:
+        self._first()
+
+    def _first(self) -> bool:
+        with self._lock:
+            first, self._said = not self._said, True
+        return first
+
+
+class LibvirtGuest:
+    """A guest that runs; made by LibvirtDriver.create."""
+
+    handle: Handle = {}
+    """Its UUID says it all."""
+
+    def __init__(
+        self,
+        *,
+        pid: int,
+        ram: GuestRam,
+        balloon: Balloon | None,
+        reporting: Reporting | None,
+        dimms: Dimms,
+        files: RuntimeDir,
+        gone: _Gone,
+        forget: Callable[[], None],
+        end: Callable[[], None],
+    ) -> None:
+        """Own all of them.
+
+        :param end: ends the domain, which may be gone already.
+        """
+        self.pid = pid
+        self.ram = ram
+        self.balloon = balloon
+        self.reporting = reporting
+        self._dimms = dimms
+        self._files = files
+        self._gone = gone
+        self._forget = forget
+        self._end = end
+
+    def plugged(self) -> RangeSet:
+        return self._dimms.pages()
+
+    def plug(self, size_bytes: int) -> Sequence[Segment]:
+        return self._dimms.plug(size_bytes, self.ram.pages)
+
+    def to_unplug(self, size_bytes: int) -> Sequence[RangeSet]:
+        return self._dimms.to_unplug(size_bytes)
+
+    def unplug(self, pages: RangeSet) -> None:
+        self._dimms.unplug(pages)
+
+    def evidence(self) -> str:
+        return self._files.console_tail(_EVIDENCE_LINES)
+
+    def close(self) -> None:
+        self._gone.silence()
+        self._end()
+        self._forget()
+        self.ram.close()
+        self._files.remove()
+
+
+class LibvirtDriver:
+    """Makes guests on one libvirt connection, which is opened when it is first needed."""
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        guest_server: str,
+        guest_tls: bool = False,
+        images: Path | None = None,
+        survival: Survival | None = None,
+    ) -> None:
+        """Nothing is contacted yet.
+
+        :param guest_server: where guests find the host agent, `10.0.2.2:PORT` for
+            one that listens on the host's loopback.
+        :param guest_tls: whether it wants TLS; then the guest's image holds its certificate.
+        :param images: directory of guest images; the default one if None.
+        """
+        self._uri = uri
+        self._guest_server = guest_server
+        self._guest_tls = guest_tls
+        self._images = images
+        self._survival = survival
+        self._lock = Lock()
+        self._probing = Lock()
+        self._kvm_fails = False
+        """A guest could not even be started under KVM; not tried again."""
+        self._connection: Any = None
+        self._qemu_user: QemuUser | None = None
+        self._watched: dict[str, _Gone] = {}
+
+    def state(self) -> host_pb2.DriverState:
+        try:
+            connection = self._connect()
+            image = find_image(self._images)
+            self._check_reach(image)
+            with errors_as("asking libvirt for versions"):
+                detail = f"libvirt {_version(connection.getLibVersion())}, QEMU " + _version(
+                    connection.getVersion()
+                )
+        except HintfleetError as error:
+            return host_pb2.DriverState(driver=host_pb2.LIBVIRT, usable=False, detail=str(error))
+        boots = {True: "KVM", False: "TCG (KVM does not boot here)", None: "KVM not probed yet"}
+        detail += f", {boots[kvm_probe.cached(image)]}"
+        return host_pb2.DriverState(driver=host_pb2.LIBVIRT, usable=True, detail=detail)
+
+    def create(self, request: GuestRequest) -> LibvirtGuest:
+        _check_settings(request.spec)
+        image = find_image(self._images)
+        connection = self._connect()
+        self._check_reach(image)
+        _refuse_if_taken(connection, request)
+        accelerator = self._accelerator(connection, image)
+        files = self._files(request.name)
+        with contextlib.ExitStack() as undo:
+            undo.callback(files.remove)
+            spec = self._domain_spec(request, image, accelerator, files)
+            gone = self._watch(request, undo)
+            domain = _start(connection, spec, lasting=self._survival is not None)
+            undo.callback(self._destroy, request.uuid)
+            return self._own(request, domain, files, gone, undo)
+
+    def adopt(self, request: GuestRequest, handle: Handle) -> LibvirtGuest:  # noqa: ARG002
+        connection = self._connect()
+        with contextlib.ExitStack() as undo:
+            gone = self._watch(request, undo)
+            with errors_as("while there was no host agent"):
+                domain = connection.lookupByUUIDString(request.uuid)
+            return self._own(request, domain, self._files(request.name), gone, undo)
+
+    def _files(self, name: str) -> RuntimeDir:
+        if self._survival:
+            return RuntimeDir.at(self._survival.folder / name)
+        return RuntimeDir.make(self._qemu_user)
+
+    def _check_reach(self, image: GuestImage) -> None:
+        """Refuse what QEMU could not read, which it would say less clearly.
+
+        :raises Refused: names what keeps its user out.
+        """
+        if self._qemu_user is None:
+            return
+        self._qemu_user.check(image.root_disk, "build the image elsewhere: HINTFLEET_IMAGE_DIR")
+        if self._survival:
+            self._qemu_user.check(self._survival.folder, "choose another --state DIR")
+
+    def _watch(self, request: GuestRequest, undo: contextlib.ExitStack) -> _Gone:
+        """Hear from now on of what becomes of a guest, so that no event is missed."""
+        gone = self._watched[request.uuid] = _Gone(request.on_gone)
+        undo.callback(self._forget, request.uuid)
+        undo.callback(gone.silence)
+        return gone
+
+    def _own(
+        self,
+        request: GuestRequest,
+        domain: Any,
+        files: RuntimeDir,
+        gone: _Gone,
+        undo: contextlib.ExitStack,
+    ) -> LibvirtGuest:
+        """A domain that runs, as a guest; what `undo` would undo is the guest's from then on.
+
+        :raises GuestLost: it ended meanwhile.
+        """
+        try:
+            ram = translate(domain)
+        except Refused as error:
+            # QEMU's monitor breaks before libvirt says what became of QEMU.
+            if _ends(domain):
+                raise GuestLost(f"it ended just now: {error.message}") from error
+            raise
+        undo.callback(ram.close)
+        method = request.spec.method
+        guest = LibvirtGuest(
+            pid=qemu_pid(domain),
+            ram=ram,
+            balloon=LibvirtBalloon(domain) if method == host_pb2.BALLOON else None,
+            reporting=LibvirtReporting(domain) if method == host_pb2.REPORTING else None,
+            dimms=Dimms(domain, node=(request.spec.node_count or 1) - 1),
+            files=files,
+            gone=gone,
+            forget=lambda: self._forget(request.uuid),
+            end=lambda: self._destroy(request.uuid),
+        )
+        undo.pop_all()
+        return guest
+
+    def close(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._disconnect()
+
+    def _connect(self) -> Any:
+        """The connection, opened or opened again if need be.
+
+        :raises Refused: libvirt-python or the URI is not there.
+        """
+        libvirt, _ = modules()
+        with self._lock:
+            if self._connection is not None and not self._connection.isAlive():
+                self._disconnect()
+            if self._connection is None:
+                with errors_as(
+                    f"cannot connect to libvirt at {self._uri}",
+                    hint="apt-get install libvirt-daemon-system, start libvirtd, and check the"
+                    " URI; without root, qemu:///session",
+                ):
+                    self._connection = libvirt.open(self._uri)
+                self._subscribe(libvirt, self._connection)
+                with errors_as("asking libvirt which user QEMU has"):
+                    self._qemu_user = QemuUser.of(self._connection.getCapabilities())
+            return self._connection
+
+    def _disconnect(self) -> None:
+        libvirt, _ = modules()
+        connection, self._connection = self._connection, None
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.unregisterCloseCallback()
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.close()
+
+    def _subscribe(self, libvirt: ModuleType, connection: Any) -> None:
+        reasons = {
+            libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: "the guest shut down or was reset",
+            libvirt.VIR_DOMAIN_EVENT_STOPPED: "the guest was stopped",
+            libvirt.VIR_DOMAIN_EVENT_CRASHED: "the guest crashed",
+            libvirt.VIR_DOMAIN_EVENT_PMSUSPENDED: "the guest was suspended",
+        }
+
+        def lifecycle(_connection: Any, domain: Any, event: int, _detail: int, _: None) -> None:
+            if event in reasons:
+                self._say_gone(domain.UUIDString(), reasons[event])
+
+        def reboot(_connection: Any, domain: Any, _: None) -> None:
+            self._say_gone(domain.UUIDString(), "the guest was reset")
+
+        def closed(_connection: Any, _reason: int, _: None) -> None:
+            for uuid_text in list(self._watched):
+                self._say_gone(uuid_text, "the connection to libvirt was lost")
+
+        with errors_as("subscribing to libvirt's events"):
+            for kind, callback in (
+                (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
+                (libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, reboot),
+            ):
+                connection.domainEventRegisterAny(None, kind, callback, None)
+            connection.registerCloseCallback(closed, None)
+
+    def _forget(self, uuid_text: str) -> None:
+        self._watched.pop(uuid_text, None)
+
+    def _destroy(self, uuid_text: str) -> None:
+        """End a domain, by the connection that there is now; it may be gone already.
+
+        :raises Refused: libvirt could not, or is not there: it may run on.
+        """
+        connection = self._connect()
+        with contextlib.suppress(GuestLost), errors_as("ending the domain"):
+            connection.lookupByUUIDString(uuid_text).destroy()
+
+    def _say_gone(self, uuid_text: str, reason: str) -> None:
+        gone = self._watched.get(uuid_text)
+        if gone:
+            gone.say(reason)
+
+    def _domain_spec(
+        self, request: GuestRequest, image: GuestImage, accelerator: str, files: RuntimeDir
+    ) -> DomainSpec:
+        files.write_config(json.dumps(self._agent_config(request)))
+        return DomainSpec(
+            name=request.name,
+            uuid=request.uuid,
+            accelerator=accelerator,
+            memory_bytes=request.spec.memory_bytes,
+            max_memory_bytes=request.spec.max_memory_bytes,
+            node_count=request.spec.node_count or 1,
+            image=image,
+            console=files.console,
+            config=files.config,
+            parameters=_kernel_parameters(request.spec),
+            memballoon=_MEMBALLOONS.get(request.spec.method, Memballoon.NONE),
+        )
+
+    def _agent_config(self, request: GuestRequest) -> dict[str, str | int]:
+        hinting = request.spec.hinting
+        config: dict[str, str | int] = {
+            "server": self._guest_server,
+            "guest_uuid": request.uuid,
+            "token": request.token,
+            # Under the peers there is nothing for an agent to do but run the workload.
+            "method": "hinting" if request.spec.method == host_pb2.HINTING else "none",
+            "isolator": _isolator(hinting),
+            "tracker": hinting.tracker,
+            "chunk_order": hinting.chunk_order or 9,
+            "memory": "kernel",
+            "max_memory_bytes": request.spec.max_memory_bytes,
+        }
+        if hinting.threshold_chunks:
+            config["threshold_chunks"] = hinting.threshold_chunks
+        if self._guest_tls:
+            config["tls_folder"] = _GUEST_TLS_FOLDER
+        if self._survival:
+            config["orphan_after_s"] = self._survival.orphan_after_s
+        return config
+
+    def _accelerator(self, connection: Any, image: GuestImage) -> str:
+        with self._probing:
+            boots = kvm_probe.cached(image)
+            if boots is None and not self._kvm_fails:
+                boots = self._boots_under_kvm(connection, image)
+                self._kvm_fails = boots is None
+                if boots is not None:
+                    kvm_probe.remember(image, boots)
+        return "kvm" if boots else "qemu"
+
+    def _boots_under_kvm(self, connection: Any, image: GuestImage) -> bool | None:
+        """Boot a guest without agent under KVM, and end it; None if it could not be started,
+        which may be for another reason: the next host agent is to try again."""
+        identity = uuid.uuid4()
+        name = f"kvm-probe-{identity.hex[:8]}"
+        files = self._files(name)
+        spec = DomainSpec(
+            name=name,
+            uuid=str(identity),
+            accelerator="kvm",
+            memory_bytes=_PROBE_MEMORY_BYTES,
+            image=image,
+            console=files.console,
+            config=None,
+        )
+        try:
+            _start(connection, spec)
+            try:
+                return kvm_probe.wait_for_boot(spec.console)
+            finally:
+                self._destroy(spec.uuid)
+        except Refused:  # no KVM in this libvirt, or QEMU itself gave up
+            return None
+        finally:
+            files.remove()
+
+
+def _isolator(hinting: host_pb2.HintingSettings) -> str:
+    return hinting.isolator or _ISOLATOR_OF_TRACKER[hinting.tracker]
+
+
+def _kernel_parameters(spec: host_pb2.GuestSpec) -> list[str]:
+    parameters = spec.kernel_parameters.split()
+    if spec.method == host_pb2.HINTING and _isolator(spec.hinting) == "kmod":
+        order = spec.hinting.chunk_order or 9
+        return ["hintfleet.isolator=kmod", f"hintfleet.order={order}", *parameters]
+    return parameters
+
+
+def _check_settings(spec: host_pb2.GuestSpec) -> None:
+    """Refuse what a real guest's agent could not do, before one is booted.
+
+    :raises Refused: says what it is, and what there is instead.
+    """
+    hinting = spec.hinting
+    for what, value, allowed in (
+        ("isolator", hinting.isolator, ("", *_TRACKER_OF_ISOLATOR)),
+        ("tracker", hinting.tracker, tuple(_ISOLATOR_OF_TRACKER)),
+        # Neither kernel interface says since when a chunk is free.
+        ("policy", hinting.policy, ("", "eager", "pressure")),
+    ):
+        if value not in allowed:
+            raise Refused(
+                f"a libvirt guest has no {what} {value!r}",
+                hint=f"{what}: {' or '.join(filter(None, allowed))}",
+            )
+    isolator = _isolator(hinting)
+    tracker = _TRACKER_OF_ISOLATOR[isolator]
+    if hinting.tracker not in ("", tracker):
+        raise Refused(
+            f"isolator {isolator} has no tracker {hinting.tracker!r}",
+            hint=f"tracker: {tracker}, or leave it out",
+        )
+    if isolator == "hugetlb" and hinting.chunk_order not in (0, 9):
+        raise Refused("isolator hugetlb moves chunks of order 9 only", hint="isolator: kmod")
+
+
+def _refuse_if_taken(connection: Any, request: GuestRequest) -> None:
+    libvirt, _ = modules()
+    name = NAME_PREFIX + request.name
+    for lookup, key in (
+        (connection.lookupByName, name),
+        (connection.lookupByUUIDString, request.uuid),
+    ):
+        with contextlib.suppress(libvirt.libvirtError):
+            taken = lookup(key).name()
+            raise Refused(
+                f"cannot start domain {name}: there is a domain {taken} already",
+                hint=f"virsh destroy {taken}, or another name",
+            )
+
+
+def _start(connection: Any, spec: DomainSpec, *, lasting: bool = False) -> Any:
+    """Create the domain.
+
+    :param lasting: whether it is to outlive the connection.
+    :raises Refused: libvirt or QEMU would not have it.
+    """
+    libvirt, _ = modules()
+    name = NAME_PREFIX + spec.name
+    with errors_as(
+        f"cannot start domain {name}",
+        hint="QEMU (apt-get install qemu-system-x86) runs as a user of its own under"
+        f" qemu:///system, who must be able to read {spec.image.directory} and"
+        f" {spec.console.parent}",
+    ):
+        flags = 0 if lasting else libvirt.VIR_DOMAIN_START_AUTODESTROY
+        return connection.createXML(domain_xml(spec), flags)
+
+
+def _ends(domain: Any) -> bool:
+    """Whether a domain is gone, or will be in a moment."""
+    libvirt, _ = modules()
+    deadline_s = time.monotonic() + _NEWS_OF_END_S
+    with contextlib.suppress(libvirt.libvirtError):  # there is no such domain any more
+        while domain.isActive():
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(_LOOK_S)
+    return True
+
+
+def _version(number: int) -> str:
+    """libvirt's way of packing a version into a number."""
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

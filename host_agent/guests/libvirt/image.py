@@ -1,0 +1,78 @@
+"""Where the guest image is: what deploy/image/build.py made.
+
+This only finds and checks it; nothing is built here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hintfleet.errors import Refused
+from hintfleet.system.files import read_at_most
+
+_MOST_MANIFEST_BYTES = 1 << 20
+_BUILD_HINT = "make image (or set HINTFLEET_IMAGE_DIR to where it was built)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestImage:
+    """A guest image that is there and readable.
+
+    :ivar directory: holds the three files; named by a hash of the image's inputs.
+    :ivar kernel_release: of the guest, as in uname -r.
+    """
+
+    directory: Path
+    kernel_release: str
+
+    @property
+    def kernel(self) -> Path:
+        return self.directory / "vmlinuz"
+
+    @property
+    def initrd(self) -> Path:
+        return self.directory / "initrd.img"
+
+    @property
+    def root_disk(self) -> Path:
+        return self.directory / "root.img"
+
+
+def default_image_dir(environ: Mapping[str, str]) -> Path:
+    """Where the builder puts images, by the same rule as the builder."""
+    if chosen := environ.get("HINTFLEET_IMAGE_DIR"):
+        return Path(chosen).absolute()
+    if os.geteuid() == 0:
+        return Path("/var/cache/hintfleet/images")
+    cache = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/"), ".cache")
+    return Path(cache, "hintfleet/images")
+
+
+def find_image(images: Path | None = None) -> GuestImage:
+    """The image that was built last.
+
+    :param images: the directory that holds images; the default one if None.
+    :raises Refused: there is none, or a part of it cannot be read.
+    """
+    current = (images or default_image_dir(os.environ)) / "current"
+    manifest = current / "image.json"
+    try:
+        directory = current.resolve(strict=True)
+        release = json.loads(read_at_most(manifest, _MOST_MANIFEST_BYTES))["kernel"]
+        image = GuestImage(directory=directory, kernel_release=release)
+        for path in (image.kernel, image.initrd, image.root_disk):
+            with path.open("rb") as file:
+                file.read(1)
+    except FileNotFoundError as error:
+        raise Refused(f"no guest image: {error.filename} is missing", hint=_BUILD_HINT) from error
+    except OSError as error:
+        raise Refused(
+            f"the guest image cannot be read: {error}", hint="make it readable for this user"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise Refused(f"the guest image's {manifest} is damaged", hint=_BUILD_HINT) from error
+    return image

@@ -1,0 +1,71 @@
+"""Whether KVM boots our guests here.
+
+That /dev/kvm opens says little: under some nested hypervisors a stock kernel
+hangs on it. So a guest is really booted once, and what came of it is kept for as
+long as the host runs and the guest's kernel is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from host_agent.guests.libvirt.image import GuestImage
+
+BOOTED = "hintfleet-init: started"
+"""What the guest's init says first, on the console."""
+
+TIMEOUT_S = 10.0
+"""Ten times what a boot to init takes under KVM."""
+
+_DEVICE = Path("/dev/kvm")
+_POLL_S = 0.05
+
+
+def cached(image: GuestImage) -> bool | None:
+    """What an earlier probe found; None if there was none since the host booted.
+
+    Costs one small read, and no boot.
+    """
+    if not os.access(_DEVICE, os.R_OK | os.W_OK):
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(_cache(image).read_text())
+        if isinstance(found, dict) and found.get("for") == _key(image):
+            return found.get("boots") is True
+    return None
+
+
+def remember(image: GuestImage, boots: bool) -> None:
+    """Keep what a probe found, beside the image; not at all where that is not writable."""
+    with contextlib.suppress(OSError):
+        cache = _cache(image)
+        with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False) as aside:
+            json.dump({"for": _key(image), "boots": boots}, aside)
+        Path(aside.name).replace(cache)
+
+
+def wait_for_boot(console: Path) -> bool:
+    """Whether the guest that writes to `console` reaches its init in time."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(OSError):
+            if BOOTED in console.read_text(errors="replace"):
+                return True
+        time.sleep(_POLL_S)
+    return False
+
+
+def _cache(image: GuestImage) -> Path:
+    return image.directory.parent / "kvm-probe.json"
+
+
+def _key(image: GuestImage) -> list[str | int]:
+    """What the answer depends on; the device's owner and mode say who may open it."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    device = _DEVICE.stat()
+    return [boot_id, image.kernel_release, device.st_mode, device.st_uid, device.st_gid]

@@ -1,0 +1,1 @@
+"""A guest's RAM as the host sees it: punches, looks, books."""

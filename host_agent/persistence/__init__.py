@@ -1,0 +1,1 @@
+"""What outlives a host agent that is killed."""

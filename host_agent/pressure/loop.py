@@ -1,0 +1,77 @@
+"""Carries out policies: the loop that asks `policy.suggest`, and tells the guests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from hintfleet.units import PAGE_BYTES
+from hintfleet.v1 import host_pb2
+from host_agent.guest import Guest
+from host_agent.pressure.policy import GuestView, Hold, HostView, Suggestion, suggest
+from host_agent.session.messages import policy_of
+from host_agent.waking import next_wake_s, sleep_until
+
+PERIOD_S = 0.5
+_DEFAULT_PRESSURE_PERCENT = 80
+
+
+class Pressure:
+    """Watches the host's guests and gives allowances to those under policy pressure."""
+
+    def __init__(self, guests: Callable[[], Sequence[Guest]], budget_bytes: int) -> None:
+        """:param budget_bytes: what all guests of this host may use together."""
+        self._guests = guests
+        self._budget_bytes = budget_bytes
+        self._holds: dict[str, Hold] = {}
+        self._ruled = False
+
+    async def run(self) -> None:
+        """Look and act once per period until cancelled."""
+        while True:
+            now_s = time.monotonic()
+            await sleep_until(now_s + PERIOD_S if self._ruled else next_wake_s(now_s))
+            self.act()
+
+    def act(self) -> None:
+        """One look at the host, and what follows from it."""
+        guests = {g.name: g for g in self._guests() if g.running is not None}
+        ruled = [g for g in guests.values() if _is_ruled(g)]
+        self._ruled = bool(ruled)
+        if not ruled:
+            self._holds = {}
+            return
+        books = {name: guest.memory.books_now() for name, guest in guests.items()}
+        percent = min(g.spec.hinting.pressure_percent or _DEFAULT_PRESSURE_PERCENT for g in ruled)
+        host = HostView(
+            now_s=time.monotonic(),
+            resident_bytes=sum(ledger.resident_bytes for ledger in books.values()),
+            budget_bytes=self._budget_bytes,
+            threshold=percent / 100,
+        )
+        views = [_view(guest, books[guest.name]) for guest in ruled]
+        suggestions, self._holds = suggest(host, views, self._holds)
+        for suggestion in suggestions:
+            _carry_out(guests[suggestion.name], suggestion)
+
+
+def _is_ruled(guest: Guest) -> bool:
+    return guest.spec.method == host_pb2.HINTING and guest.spec.hinting.policy == "pressure"
+
+
+def _view(guest: Guest, ledger: host_pb2.Ledger) -> GuestView:
+    absent_bytes = ledger.reclaimed_now_bytes + ledger.untouched_bytes
+    return GuestView(
+        name=guest.name,
+        # What is absent is free in the guest; the rest of its free memory is resident.
+        can_give_bytes=max(0, guest.telemetry.free_bytes - absent_bytes),
+        chunk_bytes=PAGE_BYTES << guest.chunk_order,
+        reclaimed_total_bytes=ledger.reclaimed_total_bytes,
+        refaulted_total_bytes=ledger.refaulted_total_bytes,
+    )
+
+
+def _carry_out(guest: Guest, suggestion: Suggestion) -> None:
+    if suggestion.reason is not None:
+        guest.refusals[suggestion.reason.value] += 1
+    guest.tell_policy(policy_of(guest.spec.hinting, suggestion.allowance_bytes))

@@ -1,0 +1,1 @@
+"""A guest's streams: which of them are welcome, and what they may ask for."""

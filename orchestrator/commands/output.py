@@ -1,0 +1,61 @@
+"""What commands print: data on stdout, as a table for people or as JSON or YAML."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.results.savings import Savings
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def emit(data: Any, output_format: str, table: Callable[[], RenderableType]) -> None:
+    """Print `data` as JSON or YAML, or what `table` makes, on stdout."""
+    if output_format == "json":
+        click.echo(_json(data))
+    elif output_format == "yaml":
+        _yaml(data)
+    else:
+        from rich.console import Console
+
+        Console().print(table())
+
+
+def _json(data: Any) -> str:
+    """JSON is text, which a file name need not be: its other bytes are escaped then."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(data, indent=2)
+    return text
+
+
+def savings_as_data(row: Savings) -> dict[str, Any]:
+    """A row for machines: whole bytes, and the share of what was freed that left."""
+    data = asdict(row)
+    footprint = data["footprint"]
+    if row.footprint is not None:
+        for name in ("peak_resident_bytes", "mean_resident_bytes"):
+            footprint[name] = round(footprint[name])
+        returned = row.footprint.returned
+        if returned is not None:
+            footprint["returned"]["left_bytes"] = round(returned.left_bytes)
+            footprint["returned"]["share"] = returned.share
+    return data
+
+
+def _yaml(data: Any) -> None:
+    from ruamel.yaml import YAML
+
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.dump(data, sys.stdout)

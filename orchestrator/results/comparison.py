@@ -1,0 +1,122 @@
+"""What the arms of a run cost, each against the control. Pure.
+
+Pairs are those of `savings`: a repetition each, its hosts summed before they are
+compared. An arm with a trial that is undecided has no figures here either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from orchestrator.results.cost import Cost
+from orchestrator.results.statistics import Interval, mean_interval, paired_differences
+from orchestrator.spec.model import Driver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charged:
+    """The cost of one host in one trial; None if that trial is undecided."""
+
+    arm: str
+    is_control: bool
+    repetition: int
+    host: str
+    cost: Cost | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmCost:
+    """What an arm cost; all hosts together where nothing else is said.
+
+    :ivar settle_s: mean over guests and free steps of the time until 95 % of what
+        came back was back; None if nothing came back.
+    :ivar slowest_settle_s: the longest of them.
+    :ivar asked_settle_s: mean time that a Settle took; None if there was none.
+    :ivar slowdown_percent: how much longer the workload's steps took than under the
+        control. The mean is the geometric one.
+    :ivar guest_cpu_s: CPU time in the guests, more than under the control.
+    :ivar host_cpu_s: CPU time of the guests' processes and the host agents, more than
+        under the control; has `guest_cpu_s` in it.
+    :ivar observing_cpu_s: mean CPU time of a trial that went into measuring; in none of the
+        others.
+    :ivar wire_bytes_per_range: None if no range was sent.
+    :ivar tracker_bytes: of one guest, the greatest.
+    """
+
+    arm: str
+    settle_s: float | None
+    slowest_settle_s: float | None
+    asked_settle_s: float | None
+    slowdown_percent: Interval | None
+    guest_cpu_s: Interval | None
+    host_cpu_s: Interval | None
+    observing_cpu_s: float | None
+    wire_bytes_per_range: float | None
+    tracker_bytes: int
+
+
+def compare(rows: Sequence[Charged], driver: str) -> list[ArmCost]:
+    """Of every arm but the control that was measured whole, in the order of `rows`."""
+    arms: dict[str, list[Charged]] = {}
+    for row in rows:
+        arms.setdefault(row.arm, []).append(row)
+    whole = {name: arm for name, arm in arms.items() if all(row.cost for row in arm)}
+    control = next((arm for arm in whole.values() if arm[0].is_control), [])
+    return [_arm_cost(arm, control, driver) for arm in whole.values() if not arm[0].is_control]
+
+
+def _arm_cost(arm: Sequence[Charged], control: Sequence[Charged], driver: str) -> ArmCost:
+    costs = [row.cost for row in arm if row.cost]
+    settled = [s for cost in costs for s in cost.settle_s]
+    asked = [s for cost in costs for s in cost.asked_settle_s]
+    ranges = sum(cost.ranges for cost in costs)
+    embedded = driver == Driver.EMBEDDED
+    return ArmCost(
+        arm=arm[0].arm,
+        settle_s=_mean(settled),
+        slowest_settle_s=max(settled, default=None),
+        asked_settle_s=_mean(asked),
+        slowdown_percent=_slowdown_percent(control, arm),
+        guest_cpu_s=_more(control, arm, lambda c: c.process_cpu_s if embedded else c.agent_cpu_s),
+        host_cpu_s=_more(control, arm, lambda c: c.process_cpu_s + c.host_agent_cpu_s),
+        observing_cpu_s=_mean(list(_by_trial(arm, lambda c: c.observing_cpu_s).values())),
+        wire_bytes_per_range=sum(cost.wire_bytes for cost in costs) / ranges if ranges else None,
+        tracker_bytes=max(cost.tracker_bytes for cost in costs),
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _by_trial(rows: Sequence[Charged], value: Callable[[Cost], float]) -> dict[Hashable, float]:
+    """The sum over the hosts of each trial."""
+    sums: dict[Hashable, float] = {}
+    for row in rows:
+        if row.cost:
+            sums[row.repetition] = sums.get(row.repetition, 0.0) + value(row.cost)
+    return sums
+
+
+def _more(
+    control: Sequence[Charged], arm: Sequence[Charged], value: Callable[[Cost], float]
+) -> Interval | None:
+    return mean_interval(paired_differences(_by_trial(arm, value), _by_trial(control, value)))
+
+
+def _slowdown_percent(control: Sequence[Charged], arm: Sequence[Charged]) -> Interval | None:
+    """Of ratios the logarithms are averaged: twice as slow and twice as fast cancel out."""
+
+    def log_step_s(rows: Sequence[Charged]) -> dict[Hashable, float]:
+        step_s = _by_trial(rows, lambda cost: cost.step_s)
+        return {trial: math.log(max(value, 1e-6)) for trial, value in step_s.items()}
+
+    log_ratio = mean_interval(paired_differences(log_step_s(arm), log_step_s(control)))
+    if log_ratio is None:
+        return None
+    mean, low, high = (
+        100 * math.expm1(value) for value in (log_ratio.mean, log_ratio.low, log_ratio.high)
+    )
+    return Interval(mean=mean, low=low, high=high, pairs=log_ratio.pairs)

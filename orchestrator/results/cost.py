@@ -1,0 +1,127 @@
+"""What a method cost one host in one trial, from its samples and steps. Pure.
+
+CPU time is that of the measured window (see `footprint`), counted from the last
+sample before it to the last one in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from orchestrator.results.footprint import Series, Window, last_index, window_of
+from orchestrator.trial.records import GuestSettled, StepDone
+
+SETTLED_SHARE = 0.95
+# Less than this of what was freed is other memory of the guest that comes and goes.
+_CAME_BACK_SHARE = 0.05
+_US_PER_S = 1_000_000
+
+COUNTERS = (
+    "agent_cpu_us",
+    "process_cpu_us",
+    "host_agent_cpu_us",
+    "observing_cpu_us",
+    "wire_bytes",
+    "ranges",
+    "tracker_bytes",
+)
+"""The columns that a series needs for its cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a host with its guests spent in a trial.
+
+    :ivar settle_s: of each free step after which memory came back: time from its end
+        until 95 % of what came back was back.
+    :ivar asked_settle_s: how long each Settle took.
+    :ivar step_s: time that all allocate and free steps of all guests took together.
+    :ivar agent_cpu_s: of the guests' agents. In an embedded guest, that is all of the
+        guest, and it is not said under method none.
+    :ivar process_cpu_s: of the guests' processes on the host (embedded process, QEMU).
+    :ivar host_agent_cpu_s: of the host agent, which serves all guests, less
+        `observing_cpu_s`.
+    :ivar observing_cpu_s: what samples took of it, and audits that served nothing else: the
+        price of measuring, not of the method.
+    :ivar tracker_bytes: the greatest of all guests.
+    """
+
+    settle_s: tuple[float, ...]
+    asked_settle_s: tuple[float, ...]
+    step_s: float
+    agent_cpu_s: float
+    process_cpu_s: float
+    host_agent_cpu_s: float
+    wire_bytes: int
+    ranges: int
+    tracker_bytes: int
+    observing_cpu_s: float = 0.0
+
+
+def host_cost(
+    series: Mapping[str, Series],
+    steps: Mapping[str, Sequence[StepDone]],
+    settled: Sequence[GuestSettled],
+) -> Cost:
+    """What one host spent.
+
+    :param series: of each guest, with COUNTERS.
+    :param steps: of each guest, in order; the last one is the read-back.
+    :raises Undecided: a workload did not come to its end.
+    """
+    windows = {guest: window_of(guest, steps[guest]) for guest in series}
+
+    def spent(counter: str) -> list[int]:
+        return [_grown(part, counter, windows[guest]) for guest, part in series.items()]
+
+    # Of the host agent, every guest's series has the same.
+    observing_s = max(spent("observing_cpu_us")) / _US_PER_S
+    return Cost(
+        settle_s=tuple(s for guest, part in series.items() for s in _settle_s(part, steps[guest])),
+        asked_settle_s=tuple(done.duration_us / _US_PER_S for done in settled),
+        step_s=sum(s.duration_us for done in steps.values() for s in done[:-1]) / _US_PER_S,
+        agent_cpu_s=sum(spent("agent_cpu_us")) / _US_PER_S,
+        process_cpu_s=sum(spent("process_cpu_us")) / _US_PER_S,
+        host_agent_cpu_s=max(spent("host_agent_cpu_us")) / _US_PER_S - observing_s,
+        observing_cpu_s=observing_s,
+        wire_bytes=sum(spent("wire_bytes")),
+        ranges=sum(spent("ranges")),
+        tracker_bytes=max(int(part.counters["tracker_bytes"].max()) for part in series.values()),
+    )
+
+
+def _grown(series: Series, counter: str, window: Window) -> int:
+    values = series.counters[counter]
+    start, end = (last_index(series, at_us) for at_us in (window.start_us, window.end_us))
+    return int(values[end]) - int(values[start])
+
+
+def _settle_s(series: Series, steps: Sequence[StepDone]) -> Iterator[float]:
+    """Of each free step that gave something back before the next step began."""
+    for step, following in pairwise(steps):
+        if step.kind != "free":
+            continue
+        before = _at(series, last_index(series, step.started_unix_us))
+        first = last_index(series, step.at_unix_us) + 1
+        after = slice(first, last_index(series, following.started_unix_us) + 1)
+        resident = series.resident_bytes[after].astype(float)
+        came_back = before - resident.min(initial=before)
+        if came_back < _CAME_BACK_SHARE * max(step.changed_bytes, 1):
+            continue
+        enough = before - SETTLED_SHARE * came_back
+        # All may have left while the step still ran.
+        if _at(series, first - 1) <= enough:
+            yield 0.0
+        else:
+            settled_us = series.at_unix_us[after][np.argmax(resident <= enough)]
+            yield (int(settled_us) - step.at_unix_us) / _US_PER_S
+
+
+def _at(series: Series, index: int) -> float:
+    value: Any = series.resident_bytes[index]
+    return float(value)

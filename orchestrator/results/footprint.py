@@ -1,0 +1,232 @@
+"""What guests used during one trial, from its samples. Pure.
+
+The measured window begins when the first step of the workload begins, and ends
+when the last hold ends (the final read-back begins): making, booting and ending
+guests are not part of an arm's footprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from hintfleet.units import GIB
+from orchestrator.trial.records import GuestEnded, StepDone
+
+RETURNED_AFTER_S = 3.0
+# With a longer gap between two samples nobody knows what happened between them.
+MAX_GAP_PERIODS = 10
+_US_PER_S = 1_000_000
+_BYTE_S_PER_GIB_MIN = GIB * 60
+
+Numbers = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Resident bytes over time.
+
+    :ivar at_unix_us: strictly increasing.
+    :ivar counters: other columns of the same samples, by name.
+    """
+
+    at_unix_us: Numbers
+    resident_bytes: Numbers
+    counters: Mapping[str, Numbers] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A span of time, both ends included."""
+
+    start_us: int
+    end_us: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returned:
+    """What left after free steps.
+
+    :ivar left_bytes: fall of resident bytes; negative if it rose.
+    :ivar after_s: the shortest time after a step at which it was looked at.
+    """
+
+    freed_bytes: int
+    left_bytes: float
+    after_s: float
+
+    @property
+    def share(self) -> float:
+        """Fall of resident bytes per freed byte."""
+        return self.left_bytes / self.freed_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a guest, or all guests of a host, used in a trial."""
+
+    provisioned_bytes: int
+    peak_resident_bytes: float
+    mean_resident_bytes: float
+    resident_gib_min: float
+    reclaimed_now_bytes: int
+    refaulted_total_bytes: int
+    verified_pages: int
+    wrong_pages: int
+    returned: Returned | None
+
+
+class Undecided(Exception):
+    """There is no figure, and this is why."""
+
+
+def guest_footprint(
+    guest: str, series: Series, steps: Sequence[StepDone], ended: GuestEnded | None, period_s: float
+) -> Footprint:
+    """What one guest used.
+
+    :param steps: of this guest, in order; the last one is the read-back.
+    :raises Undecided: samples are missing, or the guest was not read back.
+    """
+    window = window_of(guest, steps)
+    if ended is None:
+        raise Undecided(f"{guest}: its books were not closed")
+    _check_gaps(guest, series, window, period_s)
+    return replace(
+        _measure(series, window),
+        provisioned_bytes=ended.provisioned_bytes,
+        reclaimed_now_bytes=ended.reclaimed_now_bytes,
+        refaulted_total_bytes=ended.refaulted_total_bytes,
+        verified_pages=sum(step.verified_pages for step in steps),
+        wrong_pages=sum(step.wrong_pages for step in steps),
+        returned=_returned(series, steps),
+    )
+
+
+def host_footprint(
+    series: Mapping[str, Series],
+    steps: Mapping[str, Sequence[StepDone]],
+    guests: Sequence[Footprint],
+) -> Footprint:
+    """What all guests of a host used together; each was measured by `guest_footprint`."""
+    windows = [window_of(guest, steps[guest]) for guest in series]
+    together = Window(
+        start_us=min(w.start_us for w in windows), end_us=max(w.end_us for w in windows)
+    )
+    return replace(
+        _measure(_sum(list(series.values())), together),
+        provisioned_bytes=sum(g.provisioned_bytes for g in guests),
+        reclaimed_now_bytes=sum(g.reclaimed_now_bytes for g in guests),
+        refaulted_total_bytes=sum(g.refaulted_total_bytes for g in guests),
+        verified_pages=sum(g.verified_pages for g in guests),
+        wrong_pages=sum(g.wrong_pages for g in guests),
+        returned=sum_returned([g.returned for g in guests]),
+    )
+
+
+def sum_returned(parts: Sequence[Returned | None]) -> Returned | None:
+    """All of them together; None if nothing was freed."""
+    there = [part for part in parts if part is not None]
+    if not there:
+        return None
+    return Returned(
+        freed_bytes=sum(part.freed_bytes for part in there),
+        left_bytes=sum(part.left_bytes for part in there),
+        after_s=min(part.after_s for part in there),
+    )
+
+
+def window_of(guest: str, steps: Sequence[StepDone]) -> Window:
+    """The measured window of a guest.
+
+    :raises Undecided: its workload did not come to its end.
+    """
+    if len(steps) < 2 or steps[-1].kind != "verify":
+        raise Undecided(f"{guest}: the workload did not come to its end")
+    return Window(start_us=steps[0].started_unix_us, end_us=steps[-1].started_unix_us)
+
+
+def _check_gaps(guest: str, series: Series, window: Window, period_s: float) -> None:
+    at = series.at_unix_us
+    first = int(np.searchsorted(at, window.start_us, side="right")) - 1
+    last = int(np.searchsorted(at, window.end_us, side="left"))
+    if first < 0 or last >= len(at):
+        raise Undecided(f"{guest}: no samples at the start or the end of the workload")
+    gap_s = float(np.diff(at[first : last + 1]).max(initial=0)) / _US_PER_S
+    if gap_s > MAX_GAP_PERIODS * period_s:
+        raise Undecided(
+            f"{guest}: samples are missing for {gap_s:.1f} s (one is due every {period_s:g} s)"
+        )
+
+
+def _measure(series: Series, window: Window) -> Footprint:
+    at, resident = _cut(series, window)
+    byte_s = float(np.trapezoid(resident, at)) / _US_PER_S
+    length_s = (window.end_us - window.start_us) / _US_PER_S
+    return Footprint(
+        provisioned_bytes=0,
+        peak_resident_bytes=float(resident.max()),
+        mean_resident_bytes=byte_s / length_s if length_s else float(resident[0]),
+        resident_gib_min=byte_s / _BYTE_S_PER_GIB_MIN,
+        reclaimed_now_bytes=0,
+        refaulted_total_bytes=0,
+        verified_pages=0,
+        wrong_pages=0,
+        returned=None,
+    )
+
+
+def _cut(series: Series, window: Window) -> tuple[Numbers, Numbers]:
+    """The samples inside the window, and interpolated ones at its ends."""
+    at, resident = series.at_unix_us, series.resident_bytes
+    ends = np.array([window.start_us, window.end_us])
+    inside = (at > window.start_us) & (at < window.end_us)
+    start, end = np.interp(ends, at, resident)
+    times = np.concatenate(([window.start_us], at[inside], [window.end_us]))
+    values = np.concatenate(([start], resident[inside].astype(float), [end]))
+    return times, values
+
+
+def _sum(parts: Sequence[Series]) -> Series:
+    """Their sum, at the times that all of them have."""
+    at = parts[0].at_unix_us
+    for part in parts[1:]:
+        at = np.intersect1d(at, part.at_unix_us, assume_unique=True)
+    total = np.zeros(len(at))
+    for part in parts:
+        total += part.resident_bytes[np.searchsorted(part.at_unix_us, at)]
+    return Series(at_unix_us=at, resident_bytes=total)
+
+
+def _returned(series: Series, steps: Sequence[StepDone]) -> Returned | None:
+    """Looks at each free step: what was resident before it, and some time after it."""
+    found = []
+    for step, following in pairwise(steps):
+        if step.kind != "free" or not step.changed_bytes:
+            continue
+        room_s = (following.started_unix_us - step.at_unix_us) / _US_PER_S
+        after_s = max(0.0, min(RETURNED_AFTER_S, room_s))
+        before = _last_seen(series, step.started_unix_us)
+        after = _last_seen(series, step.at_unix_us + round(after_s * _US_PER_S))
+        found.append(
+            Returned(freed_bytes=step.changed_bytes, left_bytes=before - after, after_s=after_s)
+        )
+    return sum_returned(found)
+
+
+def _last_seen(series: Series, at_us: int) -> float:
+    """Resident bytes in the last sample that was taken by then.
+
+    Not interpolated: memory leaves within milliseconds, and a sample after the
+    start of a step would be taken for the state before it.
+    """
+    return float(series.resident_bytes[last_index(series, at_us)])
+
+
+def last_index(series: Series, at_us: int) -> int:
+    """Index of the last sample that was taken by then; 0 if there is none."""
+    return max(int(np.searchsorted(series.at_unix_us, at_us, side="right")) - 1, 0)

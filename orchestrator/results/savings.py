@@ -1,0 +1,191 @@
+"""What arms used and saved: the one query behind the summary, `savings` and the service.
+
+Controlled savings compare an arm with the control of the same run, pair by pair. A
+pair is one repetition (so the same seeds) of all that a row stands for: the fleet, a
+host or a guest. What shares a trial shares that trial's noise, so the hosts of one are
+summed before they are compared: as pairs of their own they would count one draw as many,
+and the interval would be too narrow.
+If any trial of an arm is undecided, the arm is: leaving out the trials that went
+wrong would favour whatever made them go wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from math import fsum
+
+from orchestrator.results.footprint import Footprint, sum_returned
+from orchestrator.results.statistics import Interval, mean_interval, paired_differences
+
+
+class By(StrEnum):
+    """What a row stands for."""
+
+    FLEET = "fleet"
+    HOST = "host"
+    GUEST = "guest"
+    ARM = "arm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The footprint of one host, or of one guest, in one trial.
+
+    :ivar spec_hash: the same for runs of the same spec.
+    :ivar guest: empty for all guests of the host together.
+    :ivar footprint: None if `undecided` says why there is none.
+    """
+
+    run_id: str
+    experiment: str
+    spec_hash: str
+    arm: str
+    is_control: bool
+    repetition: int
+    host: str
+    guest: str
+    footprint: Footprint | None
+    undecided: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """One row of an answer.
+
+    :ivar run_id: empty by arm, where runs of the same spec are pooled.
+    :ivar key: the host's or guest's name; empty by fleet and by arm.
+    :ivar footprint: means over trials; the peak is the greatest of all, pages are
+        of all trials together. None if the arm was not measured whole.
+    :ivar saved_bytes: of mean resident memory. None in the control itself, and
+        where `undecided` says that there is no figure.
+    """
+
+    experiment: str
+    run_id: str
+    arm: str
+    key: str
+    trials: int
+    footprint: Footprint | None
+    saved_bytes: Interval | None = None
+    saved_gib_min: Interval | None = None
+    undecided: str = ""
+
+
+def aggregate(rows: Iterable[Measured], by: By) -> list[Savings]:
+    """Rows of savings, in the order in which their runs and arms first appear."""
+    groups: dict[tuple[str, str, str], list[Measured]] = {}
+    for row in rows:
+        if bool(row.guest) == (by is By.GUEST):
+            groups.setdefault(_group(row, by), []).append(row)
+    return [saving for key, group in groups.items() for saving in _arms(key, group)]
+
+
+def _group(row: Measured, by: By) -> tuple[str, str, str]:
+    """What is compared with each other: experiment's hash, run and key."""
+    key = {By.HOST: row.host, By.GUEST: row.guest}.get(by, "")
+    return row.spec_hash, "" if by is By.ARM else row.run_id, key
+
+
+def _arms(group: tuple[str, str, str], rows: Sequence[Measured]) -> list[Savings]:
+    arms: dict[str, list[Measured]] = {}
+    for row in rows:
+        arms.setdefault(row.arm, []).append(row)
+    control = next((arm for arm in arms.values() if arm[0].is_control), [])
+    return [_arm(group, arm, control) for arm in arms.values()]
+
+
+def _arm(
+    group: tuple[str, str, str], rows: Sequence[Measured], control: Sequence[Measured]
+) -> Savings:
+    _, run_id, key = group
+    undecided = _first_undecided(rows) or _wrong_pages(rows)
+    saved_bytes = saved_gib_min = None
+    if not undecided and not rows[0].is_control and control:
+        undecided = _first_undecided(control) or _wrong_pages(control)
+        if not undecided:
+            saved_bytes = _saved(control, rows, lambda f: f.mean_resident_bytes)
+            saved_gib_min = _saved(control, rows, lambda f: f.resident_gib_min)
+            undecided = "" if saved_bytes else "one pair only: an interval needs two repetitions"
+    return Savings(
+        experiment=rows[0].experiment,
+        run_id=run_id,
+        arm=rows[0].arm,
+        key=key,
+        trials=len({(row.run_id, row.repetition) for row in rows}),
+        footprint=None if _first_undecided(rows) else _together(rows),
+        saved_bytes=saved_bytes,
+        saved_gib_min=saved_gib_min,
+        undecided=undecided,
+    )
+
+
+def _first_undecided(rows: Iterable[Measured]) -> str:
+    return next(
+        (
+            f"{row.arm}, repetition {row.repetition + 1}, {row.undecided or 'no samples'}"
+            for row in rows
+            if row.footprint is None
+        ),
+        "",
+    )
+
+
+def _wrong_pages(rows: Iterable[Measured]) -> str:
+    return next(
+        (
+            f"{row.arm}, repetition {row.repetition + 1}, {row.guest or row.host}: "
+            f"{row.footprint.wrong_pages} pages came back wrong"
+            for row in rows
+            if row.footprint is not None and row.footprint.wrong_pages
+        ),
+        "",
+    )
+
+
+def _saved(
+    control: Sequence[Measured], rows: Sequence[Measured], value: Callable[[Footprint], float]
+) -> Interval | None:
+    return mean_interval(paired_differences(_by_trial(control, value), _by_trial(rows, value)))
+
+
+def _by_trial(
+    arm: Sequence[Measured], value: Callable[[Footprint], float]
+) -> dict[Hashable, float]:
+    """The sum over all that was measured in each trial."""
+    sums: dict[Hashable, float] = {}
+    for row in arm:
+        if row.footprint is not None:
+            trial = row.run_id, row.repetition
+            sums[trial] = sums.get(trial, 0.0) + value(row.footprint)
+    return sums
+
+
+def _together(rows: Sequence[Measured]) -> Footprint:
+    footprints = [row.footprint for row in rows if row.footprint is not None]
+
+    def mean(value: Callable[[Footprint], float]) -> float:
+        trials = _by_trial(rows, value)
+        return fsum(trials.values()) / len(trials)
+
+    return Footprint(
+        provisioned_bytes=round(mean(lambda f: f.provisioned_bytes)),
+        peak_resident_bytes=_sum_of_peaks(rows),
+        mean_resident_bytes=mean(lambda f: f.mean_resident_bytes),
+        resident_gib_min=mean(lambda f: f.resident_gib_min),
+        reclaimed_now_bytes=round(mean(lambda f: f.reclaimed_now_bytes)),
+        refaulted_total_bytes=round(mean(lambda f: f.refaulted_total_bytes)),
+        verified_pages=sum(f.verified_pages for f in footprints),
+        wrong_pages=sum(f.wrong_pages for f in footprints),
+        returned=sum_returned([f.returned for f in footprints]),
+    )
+
+
+def _sum_of_peaks(rows: Sequence[Measured]) -> float:
+    peaks: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if row.footprint is not None:
+            unit = row.host, row.guest
+            peaks[unit] = max(peaks.get(unit, 0.0), row.footprint.peak_resident_bytes)
+    return fsum(peaks.values())

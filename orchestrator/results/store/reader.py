@@ -1,0 +1,299 @@
+"""What is stored: runs, their trials, and what they saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sqlite3
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from hintfleet.errors import InvalidInput
+from orchestrator.results.comparison import ArmCost, Charged, compare
+from orchestrator.results.cost import Cost
+from orchestrator.results.footprint import Footprint, Returned
+from orchestrator.results.savings import By, Measured, Savings, aggregate
+from orchestrator.results.store.database import open_database, reported
+from orchestrator.results.store.lock import try_lock
+
+LATEST = "latest"
+_E = TypeVar("_E")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as it is stored.
+
+    :ivar state: running, done, failed, undecided or interrupted.
+    :ivar summary: what it runs, in a line.
+    :ivar ended_unix_us: 0 while it runs.
+    :ivar overrides: what the command line put in place of keys of the spec.
+    """
+
+    run_id: str
+    name: str
+    driver: str
+    spec_text: str
+    spec_hash: str
+    control: str | None
+    summary: str
+    started_unix_us: int
+    ended_unix_us: int
+    state: str
+    reason: str
+    environment: dict[str, str] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    libvirt_uri: str = ""
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether it ended before its time, so that trials may be left to run."""
+        return self.state in ("interrupted", "failed")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options of `hintfleet run` that say `overrides`, such as --driver libvirt."""
+        driver, agents = self.overrides.get("driver"), self.overrides.get("hosts", {}).get("agents")
+        return (
+            *(("--driver", driver) if driver else ()),
+            *(word for address in agents or () for word in ("--host", address)),
+        )
+
+    @property
+    def annotated_spec(self) -> str:
+        """The text of the spec, and before it, as a comment, the options it was run with."""
+        if not self.options:
+            return self.spec_text
+        return f"# It was run with {shlex.join(self.options)}\n{self.spec_text}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTrial:
+    """An attempt at a trial as it is stored; not ended if `ended_unix_us` is 0.
+
+    :ivar lost: by a fault of what runs trials, not of what is tried.
+    :ivar counted: it is the last attempt; figures have only these.
+    :ivar sample_count: samples that are known to be on disk.
+    """
+
+    trial_id: str
+    position: int
+    arm: str
+    repetition: int
+    started_unix_us: int
+    ended_unix_us: int
+    undecided: str
+    attempt: int = 1
+    lost: bool = False
+    counted: bool = True
+    sample_count: int = 0
+
+    @property
+    def has_result(self) -> bool:
+        """Whether it came to an end of its own, be that undecided."""
+        return bool(self.ended_unix_us) and not self.lost
+
+
+class Store:
+    """The results in one folder. Use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open or create it.
+
+        :raises Refused: the folder cannot be used.
+        """
+        self.folder = folder
+        self.path = folder / "hintfleet.sqlite"
+        with reported(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.database = open_database(self.path)
+        self._end_abandoned_runs()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self.database.close()
+
+    def samples_dir(self, run_id: str) -> Path:
+        """Where a run's samples are."""
+        return self.folder / "samples" / run_id
+
+    def runs(self, limit: int = 100) -> list[Run]:
+        """The newest runs first."""
+        rows = self._query("SELECT * FROM runs ORDER BY started_unix_us DESC LIMIT ?", limit)
+        return [_run(row) for row in rows]
+
+    def find_run(self, name: str) -> Run:
+        """The run with this id, an unambiguous part of its id, or `latest`.
+
+        :raises InvalidInput: there is none, or more than one.
+        """
+        if name == LATEST:
+            rows = self._query("SELECT * FROM runs ORDER BY started_unix_us DESC LIMIT 1")
+        else:
+            rows = self._query("SELECT * FROM runs WHERE instr(run_id, ?) LIMIT 2", name.lower())
+        if len(rows) != 1:
+            raise InvalidInput(
+                f"{'more than one run has' if rows else 'there is no run'} {name!r}"
+                f"{' in its id' if rows else ''}",
+                hint="`hintfleet runs` lists them; 'latest' is the newest",
+            )
+        return _run(rows[0])
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether a run with this id has begun."""
+        return bool(self._query("SELECT 1 FROM runs WHERE run_id = ?", run_id))
+
+    def trials(self, run_id: str) -> list[StoredTrial]:
+        """All attempts at a run's trials, in the order in which they were made."""
+        rows = self._query(
+            "SELECT t.*, trial_id IN (SELECT trial_id FROM counted_trials) AS counted, "
+            "  (SELECT ifnull(sum(row_count), 0) FROM parts p WHERE p.trial_id = t.trial_id) "
+            "  AS sample_count "
+            "FROM trials t WHERE run_id = ? ORDER BY started_unix_us, position",
+            run_id,
+        )
+        return [_stored_trial(row) for row in rows]
+
+    def savings(self, by: By, run_id: str = "", since_unix_s: int = 0) -> list[Savings]:
+        """What ended runs saved; the newest first.
+
+        :param run_id: only this run; empty for all.
+        :param since_unix_s: only runs that started at or after this time.
+        """
+        return aggregate(self._measured(run_id, since_unix_s), by)
+
+    def costs(self, run: Run) -> list[ArmCost]:
+        """What the arms of a run cost that were measured whole; none while it runs."""
+        if run.state == "running":
+            return []
+        rows = self._query(
+            # A trial that was cut off has no host, and so no cost; an undecided one has none.
+            "SELECT t.arm, t.repetition, ifnull(f.host, '') AS host, "
+            "       iif(t.undecided = '', f.cost, NULL) AS cost "
+            "FROM counted_trials t LEFT JOIN footprints f "
+            "     ON f.trial_id = t.trial_id AND f.guest = '' "
+            "WHERE t.run_id = ? ORDER BY t.arm_position, t.position, f.host",
+            run.run_id,
+        )
+        charged = [
+            Charged(
+                arm=row["arm"],
+                is_control=row["arm"] == run.control,
+                repetition=row["repetition"],
+                host=row["host"],
+                cost=_cost(json.loads(row["cost"])) if row["cost"] else None,
+            )
+            for row in rows
+        ]
+        return compare(charged, run.driver)
+
+    def events(self, run_id: str, kind: type[_E]) -> list[_E]:
+        """Everything of one kind that happened in a run, in the order of time."""
+        rows = self._query(
+            "SELECT detail FROM events JOIN trials USING (trial_id) "
+            "WHERE run_id = ? AND kind = ? ORDER BY at_unix_us",
+            run_id,
+            kind.__name__,
+        )
+        return [kind(**json.loads(row["detail"])) for row in rows]
+
+    def _measured(self, run_id: str, since_unix_s: int) -> list[Measured]:
+        # A trial that was cut off has no footprints: it is missed by each host and guest that
+        # another trial of its run has, or, where none has any, by the run as a whole.
+        rows = self._query(
+            "WITH units AS ("
+            "  SELECT DISTINCT t.run_id, f.host, f.guest "
+            "  FROM footprints f JOIN trials t USING (trial_id) "
+            "  WHERE ?1 = '' OR t.run_id = ?1) "
+            "SELECT r.run_id, r.name, r.spec_hash, r.control, t.arm, t.repetition, "
+            "       ifnull(u.host, '') AS host, ifnull(u.guest, '') AS guest, "
+            "       f.footprint, ifnull(f.undecided, 'was cut off') AS undecided "
+            "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
+            "     LEFT JOIN units u ON u.run_id = t.run_id "
+            "     LEFT JOIN footprints f "
+            "     ON f.trial_id = t.trial_id AND f.host = u.host AND f.guest = u.guest "
+            "WHERE (?1 = '' OR r.run_id = ?1) AND r.started_unix_us >= ?2 "
+            "  AND r.state != 'running' "
+            "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position, "
+            "         u.host, u.guest",
+            run_id,
+            since_unix_s * 1_000_000,
+        )
+        return [_measured(row) for row in rows]
+
+    def _query(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        with reported(self.path):
+            return self.database.execute(sql, values).fetchall()
+
+    def _end_abandoned_runs(self) -> None:
+        """Runs whose process is gone without a word (killed, power lost) are interrupted."""
+        for row in self._query("SELECT run_id FROM runs WHERE state = 'running'"):
+            with reported(self.path):
+                fd = try_lock(self.samples_dir(row["run_id"]))
+                if fd is None:
+                    continue
+                # Held meanwhile, so that nobody takes it up between the look and the word.
+                self.database.execute(
+                    "UPDATE runs SET state = 'interrupted', ended_unix_us = ?, "
+                    "reason = 'its process ended without a word' "
+                    "WHERE run_id = ? AND state = 'running'",
+                    (time.time_ns() // 1000, row["run_id"]),
+                )
+                os.close(fd)
+
+
+def _run(row: sqlite3.Row) -> Run:
+    values = {name: row[name] for name in Run.__dataclass_fields__}
+    environment = json.loads(values["environment"])
+    overrides = json.loads(values["overrides"], object_hook=_with_tuples)
+    return Run(**values | {"environment": environment, "overrides": overrides})
+
+
+def _with_tuples(stored: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples, and a spec no lists."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+
+
+def _stored_trial(row: sqlite3.Row) -> StoredTrial:
+    values = {name: row[name] for name in StoredTrial.__dataclass_fields__}
+    return StoredTrial(**values | {name: bool(values[name]) for name in ("lost", "counted")})
+
+
+def _measured(row: sqlite3.Row) -> Measured:
+    return Measured(
+        run_id=row["run_id"],
+        experiment=row["name"],
+        spec_hash=row["spec_hash"],
+        arm=row["arm"],
+        is_control=row["arm"] == row["control"],
+        repetition=row["repetition"],
+        host=row["host"],
+        guest=row["guest"],
+        footprint=_footprint(json.loads(row["footprint"])) if row["footprint"] else None,
+        undecided=row["undecided"],
+    )
+
+
+def _cost(stored: dict[str, Any]) -> Cost:
+    lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
+    return Cost(**stored | lists)
+
+
+def _footprint(stored: dict[str, Any]) -> Footprint:
+    returned = stored.pop("returned")
+    return Footprint(**stored, returned=Returned(**returned) if returned else None)

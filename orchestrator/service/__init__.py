@@ -1,0 +1,1 @@
+"""The fleet service: results over gRPC."""

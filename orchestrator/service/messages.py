@@ -1,0 +1,118 @@
+"""Runs and savings as the fleet service's messages, and back."""
+
+from __future__ import annotations
+
+from hintfleet.v1 import fleet_pb2
+from orchestrator.results.footprint import Footprint, Returned
+from orchestrator.results.savings import By, Savings
+from orchestrator.results.statistics import Interval
+from orchestrator.results.store.reader import Run
+
+BY_PB2 = {
+    By.FLEET: fleet_pb2.QuerySavingsRequest.FLEET,
+    By.HOST: fleet_pb2.QuerySavingsRequest.HOST,
+    By.GUEST: fleet_pb2.QuerySavingsRequest.GUEST,
+    By.ARM: fleet_pb2.QuerySavingsRequest.ARM,
+}
+
+
+def run_as_pb2(run: Run) -> fleet_pb2.Run:
+    """The message that says this run."""
+    return fleet_pb2.Run(
+        run_id=run.run_id,
+        name=run.name,
+        driver=run.driver,
+        started_unix_s=run.started_unix_us // 1_000_000,
+        ended_unix_s=run.ended_unix_us // 1_000_000,
+        state=run.state,
+        reason=run.reason,
+    )
+
+
+def savings_as_pb2(row: Savings) -> fleet_pb2.Savings:
+    """The message that says this row."""
+    return fleet_pb2.Savings(
+        experiment=row.experiment,
+        run_id=row.run_id,
+        arm=row.arm,
+        key=row.key,
+        trials=row.trials,
+        footprint=_footprint_as_pb2(row.footprint) if row.footprint else None,
+        saved_bytes=_interval_as_pb2(row.saved_bytes),
+        saved_gib_min=_interval_as_pb2(row.saved_gib_min),
+        undecided=row.undecided,
+    )
+
+
+def savings_from_pb2(message: fleet_pb2.Savings) -> Savings:
+    """The row behind a message; bytes are whole numbers there."""
+    return Savings(
+        experiment=message.experiment,
+        run_id=message.run_id,
+        arm=message.arm,
+        key=message.key,
+        trials=message.trials,
+        footprint=(
+            _footprint_from_pb2(message.footprint) if message.HasField("footprint") else None
+        ),
+        saved_bytes=(
+            _interval_from_pb2(message.saved_bytes) if message.HasField("saved_bytes") else None
+        ),
+        saved_gib_min=(
+            _interval_from_pb2(message.saved_gib_min) if message.HasField("saved_gib_min") else None
+        ),
+        undecided=message.undecided,
+    )
+
+
+def _footprint_as_pb2(footprint: Footprint) -> fleet_pb2.Footprint:
+    made = fleet_pb2.Footprint(
+        provisioned_bytes=footprint.provisioned_bytes,
+        peak_resident_bytes=round(footprint.peak_resident_bytes),
+        mean_resident_bytes=round(footprint.mean_resident_bytes),
+        resident_gib_min=footprint.resident_gib_min,
+        reclaimed_now_bytes=footprint.reclaimed_now_bytes,
+        refaulted_total_bytes=footprint.refaulted_total_bytes,
+        verified_pages=footprint.verified_pages,
+        wrong_pages=footprint.wrong_pages,
+    )
+    if footprint.returned is not None:
+        returned = footprint.returned
+        made.returned.freed_bytes = returned.freed_bytes
+        made.returned.left_bytes = round(returned.left_bytes)
+        made.returned.after_s = returned.after_s
+    return made
+
+
+def _footprint_from_pb2(message: fleet_pb2.Footprint) -> Footprint:
+    return Footprint(
+        provisioned_bytes=message.provisioned_bytes,
+        peak_resident_bytes=message.peak_resident_bytes,
+        mean_resident_bytes=message.mean_resident_bytes,
+        resident_gib_min=message.resident_gib_min,
+        reclaimed_now_bytes=message.reclaimed_now_bytes,
+        refaulted_total_bytes=message.refaulted_total_bytes,
+        verified_pages=message.verified_pages,
+        wrong_pages=message.wrong_pages,
+        returned=_returned_from_pb2(message.returned) if message.HasField("returned") else None,
+    )
+
+
+def _returned_from_pb2(message: fleet_pb2.Returned) -> Returned:
+    return Returned(
+        freed_bytes=message.freed_bytes,
+        left_bytes=message.left_bytes,
+        after_s=message.after_s,
+    )
+
+
+def _interval_as_pb2(interval: Interval | None) -> fleet_pb2.Interval | None:
+    if interval is None:
+        return None
+    return fleet_pb2.Interval(
+        mean=interval.mean, low=interval.low, high=interval.high, pairs=interval.pairs
+    )
+
+
+def _interval_from_pb2(message: fleet_pb2.Interval) -> Interval:
+    return Interval(mean=message.mean, low=message.low, high=message.high, pairs=message.pairs)

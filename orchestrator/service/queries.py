@@ -1,0 +1,78 @@
+"""What is asked of the store or of a fleet service: the same answer either way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import grpc
+
+from hintfleet.errors import from_rpc_error
+from hintfleet.net.channels import open_channel
+from hintfleet.net.tls import Tls, client_credentials
+from hintfleet.v1 import fleet_pb2, fleet_pb2_grpc
+from orchestrator.results.savings import By, Savings
+from orchestrator.results.store.reader import LATEST, Store
+from orchestrator.service.messages import BY_PB2, run_as_pb2, savings_from_pb2
+
+_TIMEOUT_S = 30.0
+_MOST_RUNS = 10_000
+
+
+def ask_store(store: Store, by: By, run: str = "", since_unix_s: int = 0) -> list[Savings]:
+    """What ended runs saved; the newest first.
+
+    :param run: only this run: an id, an unambiguous part of one, or `latest`.
+    :raises InvalidInput: there is no such run.
+    """
+    return store.savings(by, store.find_run(run).run_id if run else "", since_unix_s)
+
+
+def ask_server(
+    address: str, by: By, run: str = "", since_unix_s: int = 0, tls: Tls | None = None
+) -> list[Savings]:
+    """The same from the fleet service at `address`.
+
+    :raises TransientError: no service answers there.
+    :raises InvalidInput: the address needs TLS.
+    """
+    request = fleet_pb2.QuerySavingsRequest(by=BY_PB2[by], run_id=run, since_unix_s=since_unix_s)
+    with _service(address, tls) as service:
+        answer = service.QuerySavings(request, timeout=_TIMEOUT_S)
+    return [savings_from_pb2(row) for row in answer.rows]
+
+
+def store_runs(store: Store) -> list[fleet_pb2.Run]:
+    """The newest runs first."""
+    return [run_as_pb2(run) for run in store.runs(_MOST_RUNS)]
+
+
+def server_runs(address: str, tls: Tls | None = None) -> list[fleet_pb2.Run]:
+    """The same from the fleet service at `address`; raises what `ask_server` does."""
+    with _service(address, tls) as service:
+        request = fleet_pb2.ListRunsRequest(limit=_MOST_RUNS)
+        return list(service.ListRuns(request, timeout=_TIMEOUT_S).runs)
+
+
+def not_done(
+    runs: Sequence[fleet_pb2.Run], run: str = "", since_unix_s: int = 0
+) -> list[fleet_pb2.Run]:
+    """Those that the same savings query asks for whose state is not done. Pure.
+
+    :param runs: the newest first.
+    """
+    asked = [found for found in runs if run in ("", LATEST) or run.lower() in found.run_id]
+    return [
+        found
+        for found in (asked[:1] if run == LATEST else asked)
+        if found.state != "done" and found.started_unix_s >= since_unix_s
+    ]
+
+
+@contextmanager
+def _service(address: str, tls: Tls | None) -> Iterator[fleet_pb2_grpc.FleetServiceStub]:
+    with open_channel(address, client_credentials(address, tls)) as channel:
+        try:
+            yield fleet_pb2_grpc.FleetServiceStub(channel)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, f"fleet service at {address}") from error

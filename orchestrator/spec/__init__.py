@@ -1,0 +1,1 @@
+"""What a user asks for: experiment specs, read, checked and frozen."""

@@ -1,0 +1,281 @@
+"""What must hold between the values of a spec, and between a spec and a machine.
+
+Pure: the memory that there is, is handed in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+from hintfleet.net.addresses import ENCRYPT_HINT, address_problem, plain_text_problem
+from hintfleet.system.machine_limits import Bound
+from hintfleet.units import MIB, format_size
+from orchestrator.spec.model import Arm, Driver, Method, Policy, Spec
+from orchestrator.spec.workload import expand, held_after, step_count, total_allocated_bytes
+
+# Isolator and tracker go together: the hugetlb pool knows nothing of the buddy, so its
+# tracker reads the kernel's page flags into a bitmap; the module is told by the kernel,
+# which marks what it has reported. The first is what an arm that names neither gets.
+PARTS = {
+    Driver.EMBEDDED: (("embedded", "bitmap"), ("embedded", "reported")),
+    Driver.LIBVIRT: (("kmod", "reported"), ("hugetlb", "bitmap")),
+}
+_EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
+_HUGE_PAGE_ORDER = 9
+_MOST_STEPS = 100_000
+_FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload"
+
+_EMBEDDED_PROCESS_BYTES = 48 * MIB  # a guest process apart from its RAM: Python and gRPC
+_QEMU_PROCESS_BYTES = 96 * MIB  # QEMU apart from the guest's RAM, TCG's translations included
+# Measured in a memory cgroup of their own, with the program text that they cannot do without.
+_FLEET_BYTES = 480 * MIB  # the command itself and a private Ray cluster
+_ACTOR_BYTES = 64 * MIB  # what speaks to a host
+_HOST_AGENT_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something wrong with a spec.
+
+    :ivar path: the keys and indexes that lead to the value.
+    """
+
+    path: tuple[Hashable, ...]
+    message: str
+    hint: str = ""
+
+
+def problems(spec: Spec) -> Iterator[Problem]:
+    """All that is wrong between the values of a spec; nothing if it can be run."""
+    yield from _arm_problems(spec)
+    yield from _host_problems(spec)
+    yield from _workload_problems(spec)
+
+
+def hinting_parts(driver: Driver, arm: Arm) -> tuple[str, str] | None:
+    """Isolator and tracker of an arm: the first pair of the driver that has what the arm
+    names. None if there is none."""
+    for isolator, tracker in PARTS[driver]:
+        if arm.isolator in ("", isolator) and arm.tracker in ("", tracker):
+            return isolator, tracker
+    return None
+
+
+def usable_bytes(driver: Driver, memory_bytes: int) -> int:
+    """What a workload may hold in a guest of this size.
+
+    An embedded guest keeps its allocator's watermarks. A real guest needs room for
+    its kernel (struct pages: 1/64 of the memory), its services and the agent.
+    """
+    if driver is Driver.EMBEDDED:
+        return memory_bytes - max(4 * MIB, memory_bytes // 32)
+    return memory_bytes - 128 * MIB - memory_bytes // 32
+
+
+def needed_bytes(spec: Spec) -> int:
+    """The most memory that a run can come to use on this machine at once.
+
+    That is its guests and logical hosts, unless they are elsewhere, and what runs them.
+    """
+    fleet_bytes = _FLEET_BYTES + spec.hosts.number * _ACTOR_BYTES
+    if spec.hosts.agents:
+        return fleet_bytes
+    agents_bytes = spec.hosts.number * _HOST_AGENT_BYTES
+    return could_become_resident_bytes(spec) + agents_bytes + fleet_bytes
+
+
+def could_become_resident_bytes(spec: Spec) -> int:
+    """The most host memory that all guests of one trial can come to use at once.
+
+    A guest under `none` keeps what it once touched, and an allocator may touch
+    other pages in each phase; so all allocations count, up to the guest's memory.
+    """
+    memory_bytes = spec.guests.memory_bytes
+    if spec.driver is Driver.LIBVIRT:
+        per_guest = memory_bytes + _QEMU_PROCESS_BYTES
+    else:
+        touched = total_allocated_bytes(spec.workload, memory_bytes)
+        per_guest = min(touched, memory_bytes) + _EMBEDDED_PROCESS_BYTES
+    return per_guest * spec.guest_count
+
+
+def machine_problem(spec: Spec, available: Bound[int]) -> Problem | None:
+    """Whether so much memory is enough to run the spec from here."""
+    needed = needed_bytes(spec)
+    if needed <= available.value:
+        return None
+    what, less = f"{spec.guest_count} guests and what runs them", _FEWER_GUESTS
+    if spec.hosts.agents:
+        what, less = "this command and Ray", "end something large"
+    return Problem(
+        path=("hosts", "agents") if spec.hosts.agents else ("guests", "memory"),
+        message=f"{what} could come to use {format_size(needed)} at once, more memory than there "
+        f"is ({format_size(available.value)} available {available.where})",
+        hint=less + available.or_raise,
+    )
+
+
+def hosts_problem(spec: Spec, *, encrypted: bool) -> Problem | None:
+    """Whether the hosts may be spoken to: off this machine with TLS only."""
+    for i, address in enumerate(spec.hosts.agents):
+        if not encrypted and (problem := plain_text_problem(address)):
+            return Problem(path=("hosts", "agents", i), message=problem, hint=ENCRYPT_HINT)
+    return None
+
+
+def _arm_problems(spec: Spec) -> Iterator[Problem]:
+    arms = [(i, arm) for i, arm in enumerate(spec.arms) if arm.runs_under(spec.driver)]
+    if not arms:
+        yield Problem(
+            path=("arms",),
+            message=f"no arm runs under the {spec.driver} driver",
+            hint="choose another driver, or add it to an arm's drivers",
+        )
+    yield from _control_problems(arms)
+    yield from _name_problems(arms)
+    for i, arm in arms:
+        yield from _driver_problems(spec.driver, i, arm)
+        if arm.method is Method.HINTING:
+            yield from _hinting_problems(spec.driver, i, arm)
+
+
+def _control_problems(arms: list[tuple[int, Arm]]) -> Iterator[Problem]:
+    controls = [(i, arm.name) for i, arm in arms if arm.method is Method.NONE]
+    if len(arms) > 1 and not controls:
+        yield Problem(
+            path=("arms",),
+            message="no arm has method none, so there is no control to compare with",
+            hint="add an arm: {name: none, method: none}",
+        )
+    for i, name in controls[1:]:
+        yield Problem(
+            path=("arms", i, "method"),
+            message=f"{name!r} is a second control; {controls[0][1]!r} has method none already",
+        )
+
+
+def _name_problems(arms: list[tuple[int, Arm]]) -> Iterator[Problem]:
+    for name, count in Counter(arm.name for _, arm in arms).items():
+        if count > 1:
+            last = max(i for i, arm in arms if arm.name == name)
+            yield Problem(path=("arms", last, "name"), message=f"{name!r} names two arms")
+
+
+def _driver_problems(driver: Driver, i: int, arm: Arm) -> Iterator[Problem]:
+    if driver is not Driver.EMBEDDED:
+        return
+    if arm.method not in _EMBEDDED_METHODS:
+        yield Problem(
+            path=("arms", i, "method"),
+            message=f"method {arm.method} needs real guests, but the driver is {driver}",
+            hint="run it with --driver libvirt, or leave the arm out elsewhere with "
+            "drivers: [libvirt]",
+        )
+    if arm.kernel_parameters:
+        yield Problem(
+            path=("arms", i, "kernel_parameters"),
+            message="an embedded guest has no kernel",
+            hint="leave the arm out with drivers: [libvirt], or remove kernel_parameters",
+        )
+
+
+def _hinting_problems(driver: Driver, i: int, arm: Arm) -> Iterator[Problem]:
+    parts = hinting_parts(driver, arm)
+    if parts is None:
+        yield _no_such_parts(driver, i, arm)
+        return
+    if arm.policy is Policy.COLD and parts != ("embedded", "bitmap"):
+        yield Problem(
+            path=("arms", i, "policy"),
+            message="policy cold needs a tracker that knows since when a chunk is free",
+            hint="the embedded driver's tracker bitmap does; leave the arm out elsewhere with "
+            "drivers: [embedded]",
+        )
+    if parts[0] == "hugetlb" and arm.chunk_order != _HUGE_PAGE_ORDER:
+        yield Problem(
+            path=("arms", i, "chunk_order"),
+            message=f"isolator hugetlb has huge pages of order {_HUGE_PAGE_ORDER} only",
+        )
+
+
+def _no_such_parts(driver: Driver, i: int, arm: Arm) -> Problem:
+    isolators, trackers = zip(*PARTS[driver], strict=True)
+    for key, chosen, there in (
+        ("tracker", arm.tracker, trackers),
+        ("isolator", arm.isolator, isolators),
+    ):
+        if chosen and chosen not in there:
+            return Problem(
+                path=("arms", i, key),
+                message=f"the {driver} driver has no {key} {chosen!r}",
+                hint=f"it has {', '.join(dict.fromkeys(there))}",
+            )
+    return Problem(
+        path=("arms", i, "tracker"),
+        message=f"isolator {arm.isolator} does not come with tracker {arm.tracker}",
+        hint=f"{driver} has "
+        + ", ".join(f"{isolator} with {tracker}" for isolator, tracker in PARTS[driver]),
+    )
+
+
+def _host_problems(spec: Spec) -> Iterator[Problem]:
+    for i, address in enumerate(spec.hosts.agents):
+        if problem := address_problem(address):
+            yield Problem(path=("hosts", "agents", i), message=problem)
+    budget_bytes = spec.hosts.memory_bytes
+    if budget_bytes is not None and spec.guests.memory_bytes > budget_bytes:
+        yield Problem(
+            path=("guests", "memory"),
+            message=f"a guest of {format_size(spec.guests.memory_bytes)} is larger than its host "
+            f"({format_size(budget_bytes)})",
+            hint="give hosts.memory more, or guests.memory less",
+        )
+
+
+def _workload_problems(spec: Spec) -> Iterator[Problem]:
+    phases = spec.workload.phases
+    memory_bytes = spec.guests.memory_bytes
+    usable = usable_bytes(spec.driver, memory_bytes)
+    if memory_bytes % (4 * MIB):
+        yield Problem(path=("guests", "memory"), message="not a multiple of 4MiB")
+    if phases[0].repeat is not None:
+        yield Problem(path=("workload", "phases", 0), message="there is no phase to repeat")
+        return
+    if step_count(spec.workload) > _MOST_STEPS:
+        yield Problem(
+            path=("workload", "phases"),
+            message=f"with its repeats the workload has more than {_MOST_STEPS} steps",
+            hint="repeat less: a repeat counts all repeats before it",
+        )
+        return
+    held_bytes = 0
+    for step in expand(spec.workload):
+        path = ("workload", "phases", step.phase_index)
+        if step.allocate is not None and not step.allocate.of(memory_bytes):
+            yield Problem(
+                path=(*path, "allocate"),
+                message=f"{step.allocate} is less than a page, so nothing would be allocated",
+            )
+            return
+        if step.free is not None and not step.free.of(held_bytes):
+            yield Problem(path=path, message="nothing is held that could be freed")
+            return
+        if step.free is not None and (step.free.size_bytes or 0) > held_bytes:
+            yield Problem(
+                path=(*path, "free"),
+                message=f"{step.free} to free, but only {format_size(held_bytes)} is held then",
+                hint="free less, or a percentage",
+            )
+            return
+        held_bytes = held_after(step, held_bytes, memory_bytes)
+        if held_bytes > usable:
+            yield Problem(
+                path=path,
+                message=f"the workload holds {format_size(held_bytes)} here, but of a guest's "
+                f"{format_size(memory_bytes)} at most {format_size(max(usable, 0))} is usable "
+                f"({spec.driver} driver)",
+                hint="allocate less, or give guests.memory more",
+            )
+            return

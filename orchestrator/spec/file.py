@@ -1,0 +1,209 @@
+"""From a spec file to the model: every error says file, line and column."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from hintfleet.errors import InvalidInput
+from hintfleet.system.files import read_at_most
+from orchestrator.spec import catalogue
+from orchestrator.spec import checks as spec_checks
+from orchestrator.spec.checks import Problem
+from orchestrator.spec.model import (
+    Arm,
+    Guests,
+    Hosts,
+    Phase,
+    Spec,
+    Timeouts,
+    Under,
+    UnderDriver,
+    Workload,
+    keys_of,
+)
+from orchestrator.spec.yaml_reader import Document, read_yaml
+from orchestrator.spec.yaml_reader import Path as Keys
+
+_MAX_FILE_BYTES = 1 << 20
+
+# Which part of the model stands where, indexes left out.
+_PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
+    (): Spec,
+    ("hosts",): Hosts,
+    ("guests",): Guests,
+    ("workload",): Workload,
+    ("workload", "phases"): Phase,
+    ("arms",): Arm,
+    ("timeouts",): Timeouts,
+    ("under",): Under,
+    ("under", "embedded"): UnderDriver,
+    ("under", "libvirt"): UnderDriver,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSpec:
+    """A spec, and the document that it was read from.
+
+    :ivar moved: keys of the spec that stand elsewhere in the document: under a driver.
+    """
+
+    spec: Spec
+    document: Document
+    moved: Mapping[Hashable, Keys] = field(default_factory=dict)
+
+    def error(self, problems: Iterable[Problem]) -> InvalidInput:
+        """The error that says these problems, each with its line."""
+        return _error(self.document, self.moved, problems)
+
+
+def load(name_or_path: str, overrides: dict[str, Any] | None = None) -> LoadedSpec:
+    """Read a spec file, or an experiment of the catalogue.
+
+    :param overrides: top-level keys that replace what the file says.
+    :raises InvalidInput: there is no such file, or it is wrong; says where.
+    """
+    text, source = _read(name_or_path)
+    return parse(text, source, overrides)
+
+
+def parse(text: str, source: str, overrides: dict[str, Any] | None = None) -> LoadedSpec:
+    """Turn the text of a spec into the model, or say all that is wrong with it.
+
+    :raises InvalidInput: see above.
+    """
+    document = read_yaml(text, source)
+    if not isinstance(document.data, dict):
+        raise InvalidInput(f"{document.where(())}: a spec is a mapping, as in 'name: quickstart'")
+    overrides = overrides or {}
+    driver = (document.data | overrides).get("driver")
+    section = _under(document.data, driver)
+    moved: dict[Hashable, Keys] = {
+        key: ("under", driver, key) for key in section if key not in overrides
+    }
+    try:
+        spec = Spec.model_validate(document.data | section | overrides)
+    except ValidationError as error:
+        raise _error(document, moved, _problems(error)) from None
+    loaded = LoadedSpec(spec=spec, document=document, moved=moved)
+    if problems := list(spec_checks.problems(spec)):
+        raise loaded.error(problems)
+    return loaded
+
+
+def _under(data: dict[str, Any], driver: Any) -> dict[str, Any]:
+    """The keys that replace others under this driver. What is wrong with their form is
+    found when the spec is validated."""
+    sections = data.get("under")
+    if not isinstance(sections, dict) or not isinstance(driver, str):
+        return {}
+    section = sections.get(driver)
+    known = keys_of(UnderDriver)
+    return {k: v for k, v in section.items() if k in known} if isinstance(section, dict) else {}
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    if name_or_path in catalogue.names():
+        return catalogue.text(name_or_path), f"{name_or_path} (catalogue)"
+    try:
+        content = read_at_most(name_or_path, _MAX_FILE_BYTES)
+        return content.decode().replace("\r\n", "\n"), name_or_path
+    except FileNotFoundError:
+        raise _no_such_spec(name_or_path) from None
+    except OSError as error:
+        raise InvalidInput(f"cannot read the spec {name_or_path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            f"cannot read the spec {name_or_path}: it is not UTF-8: {error}"
+        ) from error
+
+
+def _no_such_spec(name: str) -> InvalidInput:
+    near = difflib.get_close_matches(name, catalogue.names(), 1)
+    known = f"did you mean {near[0]!r}? " if near else ""
+    return InvalidInput(
+        f"there is no file {name!r} and no such experiment in the catalogue",
+        hint=f"{known}`hintfleet experiments` lists the catalogue",
+    )
+
+
+def _problems(error: ValidationError) -> list[Problem]:
+    found = error.errors()
+    wrong_inside = {e["loc"][:n] for e in found for n in range(len(e["loc"]))}
+    meant = {(*e["loc"][:-1], _near(e["loc"])) for e in found if e["type"] == "extra_forbidden"}
+    # What follows from another problem says nothing new: a sequence with a wrong item
+    # counts as one item short, and a key that is misspelt counts as missing.
+    follows = {"too_short": wrong_inside, "missing": meant}
+    return [_problem(e) for e in found if e["loc"] not in follows.get(e["type"], ())]
+
+
+def _problem(error: Any) -> Problem:
+    path: tuple[Hashable, ...] = tuple(error["loc"])
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "hintfleet":
+        return Problem(path=path, message=context["message"], hint=context["hint"])
+    if kind == "extra_forbidden":
+        return _unknown_key(path)
+    if kind == "missing":
+        return Problem(path=path, message=f"the key {path[-1]!r} is missing")
+    if kind == "too_short":
+        return Problem(path=path, message="there is none; write at least one")
+    if kind == "string_pattern_mismatch" and path[-1] == "name":
+        return Problem(
+            path=path,
+            message=f"{error['input']!r} is no name",
+            hint="use lower-case letters, digits and '-', as in bitmap-eager",
+        )
+    shown = repr(error["input"])
+    _, _, text = error["msg"].partition(" should ")
+    return Problem(path=path, message=f"{shown[:60]} should {text or error['msg']}")
+
+
+def _unknown_key(path: tuple[Hashable, ...]) -> Problem:
+    near = _near(path)
+    hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(_known(path))}"
+    return Problem(path=path, message=f"unknown key {path[-1]!r}", hint=hint)
+
+
+def _known(path: tuple[Hashable, ...]) -> tuple[str, ...]:
+    """The keys that may stand where the last step of `path` does."""
+    around = tuple(step for step in path[:-1] if not isinstance(step, int))
+    return keys_of(_PARTS[around]) if around in _PARTS else ()
+
+
+def _near(path: tuple[Hashable, ...]) -> str:
+    """The key that was probably meant; empty if none is near."""
+    return next(iter(difflib.get_close_matches(str(path[-1]), _known(path), 1)), "")
+
+
+def _error(
+    document: Document, moved: Mapping[Hashable, Keys], problems: Iterable[Problem]
+) -> InvalidInput:
+    # What stands under the driver is wrong in its own place and in the merged spec: once.
+    found = dict.fromkeys(
+        replace(problem, path=(*moved.get(problem.path[0], problem.path[:1]), *problem.path[1:]))
+        if problem.path
+        else problem
+        for problem in problems
+    )
+    ordered = sorted(found, key=lambda p: astuple(document.position(p.path)))
+    if len(ordered) == 1:
+        return InvalidInput(_said(document, ordered[0]), hint=ordered[0].hint)
+    lines = [
+        _said(document, problem) + (f"\n  try: {problem.hint}" if problem.hint else "")
+        for problem in ordered
+    ]
+    return InvalidInput("\n".join(lines))
+
+
+def _said(document: Document, problem: Problem) -> str:
+    dotted = "".join(
+        f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem.path
+    ).lstrip(".")
+    where = document.where(problem.path)
+    return f"{where}: {dotted}: {problem.message}" if dotted else f"{where}: {problem.message}"

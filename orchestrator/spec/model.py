@@ -1,0 +1,285 @@
+"""What an experiment is: the frozen model behind a spec file.
+
+Only what can be said about one value at a time is checked here; what concerns
+several values is in `spec_checks`, and lines and columns are added by
+`spec_file`. Sizes are integer bytes, durations seconds.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, Field, model_validator
+
+from hintfleet.units import format_size
+from orchestrator.spec.values import (
+    AmountOrPercent,
+    ColdAfterS,
+    DurationS,
+    Name,
+    Part,
+    PositiveDurationS,
+    Repetitions,
+    ReportPeriodS,
+    SamplePeriodS,
+    Size,
+    Strings,
+    WholePercent,
+    wrong,
+)
+
+
+class Driver(StrEnum):
+    """What a guest is."""
+
+    EMBEDDED = "embedded"
+    LIBVIRT = "libvirt"
+
+
+class Method(StrEnum):
+    """How memory comes back."""
+
+    NONE = "none"
+    HINTING = "hinting"
+    REPORTING = "reporting"
+    BALLOON = "balloon"
+
+
+class Policy(StrEnum):
+    """When memory comes back."""
+
+    EAGER = "eager"
+    COLD = "cold"
+    PRESSURE = "pressure"
+
+
+class Hosts(Part):
+    """The hosts under test: `count` logical ones on the machines that run the
+    experiment, or the host agents that listen at `agents`.
+
+    :ivar memory_bytes: what each logical host may promise to use.
+    """
+
+    count: int | None = Field(default=None, ge=1, le=1000)
+    memory_bytes: Size | None = Field(default=None, alias="memory")
+    agents: Strings = ()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Hosts:
+        if bool(self.agents) == (self.count is not None):
+            raise wrong("hosts need either count and memory, or agents")
+        if self.count is not None and self.memory_bytes is None:
+            raise wrong("memory is missing", "say what each host has, as in memory: 1GiB")
+        if self.agents and self.memory_bytes is not None:
+            raise wrong("agents bring their own memory budget", "remove memory")
+        if len(set(self.agents)) < len(self.agents):
+            raise wrong("an agent is named twice")
+        return self
+
+    @property
+    def number(self) -> int:
+        """How many hosts."""
+        return self.count or len(self.agents)
+
+
+class Guests(Part):
+    """The guests of every host."""
+
+    per_host: int = Field(ge=1, le=1000)
+    memory_bytes: Size = Field(alias="memory")
+
+
+class Phase(Part):
+    """One step of the workload on all guests, and how long to stay there after it.
+
+    Exactly one of `allocate` (a percentage is of the guest's memory), `free` (a
+    percentage is of what is held) and `repeat` (all phases before it, so many
+    times in total) is set.
+    """
+
+    allocate: AmountOrPercent | None = None
+    free: AmountOrPercent | None = None
+    repeat: int | None = Field(default=None, ge=1, le=10000)
+    hold_s: DurationS = Field(default=0.0, alias="for")
+    settle: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Phase:
+        kinds = [k for k in ("allocate", "free", "repeat") if getattr(self, k) is not None]
+        if len(kinds) != 1:
+            raise wrong(
+                f"a phase is one of allocate, free and repeat, not {' and '.join(kinds) or 'none'}",
+                "start another phase with '-'",
+            )
+        if self.repeat is not None and (self.hold_s or self.settle):
+            raise wrong("repeat takes neither for nor settle", "move them to another phase")
+        return self
+
+
+class Workload(Part):
+    """What every guest does, in order."""
+
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1, max_length=1000)]
+
+
+class Arm(Part):
+    """One method with its settings.
+
+    :ivar drivers: the arm is left out under any other; empty for all.
+    :ivar tracker, isolator: each may be left out; see `spec_checks.hinting_parts`.
+    :ivar cold_after_s: policy cold: how long a chunk must have been free.
+    :ivar pressure_above_percent: policy pressure: the share of the host's memory
+        budget above which memory is wanted back.
+    :ivar report_period_s: how often a guest looks for free chunks below the threshold.
+    :ivar threshold_chunks: free chunks that make a guest hint at once.
+    :ivar reserve_percent: method balloon: what the guest keeps free.
+    :ivar step_percent: method balloon: how much of its memory a guest loses at a time.
+    :ivar kernel_parameters: for the kernel of a real guest.
+    """
+
+    name: Name
+    method: Annotated[Method, Field(strict=False)]
+    drivers: tuple[Annotated[Driver, Field(strict=False)], ...] = ()
+    tracker: str = ""
+    isolator: str = ""
+    policy: Annotated[Policy, Field(strict=False)] = Policy.EAGER
+    cold_after_s: ColdAfterS = Field(default=5.0, alias="cold_after")
+    pressure_above_percent: WholePercent = Field(default=80, alias="pressure_above")
+    report_period_s: ReportPeriodS = Field(default=0.1, alias="report_period")
+    threshold_chunks: int = Field(default=16, ge=1, le=1 << 20, alias="threshold")
+    chunk_order: int = Field(default=9, ge=1, le=10)  # 0 on the wire means the default
+    reserve_percent: WholePercent = Field(default=10, alias="reserve")
+    step_percent: WholePercent = Field(default=5, alias="step")
+    kernel_parameters: str = Field(default="", max_length=500, pattern=r"^[ -~]*$")
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Arm:
+        own = _SETTINGS_OF[self.method]
+        others = self.model_fields_set - own - _SETTINGS_OF_ALL
+        if others:
+            names = ", ".join(sorted(key_of(Arm, name) for name in others))
+            raise wrong(f"method {self.method} does not take {names}", "remove what it cannot use")
+        for name, policy in _SETTINGS_OF_POLICIES.items():
+            if name in self.model_fields_set and self.policy is not policy:
+                key = key_of(Arm, name)
+                raise wrong(f"{key} needs policy {policy}, but the policy is {self.policy}")
+        return self
+
+    def runs_under(self, driver: Driver) -> bool:
+        """Whether the arm is not left out."""
+        return not self.drivers or driver in self.drivers
+
+
+_SETTINGS_OF_ALL = {"name", "method", "drivers", "kernel_parameters"}
+_SETTINGS_OF_POLICIES = {
+    "cold_after_s": Policy.COLD,
+    "pressure_above_percent": Policy.PRESSURE,
+}
+_SETTINGS_OF: dict[Method, set[str]] = {
+    Method.NONE: set(),
+    Method.HINTING: {
+        "tracker",
+        "isolator",
+        "policy",
+        "report_period_s",
+        "threshold_chunks",
+        "chunk_order",
+        *_SETTINGS_OF_POLICIES,
+    },
+    Method.REPORTING: set(),
+    Method.BALLOON: {"reserve_percent", "step_percent"},
+}
+
+
+class Timeouts(Part):
+    """How long an answer of a host agent may take."""
+
+    connect_s: PositiveDurationS = Field(default=30.0, alias="connect")
+    create_s: PositiveDurationS = Field(default=180.0, alias="create")
+    step_s: PositiveDurationS = Field(default=120.0, alias="step")
+    settle_s: PositiveDurationS = Field(default=60.0, alias="settle")
+    destroy_s: PositiveDurationS = Field(default=60.0, alias="destroy")
+
+
+class UnderDriver(Part):
+    """What is otherwise under one driver: each key replaces the spec's own."""
+
+    hosts: Hosts | None = None
+    guests: Guests | None = None
+    workload: Workload | None = None
+    repetitions: Repetitions | None = None
+    sample_period_s: SamplePeriodS | None = Field(default=None, alias="sample_period")
+    timeouts: Timeouts | None = None
+
+
+class Under(Part):
+    """What is otherwise under each driver."""
+
+    embedded: UnderDriver | None = None
+    libvirt: UnderDriver | None = None
+
+
+class Spec(Part):
+    """An experiment under one driver.
+
+    :ivar arms: also those that are left out under this driver.
+    :ivar under: has been merged in already, as far as it concerns this driver.
+    """
+
+    name: Name
+    description: str = ""
+    driver: Annotated[Driver, Field(strict=False)]
+    hosts: Hosts
+    guests: Guests
+    workload: Workload
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1, max_length=100)]
+    repetitions: Repetitions = 1
+    seed: int = Field(default=1, ge=0, lt=1 << 63)
+    sample_period_s: SamplePeriodS = Field(default=0.1, alias="sample_period")
+    timeouts: Timeouts = Timeouts()
+    under: Under = Under()
+
+    @property
+    def trial_arms(self) -> tuple[Arm, ...]:
+        """The arms that run under this driver."""
+        return tuple(arm for arm in self.arms if arm.runs_under(self.driver))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names that no arm under this driver bears."""
+        there = {arm.name for arm in self.trial_arms}
+        return tuple(arm.name for arm in self.arms if arm.name not in there)
+
+    @property
+    def control(self) -> str | None:
+        """Name of the arm that all others are compared with."""
+        return next((arm.name for arm in self.trial_arms if arm.method is Method.NONE), None)
+
+    @property
+    def guest_count(self) -> int:
+        """Guests that run at once."""
+        return self.hosts.number * self.guests.per_host
+
+
+def key_of(part: type[BaseModel], field_name: str) -> str:
+    """The key in a spec file that sets this field."""
+    return part.model_fields[field_name].alias or field_name
+
+
+def keys_of(part: type[BaseModel]) -> tuple[str, ...]:
+    """All keys that this part of a spec may have."""
+    return tuple(key_of(part, name) for name in part.model_fields)
+
+
+def describe(spec: Spec) -> str:
+    """`embedded, 2 hosts x 3 guests of 256 MiB, 2 arms, 3 repetitions`."""
+    return (
+        f"{spec.driver}, {_count(spec.hosts.number, 'host')} × "  # noqa: RUF001
+        f"{_count(spec.guests.per_host, 'guest')} of {format_size(spec.guests.memory_bytes)}, "
+        f"{_count(len(spec.trial_arms), 'arm')}, {_count(spec.repetitions, 'repetition')}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,73 @@
+"""The workload as steps: what each guest does, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.spec.model import Phase, Workload
+from orchestrator.spec.values import Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One allocation or one free, then a time to stay.
+
+    :ivar phase_index: the phase of the spec that it comes from.
+    """
+
+    phase_index: int
+    allocate: Amount | None = None
+    free: Amount | None = None
+    hold_s: float = 0.0
+    settle: bool = False
+
+    @property
+    def title(self) -> str:
+        """`allocate 192 MiB`."""
+        return f"allocate {self.allocate}" if self.allocate else f"free {self.free}"
+
+    def size_bytes(self, held_bytes: int, memory_bytes: int) -> int:
+        """Bytes to allocate or to free, for a guest that holds `held_bytes` now."""
+        if self.allocate is not None:
+            return self.allocate.of(memory_bytes)
+        return self.free.of(held_bytes) if self.free is not None else 0
+
+
+def expand(workload: Workload) -> tuple[Step, ...]:
+    """The steps of a workload, repeats written out: `repeat: 3` does all before it
+    three times in total."""
+    steps: tuple[Step, ...] = ()
+    for i, phase in enumerate(workload.phases):
+        steps = steps * phase.repeat if phase.repeat is not None else (*steps, _step(i, phase))
+    return steps
+
+
+def step_count(workload: Workload) -> int:
+    """How many steps `expand` gives, without making them."""
+    count = 0
+    for phase in workload.phases:
+        count = count * phase.repeat if phase.repeat is not None else count + 1
+    return count
+
+
+def _step(phase_index: int, phase: Phase) -> Step:
+    return Step(
+        phase_index=phase_index,
+        allocate=phase.allocate,
+        free=phase.free,
+        hold_s=phase.hold_s,
+        settle=phase.settle,
+    )
+
+
+def held_after(step: Step, held_bytes: int, memory_bytes: int) -> int:
+    """What a guest holds after a step, as far as that can be planned."""
+    size_bytes = step.size_bytes(held_bytes, memory_bytes)
+    return held_bytes + size_bytes if step.allocate is not None else held_bytes - size_bytes
+
+
+def total_allocated_bytes(workload: Workload, memory_bytes: int) -> int:
+    """All that the steps allocate, without what they free."""
+    return sum(
+        step.size_bytes(0, memory_bytes) for step in expand(workload) if step.allocate is not None
+    )

@@ -1,0 +1,1 @@
+"""Running trials: the plan, the hosts, the actors."""

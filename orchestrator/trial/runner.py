@@ -1,0 +1,304 @@
+"""One host's part of a trial: guests made, stepped, verified and ended, while samples flow.
+
+Knows nothing of Ray; what it yields is stored and shown elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+
+from hintfleet.errors import HintfleetError, InvalidInput, StableError, TransientError
+from hintfleet.v1 import host_pb2
+from orchestrator.spec.checks import hinting_parts
+from orchestrator.spec.model import Arm, Driver, Method, Spec
+from orchestrator.spec.workload import Step
+from orchestrator.trial.host_client import HostClient
+from orchestrator.trial.plan import GuestTask, HostTask
+from orchestrator.trial.records import (
+    Event,
+    GuestEnded,
+    GuestSettled,
+    HostDone,
+    PhaseStarted,
+    Record,
+    Samples,
+    StepDone,
+    columns_of,
+)
+
+_FLUSH_PERIOD_S = 0.25
+_FIRST_SAMPLE_TIMEOUT_S = 10.0
+_WATCH_BREAKS_WITHIN_S = 0.5
+# Samples on both sides of what is measured, so that none has to be extrapolated.
+_MARGIN_PERIODS = 2
+
+
+async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Record]:
+    """Run one host's part of a trial; the last record is HostDone.
+
+    A guest that is lost, or a command whose outcome is unknown, ends the trial as
+    undecided. When the iterator is closed early, the guests are ended with it.
+
+    :raises StableError: the host cannot do it, and could not do it again.
+    """
+    runner = _TrialRunner(client, task)
+    script = asyncio.create_task(runner.run())
+    try:
+        while (record := await runner.records.get()) is not None:
+            yield record
+        await script
+    finally:
+        script.cancel()
+        with suppress(asyncio.CancelledError, HintfleetError):
+            await script
+
+
+class _TrialRunner:
+    def __init__(self, client: HostClient, task: HostTask) -> None:
+        self.records: asyncio.Queue[Record | None] = asyncio.Queue()
+        self._client = client
+        self._task = task
+        self._spec: Spec = task.spec
+        self._trial = task.trial
+        self._sequence = 0
+        self._held_bytes = dict.fromkeys((guest.name for guest in task.guests), 0)
+        self._watching = asyncio.Event()
+
+    async def run(self) -> None:
+        """Post all records, and None after the last one."""
+        try:
+            undecided, lost = await self._watched_script()
+            self._post(
+                HostDone(
+                    host=self._task.host,
+                    trial_id=self._trial.trial_id,
+                    at_unix_us=_now_us(),
+                    undecided=undecided,
+                    lost=lost,
+                )
+            )
+        finally:
+            self.records.put_nowait(None)
+
+    async def _watched_script(self) -> tuple[str, bool]:
+        """Run the script while watching; return why the trial is undecided, or "", and
+        whether that is because the host was lost."""
+        watch = asyncio.create_task(self._watch())
+        script = asyncio.create_task(self._script())
+        try:
+            # Whichever ends first: a script that is through, or a watch that broke.
+            await asyncio.wait((watch, script), return_when=asyncio.FIRST_COMPLETED)
+            await (script if script.done() else watch)
+        except StableError:
+            raise
+        except HintfleetError as error:
+            # Only with the host agent does its stream break; it may be told of that a
+            # little later than a command is.
+            await asyncio.wait((watch,), timeout=_WATCH_BREAKS_WITHIN_S)
+            if watch.done():
+                return f"{self._task.host}: its host agent was lost: {error.message}", True
+            return str(error), False
+        finally:
+            # The watch goes last: the guests live as long as it does.
+            for job in (script, watch):
+                job.cancel()
+                with suppress(asyncio.CancelledError, HintfleetError):
+                    await job
+        return "", False
+
+    async def _watch(self) -> None:
+        stream = self._client.watch(self._trial.trial_id, self._spec.sample_period_s)
+        buffered: list[host_pb2.SampleSet] = []
+        flushed_at = time.monotonic()
+        try:
+            async for samples in stream:
+                self._watching.set()
+                buffered.append(samples)
+                if time.monotonic() - flushed_at >= _FLUSH_PERIOD_S:
+                    self._flush(buffered)
+                    flushed_at = time.monotonic()
+            raise TransientError(f"{self._task.host}: the host agent ended the samples")
+        finally:
+            self._flush(buffered)
+
+    def _flush(self, buffered: list[host_pb2.SampleSet]) -> None:
+        columns = columns_of(buffered)
+        buffered.clear()
+        if len(columns["guest"]):
+            self._post(
+                Samples(host=self._task.host, trial_id=self._trial.trial_id, columns=columns)
+            )
+
+    async def _script(self) -> None:
+        await self._wait_watching()
+        await self._on_all(self._create)
+        margin_s = _MARGIN_PERIODS * self._spec.sample_period_s
+        await asyncio.sleep(margin_s)
+        for i, step in enumerate(self._task.steps):
+            await self._run_phase(i, step)
+        self._announce("verify", 0.0)
+        await self._on_all(self._verify)
+        await asyncio.sleep(margin_s)
+        await self._on_all(self._destroy)
+
+    async def _wait_watching(self) -> None:
+        try:
+            await asyncio.wait_for(self._watching.wait(), _FIRST_SAMPLE_TIMEOUT_S)
+        except TimeoutError:
+            raise TransientError(f"{self._task.host}: no samples from the host agent") from None
+
+    async def _run_phase(self, index: int, step: Step) -> None:
+        self._announce(step.title, step.hold_s)
+        await self._on_all(lambda guest: self._step(guest, index, step))
+        if step.settle and self._trial.arm.method is not Method.NONE:
+            await self._on_all(self._settle)
+        await asyncio.sleep(step.hold_s)
+
+    async def _create(self, guest: GuestTask) -> None:
+        await self._client.create_guest(
+            host_pb2.CreateGuestRequest(
+                command=self._command(), name=guest.name, spec=guest_spec(self._task)
+            )
+        )
+
+    async def _step(self, guest: GuestTask, index: int, step: Step) -> None:
+        size_bytes = step.size_bytes(self._held_bytes[guest.name], self._spec.guests.memory_bytes)
+        request = host_pb2.RunStepRequest(seed=guest.step_seeds[index])
+        if step.allocate is not None:
+            request.allocate_bytes = size_bytes
+        else:
+            request.free_bytes = size_bytes
+        await self._run_step(guest, request, "free" if step.free else "allocate")
+
+    async def _verify(self, guest: GuestTask) -> None:
+        await self._run_step(guest, host_pb2.RunStepRequest(verify=True), "verify")
+
+    async def _run_step(
+        self, guest: GuestTask, request: host_pb2.RunStepRequest, kind: str
+    ) -> None:
+        request.command.CopyFrom(self._command())
+        request.guest_name = guest.name
+        done = await self._client.run_step(request)
+        self._held_bytes[guest.name] = done.held_bytes
+        self._post(
+            StepDone(
+                host=self._task.host,
+                trial_id=self._trial.trial_id,
+                guest=guest.name,
+                at_unix_us=done.done_at_unix_us,
+                kind=kind,
+                changed_bytes=done.changed_bytes,
+                held_bytes=done.held_bytes,
+                verified_pages=done.verified_pages,
+                wrong_pages=done.wrong_pages,
+                duration_us=done.duration_us,
+            )
+        )
+
+    async def _settle(self, guest: GuestTask) -> None:
+        started_us = _now_us()
+        settled = await self._client.settle(guest.name)
+        ended_us = _now_us()
+        self._post(
+            GuestSettled(
+                host=self._task.host,
+                trial_id=self._trial.trial_id,
+                guest=guest.name,
+                at_unix_us=ended_us,
+                batches=settled.batches,
+                hinted_bytes=settled.hinted_bytes,
+                duration_us=ended_us - started_us,
+            )
+        )
+
+    async def _destroy(self, guest: GuestTask) -> None:
+        closed = await self._client.destroy_guest(
+            host_pb2.DestroyGuestRequest(command=self._command(), name=guest.name)
+        )
+        self._post(
+            GuestEnded(
+                host=self._task.host,
+                trial_id=self._trial.trial_id,
+                guest=guest.name,
+                at_unix_us=_now_us(),
+                provisioned_bytes=closed.ledger.provisioned_bytes,
+                reclaimed_now_bytes=closed.ledger.reclaimed_now_bytes,
+                refaulted_total_bytes=closed.ledger.refaulted_total_bytes,
+            )
+        )
+
+    async def _on_all(self, action: Callable[[GuestTask], Awaitable[None]]) -> None:
+        """Do it on all guests at once; the first error is raised when all are through."""
+        results = await asyncio.gather(
+            *(action(guest) for guest in self._task.guests), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _command(self) -> host_pb2.CommandId:
+        self._sequence += 1
+        return host_pb2.CommandId(
+            run_id=self._trial.run_id, trial_id=self._trial.trial_id, sequence=self._sequence
+        )
+
+    def _announce(self, title: str, hold_s: float) -> None:
+        self._post(
+            PhaseStarted(
+                host=self._task.host,
+                trial_id=self._trial.trial_id,
+                at_unix_us=_now_us(),
+                title=title,
+                hold_s=hold_s,
+            )
+        )
+
+    def _post(self, record: Samples | Event) -> None:
+        self.records.put_nowait(record)
+
+
+def guest_spec(task: HostTask) -> host_pb2.GuestSpec:
+    """What the guests of a trial are made of."""
+    arm, driver = task.trial.arm, task.spec.driver
+    return host_pb2.GuestSpec(
+        driver=driver_pb2(driver),
+        memory_bytes=task.spec.guests.memory_bytes,
+        method=host_pb2.Method.Value(arm.method.name),
+        hinting=_hinting_settings(driver, arm) if arm.method is Method.HINTING else None,
+        balloon=_balloon_settings(arm) if arm.method is Method.BALLOON else None,
+        kernel_parameters=arm.kernel_parameters,
+    )
+
+
+def _hinting_settings(driver: Driver, arm: Arm) -> host_pb2.HintingSettings:
+    parts = hinting_parts(driver, arm)
+    if parts is None:
+        raise InvalidInput(f"arm {arm.name}: the {driver} driver has no such tracker and isolator")
+    return host_pb2.HintingSettings(
+        isolator=parts[0],
+        tracker=parts[1],
+        chunk_order=arm.chunk_order,
+        policy=arm.policy,
+        report_period_ms=round(arm.report_period_s * 1000),
+        threshold_chunks=arm.threshold_chunks,
+        cold_after_ms=round(arm.cold_after_s * 1000),
+        pressure_percent=arm.pressure_above_percent,
+    )
+
+
+def _balloon_settings(arm: Arm) -> host_pb2.BalloonSettings:
+    return host_pb2.BalloonSettings(
+        reserve_percent=arm.reserve_percent, step_percent=arm.step_percent
+    )
+
+
+def driver_pb2(driver: Driver) -> host_pb2.Driver.ValueType:
+    """The driver as the control API names it."""
+    return host_pb2.EMBEDDED if driver is Driver.EMBEDDED else host_pb2.LIBVIRT
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000

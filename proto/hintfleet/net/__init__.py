@@ -1,0 +1,1 @@
+"""Addresses, channels and TLS of all programs."""

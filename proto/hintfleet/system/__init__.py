@@ -1,0 +1,1 @@
+"""Files, processes and limits of this machine."""
