@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # What needs gRPC is imported late: until `program.prepare`, Ctrl-C would show a traceback.
-from hintfleet import __version__, program
+from hintfleet import __version__, logs, program
 
 _DESCRIPTION = """\
 Make guests, reclaim the memory that they hint, keep the books, and serve the control API.
@@ -54,6 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
     elif arguments.leaks or arguments.clean:
         print(json.dumps(_leaks(arguments), indent=2))
     else:
+        logs.configure(arguments.log_level, arguments.log_format, host=arguments.name)
         asyncio.run(_serve(arguments))
 
 
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--doctor", action="store_true", help="print what this host can run, as JSON, and exit")
     add("--leaks", action="store_true", help="print what a crash left on this host, as JSON")
     add("--clean", action="store_true", help="remove what --leaks finds, and print it")
+    logs.add_options(parser)
     add("--version", action="version", version=f"hintfleet-host {__version__}")
     return parser
 
@@ -220,9 +222,16 @@ async def _serve(arguments: argparse.Namespace) -> None:
                 os.close(arguments.ready_fd)
             else:
                 print(f"hintfleet-host {__version__}: serving on {served.control}", file=sys.stderr)
-            await stop.wait()
+            await _until_stopped(stop, served.failure)
             if unwanted.is_set():  # whoever wanted guests is gone, so they need not survive
                 await served.registry.end_all()
+
+
+async def _until_stopped(stop: asyncio.Event, failure: asyncio.Future[None]) -> None:
+    failure.add_done_callback(lambda _: stop.set())
+    await stop.wait()
+    if failure.done():
+        failure.result()
 
 
 def _lifeline(fd: int, *events: asyncio.Event) -> None:

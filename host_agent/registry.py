@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,19 +17,22 @@ from hintfleet.errors import (
     NotFound,
     Refused,
 )
+from hintfleet.logs import fields
 from hintfleet.system.machine_limits import total_memory
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
 from host_agent.guests.driver import GuestDriver, GuestRequest
-from host_agent.persistence.database import GuestRecord, State
-from host_agent.persistence.saver import Keeper
+from host_agent.persistence.database import Database, GuestRecord
+from host_agent.persistence.saver import Saver
 from host_agent.resizing import check_maximum
 from host_agent.session.gate import Epochs
 from host_agent.threads import in_driver_thread
 
 _T = TypeVar("_T")
+
+_log = logging.getLogger("hintfleet.host.registry")
 
 READY_TIMEOUT_S: Mapping[host_pb2.Driver.ValueType, float] = {
     host_pb2.EMBEDDED: 30.0,
@@ -47,11 +50,11 @@ class Registry:
     def __init__(
         self,
         drivers: Mapping[host_pb2.Driver.ValueType, GuestDriver],
-        state: State | None = None,
+        state: Database | None = None,
     ) -> None:
         """:param state: where guests are kept that outlive this process."""
         self.drivers = drivers
-        self.keeper = Keeper(state)
+        self.saver = Saver(state)
         self.epochs = Epochs()
         self.observing = CpuMeter()
         """What samples cost, and audits that serve nothing else."""
@@ -101,10 +104,10 @@ class Registry:
         self._check_new(name, trial_id, spec)
         token = secrets.token_hex(16)
         guest = self._add(name, self._checked_uuid(guest_uuid), token, trial_id, spec)
-        guest.making = asyncio.create_task(self._make(guest))
+        guest.creation = asyncio.create_task(self._make(guest))
         try:
             # Shielded: a domain that is being made cannot be called back.
-            await asyncio.shield(guest.making)
+            await asyncio.shield(guest.creation)
             await guest.ready(READY_TIMEOUT_S[spec.driver])
         except GuestLost as error:
             evidence = guest.evidence()
@@ -126,7 +129,7 @@ class Registry:
             token=token,
             trial_id=trial_id,
             spec=spec,
-            keeper=self.keeper,
+            saver=self.saver,
             observing=self.observing,
         )
         return guest
@@ -160,7 +163,7 @@ class Registry:
         except OSError as error:  # no descriptors, no processes, no room
             raise Refused(f"guest {guest.name} cannot be made: {error}") from error
         guest.started(running)
-        await self.keeper.save(guest)
+        await self.saver.save(guest)
 
     async def destroy(self, name: str) -> host_pb2.Ledger:
         """End a guest and return its closed books.
@@ -175,7 +178,7 @@ class Registry:
         ledger = await guest.close()
         if self._guests.get(guest.name) is guest:
             del self._guests[guest.name]
-            await self.keeper.forget(guest)
+            await self.saver.forget(guest)
         return ledger
 
     # Guests of an earlier host agent
@@ -261,8 +264,8 @@ class Registry:
         ended = await asyncio.gather(*(self._end(g) for g in guests), return_exceptions=True)
         for guest, error in zip(guests, ended, strict=True):
             if isinstance(error, HintfleetError):
-                print(
-                    f"hintfleet-host: guest {guest.name} is still there: {error}", file=sys.stderr
+                _log.error(
+                    "guest cannot be ended", extra=fields(guest=guest.name, reason=error.message)
                 )
 
     # Commands

@@ -9,7 +9,6 @@ host never drops anything that a guest still uses, and hinting goes on meanwhile
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from hintfleet.errors import (
     GuestLost,
@@ -23,11 +22,9 @@ from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
+from host_agent.guest import Guest
+from host_agent.guests.driver import RunningGuest
 from host_agent.threads import in_driver_thread
-
-if TYPE_CHECKING:
-    from host_agent.guest import Guest
-    from host_agent.guests.driver import RunningGuest
 
 SECTION_BYTES = 128 * MIB
 """What memory comes and goes in: a section of sparse memory on x86-64."""
@@ -78,7 +75,8 @@ def _check_step(name: str, spec: host_pb2.GuestSpec, memory_bytes: int) -> None:
 
 
 async def resize(guest: Guest, memory_bytes: int) -> None:
-    """Plug or unplug memory until the guest has `memory_bytes`.
+    """Plug or unplug memory until the guest has `memory_bytes`. The work goes on if the caller is
+    cancelled, so that it never stays half done.
 
     :raises InvalidInput: as `check`.
     :raises Refused: as `check`; or the guest uses what is to go, or the driver cannot give
@@ -89,6 +87,10 @@ async def resize(guest: Guest, memory_bytes: int) -> None:
     :raises OutcomeUnknown: its agent did not answer; it is safe to ask again.
     """
     check(guest.name, guest.spec, memory_bytes)
+    await guest.tasks.finish(_resize(guest, memory_bytes))
+
+
+async def _resize(guest: Guest, memory_bytes: int) -> None:
     async with guest.resize_lock:
         there = await in_driver_thread(_running(guest).plugged)
         if left := guest.memory.plugged_pages - there:  # after we had given up waiting for it
@@ -106,7 +108,7 @@ async def _grow(guest: Guest, size_bytes: int) -> None:
     running = _running(guest)
     pages = await guest.plugged(await in_driver_thread(running.plug, size_bytes))
     try:
-        await guest.keeper.save(guest)  # whoever adopts the guest must know what it may use
+        await guest.saver.save(guest)  # whoever adopts the guest must know what it may use
         await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=encode(pages))))
     except (Refused, TransientError):  # only then is it sure that the guest does not use it
         await _take(guest, running, pages)
@@ -149,4 +151,4 @@ async def _tell(guest: Guest, command: pb.WorkloadCommand) -> None:
         command.command_id = number
         return command
 
-    await guest.run_step(numbered)
+    await guest.sessions.run_step(numbered)

@@ -14,6 +14,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from socket import AF_UNIX, socket
 
@@ -40,10 +41,10 @@ from host_agent.auditor import audit_when_due
 from host_agent.guests.driver import GuestDriver, Survival
 from host_agent.guests.embedded import EmbeddedDriver
 from host_agent.guests.libvirt.driver import LibvirtDriver
-from host_agent.persistence.database import State, opened
+from host_agent.persistence.database import Database, opened
 from host_agent.pressure.loop import Pressure
 from host_agent.registry import Registry
-from host_agent.session.guest_address import Door, open_door, open_lasting_door
+from host_agent.session.guest_address import GuestAddress, open_address, open_lasting_address
 
 _GUEST_LOOPBACK = "10.0.2.2"
 """The host's loopback as a guest on user-mode networking (slirp) sees it."""
@@ -99,11 +100,16 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """Where a started agent is reached, and its registry."""
+    """Where a started agent is reached, and its registry.
+
+    :ivar failure: gets the error that one of the agent's loops ended with: a bug, after which
+        the agent must not go on.
+    """
 
     control: str
     guest: str
     registry: Registry
+    failure: asyncio.Future[None]
 
 
 @asynccontextmanager
@@ -122,9 +128,9 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
 
 
 @asynccontextmanager
-async def _serving(settings: Settings, state: State | None) -> AsyncIterator[Serving]:
+async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[Serving]:
     guest_server = aio.server(options=GUEST_OPTIONS)
-    door = _open_guest_door(guest_server, settings, state)
+    door = _open_guest_address(guest_server, settings, state)
     control_server = aio.server(options=_CONTROL_OPTIONS, interceptors=[ForOperators()])
     if socket_file := socket_path(check_address(settings.listen)):
         _refuse_if_taken(socket_file)
@@ -139,11 +145,14 @@ async def _serving(settings: Settings, state: State | None) -> AsyncIterator[Ser
     await control_server.start()
     pressure = Pressure(lambda: registry.guests, settings.memory_budget_bytes)
     audits = audit_when_due(lambda: registry.guests, registry.observing)
-    loops = [asyncio.create_task(loop) for loop in (pressure.run(), registry.keeper.run(), audits)]
+    loops = [asyncio.create_task(loop) for loop in (pressure.run(), registry.saver.run(), audits)]
+    failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     for task in loops:
-        task.add_done_callback(_tell_end)
+        task.add_done_callback(partial(_tell_failure, failure))
     try:
-        yield Serving(control=control_address, guest=door.address, registry=registry)
+        yield Serving(
+            control=control_address, guest=door.address, registry=registry, failure=failure
+        )
     finally:
         for task in loops:
             task.cancel()
@@ -180,23 +189,27 @@ def _refuse_if_taken(path: Path) -> None:
     )
 
 
-def _tell_end(task: asyncio.Task[None]) -> None:
-    """A loop ends with the agent; one that ends before has met a bug, which must be told."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        context = {"message": "a loop of the host agent has ended", "exception": error}
-        task.get_loop().call_exception_handler(context)
+def _tell_failure(failure: asyncio.Future[None], task: asyncio.Task[None]) -> None:
+    """Have a loop that met a bug end the agent: without it, audits, allowances or saved books
+    would be missing, and nobody would know."""
+    if task.cancelled() or failure.done():
+        return
+    failure.set_exception(task.exception() or RuntimeError(f"{task.get_name()} has returned"))
+    failure.exception()  # else asyncio logs it once more where nobody waits for it
 
 
-def _open_guest_door(server: aio.Server, settings: Settings, state: State | None) -> Door:
+def _open_guest_address(
+    server: aio.Server, settings: Settings, state: Database | None
+) -> GuestAddress:
     if state is None:
-        return open_door(server, settings.guest_listen, settings.guest_tls)
-    door = open_lasting_door(server, settings.guest_listen, settings.guest_tls, state.door())
+        return open_address(server, settings.guest_listen, settings.guest_tls)
+    door = open_lasting_address(server, settings.guest_listen, settings.guest_tls, state.door())
     state.set_door(door)
     return door
 
 
 def _drivers(
-    settings: Settings, door: Door, state: State | None
+    settings: Settings, door: GuestAddress, state: Database | None
 ) -> dict[host_pb2.Driver.ValueType, GuestDriver]:
     survival = None
     if state is not None:

@@ -17,6 +17,7 @@ from hintfleet.v1.host_pb2_grpc import HostServiceServicer
 from host_agent.api.grpc_calls import Context, abort
 from host_agent.api.sampling import Rest, sample_set
 from host_agent.registry import Registry
+from host_agent.resizing import resize
 from host_agent.threads import in_driver_thread
 from host_agent.waking import WAKE_S, next_wake_s, sleep_until
 
@@ -67,12 +68,12 @@ class ControlService(HostServiceServicer):
     ) -> host_pb2.Guest:
         """Plug or unplug memory."""
 
-        async def resize() -> host_pb2.Guest:
+        async def resized() -> host_pb2.Guest:
             guest = self._registry.get(request.name)
-            await guest.resize(request.memory_bytes)
+            await resize(guest, request.memory_bytes)
             return await guest.as_pb2()
 
-        return await self._once(request.command, resize, context)
+        return await self._once(request.command, resized, context)
 
     async def DestroyGuest(
         self, request: host_pb2.DestroyGuestRequest, context: Context
@@ -98,7 +99,7 @@ class ControlService(HostServiceServicer):
 
         async def run() -> host_pb2.RunStepResponse:
             guest = self._registry.get(request.guest_name)
-            done = await guest.run_step(
+            done = await guest.sessions.run_step(
                 lambda number: _command(request, number), command_id=_number_of(request.command)
             )
             if request.verify:
@@ -125,7 +126,7 @@ class ControlService(HostServiceServicer):
                 settled = await guest.settle()
             ledger = await guest.ledger()
             # What an experiment reckons with: no restart may take it back.
-            await guest.keeper.save(guest)
+            await guest.saver.save(guest)
             return host_pb2.SettleResponse(
                 batches=settled.batches,
                 hinted_bytes=settled.hinted_pages * PAGE_BYTES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn, TypeVar
@@ -12,12 +13,14 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from hintfleet.errors import HintfleetError, InvalidInput, to_status
+from hintfleet.errors import HintfleetError, InvalidInput, TransientError, to_status
 from hintfleet.net.tls import Role, check_role
 from host_agent.session.stream import Stream
 
 Context = aio.ServicerContext[Any, Any]
 _M = TypeVar("_M")
+
+_log = logging.getLogger("hintfleet.host.api")
 
 
 async def abort(context: Context, error: HintfleetError) -> NoReturn:
@@ -105,5 +108,9 @@ async def _read_then_end(stream: Stream, reader: Coroutine[object, object, None]
         await reader
     except HintfleetError as error:
         stream.end(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the guest must hear of it
+        # A stream whose messages nobody reads any more would look alive to its guest.
+        _log.error("reading a stream failed", exc_info=error)
+        stream.end(TransientError(f"the host agent failed: {type(error).__name__}"))
     else:
         stream.end()

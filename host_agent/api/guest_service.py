@@ -22,7 +22,7 @@ from host_agent.api.grpc_calls import Context, abort, ended_by, received, show_o
 from host_agent.guest import Guest
 from host_agent.registry import Registry
 from host_agent.session.gate import LIMITS, Batch
-from host_agent.session.pending_streams import Anteroom
+from host_agent.session.pending_streams import PendingStreams
 from host_agent.session.stream import Stream
 from host_agent.session.validation import check_done, check_hello, check_telemetry
 
@@ -37,7 +37,7 @@ class GuestService(HintingServiceServicer):
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._anteroom = Anteroom(_MOST_WITHOUT_IDENTITY, _FIRST_MESSAGE_S)
+        self._pending_streams = PendingStreams(_MOST_WITHOUT_IDENTITY, _FIRST_MESSAGE_S)
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.GuestMessage], context: Context
@@ -49,16 +49,16 @@ class GuestService(HintingServiceServicer):
             guest = await self._admitted(hello.identity, context)
             with _held_to_account(guest), _stream(guest, context) as stream:
                 check_hello(hello)
-                session = guest.connect_hinting(stream, self._registry.epochs)
+                session = guest.sessions.connect_hinting(stream, self._registry.epochs)
                 try:
                     welcome = await stream.next()
-                    await guest.keeper.save(guest)  # its epoch is known before it is used
+                    await guest.saver.save(guest)  # its epoch is known before it is used
                     yield welcome  # type: ignore[misc]
                     async with ended_by(stream, _read_session(guest, session, messages)):
                         while (message := await stream.next()) is not None:
                             yield message  # type: ignore[misc]
                 finally:
-                    guest.leave_hinting(session)
+                    guest.sessions.leave_hinting(session)
         except HintfleetError as error:
             await abort(context, error)
 
@@ -71,20 +71,20 @@ class GuestService(HintingServiceServicer):
             attach = (await self._first(events, "attach")).attach
             guest = await self._admitted(attach.identity, context)
             with _held_to_account(guest), _stream(guest, context) as stream:
-                guest.attach_workload(stream)
+                guest.sessions.attach_workload(stream)
                 try:
                     async with ended_by(stream, _read_done(guest, events)):
                         while (message := await stream.next()) is not None:
                             yield message  # type: ignore[misc]
                 finally:
-                    guest.leave_workload(stream)
+                    guest.sessions.leave_workload(stream)
         except HintfleetError as error:
             await abort(context, error)
 
     async def _first(self, messages: AsyncIterator[_M], kind: str) -> _M:
         """The first message of a stream, which must be of this kind and come soon."""
         try:
-            async with self._anteroom.place():
+            async with self._pending_streams.place():
                 first = await anext(messages)
         except TimeoutError:  # the link's fault, or ours: no reason to give the guest up
             raise TransientError(
@@ -107,17 +107,17 @@ class GuestService(HintingServiceServicer):
             if peer is not None and peer.guest_uuid != identity.guest_uuid:
                 raise Refused(f"the certificate is not that of guest {identity.guest_uuid}")
             guest = self._registry.authenticate(identity)
-            guest.conduct.may_open(time.monotonic())
+            guest.sessions.conduct.may_open(time.monotonic())
         except HintfleetError:
             with contextlib.suppress(TimeoutError):
-                async with self._anteroom.place():
+                async with self._pending_streams.place():
                     await asyncio.sleep(_REFUSAL_S)
             raise
         return guest
 
 
 def _stream(guest: Guest, context: Context) -> Stream:
-    return Stream(lambda error: show_out(context, error), guest.conduct.opened())
+    return Stream(lambda error: show_out(context, error), guest.sessions.conduct.opened())
 
 
 @contextlib.contextmanager
@@ -136,12 +136,12 @@ async def _read_session(
     async for message in _paced(guest, messages):
         kind = message.WhichOneof("message")
         if kind == "batch":
-            guest.batch_arrived(session, _received(message.batch))
+            guest.sessions.batch_arrived(session, _received(message.batch))
         elif kind == "settled":
-            guest.answer(message.settled.request_id, message.settled)
+            guest.sessions.answer(message.settled.request_id, message.settled)
         elif kind == "telemetry":
             check_telemetry(message.telemetry, guest.most_memory_bytes)
-            guest.telemetry = message.telemetry
+            guest.sessions.telemetry = message.telemetry
         else:
             raise InvalidInput(f"a session cannot carry {kind or 'an empty message'} here")
 
@@ -152,9 +152,9 @@ async def _paced(guest: Guest, messages: AsyncIterator[_M]) -> AsyncIterator[_M]
     async for message in messages:
         now_s = time.monotonic()
         if isinstance(message, pb.GuestMessage) and message.HasField("batch"):
-            wait_s = guest.conduct.heard_batch(len(message.batch.ranges), now_s)
+            wait_s = guest.sessions.conduct.heard_batch(len(message.batch.ranges), now_s)
         else:
-            wait_s = guest.conduct.heard(now_s)
+            wait_s = guest.sessions.conduct.heard(now_s)
         yield message
         if wait_s:
             await asyncio.sleep(wait_s)
@@ -175,4 +175,4 @@ async def _read_done(guest: Guest, events: AsyncIterator[pb.WorkloadEvent]) -> N
         if event.WhichOneof("event") != "done":
             raise InvalidInput("a workload stream carries only done after attach")
         check_done(event.done, guest.most_memory_bytes)
-        guest.answer(event.done.command_id, event.done)
+        guest.sessions.answer(event.done.command_id, event.done)

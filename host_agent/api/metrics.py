@@ -85,8 +85,8 @@ class LedgerCollector(Collector):
             "hintfleet_guest_barred", "1 while the guest is kept out", labels=("guest", "trial")
         )
         for guest in guests:
-            violations.add_metric((guest.name, guest.trial_id), guest.conduct.violations)
-            barred.add_metric((guest.name, guest.trial_id), guest.conduct.barred(now_s))
+            violations.add_metric((guest.name, guest.trial_id), guest.sessions.conduct.violations)
+            barred.add_metric((guest.name, guest.trial_id), guest.sessions.conduct.banned(now_s))
         yield from (violations, barred)
 
 

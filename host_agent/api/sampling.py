@@ -29,7 +29,7 @@ def sample_set(guests: Iterable[Guest], observing: CpuMeter) -> host_pb2.SampleS
 
 
 def _sample(guest: Guest) -> host_pb2.Sample:
-    told = guest.telemetry
+    told = guest.sessions.telemetry
     return host_pb2.Sample(
         guest_name=guest.name,
         ledger=guest.memory.books_now(),
@@ -37,7 +37,7 @@ def _sample(guest: Guest) -> host_pb2.Sample:
         agent_rss_bytes=told.agent_rss_bytes,
         tracker_bytes=told.tracker_bytes,
         guest_free_bytes=told.free_bytes,
-        refusals=guest.refusals,
+        refusals=guest.sessions.refusals,
         process_cpu_us=_cpu_us(guest.running.pid) if guest.running else 0,
     )
 

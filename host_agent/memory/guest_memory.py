@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from hintfleet.errors import GuestLost, Refused
 from hintfleet.ranges import EMPTY, RangeSet
@@ -21,6 +22,8 @@ from host_agent.memory.ledger import Books, Ledger
 from host_agent.memory.page_map import NO_PAGES, PageMap
 from host_agent.memory.ram import GuestRam, Look, Segment
 from host_agent.memory.reclaim import Outcome, reclaim, skip
+
+_T = TypeVar("_T")
 
 _LIGHT_RANGES, _LIGHT_SPAN_PAGES, _LIGHT_PAGES = 8, 8192, 256
 _SLICE_S = 0.01
@@ -94,6 +97,11 @@ class GuestMemory:
         if self._open is None:
             raise GuestLost(f"guest {self._name} does not run")
         return self._open
+
+    async def run_alone(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Do work that says "Alone", and return what it returns."""
+        async with self.alone:
+            return await work
 
     # Batches
 

@@ -36,7 +36,7 @@ from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import Handle
 from host_agent.memory.ledger import Books
 from host_agent.memory.page_map import PageMap
-from host_agent.session.guest_address import Door
+from host_agent.session.guest_address import GuestAddress
 
 _LOCK_TIMEOUT_S = 1.0
 """For a holder that lives: it may be on its way out."""
@@ -81,7 +81,7 @@ class GuestRecord:
     books: Books
 
 
-class State:
+class Database:
     """An open state folder. Methods block, and may be called from any thread.
 
     :ivar guests_folder: for the guests' own files, a folder each.
@@ -112,14 +112,14 @@ class State:
         if verdict != "ok":
             raise self._unusable(f"is damaged: {verdict}")
 
-    def door(self) -> Door | None:
+    def door(self) -> GuestAddress | None:
         """Where guests of an earlier host agent look for it; None if there was none.
 
         :raises Refused: the file is damaged.
         """
         with self._damage_is_said():
             row = self._db.execute("SELECT socket, address FROM door").fetchone()
-        return Door(socket=row[0], address=row[1]) if row else None
+        return GuestAddress(socket=row[0], address=row[1]) if row else None
 
     def guests(self) -> list[GuestRecord]:
         """All guests that were saved and not forgotten.
@@ -129,7 +129,7 @@ class State:
         with self._damage_is_said():
             return [_record(*row) for row in self._db.execute("SELECT * FROM guest")]
 
-    def set_door(self, door: Door) -> None:
+    def set_door(self, door: GuestAddress) -> None:
         """Say where guests find the host agent from now on.
 
         :raises TransientError: the disk is full, or the like; so do `save` and `forget`.
@@ -180,7 +180,7 @@ class State:
 
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[State]:
+def opened(folder: Path) -> Iterator[Database]:
     """The state in `folder`, which is made if need be; for nobody else until the block ends.
 
     :raises Refused: another host agent has it, it is damaged, or it cannot be made.
@@ -193,7 +193,7 @@ def opened(folder: Path) -> Iterator[State]:
                 folder.chmod(_FOLDER_MODE)
             stack.enter_context(_locked(folder / "lock"))
             _remove_all_but(boot, folder)
-            state = State(folder / boot)
+            state = Database(folder / boot)
         except OSError as error:
             raise Refused(
                 f"cannot keep state in {folder}: {error.strerror}",

@@ -8,17 +8,20 @@ its Welcome, for nothing else could tell it.
 from __future__ import annotations
 
 import asyncio
-import sys
+import logging
 from collections.abc import Collection, Coroutine
 from typing import Any, Protocol
 
 from hintfleet.errors import TransientError
-from host_agent.persistence.database import GuestRecord, State
+from hintfleet.logs import fields
+from host_agent.persistence.database import Database, GuestRecord
 
 _SHORTEST_PERIOD_S = 0.1
 
+_log = logging.getLogger("hintfleet.host.persistence")
 
-class Kept(Protocol):
+
+class Saved(Protocol):
     """A guest, as far as it is kept."""
 
     name: str
@@ -27,19 +30,19 @@ class Kept(Protocol):
         """What an adopting host agent needs to know; None while there is nothing to adopt."""
 
 
-class Keeper:
+class Saver:
     """Saves guests that have changed; without a state, it does nothing."""
 
-    def __init__(self, state: State | None) -> None:
+    def __init__(self, state: Database | None) -> None:
         self._state = state
-        self._changed: dict[str, Kept] = {}
+        self._changed: dict[str, Saved] = {}
         self._something = asyncio.Event()
         # One write at a time, so that what is forgotten is not saved by an earlier one. A
         # thread that writes cannot be called back, so no caller's end ends a write.
         self._order = asyncio.Lock()
         self._writes: set[asyncio.Task[None]] = set()
 
-    def changed(self, guest: Kept) -> None:
+    def changed(self, guest: Saved) -> None:
         """This guest is to be saved soon."""
         if self._state is not None:
             self._changed[guest.name] = guest
@@ -52,7 +55,7 @@ class Keeper:
             try:
                 await self.save_changed()
             except TransientError as error:
-                print(f"hintfleet-host: {error}", file=sys.stderr, flush=True)
+                _log.error("books cannot be saved", extra=fields(reason=error.message))
             await asyncio.sleep(_SHORTEST_PERIOD_S)
 
     async def save_changed(self) -> None:
@@ -64,14 +67,14 @@ class Keeper:
         if not self._changed:
             self._something.clear()
 
-    async def save(self, guest: Kept) -> None:
+    async def save(self, guest: Saved) -> None:
         """Save one guest now.
 
         :raises TransientError: it cannot be written.
         """
         await self._save((guest,))
 
-    async def forget(self, guest: Kept) -> None:
+    async def forget(self, guest: Saved) -> None:
         """A guest has ended, and nothing is to be known of it.
 
         :raises TransientError: it cannot be written: it will be found to have ended later.
@@ -79,15 +82,15 @@ class Keeper:
         if self._state is not None:
             await self._write(self._forget(self._state, guest.name))
 
-    async def _forget(self, state: State, name: str) -> None:
+    async def _forget(self, state: Database, name: str) -> None:
         self._changed.pop(name, None)
         await asyncio.to_thread(state.forget, name)
 
-    async def _save(self, guests: Collection[Kept]) -> None:
+    async def _save(self, guests: Collection[Saved]) -> None:
         if self._state is not None:
             await self._write(self._save_all(self._state, guests))
 
-    async def _save_all(self, state: State, guests: Collection[Kept]) -> None:
+    async def _save_all(self, state: Database, guests: Collection[Saved]) -> None:
         for guest in guests:
             self._changed.pop(guest.name, None)
         records = [record for guest in guests if (record := guest.record()) is not None]

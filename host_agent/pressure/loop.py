@@ -9,7 +9,6 @@ from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from host_agent.guest import Guest
 from host_agent.pressure.policy import GuestView, Hold, HostView, Suggestion, suggest
-from host_agent.session.messages import policy_of
 from host_agent.waking import next_wake_s, sleep_until
 
 PERIOD_S = 0.5
@@ -64,8 +63,8 @@ def _view(guest: Guest, ledger: host_pb2.Ledger) -> GuestView:
     return GuestView(
         name=guest.name,
         # What is absent is free in the guest; the rest of its free memory is resident.
-        can_give_bytes=max(0, guest.telemetry.free_bytes - absent_bytes),
-        chunk_bytes=PAGE_BYTES << guest.chunk_order,
+        can_give_bytes=max(0, guest.sessions.telemetry.free_bytes - absent_bytes),
+        chunk_bytes=PAGE_BYTES << guest.sessions.chunk_order,
         reclaimed_total_bytes=ledger.reclaimed_total_bytes,
         refaulted_total_bytes=ledger.refaulted_total_bytes,
     )
@@ -73,5 +72,5 @@ def _view(guest: Guest, ledger: host_pb2.Ledger) -> GuestView:
 
 def _carry_out(guest: Guest, suggestion: Suggestion) -> None:
     if suggestion.reason is not None:
-        guest.refusals[suggestion.reason.value] += 1
-    guest.tell_policy(policy_of(guest.spec.hinting, suggestion.allowance_bytes))
+        guest.sessions.refusals[suggestion.reason.value] += 1
+    guest.sessions.tell_allowance(suggestion.allowance_bytes)

@@ -16,7 +16,7 @@ from hintfleet.net.tls import Tls, listen
 
 
 @dataclass(frozen=True, kw_only=True)
-class Door:
+class GuestAddress:
     """Addresses that guests are told.
 
     :ivar socket: `unix-abstract:NAME`, for processes of this host.
@@ -27,7 +27,7 @@ class Door:
     address: str
 
 
-def open_door(server: aio.Server, address: str, tls: Tls | None) -> Door:
+def open_address(server: aio.Server, address: str, tls: Tls | None) -> GuestAddress:
     """Have the guests' server listen at `address` and at a socket of its own.
 
     :raises Refused, InvalidInput: as hintfleet.net.tls.listen.
@@ -35,23 +35,25 @@ def open_door(server: aio.Server, address: str, tls: Tls | None) -> Door:
     # Abstract: it has no file, so nothing is left behind however this process ends.
     # Anybody on this host can reach it; what counts is a guest's token.
     name = f"unix-abstract:hintfleet-{secrets.token_hex(16)}"
-    return Door(socket=listen(server, name, None), address=listen(server, address, tls))
+    return GuestAddress(socket=listen(server, name, None), address=listen(server, address, tls))
 
 
-def open_lasting_door(
-    server: aio.Server, address: str, tls: Tls | None, earlier: Door | None
-) -> Door:
+def open_lasting_address(
+    server: aio.Server, address: str, tls: Tls | None, earlier: GuestAddress | None
+) -> GuestAddress:
     """The same, at the `earlier` door if there was one; port 0 stands for any.
 
     :raises Refused, InvalidInput: as hintfleet.net.tls.listen.
     """
     host, _, port = address.rpartition(":")
     if earlier is None:
-        return open_door(server, f"{host}:{_lasting_port(host)}" if port == "0" else address, tls)
+        return open_address(
+            server, f"{host}:{_lasting_port(host)}" if port == "0" else address, tls
+        )
     if port == "0":
         address = f"{host}:{earlier.address.rpartition(':')[2]}"
     try:
-        return Door(
+        return GuestAddress(
             socket=listen(server, earlier.socket, None), address=listen(server, address, tls)
         )
     except Refused as error:

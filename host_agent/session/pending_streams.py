@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Anteroom:
+class PendingStreams:
     """Room for so many streams, each for so long."""
 
     def __init__(self, places: int, longest_s: float) -> None:

@@ -47,11 +47,11 @@ STRIKES = 5
 STRIKES_WITHIN_S = 60.0
 """So many violations within so long, and the guest is kept out."""
 
-BARS_S = (10.0, 60.0, math.inf)
+BANS_S = (10.0, 60.0, math.inf)
 """For how long, the first, second and last time."""
 
 
-class Pace:
+class TokenBucket:
     """A token bucket, kept as what was taken out of it and has not come back yet."""
 
     def __init__(self, rate: Rate) -> None:
@@ -95,19 +95,19 @@ class Conduct:
         self._last = ""
         self._open_streams = 0
         self._strikes: deque[float] = deque(maxlen=STRIKES)
-        self._bars = 0
-        self._barred_until_s = -math.inf
-        self._batches = Pace(BATCHES)
-        self._messages = Pace(MESSAGES)
-        self._sessions = Pace(SESSIONS)
+        self._bans = 0
+        self._banned_until_s = -math.inf
+        self._batches = TokenBucket(BATCHES)
+        self._messages = TokenBucket(MESSAGES)
+        self._sessions = TokenBucket(SESSIONS)
 
     def may_open(self, now_s: float) -> None:
         """The guest opens a stream.
 
         :raises LimitExceeded: it must not, or not yet; says why.
         """
-        if now_s < self._barred_until_s:
-            raise LimitExceeded(f"kept out for {self._barred_until_s - now_s:.0f} s: {self}")
+        if now_s < self._banned_until_s:
+            raise LimitExceeded(f"kept out for {self._banned_until_s - now_s:.0f} s: {self}")
         if self._open_streams >= STREAMS:
             raise LimitExceeded(f"{STREAMS} streams are open, or never read to their end")
         if not self._sessions.take_if_there(now_s):
@@ -151,13 +151,13 @@ class Conduct:
         if len(self._strikes) < STRIKES or now_s - self._strikes[0] > STRIKES_WITHIN_S:
             return False
         self._strikes.clear()
-        self._barred_until_s = now_s + BARS_S[self._bars]
-        self._bars += 1
-        return self._barred_until_s == math.inf
+        self._banned_until_s = now_s + BANS_S[self._bans]
+        self._bans += 1
+        return self._banned_until_s == math.inf
 
-    def barred(self, now_s: float) -> bool:
+    def banned(self, now_s: float) -> bool:
         """Whether the guest is kept out now."""
-        return now_s < self._barred_until_s
+        return now_s < self._banned_until_s
 
     def __str__(self) -> str:
         """For people; empty if there is nothing to say."""

@@ -33,6 +33,8 @@ class Stream:
         self._abort = abort
         self._on_closed = on_closed
         self._ended = False
+        self.why_ended = "the guest closed it, or the link was cut"
+        """For people."""
         self._writer: asyncio.Task[object] | None = None
         self._last_words: asyncio.TimerHandle | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -65,6 +67,7 @@ class Stream:
         if self._ended:
             return
         self._ended = True
+        self.why_ended = error.message if error else "the host agent closed it"
         self._queue.put_nowait(_End(error))
         loop = asyncio.get_running_loop()
         self._last_words = loop.call_later(

@@ -116,22 +116,34 @@ _reports: list[str] = []
 
 def _tell_bug(error: BaseException, tell: Tell, *, fatal: bool = False) -> None:
     """:param fatal: the program ends by it, so that it is told however many there were."""
-    import traceback
-
     if len(_reports) >= _MOST_REPORTS and not fatal:
         return
+    found = bug_fields(error)
+    if "details" in found:
+        tell(
+            f"a bug in hintfleet: {found['bug']}\n  the details are in {found['details']}\n"
+            "  try: send that file, and what you did, to where you have hintfleet from"
+        )
+    else:
+        tell(f"a bug in hintfleet: {found['bug']}\n{found['trace']}")
+
+
+def bug_fields(error: BaseException) -> dict[str, str]:
+    """Say what went wrong as `bug`, and in which file its traceback is as `details`; where no
+    file can be written, the traceback itself is there as `trace`."""
+    import traceback
+
     what = traceback.format_exception_only(error)[-1].strip()
+    if len(_reports) > _MOST_REPORTS:
+        return {"bug": what, "details": _reports[-1]}
     report = _report("".join(traceback.format_exception(error)))
     try:
         _reports.append(_append(report))
     except OSError as failed:
         _reports.append("")
-        tell(f"a bug in hintfleet: {what}\n{report}  (no file can be written: {failed.strerror})")
-        return
-    tell(
-        f"a bug in hintfleet: {what}\n  the details are in {_reports[-1]}\n"
-        "  try: send that file, and what you did, to where you have hintfleet from"
-    )
+        trace = f"{report}  (no file can be written: {failed.strerror})"
+        return {"bug": what, "trace": trace}
+    return {"bug": what, "details": _reports[-1]}
 
 
 def _report(trace: str) -> str:

@@ -36,7 +36,7 @@ def host_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHost]:
     """With shorter times, and less room, than outside of tests."""
     monkeypatch.setattr(rate_limits, "FLOOD_S", 0.5)
     monkeypatch.setattr(rate_limits, "BATCHES", rate_limits.Rate(per_s=1e6, burst=1000))
-    monkeypatch.setattr(rate_limits, "BARS_S", (3.0, 0.1, float("inf")))
+    monkeypatch.setattr(rate_limits, "BANS_S", (3.0, 0.1, float("inf")))
     monkeypatch.setattr(guest_service, "_MOST_WITHOUT_IDENTITY", 8)
     monkeypatch.setattr(guest_service, "_FIRST_MESSAGE_S", 3600.0)
     monkeypatch.setattr(guest_service, "_REFUSAL_S", 0.05)
@@ -123,7 +123,7 @@ def test_telemetry_that_cannot_be(
     code, details = one.refusal()
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert f"{next(iter(telemetry))} is {next(iter(telemetry.values()))}" in details
-    assert host_agent.registry.get("g").telemetry == pb.Telemetry()
+    assert host_agent.registry.get("g").sessions.telemetry == pb.Telemetry()
 
 
 class WorkloadSpeaker:
@@ -150,9 +150,10 @@ def workload(host_agent: InProcessHost, identity: Identity) -> Iterator[Workload
     """In the place of the guest's own, which is held still."""
     pid = host_agent.guests()["g"].pid
     os.kill(pid, signal.SIGSTOP)
-    own = host_agent.registry.get("g")._workload
+    sessions = host_agent.registry.get("g").sessions
+    own = sessions._workload
     made = WorkloadSpeaker(host_agent.guest_address, identity)
-    wait_until(lambda: host_agent.registry.get("g")._workload is not own, "the other workload")
+    wait_until(lambda: sessions._workload is not own, "the other workload")
     yield made
     made.close()
     os.kill(pid, signal.SIGCONT)
@@ -188,7 +189,7 @@ def test_answers_that_nobody_asked_for_are_dropped(
         workload.done(command_id=command.command_id + 1, held_bytes=3 * MIB)
         workload.done(command_id=command.command_id, held_bytes=2 * MIB)
         assert step.result(HANG_S).held_bytes == 2 * MIB
-    assert host_agent.registry.get("g").conduct.violations == 0
+    assert host_agent.registry.get("g").sessions.conduct.violations == 0
 
 
 def test_a_guests_words_steer_no_terminal(
@@ -235,7 +236,7 @@ def test_a_flood_is_slowed_and_then_ended_with_the_reason(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "more than 20 messages per second for 0.5 s",
     )
-    assert host_agent.registry.get("flooder").conduct.violations == 1
+    assert host_agent.registry.get("flooder").sessions.conduct.violations == 1
     assert_served(host_agent)
 
 
@@ -247,11 +248,14 @@ def fill_unread(host_agent: InProcessHost, one: Speaker) -> None:
     # Outside of its RAM: each ack repeats all of the ranges.
     ranges = RangeSet(((1 << 30) + 1_000_001 * n, 1) for n in range(LIMITS.ranges_per_batch))
     for seq in range(1, 1000):
-        if not guest._sessions:
+        if not guest.sessions._by_session:
             return
         one.batch(epoch, seq, ranges)
         wait_until(
-            lambda: not guest._sessions or host_agent.guests()["g"].ledger.batches == before + seq,  # noqa: B023
+            lambda: (
+                not guest.sessions._by_session
+                or host_agent.guests()["g"].ledger.batches == before + seq  # noqa: B023
+            ),
             f"batch {seq} to be dealt with",
         )
     pytest.fail("acks pile up without a bound")
@@ -313,7 +317,7 @@ def test_sessions_in_a_loop_are_limited_with_the_reason(
 def test_who_breaks_the_rules_again_and_again_is_kept_out_then_dropped(
     host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
 ) -> None:
-    conduct = host_agent.registry.get("g").conduct
+    conduct = host_agent.registry.get("g").sessions.conduct
     for bars in range(3):
         for _ in range(rate_limits.STRIKES):
             assert misbehave(speaker(), identity)[0] is grpc.StatusCode.INVALID_ARGUMENT
@@ -323,7 +327,7 @@ def test_who_breaks_the_rules_again_and_again_is_kept_out_then_dropped(
             assert re.match(r"kept out for \d s: broke the protocol 5 times, the last: ", said)
             assert_served(host_agent)
         if bars < 2:
-            wait_until(lambda: not conduct.barred(time.monotonic()), "the bar to end")
+            wait_until(lambda: not conduct.banned(time.monotonic()), "the bar to end")
     with pytest.raises(grpc.RpcError) as caught:
         host_agent.verify()
     assert caught.value.code() is grpc.StatusCode.ABORTED
@@ -340,7 +344,7 @@ def test_a_wrong_token_is_not_held_against_the_guest(
         one = speaker()
         one.hello(identity[0], "0" * 32)
         assert one.refusal()[0] is grpc.StatusCode.FAILED_PRECONDITION
-    assert host_agent.registry.get("g").conduct.violations == 0
+    assert host_agent.registry.get("g").sessions.conduct.violations == 0
     one = speaker()
     one.hello(*identity)
     assert one.next().welcome.epoch

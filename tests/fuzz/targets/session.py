@@ -209,7 +209,7 @@ class _Host:
         while name not in {g.name for g in self.registry.guests if g.running is not None}:
             await asyncio.sleep(0)
         guest = self.registry.get(name)
-        guest.attach_workload(Stream())
+        guest.sessions.attach_workload(Stream())
         first = _Call(self.service)
         first.hello(guest)
         await making

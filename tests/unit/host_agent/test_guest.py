@@ -37,7 +37,7 @@ async def told_after_unplugging(ram: GuestRam, again: list[Segment]) -> object:
     guest = Guest(name="g", uuid="u", token="t", trial_id="t", spec=spec)
     guest.started(Running(ram))  # type: ignore[arg-type]
     stream = Stream()
-    guest.connect_hinting(stream, Epochs())
+    guest.sessions.connect_hinting(stream, Epochs())
     assert isinstance(await stream.next(), hinting_pb2.HostMessage), "the welcome"
     await guest.unplugged(DEVICE)
     if again:
@@ -69,7 +69,7 @@ def started(ram: GuestRam) -> Guest:
 async def told_on_a_new_session(guest: Guest, epochs: Epochs) -> tuple[int, Stream, object]:
     """Connect, and be told of what is used; the session, its stream, the message."""
     stream = Stream()
-    session = guest.connect_hinting(stream, epochs)
+    session = guest.sessions.connect_hinting(stream, epochs)
     await stream.next()  # the welcome
     await guest.tell_refaults()
     return session, stream, await stream.next()
@@ -86,7 +86,7 @@ def test_what_was_said_on_a_link_that_was_cut_is_said_again(ram: GuestRam, ram_f
             assert isinstance(message, hinting_pb2.HostMessage)
             assert decode(message.refaulted.ranges) == RangeSet([(0, 512)])
             stream.end()
-            guest.leave_hinting(session)
+            guest.sessions.leave_hinting(session)
 
     asyncio.run(scenario())
 

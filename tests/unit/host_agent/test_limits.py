@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hintfleet.errors import InvalidInput, LimitExceeded
 from host_agent.session.rate_limits import (
-    BARS_S,
+    BANS_S,
     BATCHES,
     FLOOD_S,
     MESSAGES,
@@ -17,8 +17,8 @@ from host_agent.session.rate_limits import (
     STRIKES,
     STRIKES_WITHIN_S,
     Conduct,
-    Pace,
     Rate,
+    TokenBucket,
 )
 
 gaps = st.lists(st.floats(0, 0.5), min_size=1, max_size=200)
@@ -28,7 +28,7 @@ gaps = st.lists(st.floats(0, 0.5), min_size=1, max_size=200)
 def test_one_who_waits_as_told_never_exceeds_the_rate(
     gaps: list[float], per_s: float, burst: int
 ) -> None:
-    pace, now_s, used = Pace(Rate(per_s=per_s, burst=burst)), 0.0, []
+    pace, now_s, used = TokenBucket(Rate(per_s=per_s, burst=burst)), 0.0, []
     for gap_s in gaps:
         now_s += gap_s
         used.append(now_s)
@@ -41,7 +41,7 @@ def test_one_who_waits_as_told_never_exceeds_the_rate(
 
 @given(gaps, st.floats(2, 100), st.integers(1, 20))
 def test_one_who_keeps_to_the_rate_never_waits(gaps: list[float], per_s: float, burst: int) -> None:
-    pace, now_s = Pace(Rate(per_s=per_s, burst=burst)), 0.0
+    pace, now_s = TokenBucket(Rate(per_s=per_s, burst=burst)), 0.0
     for gap_s in gaps:
         assert pace.take(now_s) <= 1e-9
         now_s += gap_s + 1 / per_s
@@ -49,7 +49,7 @@ def test_one_who_keeps_to_the_rate_never_waits(gaps: list[float], per_s: float, 
 
 @given(gaps)
 def test_held_is_told_from_the_first_wait_on(gaps: list[float]) -> None:
-    pace, now_s, since_s = Pace(Rate(per_s=10, burst=3)), 0.0, math.inf
+    pace, now_s, since_s = TokenBucket(Rate(per_s=10, burst=3)), 0.0, math.inf
     for gap_s in gaps:
         now_s += gap_s
         since_s = min(since_s, now_s) if pace.take(now_s) else math.inf
@@ -57,7 +57,7 @@ def test_held_is_told_from_the_first_wait_on(gaps: list[float]) -> None:
 
 
 def test_a_burst_then_the_rate() -> None:
-    pace = Pace(Rate(per_s=10, burst=3))
+    pace = TokenBucket(Rate(per_s=10, burst=3))
     assert [pace.take(0) for _ in range(5)] == [0, 0, 0, pytest.approx(0.1), pytest.approx(0.2)]
     assert pace.take(10) == 0
 
@@ -124,12 +124,12 @@ def test_violations_far_apart_are_forgiven() -> None:
 
 def test_bars_grow_and_the_last_is_for_good() -> None:
     conduct, now_s = Conduct(), 0.0
-    for bar_s in BARS_S:
+    for bar_s in BANS_S:
         outcomes = [
             conduct.violated(InvalidInput("batch 2 is empty"), now_s) for _ in range(STRIKES)
         ]
         assert outcomes == [False] * (STRIKES - 1) + [bar_s == math.inf]
-        assert conduct.barred(now_s)
+        assert conduct.banned(now_s)
         with pytest.raises(LimitExceeded, match="the last: batch 2 is empty"):
             conduct.may_open(now_s + min(bar_s, 1e9) - 0.1)
         now_s += bar_s

@@ -80,7 +80,7 @@ async def made(registry: Registry) -> None:
     creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
     while not registry.guests or registry.guests[0].running is None:
         await asyncio.sleep(0.01)
-    registry.get("g").attach_workload(Stream())
+    registry.get("g").sessions.attach_workload(Stream())
     await creating
 
 
@@ -118,7 +118,7 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
         driver.may_end.set()
         while not any(guest.running for guest in registry.guests if guest is not first):
             await asyncio.sleep(0.01)
-        registry.get("g").attach_workload(Stream())
+        registry.get("g").sessions.attach_workload(Stream())
         running: object = (await creating).running
         assert running is driver.made[1]
         await registry.end_all()
@@ -143,7 +143,7 @@ def test_what_the_machine_has_not_is_refused_and_may_be_asked_for_again() -> Non
         again = asyncio.create_task(registry.once(command, create))
         while not registry.guests or registry.guests[0].running is None:
             await asyncio.sleep(0.01)
-        registry.get("g").attach_workload(Stream())
+        registry.get("g").sessions.attach_workload(Stream())
         await again
         await registry.end_all()
 

@@ -15,7 +15,7 @@ from host_agent.memory.ledger import Books
 from host_agent.memory.page_map import PageMap
 from host_agent.persistence.database import GuestRecord, opened
 from host_agent.session.gate import Epochs
-from host_agent.session.guest_address import Door
+from host_agent.session.guest_address import GuestAddress
 
 
 def a_guest(name: str = "g", epoch: int = 5) -> GuestRecord:
@@ -37,11 +37,11 @@ def a_guest(name: str = "g", epoch: int = 5) -> GuestRecord:
 
 
 def test_what_was_saved_is_found(tmp_path: Path) -> None:
-    door = Door(socket="unix-abstract:x", address="127.0.0.1:20000")
+    door = GuestAddress(socket="unix-abstract:x", address="127.0.0.1:20000")
     with opened(tmp_path / "new" / "state") as state:
         assert state.door() is None
         assert state.guests() == []
-        state.set_door(Door(socket="unix-abstract:y", address="127.0.0.1:1"))
+        state.set_door(GuestAddress(socket="unix-abstract:y", address="127.0.0.1:1"))
         state.set_door(door)
         state.save([a_guest("one"), a_guest("two", epoch=5)])
         state.save([a_guest("two", epoch=6), a_guest("three")])

@@ -1,0 +1,151 @@
+"""Logs of all programs: standard logging below the logger `hintfleet`, one line an event.
+
+A message is the same text each time; what varies stands in fields (`guest`, `epoch`, ...), so
+that a reader can search for either:
+
+    log.info("session welcomed", extra=fields(guest="g0", epoch=17))
+
+Values may come from a guest: control characters in them do not reach a terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hintfleet import program
+
+LEVELS = ("debug", "info", "warning", "error")
+FORMATS = ("text", "json")
+
+_FIELDS = "hintfleet_fields"
+# sd-daemon(3): what journald takes for the priority of a line.
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+
+
+def fields(**values: object) -> dict[str, dict[str, object]]:
+    """Return what goes into `extra=` of a call of the standard library's loggers."""
+    return {_FIELDS: values}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a daemon the options --log-level and --log-format, for `configure`."""
+    parser.add_argument(
+        "--log-level", choices=LEVELS, default="info", help="what to log (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=FORMATS,
+        default="text",
+        help="text with NAME=VALUE fields, or a JSON object a line (default: %(default)s)",
+    )
+
+
+def configure(level: str, style: str, **constant: object) -> None:
+    """Have all log lines of this process go to stderr, warnings of libraries too.
+
+    :param level: one of LEVELS, for our own; of libraries, warnings and errors.
+    :param style: one of FORMATS. As text, lines for journald carry its priorities and no time.
+    :param constant: fields that every line gets; empty ones are left out.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(_style_of(style), constant))
+    root, ours = logging.getLogger(), logging.getLogger("hintfleet")
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    ours.setLevel(level.upper())
+
+
+_Style = Callable[[logging.LogRecord, str, dict[str, Any]], str]
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, style: _Style, constant: Mapping[str, object]) -> None:
+        super().__init__()
+        self._write = style
+        self._constant = {name: value for name, value in constant.items() if value != ""}
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        values = self._constant | getattr(record, _FIELDS, {})
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            bug = program.bug_fields(error)
+            message += f": a bug in hintfleet: {bug.pop('bug')}"
+            values |= bug
+        return self._write(record, message, values)
+
+
+def _text(record: logging.LogRecord, message: str, values: dict[str, Any]) -> str:
+    pairs = "".join(f" {name}={_quoted(value)}" for name, value in values.items())
+    return program.printable(f"{record.name}: {message}{pairs}")
+
+
+def _timed_text(record: logging.LogRecord, message: str, values: dict[str, Any]) -> str:
+    return f"{_time(record)} {record.levelname} {_text(record, message, values)}"
+
+
+def _journal_text(record: logging.LogRecord, message: str, values: dict[str, Any]) -> str:
+    # journald ends an entry at the end of a line.
+    line = _text(record, message, values).replace("\n", "\\n")
+    return f"<{_PRIORITIES.get(record.levelno, 5)}>{line}"
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if text and not set(text) & set(' "\n=') else json.dumps(text, ensure_ascii=False)
+
+
+def _json(record: logging.LogRecord, message: str, values: dict[str, Any]) -> str:
+    head = {
+        "time": _time(record),
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "message": message,
+    }
+    return json.dumps(head | values, default=str)
+
+
+def _time(record: logging.LogRecord) -> str:
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{whole}.{record.msecs:03.0f}Z"
+
+
+def _style_of(name: str) -> _Style:
+    if name == "json":
+        return _json
+    return _journal_text if _is_journal() else _timed_text
+
+
+def _is_journal() -> bool:
+    """Whether journald reads stderr: systemd says so by the file's device and inode
+    (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class Seldom:
+    """Lets an event that may come often be logged once in a while, with how many were not."""
+
+    def __init__(self, period_s: float = 10.0) -> None:
+        self._period_s = period_s
+        self._next_s = 0.0
+        self._left_out = 0
+
+    def due(self) -> dict[str, int] | None:
+        """Return None if this one is not to be logged; else a field for how many were not."""
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            self._left_out += 1
+            return None
+        self._next_s = now_s + self._period_s
+        left_out, self._left_out = self._left_out, 0
+        return {"more_not_logged": left_out} if left_out else {}
