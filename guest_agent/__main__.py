@@ -10,7 +10,7 @@ import sys
 from threading import Thread
 from typing import NoReturn
 
-from hintfleet import __version__, program
+from hintfleet import __version__, logs, program
 
 _PR_SET_THP_DISABLE = 41  # include/uapi/linux/prctl.h
 
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workload-only", action="store_true", help="run workloads for the host, do not hint"
     )
+    logs.add_options(parser)
     parser.add_argument("--version", action="version", version=f"hintfleet-guest {__version__}")
     return parser
 
@@ -70,6 +71,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     settings = config.read(arguments.config)
+    logs.configure(arguments.log_level, arguments.log_format, guest=settings.guest_uuid)
     if arguments.config == "-" and not settings.orphan_after_s:
         Thread(target=_end_with_stdin, name="lifeline", daemon=True).start()
     if arguments.workload_only:

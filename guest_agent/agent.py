@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -24,10 +24,13 @@ from guest_agent.procfs import (
 )
 from guest_agent.session import HelloFacts, HintingSession
 from hintfleet.errors import InvalidInput, Refused, TransientError
+from hintfleet.logs import fields
 from hintfleet.net.channels import open_aio_channel
 from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
+
+_log = logging.getLogger("hintfleet.guest")
 
 _PATIENCE_S = 1.0
 """How long an agent that is asked to end waits for the acks of what it has in flight."""
@@ -190,7 +193,7 @@ def _isolator(config: Config) -> tuple[Isolator, str]:
                 hint="boot with init_on_free=0, or use the kmod isolator",
             )
         zeroing = init_on_alloc()
-        print(f"hintfleet-guest: init_on_alloc={int(zeroing)}", file=sys.stderr, flush=True)
+        _log.info("isolating by the hugetlb pool", extra=fields(init_on_alloc=int(zeroing)))
         threshold = config.threshold_chunks
         isolator = HugetlbIsolator(HugetlbPool(), threshold_chunks=threshold, zeroing=zeroing)
         return isolator, "bitmap"

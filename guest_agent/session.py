@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -27,6 +27,7 @@ from guest_agent.isolation.isolator import Isolator
 from guest_agent.procfs import own_rss_bytes
 from hintfleet import __version__
 from hintfleet.errors import InvalidInput, from_rpc_error
+from hintfleet.logs import fields
 from hintfleet.ranges import decode, encode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -34,12 +35,12 @@ from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
 _SETTLING_PERIOD_S = 0.02
 _TELEMETRY_PERIOD_S = 1.0
-_LOOKS_BEFORE_REST = 10
+_POLLS_BEFORE_REST = 10
 _RESTING_PERIODS_S = (0.0, 1.0, 2.0)
-"""The shortest pause after so many tens of vain looks. The kernel's own reporting makes
+"""The shortest pause after so many tens of idle polls. The kernel's own reporting makes
 one of 2 s, too; and memory that is taken into use ends the rest, before it is freed."""
 _STIR_PAGES = 2048
-"""A look is vain if less than this is used again or hinted until the next one: in an idle guest,
+"""A poll is idle if less than this is used again or hinted until the next one: in an idle guest,
 too, kernel and daemons split a chunk and merge it now and then."""
 _LONGEST_SILENCE_S = 10.0
 _NEWS_BYTES = 1 << 20
@@ -85,6 +86,8 @@ class _Event(Enum):
 
 _Call = aio.StreamStreamCall[Any, Any]
 
+_log = logging.getLogger("hintfleet.guest.session")
+
 
 class HintingSession:
     """Keeps one guest in session with its host agent. Owns the isolator."""
@@ -108,12 +111,13 @@ class HintingSession:
         self._told_free_bytes = -_NEWS_BYTES
         self._told_at_s = self._looked_at_s = 0.0
         self._period_s = 1.0
-        self._vain_looks = 0
+        self._idle_polls = 0
         """In a row."""
         self._stirred_pages = 0
         """Used again or hinted since the last look."""
-        self._welcomed = False
-        self._inbox: asyncio.Queue[pb.HostMessage | _Event] = asyncio.Queue()
+        self._epoch = 0
+        """Of this session; 0 until it is welcomed."""
+        self._inbox: asyncio.Queue[pb.HostMessage | _Event | Exception] = asyncio.Queue()
         self._outbox: asyncio.Queue[pb.GuestMessage] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._next_tick = loop.call_later(0, int)
@@ -132,11 +136,12 @@ class HintingSession:
         pause_s = _SHORTEST_PAUSE_S
         try:
             while True:
-                self._welcomed = False
+                self._epoch = 0
                 error = await self._run_once()
+                self._log_end(error)
                 if error is not None and error.code() in _FINAL_CODES:
                     raise from_rpc_error(error, "the host agent ended the hinting session")
-                if self._welcomed:  # the host is there, and only the link was lost
+                if self._epoch:  # the host is there, and only the link was lost
                     pause_s = _SHORTEST_PAUSE_S
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -164,14 +169,19 @@ class HintingSession:
             await self._loop()
         except (hinting.ProtocolViolation, InvalidInput) as violation:
             # Its host agent may be another one soon; without an agent, the guest is none's.
-            print(f"hintfleet-guest: ending the session: {violation}", file=sys.stderr, flush=True)
+            _log.error("host agent broke the protocol", extra=fields(reason=violation))
         finally:
             self._core.lost()
             for task in tasks:
                 task.cancel()
             call.cancel()
-            ended = await asyncio.gather(*tasks, return_exceptions=True)
-        return next((error for error in ended if isinstance(error, grpc.RpcError)), None)
+            await asyncio.wait(tasks)
+        return _why_ended(tasks)
+
+    def _log_end(self, error: grpc.RpcError | None) -> None:
+        if self._epoch:
+            reason = error.details() if error is not None else "closed by either side"
+            _log.info("session ended", extra=fields(epoch=self._epoch, reason=reason))
 
     async def _read(self, call: _Call) -> None:
         try:
@@ -192,6 +202,8 @@ class HintingSession:
         try:
             while (event := await self._inbox.get()) is not _Event.ENDED:
                 rested = self._resting_period_s > 0
+                if isinstance(event, Exception):
+                    raise event
                 if event is _Event.TICK:
                     self._carry_out(self._core.period_passed(isolator_idle=self._isolator.idle()))
                 elif isinstance(event, pb.HostMessage):
@@ -199,7 +211,7 @@ class HintingSession:
                 elif self._isolator.enough():
                     self._carry_out(self._core.ready())
                 if self._core.settling or self._stirred_pages >= _STIR_PAGES:
-                    self._vain_looks = 0
+                    self._idle_polls = 0
                 if self._core.settling or event is _Event.WAKE or rested:
                     self._tick_later()
         finally:
@@ -208,7 +220,7 @@ class HintingSession:
     @property
     def _resting_period_s(self) -> float:
         """Waking is what an idle agent costs, so it looks less and less often. 0: no rest."""
-        tens = self._vain_looks // _LOOKS_BEFORE_REST
+        tens = self._idle_polls // _POLLS_BEFORE_REST
         return _RESTING_PERIODS_S[min(tens, len(_RESTING_PERIODS_S) - 1)]
 
     def _tick_later(self) -> None:
@@ -230,12 +242,18 @@ class HintingSession:
         return self._period_s if polled else _TELEMETRY_PERIOD_S
 
     def _period_passed(self) -> None:
-        """Not an event unless there is something to do: most periods of an idle guest
-        pass without waking more than this."""
+        try:
+            self._poll()
+        except Exception as error:  # noqa: BLE001 - the event loop would log it and go on
+            self._inbox.put_nowait(error)
+
+    def _poll(self) -> None:
+        """Have a period's work done if there is any: most periods of an idle guest pass without
+        waking more than this."""
         self._next_tick.cancel()  # so that the next one may be later
         if self._core.settling or not self._isolator.idle():
             self._inbox.put_nowait(_Event.TICK)
-        self._vain_looks += 1
+        self._idle_polls += 1
         self._stirred_pages = 0
         self._tick_later()
         self._tell_news()
@@ -269,7 +287,8 @@ class HintingSession:
             return self._core.acknowledged(ack.epoch, ack.seq, acted=acted)
         if kind == "welcome":
             welcome = message.welcome
-            self._welcomed = True
+            self._epoch = welcome.epoch
+            _log.info("session welcomed", extra=fields(epoch=welcome.epoch))
             self._obey(welcome.policy)
             return self._core.welcomed(
                 welcome.epoch,
@@ -290,7 +309,7 @@ class HintingSession:
         return []
 
     def _obey(self, policy: pb.Policy) -> Sequence[hinting.Instruction]:
-        self._vain_looks = 0
+        self._idle_polls = 0
         self._period_s = max(0.01, policy.report_period_ms / 1000)
         self._isolator.only_cold(
             policy.cold_after_ms / 1000 if policy.kind == pb.Policy.COLD else 0.0
@@ -339,3 +358,15 @@ class HintingSession:
             tracker=facts.tracker,
             agent_version=__version__,
         )
+
+
+def _why_ended(tasks: Iterable[asyncio.Task[None]]) -> grpc.RpcError | None:
+    """Return the error that the host ended the stream with; a bug in one of the tasks is raised."""
+    why = None
+    for task in tasks:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, grpc.RpcError):
+            why = error
+        elif error is not None:
+            raise error
+    return why

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import platform
 import resource
@@ -18,6 +19,8 @@ from typing import Any, NoReturn
 
 # What needs gRPC is imported late: until `program.prepare`, Ctrl-C would show a traceback.
 from hintfleet import __version__, logs, program
+
+_log = logging.getLogger("hintfleet.host")
 
 _DESCRIPTION = """\
 Make guests, reclaim the memory that they hint, keep the books, and serve the control API.
@@ -220,8 +223,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
             if arguments.ready_fd is not None:
                 os.write(arguments.ready_fd, ready.encode() + b"\n")
                 os.close(arguments.ready_fd)
-            else:
-                print(f"hintfleet-host {__version__}: serving on {served.control}", file=sys.stderr)
+            where = {"control": served.control, "guests_at": served.guest}
+            _log.info("serving", extra=logs.fields(**where, version=__version__))
             await _until_stopped(stop, served.failure)
             if unwanted.is_set():  # whoever wanted guests is gone, so they need not survive
                 await served.registry.end_all()

@@ -334,7 +334,7 @@ class Guest:
             await self.sessions.tell_refaults()
 
     def _fields(self, **more: object) -> dict[str, dict[str, object]]:
-        return fields(guest=self.name, **more)
+        return fields(guest=self.name, trial=self.trial_id, **more)
 
 
 _DESTROYED = "destroyed"

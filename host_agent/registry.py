@@ -214,6 +214,7 @@ class Registry:
 
     def open_watch(self, trial_id: str) -> None:
         """One more stream keeps the guests of this trial alive."""
+        _log.info("watch opened", extra=fields(trial=trial_id))
         self._watches[trial_id] += 1
 
     def close_watch(self, trial_id: str) -> None:
@@ -221,6 +222,7 @@ class Registry:
 
         Not a coroutine: a stream that was cancelled could not wait for one.
         """
+        _log.info("watch closed", extra=fields(trial=trial_id))
         self._watches[trial_id] -= 1
         if self._watches[trial_id] > 0:
             return

@@ -37,6 +37,7 @@ reclaim.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +45,7 @@ from typing import Protocol
 
 from guest_agent.isolation.hugetlb_pool import CHUNK_ORDER, CHUNK_PAGES
 from hintfleet.errors import Refused, TransientError
+from hintfleet.logs import fields
 from hintfleet.ranges import EMPTY, RangeSet
 
 _ZEROING_STEP_CHUNKS = 32
@@ -52,6 +54,8 @@ _REST_FACTOR = 4
 _LONGEST_REST_S = 0.5
 _FIRST_STEP_SHARE = 16
 _GROWTH_SHARE = 4
+
+_log = logging.getLogger("hintfleet.guest.hugetlb")
 
 
 class Pool(Protocol):
@@ -241,11 +245,11 @@ class HugetlbIsolator:
         except TransientError as error:
             self._to_move_chunks = 0  # what is held is as it was, and the next pass tries again
             if not self._shared:
-                print(f"hintfleet-guest: {error}: waiting", file=sys.stderr, flush=True)
+                _log.warning("hugetlb pool cannot be used now", extra=fields(reason=error.message))
             self._shared = True
             return
         if self._shared:
-            print("hintfleet-guest: the hugetlb pool is free again", file=sys.stderr, flush=True)
+            _log.info("hugetlb pool is free again")
         self._shared = False
         self._withheld_chunks += chunks - came
         self._held |= new

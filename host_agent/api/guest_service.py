@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import TypeVar
 
 from hintfleet.errors import HintfleetError, InvalidInput, LimitExceeded, Refused, TransientError
+from hintfleet.logs import Seldom, fields
 from hintfleet.net.tls import Role, check_role
 from hintfleet.ranges import decode
 from hintfleet.v1 import hinting_pb2 as pb
@@ -29,7 +31,10 @@ from host_agent.session.validation import check_done, check_hello, check_telemet
 _FIRST_MESSAGE_S = 10.0
 _MOST_WITHOUT_IDENTITY = 256
 _REFUSAL_S = 0.5
+_LONGEST_UUID = 36
 _M = TypeVar("_M")
+
+_log = logging.getLogger("hintfleet.host.api")
 
 
 class GuestService(HintingServiceServicer):
@@ -38,6 +43,7 @@ class GuestService(HintingServiceServicer):
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._pending_streams = PendingStreams(_MOST_WITHOUT_IDENTITY, _FIRST_MESSAGE_S)
+        self._refusals = Seldom()
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.GuestMessage], context: Context
@@ -108,7 +114,10 @@ class GuestService(HintingServiceServicer):
                 raise Refused(f"the certificate is not that of guest {identity.guest_uuid}")
             guest = self._registry.authenticate(identity)
             guest.sessions.conduct.may_open(time.monotonic())
-        except HintfleetError:
+        except HintfleetError as error:
+            if (left_out := self._refusals.due()) is not None:
+                about = {"uuid": identity.guest_uuid[:_LONGEST_UUID], "reason": error.message}
+                _log.warning("stream refused", extra=fields(**about, **left_out))
             with contextlib.suppress(TimeoutError):
                 async with self._pending_streams.place():
                     await asyncio.sleep(_REFUSAL_S)

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
+import pytest
 from grpc import aio
 
 from guest_agent.isolation.embedded import EmbeddedIsolator
@@ -196,3 +197,20 @@ def test_a_guest_that_frees_all_the_time_is_heard_of() -> None:
             assert host.telemetry_count
 
     run(scene)
+
+
+def test_a_poll_that_fails_ends_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop logged it and went on: an agent that never hinted again looked alive."""
+
+    async def scene(host: ScriptedHost) -> None:
+        def fail(_: CountingIsolator) -> bool:
+            raise KeyError("missing")
+
+        async with in_session(host) as (_, _, isolator):
+            await until(lambda: len(host.batches) > 0)
+            monkeypatch.setattr(type(isolator), "idle", fail)
+            (agent,) = (task for task in asyncio.all_tasks() if "Session.run" in repr(task))
+            await until(agent.done)
+
+    with pytest.raises(AssertionError, match="missing"):
+        run(scene)

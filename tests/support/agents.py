@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import grpc
 
@@ -182,7 +182,7 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
 
 
 @contextlib.contextmanager
-def running_host_agent(*arguments: str) -> Iterator[HostAgent]:
+def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iterator[HostAgent]:
     """A host agent that is stopped at the end, and must have left nothing."""
     ready_read, ready_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()
@@ -195,6 +195,7 @@ def running_host_agent(*arguments: str) -> Iterator[HostAgent]:
                 *arguments,  # the last --listen counts
             ],
             pass_fds=(ready_write, lifeline_read),
+            stderr=stderr,
         )
         os.close(ready_write)
         os.close(lifeline_read)
