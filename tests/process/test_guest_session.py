@@ -101,11 +101,13 @@ async def in_session(host: ScriptedHost, *, polled: bool = False) -> AsyncIterat
         for pfn in [allocator.allocate(9) for _ in range(CHUNK_COUNT // 2)]:
             allocator.free(pfn, 9)
         running = asyncio.create_task(session.run())
-        yield Guest(session, allocator, isolator)
-        assert not running.done(), running.exception()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-    await server.stop(None)
+        try:
+            yield Guest(session, allocator, isolator)
+            assert not running.done(), running.exception()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await server.stop(None)
 
 
 async def until(condition: Callable[[], bool]) -> None:
