@@ -7,7 +7,6 @@ Nothing is touched that a living owner holds, and nothing that is not surely our
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from hintfleet.errors import HintfleetError
 from hintfleet.leaks import Leak, Removable, remove_all
+from hintfleet.system.file_lock import is_held
 from hintfleet.system.processes import Process, living
 from orchestrator.doctor import ask_host_agent
 from orchestrator.machine import runtime_dirs
@@ -148,24 +148,13 @@ def _unlink(path: Path) -> Callable[[], None]:
 
 def _huge_pages() -> Iterator[Removable]:
     """Of a guest agent on this very machine; it holds a lock while it lives."""
-    if _HUGETLB_FILE.exists() and _is_free(_HUGETLB_FILE.parent.with_suffix(".lock")):
+    if _HUGETLB_FILE.exists() and not is_held(_HUGETLB_FILE.parent.with_suffix(".lock")):
         kept = (
             "the host may still be punching them; start hintfleet-guest again, which gives "
             "them back when the host says that it is not"
         )
         why = "the guest agent that isolated them is gone"
         yield _file(_HUGETLB_FILE, "huge pages", why, lambda: None, kept)
-
-
-def _is_free(lock: Path) -> bool:
-    try:
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _file(path: Path, what: str, why: str, remove: Callable[[], None], kept: str = "") -> Removable:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import mmap
 import os
 from collections.abc import Iterable
@@ -30,6 +29,7 @@ from guest_agent.memory.kernel import (
 )
 from hintfleet.errors import Refused, TransientError
 from hintfleet.ranges import RangeSet
+from hintfleet.system.file_lock import lock_file
 from hintfleet.units import MIB
 
 CHUNK_ORDER = 9
@@ -288,13 +288,12 @@ class HugetlbPool:
     def _lock_out_others(self) -> None:
         """Be the only agent: two would each release what the other has in flight (I1). The
         kernel lets go of the lock when its holder is dead, and not before."""
-        self._lock_fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        fd = lock_file(self._lock)
+        if fd is None:
             raise Refused(
                 "another guest agent works with the hugetlb pool", hint="stop that one first"
-            ) from None
+            )
+        self._lock_fd = fd
 
     # The file that holds the reservation; it is there while something is in the pool
 

@@ -17,12 +17,10 @@ not listed, for QEMU's own user has to reach its console.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import sqlite3
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from threading import Lock
 from google.protobuf.message import DecodeError
 
 from hintfleet.errors import InvalidInput, Refused, TransientError
+from hintfleet.system.file_lock import lock_file, wait_for
 from hintfleet.system.processes import look
 from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import Handle
@@ -44,7 +43,6 @@ _LOCK_TIMEOUT_S = 1.0
 _DEATH_TIMEOUT_S = 60.0
 """For one that is dead but for a punch in the kernel: 4 GiB on a busy host take seconds."""
 
-_LOCK_LOOK_S = 0.05
 _FOLDER_MODE = 0o711
 _SCHEMA_VERSION = 2
 _SCHEMA = f"""
@@ -205,9 +203,13 @@ def opened(folder: Path) -> Iterator[Database]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = wait_for(lambda: lock_file(path), lambda: _patience_s(path))
+    if fd is None:
+        raise Refused(
+            f"another host agent (process {_holder(path)}) serves {path.parent}",
+            hint="stop that one, or give this one a --state folder of its own",
+        )
     try:
-        _wait_for_lock(fd, path)
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
         yield
@@ -215,22 +217,15 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _wait_for_lock(fd: int, path: Path) -> None:
-    started_s = time.monotonic()
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 20, 0).decode()
-            dies = holder.isdecimal() and look(int(holder)) is None
-            if time.monotonic() - started_s > (_DEATH_TIMEOUT_S if dies else _LOCK_TIMEOUT_S):
-                raise Refused(
-                    f"another host agent (process {holder}) serves {path.parent}",
-                    hint="stop that one, or give this one a --state folder of its own",
-                ) from None
-            time.sleep(_LOCK_LOOK_S)
-        else:
-            return
+def _holder(path: Path) -> str:
+    """Return the process id that the holder of the lock wrote into it."""
+    return path.read_text()[:20]
+
+
+def _patience_s(path: Path) -> float:
+    holder = _holder(path)
+    dies = holder.isdecimal() and look(int(holder)) is None
+    return _DEATH_TIMEOUT_S if dies else _LOCK_TIMEOUT_S
 
 
 def _remove_all_but(boot: str, folder: Path) -> None:

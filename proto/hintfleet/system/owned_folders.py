@@ -9,13 +9,13 @@ the lock from a process that is about to.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hintfleet.system.file_lock import lock_folder
 from hintfleet.system.processes import look
 
 _CLOCKS_AGREE_WITHIN_S = 1.0  # when a process started is known in whole seconds
@@ -37,7 +37,8 @@ class OwnedFolders:
         for path in self.abandoned():
             shutil.rmtree(path, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=f"{self.prefix}{os.getpid()}-", dir=self.base))
-        return OwnedFolder(path, _lock(path))
+        fd = lock_folder(path)
+        return OwnedFolder(path, -1 if fd is None else fd)
 
     def abandoned(self) -> list[Path]:
         """Those of processes that are gone; this user's only."""
@@ -54,11 +55,14 @@ class OwnedFolders:
         if not named or _may_have_made(int(pid), path):
             return False
         try:
-            os.close(_lock(path))
+            fd = lock_folder(path)
         except FileNotFoundError:
             return True
         except OSError:
             return False
+        if fd is None:
+            return False
+        os.close(fd)
         return True
 
 
@@ -97,17 +101,3 @@ def _is_mine(path: Path) -> bool:
     with contextlib.suppress(OSError):
         return path.lstat().st_uid == os.geteuid()
     return False
-
-
-def _lock(path: Path) -> int:
-    """A descriptor that holds the lock on a folder.
-
-    :raises OSError: another process holds it, or there is no such folder of ours.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
