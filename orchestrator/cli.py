@@ -3,11 +3,12 @@ that `--help` is fast; data goes to stdout, all else to stderr."""
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 
 import click
 
-from hintfleet import program
+from hintfleet import logs, program
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.experiments import experiments
 from orchestrator.commands.pki import pki
@@ -52,10 +53,22 @@ def _version(context: click.Context, _parameter: click.Parameter, wanted: bool) 
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
     help="Print the version.",
 )  # fmt: skip
+@click.option(
+    "--log-level", type=click.Choice(logs.LEVELS),
+    help="Log what happens, too, on stderr.  [default: messages for people only]",
+)  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True,
+    help="Text with NAME=VALUE fields, or a JSON object a line.",
+)  # fmt: skip
 @click.pass_context
-def cli(context: click.Context) -> None:
+def cli(context: click.Context, log_level: str | None, log_format: str) -> None:
     """A lab for memory overcommit: how much host memory free page hinting gives back,
     what it costs, and which way of doing it is best, on real guests and a whole fleet."""
+    if log_level is not None:
+        logs.configure(log_level, log_format)
+    else:
+        logging.getLogger("hintfleet").addHandler(logging.NullHandler())
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from hintfleet import program
 
@@ -54,12 +54,20 @@ def configure(level: str, style: str, **constant: object) -> None:
     :param style: one of FORMATS. As text, lines for journald carry its priorities and no time.
     :param constant: fields that every line gets; empty ones are left out.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(_Formatter(_style_of(style), constant))
     root, ours = logging.getLogger(), logging.getLogger("hintfleet")
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     ours.setLevel(level.upper())
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the time: a live view puts its own there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 _Style = Callable[[logging.LogRecord, str, dict[str, Any]], str]
