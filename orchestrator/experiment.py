@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -14,7 +15,14 @@ from hintfleet.system.machine_limits import available_memory
 from orchestrator.machine import environment
 from orchestrator.results.store.lock import busy
 from orchestrator.results.store.reader import Run, Store, StoredTrial
-from orchestrator.results.store.writer import RunHeader, RunWriter, TrialEnd, spec_hash
+from orchestrator.results.store.writer import RunHeader, RunWriter, spec_hash
+from orchestrator.results.trial_outcome import (
+    TrialOutcome,
+    TrialStatus,
+    host_outcome,
+    next_attempt,
+    trial_outcome,
+)
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.checks import hosts_problem, machine_problem
 from orchestrator.spec.file import LoadedSpec
@@ -22,8 +30,8 @@ from orchestrator.spec.model import Spec, describe
 from orchestrator.trial import ray_actors
 from orchestrator.trial.host_process import LogicalHost
 from orchestrator.trial.host_session import HostPlace
-from orchestrator.trial.plan import Trial, host_names, host_task, plan_trials
-from orchestrator.trial.records import Record
+from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
+from orchestrator.trial.records import Event, Record, Samples
 
 
 class View(Protocol):
@@ -38,7 +46,7 @@ class View(Protocol):
     def record(self, record: Record) -> None:
         """Something happened in it."""
 
-    def trial_ended(self, trial: Trial, end: TrialEnd) -> None:
+    def trial_ended(self, trial: Trial, outcome: TrialOutcome) -> None:
         """It is over."""
 
 
@@ -146,19 +154,18 @@ def _with(said: str, value: str) -> str:
 
 
 def left_to_run(trials: Iterable[Trial], attempts: Iterable[StoredTrial]) -> tuple[Trial, ...]:
-    """The trials that have no result yet, each as its next attempt. Pure.
+    """Return the trials of a stored run that have no result yet, each as its next attempt. Pure.
 
-    A trial in which a guest was lost has a result, undecided: to run it until it ends
-    well would favour the arm that made it go wrong.
+    Which trials are run again is decided by `trial_outcome.next_attempt`.
     """
-    last = {made.position: made for made in sorted(attempts, key=lambda made: made.attempt)}
-    return tuple(
-        replace(trial, attempt=last[trial.position].attempt + 1)
-        if trial.position in last
+    last = {made.position: made for made in attempts if made.counted}
+    left = (
+        next_attempt(replace(trial, attempt=made.attempt), made.status)
+        if (made := last.get(trial.position))
         else trial
         for trial in trials
-        if trial.position not in last or not last[trial.position].has_result
     )
+    return tuple(trial for trial in left if trial)
 
 
 def run_experiment(
@@ -195,12 +202,10 @@ def run_experiment(
         fleet,
         RunWriter(store, header, experiment.again) as writer,
     ):
-        for _ in range(1 + retries):
-            left = [
-                replace(trial, attempt=trial.attempt + 1)
-                for trial in left
-                if _run_trial(spec, trial, fleet, writer, view, check).lost
-            ]
+        for retries_left in range(retries, -1, -1):
+            ended = [(trial, _run_trial(spec, trial, fleet, writer, view, check)) for trial in left]
+            again = (next_attempt(trial, status, retries_left) for trial, status in ended)
+            left = [trial for trial in again if trial]
 
 
 def _run_trial(
@@ -210,16 +215,35 @@ def _run_trial(
     writer: RunWriter,
     view: View,
     check: Callable[[], None],
-) -> TrialEnd:
+) -> TrialStatus:
     tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
-    writer.begin_trial(trial, tasks)
+    writer.begin_trial(trial)
     view.trial_started(trial)
-    for record in fleet.run_trial(tasks, check):
+    outcome = store_records(writer, tasks, fleet.run_trial(tasks, check), view.record)
+    view.trial_ended(trial, outcome)
+    return outcome.status
+
+
+def store_records(
+    writer: RunWriter,
+    tasks: Mapping[str, HostTask],
+    records: Iterable[Record],
+    seen: Callable[[Record], None] = lambda _: None,
+) -> TrialOutcome:
+    """Store the records of the trial that has begun, and at its end what it came to.
+
+    :param seen: called with each record that is stored.
+    """
+    events: defaultdict[str, list[Event]] = defaultdict(list)
+    for record in records:
         writer.append(record)
-        view.record(record)
-    end = writer.end_trial()
-    view.trial_ended(trial, end)
-    return end
+        seen(record)
+        if not isinstance(record, Samples):
+            events[record.host].append(record)
+    hosts = [host_outcome(task, events[host], writer.series(host)) for host, task in tasks.items()]
+    outcome = trial_outcome(hosts)
+    writer.end_trial(outcome)
+    return outcome
 
 
 def _places(spec: Spec, libvirt_uri: str, tls_folder: str) -> Mapping[str, HostPlace]:

@@ -10,18 +10,21 @@ import click
 
 from hintfleet.errors import ExitCode
 from orchestrator.commands.output import emit, savings_as_data
-from orchestrator.results.savings import By, Savings
+from orchestrator.results.comparison import compare
+from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.reader import Run, Store
+from orchestrator.results.trial_outcome import TrialStatus
 
 
 def print_run(store: Store, run: Run, output_format: str, with_trials: bool = False) -> int:
     """Print a run's summary on stdout; returns the exit code that says its state."""
-    rows = store.savings(By.FLEET, run.run_id)
+    rows = aggregate(store.measured(run.run_id), By.FLEET)
     emit(
         run_as_data(store, run, rows), output_format, lambda: _tables(store, run, rows, with_trials)
     )
     code = exit_code(run, rows)
-    if run.was_cut_off or any(t.lost and t.counted for t in store.trials(run.run_id)):
+    trials = [trial for trial in store.trials(run.run_id) if trial.counted]
+    if run.was_cut_off or any(trial.status is TrialStatus.LOST for trial in trials):
         say_how_to_go_on([run.run_id])
     if code is ExitCode.UNDECIDED and output_format != "table":
         for reason in dict.fromkeys(row.undecided for row in rows if row.undecided):
@@ -40,7 +43,7 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
     header = asdict(run)
     del header["spec_text"]
     arms = [savings_as_data(row) for row in rows]
-    costs = {cost.arm: asdict(cost) for cost in store.costs(run)}
+    costs = {cost.arm: asdict(cost) for cost in compare(store.charged(run.run_id), run.driver)}
     for arm in arms:
         del arm["experiment"], arm["run_id"], arm["key"]
         arm["cost"] = costs.get(arm["arm"])
@@ -63,7 +66,8 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
 
     from orchestrator.view import tables
 
-    summary = tables.summary(run, rows, store.costs(run))
+    costs = compare(store.charged(run.run_id), run.driver)
+    summary = tables.summary(run, rows, costs)
     return (
         Group(summary, Text(), tables.trials(store.trials(run.run_id))) if with_trials else summary
     )

@@ -17,13 +17,24 @@ from orchestrator.spec.model import Driver
 
 @dataclass(frozen=True, kw_only=True)
 class Charged:
-    """The cost of one host in one trial; None if that trial is undecided."""
+    """The cost of one host in one trial.
+
+    :ivar cost: None if the host was not measured, or the trial was cut off.
+    :ivar undecided: why the trial counts for nothing, as when pages came back wrong; empty if
+        it counts.
+    """
 
     arm: str
     is_control: bool
     repetition: int
     host: str
     cost: Cost | None
+    undecided: str = ""
+
+    @property
+    def counts(self) -> bool:
+        """Whether the cost may enter a comparison."""
+        return self.cost is not None and not self.undecided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +73,7 @@ def compare(rows: Sequence[Charged], driver: str) -> list[ArmCost]:
     arms: dict[str, list[Charged]] = {}
     for row in rows:
         arms.setdefault(row.arm, []).append(row)
-    whole = {name: arm for name, arm in arms.items() if all(row.cost for row in arm)}
+    whole = {name: arm for name, arm in arms.items() if all(row.counts for row in arm)}
     control = next((arm for arm in whole.values() if arm[0].is_control), [])
     return [_arm_cost(arm, control, driver) for arm in whole.values() if not arm[0].is_control]
 

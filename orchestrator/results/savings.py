@@ -35,7 +35,7 @@ class Measured:
 
     :ivar spec_hash: the same for runs of the same spec.
     :ivar guest: empty for all guests of the host together.
-    :ivar footprint: None if `undecided` says why there is none.
+    :ivar footprint: None if `undecided` says why there is none, or if the trial was cut off.
     """
 
     run_id: str
@@ -124,7 +124,7 @@ def _arm(
 def _first_undecided(rows: Iterable[Measured]) -> str:
     return next(
         (
-            f"{row.arm}, repetition {row.repetition + 1}, {row.undecided or 'no samples'}"
+            f"{row.arm}, repetition {row.repetition + 1}, {row.undecided or 'was cut off'}"
             for row in rows
             if row.footprint is None
         ),

@@ -11,7 +11,7 @@ from hintfleet.errors import from_rpc_error
 from hintfleet.net.channels import open_channel
 from hintfleet.net.tls import Tls, client_credentials
 from hintfleet.v1 import fleet_pb2, fleet_pb2_grpc
-from orchestrator.results.savings import By, Savings
+from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.reader import LATEST, Store
 from orchestrator.service.messages import BY_PB2, run_as_pb2, savings_from_pb2
 
@@ -25,7 +25,8 @@ def ask_store(store: Store, by: By, run: str = "", since_unix_s: int = 0) -> lis
     :param run: only this run: an id, an unambiguous part of one, or `latest`.
     :raises InvalidInput: there is no such run.
     """
-    return store.savings(by, store.find_run(run).run_id if run else "", since_unix_s)
+    run_id = store.find_run(run).run_id if run else ""
+    return aggregate(store.measured(run_id, since_unix_s), by)
 
 
 def ask_server(

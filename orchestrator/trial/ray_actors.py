@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -32,6 +30,7 @@ from orchestrator.trial.ray_cluster import (
     nobody_answers,
 )
 from orchestrator.trial.records import HostDone, Record
+from orchestrator.trial.signals import own_sigterm, undisturbed
 
 if TYPE_CHECKING:
     import grpc
@@ -124,7 +123,7 @@ class Fleet:
         """End everything. Ctrl-C is ignored meanwhile: for seconds, half a minute at the most."""
         import ray
 
-        with _undisturbed():
+        with undisturbed():
             actors, self._actors = self._actors, {}
             cluster, self._cluster = self._cluster, None
             if cluster is not None:
@@ -196,6 +195,7 @@ class Fleet:
     def _lost(self, task: HostTask, error: Exception) -> HostDone:
         with suppress(KeyError):
             del self._actors[task.host]
+        # What follows from `lost`: results/trial_outcome.py.
         return HostDone(
             host=task.host,
             trial_id=task.trial.trial_id,
@@ -240,7 +240,7 @@ def _init_ray(address: str, runtime_dir: Path | None) -> None:
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    with _own_sigterm():
+    with own_sigterm():
         if runtime_dir is None:
             _connect(address, quiet)
         else:
@@ -339,30 +339,3 @@ def _get(ref: ObjectRef[Any]) -> Any:
         raise
     except ray.exceptions.RayError as error:
         raise TransientError(f"Ray failed: {_first_line(error)}") from error
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep our handler of SIGTERM: ray.init puts in one that ends the process on the spot."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore Ctrl-C and SIGTERM, so that cleaning up is not cut short."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {
-        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hintfleet.units import format_size
-from orchestrator.results.store.writer import RunHeader, TrialEnd
+from orchestrator.results.store.writer import RunHeader
+from orchestrator.results.trial_outcome import TrialOutcome
 from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import Record
@@ -68,11 +69,11 @@ class LiveView:
         if self._progress:
             self._progress.record(record)
 
-    def trial_ended(self, trial: Trial, end: TrialEnd) -> None:
+    def trial_ended(self, trial: Trial, outcome: TrialOutcome) -> None:
         if self._progress:
-            self._progress.trial_ended(trial, bool(end.undecided), time.monotonic())
-        if end.undecided:
-            self._console.print(Text.assemble((f"{_kind(end)}: ", "yellow"), end.undecided))
+            self._progress.trial_ended(trial, bool(outcome.reason), time.monotonic())
+        if outcome.reason:
+            self._console.print(Text.assemble((f"{outcome.status}: ", "yellow"), outcome.reason))
 
     def _render(self) -> RenderableType:
         if self._header is None or self._progress is None:
@@ -124,18 +125,14 @@ class PlainView:
     def record(self, record: Record) -> None:
         pass
 
-    def trial_ended(self, trial: Trial, end: TrialEnd) -> None:
+    def trial_ended(self, trial: Trial, outcome: TrialOutcome) -> None:
         if self._progress:
-            self._progress.trial_ended(trial, bool(end.undecided), time.monotonic())
-        if end.undecided:
-            self._say(f"{_kind(end)}: {end.undecided}")
+            self._progress.trial_ended(trial, bool(outcome.reason), time.monotonic())
+        if outcome.reason:
+            self._say(f"{outcome.status}: {outcome.reason}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _kind(end: TrialEnd) -> str:
-    return "lost" if end.lost else "undecided"
 
 
 def left_out_note(spec: Spec) -> str:

@@ -257,9 +257,9 @@ def trials(found: Sequence[StoredTrial]) -> RenderableType:
 
 def _trial_state(trial: StoredTrial) -> Text:
     """Not markup: a reason has words of guests in it."""
-    state = "done" if trial.ended_unix_us else "cut off"
+    state = str(trial.status)
     if trial.undecided:
-        state = f"{'lost' if trial.lost else 'undecided'}: {first_line(trial.undecided)}"
+        state += f": {first_line(trial.undecided)}"
     return Text(state if trial.counted else f"{state} (not counted: it was run again)")
 
 

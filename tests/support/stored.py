@@ -1,21 +1,25 @@
 """A run in a store that no host has run: two phases, and less memory under arm `bitmap`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from orchestrator.experiment import store_records
 from orchestrator.results.cost import COUNTERS
 from orchestrator.results.store.reader import Store
-from orchestrator.results.store.writer import RunHeader, RunWriter, TrialEnd
+from orchestrator.results.store.writer import RunHeader, RunWriter
+from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.model import Spec
-from orchestrator.trial.plan import Trial, host_names, host_task, plan_trials
+from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
 from orchestrator.trial.records import (
     Columns,
     GuestEnded,
     HostDone,
     PhaseStarted,
+    Record,
     Samples,
     StepDone,
 )
@@ -33,11 +37,16 @@ def phase(title: str, at_s: float, host: str = "h", trial_id: str = "t") -> Phas
 
 def store_trial(writer: RunWriter, trial: Trial, spec: Spec) -> None:
     tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
-    writer.begin_trial(trial, tasks)
+    writer.begin_trial(trial)
+    outcome = store_records(writer, tasks, _records(trial, tasks))
+    assert outcome.status is TrialStatus.DONE
+
+
+def _records(trial: Trial, tasks: dict[str, HostTask]) -> Iterator[Record]:
     for host, task in tasks.items():
         # The clock of the actor that announces phases is an hour ahead of its host's.
         for title, said_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
-            writer.append(phase(title, said_s, host, trial.trial_id))
+            yield phase(title, said_s, host, trial.trial_id)
         names = [guest.name for guest in task.guests]
         times = np.arange(0, 7 * S, S // 10, dtype=np.int64)
         left = (30 if trial.arm.name == "bitmap" else 100) + trial.repetition
@@ -48,35 +57,30 @@ def store_trial(writer: RunWriter, trial: Trial, spec: Spec) -> None:
             "resident_bytes": np.repeat(resident, len(names)).astype(np.uint64),
             **{name: np.repeat(times, len(names)).astype(np.uint64) for name in COUNTERS},
         }
-        writer.append(Samples(host=host, trial_id=trial.trial_id, columns=columns))
+        yield Samples(host=host, trial_id=trial.trial_id, columns=columns)
         common: dict[str, Any] = {"host": host, "trial_id": trial.trial_id}
         for name in names:
             for kind, at_s in (("allocate", 1.5), ("free", 3.1), ("verify", 6.5)):
-                writer.append(
-                    StepDone(
-                        **common,
-                        guest=name,
-                        at_unix_us=round(at_s * S),
-                        kind=kind,
-                        changed_bytes=70 * MIB,
-                        held_bytes=0,
-                        verified_pages=1,
-                        wrong_pages=0,
-                        duration_us=S // 10,
-                    )
-                )
-            writer.append(
-                GuestEnded(
+                yield StepDone(
                     **common,
                     guest=name,
-                    at_unix_us=7 * S,
-                    provisioned_bytes=256 * MIB,
-                    reclaimed_now_bytes=0,
-                    refaulted_total_bytes=0,
+                    at_unix_us=round(at_s * S),
+                    kind=kind,
+                    changed_bytes=70 * MIB,
+                    held_bytes=0,
+                    verified_pages=1,
+                    wrong_pages=0,
+                    duration_us=S // 10,
                 )
+            yield GuestEnded(
+                **common,
+                guest=name,
+                at_unix_us=7 * S,
+                provisioned_bytes=256 * MIB,
+                reclaimed_now_bytes=0,
+                refaulted_total_bytes=0,
             )
-        writer.append(HostDone(**common, at_unix_us=7 * S))
-    assert writer.end_trial() == TrialEnd()
+        yield HostDone(**common, at_unix_us=7 * S)
 
 
 def store_run(folder: Path, spec: Spec = QUICKSTART) -> None:

@@ -1,4 +1,4 @@
-"""What is stored: runs, their trials, and what they saved."""
+"""Reads what is stored: runs, their trials and their figures, as rows. Decides nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from hintfleet.errors import InvalidInput
-from orchestrator.results.comparison import ArmCost, Charged, compare
+from orchestrator.results.comparison import Charged
 from orchestrator.results.cost import Cost
 from orchestrator.results.footprint import Footprint, Returned
-from orchestrator.results.savings import By, Measured, Savings, aggregate
+from orchestrator.results.savings import Measured
 from orchestrator.results.store.database import open_database, reported
 from orchestrator.results.store.lock import try_lock
+from orchestrator.results.trial_outcome import TrialStatus
 
 LATEST = "latest"
 _E = TypeVar("_E")
@@ -75,7 +76,8 @@ class Run:
 class StoredTrial:
     """An attempt at a trial as it is stored; not ended if `ended_unix_us` is 0.
 
-    :ivar lost: by a fault of what runs trials, not of what is tried.
+    :ivar undecided: the reason of its TrialOutcome.
+    :ivar lost: its TrialOutcome is LOST.
     :ivar counted: it is the last attempt; figures have only these.
     :ivar sample_count: samples that are known to be on disk.
     """
@@ -93,9 +95,13 @@ class StoredTrial:
     sample_count: int = 0
 
     @property
-    def has_result(self) -> bool:
-        """Whether it came to an end of its own, be that undecided."""
-        return bool(self.ended_unix_us) and not self.lost
+    def status(self) -> TrialStatus:
+        """The status that it was stored with."""
+        if not self.ended_unix_us:
+            return TrialStatus.CUT_OFF
+        if self.lost:
+            return TrialStatus.LOST
+        return TrialStatus.UNDECIDED if self.undecided else TrialStatus.DONE
 
 
 class Store:
@@ -169,52 +175,16 @@ class Store:
         )
         return [_stored_trial(row) for row in rows]
 
-    def savings(self, by: By, run_id: str = "", since_unix_s: int = 0) -> list[Savings]:
-        """What ended runs saved; the newest first.
+    def measured(self, run_id: str = "", since_unix_s: int = 0) -> list[Measured]:
+        """Return the footprints of runs that have ended, for `savings.aggregate`.
+
+        The newest run comes first, in it the control, then the other arms as in its spec. A
+        trial that was cut off has no figures: it has a row without any for each host and guest
+        that another trial of its run has, or, where none has any, one for the whole run.
 
         :param run_id: only this run; empty for all.
         :param since_unix_s: only runs that started at or after this time.
         """
-        return aggregate(self._measured(run_id, since_unix_s), by)
-
-    def costs(self, run: Run) -> list[ArmCost]:
-        """What the arms of a run cost that were measured whole; none while it runs."""
-        if run.state == "running":
-            return []
-        rows = self._query(
-            # A trial that was cut off has no host, and so no cost; an undecided one has none.
-            "SELECT t.arm, t.repetition, ifnull(f.host, '') AS host, "
-            "       iif(t.undecided = '', f.cost, NULL) AS cost "
-            "FROM counted_trials t LEFT JOIN footprints f "
-            "     ON f.trial_id = t.trial_id AND f.guest = '' "
-            "WHERE t.run_id = ? ORDER BY t.arm_position, t.position, f.host",
-            run.run_id,
-        )
-        charged = [
-            Charged(
-                arm=row["arm"],
-                is_control=row["arm"] == run.control,
-                repetition=row["repetition"],
-                host=row["host"],
-                cost=_cost(json.loads(row["cost"])) if row["cost"] else None,
-            )
-            for row in rows
-        ]
-        return compare(charged, run.driver)
-
-    def events(self, run_id: str, kind: type[_E]) -> list[_E]:
-        """Everything of one kind that happened in a run, in the order of time."""
-        rows = self._query(
-            "SELECT detail FROM events JOIN trials USING (trial_id) "
-            "WHERE run_id = ? AND kind = ? ORDER BY at_unix_us",
-            run_id,
-            kind.__name__,
-        )
-        return [kind(**json.loads(row["detail"])) for row in rows]
-
-    def _measured(self, run_id: str, since_unix_s: int) -> list[Measured]:
-        # A trial that was cut off has no footprints: it is missed by each host and guest that
-        # another trial of its run has, or, where none has any, by the run as a whole.
         rows = self._query(
             "WITH units AS ("
             "  SELECT DISTINCT t.run_id, f.host, f.guest "
@@ -222,7 +192,7 @@ class Store:
             "  WHERE ?1 = '' OR t.run_id = ?1) "
             "SELECT r.run_id, r.name, r.spec_hash, r.control, t.arm, t.repetition, "
             "       ifnull(u.host, '') AS host, ifnull(u.guest, '') AS guest, "
-            "       f.footprint, ifnull(f.undecided, 'was cut off') AS undecided "
+            "       f.footprint, ifnull(f.undecided, '') AS undecided "
             "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
             "     LEFT JOIN units u ON u.run_id = t.run_id "
             "     LEFT JOIN footprints f "
@@ -235,6 +205,32 @@ class Store:
             since_unix_s * 1_000_000,
         )
         return [_measured(row) for row in rows]
+
+    def charged(self, run_id: str) -> list[Charged]:
+        """Return the costs of a run's hosts, for `comparison.compare`; none while it runs.
+
+        A trial that was cut off has one row, without a host and a cost.
+        """
+        rows = self._query(
+            "SELECT r.control, t.arm, t.repetition, t.undecided, "
+            "       ifnull(f.host, '') AS host, f.cost "
+            "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
+            "     LEFT JOIN footprints f ON f.trial_id = t.trial_id AND f.guest = '' "
+            "WHERE t.run_id = ? AND r.state != 'running' "
+            "ORDER BY t.arm_position, t.position, f.host",
+            run_id,
+        )
+        return [_charged(row) for row in rows]
+
+    def events(self, run_id: str, kind: type[_E]) -> list[_E]:
+        """Everything of one kind that happened in a run, in the order of time."""
+        rows = self._query(
+            "SELECT detail FROM events JOIN trials USING (trial_id) "
+            "WHERE run_id = ? AND kind = ? ORDER BY at_unix_us",
+            run_id,
+            kind.__name__,
+        )
+        return [kind(**json.loads(row["detail"])) for row in rows]
 
     def _query(self, sql: str, *values: object) -> list[sqlite3.Row]:
         with reported(self.path):
@@ -285,6 +281,17 @@ def _measured(row: sqlite3.Row) -> Measured:
         host=row["host"],
         guest=row["guest"],
         footprint=_footprint(json.loads(row["footprint"])) if row["footprint"] else None,
+        undecided=row["undecided"],
+    )
+
+
+def _charged(row: sqlite3.Row) -> Charged:
+    return Charged(
+        arm=row["arm"],
+        is_control=row["arm"] == row["control"],
+        repetition=row["repetition"],
+        host=row["host"],
+        cost=_cost(json.loads(row["cost"])) if row["cost"] else None,
         undecided=row["undecided"],
     )
 

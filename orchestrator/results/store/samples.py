@@ -6,6 +6,7 @@ A part is whole or not there. DuckDB writes Parquet from numpy by itself.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,42 @@ if TYPE_CHECKING:
     import duckdb
 
 UNFINISHED = ".unfinished"
+_PART_PERIOD_S = 2.0
+
+
+class PartWriter:
+    """Buffers a trial's samples, and writes them as its parts.
+
+    :ivar part_count: parts that are on disk.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """:param folder: the trial's."""
+        self.part_count = 0
+        self._folder = folder
+        self._buffered: list[Samples] = []
+        self._flushed_at_s = time.monotonic()
+
+    def add(self, samples: Samples) -> None:
+        """Buffer samples."""
+        self._buffered.append(samples)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether what is buffered has waited long enough."""
+        return time.monotonic() - self._flushed_at_s >= _PART_PERIOD_S
+
+    def flush(self) -> int:
+        """Write what is buffered as a part; return its number of samples, 0 for no part.
+
+        :raises LimitExceeded: the disk is full. Earlier parts are intact.
+        """
+        self._flushed_at_s = time.monotonic()
+        buffered, self._buffered = self._buffered, []
+        if buffered:
+            self.part_count += 1
+            write_part(self._folder, self.part_count, buffered)
+        return sum(samples.row_count for samples in buffered)
 
 
 def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:

@@ -1,4 +1,5 @@
-"""Writing one run as it happens."""
+"""Writes one run as it happens. Stores what it is given; what a trial came to is decided in
+`results/trial_outcome.py`, what a run came to in `results/run_outcome.py`."""
 
 from __future__ import annotations
 
@@ -14,25 +15,18 @@ from types import TracebackType
 from typing import Any
 
 from hintfleet.errors import HintfleetError
-from orchestrator.results.cost import COUNTERS, Cost, host_cost
-from orchestrator.results.footprint import Footprint, Undecided, guest_footprint, host_footprint
+from orchestrator.results.cost import COUNTERS
+from orchestrator.results.footprint import Series
+from orchestrator.results.run_outcome import RunOutcome, run_outcome
 from orchestrator.results.store.database import reported
 from orchestrator.results.store.lock import take_lock
 from orchestrator.results.store.reader import Store
-from orchestrator.results.store.samples import read_series, write_part
+from orchestrator.results.store.samples import PartWriter, read_series
+from orchestrator.results.trial_outcome import TrialFigures, TrialOutcome, TrialStatus
 from orchestrator.spec.model import Spec
-from orchestrator.trial.plan import HostTask, Trial
-from orchestrator.trial.records import (
-    Event,
-    GuestEnded,
-    GuestSettled,
-    HostDone,
-    Record,
-    Samples,
-    StepDone,
-)
+from orchestrator.trial.plan import Trial
+from orchestrator.trial.records import Record, Samples
 
-_PART_PERIOD_S = 2.0
 _RESERVE_BYTES = 1 << 20
 RESERVE = "reserve"
 
@@ -54,30 +48,13 @@ class RunHeader:
     libvirt_uri: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrialEnd:
-    """How an attempt at a trial ended.
+class _OpenTrial:
+    """The trial that runs now, and its samples that are not stored yet."""
 
-    :ivar undecided: why it counts for nothing; empty if it counts.
-    :ivar lost: because a host or its actor was lost, and for no other reason.
-    """
-
-    undecided: str = ""
-    lost: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a trial came to for a guest, or for a host (guest "").
-
-    :ivar footprint: None where `undecided` says why there is none.
-    :ivar cost: of a host with a footprint.
-    """
-
-    guest: str
-    footprint: Footprint | None = None
-    cost: Cost | None = None
-    undecided: str = ""
+    def __init__(self, trial: Trial, folder: Path) -> None:
+        self.trial = trial
+        self.folder = folder
+        self.parts = PartWriter(folder)
 
 
 class RunWriter:
@@ -117,16 +94,15 @@ class RunWriter:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            reason = "; ".join(self._undecided())
-            self._end("undecided" if reason else "done", reason)
+            self._end(run_outcome(None, self._undecided()))
         else:
             # The error itself is what the user has to see, not one of storing it.
             with suppress(HintfleetError):
-                self._end(*_failure(error))
+                self._end(run_outcome(error, ()))
 
-    def begin_trial(self, trial: Trial, tasks: dict[str, HostTask]) -> None:
-        """What `append` gets from now on belongs to this trial."""
-        self._trial = _OpenTrial(self._folder / trial.trial_id, trial, tasks)
+    def begin_trial(self, trial: Trial) -> None:
+        """Take what `append` gets from now on as this trial's."""
+        self._trial = _OpenTrial(trial, self._folder / trial.trial_id)
         self._execute(
             "INSERT INTO trials (trial_id, run_id, position, arm, arm_position, repetition, "
             "attempt, started_unix_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -148,8 +124,8 @@ class RunWriter:
         """
         trial = self._open_trial()
         if isinstance(record, Samples):
-            trial.add_samples(record)
-            if trial.is_due:
+            trial.parts.add(record)
+            if trial.parts.is_due:
                 self._flush(trial)
             return
         self._execute(
@@ -160,40 +136,49 @@ class RunWriter:
             type(record).__name__,
             json.dumps(asdict(record)),
         )
-        trial.add_event(record)
 
-    def end_trial(self) -> TrialEnd:
-        """Store what the trial's guests used: all of it or, killed meanwhile, nothing."""
+    def series(self, host: str) -> dict[str, Series]:
+        """Return all samples of a host in the open trial, by guest, with COUNTERS.
+
+        :raises LimitExceeded: the disk is full: what is buffered is stored first.
+        :raises Refused: a part is damaged, or cannot be read.
+        """
         trial = self._open_trial()
         self._flush(trial)
-        outcomes = {task.host: trial.outcomes(task) for task in trial.tasks.values()}
-        end = trial.end(outcomes)
+        return read_series(trial.folder, host, COUNTERS)
+
+    def end_trial(self, outcome: TrialOutcome) -> None:
+        """Store the trial's figures and its end: all of it or, killed meanwhile, nothing.
+
+        :raises LimitExceeded: the disk is full. The trial has not ended then.
+        """
+        trial = self._open_trial()
+        self._flush(trial)
         with self._transaction():
-            for host, of_host in outcomes.items():
-                for outcome in of_host:
-                    self._insert_outcome(trial, host, outcome)
+            for figures in outcome.figures:
+                self._insert_figures(trial, figures)
             self._execute(
                 "UPDATE trials SET ended_unix_us = ?, undecided = ?, lost = ? WHERE trial_id = ?",
                 _now_us(),
-                end.undecided,
-                end.lost,
+                outcome.reason,
+                outcome.status is TrialStatus.LOST,
                 trial.trial.trial_id,
             )
         self._trial = None
-        return end
 
     def _flush(self, trial: _OpenTrial) -> None:
         """Write what is buffered as a part, and then say that it is there."""
-        row_count = trial.write_part()
+        row_count = trial.parts.flush()
         if row_count:
             self._execute(
                 "INSERT INTO parts (trial_id, number, row_count) VALUES (?, ?, ?)",
                 trial.trial.trial_id,
-                trial.part_count,
+                trial.parts.part_count,
                 row_count,
             )
 
     def _undecided(self) -> list[str]:
+        """Why trials count for nothing, in their order."""
         with reported(self._store.path):
             rows = self._store.database.execute(
                 "SELECT DISTINCT undecided FROM counted_trials "
@@ -234,16 +219,16 @@ class RunWriter:
             self._header.run_id,
         )
 
-    def _insert_outcome(self, trial: _OpenTrial, host: str, outcome: Outcome) -> None:
+    def _insert_figures(self, trial: _OpenTrial, figures: TrialFigures) -> None:
         self._execute(
             "INSERT INTO footprints (trial_id, host, guest, footprint, cost, undecided) "
             "VALUES (?, ?, ?, ?, ?, ?)",
             trial.trial.trial_id,
-            host,
-            outcome.guest,
-            json.dumps(asdict(outcome.footprint)) if outcome.footprint else None,
-            json.dumps(asdict(outcome.cost)) if outcome.cost else None,
-            outcome.undecided,
+            figures.host,
+            figures.guest,
+            json.dumps(asdict(figures.footprint)) if figures.footprint else None,
+            json.dumps(asdict(figures.cost)) if figures.cost else None,
+            figures.undecided,
         )
 
     def _execute(self, sql: str, *values: object) -> None:
@@ -262,16 +247,16 @@ class RunWriter:
                 self._execute("ROLLBACK")
             raise
 
-    def _end(self, state: str, reason: str) -> None:
+    def _end(self, outcome: RunOutcome) -> None:
         (self._folder / RESERVE).unlink(missing_ok=True)
-        if self._trial is not None and state != "failed":
+        if self._trial is not None and outcome.state != "failed":
             with suppress(HintfleetError):
                 self._flush(self._trial)
         try:
             self._execute(
                 "UPDATE runs SET state = ?, reason = ?, ended_unix_us = ? WHERE run_id = ?",
-                state,
-                reason,
+                outcome.state,
+                outcome.reason,
                 _now_us(),
                 self._header.run_id,
             )
@@ -279,118 +264,10 @@ class RunWriter:
             os.close(self._lock_fd)
 
 
-class _OpenTrial:
-    """What a trial's footprints are made of, while it runs."""
-
-    def __init__(self, folder: Path, trial: Trial, tasks: dict[str, HostTask]) -> None:
-        self.trial = trial
-        self.tasks = tasks
-        self._folder = folder
-        self._buffered: list[Samples] = []
-        self.part_count = 0
-        self._flushed_at = time.monotonic()
-        self._steps: dict[str, list[StepDone]] = {}
-        self._ended: dict[str, GuestEnded] = {}
-        self._settled: list[GuestSettled] = []
-        self._done: dict[str, HostDone] = {}
-
-    def add_samples(self, samples: Samples) -> None:
-        self._buffered.append(samples)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether what is buffered has waited long enough."""
-        return time.monotonic() - self._flushed_at >= _PART_PERIOD_S
-
-    def add_event(self, event: Event) -> None:
-        if isinstance(event, StepDone):
-            self._steps.setdefault(event.guest, []).append(event)
-        elif isinstance(event, GuestEnded):
-            self._ended[event.guest] = event
-        elif isinstance(event, GuestSettled):
-            self._settled.append(event)
-        elif isinstance(event, HostDone):
-            self._done[event.host] = event
-
-    def write_part(self) -> int:
-        """Write what is buffered as a part; returns its number of samples, 0 for none."""
-        self._flushed_at = time.monotonic()
-        buffered, self._buffered = self._buffered, []
-        if buffered:
-            self.part_count += 1
-            write_part(self._folder, self.part_count, buffered)
-        return sum(samples.row_count for samples in buffered)
-
-    def outcomes(self, task: HostTask) -> list[Outcome]:
-        """Of a host (guest name "") and each of its guests."""
-        names = [guest.name for guest in task.guests]
-        done = self._done.get(task.host)
-        reason = done.undecided if done else f"{task.host}: did not come to the end"
-        if not reason:
-            try:
-                return self._measured(task, names)
-            except Undecided as undecided:
-                reason = str(undecided)
-        reason = self._wrong_pages(task.host) or reason
-        return [Outcome(guest=name, undecided=reason) for name in ("", *names)]
-
-    def end(self, outcomes: Mapping[str, list[Outcome]]) -> TrialEnd:
-        """What the outcomes of all hosts come to.
-
-        Pages that came back wrong are a result, and the first to be said, also where the
-        host was lost after it: to run the trial again would forget them.
-        """
-        wrong = [reason for host in outcomes if (reason := self._wrong_pages(host))]
-        reasons = {host: of_host[0].undecided for host, of_host in outcomes.items()}
-        undecided = {host: reason for host, reason in reasons.items() if reason}
-        return TrialEnd(
-            undecided=next(iter((*wrong, *undecided.values())), ""),
-            lost=bool(undecided)
-            and not wrong
-            and all(host in self._done and self._done[host].lost for host in undecided),
-        )
-
-    def _wrong_pages(self, host: str) -> str:
-        """Which guest of a host read back what it had not written; empty if none did."""
-        for guest, steps in self._steps.items():
-            if count := sum(step.wrong_pages for step in steps if step.host == host):
-                return f"{guest}: {count} pages came back wrong"
-        return ""
-
-    def _measured(self, task: HostTask, names: list[str]) -> list[Outcome]:
-        series = read_series(self._folder, task.host, COUNTERS)
-        missing = [name for name in names if name not in series]
-        if missing:
-            raise Undecided(f"{missing[0]}: there are no samples")
-        series = {name: series[name] for name in names}
-        steps = {name: self._steps.get(name, []) for name in names}
-        settled = [event for event in self._settled if event.host == task.host]
-        period_s = task.spec.sample_period_s
-        guests = [
-            guest_footprint(name, series[name], steps[name], self._ended.get(name), period_s)
-            for name in names
-        ]
-        whole = Outcome(
-            guest="",
-            footprint=host_footprint(series, steps, guests),
-            cost=host_cost(series, steps, settled),
-        )
-        return [
-            whole,
-            *(Outcome(guest=n, footprint=f) for n, f in zip(names, guests, strict=True)),
-        ]
-
-
 def spec_hash(spec: Spec) -> str:
     """The same for specs that ask for the same, however they are written."""
     asked = spec.model_dump_json(exclude={"description", "timeouts", "under"})
     return hashlib.sha256(asked.encode()).hexdigest()[:16]
-
-
-def _failure(error: BaseException) -> tuple[str, str]:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", "interrupted by the user"
-    return "failed", getattr(error, "message", "") or f"{type(error).__name__}: {error}"
 
 
 def _now_us() -> int:

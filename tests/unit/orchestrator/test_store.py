@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,19 +17,32 @@ import pytest
 
 from hintfleet.errors import InvalidInput, LimitExceeded, Refused
 from orchestrator.cli import run_command
-from orchestrator.experiment import left_to_run, new_experiment, overrides, stored_experiment
+from orchestrator.experiment import (
+    left_to_run,
+    new_experiment,
+    overrides,
+    store_records,
+    stored_experiment,
+)
 from orchestrator.machine import environment
+from orchestrator.results.comparison import compare
 from orchestrator.results.cost import COUNTERS
 from orchestrator.results.savings import By
 from orchestrator.results.store.reader import Run, Store
-from orchestrator.results.store.writer import RunHeader, RunWriter, TrialEnd
+from orchestrator.results.store.writer import RunHeader, RunWriter
+from orchestrator.results.trial_outcome import TrialStatus
+from orchestrator.service.queries import ask_store
 from orchestrator.spec import file as spec_file
-from orchestrator.spec.model import Spec
+from orchestrator.spec.model import Driver, Spec
 from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
 from orchestrator.trial.records import Columns, GuestEnded, HostDone, Record, Samples, StepDone
 
 S = 1_000_000
 _TIMEOUT_S = 60
+STORED_BEFORE = Path(__file__).parents[2] / "data/store-v3.sql"
+"""What the version wrote that stored figures as it decided them: a trial of each kind."""
+End = tuple[TrialStatus, str]
+DONE: End = TrialStatus.DONE, ""
 
 
 def header(run_id: str = "run1") -> RunHeader:
@@ -98,26 +111,34 @@ def guest_records(task: HostTask) -> list[Record]:
     return [*steps, *ended, done]
 
 
+def whole_trial(
+    writer: RunWriter, trial: Trial, tasks: dict[str, HostTask], records: Iterable[Record]
+) -> End:
+    writer.begin_trial(trial)
+    outcome = store_records(writer, tasks, records)
+    return outcome.status, outcome.reason
+
+
 def write_trial(
     writer: RunWriter,
     index: int,
     resident_bytes: int,
     attempt: int = 1,
     changed: Callable[[Record], Record] = lambda record: record,
-) -> TrialEnd:
+) -> End:
     head = header()
     trial, tasks = trial_of(head.spec, head.run_id, index, attempt)
-    writer.begin_trial(trial, tasks)
-    for task in tasks.values():
-        writer.append(samples(task, 0.0, 4.0, resident_bytes))
-        for record in guest_records(task):
-            writer.append(changed(record))
-    return writer.end_trial()
+    records = (
+        changed(record)
+        for task in tasks.values()
+        for record in (samples(task, 0.0, 4.0, resident_bytes), *guest_records(task))
+    )
+    return whole_trial(writer, trial, tasks, records)
 
 
 def measured_guests(store: Store) -> int:
     """How many guests of arms have figures."""
-    return sum(row.footprint is not None for row in store.savings(By.GUEST, "run1"))
+    return sum(row.footprint is not None for row in ask_store(store, By.GUEST, "run1"))
 
 
 def test_a_run_is_read_back(tmp_path: Path) -> None:
@@ -125,36 +146,36 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
         with RunWriter(store, header()) as writer:
             for trial in plan_trials(header().spec, "run1"):
                 resident_bytes = (100 if trial.arm.name == "none" else 40) << 20
-                assert write_trial(writer, trial.position, resident_bytes) == TrialEnd()
+                assert write_trial(writer, trial.position, resident_bytes) == DONE
             assert store.find_run("latest").state == "running"
         run = store.find_run("run1")
         assert (run.state, run.reason) == ("done", "")
-        rows = {row.arm: row for row in store.savings(By.FLEET, "run1")}
+        rows = {row.arm: row for row in ask_store(store, By.FLEET, "run1")}
         saved = rows["bitmap"].saved_bytes
         assert saved is not None
         assert saved.mean == pytest.approx(6 * 60 << 20)
         assert saved.pairs == 3
-        (cost,) = store.costs(run)
+        (cost,) = compare(store.charged("run1"), Driver.EMBEDDED)
         assert cost.arm == "bitmap"
         assert cost.wire_bytes_per_range == 1
         assert len(store.events("run1", HostDone)) == 12
         assert run.environment == {"kernel": "Linux"}
-        assert len(store.savings(By.GUEST)) == 12
-        assert store.savings(By.FLEET, since_unix_s=int(time.time()) + 60) == []
+        assert len(ask_store(store, By.GUEST)) == 12
+        assert ask_store(store, By.FLEET, since_unix_s=int(time.time()) + 60) == []
 
 
 def test_an_undecided_trial_makes_the_run_undecided(tmp_path: Path) -> None:
     with Store(tmp_path) as store, RunWriter(store, header()) as writer:
         trial, tasks = trial_of(header().spec, "run1", 0)
-        writer.begin_trial(trial, tasks)
-        for host in tasks:
-            writer.append(
-                HostDone(host=host, trial_id=trial.trial_id, at_unix_us=1, undecided="guest lost")
-            )
-        assert writer.end_trial() == TrialEnd(undecided="guest lost")
+        records = [
+            HostDone(host=host, trial_id=trial.trial_id, at_unix_us=1, undecided="guest lost")
+            for host in tasks
+        ]
+        end = whole_trial(writer, trial, tasks, records)
+        assert end == (TrialStatus.UNDECIDED, "guest lost")
     with Store(tmp_path) as store:
         assert store.find_run("run1").state == "undecided"
-        assert store.savings(By.FLEET)[0].footprint is None
+        assert ask_store(store, By.FLEET)[0].footprint is None
 
 
 def wrong_in_host2(record: Record) -> Record:
@@ -181,13 +202,14 @@ def test_pages_that_came_back_wrong_are_a_result_everywhere(
             for trial in trials:
                 asked = changed if trial.position == hinted else replace
                 end = write_trial(writer, trial.position, 1 << 20, changed=asked)
-                assert end == TrialEnd(undecided=said if trial.position == hinted else "")
+                undecided = TrialStatus.UNDECIDED, said
+                assert end == (undecided if trial.position == hinted else DONE)
         run = store.find_run("run1")
         assert (run.state, run.reason) == ("undecided", said)
-        rows = {row.arm: row for row in store.savings(By.FLEET, "run1")}
+        rows = {row.arm: row for row in ask_store(store, By.FLEET, "run1")}
         assert rows["bitmap"].saved_bytes is None
         assert rows["bitmap"].undecided
-        assert store.costs(run) == []
+        assert compare(store.charged("run1"), Driver.EMBEDDED) == []
         assert left_to_run(trials, store.trials("run1")) == (), "it is not run again"
     for command in ("show", "savings"):
         assert run_command([command, "--data-dir", str(tmp_path)]) == 3
@@ -202,18 +224,20 @@ def test_a_trial_that_was_cut_off_leaves_no_figure(by: By, tmp_path: Path) -> No
         with pytest.raises(KeyboardInterrupt), RunWriter(store, header()) as writer:  # noqa: PT012
             for trial in trials[:-1]:
                 write_trial(writer, trial.position, 1 << 20)
-            writer.begin_trial(*trial_of(header().spec, "run1", trials[-1].position))
+            writer.begin_trial(trial_of(header().spec, "run1", trials[-1].position)[0])
             raise KeyboardInterrupt
         last = trials[-1]
         reason = f"{last.arm.name}, repetition {last.repetition + 1}, was cut off"
         units = {By.HOST: 2, By.GUEST: 6}.get(by, 1)
-        rows = store.savings(by, "run1")
+        rows = ask_store(store, by, "run1")
         assert [row.undecided for row in rows if row.arm == last.arm.name] == [reason] * units
         assert all(row.saved_bytes is None for row in rows)
-        assert all(cost.host_cpu_s is None for cost in store.costs(store.find_run("run1")))
+        assert all(
+            cost.host_cpu_s is None for cost in compare(store.charged("run1"), Driver.EMBEDDED)
+        )
         with RunWriter(store, header(), again=True) as writer:
             write_trial(writer, last.position, 1 << 20, attempt=2)
-        rows = store.savings(by, "run1")
+        rows = ask_store(store, by, "run1")
         assert [(row.undecided, row.trials) for row in rows] == [("", 3)] * 2 * units
 
 
@@ -222,9 +246,9 @@ def test_a_run_that_was_cut_off_in_its_first_trial_says_so(
 ) -> None:
     with Store(tmp_path) as store:
         with pytest.raises(KeyboardInterrupt), RunWriter(store, header()) as writer:  # noqa: PT012
-            writer.begin_trial(*trial_of(header().spec, "run1", 0))
+            writer.begin_trial(trial_of(header().spec, "run1", 0)[0])
             raise KeyboardInterrupt
-        (row,) = store.savings(By.FLEET)
+        (row,) = ask_store(store, By.FLEET)
         assert row.undecided.endswith("repetition 1, was cut off")
     assert run_command(["savings", "--data-dir", str(tmp_path)]) == 3
     shown = capsys.readouterr()
@@ -255,23 +279,22 @@ def test_an_error_makes_the_run_failed_and_ctrl_c_interrupted(tmp_path: Path) ->
             assert store.find_run(state).state == state
 
 
-def host_lost(writer: RunWriter, index: int, **lost: bool) -> TrialEnd:
+def host_lost(writer: RunWriter, index: int, **lost: bool) -> End:
     """A trial that comes to nothing on every host, through their loss or otherwise."""
     trial, tasks = trial_of(header().spec, "run1", index)
-    writer.begin_trial(trial, tasks)
+    records: list[Record] = []
     for host in tasks:
-        writer.append(samples(tasks[host], 0.0, 4.0, 7 << 30))
         done = HostDone(
             host=host, trial_id=trial.trial_id, at_unix_us=1, undecided="gone", lost=lost[host]
         )
-        writer.append(done)
-    return writer.end_trial()
+        records += [samples(tasks[host], 0.0, 4.0, 7 << 30), done]
+    return whole_trial(writer, trial, tasks, records)
 
 
 def test_only_the_last_attempt_at_a_trial_counts(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         with RunWriter(store, header()) as writer:
-            assert host_lost(writer, 0, host1=True, host2=True).lost
+            assert host_lost(writer, 0, host1=True, host2=True)[0] is TrialStatus.LOST
             for trial in plan_trials(header().spec, "run1")[1:]:
                 write_trial(writer, trial.position, 100 << 20)
         run = store.find_run("run1")
@@ -283,17 +306,18 @@ def test_only_the_last_attempt_at_a_trial_counts(tmp_path: Path) -> None:
         assert (first.lost, first.undecided, first.counted) == (True, "gone", False)
         assert first.sample_count == others[-1].sample_count > 0, "what was stored stays"
         assert [trial.counted for trial in others] == [True] * 6
-        for row in store.savings(By.FLEET, "run1"):
+        for row in ask_store(store, By.FLEET, "run1"):
             assert (row.trials, row.undecided) == (3, "")
             assert row.footprint is not None
             assert row.footprint.peak_resident_bytes == 2 * 3 * 100 << 20
-        assert len(store.savings(By.GUEST, "run1")) == 12
-        assert store.costs(run)[0].host_cpu_s is not None
+        assert len(ask_store(store, By.GUEST, "run1")) == 12
+        assert compare(store.charged("run1"), Driver.EMBEDDED)[0].host_cpu_s is not None
 
 
 def test_a_lost_guest_beside_a_lost_host_is_a_result(tmp_path: Path) -> None:
     with Store(tmp_path) as store, RunWriter(store, header()) as writer:
-        assert host_lost(writer, 0, host1=True, host2=False) == TrialEnd(undecided="gone")
+        end = host_lost(writer, 0, host1=True, host2=False)
+        assert end == (TrialStatus.UNDECIDED, "gone")
 
 
 def test_what_is_left_of_a_run(tmp_path: Path) -> None:
@@ -303,7 +327,7 @@ def test_what_is_left_of_a_run(tmp_path: Path) -> None:
             write_trial(writer, 0, 1)
             host_lost(writer, 1, host1=True, host2=True)
             host_lost(writer, 2, host1=False, host2=False)
-            writer.begin_trial(*trial_of(header().spec, "run1", 3))
+            writer.begin_trial(trial_of(header().spec, "run1", 3)[0])
         left = left_to_run(trials, store.trials("run1"))
         assert [(trial.position, trial.attempt) for trial in left] == [
             (1, 2), (3, 2), (4, 1), (5, 1),
@@ -375,7 +399,7 @@ from orchestrator.results.store.writer import RunWriter
 with Store(Path(sys.argv[1])) as store, RunWriter(store, t.header()) as writer:
     t.write_trial(writer, 0, 1 << 20)
     trial, tasks = t.trial_of(t.header().spec, "run1", 1)
-    writer.begin_trial(trial, tasks)
+    writer.begin_trial(trial)
     task = tasks["host1"]
     event, number = t.guest_records(task)[0], 0
     while True:
@@ -419,7 +443,7 @@ def test_an_unfinished_part_is_no_part(tmp_path: Path) -> None:
         folder = store.samples_dir("run1") / trial.trial_id
         folder.mkdir()
         (folder / "000001.unfinished").write_bytes(b"PAR1 and then the power failed")
-        assert write_trial(writer, 0, 1 << 20) == TrialEnd()
+        assert write_trial(writer, 0, 1 << 20) == DONE
         parts = sorted(path.name for path in folder.iterdir())
         assert all(name.endswith(".parquet") for name in parts)
         with duckdb.connect() as connection:
@@ -446,13 +470,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def write_one_trial_and(folder: Path, fail: Callable[[RunWriter], object]) -> None:
     """A run whose first trial is whole; `fail` is what happens in its second."""
     with Store(folder) as store, RunWriter(store, header()) as writer:
-        assert write_trial(writer, 0, 1 << 20) == TrialEnd()
+        assert write_trial(writer, 0, 1 << 20) == DONE
         fail(writer)
 
 
 def append_without_end(writer: RunWriter) -> None:
     trial, tasks = trial_of(header().spec, "run1", 1)
-    writer.begin_trial(trial, tasks)
+    writer.begin_trial(trial)
     record = guest_records(tasks["host1"])[0]
     for _ in range(200_000):
         writer.append(record)
@@ -501,6 +525,44 @@ def test_a_file_size_limit_is_told_like_a_full_disk(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         assert store.find_run("run1").state == "failed"
         assert measured_guests(store) == 6
+
+
+def test_a_run_that_the_version_before_stored_is_read_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sqlite3.connect(tmp_path / "hintfleet.sqlite") as database:
+        database.executescript(STORED_BEFORE.read_text())
+    database.close()
+    with Store(tmp_path) as store:
+        run = store.find_run("latest")
+        assert (run.state, run.reason) == ("interrupted", "interrupted by the user")
+        found = [(t.arm, t.repetition, t.attempt, str(t.status)) for t in store.trials(run.run_id)]
+        assert found == [
+            ("bitmap", 0, 1, "lost"),
+            ("none", 0, 1, "done"),
+            ("none", 1, 1, "done"),
+            ("wrong", 0, 1, "undecided"),
+            ("bitmap", 1, 1, "done"),
+            ("reported", 0, 1, "undecided"),
+            ("bitmap", 0, 2, "done"),
+            ("wrong", 1, 1, "lost"),
+            ("reported", 1, 1, "cut off"),
+        ]
+        rows = {row.arm: row for row in ask_store(store, By.FLEET, run.run_id)}
+        saved = rows["bitmap"].saved_bytes
+        assert saved is not None
+        assert saved.mean == pytest.approx(2 * 60 << 20)
+        assert saved.pairs == 2
+        assert rows["reported"].undecided == "reported, repetition 1, host1: gone"
+        assert rows["wrong"].undecided == "wrong, repetition 2, host1: gone"
+        (cost,) = compare(store.charged(run.run_id), run.driver)
+        assert (cost.arm, cost.wire_bytes_per_range) == ("bitmap", 1)
+        left = stored_experiment(store, run).left
+        assert [(trial.arm.name, trial.repetition, trial.attempt) for trial in left] == [
+            ("wrong", 1, 2), ("reported", 1, 2),
+        ]  # fmt: skip
+    assert run_command(["show", "--data-dir", str(tmp_path)]) == 130
+    assert "was run again" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
