@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from ulid import ULID
 
 from hintfleet.errors import InvalidInput, Refused
+from hintfleet.logs import fields
 from hintfleet.system.machine_limits import available_memory
 from orchestrator.machine import environment
 from orchestrator.results.store.lock import busy
@@ -32,6 +34,8 @@ from orchestrator.trial.host_process import LogicalHost
 from orchestrator.trial.host_session import HostPlace
 from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
 from orchestrator.trial.records import Event, Record, Samples
+
+_log = logging.getLogger("hintfleet.run")
 
 
 class View(Protocol):
@@ -197,6 +201,8 @@ def run_experiment(
     kept = {t.position for t in experiment.trials} - {t.position for t in left}
     fleet = ray_actors.Fleet(_places(spec, header.libvirt_uri, tls_folder))
     view.starting(header, experiment.trials, kept)
+    about = {"run": header.run_id, "spec": spec.name, "hosts": len(host_names(spec))}
+    _log.info("run begun", extra=fields(**about, trials=len(left), kept=len(kept)))
     # The run is stored before the fleet is ended: that takes its time.
     with (
         fleet,
@@ -206,6 +212,8 @@ def run_experiment(
             ended = [(trial, _run_trial(spec, trial, fleet, writer, view, check)) for trial in left]
             again = (next_attempt(trial, status, retries_left) for trial, status in ended)
             left = [trial for trial in again if trial]
+            for trial in left:
+                _log.info("trial will be run again", extra=fields(trial=trial.trial_id))
 
 
 def _run_trial(
@@ -219,8 +227,14 @@ def _run_trial(
     tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
     writer.begin_trial(trial)
     view.trial_started(trial)
+    _log.info("trial begun", extra=fields(trial=trial.trial_id))
     outcome = store_records(writer, tasks, fleet.run_trial(tasks, check), view.record)
     view.trial_ended(trial, outcome)
+    _log.log(
+        logging.INFO if outcome.status is TrialStatus.DONE else logging.WARNING,
+        "trial ended",
+        extra=fields(trial=trial.trial_id, status=outcome.status, reason=outcome.reason),
+    )
     return outcome.status
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from hintfleet import logs
 from orchestrator.commands.options import (
     data_dir_option,
     data_dir_or_default,
@@ -156,7 +157,11 @@ def _run(
     log = _log(run_id, store.folder)
     said_before = _size(log)
     try:
-        with stray_output_in(log) as terminal, _view(terminal) as view:
+        with (
+            stray_output_in(log) as terminal,
+            logs.written_to(terminal),
+            _view(terminal) as view,
+        ):
             run_experiment(experiment, store, view, retries, tls_folder, interrupts.check)
     except HintfleetError as error:
         if _size(log) > said_before:
@@ -218,4 +223,6 @@ def _view(terminal: TextIO) -> LiveView | PlainView:
     from orchestrator.view.live import LiveView, PlainView
 
     console = Console(file=terminal)
-    return LiveView(console) if terminal.isatty() else PlainView(console)
+    # Log lines would run into the live view.
+    live = terminal.isatty() and not logs.are_configured()
+    return LiveView(console) if live else PlainView(console)

@@ -7,6 +7,7 @@ RAY_ADDRESS a private cluster is started on loopback and ended with the fleet.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from hintfleet.errors import HintfleetError, TransientError
+from hintfleet.logs import fields
 from hintfleet.system.owned_folders import OwnedFolder
 from orchestrator.machine import runtime_dirs
 from orchestrator.trial.host_session import HostPlace, HostSession
@@ -50,6 +52,9 @@ _RAY_ENVIRONMENT = {
 }
 
 
+_log = logging.getLogger("hintfleet.ray")
+
+
 class Fleet:
     """All hosts of a run. Use as a context manager.
 
@@ -71,6 +76,7 @@ class Fleet:
             self._runtime_dir = None if self._address else runtime_dirs().make()
             _init_ray(self._address, self._runtime_dir.path if self._runtime_dir else None)
             self._cluster = _watch()
+            _log.info("ray is there", extra=fields(address=self._address or "private"))
             self._start_actors(list(self._places))
         except BaseException:
             self.close()
@@ -168,7 +174,9 @@ class Fleet:
                 host = opening.pop(done)
                 try:
                     _get(done)
+                    _log.info("host reached", extra=fields(host=host))
                 except ray.exceptions.RayActorError as error:
+                    _log.warning("actor died", extra=fields(host=host, reason=_first_line(error)))
                     died[host] = error
         return died
 
@@ -195,6 +203,8 @@ class Fleet:
     def _lost(self, task: HostTask, error: Exception) -> HostDone:
         with suppress(KeyError):
             del self._actors[task.host]
+        about = {"host": task.host, "trial": task.trial.trial_id, "reason": _first_line(error)}
+        _log.warning("actor died", extra=fields(**about))
         # What follows from `lost`: results/trial_outcome.py.
         return HostDone(
             host=task.host,

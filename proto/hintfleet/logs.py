@@ -16,7 +16,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from hintfleet import program
@@ -54,7 +55,7 @@ def configure(level: str, style: str, **constant: object) -> None:
     :param style: one of FORMATS. As text, lines for journald carry its priorities and no time.
     :param constant: fields that every line gets; empty ones are left out.
     """
-    handler = _Stderr()
+    handler = _Handler(sys.stderr)
     handler.setFormatter(_Formatter(_style_of(style), constant))
     root, ours = logging.getLogger(), logging.getLogger("hintfleet")
     root.handlers = [handler]
@@ -62,12 +63,28 @@ def configure(level: str, style: str, **constant: object) -> None:
     ours.setLevel(level.upper())
 
 
-class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to what sys.stderr is at the time: a live view puts its own there."""
+def are_configured() -> bool:
+    """Return whether `configure` was called: somebody reads log lines."""
+    return bool(_handlers())
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
+
+@contextmanager
+def written_to(stream: TextIO) -> Iterator[None]:
+    """Have log lines go to another stream than stderr until the block ends."""
+    before = [(handler, handler.setStream(stream)) for handler in _handlers()]
+    try:
+        yield
+    finally:
+        for handler, earlier in before:
+            handler.setStream(earlier or sys.stderr)
+
+
+def _handlers() -> list[_Handler]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, _Handler)]
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Ours, to be told from what libraries and test runners put beside it."""
 
 
 _Style = Callable[[logging.LogRecord, str, dict[str, Any]], str]

@@ -209,3 +209,31 @@ def test_a_loop_that_fails_ends_the_agent(
     assert done.returncode == 1, done.stderr
     assert "a bug in hintfleet: KeyError: 'missing'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_experiment_logs_its_trials_on_stderr(tmp_path: Path) -> None:
+    """Not into the file that takes what Ray writes there; each line names its run."""
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "name: s\ndriver: embedded\nhosts: {count: 1, memory: 512MiB}\n"
+        "guests: {per_host: 1, memory: 64MiB}\n"
+        "workload: {phases: [{allocate: 16MiB, for: 0.3s}, {free: 100%, for: 0.3s}]}\n"
+        "arms: [{name: none, method: none}]\nrepetitions: 1\nseed: 1\n"
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "orchestrator", "--log-level", "info", "--log-format", "json"),
+            *("run", str(spec), "--data-dir", str(tmp_path / "data"), "-o", "json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    messages = [line["message"] for line in lines]
+    assert messages == ["run begun", "ray is there", "host reached", "trial begun", "trial ended"]
+    assert lines[-1]["status"] == "done"
+    assert lines[-1]["trial"].startswith(lines[0]["run"])
+    json.loads(done.stdout)
