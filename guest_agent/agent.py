@@ -13,7 +13,6 @@ from typing import Any
 
 from grpc import ChannelConnectivity, aio
 
-from guest_agent.config import Config
 from guest_agent.isolation.isolator import Isolator
 from guest_agent.procfs import (
     boot_id,
@@ -23,10 +22,12 @@ from guest_agent.procfs import (
     mem_total_bytes,
 )
 from guest_agent.session import HelloFacts, HintingSession
+from hintfleet.agent_config import AgentConfig, Memory
 from hintfleet.errors import InvalidInput, Refused, TransientError
 from hintfleet.logs import fields
 from hintfleet.net.channels import open_aio_channel
 from hintfleet.ranges import RangeSet
+from hintfleet.settings import IsolatorKind, Method
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
@@ -48,7 +49,7 @@ _CHANNEL_OPTIONS = (
 )
 
 
-def run(config: Config) -> None:
+def run(config: AgentConfig) -> None:
     """Run the agent until it is stopped or refused.
 
     SIGTERM has a real guest's agent give back what is isolated, as far as the host agent
@@ -57,7 +58,8 @@ def run(config: Config) -> None:
     :raises HintfleetError: isolation is not possible here, or the host refused this agent.
     """
     with contextlib.suppress(_Terminated):
-        asyncio.run(_run_embedded(config) if config.memory == "embedded" else _run_in_guest(config))
+        embedded = config.memory is Memory.EMBEDDED
+        asyncio.run(_run_embedded(config) if embedded else _run_in_guest(config))
 
 
 class _Terminated(Exception):
@@ -74,7 +76,7 @@ async def _end_when_terminated(session: HintingSession) -> None:
     raise _Terminated
 
 
-def _connect(config: Config) -> tuple[aio.Channel, pb.Identity]:
+def _connect(config: AgentConfig) -> tuple[aio.Channel, pb.Identity]:
     """A channel to the host agent, on the running event loop, and who speaks on it.
 
     :raises InvalidInput: the TLS folder cannot be used.
@@ -117,7 +119,7 @@ async def _until_one_fails(*work: Coroutine[Any, Any, None]) -> None:
         task.result()
 
 
-async def _run_embedded(config: Config) -> None:
+async def _run_embedded(config: AgentConfig) -> None:
     """A whole guest in this process: the agent, and its workload beside it."""
     # Imported late, here and below: a real guest's agent does without, and is smaller.
     import mmap
@@ -141,15 +143,14 @@ async def _run_embedded(config: Config) -> None:
     channel, identity = _connect(config)
     serving = serve_workload(channel, workload, identity, boot)
     orphaned = _end_orphaned(channel, config.orphan_after_s)
-    if config.method == "none":
+    if config.method is Method.NONE:
         await _until_one_fails(serving, orphaned)
         return
-    tracker = config.tracker or "bitmap"
     isolator = EmbeddedIsolator(
-        allocator, tracker=tracker, threshold_chunks=config.threshold_chunks
+        allocator, tracker=config.tracker, threshold_chunks=config.threshold_chunks
     )
     facts = HelloFacts(
-        identity=identity, boot_id=boot, chunk_order=config.chunk_order, tracker=tracker
+        identity=identity, boot_id=boot, chunk_order=config.chunk_order, tracker=config.tracker
     )
     session = HintingSession(
         channel, isolator, facts, lambda: allocator.free_page_count * PAGE_BYTES
@@ -157,19 +158,21 @@ async def _run_embedded(config: Config) -> None:
     await _until_one_fails(session.run(), serving, orphaned)
 
 
-async def _run_in_guest(config: Config) -> None:
+async def _run_in_guest(config: AgentConfig) -> None:
     """The agent of a real guest. The workload is a process of its own (--workload-only): its
     memory and CPU time are not the agent's, and it lives on when the agent dies."""
-    if config.method == "none":
+    if config.method is Method.NONE:
         raise InvalidInput(
             "method none: there is nothing to hint", hint="hintfleet-guest --workload-only"
         )
     channel, identity = _connect(config)
-    isolator, tracker = _isolator(config)
     facts = HelloFacts(
-        identity=identity, boot_id=boot_id(), chunk_order=config.chunk_order, tracker=tracker
+        identity=identity,
+        boot_id=boot_id(),
+        chunk_order=config.chunk_order,
+        tracker=config.tracker,
     )
-    session = HintingSession(channel, isolator, facts, mem_free_bytes)
+    session = HintingSession(channel, _isolator(config), facts, mem_free_bytes)
     await _until_one_fails(
         session.run(),
         _end_when_terminated(session),
@@ -177,12 +180,9 @@ async def _run_in_guest(config: Config) -> None:
     )
 
 
-def _isolator(config: Config) -> tuple[Isolator, str]:
-    """The isolator of a real guest, and the name of the tracker that it comes with.
-
-    Imported late: none needs the others.
-    """
-    if config.isolator == "hugetlb":
+def _isolator(config: AgentConfig) -> Isolator:
+    """Return the isolator of a real guest. Imported late: none needs the others."""
+    if config.isolator is IsolatorKind.HUGETLB:
         from guest_agent.isolation.hugetlb import HugetlbIsolator
         from guest_agent.isolation.hugetlb_pool import HugetlbPool
 
@@ -195,14 +195,13 @@ def _isolator(config: Config) -> tuple[Isolator, str]:
         zeroing = init_on_alloc()
         _log.info("isolating by the hugetlb pool", extra=fields(init_on_alloc=int(zeroing)))
         threshold = config.threshold_chunks
-        isolator = HugetlbIsolator(HugetlbPool(), threshold_chunks=threshold, zeroing=zeroing)
-        return isolator, "bitmap"
+        return HugetlbIsolator(HugetlbPool(), threshold_chunks=threshold, zeroing=zeroing)
     from guest_agent.isolation.kmod import KmodIsolator
 
-    return KmodIsolator(), "reported"
+    return KmodIsolator()
 
 
-def run_workload_only(config: Config) -> None:
+def run_workload_only(config: AgentConfig) -> None:
     """The workload of a real guest, without hinting."""
     # The kernel is to kill the workload, not the agent, if the guest runs out of memory; but
     # first what offers itself (1000), as stress-ng's workers do: they are started again.
@@ -211,7 +210,7 @@ def run_workload_only(config: Config) -> None:
     asyncio.run(_serve_anonymous_workload(config))
 
 
-async def _serve_anonymous_workload(config: Config) -> None:
+async def _serve_anonymous_workload(config: AgentConfig) -> None:
     from guest_agent.memory.blocks import MemoryBlocks
     from guest_agent.workload import Workload
     from guest_agent.workload_client import serve_workload

@@ -29,6 +29,7 @@ from hintfleet import __version__
 from hintfleet.errors import InvalidInput, from_rpc_error
 from hintfleet.logs import fields
 from hintfleet.ranges import decode, encode
+from hintfleet.settings import SHORTEST_REPORT_PERIOD_MS
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
@@ -310,7 +311,7 @@ class HintingSession:
 
     def _obey(self, policy: pb.Policy) -> Sequence[hinting.Instruction]:
         self._idle_polls = 0
-        self._period_s = max(0.01, policy.report_period_ms / 1000)
+        self._period_s = max(SHORTEST_REPORT_PERIOD_MS, policy.report_period_ms) / 1000
         self._isolator.only_cold(
             policy.cold_after_ms / 1000 if policy.kind == pb.Policy.COLD else 0.0
         )

@@ -7,26 +7,30 @@ from collections.abc import Callable
 from guest_agent.memory.buddy import BuddyAllocator, Zone
 from guest_agent.tracking import BitmapTracker, ReportedTracker, Tracker
 from hintfleet.ranges import EMPTY, RangeSet
+from hintfleet.settings import IsolatorKind, TrackerKind
 
-TRACKERS: dict[str, Callable[[BuddyAllocator, Zone], Tracker]] = {
-    "bitmap": lambda allocator, _zone: BitmapTracker(allocator.chunk_order),
-    "reported": ReportedTracker,
+TRACKERS: dict[TrackerKind, Callable[[BuddyAllocator, Zone], Tracker]] = {
+    TrackerKind.BITMAP: lambda allocator, _zone: BitmapTracker(allocator.chunk_order),
+    TrackerKind.REPORTED: ReportedTracker,
 }
 
 
 class EmbeddedIsolator:
     """Pulls: scans the trackers of all zones when it is asked for chunks."""
 
-    name = "embedded"
+    name = IsolatorKind.EMBEDDED
     unfinished = False
     must_be_polled = False
 
     def __init__(
-        self, allocator: BuddyAllocator, *, tracker: str = "bitmap", threshold_chunks: int
+        self,
+        allocator: BuddyAllocator,
+        *,
+        tracker: TrackerKind = TrackerKind.BITMAP,
+        threshold_chunks: int,
     ) -> None:
         """Track `allocator` from now on.
 
-        :param tracker: a key of TRACKERS.
         :param threshold_chunks: waiting chunks that wake the core without being asked.
         """
         self._allocator = allocator

@@ -47,6 +47,7 @@ from guest_agent.isolation.hugetlb_pool import CHUNK_ORDER, CHUNK_PAGES
 from hintfleet.errors import Refused, TransientError
 from hintfleet.logs import fields
 from hintfleet.ranges import EMPTY, RangeSet
+from hintfleet.settings import IsolatorKind
 
 _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
@@ -74,7 +75,7 @@ class Pool(Protocol):
 class HugetlbIsolator:
     """Pulls: grows the pool when it is asked for chunks and enough of them are free."""
 
-    name = "hugetlb"
+    name = IsolatorKind.HUGETLB
     unfinished = False
     must_be_polled = True  # the kernel tells nobody of what is freed
 

@@ -29,12 +29,13 @@ from guest_agent.memory.kernel import (
 )
 from hintfleet.errors import Refused, TransientError
 from hintfleet.ranges import RangeSet
+from hintfleet.settings import HUGE_PAGE_ORDER
 from hintfleet.system.file_lock import lock_file
-from hintfleet.units import MIB
+from hintfleet.units import PAGE_BYTES
 
-CHUNK_ORDER = 9
+CHUNK_ORDER = HUGE_PAGE_ORDER
 CHUNK_PAGES = 1 << CHUNK_ORDER
-CHUNK_BYTES = 2 * MIB
+CHUNK_BYTES = PAGE_BYTES << CHUNK_ORDER
 
 _SMALLEST_RESERVE_CHUNKS = 16
 _RESERVE_SHARE = 16

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from hintfleet.ranges import RangeSet
+from hintfleet.settings import IsolatorKind
 
 
 class Isolator(Protocol):
@@ -19,7 +20,7 @@ class Isolator(Protocol):
     All methods but `start`'s callback are called from one thread.
     """
 
-    name: str
+    name: IsolatorKind
 
     must_be_polled: bool
     """Whether chunks can become free without a wake: then `idle` is asked once per period, or

@@ -18,6 +18,7 @@ from threading import Event, Thread
 
 from hintfleet.errors import Refused
 from hintfleet.ranges import EMPTY, Range, RangeSet
+from hintfleet.settings import IsolatorKind
 
 DEVICE = "/dev/hintfleet"
 
@@ -79,7 +80,7 @@ class KmodIsolator:
     128 MiB: a batch given back half hinted would be shown again whole.
     """
 
-    name = "kmod"
+    name = IsolatorKind.KMOD
     must_be_polled = True  # a chunk that is freed only makes a pass due, in 2 s
 
     def __init__(self, device: str = DEVICE) -> None:

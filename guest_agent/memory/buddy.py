@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from hintfleet.ranges import RangeSet
-
-MAX_ORDER = 10
-"""The largest order, inclusive (as in Linux since 6.4): blocks of 4 MiB."""
+from hintfleet.settings import MAX_ORDER
 
 FreeHook = Callable[["Zone", int], None]
 """Called with the zone and the first pfn of a chunk that has just become wholly

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from hintfleet import __version__
 from hintfleet.errors import HintfleetError, InvalidInput, OutcomeUnknown
+from hintfleet.settings import SHORTEST_SAMPLE_PERIOD_MS
 from hintfleet.system.machine_limits import processors
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
@@ -21,7 +22,6 @@ from host_agent.resizing import resize
 from host_agent.threads import in_driver_thread
 from host_agent.waking import WAKE_S, next_wake_s, sleep_until
 
-_SHORTEST_PERIOD_MS = 10
 _DEFAULT_SETTLE_S = 30.0
 _T = TypeVar("_T")
 
@@ -146,10 +146,10 @@ class ControlService(HostServiceServicer):
         self, request: host_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[host_pb2.SampleSet]:
         """Samples of a trial's guests; their lives hang on this stream."""
-        if not request.trial_id or request.period_ms < _SHORTEST_PERIOD_MS:
+        if not request.trial_id or request.period_ms < SHORTEST_SAMPLE_PERIOD_MS:
             await abort(
                 context,
-                InvalidInput(f"Watch needs a trial and a period of {_SHORTEST_PERIOD_MS} ms"),
+                InvalidInput(f"Watch needs a trial and a period of {SHORTEST_SAMPLE_PERIOD_MS} ms"),
             )
         self._registry.open_watch(request.trial_id)
         period_s = request.period_ms / 1000

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from hintfleet.settings import DEFAULT_RESERVE_PERCENT, DEFAULT_STEP_PERCENT
 from hintfleet.units import KIB, MIB
 from hintfleet.v1 import host_pb2
 
@@ -25,8 +26,6 @@ _PERIODS_BEFORE_REST, _PERIODS_AT_REST = 12, 4
 SILENT_AFTER_S = 20.0
 """Twenty periods: even a guest under TCG on a busy host speaks in so long."""
 
-_DEFAULT_RESERVE_PERCENT = 10
-_DEFAULT_STEP_PERCENT = 5
 _DEAD_BAND_PER_MILLE = 5
 _SMALLEST_TARGET_BYTES = 64 * MIB
 
@@ -125,8 +124,8 @@ class Rule:
         percent = spec.memory_bytes // 100
         return cls(
             memory_bytes=spec.memory_bytes,
-            reserve_bytes=percent * (settings.reserve_percent or _DEFAULT_RESERVE_PERCENT),
-            step_bytes=percent * (settings.step_percent or _DEFAULT_STEP_PERCENT),
+            reserve_bytes=percent * (settings.reserve_percent or DEFAULT_RESERVE_PERCENT),
+            step_bytes=percent * (settings.step_percent or DEFAULT_STEP_PERCENT),
         )
 
     def next_target(self, stats: BalloonStats) -> int | None:

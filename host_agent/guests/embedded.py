@@ -11,20 +11,23 @@ process by pid and start time, and its RAM among its files.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from threading import Thread
 from typing import Protocol
 
+from hintfleet.agent_config import AgentConfig, Memory
 from hintfleet.errors import GuestLost, Refused
 from hintfleet.ranges import RangeSet
+from hintfleet.settings import Driver
 from hintfleet.system.processes import look
 from hintfleet.units import PAGE_BYTES, format_size
 from hintfleet.v1 import host_pb2
+from host_agent.guests.agent_settings import agent_config
 from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.guests.driver import GuestRequest, Handle, Survival
 from host_agent.guests.guest_log import GuestLog
@@ -221,14 +224,20 @@ class EmbeddedDriver:
         """Start a guest process.
 
         :raises Refused: an unknown setting, or the kernel refused the RAM file.
+        :raises InvalidInput: a setting is out of its bounds.
         """
         _check_settings(request.spec)
+        config = agent_config(Driver.EMBEDDED, request, self._server, self._survival)
         with contextlib.ExitStack() as undo:
             log = self._log(request)
             undo.callback(log.close)
             ram = _make_ram(request)
             undo.callback(ram.close)
-            popen = self._start(request, ram.only_fd(), log)
+            memory_bytes = request.spec.memory_bytes
+            config = replace(
+                config, memory=Memory.EMBEDDED, ram_fd=ram.only_fd(), memory_bytes=memory_bytes
+            )
+            popen = self._start(config, log)
             undo.pop_all()
         found = look(popen.pid)
         handle = {
@@ -262,42 +271,21 @@ class EmbeddedDriver:
     def _log(self, request: GuestRequest) -> GuestLog:
         return GuestLog(self._survival.folder / request.name if self._survival else None)
 
-    def _start(self, request: GuestRequest, ram_fd: int, log: GuestLog) -> subprocess.Popen[bytes]:
+    def _start(self, config: AgentConfig, log: GuestLog) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [sys.executable, "-m", "guest_agent", "--config", "-"],
             stdin=subprocess.PIPE,
             stdout=log.file,
             stderr=subprocess.STDOUT,
-            pass_fds=(ram_fd,),
+            pass_fds=(config.ram_fd,),
             # What ends the host agent's group (Ctrl-C) is not to end guests that survive it.
             start_new_session=self._survival is not None,
         )
         if process.stdin is not None:  # always: Popen was asked for a pipe
             with contextlib.suppress(BrokenPipeError):  # it died at once; the waiter tells
-                process.stdin.write(self._config(request, ram_fd).encode() + b"\n")
+                process.stdin.write(config.to_json().encode() + b"\n")
                 process.stdin.flush()
         return process
-
-    def _config(self, request: GuestRequest, ram_fd: int) -> str:
-        hinting = request.spec.hinting
-        return json.dumps(
-            {
-                "server": self._server,
-                "guest_uuid": request.uuid,
-                "token": request.token,
-                "method": host_pb2.Method.Name(request.spec.method).lower(),
-                "isolator": "embedded",
-                "tracker": hinting.tracker,
-                "chunk_order": hinting.chunk_order or 9,
-                "threshold_chunks": hinting.threshold_chunks or 16,
-                "memory": "embedded",
-                "ram_fd": ram_fd,
-                "memory_bytes": request.spec.memory_bytes,
-                "max_memory_bytes": request.spec.max_memory_bytes,
-                # 0: it ends with the pipe on its stdin, which stays open.
-                "orphan_after_s": self._survival.orphan_after_s if self._survival else 0,
-            }
-        )
 
 
 def _check_settings(spec: host_pb2.GuestSpec) -> None:
@@ -308,13 +296,3 @@ def _check_settings(spec: host_pb2.GuestSpec) -> None:
         )
     if spec.node_count > 1:
         raise Refused("an embedded guest has one NUMA node", hint="driver: libvirt")
-    for what, value, allowed in (
-        ("isolator", spec.hinting.isolator, ("", "embedded")),
-        ("tracker", spec.hinting.tracker, ("", "bitmap", "reported")),
-        ("policy", spec.hinting.policy, ("", "eager", "cold", "pressure")),
-    ):
-        if value not in allowed:
-            raise Refused(
-                f"an embedded guest has no {what} {value!r}",
-                hint=f"{what}: {' or '.join(filter(None, allowed))}",
-            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from hintfleet.settings import DEFAULT_PRESSURE_PERCENT, Policy
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from host_agent.guest import Guest
@@ -12,7 +13,6 @@ from host_agent.pressure.policy import GuestView, Hold, HostView, Suggestion, su
 from host_agent.waking import next_wake_s, sleep_until
 
 PERIOD_S = 0.5
-_DEFAULT_PRESSURE_PERCENT = 80
 
 
 class Pressure:
@@ -41,7 +41,7 @@ class Pressure:
             self._holds = {}
             return
         books = {name: guest.memory.books_now() for name, guest in guests.items()}
-        percent = min(g.spec.hinting.pressure_percent or _DEFAULT_PRESSURE_PERCENT for g in ruled)
+        percent = min(g.spec.hinting.pressure_percent or DEFAULT_PRESSURE_PERCENT for g in ruled)
         host = HostView(
             now_s=time.monotonic(),
             resident_bytes=sum(ledger.resident_bytes for ledger in books.values()),
@@ -55,7 +55,7 @@ class Pressure:
 
 
 def _is_ruled(guest: Guest) -> bool:
-    return guest.spec.method == host_pb2.HINTING and guest.spec.hinting.policy == "pressure"
+    return guest.spec.method == host_pb2.HINTING and guest.spec.hinting.policy == Policy.PRESSURE
 
 
 def _view(guest: Guest, ledger: host_pb2.Ledger) -> GuestView:

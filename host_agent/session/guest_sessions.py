@@ -17,6 +17,7 @@ from typing import TypeVar
 from hintfleet.errors import GuestLost, OutcomeUnknown, Refused, TransientError
 from hintfleet.logs import Seldom, fields
 from hintfleet.ranges import encode
+from hintfleet.settings import DEFAULT_CHUNK_ORDER
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.memory.guest_memory import GuestMemory
 from host_agent.memory.page_map import NO_PAGES
@@ -33,7 +34,6 @@ from host_agent.tasks import LastingTasks
 _T = TypeVar("_T")
 
 _RECONNECT_S = 1.0
-_DEFAULT_CHUNK_ORDER = 9
 
 _FEW_SECTIONS = 16
 """The chunks of so many are encoded sooner than a thread begins with them."""
@@ -92,7 +92,7 @@ class GuestSessions:
     @property
     def chunk_order(self) -> int:
         """The order of what the guest hints."""
-        return self._settings.chunk_order or _DEFAULT_CHUNK_ORDER
+        return self._settings.chunk_order or DEFAULT_CHUNK_ORDER
 
     def end_all(self, error: GuestLost) -> None:
         """The guest is gone: its epoch ends now, and whoever waits for it gets `error`."""

@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hintfleet.ranges import encode
+from hintfleet.settings import (
+    DEFAULT_COLD_AFTER_MS,
+    DEFAULT_POLICY,
+    DEFAULT_REPORT_PERIOD_MS,
+    Policy,
+)
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
 from host_agent.memory.reclaim import Outcome
 from host_agent.session.gate import LIMITS, Batch
 
-_DEFAULT_PERIOD_MS = 200
-_DEFAULT_COLD_AFTER_MS = 5000
-
-POLICIES: Mapping[str, pb.Policy.Kind.ValueType] = {
-    "": pb.Policy.EAGER,
-    "eager": pb.Policy.EAGER,
-    "cold": pb.Policy.COLD,
-    "pressure": pb.Policy.PRESSURE,
+_KINDS: Mapping[Policy, pb.Policy.Kind.ValueType] = {
+    Policy.EAGER: pb.Policy.EAGER,
+    Policy.COLD: pb.Policy.COLD,
+    Policy.PRESSURE: pb.Policy.PRESSURE,
 }
 
 
 def policy_of(settings: host_pb2.HintingSettings, allowance_bytes: int = 0) -> pb.Policy:
     """What a guest with these settings is told."""
     return pb.Policy(
-        kind=POLICIES[settings.policy],
-        report_period_ms=settings.report_period_ms or _DEFAULT_PERIOD_MS,
-        cold_after_ms=settings.cold_after_ms or _DEFAULT_COLD_AFTER_MS,
+        kind=_KINDS[Policy(settings.policy or DEFAULT_POLICY)],
+        report_period_ms=settings.report_period_ms or DEFAULT_REPORT_PERIOD_MS,
+        cold_after_ms=settings.cold_after_ms or DEFAULT_COLD_AFTER_MS,
         allowance_pages=allowance_bytes // PAGE_BYTES,
     )
 

@@ -7,6 +7,7 @@ it must at least be possible; and what is printed must not steer a terminal.
 from __future__ import annotations
 
 from hintfleet.errors import InvalidInput
+from hintfleet.settings import MAX_ORDER
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
@@ -14,8 +15,6 @@ _MOST = 1 << 53
 """Microseconds in 285 years, and more bytes than a machine has; exact in a double."""
 
 _MOST_TEXT = 1000
-_LARGEST_CHUNK_ORDER = 10
-"""MAX_ORDER of the kernel's buddy allocator on x86-64, as far back as 2.6."""
 
 
 def check_hello(hello: pb.Hello) -> None:
@@ -24,7 +23,7 @@ def check_hello(hello: pb.Hello) -> None:
         raise InvalidInput(
             f"the guest's pages have {hello.page_size_bytes} bytes, this host's {PAGE_BYTES}"
         )
-    _check_most("chunk_order", hello.chunk_order, _LARGEST_CHUNK_ORDER)
+    _check_most("chunk_order", hello.chunk_order, MAX_ORDER)
     _check_most("length of boot_id", len(hello.boot_id), _MOST_TEXT)
 
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
+from hintfleet.settings import Driver
 from orchestrator.results.cost import Cost
 from orchestrator.results.statistics import Interval, mean_interval, paired_differences
-from orchestrator.spec.model import Driver
 
 
 @dataclass(frozen=True, kw_only=True)

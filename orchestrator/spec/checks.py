@@ -10,20 +10,21 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from hintfleet.net.addresses import ENCRYPT_HINT, address_problem, plain_text_problem
+from hintfleet.settings import (
+    HUGE_PAGE_ORDER,
+    PARTS,
+    Driver,
+    IsolatorKind,
+    Method,
+    hinting_parts,
+    policies_of,
+)
 from hintfleet.system.machine_limits import Bound
 from hintfleet.units import MIB, format_size
-from orchestrator.spec.model import Arm, Driver, Method, Policy, Spec
+from orchestrator.spec.model import Arm, Spec
 from orchestrator.spec.workload import expand, held_after, step_count, total_allocated_bytes
 
-# Isolator and tracker go together: the hugetlb pool knows nothing of the buddy, so its
-# tracker reads the kernel's page flags into a bitmap; the module is told by the kernel,
-# which marks what it has reported. The first is what an arm that names neither gets.
-PARTS = {
-    Driver.EMBEDDED: (("embedded", "bitmap"), ("embedded", "reported")),
-    Driver.LIBVIRT: (("kmod", "reported"), ("hugetlb", "bitmap")),
-}
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
-_HUGE_PAGE_ORDER = 9
 _MOST_STEPS = 100_000
 _FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload"
 
@@ -52,15 +53,6 @@ def problems(spec: Spec) -> Iterator[Problem]:
     yield from _arm_problems(spec)
     yield from _host_problems(spec)
     yield from _workload_problems(spec)
-
-
-def hinting_parts(driver: Driver, arm: Arm) -> tuple[str, str] | None:
-    """Isolator and tracker of an arm: the first pair of the driver that has what the arm
-    names. None if there is none."""
-    for isolator, tracker in PARTS[driver]:
-        if arm.isolator in ("", isolator) and arm.tracker in ("", tracker):
-            return isolator, tracker
-    return None
 
 
 def usable_bytes(driver: Driver, memory_bytes: int) -> int:
@@ -182,21 +174,21 @@ def _driver_problems(driver: Driver, i: int, arm: Arm) -> Iterator[Problem]:
 
 
 def _hinting_problems(driver: Driver, i: int, arm: Arm) -> Iterator[Problem]:
-    parts = hinting_parts(driver, arm)
+    parts = hinting_parts(driver, arm.isolator, arm.tracker)
     if parts is None:
         yield _no_such_parts(driver, i, arm)
         return
-    if arm.policy is Policy.COLD and parts != ("embedded", "bitmap"):
+    if arm.policy not in policies_of(parts):
         yield Problem(
             path=("arms", i, "policy"),
             message="policy cold needs a tracker that knows since when a chunk is free",
             hint="the embedded driver's tracker bitmap does; leave the arm out elsewhere with "
             "drivers: [embedded]",
         )
-    if parts[0] == "hugetlb" and arm.chunk_order != _HUGE_PAGE_ORDER:
+    if parts.isolator is IsolatorKind.HUGETLB and arm.chunk_order != HUGE_PAGE_ORDER:
         yield Problem(
             path=("arms", i, "chunk_order"),
-            message=f"isolator hugetlb has huge pages of order {_HUGE_PAGE_ORDER} only",
+            message=f"isolator hugetlb has huge pages of order {HUGE_PAGE_ORDER} only",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from hintfleet.errors import InvalidInput
+from hintfleet.settings import Driver
 from hintfleet.system.files import read_at_most
 from orchestrator.spec import catalogue
 from orchestrator.spec import checks as spec_checks
@@ -41,8 +42,7 @@ _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
     ("arms",): Arm,
     ("timeouts",): Timeouts,
     ("under",): Under,
-    ("under", "embedded"): UnderDriver,
-    ("under", "libvirt"): UnderDriver,
+    **{("under", driver): UnderDriver for driver in Driver},
 }
 
 

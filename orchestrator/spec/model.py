@@ -7,11 +7,25 @@ several values is in `spec_checks`, and lines and columns are added by
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
 
+from hintfleet.settings import (
+    DEFAULT_CHUNK_ORDER,
+    DEFAULT_COLD_AFTER_MS,
+    DEFAULT_POLICY,
+    DEFAULT_PRESSURE_PERCENT,
+    DEFAULT_REPORT_PERIOD_MS,
+    DEFAULT_RESERVE_PERCENT,
+    DEFAULT_STEP_PERCENT,
+    DEFAULT_THRESHOLD_CHUNKS,
+    MAX_ORDER,
+    MOST_THRESHOLD_CHUNKS,
+    Driver,
+    Method,
+    Policy,
+)
 from hintfleet.units import format_size
 from orchestrator.spec.values import (
     AmountOrPercent,
@@ -28,30 +42,6 @@ from orchestrator.spec.values import (
     WholePercent,
     wrong,
 )
-
-
-class Driver(StrEnum):
-    """What a guest is."""
-
-    EMBEDDED = "embedded"
-    LIBVIRT = "libvirt"
-
-
-class Method(StrEnum):
-    """How memory comes back."""
-
-    NONE = "none"
-    HINTING = "hinting"
-    REPORTING = "reporting"
-    BALLOON = "balloon"
-
-
-class Policy(StrEnum):
-    """When memory comes back."""
-
-    EAGER = "eager"
-    COLD = "cold"
-    PRESSURE = "pressure"
 
 
 class Hosts(Part):
@@ -127,7 +117,7 @@ class Arm(Part):
     """One method with its settings.
 
     :ivar drivers: the arm is left out under any other; empty for all.
-    :ivar tracker, isolator: each may be left out; see `spec_checks.hinting_parts`.
+    :ivar tracker, isolator: each may be left out; see `hintfleet.settings.PARTS`.
     :ivar cold_after_s: policy cold: how long a chunk must have been free.
     :ivar pressure_above_percent: policy pressure: the share of the host's memory
         budget above which memory is wanted back.
@@ -143,14 +133,21 @@ class Arm(Part):
     drivers: tuple[Annotated[Driver, Field(strict=False)], ...] = ()
     tracker: str = ""
     isolator: str = ""
-    policy: Annotated[Policy, Field(strict=False)] = Policy.EAGER
-    cold_after_s: ColdAfterS = Field(default=5.0, alias="cold_after")
-    pressure_above_percent: WholePercent = Field(default=80, alias="pressure_above")
-    report_period_s: ReportPeriodS = Field(default=0.1, alias="report_period")
-    threshold_chunks: int = Field(default=16, ge=1, le=1 << 20, alias="threshold")
-    chunk_order: int = Field(default=9, ge=1, le=10)  # 0 on the wire means the default
-    reserve_percent: WholePercent = Field(default=10, alias="reserve")
-    step_percent: WholePercent = Field(default=5, alias="step")
+    policy: Annotated[Policy, Field(strict=False)] = DEFAULT_POLICY
+    cold_after_s: ColdAfterS = Field(default=DEFAULT_COLD_AFTER_MS / 1000, alias="cold_after")
+    pressure_above_percent: WholePercent = Field(
+        default=DEFAULT_PRESSURE_PERCENT, alias="pressure_above"
+    )
+    report_period_s: ReportPeriodS = Field(
+        default=DEFAULT_REPORT_PERIOD_MS / 1000, alias="report_period"
+    )
+    threshold_chunks: int = Field(
+        default=DEFAULT_THRESHOLD_CHUNKS, ge=1, le=MOST_THRESHOLD_CHUNKS, alias="threshold"
+    )
+    # From 1: 0 on the wire means the default.
+    chunk_order: int = Field(default=DEFAULT_CHUNK_ORDER, ge=1, le=MAX_ORDER)
+    reserve_percent: WholePercent = Field(default=DEFAULT_RESERVE_PERCENT, alias="reserve")
+    step_percent: WholePercent = Field(default=DEFAULT_STEP_PERCENT, alias="step")
     kernel_parameters: str = Field(default="", max_length=500, pattern=r"^[ -~]*$")
 
     @model_validator(mode="after")

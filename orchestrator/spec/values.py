@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from hintfleet.errors import InvalidInput
+from hintfleet.settings import SHORTEST_REPORT_PERIOD_MS, SHORTEST_SAMPLE_PERIOD_MS
 from hintfleet.units import PAGE_BYTES, format_size, parse_duration_s, parse_size
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
@@ -94,13 +95,16 @@ class Amount(Part):
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 DurationS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0, le=7 * 86400)]
 PositiveDurationS = Annotated[float, BeforeValidator(_duration_s), Field(gt=0, le=7 * 86400)]
-# Whole milliseconds on the wire, where 0 would mean what the guest does by itself; and no
-# guest looks more often than every 10 ms.
-ReportPeriodS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.01, le=7 * 86400)]
+# Whole milliseconds on the wire, where 0 means the default.
+ReportPeriodS = Annotated[
+    float, BeforeValidator(_duration_s), Field(ge=SHORTEST_REPORT_PERIOD_MS / 1000, le=7 * 86400)
+]
 ColdAfterS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.001, le=7 * 86400)]
 WholePercent = Annotated[int, BeforeValidator(_whole_percent)]
 AmountOrPercent = Annotated[Amount, BeforeValidator(_amount)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
 Strings = tuple[str, ...]
 Repetitions = Annotated[int, Field(ge=1, le=10000)]
-SamplePeriodS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.01, le=60)]
+SamplePeriodS = Annotated[
+    float, BeforeValidator(_duration_s), Field(ge=SHORTEST_SAMPLE_PERIOD_MS / 1000, le=60)
+]

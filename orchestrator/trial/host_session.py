@@ -8,11 +8,12 @@ from pathlib import Path
 
 from hintfleet.errors import OutcomeUnknown, Refused, TransientError
 from hintfleet.net.tls import Tls
+from hintfleet.settings import Driver
 from hintfleet.system.owned_folders import OwnedFolder
 from hintfleet.units import format_size
 from hintfleet.v1 import host_pb2
 from orchestrator.machine import runtime_dirs
-from orchestrator.spec.model import Driver, Timeouts
+from orchestrator.spec.model import Timeouts
 from orchestrator.trial.host_client import HostClient
 from orchestrator.trial.host_process import HostProcess, LogicalHost
 from orchestrator.trial.plan import HostTask

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 from hintfleet.errors import HintfleetError, InvalidInput, StableError, TransientError
+from hintfleet.settings import Driver, Method, hinting_parts
 from hintfleet.v1 import host_pb2
-from orchestrator.spec.checks import hinting_parts
-from orchestrator.spec.model import Arm, Driver, Method, Spec
+from orchestrator.spec.model import Arm, Spec
 from orchestrator.spec.workload import Step
 from orchestrator.trial.host_client import HostClient
 from orchestrator.trial.plan import GuestTask, HostTask
@@ -274,12 +274,12 @@ def guest_spec(task: HostTask) -> host_pb2.GuestSpec:
 
 
 def _hinting_settings(driver: Driver, arm: Arm) -> host_pb2.HintingSettings:
-    parts = hinting_parts(driver, arm)
+    parts = hinting_parts(driver, arm.isolator, arm.tracker)
     if parts is None:
         raise InvalidInput(f"arm {arm.name}: the {driver} driver has no such tracker and isolator")
     return host_pb2.HintingSettings(
-        isolator=parts[0],
-        tracker=parts[1],
+        isolator=parts.isolator,
+        tracker=parts.tracker,
         chunk_order=arm.chunk_order,
         policy=arm.policy,
         report_period_ms=round(arm.report_period_s * 1000),

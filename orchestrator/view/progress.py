@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hintfleet.settings import Method
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import PhaseStarted, Record, Samples
 
@@ -53,7 +54,10 @@ class Progress:
     def arms(self) -> dict[str, ArmProgress]:
         """Each arm's trials, the control first."""
         arms: dict[str, ArmProgress] = {}
-        for trial in sorted(self.trials, key=lambda t: (t.arm.method != "none", t.position)):
+        controls_first = sorted(
+            self.trials, key=lambda trial: (trial.arm.method is not Method.NONE, trial.position)
+        )
+        for trial in controls_first:
             arm = arms.setdefault(trial.arm.name, ArmProgress())
             arm.total += 1
             arm.ended += trial.position in self._undecided_by_position

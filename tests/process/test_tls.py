@@ -18,7 +18,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from guest_agent.config import Config
+from hintfleet.agent_config import AgentConfig
 from hintfleet.net.tls import Role, Tls
 from hintfleet.units import MIB
 from hintfleet.v1 import hinting_pb2 as pb
@@ -247,7 +247,7 @@ def test_a_uuid_is_one_guests(door: InProcessHost) -> None:
     assert set(door.guests()) == {"mine", "other"}
 
 
-def guest_agent_process(config: Config) -> subprocess.Popen[str]:
+def guest_agent_process(config: AgentConfig) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "guest_agent", "--workload-only", "--config", "-"],
         stdin=subprocess.PIPE,
@@ -263,7 +263,7 @@ def guest_agent_process(config: Config) -> subprocess.Popen[str]:
 def test_a_guest_agent_speaks_tls(door: InProcessHost, folders: Folders) -> None:
     """The workload of a real guest takes the place of the embedded one, which is held still."""
     os.kill(door.guests()["mine"].pid, signal.SIGSTOP)
-    config = Config(
+    config = AgentConfig(
         server=door.guest_address,
         guest_uuid=UUID,
         token=door.token("mine"),
@@ -286,7 +286,7 @@ def test_a_guest_agent_speaks_tls(door: InProcessHost, folders: Folders) -> None
 def test_a_guest_agent_with_anothers_certificate_gives_up(
     door: InProcessHost, folders: Folders
 ) -> None:
-    config = Config(
+    config = AgentConfig(
         server=door.guest_address,
         guest_uuid=OTHER_UUID,
         token=door.token("other"),

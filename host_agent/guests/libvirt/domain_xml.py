@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from hintfleet.agent_config import FW_CFG_NAME
 from hintfleet.units import KIB, MIB
 from host_agent.guests.balloon import PERIOD_S
 from host_agent.guests.libvirt.image import GuestImage
-
-CONFIG_ENTRY = "opt/org.hintfleet/config"
-"""fw_cfg file in which the guest's agent finds its configuration."""
 
 NAME_PREFIX = "hintfleet-"
 
@@ -42,7 +40,7 @@ class DomainSpec:
 
     :ivar accelerator: `kvm`, or `qemu` for TCG: the type of a libvirt domain.
     :ivar console: file that the guest's serial console is written to.
-    :ivar config: file that the agent reads as CONFIG_ENTRY; None for a guest
+    :ivar config: file that the agent reads as FW_CFG_NAME; None for a guest
         without agent, which ends as soon as it has booted. Never text in the
         XML: that shows in QEMU's command line, and it holds a secret.
     :ivar max_memory_bytes: what DIMMs may make it; 0 if it has no slots for any.
@@ -120,7 +118,7 @@ def _node_sizes(spec: DomainSpec) -> list[int]:
 def _boot(domain: ET.Element, spec: DomainSpec) -> None:
     if spec.config:
         sysinfo = ET.SubElement(domain, "sysinfo", type="fwcfg")
-        ET.SubElement(sysinfo, "entry", name=CONFIG_ENTRY, file=str(spec.config))
+        ET.SubElement(sysinfo, "entry", name=FW_CFG_NAME, file=str(spec.config))
     os = ET.SubElement(domain, "os")
     _text(os, "type", "hvm", arch="x86_64", machine="q35")
     _text(os, "kernel", str(spec.image.kernel))

@@ -8,19 +8,22 @@ not; another host agent finds the domain by its UUID, and where its RAM lies onc
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
 from typing import Any
 
+from hintfleet.agent_config import AgentConfig
 from hintfleet.errors import GuestLost, HintfleetError, Refused
 from hintfleet.ranges import RangeSet
+from hintfleet.settings import Driver, IsolatorKind, Method
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
+from host_agent.guests.agent_settings import agent_config
 from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.guests.driver import GuestRequest, Handle, Survival
 from host_agent.guests.libvirt import kvm_probe
@@ -39,8 +42,6 @@ _PROBE_MEMORY_BYTES = 256 * MIB
 _NEWS_OF_END_S = 2.0
 _LOOK_S = 0.05
 
-_TRACKER_OF_ISOLATOR = {"kmod": "reported", "hugetlb": "bitmap"}
-_ISOLATOR_OF_TRACKER = {"": "kmod", "reported": "kmod", "bitmap": "hugetlb"}
 _MEMBALLOONS = {
     host_pb2.REPORTING: Memballoon.REPORTING,
     host_pb2.BALLOON: Memballoon.TARGET,
@@ -172,7 +173,7 @@ class LibvirtDriver:
         return host_pb2.DriverState(driver=host_pb2.LIBVIRT, usable=True, detail=detail)
 
     def create(self, request: GuestRequest) -> LibvirtGuest:
-        _check_settings(request.spec)
+        config = self._agent_config(request)
         image = find_image(self._images)
         connection = self._connect()
         self._check_reach(image)
@@ -181,7 +182,7 @@ class LibvirtDriver:
         files = self._files(request.name)
         with contextlib.ExitStack() as undo:
             undo.callback(files.remove)
-            spec = self._domain_spec(request, image, accelerator, files)
+            spec = self._domain_spec(request, image, accelerator, files, config)
             gone = self._watch(request, undo)
             domain = _start(connection, spec, lasting=self._survival is not None)
             undo.callback(self._destroy, request.uuid)
@@ -332,9 +333,14 @@ class LibvirtDriver:
             gone.say(reason)
 
     def _domain_spec(
-        self, request: GuestRequest, image: GuestImage, accelerator: str, files: RuntimeDir
+        self,
+        request: GuestRequest,
+        image: GuestImage,
+        accelerator: str,
+        files: RuntimeDir,
+        config: AgentConfig,
     ) -> DomainSpec:
-        files.write_config(json.dumps(self._agent_config(request)))
+        files.write_config(config.to_json())
         return DomainSpec(
             name=request.name,
             uuid=request.uuid,
@@ -345,31 +351,15 @@ class LibvirtDriver:
             image=image,
             console=files.console,
             config=files.config,
-            parameters=_kernel_parameters(request.spec),
+            parameters=_kernel_parameters(request.spec, config),
             memballoon=_MEMBALLOONS.get(request.spec.method, Memballoon.NONE),
         )
 
-    def _agent_config(self, request: GuestRequest) -> dict[str, str | int]:
-        hinting = request.spec.hinting
-        config: dict[str, str | int] = {
-            "server": self._guest_server,
-            "guest_uuid": request.uuid,
-            "token": request.token,
-            # Under the peers there is nothing for an agent to do but run the workload.
-            "method": "hinting" if request.spec.method == host_pb2.HINTING else "none",
-            "isolator": _isolator(hinting),
-            "tracker": hinting.tracker,
-            "chunk_order": hinting.chunk_order or 9,
-            "memory": "kernel",
-            "max_memory_bytes": request.spec.max_memory_bytes,
-        }
-        if hinting.threshold_chunks:
-            config["threshold_chunks"] = hinting.threshold_chunks
-        if self._guest_tls:
-            config["tls_folder"] = _GUEST_TLS_FOLDER
-        if self._survival:
-            config["orphan_after_s"] = self._survival.orphan_after_s
-        return config
+    def _agent_config(self, request: GuestRequest) -> AgentConfig:
+        return replace(
+            agent_config(Driver.LIBVIRT, request, self._guest_server, self._survival),
+            tls_folder=_GUEST_TLS_FOLDER if self._guest_tls else "",
+        )
 
     def _accelerator(self, connection: Any, image: GuestImage) -> str:
         with self._probing:
@@ -408,44 +398,12 @@ class LibvirtDriver:
             files.remove()
 
 
-def _isolator(hinting: host_pb2.HintingSettings) -> str:
-    return hinting.isolator or _ISOLATOR_OF_TRACKER[hinting.tracker]
-
-
-def _kernel_parameters(spec: host_pb2.GuestSpec) -> list[str]:
+def _kernel_parameters(spec: host_pb2.GuestSpec, config: AgentConfig) -> list[str]:
     parameters = spec.kernel_parameters.split()
-    if spec.method == host_pb2.HINTING and _isolator(spec.hinting) == "kmod":
-        order = spec.hinting.chunk_order or 9
-        return ["hintfleet.isolator=kmod", f"hintfleet.order={order}", *parameters]
+    if config.method is Method.HINTING and config.isolator is IsolatorKind.KMOD:
+        ours = ["hintfleet.isolator=kmod", f"hintfleet.order={config.chunk_order}"]
+        return [*ours, *parameters]
     return parameters
-
-
-def _check_settings(spec: host_pb2.GuestSpec) -> None:
-    """Refuse what a real guest's agent could not do, before one is booted.
-
-    :raises Refused: says what it is, and what there is instead.
-    """
-    hinting = spec.hinting
-    for what, value, allowed in (
-        ("isolator", hinting.isolator, ("", *_TRACKER_OF_ISOLATOR)),
-        ("tracker", hinting.tracker, tuple(_ISOLATOR_OF_TRACKER)),
-        # Neither kernel interface says since when a chunk is free.
-        ("policy", hinting.policy, ("", "eager", "pressure")),
-    ):
-        if value not in allowed:
-            raise Refused(
-                f"a libvirt guest has no {what} {value!r}",
-                hint=f"{what}: {' or '.join(filter(None, allowed))}",
-            )
-    isolator = _isolator(hinting)
-    tracker = _TRACKER_OF_ISOLATOR[isolator]
-    if hinting.tracker not in ("", tracker):
-        raise Refused(
-            f"isolator {isolator} has no tracker {hinting.tracker!r}",
-            hint=f"tracker: {tracker}, or leave it out",
-        )
-    if isolator == "hugetlb" and hinting.chunk_order not in (0, 9):
-        raise Refused("isolator hugetlb moves chunks of order 9 only", hint="isolator: kmod")
 
 
 def _refuse_if_taken(connection: Any, request: GuestRequest) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from guest_agent.config import ISOLATORS, MEMORIES, METHODS, TRACKERS, Config, parse
+from hintfleet.agent_config import AgentConfig, Memory
 from hintfleet.errors import InvalidInput
+from hintfleet.settings import IsolatorKind, Method, TrackerKind
 from tests.fuzz.target import Target
 
-_SMALL = Config(server="127.0.0.1:1", guest_uuid="u", token="t")
-_LARGE = Config(
+_SMALL = AgentConfig(server="127.0.0.1:1", guest_uuid="u", token="t")
+_LARGE = AgentConfig(
     server="unix:/run/x",
     guest_uuid="5e6f",
     token="secret",
-    isolator="embedded",
-    tracker="bitmap",
+    isolator=IsolatorKind.EMBEDDED,
+    tracker=TrackerKind.BITMAP,
     chunk_order=3,
     threshold_chunks=1,
-    memory="embedded",
+    memory=Memory.EMBEDDED,
     ram_fd=3,
     memory_bytes=1 << 30,
 )
@@ -24,15 +25,19 @@ _LARGE = Config(
 def try_input(data: bytes) -> None:
     text = data.decode(errors="replace")
     try:
-        config = parse(text)
+        config = AgentConfig.from_json(text, "fuzzed")
     except InvalidInput as error:
         str(error).encode()
         return
-    assert parse(config.to_json()) == config
-    assert config.method in METHODS
-    assert config.isolator in ISOLATORS
-    assert config.memory in MEMORIES
-    assert config.tracker in TRACKERS
+    assert AgentConfig.from_json(config.to_json(), "written") == config
+    assert config.method in (Method.NONE, Method.HINTING)
+    for name, kind in (
+        (config.method, Method),
+        (config.isolator, IsolatorKind),
+        (config.memory, Memory),
+        (config.tracker, TrackerKind),
+    ):
+        assert type(name) is kind
     assert 0 <= config.chunk_order <= 10
     assert config.threshold_chunks > 0
     assert 0 <= config.memory_bytes < 1 << 52
@@ -44,7 +49,7 @@ TARGET = Target.of(
     try_input,
     seeds=(_SMALL.to_json().encode(), _LARGE.to_json().encode()),
     words=(
-        *(f'"{name}"' for name in Config.__dataclass_fields__),
+        *(f'"{name}"' for name in AgentConfig.__dataclass_fields__),
         *("hinting", "none", "hugetlb", "kmod", "embedded", "reported", "bitmap", "kernel"),
         *("true", "false", "null", "NaN", "Infinity", "-1", "1e400", "\\ud800", "\\u0000", "[[[["),
     ),

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from guest_agent.memory.buddy import MAX_ORDER, BuddyAllocator, Zone, ZoneSpec
+from guest_agent.memory.buddy import BuddyAllocator, Zone, ZoneSpec
 from hintfleet.ranges import RangeSet
+from hintfleet.settings import MAX_ORDER
 from tests.support.agents import HANG_S
 
 CHUNK_ORDER = 9

@@ -1,39 +1,47 @@
-"""A wrong configuration is answered with the key and what it must be."""
+"""A configuration that cannot be read is answered with its file, and with the key if one is
+wrong."""
 
-import json
+import io
+import sys
+from pathlib import Path
 
 import pytest
 
-from guest_agent.config import Config, parse
+from guest_agent import config
+from hintfleet.agent_config import AgentConfig
 from hintfleet.errors import InvalidInput
 
-GOOD = {"server": "unix:/x", "guest_uuid": "u", "token": "t"}
+GOOD = AgentConfig(server="unix:/x", guest_uuid="u", token="t")
+WRONG = '{"server": "unix:/x", "guest_uuid": "u", "token": "t", "ram_fd": "3"}'
 
 
-def test_round_trip() -> None:
-    config = Config(server="unix:/x", guest_uuid="u", token="t", ram_fd=5, memory="embedded")
-    assert parse(config.to_json()) == config
+def test_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(GOOD.to_json())
+    assert config.read(str(path)) == GOOD
+
+
+def test_the_first_line_of_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(GOOD.to_json() + "\nmore"))
+    assert config.read("-") == GOOD
+    monkeypatch.setattr(sys, "stdin", io.StringIO(WRONG))
+    with pytest.raises(InvalidInput, match="on stdin: ram_fd must be int"):
+        config.read("-")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("content", "said"),
     [
-        ("", "not JSON"),
-        ("[]", "not a JSON object"),
-        (json.dumps({"server": "x"}), "'guest_uuid' is missing"),
-        (json.dumps(GOOD | {"colour": 1}), "unknown key 'colour'"),
-        (json.dumps(GOOD | {"method": "magic"}), "none or hinting"),
-        (json.dumps(GOOD | {"isolator": "magic"}), "kmod or hugetlb or embedded"),
-        (json.dumps(GOOD | {"chunk_order": 11}), "0 to 10"),
-        (json.dumps(GOOD | {"isolator": "hugetlb", "chunk_order": 10}), "must be 9"),
-        (json.dumps(GOOD | {"chunk_order": True}), "must be int"),
-        (json.dumps(GOOD | {"token": 5}), "token must be str"),
-        (json.dumps(GOOD | {"token": "\ud800"}), "not JSON.*surrogates"),
-        (json.dumps(GOOD | {"memory_bytes": -1}), "memory_bytes is -1, must be 0 to"),
-        (json.dumps(GOOD | {"ram_fd": 1 << 64}), "must be -1 to"),
-        ("[" * 100_000, "not JSON"),
+        (WRONG.encode(), "ram_fd must be int"),
+        (b"\xff", "cannot read.*0xff"),
+        (b" " * (1 << 17), "cannot read.*larger than"),
+        (None, "cannot read.*No such file"),
     ],
 )
-def test_mistakes(text: str, said: str) -> None:
-    with pytest.raises(InvalidInput, match=said):
-        parse(text)
+def test_mistakes_name_the_file(tmp_path: Path, content: bytes | None, said: str) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InvalidInput, match=said) as caught:
+        config.read(str(path))
+    assert str(path) in caught.value.message

@@ -5,14 +5,15 @@ import pytest
 from guest_agent.isolation.embedded import EmbeddedIsolator
 from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
 from hintfleet.ranges import EMPTY, RangeSet
+from hintfleet.settings import TrackerKind
 
 CHUNK = 512
 CHUNKS = 64
 
 
-@pytest.fixture(params=["bitmap", "reported"])
-def tracker(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=TrackerKind)
+def tracker(request: pytest.FixtureRequest) -> TrackerKind:
+    return TrackerKind(request.param)
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def allocator() -> BuddyAllocator:
     return BuddyAllocator(zones, chunk_order=9)
 
 
-def tracking(allocator: BuddyAllocator, tracker: str) -> EmbeddedIsolator:
+def tracking(allocator: BuddyAllocator, tracker: TrackerKind) -> EmbeddedIsolator:
     """An isolator that has dealt with all that was free from the start."""
     isolator = EmbeddedIsolator(allocator, tracker=tracker, threshold_chunks=16)
     drain(isolator)
@@ -52,7 +53,9 @@ def drain(isolator: EmbeddedIsolator, max_ranges: int = 512) -> RangeSet:
     return seen
 
 
-def test_exactly_what_was_freed_is_isolated(allocator: BuddyAllocator, tracker: str) -> None:
+def test_exactly_what_was_freed_is_isolated(
+    allocator: BuddyAllocator, tracker: TrackerKind
+) -> None:
     isolator = tracking(allocator, tracker)
     chunks = freed(allocator, 40)
     assert drain(isolator) == chunks
@@ -60,7 +63,7 @@ def test_exactly_what_was_freed_is_isolated(allocator: BuddyAllocator, tracker: 
     assert not drain(isolator), "released chunks are not new"
 
 
-def test_both_bounds_of_a_batch_are_kept(allocator: BuddyAllocator, tracker: str) -> None:
+def test_both_bounds_of_a_batch_are_kept(allocator: BuddyAllocator, tracker: TrackerKind) -> None:
     """v11 sent stale entries of its array when the last batch was not full."""
     isolator = tracking(allocator, tracker)
     chunks = freed(allocator, 24)
@@ -76,7 +79,7 @@ def test_both_bounds_of_a_batch_are_kept(allocator: BuddyAllocator, tracker: str
 
 
 def test_chunks_used_again_before_the_scan_are_not_isolated(
-    allocator: BuddyAllocator, tracker: str
+    allocator: BuddyAllocator, tracker: TrackerKind
 ) -> None:
     isolator = tracking(allocator, tracker)
     chunks = freed(allocator, 20)
@@ -84,7 +87,9 @@ def test_chunks_used_again_before_the_scan_are_not_isolated(
     assert drain(isolator) == chunks - used
 
 
-def test_what_the_host_did_not_act_on_comes_again(allocator: BuddyAllocator, tracker: str) -> None:
+def test_what_the_host_did_not_act_on_comes_again(
+    allocator: BuddyAllocator, tracker: TrackerKind
+) -> None:
     isolator = tracking(allocator, tracker)
     freed(allocator, 20)
     ranges = isolator.isolate(512, 1 << 20)
@@ -93,7 +98,9 @@ def test_what_the_host_did_not_act_on_comes_again(allocator: BuddyAllocator, tra
     assert drain(isolator) == ranges
 
 
-def test_it_wakes_the_core_at_the_threshold(allocator: BuddyAllocator, tracker: str) -> None:
+def test_it_wakes_the_core_at_the_threshold(
+    allocator: BuddyAllocator, tracker: TrackerKind
+) -> None:
     isolator = tracking(allocator, tracker)
     woken: list[bool] = []
     isolator.start(lambda: woken.append(True))
@@ -106,7 +113,7 @@ def test_it_wakes_the_core_at_the_threshold(allocator: BuddyAllocator, tracker: 
 
 
 def test_a_zone_at_its_watermark_keeps_its_bits_for_later(
-    allocator: BuddyAllocator, tracker: str
+    allocator: BuddyAllocator, tracker: TrackerKind
 ) -> None:
     """A chunk that may not be isolated now must not be forgotten."""
     isolator = tracking(allocator, tracker)
@@ -122,7 +129,7 @@ def test_a_zone_at_its_watermark_keeps_its_bits_for_later(
     assert not chunks - drain(isolator) - held
 
 
-def test_ranges_never_join_two_zones(tracker: str) -> None:
+def test_ranges_never_join_two_zones(tracker: TrackerKind) -> None:
     """v11 merged bits across NUMA nodes; a range here is released zone by zone."""
     pages = 8 * CHUNK
     zones = [
@@ -143,7 +150,7 @@ def test_ranges_never_join_two_zones(tracker: str) -> None:
 
 
 def test_a_set_bit_in_an_offline_range_is_passed_over(
-    allocator: BuddyAllocator, tracker: str
+    allocator: BuddyAllocator, tracker: TrackerKind
 ) -> None:
     """v11 looped for ever over a bit whose memory had been unplugged."""
     isolator = tracking(allocator, tracker)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hintfleet.agent_config import FW_CFG_NAME
 from hintfleet.units import GIB, MIB
-from host_agent.guests.libvirt.domain_xml import CONFIG_ENTRY, DomainSpec, Memballoon, domain_xml
+from host_agent.guests.libvirt.domain_xml import DomainSpec, Memballoon, domain_xml
 from host_agent.guests.libvirt.image import GuestImage
 
 SPEC = DomainSpec(
@@ -93,7 +94,7 @@ def test_the_root_disk_is_shared_and_stays_as_it_is() -> None:
 def test_the_configuration_is_a_file() -> None:
     entry = domain().find("sysinfo[@type='fwcfg']/entry")
     assert entry is not None
-    assert entry.attrib == {"name": CONFIG_ENTRY, "file": "/run/g1/config.json"}
+    assert entry.attrib == {"name": FW_CFG_NAME, "file": "/run/g1/config.json"}
     assert not (entry.text or "").strip()
     assert domain(replace(SPEC, config=None)).find("sysinfo") is None
 

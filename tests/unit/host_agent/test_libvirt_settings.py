@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 
 from hintfleet.errors import Refused
+from hintfleet.settings import Driver
 from hintfleet.v1 import host_pb2
+from host_agent.guests.agent_settings import agent_config, check_hinting
+from host_agent.guests.driver import GuestRequest
 from host_agent.guests.libvirt.domain_leaks import abandoned_domains
-from host_agent.guests.libvirt.driver import _check_settings, _isolator, _kernel_parameters
+from host_agent.guests.libvirt.driver import _kernel_parameters
 
 
 def spec(parameters: str = "", **hinting: object) -> host_pb2.GuestSpec:
@@ -28,9 +31,7 @@ def spec(parameters: str = "", **hinting: object) -> host_pb2.GuestSpec:
     ],
 )
 def test_a_tracker_brings_its_isolator(hinting: dict[str, str], isolator: str) -> None:
-    asked = spec(**hinting)
-    _check_settings(asked)
-    assert _isolator(asked.hinting) == isolator
+    assert check_hinting(Driver.LIBVIRT, spec(**hinting).hinting).isolator == isolator
 
 
 @pytest.mark.parametrize(
@@ -45,15 +46,20 @@ def test_a_tracker_brings_its_isolator(hinting: dict[str, str], isolator: str) -
 )
 def test_what_a_real_guest_cannot_do(hinting: dict[str, Any], said: str) -> None:
     with pytest.raises(Refused, match=said) as caught:
-        _check_settings(spec(**hinting))
+        check_hinting(Driver.LIBVIRT, spec(**hinting).hinting)
     assert caught.value.hint
 
 
+def kernel_parameters(asked: host_pb2.GuestSpec) -> list[str]:
+    request = GuestRequest(name="g", uuid="u", token="t", spec=asked, on_gone=print)
+    return _kernel_parameters(asked, agent_config(Driver.LIBVIRT, request, "10.0.2.2:1", None))
+
+
 def test_kernel_parameters_come_after_ours() -> None:
-    assert _kernel_parameters(spec("init_on_alloc=0  quiet", chunk_order=10)) == [
+    assert kernel_parameters(spec("init_on_alloc=0  quiet", chunk_order=10)) == [
         *("hintfleet.isolator=kmod", "hintfleet.order=10", "init_on_alloc=0", "quiet")
     ]
-    assert _kernel_parameters(spec("a=1", isolator="hugetlb")) == ["a=1"]
+    assert kernel_parameters(spec("a=1", isolator="hugetlb")) == ["a=1"]
 
 
 def test_another_machines_domains_are_not_called_abandoned() -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from hintfleet.errors import InvalidInput
+from hintfleet.settings import Driver, Method, hinting_parts
 from hintfleet.system.machine_limits import Bound
 from hintfleet.units import GIB, MIB
 from orchestrator.spec import catalogue
 from orchestrator.spec import checks as spec_checks
 from orchestrator.spec import file as spec_file
-from orchestrator.spec.model import Arm, Driver, Method, describe
+from orchestrator.spec.model import Arm, describe
 
 GOOD = """\
 name: mine
@@ -219,7 +220,7 @@ def test_isolator_and_tracker_go_together(
     driver: str, named: dict[str, str], parts: tuple[str, str] | None
 ) -> None:
     arm = Arm.model_validate({"name": "a", "method": "hinting", **named})
-    assert spec_checks.hinting_parts(Driver(driver), arm) == parts
+    assert hinting_parts(Driver(driver), arm.isolator, arm.tracker) == parts
 
 
 def test_isolator_and_tracker_that_do_not_go_together() -> None:

@@ -1,0 +1,85 @@
+"""What a guest's spec asks of its agent: held against what its driver has, and put into the
+agent's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hintfleet.agent_config import AgentConfig
+from hintfleet.errors import Refused
+from hintfleet.settings import (
+    DEFAULT_CHUNK_ORDER,
+    DEFAULT_POLICY,
+    DEFAULT_THRESHOLD_CHUNKS,
+    HUGE_PAGE_ORDER,
+    PARTS,
+    Driver,
+    HintingParts,
+    IsolatorKind,
+    Method,
+    hinting_parts,
+    policies_of,
+)
+from hintfleet.v1 import host_pb2
+from host_agent.guests.driver import GuestRequest, Survival
+
+_A_GUEST = {Driver.EMBEDDED: "an embedded guest", Driver.LIBVIRT: "a libvirt guest"}
+
+
+def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingParts:
+    """Return the isolator and the tracker that such a guest has.
+
+    :raises Refused: the driver has no such thing; says what there is instead.
+    """
+    isolators, trackers = zip(*PARTS[driver], strict=True)
+    for what, value, there in (
+        ("isolator", asked.isolator, isolators),
+        ("tracker", asked.tracker, trackers),
+    ):
+        if value and value not in there:
+            raise _has_no(_A_GUEST[driver], what, value, there)
+    parts = hinting_parts(driver, asked.isolator, asked.tracker)
+    if parts is None:
+        its_own = [pair.tracker for pair in PARTS[driver] if pair.isolator == asked.isolator]
+        raise _has_no(f"isolator {asked.isolator}", "tracker", asked.tracker, its_own)
+    policies = policies_of(parts)
+    if (asked.policy or DEFAULT_POLICY) not in policies:
+        raise _has_no(" with tracker ".join(parts), "policy", asked.policy, policies)
+    if parts.isolator is IsolatorKind.HUGETLB and asked.chunk_order not in (0, HUGE_PAGE_ORDER):
+        raise Refused(
+            f"isolator hugetlb moves chunks of order {HUGE_PAGE_ORDER} only", hint="isolator: kmod"
+        )
+    return parts
+
+
+def agent_config(
+    driver: Driver, request: GuestRequest, server: str, survival: Survival | None
+) -> AgentConfig:
+    """Return what both drivers tell a guest's agent.
+
+    :param server: where the guest finds the host agent.
+    :raises Refused: as `check_hinting`.
+    :raises InvalidInput: a setting is out of its bounds.
+    """
+    spec, hinting = request.spec, request.spec.hinting
+    parts = check_hinting(driver, hinting)
+    return AgentConfig(
+        server=server,
+        guest_uuid=request.uuid,
+        token=request.token,
+        # Under the peers there is nothing for an agent to do but run the workload.
+        method=Method.HINTING if spec.method == host_pb2.HINTING else Method.NONE,
+        isolator=parts.isolator,
+        tracker=parts.tracker,
+        chunk_order=hinting.chunk_order or DEFAULT_CHUNK_ORDER,
+        threshold_chunks=hinting.threshold_chunks or DEFAULT_THRESHOLD_CHUNKS,
+        max_memory_bytes=spec.max_memory_bytes,
+        # 0: it ends with the host agent, without having to notice.
+        orphan_after_s=survival.orphan_after_s if survival else 0,
+    )
+
+
+def _has_no(who: str, what: str, asked: str, there: Iterable[str]) -> Refused:
+    return Refused(
+        f"{who} has no {what} {asked!r}", hint=f"{what}: {' or '.join(dict.fromkeys(there))}"
+    )
