@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 # What needs gRPC is imported late: until `program.prepare`, Ctrl-C would show a traceback.
 from hintfleet import __version__, logs, program
+from hintfleet.settings import DEFAULT_ORPHAN_AFTER_S, DEFAULT_WATCH_GRACE_S
 
 _log = logging.getLogger("hintfleet.host")
 
@@ -112,14 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--orphan-after",
         type=int,
-        default=60,
+        default=DEFAULT_ORPHAN_AFTER_S,
         metavar="S",
         help="with --state: a guest without host agent ends after so long (default: %(default)s s)",
     )
     add(
         "--watch-grace",
         type=int,
-        default=30,
+        default=DEFAULT_WATCH_GRACE_S,
         metavar="S",
         help="with --state: how long guests of an agent before wait for a Watch of their trial"
         " (default: %(default)s s)",

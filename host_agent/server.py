@@ -31,6 +31,7 @@ from hintfleet.net.addresses import (
     socket_path,
 )
 from hintfleet.net.tls import Tls, listen
+from hintfleet.settings import DEFAULT_ORPHAN_AFTER_S, DEFAULT_WATCH_GRACE_S
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import add_HintingServiceServicer_to_server
 from hintfleet.v1.host_pb2_grpc import add_HostServiceServicer_to_server
@@ -94,8 +95,8 @@ class Settings:
     tls: Tls | None = None
     guest_tls: Tls | None = None
     state: Path | None = None
-    orphan_after_s: int = 60
-    watch_grace_s: int = 30
+    orphan_after_s: int = DEFAULT_ORPHAN_AFTER_S
+    watch_grace_s: int = DEFAULT_WATCH_GRACE_S
 
 
 @dataclass(frozen=True, kw_only=True)

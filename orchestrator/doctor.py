@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hintfleet.errors import HintfleetError, Refused, TransientError
+from hintfleet.settings import Driver
 from hintfleet.system.machine_limits import available_memory, processors, total_memory
 from hintfleet.units import format_size
 from orchestrator.spec import file as spec_file
@@ -31,7 +32,7 @@ _INSTALL = "pip install 'hintfleet[orchestrator]'"
 class Finding:
     """One thing looked at.
 
-    :ivar needed_for: "embedded" (and so everything), or "libvirt".
+    :ivar needed_for: a driver; EMBEDDED stands for everything.
     :ivar hint: what to do where it is not ok.
     """
 
@@ -39,7 +40,7 @@ class Finding:
     ok: bool
     detail: str
     hint: str = ""
-    needed_for: str = "embedded"
+    needed_for: str = Driver.EMBEDDED.value
 
 
 def examine(libvirt_uri: str = "") -> list[Finding]:
@@ -47,9 +48,9 @@ def examine(libvirt_uri: str = "") -> list[Finding]:
     return list(_examine(libvirt_uri))
 
 
-def can_run(findings: list[Finding], driver: str) -> bool:
+def can_run(findings: list[Finding], driver: Driver) -> bool:
     """Whether nothing is missing for this driver."""
-    return all(f.ok for f in findings if f.needed_for in ("embedded", driver))
+    return all(f.ok for f in findings if f.needed_for in (Driver.EMBEDDED, driver))
 
 
 def _examine(libvirt_uri: str) -> Iterator[Finding]:
@@ -58,10 +59,10 @@ def _examine(libvirt_uri: str) -> Iterator[Finding]:
     yield _processors()
     yield _memfd()
     for module in ("ray", "duckdb", "scipy"):
-        yield _importable(module, "embedded", _INSTALL)
+        yield _importable(module, Driver.EMBEDDED, _INSTALL)
     yield _importable(
         "libvirt",
-        "libvirt",
+        Driver.LIBVIRT,
         "apt install python3-libvirt, or apt install libvirt-dev pkg-config gcc python3-dev "
         "and pip install 'hintfleet[host]'",
     )
@@ -105,7 +106,7 @@ def _memfd() -> Finding:
     return Finding(name="memfd", ok=True, detail="can be made")
 
 
-def _importable(module: str, needed_for: str, hint: str) -> Finding:
+def _importable(module: str, needed_for: Driver, hint: str) -> Finding:
     # libvirt is only looked for: the host agent is the one that imports it.
     there = importlib.util.find_spec(module) is not None
     return Finding(
@@ -113,7 +114,7 @@ def _importable(module: str, needed_for: str, hint: str) -> Finding:
         ok=there,
         detail="installed" if there else "not installed",
         hint="" if there else hint,
-        needed_for=needed_for,
+        needed_for=needed_for.value,
     )
 
 
@@ -127,8 +128,8 @@ def _host_agent(libvirt_uri: str) -> Iterator[Finding]:
         yield Finding(name="host agent", ok=False, detail=str(error))
         return
     for found in findings:
-        needed_for = "libvirt" if found["name"] in _LIBVIRT_FINDINGS else "embedded"
-        yield Finding(**found, needed_for=needed_for)
+        needed_for = Driver.LIBVIRT if found["name"] in _LIBVIRT_FINDINGS else Driver.EMBEDDED
+        yield Finding(**found, needed_for=needed_for.value)
 
 
 def ask_host_agent(libvirt_uri: str, question: str) -> str:

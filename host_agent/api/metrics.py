@@ -26,21 +26,39 @@ from hintfleet.net.addresses import address_problem, check_plain_text, is_unix
 from hintfleet.net.tls import Peer, Role, Tls
 from host_agent.registry import Registry
 
+# Fields of the ledger, by the names that are served: written out, so that grep finds them.
 _GAUGES = {
-    "provisioned_bytes": "What the guest has, with what was plugged since it was made",
-    "resident_bytes": "Blocks of the guest's RAM file",
-    "reclaimed_now_bytes": "Reclaimed and still absent: ledger savings",
-    "untouched_bytes": "Never resident",
+    "hintfleet_guest_provisioned_bytes": (
+        "provisioned_bytes",
+        "What the guest has, with what was plugged since it was made",
+    ),
+    "hintfleet_guest_resident_bytes": ("resident_bytes", "Blocks of the guest's RAM file"),
+    "hintfleet_guest_reclaimed_now_bytes": (
+        "reclaimed_now_bytes",
+        "Reclaimed and still absent: ledger savings",
+    ),
+    "hintfleet_guest_untouched_bytes": ("untouched_bytes", "Never resident"),
 }
 _COUNTERS = {
-    "hinted_total_bytes": "Hinted by the guest",
-    "reclaimed_total_bytes": "Resident before a punch, absent after",
-    "absent_total_bytes": "Hinted, but nothing was there",
-    "refaulted_total_bytes": "Reclaimed, then used again by the guest",
-    "unplugged_total_bytes": "Reclaimed, and still absent when it was unplugged",
-    "batches": "Batches received",
+    "hintfleet_guest_hinted_bytes_total": ("hinted_total_bytes", "Hinted by the guest"),
+    "hintfleet_guest_reclaimed_bytes_total": (
+        "reclaimed_total_bytes",
+        "Resident before a punch, absent after",
+    ),
+    "hintfleet_guest_absent_bytes_total": (
+        "absent_total_bytes",
+        "Hinted, but nothing was there",
+    ),
+    "hintfleet_guest_refaulted_bytes_total": (
+        "refaulted_total_bytes",
+        "Reclaimed, then used again by the guest",
+    ),
+    "hintfleet_guest_unplugged_bytes_total": (
+        "unplugged_total_bytes",
+        "Reclaimed, and still absent when it was unplugged",
+    ),
+    "hintfleet_guest_batches_total": ("batches", "Batches received"),
 }
-
 
 _CONNECTIONS = 16
 """Served at a time."""
@@ -55,19 +73,17 @@ class LedgerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """One family per field of the ledger, labelled by guest and trial."""
         books = [(g.name, g.trial_id, g.memory.last_ledger) for g in self._registry.guests]
-        families = [(GaugeMetricFamily, field, field, text) for field, text in _GAUGES.items()] + [
-            # Prometheus puts _total behind a counter's name and its unit before that.
-            (CounterMetricFamily, field, field.replace("_total", ""), text)
-            for field, text in _COUNTERS.items()
+        families = [(GaugeMetricFamily, *one) for one in _GAUGES.items()] + [
+            (CounterMetricFamily, *one) for one in _COUNTERS.items()
         ]
-        for make, field, name, text in families:
-            family = make(f"hintfleet_guest_{name}", text, labels=("guest", "trial"))
+        for make, name, (field, text) in families:
+            family = make(name, text, labels=("guest", "trial"))
             for guest, trial, ledger in books:
                 family.add_metric((guest, trial), getattr(ledger, field))
             yield family
         yield from self._conduct()
         skipped = CounterMetricFamily(
-            "hintfleet_guest_skipped_bytes",
+            "hintfleet_guest_skipped_bytes_total",
             "Not touched, by reason",
             labels=("guest", "trial", "reason"),
         )
@@ -79,7 +95,9 @@ class LedgerCollector(Collector):
     def _conduct(self) -> Iterator[Metric]:
         guests, now_s = self._registry.guests, time.monotonic()
         violations = CounterMetricFamily(
-            "hintfleet_guest_violations", "Broken rules of the protocol", labels=("guest", "trial")
+            "hintfleet_guest_violations_total",
+            "Broken rules of the protocol",
+            labels=("guest", "trial"),
         )
         barred = GaugeMetricFamily(
             "hintfleet_guest_barred", "1 while the guest is kept out", labels=("guest", "trial")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from hintfleet.settings import Driver
 from orchestrator.commands.options import (
     data_dir_option,
     data_dir_or_default,
@@ -55,10 +56,10 @@ def doctor(
     if leaks or clean:
         return _leaks(data_dir_or_default(data_dir), libvirt_uri, clean, output_format)
     found = examine(libvirt_uri)
-    runs = {driver: can_run(found, driver) for driver in ("embedded", "libvirt")}
+    runs = {driver.value: can_run(found, driver) for driver in Driver}
     data = {"can_run": runs, "findings": [asdict(finding) for finding in found]}
     emit(data, output_format, lambda: findings(found, runs))
-    return 0 if runs["embedded"] else 1
+    return 0 if runs[Driver.EMBEDDED.value] else 1
 
 
 def _leaks(data_dir: Path, libvirt_uri: str, clean: bool, output_format: str) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from hintfleet import logs
+from hintfleet.settings import Driver
 from orchestrator.commands.options import (
     data_dir_option,
     data_dir_or_default,
@@ -40,7 +41,7 @@ Examples:
 @click.argument("spec", required=False)
 @click.option(
     "--driver",
-    type=click.Choice(("embedded", "libvirt")),
+    type=click.Choice([driver.value for driver in Driver]),
     help="What guests are, instead of what SPEC says.",
 )
 @click.option(

@@ -103,6 +103,11 @@ DEFAULT_STEP_PERCENT = 5
 
 SHORTEST_SAMPLE_PERIOD_MS = 10
 
+DEFAULT_ORPHAN_AFTER_S = 60
+DEFAULT_WATCH_GRACE_S = 30
+"""Of a host agent that keeps its state; a guest without one ends after the first, and an
+adopted guest that no trial watches after the second."""
+
 
 def hinting_parts(driver: Driver, isolator: str = "", tracker: str = "") -> HintingParts | None:
     """Return the first pair of the driver that has what is named; empty names fit all.

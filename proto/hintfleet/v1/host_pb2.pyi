@@ -280,7 +280,9 @@ class HintingSettings(_message.Message):
     policy: _builtins.str
     """"eager" (also if empty), "cold" or "pressure"."""
     report_period_ms: _builtins.int
+    """How often the guest looks for free chunks below the threshold; 0 means 100 ms."""
     threshold_chunks: _builtins.int
+    """Free chunks that make the guest hint at once; 0 means 16."""
     cold_after_ms: _builtins.int
     """Policy cold: how long a chunk must have been free; 0 means 5 s."""
     pressure_percent: _builtins.int

@@ -13,7 +13,7 @@ from hintfleet.agent_config import FW_CFG_NAME, AgentConfig, Memory
 from hintfleet.errors import InvalidInput
 from hintfleet.settings import HUGE_PAGE_ORDER, PARTS, IsolatorKind, Method, TrackerKind
 
-INIT = Path(__file__).parents[3] / "deploy/image/init"
+ROOT = Path(__file__).parents[3]
 GOOD = {"server": "unix:/x", "guest_uuid": "u", "token": "t"}
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))  # no halves of UTF-16 pairs
@@ -68,11 +68,19 @@ def test_the_guests_first_process_reads_the_method(method: Method, tmp_path: Pat
     path = tmp_path / "config"
     config = AgentConfig(server="unix:/x", guest_uuid="u", token="t", method=method)
     path.write_text(config.to_json())
-    init = INIT.read_text()
-    (reads,) = (line for line in init.splitlines() if line.startswith("method() {"))
+    init = (ROOT / "deploy/image/init").read_text().splitlines()
+    (reads,) = (line for line in init if line.startswith("method() {"))
     script = f"CONFIG={path}\n{reads}\nmethod"
     assert subprocess.check_output(["sh", "-c", script], text=True).split() == [method]
-    assert f"\nCONFIG=/sys/firmware/qemu_fw_cfg/by_name/{FW_CFG_NAME}/raw\n" in init
+
+
+@pytest.mark.parametrize(
+    "reader",
+    ["deploy/image/init", "deploy/systemd/hintfleet-guest.service", "guest_agent/__main__.py"],
+)
+def test_what_names_the_file_in_a_guest_names_the_one_that_there_is(reader: str) -> None:
+    path = f"/sys/firmware/qemu_fw_cfg/by_name/{FW_CFG_NAME}/raw"
+    assert path in (ROOT / reader).read_text()
 
 
 @pytest.mark.parametrize(
