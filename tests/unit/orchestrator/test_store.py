@@ -33,7 +33,7 @@ from orchestrator.results.store.writer import RunHeader, RunWriter
 from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.service.queries import ask_store
 from orchestrator.spec import file as spec_file
-from orchestrator.spec.model import Driver, Spec
+from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
 from orchestrator.trial.records import Columns, GuestEnded, HostDone, Record, Samples, StepDone
 
