@@ -204,7 +204,7 @@ def test_a_domain_without_shared_backing_is_refused(
 def test_no_libvirt_there() -> None:
     driver = LibvirtDriver("qemu+unix:///system?socket=/nonexistent", guest_server="")
     with pytest.raises(Refused, match="cannot connect to libvirt"):
-        driver._connect()
+        driver._connection.get()
     state = driver.state()
     driver.close()
     assert not state.usable

@@ -10,34 +10,29 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from types import ModuleType
 from typing import Any
 
 from hintfleet.agent_config import AgentConfig
 from hintfleet.errors import GuestLost, HintfleetError, Refused
-from hintfleet.ranges import RangeSet
 from hintfleet.settings import Driver, IsolatorKind, Method
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.agent_settings import agent_config
-from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.guests.driver import GuestRequest, Handle, Survival
 from host_agent.guests.libvirt import kvm_probe
 from host_agent.guests.libvirt.api import errors_as, modules
+from host_agent.guests.libvirt.connection import Connection
 from host_agent.guests.libvirt.domain_balloon import LibvirtBalloon, LibvirtReporting
+from host_agent.guests.libvirt.domain_guest import EndNotice, LibvirtGuest
 from host_agent.guests.libvirt.domain_ram import Dimms, qemu_pid, translate
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX, DomainSpec, Memballoon, domain_xml
 from host_agent.guests.libvirt.image import GuestImage, find_image
-from host_agent.guests.libvirt.qemu_user import QemuUser
 from host_agent.guests.libvirt.runtime_dir import RuntimeDir
-from host_agent.memory.ram import GuestRam, Segment
 
 _GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
-_EVIDENCE_LINES = 40
 _PROBE_MEMORY_BYTES = 256 * MIB
 _NEWS_OF_END_S = 2.0
 _LOOK_S = 0.05
@@ -46,83 +41,6 @@ _MEMBALLOONS = {
     host_pb2.REPORTING: Memballoon.REPORTING,
     host_pb2.BALLOON: Memballoon.TARGET,
 }
-
-
-class _Gone:
-    """Says once that a guest is gone, and not at all after its owner ended it."""
-
-    def __init__(self, on_gone: Callable[[str], None]) -> None:
-        self._on_gone = on_gone
-        self._lock = Lock()
-        self._said = False
-
-    def say(self, reason: str) -> None:
-        if self._first():
-            self._on_gone(reason)
-
-    def silence(self) -> None:
-        self._first()
-
-    def _first(self) -> bool:
-        with self._lock:
-            first, self._said = not self._said, True
-        return first
-
-
-class LibvirtGuest:
-    """A guest that runs; made by LibvirtDriver.create."""
-
-    handle: Handle = {}
-    """Its UUID says it all."""
-
-    def __init__(
-        self,
-        *,
-        pid: int,
-        ram: GuestRam,
-        balloon: Balloon | None,
-        reporting: Reporting | None,
-        dimms: Dimms,
-        files: RuntimeDir,
-        gone: _Gone,
-        forget: Callable[[], None],
-        end: Callable[[], None],
-    ) -> None:
-        """Own all of them.
-
-        :param end: ends the domain, which may be gone already.
-        """
-        self.pid = pid
-        self.ram = ram
-        self.balloon = balloon
-        self.reporting = reporting
-        self._dimms = dimms
-        self._files = files
-        self._gone = gone
-        self._forget = forget
-        self._end = end
-
-    def plugged(self) -> RangeSet:
-        return self._dimms.pages()
-
-    def plug(self, size_bytes: int) -> Sequence[Segment]:
-        return self._dimms.plug(size_bytes, self.ram.pages)
-
-    def to_unplug(self, size_bytes: int) -> Sequence[RangeSet]:
-        return self._dimms.to_unplug(size_bytes)
-
-    def unplug(self, pages: RangeSet) -> None:
-        self._dimms.unplug(pages)
-
-    def evidence(self) -> str:
-        return self._files.console_tail(_EVIDENCE_LINES)
-
-    def close(self) -> None:
-        self._gone.silence()
-        self._end()
-        self._forget()
-        self.ram.close()
-        self._files.remove()
 
 
 class LibvirtDriver:
@@ -144,22 +62,18 @@ class LibvirtDriver:
         :param guest_tls: whether it wants TLS; then the guest's image holds its certificate.
         :param images: directory of guest images; the default one if None.
         """
-        self._uri = uri
+        self._connection = Connection(uri)
         self._guest_server = guest_server
         self._guest_tls = guest_tls
         self._images = images
         self._survival = survival
-        self._lock = Lock()
         self._probing = Lock()
         self._kvm_fails = False
         """A guest could not even be started under KVM; not tried again."""
-        self._connection: Any = None
-        self._qemu_user: QemuUser | None = None
-        self._watched: dict[str, _Gone] = {}
 
     def state(self) -> host_pb2.DriverState:
         try:
-            connection = self._connect()
+            connection = self._connection.get()
             image = find_image(self._images)
             self._check_reach(image)
             with errors_as("asking libvirt for versions"):
@@ -175,7 +89,7 @@ class LibvirtDriver:
     def create(self, request: GuestRequest) -> LibvirtGuest:
         config = self._agent_config(request)
         image = find_image(self._images)
-        connection = self._connect()
+        connection = self._connection.get()
         self._check_reach(image)
         _refuse_if_taken(connection, request)
         accelerator = self._accelerator(connection, image)
@@ -183,48 +97,43 @@ class LibvirtDriver:
         with contextlib.ExitStack() as undo:
             undo.callback(files.remove)
             spec = self._domain_spec(request, image, accelerator, files, config)
-            gone = self._watch(request, undo)
+            end_notice = self._connection.watch(request.uuid, request.on_gone, undo)
             domain = _start(connection, spec, lasting=self._survival is not None)
-            undo.callback(self._destroy, request.uuid)
-            return self._own(request, domain, files, gone, undo)
+            undo.callback(self._connection.destroy, request.uuid)
+            return self._own(request, domain, files, end_notice, undo)
 
     def adopt(self, request: GuestRequest, handle: Handle) -> LibvirtGuest:  # noqa: ARG002
-        connection = self._connect()
+        connection = self._connection.get()
         with contextlib.ExitStack() as undo:
-            gone = self._watch(request, undo)
+            end_notice = self._connection.watch(request.uuid, request.on_gone, undo)
             with errors_as("while there was no host agent"):
                 domain = connection.lookupByUUIDString(request.uuid)
-            return self._own(request, domain, self._files(request.name), gone, undo)
+            return self._own(request, domain, self._files(request.name), end_notice, undo)
 
     def _files(self, name: str) -> RuntimeDir:
         if self._survival:
             return RuntimeDir.at(self._survival.folder / name)
-        return RuntimeDir.make(self._qemu_user)
+        return RuntimeDir.make(self._connection.qemu_user)
 
     def _check_reach(self, image: GuestImage) -> None:
         """Refuse what QEMU could not read, which it would say less clearly.
 
         :raises Refused: names what keeps its user out.
         """
-        if self._qemu_user is None:
+        if self._connection.qemu_user is None:
             return
-        self._qemu_user.check(image.root_disk, "build the image elsewhere: HINTFLEET_IMAGE_DIR")
+        self._connection.qemu_user.check(
+            image.root_disk, "build the image elsewhere: HINTFLEET_IMAGE_DIR"
+        )
         if self._survival:
-            self._qemu_user.check(self._survival.folder, "choose another --state DIR")
-
-    def _watch(self, request: GuestRequest, undo: contextlib.ExitStack) -> _Gone:
-        """Hear from now on of what becomes of a guest, so that no event is missed."""
-        gone = self._watched[request.uuid] = _Gone(request.on_gone)
-        undo.callback(self._forget, request.uuid)
-        undo.callback(gone.silence)
-        return gone
+            self._connection.qemu_user.check(self._survival.folder, "choose another --state DIR")
 
     def _own(
         self,
         request: GuestRequest,
         domain: Any,
         files: RuntimeDir,
-        gone: _Gone,
+        end_notice: EndNotice,
         undo: contextlib.ExitStack,
     ) -> LibvirtGuest:
         """A domain that runs, as a guest; what `undo` would undo is the guest's from then on.
@@ -247,90 +156,15 @@ class LibvirtDriver:
             reporting=LibvirtReporting(domain) if method == host_pb2.REPORTING else None,
             dimms=Dimms(domain, node=(request.spec.node_count or 1) - 1),
             files=files,
-            gone=gone,
-            forget=lambda: self._forget(request.uuid),
-            end=lambda: self._destroy(request.uuid),
+            end_notice=end_notice,
+            forget=lambda: self._connection.forget(request.uuid),
+            end=lambda: self._connection.destroy(request.uuid),
         )
         undo.pop_all()
         return guest
 
     def close(self) -> None:
-        with self._lock:
-            if self._connection is not None:
-                self._disconnect()
-
-    def _connect(self) -> Any:
-        """The connection, opened or opened again if need be.
-
-        :raises Refused: libvirt-python or the URI is not there.
-        """
-        libvirt, _ = modules()
-        with self._lock:
-            if self._connection is not None and not self._connection.isAlive():
-                self._disconnect()
-            if self._connection is None:
-                with errors_as(
-                    f"cannot connect to libvirt at {self._uri}",
-                    hint="apt-get install libvirt-daemon-system, start libvirtd, and check the"
-                    " URI; without root, qemu:///session",
-                ):
-                    self._connection = libvirt.open(self._uri)
-                self._subscribe(libvirt, self._connection)
-                with errors_as("asking libvirt which user QEMU has"):
-                    self._qemu_user = QemuUser.of(self._connection.getCapabilities())
-            return self._connection
-
-    def _disconnect(self) -> None:
-        libvirt, _ = modules()
-        connection, self._connection = self._connection, None
-        with contextlib.suppress(libvirt.libvirtError):
-            connection.unregisterCloseCallback()
-        with contextlib.suppress(libvirt.libvirtError):
-            connection.close()
-
-    def _subscribe(self, libvirt: ModuleType, connection: Any) -> None:
-        reasons = {
-            libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: "the guest shut down or was reset",
-            libvirt.VIR_DOMAIN_EVENT_STOPPED: "the guest was stopped",
-            libvirt.VIR_DOMAIN_EVENT_CRASHED: "the guest crashed",
-            libvirt.VIR_DOMAIN_EVENT_PMSUSPENDED: "the guest was suspended",
-        }
-
-        def lifecycle(_connection: Any, domain: Any, event: int, _detail: int, _: None) -> None:
-            if event in reasons:
-                self._say_gone(domain.UUIDString(), reasons[event])
-
-        def reboot(_connection: Any, domain: Any, _: None) -> None:
-            self._say_gone(domain.UUIDString(), "the guest was reset")
-
-        def closed(_connection: Any, _reason: int, _: None) -> None:
-            for uuid_text in list(self._watched):
-                self._say_gone(uuid_text, "the connection to libvirt was lost")
-
-        with errors_as("subscribing to libvirt's events"):
-            for kind, callback in (
-                (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
-                (libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, reboot),
-            ):
-                connection.domainEventRegisterAny(None, kind, callback, None)
-            connection.registerCloseCallback(closed, None)
-
-    def _forget(self, uuid_text: str) -> None:
-        self._watched.pop(uuid_text, None)
-
-    def _destroy(self, uuid_text: str) -> None:
-        """End a domain, by the connection that there is now; it may be gone already.
-
-        :raises Refused: libvirt could not, or is not there: it may run on.
-        """
-        connection = self._connect()
-        with contextlib.suppress(GuestLost), errors_as("ending the domain"):
-            connection.lookupByUUIDString(uuid_text).destroy()
-
-    def _say_gone(self, uuid_text: str, reason: str) -> None:
-        gone = self._watched.get(uuid_text)
-        if gone:
-            gone.say(reason)
+        self._connection.close()
 
     def _domain_spec(
         self,
@@ -391,7 +225,7 @@ class LibvirtDriver:
             try:
                 return kvm_probe.wait_for_boot(spec.console)
             finally:
-                self._destroy(spec.uuid)
+                self._connection.destroy(spec.uuid)
         except Refused:  # no KVM in this libvirt, or QEMU itself gave up
             return None
         finally:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from hintfleet.errors import InvalidInput, LimitExceeded, Refused
+from hintfleet.settings import Driver
 from orchestrator.cli import run_command
 from orchestrator.experiment import (
     left_to_run,

@@ -1,0 +1,124 @@
+"""The driver's connection to libvirt, and what it tells of the domains that are watched."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from threading import Lock
+from types import ModuleType
+from typing import Any
+
+from hintfleet.errors import GuestLost
+from hintfleet.logs import fields
+from host_agent.guests.libvirt.api import errors_as, modules
+from host_agent.guests.libvirt.domain_guest import EndNotice
+from host_agent.guests.libvirt.qemu_user import QemuUser
+
+_log = logging.getLogger("hintfleet.host.libvirt")
+
+
+class Connection:
+    """Opened when it is first needed, and again when it was lost.
+
+    :ivar qemu_user: whom QEMU runs as there; None before it was open.
+    """
+
+    def __init__(self, uri: str) -> None:
+        """Nothing is contacted yet."""
+        self.qemu_user: QemuUser | None = None
+        self._uri = uri
+        self._lock = Lock()
+        self._connection: Any = None
+        self._watched: dict[str, EndNotice] = {}
+
+    def get(self) -> Any:
+        """The connection, opened or opened again if need be.
+
+        :raises Refused: libvirt-python or the URI is not there.
+        """
+        libvirt, _ = modules()
+        with self._lock:
+            if self._connection is not None and not self._connection.isAlive():
+                self._disconnect()
+            if self._connection is None:
+                with errors_as(
+                    f"cannot connect to libvirt at {self._uri}",
+                    hint="apt-get install libvirt-daemon-system, start libvirtd, and check the"
+                    " URI; without root, qemu:///session",
+                ):
+                    self._connection = libvirt.open(self._uri)
+                _log.info("libvirt is there", extra=fields(uri=self._uri))
+                self._subscribe(libvirt, self._connection)
+                with errors_as("asking libvirt which user QEMU has"):
+                    self.qemu_user = QemuUser.of(self._connection.getCapabilities())
+            return self._connection
+
+    def _disconnect(self) -> None:
+        libvirt, _ = modules()
+        connection, self._connection = self._connection, None
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.unregisterCloseCallback()
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.close()
+
+    def _subscribe(self, libvirt: ModuleType, connection: Any) -> None:
+        reasons = {
+            libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: "the guest shut down or was reset",
+            libvirt.VIR_DOMAIN_EVENT_STOPPED: "the guest was stopped",
+            libvirt.VIR_DOMAIN_EVENT_CRASHED: "the guest crashed",
+            libvirt.VIR_DOMAIN_EVENT_PMSUSPENDED: "the guest was suspended",
+        }
+
+        def lifecycle(_connection: Any, domain: Any, event: int, _detail: int, _: None) -> None:
+            if event in reasons:
+                self._give_notice(domain.UUIDString(), reasons[event])
+
+        def reboot(_connection: Any, domain: Any, _: None) -> None:
+            self._give_notice(domain.UUIDString(), "the guest was reset")
+
+        def closed(_connection: Any, reason: int, _: None) -> None:
+            _log.error("libvirt closed the connection", extra=fields(uri=self._uri, reason=reason))
+            for uuid_text in list(self._watched):
+                self._give_notice(uuid_text, "the connection to libvirt was lost")
+
+        with errors_as("subscribing to libvirt's events"):
+            for kind, callback in (
+                (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
+                (libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, reboot),
+            ):
+                connection.domainEventRegisterAny(None, kind, callback, None)
+            connection.registerCloseCallback(closed, None)
+
+    def close(self) -> None:
+        """Close it, if it is open."""
+        with self._lock:
+            if self._connection is not None:
+                self._disconnect()
+
+    def watch(
+        self, uuid_text: str, on_gone: Callable[[str], None], undo: contextlib.ExitStack
+    ) -> EndNotice:
+        """Hear from now on of what becomes of a domain, so that no event is missed."""
+        notice = self._watched[uuid_text] = EndNotice(on_gone)
+        undo.callback(self.forget, uuid_text)
+        undo.callback(notice.silence)
+        return notice
+
+    def forget(self, uuid_text: str) -> None:
+        """Watch a domain no more."""
+        self._watched.pop(uuid_text, None)
+
+    def destroy(self, uuid_text: str) -> None:
+        """End a domain, by the connection that there is now; it may be gone already.
+
+        :raises Refused: libvirt could not, or is not there: it may run on.
+        """
+        connection = self.get()
+        with contextlib.suppress(GuestLost), errors_as("ending the domain"):
+            connection.lookupByUUIDString(uuid_text).destroy()
+
+    def _give_notice(self, uuid_text: str, reason: str) -> None:
+        notice = self._watched.get(uuid_text)
+        if notice:
+            notice.give(reason)
