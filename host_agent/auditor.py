@@ -26,9 +26,9 @@ async def audit_when_due(guests: Callable[[], Sequence[Guest]], observing: CpuMe
         for first in range(0, len(everyone), _AT_A_TIME):
             with observing.running():
                 for guest in everyone[first : first + _AT_A_TIME]:
-                    if guest.next_check_s <= now_s:
-                        guest.check(now_s)
+                    if guest.audits.next_check_s <= now_s:
+                        guest.audits.check(now_s)
             await asyncio.sleep(0)  # acks do not wait for all of them
         # No later: a guest that is new has never been checked.
-        next_s = min((next_wake_s(now_s), *(guest.next_check_s for guest in everyone)))
+        next_s = min((next_wake_s(now_s), *(guest.audits.next_check_s for guest in everyone)))
         await sleep_until(max(next_s, now_s + _SHORTEST_S))

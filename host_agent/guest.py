@@ -16,10 +16,10 @@ from hintfleet.errors import GuestLost, HintfleetError
 from hintfleet.logs import fields
 from hintfleet.ranges import RangeSet
 from hintfleet.v1 import hinting_pb2, host_pb2
+from host_agent.audits import Audits
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guests.driver import RunningGuest
 from host_agent.guests.peer import PEERS, Peer
-from host_agent.memory.audit_pace import AuditPace, Pace
 from host_agent.memory.guest_memory import GuestMemory
 from host_agent.memory.ledger import Books
 from host_agent.memory.ram import Segment
@@ -30,11 +30,6 @@ from host_agent.session.messages import policy_of
 from host_agent.session.validation import printable
 from host_agent.tasks import LastingTasks
 from host_agent.threads import in_driver_thread
-
-_OBSERVING = Pace(period_s=1.0, share=1 / 100)
-"""Audits that serve samples and metrics alone."""
-
-_TELLING_SHARE = 1 / 20
 
 # The kernel's PAGE_REPORTING_DELAY is 2 s, and a balloon's step takes as long: after two
 # of them without any effect there is nothing more to come.
@@ -83,15 +78,16 @@ class Guest:
         self.sessions = GuestSessions(
             name, spec.hinting, self.memory, self.tasks, opened=self._note_ready
         )
-        self._observing = observing or CpuMeter()
         self._hints = spec.method == host_pb2.HINTING
+        report_period_s = policy_of(spec.hinting).report_period_ms / 1000
+        self.audits = Audits(
+            self.memory,
+            self.sessions,
+            self.tasks,
+            report_period_s=report_period_s if self._hints else None,
+            observing=observing or CpuMeter(),
+        )
         self._peer = Peer(spec)
-        self._report_period_s = policy_of(spec.hinting).report_period_ms / 1000
-        telling_period_s = min(self._report_period_s, _OBSERVING.period_s)
-        telling = Pace(period_s=telling_period_s, share=_TELLING_SHARE)
-        self._pace = AuditPace(telling if self._hints else _OBSERVING)
-        self._audit_task: asyncio.Task[None] | None = None
-        self._next_tell_s = 0.0
         self._ready = asyncio.Event()
         self._lost: str | None = None
 
@@ -169,7 +165,7 @@ class Guest:
         """
         if self.creation is not None:
             await asyncio.wait([self.creation])
-        await self.ledger()
+        await self.audits.ledger()
         self.lost(_DESTROYED)
         await self._peer.stop()
         async with self.resize_lock:
@@ -252,7 +248,7 @@ class Guest:
             trial_id=self.trial_id,
             spec=self.spec,
             epoch=self.sessions.epoch,
-            ledger=await self.ledger(),
+            ledger=await self.audits.ledger(),
             pid=self.running.pid if self.running else 0,
         )
 
@@ -271,18 +267,6 @@ class Guest:
         """
         await self.tasks.finish(self.memory.run_alone(self.memory.unplugged(pages)))
 
-    async def ledger(self) -> host_pb2.Ledger:
-        """Audit in full against the RAM file and return the books."""
-        return await self.tasks.finish(self.memory.run_alone(self.memory.audit()))
-
-    async def tell_refaults(self) -> None:
-        """Audit in full, and tell the guest in which chunks it has used absent memory since."""
-        await self.tasks.finish(self.memory.run_alone(self._audit_and_tell()))
-
-    async def _audit_and_tell(self) -> None:
-        await self.memory.audit()
-        await self.sessions.tell_refaults()
-
     async def settle(self) -> hinting_pb2.Settled:
         """Have the guest report now; return when all that it can hint is acknowledged.
 
@@ -294,7 +278,7 @@ class Guest:
         if self.spec.method in PEERS:
             await self._quiet()
             return hinting_pb2.Settled()
-        await self.tell_refaults()
+        await self.audits.tell_refaults()
         return await self.sessions.settle()
 
     async def _quiet(self) -> None:
@@ -306,32 +290,6 @@ class Guest:
             resident_bytes = self.memory.books_now().resident_bytes
             if resident_bytes < lowest_bytes - _NOISE_BYTES:
                 lowest_bytes, since_s = resident_bytes, time.monotonic()
-
-    # Audits
-
-    @property
-    def next_check_s(self) -> float:
-        """No `check` is due before this time of the monotonic clock."""
-        return self._pace.next_check_s
-
-    def check(self, now_s: float) -> None:
-        """Begin to audit, and to tell the guest what it uses again, if that is due."""
-        busy = self._audit_task is not None and not self._audit_task.done()
-        # While one audit is under way, none is due: else the next would count as done.
-        look = self._pace.check(now_s, 0 if busy else self.memory.moved_pages())
-        tell = self.sessions.has_refaults_to_tell and now_s >= self._next_tell_s
-        if (look or tell) and not busy:
-            self._audit_task = self.tasks.begin(self.memory.run_alone(self._check(look, now_s)))
-
-    async def _check(self, look: bool, now_s: float) -> None:
-        if look:
-            took_s = await self.memory.look()
-            self._pace.looked(took_s)
-            if not self._hints:
-                self._observing.add(took_s)
-        if now_s >= self._next_tell_s:
-            self._next_tell_s = now_s + self._report_period_s
-            await self.sessions.tell_refaults()
 
     def _fields(self, **more: object) -> dict[str, dict[str, object]]:
         return fields(guest=self.name, trial=self.trial_id, **more)

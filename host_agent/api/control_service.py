@@ -103,7 +103,9 @@ class ControlService(HostServiceServicer):
                 lambda number: _command(request, number), command_id=_number_of(request.command)
             )
             if request.verify:
-                await guest.ledger()  # the samples that follow are of books that were audited
+                await (
+                    guest.audits.ledger()
+                )  # the samples that follow are of books that were audited
             return host_pb2.RunStepResponse(
                 changed_bytes=done.changed_bytes,
                 held_bytes=done.held_bytes,
@@ -124,7 +126,7 @@ class ControlService(HostServiceServicer):
             guest = self._registry.get(request.guest_name)
             async with asyncio.timeout(timeout_s):
                 settled = await guest.settle()
-            ledger = await guest.ledger()
+            ledger = await guest.audits.ledger()
             # What an experiment reckons with: no restart may take it back.
             await guest.saver.save(guest)
             return host_pb2.SettleResponse(

@@ -224,7 +224,7 @@ class _Host:
         for _ in range(3):
             for _ in range(10):
                 await asyncio.sleep(0)
-            await guest.ledger()
+            await guest.audits.ledger()
 
     async def neighbour_goes_on(self) -> None:
         """Its memory is as it was, and its next batch is reclaimed."""
@@ -327,7 +327,7 @@ class _Play:
         """What is told to be in use again is."""
         await self._wait()
         before = {call: len(call.heard) for call in self._calls}
-        await self._guest.tell_refaults()
+        await self._guest.audits.tell_refaults()
         ram = self._running.ram
         absent = ram.pages - ram.resident(ram.page_map).ranges().whole_chunks(_CHUNK_ORDER)
         await self._wait()

@@ -42,7 +42,7 @@ async def told_after_unplugging(ram: GuestRam, again: list[Segment]) -> object:
     await guest.unplugged(DEVICE)
     if again:
         await guest.plugged(again)
-    await guest.tell_refaults()
+    await guest.audits.tell_refaults()
     stream.end()
     return await stream.next()
 
@@ -71,7 +71,7 @@ async def told_on_a_new_session(guest: Guest, epochs: Epochs) -> tuple[int, Stre
     stream = Stream()
     session = guest.sessions.connect_hinting(stream, epochs)
     await stream.next()  # the welcome
-    await guest.tell_refaults()
+    await guest.audits.tell_refaults()
     return session, stream, await stream.next()
 
 
@@ -106,7 +106,7 @@ def test_a_look_at_the_ram_is_waited_for_though_its_caller_is_gone(
         guest = started(ram)
         os.pwrite(ram_fd, b"x", 0)
         monkeypatch.setattr(ram, "look", slow)
-        asking = asyncio.create_task(guest.ledger())
+        asking = asyncio.create_task(guest.audits.ledger())
         assert await asyncio.to_thread(looking.wait, HANG_S)
         asking.cancel()
         unplugging = asyncio.create_task(guest.unplugged(DEVICE))

@@ -1,0 +1,82 @@
+"""When one guest's RAM is audited, and when the guest hears what it has used again."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hintfleet.v1 import host_pb2
+from host_agent.cpu_meter import CpuMeter
+from host_agent.memory.audit_pace import AuditPace, Pace
+from host_agent.memory.guest_memory import GuestMemory
+from host_agent.session.guest_sessions import GuestSessions
+from host_agent.tasks import LastingTasks
+
+_OBSERVING = Pace(period_s=1.0, share=1 / 100)
+"""Audits that serve samples and metrics alone."""
+
+_TELLING_SHARE = 1 / 20
+
+
+class Audits:
+    """The audits of one guest, due ones and those that are asked for."""
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        sessions: GuestSessions,
+        tasks: LastingTasks,
+        *,
+        report_period_s: float | None,
+        observing: CpuMeter,
+    ) -> None:
+        """:param report_period_s: how often the guest is told what it uses again; None for one
+            that does not hint.
+        :param observing: where audits are entered that serve nothing but samples and metrics.
+        """
+        self._memory = memory
+        self._sessions = sessions
+        self._tasks = tasks
+        self._hints = report_period_s is not None
+        self._report_period_s = report_period_s or _OBSERVING.period_s
+        telling_period_s = min(self._report_period_s, _OBSERVING.period_s)
+        telling = Pace(period_s=telling_period_s, share=_TELLING_SHARE)
+        self._pace = AuditPace(telling if self._hints else _OBSERVING)
+        self._observing = observing
+        self._task: asyncio.Task[None] | None = None
+        self._next_tell_s = 0.0
+
+    @property
+    def next_check_s(self) -> float:
+        """No `check` is due before this time of the monotonic clock."""
+        return self._pace.next_check_s
+
+    def check(self, now_s: float) -> None:
+        """Begin to audit, and to tell the guest what it uses again, if that is due."""
+        busy = self._task is not None and not self._task.done()
+        # While one audit is under way, none is due: else the next would count as done.
+        look = self._pace.check(now_s, 0 if busy else self._memory.moved_pages())
+        tell = self._sessions.has_refaults_to_tell and now_s >= self._next_tell_s
+        if (look or tell) and not busy:
+            self._task = self._tasks.begin(self._memory.run_alone(self._check(look, now_s)))
+
+    async def _check(self, look: bool, now_s: float) -> None:
+        if look:
+            took_s = await self._memory.look()
+            self._pace.looked(took_s)
+            if not self._hints:
+                self._observing.add(took_s)
+        if now_s >= self._next_tell_s:
+            self._next_tell_s = now_s + self._report_period_s
+            await self._sessions.tell_refaults()
+
+    async def ledger(self) -> host_pb2.Ledger:
+        """Audit in full against the RAM file and return the books."""
+        return await self._tasks.finish(self._memory.run_alone(self._memory.audit()))
+
+    async def tell_refaults(self) -> None:
+        """Audit in full, and tell the guest in which chunks it has used absent memory since."""
+        await self._tasks.finish(self._memory.run_alone(self._audit_and_tell()))
+
+    async def _audit_and_tell(self) -> None:
+        await self._memory.audit()
+        await self._sessions.tell_refaults()
