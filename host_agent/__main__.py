@@ -13,7 +13,7 @@ import signal
 import stat
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,7 +54,8 @@ def _run(arguments: argparse.Namespace) -> None:
         # Late: a doctor must be able to tell that something cannot be imported.
         from host_agent.doctor import examine
 
-        print(json.dumps(examine(arguments.libvirt_uri), indent=2))
+        findings = [finding.as_json() for finding in examine(arguments.libvirt_uri)]
+        print(json.dumps(findings, indent=2))
     elif arguments.leaks or arguments.clean:
         print(json.dumps(_leaks(arguments), indent=2))
     else:
@@ -69,7 +70,33 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_addresses(parser.add_argument)
+    _add_guests_and_state(parser.add_argument)
     add = parser.add_argument
+    add("--metrics", default="", metavar="ADDR", help="serve Prometheus metrics on HOST:PORT")
+    add(
+        "--tls",
+        metavar="FOLDER",
+        help="speak TLS where --listen and --metrics are TCP, with this host's certificate, and "
+        "let in operators only (see `hintfleet pki`); needed off loopback",
+    )
+    add(
+        "--guest-tls",
+        metavar="FOLDER",
+        help="the same for --guest-listen, where guests show certificates, each its own, besides "
+        "their tokens",
+    )
+    add("--ready-fd", type=int, metavar="FD", help="write the addresses here as JSON when serving")
+    add("--lifeline-fd", type=int, metavar="FD", help="stop when this reads end of file")
+    add("--doctor", action="store_true", help="print what this host can run, as JSON, and exit")
+    add("--leaks", action="store_true", help="print what a crash left on this host, as JSON")
+    add("--clean", action="store_true", help="remove what --leaks finds, and print it")
+    logs.add_options(parser)
+    add("--version", action="version", version=f"hintfleet-host {__version__}")
+    return parser
+
+
+def _add_addresses(add: Callable[..., argparse.Action]) -> None:
     add("--name", default=platform.node(), help="name of this host (default: %(default)s)")
     add(
         "--listen",
@@ -90,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where guests are told to reach this agent, if not where it listens: behind NAT or"
         " a proxy (for every guest, embedded ones too)",
     )
+
+
+def _add_guests_and_state(add: Callable[..., argparse.Action]) -> None:
     add(
         "--memory-budget",
         type=_size,
@@ -125,27 +155,6 @@ def _parser() -> argparse.ArgumentParser:
         help="with --state: how long guests of an agent before wait for a Watch of their trial"
         " (default: %(default)s s)",
     )
-    add("--metrics", default="", metavar="ADDR", help="serve Prometheus metrics on HOST:PORT")
-    add(
-        "--tls",
-        metavar="FOLDER",
-        help="speak TLS where --listen and --metrics are TCP, with this host's certificate, and "
-        "let in operators only (see `hintfleet pki`); needed off loopback",
-    )
-    add(
-        "--guest-tls",
-        metavar="FOLDER",
-        help="the same for --guest-listen, where guests show certificates, each its own, besides "
-        "their tokens",
-    )
-    add("--ready-fd", type=int, metavar="FD", help="write the addresses here as JSON when serving")
-    add("--lifeline-fd", type=int, metavar="FD", help="stop when this reads end of file")
-    add("--doctor", action="store_true", help="print what this host can run, as JSON, and exit")
-    add("--leaks", action="store_true", help="print what a crash left on this host, as JSON")
-    add("--clean", action="store_true", help="remove what --leaks finds, and print it")
-    logs.add_options(parser)
-    add("--version", action="version", version=f"hintfleet-host {__version__}")
-    return parser
 
 
 def _size(text: str) -> int:
@@ -171,7 +180,7 @@ def _leaks(arguments: argparse.Namespace) -> dict[str, Any]:
 
     found, unseen = find(arguments.libvirt_uri)
     leaks = remove_all(found) if arguments.clean else [leak for leak, _ in found]
-    return {"leaks": [leak.as_data() for leak in leaks], "not_looked_at": unseen}
+    return {"leaks": [leak.as_json() for leak in leaks], "not_looked_at": unseen}
 
 
 async def _serve(arguments: argparse.Namespace) -> None:

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from hintfleet.errors import HintfleetError
+from hintfleet.findings import Finding
 from hintfleet.ranges import RangeSet
+from hintfleet.settings import Driver
 from hintfleet.units import MIB, PAGE_BYTES
 from host_agent.guests.libvirt.driver import LibvirtDriver
 from host_agent.guests.libvirt.image import find_image
 from host_agent.memory.ram import GuestRam, Segment
 from host_agent.memory.reclaim import reclaim
 
-Finding = dict[str, str | bool]
-
 
 def examine(libvirt_uri: str) -> list[Finding]:
-    """Findings in the order a newcomer needs them: name, ok, detail, hint."""
-    return list(_examine(libvirt_uri))
+    """Return all findings, in the order a newcomer needs them."""
+    return [
+        _try("hole punch on a memfd", Driver.EMBEDDED, _punch_a_memfd),
+        _try("guest image", Driver.LIBVIRT, lambda: f"kernel {find_image().kernel_release}"),
+        _try("libvirt", Driver.LIBVIRT, lambda: _libvirt_detail(libvirt_uri)),
+    ]
 
 
-def _examine(libvirt_uri: str) -> Iterator[Finding]:
-    yield _try("hole punch on a memfd", _punch_a_memfd)
-    yield _try("guest image", lambda: f"kernel {find_image().kernel_release}")
-    yield _try("libvirt", lambda: _libvirt_detail(libvirt_uri))
-
-
-def _try(name: str, check: Callable[[], str]) -> Finding:
+def _try(name: str, needed_for: Driver, check: Callable[[], str]) -> Finding:
+    ok, hint = True, ""
     try:
-        return {"name": name, "ok": True, "detail": check(), "hint": ""}
+        detail = check()
     except HintfleetError as error:
-        return {"name": name, "ok": False, "detail": error.message, "hint": error.hint}
+        ok, detail, hint = False, error.message, error.hint
     except OSError as error:
-        return {"name": name, "ok": False, "detail": str(error), "hint": ""}
+        ok, detail = False, str(error)
+    return Finding(name=name, ok=ok, detail=detail, hint=hint, needed_for=needed_for)
 
 
 def _punch_a_memfd() -> str:

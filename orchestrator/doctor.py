@@ -13,9 +13,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from hintfleet.errors import HintfleetError, Refused, TransientError
+from hintfleet.findings import Finding
 from hintfleet.settings import Driver
 from hintfleet.system.machine_limits import available_memory, processors, total_memory
 from hintfleet.units import format_size
@@ -23,34 +23,17 @@ from orchestrator.spec import file as spec_file
 from orchestrator.spec.checks import needed_bytes
 
 _HOST_AGENT_TIMEOUT_S = 120
-# What the host agent looks at only for real guests.
-_LIBVIRT_FINDINGS = ("guest image", "libvirt")
 _INSTALL = "pip install 'hintfleet[orchestrator]'"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing looked at.
-
-    :ivar needed_for: a driver; EMBEDDED stands for everything.
-    :ivar hint: what to do where it is not ok.
-    """
-
-    name: str
-    ok: bool
-    detail: str
-    hint: str = ""
-    needed_for: str = Driver.EMBEDDED.value
-
-
 def examine(libvirt_uri: str = "") -> list[Finding]:
-    """All findings, in the order a newcomer needs them."""
+    """Return all findings, in the order a newcomer needs them."""
     return list(_examine(libvirt_uri))
 
 
 def can_run(findings: list[Finding], driver: Driver) -> bool:
-    """Whether nothing is missing for this driver."""
-    return all(f.ok for f in findings if f.needed_for in (Driver.EMBEDDED, driver))
+    """Return whether nothing is missing for guests of this driver."""
+    return all(finding.ok for finding in findings if finding.needed_by(driver))
 
 
 def _examine(libvirt_uri: str) -> Iterator[Finding]:
@@ -114,28 +97,28 @@ def _importable(module: str, needed_for: Driver, hint: str) -> Finding:
         ok=there,
         detail="installed" if there else "not installed",
         hint="" if there else hint,
-        needed_for=needed_for.value,
+        needed_for=needed_for,
     )
 
 
 def _host_agent(libvirt_uri: str) -> Iterator[Finding]:
     try:
-        findings = json.loads(ask_host_agent(libvirt_uri, "--doctor"))
+        told = json.loads(ask_host_agent(libvirt_uri, "--doctor"))
+        findings = [Finding.from_json(finding) for finding in told]
     except HintfleetError as error:
         yield Finding(name="host agent", ok=False, detail=error.message, hint=error.hint)
         return
     except ValueError as error:
         yield Finding(name="host agent", ok=False, detail=str(error))
         return
-    for found in findings:
-        needed_for = Driver.LIBVIRT if found["name"] in _LIBVIRT_FINDINGS else Driver.EMBEDDED
-        yield Finding(**found, needed_for=needed_for.value)
+    yield from findings
 
 
 def ask_host_agent(libvirt_uri: str, question: str) -> str:
-    """What `hintfleet-host` of this machine prints, asked with this flag.
+    """Return what `hintfleet-host` of this machine prints, asked with this flag.
 
-    :raises Refused: it cannot be run. :raises TransientError: it does not come to an end.
+    :raises Refused: it cannot be run.
+    :raises TransientError: it does not come to an end.
     """
     command = [sys.executable, "-m", "host_agent", question]
     if libvirt_uri:

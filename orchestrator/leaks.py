@@ -61,7 +61,7 @@ def _of_host_agent(libvirt_uri: str, clean: bool) -> tuple[list[Leak], list[str]
         said = json.loads(ask_host_agent(libvirt_uri, "--clean" if clean else "--leaks"))
     except (HintfleetError, ValueError) as error:
         return [], [f"host agents, guests and domains: {error}"]
-    return [Leak(**leak) for leak in said["leaks"]], said["not_looked_at"]
+    return [Leak.from_json(leak) for leak in said["leaks"]], said["not_looked_at"]
 
 
 def _ray_processes() -> Iterator[Removable]:

@@ -47,8 +47,6 @@ def doctor(
     never listed, nor what is not surely ours, nor guests that are to outlive their host
     agent (hintfleet-host --state): those end by themselves.
     """
-    from dataclasses import asdict
-
     from orchestrator.commands.output import emit
     from orchestrator.doctor import can_run, examine
     from orchestrator.view.tables import findings
@@ -56,10 +54,13 @@ def doctor(
     if leaks or clean:
         return _leaks(data_dir_or_default(data_dir), libvirt_uri, clean, output_format)
     found = examine(libvirt_uri)
-    runs = {driver.value: can_run(found, driver) for driver in Driver}
-    data = {"can_run": runs, "findings": [asdict(finding) for finding in found]}
+    runs = {driver: can_run(found, driver) for driver in Driver}
+    data = {
+        "can_run": {driver.value: ok for driver, ok in runs.items()},
+        "findings": [finding.as_json() for finding in found],
+    }
     emit(data, output_format, lambda: findings(found, runs))
-    return 0 if runs[Driver.EMBEDDED.value] else 1
+    return 0 if runs[Driver.EMBEDDED] else 1
 
 
 def _leaks(data_dir: Path, libvirt_uri: str, clean: bool, output_format: str) -> int:
@@ -69,7 +70,7 @@ def _leaks(data_dir: Path, libvirt_uri: str, clean: bool, output_format: str) ->
 
     found = look_for_leaks(data_dir, libvirt_uri, clean)
     data = {
-        "leaks": [leak.as_data() for leak in found.leaks],
+        "leaks": [leak.as_json() for leak in found.leaks],
         "not_looked_at": found.not_looked_at,
     }
     all_looked_at = not found.not_looked_at

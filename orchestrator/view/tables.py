@@ -11,9 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hintfleet.findings import Finding
 from hintfleet.program import printable
+from hintfleet.settings import Driver
 from hintfleet.units import format_size
-from orchestrator.doctor import Finding
 from orchestrator.results.comparison import ArmCost
 from orchestrator.results.footprint import Footprint
 from orchestrator.results.savings import Savings
@@ -263,16 +264,28 @@ def _trial_state(trial: StoredTrial) -> Text:
     return Text(state if trial.counted else f"{state} (not counted: it was run again)")
 
 
-def findings(found: Sequence[Finding], can_run: Mapping[str, bool]) -> RenderableType:
-    """What the doctor found, and what follows from it."""
+def findings(found: Sequence[Finding], can_run: Mapping[Driver, bool]) -> RenderableType:
+    """Return what the doctor found, by the driver that needs it, each with what follows.
+
+    :param can_run: whether guests of a driver can run; what every driver needs comes first.
+    """
     made = table(("", "looked at", "found"))
-    for finding in found:
-        detail = finding.detail
-        if not finding.ok and finding.hint:
-            detail += f"\ntry: {finding.hint}"
-        made.add_row(_mark(finding.ok), Text(finding.name), Text(detail))
-    verdicts = [Text.assemble(_mark(ok), f" {driver} guests") for driver, ok in can_run.items()]
-    return Group(made, *verdicts)
+    for driver, ok in can_run.items():
+        for finding in found:
+            if finding.needed_for == driver:
+                made.add_row(_mark(finding.ok), Text(finding.name), Text(_detail(finding)))
+        missing = [
+            finding.name for finding in found if finding.needed_by(driver) and not finding.ok
+        ]
+        verdict = "can run" if ok else f"cannot run: {', '.join(missing)}"
+        made.add_row(_mark(ok), f"{driver} guests", Text(verdict), style="bold", end_section=True)
+    return made
+
+
+def _detail(finding: Finding) -> str:
+    if finding.ok or not finding.hint:
+        return finding.detail
+    return f"{finding.detail}\ntry: {finding.hint}"
 
 
 def certificates(found: Sequence[Certificate]) -> RenderableType:

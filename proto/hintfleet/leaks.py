@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 from hintfleet.errors import HintfleetError
 
@@ -30,8 +30,17 @@ class Leak:
     kept: str = ""
     removed: bool = False
 
-    def as_data(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
+        """Return a JSON object with the fields as keys."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Return the leak that `as_json` made this of.
+
+        :raises TypeError: a field is missing or unknown.
+        """
+        return cls(**data)
 
 
 Removable = tuple[Leak, Callable[[], None]]
@@ -44,13 +53,12 @@ def remove_all(found: Iterable[Removable]) -> list[Leak]:
 
 
 def _removed(leak: Leak, remove: Callable[[], None]) -> Leak:
-    data = leak.as_data()
     if leak.kept:
         return leak
     try:
         remove()
     except HintfleetError as error:
-        return Leak(**data | {"kept": error.message})
+        return replace(leak, kept=error.message)
     except OSError as error:
-        return Leak(**data | {"kept": str(error)})
-    return Leak(**data | {"removed": True})
+        return replace(leak, kept=str(error))
+    return replace(leak, removed=True)

@@ -118,6 +118,11 @@ def test_doctor_really_tried() -> None:
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
     assert findings["hole punch on a memfd"]["ok"], findings
     assert "punched and gone" in findings["hole punch on a memfd"]["detail"]
+    assert {name: finding["needed_for"] for name, finding in findings.items()} == {
+        "hole punch on a memfd": "embedded",
+        "guest image": "libvirt",
+        "libvirt": "libvirt",
+    }
 
 
 def test_the_lifeline_ends_it(host_agent: HostAgent) -> None:

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
+from hintfleet.findings import Finding
+from hintfleet.settings import Driver
 from hintfleet.units import MIB
 from orchestrator.results.comparison import ArmCost
 from orchestrator.results.footprint import Footprint, Returned
@@ -115,6 +117,26 @@ def test_what_it_cost_can_be_read(width: int) -> None:
         assert figure in shown
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= width
+
+
+def test_what_is_missing_is_told_with_the_guests_that_need_it() -> None:
+    found = [
+        Finding(name="libvirt (Python)", ok=True, detail="installed", needed_for=Driver.LIBVIRT),
+        Finding(name="memfd", ok=True, detail="can be made", hint="not told"),
+        Finding(
+            name="guest image", ok=False, detail="none", hint="make", needed_for=Driver.LIBVIRT
+        ),
+    ]
+    shown = rendered(tables.findings(found, {Driver.EMBEDDED: True, Driver.LIBVIRT: False}), 80)
+    rows = [" ".join(row.split()) for row in shown.splitlines()[2:] if row.strip()]
+    assert rows == [
+        "yes memfd can be made",
+        "yes embedded guests can run",
+        "yes libvirt (Python) installed",
+        "no guest image none",
+        "try: make",
+        "no libvirt guests cannot run: guest image",
+    ]
 
 
 def test_no_trials() -> None:
