@@ -1,6 +1,7 @@
 # make demo    set up a venv in the tree and run the quickstart on embedded guests
 # make check   after every edit: format, lint, types, unit and model tests; no root, about a minute
 # make test    run all tests, real guests included; as root it installs what they need (VM=no: it does without)
+# make lowest  unit and model tests with the lowest versions that pyproject.toml allows; minutes, and the network
 # make bench [SUITE...]    ratios against bare loops, bare clients and the peers; what users' machines pay
 # make torture [SECONDS_TO_RUN=60] [DRIVER=embedded|libvirt] [SEED=N]    faults on guests at work
 # make fuzz [SECONDS_TO_RUN=60]       inputs for all that takes them from outside, each held against an oracle
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 PROTOS := $(wildcard proto/hintfleet/v1/*.proto)
 
-.PHONY: demo check test system image bench torture fuzz proto clean help
+.PHONY: demo check test lowest system image bench torture fuzz proto clean help
 
 help:
 	@sed -n 's/^# \(make \)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +44,9 @@ check: $(VENV)/dev
 # VM=no: without real guests, and nothing is installed for them.
 test: $(if $(filter no,$(VM)),,system) $(VENV)/dev
 	@VM=$(VM) tests/run
+
+lowest:
+	@PYTHON=$(PYTHON) tests/lowest
 
 SECONDS_TO_RUN ?= 60
 DRIVER ?= embedded

@@ -27,11 +27,11 @@ def abandoned_domains(uri: str) -> list[Removable]:
     :raises Refused: libvirt is not there, does not answer, or is that of another machine, of
         whose processes and folders nothing is known here.
     """
-    libvirt, _ = modules()
     if urlsplit(uri).hostname:
         raise Refused(
             f"the domains of {uri} are another machine's", hint="run hintfleet-host --leaks there"
         )
+    libvirt, _ = modules()
     with errors_as(f"cannot connect to libvirt at {uri}"), closing(libvirt.open(uri)) as opened:
         return list(_abandoned(uri, opened))
 
