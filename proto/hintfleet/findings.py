@@ -38,4 +38,4 @@ class Finding:
         :raises TypeError: a field is missing or unknown.
         :raises ValueError: there is no such driver, or none is named.
         """
-        return cls(**data | {"needed_for": Driver(data.get("needed_for"))})
+        return cls(**data | {"needed_for": Driver(data.get("needed_for", ""))})

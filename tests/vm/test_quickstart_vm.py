@@ -15,7 +15,7 @@ from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result
 
 libvirt = pytest.importorskip("libvirt")
 
-CATALOGUE = Path(__file__).parents[2] / "orchestrator/catalogue/quickstart-vm.yaml"
+CATALOGUE = Path(__file__).parents[2] / "orchestrator/spec/catalogue/quickstart-vm.yaml"
 # How soon it leaves is for the benchmark (tests/bench); here, that it does.
 SPEC = re.sub(r"free: (.*)}", r"free: \1, settle: true}", CATALOGUE.read_text())
 
