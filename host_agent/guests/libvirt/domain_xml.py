@@ -130,7 +130,10 @@ def _boot(domain: ET.Element, spec: DomainSpec) -> None:
 
 def _parameters(spec: DomainSpec) -> list[str]:
     # panic=-1: reset at once, which ends the domain.
-    parameters = ["console=ttyS0", "quiet", "panic=-1"]
+    # no_timer_check: on a busy host a vCPU under TCG may not run for so long that the kernel counts
+    # no tick, takes the timer for unconnected and hangs or panics ("MP-BIOS bug",
+    # arch/x86/kernel/apic/io_apic.c: check_timer). Under KVM, Linux sets it by itself.
+    parameters = ["console=ttyS0", "quiet", "panic=-1", "no_timer_check"]
     if spec.max_memory_bytes:
         # DIMMs come above 4 GiB. For devices that cannot reach them (there are none here) the
         # kernel would set 64 MiB of bounce buffers aside (arch/x86/kernel/pci-dma.c).

@@ -102,7 +102,7 @@ def test_the_configuration_is_a_file() -> None:
 def test_the_kernel_gets_the_parameters() -> None:
     line = domain().findtext("os/cmdline") or ""
     assert line.split() == [
-        *("console=ttyS0", "quiet", "panic=-1"),
+        *("console=ttyS0", "quiet", "panic=-1", "no_timer_check"),
         *("hintfleet.isolator=kmod", "hintfleet.order=9"),
     ]
 
