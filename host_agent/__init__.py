@@ -1,1 +1,1 @@
-"""Runs on a host: makes guests, reclaims what they hint, keeps the books, serves gRPC."""
+"""The host agent: makes guests, reclaims what they hint, keeps the books, serves gRPC."""

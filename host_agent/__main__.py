@@ -17,14 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What needs gRPC is imported late: until `program.prepare`, Ctrl-C would show a traceback.
+# Modules that need gRPC are imported inside functions: the import takes long, and until
+# `program.prepare` has run, Ctrl-C shows a traceback.
 from hintfleet import __version__, logs, program
 from hintfleet.settings import DEFAULT_ORPHAN_AFTER_S, DEFAULT_WATCH_GRACE_S
 
 _log = logging.getLogger("hintfleet.host")
 
 _DESCRIPTION = """\
-Make guests, reclaim the memory that they hint, keep the books, and serve the control API.
+Make guests, reclaim the memory that they hint, keep the books and serve the control API.
 """
 
 _EPILOG = """\
@@ -41,9 +42,9 @@ exit codes: 0 stopped, 1 failed, 2 wrong usage, 130 interrupted before it served
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Serve until SIGTERM, SIGINT or the end of --lifeline-fd.
+    """Serve until SIGTERM, SIGINT or end of file on --lifeline-fd.
 
-    Under --state guests survive all but the last.
+    With --state, guests survive SIGTERM and SIGINT. At end of file they are destroyed.
     """
     tell = program.prepare("hintfleet-host")
     sys.exit(program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet[host]"))
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.doctor:
-        # Late: a doctor must be able to tell that something cannot be imported.
+        # Imported here, so that `program.run` reports what cannot be imported.
         from host_agent.doctor import examine
 
         findings = [finding.as_json() for finding in examine(arguments.libvirt_uri)]
@@ -77,17 +78,16 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--tls",
         metavar="FOLDER",
-        help="speak TLS where --listen and --metrics are TCP, with this host's certificate, and "
-        "let in operators only (see `hintfleet pki`); needed off loopback",
+        help="use TLS with this host's certificate where --listen and --metrics are TCP, and"
+        " accept operators only (see `hintfleet pki`); required off loopback",
     )
     add(
         "--guest-tls",
         metavar="FOLDER",
-        help="the same for --guest-listen, where guests show certificates, each its own, besides "
-        "their tokens",
+        help="use TLS for --guest-listen; each guest shows its own certificate and its token",
     )
     add("--ready-fd", type=int, metavar="FD", help="write the addresses here as JSON when serving")
-    add("--lifeline-fd", type=int, metavar="FD", help="stop when this reads end of file")
+    add("--lifeline-fd", type=int, metavar="FD", help="stop at end of file on this descriptor")
     add("--doctor", action="store_true", help="print what this host can run, as JSON, and exit")
     add("--leaks", action="store_true", help="print what a crash left on this host, as JSON")
     add("--clean", action="store_true", help="remove what --leaks finds, and print it")
@@ -114,8 +114,8 @@ def _add_addresses(add: Callable[..., argparse.Action]) -> None:
         "--guest-advertise",
         default="",
         metavar="ADDR",
-        help="where guests are told to reach this agent, if not where it listens: behind NAT or"
-        " a proxy (for every guest, embedded ones too)",
+        help="address that guests are told, if it differs from where the agent listens: behind"
+        " NAT or a proxy (for every guest, embedded ones too)",
     )
 
 
@@ -138,22 +138,23 @@ def _add_guests_and_state(add: Callable[..., argparse.Action]) -> None:
         "--state",
         type=Path,
         metavar="DIR",
-        help="keep what guests need to survive this agent here; without it, they end with it",
+        help="keep here what guests need to outlive this agent; without --state, they end with it",
     )
     add(
         "--orphan-after",
         type=int,
         default=DEFAULT_ORPHAN_AFTER_S,
         metavar="S",
-        help="with --state: a guest without host agent ends after so long (default: %(default)s s)",
+        help="with --state: a guest ends when it had no host agent for S seconds"
+        " (default: %(default)s)",
     )
     add(
         "--watch-grace",
         type=int,
         default=DEFAULT_WATCH_GRACE_S,
         metavar="S",
-        help="with --state: how long guests of an agent before wait for a Watch of their trial"
-        " (default: %(default)s s)",
+        help="with --state: adopted guests end when no Watch of their trial is open after S"
+        " seconds (default: %(default)s)",
     )
 
 
@@ -204,16 +205,19 @@ async def _serve(arguments: argparse.Namespace) -> None:
         if arguments.listen == _default_socket():
             _refuse_if_not_ours(folder, Path(tempfile.gettempdir()))
     keep_latency_steady()
-    # A guest takes a few descriptors, and so does each connection.
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # Each guest and each connection takes a few descriptors. The soft limit is 1024 by default,
+    # for programs that use select(2); this process uses epoll and poll only.
+    hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     stop = asyncio.Event()
-    unwanted = asyncio.Event()
+    parent_gone = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if arguments.lifeline_fd is not None:
-        loop.add_reader(arguments.lifeline_fd, _lifeline, arguments.lifeline_fd, unwanted, stop)
+        loop.add_reader(
+            arguments.lifeline_fd, _read_lifeline, arguments.lifeline_fd, parent_gone, stop
+        )
     settings = Settings(
         name=arguments.name,
         listen=arguments.listen,
@@ -233,10 +237,11 @@ async def _serve(arguments: argparse.Namespace) -> None:
             if arguments.ready_fd is not None:
                 os.write(arguments.ready_fd, ready.encode() + b"\n")
                 os.close(arguments.ready_fd)
-            where = {"control": served.control, "guests_at": served.guest}
-            _log.info("serving", extra=logs.fields(**where, version=__version__))
+            addresses = {"control": served.control, "guests_at": served.guest}
+            _log.info("serving", extra=logs.fields(**addresses, version=__version__))
             await _until_stopped(stop, served.failure)
-            if unwanted.is_set():  # whoever wanted guests is gone, so they need not survive
+            # The parent asked for the guests. It is gone, so nobody would adopt them.
+            if parent_gone.is_set():
                 await served.registry.end_all()
 
 
@@ -247,28 +252,31 @@ async def _until_stopped(stop: asyncio.Event, failure: asyncio.Future[None]) -> 
         failure.result()
 
 
-def _lifeline(fd: int, *events: asyncio.Event) -> None:
-    """Something was read; at the end of file, set all events."""
+def _read_lifeline(fd: int, *events: asyncio.Event) -> None:
+    """Read from the lifeline, which is readable; at end of file, set all events."""
     if not os.read(fd, 1024):
+        # epoll reports end of file again and again until the descriptor is removed.
         asyncio.get_running_loop().remove_reader(fd)
         for event in events:
             event.set()
 
 
 def _refuse_if_not_ours(folder: Path, shared: Path) -> None:
-    """Whoever may write to a folder can put a socket of his own there.
+    """Refuse a socket folder of another user, who could replace the socket in it.
 
-    :param shared: where anybody may make folders; what lies elsewhere is not looked at.
-    :raises Refused: another user's folder lies where the default socket's should.
+    :param shared: a folder where every user may make folders; only folders below it are checked.
+    :raises Refused: the folder, or one above it, belongs to another user or is no folder.
     """
     from hintfleet.errors import Refused
 
     for path in (folder, *folder.parents):
         if shared not in path.parents:
             return
-        status = path.lstat()
+        status = path.lstat()  # a link's owner can let it point elsewhere later
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise Refused(f"{path} belongs to somebody else", hint="--listen unix:PATH")
+            raise Refused(
+                f"{path} is not a folder of this user", hint="choose another --listen unix:PATH"
+            )
         path.chmod(0o700)
 
 

@@ -1,5 +1,5 @@
-"""Has every guest's books audited when that is due: one task for all guests, which sleeps until
-the first of them is to be checked."""
+"""Audits the books of every guest when that is due: one task for all guests, which sleeps until
+the first check is due."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
 from host_agent.waking import next_wake_s, sleep_until
 
-_SHORTEST_S = 0.02
-_AT_A_TIME = 64
+# Checks that are due within this time of each other are done in one wake.
+_MIN_SLEEP_S = 0.02
+_GUESTS_PER_TURN = 64
 
 
 async def audit_when_due(guests: Callable[[], Sequence[Guest]], observing: CpuMeter) -> None:
-    """Run until cancelled.
+    """Check all guests again and again until cancelled.
 
-    :param observing: where the checks are entered.
+    :param observing: the meter that counts the processor time of the checks.
     """
     while True:
         now_s = time.monotonic()
         everyone = guests()
-        for first in range(0, len(everyone), _AT_A_TIME):
+        for first in range(0, len(everyone), _GUESTS_PER_TURN):
             with observing.running():
-                for guest in everyone[first : first + _AT_A_TIME]:
+                for guest in everyone[first : first + _GUESTS_PER_TURN]:
                     if guest.audits.next_check_s <= now_s:
                         guest.audits.check(now_s)
-            await asyncio.sleep(0)  # acks do not wait for all of them
-        # No later: a guest that is new has never been checked.
+            await asyncio.sleep(0)  # else acks wait for the checks of all guests
+        # Wake once a second in any case: a guest made meanwhile is not in `everyone`.
         next_s = min((next_wake_s(now_s), *(guest.audits.next_check_s for guest in everyone)))
-        await sleep_until(max(next_s, now_s + _SHORTEST_S))
+        await sleep_until(max(next_s, now_s + _MIN_SLEEP_S))

@@ -1,4 +1,4 @@
-"""When one guest's RAM is audited, and when the guest hears what it has used again."""
+"""Audits one guest's RAM when that is due or asked for, and tells the guest of its refaults."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from host_agent.memory.guest_memory import GuestMemory
 from host_agent.session.guest_sessions import GuestSessions
 from host_agent.tasks import LastingTasks
 
+# Audits that serve samples and metrics only: at most 1 % of one processor.
 _OBSERVING = Pace(period_s=1.0, share=1 / 100)
-"""Audits that serve samples and metrics alone."""
 
+# Audits whose result a guest's agent waits for may take more.
 _TELLING_SHARE = 1 / 20
 
 
 class Audits:
-    """The audits of one guest, due ones and those that are asked for."""
+    """The audits of one guest."""
 
     def __init__(
         self,
@@ -29,9 +30,9 @@ class Audits:
         report_period_s: float | None,
         observing: CpuMeter,
     ) -> None:
-        """:param report_period_s: how often the guest is told what it uses again; None for one
+        """:param report_period_s: how often the guest is told of its refaults; None for a guest
             that does not hint.
-        :param observing: where audits are entered that serve nothing but samples and metrics.
+        :param observing: counts the processor time of audits for samples and metrics only.
         """
         self._memory = memory
         self._sessions = sessions
@@ -51,13 +52,13 @@ class Audits:
         return self._pace.next_check_s
 
     def check(self, now_s: float) -> None:
-        """Begin to audit, and to tell the guest what it uses again, if that is due."""
+        """Start an audit, and a message about refaults to the guest, if they are due."""
         busy = self._task is not None and not self._task.done()
-        # While one audit is under way, none is due: else the next would count as done.
+        # While an audit runs, say that nothing has moved: `check` would count a look as begun.
         look = self._pace.check(now_s, 0 if busy else self._memory.moved_pages())
         tell = self._sessions.has_refaults_to_tell and now_s >= self._next_tell_s
         if (look or tell) and not busy:
-            self._task = self._tasks.begin(self._memory.run_alone(self._check(look, now_s)))
+            self._task = self._tasks.begin(self._memory.run_locked(self._check(look, now_s)))
 
     async def _check(self, look: bool, now_s: float) -> None:
         if look:
@@ -70,12 +71,12 @@ class Audits:
             await self._sessions.tell_refaults()
 
     async def ledger(self) -> host_pb2.Ledger:
-        """Audit in full against the RAM file and return the books."""
-        return await self._tasks.finish(self._memory.run_alone(self._memory.audit()))
+        """Audit in full against the RAM files and return the books."""
+        return await self._tasks.finish(self._memory.run_locked(self._memory.audit()))
 
     async def tell_refaults(self) -> None:
-        """Audit in full, and tell the guest in which chunks it has used absent memory since."""
-        await self._tasks.finish(self._memory.run_alone(self._audit_and_tell()))
+        """Audit in full, then tell the guest in which chunks it uses absent memory again."""
+        await self._tasks.finish(self._memory.run_locked(self._audit_and_tell()))
 
     async def _audit_and_tell(self) -> None:
         await self._memory.audit()

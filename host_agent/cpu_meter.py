@@ -1,4 +1,4 @@
-"""What one purpose costs this process."""
+"""Measures the processor time that this process spends on one purpose."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from contextlib import contextmanager
 
 
 class CpuMeter:
-    """Processor time that was spent on one purpose.
+    """Processor time spent on one purpose.
 
-    :ivar cpu_ns: all of it so far.
+    :ivar cpu_ns: the sum so far, in nanoseconds.
     """
 
     def __init__(self) -> None:
         self.cpu_ns = 0
 
     def add(self, cpu_s: float) -> None:
-        """Enter what another thread has spent on it."""
+        """Add the processor time that another thread has spent."""
         self.cpu_ns += round(cpu_s * 1e9)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The block serves that purpose. It must not wait for anything: other tasks would run."""
+        """Count the block. It must not await: other tasks would run and be counted."""
+        # thread_time: the process's clock would count gRPC's threads and the workers, too.
         started_ns = time.thread_time_ns()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What this host can run, found out by trying it."""
+"""Finds out what this host can run, by trying it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from host_agent.memory.reclaim import reclaim
 
 
 def examine(libvirt_uri: str) -> list[Finding]:
-    """Return all findings, in the order a newcomer needs them."""
+    """Return all findings, in the order in which to solve them."""
     return [
         _try("hole punch on a memfd", Driver.EMBEDDED, _punch_a_memfd),
         _try("guest image", Driver.LIBVIRT, lambda: f"kernel {find_image().kernel_release}"),

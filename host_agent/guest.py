@@ -1,7 +1,7 @@
-"""One guest of this host, from the moment it is asked for until its books are closed.
+"""One guest of this host, from the request for it until its books are closed.
 
-Its RAM, books and audits are in `memory`, what its agent says in `sessions`; here is its life,
-and what needs both. Everything runs on the host agent's event loop.
+`memory` has its RAM, books and audits. `sessions` has the streams of its agent. This module has
+its life, and what needs both. Everything runs on the host agent's event loop.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ from host_agent.session.validation import printable
 from host_agent.tasks import LastingTasks
 from host_agent.threads import in_driver_thread
 
-# The kernel's PAGE_REPORTING_DELAY is 2 s, and a balloon's step takes as long: after two
-# of them without any effect there is nothing more to come.
+# Free page reporting waits 2 s between its passes (PAGE_REPORTING_DELAY, mm/page_reporting.c),
+# and a step of the balloon takes about as long. Two of them without effect: it is over.
 _QUIET_S = 4.5
 _QUIET_POLL_S = 0.1
+# A guest at rest frees and uses some memory all the time; less than 1 MiB is no progress.
 _NOISE_BYTES = 1 << 20
 
 _log = logging.getLogger("hintfleet.host.guest")
 
 
 class Guest:
-    """A guest; made by `started` or `adopted`, ended by `close` or `leave`."""
+    """A guest; begins to run with `started` or `adopted`, ends with `close` or `leave`."""
 
     def __init__(
         self,
@@ -54,8 +55,8 @@ class Guest:
         saver: Saver | None = None,
         observing: CpuMeter | None = None,
     ) -> None:
-        """:param saver: told of all that `record` would tell differently.
-        :param observing: where audits are entered that serve nothing but samples and metrics.
+        """:param saver: is told of each change of what `record` returns.
+        :param observing: counts the processor time of audits for samples and metrics only.
         """
         self.name = name
         self.uuid = uuid
@@ -65,9 +66,9 @@ class Guest:
         self.saver = saver or Saver(None)
         self.running: RunningGuest | None = None
         self.creation: asyncio.Task[None] | None = None
-        """Ends with `running` set, or with what kept it from being made."""
+        """The task that makes the guest. It sets `running`, or ends with the error."""
         self.resize_lock = asyncio.Lock()
-        """Held while memory is on its way in or out."""
+        """Held while memory is plugged or unplugged."""
         self.tasks = LastingTasks(self._failed)
         self.memory = GuestMemory(
             name,
@@ -94,31 +95,31 @@ class Guest:
     # Life
 
     def started(self, running: RunningGuest) -> None:
-        """Take what the driver has made; its RAM is untouched or nearly so."""
+        """Take over the guest that the driver has made. Its books begin with all RAM untouched."""
         self.memory.started(running.ram)
-        self._own(running)
+        self._take_over(running)
         _log.info("guest made", extra=self._fields(pid=running.pid))
 
     async def adopted(self, running: RunningGuest, books: Books) -> None:
-        """Take what the driver has found again, with the books of an earlier host agent."""
+        """Take over a guest of an earlier host agent, with the books that this one stored."""
         self.memory.plugged_pages = await in_driver_thread(running.plugged)
         await asyncio.to_thread(self.memory.recovered, running.ram, books)
-        self._own(running)
+        self._take_over(running)
         _log.info("guest adopted", extra=self._fields(pid=running.pid))
 
-    def _own(self, running: RunningGuest) -> None:
+    def _take_over(self, running: RunningGuest) -> None:
         self.running = running
         self.saver.changed(self)
         self._peer.start(
             running,
             self.sessions.workload_is_there,
-            seen=self._note_ready,
-            stirred=self.memory.stirred,
+            on_works=self._note_ready,
+            has_moved=self.memory.has_moved,
             failed=self.lost,
         )
 
     def lost(self, reason: str) -> None:
-        """Enter that the guest is gone: its epoch ends now, and whoever waits for it hears why."""
+        """Note that the guest is gone: end its epoch now, and give all waiters the reason."""
         if self._lost is not None:
             return
         self._lost = reason
@@ -131,9 +132,9 @@ class Guest:
         self._ready.set()
 
     def _failed(self, error: BaseException) -> None:
-        """Give up a guest on whose memory or session nobody works any more."""
+        """Give up a guest after a bug in the work on its memory or sessions."""
         _log.error("work on a guest failed", extra=self._fields(), exc_info=error)
-        self.lost(f"the host agent failed on it: {type(error).__name__}: {error}")
+        self.lost(f"the host agent failed while working on it: {type(error).__name__}: {error}")
 
     def _note_ready(self) -> None:
         works = self._peer.works and (not self._hints or self.sessions.is_welcome)
@@ -141,8 +142,8 @@ class Guest:
             self._ready.set()
 
     async def ready(self, timeout_s: float) -> None:
-        """Wait until the guest's agent is attached, and its method at work: welcomed if it
-        hints, and under a peer heard of by the hypervisor.
+        """Wait until the guest's agent is attached and the guest's method works. Hinting works
+        once a session is welcomed; a peer works once the hypervisor says so.
 
         :raises GuestLost: the guest ended, did not attach in time, or its method cannot work.
         """
@@ -150,26 +151,26 @@ class Guest:
             async with asyncio.timeout(timeout_s):
                 await self._ready.wait()
         except TimeoutError:
-            unseen = self.sessions.has_workload and not self._hints
-            late = "see its method at work" if unseen else "attach"
-            raise GuestLost(
-                f"guest {self.name}: its agent did not {late} within {timeout_s:.0f} s"
-            ) from None
+            peer_is_late = self.sessions.has_workload and not self._hints
+            what = (
+                "its method did not begin to work" if peer_is_late else "its agent did not attach"
+            )
+            raise GuestLost(f"guest {self.name}: {what} within {timeout_s:.0f} s") from None
         self._check_alive()
 
     async def close(self) -> host_pb2.Ledger:
-        """End the guest, free all that it held, and return its closed books. Repeatable. One
-        that is being made cannot be called back: that is waited for.
+        """End the guest, free all that it held, and return its closed books. Repeatable.
 
         :raises HintfleetError: the driver could not end it. It is `lost` all the same.
         """
+        # A driver's thread that makes a guest cannot be cancelled; what it makes must be closed.
         if self.creation is not None:
             await asyncio.wait([self.creation])
         await self.audits.ledger()
         self.lost(_DESTROYED)
         await self._peer.stop()
         async with self.resize_lock:
-            await self.tasks.finish(self.memory.run_alone(self._end()))
+            await self.tasks.finish(self.memory.run_locked(self._end()))
         return self.memory.last_ledger
 
     async def _end(self) -> None:
@@ -179,13 +180,14 @@ class Guest:
             self.running = None
 
     async def leave(self) -> None:
-        """Let go of the guest, which lives on. What runs on its RAM is waited for, and
-        nothing will run any more: the next host agent may be about to begin (I2).
+        """Release the guest, which lives on, after all work on its RAM has ended.
 
-        :raises TransientError: the state cannot be written; it is let go of all the same.
+        :raises TransientError: the state cannot be written; the guest is released all the same.
         """
         await self._peer.stop()
-        async with self.resize_lock, self.memory.alone:
+        # I2: the next host agent may begin as soon as this process ends. So wait for a punch
+        # that runs; `closed` keeps later ones from running.
+        async with self.resize_lock, self.memory.lock:
             try:
                 await self.saver.save(self)
             finally:
@@ -193,10 +195,10 @@ class Guest:
                 self.running = None
 
     def misbehaved(self, error: HintfleetError) -> None:
-        """Count a rule that the guest broke. One that does so over and over is given up."""
+        """Count a violation of the protocol. After too many of them the guest is lost."""
         conduct = self.sessions.conduct
         _log.warning("guest broke the protocol", extra=self._fields(reason=error.message))
-        if conduct.violated(error, time.monotonic()):
+        if conduct.count_violation(error, time.monotonic()):
             self.lost(f"dropped: it {conduct}")
 
     def _check_alive(self) -> None:
@@ -206,26 +208,27 @@ class Guest:
     # Facts
 
     def accepts(self, token: str) -> bool:
-        """Return whether a stream that bears this token comes from this guest."""
+        """Return whether this is the guest's token."""
+        # compare_digest: how long == takes tells how much of a guess was right.
         return hmac.compare_digest(token.encode(), self.token.encode())
 
     @property
-    def most_memory_bytes(self) -> int:
-        """What it can have, all that can be plugged in included."""
+    def largest_memory_bytes(self) -> int:
+        """How much memory the guest has when all that can be plugged is plugged."""
         return max(self.spec.memory_bytes, self.spec.max_memory_bytes)
 
     @property
     def provisioned_bytes(self) -> int:
-        """What the guest has now, or is to start with."""
+        """How much memory the guest has now; before it runs, what it will start with."""
         return self.running.ram.provisioned_bytes if self.running else self.spec.memory_bytes
 
     def evidence(self) -> str:
         """Return the last lines of the guest's console or log, and how it behaved."""
-        said = printable(self.running.evidence()) if self.running else ""
-        return "\n".join(filter(None, (said, str(self.sessions.conduct))))
+        output = printable(self.running.evidence()) if self.running else ""
+        return "\n".join(filter(None, (output, str(self.sessions.conduct))))
 
     def record(self) -> GuestRecord | None:
-        """Return what an adopting host agent needs; None while there is nothing to adopt."""
+        """Return what the next host agent needs to adopt the guest; None if it does not run."""
         books = self.memory.books()
         if self.running is None or books is None:
             return None
@@ -241,7 +244,7 @@ class Guest:
         )
 
     async def as_pb2(self) -> host_pb2.Guest:
-        """Return what the control API says of this guest, its books audited now."""
+        """Return the guest as the control API has it; its books are audited first."""
         return host_pb2.Guest(
             name=self.name,
             uuid=self.uuid,
@@ -255,33 +258,33 @@ class Guest:
     # Memory
 
     async def plugged(self, segments: Sequence[Segment]) -> RangeSet:
-        """Enter memory that the driver has plugged; returns which pages came."""
-        async with self.memory.alone:
+        """Enter memory that the driver has plugged into the books; return its pages."""
+        async with self.memory.lock:
             return self.memory.plugged(segments)
 
     async def unplugged(self, pages: RangeSet) -> None:
-        """Drop memory that the driver has unplugged, and take it out of the books. A batch
-        that names it from now on finds it outside the RAM (I3).
+        """Drop memory that the driver has unplugged, and remove it from the books. Batches that
+        name it later skip it as OUTSIDE_RAM (I3).
 
-        :raises Refused: the host's kernel would not drop it; it is in the books still.
+        :raises Refused: the host's kernel did not drop it; it is still in the books.
         """
-        await self.tasks.finish(self.memory.run_alone(self.memory.unplugged(pages)))
+        await self.tasks.finish(self.memory.run_locked(self.memory.unplugged(pages)))
 
     async def settle(self) -> hinting_pb2.Settled:
-        """Have the guest report now; return when all that it can hint is acknowledged.
+        """Ask the guest to hint now; return when all that it can hint is acknowledged.
 
-        The peers cannot be asked: under them, return when nothing leaves the RAM any more.
+        Under a peer, which cannot be asked, return when no memory leaves the RAM any more.
 
-        :raises GuestLost: it is gone.
+        :raises GuestLost: the guest is gone.
         :raises TransientError: it has no hinting session now.
         """
         if self.spec.method in PEERS:
-            await self._quiet()
+            await self._wait_until_quiet()
             return hinting_pb2.Settled()
         await self.audits.tell_refaults()
         return await self.sessions.settle()
 
-    async def _quiet(self) -> None:
+    async def _wait_until_quiet(self) -> None:
         lowest_bytes = self.memory.books_now().resident_bytes
         since_s = time.monotonic()
         while time.monotonic() - since_s < _QUIET_S:

@@ -1,8 +1,8 @@
-"""What host agents that were killed left on this host: processes, domains, files.
+"""Finds what killed host agents left on this host: processes, domains, files.
 
-Everything of ours hangs on a lifeline or a lock that the kernel lets go of when its
-owner dies, however it dies; so what has neither is nobody's. Guests that are to outlive
-their host agent (--state) are not looked at: each ends by itself when its time is up.
+Each of them has a lifeline (pipe) or a lock that the kernel releases when its owner dies. So
+what has neither belongs to nobody. Guests that outlive their host agent (--state) are not
+examined: each ends by itself after --orphan-after.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _MEMFD = "/memfd:hintfleet-"
 
 
 def find(libvirt_uri: str) -> tuple[list[Removable], list[str]]:
-    """What is found, in the order in which to remove it; and what could not be looked at."""
-    unseen = []
+    """Return the leaks, in the order in which to remove them, and what could not be examined."""
+    not_examined = []
     found = [*_processes(list(living()))]
     try:
         found += abandoned_domains(libvirt_uri)
     except HintfleetError as error:
-        unseen.append(f"domains: {error.message}")
+        not_examined.append(f"domains: {error.message}")
     found += [_folder(path) for dirs in runtime_dirs() for path in dirs.abandoned()]
-    return found, unseen
+    return found, not_examined
 
 
 def _processes(seen: list[Process]) -> Iterator[Removable]:
-    """Host agents and embedded guests whose lifeline has no other end, or only one that is
-    held by another of them."""
+    """Yield host agents and embedded guests whose lifeline nobody holds the other end of, or
+    only processes that are leaked themselves."""
     links = {process: process.links() or {} for process in seen}
     lifelines = {
         process: links[process].get(fd, "")
@@ -62,12 +62,13 @@ def _processes(seen: list[Process]) -> Iterator[Removable]:
 
 
 def _lifeline_fd(process: Process) -> int | None:
-    """The descriptor whose end is to end it; None for what is none of ours, or lives by itself."""
+    """Return the descriptor of the process's lifeline; None if it is not ours or has none."""
     argv = process.argv
     if _is_host_agent(process) and "--lifeline-fd" in argv[:-1]:
         number = argv[argv.index("--lifeline-fd") + 1]
         return int(number) if number.isdecimal() else None
-    # One that leads a session of its own was made to outlive its host agent.
+    # An embedded guest that leads its own session was started under --state (embedded.py:
+    # start_new_session) and must outlive its host agent.
     if argv[-4:] == ("-m", "guest_agent", "--config", "-") and process.session != process.pid:
         return 0
     return None
@@ -81,7 +82,7 @@ def _is_host_agent(process: Process) -> bool:
 
 
 def _holders(pipe: str, process: Process, links: dict[Process, dict[int, str]]) -> set[Process]:
-    """Who else could write to it."""
+    """Return the other processes that can write to this pipe."""
     return {
         other
         for other, open_files in links.items()
@@ -92,14 +93,15 @@ def _holders(pipe: str, process: Process, links: dict[Process, dict[int, str]]) 
 
 
 def _parent_is_hidden(process: Process, links: dict[Process, dict[int, str]]) -> bool:
-    """Whether its parent may hold the other end without our seeing it (sudo, setuid)."""
+    """Return whether the parent may hold the other end, but its files cannot be read."""
+    # /proc/PID/fd of another user's process (sudo, setuid) is closed to all but root.
     if process.parent_pid == 1 or os.geteuid() == 0:
         return False
     return not any(p.pid == process.parent_pid and found for p, found in links.items())
 
 
 def _memfd_bytes(process: Process, open_files: dict[int, str], counted: set[str]) -> int:
-    """Memory in RAM files that it holds, each counted once."""
+    """Return the size of the RAM files that the process holds and that are not `counted` yet."""
     size_bytes = 0
     for fd, link in open_files.items():
         if link.startswith(_MEMFD):
@@ -108,6 +110,7 @@ def _memfd_bytes(process: Process, open_files: dict[int, str], counted: set[str]
             except OSError:
                 continue
             file = f"{status.st_dev}:{status.st_ino}"
+            # st_blocks counts units of 512 bytes, whatever the file system's block (stat(2)).
             size_bytes += 0 if file in counted else status.st_blocks * 512
             counted.add(file)
     return size_bytes

@@ -1,4 +1,4 @@
-"""All guests of this host, by name and by trial, and who keeps them alive."""
+"""All guests of this host, by name and by trial; a trial's guests live as long as its Watch."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger("hintfleet.host.registry")
 
+# How long a guest may take to boot and attach. A virtual machine may run under TCG, which is
+# many times slower than KVM.
 READY_TIMEOUT_S: Mapping[host_pb2.Driver.ValueType, float] = {
     host_pb2.EMBEDDED: 30.0,
     host_pb2.LIBVIRT: 120.0,
 }
-"""How long a guest may take to boot and attach."""
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
-_LONGEST_NAME = 64
+_MAX_NAME_LENGTH = 64
 
 
 class Registry:
@@ -52,26 +53,27 @@ class Registry:
         drivers: Mapping[host_pb2.Driver.ValueType, GuestDriver],
         state: Database | None = None,
     ) -> None:
-        """:param state: where guests are kept that outlive this process."""
+        """:param state: stores the guests that outlive this process; None: none do."""
         self.drivers = drivers
         self.saver = Saver(state)
         self.epochs = Epochs()
         self.observing = CpuMeter()
-        """What samples cost, and audits that serve nothing else."""
+        """Counts the processor time of samples, and of audits for samples and metrics only."""
         self._guests: dict[str, Guest] = {}
         self._watches: Counter[str] = Counter()
-        self.leaving = False
-        """Whether a Watch that ends leaves its guests alone, for this host agent ends."""
+        self.shutting_down = False
+        """Whether this host agent ends: then the end of a Watch does not end its guests."""
         self._ending: set[asyncio.Task[None]] = set()
-        self._done: dict[tuple[str, str, int], asyncio.Task[object]] = {}
+        # Answers stay until the trial ends: its client may retry a command at any time.
+        self._commands: dict[tuple[str, str, int], asyncio.Task[object]] = {}
 
     @property
     def guests(self) -> tuple[Guest, ...]:
-        """All guests that were made and not destroyed yet."""
+        """All guests, from the request for one until it is destroyed."""
         return tuple(self._guests.values())
 
     def get(self, name: str) -> Guest:
-        """A guest by its name.
+        """Return the guest of this name.
 
         :raises NotFound: there is none.
         """
@@ -80,9 +82,10 @@ class Registry:
         return self._guests[name]
 
     def authenticate(self, identity: hinting_pb2.Identity) -> Guest:
-        """The guest that an identity proves to be.
+        """Return the guest of this UUID and token.
 
-        :raises Refused: no such guest, or not its token (the answer is the same).
+        :raises Refused: no such guest, or not its token. The answer is the same for both, so
+            that nobody learns which UUIDs exist.
         """
         for guest in self.guests:
             if guest.uuid == identity.guest_uuid and guest.accepts(identity.token):
@@ -94,19 +97,22 @@ class Registry:
     async def create(
         self, name: str, trial_id: str, spec: host_pb2.GuestSpec, guest_uuid: str = ""
     ) -> Guest:
-        """Make a guest and wait until its agent is ready; nothing stays after a failure.
+        """Make a guest and wait until its agent is ready. Nothing is left after a failure.
 
-        :raises Refused: no watch holds the trial, the name is taken, or the driver cannot.
+        :raises InvalidInput: the name, the UUID or the spec is invalid.
+        :raises Refused: no Watch of the trial is open, the name or UUID is taken, or the driver
+            cannot make the guest.
         :raises GuestLost: it ended or did not attach in time; with its last output.
         """
+        # A guest of an earlier trial may still be ending: `close_watch` does not wait for it.
         if name in self._guests and self._ending:
-            await asyncio.wait(self._ending)  # one of an earlier trial is on its way out
+            await asyncio.wait(self._ending)
         self._check_new(name, trial_id, spec)
         token = secrets.token_hex(16)
         guest = self._add(name, self._checked_uuid(guest_uuid), token, trial_id, spec)
         guest.creation = asyncio.create_task(self._make(guest))
         try:
-            # Shielded: a domain that is being made cannot be called back.
+            # Shielded: libvirt's createXML cannot be cancelled, so the guest must be waited for.
             await asyncio.shield(guest.creation)
             await guest.ready(READY_TIMEOUT_S[spec.driver])
         except GuestLost as error:
@@ -135,7 +141,7 @@ class Registry:
         return guest
 
     def _check_new(self, name: str, trial_id: str, spec: host_pb2.GuestSpec) -> None:
-        if not name or len(name) > _LONGEST_NAME or not set(name) <= _NAME_CHARACTERS:
+        if not name or len(name) > _MAX_NAME_LENGTH or not set(name) <= _NAME_CHARACTERS:
             raise InvalidInput(f"guest name {name!r}: 1 to 64 letters, digits and '-'")
         if name in self._guests:
             raise Refused(f"there is a guest {name!r} on this host already")
@@ -143,15 +149,15 @@ class Registry:
             raise Refused(f"no Watch of trial {trial_id!r} is open", hint="open Watch first")
         _check_memory(name, spec)
         if spec.driver not in self.drivers:
-            raise InvalidInput(f"guest {name}: no driver is named")
+            raise InvalidInput(f"guest {name}: its spec names no driver")
         if spec.method == host_pb2.METHOD_UNSPECIFIED:
-            raise InvalidInput(f"guest {name}: no method is named")
+            raise InvalidInput(f"guest {name}: its spec names no method")
 
     def _checked_uuid(self, asked: str) -> str:
         try:
             found = str(uuid.UUID(asked) if asked else uuid.uuid4())
         except ValueError:
-            raise InvalidInput(f"{asked!r} is no UUID") from None
+            raise InvalidInput(f"{asked!r} is not a UUID") from None
         if any(guest.uuid == found for guest in self.guests):
             raise Refused(f"there is a guest with UUID {found} on this host already")
         return found
@@ -169,13 +175,14 @@ class Registry:
         """End a guest and return its closed books.
 
         :raises NotFound: there is none.
-        :raises HintfleetError: the driver could not end it; it is kept, to be tried again.
+        :raises HintfleetError: the driver could not end it; it stays, so that this can be
+            tried again.
         """
         return await self._end(self.get(name))
 
     async def _end(self, guest: Guest) -> host_pb2.Ledger:
-        """The same; of one that has ended already, nothing is left to do."""
         ledger = await guest.close()
+        # Two callers may end a guest at once, and its name may be in use again by now.
         if self._guests.get(guest.name) is guest:
             del self._guests[guest.name]
             await self.saver.forget(guest)
@@ -184,14 +191,15 @@ class Registry:
     # Guests of an earlier host agent
 
     async def adopt(self, records: Sequence[GuestRecord], grace_s: float) -> None:
-        """Take over these guests; those that are gone count as lost.
+        """Take over these guests. A guest that is gone is `lost`.
 
         :param grace_s: how long a trial's guests live on without a Watch.
-        :raises Refused: a driver cannot tell whether one is gone; none is ended for that.
+        :raises Refused: a driver cannot tell whether a guest is gone; no guest is ended.
         """
         adopting = [asyncio.create_task(self._adopt(record)) for record in records]
         if adopting:
             await asyncio.wait(adopting)
+        # Not gather: it raises at the first error, while other adoptions go on.
         for task in adopting:
             task.result()
         loop = asyncio.get_running_loop()
@@ -213,14 +221,14 @@ class Registry:
     # Trials
 
     def open_watch(self, trial_id: str) -> None:
-        """One more stream keeps the guests of this trial alive."""
+        """Count one more Watch of this trial; its guests live while there is one."""
         _log.info("watch opened", extra=fields(trial=trial_id))
         self._watches[trial_id] += 1
 
     def close_watch(self, trial_id: str) -> None:
-        """One stream less; the last one takes the trial's guests with it.
+        """Count one Watch less; after the last one, begin to end the trial's guests.
 
-        Not a coroutine: a stream that was cancelled could not wait for one.
+        Not a coroutine: the handler of a stream that was cancelled cannot await one.
         """
         _log.info("watch closed", extra=fields(trial=trial_id))
         self._watches[trial_id] -= 1
@@ -230,7 +238,7 @@ class Registry:
         self._end_unwatched(trial_id)
 
     def _end_unwatched(self, trial_id: str) -> None:
-        if self.leaving or self._watches[trial_id] > 0:
+        if self.shutting_down or self._watches[trial_id] > 0:
             return
         task = asyncio.create_task(self._end_trial(trial_id))
         self._ending.add(task)
@@ -238,8 +246,8 @@ class Registry:
 
     async def _end_trial(self, trial_id: str) -> None:
         await self._destroy_all([g for g in self.guests if g.trial_id == trial_id])
-        for key in [key for key in self._done if key[1] == trial_id]:
-            del self._done[key]
+        for key in [key for key in self._commands if key[1] == trial_id]:
+            del self._commands[key]
 
     async def end_all(self) -> None:
         """Destroy every guest."""
@@ -247,9 +255,9 @@ class Registry:
         await self._destroy_all(self.guests)
 
     async def leave(self) -> None:
-        """Let go of the guests that are left; they are for the next host agent to adopt.
+        """Release the guests, which live on, for the next host agent to adopt.
 
-        :raises TransientError: the state cannot be written; older books are still in it.
+        :raises TransientError: the state cannot be written; it has older books.
         """
         await asyncio.gather(*self._ending)
         left = await asyncio.gather(*(g.leave() for g in self.guests), return_exceptions=True)
@@ -258,7 +266,7 @@ class Registry:
                 raise error
 
     async def close(self) -> None:
-        """Close the drivers, after `end_all` or `leave`."""
+        """Close the drivers; call it after `end_all` or `leave`."""
         for driver in self.drivers.values():
             await in_driver_thread(driver.close)
 
@@ -273,38 +281,40 @@ class Registry:
     # Commands
 
     async def once(self, command: host_pb2.CommandId, do: Callable[[], Awaitable[_T]]) -> _T:
-        """Carry out a command; a retry of it (same id) gets the first one's answer.
+        """Carry out a command and return its answer; a retry (same id) gets the same answer.
 
-        A command without an id is always carried out. One that failed is carried out again,
-        unless its guest was lost with it: a workload knows a step that it has done already.
+        A command without an id is carried out each time. A command that failed is carried out
+        again by a retry, unless its guest was lost. That is safe: a workload answers a step that
+        it has done already from memory.
         """
         if not command.sequence:
             return await do()
         key = (command.run_id, command.trial_id, command.sequence)
-        task = self._done.get(key)
+        task = self._commands.get(key)
         if task is None:
-            task = self._done[key] = asyncio.ensure_future(_as_coroutine(do))
-            # Whoever asked may be gone by now: asyncio would tell of an error that nobody heard.
+            task = self._commands[key] = asyncio.ensure_future(_as_coroutine(do))
+            # The caller may be gone when the command fails. `exception` marks the error as
+            # retrieved, else asyncio logs it.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             return cast(_T, await asyncio.shield(task))
         except GuestLost:
             raise
         except Exception:
-            if self._done.get(key) is task:
-                del self._done[key]
+            if self._commands.get(key) is task:
+                del self._commands[key]
             raise
 
 
 def _request(guest: Guest) -> GuestRequest:
-    """What a driver gets to know of a guest."""
+    """Return what a driver needs to make or adopt a guest."""
     loop = asyncio.get_running_loop()
     return GuestRequest(
         name=guest.name,
         uuid=guest.uuid,
         token=guest.token,
         spec=guest.spec,
-        on_gone=lambda reason: _tell(loop, guest, reason),
+        on_gone=lambda reason: _report_lost(loop, guest, reason),
     )
 
 
@@ -318,7 +328,7 @@ def _check_memory(name: str, spec: host_pb2.GuestSpec) -> None:
         raise Refused(
             f"guest {name}: memory of {format_size(size_bytes)} is more than the "
             f"{format_size(total.value)} {total.where}",
-            hint="a smaller guest" + total.or_raise,
+            hint="make the guest smaller" + total.or_raise,
         )
 
 
@@ -326,7 +336,8 @@ async def _as_coroutine(do: Callable[[], Awaitable[object]]) -> object:
     return await do()
 
 
-def _tell(loop: asyncio.AbstractEventLoop, guest: Guest, reason: str) -> None:
-    """Drivers speak from their own threads; after the loop has closed nobody listens."""
+def _report_lost(loop: asyncio.AbstractEventLoop, guest: Guest, reason: str) -> None:
+    # Drivers call from their own threads, and call_soon_threadsafe raises RuntimeError once the
+    # loop is closed: a guest's process may end after it.
     if not loop.is_closed():
         loop.call_soon_threadsafe(guest.lost, reason)

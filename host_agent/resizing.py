@@ -1,9 +1,9 @@
-"""Memory hotplug: a running guest gets more memory, or gives some of it up.
+"""Memory hotplug: a running guest gets more memory, or gives some of it back.
 
-Plugging: the driver makes the memory, it is entered into the RAM and the books, and only
-then is the guest told to use it. Unplugging is the same backwards: the guest stops using
-it (which it may refuse), the driver takes it, and it leaves the RAM and the books. So the
-host never drops anything that a guest still uses, and hinting goes on meanwhile.
+Plugging: the driver makes the memory, the RAM and the books take it in, and then the guest is
+told to use it. Unplugging goes the other way: the guest stops using the memory (it may refuse),
+the driver takes it, and the RAM and the books drop it. So the host never drops memory that a
+guest still uses, and hinting goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from host_agent.guest import Guest
 from host_agent.guests.driver import RunningGuest
 from host_agent.threads import in_driver_thread
 
+# Linux adds and removes memory in sections of its sparse memory model: 2^27 bytes on x86-64
+# (SECTION_SIZE_BITS, arch/x86/include/asm/sparsemem.h).
 SECTION_BYTES = 128 * MIB
-"""What memory comes and goes in: a section of sparse memory on x86-64."""
 
 
 def check_maximum(name: str, spec: host_pb2.GuestSpec) -> None:
@@ -38,7 +39,10 @@ def check_maximum(name: str, spec: host_pb2.GuestSpec) -> None:
     if not spec.max_memory_bytes:
         return
     if spec.method == host_pb2.BALLOON:
-        raise InvalidInput(f"guest {name}: method balloon moves the size itself: no maximum")
+        raise InvalidInput(
+            f"guest {name}: max_memory_bytes cannot be used with method balloon, which moves the"
+            " guest's size itself"
+        )
     _check_step(name, spec, spec.max_memory_bytes)
 
 
@@ -49,9 +53,7 @@ def check(name: str, spec: host_pb2.GuestSpec, memory_bytes: int) -> None:
     :raises InvalidInput: below the start size, beyond the maximum or between two sections.
     """
     if not spec.max_memory_bytes:
-        raise Refused(
-            f"guest {name} cannot be resized", hint="make it with a max_memory_bytes, which it has"
-        )
+        raise Refused(f"guest {name} cannot be resized", hint="create it with max_memory_bytes")
     if memory_bytes > spec.max_memory_bytes:
         raise InvalidInput(
             f"guest {name}: {format_size(memory_bytes)} is more than its maximum of "
@@ -69,21 +71,21 @@ def _check_step(name: str, spec: host_pb2.GuestSpec, memory_bytes: int) -> None:
         )
     if more_bytes % SECTION_BYTES:
         raise InvalidInput(
-            f"guest {name}: {more_bytes} bytes beyond the {format_size(spec.memory_bytes)} that "
+            f"guest {name}: {more_bytes} bytes more than the {format_size(spec.memory_bytes)} that "
             f"it starts with are no multiple of {format_size(SECTION_BYTES)}"
         )
 
 
 async def resize(guest: Guest, memory_bytes: int) -> None:
     """Plug or unplug memory until the guest has `memory_bytes`. The work goes on if the caller is
-    cancelled, so that it never stays half done.
+    cancelled, so that it is never left half done.
 
     :raises InvalidInput: as `check`.
-    :raises Refused: as `check`; or the guest uses what is to go, or the driver cannot give
-        or take so much. The guest has what it had, less what was taken before a later
-        device was refused.
-    :raises GuestLost: it is gone.
-    :raises TransientError: its agent is not connected now; it has what it had.
+    :raises Refused: as `check`; or the guest still uses the memory, or the driver cannot plug
+        or unplug this size. The guest has what it had before, less the devices that were
+        unplugged before a later one was refused.
+    :raises GuestLost: the guest is gone.
+    :raises TransientError: its agent is not connected now; it has what it had before.
     :raises OutcomeUnknown: its agent did not answer; it is safe to ask again.
     """
     check(guest.name, guest.spec, memory_bytes)
@@ -93,14 +95,17 @@ async def resize(guest: Guest, memory_bytes: int) -> None:
 async def _resize(guest: Guest, memory_bytes: int) -> None:
     async with guest.resize_lock:
         there = await in_driver_thread(_running(guest).plugged)
-        if left := guest.memory.plugged_pages - there:  # after we had given up waiting for it
-            await guest.unplugged(left)
+        # QEMU may release a DIMM after `unplug` gave up waiting: the books still have it.
+        if gone := guest.memory.plugged_pages - there:
+            await guest.unplugged(gone)
         more_bytes = memory_bytes - guest.provisioned_bytes
         if more_bytes > 0:
             await _grow(guest, more_bytes)
         elif more_bytes < 0:
             await _shrink(guest, -more_bytes)
-        elif there:  # whether the guest uses it is not known, if its answer was lost
+        elif there:
+            # The size is right, but the answer to an earlier `online` may have been lost: the
+            # guest may not use the memory yet.
             await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=encode(there))))
 
 
@@ -108,13 +113,15 @@ async def _grow(guest: Guest, size_bytes: int) -> None:
     running = _running(guest)
     pages = await guest.plugged(await in_driver_thread(running.plug, size_bytes))
     try:
-        await guest.saver.save(guest)  # whoever adopts the guest must know what it may use
+        # Saved before the guest uses it: an adopting host agent must have it in the books.
+        await guest.saver.save(guest)
         await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=encode(pages))))
-    except (Refused, TransientError):  # only then is it sure that the guest does not use it
+    except (Refused, TransientError):
+        # Only after these two errors is it certain that the guest does not use the memory.
         await _take(guest, running, pages)
         raise
     except OutcomeUnknown as error:
-        error.hint = "the guest has it, and may not use it: shrink it again"
+        error.hint = "the memory is plugged, but the guest may not use it: resize it again"
         raise
 
 

@@ -1,9 +1,8 @@
-"""The host agent as a whole: two gRPC servers, one registry, one lifetime.
+"""The host agent as a whole: two gRPC servers and one registry, started and stopped together.
 
-Guests and orchestrators come in by different doors. A guest on user-mode
-networking can reach every loopback port of its host, so the control API listens
-on a unix socket unless told otherwise, and the door for guests serves nothing
-but the guests' own service.
+Guests and orchestrators use different addresses. A guest on user-mode networking can reach
+every loopback port of its host. So the control API listens on a unix socket by default, and
+the guests' address serves the guests' service only.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import add_HintingServiceServicer_to_server
 from hintfleet.v1.host_pb2_grpc import add_HostServiceServicer_to_server
 from host_agent.api.control_service import ControlService
-from host_agent.api.grpc_calls import ForOperators
+from host_agent.api.grpc_calls import OperatorsOnly
 from host_agent.api.guest_service import GuestService
 from host_agent.auditor import audit_when_due
 from host_agent.guests.driver import GuestDriver, Survival
@@ -47,24 +46,27 @@ from host_agent.pressure.loop import Pressure
 from host_agent.registry import Registry
 from host_agent.session.guest_address import GuestAddress, open_address, open_lasting_address
 
+# The host's loopback as a guest on user-mode networking (slirp) sees it.
 _GUEST_LOOPBACK = "10.0.2.2"
-"""The host's loopback as a guest on user-mode networking (slirp) sees it."""
 
 _OPTIONS = (
-    # A listener that is there already is an error, not a partner.
+    # gRPC's default on Linux is SO_REUSEPORT: a second host agent could bind the same port, and
+    # the kernel would give each of them half of the connections.
     ("grpc.so_reuseport", 0),
-    # Windows stay at 64 KiB: a stream that is not read holds no more than that.
+    # Without probes gRPC keeps the window of a stream at 64 KiB. So a stream that this side does
+    # not read holds no more memory than that.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),
-    # Guests ping idle streams every 10 s to notice a lost link.
+    # Guests ping idle streams every 10 s to notice a lost link. By default a gRPC server answers
+    # pings that come more often than every 5 min with GOAWAY (gRPC's doc/keepalive.md).
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
 _CONTROL_OPTIONS = (*_OPTIONS, ("grpc.max_receive_message_length", 1 << 20))
 GUEST_OPTIONS = (
     *_OPTIONS,
-    # A Hello with 100,000 ranges still isolated; a batch takes 2 KiB at the most.
+    # Enough for a Hello with 100,000 isolated ranges; a batch takes 2 KiB at most.
     ("grpc.max_receive_message_length", 256 << 10),
-    # A guest needs two, and as many that are ending.
+    # A guest needs two streams, and two more while earlier ones are ending.
     ("grpc.max_concurrent_streams", 8),
     ("grpc.max_allowed_incoming_connections", 8192),
     ("grpc.max_connection_idle_ms", 60_000),
@@ -77,13 +79,12 @@ class Settings:
 
     :ivar listen: address of the control API: `unix:PATH` or `HOST:PORT`.
     :ivar guest_listen: `HOST:PORT` at which virtual machines reach the agent.
-    :ivar guest_advertise: what guests are told instead of where the agent listens; empty
-        where they reach it there.
-    :ivar tls, guest_tls: what TCP is encrypted with at either door; None for plain text,
-        which stays on loopback.
-    :ivar state: folder through which guests survive the agent; None: they end with it.
-    :ivar orphan_after_s: a surviving guest ends when it had no agent for so long.
-    :ivar watch_grace_s: how long adopted guests wait for a Watch of their trial.
+    :ivar guest_advertise: address that guests are told; empty: the one that the agent listens at.
+    :ivar tls, guest_tls: certificates for TCP at the control API and the guests' address; None
+        for plain text, which is allowed on loopback only.
+    :ivar state: folder with what guests need to outlive the agent; None: they end with it.
+    :ivar orphan_after_s: after this time without an agent a surviving guest ends by itself.
+    :ivar watch_grace_s: after this time without a Watch of their trial adopted guests end.
     """
 
     name: str
@@ -101,10 +102,10 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """Where a started agent is reached, and its registry.
+    """The addresses of a started agent, and its registry.
 
-    :ivar failure: gets the error that one of the agent's loops ended with: a bug, after which
-        the agent must not go on.
+    :ivar failure: gets the error that ended one of the agent's loops. That is a bug: the agent
+        must not go on.
     """
 
     control: str
@@ -115,10 +116,10 @@ class Serving:
 
 @asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[Serving]:
-    """Serve until the block ends; then every guest is destroyed and the sockets closed.
+    """Serve until the block ends; then destroy every guest and close the sockets.
 
-    With a state, the guests of an earlier agent are adopted first, and left to the next
-    one at the end.
+    With a state, first adopt the guests of an earlier agent, and at the end leave all guests to
+    the next one.
 
     :raises Refused: an address cannot be bound, or the state cannot be used.
     :raises InvalidInput: an address needs TLS.
@@ -131,12 +132,13 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
 @asynccontextmanager
 async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[Serving]:
     guest_server = aio.server(options=GUEST_OPTIONS)
-    door = _open_guest_address(guest_server, settings, state)
-    control_server = aio.server(options=_CONTROL_OPTIONS, interceptors=[ForOperators()])
+    guest_address = _open_guest_address(guest_server, settings, state)
+    control_server = aio.server(options=_CONTROL_OPTIONS, interceptors=[OperatorsOnly()])
     if socket_file := socket_path(check_address(settings.listen)):
         _refuse_if_taken(socket_file)
     control_address = listen(control_server, settings.listen, settings.tls)
-    registry = Registry(_drivers(settings, door, state), state)
+    registry = Registry(_drivers(settings, guest_address, state), state)
+    # Adopted before the servers start: a guest that found no record of itself would be refused.
     if state is not None:
         await registry.adopt(state.guests(), settings.watch_grace_s)
     control = ControlService(registry, settings.name, settings.memory_budget_bytes)
@@ -152,7 +154,10 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
         task.add_done_callback(partial(_tell_failure, failure))
     try:
         yield Serving(
-            control=control_address, guest=door.address, registry=registry, failure=failure
+            control=control_address,
+            guest=guest_address.address,
+            registry=registry,
+            failure=failure,
         )
     finally:
         for task in loops:
@@ -160,9 +165,10 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
         await asyncio.wait(loops)
         if state is None:
             await registry.end_all()
-        registry.leaving = True
+        registry.shutting_down = True
         await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
-        await registry.leave()  # before the state's lock is let go of
+        # Before the state's lock is released: the next host agent must meet no punch of ours.
+        await registry.leave()
         await registry.close()
         if socket_file is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -170,15 +176,17 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
 
 
 def _refuse_if_taken(path: Path) -> None:
-    """gRPC would put its own socket in place of one that somebody listens at.
+    """Check that nobody listens on this unix socket.
 
     :raises Refused: somebody does, or it cannot be found out.
     """
+    # gRPC unlinks a socket file before it binds, even one that another process listens on
+    # (src/core/lib/iomgr/unix_sockets_posix.cc: grpc_unlink_if_unix_domain_socket).
     try:
         with socket(AF_UNIX) as probe:
             probe.connect(os.fspath(path))
     except (FileNotFoundError, ConnectionRefusedError):
-        return
+        return  # no file, or one that a killed process left
     except OSError as error:
         raise Refused(
             f"cannot listen on unix:{path}: {error.strerror}",
@@ -191,12 +199,13 @@ def _refuse_if_taken(path: Path) -> None:
 
 
 def _tell_failure(failure: asyncio.Future[None], task: asyncio.Task[None]) -> None:
-    """Have a loop that met a bug end the agent: without it, audits, allowances or saved books
-    would be missing, and nobody would know."""
+    """Pass on the error of a loop, so that the agent ends. It must not go on without audits,
+    allowances or saved books."""
     if task.cancelled() or failure.done():
         return
     failure.set_exception(task.exception() or RuntimeError(f"{task.get_name()} has returned"))
-    failure.exception()  # else asyncio logs it once more where nobody waits for it
+    # Mark it as retrieved: else asyncio logs "exception was never retrieved" at the end.
+    failure.exception()
 
 
 def _open_guest_address(
@@ -204,29 +213,30 @@ def _open_guest_address(
 ) -> GuestAddress:
     if state is None:
         return open_address(server, settings.guest_listen, settings.guest_tls)
-    door = open_lasting_address(server, settings.guest_listen, settings.guest_tls, state.door())
-    state.set_door(door)
-    return door
+    earlier = state.guest_address()
+    opened_at = open_lasting_address(server, settings.guest_listen, settings.guest_tls, earlier)
+    state.set_guest_address(opened_at)
+    return opened_at
 
 
 def _drivers(
-    settings: Settings, door: GuestAddress, state: Database | None
+    settings: Settings, guest_address: GuestAddress, state: Database | None
 ) -> dict[host_pb2.Driver.ValueType, GuestDriver]:
     survival = None
     if state is not None:
         survival = Survival(folder=state.guests_folder, orphan_after_s=settings.orphan_after_s)
-    told = settings.guest_advertise
+    advertised = settings.guest_advertise
     libvirt = LibvirtDriver(
         settings.libvirt_uri,
-        guest_server=told or _as_guests_see_it(door.address),
+        guest_server=advertised or _address_in_guest(guest_address.address),
         guest_tls=settings.guest_tls is not None,
         survival=survival,
     )
-    embedded = EmbeddedDriver(told or door.socket, survival)
+    embedded = EmbeddedDriver(advertised or guest_address.socket, survival)
     return {host_pb2.EMBEDDED: embedded, host_pb2.LIBVIRT: libvirt}
 
 
-def _as_guests_see_it(address: str) -> str:
+def _address_in_guest(address: str) -> str:
     host, _, port = address.rpartition(":")
     local = is_unix(address) or not plain_text_problem(address) or host in ("0.0.0.0", "[::]")  # noqa: S104
     return f"{_GUEST_LOOPBACK}:{port}" if local else address

@@ -1,4 +1,4 @@
-"""Tasks that must not end before their work does, whoever asked for them."""
+"""Tasks that go on until their work is done, even if their caller is cancelled."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ _T = TypeVar("_T")
 class LastingTasks:
     """Tasks that go on when their caller is cancelled.
 
-    A thread that looks at a guest's RAM cannot be called back, and what changes its memory
-    must not stay half done.
+    A thread that looks at a guest's RAM cannot be stopped, and a change of a guest's memory must
+    not be left half done.
     """
 
     def __init__(self, failed: Callable[[BaseException], None]) -> None:
-        """:param failed: told what ended a task that nobody waits for: a bug, for all that can be
-        foreseen is dealt with in the task.
+        """:param failed: is given the error that ended a task nobody waits for. That is a bug:
+        the task itself handles all errors that can be expected.
         """
         self._failed = failed
-        # asyncio itself keeps only weak references to tasks.
+        # The event loop keeps only weak references to tasks (asyncio.create_task's docs): one
+        # that nobody else refers to may be collected before it is done.
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start work that nobody waits for."""
         task = self._start(work)
-        task.add_done_callback(self._look)
+        task.add_done_callback(self._report_error)
         return task
 
     async def finish(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Do the work and return what it returns; it goes on if the caller is cancelled."""
+        """Do the work and return its result; it goes on if the caller is cancelled."""
+        # shield: cancelling the caller cancels what it awaits otherwise.
         return await asyncio.shield(self._start(work))
 
     def _start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
@@ -40,6 +42,6 @@ class LastingTasks:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _look(self, task: asyncio.Task[None]) -> None:
+    def _report_error(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failed(error)

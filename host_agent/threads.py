@@ -1,8 +1,7 @@
-"""Where blocking calls run, so that the slow ones hold up nobody else's batch.
+"""Threads for the blocking calls of drivers, so that slow calls do not delay batches.
 
-A driver's call may take long: libvirt makes a domain in seconds, and a guest may think for as
-long about a DIMM. Punches, looks at RAM files and saved books have the event loop's own
-threads to themselves.
+A driver's call may take seconds: libvirt makes a domain, or a guest releases a DIMM. Punches,
+looks at RAM files and writes of books use the event loop's default threads instead.
 """
 
 from __future__ import annotations
@@ -20,5 +19,5 @@ _drivers = ThreadPoolExecutor(max_workers=16, thread_name_prefix="driver")
 
 
 async def in_driver_thread(do: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Like `asyncio.to_thread`, for what a driver or its guests do."""
+    """Run a driver's blocking call in one of the drivers' threads, as `asyncio.to_thread`."""
     return await asyncio.get_running_loop().run_in_executor(_drivers, partial(do, *args, **kwargs))

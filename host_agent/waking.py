@@ -1,4 +1,4 @@
-"""When tasks that do little wake: together, for waking costs more than what they do."""
+"""Wakes tasks that do little at the same moments: to wake costs more than what they do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ WAKE_S = 1.0
 
 
 def next_wake_s(now_s: float) -> float:
-    """The next whole second of the monotonic clock: one moment for all that can wait for it."""
+    """Return the next whole second of the monotonic clock, the same for all tasks."""
     return math.floor(now_s + WAKE_S)
 
 
 async def sleep_until(at_s: float) -> None:
-    """Sleep until a time of the monotonic clock, which may be over."""
+    """Sleep until a time of the monotonic clock; return at once if it is past."""
     await asyncio.sleep(max(0.0, at_s - time.monotonic()))

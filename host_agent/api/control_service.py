@@ -1,4 +1,4 @@
-"""The control API: what an orchestrator asks of this host."""
+"""The control API, through which an orchestrator uses this host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceServicer
 from host_agent.api.grpc_calls import Context, abort
-from host_agent.api.sampling import Rest, sample_set
+from host_agent.api.sampling import SampleFilter, sample_set
 from host_agent.registry import Registry
 from host_agent.resizing import resize
 from host_agent.threads import in_driver_thread
@@ -27,17 +27,17 @@ _T = TypeVar("_T")
 
 
 class ControlService(HostServiceServicer):
-    """Serves one host's registry."""
+    """Serves one host's registry; see host.proto."""
 
     def __init__(self, registry: Registry, name: str, memory_budget_bytes: int) -> None:
         self._registry = registry
         self._name = name
         self._memory_budget_bytes = memory_budget_bytes
         self._answered = 0
-        """Commands."""
+        """How many commands were answered."""
 
     async def GetHost(self, request: host_pb2.GetHostRequest, context: Context) -> host_pb2.Host:
-        """What this host is and can run."""
+        """Return what this host is and what it can run."""
         drivers = self._registry.drivers
         asked = [drivers[kind] for kind in request.drivers or drivers if kind in drivers]
         states = await asyncio.gather(*(in_driver_thread(driver.state) for driver in asked))
@@ -88,24 +88,23 @@ class ControlService(HostServiceServicer):
     async def ListGuests(
         self, request: host_pb2.ListGuestsRequest, context: Context
     ) -> host_pb2.ListGuestsResponse:
-        """All guests with their books, audited now."""
+        """Return all guests with their books, which are audited first."""
         guests = await asyncio.gather(*(g.as_pb2() for g in self._registry.guests))
         return host_pb2.ListGuestsResponse(guests=guests)
 
     async def RunStep(
         self, request: host_pb2.RunStepRequest, context: Context
     ) -> host_pb2.RunStepResponse:
-        """One workload step on one guest."""
+        """Run one workload step on one guest."""
 
         async def run() -> host_pb2.RunStepResponse:
             guest = self._registry.get(request.guest_name)
             done = await guest.sessions.run_step(
                 lambda number: _command(request, number), command_id=_number_of(request.command)
             )
+            # Audit: samples that follow a verified step must have exact books.
             if request.verify:
-                await (
-                    guest.audits.ledger()
-                )  # the samples that follow are of books that were audited
+                await guest.audits.ledger()
             return host_pb2.RunStepResponse(
                 changed_bytes=done.changed_bytes,
                 held_bytes=done.held_bytes,
@@ -120,14 +119,14 @@ class ControlService(HostServiceServicer):
     async def Settle(
         self, request: host_pb2.SettleRequest, context: Context
     ) -> host_pb2.SettleResponse:
-        """Report now on one guest, and return when all that can be reclaimed is."""
+        """Let one guest hint now, and return when all that can be reclaimed is reclaimed."""
         timeout_s = request.timeout_ms / 1000 or _DEFAULT_SETTLE_S
         try:
             guest = self._registry.get(request.guest_name)
             async with asyncio.timeout(timeout_s):
                 settled = await guest.settle()
             ledger = await guest.audits.ledger()
-            # What an experiment reckons with: no restart may take it back.
+            # An experiment computes with this ledger: after a restart the books must not say less.
             await guest.saver.save(guest)
             return host_pb2.SettleResponse(
                 batches=settled.batches,
@@ -147,26 +146,29 @@ class ControlService(HostServiceServicer):
     async def Watch(
         self, request: host_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[host_pb2.SampleSet]:
-        """Samples of a trial's guests; their lives hang on this stream."""
+        """Stream samples of a trial's guests. The guests live as long as the stream."""
         if not request.trial_id or request.period_ms < SHORTEST_SAMPLE_PERIOD_MS:
             await abort(
                 context,
-                InvalidInput(f"Watch needs a trial and a period of {SHORTEST_SAMPLE_PERIOD_MS} ms"),
+                InvalidInput(
+                    f"Watch needs a trial and a period of at least {SHORTEST_SAMPLE_PERIOD_MS} ms"
+                ),
             )
         self._registry.open_watch(request.trial_id)
         period_s = request.period_ms / 1000
-        rest, heard = Rest(), self._answered
+        sample_filter, answered = SampleFilter(), self._answered
         try:
             next_s = time.monotonic()
-            if period_s >= WAKE_S:  # not the first, but all that follow
+            # The first sample is sent at once; all later ones at the common wake times.
+            if period_s >= WAKE_S:
                 next_s = next_wake_s(next_s) - period_s
             while True:
                 guests = [g for g in self._registry.guests if g.trial_id == request.trial_id]
-                heard, before = self._answered, heard
-                made = sample_set(guests, self._registry.observing)
-                for samples in rest.to_send(made, commanded=heard != before):
+                answered, before = self._answered, answered
+                current = sample_set(guests, self._registry.observing)
+                for samples in sample_filter.to_send(current, commanded=answered != before):
                     yield samples
-                # A sample that took longer than the period is not made up for.
+                # After a sample that took longer than the period, the missed ones are left out.
                 next_s = max(next_s + period_s, time.monotonic())
                 await sleep_until(next_s)
         finally:
@@ -187,10 +189,11 @@ class ControlService(HostServiceServicer):
 
 
 def _number_of(command: host_pb2.CommandId) -> int:
-    """The id of a step in its guest's workload: the same for a retry, whichever host agent
-    it comes to. 0 for a command without an id."""
+    """Return the id of a step in its guest's workload; 0 for a command without an id."""
     if not command.sequence:
         return 0
+    # A hash, not a counter: a retry may come to another host agent, and must get the same id, so
+    # that the workload answers from memory instead of doing the step twice.
     digest = hashlib.blake2b(command.SerializeToString(deterministic=True), digest_size=8)
     return int.from_bytes(digest.digest())
 
@@ -207,5 +210,5 @@ def _command(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.Workl
     elif step == "verify":
         command.verify.SetInParent()
     else:
-        raise InvalidInput("RunStep names no step")
+        raise InvalidInput("RunStep has no step")
     return command

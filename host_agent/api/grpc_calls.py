@@ -1,4 +1,4 @@
-"""Where errors, streams and certificates meet gRPC, for both services."""
+"""Errors, streams and certificates in terms of gRPC, for both services."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _log = logging.getLogger("hintfleet.host.api")
 
 
 async def abort(context: Context, error: HintfleetError) -> NoReturn:
-    """End the call with the status that carries `error`."""
+    """End the call with the status for `error`. Never returns."""
     code, details, metadata = to_status(error)
     await context.abort(code, details, metadata)
     raise error  # not reached: abort raises
 
 
-class ForOperators(aio.ServerInterceptor):  # type: ignore[type-arg] # generic in stubs only
-    """Keeps all whose certificate is not an operator's out of a whole server, its health and
-    reflection services included. Connections without TLS are the socket's affair."""
+class OperatorsOnly(aio.ServerInterceptor):  # type: ignore[type-arg] # generic in stubs only
+    """Refuses every call without an operator's certificate, those to the health and reflection
+    services included. Without TLS it allows all: the socket's permissions decide there."""
 
     async def intercept_service(
         self,
@@ -41,12 +41,12 @@ class ForOperators(aio.ServerInterceptor):  # type: ignore[type-arg] # generic i
         ],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Put the check before whatever handler the call has, if it has one."""
+        """Wrap the handler of the call, if there is one, in the check."""
         handler = await continuation(handler_call_details)
-        return _for_operators(handler) if handler else handler
+        return _for_operators_only(handler) if handler else handler
 
 
-def _for_operators(handler: Any) -> Any:
+def _for_operators_only(handler: Any) -> Any:
     streams = ("unary" if not handler.request_streaming else "stream") + (
         "_unary" if not handler.response_streaming else "_stream"
     )
@@ -67,40 +67,47 @@ def _for_operators(handler: Any) -> Any:
         async for one in inner(request, context):
             yield one
 
+    # A handler with a stream of answers is a generator, or writes to its context, as Watch of
+    # grpc_health does. grpc.aio treats the two differently, so the wrapper must be of the same
+    # kind.
     guarded = answers if inspect.isasyncgenfunction(inner) else answer
     make = getattr(grpc, f"{streams}_rpc_method_handler")
     return make(guarded, handler.request_deserializer, handler.response_serializer)
 
 
-async def show_out(context: Context, error: HintfleetError) -> None:
-    """End the call from a task that is not its own: no exception is to come of it."""
+async def force_close(context: Context, error: HintfleetError) -> None:
+    """End the call from another task than its own. Raises nothing."""
+    # `abort` raises in any case, and aio.BaseError if the call has ended already.
     with suppress(aio.BaseError, HintfleetError):
         await abort(context, error)
 
 
 async def received(messages: AsyncIterator[_M]) -> AsyncIterator[_M]:
-    """What a call's other side says.
+    """Yield the messages that the other side of a call sends.
 
-    :raises InvalidInput: bytes that are no message; gRPC would end the call as if this side
-        had failed, and log it.
+    :raises InvalidInput: it sent bytes that are no message.
     """
+    # Else gRPC ends the call with status UNKNOWN, as if this side had failed, and logs a
+    # traceback for what anybody may send.
     try:
         async for message in messages:
             yield message
     except DecodeError as error:
-        raise InvalidInput(f"what was received is no message: {error}") from error
+        raise InvalidInput(f"received bytes that are no message: {error}") from error
 
 
 @asynccontextmanager
 async def ended_by(stream: Stream, reader: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `reader` meanwhile; when it ends, with an error or without, so does `stream`."""
+    """Run `reader` during the block. When it ends, end `stream` with the same error, if any."""
     task = asyncio.create_task(_read_then_end(stream, reader))
     try:
         yield
     finally:
         task.cancel()
         await asyncio.wait([task])
-        reader.close()  # a task that was cancelled before it began has not awaited it
+        # A task that is cancelled before its first step never awaits `reader`, and Python warns
+        # of a coroutine that was never awaited.
+        reader.close()
 
 
 async def _read_then_end(stream: Stream, reader: Coroutine[object, object, None]) -> None:
@@ -108,8 +115,8 @@ async def _read_then_end(stream: Stream, reader: Coroutine[object, object, None]
         await reader
     except HintfleetError as error:
         stream.end(error)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the guest must hear of it
-        # A stream whose messages nobody reads any more would look alive to its guest.
+    except Exception as error:  # noqa: BLE001 - the guest must hear of every error
+        # Else nobody would read the stream, but to its guest it would look alive.
         _log.error("reading a stream failed", exc_info=error)
         stream.end(TransientError(f"the host agent failed: {type(error).__name__}"))
     else:

@@ -1,8 +1,8 @@
-"""The door for guests: the hinting protocol and the workload stream over gRPC.
+"""The guests' service: the hinting protocol and the workload stream over gRPC.
 
-A guest is untrusted: what it sends is checked against the gate's limits, against what can
-be (`claims`) and against what it may ask of us (`limits`). A violation ends its own stream
-with the reason, nobody else's, and is held against it.
+A guest is untrusted. What it sends is checked against the gate's limits, against what is possible
+(`validation`) and against its rate limits (`rate_limits`). A violation ends the stream that it
+came on, with the reason, and is counted for its guest. Other guests are not affected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hintfleet.net.tls import Role, check_role
 from hintfleet.ranges import decode
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceServicer
-from host_agent.api.grpc_calls import Context, abort, ended_by, received, show_out
+from host_agent.api.grpc_calls import Context, abort, ended_by, force_close, received
 from host_agent.guest import Guest
 from host_agent.registry import Registry
 from host_agent.session.gate import LIMITS, Batch
@@ -29,9 +29,10 @@ from host_agent.session.stream import Stream
 from host_agent.session.validation import check_done, check_hello, check_telemetry
 
 _FIRST_MESSAGE_S = 10.0
-_MOST_WITHOUT_IDENTITY = 256
+_MAX_PENDING_STREAMS = 256
+# A refusal is sent after this pause, so that a client which tries again and again costs little.
 _REFUSAL_S = 0.5
-_LONGEST_UUID = 36
+_UUID_LENGTH = 36
 _M = TypeVar("_M")
 
 _log = logging.getLogger("hintfleet.host.api")
@@ -42,7 +43,7 @@ class GuestService(HintingServiceServicer):
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._pending_streams = PendingStreams(_MOST_WITHOUT_IDENTITY, _FIRST_MESSAGE_S)
+        self._pending_streams = PendingStreams(_MAX_PENDING_STREAMS, _FIRST_MESSAGE_S)
         self._refusals = Seldom()
 
     async def Session(
@@ -52,13 +53,15 @@ class GuestService(HintingServiceServicer):
         messages = received(request_iterator)
         try:
             hello = (await self._first(messages, "hello")).hello
-            guest = await self._admitted(hello.identity, context)
-            with _held_to_account(guest), _stream(guest, context) as stream:
+            guest = await self._authenticated(hello.identity, context)
+            with _counting_violations(guest), _stream(guest, context) as stream:
                 check_hello(hello)
                 session = guest.sessions.connect_hinting(stream, self._registry.epochs)
                 try:
                     welcome = await stream.next()
-                    await guest.saver.save(guest)  # its epoch is known before it is used
+                    # The next host agent must choose a later epoch (I2), even if this one is
+                    # killed right after the Welcome.
+                    await guest.saver.save(guest)
                     yield welcome  # type: ignore[misc]
                     async with ended_by(stream, _read_session(guest, session, messages)):
                         while (message := await stream.next()) is not None:
@@ -75,8 +78,8 @@ class GuestService(HintingServiceServicer):
         events = received(request_iterator)
         try:
             attach = (await self._first(events, "attach")).attach
-            guest = await self._admitted(attach.identity, context)
-            with _held_to_account(guest), _stream(guest, context) as stream:
+            guest = await self._authenticated(attach.identity, context)
+            with _counting_violations(guest), _stream(guest, context) as stream:
                 guest.sessions.attach_workload(stream)
                 try:
                     async with ended_by(stream, _read_done(guest, events)):
@@ -88,13 +91,20 @@ class GuestService(HintingServiceServicer):
             await abort(context, error)
 
     async def _first(self, messages: AsyncIterator[_M], kind: str) -> _M:
-        """The first message of a stream, which must be of this kind and come soon."""
+        """Wait for the first message of a stream and return it.
+
+        :raises TransientError: it did not come in time.
+        :raises InvalidInput: it is of another kind, or the stream has ended.
+        """
         try:
             async with self._pending_streams.place():
                 first = await anext(messages)
-        except TimeoutError:  # the link's fault, or ours: no reason to give the guest up
+        # Transient, so that the agent tries again: a slow link or too many streams of others may
+        # be the cause.
+        except TimeoutError:
             raise TransientError(
-                f"no {kind} came within {_FIRST_MESSAGE_S:.0f} s, or too many wait for theirs"
+                f"no {kind} came within {_FIRST_MESSAGE_S:.0f} s, or too many streams wait"
+                " for their first message"
             ) from None
         except StopAsyncIteration:
             raise InvalidInput(f"the stream did not begin with {kind}") from None
@@ -102,22 +112,24 @@ class GuestService(HintingServiceServicer):
             raise InvalidInput(f"the stream did not begin with {kind}")
         return first
 
-    async def _admitted(self, identity: pb.Identity, context: Context) -> Guest:
-        """The guest that speaks: by its token, and by its certificate where it shows one.
+    async def _authenticated(self, identity: pb.Identity, context: Context) -> Guest:
+        """Return the guest of this identity: its token must be right, and its certificate, if it
+        shows one.
 
-        :raises HintfleetError: it is none, or must stay out; after a pause, so that trying
-            again and again costs little here.
+        :raises HintfleetError: it is no guest of this host, or it may not open a stream now.
+            Raised after a pause.
         """
         try:
             peer = check_role(context.auth_context(), Role.GUEST)
             if peer is not None and peer.guest_uuid != identity.guest_uuid:
-                raise Refused(f"the certificate is not that of guest {identity.guest_uuid}")
+                raise Refused(f"the certificate is not for guest {identity.guest_uuid}")
             guest = self._registry.authenticate(identity)
-            guest.sessions.conduct.may_open(time.monotonic())
+            guest.sessions.conduct.check_may_open(time.monotonic())
         except HintfleetError as error:
             if (left_out := self._refusals.due()) is not None:
-                about = {"uuid": identity.guest_uuid[:_LONGEST_UUID], "reason": error.message}
+                about = {"uuid": identity.guest_uuid[:_UUID_LENGTH], "reason": error.message}
                 _log.warning("stream refused", extra=fields(**about, **left_out))
+            # A stream that is being refused counts as pending: their number is limited, too.
             with contextlib.suppress(TimeoutError):
                 async with self._pending_streams.place():
                     await asyncio.sleep(_REFUSAL_S)
@@ -126,12 +138,12 @@ class GuestService(HintingServiceServicer):
 
 
 def _stream(guest: Guest, context: Context) -> Stream:
-    return Stream(lambda error: show_out(context, error), guest.sessions.conduct.opened())
+    return Stream(lambda error: force_close(context, error), guest.sessions.conduct.count_stream())
 
 
 @contextlib.contextmanager
-def _held_to_account(guest: Guest) -> Iterator[None]:
-    """What a guest does wrong on its stream is counted."""
+def _counting_violations(guest: Guest) -> Iterator[None]:
+    """Count a violation for the guest if the block raises one."""
     try:
         yield
     except (InvalidInput, LimitExceeded) as error:
@@ -149,21 +161,22 @@ async def _read_session(
         elif kind == "settled":
             guest.sessions.answer(message.settled.request_id, message.settled)
         elif kind == "telemetry":
-            check_telemetry(message.telemetry, guest.most_memory_bytes)
+            check_telemetry(message.telemetry, guest.largest_memory_bytes)
             guest.sessions.telemetry = message.telemetry
         else:
-            raise InvalidInput(f"a session cannot carry {kind or 'an empty message'} here")
+            raise InvalidInput(f"{kind or 'an empty message'} is not allowed after hello")
 
 
 async def _paced(guest: Guest, messages: AsyncIterator[_M]) -> AsyncIterator[_M]:
-    """Messages, read no faster than the guest may send. What is not read fills the stream's
-    window, and then the guest has to wait: a flood costs no memory here, and little time."""
+    """Yield messages, but read them only as fast as the guest's rate limits allow."""
+    # gRPC's flow control does the rest: what is not read fills the stream's window (64 KiB), and
+    # then the guest has to wait. A flood costs no memory here, and little time.
     async for message in messages:
         now_s = time.monotonic()
         if isinstance(message, pb.GuestMessage) and message.HasField("batch"):
-            wait_s = guest.sessions.conduct.heard_batch(len(message.batch.ranges), now_s)
+            wait_s = guest.sessions.conduct.count_batch(len(message.batch.ranges), now_s)
         else:
-            wait_s = guest.sessions.conduct.heard(now_s)
+            wait_s = guest.sessions.conduct.count_message(now_s)
         yield message
         if wait_s:
             await asyncio.sleep(wait_s)
@@ -182,6 +195,6 @@ def _received(batch: pb.Batch) -> Batch:
 async def _read_done(guest: Guest, events: AsyncIterator[pb.WorkloadEvent]) -> None:
     async for event in _paced(guest, events):
         if event.WhichOneof("event") != "done":
-            raise InvalidInput("a workload stream carries only done after attach")
-        check_done(event.done, guest.most_memory_bytes)
+            raise InvalidInput("only done is allowed after attach")
+        check_done(event.done, guest.largest_memory_bytes)
         guest.sessions.answer(event.done.command_id, event.done)

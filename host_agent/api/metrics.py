@@ -1,7 +1,7 @@
 """The books as Prometheus metrics.
 
-Read at scrape time from the last audit of each guest; a scrape audits nothing
-itself, so it cannot slow a guest's batches down.
+A scrape reads the books as they last were; it audits nothing, so it cannot delay a guest's
+batches.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from host_agent.registry import Registry
 _GAUGES = {
     "hintfleet_guest_provisioned_bytes": (
         "provisioned_bytes",
-        "What the guest has, with what was plugged since it was made",
+        "Memory that the guest has, with what was plugged",
     ),
     "hintfleet_guest_resident_bytes": ("resident_bytes", "Blocks of the guest's RAM file"),
     "hintfleet_guest_reclaimed_now_bytes": (
@@ -47,7 +47,7 @@ _COUNTERS = {
     ),
     "hintfleet_guest_absent_bytes_total": (
         "absent_total_bytes",
-        "Hinted, but nothing was there",
+        "Hinted, but absent already",
     ),
     "hintfleet_guest_refaulted_bytes_total": (
         "refaulted_total_bytes",
@@ -60,8 +60,8 @@ _COUNTERS = {
     "hintfleet_guest_batches_total": ("batches", "Batches received"),
 }
 
-_CONNECTIONS = 16
-"""Served at a time."""
+# Connections at a time: each takes a thread, and everybody who reaches the port can open one.
+_MAX_CONNECTIONS = 16
 
 
 class LedgerCollector(Collector):
@@ -71,7 +71,7 @@ class LedgerCollector(Collector):
         self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
-        """One family per field of the ledger, labelled by guest and trial."""
+        """Yield one family for each field of the ledger, labelled by guest and trial."""
         books = [(g.name, g.trial_id, g.memory.last_ledger) for g in self._registry.guests]
         families = [(GaugeMetricFamily, *one) for one in _GAUGES.items()] + [
             (CounterMetricFamily, *one) for one in _COUNTERS.items()
@@ -99,13 +99,13 @@ class LedgerCollector(Collector):
             "Broken rules of the protocol",
             labels=("guest", "trial"),
         )
-        barred = GaugeMetricFamily(
-            "hintfleet_guest_barred", "1 while the guest is kept out", labels=("guest", "trial")
+        banned = GaugeMetricFamily(
+            "hintfleet_guest_barred", "1 while the guest is banned", labels=("guest", "trial")
         )
         for guest in guests:
             violations.add_metric((guest.name, guest.trial_id), guest.sessions.conduct.violations)
-            barred.add_metric((guest.name, guest.trial_id), guest.sessions.conduct.banned(now_s))
-        yield from (violations, barred)
+            banned.add_metric((guest.name, guest.trial_id), guest.sessions.conduct.is_banned(now_s))
+        yield from (violations, banned)
 
 
 @contextmanager
@@ -144,7 +144,8 @@ def _make_server(address: str, tls: Tls | None) -> _Server:
     kind = _Server6 if host.startswith("[") else _Server
     server = kind((host.strip("[]"), int(port)), _Handler)
     if tls is not None:
-        # Shaken hands with in the connection's own thread: one that stalls stalls itself.
+        # The handshake is done by the first read, in the connection's own thread: `accept` would
+        # do it in the only thread that accepts, and a client that stalls would stall all.
         server.socket = tls.server_context().wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False
         )
@@ -153,25 +154,25 @@ def _make_server(address: str, tls: Tls | None) -> _Server:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    _rooms = BoundedSemaphore(_CONNECTIONS)
+    _free_slots = BoundedSemaphore(_MAX_CONNECTIONS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Have a thread serve it, if not too many do: whoever reaches the port could ask for any
-        number of them."""
-        if self._rooms.acquire(blocking=False):
+        """Serve the connection in a thread of its own; close it if too many are open."""
+        if self._free_slots.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve it, and make room."""
+        """Serve the connection, then free its slot."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._rooms.release()
+            self._free_slots.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up, stalls or shows no certificate is no event."""
+        """Ignore the error: the client hung up, stalled or showed no certificate."""
+        # socketserver's own prints a traceback.
 
 
 class _Server6(_Server):
@@ -182,16 +183,16 @@ class _Handler(WSGIRequestHandler):
     timeout = 10.0
 
     def parse_request(self) -> bool:
-        """Read the request; answer it here if it is not an operator's."""
+        """Read the request; refuse it if it does not come from an operator."""
         if not super().parse_request():
             return False
         if isinstance(self.connection, ssl.SSLSocket):
             names: Any = (self.connection.getpeercert() or {}).get("subjectAltName", ())
             peer = Peer.of_uris(value for kind, value in names if kind == "URI")
             if peer is None or peer.role is not Role.OPERATOR:
-                self.send_error(HTTPStatus.FORBIDDEN, "metrics are for operators")
+                self.send_error(HTTPStatus.FORBIDDEN, "metrics need an operator's certificate")
                 return False
         return True
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
-        """Nothing: scrapes are no events."""
+        """Log nothing: http.server would write a line to stderr for each scrape."""

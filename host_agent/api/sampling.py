@@ -1,4 +1,4 @@
-"""Samples of a trial's guests, and when none need be sent."""
+"""Makes samples of a trial's guests, and decides which need not be sent."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from host_agent.guest import Guest
 from host_agent.memory.audit_pace import CALM_PAGES
 
 _CALM_BYTES = CALM_PAGES * PAGE_BYTES
-_MOST_LEFT_OUT = 3
+# In a row, as host.proto promises of Watch.
+_MAX_LEFT_OUT = 3
 
 
 def sample_set(guests: Iterable[Guest], observing: CpuMeter) -> host_pb2.SampleSet:
-    """One sample of each of these guests that runs.
+    """Return one sample of each of these guests that runs.
 
-    :param observing: what samples cost, this one included.
+    :param observing: counts the processor time of samples, this one included.
     """
     with observing.running():
         samples = [_sample(guest) for guest in guests if guest.running]
-        made = host_pb2.SampleSet(at_unix_us=time.time_ns() // 1000, samples=samples)
-    made.host_agent_cpu_us = time.process_time_ns() // 1000
-    made.observing_cpu_us = observing.cpu_ns // 1000
-    return made
+        current = host_pb2.SampleSet(at_unix_us=time.time_ns() // 1000, samples=samples)
+    current.host_agent_cpu_us = time.process_time_ns() // 1000
+    current.observing_cpu_us = observing.cpu_ns // 1000
+    return current
 
 
 def _sample(guest: Guest) -> host_pb2.Sample:
@@ -43,8 +44,9 @@ def _sample(guest: Guest) -> host_pb2.Sample:
 
 
 def _cpu_us(pid: int) -> int:
-    """CPU time of a process; 0 if it is gone."""
-    # What clock_getcpuclockid(3) returns; Python has it only for threads.
+    """Return the CPU time of a process in microseconds; 0 if it is gone."""
+    # What clock_getcpuclockid(3) returns (include/linux/posix-timers.h: CPUCLOCK_SCHED is 2).
+    # Python has it for threads only.
     clock = (~pid << 3) | 2
     try:
         return time.clock_gettime_ns(clock) // 1000
@@ -52,10 +54,10 @@ def _cpu_us(pid: int) -> int:
         return 0
 
 
-class Rest:
-    """Leaves out samples that say what the last one said: to send one costs more than to make
-    it. What was left out last is sent before the next that says something else, so that a line
-    drawn through what was sent is never far from what was."""
+class SampleFilter:
+    """Leaves out samples that hardly differ from the last one sent: to send a sample costs more
+    than to make it. Before a sample that differs, the last one that was left out is sent. So a line
+    drawn through the samples is never far from the truth."""
 
     def __init__(self) -> None:
         self._sent: host_pb2.SampleSet | None = None
@@ -63,26 +65,28 @@ class Rest:
         self._held: host_pb2.SampleSet | None = None
 
     def to_send(
-        self, made: host_pb2.SampleSet, *, commanded: bool = False
+        self, current: host_pb2.SampleSet, *, commanded: bool = False
     ) -> Iterator[host_pb2.SampleSet]:
-        """What is to be sent now that this one has been made: nothing, one or two.
+        """Take the current sample; yield the samples to send now: none, one or two.
 
-        :param commanded: whether a command was answered since the last one was made: then
-            somebody wants to know how things are.
+        :param commanded: whether a command was answered since the last sample. Then the current
+            one is sent: the experiment needs the state after its command.
         """
-        same = self._sent is not None and not commanded and _says_the_same(self._sent, made)
-        if same and self._left_out < _MOST_LEFT_OUT:
-            self._held = made
+        same = self._sent is not None and not commanded and _hardly_differ(self._sent, current)
+        if same and self._left_out < _MAX_LEFT_OUT:
+            self._held = current
             self._left_out += 1
             return
         if self._held is not None and not same:
             yield self._held
-        self._held, self._sent, self._left_out = None, made, 0
-        yield made
+        self._held, self._sent, self._left_out = None, current, 0
+        yield current
 
 
-def _says_the_same(sent: host_pb2.SampleSet, made: host_pb2.SampleSet) -> bool:
-    return len(made.samples) == len(sent.samples) and all(map(_alike, sent.samples, made.samples))
+def _hardly_differ(sent: host_pb2.SampleSet, current: host_pb2.SampleSet) -> bool:
+    return len(current.samples) == len(sent.samples) and all(
+        map(_alike, sent.samples, current.samples)
+    )
 
 
 def _alike(one: host_pb2.Sample, other: host_pb2.Sample) -> bool:

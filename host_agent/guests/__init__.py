@@ -1,1 +1,1 @@
-"""What a guest is on this host: the driver protocol and its two drivers."""
+"""Guests on this host: the driver protocol, its two drivers, and the peers of hinting."""

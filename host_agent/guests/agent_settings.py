@@ -1,5 +1,4 @@
-"""What a guest's spec asks of its agent: held against what its driver has, and put into the
-agent's configuration."""
+"""Checks what a guest's spec asks of its agent, and puts it into the agent's configuration."""
 
 from __future__ import annotations
 
@@ -27,9 +26,9 @@ _A_GUEST = {Driver.EMBEDDED: "an embedded guest", Driver.LIBVIRT: "a libvirt gue
 
 
 def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingParts:
-    """Return the isolator and the tracker that such a guest has.
+    """Return the isolator and the tracker of a guest with these settings.
 
-    :raises Refused: the driver has no such thing; says what there is instead.
+    :raises Refused: the driver does not have what is asked for; says what it has.
     """
     isolators, trackers = zip(*PARTS[driver], strict=True)
     for what, value, there in (
@@ -55,9 +54,9 @@ def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingPar
 def agent_config(
     driver: Driver, request: GuestRequest, server: str, survival: Survival | None
 ) -> AgentConfig:
-    """Return what both drivers tell a guest's agent.
+    """Return the part of an agent's configuration that is the same for both drivers.
 
-    :param server: where the guest finds the host agent.
+    :param server: address at which the guest finds the host agent.
     :raises Refused: as `check_hinting`.
     :raises InvalidInput: a setting is out of its bounds.
     """
@@ -74,7 +73,7 @@ def agent_config(
         chunk_order=hinting.chunk_order or DEFAULT_CHUNK_ORDER,
         threshold_chunks=hinting.threshold_chunks or DEFAULT_THRESHOLD_CHUNKS,
         max_memory_bytes=spec.max_memory_bytes,
-        # 0: it ends with the host agent, without having to notice.
+        # 0: the driver ends the guest with the host agent; the agent need not watch for that.
         orphan_after_s=survival.orphan_after_s if survival else 0,
     )
 

@@ -1,12 +1,12 @@
-"""The balloon as a peer of hinting: how a guest's memory target follows it, pure.
+"""The balloon as a peer of hinting: the rule for a guest's memory target. Pure.
 
-One rule, after oVirt's MOM (doc: momd balloon.rules): the guest keeps what it uses and
-a reserve. The target falls in bounded steps, because a guest may be about to use what
-it has; it rises at once, because a guest that needs memory needs it now. A change
-within the dead band is not worth the guest's work.
+One rule, after oVirt's MOM (doc: momd balloon.rules): the guest keeps what it uses and a reserve.
+The target falls in bounded steps, because a guest may be about to use what it has. It rises at
+once, because a guest that needs memory needs it now. A change within the dead band is not worth
+the guest's work.
 
-What the guest uses is its balloon's size less what it says is free (MemFree): a cache
-counts as used, as it does for hinting and reporting.
+A guest uses its balloon's size less its free memory (MemFree). A cache counts as used, as it does
+for hinting and reporting.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from hintfleet.settings import DEFAULT_RESERVE_PERCENT, DEFAULT_STEP_PERCENT
 from hintfleet.units import KIB, MIB
 from hintfleet.v1 import host_pb2
 
+# How often the guest's driver sends statistics, and how often they are read (less often at rest).
 PERIOD_S = 1.0
-"""How often the target is looked at, but at rest, and how often the guest's driver speaks."""
 
+# After 12 periods in which nothing moved, only every fourth is used: to read the statistics was
+# half of what three resting guests with balloons cost a host agent.
 _PERIODS_BEFORE_REST, _PERIODS_AT_REST = 12, 4
 
+# Twenty periods: even a guest under TCG on a busy host sends statistics within this time.
 SILENT_AFTER_S = 20.0
-"""Twenty periods: even a guest under TCG on a busy host speaks in so long."""
 
 _DEAD_BAND_PER_MILLE = 5
 _SMALLEST_TARGET_BYTES = 64 * MIB
@@ -32,30 +34,32 @@ _SMALLEST_TARGET_BYTES = 64 * MIB
 
 @dataclass(frozen=True, kw_only=True)
 class BalloonStats:
-    """What the hypervisor and the guest's balloon driver say.
+    """Statistics of the hypervisor and of the guest's balloon driver.
 
     :ivar size_bytes: what the guest has now: its memory less what is in the balloon.
-    :ivar unused_bytes: free in the guest, as it last said; None if it does not say.
-    :ivar said_at_s: when it last said anything; host wall clock, whole seconds, rounded down;
-        0 if it never did.
+    :ivar unused_bytes: free memory in the guest at `last_update_s`; None if its driver does not
+        report it.
+    :ivar last_update_s: when the driver last sent statistics: host wall clock, whole seconds,
+        rounded down; 0 if never.
     """
 
     size_bytes: int
     unused_bytes: int | None
-    said_at_s: int
+    last_update_s: int
 
 
 class Balloon(Protocol):
-    """A running guest's balloon. Both may block; called from worker threads."""
+    """A running guest's balloon. Methods may block; they are called from worker threads."""
 
     def stats(self) -> BalloonStats:
-        """What is known now.
+        """Return the statistics that are known now.
 
         :raises hintfleet.errors.GuestLost: the guest is gone.
         """
 
     def set_target(self, size_bytes: int) -> None:
-        """Ask the guest to have so much, in whole KiB; returns before it has.
+        """Ask the guest to take or give memory until it has this size, a multiple of 1 KiB.
+        Return before it has.
 
         :raises hintfleet.errors.GuestLost: the guest is gone.
         """
@@ -65,48 +69,51 @@ class Reporting(Protocol):
     """A running guest's free page reporting. May block; called from worker threads."""
 
     def problem(self) -> str:
-        """Why the guest does not report; empty if it does, or if that cannot be known.
+        """Return why the guest does not report; empty if it does, or if that is not known.
 
         :raises hintfleet.errors.GuestLost: the guest is gone.
         """
 
 
-class Rest:
-    """When the hypervisor need not be asked: each time takes a round trip through libvirt."""
+class PollSchedule:
+    """Decides in which periods to ask the hypervisor: each time takes a round trip through
+    libvirt."""
 
     def __init__(self) -> None:
         self._still_periods = 0
 
-    def over(self, stirred: bool) -> bool:
-        """Whether to ask in this period.
+    def is_due(self, moved: bool) -> bool:
+        """Return whether to ask in this period.
 
-        :param stirred: whether the guest's resident memory has moved since the last one.
+        :param moved: whether the guest's resident memory has moved since the last period.
         """
-        self._still_periods = 0 if stirred else self._still_periods + 1
+        self._still_periods = 0 if moved else self._still_periods + 1
         if self._still_periods < _PERIODS_BEFORE_REST:
             return True
         return not self._still_periods % _PERIODS_AT_REST
 
 
 class Silence:
-    """How long a guest's balloon driver has said nothing that the rule can use."""
+    """Measures for how long a guest's balloon driver has sent nothing that the rule can use."""
 
     def __init__(self, now_s: float) -> None:
-        """:param now_s: as of every look, by a monotonic clock."""
+        """:param now_s: now, on the monotonic clock of `problem`."""
         self._since_s = now_s
-        self._said_at_s = 0
+        self._last_update_s = 0
 
-    def look(self, stats: BalloonStats, now_s: float) -> str:
-        """Why the guest cannot be followed; empty while it can, or may only be slow."""
-        if stats.said_at_s != self._said_at_s and stats.unused_bytes is not None:
-            self._since_s, self._said_at_s = now_s, stats.said_at_s
+    def problem(self, stats: BalloonStats, now_s: float) -> str:
+        """Take statistics; return why the rule cannot work. Empty while it can, or while the
+        guest may only be slow."""
+        # Unequal, not later: the host's wall clock may be set back.
+        if stats.last_update_s != self._last_update_s and stats.unused_bytes is not None:
+            self._since_s, self._last_update_s = now_s, stats.last_update_s
         if now_s - self._since_s < SILENT_AFTER_S:
             return ""
-        if not stats.said_at_s:
-            return f"its balloon driver has said nothing in {SILENT_AFTER_S:.0f} s; is there one?"
+        if not stats.last_update_s:
+            return f"no balloon driver sent statistics within {SILENT_AFTER_S:.0f} s"
         if stats.unused_bytes is None:
-            return "its balloon driver does not say how much memory is unused"
-        return f"its balloon driver has said nothing more for {SILENT_AFTER_S:.0f} s"
+            return "its balloon driver does not report unused memory"
+        return f"its balloon driver sent no more statistics for {SILENT_AFTER_S:.0f} s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +126,7 @@ class Rule:
 
     @classmethod
     def of(cls, spec: host_pb2.GuestSpec) -> Rule:
-        """The rule that a spec asks for."""
+        """Return the rule for a guest's spec."""
         settings = spec.balloon
         percent = spec.memory_bytes // 100
         return cls(
@@ -129,7 +136,7 @@ class Rule:
         )
 
     def next_target(self, stats: BalloonStats) -> int | None:
-        """The size in bytes that the guest should have; None to leave it as it is."""
+        """Return the size in bytes that the guest should have; None to leave it as it is."""
         if stats.unused_bytes is None:
             return None
         used_bytes = stats.size_bytes - stats.unused_bytes

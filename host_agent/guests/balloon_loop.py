@@ -1,7 +1,7 @@
-"""Carries out the balloon's rule on one guest, and sees whether a peer can work at all.
+"""Carries out the balloon's rule on one guest, and finds out whether a peer can work at all.
 
-A guest whose driver says nothing keeps all its memory. That is no saving of zero: the method
-was not tried.
+A guest without a balloon driver keeps all its memory. An experiment must not report that as a
+saving of zero: the method was not tried.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from host_agent.guests.balloon import (
     PERIOD_S,
     SILENT_AFTER_S,
     Balloon,
+    PollSchedule,
     Reporting,
-    Rest,
     Rule,
     Silence,
 )
@@ -24,26 +24,28 @@ from host_agent.waking import next_wake_s, sleep_until
 
 
 async def follow(
-    balloon: Balloon, rule: Rule, works: Callable[[], None], stirred: Callable[[], bool]
+    balloon: Balloon, rule: Rule, works: Callable[[], None], has_moved: Callable[[], bool]
 ) -> None:
-    """Look once per period, or less often at rest, and move the target, until cancelled.
+    """Read the statistics once per period (at rest less often) and move the target, until
+    cancelled.
 
-    :param works: called each time that the guest has said what the rule needs.
-    :param stirred: whether the guest's resident memory has moved since it was last called.
+    :param works: called each time that the guest has sent what the rule needs.
+    :param has_moved: returns whether the guest's resident memory has moved since the last call.
     :raises hintfleet.errors.GuestLost: the guest is gone.
-    :raises hintfleet.errors.Refused: the guest is silent, or the hypervisor would not do it.
+    :raises hintfleet.errors.Refused: the guest sends no statistics, or the hypervisor refused.
     """
     moved_at_s = 0.0
-    silence, rest = Silence(time.monotonic()), Rest()
+    silence, schedule = Silence(time.monotonic()), PollSchedule()
     while True:
         await sleep_until(next_wake_s(time.monotonic()))
-        if not rest.over(stirred()):
+        if not schedule.is_due(has_moved()):
             continue
         stats = await asyncio.to_thread(balloon.stats)
-        if problem := silence.look(stats, time.monotonic()):
+        if problem := silence.problem(stats, time.monotonic()):
             raise Refused(problem)
-        # What the guest said before the last move does not fit the balloon's size now.
-        if stats.unused_bytes is None or stats.said_at_s <= moved_at_s:
+        # The size is of now, the rest of the last update: if the target moved in between, they
+        # do not belong together.
+        if stats.unused_bytes is None or stats.last_update_s <= moved_at_s:
             continue
         works()
         target_bytes = rule.next_target(stats)
@@ -53,10 +55,10 @@ async def follow(
 
 
 async def wait_reporting(reporting: Reporting) -> None:
-    """Return once the guest reports, as far as that can be known.
+    """Return once the guest reports free pages, as far as that can be known.
 
     :raises hintfleet.errors.GuestLost: the guest is gone.
-    :raises hintfleet.errors.Refused: it does not.
+    :raises hintfleet.errors.Refused: it does not report; says why.
     """
     deadline_s = time.monotonic() + SILENT_AFTER_S
     while problem := await asyncio.to_thread(reporting.problem):

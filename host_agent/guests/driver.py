@@ -1,4 +1,4 @@
-"""Guests of a host, whatever they are: what a driver makes and the service uses."""
+"""The interface of drivers: how guests of any kind are made, used and ended."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.memory.ram import GuestRam, Segment
 
 Handle = Mapping[str, int]
-"""What a driver needs, beside name and uuid, to find a guest again."""
+"""What a driver needs to find a guest again, besides its name and UUID."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survival:
-    """That guests outlive the host agent, where their files are, and for how long.
+    """Settings for guests that outlive the host agent.
 
-    :ivar folder: holds a folder for each guest.
-    :ivar orphan_after_s: a guest that has had no host agent for so long ends by itself.
+    :ivar folder: has a folder for each guest's files.
+    :ivar orphan_after_s: after this time without a host agent a guest ends by itself.
     """
 
     folder: Path
@@ -33,10 +33,10 @@ class GuestRequest:
     """What a driver needs to make a guest.
 
     :ivar name: unique on this host; letters, digits and `-`.
-    :ivar token: the secret that binds the guest's streams to it.
+    :ivar token: the secret that authenticates the guest's streams.
     :ivar spec: driver, memory_bytes, method and hinting settings.
-    :ivar on_gone: called once, from any thread, with a reason when the guest is
-        gone or about to be (stopped, crashed, reset): its epoch must end.
+    :ivar on_gone: called once, from any thread, with a reason when the guest is gone or about
+        to be (stopped, crashed, reset). Its epoch must end then.
     """
 
     name: str
@@ -47,10 +47,10 @@ class GuestRequest:
 
 
 class RunningGuest(Protocol):
-    """A guest that runs; owned by whoever called `create` or `adopt`.
+    """A running guest, owned by the caller of `create` or `adopt`.
 
-    :ivar balloon: to be moved by the owner; None except under method BALLOON.
-    :ivar reporting: None except under method REPORTING.
+    :ivar balloon: its target is set by the owner; None unless the method is BALLOON.
+    :ivar reporting: None unless the method is REPORTING.
     """
 
     pid: int
@@ -60,65 +60,64 @@ class RunningGuest(Protocol):
 
     @property
     def handle(self) -> Handle:
-        """For `adopt`, by another host agent."""
+        """What another host agent needs for `adopt`."""
 
     def plugged(self) -> RangeSet:
-        """Memory that was plugged and is there now."""
+        """Return the plugged memory that is there now."""
 
     def plug(self, size_bytes: int) -> Sequence[Segment]:
-        """Give the guest more memory, to be owned by whoever called; the guest does not
-        use it before it is told to. `ram` is not changed here.
+        """Plug memory and return its segments, which the caller then owns. The guest does not
+        use the memory before it is told to. `ram` is not changed.
 
-        :raises hintfleet.errors.Refused: it cannot be had; nothing has changed.
+        :raises hintfleet.errors.Refused: the memory cannot be plugged; nothing has changed.
         """
 
     def to_unplug(self, size_bytes: int) -> Sequence[RangeSet]:
-        """Which pages to take for so much, device by device.
+        """Return which pages to unplug for this size, device by device.
 
-        :raises hintfleet.errors.Refused: no set of memory devices is so large; says
-            what can be taken.
+        :raises hintfleet.errors.Refused: no set of memory devices has this size; says what can
+            be unplugged.
         """
 
     def unplug(self, pages: RangeSet) -> None:
-        """Take a device that `to_unplug` named, which the guest uses no longer. `ram` is not
-        changed.
+        """Unplug a device that `to_unplug` named and that the guest does not use any more.
+        `ram` is not changed.
 
-        :raises hintfleet.errors.Refused: the guest holds on to it; nothing has changed.
-        :raises hintfleet.errors.OutcomeUnknown: it did not say in time.
+        :raises hintfleet.errors.Refused: the guest did not release it; nothing has changed.
+        :raises hintfleet.errors.OutcomeUnknown: the guest did not answer in time.
         """
 
     def evidence(self) -> str:
-        """The last lines that the guest or its process wrote (console, log)."""
+        """Return the last lines of the guest's console or its process's log."""
 
     def close(self) -> None:
         """End the guest and free all that it held: process, domain, memory, files.
 
-        Does not raise if it is gone already; may be called twice.
+        May be called twice. A guest that is gone already is no error.
         """
 
 
 class GuestDriver(Protocol):
-    """Makes guests of one kind. All methods may block; called from worker threads."""
+    """Makes guests of one kind. Methods may block; they are called from worker threads."""
 
     def state(self) -> host_pb2.DriverState:
-        """Whether this host can run such guests, with what, or why not."""
+        """Return whether this host can run such guests, and with which versions, or why not."""
 
     def create(self, request: GuestRequest) -> RunningGuest:
-        """Start a guest; its agent connects by itself later.
+        """Start a guest; its agent connects by itself later. Nothing is left after a failure.
 
         :raises hintfleet.errors.Refused: this host cannot run it; says why.
-        Nothing stays behind after a failure.
         """
 
     def adopt(self, request: GuestRequest, handle: Handle) -> RunningGuest:
-        """Take over a guest that an earlier host agent made from this request.
+        """Take over a guest that an earlier host agent made from this request. A failure changes
+        nothing.
 
-        Only under Survival, and only where no other host agent can be at work on it.
+        Only under Survival, and only if no other host agent can work on the guest.
 
         :raises hintfleet.errors.GuestLost: it is gone.
-        :raises hintfleet.errors.Refused: this host cannot tell, or cannot take it over.
-        Nothing is changed by a failure.
+        :raises hintfleet.errors.Refused: whether it is gone is not known, or it cannot be used.
         """
 
     def close(self) -> None:
-        """Let go of connections. Guests must have been closed before, or are to survive."""
+        """Close connections. All guests must be closed before, or meant to survive."""

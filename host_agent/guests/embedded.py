@@ -1,11 +1,11 @@
-"""Embedded guests: a process each, whose RAM is a memfd of this host.
+"""Embedded guests: each is a process, and its RAM is a memfd of this host.
 
-The host agent makes the memfd and keeps a descriptor of it, as it would have one
-of QEMU's; so reclaim and accounting are the same as for a virtual machine.
+The host agent makes the memfd and keeps a descriptor of it, as it has one of QEMU's. So reclaim
+and accounting are the same as for a virtual machine.
 
-By default a guest ends with its host agent, whose end of a pipe it watches. Under
-Survival it ends only when it has had none for long; another host agent finds its
-process by pid and start time, and its RAM among its files.
+By default a guest ends with its host agent: it watches a pipe from it. Under Survival it ends
+when it had no host agent for `orphan_after_s`. The next host agent finds its process by pid and
+start time, and its RAM among the open files of the process.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from host_agent.memory.ram import GuestRam, Segment
 
 
 class _Process(Protocol):
-    """A guest's process, whoever is its parent."""
+    """A guest's process: a child of this process, or of an earlier host agent."""
 
     pid: int
 
     def wait(self) -> str:
-        """Until it has ended; returns how."""
+        """Wait until the process has ended; return how."""
 
     def kill(self) -> None:
-        """End it; `wait` returns soon. Nothing happens if it is gone."""
+        """Kill the process, if it is not gone; `wait` returns soon after."""
 
     def close(self) -> None:
-        """Let go of it, after `wait`."""
+        """Close descriptors; call it after `wait`."""
 
 
 class _Child:
-    """A process that this host agent started."""
+    """A process that this host agent has started."""
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
         self.pid = popen.pid
@@ -64,12 +64,13 @@ class _Child:
 
     def close(self) -> None:
         if self._popen.stdin is not None:
+            # close() flushes what is buffered, and a process that died early has not read it.
             with contextlib.suppress(BrokenPipeError):
                 self._popen.stdin.close()
 
 
 class _Adopted:
-    """A process that an earlier host agent started: its status is not ours to have."""
+    """A process that an earlier host agent has started."""
 
     def __init__(self, handle: Handle) -> None:
         """:raises GuestLost: there is no such process any more."""
@@ -78,7 +79,8 @@ class _Adopted:
             self._fd = os.pidfd_open(self.pid)
         except ProcessLookupError:
             raise self.lost() from None
-        # In this order: what has the start time now is what the descriptor stands for.
+        # Compare after opening: the descriptor keeps the process, while its pid may be given to
+        # another one at any time. If the start time fits now, both are the guest's.
         found = look(self.pid)
         if found is None or found.start_ticks != handle["start_ticks"]:
             self.close()
@@ -93,6 +95,8 @@ class _Adopted:
         return bool(poll.poll(timeout_ms))
 
     def wait(self) -> str:
+        # A pidfd is readable once the process has ended (pidfd_open(2)). Only a parent may
+        # wait(2) for the exit status.
         self.has_ended(timeout_ms=None)
         return "ended"
 
@@ -113,9 +117,9 @@ class EmbeddedGuest:
     def __init__(
         self, request: GuestRequest, process: _Process, ram: GuestRam, log: GuestLog, handle: Handle
     ) -> None:
-        """Own all of them.
+        """Take ownership of process, RAM and log.
 
-        :param handle: which process, and which of its files is the RAM.
+        :param handle: identifies the process, and the descriptor of the RAM in it.
         """
         self.pid = process.pid
         self.ram = ram
@@ -134,33 +138,34 @@ class EmbeddedGuest:
 
     @property
     def handle(self) -> Handle:
-        """Its size is nowhere to be seen: the RAM file is as large as the maximum."""
+        """Identifies the process and its RAM."""
+        # With the size, which cannot be read anywhere else: the RAM file has the maximum's size.
         return {**self._handle, "memory_bytes": self.ram.provisioned_bytes}
 
     def plugged(self) -> RangeSet:
-        """What lies behind the memory that it started with."""
+        """Return all memory behind what the guest started with."""
         return self.ram.pages - self._first
 
     def plug(self, size_bytes: int) -> list[Segment]:
-        """The next part of the RAM file."""
+        """Return the next part of the RAM file."""
         (ram,) = self.ram.pages
         return [_segment(ram.end_pfn, size_bytes, self.ram.only_fd())]
 
     def to_unplug(self, size_bytes: int) -> list[RangeSet]:
-        """The end of the RAM."""
+        """Return the end of the RAM."""
         (ram,) = self.ram.pages
         page_count = size_bytes // PAGE_BYTES
         return [RangeSet([(ram.end_pfn - page_count, page_count)])]
 
     def unplug(self, pages: RangeSet) -> None:
-        """Nothing to take: the memory goes with the hole in the RAM file."""
+        """Do nothing: the caller punches the memory out of the RAM file."""
 
     def evidence(self) -> str:
-        """The end of what the guest process wrote."""
+        """Return the end of the process's log."""
         return self._log.tail()
 
     def close(self) -> None:
-        """Kill the process (its RAM holds nothing of worth) and free the memory."""
+        """Kill the process and free its memory. May be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -173,26 +178,32 @@ class EmbeddedGuest:
 
 def _make_ram(request: GuestRequest) -> GuestRam:
     spec = request.spec
-    size_bytes = max(spec.memory_bytes, spec.max_memory_bytes)  # sparse: costs nothing
+    size_bytes = max(spec.memory_bytes, spec.max_memory_bytes)  # a hole costs no memory
     fd = os.memfd_create(f"hintfleet-{request.name}", os.MFD_CLOEXEC)
     try:
         os.truncate(fd, size_bytes)
     except OSError as error:
         os.close(fd)
         raise Refused(
-            f"guest {request.name}: a RAM file of {format_size(size_bytes)}: {error.strerror}"
+            f"guest {request.name}: cannot make a RAM file of {format_size(size_bytes)}:"
+            f" {error.strerror}"
         ) from error
     return GuestRam([_segment(0, spec.memory_bytes, fd)])
 
 
 def _segment(pfn: int, size_bytes: int, fd: int) -> Segment:
-    """A page of the guest lies in the RAM file where it lies in the guest."""
+    # The offset of a page in the RAM file is its guest physical address.
     page_count = size_bytes // PAGE_BYTES
     return Segment(pfn=pfn, page_count=page_count, fd=fd, offset_bytes=pfn * PAGE_BYTES)
 
 
 def _open_ram(request: GuestRequest, handle: Handle, process: _Adopted) -> GuestRam:
-    """The RAM of a guest that runs: it holds the file as well."""
+    """Return the RAM of a running guest.
+
+    :raises GuestLost: the process has ended.
+    :raises Refused: its files cannot be opened.
+    """
+    # A memfd has no name: the link in /proc opens the file of the process itself (proc(5)).
     path = f"/proc/{process.pid}/fd/{handle['ram_fd']}"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -215,7 +226,7 @@ class EmbeddedDriver:
         self._survival = survival
 
     def state(self) -> host_pb2.DriverState:
-        """Always usable: a guest is a process."""
+        """Return that this driver is usable: it needs processes and memfds only."""
         return host_pb2.DriverState(
             driver=host_pb2.EMBEDDED, usable=True, detail="processes on memfds"
         )
@@ -251,7 +262,7 @@ class EmbeddedDriver:
         """Find the process and its RAM again.
 
         :raises GuestLost: it has ended.
-        :raises Refused: its files cannot be looked into.
+        :raises Refused: its files cannot be opened.
         """
         with contextlib.ExitStack() as undo:
             log = self._log(request)
@@ -266,7 +277,7 @@ class EmbeddedDriver:
         return EmbeddedGuest(request, process, ram, log, handle)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: this driver has no connection."""
 
     def _log(self, request: GuestRequest) -> GuestLog:
         return GuestLog(self._survival.folder / request.name if self._survival else None)
@@ -278,11 +289,13 @@ class EmbeddedDriver:
             stdout=log.file,
             stderr=subprocess.STDOUT,
             pass_fds=(config.ram_fd,),
-            # What ends the host agent's group (Ctrl-C) is not to end guests that survive it.
+            # The terminal sends Ctrl-C to the whole process group. It must not end guests that
+            # are meant to survive the host agent.
             start_new_session=self._survival is not None,
         )
         if process.stdin is not None:  # always: Popen was asked for a pipe
-            with contextlib.suppress(BrokenPipeError):  # it died at once; the waiter tells
+            # If the process died at once, the waiter thread reports it.
+            with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(config.to_json().encode() + b"\n")
                 process.stdin.flush()
         return process

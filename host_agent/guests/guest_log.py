@@ -1,4 +1,4 @@
-"""What a guest process writes: the evidence when it fails."""
+"""The log of a guest's process, which is shown when the guest fails."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _TAIL_BYTES = 4096
 
 
 class GuestLog:
-    """A log file, without a name unless it has to outlive the host agent.
+    """A log file. It has a name only if it must outlive the host agent.
 
-    :ivar file: for the process to write to.
+    :ivar file: the process writes to it.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """:param folder: where to keep it, made if need be; None for no name."""
+        """:param folder: has the file, and is made if it is missing; None for no name."""
         if folder is None:
             self.file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         else:
@@ -24,14 +24,15 @@ class GuestLog:
             self.file = (folder / "log").open("a+b")
 
     def tail(self) -> str:
-        """Its end."""
+        """Return the end of the log; empty after `close`."""
         if self.file.closed:
             return ""
+        # pread: the process writes through the same open file, and so shares its position.
         size = os.fstat(self.file.fileno()).st_size
         start = max(0, size - _TAIL_BYTES)
         text = os.pread(self.file.fileno(), _TAIL_BYTES, start).decode(errors="replace")
         return text.strip() or "(it wrote nothing)"
 
     def close(self) -> None:
-        """Close it; may be called twice."""
+        """Close the file; may be called twice."""
         self.file.close()

@@ -1,4 +1,4 @@
-"""The methods that take memory out of a guest without us: QEMU's reporting, and the balloon."""
+"""Peers: methods that take memory out of a guest without hints, QEMU's reporting and balloon."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PEERS = frozenset({host_pb2.REPORTING, host_pb2.BALLOON})
 
 
 class Peer:
-    """A peer at work on one guest; without one, there is nothing to be waited for.
+    """A peer at work on one guest. Under other methods it does nothing.
 
-    :ivar works: whether the guest has been seen to have what its method needs.
+    :ivar works: whether the guest is known to have what its method needs; true without a peer.
     """
 
     def __init__(self, spec: host_pb2.GuestSpec) -> None:
@@ -30,32 +30,34 @@ class Peer:
         running: RunningGuest,
         booted: asyncio.Event,
         *,
-        seen: Callable[[], None],
-        stirred: Callable[[], bool],
+        on_works: Callable[[], None],
+        has_moved: Callable[[], bool],
         failed: Callable[[str], None],
     ) -> None:
-        """Begin, once the guest has booted: one that boots is left alone.
+        """Begin once the guest has booted.
 
-        :param seen: called when `works` has become true.
-        :param stirred: whether the guest's resident memory has moved since it was last called.
-        :param failed: told why the method cannot work.
+        :param on_works: called when `works` has become true.
+        :param has_moved: returns whether the guest's resident memory has moved since the last
+            call.
+        :param failed: called with the reason when the method cannot work.
         """
         if self.works:
             return
 
         def works() -> None:
             self.works = True
-            seen()
+            on_works()
 
         async def run() -> None:
+            # A guest that boots has no balloon driver yet, and would count as silent.
             await booted.wait()
             try:
                 if running.reporting is not None:
                     await wait_reporting(running.reporting)
                     works()
                 if running.balloon is not None:
-                    await follow(running.balloon, Rule.of(self._spec), works, stirred)
-            except GuestLost:  # the driver says why
+                    await follow(running.balloon, Rule.of(self._spec), works, has_moved)
+            except GuestLost:  # the driver reports the reason
                 pass
             except HintfleetError as error:
                 name = host_pb2.Method.Name(self._spec.method).lower()
@@ -64,7 +66,7 @@ class Peer:
         self._task = asyncio.create_task(run())
 
     async def stop(self) -> None:
-        """End what was begun; a call into the driver is waited for."""
+        """Stop, and wait until no more is done."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])

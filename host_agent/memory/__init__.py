@@ -1,1 +1,1 @@
-"""A guest's RAM as the host sees it: punches, looks, books."""
+"""A guest's RAM on the host: punches, looks (which pages are resident), books."""

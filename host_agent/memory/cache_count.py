@@ -1,7 +1,7 @@
-"""How much of a part of a file is in memory, by cachestat(2).
+"""Counts how much of a part of a file is in memory, by cachestat(2).
 
-It costs 13 ns for each page that is there, and ends where it is told to. SEEK_HOLE, the other
-way to learn where data ends, walks to that end at 28 ns a page, however far it is.
+It costs 13 ns for each page that is in memory, and stops at the end of the part. SEEK_HOLE, the
+other way to learn where data ends, walks on to that end, however far it is, at 28 ns a page.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 
 from hintfleet.units import PAGE_BYTES
 
+# The same number on every architecture (include/uapi/asm-generic/unistd.h).
 _CACHESTAT = 451
-"""The same number on every architecture (include/uapi/asm-generic/unistd.h)."""
 
 
 class _Range(ctypes.Structure):
@@ -22,7 +22,7 @@ class _Range(ctypes.Structure):
 
 
 class _Counts(ctypes.Structure):
-    """struct cachestat. A page of shmem that was swapped out counts as evicted."""
+    """struct cachestat of include/uapi/linux/mman.h."""
 
     _fields_ = [
         (name, ctypes.c_uint64)
@@ -34,11 +34,12 @@ _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
 def cached_bytes(fd: int, offset_bytes: int, size_bytes: int) -> int:
-    """How much of that part of a file is data. 0 where the kernel does not say: before Linux
-    6.5, or where a container's seccomp filter keeps the call back."""
+    """Return how much of this part of a file is data; 0 where the kernel does not say."""
     where, counts = _Range(offset_bytes, size_bytes), _Counts()
+    # Fails before Linux 6.5 (ENOSYS), and where a container's seccomp filter denies it.
     if _syscall(_CACHESTAT, fd, ctypes.byref(where), ctypes.byref(counts), 0):
         return 0
+    # A page of shmem that is swapped out counts as evicted (mm/filemap.c: filemap_cachestat).
     return int(counts.nr_cache + counts.nr_evicted) * PAGE_BYTES
 
 
@@ -51,5 +52,4 @@ def _can_count() -> bool:
         os.close(fd)
 
 
-CAN_COUNT = _can_count()
-"""Whether the kernel says."""
+CAN_COUNT = _can_count()  # tried, not inferred from the version: a filter may deny the call

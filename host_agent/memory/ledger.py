@@ -1,22 +1,21 @@
-"""The books of one guest, as a pure value machine over sets of pages.
+"""The books of one guest: a pure state machine over sets of pages.
 
-Balance, whenever the guest stands still after an `audit`:
+Both balances hold after an `audit` while the guest stands still:
 
     resident + reclaimed_now + untouched = provisioned
     hinted_total = reclaimed_total + absent_total + sum(skipped_total)
 
-`untouched` is what was never resident: a hint there is `absent`, not a saving.
+`untouched` memory was never resident: a hint of it counts as `absent`, not as a saving.
 
-Memory may be plugged (untouched) and unplugged. What had been reclaimed of the latter
-leaves `reclaimed_now` by a total of its own, for it came back in no other way:
+Memory that is plugged is untouched. Memory that is unplugged while it is reclaimed leaves
+`reclaimed_now`, and has a total of its own, because it did not come back:
 
     reclaimed_now = reclaimed_total - refaulted_total - unplugged_total
 
-Where somebody else takes memory out of the RAM file (the hypervisor's free page
-reporting, its balloon), only the file can tell: an audit then looks at all of it, and
-what is gone since the last one is entered as reclaimed. Such totals are samples: what
-went and came back between two audits is in none of them; the first balance holds all
-the same.
+Where somebody else takes memory out of the RAM file (the hypervisor's free page reporting or its
+balloon), only the file can tell. Then an audit looks at all of it, and enters what has left since
+the last audit as reclaimed. Such totals are samples: memory that left and came back between two
+audits is in none of them. The first balance holds all the same.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from host_agent.memory.reclaim import Outcome
 
 @dataclass(frozen=True, kw_only=True)
 class Books:
-    """A ledger at one moment, as it is stored and opened again.
+    """A ledger at one moment, as it is stored and restored.
 
-    :ivar totals: its sums; `resident_bytes` is not set, for the RAM file knows it.
+    :ivar totals: its sums; `resident_bytes` is not set, because the RAM file tells it.
     :ivar ram: all page frames that are RAM.
     :ivar reclaimed, untouched: as in Ledger.
     """
@@ -47,10 +46,10 @@ class Books:
 
 
 class Ledger:
-    """What was hinted, reclaimed and refaulted. Counts pages, speaks bytes."""
+    """What was hinted, reclaimed and refaulted. It counts pages; `as_pb2` converts to bytes."""
 
     def __init__(self, ram_pages: PageMap, *, others_reclaim: bool = False) -> None:
-        """Open the books of a guest whose RAM has never been touched.
+        """Begin the books of a guest whose RAM was never touched.
 
         :param others_reclaim: whether memory may leave the RAM without a `post`.
         """
@@ -60,8 +59,8 @@ class Ledger:
         """Pages that were never seen resident."""
         self.reclaimed = NO_PAGES
         """Pages that were reclaimed and are still absent, as of the last audit."""
-        # Kept beside the two of them, for every batch asks for these, and counting and uniting
-        # goes through all sections of the RAM.
+        # The union of the two, and its size: every batch asks for them, and to compute them goes
+        # through all sections of the RAM.
         self._absent_pages, self._absent_page_count = ram_pages, ram_pages.page_count
         self._hinted = self._reclaimed_total = self._absent = self._refaulted = 0
         self._unplugged = 0
@@ -70,9 +69,9 @@ class Ledger:
 
     @classmethod
     def restored(cls, ram_pages: PageMap, books: Books, *, others_reclaim: bool = False) -> Ledger:
-        """Open stored books again; `recover` must follow, for the guest did not stand still.
+        """Return a ledger with stored books. `recover` must follow: the guest ran on meanwhile.
 
-        :param ram_pages: what is RAM now; memory may have come or gone meanwhile.
+        :param ram_pages: what is RAM now; memory may have been plugged or unplugged meanwhile.
         """
         ledger, totals = cls(books.ram, others_reclaim=others_reclaim), books.totals
         ledger.untouched, ledger.reclaimed = books.untouched, books.reclaimed
@@ -94,10 +93,10 @@ class Ledger:
     def recover(self, resident: PageMap) -> None:
         """Bring restored books up to date from the RAM file alone.
 
-        What is absent there and resident by the books went with a batch that was not
-        entered before the host agent was killed: it was hinted and reclaimed. What such
-        a batch had hinted in vain, and what was reclaimed and used again, is in no total;
-        both balances hold all the same.
+        A page that is absent in the file and resident by the books was reclaimed by a batch that
+        the killed host agent did not save: it is entered as hinted and reclaimed. Pages that
+        such a batch hinted while they were absent, or that were reclaimed and used again, are in
+        no total. Both balances hold all the same.
 
         :param resident: all resident pages of the RAM; no batch may be running.
         """
@@ -108,19 +107,19 @@ class Ledger:
         self.audit(resident)
 
     def _gone(self, pages: PageMap) -> None:
-        """These were reclaimed; by the books they were resident until now."""
+        """Enter pages as reclaimed that were resident by the books."""
         self._reclaimed_total += pages.page_count
         self.reclaimed |= pages
         self._absent_pages |= pages
         self._absent_page_count += pages.page_count
 
     def _not_absent(self, pages: PageMap) -> None:
-        """These are absent by the books no more."""
+        """Remove pages from those that are absent by the books."""
         self._absent_pages -= pages
         self._absent_page_count -= pages.page_count
 
     def books(self) -> Books:
-        """Everything in them, to be stored."""
+        """Return all that is in the books, to be stored."""
         return Books(
             totals=self.as_pb2(resident_bytes=0),
             ram=self._ram,
@@ -130,28 +129,30 @@ class Ledger:
 
     @property
     def absent_pages(self) -> PageMap:
-        """Where an audit has to look: pages that may be absent."""
+        """Pages that may be absent. An audit has to look at these only."""
         return self._ram if self._others_reclaim else self._absent_pages
 
     def unseen_pages(self, resident_bytes: int) -> int:
-        """How many pages, by the sum, have come back to a RAM file of which so much is resident,
-        and are absent by the books. Negative if more have left than came.
+        """Return how many pages are resident in the RAM file and absent by the books, by the sum.
+        Negative if more pages have left the file than came back.
 
-        Unless others reclaim, what is resident by the books is so in the file: so 0 says that an
-        audit can find nothing, and any other number how much it will.
+        Unless others reclaim, a page that is resident by the books is resident in the file. So
+        this is exactly how many pages an audit will find.
+
+        :param resident_bytes: how much of the RAM file is resident.
         """
         resident_by_books = self._ram.page_count - self._absent_page_count
         return resident_bytes // PAGE_BYTES - resident_by_books
 
     def plugged(self, pages: PageMap) -> None:
-        """The RAM has these pages too, from now on; nothing of them was ever resident."""
+        """Add pages to the RAM, as untouched."""
         self._ram |= pages
         self.untouched |= pages
         self._absent_pages |= pages
         self._absent_page_count += pages.page_count
 
     def unplugged(self, pages: PageMap) -> PageMap:
-        """The RAM has these pages no longer; those that were absent by the books."""
+        """Remove pages from the RAM; return those that were absent by the books."""
         reclaimed, untouched = self.reclaimed & pages, self.untouched & pages
         self._unplugged += reclaimed.page_count
         self._ram -= pages
@@ -173,12 +174,12 @@ class Ledger:
         self._absent += outcome.absent.page_count
         for reason, ranges in outcome.skipped.items():
             self._skipped[reason] += ranges.page_count
-        # Absent by the books and reclaimed: it was resident between, unseen.
+        # Absent by the books, yet resident when it was punched: it had come back unseen.
         self._used(self._absent_pages & outcome.reclaimed)
         self._gone(outcome.reclaimed)
 
     def audit(self, resident: PageMap) -> PageMap:
-        """Take note of pages found resident; those that were absent by the books until now.
+        """Enter pages that were found resident; return those that were absent by the books.
 
         :param resident: resident pages within `absent_pages`; others change nothing.
         """
@@ -187,7 +188,7 @@ class Ledger:
         return self._used(resident)
 
     def _used(self, pages: PageMap) -> PageMap:
-        """These are in use; returns those that were absent by the books until now."""
+        """Enter pages as in use; return those that were absent by the books."""
         refaulted, touched = self.reclaimed & pages, self.untouched & pages
         self._refaulted += refaulted.page_count
         self.reclaimed -= refaulted
@@ -197,7 +198,7 @@ class Ledger:
         return used
 
     def as_pb2(self, resident_bytes: int) -> host_pb2.Ledger:
-        """The books in bytes, beside what the RAM file says is resident."""
+        """Return the books in bytes, with what the RAM file says is resident."""
         return host_pb2.Ledger(
             provisioned_bytes=self._ram.page_count * PAGE_BYTES,
             resident_bytes=resident_bytes,

@@ -1,11 +1,11 @@
-"""Sets of a guest's pages as the books keep them: a bitmap for each section of RAM.
+"""Sets of a guest's pages for the books: a bitmap for each section of RAM.
 
-A guest decides how its memory is cut up, so the host must not pay for it by the piece. A
-`RangeSet` costs time for each range in it, whatever is done to it; a guest of 4 GiB that
-touches every second page would make half a million of them, and each entry into its books
-take half a second. Here any operation costs a few machine words for each section of 16 MiB
-that both sides have something in. What does go range by range (making a map, walking it) is
-for worker threads.
+A guest decides how its memory is cut up, so the host must not pay for each piece. Every
+operation on a `RangeSet` costs time for each range in it. A guest of 4 GiB that touches every
+second page would make half a million ranges, and each entry into its books would take half a
+second. Here an operation costs a few machine words for each section of 16 MiB in which both
+sides have pages. Making a map and walking through it do go range by range: that is for worker
+threads.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from hintfleet.ranges import MAX_PFN, Range, RangeSet
 _SHIFT = 12
 _SECTION_PAGES = 1 << _SHIFT
 _FULL = (1 << _SECTION_PAGES) - 1
+# Of a packed section: its number, and the size of its bitmap in bytes. A full section has no
+# bitmap: its 512 bytes would be nearly all that is stored of a guest that is mostly untouched.
 _HEADER = struct.Struct("<IH")
-"""Section and bytes of its bitmap; no bytes for one that is full."""
 
 
 class PageMap:
-    """An immutable set of page frames. What has no page in a section has nothing there."""
+    """An immutable set of page frames. A section without pages has no entry."""
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
         """Make a set from (pfn, page_count) pairs in any order, which may overlap."""
@@ -37,20 +38,20 @@ class PageMap:
 
     @classmethod
     def _of(cls, sections: Mapping[int, int]) -> PageMap:
-        made = cls.__new__(cls)
-        made._sections = sections
-        return made
+        pages = cls.__new__(cls)
+        pages._sections = sections
+        return pages
 
     @classmethod
     def union(cls, parts: Iterable[PageMap]) -> PageMap:
-        """The pages of all parts, of which no two have any in the same section."""
+        """Return the pages of all parts. No two parts may have pages in the same section."""
         sections: dict[int, int] = {}
         for part in parts:
             sections.update(part._sections)
         return cls._of(sections)
 
     def __iter__(self) -> Iterator[Range]:
-        """Runs of pages in order; one that crosses a section's end comes in parts."""
+        """Yield runs of pages in order; a run that crosses a section's end comes in parts."""
         for section, bits in sorted(self._sections.items()):
             yield from _runs(section << _SHIFT, bits)
 
@@ -67,7 +68,7 @@ class PageMap:
         return f"PageMap({[tuple(run) for run in self.ranges()]})"
 
     def ranges(self) -> RangeSet:
-        """The same set, run by run."""
+        """Return the set as ranges; adjacent runs are merged."""
         return RangeSet(self)
 
     @cached_property
@@ -86,19 +87,19 @@ class PageMap:
         return sum((bits & ~(bits << 1)).bit_count() for bits in self._sections.values())
 
     def overlaps(self, run: Range) -> bool:
-        """Whether any page of `run` is in the set."""
+        """Return whether any page of `run` is in the set."""
         return any(self._sections.get(section, 0) & bits for section, bits in _cut([run]))
 
     def sections_from(self, pfn: int) -> Iterator[int]:
-        """Numbers of the sections that have a page in the set, in order, beginning with that of
-        `pfn` and going round."""
+        """Yield the numbers of all sections that have pages, in order, from the section of `pfn`
+        to the last, then from the first on."""
         sections = sorted(self._sections)
         first = bisect_left(sections, pfn >> _SHIFT)
         yield from sections[first:]
         yield from sections[:first]
 
     def runs_in(self, section: int) -> Iterator[Range]:
-        """Runs of the set's pages in one section."""
+        """Yield the runs of pages in one section."""
         yield from _runs(section << _SHIFT, self._sections.get(section, 0))
 
     def __or__(self, other: PageMap) -> PageMap:
@@ -121,7 +122,8 @@ class PageMap:
     def __sub__(self, other: PageMap) -> PageMap:
         if not other._sections:
             return self
-        if self._sections == other._sections:  # as what was hinted and what is resident often are
+        # Often so: a batch hints memory that is resident as a whole.
+        if self._sections == other._sections:
             return NO_PAGES
         sections = dict(self._sections)
         for section in self._sections.keys() & other._sections.keys():
@@ -132,7 +134,7 @@ class PageMap:
         return PageMap._of(sections)
 
     def whole_chunks(self, order: int) -> PageMap:
-        """The chunks of 2**order pages in which any page of this set lies; at most order 12."""
+        """Return all chunks of 2**order pages that have a page in this set; order 12 at most."""
         chunk = (1 << (1 << order)) - 1
         first_pages = _FULL // chunk
         sections = {}
@@ -143,7 +145,8 @@ class PageMap:
         return PageMap._of(sections)
 
     def pack(self) -> bytes:
-        """For `unpack`; of a size that does not depend on how the set is cut up."""
+        """Return the set as bytes, for `unpack`. Their number does not depend on the number of
+        runs in a section."""
         parts: list[bytes] = []
         for section, bits in self._sections.items():
             bitmap = b"" if bits == _FULL else bits.to_bytes(-(-bits.bit_length() // 8))
@@ -152,9 +155,9 @@ class PageMap:
 
     @classmethod
     def unpack(cls, packed: bytes) -> PageMap:
-        """What `pack` packed.
+        """Return the set that `pack` packed.
 
-        :raises InvalidInput: it is something else.
+        :raises InvalidInput: these bytes are not from `pack`.
         """
         sections: dict[int, int] = {}
         at = 0
@@ -167,18 +170,19 @@ class PageMap:
             bits = int.from_bytes(packed[at : at + size]) if size else _FULL
             at += size
             if at > len(packed) or not 0 < bits <= _FULL or section >= MAX_PFN >> _SHIFT:
-                raise InvalidInput("packed pages: truncated, or a section that cannot be")
+                raise InvalidInput("packed pages: truncated, or an impossible section")
             sections[section] = bits
         return cls._of(sections)
 
 
 def first_pfn(section: int) -> int:
-    """The page frame that a section begins with."""
+    """Return the first page frame of a section."""
     return section << _SHIFT
 
 
 def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Sections and bits of them; those of neighbours in one section together."""
+    """Yield section numbers with the bits of `ranges` in them. Consecutive ranges in one section
+    are yielded together; a section may come more than once."""
     section, bits = -1, 0
     for pfn, page_count in ranges:
         if not page_count:
@@ -202,11 +206,13 @@ def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _runs(pfn: int, bits: int) -> Iterator[Range]:
-    """Runs of set bits, the lowest of which stands for `pfn`."""
+    """Yield runs of set bits; the lowest bit stands for `pfn`."""
     if bits == _FULL:
         yield Range(pfn, _SECTION_PAGES)
         return
-    text = f"{bits:b}"[::-1] + "0"  # to be searched at the speed of memchr(3)
+    # A string, because str.find of one character is memchr(3); shifting an int of 4096 bits
+    # copies all of it each time.
+    text = f"{bits:b}"[::-1] + "0"
     end = 0
     while (start := text.find("1", end)) >= 0:
         end = text.find("0", start)

@@ -1,7 +1,6 @@
 /*
- * The loop of a batch's punches. Each punch leaves the caches to the kernel's freeing of
- * pages; what an interpreter needs to come to the next one is much to fetch again, and this
- * is little.
+ * The loop over a batch's punches. Freeing pages in the kernel evicts the program's data from the
+ * CPU's caches. An interpreter has much to load again before its next punch; this loop has little.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -9,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Drop `count` ranges, in bytes; 0, or the errno of the first that failed, at which it ends. */
+/* Drop `count` ranges, in bytes. Return 0, or the errno of the first that failed and stop there. */
 int punch_all(int fd, const int64_t *offsets, const int64_t *lengths, size_t count)
 {
 	for (size_t i = 0; i < count; i++)

@@ -1,11 +1,10 @@
-"""A guest's RAM as the host sees it: parts of files, in guest physical order, which come
-and go while the guest runs.
+"""A guest's RAM on the host: parts of files, in guest physical order. Parts are plugged and
+unplugged while the guest runs.
 
-Residency comes from the file itself (SEEK_DATA/SEEK_HOLE, blocks), so it holds
-for a guest process's memfd as for QEMU's. Shared memory (shmem) only: there a
-page is resident exactly if it is data, mm/shmem.c. A look costs a system call or two
-for each run of pages that it passes, and what the kernel's walk over those that are
-resident takes, some 30 ns a page.
+The file itself says what is resident (SEEK_DATA/SEEK_HOLE, blocks), for a guest process's memfd
+and for QEMU's alike. Shared memory (shmem) only: there a page is resident exactly if it is data
+(mm/shmem.c). A look costs a system call or two for each run of pages that it passes, and about
+30 ns for each resident page, which the kernel walks over.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from host_agent.memory.punch import punch
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of guest pages that lies in one file in one piece.
+    """A run of guest pages that lies in one piece in one file.
 
     :ivar pfn: first page frame number, guest physical.
     :ivar fd: open for reading and writing; owned by the GuestRam.
-    :ivar offset_bytes: where the first page lies in the file; a multiple of the page size.
+    :ivar offset_bytes: offset of the first page in the file; a multiple of the page size.
     """
 
     pfn: int
@@ -42,16 +41,16 @@ class Segment:
 
     @cached_property
     def pages(self) -> RangeSet:
-        """All of them."""
+        """All pages of the segment."""
         return RangeSet([(self.pfn, self.page_count)])
 
     @cached_property
     def page_map(self) -> PageMap:
-        """The same, as the books keep sets of pages."""
+        """All pages of the segment, as a map."""
         return PageMap(self.pages)
 
     def to_offset(self, pfn: int) -> int:
-        """Byte offset in the file of a page of this segment."""
+        """Return the offset in the file, in bytes, of a page of this segment."""
         return self.offset_bytes + (pfn - self.pfn) * PAGE_BYTES
 
 
@@ -59,9 +58,9 @@ class Segment:
 class Look:
     """What a look at the RAM files found.
 
-    :ivar resident: the pages that are resident, where it looked.
-    :ivar next_pfn: where the next look should begin: where this one found something last, or
-        behind where its time was over.
+    :ivar resident: the resident pages, where it looked.
+    :ivar next_pfn: where the next look should begin: at the last section in which this one found
+        pages, or behind the one at which its time was over.
     """
 
     resident: PageMap
@@ -69,7 +68,7 @@ class Look:
 
 
 class GuestRam:
-    """All of a guest's RAM, and the one place that punches holes in it."""
+    """All of a guest's RAM. Nothing else punches holes in it."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         """Take ownership of the segments' file descriptors; segments must not overlap."""
@@ -83,34 +82,35 @@ class GuestRam:
 
     @property
     def page_map(self) -> PageMap:
-        """The same, as the books keep sets of pages."""
+        """All page frames that are RAM now, as a map."""
         return self._page_map
 
     @property
     def provisioned_bytes(self) -> int:
-        """What the guest has now."""
+        """How much memory the guest has now."""
         return self.pages.page_count * PAGE_BYTES
 
     def resident_bytes(self) -> int:
-        """Blocks of the RAM files: one system call a file."""
+        """Return how much of the RAM files is resident: one system call for each file."""
+        # st_blocks counts units of 512 bytes, whatever the file system's block (stat(2)).
         return sum(os.fstat(fd).st_blocks * 512 for fd in self._fds)
 
     def resident(self, within: PageMap) -> PageMap:
-        """The pages of `within` that are resident. Pages outside the RAM never are."""
+        """Return the pages of `within` that are resident. Pages outside the RAM never are."""
         return self.look(within).resident
 
     def look(
         self,
         within: PageMap,
         start_pfn: int = 0,
-        most_pages: float = math.inf,
+        max_pages: float = math.inf,
         slice_s: float = math.inf,
     ) -> Look:
-        """Look for the resident pages of `within`, one section after the other, beginning with
-        that of `start_pfn` and going round.
+        """Look for the resident pages of `within`, section by section, from that of `start_pfn`
+        to the last, then from the first on.
 
-        :param most_pages: look no further when so many are found.
-        :param slice_s: nor after so much processor time; the next look goes on behind.
+        :param max_pages: stop when this number of pages is found.
+        :param slice_s: stop after this processor time; the next look goes on behind.
         """
         walks = [_Walk(segment, within & segment.page_map) for segment in self._segments]
         found: list[PageMap] = []
@@ -122,17 +122,18 @@ class GuestRam:
                 found.append(here)
                 found_pages += here.page_count
                 next_pfn = first_pfn(section)
-            if found_pages >= most_pages:
+            if found_pages >= max_pages:
                 break
+            # After the look, not before it: each look makes some progress, however short its time.
             if time.thread_time() > end_s:
                 next_pfn = first_pfn(section + 1)
                 break
         return Look(resident=PageMap.union(found), next_pfn=next_pfn)
 
     def punch(self, ranges: RangeSet) -> None:
-        """Drop the memory behind `ranges`: one system call per range and segment.
+        """Drop the memory behind `ranges`: one system call for each range and segment.
 
-        :raises OSError: the kernel refused; earlier ranges may have been dropped.
+        :raises OSError: the kernel refused a range; others may have been dropped.
         """
         for segment, parts in self._parts(ranges):
             offsets = [segment.to_offset(pfn) for pfn, _ in parts]
@@ -140,12 +141,12 @@ class GuestRam:
             punch(segment.fd, offsets, lengths)
 
     def plug(self, segments: Sequence[Segment]) -> None:
-        """More RAM: take ownership of its files, as in the beginning."""
+        """Add RAM, and take ownership of its files."""
         self._set_segments((*self._segments, *segments))
 
     def unplug(self, pages: RangeSet) -> None:
-        """Less RAM: forget `pages`, whose memory must have been dropped before. Close files of
-        which nothing is left."""
+        """Remove `pages` from the RAM; their memory must have been dropped before. Close each
+        file that has no page of the RAM any more."""
         before = self._fds
         self._set_segments(
             replace(
@@ -160,15 +161,15 @@ class GuestRam:
         _close_all(before - self._fds)
 
     def only_fd(self) -> int:
-        """The file that all of this RAM lies in.
+        """Return the descriptor of the one file that has all of this RAM.
 
-        :raises ValueError: it lies in several.
+        :raises ValueError: there are several files.
         """
         (fd,) = self._fds
         return fd
 
     def close(self) -> None:
-        """Close the files, so that the kernel frees what a dead guest held."""
+        """Close the files; the kernel frees their memory when the guest's process is gone, too."""
         fds = self._fds
         self._set_segments(())
         _close_all(fds)
@@ -193,8 +194,8 @@ def _close_all(fds: Iterable[int]) -> None:
 
 
 class _Walk:
-    """Finds data in one segment's file. Remembers what the last system call said of the places
-    behind the one that it was asked for, and does not ask again."""
+    """Finds data in one segment's file. It remembers the extent that the last system call
+    returned, and makes no further call for offsets within it."""
 
     def __init__(self, segment: Segment, within: PageMap) -> None:
         self._segment = segment
@@ -203,7 +204,7 @@ class _Walk:
         self._asked, self._data, self._hole = sys.maxsize, 0, 0
 
     def data_extents(self, section: int) -> Iterator[Range]:
-        """The resident runs among the pages of one section that are to be looked at."""
+        """Yield the resident runs among the pages to look at in one section."""
         segment = self._segment
         to_pfn = segment.pfn - segment.offset_bytes // PAGE_BYTES
         for part in self._within.runs_in(section):
@@ -222,14 +223,16 @@ class _Walk:
             if data >= end:
                 return
             if self._hole <= data:
-                # SEEK_HOLE would walk through all that is resident behind `end`, too.
+                # Count first: SEEK_HOLE walks through all that is resident behind `end`, too.
                 left = cached_bytes(fd, data, end - data) if left < 0 else left
                 self._hole = end if left == end - data else os.lseek(fd, data, os.SEEK_HOLE)
             at = min(end, self._hole)
             if at > data:
                 yield data, at
                 left -= at - data
-            else:  # QEMU has dropped it since: reporting, a balloon
+            else:
+                # SEEK_HOLE has returned the offset itself: QEMU dropped the page after SEEK_DATA
+                # (free page reporting, balloon). So ask again.
                 self._asked = sys.maxsize
 
 
@@ -237,6 +240,6 @@ def _next_data(fd: int, offset_bytes: int) -> int:
     try:
         return os.lseek(fd, offset_bytes, os.SEEK_DATA)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # no data from here to the end of the file
+        if error.errno == errno.ENXIO:  # lseek(2): no data from here to the end of the file
             return sys.maxsize
         raise

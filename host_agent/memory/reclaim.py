@@ -1,4 +1,4 @@
-"""What the host does with a batch: drop the memory behind it, and say what was there."""
+"""Reclaims a batch: drops the memory behind it, and says what was there."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Skips = Mapping["pb.SkipReason.ValueType", RangeSet]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of hinted pages: each is in exactly one of these sets.
+    """The result for hinted pages: each page is in exactly one of these sets.
 
     :ivar reclaimed: resident before, absent after.
-    :ivar absent: nothing was resident there.
+    :ivar absent: absent before.
     :ivar skipped: not touched, by reason.
     """
 
@@ -28,23 +28,23 @@ class Outcome:
 
 
 def skip(hinted: RangeSet, reason: pb.SkipReason.ValueType) -> Outcome:
-    """Leave a whole batch alone."""
+    """Return the outcome of a batch that is skipped as a whole."""
     return Outcome(skipped={reason: hinted})
 
 
 def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap) -> Outcome:
-    """Punch holes where `hinted` lies in the guest's RAM (I3) and something is resident.
+    """Punch holes into those ranges of `hinted` that are in the guest's RAM (I3) and have a
+    resident page. Adjacent ranges are merged: each run is one system call.
 
-    :param maybe_absent: pages that may be absent, from the ledger; every other page
-        of the RAM is resident. Only these are looked up in the file, so that a batch
-        of memory that was in use costs the punches and nothing else.
+    Pages outside the RAM are skipped, and pages that the host's kernel did not drop.
 
-    The set has merged adjacent ranges, so that each run is one system call. What
-    lies outside the RAM, or what the host's kernel would not drop, is skipped;
-    the file itself says afterwards which that is.
+    :param maybe_absent: pages that may be absent, from the ledger; every other page of the RAM
+        is resident.
+    :raises OSError: the file does not say what is resident. Nothing or a part was dropped.
     """
     ours = hinted & ram.pages
     inside = PageMap(ours)
+    # Only these are looked up: a batch of memory that was in use costs its punches and no look.
     unsure = inside & maybe_absent
     resident = (inside - unsure) | ram.resident(unsure)
     skipped: dict[pb.SkipReason.ValueType, RangeSet] = {}
@@ -54,11 +54,12 @@ def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap) -> Outcome:
         ram.punch(ours if resident == inside else _met(ours, resident))
         left = NO_PAGES
     except OSError:
+        # `punch` does not say which range the kernel refused; the file says what is left.
         left = ram.resident(inside)
         skipped[pb.HOST_ERROR] = left.ranges()
     return Outcome(reclaimed=resident - left, absent=inside - resident - left, skipped=skipped)
 
 
 def _met(ranges: RangeSet, resident: PageMap) -> RangeSet:
-    """Whole ranges in which anything is resident."""
+    """Return the ranges that have a resident page, each as a whole."""
     return RangeSet(one for one in ranges if resident.overlaps(one))

@@ -1,1 +1,1 @@
-"""What outlives a host agent that is killed."""
+"""The state that outlives a host agent that is killed."""

@@ -1,17 +1,14 @@
-"""What outlives the host agent's process: its guests' books, and how to find them again.
+"""The state that outlives the host agent's process: its guests' books and how to find the guests.
 
-One SQLite file, for one host agent at a time. A lock (flock) is held for as long as the
-process lives, and that is what carries I2 over a restart: the kernel finishes a punch
-that a thread of a killed process is in, and releases the lock only when the last thread
-has ended (the threads share one table of files, kernel/exit.c: exit_files). So whoever
-holds the lock knows that no batch of the agent before is running or can ever run.
+One SQLite file, for one host agent at a time. The process holds a lock (flock) for as long as it
+lives. The lock makes I2 hold over a restart: who holds it knows that no batch of the agent
+before is running or can ever run.
 
-WAL without fsync (synchronous=OFF): what was written outlives the process, which is all
-that is asked. A power failure takes the guests' RAM as well, so each boot of the host
-has a folder of its own, and one of an earlier boot is removed unread.
+What was written must outlive the process, not a power failure: that ends the guests as well. So
+each boot of the host has its own folder, and folders of earlier boots are removed unread.
 
-The folders hold tokens. Files are for their owner only; folders can be passed through,
-not listed, for QEMU's own user has to reach its console.
+The folders hold tokens: files are for their owner only. Folders can be entered but not listed,
+because QEMU's user must reach the console file.
 """
 
 from __future__ import annotations
@@ -37,11 +34,12 @@ from host_agent.memory.ledger import Books
 from host_agent.memory.page_map import PageMap
 from host_agent.session.guest_address import GuestAddress
 
+# How long to wait for the lock while its holder lives: the holder may be about to end.
 _LOCK_TIMEOUT_S = 1.0
-"""For a holder that lives: it may be on its way out."""
 
+# How long to wait after its holder was killed: one of its threads may still be in the kernel,
+# punching a hole. 4 GiB take seconds on a busy host.
 _DEATH_TIMEOUT_S = 60.0
-"""For one that is dead but for a punch in the kernel: 4 GiB on a busy host take seconds."""
 
 _FOLDER_MODE = 0o711
 _SCHEMA_VERSION = 2
@@ -67,7 +65,7 @@ _SAVE = "INSERT OR REPLACE INTO guest VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 @dataclass(frozen=True, kw_only=True)
 class GuestRecord:
-    """One guest, as it is stored."""
+    """One guest as it is stored."""
 
     name: str
     uuid: str
@@ -82,7 +80,7 @@ class GuestRecord:
 class Database:
     """An open state folder. Methods block, and may be called from any thread.
 
-    :ivar guests_folder: for the guests' own files, a folder each.
+    :ivar guests_folder: has a folder for each guest's own files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,14 +89,19 @@ class Database:
         self.guests_folder = folder / "guests"
         for made in (folder, self.guests_folder):
             made.mkdir(exist_ok=True)
-            made.chmod(_FOLDER_MODE)  # whatever the umask is
+            made.chmod(_FOLDER_MODE)  # mkdir's mode would be cut down by the umask
+        # Before SQLite makes it: its journal files get the mode of the database file (os_unix.c:
+        # findCreateFileMode).
         self._path.touch(mode=0o600)
         self._lock = Lock()
-        with self._damage_is_said():
+        with self._refusing_damage():
+            # `asyncio.to_thread` uses any of its threads; `_lock` keeps them apart.
             self._db = sqlite3.connect(self._path, check_same_thread=False)
             self._set_up()
 
     def _set_up(self) -> None:
+        # WAL without fsync: under synchronous=OFF data survive a crash of the program, but not of
+        # the machine (sqlite.org/pragma.html). That is enough here.
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = OFF")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -110,46 +113,53 @@ class Database:
         if verdict != "ok":
             raise self._unusable(f"is damaged: {verdict}")
 
-    def door(self) -> GuestAddress | None:
-        """Where guests of an earlier host agent look for it; None if there was none.
+    def guest_address(self) -> GuestAddress | None:
+        """Return where guests of an earlier host agent look for it; None if there was none.
 
         :raises Refused: the file is damaged.
         """
-        with self._damage_is_said():
+        with self._refusing_damage():
             row = self._db.execute("SELECT socket, address FROM door").fetchone()
         return GuestAddress(socket=row[0], address=row[1]) if row else None
 
     def guests(self) -> list[GuestRecord]:
-        """All guests that were saved and not forgotten.
+        """Return all guests that were saved and not forgotten.
 
         :raises Refused: the file is damaged.
         """
-        with self._damage_is_said():
+        with self._refusing_damage():
             return [_record(*row) for row in self._db.execute("SELECT * FROM guest")]
 
-    def set_door(self, door: GuestAddress) -> None:
-        """Say where guests find the host agent from now on.
+    def set_guest_address(self, guest_address: GuestAddress) -> None:
+        """Store where guests find the host agent from now on.
 
-        :raises TransientError: the disk is full, or the like; so do `save` and `forget`.
+        :raises TransientError: it cannot be written: the disk is full, for example.
         """
+        row = (guest_address.socket, guest_address.address)
         with self._writing() as db:
             db.execute("DELETE FROM door")
-            db.execute("INSERT INTO door VALUES (?, ?)", (door.socket, door.address))
+            db.execute("INSERT INTO door VALUES (?, ?)", row)
 
     def save(self, records: Sequence[GuestRecord]) -> None:
-        """Store these guests, in place of what was stored of them; all or none."""
+        """Store these guests and replace what was stored of them; all or none.
+
+        :raises TransientError: they cannot be written.
+        """
         rows = [_row(record) for record in records]
         with self._writing() as db:
             db.executemany(_SAVE, rows)
 
     def forget(self, name: str) -> None:
-        """A guest has ended: nothing more is to be known of it, and its files go."""
+        """Remove a guest that has ended, with its files.
+
+        :raises TransientError: the file cannot be written; nothing is removed.
+        """
         with self._writing() as db:
             db.execute("DELETE FROM guest WHERE name = ?", (name,))
         shutil.rmtree(self.guests_folder / name, ignore_errors=True)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._lock:
             self._db.close()
 
@@ -163,7 +173,7 @@ class Database:
             raise TransientError(f"{self._path} cannot be written: {error}") from error
 
     @contextlib.contextmanager
-    def _damage_is_said(self) -> Iterator[None]:
+    def _refusing_damage(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.DatabaseError, ValueError, InvalidInput, DecodeError) as error:
@@ -179,7 +189,8 @@ class Database:
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Database]:
-    """The state in `folder`, which is made if need be; for nobody else until the block ends.
+    """Open the state in `folder`, for this process only until the block ends. A missing folder is
+    made.
 
     :raises Refused: another host agent has it, it is damaged, or it cannot be made.
     """
@@ -203,7 +214,10 @@ def opened(folder: Path) -> Iterator[Database]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    fd = wait_for(lambda: lock_file(path), lambda: _patience_s(path))
+    # When a process is killed, the kernel finishes the punch that a thread of it is in, and
+    # releases the lock only when the last thread has ended: threads share one table of files
+    # (kernel/exit.c: exit_files). An fcntl(2) lock is released by any close of the file instead.
+    fd = wait_for(lambda: lock_file(path), lambda: _lock_timeout_s(path))
     if fd is None:
         raise Refused(
             f"another host agent (process {_holder(path)}) serves {path.parent}",
@@ -218,18 +232,19 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
-    """Return the process id that the holder of the lock wrote into it."""
+    """Return the process id that the holder of the lock has written into the file."""
     return path.read_text()[:20]
 
 
-def _patience_s(path: Path) -> float:
+def _lock_timeout_s(path: Path) -> float:
     holder = _holder(path)
-    dies = holder.isdecimal() and look(int(holder)) is None
-    return _DEATH_TIMEOUT_S if dies else _LOCK_TIMEOUT_S
+    # Locked by a process that is gone: one of its threads is still in the kernel.
+    is_dying = holder.isdecimal() and look(int(holder)) is None
+    return _DEATH_TIMEOUT_S if is_dying else _LOCK_TIMEOUT_S
 
 
 def _remove_all_but(boot: str, folder: Path) -> None:
-    """What earlier boots left is about guests that are gone."""
+    """Remove the state of earlier boots: their guests are gone."""
     for path in folder.iterdir():
         if path.is_dir() and path.name != boot and (path / "state.db").exists():
             shutil.rmtree(path, ignore_errors=True)

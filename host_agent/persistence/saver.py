@@ -1,8 +1,8 @@
-"""Keeps the state as new as the guests' books, off every guest's critical path.
+"""Saves the guests' books in the background, so that no guest waits for the disk.
 
-A batch is acknowledged before its books are saved: what lies between the last save and
-a death is derived from the RAM file (`Ledger.recover`). Only an epoch is saved before
-its Welcome, for nothing else could tell it.
+A batch is acknowledged before its books are saved. What happened between the last save and the
+end of the process is derived from the RAM file (`Ledger.recover`). Only an epoch is saved before
+its Welcome: it cannot be derived from anything else.
 """
 
 from __future__ import annotations
@@ -22,36 +22,37 @@ _log = logging.getLogger("hintfleet.host.persistence")
 
 
 class Saved(Protocol):
-    """A guest, as far as it is kept."""
+    """What the saver needs of a guest."""
 
     name: str
 
     def record(self) -> GuestRecord | None:
-        """What an adopting host agent needs to know; None while there is nothing to adopt."""
+        """Return what the next host agent needs to adopt it; None if it does not run."""
 
 
 class Saver:
-    """Saves guests that have changed; without a state, it does nothing."""
+    """Saves guests that have changed. Without a state it does nothing."""
 
     def __init__(self, state: Database | None) -> None:
         self._state = state
         self._changed: dict[str, Saved] = {}
-        self._something = asyncio.Event()
-        # One write at a time, so that what is forgotten is not saved by an earlier one. A
-        # thread that writes cannot be called back, so no caller's end ends a write.
-        self._order = asyncio.Lock()
+        self._has_changes = asyncio.Event()
+        # One write at a time: a save that began earlier must not store a guest again that was
+        # forgotten meanwhile. A thread that writes cannot be stopped, so a write goes on when
+        # its caller is cancelled.
+        self._write_lock = asyncio.Lock()
         self._writes: set[asyncio.Task[None]] = set()
 
     def changed(self, guest: Saved) -> None:
-        """This guest is to be saved soon."""
+        """Note that this guest has changed; `run` saves it soon."""
         if self._state is not None:
             self._changed[guest.name] = guest
-            self._something.set()
+            self._has_changes.set()
 
     async def run(self) -> None:
-        """Save what has changed, until cancelled. Where that fails, it is said and tried again."""
+        """Save what has changed, until cancelled. Log a failure and try again."""
         while True:
-            await self._something.wait()
+            await self._has_changes.wait()
             try:
                 await self.save_changed()
             except TransientError as error:
@@ -61,11 +62,11 @@ class Saver:
     async def save_changed(self) -> None:
         """Save all that has changed.
 
-        :raises TransientError: it cannot be written; it still counts as changed.
+        :raises TransientError: it cannot be written; the guests still count as changed.
         """
         await self._save(tuple(self._changed.values()))
         if not self._changed:
-            self._something.clear()
+            self._has_changes.clear()
 
     async def save(self, guest: Saved) -> None:
         """Save one guest now.
@@ -75,9 +76,10 @@ class Saver:
         await self._save((guest,))
 
     async def forget(self, guest: Saved) -> None:
-        """A guest has ended, and nothing is to be known of it.
+        """Remove a guest that has ended from the state.
 
-        :raises TransientError: it cannot be written: it will be found to have ended later.
+        :raises TransientError: it cannot be written. The next host agent will find the guest
+            gone when it adopts it.
         """
         if self._state is not None:
             await self._write(self._forget(self._state, guest.name))
@@ -91,6 +93,7 @@ class Saver:
             await self._write(self._save_all(self._state, guests))
 
     async def _save_all(self, state: Database, guests: Collection[Saved]) -> None:
+        # Before the write, not after it: a change that comes meanwhile must be saved again.
         for guest in guests:
             self._changed.pop(guest.name, None)
         records = [record for guest in guests if (record := guest.record()) is not None]
@@ -102,7 +105,7 @@ class Saver:
 
     async def _write(self, work: Coroutine[Any, Any, None]) -> None:
         async def in_order() -> None:
-            async with self._order:
+            async with self._write_lock:
                 await work
 
         task = asyncio.create_task(in_order())

@@ -1,1 +1,1 @@
-"""Which guests give memory when the host is short of it."""
+"""Policy `pressure`: which guests give memory when the host is short of it."""

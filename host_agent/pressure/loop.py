@@ -1,4 +1,4 @@
-"""Carries out policies: the loop that asks `policy.suggest`, and tells the guests."""
+"""Carries out policy `pressure`: a loop that asks `policy.suggest` and tells the guests."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ PERIOD_S = 0.5
 
 
 class Pressure:
-    """Watches the host's guests and gives allowances to those under policy pressure."""
+    """Watches all guests and gives allowances to those under policy `pressure`."""
 
     def __init__(self, guests: Callable[[], Sequence[Guest]], budget_bytes: int) -> None:
-        """:param budget_bytes: what all guests of this host may use together."""
+        """:param budget_bytes: how much memory all guests of this host may use together."""
         self._guests = guests
         self._budget_bytes = budget_bytes
         self._holds: dict[str, Hold] = {}
-        self._ruled = False
+        self._any_under_policy = False
 
     async def run(self) -> None:
-        """Look and act once per period until cancelled."""
+        """Act once per period until cancelled; without guests to rule, once a second."""
         while True:
             now_s = time.monotonic()
-            await sleep_until(now_s + PERIOD_S if self._ruled else next_wake_s(now_s))
+            await sleep_until(now_s + PERIOD_S if self._any_under_policy else next_wake_s(now_s))
             self.act()
 
     def act(self) -> None:
-        """One look at the host, and what follows from it."""
+        """Look at the host once, and give allowances."""
         guests = {g.name: g for g in self._guests() if g.running is not None}
-        ruled = [g for g in guests.values() if _is_ruled(g)]
-        self._ruled = bool(ruled)
+        ruled = [g for g in guests.values() if _is_under_policy(g)]
+        self._any_under_policy = bool(ruled)
         if not ruled:
             self._holds = {}
             return
+        # Of all guests, not only those under the policy: they share the budget.
         books = {name: guest.memory.books_now() for name, guest in guests.items()}
         percent = min(g.spec.hinting.pressure_percent or DEFAULT_PRESSURE_PERCENT for g in ruled)
         host = HostView(
@@ -54,7 +55,7 @@ class Pressure:
             _carry_out(guests[suggestion.name], suggestion)
 
 
-def _is_ruled(guest: Guest) -> bool:
+def _is_under_policy(guest: Guest) -> bool:
     return guest.spec.method == host_pb2.HINTING and guest.spec.hinting.policy == Policy.PRESSURE
 
 

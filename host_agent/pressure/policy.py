@@ -1,7 +1,6 @@
-"""When a host wants memory back: the `pressure` policy, as a pure function.
+"""Policy `pressure` as a pure function: how much memory each guest may hint now.
 
-It suggests how much each guest may hint; whoever carries that out may refuse and
-says why. `eager` and `cold` need no decision of the host: the guest follows them by
+The other policies, `eager` and `cold`, need no decision of the host: the guest follows them by
 itself.
 """
 
@@ -11,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+# A guest that used more than this share of what it gave again oscillates, and is held.
 OSCILLATION_SHARE = 0.5
-"""A guest that used again more than this share of what it gave is left alone."""
 
 SHORTEST_HOLD_S = 1.0
 LONGEST_HOLD_S = 60.0
@@ -20,10 +19,10 @@ LONGEST_HOLD_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class HostView:
-    """What the policy sees of the host.
+    """What the policy knows of the host.
 
-    :ivar resident_bytes: of all guests together.
-    :ivar budget_bytes: what they may use together.
+    :ivar resident_bytes: resident memory of all guests together.
+    :ivar budget_bytes: how much memory they may use together.
     :ivar threshold: share of the budget above which memory is wanted back, 0 to 1.
     """
 
@@ -34,16 +33,16 @@ class HostView:
 
     @property
     def excess_bytes(self) -> int:
-        """What should come back now; 0 without pressure."""
+        """How much memory should come back now; 0 without pressure."""
         return max(0, self.resident_bytes - int(self.budget_bytes * self.threshold))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestView:
-    """What the policy sees of one guest.
+    """What the policy knows of one guest.
 
-    :ivar can_give_bytes: free in the guest and resident here.
-    :ivar chunk_bytes: what it hints is a multiple of that.
+    :ivar can_give_bytes: memory that is free in the guest and resident on the host.
+    :ivar chunk_bytes: size of a chunk: a guest hints whole chunks.
     :ivar reclaimed_total_bytes, refaulted_total_bytes: from its ledger.
     """
 
@@ -56,9 +55,9 @@ class GuestView:
 
 @dataclass(frozen=True, kw_only=True)
 class Hold:
-    """Back-off of one guest: what was seen of it last, and how long it is left alone.
+    """Back-off of one guest: its totals when it was last seen, and until when it is held.
 
-    :ivar length_s: of the present or last hold; doubles with each oscillation.
+    :ivar length_s: length of the present or last hold; doubles with each oscillation.
     """
 
     until_s: float = 0.0
@@ -77,7 +76,7 @@ class Reason(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """How much one guest may hint until the next suggestion; 0 with the reason."""
+    """How much one guest may hint until the next suggestion; a reason comes with 0."""
 
     name: str
     allowance_bytes: int
@@ -90,11 +89,11 @@ def suggest(
     """Share the host's excess among its guests in proportion to what each can give.
 
     :param holds: back-off state as returned last time; empty at first.
-    :returns: a suggestion for each guest, and the state for the next call. The
-        allowances never sum to more than the excess, nor exceed what a guest can give. They
-        are whole chunks: less than one nobody could hint.
+    :returns: a suggestion for each guest, and the state for the next call. The sum of all
+        allowances is at most the excess. Each is at most what its guest can give, in whole
+        chunks.
     """
-    new_holds = {g.name: _look(host.now_s, g, holds.get(g.name)) for g in guests}
+    new_holds = {g.name: _next_hold(host.now_s, g, holds.get(g.name)) for g in guests}
     givers = {g.name: g.can_give_bytes for g in guests if new_holds[g.name].until_s <= host.now_s}
     total_bytes = sum(givers.values())
     wanted_bytes = min(host.excess_bytes, total_bytes)
@@ -115,8 +114,8 @@ def _why_nothing(host: HostView, may_give: bool) -> Reason:
     return Reason.NOTHING_TO_GIVE
 
 
-def _look(now_s: float, guest: GuestView, before: Hold | None) -> Hold:
-    """Hold a guest longer each time that it takes back what it gave; forget in steps."""
+def _next_hold(now_s: float, guest: GuestView, before: Hold | None) -> Hold:
+    """Return a hold that is longer each time the guest takes back what it gave."""
     seen = Hold(
         reclaimed_total_bytes=guest.reclaimed_total_bytes,
         refaulted_total_bytes=guest.refaulted_total_bytes,
@@ -130,6 +129,7 @@ def _look(now_s: float, guest: GuestView, before: Hold | None) -> Hold:
     if took_bytes and took_bytes > OSCILLATION_SHARE * gave_bytes:
         length_s = min(max(SHORTEST_HOLD_S, 2 * before.length_s), LONGEST_HOLD_S)
         return replace(seen, until_s=now_s + length_s, length_s=length_s)
-    # What a guest takes back comes later than what it gave: the length is remembered
-    # over quiet looks, and halves with each.
+    # A guest takes memory back some time after it gave it, so an oscillation may show later than
+    # this call. So the length is kept while the guest gives nothing, and halved, not set to 0,
+    # when it gave without oscillating.
     return replace(seen, length_s=before.length_s / 2 if gave_bytes else before.length_s)

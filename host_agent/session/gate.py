@@ -1,17 +1,17 @@
 """The gate: events in, instructions out.
 
-Which session of a guest is welcome, and which of its batches may run. This is the
-host's side of the session protocol (hinting.proto) as a pure state machine;
-`host_agent.guest` carries out its instructions. It knows no socket, clock or lock. The
-guest's side is guest_agent/hinting.py.
+It decides which session of a guest is welcome, and which of its batches may run. This is the
+host's side of the session protocol (hinting.proto) as a pure state machine. `GuestSessions`
+carries out its instructions. It knows no socket, clock or lock. The guest's side is
+guest_agent/hinting.py.
 
-It keeps invariant I2: `Welcome` is instructed only while nothing is `running`, and what
-waited for an earlier epoch was skipped when that epoch ended. A punch cannot be called
-back, so one that runs holds the Welcome up, whatever else happens in between.
+It keeps invariant I2: it returns `Welcome` only while nothing is `running`, and it has skipped
+what waited for an earlier epoch when that epoch ended. A punch cannot be cancelled, so a punch
+that runs delays the Welcome, whatever else happens.
 
-It speaks for one process. That a predecessor which was killed is really gone, the system
-call that it was in included, must be certain before the first `connected`: whoever
-adopts guests holds a lock that the kernel lets go of only then (flock(2)).
+The gate knows of one process. Before the first `connected` it must be certain that a killed
+predecessor is gone, with the system call that it was in: who adopts guests holds a lock that
+the kernel releases only then (flock(2), persistence/database.py).
 """
 
 from __future__ import annotations
@@ -27,31 +27,34 @@ from hintfleet.ranges import RangeSet
 from hintfleet.v1 import hinting_pb2 as pb
 from host_agent.memory.reclaim import Outcome, skip
 
+# A batch has at most 4 GiB in 128 ranges; two may wait for their acks. Other guests may have to
+# wait for what is handled at once. So a full batch costs well under a millisecond besides its
+# punches; with 512 ranges, one flooding guest made the 99th percentile of all others' ack
+# latency 1.4 to 1.8 times as long (docs/measurements.md).
 LIMITS = pb.Limits(ranges_per_batch=128, pages_per_batch=1 << 20, batches_in_flight=2)
-"""A batch is at most 4 GiB in 128 ranges; two may wait for their acks. What is handled in one
-go is what other guests may have to wait for, so a full batch costs well under a millisecond
-besides its punches."""
 
+# A batch that waited longer is skipped: its guest may have been reset meanwhile, and libvirt's
+# event about that may not have arrived yet.
 OLDEST_BATCH_S = 0.25
-"""A batch that waited longer is skipped: its guest may have been reset meanwhile,
-and the news of it be on its way."""
 
 
 class State(Enum):
-    """Whether batches are welcome."""
+    """Whether batches may arrive.
+
+    CLOSED: no session, or one that is not welcomed yet. OPEN: a session is welcomed. GONE: the
+    guest was reset, stopped or destroyed; final.
+    """
 
     CLOSED = "closed"
-    """No session, or one that is not welcomed yet."""
     OPEN = "open"
     GONE = "gone"
-    """The guest was reset, stopped or destroyed; final."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """A batch as it arrived.
 
-    :ivar epoch: what it says it belongs to.
+    :ivar epoch: the epoch that it names.
     :ivar received_s: when it arrived, on the clock of `Gate.turn_came`.
     :ivar wire_bytes: size of its packed ranges.
     """
@@ -80,19 +83,19 @@ class EndSession:
 
 @dataclass(frozen=True)
 class TakeTurn:
-    """Get hold of the guest's RAM, then tell `Gate.turn_came`, and let go after its `Run`."""
+    """Lock the guest's RAM, call `Gate.turn_came`, and unlock after its `Run`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Reclaim this batch, then tell `Gate.finished`, whatever comes of it."""
+    """Reclaim this batch, then call `Gate.finished`, whatever the outcome is."""
 
     batch: Batch
 
 
 @dataclass(frozen=True)
 class Post:
-    """Enter what became of a batch into the books: once for each that arrived."""
+    """Enter the outcome of a batch into the books: once for each batch that arrived."""
 
     batch: Batch
     outcome: Outcome
@@ -100,7 +103,7 @@ class Post:
 
 @dataclass(frozen=True)
 class Acknowledge:
-    """Tell a session what became of its batch."""
+    """Tell a session the outcome of its batch."""
 
     session: int
     batch: Batch
@@ -113,17 +116,17 @@ Instruction = Welcome | EndSession | TakeTurn | Run | Post | Acknowledge
 class Gate:
     """One guest's sessions and batches, from its first Hello until it is gone.
 
-    A session is named by the epoch that it gets if it is welcomed. Every method but
-    `arrived` takes any event at any time; one that is of no concern any more (a session
-    that was superseded leaves) returns nothing.
+    A session's number is the epoch that it gets if it is welcomed. Every method but `arrived` may
+    be called at any time. An event that no longer matters returns no instruction: a superseded
+    session leaves, for example.
     """
 
     def __init__(self) -> None:
         self.state = State.CLOSED
         self.epoch = 0
-        """Of the session that was welcomed last."""
+        """The epoch of the last Welcome; 0 before the first."""
         self.running: Batch | None = None
-        """What a `Run` is carried out for; it may be of an epoch that is over."""
+        """The batch of the last `Run` until `finished`; its epoch may be over."""
         self._session: int | None = None
         self._waiting: deque[Batch] = deque()
         self._next_seq = 1
@@ -131,9 +134,9 @@ class Gate:
         self._gone: HintfleetError | None = None
 
     def connected(self, session: int) -> Sequence[Instruction]:
-        """A stream said Hello: the newest wins, and the epoch of the one before is over.
+        """Take a stream that sent Hello: it supersedes the session before, whose epoch ends.
 
-        :param session: a number larger than that of all sessions before.
+        :param session: a number larger than those of all sessions before.
         """
         if self._gone is not None:
             return [EndSession(session, self._gone)]
@@ -142,14 +145,14 @@ class Gate:
         return [*superseded, *self._welcome()]
 
     def left(self, session: int) -> Sequence[Instruction]:
-        """A stream has ended; if it was the newest, nothing runs until the next one."""
+        """Take the end of a stream; if it was the newest, nothing runs until the next one."""
         if session != self._session:
             return []
         self._session = None
         return self._close(pb.WRONG_EPOCH)
 
     def gone(self, error: HintfleetError) -> Sequence[Instruction]:
-        """The guest is no more: nothing runs ever again, and every session ends with `error`."""
+        """Take the end of the guest: no batch runs any more, and every session gets `error`."""
         if self._gone is not None:
             return []
         self._gone = error
@@ -158,13 +161,14 @@ class Gate:
         return ended
 
     def arrived(self, session: int, batch: Batch) -> Sequence[Instruction]:
-        """A batch came on a session.
+        """Take a batch that came on a session.
 
-        :raises InvalidInput: before the Welcome, out of sequence, empty, or beyond the
-            limits. The caller ends the session; nothing of the batch was touched.
+        :raises InvalidInput: it came before the Welcome, out of sequence, empty, or beyond the
+            limits. The caller must end the session; nothing of the batch was touched.
         """
         _check_size(batch)
-        if session != self._session:  # superseded, and read on for a moment
+        # A superseded stream is still read for a moment, until its end is carried out.
+        if session != self._session:
             return [Post(batch, skip(batch.ranges, pb.WRONG_EPOCH))]
         self._check(batch)
         self._next_seq += batch.epoch == self.epoch
@@ -172,7 +176,7 @@ class Gate:
         return self._ask_for_turn()
 
     def turn_came(self, now_s: float) -> Sequence[Instruction]:
-        """The guest's RAM is ours to change: run what waits longest, unless it is too late."""
+        """Take the lock on the guest's RAM: run the oldest batch that is not too old."""
         self._asked_for_turn = False
         instructions: list[Instruction] = []
         while self._waiting:
@@ -185,12 +189,12 @@ class Gate:
         return instructions
 
     def finished(self, batch: Batch, outcome: Outcome) -> Sequence[Instruction]:
-        """The batch that was running is over; a session that waited for that is welcomed."""
+        """Take the end of the running batch; welcome a session that waited for it."""
         self.running = None
         return [*self._done(batch, outcome), *self._welcome(), *self._ask_for_turn()]
 
     def _check(self, batch: Batch) -> None:
-        """Hold an arriving batch against the protocol."""
+        """Check that an arriving batch follows the protocol."""
         if self.state is not State.OPEN:
             raise InvalidInput(f"batch {batch.seq} came before the welcome")
         if len(self._waiting) + (self.running is not None) >= LIMITS.batches_in_flight:
@@ -199,7 +203,7 @@ class Gate:
             raise InvalidInput(f"batch {batch.seq} came where {self._next_seq} was due")
 
     def _why_skip(self, batch: Batch, now_s: float) -> pb.SkipReason.ValueType | None:
-        """Why a batch of the open session must not run; None if it may."""
+        """Return why a batch of the open session must not run; None if it may."""
         if batch.epoch != self.epoch:
             return pb.WRONG_EPOCH
         if now_s - batch.received_s > OLDEST_BATCH_S:
@@ -229,7 +233,8 @@ class Gate:
 
     def _done(self, batch: Batch, outcome: Outcome) -> Sequence[Instruction]:
         post = Post(batch, outcome)
-        # After its session's end nobody waits for the ack: the next Welcome stands for it.
+        # After the end of its session nobody waits for the ack: the next Welcome releases its
+        # chunks (I1).
         if self.state is not State.OPEN:
             return [post]
         return [post, Acknowledge(self.epoch, batch, outcome)]
@@ -242,7 +247,7 @@ class Gate:
 
 
 def _check_size(batch: Batch) -> None:
-    """Also of a batch that will be skipped: its pages are entered into the books."""
+    # Checked even if the batch will be skipped: its pages are entered into the books.
     if not batch.ranges:
         raise InvalidInput(f"batch {batch.seq} is empty")
     if batch.ranges.page_count > LIMITS.pages_per_batch:
@@ -253,21 +258,21 @@ def _check_size(batch: Batch) -> None:
 
 
 class Epochs:
-    """Epoch numbers that grow, also over restarts of the host agent.
+    """Epoch numbers that grow, even over restarts of the host agent.
 
-    They are derived from the clock (microseconds since 1970), so that nothing has
-    to be stored. Where guests outlive the host agent, a clock may have been set back
-    meanwhile: then theirs are stored, and `after` them comes the next.
+    They come from the clock (microseconds since 1970), so that nothing has to be stored. Where
+    guests outlive the host agent, the clock may be set back between two of them. So the epochs
+    of such guests are stored, and given to `after`.
     """
 
     def __init__(self) -> None:
         self._last = 0
 
     def after(self, epoch: int) -> None:
-        """Epochs up to this one are in the past."""
+        """Make all further numbers larger than this one."""
         self._last = max(self._last, epoch)
 
     def next(self) -> int:
-        """A number larger than all before it."""
+        """Return a number larger than all before."""
         self._last = max(self._last + 1, time.time_ns() // 1000)
         return self._last

@@ -1,4 +1,4 @@
-"""Where guests find the host agent, and find it again after a restart."""
+"""The addresses at which guests find the host agent, also after a restart of it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hintfleet.net.tls import Tls, listen
 class GuestAddress:
     """Addresses that guests are told.
 
-    :ivar socket: `unix-abstract:NAME`, for processes of this host.
-    :ivar address: `HOST:PORT`, for virtual machines.
+    :ivar socket: `unix-abstract:NAME`, for guests that are processes of this host.
+    :ivar address: `HOST:PORT`, for guests that are virtual machines.
     """
 
     socket: str
@@ -28,12 +28,12 @@ class GuestAddress:
 
 
 def open_address(server: aio.Server, address: str, tls: Tls | None) -> GuestAddress:
-    """Have the guests' server listen at `address` and at a socket of its own.
+    """Let the guests' server listen at `address` and at a new abstract socket.
 
     :raises Refused, InvalidInput: as hintfleet.net.tls.listen.
     """
-    # Abstract: it has no file, so nothing is left behind however this process ends.
-    # Anybody on this host can reach it; what counts is a guest's token.
+    # Abstract (unix(7)): it has no file, so nothing is left behind however this process ends.
+    # Every process of this host can connect to it; a guest's token authenticates it.
     name = f"unix-abstract:hintfleet-{secrets.token_hex(16)}"
     return GuestAddress(socket=listen(server, name, None), address=listen(server, address, tls))
 
@@ -41,7 +41,8 @@ def open_address(server: aio.Server, address: str, tls: Tls | None) -> GuestAddr
 def open_lasting_address(
     server: aio.Server, address: str, tls: Tls | None, earlier: GuestAddress | None
 ) -> GuestAddress:
-    """The same, at the `earlier` door if there was one; port 0 stands for any.
+    """Let the guests' server listen at the `earlier` addresses, or at new ones that the next host
+    agent can use again. Port 0 stands for the earlier port, or for any.
 
     :raises Refused, InvalidInput: as hintfleet.net.tls.listen.
     """
@@ -59,16 +60,18 @@ def open_lasting_address(
     except Refused as error:
         raise Refused(
             error.message,
-            hint="guests that outlived a host agent look for this one there: free it (ss -ltnp)",
+            hint="guests that outlived a host agent connect to this address: stop the process"
+            " that uses it (ss -ltnp shows it)",
         ) from error
 
 
 def _lasting_port(host: str) -> int:
-    """A free port that nobody is given by chance while no host agent listens at it: below
-    those of outgoing connections, of which guests that look for us make many.
+    """Return a free port below those that the kernel gives to outgoing connections.
 
     :raises Refused: there is none.
     """
+    # Between two host agents nobody listens at the port. The kernel may give a port of this
+    # range to any outgoing connection, and guests that look for the host agent make many.
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     family = AF_INET6 if ":" in host else AF_INET
     for port in random.sample(range(low // 2, low), 50):
@@ -76,6 +79,6 @@ def _lasting_port(host: str) -> int:
             probe.bind((host.strip("[]"), port))
             return port
     raise Refused(
-        f"no port below {low} is free for guests to find the next host agent at",
-        hint="give one with --guest-listen HOST:PORT",
+        f"no free port below {low} was found for --guest-listen",
+        hint="choose one with --guest-listen HOST:PORT",
     )

@@ -1,7 +1,7 @@
-"""The streams that one guest's agent has opened, and what is said on them.
+"""The streams that one guest's agent has opened, and the messages on them.
 
-Which session is welcome and which batches may run (I2) is decided by the gate; its
-instructions are carried out here. All of it runs on the host agent's event loop.
+The gate decides which session is welcome and which batches may run (I2). Its instructions are
+carried out here, on the host agent's event loop.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from host_agent.tasks import LastingTasks
 
 _T = TypeVar("_T")
 
+# How long a command waits for a workload whose stream was cut to attach again.
 _RECONNECT_S = 1.0
 
+# To encode the chunks of so few sections takes less time than to hand them to a thread.
 _FEW_SECTIONS = 16
-"""The chunks of so many are encoded sooner than a thread begins with them."""
 
 _log = logging.getLogger("hintfleet.host.session")
 
 
 class GuestSessions:
-    """A guest's hinting sessions and its workload's stream, from first to last."""
+    """All hinting sessions of a guest, and the streams of its workload."""
 
     def __init__(
         self,
@@ -52,15 +53,16 @@ class GuestSessions:
         tasks: LastingTasks,
         opened: Callable[[], None],
     ) -> None:
-        """:param memory: what batches are run on.
-        :param opened: called when a session was welcomed or a workload attached.
+        """:param memory: the memory that batches reclaim.
+        :param opened: called when a session is welcomed or a workload attaches.
         """
         self.conduct = Conduct()
         self.telemetry = hinting_pb2.Telemetry()
         self.refusals: Counter[str] = Counter()
-        """How often its policy allowed it nothing, by reason."""
+        """How often policy `pressure` allowed it nothing, by reason."""
         self.workload_is_there = asyncio.Event()
-        """Set for good when the guest is lost, so that nobody waits for it."""
+        """Set while a workload is attached, and for ever once the guest is lost: nobody must
+        wait for a lost guest."""
         self._name = guest_name
         self._settings = settings
         self._memory = memory
@@ -76,7 +78,7 @@ class GuestSessions:
 
     @property
     def epoch(self) -> int:
-        """The epoch that was welcomed last; 0 before the first."""
+        """The epoch of the last Welcome; 0 before the first."""
         return self._gate.epoch
 
     @property
@@ -91,11 +93,11 @@ class GuestSessions:
 
     @property
     def chunk_order(self) -> int:
-        """The order of what the guest hints."""
+        """The order of the chunks that the guest hints."""
         return self._settings.chunk_order or DEFAULT_CHUNK_ORDER
 
     def end_all(self, error: GuestLost) -> None:
-        """The guest is gone: its epoch ends now, and whoever waits for it gets `error`."""
+        """End all streams of a guest that is gone; all requests to it fail with `error`."""
         self._lost = error
         self._carry_out(self._gate.gone(error))
         if self._workload is not None:
@@ -106,25 +108,27 @@ class GuestSessions:
     # Hinting sessions
 
     def connect_hinting(self, stream: Stream, epochs: Epochs) -> int:
-        """Enter a stream that said Hello: its first message will be the Welcome, once the gate
-        allows it. Returns the session's number, for `batch_arrived` and `leave_hinting`."""
+        """Add a stream that sent Hello; return its session number, for `batch_arrived` and
+        `leave_hinting`. The stream's first message is the Welcome, once the gate allows it."""
         session = epochs.next()
         if self._by_session:
             _log.info("session superseded", extra=self._fields(epoch=max(self._by_session)))
         self._by_session[session] = stream
-        self._memory.forget_what_was_told()  # on a stream that was cut
+        # What was sent on an earlier stream may not have arrived: it may have been cut.
+        self._memory.tell_all_again()
         self._carry_out(self._gate.connected(session))
         return session
 
     def batch_arrived(self, session: int, batch: gate.Batch) -> None:
         """Take a batch that came on a session; it will be run or skipped, and acknowledged.
 
-        :raises InvalidInput: it breaks the protocol; the session is to be ended with that.
+        :raises InvalidInput: it breaks the protocol; the caller must end the session with this
+            error.
         """
         self._carry_out(self._gate.arrived(session, batch))
 
     def leave_hinting(self, session: int) -> None:
-        """Forget a session whose stream has ended; if it was the newest, its epoch ends too."""
+        """Remove a session whose stream has ended; if it was the newest, its epoch ends too."""
         stream = self._by_session.pop(session)
         self._carry_out(self._gate.left(session))
         _log.info("session ended", extra=self._fields(epoch=session, reason=stream.why_ended))
@@ -145,7 +149,8 @@ class GuestSessions:
                 case gate.EndSession(session, error):
                     self._by_session[session].end(error)
                 case gate.TakeTurn():
-                    # Not awaited by any session: a punch cannot be called back.
+                    # No session awaits it: gRPC cancels the handler of a stream that is cut, but
+                    # a punch cannot be cancelled, and its outcome must reach gate and books.
                     self._tasks.begin(self._take_turn())
                 case gate.Post(batch, outcome):
                     self._memory.post(batch.ranges, outcome, batch.wire_bytes)
@@ -154,7 +159,7 @@ class GuestSessions:
                     self._by_session[session].send(ack_of(batch, outcome))
 
     async def _take_turn(self) -> None:
-        async with self._memory.alone:
+        async with self._memory.lock:
             instructions = self._gate.turn_came(time.monotonic())
             self._carry_out(instructions)
             for instruction in instructions:
@@ -165,7 +170,7 @@ class GuestSessions:
     async def _run(self, batch: gate.Batch) -> Outcome:
         outcome = await self._memory.reclaim(batch.ranges)
         pieces = outcome.reclaimed.run_count + outcome.absent.run_count
-        self.conduct.made_work(pieces - len(batch.ranges), time.monotonic())
+        self.conduct.count_pieces(pieces - len(batch.ranges), time.monotonic())
         return outcome
 
     def _log_skips(self, batch: gate.Batch, outcome: Outcome) -> None:
@@ -177,9 +182,10 @@ class GuestSessions:
     # What the guest is told
 
     async def tell_refaults(self) -> None:
-        """Tell the guest in which chunks absent memory was found in use. The caller holds the
-        memory's lock: the ack of a batch that took those chunks must not come first."""
-        used = self._memory.used_again
+        """Tell the guest in which chunks it uses absent memory again. The caller holds the
+        memory's lock."""
+        # Locked: else the ack of a batch that took those chunks could be sent first.
+        used = self._memory.refaults_to_tell
         if not used or self._hinting is None:
             return
 
@@ -188,18 +194,20 @@ class GuestSessions:
 
         few = used.section_count <= _FEW_SECTIONS
         ranges = packed() if few else await asyncio.to_thread(packed)
-        if self._hinting is not None and self._memory.used_again is used:
-            self._memory.used_again = NO_PAGES
+        # Meanwhile the session may have ended, and `tell_all_again` replaced the set.
+        if self._hinting is not None and self._memory.refaults_to_tell is used:
+            self._memory.refaults_to_tell = NO_PAGES
             message = hinting_pb2.Refaulted(ranges=ranges)
             self._hinting.send(hinting_pb2.HostMessage(refaulted=message))
 
     @property
     def has_refaults_to_tell(self) -> bool:
-        """Whether `tell_refaults` would say something."""
-        return bool(self._memory.used_again) and self._hinting is not None
+        """Whether `tell_refaults` would send a message."""
+        return bool(self._memory.refaults_to_tell) and self._hinting is not None
 
     def tell_allowance(self, allowance_bytes: int) -> None:
-        """Tell an agent in session how much it may hint now; no allowance is told once only."""
+        """Tell the guest how much it may hint now, if it has a session."""
+        # No allowance is the normal case; it is sent once, not with every period.
         policy = policy_of(self._settings, allowance_bytes)
         nothing_again = not policy.allowance_pages and not self._allowed_something
         if self._hinting is not None and not nothing_again:
@@ -209,10 +217,10 @@ class GuestSessions:
     # The workload
 
     def attach_workload(self, stream: Stream) -> None:
-        """Make `stream` the one that workload commands go to.
+        """Send workload commands to this stream from now on.
 
-        Those without an answer are sent again: the workload answers what it has done from
-        memory, so that a link that was cut costs nobody his command.
+        Commands without an answer are sent again. The workload does none of them twice: it
+        answers from memory what it has done. So no command is lost with a link.
         """
         if self._workload is not None:
             self._workload.end()
@@ -223,7 +231,7 @@ class GuestSessions:
         self._opened()
 
     def leave_workload(self, stream: Stream) -> None:
-        """Forget a workload's stream that has ended."""
+        """Remove a workload's stream that has ended."""
         if self._workload is stream:
             self._workload = None
             self.workload_is_there.clear()
@@ -236,10 +244,10 @@ class GuestSessions:
     async def run_step(
         self, make: Callable[[int], hinting_pb2.WorkloadCommand], command_id: int = 0
     ) -> hinting_pb2.Done:
-        """Have the workload do one command and wait until it is done.
+        """Send the workload one command and wait until it is done.
 
-        :param command_id: of a command that may be asked for again, also of another host
-            agent; 0 for one that is like no other.
+        :param command_id: id of a command that may be retried, even through another host agent;
+            0 for a new id.
         :raises GuestLost: the guest is gone.
         :raises TransientError: it has no workload now.
         :raises OutcomeUnknown: its stream ended while it worked.
@@ -254,7 +262,7 @@ class GuestSessions:
         return done
 
     async def settle(self) -> hinting_pb2.Settled:
-        """Have the guest report now; return when all that it can hint is acknowledged.
+        """Ask the guest to hint now; return when all that it can hint is acknowledged.
 
         :raises GuestLost, TransientError, OutcomeUnknown: as run_step.
         """
@@ -266,7 +274,7 @@ class GuestSessions:
         )
 
     def answer(self, request_id: int, message: object) -> None:
-        """Take the guest's answer to a request; one that nobody waits for is dropped."""
+        """Take the guest's answer to a request; drop it if nobody waits for it."""
         self._requests.answered(request_id, message)
 
     async def _request(

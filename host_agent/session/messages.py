@@ -1,4 +1,4 @@
-"""What the host says in a hinting session, made of what it decided."""
+"""Builds the messages that the host sends in a hinting session."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KINDS: Mapping[Policy, pb.Policy.Kind.ValueType] = {
 
 
 def policy_of(settings: host_pb2.HintingSettings, allowance_bytes: int = 0) -> pb.Policy:
-    """What a guest with these settings is told."""
+    """Return the policy for a guest with these settings."""
     return pb.Policy(
         kind=_KINDS[Policy(settings.policy or DEFAULT_POLICY)],
         report_period_ms=settings.report_period_ms or DEFAULT_REPORT_PERIOD_MS,
@@ -35,14 +35,14 @@ def policy_of(settings: host_pb2.HintingSettings, allowance_bytes: int = 0) -> p
 
 
 def welcome_of(epoch: int, settings: host_pb2.HintingSettings) -> pb.HostMessage:
-    """The first message of a session."""
+    """Return the first message of a session."""
     return pb.HostMessage(
         welcome=pb.Welcome(epoch=epoch, policy=policy_of(settings), limits=LIMITS)
     )
 
 
 def ack_of(batch: Batch, outcome: Outcome) -> pb.HostMessage:
-    """What became of a batch, for the guest."""
+    """Return the message that tells the guest the outcome of a batch."""
     return pb.HostMessage(
         ack=pb.Ack(
             epoch=batch.epoch,

@@ -1,8 +1,8 @@
-"""Where streams wait that have not said yet whose they are.
+"""Limits the streams that have not sent their guest's identity yet.
 
-Nobody can be held to account for them, so there is a bound on how many there are, and on
-how long one waits. When it is full the oldest must go: an honest guest's first message
-comes with its stream, so those that have waited are not honest guests' mostly.
+No guest can be charged for them, so their number is limited, and how long one may wait. When the
+limit is reached, the oldest is ended: an honest guest sends its first message with its stream, so
+a stream that has waited long is probably not an honest guest's.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from contextlib import asynccontextmanager
 
 
 class PendingStreams:
-    """Room for so many streams, each for so long."""
+    """At most `places` streams at a time, each for at most `timeout_s`."""
 
-    def __init__(self, places: int, longest_s: float) -> None:
+    def __init__(self, places: int, timeout_s: float) -> None:
         self._places = places
-        self._longest_s = longest_s
+        self._timeout_s = timeout_s
         self._waiting: dict[asyncio.Timeout, None] = {}
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """Hold a place while the block runs.
 
-        :raises TimeoutError: in the block, after the longest time, or when the place is
-            needed for another.
+        :raises TimeoutError: in the block, after `timeout_s`, or when another stream needs the
+            place.
         """
         if len(self._waiting) >= self._places:
             oldest = next(iter(self._waiting))
             del self._waiting[oldest]
-            with contextlib.suppress(RuntimeError):  # its time is just up
+            # Timeout.reschedule raises RuntimeError if it is expiring (Lib/asyncio/timeouts.py).
+            with contextlib.suppress(RuntimeError):
                 oldest.reschedule(asyncio.get_running_loop().time())
-        async with asyncio.timeout(self._longest_s) as timeout:
+        async with asyncio.timeout(self._timeout_s) as timeout:
             self._waiting[timeout] = None
             try:
                 yield

@@ -1,8 +1,8 @@
-"""What a guest may ask of this host in a given time, and what comes of asking for more.
+"""Rate limits and bans: how much a guest may ask of this host, and what happens if it asks more.
 
-Pure: clocks are handed in. A guest that breaks the protocol is told why and loses that
-stream; one that floods is read no faster than its pace, and told why if it goes on; one
-that does either again and again is kept out for a while, then dropped for good.
+Pure: takes times. A guest that breaks the protocol loses that stream, with the reason. A guest
+that floods is read only as fast as its rate limit; if it goes on, it loses that stream, too. A
+guest that does either again and again is banned for a while, then dropped for ever.
 """
 
 from __future__ import annotations
@@ -17,42 +17,43 @@ from hintfleet.errors import HintfleetError, LimitExceeded
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """So many a second in the long run, and so many at once."""
+    """A rate limit: `per_s` in the long run, and `burst` at once."""
 
     per_s: float
     burst: int
 
 
+# Batches of one guest. Every 32 ranges count as one batch more, because they cost the host that
+# much. A batch full of single chunks counts as 5, so 60 of those per second: 15 GiB/s at order
+# 9, more than a host punches. An honest guest waits for acks, so to be slowed is no violation.
 BATCHES = Rate(per_s=300, burst=250)
-"""Of one guest, where every 32 ranges count as one more: what a batch costs here grows with
-them. One that is full of single chunks counts 5, so 60 of those a second: 15 GiB at order 9,
-which no host punches. An honest guest waits for acks, so this is no violation."""
-
-RANGE_BYTES = 2
+RANGE_BYTES = 2  # of a typical chunk on the wire
 RANGES_AS_A_BATCH = 32
 
+# Messages of one guest other than batches. An honest guest sends telemetry once per second, and
+# answers to requests.
 MESSAGES = Rate(per_s=50, burst=50)
-"""Of one guest, other than batches. An honest one sends telemetry once a second, and answers."""
 
+# Streams that one guest opens. An agent whose streams fail soon pauses for 2 s between them.
 SESSIONS = Rate(per_s=5, burst=50)
-"""Streams that one guest opens. An agent pauses for 2 s before long if it fails."""
 
+# Open streams of one guest at a time. Streams that have ended, but were not read to their end,
+# count as well: they hold memory here.
 STREAMS = 16
-"""Of one guest at a time, those included that ended but are not read to their end."""
 
+# A guest floods if its messages were delayed for this time without a pause.
 FLOOD_S = 5.0
-"""A guest whose messages were held back for so long without a pause floods."""
 
-STRIKES = 5
-STRIKES_WITHIN_S = 60.0
-"""So many violations within so long, and the guest is kept out."""
+# A guest is banned after this number of violations within this time.
+VIOLATIONS_BEFORE_BAN = 5
+VIOLATIONS_WITHIN_S = 60.0
 
+# How long the first, second and third ban last.
 BANS_S = (10.0, 60.0, math.inf)
-"""For how long, the first, second and last time."""
 
 
 class TokenBucket:
-    """A token bucket, kept as what was taken out of it and has not come back yet."""
+    """A token bucket. It counts the tokens that were taken and have not come back yet."""
 
     def __init__(self, rate: Rate) -> None:
         self._rate = rate
@@ -61,7 +62,8 @@ class TokenBucket:
         self._held_since_s = math.inf
 
     def take(self, now_s: float, tokens: float = 1) -> float:
-        """Use tokens, there or not; how long to wait before the next may be, 0 mostly."""
+        """Take tokens, even if there are too few; return how long to wait before the next call,
+        in seconds. The wait is 0 while there are enough."""
         self._refill(now_s)
         self._taken += tokens
         wait_s = max(0.0, self._taken - self._rate.burst) / self._rate.per_s
@@ -69,7 +71,7 @@ class TokenBucket:
         return wait_s
 
     def take_if_there(self, now_s: float) -> bool:
-        """Use a token if there is one."""
+        """Take a token if there is one; return whether there was."""
         self._refill(now_s)
         there = self._taken <= self._rate.burst - 1
         self._taken += there
@@ -80,12 +82,12 @@ class TokenBucket:
         self._at_s = now_s
 
     def held_for_s(self, now_s: float) -> float:
-        """For how long every `take` has had to wait; 0 if the last one had not."""
+        """Return for how long every `take` returned a wait, in seconds; 0 if the last did not."""
         return max(0.0, now_s - self._held_since_s)
 
 
 class Conduct:
-    """How one guest has behaved.
+    """How one guest behaves: its rate limits, violations and bans.
 
     :ivar violations: how often it broke a rule.
     """
@@ -94,27 +96,27 @@ class Conduct:
         self.violations = 0
         self._last = ""
         self._open_streams = 0
-        self._strikes: deque[float] = deque(maxlen=STRIKES)
+        self._recent_violations: deque[float] = deque(maxlen=VIOLATIONS_BEFORE_BAN)
         self._bans = 0
         self._banned_until_s = -math.inf
         self._batches = TokenBucket(BATCHES)
         self._messages = TokenBucket(MESSAGES)
         self._sessions = TokenBucket(SESSIONS)
 
-    def may_open(self, now_s: float) -> None:
-        """The guest opens a stream.
+    def check_may_open(self, now_s: float) -> None:
+        """Check whether the guest may open a stream now.
 
-        :raises LimitExceeded: it must not, or not yet; says why.
+        :raises LimitExceeded: it is banned, or has or opens too many streams.
         """
         if now_s < self._banned_until_s:
-            raise LimitExceeded(f"kept out for {self._banned_until_s - now_s:.0f} s: {self}")
+            raise LimitExceeded(f"banned for {self._banned_until_s - now_s:.0f} s: {self}")
         if self._open_streams >= STREAMS:
-            raise LimitExceeded(f"{STREAMS} streams are open, or never read to their end")
+            raise LimitExceeded(f"{STREAMS} streams are open, or were not read to their end")
         if not self._sessions.take_if_there(now_s):
             raise LimitExceeded(f"more than {SESSIONS.per_s:g} streams opened per second")
 
-    def opened(self) -> Callable[[], None]:
-        """The guest has opened a stream; to be called when it is closed."""
+    def count_stream(self) -> Callable[[], None]:
+        """Count a stream that the guest has opened; return what to call when it is closed."""
         self._open_streams += 1
 
         def closed() -> None:
@@ -122,19 +124,25 @@ class Conduct:
 
         return closed
 
-    def heard_batch(self, size_bytes: int, now_s: float) -> float:
-        """The guest sent a batch; how long to wait before its next message is read."""
+    def count_batch(self, size_bytes: int, now_s: float) -> float:
+        """Count a batch; return how long to wait before reading on, in seconds.
+
+        :param size_bytes: size of the batch's packed ranges.
+        """
         return self._batches.take(now_s, 1 + size_bytes // RANGE_BYTES // RANGES_AS_A_BATCH)
 
-    def made_work(self, pieces: int, now_s: float) -> None:
-        """A batch met memory that was cut up into so many more pieces than it had ranges. They
-        count like ranges, and have its successors wait."""
+    def count_pieces(self, pieces: int, now_s: float) -> None:
+        """Count pieces like ranges, so that later batches wait.
+
+        :param pieces: how many more pieces of memory a batch met than it has ranges: a guest can
+            use every second page, and hint all of them in one range.
+        """
         self._batches.take(now_s, max(0, pieces) / RANGES_AS_A_BATCH)
 
-    def heard(self, now_s: float) -> float:
-        """The guest sent another message; how long to wait before the next is read.
+    def count_message(self, now_s: float) -> float:
+        """Count a message that is no batch; return how long to wait before reading on, in seconds.
 
-        :raises LimitExceeded: it floods.
+        :raises LimitExceeded: the guest floods.
         """
         wait_s = self._messages.take(now_s)
         if self._messages.held_for_s(now_s) > FLOOD_S:
@@ -143,24 +151,27 @@ class Conduct:
             )
         return wait_s
 
-    def violated(self, error: HintfleetError, now_s: float) -> bool:
-        """The guest broke a rule; whether it is to be dropped for good."""
+    def count_violation(self, error: HintfleetError, now_s: float) -> bool:
+        """Count a violation; return whether the guest must be dropped for ever."""
         self.violations += 1
         self._last = error.message
-        self._strikes.append(now_s)
-        if len(self._strikes) < STRIKES or now_s - self._strikes[0] > STRIKES_WITHIN_S:
+        self._recent_violations.append(now_s)
+        if (
+            len(self._recent_violations) < VIOLATIONS_BEFORE_BAN
+            or now_s - self._recent_violations[0] > VIOLATIONS_WITHIN_S
+        ):
             return False
-        self._strikes.clear()
+        self._recent_violations.clear()
         self._banned_until_s = now_s + BANS_S[self._bans]
         self._bans += 1
         return self._banned_until_s == math.inf
 
-    def banned(self, now_s: float) -> bool:
-        """Whether the guest is kept out now."""
+    def is_banned(self, now_s: float) -> bool:
+        """Return whether the guest is banned now."""
         return now_s < self._banned_until_s
 
     def __str__(self) -> str:
-        """For people; empty if there is nothing to say."""
+        """Describe the violations, for people; empty if there are none."""
         if not self.violations:
             return ""
-        return f"broke the protocol {self.violations} times, the last: {self._last}"
+        return f"broke the protocol {self.violations} times, last: {self._last}"

@@ -1,6 +1,6 @@
-"""What a guest was asked and has not answered yet.
+"""Requests to a guest that it has not answered yet.
 
-A request goes with the stream that it was sent on, unless it is sent again on the next.
+A request fails with the stream that it was sent on, unless it is sent again on the next.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from host_agent.session.stream import Stream
 
 _T = TypeVar("_T")
 
-_NEWS_OF_LOSS_S = 1.0
+_FAIL_AFTER_S = 1.0
 
 
 class _Request:
@@ -34,7 +34,8 @@ class Requests:
     """The open requests to one guest, by their ids."""
 
     def __init__(self) -> None:
-        # From the clock: a guest remembers what it answered an earlier host agent.
+        # From the clock, not from 1: a guest remembers the ids that it answered to an earlier
+        # host agent, and would answer a new command with the same id from memory.
         self._ids = itertools.count(time.time_ns() // 1000)
         self._open: dict[int, _Request] = {}
 
@@ -45,11 +46,11 @@ class Requests:
         answer_type: type[_T],
         request_id: int = 0,
     ) -> _T:
-        """Send what `make` makes of an id, and wait for its answer.
+        """Send the message that `make` returns for an id, and wait for its answer.
 
-        :param request_id: 0 for a new one. No open request may have it.
-        :raises OutcomeUnknown: the guest answered with something else.
-        :raises HintfleetError: what the request was failed with.
+        :param request_id: 0 for a new id. No open request may have the same one.
+        :raises OutcomeUnknown: the answer is of another type.
+        :raises HintfleetError: the error that the request was failed with.
         """
         request_id = request_id or next(self._ids)
         request = self._open[request_id] = _Request(stream, make(request_id))
@@ -59,32 +60,33 @@ class Requests:
         finally:
             del self._open[request_id]
         if not isinstance(message, answer_type):
-            raise OutcomeUnknown("the guest answered with something else")
+            raise OutcomeUnknown(f"the guest answered with {type(message).__name__}")
         return message
 
     def answered(self, request_id: int, message: object) -> None:
-        """An answer came; one that nobody waits for is dropped."""
+        """Take an answer; drop it if nobody waits for it."""
         request = self._open.get(request_id)
         if request is not None and not request.answer.done():
             request.answer.set_result(message)
 
     def send_again(self, stream: Stream, kind: type[object]) -> None:
-        """Move all open requests of this kind to another stream."""
+        """Send all open requests of this kind again, on another stream."""
         for request in self._open.values():
             if isinstance(request.message, kind):
                 request.stream = stream
                 stream.send(request.message)
 
     def fail_all(self, error: HintfleetError) -> None:
-        """Nothing will be answered any more."""
+        """Fail all open requests."""
         for request in self._open.values():
             request.fail(error)
 
     def fail_soon(self, stream: Stream, error: HintfleetError) -> None:
-        """A stream has ended. That is often because its guest does, and that news takes its
-        own way; it is given time to arrive, for it says more. So is the next stream."""
+        """Fail the requests on a stream that has ended, after a grace period."""
+        # A stream often ends because its guest does. The driver reports that on its own way, and
+        # its reason says more: give it time. Meanwhile a new stream may take the requests over.
         loop = asyncio.get_running_loop()
-        loop.call_later(_NEWS_OF_LOSS_S, self._fail, stream, error)
+        loop.call_later(_FAIL_AFTER_S, self._fail, stream, error)
 
     def _fail(self, stream: Stream, error: HintfleetError) -> None:
         for request in self._open.values():

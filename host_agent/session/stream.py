@@ -1,4 +1,4 @@
-"""One open stream to a guest, as the parts of the host agent that speak on it see it."""
+"""The host agent's side of one open stream to a guest: messages to send, and its end."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from types import TracebackType
 
 from hintfleet.errors import HintfleetError, TransientError
 
-_MOST_UNREAD = 64
-"""Messages beyond what the transport's window holds: a reader that far behind reads nothing."""
+# Messages that wait here while the transport's window is full. A guest that is so far behind
+# does not read at all.
+_MAX_UNREAD_MESSAGES = 64
 
-_LAST_WORDS_S = 2.0
+# Grace period: how long a stream may take to send what is queued, after `end`.
+_GRACE_S = 2.0
 
 
 class Stream:
-    """What the service has to say on one open stream; closed with an error or None.
+    """A queue of messages to a guest, ended with an error or without.
 
-    Used as a context by the task that writes to the stream. A guest that does not read can
-    block that task for ever, so it is cancelled if it has not left soon after the end.
+    The task that writes to the stream uses it as a context. A guest that does not read can block
+    that task for ever, so the task is cancelled if it does not leave the context within a grace
+    period after `end`.
     """
 
     def __init__(
@@ -26,18 +29,18 @@ class Stream:
         abort: Callable[[HintfleetError], Awaitable[None]] | None = None,
         on_closed: Callable[[], None] = lambda: None,
     ) -> None:
-        """:param abort: ends the stream at once, past a task that writes to it.
-        :param on_closed: called when the stream holds nothing of ours any more.
+        """:param abort: ends the stream at once, even while a task writes to it.
+        :param on_closed: called when the stream uses no memory of this process any more.
         """
         self._queue: asyncio.Queue[object] = asyncio.Queue()
         self._abort = abort
         self._on_closed = on_closed
         self._ended = False
         self.why_ended = "the guest closed it, or the link was cut"
-        """For people."""
+        """The reason, for people."""
         self._writer: asyncio.Task[object] | None = None
-        self._last_words: asyncio.TimerHandle | None = None
-        self._leaving: asyncio.Task[None] | None = None
+        self._force_close_timer: asyncio.TimerHandle | None = None
+        self._aborting: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Stream:
         self._writer = asyncio.current_task()
@@ -50,46 +53,47 @@ class Stream:
         trace: TracebackType | None,
     ) -> None:
         self._ended, self._writer = True, None
-        if self._last_words is not None:
-            self._last_words.cancel()
-        if self._leaving is None:
+        if self._force_close_timer is not None:
+            self._force_close_timer.cancel()
+        if self._aborting is None:
             self._on_closed()
 
     def send(self, message: object) -> None:
-        """Queue a message for the guest."""
-        if self._queue.qsize() < _MOST_UNREAD:
+        """Queue a message for the guest; end the stream if too many are queued."""
+        if self._queue.qsize() < _MAX_UNREAD_MESSAGES:
             self._queue.put_nowait(message)
         else:
             self.end(TransientError("the guest does not read what it is sent"))
 
     def end(self, error: HintfleetError | None = None) -> None:
-        """End the stream after what is queued; the first end counts."""
+        """End the stream once the queued messages are sent. Later calls do nothing."""
         if self._ended:
             return
         self._ended = True
         self.why_ended = error.message if error else "the host agent closed it"
         self._queue.put_nowait(_End(error))
         loop = asyncio.get_running_loop()
-        self._last_words = loop.call_later(
-            _LAST_WORDS_S, self._show_out, error or TransientError("the stream was closed")
+        self._force_close_timer = loop.call_later(
+            _GRACE_S, self._force_close, error or TransientError("the stream was closed")
         )
 
-    def _show_out(self, error: HintfleetError) -> None:
+    def _force_close(self, error: HintfleetError) -> None:
         if self._writer is not None and self._abort is not None:
-            self._leaving = asyncio.create_task(self._leave(self._abort(error)))
+            self._aborting = asyncio.create_task(self._abort_then_close(self._abort(error)))
             self._writer.cancel()
 
-    async def _leave(self, abort: Awaitable[None]) -> None:
-        # Until the guest reads this, or its connection is gone.
+    async def _abort_then_close(self, abort: Awaitable[None]) -> None:
+        # grpc.aio's `abort` returns only when the guest has read the status, or its connection
+        # is gone. Until then the stream counts as open.
         try:
             await abort
         finally:
             self._on_closed()
 
     async def next(self) -> object | None:
-        """The next message; None at a clean end.
+        """Wait for the next message and return it; None if the stream was ended without error.
 
-        :raises HintfleetError: the stream was ended with it.
+        :raises HintfleetError: the error that the stream was ended with.
         """
         item = await self._queue.get()
         if not isinstance(item, _End):

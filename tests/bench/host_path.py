@@ -66,8 +66,8 @@ def _pair(
     """Ours and C's GiB/s. They take turns in coming first, for that is not the same: what the
     other freed just now is still in the caches."""
     if turn % 2:
-        in_c = _in_c(punch_in_c, chunks)
-        return _ours(chunks), in_c
+        loop_in_c = _in_c(punch_in_c, chunks)
+        return _ours(chunks), loop_in_c
     return _ours(chunks), _in_c(punch_in_c, chunks)
 
 

@@ -37,10 +37,10 @@ def host_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHost]:
     monkeypatch.setattr(rate_limits, "FLOOD_S", 0.5)
     monkeypatch.setattr(rate_limits, "BATCHES", rate_limits.Rate(per_s=1e6, burst=1000))
     monkeypatch.setattr(rate_limits, "BANS_S", (3.0, 0.1, float("inf")))
-    monkeypatch.setattr(guest_service, "_MOST_WITHOUT_IDENTITY", 8)
+    monkeypatch.setattr(guest_service, "_MAX_PENDING_STREAMS", 8)
     monkeypatch.setattr(guest_service, "_FIRST_MESSAGE_S", 3600.0)
     monkeypatch.setattr(guest_service, "_REFUSAL_S", 0.05)
-    monkeypatch.setattr(stream, "_LAST_WORDS_S", 0.3)
+    monkeypatch.setattr(stream, "_GRACE_S", 0.3)
     short = ("grpc.server_handshake_timeout_ms", 500)
     monkeypatch.setattr(server, "GUEST_OPTIONS", (short, *server.GUEST_OPTIONS))
     with host_in_process() as host:
@@ -277,7 +277,7 @@ def test_one_who_never_reads_is_shown_out(
     another.hello(*identity)
     code, said = another.refusal()
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert said == "3 streams are open, or never read to their end"
+    assert said == "3 streams are open, or were not read to their end"
     assert unread[0].refusal() == (
         grpc.StatusCode.UNAVAILABLE,
         "the guest does not read what it is sent",
@@ -319,15 +319,15 @@ def test_who_breaks_the_rules_again_and_again_is_kept_out_then_dropped(
 ) -> None:
     conduct = host_agent.registry.get("g").sessions.conduct
     for bars in range(3):
-        for _ in range(rate_limits.STRIKES):
+        for _ in range(rate_limits.VIOLATIONS_BEFORE_BAN):
             assert misbehave(speaker(), identity)[0] is grpc.StatusCode.INVALID_ARGUMENT
         if bars == 0:
             code, said = misbehave(speaker(), identity)
             assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert re.match(r"kept out for \d s: broke the protocol 5 times, the last: ", said)
+            assert re.match(r"banned for \d s: broke the protocol 5 times, last: ", said)
             assert_served(host_agent)
         if bars < 2:
-            wait_until(lambda: not conduct.banned(time.monotonic()), "the bar to end")
+            wait_until(lambda: not conduct.is_banned(time.monotonic()), "the bar to end")
     with pytest.raises(grpc.RpcError) as caught:
         host_agent.verify()
     assert caught.value.code() is grpc.StatusCode.ABORTED
@@ -340,7 +340,7 @@ def test_a_wrong_token_is_not_held_against_the_guest(
     host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
 ) -> None:
     """Else anybody who knows a neighbour's UUID could have it kept out."""
-    for _ in range(2 * rate_limits.STRIKES):
+    for _ in range(2 * rate_limits.VIOLATIONS_BEFORE_BAN):
         one = speaker()
         one.hello(identity[0], "0" * 32)
         assert one.refusal()[0] is grpc.StatusCode.FAILED_PRECONDITION

@@ -153,7 +153,7 @@ def test_work_that_fails_loses_its_guest_and_nobody_elses(
         one = Speaker(host.guest_address)
         one.hello(uuid, host.token("g"))
         one.batch(one.next().welcome.epoch, 1, RangeSet([(0, 512)]))
-        assert "the host agent failed on it: KeyError" in one.refusal()[1]
+        assert "the host agent failed while working on it: KeyError" in one.refusal()[1]
         one.close()
         host.allocate(2 * MIB, "other")
     (failed,) = (r for r in caplog.records if r.getMessage() == "work on a guest failed")

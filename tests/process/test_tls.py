@@ -232,7 +232,7 @@ def test_a_guest_shows_its_certificate_and_its_token(door: InProcessHost, folder
     assert hello(door.guest_address, tls, UUID, door.token("mine")).HasField("welcome")
     for uuid, token, said in (
         (UUID, "0" * 32, "with that token"),
-        (OTHER_UUID, door.token("other"), "not that of guest"),
+        (OTHER_UUID, door.token("other"), "certificate is not for guest"),
     ):
         with pytest.raises(grpc.RpcError) as error:
             hello(door.guest_address, tls, uuid, token)
@@ -240,7 +240,7 @@ def test_a_guest_shows_its_certificate_and_its_token(door: InProcessHost, folder
 
 
 def test_a_uuid_is_one_guests(door: InProcessHost) -> None:
-    for uuid, said in ((UUID, "already"), ("x", "no UUID")):
+    for uuid, said in ((UUID, "already"), ("x", "not a UUID")):
         with pytest.raises(grpc.RpcError) as error:
             door.create("third", uuid=uuid)
         assert said in refusal(error)[1]
@@ -295,7 +295,7 @@ def test_a_guest_agent_with_anothers_certificate_gives_up(
     process = guest_agent_process(config)
     assert process.wait(HANG_S) == 1
     _, said = process.communicate()
-    assert f"the certificate is not that of guest {OTHER_UUID}" in said
+    assert f"the certificate is not for guest {OTHER_UUID}" in said
 
 
 # The orchestrator

@@ -17,7 +17,7 @@ def patience() -> Iterator[None]:
     """Guests made meanwhile may break rules, and open streams, as often as they like."""
     plenty = rate_limits.Rate(per_s=_PLENTY, burst=_PLENTY)
     with (
-        mock.patch.multiple(rate_limits, STRIKES=_PLENTY, STREAMS=_PLENTY),
+        mock.patch.multiple(rate_limits, VIOLATIONS_BEFORE_BAN=_PLENTY, STREAMS=_PLENTY),
         mock.patch.multiple(rate_limits, SESSIONS=plenty, MESSAGES=plenty, BATCHES=plenty),
         mock.patch.object(guest_service, "_REFUSAL_S", 0.0),
     ):

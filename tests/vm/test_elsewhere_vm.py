@@ -107,15 +107,15 @@ def refused(driver: LibvirtDriver, barrier: Path) -> None:
     finally:
         driver.close()
     assert not state.usable
-    assert f"{barrier} keeps QEMU's user" in state.detail
-    assert f"{barrier} keeps QEMU's user" in caught.value.message
+    assert f"{barrier} denies access to QEMU's user" in state.detail
+    assert f"{barrier} denies access to QEMU's user" in caught.value.message
     assert f"chmod o+x {barrier};" in caught.value.hint
 
 
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ("balloon", "its balloon driver has said nothing in 20 s"),
+        ("balloon", "no balloon driver sent statistics within 20 s"),
         ("reporting", "it has no driver for its balloon device"),
     ],
 )
@@ -139,6 +139,6 @@ def test_a_balloon_that_falls_silent_is_lost_to_its_method(
         guests = Guests(host, {name: spec(host_pb2.BALLOON, memory_bytes=384 * MIB)})
         assert guests[name].pid
         connection.lookupByName(NAME_PREFIX + name).suspend()
-        with pytest.raises(grpc.RpcError, match="its balloon driver has said nothing more") as lost:
+        with pytest.raises(grpc.RpcError, match="its balloon driver sent no more stat") as lost:
             host.allocate(MIB, name)
         assert lost.value.code() is grpc.StatusCode.ABORTED

@@ -227,7 +227,7 @@ def test_an_image_that_qemu_cannot_read(
     gone: list[str] = []
     if "system" not in libvirt_uri:
         pytest.skip("QEMU runs as this user here")
-    with pytest.raises(Refused, match=f"{readable_by_qemu} keeps QEMU's user"):
+    with pytest.raises(Refused, match=f"{readable_by_qemu} denies access to QEMU's user"):
         driver.create(a_request(gone))
     driver.close()
     assert not gone

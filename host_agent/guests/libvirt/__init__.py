@@ -1,1 +1,1 @@
-"""Guests that are virtual machines under QEMU and libvirt."""
+"""The driver of guests that are virtual machines under QEMU and libvirt."""

@@ -1,7 +1,7 @@
-"""libvirt-python as this package uses it: the one module that imports it.
+"""The only module that imports libvirt-python.
 
-Imported late, because only a host with real guests needs it; its errors become
-ours, and its event loop always runs.
+It imports libvirt-python late, because only a host with real guests needs it. It turns libvirt's
+errors into ours, and keeps libvirt's event loop running.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ _loading = Lock()
 
 
 def modules() -> tuple[ModuleType, ModuleType]:
-    """libvirt and libvirt_qemu, with an event loop that runs and errors left to the caller.
-
-    The loop runs until the process ends: every connection opened once there is one answers
-    libvirtd's keepalives through it, and is cut off after 30 s if it does not.
+    """Return libvirt and libvirt_qemu; the event loop runs until the process ends.
 
     :raises Refused: libvirt-python is not installed.
     """
-    with _loading:  # threads may be the first at once, and there can be one loop only
+    # functools.cache may call a function twice if two threads come first together, and there can
+    # be only one event loop in a process.
+    with _loading:
         return _modules()
 
 
@@ -41,7 +40,10 @@ def _modules() -> tuple[ModuleType, ModuleType]:
             hint="apt-get install python3-libvirt, or, in a virtual environment:"
             " apt-get install libvirt-dev pkg-config gcc && pip install 'hintfleet[host]'",
         ) from error
-    libvirt.registerErrorHandler(lambda *_: None, None)  # else it prints each error itself
+    # libvirt's default handler prints each error to stderr, even those that are raised.
+    libvirt.registerErrorHandler(lambda *_: None, None)
+    # Once a loop is registered, new connections answer libvirtd's keepalives through it. If it
+    # does not run, libvirtd cuts them off after 30 s (libvirtd.conf: keepalive_interval, _count).
     libvirt.virEventRegisterDefaultImpl()
     Thread(target=_run_events, args=(libvirt,), name="libvirt-events", daemon=True).start()
     return libvirt, libvirt_qemu
@@ -54,7 +56,7 @@ def _run_events(libvirt: ModuleType) -> NoReturn:
 
 @contextlib.contextmanager
 def errors_as(what: str, hint: str = "") -> Iterator[None]:
-    """Turn libvirt's errors into ours."""
+    """Turn libvirt's errors into GuestLost or Refused; `what` begins the message."""
     libvirt, _ = modules()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The driver's connection to libvirt, and what it tells of the domains that are watched."""
+"""The driver's connection to libvirt, and the events of watched domains."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _log = logging.getLogger("hintfleet.host.libvirt")
 
 
 class Connection:
-    """Opened when it is first needed, and again when it was lost.
+    """A connection that is opened when it is first needed, and again after it was lost.
 
-    :ivar qemu_user: whom QEMU runs as there; None before it was open.
+    :ivar qemu_user: the user that QEMU runs as; None before the connection was first open, and
+        where QEMU runs as this process's user or as root.
     """
 
     def __init__(self, uri: str) -> None:
-        """Nothing is contacted yet."""
+        """Store the URI; `get` connects."""
         self.qemu_user: QemuUser | None = None
         self._uri = uri
         self._lock = Lock()
@@ -33,12 +34,13 @@ class Connection:
         self._watched: dict[str, EndNotice] = {}
 
     def get(self) -> Any:
-        """The connection, opened or opened again if need be.
+        """Return the connection; open it if it is not open, or was lost.
 
-        :raises Refused: libvirt-python or the URI is not there.
+        :raises Refused: libvirt-python is not installed, or the URI does not answer.
         """
         libvirt, _ = modules()
         with self._lock:
+            # isAlive is false once the channel to libvirtd is closed (src/libvirt-host.c).
             if self._connection is not None and not self._connection.isAlive():
                 self._disconnect()
             if self._connection is None:
@@ -48,7 +50,7 @@ class Connection:
                     " URI; without root, qemu:///session",
                 ):
                     self._connection = libvirt.open(self._uri)
-                _log.info("libvirt is there", extra=fields(uri=self._uri))
+                _log.info("connected to libvirt", extra=fields(uri=self._uri))
                 self._subscribe(libvirt, self._connection)
                 with errors_as("asking libvirt which user QEMU has"):
                     self.qemu_user = QemuUser.of(self._connection.getCapabilities())
@@ -74,6 +76,7 @@ class Connection:
             if event in reasons:
                 self._give_notice(domain.UUIDString(), reasons[event])
 
+        # libvirt reports a reset by an event of its own, not by a lifecycle event.
         def reboot(_connection: Any, domain: Any, _: None) -> None:
             self._give_notice(domain.UUIDString(), "the guest was reset")
 
@@ -91,7 +94,7 @@ class Connection:
             connection.registerCloseCallback(closed, None)
 
     def close(self) -> None:
-        """Close it, if it is open."""
+        """Close the connection, if it is open."""
         with self._lock:
             if self._connection is not None:
                 self._disconnect()
@@ -99,21 +102,23 @@ class Connection:
     def watch(
         self, uuid_text: str, on_gone: Callable[[str], None], undo: contextlib.ExitStack
     ) -> EndNotice:
-        """Hear from now on of what becomes of a domain, so that no event is missed."""
+        """Report the end of a domain to `on_gone` from now on. Call it before the domain is
+        made, so that no event is missed."""
         notice = self._watched[uuid_text] = EndNotice(on_gone)
         undo.callback(self.forget, uuid_text)
         undo.callback(notice.silence)
         return notice
 
     def forget(self, uuid_text: str) -> None:
-        """Watch a domain no more."""
+        """Stop watching a domain."""
         self._watched.pop(uuid_text, None)
 
     def destroy(self, uuid_text: str) -> None:
-        """End a domain, by the connection that there is now; it may be gone already.
+        """End a domain; it may be gone already.
 
-        :raises Refused: libvirt could not, or is not there: it may run on.
+        :raises Refused: libvirt failed or does not answer: the domain may run on.
         """
+        # Not by a domain object: its connection may have been lost and opened again since.
         connection = self.get()
         with contextlib.suppress(GuestLost), errors_as("ending the domain"):
             connection.lookupByUUIDString(uuid_text).destroy()

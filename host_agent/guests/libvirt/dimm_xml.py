@@ -1,4 +1,4 @@
-"""DIMMs of a libvirt domain: values in, XML out, and back."""
+"""The XML of a libvirt domain's DIMMs: builds it from values and parses it. Pure."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hintfleet.units import KIB, PAGE_BYTES
 class Dimm:
     """A DIMM that is plugged.
 
-    :ivar alias: libvirt's name for it, which its events bear.
-    :ivar address: first byte, guest physical.
-    :ivar xml: what libvirt knows it by.
+    :ivar alias: libvirt's name for it, also in its events.
+    :ivar address: address of its first byte, guest physical.
+    :ivar xml: its element of the live XML, by which libvirt finds it to detach it.
     """
 
     alias: str
@@ -25,12 +25,13 @@ class Dimm:
 
     @property
     def pages(self) -> RangeSet:
-        """The guest's page frames that it holds."""
+        """The guest's page frames that are on the DIMM."""
         return RangeSet([(self.address // PAGE_BYTES, self.size_bytes // PAGE_BYTES)])
 
 
 def dimm_xml(size_bytes: int, node: int) -> str:
-    """The XML to plug a DIMM with; its memory is a shared memfd, as all of the domain's."""
+    """Return the XML to plug a DIMM with."""
+    # The memfd comes from the domain's <memoryBacking>; a DIMM has its own access mode.
     memory = ET.Element("memory", model="dimm", access="shared")
     target = ET.SubElement(memory, "target")
     ET.SubElement(target, "size", unit="bytes").text = str(size_bytes)
@@ -39,7 +40,7 @@ def dimm_xml(size_bytes: int, node: int) -> str:
 
 
 def dimms_of(domain_xml: str) -> list[Dimm]:
-    """The DIMMs in the live XML of a domain."""
+    """Return the DIMMs in the live XML of a domain."""
     domain = ET.fromstring(domain_xml)  # noqa: S314 - libvirt's own
     return [
         Dimm(

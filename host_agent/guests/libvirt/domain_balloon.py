@@ -13,18 +13,20 @@ _REPORTING_FEATURE = "VIRTIO_BALLOON_F_REPORTING"
 
 
 class LibvirtBalloon:
-    """The memory target of a running domain."""
+    """The balloon of a running domain, with its memory target."""
 
     def __init__(self, domain: Any) -> None:
         self._domain = domain
 
     def stats(self) -> BalloonStats:
         with errors_as("reading the guest's memory statistics"):
-            said = self._domain.memoryStats()
+            stats = self._domain.memoryStats()
+        # "actual" is QEMU's own; the rest comes from the guest's driver, and is left out or 0
+        # where that has sent nothing.
         return BalloonStats(
-            size_bytes=said["actual"] * KIB,
-            unused_bytes=said["unused"] * KIB if "unused" in said else None,
-            said_at_s=said.get("last_update", 0),
+            size_bytes=stats["actual"] * KIB,
+            unused_bytes=stats["unused"] * KIB if "unused" in stats else None,
+            last_update_s=stats.get("last_update", 0),
         )
 
     def set_target(self, size_bytes: int) -> None:
@@ -40,8 +42,9 @@ class LibvirtReporting:
         self._domain = domain
 
     def problem(self) -> str:
-        """What the guest's driver has agreed on with QEMU says it: x-query-virtio-status, which
-        came with QEMU 7.2 and is not promised to stay. Of another QEMU nothing is known."""
+        """Return why the guest does not report; empty also where QEMU cannot tell."""
+        # The features that the guest's driver has accepted tell it. QEMU shows them since 7.2, by
+        # a command that it calls unstable (qapi/virtio.json).
         libvirt, libvirt_qemu = modules()
 
         def ask(command: str, **arguments: str) -> Any:
@@ -52,9 +55,9 @@ class LibvirtReporting:
             try:
                 devices = ask("x-query-virtio")
                 path = next(one["path"] for one in devices if one["name"] == "virtio-balloon")
-                said = ask("x-query-virtio-status", path=path)
-                status = said["status"]["statuses"]
-                features = said["guest-features"]["dev-features"]
+                answer = ask("x-query-virtio-status", path=path)
+                status = answer["status"]["statuses"]
+                features = answer["guest-features"]["dev-features"]
             except libvirt.libvirtError as error:
                 if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                     raise
@@ -65,9 +68,10 @@ class LibvirtReporting:
 
 
 def reporting_problem(status: list[str], features: list[str]) -> str:
-    """Why a guest does not report, by its driver's status and the features that it took. Pure.
+    """Return why a guest does not report; empty if it does. Pure.
 
-    Each begins with a name of the virtio specification's and goes on with what it means.
+    :param status, features: the driver's status bits and accepted features, as QEMU lists them:
+        each is a name from the virtio specification, followed by its meaning.
     """
     if not any(line.startswith("VIRTIO_CONFIG_S_DRIVER_OK") for line in status):
         return "it has no driver for its balloon device (Linux: virtio_balloon)"

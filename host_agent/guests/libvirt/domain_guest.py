@@ -1,4 +1,4 @@
-"""A guest that is a domain: what it owns, and how its end is told."""
+"""A guest that is a libvirt domain: what it owns, and the notice of its end."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ _EVIDENCE_LINES = 40
 
 
 class EndNotice:
-    """Tells once that a guest is gone, and not at all after its owner has ended it."""
+    """Calls `on_gone` once when a guest is gone; never after `silence`."""
 
     def __init__(self, on_gone: Callable[[str], None]) -> None:
         self._on_gone = on_gone
         self._lock = Lock()
-        self._given = False
+        self._is_over = False
 
     def give(self, reason: str) -> None:
-        """Tell it, from any thread."""
-        if self._first():
+        """Report that the guest is gone, from any thread."""
+        if self._end():
             self._on_gone(reason)
 
     def silence(self) -> None:
-        """Have it told no more."""
-        self._first()
+        """Report nothing from now on: the owner ends the guest itself."""
+        self._end()
 
-    def _first(self) -> bool:
+    def _end(self) -> bool:
+        # libvirt's event thread and a driver's thread may come at the same time.
         with self._lock:
-            first, self._given = not self._given, True
-        return first
+            is_first, self._is_over = not self._is_over, True
+        return is_first
 
 
 class LibvirtGuest:
-    """A guest that runs; made by LibvirtDriver.create."""
+    """A running guest, made by LibvirtDriver."""
 
     handle: Handle = {}
-    """Its UUID says it all."""
+    """Empty: libvirt finds the domain by its UUID."""
 
     def __init__(
         self,
@@ -57,8 +58,9 @@ class LibvirtGuest:
         forget: Callable[[], None],
         end: Callable[[], None],
     ) -> None:
-        """Own all of them.
+        """Take ownership of RAM and files.
 
+        :param forget: stops watching the domain.
         :param end: ends the domain, which may be gone already.
         """
         self.pid = pid
@@ -87,6 +89,7 @@ class LibvirtGuest:
         return self._files.console_tail(_EVIDENCE_LINES)
 
     def close(self) -> None:
+        # First: the end of the domain, which is wanted, causes an event.
         self._end_notice.silence()
         self._end()
         self._forget()

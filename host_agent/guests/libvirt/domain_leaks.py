@@ -1,8 +1,8 @@
-"""Domains that outlived the host agent that made them.
+"""Finds domains that outlived the host agent that made them.
 
-libvirt ends a host agent's domains with its connection (autodestroy). One that is still
-there was let down by libvirtd itself. It is known by its name and its console: a file in
-the folder that its host agent made for it, and on which that holds a lock.
+libvirt ends a host agent's domains with its connection (autodestroy). A domain is still there
+only if libvirtd itself failed. It is recognised by its name and its console: a file in the folder
+that its host agent made and has locked.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from host_agent.guests.libvirt.runtime_dir import runtime_dirs
 
 
 def abandoned_domains(uri: str) -> list[Removable]:
-    """Those at this URI.
+    """Return the abandoned domains at this URI.
 
-    :raises Refused: libvirt is not there, does not answer, or is that of another machine, of
-        whose processes and folders nothing is known here.
+    :raises Refused: libvirt is not installed, does not answer, or runs on another machine, whose
+        processes and folders cannot be examined from here.
     """
     if urlsplit(uri).hostname:
         raise Refused(
-            f"the domains of {uri} are another machine's", hint="run hintfleet-host --leaks there"
+            f"the domains of {uri} are on another machine",
+            hint="run hintfleet-host --leaks on that machine",
         )
     libvirt, _ = modules()
     with errors_as(f"cannot connect to libvirt at {uri}"), closing(libvirt.open(uri)) as opened:
@@ -42,7 +43,8 @@ def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
         folder = _folder_of(domain.XMLDesc())
         if not domain.name().startswith(NAME_PREFIX) or folder is None:
             continue
-        if runtime_dirs()[0].belongs_to_nobody(folder):  # wherever it is
+        # Any of runtime_dirs() can tell: they differ only in where they make folders.
+        if runtime_dirs()[0].belongs_to_nobody(folder):
             leak = Leak(
                 what="domain",
                 where=domain.name(),
@@ -60,9 +62,8 @@ def _folder_of(domain_xml: str) -> Path | None:
 
 
 def _destroyer(uri: str, uuid_text: str) -> Callable[[], None]:
-    """By its UUID: under its name there may be another one by now."""
-
     def destroy() -> None:
+        # By UUID, not by name: another domain may have the name by now.
         libvirt, _ = modules()
         with errors_as("ending the domain"), closing(libvirt.open(uri)) as connection:
             try:

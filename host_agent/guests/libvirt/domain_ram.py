@@ -1,4 +1,4 @@
-"""The RAM of a running libvirt domain: where it lies, and DIMMs that come and go."""
+"""The RAM of a running libvirt domain: finds its files, plugs and unplugs DIMMs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from host_agent.guests.libvirt.dimm_xml import Dimm, dimm_xml, dimms_of
 from host_agent.guests.libvirt.qemu_ram import open_segments, process_of_thread
 from host_agent.memory.ram import GuestRam, Segment
 
+# The guest has put the memory offline before, so it needs some milliseconds only.
 _REMOVAL_S = 20.0
-"""The guest has put the memory offline before: what is left to it are some milliseconds."""
 
 
 def translate(domain: Any) -> GuestRam:
-    """The RAM of a running domain, as parts of QEMU's files.
+    """Return the RAM of a running domain, as parts of QEMU's files.
 
-    :param domain: a libvirt.virDomain, of this or any other maker.
-    :raises Refused: it has no shared memory backing of its own, runs on another
-        machine, or is not understood; says what to change.
+    :param domain: a libvirt.virDomain, made by this host agent or by anybody else.
+    :raises Refused: it has no shared memory backing of its own, runs on another machine, or
+        QEMU's answers are not understood; says what to change.
     :raises GuestLost: it is gone.
     """
     with errors_as("looking into the domain's memory"):
@@ -34,10 +34,9 @@ def translate(domain: Any) -> GuestRam:
 
 
 def qemu_pid(domain: Any) -> int:
-    """Process id of a running domain's QEMU, said by QEMU itself.
-
-    Not from a pid file, whose place depends on the URI.
-    """
+    """Return the process id of a running domain's QEMU."""
+    # From QEMU itself: where libvirt has its pid file depends on the URI. QMP does not tell the
+    # process id, but the thread ids of virtual CPUs.
     _, libvirt_qemu = modules()
     with errors_as("asking QEMU for its process id"):
         query = json.dumps({"execute": "query-cpus-fast"})
@@ -46,7 +45,8 @@ def qemu_pid(domain: Any) -> int:
 
 
 def _monitor(domain: Any) -> Callable[[str], str]:
-    """QEMU's human monitor."""
+    """Return a function that runs a command of QEMU's human monitor (HMP)."""
+    # QMP has neither `info mtree` nor `gpa2hva`.
     _, libvirt_qemu = modules()
 
     def run(command: str) -> str:
@@ -61,19 +61,20 @@ class Dimms:
     """The DIMMs of a domain that was made with a maximum and slots for them."""
 
     def __init__(self, domain: Any, node: int) -> None:
-        """:param node: NUMA node of the guest that DIMMs come to."""
+        """:param node: NUMA node of the guest that gets the DIMMs."""
         self._domain = domain
         self._node = node
 
     def pages(self) -> RangeSet:
-        """Of all DIMMs that the domain has now."""
+        """Return the pages of all DIMMs that the domain has now."""
         return RangeSet(pages for dimm in self._dimms() for pages in dimm.pages)
 
     def plug(self, size_bytes: int, ram: RangeSet) -> list[Segment]:
-        """Attach one DIMM; returns where it lies.
+        """Attach one DIMM; return its segments.
 
-        :param ram: what the domain had before.
-        :raises Refused: no slot is free, or it is not backed as it must be.
+        :param ram: the RAM that the domain had before.
+        :raises Refused: no slot is free, or the DIMM is not backed by a shared memfd. It is
+            detached again then.
         """
         libvirt, _ = modules()
         before = {dimm.alias for dimm in self._dimms()}
@@ -91,9 +92,9 @@ class Dimms:
             raise
 
     def to_unplug(self, size_bytes: int) -> list[RangeSet]:
-        """The highest DIMMs that make up so much, each with its pages.
+        """Return the pages of the highest DIMMs that have this size together, DIMM by DIMM.
 
-        :raises Refused: DIMMs go whole, and none fit.
+        :raises Refused: no such DIMMs: a DIMM can be unplugged only as a whole.
         """
         found: list[RangeSet] = []
         left_bytes = size_bytes
@@ -106,15 +107,15 @@ class Dimms:
             sizes = ", ".join(format_size(dimm.size_bytes) for dimm in self._dimms())
             raise Refused(
                 f"{format_size(size_bytes)} cannot be unplugged: the guest has DIMMs of {sizes}",
-                hint="they go whole, the highest address first",
+                hint="a DIMM is unplugged as a whole, the one with the highest address first",
             )
         return found
 
     def unplug(self, pages: RangeSet) -> None:
-        """Detach the DIMM of these pages and wait until QEMU has let go of it.
+        """Detach the DIMM with these pages and wait until QEMU has removed it.
 
-        :raises Refused: the guest holds on to it; it stays.
-        :raises OutcomeUnknown: the guest did not say in time.
+        :raises Refused: the guest refused; the DIMM stays.
+        :raises OutcomeUnknown: the guest did not answer in time.
         """
         for dimm in self._dimms():
             if dimm.pages == pages:
@@ -126,35 +127,38 @@ class Dimms:
 
     def _detach(self, dimm: Dimm) -> None:
         libvirt, _ = modules()
+        # Subscribe before detaching: detachDeviceFlags returns when the guest has been asked, and
+        # only an event tells what the guest did.
         with _removal_of(dimm, self._domain) as removed:
             with errors_as(f"unplugging {dimm.alias}"):
                 self._domain.detachDeviceFlags(dimm.xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
             try:
-                went = removed.get(timeout=_REMOVAL_S)
+                was_removed = removed.get(timeout=_REMOVAL_S)
             except queue.Empty:
                 raise OutcomeUnknown(
-                    f"the guest did not let go of {dimm.alias} within {_REMOVAL_S:g} s"
+                    f"the guest did not release {dimm.alias} within {_REMOVAL_S:g} s"
                 ) from None
-        if not went:
-            raise Refused(f"the guest refused to let go of {dimm.alias}")
+        if not was_removed:
+            raise Refused(f"the guest refused to release {dimm.alias}")
 
 
 @contextlib.contextmanager
 def _removal_of(dimm: Dimm, domain: Any) -> Iterator[queue.SimpleQueue[bool]]:
-    """What becomes of the removal of a DIMM, once libvirt says it: whether it went."""
+    """Subscribe to the removal of a DIMM during the block: the queue gets whether it was removed,
+    once libvirt knows."""
     libvirt, _ = modules()
-    said: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    results: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
-    def hear(_connection: Any, _domain: Any, alias: str, went: bool) -> None:
+    def on_event(_connection: Any, _domain: Any, alias: str, was_removed: bool) -> None:
         if alias == dimm.alias:
-            said.put(went)
+            results.put(was_removed)
 
     with contextlib.ExitStack() as undo, errors_as("subscribing to libvirt's events"):
         connection = domain.connect()
-        for event, went in (
+        for event, was_removed in (
             (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, True),
             (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, False),
         ):
-            number = connection.domainEventRegisterAny(domain, event, hear, went)
+            number = connection.domainEventRegisterAny(domain, event, on_event, was_removed)
             undo.callback(connection.domainEventDeregisterAny, number)
-        yield said
+        yield results

@@ -1,10 +1,4 @@
-"""The libvirt domain of a guest: values in, XML out.
-
-What matters for hinting: the RAM is a shared memfd, so that the host agent can
-punch holes in it; there is no balloon unless it is the method, for its free page
-reporting would take the place of ours; a guest that resets or crashes ends, because
-its epoch does.
-"""
+"""Builds the XML of a guest's libvirt domain from values. Pure."""
 
 from __future__ import annotations
 
@@ -23,30 +17,29 @@ NAME_PREFIX = "hintfleet-"
 
 
 class Memballoon(Enum):
-    """What the guest's balloon device is for."""
+    """The purpose of the guest's balloon device."""
 
     NONE = "none"
     REPORTING = "reporting"
     TARGET = "target"
 
 
+# Each time a guest grows takes one slot, until it shrinks.
 _DIMM_SLOTS = 32
-"""Each time that a guest grows takes one, until it shrinks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainSpec:
-    """What a domain is made from.
+    """The values that a domain's XML is built from.
 
-    :ivar accelerator: `kvm`, or `qemu` for TCG: the type of a libvirt domain.
+    :ivar accelerator: type of the libvirt domain: `kvm`, or `qemu` for TCG.
     :ivar console: file that the guest's serial console is written to.
-    :ivar config: file that the agent reads as FW_CFG_NAME; None for a guest
-        without agent, which ends as soon as it has booted. Never text in the
-        XML: that shows in QEMU's command line, and it holds a secret.
-    :ivar max_memory_bytes: what DIMMs may make it; 0 if it has no slots for any.
-    :ivar node_count: NUMA nodes that the memory is spread over evenly.
-    :ivar parameters: more for the kernel's command line; hintfleet.* is for the guest's
-        init (deploy/image/init).
+    :ivar config: file that the agent reads as FW_CFG_NAME; None for a guest without agent, which
+        ends as soon as it has booted.
+    :ivar max_memory_bytes: size that the guest may reach with DIMMs; 0 for no slots.
+    :ivar node_count: number of NUMA nodes; the memory is spread over them evenly.
+    :ivar parameters: added to the kernel's command line; hintfleet.* is for the guest's init
+        (deploy/image/init).
     """
 
     name: str
@@ -64,7 +57,7 @@ class DomainSpec:
 
 
 def domain_xml(spec: DomainSpec) -> str:
-    """The XML to create a transient domain from."""
+    """Return the XML to create a transient domain from."""
     domain = ET.Element("domain", type=spec.accelerator)
     _text(domain, "name", NAME_PREFIX + spec.name)
     _text(domain, "uuid", spec.uuid)
@@ -76,6 +69,7 @@ def domain_xml(spec: DomainSpec) -> str:
     _memory_backing(domain)
     _boot(domain, spec)
     _cpu(domain, spec)
+    # A guest that resets or crashes must end, because its epoch does.
     for event in ("poweroff", "reboot", "crash"):
         _text(domain, f"on_{event}", "destroy")
     _devices(domain, spec)
@@ -88,6 +82,7 @@ def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:
 
 
 def _memory_backing(domain: ET.Element) -> None:
+    # A shared memfd: the host agent opens the same file and punches holes in it.
     backing = ET.SubElement(domain, "memoryBacking")
     ET.SubElement(backing, "source", type="memfd")
     ET.SubElement(backing, "access", mode="shared")
@@ -95,7 +90,8 @@ def _memory_backing(domain: ET.Element) -> None:
 
 def _cpu(domain: ET.Element, spec: DomainSpec) -> None:
     kvm = spec.accelerator == "kvm"
-    nodes = spec.node_count > 1 or spec.max_memory_bytes  # DIMMs are plugged into a node
+    # libvirt refuses <maxMemory> without NUMA nodes: a DIMM is plugged into a node.
+    nodes = spec.node_count > 1 or spec.max_memory_bytes
     if not kvm and not nodes:
         return
     cpu = ET.SubElement(domain, "cpu", {"mode": "host-passthrough"} if kvm else {})
@@ -103,19 +99,22 @@ def _cpu(domain: ET.Element, spec: DomainSpec) -> None:
         numa = ET.SubElement(cpu, "numa")
         for node, size_bytes in enumerate(_node_sizes(spec)):
             cell = {"id": str(node), "memory": str(size_bytes // KIB), "unit": "KiB"}
-            if not node:  # all of them: memory is what there is to spread
+            # All virtual CPUs in the first node: only the memory has to be spread.
+            if not node:
                 cell["cpus"] = f"0-{spec.vcpu_count - 1}"
             ET.SubElement(numa, "cell", cell)
 
 
 def _node_sizes(spec: DomainSpec) -> list[int]:
-    """Whole MiB each; the last has the rest."""
+    """Return the size of each node, in whole MiB; the last has the rest."""
     share_bytes = spec.memory_bytes // spec.node_count // MIB * MIB
     others = [share_bytes] * (spec.node_count - 1)
     return [*others, spec.memory_bytes - sum(others)]
 
 
 def _boot(domain: ET.Element, spec: DomainSpec) -> None:
+    # As a file, not as text in the XML: text would show in QEMU's command line, and the
+    # configuration has the guest's token.
     if spec.config:
         sysinfo = ET.SubElement(domain, "sysinfo", type="fwcfg")
         ET.SubElement(sysinfo, "entry", name=FW_CFG_NAME, file=str(spec.config))
@@ -135,8 +134,8 @@ def _parameters(spec: DomainSpec) -> list[str]:
     # arch/x86/kernel/apic/io_apic.c: check_timer). Under KVM, Linux sets it by itself.
     parameters = ["console=ttyS0", "quiet", "panic=-1", "no_timer_check"]
     if spec.max_memory_bytes:
-        # DIMMs come above 4 GiB. For devices that cannot reach them (there are none here) the
-        # kernel would set 64 MiB of bounce buffers aside (arch/x86/kernel/pci-dma.c).
+        # DIMMs are above 4 GiB. For devices that cannot reach them (there are none here) the
+        # kernel would reserve 64 MiB of bounce buffers (arch/x86/kernel/pci-dma.c).
         parameters.append("swiotlb=noforce")
     return parameters
 
@@ -145,12 +144,13 @@ def _devices(domain: ET.Element, spec: DomainSpec) -> None:
     devices = ET.SubElement(domain, "devices")
     disk = ET.SubElement(devices, "disk", type="file", device="disk")
     ET.SubElement(disk, "driver", name="qemu", type="raw")
-    # All guests share one file, so its owner and label are nobody's to change.
+    # All guests share this file. libvirt would change its owner for one guest, and change it back
+    # when that guest ends, while others use it.
     source = ET.SubElement(disk, "source", file=str(spec.image.root_disk))
     ET.SubElement(source, "seclabel", model="dac", relabel="no")
     ET.SubElement(disk, "target", dev="vda", bus="virtio")
     ET.SubElement(disk, "readonly")
-    # The guest reaches the host's loopback as 10.0.2.2, with no privileges.
+    # User-mode networking needs no privileges; the guest reaches the host's loopback as 10.0.2.2.
     interface = ET.SubElement(devices, "interface", type="user")
     ET.SubElement(interface, "model", type="virtio")
     serial = ET.SubElement(devices, "serial", type="file")
@@ -160,11 +160,13 @@ def _devices(domain: ET.Element, spec: DomainSpec) -> None:
 
 
 def _balloon(devices: ET.Element, use: Memballoon) -> None:
+    # libvirt adds a balloon device by default (model "virtio" for QEMU). Its free page reporting
+    # would take free chunks before they are hinted.
     if use is Memballoon.NONE:
         ET.SubElement(devices, "memballoon", model="none")
     elif use is Memballoon.REPORTING:
         ET.SubElement(devices, "memballoon", model="virtio", freePageReporting="on")
     else:
-        # autodeflate: a guest that runs out of memory takes it back without being asked.
+        # autodeflate: a guest that runs out of memory takes some back by itself.
         balloon = ET.SubElement(devices, "memballoon", model="virtio", autodeflate="on")
         ET.SubElement(balloon, "stats", period=str(round(PERIOD_S)))

@@ -1,8 +1,8 @@
 """Real guests: transient libvirt domains under QEMU.
 
-A domain is bound to this driver's connection (VIR_DOMAIN_START_AUTODESTROY), so
-libvirt ends all guests of a host agent that dies, however it dies. Under Survival it is
-not; another host agent finds the domain by its UUID, and where its RAM lies once more.
+A domain is bound to this driver's connection (VIR_DOMAIN_START_AUTODESTROY): when a host agent
+dies, libvirt ends all its guests. Under Survival a domain is not bound. The next host agent finds
+it by its UUID, and finds the files of its RAM again.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from host_agent.guests.libvirt.runtime_dir import RuntimeDir
 
 _GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
 _PROBE_MEMORY_BYTES = 256 * MIB
-_NEWS_OF_END_S = 2.0
-_LOOK_S = 0.05
+# How long after QEMU's monitor broke libvirt may still call the domain active.
+_END_TIMEOUT_S = 2.0
+_POLL_S = 0.05
 
 _MEMBALLOONS = {
     host_pb2.REPORTING: Memballoon.REPORTING,
@@ -44,7 +45,7 @@ _MEMBALLOONS = {
 
 
 class LibvirtDriver:
-    """Makes guests on one libvirt connection, which is opened when it is first needed."""
+    """Makes guests on one connection to libvirt."""
 
     def __init__(
         self,
@@ -55,12 +56,12 @@ class LibvirtDriver:
         images: Path | None = None,
         survival: Survival | None = None,
     ) -> None:
-        """Nothing is contacted yet.
+        """Store settings; the connection is opened when it is first needed.
 
-        :param guest_server: where guests find the host agent, `10.0.2.2:PORT` for
-            one that listens on the host's loopback.
-        :param guest_tls: whether it wants TLS; then the guest's image holds its certificate.
-        :param images: directory of guest images; the default one if None.
+        :param guest_server: address at which guests find the host agent: `10.0.2.2:PORT` for one
+            that listens on the host's loopback.
+        :param guest_tls: whether guests must use TLS; the guest's image has its certificate then.
+        :param images: directory of guest images; None for the default one.
         """
         self._connection = Connection(uri)
         self._guest_server = guest_server
@@ -69,7 +70,7 @@ class LibvirtDriver:
         self._survival = survival
         self._probing = Lock()
         self._kvm_fails = False
-        """A guest could not even be started under KVM; not tried again."""
+        """Whether a guest could not be started under KVM; it is not tried again."""
 
     def state(self) -> host_pb2.DriverState:
         try:
@@ -100,7 +101,7 @@ class LibvirtDriver:
             end_notice = self._connection.watch(request.uuid, request.on_gone, undo)
             domain = _start(connection, spec, lasting=self._survival is not None)
             undo.callback(self._connection.destroy, request.uuid)
-            return self._own(request, domain, files, end_notice, undo)
+            return self._take_over(request, domain, files, end_notice, undo)
 
     def adopt(self, request: GuestRequest, handle: Handle) -> LibvirtGuest:  # noqa: ARG002
         connection = self._connection.get()
@@ -108,7 +109,7 @@ class LibvirtDriver:
             end_notice = self._connection.watch(request.uuid, request.on_gone, undo)
             with errors_as("while there was no host agent"):
                 domain = connection.lookupByUUIDString(request.uuid)
-            return self._own(request, domain, self._files(request.name), end_notice, undo)
+            return self._take_over(request, domain, self._files(request.name), end_notice, undo)
 
     def _files(self, name: str) -> RuntimeDir:
         if self._survival:
@@ -116,10 +117,11 @@ class LibvirtDriver:
         return RuntimeDir.make(self._connection.qemu_user)
 
     def _check_reach(self, image: GuestImage) -> None:
-        """Refuse what QEMU could not read, which it would say less clearly.
+        """Check that QEMU's user can read image and state folder.
 
-        :raises Refused: names what keeps its user out.
+        :raises Refused: it cannot; names the folder or file that denies access.
         """
+        # Checked before QEMU tries: its own message is less clear.
         if self._connection.qemu_user is None:
             return
         self._connection.qemu_user.check(
@@ -128,7 +130,7 @@ class LibvirtDriver:
         if self._survival:
             self._connection.qemu_user.check(self._survival.folder, "choose another --state DIR")
 
-    def _own(
+    def _take_over(
         self,
         request: GuestRequest,
         domain: Any,
@@ -136,15 +138,15 @@ class LibvirtDriver:
         end_notice: EndNotice,
         undo: contextlib.ExitStack,
     ) -> LibvirtGuest:
-        """A domain that runs, as a guest; what `undo` would undo is the guest's from then on.
+        """Return a running domain as a guest, which takes over what `undo` would undo.
 
-        :raises GuestLost: it ended meanwhile.
+        :raises GuestLost: the domain has ended meanwhile.
         """
         try:
             ram = translate(domain)
         except Refused as error:
-            # QEMU's monitor breaks before libvirt says what became of QEMU.
-            if _ends(domain):
+            # When QEMU ends, its monitor breaks before libvirt reports the domain as gone.
+            if _has_ended(domain):
                 raise GuestLost(f"it ended just now: {error.message}") from error
             raise
         undo.callback(ram.close)
@@ -196,6 +198,7 @@ class LibvirtDriver:
         )
 
     def _accelerator(self, connection: Any, image: GuestImage) -> str:
+        # One probe at a time: guests that are made together wait for the same answer.
         with self._probing:
             boots = kvm_probe.cached(image)
             if boots is None and not self._kvm_fails:
@@ -206,8 +209,9 @@ class LibvirtDriver:
         return "kvm" if boots else "qemu"
 
     def _boots_under_kvm(self, connection: Any, image: GuestImage) -> bool | None:
-        """Boot a guest without agent under KVM, and end it; None if it could not be started,
-        which may be for another reason: the next host agent is to try again."""
+        """Boot a guest without agent under KVM, and end it. Return whether it booted; None if it
+        could not be started. The reason may be another than KVM, so None is not remembered for
+        the next host agent."""
         identity = uuid.uuid4()
         name = f"kvm-probe-{identity.hex[:8]}"
         files = self._files(name)
@@ -251,15 +255,15 @@ def _refuse_if_taken(connection: Any, request: GuestRequest) -> None:
             taken = lookup(key).name()
             raise Refused(
                 f"cannot start domain {name}: there is a domain {taken} already",
-                hint=f"virsh destroy {taken}, or another name",
+                hint=f"virsh destroy {taken}, or choose another name",
             )
 
 
 def _start(connection: Any, spec: DomainSpec, *, lasting: bool = False) -> Any:
     """Create the domain.
 
-    :param lasting: whether it is to outlive the connection.
-    :raises Refused: libvirt or QEMU would not have it.
+    :param lasting: whether it must outlive the connection.
+    :raises Refused: libvirt or QEMU refused.
     """
     libvirt, _ = modules()
     name = NAME_PREFIX + spec.name
@@ -273,18 +277,19 @@ def _start(connection: Any, spec: DomainSpec, *, lasting: bool = False) -> Any:
         return connection.createXML(domain_xml(spec), flags)
 
 
-def _ends(domain: Any) -> bool:
-    """Whether a domain is gone, or will be in a moment."""
+def _has_ended(domain: Any) -> bool:
+    """Return whether a domain is gone, or is gone a moment later."""
     libvirt, _ = modules()
-    deadline_s = time.monotonic() + _NEWS_OF_END_S
-    with contextlib.suppress(libvirt.libvirtError):  # there is no such domain any more
+    deadline_s = time.monotonic() + _END_TIMEOUT_S
+    # isActive raises when a transient domain is gone: libvirt has nothing left of it.
+    with contextlib.suppress(libvirt.libvirtError):
         while domain.isActive():
             if time.monotonic() > deadline_s:
                 return False
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
     return True
 
 
 def _version(number: int) -> str:
-    """libvirt's way of packing a version into a number."""
+    # libvirt packs a version as major * 1,000,000 + minor * 1,000 + release.
     return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

@@ -1,7 +1,4 @@
-"""Where the guest image is: what deploy/image/build.py made.
-
-This only finds and checks it; nothing is built here.
-"""
+"""Finds and checks the guest image that deploy/image/build.py has built."""
 
 from __future__ import annotations
 
@@ -14,16 +11,16 @@ from pathlib import Path
 from hintfleet.errors import Refused
 from hintfleet.system.files import read_at_most
 
-_MOST_MANIFEST_BYTES = 1 << 20
+_MAX_MANIFEST_BYTES = 1 << 20
 _BUILD_HINT = "make image (or set HINTFLEET_IMAGE_DIR to where it was built)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestImage:
-    """A guest image that is there and readable.
+    """A guest image that exists and can be read.
 
-    :ivar directory: holds the three files; named by a hash of the image's inputs.
-    :ivar kernel_release: of the guest, as in uname -r.
+    :ivar directory: has the three files; its name is a hash of the image's inputs.
+    :ivar kernel_release: release of the guest's kernel, as `uname -r` prints it.
     """
 
     directory: Path
@@ -43,7 +40,7 @@ class GuestImage:
 
 
 def default_image_dir(environ: Mapping[str, str]) -> Path:
-    """Where the builder puts images, by the same rule as the builder."""
+    """Return where the builder puts images; deploy/image/build.py has the same rule."""
     if chosen := environ.get("HINTFLEET_IMAGE_DIR"):
         return Path(chosen).absolute()
     if os.geteuid() == 0:
@@ -53,16 +50,16 @@ def default_image_dir(environ: Mapping[str, str]) -> Path:
 
 
 def find_image(images: Path | None = None) -> GuestImage:
-    """The image that was built last.
+    """Return the image that was built last.
 
-    :param images: the directory that holds images; the default one if None.
+    :param images: the directory of all images; None for the default one.
     :raises Refused: there is none, or a part of it cannot be read.
     """
     current = (images or default_image_dir(os.environ)) / "current"
     manifest = current / "image.json"
     try:
         directory = current.resolve(strict=True)
-        release = json.loads(read_at_most(manifest, _MOST_MANIFEST_BYTES))["kernel"]
+        release = json.loads(read_at_most(manifest, _MAX_MANIFEST_BYTES))["kernel"]
         image = GuestImage(directory=directory, kernel_release=release)
         for path in (image.kernel, image.initrd, image.root_disk):
             with path.open("rb") as file:

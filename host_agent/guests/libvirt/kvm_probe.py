@@ -1,8 +1,8 @@
-"""Whether KVM boots our guests here.
+"""Finds out whether guests boot under KVM on this host.
 
-That /dev/kvm opens says little: under some nested hypervisors a stock kernel
-hangs on it. So a guest is really booted once, and what came of it is kept for as
-long as the host runs and the guest's kernel is the same.
+A /dev/kvm that can be opened proves little: under some nested hypervisors a stock kernel hangs.
+So a guest is booted once. The result is kept for as long as the host runs and the guest's kernel
+is the same.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 
 from host_agent.guests.libvirt.image import GuestImage
 
+# The first line that the guest's init writes to the console (deploy/image/init).
 BOOTED = "hintfleet-init: started"
-"""What the guest's init says first, on the console."""
 
+# Ten times what a boot to init takes under KVM.
 TIMEOUT_S = 10.0
-"""Ten times what a boot to init takes under KVM."""
 
 _DEVICE = Path("/dev/kvm")
 _POLL_S = 0.05
 
 
 def cached(image: GuestImage) -> bool | None:
-    """What an earlier probe found; None if there was none since the host booted.
+    """Return the result of an earlier probe; None if there was none since the host booted.
 
-    Costs one small read, and no boot.
+    Reads one small file.
     """
     if not os.access(_DEVICE, os.R_OK | os.W_OK):
         return False
@@ -41,7 +41,7 @@ def cached(image: GuestImage) -> bool | None:
 
 
 def remember(image: GuestImage, boots: bool) -> None:
-    """Keep what a probe found, beside the image; not at all where that is not writable."""
+    """Store the result of a probe beside the image; do nothing if that cannot be written."""
     with contextlib.suppress(OSError):
         cache = _cache(image)
         with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False) as aside:
@@ -50,7 +50,7 @@ def remember(image: GuestImage, boots: bool) -> None:
 
 
 def wait_for_boot(console: Path) -> bool:
-    """Whether the guest that writes to `console` reaches its init in time."""
+    """Wait until the guest that writes to `console` reaches its init; return whether it did."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline_s:
         with contextlib.suppress(OSError):
@@ -65,7 +65,8 @@ def _cache(image: GuestImage) -> Path:
 
 
 def _key(image: GuestImage) -> list[str | int]:
-    """What the answer depends on; the device's owner and mode say who may open it."""
+    """Return what the result depends on."""
+    # The device's owner and mode decide whether QEMU may open it.
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     device = _DEVICE.stat()
     return [boot_id, image.kernel_release, device.st_mode, device.st_uid, device.st_gid]

@@ -1,7 +1,7 @@
-"""Where a guest's RAM lies in QEMU's RAM blocks: what HMP `info mtree -f` says.
+"""Parses HMP `info mtree -f`: where a guest's RAM lies in QEMU's RAM blocks. Pure.
 
-Text in, values out. The lines that matter look like this, in the flat view that
-bears the address space "memory" (QEMU: softmmu/memory.c, mtree_print_flatview):
+The lines that matter look like this, in the flat view of address space "memory" (QEMU:
+softmmu/memory.c, mtree_print_flatview):
 
       0000000000100000-000000003fffffff (prio 0, ram): pc.ram @0000000000100000 KVM
 """
@@ -24,10 +24,10 @@ _MEMORY_VIEW = re.compile(r'^ AS "memory",', re.M)
 
 @dataclass(frozen=True, kw_only=True)
 class RamRange:
-    """A run of guest physical addresses that lies in one RAM block in one piece.
+    """A run of guest physical addresses that lies in one piece in one RAM block.
 
-    :ivar address: first byte, guest physical.
-    :ivar offset_bytes: where that byte lies in the block.
+    :ivar address: address of the first byte, guest physical.
+    :ivar offset_bytes: offset of that byte in the block.
     """
 
     address: int
@@ -37,18 +37,17 @@ class RamRange:
 
     @property
     def end(self) -> int:
-        """One past the last byte, guest physical."""
+        """The address behind the last byte, guest physical."""
         return self.address + self.size_bytes
 
 
 def parse(text: str) -> list[RamRange]:
-    """The RAM ranges of the guest's memory, in address order.
+    """Return the RAM ranges of the guest's memory, in address order.
 
-    Ranges of all blocks are given, also those that are no main memory (a video
-    card's): only the file behind a block can tell.
+    They include blocks that are not main memory, a video card's for example: only the file
+    behind a block tells which it is.
 
-    :raises Refused: there is no flat view of the guest's memory in `text`, or it is not
-        flat: one address has two meanings.
+    :raises Refused: `text` has no flat view of the guest's memory, or ranges of it overlap.
     """
     lines = "\n".join(text.splitlines())  # the monitor ends lines with CR LF
     for view in re.split(r"^FlatView #\d+$", lines, flags=re.M):
@@ -79,15 +78,15 @@ def _ram_ranges(view: str) -> Iterator[RamRange]:
 
 
 def whole_block(ranges: Iterable[RamRange], size_bytes: int) -> list[RamRange]:
-    """All of one block, from those of its ranges that the guest sees now.
+    """Return ranges that cover one block exactly, as few as possible.
 
-    The machine hides parts of RAM from the guest and changes which at run time:
-    under the ROMs below 1 MiB (PAM), and for system management mode (SMRAM). They
-    lie where the range before them would go on, so it is taken to go on there.
+    The machine hides parts of RAM from the guest, and changes which parts at run time: under the
+    ROMs below 1 MiB (PAM), and for system management mode (SMRAM). A hidden part lies where the
+    range before it would go on, so each range is extended to the next.
 
-    :param size_bytes: of the block.
-    :returns: ranges that cover the block exactly, as few as possible.
-    :raises Refused: they do not fit together like that.
+    :param ranges: the ranges of the block that the guest sees now.
+    :param size_bytes: size of the block.
+    :raises Refused: the ranges do not fit together like that.
     """
     found = sorted(ranges, key=lambda r: r.offset_bytes)
     ends = [r.offset_bytes for r in found[1:]] + [size_bytes]

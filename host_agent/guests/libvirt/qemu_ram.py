@@ -1,8 +1,7 @@
-"""A QEMU guest's RAM as parts of files: which file, and where in it.
+"""Finds a QEMU guest's RAM as parts of files: which file, and which offset in it.
 
-Three sources must agree before a page may be punched: QEMU's memory tree, its
-address translation, and the kernel's own list of what QEMU has mapped. Several
-memfds of one process bear one name, so a file is found by address and inode.
+Three sources must agree before a page may be punched: QEMU's memory tree, its address translation,
+and the kernel's list of what QEMU has mapped.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Mapping:
 
 
 def parse_maps(text: str) -> list[Mapping]:
-    """The mappings in the text of /proc/PID/maps."""
+    """Return the mappings in the text of /proc/PID/maps."""
     return [
         Mapping(
             start=int(start, 16),
@@ -61,16 +60,16 @@ def parse_maps(text: str) -> list[Mapping]:
 
 
 def mappings(pid: int) -> list[Mapping]:
-    """What a process has mapped now."""
-    # Not as text: the kernel escapes line feeds in file names, but neither carriage returns
-    # nor what is no UTF-8.
+    """Return the mappings of a running process."""
+    # As bytes: the kernel escapes line feeds in file names, but neither carriage returns nor
+    # bytes that are not UTF-8.
     return parse_maps(Path(f"/proc/{pid}/maps").read_bytes().decode(errors="replace"))
 
 
 def process_of_thread(thread_id: int, guest_uuid: str) -> int:
-    """Process id of the QEMU that has the thread `thread_id`.
+    """Return the process id of the QEMU that has the thread `thread_id`.
 
-    :raises Refused: that is no QEMU of this guest on this machine (a remote libvirt).
+    :raises Refused: it is not the guest's QEMU. The URI may be that of a remote libvirt.
     """
     try:
         status = Path(f"/proc/{thread_id}/status").read_text()
@@ -91,11 +90,11 @@ def open_segments(
 ) -> list[Segment]:
     """Open the RAM of the QEMU process `pid`.
 
-    :param memory_bytes: what the guest was given; all of it must be found.
+    :param memory_bytes: size of the guest's memory; all of it must be found.
     :param besides: RAM that is known already, and left out.
-    :param hmp: runs a command of QEMU's human monitor and returns what it says.
+    :param hmp: runs a command of QEMU's human monitor and returns its output.
     :raises Refused: a part of the guest's memory is not in shared memfds of its own, or not
-        where it is expected; says what to change. Nothing stays open.
+        where it is expected; says what to change. No file stays open.
     :raises GuestLost: the process is gone.
     """
     try:
@@ -132,7 +131,8 @@ def _segments(
         for _, parts in groupby(sorted(ranges, key=lambda r: r.block), key=lambda r: r.block):
             block = list(parts)
             mapping = _backing(block, maps, hmp)
-            if mapping is None:  # not main memory, or not shared: the sum will tell
+            # Not main memory, or not shared. If RAM is missing, the caller sees it by the sum.
+            if mapping is None:
                 continue
             fd = _open_file(pid, mapping)
             opened.append(fd)
@@ -146,7 +146,8 @@ def _segments(
 def _backing(
     block: list[mtree.RamRange], maps: list[Mapping], hmp: Callable[[str], str]
 ) -> Mapping | None:
-    """The one mapping of a shared memfd that all ranges of a block lie in."""
+    """Return the one mapping of a shared memfd that has all ranges of a block; None if the block
+    is not in a shared memfd."""
     found: set[Mapping] = set()
     for part in block:
         first = _host_address(part.address, hmp)
@@ -164,33 +165,35 @@ def _backing(
 
 
 def _host_address(address: int, hmp: Callable[[str], str]) -> int:
-    said = hmp(f"gpa2hva {address:#x}")
-    match = _HOST_ADDRESS.search(said)
+    answer = hmp(f"gpa2hva {address:#x}")
+    match = _HOST_ADDRESS.search(answer)
     if not match:
-        raise Refused(f"QEMU cannot translate guest address {address:#x}: {said.strip()}")
+        raise Refused(f"QEMU cannot translate guest address {address:#x}: {answer.strip()}")
     return int(match[1], 16)
 
 
 def _open_file(pid: int, mapping: Mapping) -> int:
     """Open the memfd behind a mapping for reading and writing."""
+    # By inode, not by name: QEMU gives several memfds the same name.
     for entry in os.scandir(f"/proc/{pid}/fd"):
         try:
             if not os.readlink(entry.path).startswith("/memfd:"):
                 continue
             fd = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:  # closed since: QEMU opens and closes sockets all the time
+        # Closed since scandir: QEMU opens and closes files while it runs.
+        except FileNotFoundError:
             continue
         if os.fstat(fd).st_ino == mapping.inode and _is_shmem(fd):
             return fd
         os.close(fd)
     raise Refused(
         f"the memfd of inode {mapping.inode} behind the guest's RAM cannot be used",
-        hint=f"huge pages cannot be given back in part; {BACKING_HINT}",
+        hint=f"huge pages cannot be reclaimed in part; {BACKING_HINT}",
     )
 
 
 def _is_shmem(fd: int) -> bool:
-    """Whether it is a memfd of normal pages: hugetlbfs has the huge page's size here."""
+    # hugetlbfs has the size of its huge pages as block size here.
     return os.fstatvfs(fd).f_bsize == PAGE_BYTES
 
 

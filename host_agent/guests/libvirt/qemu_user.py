@@ -1,7 +1,7 @@
-"""The user that QEMU runs as, and which files it can get at.
+"""The user that QEMU runs as, and which files it can access.
 
-Under qemu:///system that is a user of its own (qemu.conf: `user`), whom a home folder or a
-private TMPDIR keeps out.
+Under qemu:///system QEMU has its own user (qemu.conf: `user`), who may not enter a home folder or
+a private TMPDIR.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from hintfleet.errors import Refused
 
 _READ, _ENTER = 4, 1
 _ACL = "system.posix_acl_access"
+# Tags of entries of an access list (linux/posix_acl.h); owner and others are in the mode.
 _USER, _GROUP_OBJ, _GROUP, _MASK = 0x02, 0x04, 0x08, 0x10
-"""Tags of entries of an access list (linux/posix_acl.h); owner and others are in the mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QemuUser:
     """A user without privileges.
 
-    :ivar gids: of all its groups.
+    :ivar gids: ids of all its groups.
     """
 
     uid: int
@@ -36,9 +36,10 @@ class QemuUser:
 
     @classmethod
     def of(cls, capabilities: str) -> QemuUser | None:
-        """By libvirt's capabilities; None where QEMU runs as whoever asks for it, or as root,
-        of whom nobody knows which privileges it keeps (qemu.conf: clear_emulator_capabilities).
+        """Return the user by libvirt's capabilities (XML); None where QEMU runs as the user who
+        starts it, or as root.
         """
+        # Of root nobody knows which privileges it keeps (qemu.conf: clear_emulator_capabilities).
         for model in ET.fromstring(capabilities).findall("host/secmodel"):  # noqa: S314 - libvirt's
             label = re.fullmatch(r"\+(\d{1,10}):\+(\d{1,10})", model.findtext("baselabel") or "")
             if model.findtext("model") == "dac" and label and int(label[1]):
@@ -48,52 +49,51 @@ class QemuUser:
 
     @property
     def name(self) -> str:
-        """Its name, or its number where it has none."""
+        """Its name, or its number if it has none."""
         try:
             return pwd.getpwuid(self.uid).pw_name
         except KeyError:
             return str(self.uid)
 
-    def check(self, path: Path, instead: str) -> None:
-        """Refuse what QEMU would fail at, with less to go by.
+    def check(self, path: Path, alternative: str) -> None:
+        """Check that the user can read a file, or enter a folder.
 
-        :param path: a file to be read, or a folder in which it is to get at files.
-        :param instead: what else can be done than to let it in.
-        :raises Refused: it cannot; names the folder or file that keeps it out.
+        :param alternative: for the hint: what to do instead of giving the user access.
+        :raises Refused: it cannot; names the folder or file that denies access.
         """
-        barrier = self.barrier(path)
-        if barrier is None:
+        denied = self.first_denied(path)
+        if denied is None:
             return
-        right = "x" if barrier.is_dir() else "r"
+        right = "x" if denied.is_dir() else "r"
         raise Refused(
-            f"{barrier} keeps QEMU's user {self.name} out (mode "
-            f"{stat.S_IMODE(barrier.stat().st_mode):04o}), and so from {path}",
-            hint=f"let it in (chmod o+{right} {barrier}; for it alone setfacl -m "
-            f"u:{self.name}:{right} {barrier}), or {instead}",
+            f"{denied} denies access to QEMU's user {self.name} (mode "
+            f"{stat.S_IMODE(denied.stat().st_mode):04o}), who needs {path}",
+            hint=f"give it access (chmod o+{right} {denied}; to this user only: setfacl -m "
+            f"u:{self.name}:{right} {denied}), or {alternative}",
         )
 
-    def barrier(self, path: Path) -> Path | None:
-        """The first folder on the way that it may not enter, or the file, which it may not read;
-        None if nothing is in its way."""
+    def first_denied(self, path: Path) -> Path | None:
+        """Return the first folder on the way to `path` that the user may not enter, or `path` if
+        the user may not read it; None if it has access."""
+        # The folders of the path as given and of what its links lead to: both must be entered.
         real = path.resolve()
         way = dict.fromkeys((*reversed(path.absolute().parents), *reversed(real.parents)))
         for folder in way:
-            if not self._may(folder, _ENTER):
+            if not self._has_right(folder, _ENTER):
                 return folder
-        return None if self._may(real, _ENTER if real.is_dir() else _READ) else real
+        return None if self._has_right(real, _ENTER if real.is_dir() else _READ) else real
 
-    def _may(self, path: Path, right: int) -> bool:
-        """As acl(5) says, access check algorithm; without a list it is the mode's bits.
-
-        What cannot be looked at is allowed: QEMU will say.
-        """
+    def _has_right(self, path: Path, right: int) -> bool:
+        """Return whether the user has this right on one file or folder; true if that cannot be
+        found out."""
+        # acl(5), "access check algorithm". Without a list, the mode's bits decide.
         try:
             status = path.stat()
             # Linux does not look at a list whose mask, the mode's bits for the group, is empty:
             # acl_permission_check() in fs/namei.c.
             entries = _acl(path) if status.st_mode & stat.S_IRWXG else []
         except OSError:
-            return True
+            return True  # if access is denied after all, QEMU fails and says so
         if status.st_uid == self.uid:
             return bool(status.st_mode >> 6 & right)
         mask = next((bits for tag, bits, _ in entries if tag == _MASK), 7)
@@ -118,7 +118,7 @@ def _groups(uid: int, gid: int) -> list[int]:
 
 
 def _acl(path: Path) -> list[tuple[int, int, int]]:
-    """Tag, rights and number of each entry; none if there is no access list."""
+    """Return tag, rights and number of each entry; none if there is no access list."""
     try:
         value = os.getxattr(path, _ACL)
     except OSError as error:

@@ -15,17 +15,17 @@ _SHARED = Path("/tmp")  # noqa: S108
 
 
 def runtime_dirs() -> list[OwnedFolders]:
-    """Those of all host agents of this machine: in the temporary folder, or in everybody's, for
-    one's own may keep QEMU's user out (libpam-tmpdir)."""
+    """Return where the host agents of this machine make guests' folders: $TMPDIR, then /tmp."""
+    # A private TMPDIR (libpam-tmpdir) may deny access to QEMU's user.
     bases = dict.fromkeys((Path(tempfile.gettempdir()), _SHARED))
     return [OwnedFolders(base=base, prefix="hintfleet-guest-") for base in bases]
 
 
 @dataclass(frozen=True)
 class RuntimeDir:
-    """A directory for one guest's files, through which QEMU's user can get at them.
+    """A directory for one guest's files that QEMU's user can enter.
 
-    :ivar owned: the same, where it does not outlive its host agent.
+    :ivar owned: the same directory, if it ends with its host agent; else None.
     """
 
     path: Path
@@ -33,40 +33,42 @@ class RuntimeDir:
 
     @classmethod
     def make(cls, user: QemuUser | None = None) -> RuntimeDir:
-        """A new one. Those of host agents that were killed are removed on this occasion.
+        """Make a new directory. Also remove those of host agents that were killed.
 
-        :param user: who must be able to get at files in it, if not this user.
+        :param user: who must be able to enter it; None for this process's user.
         """
         places = runtime_dirs()
-        open_to_all = (p for p in places if user is None or user.barrier(p.base) is None)
-        owned = next(open_to_all, places[0]).make()
+        accessible = (p for p in places if user is None or user.first_denied(p.base) is None)
+        owned = next(accessible, places[0]).make()
+        # Entered by QEMU's user, who has to reach the console; not listed.
         owned.path.chmod(0o711)
         return cls(owned.path, owned)
 
     @classmethod
     def at(cls, path: Path) -> RuntimeDir:
-        """One that outlives the host agent, made if need be."""
+        """Use a directory that outlives the host agent; make it if it is missing."""
         path.mkdir(exist_ok=True)
         path.chmod(0o711)
         return cls(path)
 
     @property
     def console(self) -> Path:
-        """Written by libvirt's log daemon, or QEMU."""
+        """The guest's console, written by libvirt's log daemon or by QEMU."""
         return self.path / "console.log"
 
     @property
     def config(self) -> Path:
-        """Holds the guest's token; libvirt makes it readable to QEMU."""
+        """The agent's configuration, with the guest's token."""
+        # libvirt makes the file readable for QEMU's user when it starts the domain.
         return self.path / "config.json"
 
     def write_config(self, text: str) -> None:
-        """Write the agent's configuration, for nobody else to read."""
+        """Write the agent's configuration; no other user can read it."""
         self.config.touch(mode=0o600)
         self.config.write_text(text)
 
     def console_tail(self, line_count: int) -> str:
-        """The last lines of the console, or why there are none."""
+        """Return the last lines of the console, or why there are none."""
         try:
             with self.console.open("rb") as console:
                 console.seek(max(0, self.console.stat().st_size - _TAIL_BYTES))
@@ -76,7 +78,7 @@ class RuntimeDir:
         return "\n".join(lines[-line_count:])
 
     def remove(self) -> None:
-        """Remove it with all that is in it; it may be gone already. May be called twice."""
+        """Remove the directory with all that is in it. May be called twice."""
         if self.owned is not None:
             self.owned.remove()
         shutil.rmtree(self.path, ignore_errors=True)

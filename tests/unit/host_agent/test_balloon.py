@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hintfleet.units import GIB, KIB, MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests.balloon import SILENT_AFTER_S, BalloonStats, Rest, Rule, Silence
+from host_agent.guests.balloon import SILENT_AFTER_S, BalloonStats, PollSchedule, Rule, Silence
 from host_agent.guests.libvirt.domain_balloon import reporting_problem
 
 SPEC = host_pb2.GuestSpec(driver=host_pb2.LIBVIRT, memory_bytes=GIB, method=host_pb2.BALLOON)
@@ -14,7 +14,7 @@ RULE = Rule.of(SPEC)
 
 
 def stats(size_mib: int, unused_mib: int) -> BalloonStats:
-    return BalloonStats(size_bytes=size_mib * MIB, unused_bytes=unused_mib * MIB, said_at_s=1)
+    return BalloonStats(size_bytes=size_mib * MIB, unused_bytes=unused_mib * MIB, last_update_s=1)
 
 
 def test_the_target_falls_in_steps_and_rises_at_once() -> None:
@@ -55,7 +55,7 @@ def test_a_guest_that_follows_ends_with_what_it_uses_and_the_reserve(
     size_bytes = size_mib * MIB
     for _ in range(400):
         unused_bytes = max(0, size_bytes - used_mib * MIB)
-        said = BalloonStats(size_bytes=size_bytes, unused_bytes=unused_bytes, said_at_s=1)
+        said = BalloonStats(size_bytes=size_bytes, unused_bytes=unused_bytes, last_update_s=1)
         target = rule.next_target(said)
         if target is None:
             break
@@ -73,21 +73,23 @@ def heard(*looks: tuple[float, int, int | None]) -> str:
     """What is found at the last of these looks: when, when the guest last spoke, unused MiB."""
     silence = Silence(0.0)
     found = ""
-    for now_s, said_at_s, unused in looks:
-        said = BalloonStats(size_bytes=GIB, unused_bytes=unused, said_at_s=said_at_s)
-        found = silence.look(said, now_s)
+    for now_s, last_update_s, unused in looks:
+        said = BalloonStats(size_bytes=GIB, unused_bytes=unused, last_update_s=last_update_s)
+        found = silence.problem(said, now_s)
     return found
 
 
 def test_a_guest_that_cannot_be_followed() -> None:
     late_s = SILENT_AFTER_S + 1
     assert not heard((late_s - 2, 0, None)), "it may be slow"
-    assert "said nothing in 20 s" in heard((late_s, 0, None))
-    assert "how much memory is unused" in heard((1, 1, None), (late_s, 20, None))
-    assert "nothing more for 20 s" in heard((1, 5, 5), (late_s, 5, 5), (2 * late_s, 5, 5))
+    assert "no balloon driver sent statistics within 20 s" in heard((late_s, 0, None))
+    assert "does not report unused memory" in heard((1, 1, None), (late_s, 20, None))
+    assert "no more statistics for 20 s" in heard((1, 5, 5), (late_s, 5, 5), (2 * late_s, 5, 5))
     assert not heard((1, 5, 5), (late_s, 20, 5), (2 * late_s - 2, 20, 5))
     assert not heard((1, 1000, 5), (late_s, 5, 5)), "the clock was set back"
-    assert RULE.next_target(BalloonStats(size_bytes=GIB, unused_bytes=None, said_at_s=1)) is None
+    assert (
+        RULE.next_target(BalloonStats(size_bytes=GIB, unused_bytes=None, last_update_s=1)) is None
+    )
 
 
 DRIVER_OK = "VIRTIO_CONFIG_S_DRIVER_OK: Driver setup and ready"
@@ -110,9 +112,9 @@ def test_a_guest_that_does_not_report(status: list[str], features: list[str], pr
 
 
 def test_a_guest_at_rest_is_asked_every_fourth_time_and_at_once_when_it_stirs() -> None:
-    rest = Rest()
-    assert all(rest.over(stirred=False) for _ in range(10))
-    resting = [rest.over(stirred=False) for _ in range(40)]
+    schedule = PollSchedule()
+    assert all(schedule.is_due(moved=False) for _ in range(10))
+    resting = [schedule.is_due(moved=False) for _ in range(40)]
     assert resting.count(True) <= 12
-    assert rest.over(stirred=True)
-    assert all(rest.over(stirred=False) for _ in range(10)), "its next step may follow"
+    assert schedule.is_due(moved=True)
+    assert all(schedule.is_due(moved=False) for _ in range(10)), "its next step may follow"

@@ -23,7 +23,7 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hintfleet-0").symlink_to(tmp_path / "theirs")
     folder = tmp_path / "hintfleet-0" / "hintfleet"
     folder.mkdir()
-    with pytest.raises(Refused, match="hintfleet-0 belongs to somebody else"):
+    with pytest.raises(Refused, match="hintfleet-0 is not a folder of this user"):
         _refuse_if_not_ours(folder, tmp_path)
 
 
@@ -32,7 +32,7 @@ def test_another_users_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "hintfleet-0" / "hintfleet"
     folder.mkdir(parents=True)
     os.chown(folder.parent, 1, 1)
-    with pytest.raises(Refused, match="belongs to somebody else"):
+    with pytest.raises(Refused, match="is not a folder of this user"):
         _refuse_if_not_ours(folder, tmp_path)
 
 

@@ -14,8 +14,8 @@ from host_agent.session.rate_limits import (
     MESSAGES,
     SESSIONS,
     STREAMS,
-    STRIKES,
-    STRIKES_WITHIN_S,
+    VIOLATIONS_BEFORE_BAN,
+    VIOLATIONS_WITHIN_S,
     Conduct,
     Rate,
     TokenBucket,
@@ -65,75 +65,76 @@ def test_a_burst_then_the_rate() -> None:
 def test_a_flood_is_a_violation_only_if_it_goes_on() -> None:
     conduct, now_s = Conduct(), 0.0
     while now_s <= FLOOD_S:
-        now_s += conduct.heard(now_s)
+        now_s += conduct.count_message(now_s)
     with pytest.raises(LimitExceeded, match="messages per second"):
-        conduct.heard(now_s)
+        conduct.count_message(now_s)
     now_s += MESSAGES.burst / MESSAGES.per_s
-    assert conduct.heard(now_s) == 0, "after a pause it is none"
+    assert conduct.count_message(now_s) == 0, "after a pause it is none"
 
 
 def test_batches_are_slowed_by_what_they_cost_and_held_against_nobody() -> None:
     conduct, now_s, batches = Conduct(), 0.0, 0
     while now_s < 10 * FLOOD_S:
-        now_s += conduct.heard_batch(256, now_s)
+        now_s += conduct.count_batch(256, now_s)
         batches += 1
     assert batches == pytest.approx((BATCHES.burst + 10 * FLOOD_S * BATCHES.per_s) / 5, rel=0.01)
-    assert conduct.heard(now_s) == 0
+    assert conduct.count_message(now_s) == 0
 
 
 def test_memory_in_pieces_is_paid_for_by_its_guest() -> None:
     conduct = Conduct()
-    assert conduct.heard_batch(2, 0) == 0
-    conduct.made_work(32 * 1000, 0)
-    assert conduct.heard_batch(2, 0) == pytest.approx((1002 - BATCHES.burst) / BATCHES.per_s)
+    assert conduct.count_batch(2, 0) == 0
+    conduct.count_pieces(32 * 1000, 0)
+    assert conduct.count_batch(2, 0) == pytest.approx((1002 - BATCHES.burst) / BATCHES.per_s)
     conduct = Conduct()
-    conduct.made_work(-100, 0)  # fewer pieces than ranges
-    assert conduct.heard_batch(2, 0) == 0
+    conduct.count_pieces(-100, 0)  # fewer pieces than ranges
+    assert conduct.count_batch(2, 0) == 0
 
 
 def test_streams_are_bounded_in_number() -> None:
     conduct = Conduct()
     closing = []
     for n in range(STREAMS):
-        conduct.may_open(n / SESSIONS.per_s)
-        closing.append(conduct.opened())
+        conduct.check_may_open(n / SESSIONS.per_s)
+        closing.append(conduct.count_stream())
     with pytest.raises(LimitExceeded, match=f"{STREAMS} streams are open"):
-        conduct.may_open(60)
+        conduct.check_may_open(60)
     closing[3]()
-    conduct.may_open(60)
+    conduct.check_may_open(60)
 
 
 def test_streams_are_bounded_in_rate() -> None:
     conduct = Conduct()
     for _ in range(SESSIONS.burst):
-        conduct.may_open(0)
+        conduct.check_may_open(0)
     for _ in range(SESSIONS.burst):
         with pytest.raises(LimitExceeded, match="per second"):
-            conduct.may_open(0)
-    conduct.may_open(1.01 / SESSIONS.per_s)  # what was refused does not count
+            conduct.check_may_open(0)
+    conduct.check_may_open(1.01 / SESSIONS.per_s)  # what was refused does not count
 
 
 def test_violations_far_apart_are_forgiven() -> None:
     conduct = Conduct()
-    for n in range(10 * STRIKES):
-        at_s = n * (STRIKES_WITHIN_S / (STRIKES - 1) + 0.1)
-        assert not conduct.violated(InvalidInput("no"), at_s)
-        conduct.may_open(at_s)
-    assert conduct.violations == 10 * STRIKES
+    for n in range(10 * VIOLATIONS_BEFORE_BAN):
+        at_s = n * (VIOLATIONS_WITHIN_S / (VIOLATIONS_BEFORE_BAN - 1) + 0.1)
+        assert not conduct.count_violation(InvalidInput("no"), at_s)
+        conduct.check_may_open(at_s)
+    assert conduct.violations == 10 * VIOLATIONS_BEFORE_BAN
 
 
-def test_bars_grow_and_the_last_is_for_good() -> None:
+def test_bans_grow_and_the_last_is_for_ever() -> None:
     conduct, now_s = Conduct(), 0.0
-    for bar_s in BANS_S:
+    for ban_s in BANS_S:
         outcomes = [
-            conduct.violated(InvalidInput("batch 2 is empty"), now_s) for _ in range(STRIKES)
+            conduct.count_violation(InvalidInput("batch 2 is empty"), now_s)
+            for _ in range(VIOLATIONS_BEFORE_BAN)
         ]
-        assert outcomes == [False] * (STRIKES - 1) + [bar_s == math.inf]
-        assert conduct.banned(now_s)
-        with pytest.raises(LimitExceeded, match="the last: batch 2 is empty"):
-            conduct.may_open(now_s + min(bar_s, 1e9) - 0.1)
-        now_s += bar_s
-    assert str(conduct) == "broke the protocol 15 times, the last: batch 2 is empty"
+        assert outcomes == [False] * (VIOLATIONS_BEFORE_BAN - 1) + [ban_s == math.inf]
+        assert conduct.is_banned(now_s)
+        with pytest.raises(LimitExceeded, match="last: batch 2 is empty"):
+            conduct.check_may_open(now_s + min(ban_s, 1e9) - 0.1)
+        now_s += ban_s
+    assert str(conduct) == "broke the protocol 15 times, last: batch 2 is empty"
 
 
 def test_the_innocent_have_nothing_said_of_them() -> None:

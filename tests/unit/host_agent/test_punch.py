@@ -11,7 +11,7 @@ import pytest
 
 from hintfleet.units import PAGE_BYTES
 from host_agent.memory import punch
-from host_agent.memory.punch import LIBRARY, Punch, in_c, one_by_one
+from host_agent.memory.punch import LIBRARY, Punch, loop_in_c, loop_in_ctypes
 
 PAGES = 16
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
@@ -19,8 +19,8 @@ needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compile
 
 @pytest.fixture(
     params=[
-        pytest.param(partial(in_c, LIBRARY), marks=needs_compiler, id="c"),
-        pytest.param(one_by_one, id="one-by-one"),
+        pytest.param(partial(loop_in_c, LIBRARY), marks=needs_compiler, id="c"),
+        pytest.param(loop_in_ctypes, id="one-by-one"),
     ]
 )
 def punch_all(request: pytest.FixtureRequest) -> Punch:
@@ -64,9 +64,9 @@ def test_it_ends_at_the_first_that_is_refused(fd: int, punch_all: Punch) -> None
 
 @needs_compiler
 def test_the_host_agent_has_the_loop_in_c() -> None:
-    assert punch.punch.__qualname__.startswith("in_c.")
+    assert punch.punch.__qualname__.startswith("loop_in_c.")
 
 
 def test_a_library_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cannot open shared object"):
-        in_c(tmp_path / "libpunch.so")
+        loop_in_c(tmp_path / "libpunch.so")

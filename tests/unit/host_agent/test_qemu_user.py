@@ -46,9 +46,11 @@ def test_the_folder_that_keeps_it_out_is_named(folder: Path) -> None:
     file = folder / "home/cache/root.img"
     file.parent.mkdir(parents=True)
     file.touch(0o644)
-    assert USER.barrier(file) is None
+    assert USER.first_denied(file) is None
     (folder / "home").chmod(0o700)
-    with pytest.raises(Refused, match=f"{folder}/home keeps QEMU's user .*mode 0700.*root.img"):
+    with pytest.raises(
+        Refused, match=f"{folder}/home denies access to QEMU's user .*mode 0700.*root.img"
+    ):
         USER.check(file, "do something else")
     (folder / "home").chmod(0o711)
     file.chmod(0o600)
@@ -63,12 +65,12 @@ def test_a_link_is_followed_from_both_ends(folder: Path) -> None:
         (folder / name).mkdir()
     (folder / "b/file").touch()
     (folder / "a/link").symlink_to(folder / "b/file")
-    assert USER.barrier(folder / "a/link") is None
+    assert USER.first_denied(folder / "a/link") is None
     (folder / "a").chmod(0o700)
-    assert USER.barrier(folder / "a/link") == folder / "a"
+    assert USER.first_denied(folder / "a/link") == folder / "a"
     (folder / "a").chmod(0o711)
     (folder / "b").chmod(0o700)
-    assert USER.barrier(folder / "a/link") == folder / "b"
+    assert USER.first_denied(folder / "a/link") == folder / "b"
 
 
 MODES = st.integers(0, 0o777)
@@ -115,7 +117,7 @@ def test_it_is_as_the_kernel_says(
                     (0x20, mode & 7, NOBODY),
                 ],
             )
-        assert (USER.barrier(path) is None) == as_user(path)
+        assert (USER.first_denied(path) is None) == as_user(path)
 
 
 SECMODEL = "<capabilities><host><secmodel><model>none</model></secmodel>{}</host></capabilities>"

@@ -27,7 +27,7 @@ def test_the_temporary_folder_if_it_can_be_entered(private: Path) -> None:
     made = RuntimeDir.make(USER)
     try:
         assert made.path.parent == private
-        assert USER.barrier(made.path) is None
+        assert USER.first_denied(made.path) is None
     finally:
         made.remove()
 
@@ -36,7 +36,7 @@ def test_everybodys_folder_if_not(private: Path) -> None:
     made = RuntimeDir.make(USER)
     try:
         assert made.path.parent == EVERYBODYS
-        assert USER.barrier(made.path) is None
+        assert USER.first_denied(made.path) is None
     finally:
         made.remove()
     made = RuntimeDir.make(None)  # QEMU is this user

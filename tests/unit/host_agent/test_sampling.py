@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.api.sampling import Rest
+from host_agent.api.sampling import SampleFilter
 
 PERIOD_S = 0.5
 
@@ -19,8 +19,8 @@ def made(n: int, resident_bytes: int, hinted_bytes: int = 0) -> host_pb2.SampleS
 
 
 def sent(sets: list[host_pb2.SampleSet]) -> list[host_pb2.SampleSet]:
-    rest = Rest()
-    return [one for each in sets for one in rest.to_send(each)]
+    sample_filter = SampleFilter()
+    return [one for each in sets for one in sample_filter.to_send(each)]
 
 
 def test_of_a_guest_at_rest_every_fourth_is_sent() -> None:
@@ -40,10 +40,10 @@ def test_what_was_entered_in_the_books_is_sent_at_once() -> None:
 
 
 def test_whoever_gave_a_command_sees_how_things_are() -> None:
-    rest = Rest()
-    assert list(rest.to_send(made(0, 0)))
-    assert not list(rest.to_send(made(1, 0)))
-    assert len(list(rest.to_send(made(2, 0), commanded=True))) == 2
+    sample_filter = SampleFilter()
+    assert list(sample_filter.to_send(made(0, 0)))
+    assert not list(sample_filter.to_send(made(1, 0)))
+    assert len(list(sample_filter.to_send(made(2, 0), commanded=True))) == 2
 
 
 def test_a_guest_that_is_new_is_sent_at_once() -> None:

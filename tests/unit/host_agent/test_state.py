@@ -39,15 +39,15 @@ def a_guest(name: str = "g", epoch: int = 5) -> GuestRecord:
 def test_what_was_saved_is_found(tmp_path: Path) -> None:
     door = GuestAddress(socket="unix-abstract:x", address="127.0.0.1:20000")
     with opened(tmp_path / "new" / "state") as state:
-        assert state.door() is None
+        assert state.guest_address() is None
         assert state.guests() == []
-        state.set_door(GuestAddress(socket="unix-abstract:y", address="127.0.0.1:1"))
-        state.set_door(door)
+        state.set_guest_address(GuestAddress(socket="unix-abstract:y", address="127.0.0.1:1"))
+        state.set_guest_address(door)
         state.save([a_guest("one"), a_guest("two", epoch=5)])
         state.save([a_guest("two", epoch=6), a_guest("three")])
         state.forget("three")
     with opened(tmp_path / "new" / "state") as state:
-        assert state.door() == door
+        assert state.guest_address() == door
         assert state.guests() == [a_guest("one"), a_guest("two", epoch=6)]
 
 
