@@ -49,7 +49,7 @@ class GuestService(HintingServiceServicer):
     async def Session(
         self, request_iterator: AsyncIterator[pb.GuestMessage], context: Context
     ) -> AsyncIterator[pb.HostMessage]:
-        """One hinting session; see hinting.proto."""
+        """Serve one hinting session; see hinting.proto."""
         messages = received(request_iterator)
         try:
             hello = (await self._first(messages, "hello")).hello
@@ -74,7 +74,7 @@ class GuestService(HintingServiceServicer):
     async def Workload(
         self, request_iterator: AsyncIterator[pb.WorkloadEvent], context: Context
     ) -> AsyncIterator[pb.WorkloadCommand]:
-        """Commands for the guest's workload; see hinting.proto."""
+        """Send commands to the guest's workload and take its answers; see hinting.proto."""
         events = received(request_iterator)
         try:
             attach = (await self._first(events, "attach")).attach

@@ -16,7 +16,8 @@ from hintfleet.errors import TransientError
 from hintfleet.logs import fields
 from host_agent.persistence.database import Database, GuestRecord
 
-_SHORTEST_PERIOD_S = 0.1
+# The least time between two writes: many changes are stored at once.
+_MIN_PERIOD_S = 0.1
 
 _log = logging.getLogger("hintfleet.host.persistence")
 
@@ -57,7 +58,7 @@ class Saver:
                 await self.save_changed()
             except TransientError as error:
                 _log.error("books cannot be saved", extra=fields(reason=error.message))
-            await asyncio.sleep(_SHORTEST_PERIOD_S)
+            await asyncio.sleep(_MIN_PERIOD_S)
 
     async def save_changed(self) -> None:
         """Save all that has changed.

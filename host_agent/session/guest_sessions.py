@@ -61,8 +61,8 @@ class GuestSessions:
         self.refusals: Counter[str] = Counter()
         """How often policy `pressure` allowed it nothing, by reason."""
         self.workload_is_there = asyncio.Event()
-        """Set while a workload is attached, and for ever once the guest is lost: nobody must
-        wait for a lost guest."""
+        """Set while a workload is attached. Stays set once the guest is lost: nobody must wait
+        for a lost guest."""
         self._name = guest_name
         self._settings = settings
         self._memory = memory

@@ -16,6 +16,7 @@ from host_agent.session.stream import Stream
 
 _T = TypeVar("_T")
 
+# How long requests on an ended stream wait for a better reason, or for the next stream.
 _FAIL_AFTER_S = 1.0
 
 
@@ -83,8 +84,8 @@ class Requests:
 
     def fail_soon(self, stream: Stream, error: HintfleetError) -> None:
         """Fail the requests on a stream that has ended, after a grace period."""
-        # A stream often ends because its guest does. The driver reports that on its own way, and
-        # its reason says more: give it time. Meanwhile a new stream may take the requests over.
+        # A stream often ends because its guest does. The driver's report of that comes separately
+        # and gives a better reason. Or a new stream comes and takes the requests over.
         loop = asyncio.get_running_loop()
         loop.call_later(_FAIL_AFTER_S, self._fail, stream, error)
 

@@ -69,7 +69,9 @@ def test_all_that_a_driver_has_can_be_asked_for(driver: Driver) -> None:
         ({"policy": "x"}, "no policy 'x'", "policy: eager or cold or pressure"),
     ],
 )
-def test_what_an_embedded_guest_has_not(hinting: dict[str, str], said: str, hint: str) -> None:
+def test_what_an_embedded_guest_does_not_have(
+    hinting: dict[str, str], said: str, hint: str
+) -> None:
     with pytest.raises(Refused, match=said) as caught:
         check_hinting(Driver.EMBEDDED, host_pb2.HintingSettings(**hinting))  # type: ignore[arg-type]
     assert caught.value.hint == hint

@@ -21,7 +21,7 @@ def looks(pace: AuditPace, moved_pages: int, took_s: float, until_s: float) -> l
     return seen
 
 
-def test_a_guest_of_which_nothing_moved_is_never_looked_at() -> None:
+def test_a_guest_in_which_nothing_moved_is_never_looked_at() -> None:
     assert looks(AuditPace(PACE), 0, 0.001, until_s=100) == []
 
 

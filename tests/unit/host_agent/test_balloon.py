@@ -111,7 +111,7 @@ def test_a_guest_that_does_not_report(status: list[str], features: list[str], pr
     assert bool(found) == bool(problem)
 
 
-def test_a_guest_at_rest_is_asked_every_fourth_time_and_at_once_when_it_stirs() -> None:
+def test_a_guest_at_rest_is_asked_every_fourth_time_and_at_once_when_memory_moves() -> None:
     schedule = PollSchedule()
     assert all(schedule.is_due(moved=False) for _ in range(10))
     resting = [schedule.is_due(moved=False) for _ in range(40)]

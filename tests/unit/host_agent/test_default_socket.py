@@ -17,7 +17,7 @@ def test_a_folder_of_ours_is_closed_to_others(tmp_path: Path) -> None:
     assert tmp_path.stat().st_mode & 0o777 == 0o700, "pytest's own, as it was"
 
 
-def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     """Who made it first could put a socket of his own there at any time."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "hintfleet-0").symlink_to(tmp_path / "theirs")

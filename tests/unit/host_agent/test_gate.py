@@ -120,7 +120,7 @@ def test_a_batch_that_waited_too_long_is_stale(running: Gate) -> None:
     assert running.running is None
 
 
-def test_a_running_batch_holds_the_welcome_up(running: Gate) -> None:
+def test_a_running_batch_delays_the_welcome(running: Gate) -> None:
     """I2: it cannot be called back, and what it punches the guest may not have yet."""
     instructions = list(running.connected(6))
     assert skipped(batch(2), pb.WRONG_EPOCH) in instructions, "what waits never runs"

@@ -53,7 +53,7 @@ def test_absent_memory_that_was_unplugged_is_told(ram: GuestRam) -> None:
     assert decode(message.refaulted.ranges) == DEVICE
 
 
-def test_absent_memory_that_came_back_is_no_news(ram: GuestRam, ram_fd: int) -> None:
+def test_absent_memory_that_came_back_is_not_told(ram: GuestRam, ram_fd: int) -> None:
     """It is absent again: to hint it would gain nothing."""
     device = Segment(pfn=4096, page_count=1024, fd=ram_fd, offset_bytes=3072 * PAGE_BYTES)
     assert asyncio.run(told_after_unplugging(ram, [device])) is None
@@ -75,7 +75,7 @@ async def told_on_a_new_session(guest: Guest, epochs: Epochs) -> tuple[int, Stre
     return session, stream, await stream.next()
 
 
-def test_what_was_said_on_a_link_that_was_cut_is_said_again(ram: GuestRam, ram_fd: int) -> None:
+def test_refaults_told_on_a_link_that_was_cut_are_told_again(ram: GuestRam, ram_fd: int) -> None:
     """Else a guest that did not hear it would take those chunks for absent for ever."""
 
     async def scenario() -> None:

@@ -235,7 +235,7 @@ def test_what_was_reclaimed_and_unplugged_is_no_saving_any_more() -> None:
     assert again.untouched_bytes == books.untouched_bytes + 80 * PAGE_BYTES
 
 
-def test_a_file_of_which_nothing_is_left_is_closed() -> None:
+def test_a_file_without_pages_of_the_ram_is_closed() -> None:
     ram = GuestRam([segment(0, 10)])
     dimm = segment(100, 10)
     ram.plug([dimm])

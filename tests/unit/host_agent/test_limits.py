@@ -72,7 +72,7 @@ def test_a_flood_is_a_violation_only_if_it_goes_on() -> None:
     assert conduct.count_message(now_s) == 0, "after a pause it is none"
 
 
-def test_batches_are_slowed_by_what_they_cost_and_held_against_nobody() -> None:
+def test_batches_are_slowed_by_what_they_cost_and_are_no_violation() -> None:
     conduct, now_s, batches = Conduct(), 0.0, 0
     while now_s < 10 * FLOOD_S:
         now_s += conduct.count_batch(256, now_s)
@@ -81,7 +81,7 @@ def test_batches_are_slowed_by_what_they_cost_and_held_against_nobody() -> None:
     assert conduct.count_message(now_s) == 0
 
 
-def test_memory_in_pieces_is_paid_for_by_its_guest() -> None:
+def test_memory_in_pieces_delays_its_guest() -> None:
     conduct = Conduct()
     assert conduct.count_batch(2, 0) == 0
     conduct.count_pieces(32 * 1000, 0)
@@ -137,5 +137,5 @@ def test_bans_grow_and_the_last_is_for_ever() -> None:
     assert str(conduct) == "broke the protocol 15 times, last: batch 2 is empty"
 
 
-def test_the_innocent_have_nothing_said_of_them() -> None:
+def test_a_guest_without_violations_has_no_description() -> None:
     assert str(Conduct()) == ""

@@ -67,7 +67,7 @@ def test_a_block_that_is_mapped_twice() -> None:
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=8), st.data())
-def test_what_is_hidden_is_covered(sizes: list[int], data: st.DataObject) -> None:
+def test_hidden_parts_are_covered(sizes: list[int], data: st.DataObject) -> None:
     """Cut a block anywhere, hide the end of each part: all of the block is found again."""
     total = sum(sizes)
     starts = [sum(sizes[:n]) for n in range(len(sizes))]

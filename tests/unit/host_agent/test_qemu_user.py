@@ -42,7 +42,7 @@ def set_acl(path: Path, entries: list[tuple[int, int, int]]) -> None:
     os.setxattr(path, "system.posix_acl_access", struct.pack("<I", 2) + packed)
 
 
-def test_the_folder_that_keeps_it_out_is_named(folder: Path) -> None:
+def test_the_folder_that_denies_access_is_named(folder: Path) -> None:
     file = folder / "home/cache/root.img"
     file.parent.mkdir(parents=True)
     file.touch(0o644)
@@ -90,7 +90,7 @@ RIGHTS = st.integers(0, 7)
 )
 # A list with an empty mask is not looked at.
 @example(mode=4, owner=0, group=0, users={}, groups={GID: 0}, mask=0, is_folder=False)
-def test_it_is_as_the_kernel_says(
+def test_rights_are_as_the_kernel_says(
     mode: int,
     owner: int,
     group: int,

@@ -33,7 +33,7 @@ def touch(fd: int, pages: RangeSet) -> None:
 
 @on_real_memory
 @given(touched=page_sets, hinted=page_sets)
-def test_every_hinted_page_has_one_fate(
+def test_every_hinted_page_has_one_outcome(
     ram: GuestRam, ram_fd: int, touched: RangeSet, hinted: RangeSet
 ) -> None:
     ram.punch(ram.pages)

@@ -84,7 +84,7 @@ async def made(registry: Registry) -> None:
     await creating
 
 
-def test_one_that_is_ended_while_it_is_made_leaves_nothing() -> None:
+def test_a_guest_that_is_ended_while_it_is_made_leaves_nothing() -> None:
     async def scenario() -> None:
         driver = Driver()
         registry = registry_with(driver)

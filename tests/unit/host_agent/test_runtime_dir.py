@@ -32,7 +32,7 @@ def test_the_temporary_folder_if_it_can_be_entered(private: Path) -> None:
         made.remove()
 
 
-def test_everybodys_folder_if_not(private: Path) -> None:
+def test_the_shared_folder_if_not(private: Path) -> None:
     made = RuntimeDir.make(USER)
     try:
         assert made.path.parent == EVERYBODYS

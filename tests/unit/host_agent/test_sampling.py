@@ -35,11 +35,11 @@ def test_the_moment_before_a_change_is_sent_with_it() -> None:
     assert [one.at_unix_us for one in seen] == [0, 1_000_000, 1_500_000]
 
 
-def test_what_was_entered_in_the_books_is_sent_at_once() -> None:
+def test_a_change_of_the_books_is_sent_at_once() -> None:
     assert len(sent([made(0, 0), made(1, 0, hinted_bytes=4096)])) == 2
 
 
-def test_whoever_gave_a_command_sees_how_things_are() -> None:
+def test_a_sample_is_sent_after_a_command() -> None:
     sample_filter = SampleFilter()
     assert list(sample_filter.to_send(made(0, 0)))
     assert not list(sample_filter.to_send(made(1, 0)))

@@ -51,7 +51,7 @@ def test_what_was_saved_is_found(tmp_path: Path) -> None:
         assert state.guests() == [a_guest("one"), a_guest("two", epoch=6)]
 
 
-def test_nobody_else_can_read_it(tmp_path: Path) -> None:
+def test_no_other_user_can_read_the_state(tmp_path: Path) -> None:
     with opened(tmp_path / "state") as state:
         state.save([a_guest()])
         found = list((tmp_path / "state").rglob("*"))
@@ -91,7 +91,7 @@ def test_what_another_boot_of_the_host_left_is_not_read(tmp_path: Path) -> None:
         ("PRAGMA user_version = 7", "another version of hintfleet \\(format 7\\)"),
     ],
 )
-def test_what_cannot_be_used_is_said(tmp_path: Path, change: str, said: str) -> None:
+def test_a_state_that_cannot_be_used_is_refused(tmp_path: Path, change: str, said: str) -> None:
     with opened(tmp_path) as state:
         state.save([a_guest()])
         (path,) = tmp_path.glob("*/state.db")
