@@ -121,7 +121,7 @@ async def _grow(guest: Guest, size_bytes: int) -> None:
         await _take(guest, running, pages)
         raise
     except OutcomeUnknown as error:
-        error.hint = "the memory is plugged, but the guest may not use it: resize it again"
+        error.hint = "the memory is plugged, perhaps without being used: resize the guest back"
         raise
 
 

@@ -75,7 +75,7 @@ GUEST_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How this host agent runs.
+    """Settings of this host agent.
 
     :ivar listen: address of the control API: `unix:PATH` or `HOST:PORT`.
     :ivar guest_listen: `HOST:PORT` at which virtual machines reach the agent.

@@ -126,7 +126,8 @@ class ControlService(HostServiceServicer):
             async with asyncio.timeout(timeout_s):
                 settled = await guest.settle()
             ledger = await guest.audits.ledger()
-            # An experiment computes with this ledger: after a restart the books must not say less.
+            # Saved before it is answered: an experiment computes with this ledger, and a restart
+            # of the host agent must not undo a part of it.
             await guest.saver.save(guest)
             return host_pb2.SettleResponse(
                 batches=settled.batches,

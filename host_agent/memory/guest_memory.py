@@ -140,7 +140,7 @@ class GuestMemory:
         )
 
     def post(self, hinted: RangeSet, outcome: Outcome, wire_bytes: int) -> None:
-        """Enter what became of a batch into the books."""
+        """Enter the outcome of a batch into the books."""
         if self._open:
             self._open[1].post(hinted, outcome, wire_bytes)
             self._books_changed()

@@ -165,7 +165,7 @@ class Database:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction."""
+        """Run the block as one transaction."""
         try:
             with self._lock, self._db:
                 yield self._db

@@ -26,7 +26,7 @@ class Pressure:
         self._any_under_policy = False
 
     async def run(self) -> None:
-        """Act once per period until cancelled; without guests to rule, once a second."""
+        """Act once per period until cancelled; once a second if no guest has the policy."""
         while True:
             now_s = time.monotonic()
             await sleep_until(now_s + PERIOD_S if self._any_under_policy else next_wake_s(now_s))

@@ -160,8 +160,8 @@ def _devices(domain: ET.Element, spec: DomainSpec) -> None:
 
 
 def _balloon(devices: ET.Element, use: Memballoon) -> None:
-    # libvirt adds a balloon device by default (model "virtio" for QEMU). Its free page reporting
-    # would take free chunks before they are hinted.
+    # Without the element libvirt adds a balloon device by itself (model "virtio" for QEMU). Free
+    # page reporting by it would take free chunks before they are hinted.
     if use is Memballoon.NONE:
         ET.SubElement(devices, "memballoon", model="none")
     elif use is Memballoon.REPORTING:
