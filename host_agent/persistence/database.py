@@ -30,7 +30,7 @@ from google.protobuf.message import DecodeError
 
 from hintfleet.errors import InvalidInput, Refused, TransientError
 from hintfleet.system.file_lock import lock_file, wait_for
-from hintfleet.system.processes import look
+from hintfleet.system.processes import find_process
 from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import Handle
 from host_agent.memory.ledger import Books
@@ -224,7 +224,7 @@ def _holder(path: Path) -> str:
 
 def _patience_s(path: Path) -> float:
     holder = _holder(path)
-    dies = holder.isdecimal() and look(int(holder)) is None
+    dies = holder.isdecimal() and find_process(int(holder)) is None
     return _DEATH_TIMEOUT_S if dies else _LOCK_TIMEOUT_S
 
 

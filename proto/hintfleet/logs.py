@@ -157,7 +157,7 @@ def _is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class Seldom:
+class LogRateLimit:
     """Lets an event that may come often be logged once in a while, with how many were not."""
 
     def __init__(self, period_s: float = 10.0) -> None:

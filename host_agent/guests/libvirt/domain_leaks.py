@@ -42,7 +42,7 @@ def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
         folder = _folder_of(domain.XMLDesc())
         if not domain.name().startswith(NAME_PREFIX) or folder is None:
             continue
-        if runtime_dirs()[0].belongs_to_nobody(folder):  # wherever it is
+        if runtime_dirs()[0].is_abandoned(folder):  # wherever it is
             leak = Leak(
                 what="domain",
                 where=domain.name(),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hintfleet.system.file_lock import lock_folder
-from hintfleet.system.processes import look
+from hintfleet.system.processes import find_process
 
 _CLOCKS_AGREE_WITHIN_S = 1.0  # when a process started is known in whole seconds
 
@@ -45,10 +45,10 @@ class OwnedFolders:
         return [
             path
             for path in self.base.glob(f"{self.prefix}*-*")
-            if _is_mine(path) and self.belongs_to_nobody(path)
+            if _is_mine(path) and self.is_abandoned(path)
         ]
 
-    def belongs_to_nobody(self, path: Path) -> bool:
+    def is_abandoned(self, path: Path) -> bool:
         """Whether it is the folder of a process that is gone; it may be gone itself."""
         pid = path.name.removeprefix(self.prefix).partition("-")[0]
         named = path.name.startswith(self.prefix) and pid.isdecimal()
@@ -85,7 +85,7 @@ def _may_have_made(pid: int, path: Path) -> bool:
     """Whether a process with this id lives that did not start after `path` had its last
     change. Without such a folder, whether one lives at all."""
     try:
-        process = look(pid)
+        process = find_process(pid)
     except OSError:
         return True  # it is there, and not for us to see
     if process is None:

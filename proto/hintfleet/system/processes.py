@@ -40,7 +40,7 @@ class Process:
         since_boot_s = self.start_ticks / os.sysconf("SC_CLK_TCK")
         return round(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot_s)
 
-    def links(self) -> dict[int, str] | None:
+    def descriptor_targets(self) -> dict[int, str] | None:
         """What its descriptors are; None if that is not for us to see, or it is gone."""
         folder = f"/proc/{self.pid}/fd"
         try:
@@ -76,7 +76,7 @@ class Process:
                 (signal.SIGTERM, _TERM_TIMEOUT_S),
                 (signal.SIGKILL, _KILL_TIMEOUT_S),
             ):
-                now = look(self.pid)
+                now = find_process(self.pid)
                 if now is None or now.start_ticks != self.start_ticks:
                     return
                 if _ends(pidfd, number, timeout_s):
@@ -98,7 +98,7 @@ def _ends(pidfd: int, number: signal.Signals, timeout_s: float) -> bool:
     return bool(poll.poll(timeout_s * 1000))
 
 
-def look(pid: int) -> Process | None:
+def find_process(pid: int) -> Process | None:
     """The living process with this pid; None if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -118,8 +118,8 @@ def look(pid: int) -> Process | None:
     )
 
 
-def living() -> Iterator[Process]:
+def other_processes() -> Iterator[Process]:
     """All that can be seen, but this one."""
     for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) != os.getpid() and (found := look(int(name))):
+        if name.isdecimal() and int(name) != os.getpid() and (found := find_process(int(name))):
             yield found

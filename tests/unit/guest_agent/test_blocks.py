@@ -48,7 +48,7 @@ def test_all_blocks_go_offline_or_none(root: Path) -> None:
     held.unlink()
     held.symlink_to("/proc/version")  # nobody can write there, not even root
     with pytest.raises(Refused, match=r"memory33 stays .* in use"):
-        MemoryBlocks(root, patience_s=0.5).offline(TWO_BLOCKS)
+        MemoryBlocks(root, timeout_s=0.5).offline(TWO_BLOCKS)
     assert other.read_text() == "online_movable\n"
     held.unlink()
     held.write_text("online\n")
@@ -58,8 +58,8 @@ def test_all_blocks_go_offline_or_none(root: Path) -> None:
 
 def test_what_the_guest_cannot_do_without_stays(root: Path) -> None:
     states = [add(root, 32, "online"), add(root, 33, "online")]
-    blocks = MemoryBlocks(root, patience_s=0.5, available_bytes=lambda: 260 * MIB)
-    with pytest.raises(Refused, match="in use: the guest can do without 260 MiB only"):
+    blocks = MemoryBlocks(root, timeout_s=0.5, available_bytes=lambda: 260 * MIB)
+    with pytest.raises(Refused, match="in use: the guest has only 260 MiB available"):
         blocks.offline(TWO_BLOCKS)
     assert [state.read_text() for state in states] == ["online\n"] * 2
     spare = iter([10 * MIB, 260 * MIB, 300 * MIB])
@@ -70,7 +70,7 @@ def test_what_the_guest_cannot_do_without_stays(root: Path) -> None:
 
 def test_what_never_comes_is_said(root: Path) -> None:
     with pytest.raises(Refused, match="no memory block memory32"):
-        MemoryBlocks(root, patience_s=0.2).online(TWO_BLOCKS)
+        MemoryBlocks(root, timeout_s=0.2).online(TWO_BLOCKS)
 
 
 def test_parts_of_blocks_cannot_be_had(root: Path) -> None:

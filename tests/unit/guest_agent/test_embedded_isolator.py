@@ -106,10 +106,10 @@ def test_it_wakes_the_core_at_the_threshold(
     isolator.start(lambda: woken.append(True))
     freed(allocator, 14)
     assert len(woken) == 1, "for the first chunk: a period begins"
-    assert not isolator.enough()
+    assert not isolator.enough_ready()
     freed(allocator, 16)
     assert len(woken) == 2
-    assert isolator.enough()
+    assert isolator.enough_ready()
 
 
 def test_a_zone_at_its_watermark_keeps_its_bits_for_later(

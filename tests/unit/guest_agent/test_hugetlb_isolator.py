@@ -109,7 +109,7 @@ class Host:
     def tell_used(self) -> None:
         used = self.known_absent & self.kernel.resident
         self.known_absent -= used
-        self.isolator.used_again(RangeSet((chunk * CHUNK_PAGES, 1) for chunk in used))
+        self.isolator.refaulted(RangeSet((chunk * CHUNK_PAGES, 1) for chunk in used))
 
     def run(self, *, at_a_time: int = 4, asked: bool = False) -> int:
         """Passes until there is no more to hint; the chunks that were hinted."""
@@ -202,7 +202,7 @@ def test_zeroing_makes_no_more_than_64_mib_or_a_64th_resident(
     kernel = ModelKernel(chunks, zeroing=True, reserve=reserve)
     kernel.resident.clear()
     isolator, host = started(kernel)
-    isolator.used_again(ranges_of(kernel.free))  # and yet nothing is resident
+    isolator.refaulted(ranges_of(kernel.free))  # and yet nothing is resident
     most = 0
     while batch := isolator.isolate(512, 1 << 20):
         most = max(most, len(kernel.resident))
@@ -302,7 +302,7 @@ def test_a_pool_that_others_use_is_left_alone_until_they_do_not() -> None:
 def test_policy_cold_is_refused() -> None:
     isolator, _ = started(ModelKernel(10, zeroing=False))
     isolator.only_cold(0)
-    with pytest.raises(Refused, match="since when"):
+    with pytest.raises(Refused, match="how long a chunk has been free"):
         isolator.only_cold(5)
 
 

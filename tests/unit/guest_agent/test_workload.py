@@ -69,12 +69,12 @@ def test_a_guest_that_is_full_says_so_and_is_not_killed() -> None:
     """What is isolated, or in the balloon, may come back: it is waited for."""
     available = [100 * MIB, 0, 0, 100 * MIB, 0]
     source = AnonymousSource(
-        RAM_BYTES, lambda: available.pop(0) if len(available) > 1 else 9 * MIB, patience_s=0.5
+        RAM_BYTES, lambda: available.pop(0) if len(available) > 1 else 9 * MIB, timeout_s=0.5
     )
     workload = Workload(source, MemoryBlocks())
     assert workload.run(allocate(20 * MIB)).error == ""
     done = workload.run(allocate(40 * MIB))
-    assert done.error == "the guest is out of memory: 9 MiB are left to it"
+    assert done.error == "the guest is out of memory: only 9 MiB are available"
     assert done.held_bytes == 32 * MIB
     assert workload.run(VERIFY).wrong_pages == 0
 

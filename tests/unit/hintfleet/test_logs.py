@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from hintfleet import logs
-from hintfleet.logs import Seldom, fields
+from hintfleet.logs import LogRateLimit, fields
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_json_is_one_line_and_keeps_numbers(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_comes_often_is_counted_meanwhile() -> None:
-    often = Seldom(period_s=0.05)
+    often = LogRateLimit(period_s=0.05)
     assert often.due() == {}
     assert [often.due() for _ in range(3)] == [None] * 3
     time.sleep(0.05)

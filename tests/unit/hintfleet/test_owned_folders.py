@@ -44,13 +44,13 @@ def test_a_process_id_that_was_used_again_owns_nothing(tmp_path: Path, later: in
 def test_a_folder_whose_maker_is_about_to_lock_it_is_let_alone(tmp_path: Path, later: int) -> None:
     folders = OwnedFolders(base=tmp_path, prefix="x-")
     new = folder(tmp_path, later, age_s=0)
-    assert not folders.belongs_to_nobody(new)
+    assert not folders.is_abandoned(new)
     folders.make().remove()
     assert new.exists()
 
 
 def test_a_folder_that_is_gone_is_its_processs_while_that_lives(tmp_path: Path, later: int) -> None:
     folders = OwnedFolders(base=tmp_path, prefix="x-")
-    assert not folders.belongs_to_nobody(tmp_path / f"x-{later}-gone")
-    assert folders.belongs_to_nobody(tmp_path / "x-999999999-gone")
-    assert not folders.belongs_to_nobody(tmp_path / "others-999999999-gone")
+    assert not folders.is_abandoned(tmp_path / f"x-{later}-gone")
+    assert folders.is_abandoned(tmp_path / "x-999999999-gone")
+    assert not folders.is_abandoned(tmp_path / "others-999999999-gone")
