@@ -34,7 +34,7 @@ def test_sizes(text: str, size_bytes: int) -> None:
         ("-1GiB", "not a number"),
         ("", "not a number"),
         ("0.3B", "whole number of bytes"),
-        ("9000000TiB", "more than any memory"),
+        ("9000000TiB", "larger than any memory"),
         ("9" * 5000 + "B", "not a number"),
     ],
 )
