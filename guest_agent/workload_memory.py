@@ -77,7 +77,7 @@ class AnonymousSource:
         :param timeout_s: how long to wait for memory that is isolated or in the balloon.
         """
         self._available_bytes = available_bytes
-        self._patience_s = timeout_s
+        self._timeout_s = timeout_s
         self._extents_before_check = 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._map = mmap.mmap(-1, size_bytes + EXTENT_BYTES, flags=flags)
@@ -103,7 +103,7 @@ class AnonymousSource:
         """
         # Do not just try: memory is overcommitted, so a kernel without free memory kills a
         # process instead of returning an error.
-        deadline_s = time.monotonic() + self._patience_s
+        deadline_s = time.monotonic() + self._timeout_s
         while (usable_bytes := self._available_bytes() - _SPARE_BYTES) < EXTENT_BYTES:
             if time.monotonic() > deadline_s:
                 left_bytes = max(0, usable_bytes + _SPARE_BYTES)

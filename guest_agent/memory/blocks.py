@@ -42,11 +42,11 @@ class MemoryBlocks:
         :param available_bytes: return the memory that the guest can still use.
         """
         self._root = root
-        self._patience_s = timeout_s
+        self._timeout_s = timeout_s
         self._available_bytes = available_bytes
 
     def online(self, pages: RangeSet) -> None:
-        deadline_s = time.monotonic() + self._patience_s
+        deadline_s = time.monotonic() + self._timeout_s
         blocks = self._blocks(pages)
         while missing := [block for block in blocks if not (block / "state").exists()]:
             if time.monotonic() > deadline_s:
@@ -56,7 +56,7 @@ class MemoryBlocks:
         self._set_all(blocks, "online_movable", "offline", deadline_s)
 
     def offline(self, pages: RangeSet) -> None:
-        deadline_s = time.monotonic() + self._patience_s
+        deadline_s = time.monotonic() + self._timeout_s
         blocks = [b for b in self._blocks(pages) if b.exists() and _state(b) != "offline"]
         self._wait_for_memory(len(blocks) * self._block_bytes())
         self._set_all(blocks, "offline", "online_movable", deadline_s)
@@ -68,7 +68,7 @@ class MemoryBlocks:
         """
         # Used pages of the blocks move elsewhere. A kernel without free memory for them kills
         # processes instead of giving up.
-        deadline_s = time.monotonic() + min(_FREE_MEMORY_TIMEOUT_S, self._patience_s)
+        deadline_s = time.monotonic() + min(_FREE_MEMORY_TIMEOUT_S, self._timeout_s)
         while going_bytes and (left := self._available_bytes() - going_bytes) < _SPARE_BYTES:
             if time.monotonic() > deadline_s:
                 raise Refused(
@@ -109,7 +109,7 @@ class MemoryBlocks:
         """
         for i, block in enumerate(blocks):
             if not _set(block, wanted, deadline_s):
-                again_until_s = time.monotonic() + self._patience_s
+                again_until_s = time.monotonic() + self._timeout_s
                 stuck = [b.name for b in blocks[:i] if not _set(b, before, again_until_s)]
                 why = "it is in use" if wanted == "offline" else "the kernel refused it"
                 also = f"; {', '.join(stuck)} did not become {before} again" if stuck else ""

@@ -200,8 +200,8 @@ class GuestSpec(_message.Message):
     size is fixed. Not with method BALLOON, which changes the size itself.
     """
     node_count: _builtins.int
-    """Driver LIBVIRT only: number of NUMA nodes that memory_bytes is spread over evenly; 0
-    means 1. Plugged memory belongs to the last node.
+    """Driver LIBVIRT only: number of NUMA nodes that memory_bytes is spread over evenly;
+    0 means 1. Plugged memory belongs to the last node.
     """
     @_builtins.property
     def hinting(self) -> Global___HintingSettings:

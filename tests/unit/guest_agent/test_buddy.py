@@ -1,4 +1,4 @@
-"""The embedded allocator neither loses nor doubles a page, whatever is done to it."""
+"""The embedded allocator never loses a page and never allocates one twice."""
 
 import threading
 import time
@@ -137,7 +137,7 @@ def test_isolation_stops_at_the_low_watermark() -> None:
     assert zone.low_watermark_pages <= zone.free_page_count < zone.low_watermark_pages + CHUNK
 
 
-def test_allocation_waits_for_what_is_isolated() -> None:
+def test_allocation_waits_for_isolated_chunks() -> None:
     allocator = small(64)
     zone = allocator.zones[0]
     for chunk in range(64):
@@ -152,7 +152,7 @@ def test_allocation_waits_for_what_is_isolated() -> None:
     assert got
 
 
-def test_what_does_not_fit_fails_at_once() -> None:
+def test_an_allocation_that_does_not_fit_fails_at_once() -> None:
     allocator = small(8)
     with pytest.raises(MemoryError):  # else this would run into its time limit
         list(iter(lambda: allocator.allocate(MAX_ORDER, timeout_s=3600), None))
@@ -181,7 +181,7 @@ def test_memory_in_use_cannot_be_unplugged() -> None:
     assert free_ranges(allocator) == RangeSet([(0, 4 * CHUNK)])
 
 
-def test_unplugging_waits_for_what_is_isolated() -> None:
+def test_unplugging_waits_for_isolated_chunks() -> None:
     allocator = small(8)
     assert allocator.isolate(allocator.zones[0], 5 * CHUNK)
     isolated = RangeSet([(5 * CHUNK, CHUNK)])
