@@ -132,7 +132,7 @@ def _tell_bug(error: BaseException, tell: Tell, *, fatal: bool = False) -> None:
     if "details" in found:
         tell(
             f"a bug in hintfleet: {found['bug']}\n  the details are in {found['details']}\n"
-            "  try: report it where you got hintfleet from; send that file and say what you did"
+            "  try: send that file to where you got hintfleet from, and say what you did"
         )
     else:
         tell(f"a bug in hintfleet: {found['bug']}\n{found['trace']}")
