@@ -2,9 +2,9 @@
 # make check   after every edit: format, lint, types, unit and model tests; no root, about a minute
 # make test    run all tests, real guests included; as root it installs what they need (VM=no: it does without)
 # make lowest  unit and model tests with the lowest versions that pyproject.toml allows; minutes, and the network
-# make bench [SUITE...]    ratios against bare loops, bare clients and the peers; what users' machines pay
-# make torture [SECONDS_TO_RUN=60] [DRIVER=embedded|libvirt] [SEED=N]    faults on guests at work
-# make fuzz [SECONDS_TO_RUN=60]       inputs for all that takes them from outside, each held against an oracle
+# make bench [SUITE...]    compare with bare loops, bare clients and the peers; measure what hintfleet costs
+# make torture [SECONDS_TO_RUN=60] [DRIVER=embedded|libvirt] [SEED=N]    inject faults while guests work
+# make fuzz [SECONDS_TO_RUN=60]       send random inputs to all that reads input from outside; check with oracles
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,18 +30,18 @@ $(VENV)/dev: $(VENV)/base
 demo: $(VENV)/base
 	@$(BIN)/hintfleet run quickstart
 
-# What only root can install: QEMU, libvirt and the builder of the guest image.
+# Only root can install these: QEMU, libvirt and the builder of the guest image.
 system:
 	@deploy/system/install
 
 image: $(VENV)/base
 	$(BIN)/python deploy/image/build.py
 
-# tests/unit/test_house.py is ruff and mypy.
+# tests/unit/test_house.py runs ruff and mypy.
 check: $(VENV)/dev
 	@$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 tests/unit tests/model
 
-# VM=no: without real guests, and nothing is installed for them.
+# VM=no: run without real guests, and install nothing for them.
 test: $(if $(filter no,$(VM)),,system) $(VENV)/dev
 	@VM=$(VM) tests/run
 
@@ -52,12 +52,13 @@ SECONDS_TO_RUN ?= 60
 DRIVER ?= embedded
 TORTURE := --seconds $(SECONDS_TO_RUN) --driver $(DRIVER) $(if $(SEED),--seed $(SEED))
 
-# Real guests need libvirt-python, which has no wheel, and what `make system` installs.
+# Real guests need libvirt-python, which has no wheel, and the packages of `make system`.
 torture: $(VENV)/dev $(if $(filter libvirt,$(DRIVER)),system)
 	@[ $(DRIVER) = embedded ] || $(PIP) install --constraint constraints.txt --editable '.[host]'
 	@$(BIN)/python -m tests.torture $(TORTURE) $(if $(filter libvirt,$(DRIVER)),--stress)
 
-# `make bench flood`: the words behind it are suites, not targets.
+# `make bench flood`: words after `bench` are suites. They become empty targets here, for make
+# takes each word as a target.
 ifeq ($(firstword $(MAKECMDGOALS)),bench)
 SUITES := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
 .PHONY: $(SUITES)
@@ -70,7 +71,7 @@ bench: $(VENV)/dev
 fuzz: $(VENV)/dev
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS_TO_RUN)
 
-# --mypy_out writes what a type checker needs beside what protoc generates.
+# --mypy_out writes type stubs beside the modules that protoc generates.
 proto: $(VENV)/dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto \
 		--grpc_python_out=proto --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTOS)

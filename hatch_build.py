@@ -1,4 +1,4 @@
-"""Compiles punch.c as the package is built or installed, where there is a compiler."""
+"""Compiles punch.c when the package is built or installed, if there is a C compiler."""
 
 import subprocess
 from pathlib import Path
@@ -11,12 +11,15 @@ SOURCE, LIBRARY = "host_agent/memory/punch.c", "host_agent/memory/libpunch.so"
 
 
 class CompilePunch(BuildHookInterface[BuilderConfig]):
-    """Without it, the host agent makes one call for each punch (host_agent/memory/punch.py)."""
+    """Adds the compiled library to the package.
+
+    Without the library, the host agent makes one call for each punch (host_agent/memory/punch.py).
+    """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
-        """Leave out what cannot be compiled; a library of an earlier build goes."""
+        """Compile the library; if that fails, warn and build the package without it."""
         library = Path(self.root, LIBRARY)
-        library.unlink(missing_ok=True)
+        library.unlink(missing_ok=True)  # of an earlier build, maybe for another machine
         command = ["cc", "-O2", "-Wall", "-shared", "-fPIC", "-o", LIBRARY, SOURCE]
         try:
             subprocess.run(command, cwd=self.root, check=True)

@@ -1,1 +1,1 @@
-"""Runs inside a guest: finds free chunks, isolates them, hints them to the host."""
+"""The guest agent: runs inside a guest, finds free chunks, isolates and hints them to the host."""

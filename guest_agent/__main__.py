@@ -15,7 +15,7 @@ from hintfleet import __version__, logs, program
 _PR_SET_THP_DISABLE = 41  # include/uapi/linux/prctl.h
 
 _DESCRIPTION = """\
-Find free memory of this guest, isolate it, and tell the host agent that it can have it.
+Find free memory of this guest, isolate it, and hint it to the host agent, which takes it back.
 The host agent writes the configuration when it makes the guest.
 """
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run the agent; never returns."""
     tell = program.prepare("hintfleet-guest")
     code = program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet")
-    # Not sys.exit: a workload thread inside gRPC would hold the process up.
+    # Not sys.exit: the interpreter would wait for a workload's thread that is inside gRPC.
     os._exit(code)
 
 
@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, metavar="PATH", help="JSON; - for stdin")
     parser.add_argument(
-        "--workload-only", action="store_true", help="run workloads for the host, do not hint"
+        "--workload-only",
+        action="store_true",
+        help="run the workload that the host asks for; do not hint",
     )
     logs.add_options(parser)
     parser.add_argument("--version", action="version", version=f"hintfleet-guest {__version__}")
@@ -55,18 +57,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _avoid_huge_pages() -> None:
-    """Take memory in pages of 4 KiB from now on.
-
-    Where transparent huge pages are on "always", heap and stacks come in pages of 2 MiB:
-    up to 8 MiB of an agent, most of it never used.
-    """
+    """Use pages of 4 KiB from now on."""
+    # Where transparent huge pages are set to "always", heap and stacks use pages of 2 MiB: up to
+    # 8 MiB of an agent (docs/measurements.md), most of it never used.
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0)))
 
 
 def _run(arguments: argparse.Namespace) -> None:
     if not arguments.workload_only:
         _avoid_huge_pages()
-    # Late: most of an agent's memory comes with gRPC.
+    # Late, after prctl: importing gRPC allocates most of an agent's memory.
     from guest_agent import agent, config
 
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -81,7 +81,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _end_with_stdin() -> None:
-    """Whoever gave the configuration holds the other end; when it dies, so does this."""
+    """End this process when stdin is closed.
+
+    The host agent that wrote the configuration holds the other end until it dies.
+    """
     sys.stdin.read()
     os._exit(0)
 

@@ -1,4 +1,4 @@
-"""Puts an agent together from its configuration, and runs it."""
+"""Builds an agent from its configuration, and runs it."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ from hintfleet.v1 import hinting_pb2 as pb
 
 _log = logging.getLogger("hintfleet.guest")
 
-_PATIENCE_S = 1.0
+_FINISH_TIMEOUT_S = 1.0
 """How long an agent that is asked to end waits for the acks of what it has in flight."""
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 1 << 20),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    # One connection a subchannel: nothing is shared with other channels of this process.
+    # gRPC shares connections between channels of a process with the same target and options
+    # (GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL in grpc/impl/channel_arg_names.h): this one is ours alone.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # What one attempt may take, not what lies between two: a starved guest needs seconds.
+    # Despite its name, the timeout of one attempt to connect (grpc: min_connect_timeout in
+    # subchannel.cc, doc/connection-backoff.md). A guest that gets little CPU needs seconds.
     ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
@@ -52,8 +54,8 @@ _CHANNEL_OPTIONS = (
 def run(config: AgentConfig) -> None:
     """Run the agent until it is stopped or refused.
 
-    SIGTERM has a real guest's agent give back what is isolated, as far as the host agent
-    answers within a second; what is left stays isolated, for the next agent (I4).
+    On SIGTERM, the agent of a real guest hints nothing more and waits a second for the acks in
+    flight. Ranges without an ack stay isolated, for the next agent (I4).
 
     :raises HintfleetError: isolation is not possible here, or the host refused this agent.
     """
@@ -63,7 +65,7 @@ def run(config: AgentConfig) -> None:
 
 
 class _Terminated(Exception):
-    """By SIGTERM."""
+    """The agent was asked to end by SIGTERM."""
 
 
 async def _end_when_terminated(session: HintingSession) -> None:
@@ -71,48 +73,47 @@ async def _end_when_terminated(session: HintingSession) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
     await asked.wait()
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(_FINISH_TIMEOUT_S):
             await session.finish()
     raise _Terminated
 
 
 def _connect(config: AgentConfig) -> tuple[aio.Channel, pb.Identity]:
-    """A channel to the host agent, on the running event loop, and who speaks on it.
+    """Open a channel to the host agent on the running event loop; return it with our identity.
 
     :raises InvalidInput: the TLS folder cannot be used.
     """
     identity = pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
     credentials = None
     if config.tls_folder:
-        from hintfleet.net.tls import Tls  # late: memory that most guests save
+        from hintfleet.net.tls import Tls  # late: most guests do without, and save memory
 
         credentials = Tls.read(config.tls_folder, server=False).for_client()
     return open_aio_channel(config.server, credentials, _CHANNEL_OPTIONS), identity
 
 
 async def _end_orphaned(channel: aio.Channel, after_s: int) -> None:
-    """Watch the link to the host agent, which alone knows of this guest and can end it.
+    """Watch the link to the host agent; 0 seconds for never.
 
-    :raises TransientError: it was away for so long.
+    :raises TransientError: there was no host agent for `after_s` seconds.
     """
+    # Only the host agent knows this guest and can end it: without one, it would run for ever.
     while after_s:
         try:
             async with asyncio.timeout(after_s):
-                await _until(channel, ChannelConnectivity.READY)
+                await _wait_for_state(channel, ChannelConnectivity.READY)
         except TimeoutError:
-            raise TransientError(
-                f"no host agent for {after_s} s: nobody wants this guest"
-            ) from None
+            raise TransientError(f"no host agent for {after_s} s: this guest ends") from None
         await channel.wait_for_state_change(ChannelConnectivity.READY)
 
 
-async def _until(channel: aio.Channel, wanted: ChannelConnectivity) -> None:
+async def _wait_for_state(channel: aio.Channel, wanted: ChannelConnectivity) -> None:
     while (state := channel.get_state()) is not wanted:
         await channel.wait_for_state_change(state)
 
 
 async def _until_one_fails(*work: Coroutine[Any, Any, None]) -> None:
-    """Run all of them until one raises, and raise that."""
+    """Run all coroutines until one raises, and raise that error."""
     tasks = [asyncio.create_task(one) for one in work]
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     for task in done:
@@ -120,8 +121,8 @@ async def _until_one_fails(*work: Coroutine[Any, Any, None]) -> None:
 
 
 async def _run_embedded(config: AgentConfig) -> None:
-    """A whole guest in this process: the agent, and its workload beside it."""
-    # Imported late, here and below: a real guest's agent does without, and is smaller.
+    """Run a whole embedded guest in this process: the agent, and its workload beside it."""
+    # Late imports, here and below: a real guest's agent does without them, and is smaller.
     import mmap
 
     from guest_agent.isolation.embedded import EmbeddedIsolator
@@ -159,8 +160,11 @@ async def _run_embedded(config: AgentConfig) -> None:
 
 
 async def _run_in_guest(config: AgentConfig) -> None:
-    """The agent of a real guest. The workload is a process of its own (--workload-only): its
-    memory and CPU time are not the agent's, and it lives on when the agent dies."""
+    """Run the agent of a real guest.
+
+    The workload is another process (--workload-only): its memory and CPU time are not counted as
+    the agent's, and it survives the agent.
+    """
     if config.method is Method.NONE:
         raise InvalidInput(
             "method none: there is nothing to hint", hint="hintfleet-guest --workload-only"
@@ -181,15 +185,15 @@ async def _run_in_guest(config: AgentConfig) -> None:
 
 
 def _isolator(config: AgentConfig) -> Isolator:
-    """Return the isolator of a real guest. Imported late: none needs the others."""
+    """Return the isolator of a real guest. Late imports: an agent needs one of them only."""
     if config.isolator is IsolatorKind.HUGETLB:
         from guest_agent.isolation.hugetlb import HugetlbIsolator
         from guest_agent.isolation.hugetlb_pool import HugetlbPool
 
         if init_on_free():
             raise Refused(
-                "this kernel zeroes pages as they are freed (init_on_free=1): what hugetlb"
-                " gave back would be resident again",
+                "this kernel zeroes pages as they are freed (init_on_free=1): memory that hugetlb"
+                " has hinted would become resident again",
                 hint="boot with init_on_free=0, or use the kmod isolator",
             )
         zeroing = init_on_alloc()
@@ -202,9 +206,10 @@ def _isolator(config: AgentConfig) -> Isolator:
 
 
 def run_workload_only(config: AgentConfig) -> None:
-    """The workload of a real guest, without hinting."""
-    # The kernel is to kill the workload, not the agent, if the guest runs out of memory; but
-    # first what offers itself (1000), as stress-ng's workers do: they are started again.
+    """Run the workload of a real guest, without hinting."""
+    # If the guest runs out of memory, its kernel should kill the workload before the agent
+    # (-500), but after processes that set 1000, as stress-ng's workers do: those are restarted,
+    # the workload is not.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")
     asyncio.run(_serve_anonymous_workload(config))

@@ -1,4 +1,4 @@
-"""Reading the agent's configuration, where the host agent has put it."""
+"""Reads the agent's configuration from where the host agent has put it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hintfleet.system.files import read_at_most
 def read(path: str) -> AgentConfig:
     """Return the configuration in a file, or on the first line of stdin (`-`).
 
-    :raises InvalidInput: it cannot be read, or is none; names the file, and the key if one
+    :raises InvalidInput: it cannot be read, or is not valid; names the file, and the key if one
         is wrong.
     """
     try:

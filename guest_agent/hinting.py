@@ -1,12 +1,12 @@
 """The hinting core: events in, instructions out.
 
-What happens to a free chunk: isolate, batch, hint, acknowledge, release. This is
-the guest's side of the session protocol (hinting.proto) as a pure state machine;
-`guest_agent.session` carries out its instructions over gRPC. It knows neither
-which isolator it has nor any socket or clock.
+The steps of a free chunk: isolate, batch, hint, acknowledge, release. This is the guest's side
+of the session protocol (hinting.proto) as a pure state machine; `guest_agent.session` carries
+out its instructions over gRPC. The core knows no socket and no clock, and does not know which
+isolator it has.
 
-It keeps invariant I1: what `isolated` was told is released only by the ack of
-its batch or by a later welcome, whatever else happens in between.
+It keeps invariant I1: ranges that `isolated` was given are released only by the ack of their
+batch or by a later Welcome, whatever else happens.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hintfleet.ranges import EMPTY, RangeSet
 
 
 class ProtocolViolation(HintfleetError):
-    """The host agent said what the protocol does not allow here."""
+    """The host agent sent a message that the protocol does not allow here."""
 
 
 class State(Enum):
-    """Where the session stands."""
+    """The state of the session."""
 
     DISCONNECTED = "disconnected"
-    """No stream, or one that is not welcomed yet: nothing may be isolated."""
+    """No stream, or no Welcome yet: nothing may be isolated."""
     OPEN = "open"
     """Welcomed: batches may be sent."""
 
@@ -43,7 +43,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Isolate:
-    """Ask the isolator for chunks, then tell `HintingCore.isolated`."""
+    """Ask the isolator for chunks, then call `HintingCore.isolated` with them."""
 
     max_ranges: int
     max_pages: int
@@ -60,7 +60,10 @@ class Send:
 
 @dataclass(frozen=True)
 class Release:
-    """Give ranges back to the guest's allocator; `hinted` unless the host did not act on them."""
+    """Give ranges back to the guest's allocator.
+
+    :ivar hinted: whether the host has dealt with them; if not, they are to be hinted again.
+    """
 
     ranges: RangeSet
     hinted: bool
@@ -68,7 +71,10 @@ class Release:
 
 @dataclass(frozen=True)
 class ReportNow:
-    """Have the isolator make ready what is free; `thorough`: all of it, however little."""
+    """Tell the isolator to make free chunks ready.
+
+    :ivar thorough: all free chunks, however few are new.
+    """
 
     thorough: bool = False
 
@@ -96,12 +102,15 @@ class _Settling:
 class HintingCore:
     """One guest's side of the protocol, over any number of sessions.
 
-    Every method takes an event and returns what to do, in order. An event that
-    is no longer of any concern (an ack of an earlier epoch) returns nothing.
+    Every method takes an event and returns instructions, to be carried out in order. For an
+    event that came too late (an ack of an earlier epoch) it returns none.
     """
 
     def __init__(self, still_isolated: RangeSet = EMPTY) -> None:
-        """Start disconnected, with what an earlier agent left isolated."""
+        """Start disconnected.
+
+        :param still_isolated: the ranges that an earlier agent left isolated.
+        """
         self.state = State.DISCONNECTED
         self.batch_count = 0
         self.hinted_page_count = 0
@@ -109,8 +118,8 @@ class HintingCore:
         self._seq = 0
         self._limits = Limits(ranges_per_batch=0, pages_per_batch=0, batches_in_flight=0)
         self._in_flight: dict[int, RangeSet] = {}
-        # Kept one by one: an isolator takes back exactly what it gave.
-        self._unfenced: list[RangeSet] = [still_isolated] if still_isolated else []
+        # Not merged into one set: an isolator must get back exactly the sets that it returned.
+        self._awaiting_welcome: list[RangeSet] = [still_isolated] if still_isolated else []
         self._settling: _Settling | None = None
         self._allowance_pages: int | None = None
         self._unfinished = False
@@ -118,30 +127,31 @@ class HintingCore:
 
     @property
     def still_isolated(self) -> RangeSet:
-        """All that is isolated now: what a Hello has to say."""
-        held = [*self._unfenced, *self._in_flight.values()]
+        """All ranges that are isolated now, for a Hello."""
+        held = [*self._awaiting_welcome, *self._in_flight.values()]
         return RangeSet(one for ranges in held for one in ranges)
 
     def welcomed(self, epoch: int, limits: Limits) -> Sequence[Instruction]:
-        """No earlier batch can run any more: earlier ranges may go back (I2, I4)."""
+        """Open the session. No earlier batch can run any more (I2), so release its ranges (I4)."""
         self.lost()
         self.state = State.OPEN
         self._epoch, self._seq, self._limits = epoch, 0, limits
-        # Whether the host acted on them is not known: hint them again.
-        released = [Release(ranges, hinted=False) for ranges in self._unfenced]
-        self._unfenced = []
-        return [*released, *self._look()]
+        # The acks are lost, so nobody knows whether the host acted on them: hint them again.
+        released = [Release(ranges, hinted=False) for ranges in self._awaiting_welcome]
+        self._awaiting_welcome = []
+        return [*released, *self._report_now()]
 
     def lost(self) -> Sequence[Instruction]:
-        """The stream ended: batches in flight may still run on the host, so keep them."""
+        """Note that the stream has ended."""
         self.state = State.DISCONNECTED
-        self._unfenced += self._in_flight.values()
+        # Batches in flight may still run on the host: keep their ranges until a Welcome (I1).
+        self._awaiting_welcome += self._in_flight.values()
         self._in_flight = {}
         self._settling = None
         return []
 
     def acknowledged(self, epoch: int, seq: int, *, acted: bool) -> Sequence[Instruction]:
-        """A batch was dealt with.
+        """Release the ranges of a batch that the host has answered.
 
         :param acted: False if the host skipped it for now (it came too late).
         :raises ProtocolViolation: an ack of this epoch for no batch in flight.
@@ -151,54 +161,54 @@ class HintingCore:
             return []
         if seq not in self._in_flight:
             raise ProtocolViolation(f"ack of batch {seq}, which is not in flight")
-        return [Release(self._in_flight.pop(seq), hinted=acted), *self._ask()]
+        return [Release(self._in_flight.pop(seq), hinted=acted), *self._isolate()]
 
     def allowed(self, pages: int | None) -> Sequence[Instruction]:
-        """The host says how much may be hinted from now on; None for no bound."""
+        """Note how many pages the host allows to be hinted from now on; None for no bound."""
         self._allowance_pages = pages
-        return self._ask()
+        return self._isolate()
 
     def ready(self) -> Sequence[Instruction]:
-        """The isolator woke us: there may be enough to isolate."""
-        return self._ask()
+        """Isolate: the isolator has signalled that enough chunks may be ready."""
+        return self._isolate()
 
     def period_passed(self, *, isolator_idle: bool) -> Sequence[Instruction]:
-        """Time to look for what the threshold did not bring."""
+        """Look for free chunks below the threshold; continue a settle."""
         nothing = isolator_idle or not self._may_hint
         if self.state is not State.OPEN or nothing:
-            return self._settle_on(isolator_idle=nothing)
-        return self._look()
+            return self._continue_settling(isolator_idle=nothing)
+        return self._report_now()
 
     def isolated(
         self, ranges: RangeSet, *, isolator_idle: bool, unfinished: bool = False
     ) -> Sequence[Instruction]:
-        """The answer to `Isolate`: what is now isolated, perhaps nothing.
+        """Send a batch of the ranges that `Isolate` has isolated, which may be none.
 
-        :param unfinished: there is more, which has to be hinted whatever is allowed.
+        :param unfinished: the isolator has more that must be hinted, whatever is allowed.
         """
         self._unfinished = unfinished
         if not ranges:
-            return self._settle_on(isolator_idle=isolator_idle)
+            return self._continue_settling(isolator_idle=isolator_idle)
         self._seq += 1
         self._in_flight[self._seq] = ranges
         self.batch_count += 1
         self.hinted_page_count += ranges.page_count
         if self._allowance_pages is not None:
             self._allowance_pages = max(0, self._allowance_pages - ranges.page_count)
-        return [Send(self._epoch, self._seq, ranges), *self._ask()]
+        return [Send(self._epoch, self._seq, ranges), *self._isolate()]
 
     def settle_requested(self, request_id: int) -> Sequence[Instruction]:
-        """Report now; answer when everything that may be hinted was acknowledged."""
+        """Look for free chunks now; answer when all that may be hinted is acknowledged."""
         self._settling = _Settling(
             request_id=request_id,
             batches_before=self.batch_count,
             pages_before=self.hinted_page_count,
             pages_at_last_pass=self.hinted_page_count,
         )
-        return self._look(thorough=True)
+        return self._report_now(thorough=True)
 
     def stop(self) -> None:
-        """Isolate nothing from now on. What is isolated still goes back with its acks."""
+        """Isolate nothing from now on. Isolated ranges are still released by their acks."""
         self._stopped = True
 
     @property
@@ -210,32 +220,34 @@ class HintingCore:
     def _may_hint(self) -> bool:
         return self._unfinished or (not self._stopped and self._allowance_pages != 0)
 
-    def _look(self, *, thorough: bool = False) -> Sequence[Instruction]:
-        """Look for what is free: not if none of it may be hinted."""
-        return [ReportNow(thorough), *self._ask()] if self._may_hint else []
+    def _report_now(self, *, thorough: bool = False) -> Sequence[Instruction]:
+        """Make free chunks ready and isolate them, unless none may be hinted."""
+        return [ReportNow(thorough), *self._isolate()] if self._may_hint else []
 
-    def _ask(self) -> Sequence[Instruction]:
+    def _isolate(self) -> Sequence[Instruction]:
         full = len(self._in_flight) >= self._limits.batches_in_flight
         if self.state is not State.OPEN or full or not self._may_hint:
             return []
         pages = self._limits.pages_per_batch
+        # The rest of a batch of the kernel module ignores the allowance: the module releases
+        # whole batches, so a part that is not hinted would keep the others isolated.
         if self._allowance_pages is not None and not self._unfinished:
             pages = min(pages, self._allowance_pages)
         return [Isolate(self._limits.ranges_per_batch, pages)]
 
-    def _settle_on(self, *, isolator_idle: bool) -> Sequence[Instruction]:
-        """Settled when a whole pass of the isolator gave nothing, or nothing may be hinted,
-        and nothing is in flight.
+    def _continue_settling(self, *, isolator_idle: bool) -> Sequence[Instruction]:
+        """Answer a settle request once a whole pass gave nothing and nothing is in flight.
 
-        One pass may give only part of what is free (mm/page_reporting.c looks at
-        1/16 of a list at a time), so a pass that gave something is repeated.
+        Where nothing may be hinted, no pass is needed.
         """
         settling = self._settling
         if settling is None or self._in_flight or not isolator_idle:
             return []
+        # One pass may find only a part of the free chunks (mm/page_reporting.c handles 1/16 of
+        # a list at a time), so repeat a pass that found some.
         if self.hinted_page_count != settling.pages_at_last_pass:
             settling.pages_at_last_pass = self.hinted_page_count
-            return self._look(thorough=True)
+            return self._report_now(thorough=True)
         self._settling = None
         return [
             SendSettled(

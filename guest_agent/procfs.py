@@ -1,4 +1,4 @@
-"""What the guest's kernel says of its memory and of this process."""
+"""Reads what the guest's kernel reports about its memory and about this process."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from hintfleet.units import KIB, PAGE_BYTES
 
 
 def boot_id() -> str:
-    """The id of this boot, random for each."""
+    """Return the id of this boot; each boot has a random one."""
     return _read("/proc/sys/kernel/random/boot_id").decode().strip()
 
 
 def mem_free_bytes() -> int:
-    """Memory that nobody uses, not even as a cache: sysinfo(2). Asked for once a second, in an
-    idle guest too."""
+    """Return the memory that nobody uses, not even as a cache."""
+    # sysinfo(2), not /proc/meminfo: this is called once a second in an idle guest, too, and one
+    # system call is cheaper than reading and parsing a file.
     return os.sysconf("SC_AVPHYS_PAGES") * PAGE_BYTES
 
 
 def mem_total_bytes() -> int:
-    """Memory that the kernel manages, whatever it is used for now."""
+    """Return the memory that the kernel manages, whatever it is used for now."""
     return _meminfo("MemTotal")
 
 
 def mem_available_bytes() -> int:
-    """What could be had without swapping, beyond the watermarks: free, and caches."""
+    """Return the memory that can be allocated without swapping: free, and caches, less the
+    watermarks."""
     return _meminfo("MemAvailable")
 
 
 def own_rss_bytes() -> int:
-    """Resident memory of this process."""
+    """Return the resident memory of this process."""
     return _kib_field("/proc/self/status", "VmRSS")
 
 
@@ -44,9 +46,10 @@ def _kib_field(path: str, key: str) -> int:
 
 
 def parse_kib(text: bytes, key: str, path: str) -> int:
-    """Bytes of the line `key: N kB`.
+    """Return the bytes of the line `key: N kB`.
 
-    :raises Refused: there is none in `text`, which is that of `path`.
+    :param path: where `text` was read, for the message.
+    :raises Refused: `text` has no such line.
     """
     rest = (b"\n" + text).partition(f"\n{key}:".encode())[2]
     found = re.match(rb"[ \t]+([0-9]{1,15}) kB\n", rest)
@@ -56,7 +59,7 @@ def parse_kib(text: bytes, key: str, path: str) -> int:
 
 
 def _read(path: str) -> bytes:
-    """A file of /proc that is given in one piece."""
+    """Read a file of /proc that the kernel returns with one read."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, 1 << 16)
@@ -65,30 +68,31 @@ def _read(path: str) -> bytes:
 
 
 def init_on_alloc() -> bool:
-    """Whether the kernel zeroes pages as it hands them out (mm/mm_init.c says so at boot).
-
-    True where it cannot be found out: the safe assumption.
-    """
+    """Return whether the kernel zeroes pages when it allocates them; True if unknown."""
+    # True is the safe assumption: what is zeroed is resident, and must be hinted again.
     return _auto_init("alloc", if_unknown=True)
 
 
 def init_on_free() -> bool:
-    """Whether the kernel zeroes pages as they are freed. False where it cannot be found out:
-    it is not the default, and costs nothing but effort."""
+    """Return whether the kernel zeroes pages when they are freed; False if unknown."""
+    # It is not the default. A wrong False loses no data: hinted pages become resident again, so
+    # hinting them was in vain.
     return _auto_init("free", if_unknown=False)
 
 
 def _auto_init(when: str, *, if_unknown: bool) -> bool:
     parameters = _read("/proc/cmdline").decode().split()
-    for parameter in reversed(parameters):
+    for parameter in reversed(parameters):  # the last one wins
         if parameter.startswith(f"init_on_{when}="):
             return parameter.partition("=")[2].lower() in ("1", "y", "yes", "on")
-    said = [line for line in _kernel_log() if "mem auto-init:" in line]
-    return f"heap {when}:on" in said[0] if said else if_unknown
+    # Without a parameter, the kernel's configuration decides; the kernel logs it at boot as
+    # "mem auto-init: ..." (mm/mm_init.c: report_meminit).
+    lines = [line for line in _kernel_log() if "mem auto-init:" in line]
+    return f"heap {when}:on" in lines[0] if lines else if_unknown
 
 
 def _kernel_log() -> list[str]:
-    """The kernel's ring buffer, as far as it may be read."""
+    """Return the records of the kernel's log that this process may read."""
     lines = []
     try:
         with open("/dev/kmsg", "rb", buffering=0, opener=_open_nonblocking) as log:

@@ -1,9 +1,8 @@
 """The guest's end of a hinting session: gRPC outside, `HintingCore` inside.
 
-All of it runs on one event loop, which alone touches the core and the isolator; the
-isolator's wake callback and the stream's reader only put events into an inbox. (gRPC's
-threaded client would wake up ten times a second for each open stream.) A lost link is
-tried again for as long as the agent lives, with a pause that grows until a Welcome.
+Everything runs on one event loop: only its tasks use the core and the isolator. The isolator's
+wake callback and the stream's reader put events into an inbox. A lost stream is opened again
+for as long as the agent lives, with a pause that grows until a Welcome.
 """
 
 from __future__ import annotations
@@ -34,25 +33,27 @@ from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
+# Somebody waits for the answer to Settle: poll often.
 _SETTLING_PERIOD_S = 0.02
 _TELEMETRY_PERIOD_S = 1.0
 _POLLS_BEFORE_REST = 10
+# The shortest period after 0, 10 and 20 idle polls. The kernel's own reporting waits 2 s, too
+# (mm/page_reporting.c: PAGE_REPORTING_DELAY). A rest delays little: memory is used before it is
+# freed, and its use (Refaulted) ends the rest.
 _RESTING_PERIODS_S = (0.0, 1.0, 2.0)
-"""The shortest pause after so many tens of idle polls. The kernel's own reporting makes
-one of 2 s, too; and memory that is taken into use ends the rest, before it is freed."""
-_STIR_PAGES = 2048
-"""A poll is idle if less than this is used again or hinted until the next one: in an idle guest,
-too, kernel and daemons split a chunk and merge it now and then."""
-_LONGEST_SILENCE_S = 10.0
-_NEWS_BYTES = 1 << 20
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
-_LOOK_FOR_ACKS_S = 0.01
+# A poll is idle if fewer pages than this (8 MiB) refault or are hinted until the next one. Even
+# in an idle guest, kernel and daemons split a chunk and merge it again now and then.
+_LEAST_ACTIVE_PAGES = 2048
+_LONGEST_TELEMETRY_PERIOD_S = 10.0
+_LEAST_FREE_CHANGE_BYTES = 1 << 20
+_SHORTEST_RECONNECT_PAUSE_S, _LONGEST_RECONNECT_PAUSE_S = 0.05, 2.0
+_ACK_POLL_S = 0.01
 
-# Reasons that hold for a whole batch and may be gone next time. Not OUTSIDE_RAM and its
-# like: hinting those again would go on for ever.
+# Reasons that hold for a whole batch, and that the next batch may not meet. Not OUTSIDE_RAM and
+# the like: such ranges would be hinted again for ever.
 _SKIPPED_FOR_NOW = frozenset({pb.STALE, pb.WRONG_EPOCH})
 
-# A session ends with one of these when the host will not have this agent again.
+# The host ends a session with one of these if it will never accept this agent.
 _FINAL_CODES = frozenset(
     {
         grpc.StatusCode.UNAUTHENTICATED,
@@ -66,7 +67,7 @@ _FINAL_CODES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class HelloFacts:
-    """What Hello says about this guest, besides what is still isolated."""
+    """What Hello says about this guest, except the ranges that are still isolated."""
 
     identity: pb.Identity
     boot_id: str
@@ -75,14 +76,14 @@ class HelloFacts:
 
 
 class _Event(Enum):
-    """What the inbox holds besides the host's messages."""
+    """An event in the inbox that is no message of the host."""
 
     WAKE = auto()
-    """The isolator may have something."""
+    """The isolator may have chunks."""
     TICK = auto()
-    """A period has passed."""
+    """A period has passed, and there is work."""
     ENDED = auto()
-    """The stream is over."""
+    """The stream has ended."""
 
 
 _Call = aio.StreamStreamCall[Any, Any]
@@ -102,39 +103,42 @@ class HintingSession:
     ) -> None:
         """Start the isolator. Must be called on the event loop that will run the session.
 
-        :param free_bytes: the guest's free memory, asked every second at the most.
+        :param free_bytes: return the guest's free memory; called once per second at the most.
         :raises Refused: the isolator cannot work here.
         """
+        # An asyncio channel: gRPC's threaded client wakes up ten times a second for each open
+        # stream, which costs four times the CPU time at rest (docs/measurements.md).
         self._stub = HintingServiceStub(channel)
         self._isolator = isolator
         self._facts = facts
         self._free_bytes = free_bytes
-        self._told_free_bytes = -_NEWS_BYTES
-        self._told_at_s = self._looked_at_s = 0.0
+        self._sent_free_bytes = -_LEAST_FREE_CHANGE_BYTES
+        self._telemetry_sent_at_s = self._free_checked_at_s = 0.0
         self._period_s = 1.0
         self._idle_polls = 0
-        """In a row."""
-        self._stirred_pages = 0
-        """Used again or hinted since the last look."""
+        """Idle polls in a row."""
+        self._active_pages = 0
+        """Pages that refaulted or were hinted since the last poll."""
         self._epoch = 0
-        """Of this session; 0 until it is welcomed."""
+        """The epoch of this session; 0 until the Welcome."""
         self._inbox: asyncio.Queue[pb.HostMessage | _Event | Exception] = asyncio.Queue()
         self._outbox: asyncio.Queue[pb.GuestMessage] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._next_tick = loop.call_later(0, int)
-        self._next_tick.cancel()  # until the first session
+        self._next_tick.cancel()  # a handle that is no tick yet: the first session makes one
 
         def wake() -> None:
+            # The isolator calls this from its own thread or from the workload's.
             loop.call_soon_threadsafe(self._inbox.put_nowait, _Event.WAKE)
 
         self._core = hinting.HintingCore(isolator.start(wake))
 
     async def run(self) -> None:
-        """Hold sessions until cancelled; what is isolated then stays so.
+        """Hold sessions until cancelled; then isolated ranges stay isolated.
 
-        :raises HintfleetError: the host refused this agent for good.
+        :raises HintfleetError: the host will never accept this agent.
         """
-        pause_s = _SHORTEST_PAUSE_S
+        reconnect_pause_s = _SHORTEST_RECONNECT_PAUSE_S
         try:
             while True:
                 self._epoch = 0
@@ -142,34 +146,38 @@ class HintingSession:
                 self._log_end(error)
                 if error is not None and error.code() in _FINAL_CODES:
                     raise from_rpc_error(error, "the host agent ended the hinting session")
-                if self._epoch:  # the host is there, and only the link was lost
-                    pause_s = _SHORTEST_PAUSE_S
-                await asyncio.sleep(pause_s * random.uniform(0.5, 1))
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                if self._epoch:  # the host accepted this agent: only the link was lost
+                    reconnect_pause_s = _SHORTEST_RECONNECT_PAUSE_S
+                # Random: after a restart of the host agent, not all guests connect at once.
+                await asyncio.sleep(reconnect_pause_s * random.uniform(0.5, 1))
+                reconnect_pause_s = min(2 * reconnect_pause_s, _LONGEST_RECONNECT_PAUSE_S)
         finally:
             self._isolator.close()
 
     async def finish(self) -> None:
-        """Hint nothing more; return when all that was isolated is back in use.
+        """Hint nothing more; return when no range is isolated any more.
 
-        It takes as long as the acks do: for ever while there is no host agent. `run` must be
-        running, and is not needed afterwards.
+        Waits for all acks, so for ever if there is no host agent. `run` must be running until
+        this returns.
         """
         self._core.stop()
         while self._core.still_isolated:
-            await asyncio.sleep(_LOOK_FOR_ACKS_S)
+            await asyncio.sleep(_ACK_POLL_S)
         self._isolator.idle()  # ends the pass
 
     async def _run_once(self) -> grpc.RpcError | None:
-        """One stream from Hello to its end; the error that the host ended it with."""
+        """Run one stream from Hello to its end; return the error that the host ended it with."""
         self._outbox = asyncio.Queue()
         self._outbox.put_nowait(pb.GuestMessage(hello=self._hello()))
+        # Without wait_for_ready, a call fails at once while gRPC waits before it connects again
+        # (grpc: doc/wait-for-ready.md).
         call: _Call = self._stub.Session(wait_for_ready=True)  # type: ignore[call-arg]
         tasks = [asyncio.create_task(work(call)) for work in (self._read, self._write)]
         try:
             await self._loop()
         except (hinting.ProtocolViolation, InvalidInput) as violation:
-            # Its host agent may be another one soon; without an agent, the guest is none's.
+            # Do not give up: a restarted host agent may do better, and without an agent the
+            # guest's memory would never be hinted again.
             _log.error("host agent broke the protocol", extra=fields(reason=violation))
         finally:
             self._core.lost()
@@ -192,47 +200,52 @@ class HintingSession:
             self._inbox.put_nowait(_Event.ENDED)
 
     async def _write(self, call: _Call) -> None:
-        # A stream that ends while it is written to is told of by `_read`.
+        # `_read` reports the end of the stream. To write to a stream that has ended raises
+        # asyncio.InvalidStateError (grpc/aio/_call.py).
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             while True:
                 await call.write(await self._outbox.get())
 
     async def _loop(self) -> None:
-        """Deal with events until the stream ends."""
-        self._tick_later()
+        """Handle events until the stream ends."""
+        self._schedule_tick()
         try:
             while (event := await self._inbox.get()) is not _Event.ENDED:
-                rested = self._resting_period_s > 0
+                was_resting = self._resting_period_s > 0
                 if isinstance(event, Exception):
                     raise event
                 if event is _Event.TICK:
                     self._carry_out(self._core.period_passed(isolator_idle=self._isolator.idle()))
                 elif isinstance(event, pb.HostMessage):
-                    self._carry_out(self._heard(event))
-                elif self._isolator.enough():
+                    self._carry_out(self._handle_message(event))
+                elif self._isolator.enough_ready():
                     self._carry_out(self._core.ready())
-                if self._core.settling or self._stirred_pages >= _STIR_PAGES:
+                if self._core.settling or self._active_pages >= _LEAST_ACTIVE_PAGES:
                     self._idle_polls = 0
-                if self._core.settling or event is _Event.WAKE or rested:
-                    self._tick_later()
+                # The pause may be shorter now: a settle, a first free chunk, the end of a rest.
+                if self._core.settling or event is _Event.WAKE or was_resting:
+                    self._schedule_tick()
         finally:
             self._next_tick.cancel()
 
     @property
     def _resting_period_s(self) -> float:
-        """Waking is what an idle agent costs, so it looks less and less often. 0: no rest."""
+        """The shortest period in a guest at rest; 0 if it is not at rest."""
+        # An idle agent's CPU time is that of waking up, so idle polls get rarer.
         tens = self._idle_polls // _POLLS_BEFORE_REST
         return _RESTING_PERIODS_S[min(tens, len(_RESTING_PERIODS_S) - 1)]
 
-    def _tick_later(self) -> None:
-        """Have a period pass, unless one does so before."""
+    def _schedule_tick(self) -> None:
+        """Schedule the next tick, unless one is due earlier."""
+        # Never later than planned: each wake calls this, and a guest that frees memory all the
+        # time would put off its ticks, and its telemetry, for ever.
         loop = asyncio.get_running_loop()
-        at_s = loop.time() + self._pause_s()
+        at_s = loop.time() + self._tick_pause_s()
         if self._next_tick.cancelled() or at_s < self._next_tick.when():
             self._next_tick.cancel()
             self._next_tick = loop.call_at(at_s, self._period_passed)
 
-    def _pause_s(self) -> float:
+    def _tick_pause_s(self) -> float:
         polled = self._isolator.must_be_polled
         if self._core.settling:
             return _SETTLING_PERIOD_S
@@ -245,33 +258,39 @@ class HintingSession:
     def _period_passed(self) -> None:
         try:
             self._poll()
-        except Exception as error:  # noqa: BLE001 - the event loop would log it and go on
+        except Exception as error:  # noqa: BLE001 - `_loop` raises it
+            # In a callback, asyncio would only log it, and no tick would come any more: the
+            # agent would look alive and hint nothing.
             self._inbox.put_nowait(error)
 
     def _poll(self) -> None:
-        """Have a period's work done if there is any: most periods of an idle guest pass without
-        waking more than this."""
-        self._next_tick.cancel()  # so that the next one may be later
+        """Queue a period's work if there is any, and send telemetry if it is due.
+
+        In an idle guest, most periods end here: the task in `_loop` is not even woken.
+        """
+        self._next_tick.cancel()  # so that `_schedule_tick` may choose a later time
         if self._core.settling or not self._isolator.idle():
             self._inbox.put_nowait(_Event.TICK)
         self._idle_polls += 1
-        self._stirred_pages = 0
-        self._tick_later()
-        self._tell_news()
+        self._active_pages = 0
+        self._schedule_tick()
+        self._send_telemetry()
 
-    def _tell_news(self) -> None:
-        """Telemetry, if free memory has changed, or nothing was said for long: an idle
-        guest's agent must cost next to nothing."""
+    def _send_telemetry(self) -> None:
+        """Send telemetry if free memory has changed, or if the last one was sent long ago.
+
+        Each message costs CPU time, of which an idle guest's agent must need next to none.
+        """
         now_s = time.monotonic()
-        due = now_s - self._looked_at_s >= _TELEMETRY_PERIOD_S
+        due = now_s - self._free_checked_at_s >= _TELEMETRY_PERIOD_S
         if not due or self._core.state is not hinting.State.OPEN:
             return
-        self._looked_at_s = now_s
+        self._free_checked_at_s = now_s
         free_bytes = self._free_bytes()
-        unchanged = abs(free_bytes - self._told_free_bytes) < _NEWS_BYTES
-        if unchanged and now_s - self._told_at_s < _LONGEST_SILENCE_S:
+        unchanged = abs(free_bytes - self._sent_free_bytes) < _LEAST_FREE_CHANGE_BYTES
+        if unchanged and now_s - self._telemetry_sent_at_s < _LONGEST_TELEMETRY_PERIOD_S:
             return
-        self._told_free_bytes, self._told_at_s = free_bytes, now_s
+        self._sent_free_bytes, self._telemetry_sent_at_s = free_bytes, now_s
         telemetry = pb.Telemetry(
             agent_cpu_us=time.process_time_ns() // 1000,
             agent_rss_bytes=own_rss_bytes(),
@@ -280,7 +299,7 @@ class HintingSession:
         )
         self._outbox.put_nowait(pb.GuestMessage(telemetry=telemetry))
 
-    def _heard(self, message: pb.HostMessage) -> Sequence[hinting.Instruction]:
+    def _handle_message(self, message: pb.HostMessage) -> Sequence[hinting.Instruction]:
         kind = message.WhichOneof("message")
         if kind == "ack":
             ack = message.ack
@@ -290,7 +309,7 @@ class HintingSession:
             welcome = message.welcome
             self._epoch = welcome.epoch
             _log.info("session welcomed", extra=fields(epoch=welcome.epoch))
-            self._obey(welcome.policy)
+            self._apply_policy(welcome.policy)
             return self._core.welcomed(
                 welcome.epoch,
                 hinting.Limits(
@@ -303,13 +322,13 @@ class HintingSession:
             return self._core.settle_requested(message.settle.request_id)
         if kind == "refaulted":
             ranges = decode(message.refaulted.ranges)
-            self._stirred_pages += ranges.page_count
-            self._isolator.used_again(ranges)
+            self._active_pages += ranges.page_count
+            self._isolator.refaulted(ranges)
         elif kind == "policy":
-            return self._obey(message.policy)
+            return self._apply_policy(message.policy)
         return []
 
-    def _obey(self, policy: pb.Policy) -> Sequence[hinting.Instruction]:
+    def _apply_policy(self, policy: pb.Policy) -> Sequence[hinting.Instruction]:
         self._idle_polls = 0
         self._period_s = max(SHORTEST_REPORT_PERIOD_MS, policy.report_period_ms) / 1000
         self._isolator.only_cold(
@@ -321,13 +340,13 @@ class HintingSession:
     def _carry_out(self, instructions: Sequence[hinting.Instruction]) -> None:
         todo = deque(instructions)
         while todo:
-            todo.extend(self._do(todo.popleft()))
+            todo.extend(self._carry_out_one(todo.popleft()))
 
-    def _do(self, instruction: hinting.Instruction) -> Sequence[hinting.Instruction]:
+    def _carry_out_one(self, instruction: hinting.Instruction) -> Sequence[hinting.Instruction]:
         match instruction:
             case hinting.Isolate(max_ranges, max_pages):
                 ranges = self._isolator.isolate(max_ranges, max_pages)
-                self._stirred_pages += ranges.page_count
+                self._active_pages += ranges.page_count
                 idle = bool(ranges) or self._isolator.idle()
                 more = self._isolator.unfinished
                 return self._core.isolated(ranges, isolator_idle=idle, unfinished=more)
@@ -362,7 +381,10 @@ class HintingSession:
 
 
 def _why_ended(tasks: Iterable[asyncio.Task[None]]) -> grpc.RpcError | None:
-    """Return the error that the host ended the stream with; a bug in one of the tasks is raised."""
+    """Return the error that the host ended the stream with.
+
+    :raises Exception: a task failed with another error, so with a bug.
+    """
     why = None
     for task in tasks:
         error = None if task.cancelled() else task.exception()

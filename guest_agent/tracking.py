@@ -1,13 +1,13 @@
-"""Which free chunks have not been hinted yet: both designs of the 2019 thread.
+"""Trackers: they know which free chunks have not been hinted yet. Both designs of the 2019 thread.
 
-`BitmapTracker` (Lal): a bit per chunk, set by the allocator's free hook. The bits lie
-in words of 64 chunks, one word for each 128 MiB section at order 9, and only words
-with a set bit exist: a hole in a sparse zone costs nothing, a section that is
-hot-added needs no resize, and a scan walks what changed and nothing else. (v11 kept
-one flat bitmap over the zone's whole span, and its scan read every word of it.)
+`BitmapTracker` (Lal): a bit per chunk, set by the allocator's free hook. A word holds the bits
+of 64 chunks (at order 9, of a section of 128 MiB), and only words with a set bit exist. So a
+hole in a sparse zone costs nothing, a section that is hot-added needs no resize, and a scan
+reads only what has changed. (v11 kept one flat bitmap over the zone's whole span, and its scan
+read every word of it.)
 
-`ReportedTracker` (Duyck): no memory of its own; the allocator marks free blocks that
-were reported, and a pass takes those that are not.
+`ReportedTracker` (Duyck): no memory of its own. The allocator marks free blocks that were
+reported, and a pass takes those without the mark.
 """
 
 from __future__ import annotations
@@ -25,22 +25,26 @@ _WORD_BITS = 64
 
 
 class Tracker(Protocol):
-    """Free chunks of one zone that wait to be hinted."""
+    """The free chunks of one zone that wait to be hinted."""
 
     @property
     def waiting_count(self) -> int:
-        """Chunks that wait."""
+        """How many chunks wait."""
 
     def mark(self, pfn: int) -> None:
-        """The chunk at `pfn` is free and has not been hinted. Called by the free hook."""
+        """Note that the chunk at `pfn` is free and not hinted. Called by the free hook."""
 
     def take(self, max_chunks: int) -> list[int]:
-        """Up to so many waiting chunks, by their first pfns, to be isolated at once."""
+        """Take up to `max_chunks` waiting chunks; return their first pfns.
+
+        The caller must isolate them at once.
+        """
 
     def only_cold(self, after_s: float) -> None:
         """From now on, a chunk waits only once it has been free for `after_s`; 0 for at once.
 
-        :raises hintfleet.errors.Refused: this tracker does not know since when.
+        :raises hintfleet.errors.Refused: this tracker does not know how long a chunk has been
+            free.
         """
 
     def memory_bytes(self) -> int:
@@ -48,7 +52,7 @@ class Tracker(Protocol):
 
 
 class ReportedTracker:
-    """Duyck's: what waits is what the allocator has not marked."""
+    """Duyck's tracker: a free chunk waits if the allocator has not marked it as reported."""
 
     def __init__(self, allocator: BuddyAllocator, zone: Zone) -> None:
         self._allocator = allocator
@@ -59,12 +63,13 @@ class ReportedTracker:
         return self._zone.unreported_page_count >> self._allocator.chunk_order
 
     def mark(self, pfn: int) -> None:
-        """Nothing to do: a block that is freed bears no mark."""
+        """Do nothing: a freed block has no reported mark."""
 
     def only_cold(self, after_s: float) -> None:
         if after_s:
             raise Refused(
-                "the reported mark does not say since when a chunk is free: no policy cold",
+                "tracker reported cannot follow policy cold: the mark does not tell how long a"
+                " chunk has been free",
                 hint="tracker: bitmap",
             )
 
@@ -76,11 +81,10 @@ class ReportedTracker:
 
 
 class BitmapTracker:
-    """Lal's: a bit for each chunk that waits.
+    """Lal's tracker: a bit for each chunk that waits.
 
-    Under `only_cold`, a chunk that is freed is first kept with its date, and gets its
-    bit when it has been free for long enough. The free hook and the scan run on
-    different threads; a lock of the tracker's own makes each of them whole.
+    Under `only_cold`, a freed chunk is first kept with the time when it was freed, and gets its
+    bit when it has been free for long enough.
     """
 
     def __init__(self, chunk_order: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -89,33 +93,33 @@ class BitmapTracker:
         self._words: dict[int, int] = {}
         self._set_count = 0
         self._cold_after_s = 0.0
-        self._young: dict[int, float] = {}
+        self._not_yet_cold: dict[int, float] = {}
+        # The free hook runs in the workload's thread, the scan on the event loop.
         self._lock = threading.Lock()
 
     @property
     def waiting_count(self) -> int:
         with self._lock:
-            self._ripen()
+            self._mark_cold()
             return self._set_count
 
     def mark(self, pfn: int) -> None:
         with self._lock:
             if self._cold_after_s:
-                self._clear(pfn)  # it was used since that bit was set
-                self._young.pop(pfn, None)  # to go to the end: the dict is sorted by date
-                self._young[pfn] = self._clock()
+                self._clear(pfn)  # it was used after its bit was set
+                # Remove it first, so that it goes to the end: the dict is sorted by time.
+                self._not_yet_cold.pop(pfn, None)
+                self._not_yet_cold[pfn] = self._clock()
             else:
                 self._set(pfn)
 
     def take(self, max_chunks: int) -> list[int]:
-        """The section that was marked first comes first; within a section, low pfns do.
-
-        A bit is cleared before its chunk is looked at, so that a chunk that is freed
-        again meanwhile sets it again: nothing is left behind a scan.
-        """
+        """Take waiting chunks: the section that was marked first, its lowest pfns first."""
+        # Clear a bit before its chunk is isolated. If the chunk is used and freed in between,
+        # the free hook sets the bit again, and the next scan finds it.
         taken: list[int] = []
         with self._lock:
-            self._ripen()
+            self._mark_cold()
             while len(taken) < max_chunks and self._words:
                 index, word = next(iter(self._words.items()))
                 while word and len(taken) < max_chunks:
@@ -133,21 +137,21 @@ class BitmapTracker:
 
     def memory_bytes(self) -> int:
         with self._lock:
-            entries = [*self._words.items(), *self._young.items()]
+            entries = [*self._words.items(), *self._not_yet_cold.items()]
             return (
                 sys.getsizeof(self._words)
-                + sys.getsizeof(self._young)
+                + sys.getsizeof(self._not_yet_cold)
                 + sum(sys.getsizeof(number) for entry in entries for number in entry)
             )
 
-    def _ripen(self) -> None:
-        """Set the bits of chunks that have been free for long enough."""
-        ripe_at_s = self._clock() - self._cold_after_s
-        while self._young:
-            pfn, freed_at_s = next(iter(self._young.items()))
-            if freed_at_s > ripe_at_s:
+    def _mark_cold(self) -> None:
+        """Set the bits of chunks that have been free for `_cold_after_s`."""
+        freed_before_s = self._clock() - self._cold_after_s
+        while self._not_yet_cold:
+            pfn, freed_at_s = next(iter(self._not_yet_cold.items()))
+            if freed_at_s > freed_before_s:
                 return
-            del self._young[pfn]
+            del self._not_yet_cold[pfn]
             self._set(pfn)
 
     def _set(self, pfn: int) -> None:

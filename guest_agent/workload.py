@@ -1,11 +1,10 @@
-"""What an experiment has a guest do: allocate, write, verify, free.
+"""The workload that an experiment runs in a guest: allocate, write, verify, free.
 
-Every byte that the workload holds is written with a seeded pattern and compared
-with it before it is freed and whenever it is verified. A page that the host
-dropped although it was in use reads as zeros and is counted as wrong.
+The workload writes a seeded pattern to all memory that it holds, and compares the memory with
+the pattern on each verify and before each free. A page that the host dropped although it was
+in use reads as zeros and is counted as wrong.
 
-The memory comes from a `Source`: the embedded allocator, or anonymous memory of
-a real guest's kernel.
+The memory comes from a `Source`: the embedded allocator, or anonymous memory of a real guest.
 """
 
 from __future__ import annotations
@@ -21,64 +20,65 @@ from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
 EXTENT_BYTES = 2 * MIB
-"""What is allocated and freed at a time: one chunk of order 9."""
+"""The unit of allocating and freeing: one chunk of order 9."""
 
-_TAPE_SEED = 0x68696E74
+_PATTERN_SEED = 0x68696E74
 _OFFSET_STEP_BYTES = 8
 
 
 class Source(Protocol):
-    """Where the workload's memory comes from. Extents are numbered by `allocate`."""
+    """Gives the workload its memory, in extents of EXTENT_BYTES with a number each."""
 
     def allocate(self) -> int:
-        """Take one extent of EXTENT_BYTES and return its handle.
+        """Allocate one extent and return its number.
 
-        :raises MemoryError: there is no more.
+        :raises MemoryError: there is no memory left.
         """
 
     def write(self, extent: int, data: memoryview) -> None:
         """Fill an extent; `data` has EXTENT_BYTES bytes."""
 
     def read(self, extent: int) -> bytes:
-        """All bytes of an extent."""
+        """Return all bytes of an extent."""
 
     def free(self, extent: int) -> None:
-        """Give an extent back."""
+        """Free an extent."""
 
 
 class Plugs(Protocol):
-    """Memory that the host has plugged, or is to unplug."""
+    """On- and offlines memory that the host has plugged or will unplug."""
 
     def online(self, pages: RangeSet) -> None:
-        """Begin to use them; what is online already stays so.
+        """Begin to use pages; those that are online stay online.
 
-        :raises hintfleet.errors.Refused: it is not there; nothing has changed.
+        :raises hintfleet.errors.Refused: some are not there; nothing has changed.
         """
 
     def offline(self, pages: RangeSet) -> None:
-        """Stop using them; what is offline already stays so. Isolated chunks are waited for.
+        """Stop using pages; those that are offline stay offline. Waits for isolated chunks.
 
         :raises hintfleet.errors.Refused: some are in use; nothing has changed.
         """
 
 
 class Pattern:
-    """A page-wise distinct byte pattern for each key.
+    """A byte pattern for each key; no two pages of it are equal.
 
-    A long pseudo-random tape is made once; a key picks where on it an extent
-    starts. Two different keys agree by chance in one of 262,144 cases, so a page
-    that is swapped, stale or zeroed is seen, and comparing is one memcmp.
+    Pseudo-random bytes are made once; the key says at which offset the pattern of an extent
+    begins. Two keys have the same offset in one of 262,144 cases. So a page that was swapped,
+    is stale or zeroed is noticed, and comparing is one memcmp.
     """
 
     def __init__(self) -> None:
-        tape = random.Random(_TAPE_SEED).randbytes(2 * EXTENT_BYTES)
-        self._tape = memoryview(tape)
+        random_bytes = random.Random(_PATTERN_SEED).randbytes(2 * EXTENT_BYTES)
+        self._random_bytes = memoryview(random_bytes)
 
     def of(self, key: int) -> memoryview:
-        """The EXTENT_BYTES that belong to a key."""
+        """Return the EXTENT_BYTES of a key."""
+        # Fibonacci hashing: keys are consecutive numbers, and their offsets should not be.
         mixed = (key * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 32
         start = mixed % (EXTENT_BYTES // _OFFSET_STEP_BYTES) * _OFFSET_STEP_BYTES
-        return self._tape[start : start + EXTENT_BYTES]
+        return self._random_bytes[start : start + EXTENT_BYTES]
 
 
 @dataclass
@@ -99,11 +99,11 @@ class Workload:
 
     @property
     def held_bytes(self) -> int:
-        """What is allocated now."""
+        """How much is allocated now."""
         return len(self._held) * EXTENT_BYTES
 
     def run(self, command: pb.WorkloadCommand) -> pb.Done:
-        """Carry out one command; a failure is told in `Done.error`, and what is held stays."""
+        """Run one command. If it fails, `Done.error` says why, and held memory stays held."""
         started_s = time.monotonic()
         held_before_bytes = self.held_bytes
         count = _Count()
@@ -138,17 +138,17 @@ class Workload:
         elif kind == "offline":
             self._plugs.offline(decode(command.offline.ranges))
 
-    def _allocate(self, order: pb.Allocate) -> None:
-        for _ in range(-(-order.size_bytes // EXTENT_BYTES)):
+    def _allocate(self, command: pb.Allocate) -> None:
+        for _ in range(-(-command.size_bytes // EXTENT_BYTES)):
             extent = self._source.allocate()
-            key = order.seed << 32 ^ self._next_key
+            key = command.seed << 32 ^ self._next_key
             self._next_key += 1
             self._source.write(extent, self._pattern.of(key))
             self._held[extent] = key
 
-    def _free(self, order: pb.Free, count: _Count) -> None:
-        wanted = min(order.size_bytes // EXTENT_BYTES, len(self._held))
-        for extent in random.Random(order.seed).sample(list(self._held), wanted):
+    def _free(self, command: pb.Free, count: _Count) -> None:
+        wanted = min(command.size_bytes // EXTENT_BYTES, len(self._held))
+        for extent in random.Random(command.seed).sample(list(self._held), wanted):
             self._check(extent, count)
             del self._held[extent]
             self._source.free(extent)

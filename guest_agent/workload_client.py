@@ -1,4 +1,4 @@
-"""The guest's end of the workload stream: commands in, what was done out."""
+"""The guest's end of the workload stream: reads commands, answers each with its result."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hintfleet.errors import from_rpc_error
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
-_PAUSE_S = 0.1
-_ANSWERS_KEPT = 16
+_RECONNECT_PAUSE_S = 0.1
+_MOST_ANSWERS = 16
 
-# The host will not have this workload again.
+# The host will never accept this workload.
 _FINAL_CODES = frozenset(
     {
         grpc.StatusCode.UNAUTHENTICATED,
@@ -28,10 +28,10 @@ _FINAL_CODES = frozenset(
 async def serve_workload(
     channel: aio.Channel, workload: Workload, identity: pb.Identity, boot_id: str
 ) -> None:
-    """Run the host's commands until cancelled, each in a thread of its own.
+    """Run the host's commands one by one until cancelled, in a worker thread.
 
-    A lost stream is opened again. A command that comes a second time, because its
-    answer was lost, is answered and not done again.
+    A lost stream is opened again. A command that comes again because its answer was lost is
+    answered from memory, not run again.
 
     :raises HintfleetError: the host refused this guest's identity.
     """
@@ -45,12 +45,14 @@ async def serve_workload(
             async for command in call:
                 if command.command_id not in answers:
                     answers[command.command_id] = await asyncio.to_thread(workload.run, command)
-                    if len(answers) > _ANSWERS_KEPT:
+                    if len(answers) > _MOST_ANSWERS:
                         del answers[next(iter(answers))]  # the oldest
                 await call.write(pb.WorkloadEvent(done=answers[command.command_id]))
         except grpc.RpcError as error:
             if error.code() in _FINAL_CODES:
                 raise from_rpc_error(error, "the host agent refused the workload") from error
-        except asyncio.InvalidStateError:  # the stream ended while the command ran
+        except asyncio.InvalidStateError:
+            # The stream ended while the command ran: grpc.aio raises this, not an RpcError, if
+            # one writes to a finished call (grpc/aio/_call.py).
             pass
-        await asyncio.sleep(_PAUSE_S)
+        await asyncio.sleep(_RECONNECT_PAUSE_S)

@@ -1,4 +1,4 @@
-"""Memory for a workload: blocks of an embedded guest, or anonymous memory of a real one."""
+"""Memory for a workload: blocks of an embedded guest, or anonymous memory of a real guest."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hintfleet.units import MIB, PAGE_BYTES, format_size
 
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python's mmap has it from 3.13
 _SPARE_BYTES = 8 * MIB
-_ASSURED_EXTENTS = 8
-"""What is taken between two looks at what there is."""
-_PATIENCE_S = 10.0
-_PAUSE_S = 0.1
+_EXTENTS_PER_CHECK = 8
+"""How many extents are allocated before available memory is read again."""
+_TIMEOUT_S = 10.0
+_POLL_S = 0.1
 _EXTENT_ORDER = (EXTENT_BYTES // PAGE_BYTES).bit_length() - 1
 
 
@@ -46,7 +46,7 @@ class BuddySource:
 
 
 class BuddyPlugs:
-    """Memory that comes to and leaves the last zone of an embedded guest."""
+    """Plugs memory to and unplugs it from the last zone of an embedded guest."""
 
     def __init__(self, allocator: BuddyAllocator) -> None:
         self._allocator = allocator
@@ -63,28 +63,26 @@ class BuddyPlugs:
 
 
 class AnonymousSource:
-    """Extents are aligned parts of one private mapping; freed with MADV_DONTNEED.
-
-    MADV_HUGEPAGE has the kernel back an extent with one order-9 page where it
-    can, as it does for the heaps of large programs.
-    """
+    """Extents are aligned parts of one private mapping; freed with MADV_DONTNEED."""
 
     def __init__(
         self,
         size_bytes: int,
         available_bytes: Callable[[], int] = mem_available_bytes,
-        patience_s: float = _PATIENCE_S,
+        timeout_s: float = _TIMEOUT_S,
     ) -> None:
         """Reserve address space for `size_bytes`; no memory is used yet.
 
-        :param available_bytes: what the guest can still use.
-        :param patience_s: how long memory that is isolated, or in the balloon, is waited for.
+        :param available_bytes: return the memory that the guest can still use.
+        :param timeout_s: how long to wait for memory that is isolated or in the balloon.
         """
         self._available_bytes = available_bytes
-        self._patience_s = patience_s
-        self._assured_extents = 0
+        self._timeout_s = timeout_s
+        self._extents_before_check = 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._map = mmap.mmap(-1, size_bytes + EXTENT_BYTES, flags=flags)
+        # The kernel then backs an extent with one page of order 9 where it can, as it does for
+        # the heaps of large programs: a freed extent is a whole free chunk.
         self._map.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._start = -address % EXTENT_BYTES
@@ -93,21 +91,25 @@ class AnonymousSource:
     def allocate(self) -> int:
         if not self._free:
             raise MemoryError("the workload's address space is used up")
-        if not self._assured_extents:
-            self._assured_extents = min(self._wait_for_room(), _ASSURED_EXTENTS)
-        self._assured_extents -= 1
+        if not self._extents_before_check:
+            self._extents_before_check = min(self._wait_for_memory(), _EXTENTS_PER_CHECK)
+        self._extents_before_check -= 1
         return self._free.pop()
 
-    def _wait_for_room(self) -> int:
-        """How many extents there is memory for, as soon as there is for one. A kernel that has
-        none kills a process rather than say so."""
-        deadline_s = time.monotonic() + self._patience_s
-        while (room_bytes := self._available_bytes() - _SPARE_BYTES) < EXTENT_BYTES:
+    def _wait_for_memory(self) -> int:
+        """Wait until there is memory for one extent; return for how many there is.
+
+        :raises MemoryError: there is none in time.
+        """
+        # Do not just try: memory is overcommitted, so a kernel without free memory kills a
+        # process instead of returning an error.
+        deadline_s = time.monotonic() + self._timeout_s
+        while (usable_bytes := self._available_bytes() - _SPARE_BYTES) < EXTENT_BYTES:
             if time.monotonic() > deadline_s:
-                left_bytes = max(0, room_bytes + _SPARE_BYTES)
-                raise MemoryError(f"{format_size(left_bytes)} are left to it")
-            time.sleep(_PAUSE_S)
-        return room_bytes // EXTENT_BYTES
+                left_bytes = max(0, usable_bytes + _SPARE_BYTES)
+                raise MemoryError(f"only {format_size(left_bytes)} are available")
+            time.sleep(_POLL_S)
+        return usable_bytes // EXTENT_BYTES
 
     def write(self, extent: int, data: memoryview) -> None:
         at = self._start + extent * EXTENT_BYTES

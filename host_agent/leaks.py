@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hintfleet.errors import HintfleetError
 from hintfleet.leaks import Leak, Removable
-from hintfleet.system.processes import Process, living
+from hintfleet.system.processes import Process, other_processes
 from host_agent.guests.libvirt.domain_leaks import abandoned_domains
 from host_agent.guests.libvirt.runtime_dir import runtime_dirs
 
@@ -24,7 +24,7 @@ _MEMFD = "/memfd:hintfleet-"
 def find(libvirt_uri: str) -> tuple[list[Removable], list[str]]:
     """Return the leaks, in the order in which to remove them, and what could not be examined."""
     not_examined = []
-    found = [*_processes(list(living()))]
+    found = [*_processes(list(other_processes()))]
     try:
         found += abandoned_domains(libvirt_uri)
     except HintfleetError as error:
@@ -36,7 +36,7 @@ def find(libvirt_uri: str) -> tuple[list[Removable], list[str]]:
 def _processes(seen: list[Process]) -> Iterator[Removable]:
     """Yield host agents and embedded guests whose lifeline nobody holds the other end of, or
     only processes that are leaked themselves."""
-    links = {process: process.links() or {} for process in seen}
+    links = {process: process.descriptor_targets() or {} for process in seen}
     lifelines = {
         process: links[process].get(fd, "")
         for process in seen

@@ -18,7 +18,7 @@ from pathlib import Path
 from hintfleet.errors import HintfleetError
 from hintfleet.leaks import Leak, Removable, remove_all
 from hintfleet.system.file_lock import is_held
-from hintfleet.system.processes import Process, living
+from hintfleet.system.processes import Process, other_processes
 from orchestrator.doctor import ask_host_agent
 from orchestrator.machine import runtime_dirs
 from orchestrator.results.store.lock import try_lock
@@ -65,11 +65,11 @@ def _of_host_agent(libvirt_uri: str, clean: bool) -> tuple[list[Leak], list[str]
 
 
 def _ray_processes() -> Iterator[Removable]:
-    for process in living():
+    for process in other_processes():
         folder = _runtime_folder(process)
         if folder is None or not _shares_our_view(process):
             continue
-        if runtime_dirs().belongs_to_nobody(folder):
+        if runtime_dirs().is_abandoned(folder):
             leak = Leak(
                 what="Ray process",
                 where=f"process {process.pid}: {Path(process.argv[0].split()[0]).name}",
@@ -97,7 +97,7 @@ def _runtime_folder(process: Process) -> Path | None:
     Ray has put a title in its place, by the log that it writes."""
     words = "\0".join(process.argv)
     if words.startswith("ray::"):
-        words = "\0".join((process.links() or {}).values())
+        words = "\0".join((process.descriptor_targets() or {}).values())
     elif not _RAY_PROGRAM.search(words):
         return None
     found = _RUNTIME_FOLDER.search(words)

@@ -36,7 +36,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hintfleet.errors import InvalidInput, Refused
-from hintfleet.net.tls import CA_FILE, CERT_FILE, KEY_FILE, MOST_BYTES, Peer, Role
+from hintfleet.net.tls import CA_FILE, CERT_FILE, KEY_FILE, MOST_FILE_BYTES, Peer, Role
 from hintfleet.system.files import read_at_most
 
 CA_KEY_FILE = "ca.key"
@@ -305,7 +305,7 @@ def _pem_of(key: _Key) -> bytes:
 
 def _read_certificate(path: Path) -> x509.Certificate:
     try:
-        return x509.load_pem_x509_certificate(read_at_most(path, MOST_BYTES))
+        return x509.load_pem_x509_certificate(read_at_most(path, MOST_FILE_BYTES))
     except OSError as error:
         raise InvalidInput(
             f"cannot read {path}: {error.strerror}", hint="`hintfleet pki init` makes an authority"
@@ -316,7 +316,7 @@ def _read_certificate(path: Path) -> x509.Certificate:
 
 def _read_key(path: Path) -> _Key:
     try:
-        key = load_pem_private_key(read_at_most(path, MOST_BYTES), password=None)
+        key = load_pem_private_key(read_at_most(path, MOST_FILE_BYTES), password=None)
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:

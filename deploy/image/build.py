@@ -3,19 +3,19 @@
 
     python3 deploy/image/build.py [--print-path] [--package NAME ...]
 
-The image is kept outside the tree, in a directory named by a hash of all that
-it was made of, and reused while that does not change. HINTFLEET_IMAGE_DIR says
-where; else it is /var/cache/hintfleet/images for root (QEMU runs as another user
-and must be able to read it) and the XDG cache directory for others.
+The image is kept outside the tree, in a directory named by a hash of all its inputs, and reused
+while they do not change. The base directory is HINTFLEET_IMAGE_DIR; by default
+/var/cache/hintfleet/images for root (QEMU runs as another user and must be able to read it) and
+the XDG cache directory for others.
 
     DIR/layers/kit-HASH/     kernel, modules, shell       minutes, when the module changes
     DIR/layers/root-HASH/    root disk                    minutes, when a wheel changes
     DIR/HASH/                the image: root.img vmlinuz initrd.img image.json
     DIR/current              a link to the image built last
 
-The images that were used last are kept. Older ones are removed, and so are, after a day, layers
-that are in none of them. A guest that runs from one
-goes on: QEMU has its disk open, and has read the rest.
+The images that were used last are kept, older ones are removed. Layers that no image uses are
+removed after a day. A guest whose image is removed runs on: QEMU has its disk open, and has read
+the other files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ COMMANDS = ("chroot", "cat", "echo", "insmod", "ip", "mount", "poweroff", "rm", 
 
 
 def image_dir(environ: dict[str, str], is_root: bool) -> Path:
-    """Where images are kept."""
+    """Return the directory where images are kept."""
     if chosen := environ.get("HINTFLEET_IMAGE_DIR"):
         return Path(chosen).absolute()
     if is_root:
@@ -57,11 +57,11 @@ def image_dir(environ: dict[str, str], is_root: bool) -> Path:
 
 
 def build(images: Path, packages: Sequence[str] = ()) -> Path:
-    """The directory of this tree's image, built if need be; `current` points to it.
+    """Build this tree's image if it is not there, and return its directory; `current` points to it.
 
-    :param packages: more of Debian's for the root disk; `current` does not point to such
-        an image.
-    :raises BuildError: a step failed; what was there before is still there.
+    :param packages: more Debian packages for the root disk; `current` does not point to such an
+        image.
+    :raises BuildError: a step failed; earlier images are still there.
     """
     sources = [path for _, package in PACKAGES for path in _sources(package)]
     layers = (kit(images / "layers"), rootfs(images / "layers", packages))
@@ -70,15 +70,15 @@ def build(images: Path, packages: Sequence[str] = ()) -> Path:
     image = build_once(images / key, "image.json", lambda to: _assemble(to, key, *layers))
     if not packages:
         _point(images / "current", key)
-    os.utime(image)  # used now
+    os.utime(image)  # `prune` removes the images that were not used for the longest time
     prune(images)
     return image
 
 
 def prune(images: Path) -> None:
-    """Remove all images but `current` and those that were used last, and layers of no image.
+    """Remove all images but `current` and those that were used last, and old layers of no image.
 
-    A layer goes when it is a day old: a new one may be on its way into its first image.
+    Keeps layers of the last day: another builder may be about to use one for its first image.
     """
     there = [path.parent for path in images.glob("*/image.json")]
     current = (images / "current").resolve()
@@ -87,8 +87,9 @@ def prune(images: Path) -> None:
     for image in ours[KEPT_IMAGES:]:
         shutil.rmtree(image, ignore_errors=True)
     for layer in images.glob("layers/*-*"):
-        is_in_one = any(file.stat().st_nlink > 1 for file in layer.iterdir() if file.is_file())
-        if not is_in_one and time.time() - layer.stat().st_mtime > KEPT_LAYERS_S:
+        # Images hold hard links to the files of their layers.
+        is_used = any(file.stat().st_nlink > 1 for file in layer.iterdir() if file.is_file())
+        if not is_used and time.time() - layer.stat().st_mtime > KEPT_LAYERS_S:
             shutil.rmtree(layer, ignore_errors=True)
 
 
@@ -121,10 +122,10 @@ def _assemble(to: Path, key: str, kit_layer: Path, root_layer: Path) -> None:
 
 
 def _stage_agent(to: Path, compiled: bool) -> None:
-    """Copy the agent's packages, with .pyc files if this Python makes the guest's kind.
+    """Copy the agent's packages, with .pyc files if this Python's format is the guest's.
 
-    They are unchecked: nobody edits a source in the guest, and its clock is no
-    help in telling which is newer.
+    The guest's Python does not check them against the sources: nobody edits those in the guest,
+    and its clock does not tell which file is newer.
     """
     for name, package in PACKAGES:
         for source in _sources(package):
@@ -143,7 +144,7 @@ def _stage_agent(to: Path, compiled: bool) -> None:
 def _initrd(kit_layer: Path, load: list[str], code: Path) -> Iterator[cpio.Entry]:
     for name in ("bin", "dev", "mnt", "proc", "sys"):
         yield cpio.directory(name)
-    # The kernel opens it for init before devtmpfs is mounted.
+    # The kernel opens /dev/console for init before devtmpfs is mounted.
     yield cpio.Entry(path="dev/console", mode=stat.S_IFCHR | 0o600, device=(5, 1))
     yield cpio.file("init", INIT.read_bytes(), 0o755)
     yield cpio.file("bin/busybox", (kit_layer / "busybox").read_bytes(), 0o755)
@@ -155,7 +156,7 @@ def _initrd(kit_layer: Path, load: list[str], code: Path) -> Iterator[cpio.Entry
 
 
 def _point(link: Path, target: str) -> None:
-    """Make `link` point to `target` in one step, so that readers always find one."""
+    """Make `link` point to `target` in one step: readers always find a link."""
     if link.is_symlink() and os.readlink(link) == target:
         return
     with tempfile.TemporaryDirectory(dir=link.parent, prefix=".building-") as aside:
@@ -165,11 +166,15 @@ def _point(link: Path, target: str) -> None:
 
 
 def main() -> int:
-    """Build, and say where the image is."""
+    """Build the image, and print where it is."""
     parser = argparse.ArgumentParser(description="build the guest image")
     parser.add_argument("--print-path", action="store_true", help="print the image's directory")
     parser.add_argument(
-        "--package", action="append", default=[], metavar="NAME", help="one more on the root disk"
+        "--package",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="install one more Debian package on the root disk",
     )
     arguments = parser.parse_args()
     started = time.monotonic()

@@ -1,6 +1,6 @@
-"""What the steps of the image builder share: errors, commands, hashes, layers.
+"""Errors, commands, hashes and layers, shared by the steps of the image builder.
 
-The builder runs before anything is installed, so it uses the standard library only.
+The builder runs before anything is installed, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class BuildError(Exception):
 
 
 def require_tools() -> None:
-    """Check that the programs that the builder runs are here.
+    """Check that the programs that the builder runs are installed.
 
-    :raises BuildError: names the missing ones and the Debian packages that have them.
+    :raises BuildError: some are missing; names them and their Debian packages.
     """
     path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
     missing = [tool for tool in _INSTALL if not shutil.which(tool, path=path)]
@@ -43,9 +43,9 @@ def require_tools() -> None:
 
 
 def run(command: Sequence[str | Path]) -> None:
-    """Run a command, silent unless it fails.
+    """Run a command without printing its output.
 
-    :raises BuildError: it failed; carries the end of what it said.
+    :raises BuildError: it failed; contains the end of its output.
     """
     env = os.environ | {"PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"}
     done = subprocess.run(
@@ -64,8 +64,8 @@ def mmdebstrap(
 ) -> None:
     """Make a Debian tree with `packages`, as a tar file or (target None) for its hooks only.
 
-    Root file systems need other owners than the caller: root has them, others
-    get them from a user namespace, so no mounts and no privileges are needed.
+    Needs no mounts and no privileges: files of a root file system have several owners, which
+    an ordinary user gets from a user namespace.
 
     :raises BuildError: mmdebstrap failed.
     """
@@ -88,7 +88,7 @@ def mmdebstrap(
 
 
 def digest(parts: Iterable[str | Path]) -> str:
-    """Hash of strings and of files (name and content), in the order given."""
+    """Return a hash of strings and of files (name and content), in this order."""
     total = hashlib.sha256()
     for part in parts:
         data = f"{part.name}\0".encode() + part.read_bytes() if isinstance(part, Path) else part
@@ -97,10 +97,10 @@ def digest(parts: Iterable[str | Path]) -> str:
 
 
 def build_once(directory: Path, marker: str, build: Callable[[Path], None]) -> Path:
-    """`directory`, made by `build` if its `marker` file is not there yet.
+    """Make `directory` by `build` if its `marker` file is not there; return `directory`.
 
-    It is built aside and renamed, so a directory that is there is complete, and
-    two builders at once do no harm.
+    It is built in another directory and renamed. So a directory that is there is complete, and
+    two builders may run at once.
     """
     if (directory / marker).exists():
         return directory
@@ -118,5 +118,5 @@ def build_once(directory: Path, marker: str, build: Callable[[Path], None]) -> P
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` for people and programs."""
+    """Write `value` as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")

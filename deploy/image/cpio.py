@@ -28,22 +28,22 @@ class Entry:
 
 
 def directory(path: str) -> Entry:
-    """An entry for a directory that everybody may read."""
+    """Return an entry for a directory that everybody may read."""
     return Entry(path=path, mode=stat.S_IFDIR | 0o755)
 
 
 def file(path: str, data: bytes, permissions: int = 0o644) -> Entry:
-    """An entry for a file."""
+    """Return an entry for a file."""
     return Entry(path=path, mode=stat.S_IFREG | permissions, data=data)
 
 
 def symlink(path: str, target: str) -> Entry:
-    """An entry for a symbolic link."""
+    """Return an entry for a symbolic link."""
     return Entry(path=path, mode=stat.S_IFLNK | 0o777, data=target.encode())
 
 
 def tree(source: Path, under: str) -> Iterator[Entry]:
-    """Entries for all directories and files below `source`, placed below `under`."""
+    """Yield entries for all directories and files below `source`, with paths below `under`."""
     yield directory(under)
     for path in sorted(source.rglob("*")):
         name = str(PurePosixPath(under, path.relative_to(source).as_posix()))
@@ -51,7 +51,7 @@ def tree(source: Path, under: str) -> Iterator[Entry]:
 
 
 def archive(entries: Iterator[Entry]) -> bytes:
-    """The archive of `entries`; a directory must come before what is in it."""
+    """Return the archive of `entries`; a directory must come before its files."""
     out = bytearray()
     for number, entry in enumerate(entries, 1):
         _append(out, number, entry)

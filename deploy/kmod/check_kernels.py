@@ -48,7 +48,7 @@ done > "$1/tmp/results"
 
 
 def main() -> int:
-    """Build for all; 0 if every kernel has its module."""
+    """Build for all kernels; return 0 if all builds succeed."""
     with tempfile.TemporaryDirectory() as folder:
         kmod = Path(folder) / "kmod"
         kmod.mkdir()

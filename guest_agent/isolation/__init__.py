@@ -1,1 +1,1 @@
-"""How a free chunk is taken out of the guest's allocator, so that nobody can use it."""
+"""Isolators: they take a free chunk out of the guest's allocator, so that nobody can use it."""

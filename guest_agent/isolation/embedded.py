@@ -1,4 +1,4 @@
-"""Isolation in an embedded guest: the emulated buddy's own, fed by either tracker."""
+"""Isolation in an embedded guest: out of its own buddy allocator, with either tracker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRACKERS: dict[TrackerKind, Callable[[BuddyAllocator, Zone], Tracker]] = {
 
 
 class EmbeddedIsolator:
-    """Pulls: scans the trackers of all zones when it is asked for chunks."""
+    """Isolates on request: `isolate` scans the trackers of all zones."""
 
     name = IsolatorKind.EMBEDDED
     unfinished = False
@@ -31,7 +31,7 @@ class EmbeddedIsolator:
     ) -> None:
         """Track `allocator` from now on.
 
-        :param threshold_chunks: waiting chunks that wake the core without being asked.
+        :param threshold_chunks: wake the core when so many chunks wait.
         """
         self._allocator = allocator
         self._threshold_chunks = threshold_chunks
@@ -43,28 +43,29 @@ class EmbeddedIsolator:
 
     def start(self, wake: Callable[[], None]) -> RangeSet:
         self._wake = wake
-        return EMPTY  # an embedded guest dies with its agent, and what was isolated with it
+        return EMPTY  # an embedded guest dies with its agent, so no chunk is left isolated
 
     def _on_chunk_free(self, zone: Zone, pfn: int) -> None:
         self._trackers[zone].mark(pfn)
-        # One wake for the first chunk, and one when there are enough of them.
-        wakes_due = 2 if self.enough() else 1
+        # This runs in the allocator's free path: wake the event loop twice at most, for the
+        # first chunk (it starts the period) and for the threshold.
+        wakes_due = 2 if self.enough_ready() else 1
         if self._wakes < wakes_due:
             self._wakes = wakes_due
             self._wake()
 
-    def enough(self) -> bool:
+    def enough_ready(self) -> bool:
         return any(t.waiting_count >= self._threshold_chunks for t in self._trackers.values())
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
         self._wakes = 0
-        # A chunk makes at most one range, so that bounding chunks bounds both.
-        room = min(max_ranges, max_pages // self._chunk_pages)
+        # A chunk makes at most one range, so a bound on chunks is a bound on both.
+        max_chunks = min(max_ranges, max_pages // self._chunk_pages)
         isolated: list[tuple[int, int]] = []
         for zone, tracker in self._trackers.items():
-            while len(isolated) < room:
+            while len(isolated) < max_chunks:
                 budget = self._allocator.isolation_budget_chunks(zone)
-                candidates = tracker.take(min(room - len(isolated), budget))
+                candidates = tracker.take(min(max_chunks - len(isolated), budget))
                 if not candidates:
                     break
                 isolated += [
@@ -82,14 +83,14 @@ class EmbeddedIsolator:
                     self._trackers[self._allocator.zone_of(chunk)].mark(chunk)
 
     def report_now(self, *, thorough: bool) -> None:
-        """Nothing to do: what is free is marked already."""
+        """Do nothing: all free chunks are marked already."""
 
     def only_cold(self, after_s: float) -> None:
         for tracker in self._trackers.values():
             tracker.only_cold(after_s)
 
-    def used_again(self, ranges: RangeSet) -> None:
-        """Nothing to do: the allocator itself notices what is freed."""
+    def refaulted(self, ranges: RangeSet) -> None:
+        """Do nothing: the allocator's free hook notices each freed chunk."""
 
     def idle(self) -> bool:
         return not any(
@@ -101,4 +102,4 @@ class EmbeddedIsolator:
         return sum(tracker.memory_bytes() for tracker in self._trackers.values())
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: no file is open."""

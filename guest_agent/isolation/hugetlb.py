@@ -1,38 +1,33 @@
 """Isolation on a stock kernel: free chunks are moved into the hugetlb pool.
 
-A pass moves free chunks, in steps, until it has found as many as there are to gain, and
-leaves a reserve. It keeps every one of them until the last was acknowledged: if it released
-as it went, it would meet the same chunks again and again, for the kernel hands out first
-what was freed last. For that reason, too, the first steps find most of what was freed since
-the last pass, and the guest has the rest of its free memory all the time. Each step moves
-twice as many as the one before, and begins when all of that was acknowledged: how much is
-held grows with the proof that the host answers.
+A pass moves free chunks into the pool, step by step. It ends when it has found as many new
+chunks as there are, or when only the reserve is left. All moved chunks stay in the pool until
+the pass ends. Each step moves twice as many chunks as the step before, and begins only when
+the host has acknowledged all of that step.
 
-With `init_on_alloc` the kernel zeroes each chunk as it moves it: absent memory becomes
-resident until it is punched. Such a pass moves 32 chunks at a time, or a 64th of the
-memory if that is more and fits a batch, and hints all of them: no more than that is
-ever resident for that reason alone. (Each step looks at all page flags: steps of a
-fixed size would cost the square of the memory.) As it may have to zero all that is free, it has
-to gain an eighth of that unless it is asked for, and an allowance (policy pressure)
-that covers less than all that is free gains nothing there.
+With `init_on_alloc` the kernel zeroes each chunk that it moves: absent memory becomes
+resident until it is punched. Such a pass moves 32 chunks at a time, or a 64th of the memory if
+that is more and fits a batch, and hints all of them. So at most one step of memory is resident
+for this reason. The pass may have to zero all free memory, so it must find at least an eighth
+of it, unless it was requested. An allowance (policy pressure) smaller than all free memory
+gains nothing there.
 
-Tracking: what the host acknowledged is absent until the host says that it was used
-again. An agent that starts waits for the host to say what is resident; all else that is
-free is absent. A pass is worth its while when more chunks are free than are absent; what the
-last pass could not have (the reserve) does not count. After a pass, four times as long as
-it took goes by before the next, half a second at the most, unless one is asked for.
+Tracking: a chunk is absent from the host's ack until the host reports a refault. A new agent
+waits until the host reports what is resident; all other free chunks are absent. A pass is
+worthwhile when more chunks are free than are absent. Chunks that the last pass could not
+have (the reserve) do not count. After a pass, the next one waits four times as long as the
+pass took, half a second at the most, unless one is requested.
 
-A guest that takes memory while a pass holds some of it may run out of it. So no pass begins
-while free memory falls, unless it is asked for; and once the guest has used half of the
-reserve, nothing more is handed out, and the pass ends with what is in flight.
+A guest that allocates while a pass holds memory may run out of memory. So no pass begins
+while free memory falls, unless one is requested. When the guest has used half of the reserve,
+no more chunks are hinted, and the pass ends with the acks in flight.
 
-When the host is lost in the middle of a pass, what is in the pool stays there until
-the next Welcome: the kernel does not let us choose which pages leave the pool, so
-those of a batch in flight cannot be told from the others. What bounds this: passes
-are short (a few tenths of a second for 700 MiB) and hold little more than was
-freed lately, one that has no batch in flight ends by itself, and the reserve (a sixteenth of
-the memory and the low watermarks) stays free for the guest, besides all that its kernel can
-reclaim.
+If the host is lost during a pass, the pool stays as it is until the next Welcome. The kernel
+does not let us choose which pages leave the pool, so the chunks of a batch in flight cannot
+be kept alone. The effect on the guest is bounded: a pass is short (a few tenths of a second
+for 700 MiB) and holds little more than what was freed lately; a pass without a batch in flight
+ends by itself; and the reserve (a sixteenth of the memory and the low watermarks) stays free
+for the guest, besides what its kernel can reclaim.
 """
 
 from __future__ import annotations
@@ -51,16 +46,20 @@ from hintfleet.settings import IsolatorKind
 
 _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
+# Passes without a rest slowed a workload by a factor of 4. A rest of ten times the pass saved
+# less than it cost.
 _REST_FACTOR = 4
+# So that freed memory leaves the host within a second.
 _LONGEST_REST_S = 0.5
+# The kernel allocates first what was freed last, so the first sixteenth finds most new chunks.
 _FIRST_STEP_SHARE = 16
-_GROWTH_SHARE = 4
+_GROWTH_RESERVE_SHARE = 4
 
 _log = logging.getLogger("hintfleet.guest.hugetlb")
 
 
 class Pool(Protocol):
-    """The guest's kernel, as far as passes need it; see HugetlbPool."""
+    """The part of the guest's kernel that a pass needs; see HugetlbPool."""
 
     def open(self) -> RangeSet: ...
     def free_chunks(self) -> int: ...
@@ -73,11 +72,11 @@ class Pool(Protocol):
 
 
 class HugetlbIsolator:
-    """Pulls: grows the pool when it is asked for chunks and enough of them are free."""
+    """Isolates on request: `isolate` grows the pool if enough new chunks are free."""
 
     name = IsolatorKind.HUGETLB
     unfinished = False
-    must_be_polled = True  # the kernel tells nobody of what is freed
+    must_be_polled = True  # a stock kernel notifies nobody when memory is freed
 
     def __init__(
         self,
@@ -87,71 +86,75 @@ class HugetlbIsolator:
         zeroing: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is changed before `start`.
+        """Prepare; the kernel's pool is not touched before `start`.
 
-        :param threshold_chunks: what an unasked pass has to gain.
+        :param threshold_chunks: the fewest new chunks for which a pass begins by itself.
         :param zeroing: whether the kernel writes to chunks as it moves them.
         """
         self._pool = pool
         self._threshold_chunks = threshold_chunks
         self._zeroing = zeroing
-        self._held = EMPTY
-        """In the pool now, by this pass."""
+        self._in_pool = EMPTY
+        """Chunks that this pass has moved into the pool."""
         self._to_hint: list[int] = []
-        """First pfns of chunks of `_held` that are to be handed out."""
-        self._out_pages = 0
+        """First pfns of the chunks of `_in_pool` that `isolate` has yet to return."""
+        self._in_flight_pages = 0
         self._absent = EMPTY
-        """Chunks that the host has dealt with, or that it did not name as resident at first, and
-        that were not used since."""
-        self._told_resident = False
-        """Whether the host has said what is resident at all."""
+        """Chunks without memory on the host: acknowledged, or not in the host's first list of
+        what is resident, and not used since."""
+        self._resident_known = False
+        """Whether the host has sent its first list of what is resident."""
         self._reserve_chunks = 0
         self._to_move_chunks = 0
-        """How many more this pass may move."""
+        """How many more chunks this pass may move."""
         self._to_find_chunks = 0
-        """How many more that are not absent this pass is to find."""
+        """How many more chunks that are not absent this pass has to find."""
         self._step_chunks = 0
-        """How many the next step moves, unless it zeroes them."""
-        self._withheld_chunks = 0
-        """Beyond the reserve, free chunks that this pass did not move: the kernel would not,
-        or there was nothing more to find."""
-        self._left_behind_chunks = 0
-        """Free and not absent, but the last pass could not have them."""
-        self._asked = False
+        """How many chunks the next step moves; not used with zeroing."""
+        self._unmoved_chunks = 0
+        """Free chunks beyond the reserve that this pass did not move: the kernel refused, or
+        the pass had found all new chunks."""
+        self._unobtainable_chunks = 0
+        """Chunks that are free and not absent, but that the last pass could not have."""
+        self._pass_requested = False
         self._last_free_chunks = 0
-        self._growing = False
-        """The guest took memory between the last two looks."""
-        self._shared = False
-        """Somebody else uses the pool, and this was said."""
+        self._guest_grows = False
+        """Whether the guest allocated memory between the last two polls."""
+        self._conflict_logged = False
+        """Whether another user of the pool was logged and has not gone since."""
         self._clock = clock
         self._began_at_s = self._rest_until_s = 0.0
 
     def start(self, wake: Callable[[], None]) -> RangeSet:
-        del wake  # the kernel calls nobody; the core's period is what drives passes
-        self._began_at_s = self._clock()  # what a dead agent left is a pass of ours now
-        self._held = self._pool.open()
-        self._out_pages = self._held.page_count
+        del wake  # a stock kernel notifies nobody: the core's period starts the passes
+        self._began_at_s = self._clock()  # chunks that a dead agent left count as a pass
+        self._in_pool = self._pool.open()
+        self._in_flight_pages = self._in_pool.page_count
         self._reserve_chunks = self._pool.reserve_chunks()
-        return self._held
+        return self._in_pool
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
         count = min(max_ranges, max_pages // CHUNK_PAGES)  # a chunk makes at most one range
         if not count:
             return EMPTY
-        if self._held and self._pool.free_chunks() < self._reserve_chunks // 2:
-            self._break_off()
+        if self._in_pool and self._pool.free_chunks() < self._reserve_chunks // 2:
+            self._stop_moving()
         if not self._to_hint:
-            self._fill(count)
+            self._advance_pass(count)
         taken, self._to_hint = self._to_hint[:count], self._to_hint[count:]
-        self._out_pages += len(taken) * CHUNK_PAGES
+        self._in_flight_pages += len(taken) * CHUNK_PAGES
         return RangeSet((pfn, CHUNK_PAGES) for pfn in taken)
 
-    def enough(self) -> bool:
-        return True  # what is in the pool is to be hinted
+    def enough_ready(self) -> bool:
+        return True  # whatever is in the pool is missing in the guest: hint it at once
 
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
-        """They stay in the pool until the pass ends; nobody else can have them there."""
-        self._out_pages -= ranges.page_count
+        """Note the host's answer; the chunks stay in the pool until the pass ends.
+
+        The kernel allocates first what was freed last: the pass would get a chunk that it gave
+        back early once more.
+        """
+        self._in_flight_pages -= ranges.page_count
         if hinted:
             self._absent |= ranges
         else:
@@ -159,32 +162,38 @@ class HugetlbIsolator:
             self._to_hint += _first_pfns(ranges)
 
     def report_now(self, *, thorough: bool) -> None:
-        """Have the next `isolate` begin a pass, however little it may gain; with zeroing,
-        if it gains the threshold."""
-        self._asked |= thorough
+        """If `thorough`, let the next `isolate` begin a pass for a single new chunk; with
+        zeroing, for as many as the threshold."""
+        self._pass_requested |= thorough
 
     def idle(self) -> bool:
-        """Costs one small read."""
-        if self._out_pages:
-            return True  # the pass goes on with the acks
-        if self._held:
+        """Return whether no pass is worthwhile now. Costs one small read.
+
+        A pass that has nothing in flight ends here.
+        """
+        if self._in_flight_pages:
+            return True  # the next ack continues the pass
+        if self._in_pool:
             self._end_pass()
         free = self._pool.free_chunks()
-        self._growing = self._last_free_chunks - free > self._reserve_chunks // _GROWTH_SHARE
+        self._guest_grows = (
+            self._last_free_chunks - free > self._reserve_chunks // _GROWTH_RESERVE_SHARE
+        )
         self._last_free_chunks = free
         return not self._gain(free)
 
-    def used_again(self, ranges: RangeSet) -> None:
-        if not self._told_resident:
+    def refaulted(self, ranges: RangeSet) -> None:
+        if not self._resident_known:
             self._absent |= self._pool.free_ranges()
-            self._left_behind_chunks = 0
-            self._told_resident = True
+            self._unobtainable_chunks = 0
+            self._resident_known = True
         self._absent -= ranges.whole_chunks(CHUNK_ORDER)
 
     def only_cold(self, after_s: float) -> None:
         if after_s:
             raise Refused(
-                "the kernel does not say since when a chunk is free: no policy cold with hugetlb",
+                "hugetlb cannot follow policy cold: the kernel does not tell how long a chunk"
+                " has been free",
                 hint="policy eager or pressure",
             )
 
@@ -199,98 +208,104 @@ class HugetlbIsolator:
 
     # A pass
 
-    def _fill(self, wanted_chunks: int) -> None:
-        """Begin a pass or go on with one, until there is something to hint; end it if there
-        is nothing more. Nothing is done before all that is out was acknowledged."""
-        if self._out_pages or not (self._held or self._begins()):
+    def _advance_pass(self, wanted_chunks: int) -> None:
+        """Begin or continue a pass until there are chunks to hint; end it if there are none.
+
+        Do nothing while a batch is in flight: a silent host must not make the guest lose more
+        and more of its free memory.
+        """
+        if self._in_flight_pages or not (self._in_pool or self._begin_pass()):
             return
         while not self._to_hint and self._to_move_chunks > 0:
-            self._move(min(self._step(wanted_chunks), self._to_move_chunks))
+            self._move_to_pool(min(self._next_step_chunks(wanted_chunks), self._to_move_chunks))
         if not self._to_hint:
             self._end_pass()
 
-    def _step(self, wanted_chunks: int) -> int:
-        """How many to move next."""
+    def _next_step_chunks(self, wanted_chunks: int) -> int:
+        """Return how many chunks to move next."""
         if self._zeroing:
-            # The reserve is a sixteenth of the memory.
+            # A 64th of the memory, since the reserve is a sixteenth. Each step reads the flags
+            # of all chunks: steps of a fixed size would cost the square of the memory.
             return min(max(_ZEROING_STEP_CHUNKS, self._reserve_chunks // 4), wanted_chunks)
         step = self._step_chunks
         self._step_chunks *= 2
         return step
 
-    def _begins(self) -> bool:
+    def _begin_pass(self) -> bool:
         gain = self._gain(self._pool.free_chunks())
-        self._asked = False
+        self._pass_requested = False
         if gain:
             self._began_at_s = self._clock()
             self._reserve_chunks = self._pool.reserve_chunks()
-            self._to_move_chunks = self._room_chunks()
+            self._to_move_chunks = self._movable_chunks()
             self._to_find_chunks = gain
             self._step_chunks = -(-self._to_move_chunks // _FIRST_STEP_SHARE)
-            self._withheld_chunks = 0
+            self._unmoved_chunks = 0
         return gain > 0
 
-    def _break_off(self) -> None:
-        """The guest needs its memory: what was not handed out yet has to wait."""
+    def _stop_moving(self) -> None:
+        """Stop the pass, for the guest needs its memory: hint no more of it."""
         if self._zeroing:
+            # The kernel wrote to them as it moved them, so they are resident.
             self._absent -= RangeSet((pfn, CHUNK_PAGES) for pfn in self._to_hint)
         self._to_hint, self._to_move_chunks = [], 0
 
-    def _move(self, chunks: int) -> None:
-        """Move so many into the pool, if they are still free."""
+    def _move_to_pool(self, chunks: int) -> None:
+        """Move up to `chunks` free chunks into the pool."""
         self._to_move_chunks -= chunks
-        chunks = min(chunks, max(0, self._room_chunks()))
+        chunks = min(chunks, max(0, self._movable_chunks()))
         try:
-            came = self._pool.grow(chunks)
-            new = self._pool.chunks() - self._held
+            moved = self._pool.grow(chunks)
+            new = self._pool.chunks() - self._in_pool
         except TransientError as error:
-            self._to_move_chunks = 0  # what is held is as it was, and the next pass tries again
-            if not self._shared:
+            self._to_move_chunks = 0  # the pool is as it was; the next pass tries again
+            if not self._conflict_logged:
                 _log.warning("hugetlb pool cannot be used now", extra=fields(reason=error.message))
-            self._shared = True
+            self._conflict_logged = True
             return
-        if self._shared:
+        if self._conflict_logged:
             _log.info("hugetlb pool is free again")
-        self._shared = False
-        self._withheld_chunks += chunks - came
-        self._held |= new
+        self._conflict_logged = False
+        self._unmoved_chunks += chunks - moved
+        self._in_pool |= new
         found = new - self._absent
         self._to_hint = _first_pfns(new if self._zeroing else found)
         self._to_find_chunks -= _chunk_count(found)
         if self._to_find_chunks <= 0:
-            self._withheld_chunks += self._to_move_chunks
+            self._unmoved_chunks += self._to_move_chunks
             self._to_move_chunks = 0
 
     def _end_pass(self) -> None:
-        free = min(self._pool.free_chunks(), self._reserve_chunks + self._withheld_chunks)
-        # Of the absent chunks outside the pool, those that are free are among `free`.
-        self._left_behind_chunks = free - _chunk_count(self._absent - self._held)
-        self._to_hint, self._held, self._to_move_chunks = [], EMPTY, 0
-        self._last_free_chunks = 0  # what was in the pool was not free
+        free = min(self._pool.free_chunks(), self._reserve_chunks + self._unmoved_chunks)
+        # `free` includes the absent chunks outside the pool.
+        self._unobtainable_chunks = free - _chunk_count(self._absent - self._in_pool)
+        self._to_hint, self._in_pool, self._to_move_chunks = [], EMPTY, 0
+        # Compare the next count with none: chunks in the pool did not count as free.
+        self._last_free_chunks = 0
         self._pool.empty()
         now_s = self._clock()
         rest_s = min(_REST_FACTOR * (now_s - self._began_at_s), _LONGEST_REST_S)
         self._rest_until_s = now_s + rest_s
 
-    # What a pass would gain
+    # How much a pass would gain
 
-    def _room_chunks(self) -> int:
+    def _movable_chunks(self) -> int:
         return self._pool.free_chunks() - self._reserve_chunks
 
     def _gain(self, free_chunks: int) -> int:
-        """How many chunks a pass has to find; 0 if it is not worth its while now."""
-        room = free_chunks - self._reserve_chunks
-        rests = self._growing or self._clock() < self._rest_until_s
-        if room <= 0 or not self._told_resident or (rests and not self._asked):
+        """Return how many chunks a pass has to find; 0 if no pass is worthwhile now."""
+        movable = free_chunks - self._reserve_chunks
+        must_rest = self._guest_grows or self._clock() < self._rest_until_s
+        if movable <= 0 or not self._resident_known or (must_rest and not self._pass_requested):
             return 0
-        thorough = self._asked and not self._zeroing
-        left_behind = 0 if thorough else self._left_behind_chunks
-        gain = free_chunks - _chunk_count(self._absent) - left_behind
+        thorough = self._pass_requested and not self._zeroing
+        unobtainable = 0 if thorough else self._unobtainable_chunks
+        gain = free_chunks - _chunk_count(self._absent) - unobtainable
         least = 1 if thorough else self._threshold_chunks
-        if self._zeroing and not self._asked:
-            # A guest is never quite still: to zero all that is free for a chunk or two would
-            # go on for ever.
-            least = max(least, room // _ZEROING_GAIN_SHARE)
+        if self._zeroing and not self._pass_requested:
+            # Every guest uses a chunk or two now and then. For so few, a pass would zero all
+            # free memory, over and over.
+            least = max(least, movable // _ZEROING_GAIN_SHARE)
         return gain if gain >= least else 0
 
 

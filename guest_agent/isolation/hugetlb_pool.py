@@ -1,9 +1,9 @@
-"""The kernel's pool of 2 MiB huge pages: what may be moved into it, and moving it.
+"""The kernel's pool of 2 MiB huge pages: check that it is safe to use, fill it, empty it.
 
-Documentation/admin-guide/mm/hugetlbpage.rst. The pool must be nobody else's. Its
-pages are reserved by a file on a hugetlbfs of our own, never by a mapping alone: a
-reservation of a file outlives the process (fs/hugetlbfs/inode.c), so that nobody can
-use what a dead agent left isolated (I4). Every number is read back after it was written.
+Documentation/admin-guide/mm/hugetlbpage.rst. Nobody else may use the pool. A file on a
+hugetlbfs of our own reserves its pages. The reservation of a file outlives the process
+(fs/hugetlbfs/inode.c), that of a mapping alone would not: so nobody can use the chunks that a
+dead agent left isolated (I4). Every number is read back after it was written.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 
 @dataclass(frozen=True, kw_only=True)
 class PoolState:
-    """Pages of the pool: all, free ones, and free ones that are reserved."""
+    """Pages of the pool.
+
+    :ivar free: pages that are not in use.
+    :ivar reserved: free pages that are promised to a file or a mapping.
+    :ivar surplus: pages beyond what was set, from overcommit.
+    """
 
     total: int
     free: int
@@ -56,7 +61,7 @@ class PoolState:
 
     @property
     def all_reserved(self) -> bool:
-        """No page is used, none can be taken by anybody else, none is surplus."""
+        """Whether nobody uses a page of the pool, nobody else can take one, none is surplus."""
         return self.total == self.free == self.reserved and not self.surplus
 
 
@@ -69,7 +74,7 @@ class HugetlbPool:
         sys_root: Path = Path("/sys"),
         proc_root: Path = Path("/proc"),
     ) -> None:
-        """Nothing is looked at or changed before `open`."""
+        """Prepare; nothing is read or changed before `open`."""
         self._mount_point = mount_point
         self._file = mount_point / "isolated"
         self._lock = mount_point.with_suffix(".lock")
@@ -83,16 +88,16 @@ class HugetlbPool:
     # For the isolator
 
     def open(self) -> RangeSet:
-        """Make the pool ours; returns the chunks that an earlier agent left in it.
+        """Take over the pool, and return the chunks that an earlier agent left in it.
 
-        :raises Refused: free pages of the pool may be used, moved or replaced under
-            us; says what stands in the way and what to do.
-        :raises TransientError: somebody began to use it just now.
+        :raises Refused: somebody else, or the kernel, may use, move or replace free pages of
+            the pool; says why and what to do. No chunk was moved.
+        :raises TransientError: somebody else has just begun to use the pool.
         """
         self._refuse_if_unsafe()
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
-            self._lock_out_others()
+            self._lock_pool()
             self._flags = PageFlags(str(self._proc_root / "kpageflags"))
             self._free_lists = FreeLists(CHUNK_ORDER, str(self._proc_root / "buddyinfo"))
             self._mount()
@@ -108,79 +113,82 @@ class HugetlbPool:
         return chunks
 
     def free_chunks(self) -> int:
-        """Chunks in the free lists: one small read."""
+        """Return how many chunks are in the free lists. Costs one small read."""
         if self._free_lists is None:
             raise Refused("the hugetlb pool is not open")
         return self._free_lists.free_chunk_count()
 
     def free_ranges(self) -> RangeSet:
-        """The chunks whose first page is in the free lists: so is all of such a chunk, if
-        nothing in it was ever touched."""
+        """Return the chunks whose first page is in the free lists.
+
+        The rest of such a chunk is free, too, if the guest has never touched it.
+        """
         return RangeSet((pfn, CHUNK_PAGES) for pfn in self._chunks_with(KPF_BUDDY))
 
     def reserve_chunks(self) -> int:
-        """Free chunks to leave alone, so that growing the pool never makes the kernel
-        reclaim or compact memory, and the guest can go on allocating meanwhile.
+        """Return how many free chunks a pass must leave to the guest.
 
-        A sixteenth covers what lower zones keep from such allocations (a 256th of the
-        zones above, mm/page_alloc.c: setup_per_zone_lowmem_reserve).
+        With so many left, growing the pool never makes the kernel reclaim or compact memory,
+        and the guest can still allocate.
         """
         return max(_SMALLEST_RESERVE_CHUNKS, _reserve_chunks(self._zones()))
 
     def grow(self, chunks: int) -> int:
-        """Move up to so many free chunks into the pool and reserve them; how many came.
+        """Move up to `chunks` free chunks into the pool, reserve them, and return how many.
 
         :raises TransientError: somebody else uses the pool. It is as it was before.
         """
         state = self.state()
         if not state.all_reserved:
-            raise _shared(state)
+            raise _conflict(state)
         before = state.total
-        # First the file, which says that what is in the pool is ours, should we die.
+        # The file comes first: if this agent dies, it tells the next one that the pool is ours.
         self._open_file()
         self._move_in(before, chunks)
-        came = max(0, self.state().total - before)
+        moved = max(0, self.state().total - before)
         try:
-            self._reserve(before, came)
+            self._reserve(before, moved)
         except TransientError:
             os.ftruncate(self._fd, before * CHUNK_BYTES)
             self._set_total(before)
             raise
-        return came
+        return moved
 
     def _move_in(self, before: int, chunks: int) -> None:
-        """On each NUMA node no more than it can spare. The kernel would go round the nodes,
-        and reclaim and compact memory where none is free (mm/hugetlb.c:
-        alloc_pool_huge_page)."""
+        """Move up to `chunks` chunks; each NUMA node keeps its reserve."""
         free = parse_buddyinfo((self._proc_root / "buddyinfo").read_text())
         nodes = sorted({node for node, _ in free})
         if len(nodes) == 1:
             self._set_total(before + chunks)
             return
+        # Not by the total: for that, the kernel takes from each node in turn, and reclaims and
+        # compacts memory on a node that has none free (mm/hugetlb.c: alloc_pool_huge_page).
         zones = self._zones()
         for node in nodes:
             free_blocks = [counts for (its_node, _), counts in free.items() if its_node == node]
             reserve = _reserve_chunks(zone for zone in zones if zone.node == node)
-            room = max(0, free_chunk_count(free_blocks, CHUNK_ORDER) - reserve)
-            here = min(room, chunks)
-            chunks -= here
+            movable = max(0, free_chunk_count(free_blocks, CHUNK_ORDER) - reserve)
+            moved = min(movable, chunks)
+            chunks -= moved
             pool = self._sys_root / f"devices/system/node/node{node}/hugepages/{_POOL_NAME}"
             total = pool / "nr_hugepages"
-            total.write_text(str(int(total.read_text()) + here))
+            total.write_text(str(int(total.read_text()) + moved))
 
     def _zones(self) -> list[ZoneInfo]:
         return parse_zoneinfo((self._proc_root / "zoneinfo").read_text())
 
     def chunks(self) -> RangeSet:
-        """What is in the pool: all ours, for all of it is reserved.
+        """Return the chunks in the pool: all of them are ours, for all are reserved.
 
-        :raises TransientError: somebody else put pages into it, or uses some: these could not
-            be told from ours.
+        :raises TransientError: somebody else put pages into it, or uses some. Page flags do not
+            tell those from ours.
         """
         first_pfns = self._chunks_with(KPF_HUGE)
-        state = self.state()  # after the look: whoever came before it is seen by one of them
+        # Read the counts last: pages that somebody adds while the flags are read show up in the
+        # counts, or in both.
+        state = self.state()
         if not state.all_reserved or state.total != len(first_pfns):
-            raise _shared(state)
+            raise _conflict(state)
         return RangeSet((pfn, CHUNK_PAGES) for pfn in first_pfns)
 
     def _chunks_with(self, flag: int) -> list[int]:
@@ -190,7 +198,7 @@ class HugetlbPool:
         return self._flags.chunks_with(flag, spans, CHUNK_ORDER)
 
     def empty(self) -> None:
-        """Give everything that is ours back to the buddy allocator."""
+        """Give all our chunks back to the buddy allocator."""
         if self._fd >= 0:
             ours = os.fstat(self._fd).st_size // CHUNK_BYTES
             os.ftruncate(self._fd, 0)
@@ -199,7 +207,7 @@ class HugetlbPool:
             self._close_file()
 
     def close(self) -> None:
-        """Let go; the chunks stay in the pool, and reserved (I4)."""
+        """Close files and unlock; the chunks stay in the pool and stay reserved (I4)."""
         for file in (self._flags, self._free_lists):
             if file is not None:
                 file.close()
@@ -210,7 +218,7 @@ class HugetlbPool:
             self._lock_fd = -1
 
     def state(self) -> PoolState:
-        """What the kernel says of the pool now."""
+        """Return the kernel's counts of the pool now."""
         return PoolState(
             total=self._number("nr_hugepages"),
             free=self._number("free_hugepages"),
@@ -218,7 +226,7 @@ class HugetlbPool:
             surplus=self._number("surplus_hugepages"),
         )
 
-    # Whether the pool can be ours
+    # Whether it is safe to use the pool
 
     def _refuse_if_unsafe(self) -> None:
         if not self._pool.is_dir():
@@ -230,7 +238,7 @@ class HugetlbPool:
                 f"nr_overcommit_hugepages is {overcommit}: others may take huge pages",
                 hint="sysctl vm.nr_overcommit_hugepages=0, or use the kmod isolator",
             )
-        # Page flags do not tell of which size a huge page is: theirs would be taken for ours.
+        # Page flags do not tell the size of a huge page: we would take their pages for ours.
         for others in sorted(self._pool.parent.glob("hugepages-*")):
             for name in ("nr_hugepages", "nr_overcommit_hugepages"):
                 path = others / name
@@ -239,8 +247,8 @@ class HugetlbPool:
                         f"huge pages of another size are used: {name} of {others.name} is {count}",
                         hint=f"echo 0 > {path}, or use the kmod isolator",
                     )
-        # alloc_contig_range() replaces free huge pages that are in its way (mm/hugetlb.c:
-        # isolate_or_dissolve_huge_page); these two call it.
+        # CMA and virtio-mem call alloc_contig_range(), which replaces free huge pages that are
+        # in its way (mm/hugetlb.c: isolate_or_dissolve_huge_page).
         if cma_kib := self._cma_kib():
             raise Refused(
                 f"this guest has CMA ({cma_kib} kB), which may replace free huge pages",
@@ -252,13 +260,14 @@ class HugetlbPool:
                 hint="use the kmod isolator",
             )
 
-        # free_pages_prepare() writes to each page that leaves the pool.
+        # With page_poison, free_pages_prepare() (mm/page_alloc.c) writes to each page that leaves
+        # the pool.
         for parameter in (self._proc_root / "cmdline").read_text().split():
             name, _, value = parameter.partition("=")
             if name == "page_poison" and value.lower() in ("1", "y", "yes", "on"):
                 raise Refused(
                     "this kernel writes a pattern to pages as they are freed (page_poison=1):"
-                    " what hugetlb gave back would be resident again",
+                    " memory that hugetlb has hinted would become resident again",
                     hint="boot with page_poison=0",
                 )
 
@@ -269,9 +278,14 @@ class HugetlbPool:
         return 0
 
     def _adopt(self) -> None:
-        """Reserve all that an earlier agent of this boot left, if nobody uses it."""
+        """Reserve all chunks that an earlier agent of this boot left.
+
+        :raises Refused: somebody uses some of them.
+        """
         self._open_file()
-        if not os.fstat(self._fd).st_size:  # nothing is reserved: it was taking or giving back
+        if not os.fstat(self._fd).st_size:
+            # Nothing is reserved: that agent died before its first reservation in `grow`, or in
+            # `empty`. No chunk of it is in flight.
             self._set_total(0)
             self.empty()
             return
@@ -286,21 +300,24 @@ class HugetlbPool:
         except TransientError as error:
             raise Refused(error.message, hint="stop what else uses huge pages") from error
 
-    def _lock_out_others(self) -> None:
-        """Be the only agent: two would each release what the other has in flight (I1). The
-        kernel lets go of the lock when its holder is dead, and not before."""
+    def _lock_pool(self) -> None:
+        """Make sure that no other agent uses the pool.
+
+        :raises Refused: another one does.
+        """
+        # Two agents would each release the chunks that the other has in flight (I1). The kernel
+        # drops the lock when its holder is dead, and not before.
         fd = lock_file(self._lock)
         if fd is None:
-            raise Refused(
-                "another guest agent works with the hugetlb pool", hint="stop that one first"
-            )
+            raise Refused("another guest agent uses the hugetlb pool", hint="stop that one first")
         self._lock_fd = fd
 
-    # The file that holds the reservation; it is there while something is in the pool
+    # The file that holds the reservation; it exists while chunks are in the pool
 
     def _mount(self) -> None:
         """Mount a hugetlbfs, if this is the first agent of this boot."""
         self._mount_point.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The block size of a hugetlbfs is its huge page's (fs/hugetlbfs/inode.c: statfs).
         if os.statvfs(self._mount_point).f_bsize != CHUNK_BYTES:
             _mount_hugetlbfs(self._mount_point)
 
@@ -314,19 +331,20 @@ class HugetlbPool:
             self._fd = -1
 
     def _reserve(self, before: int, chunks: int) -> None:
-        """Have the file hold `chunks` more pages than `before`; they are never touched.
+        """Reserve `chunks` more pages than `before`; they are never touched.
 
-        :raises TransientError: somebody else took one.
+        :raises TransientError: somebody else took a page.
         """
         os.ftruncate(self._fd, (before + chunks) * CHUNK_BYTES)
         if chunks:
             at, length = before * CHUNK_BYTES, chunks * CHUNK_BYTES
-            # The kernel reserves as the mapping is made, and keeps that with the file.
+            # The kernel reserves pages when a file is mapped shared, and keeps the reservation
+            # with the file after the mapping is gone. If it cannot, the counts below say so.
             with contextlib.suppress(OSError):
                 mmap.mmap(self._fd, length, flags=mmap.MAP_SHARED, offset=at).close()
         state = self.state()
         if not state.all_reserved or state.total != before + chunks:
-            raise _shared(state)
+            raise _conflict(state)
 
     def _number(self, name: str) -> int:
         return int((self._pool / name).read_text())
@@ -335,12 +353,14 @@ class HugetlbPool:
         (self._pool / "nr_hugepages").write_text(str(chunks))
 
 
-def _shared(state: PoolState) -> TransientError:
+def _conflict(state: PoolState) -> TransientError:
     return TransientError(f"somebody else uses the hugetlb pool: {state}")
 
 
 def _reserve_chunks(zones: Iterable[ZoneInfo]) -> int:
-    """What is left alone of some zones."""
+    """Return how many free chunks the kernel and the guest need of some zones."""
+    # A sixteenth covers what lower zones keep from such allocations: a 256th of the zones above
+    # (mm/page_alloc.c: setup_per_zone_lowmem_reserve).
     pages = [zone.present_pages // _RESERVE_SHARE + zone.low_watermark_pages for zone in zones]
     return sum(pages) // CHUNK_PAGES
 

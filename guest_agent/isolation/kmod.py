@@ -1,8 +1,8 @@
 """Isolation by the hintfleet kernel module: /dev/hintfleet (deploy/kmod/hintfleet.h).
 
-The kernel pushes: its page reporting isolates up to 32 chunks, the module shows
-them as one batch and keeps them isolated until that batch is acknowledged. There
-is never more than one, so the next comes when the last is released.
+The kernel's page reporting isolates up to 32 chunks; the module shows them as one batch and
+keeps them isolated until that batch is acknowledged. There is one batch at a time: the next
+one comes after the last was released.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ _IOC_REPORT_NOW = ord("h") << 8 | 2
 _IOC_RETURN = _IOC_WRITE << 30 | _SEQ.size << 16 | ord("h") << 8 | 4
 _IOC_STATUS = _IOC_READ << 30 | _STATUS.size << 16 | ord("h") << 8 | 3
 
-# How long the module shows a batch that nobody reads.
+# UNREAD_TIMEOUT in hintfleet_kmod.c: how long the module shows a batch that nobody reads.
 _UNREAD_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What the module shows at a time; its ranges are isolated."""
+    """One batch of the module; its ranges are isolated.
+
+    :ivar still_isolated: an earlier agent has read it: release it only after a Welcome.
+    """
 
     seq: int
     still_isolated: bool
@@ -53,9 +56,10 @@ class Batch:
 
 
 def parse_batch(data: bytes) -> Batch:
-    """A struct hintfleet_batch.
+    """Parse a struct hintfleet_batch.
 
-    :raises Refused: it is none: the module is of another version than this agent.
+    :raises Refused: the size or the count is wrong: the module has another version than this
+        agent.
     """
     seq, range_count, flags = _BATCH_HEADER.unpack_from(data.ljust(_BATCH_BYTES, b"\0"))
     if len(data) != _BATCH_BYTES or range_count > _CAPACITY:
@@ -72,24 +76,25 @@ def parse_batch(data: bytes) -> Batch:
 
 
 class KmodIsolator:
-    """Takes free chunks through the kernel's page reporting.
+    """Takes free chunks from the kernel's page reporting.
 
-    A batch of the module that is larger than what `isolate` may return is handed
-    out in parts, and acknowledged when all of them were released. An allowance (policy
-    pressure) is thus rounded up to batches, of 64 MiB or, with pages merged to order 10,
-    128 MiB: a batch given back half hinted would be shown again whole.
+    `isolate` returns a large batch of the module in parts; the module gets its answer when all
+    parts are released. So an allowance (policy pressure) is rounded up to whole batches, of 64
+    MiB or, with blocks merged to order 10, 128 MiB.
     """
 
     name = IsolatorKind.KMOD
-    must_be_polled = True  # a chunk that is freed only makes a pass due, in 2 s
+    # A freed chunk wakes nobody: it only starts the kernel's delay of 2 s before a pass
+    # (mm/page_reporting.c: PAGE_REPORTING_DELAY). `report_now` begins a pass at once.
+    must_be_polled = True
 
     def __init__(self, device: str = DEVICE) -> None:
-        """Nothing is opened before `start`."""
+        """Prepare; nothing is opened before `start`."""
         self._device = device
         self._fd = -1
         self._seq = 0
-        self._rest: list[Range] = []
-        self._parts_out = 0
+        self._remaining: list[Range] = []
+        self._parts_in_flight = 0
         self._all_hinted = True
         self._acknowledged = Event()
         self._closing = -1
@@ -102,71 +107,73 @@ class KmodIsolator:
         if batch is not None:
             self._seq = batch.seq
             if batch.still_isolated:
-                self._rest = batch.ranges
-                left = self._take(len(self._rest), sum(r.page_count for r in self._rest))
+                self._remaining = batch.ranges
+                left = self._take(len(self._remaining), sum(r.page_count for r in self._remaining))
             else:
-                self._answer(_IOC_RETURN)  # it may not be hinted before there is a Welcome
+                # The core expects chunks only after a Welcome; the kernel will find them again.
+                self._answer(_IOC_RETURN)
         self._closing = os.eventfd(0)
         self._watcher = Thread(target=self._watch, args=(wake,), name="kmod", daemon=True)
         self._watcher.start()
         return left
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
-        if not self._rest and not self._parts_out:
+        if not self._remaining and not self._parts_in_flight:
             batch = self._read()
             if batch is not None:
-                self._seq, self._rest = batch.seq, batch.ranges
+                self._seq, self._remaining = batch.seq, batch.ranges
         return self._take(max_ranges, max_pages)
 
     def _take(self, max_ranges: int, max_pages: int) -> RangeSet:
         taken: list[Range] = []
-        while self._rest and len(taken) < max_ranges and max_pages > 0:
-            pfn, page_count = self._rest.pop()
+        while self._remaining and len(taken) < max_ranges and max_pages > 0:
+            pfn, page_count = self._remaining.pop()
             part = min(page_count, max_pages)
             taken.append(Range(pfn, part))
             max_pages -= part
             if part < page_count:
-                self._rest.append(Range(pfn + part, page_count - part))
-        self._parts_out += bool(taken)
+                self._remaining.append(Range(pfn + part, page_count - part))
+        self._parts_in_flight += bool(taken)
         return RangeSet(taken)
 
     @property
     def unfinished(self) -> bool:
-        return bool(self._rest)
+        return bool(self._remaining)
 
-    def enough(self) -> bool:
-        return True  # the kernel has collected a batch
+    def enough_ready(self) -> bool:
+        return True  # the kernel wakes us only for a whole batch
 
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
-        self._parts_out -= bool(ranges)
+        self._parts_in_flight -= bool(ranges)
         self._all_hinted &= hinted
-        if ranges and not self._rest and not self._parts_out:
+        if ranges and not self._remaining and not self._parts_in_flight:
+            # The module acknowledges or returns whole batches only. If the host did not act on
+            # one part, return all of it: the kernel will show it again.
             self._answer(_IOC_ACK if self._all_hinted else _IOC_RETURN)
 
-    def _answer(self, how: int) -> None:
-        fcntl.ioctl(self._fd, how, _SEQ.pack(self._seq))
+    def _answer(self, request: int) -> None:
+        fcntl.ioctl(self._fd, request, _SEQ.pack(self._seq))
         self._all_hinted = True
         self._acknowledged.set()
 
     def report_now(self, *, thorough: bool) -> None:  # noqa: ARG002 - the kernel knows
         fcntl.ioctl(self._fd, _IOC_REPORT_NOW)
 
-    def used_again(self, ranges: RangeSet) -> None:
-        """Nothing to do: the allocator itself notices what is freed."""
+    def refaulted(self, ranges: RangeSet) -> None:
+        """Do nothing: the kernel itself notices each freed chunk."""
 
     def only_cold(self, after_s: float) -> None:
         if after_s:
             raise Refused(
-                "the kernel does not say since when a chunk is free: no policy cold with kmod",
+                "kmod cannot follow policy cold: the kernel does not tell how long a chunk has"
+                " been free",
                 hint="policy eager or pressure",
             )
 
     def idle(self) -> bool:
-        """Whether no pass is queued or running, and none is due.
-
-        The kernel sets one due when a chunk is freed; that, not a scan, is what
-        makes a look at an idle guest cheap.
-        """
+        """Return whether no pass is queued or running, and none is due."""
+        # Cheap in an idle guest: the kernel makes a pass due when a chunk is freed, so nothing
+        # is scanned here.
         status = fcntl.ioctl(self._fd, _IOC_STATUS, bytes(_STATUS.size))
         _batch_count, _page_count, state, _order = _STATUS.unpack(status)
         return not state
@@ -191,8 +198,9 @@ class KmodIsolator:
         poll.register(self._closing, select.POLLIN)
         while not any(fd == self._closing for fd, _ in poll.poll()):
             wake()
-            # The device stays readable until somebody reads, who may not want to
-            # now; then the module takes the batch back, and shows another later.
+            # The device stays readable until the batch is read, and the core may not want it
+            # now: without this pause, poll would return at once, again and again. After the
+            # timeout the module takes the batch back, and shows another one later.
             self._acknowledged.wait(_UNREAD_TIMEOUT_S)
             self._acknowledged.clear()
 
@@ -213,7 +221,7 @@ def _open(device: str) -> int:
             " load, dmesg says why: most often the guest's balloon has free page reporting on",
             errno.EBUSY: "another guest agent has it open; stop that one first",
             errno.EACCES: "run the guest agent as root",
-            errno.EPERM: "let it use the device: DeviceAllow=/dev/hintfleet rw in its unit",
+            errno.EPERM: "allow the device in the agent's unit: DeviceAllow=/dev/hintfleet rw",
         }
         raise Refused(
             f"cannot isolate: opening {device}: {error.strerror}",

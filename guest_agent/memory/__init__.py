@@ -1,1 +1,1 @@
-"""What memory a guest has and what of it is free."""
+"""The memory of a guest, and which of it is free."""

@@ -1,8 +1,9 @@
 """Hot-plugged memory of a real guest: the memory blocks of its kernel.
 
-Documentation/admin-guide/mm/memory-hotplug.rst. A block comes offline, and is put into
-ZONE_MOVABLE, where the kernel has nothing that it could not move away: so it can be
-unplugged again. A kernel whose own policy (memhp_default_state) onlines it does no harm.
+Documentation/admin-guide/mm/memory-hotplug.rst. A new block is offline. It is onlined into
+ZONE_MOVABLE, where the kernel keeps only memory that it can move: so the block can be unplugged
+again. If the kernel's own policy (memhp_default_state) onlines the block first, that does no
+harm.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from hintfleet.errors import Refused
 from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB, PAGE_BYTES, format_size
 
-_PATIENCE_S = 30.0
-_ROOM_PATIENCE_S = 3.0
-"""Longer than chunks stay isolated."""
-_PAUSE_S = 0.1
+_TIMEOUT_S = 30.0
+_FREE_MEMORY_TIMEOUT_S = 3.0
+"""Longer than a chunk stays isolated."""
+_POLL_S = 0.1
 _SPARE_BYTES = 32 * MIB
-"""What must be left to the guest beyond its watermarks."""
+"""Memory that the guest must keep available, besides its watermarks."""
 
 
 class MemoryBlocks:
@@ -31,58 +32,63 @@ class MemoryBlocks:
     def __init__(
         self,
         root: Path = Path("/sys/devices/system/memory"),
-        patience_s: float = _PATIENCE_S,
+        timeout_s: float = _TIMEOUT_S,
         available_bytes: Callable[[], int] = mem_available_bytes,
     ) -> None:
-        """Nothing is looked at yet.
+        """Prepare; nothing is read yet.
 
-        :param patience_s: how long the kernel may take to show new blocks, or to empty
-            those that are to go.
+        :param timeout_s: how long the kernel may take to show new blocks, or to empty the
+            blocks that are to go offline.
+        :param available_bytes: return the memory that the guest can still use.
         """
         self._root = root
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._available_bytes = available_bytes
 
     def online(self, pages: RangeSet) -> None:
-        deadline_s = time.monotonic() + self._patience_s
+        deadline_s = time.monotonic() + self._timeout_s
         blocks = self._blocks(pages)
         while missing := [block for block in blocks if not (block / "state").exists()]:
             if time.monotonic() > deadline_s:
                 raise Refused(f"the guest's kernel shows no memory block {missing[0].name}")
-            time.sleep(_PAUSE_S)
+            time.sleep(_POLL_S)
         blocks = [block for block in blocks if _state(block) == "offline"]
         self._set_all(blocks, "online_movable", "offline", deadline_s)
 
     def offline(self, pages: RangeSet) -> None:
-        deadline_s = time.monotonic() + self._patience_s
+        deadline_s = time.monotonic() + self._timeout_s
         blocks = [b for b in self._blocks(pages) if b.exists() and _state(b) != "offline"]
-        self._wait_for_room(len(blocks) * self._block_bytes())
+        self._wait_for_memory(len(blocks) * self._block_bytes())
         self._set_all(blocks, "offline", "online_movable", deadline_s)
 
-    def _wait_for_room(self, going_bytes: int) -> None:
-        """Wait until the guest can do without so much. What is used of it moves elsewhere; a
-        kernel that has no room for that kills processes rather than give up.
+    def _wait_for_memory(self, going_bytes: int) -> None:
+        """Wait until the guest can do without `going_bytes`.
 
-        :raises Refused: it could not in time.
+        :raises Refused: it cannot in time.
         """
-        deadline_s = time.monotonic() + min(_ROOM_PATIENCE_S, self._patience_s)
+        # Used pages of the blocks move elsewhere. A kernel without free memory for them kills
+        # processes instead of giving up.
+        deadline_s = time.monotonic() + min(_FREE_MEMORY_TIMEOUT_S, self._timeout_s)
         while going_bytes and (left := self._available_bytes() - going_bytes) < _SPARE_BYTES:
             if time.monotonic() > deadline_s:
                 raise Refused(
-                    f"the memory is in use: the guest can do without "
-                    f"{format_size(left + going_bytes)} only, less a spare of "
+                    f"the memory is in use: the guest has only "
+                    f"{format_size(left + going_bytes)} available, of which it must keep "
                     f"{format_size(_SPARE_BYTES)}"
                 )
-            time.sleep(_PAUSE_S)
+            time.sleep(_POLL_S)
 
     def _blocks(self, pages: RangeSet) -> list[Path]:
-        """The blocks that make up `pages`.
+        """Return the blocks that `pages` consist of.
 
-        :raises Refused: no set of whole blocks does, or this kernel has no blocks.
+        :raises Refused: these are not whole blocks, or this kernel has no memory blocks.
         """
         block_pages = self._block_bytes() // PAGE_BYTES
         if any(pfn % block_pages or count % block_pages for pfn, count in pages):
-            raise Refused(f"the guest's memory blocks have {block_pages * PAGE_BYTES} bytes")
+            raise Refused(
+                "not whole memory blocks: those of this guest have"
+                f" {block_pages * PAGE_BYTES} bytes each"
+            )
         return [
             self._root / f"memory{start // block_pages}"
             for pfn, count in pages
@@ -96,16 +102,16 @@ class MemoryBlocks:
             raise Refused("the guest's kernel has no memory hotplug") from None
 
     def _set_all(self, blocks: list[Path], wanted: str, before: str, deadline_s: float) -> None:
-        """Bring all blocks into a state, or none.
+        """Change the state of all blocks, or of none.
 
-        :raises Refused: the kernel would not, in time. Says which blocks it would not bring
-            back to the state `before`, either.
+        :raises Refused: the kernel did not change a block in time. The blocks before it were
+            set back to the state `before`; says which of them could not be.
         """
         for i, block in enumerate(blocks):
             if not _set(block, wanted, deadline_s):
-                again_until_s = time.monotonic() + self._patience_s
+                again_until_s = time.monotonic() + self._timeout_s
                 stuck = [b.name for b in blocks[:i] if not _set(b, before, again_until_s)]
-                why = "it is in use" if wanted == "offline" else "the kernel would not take it"
+                why = "it is in use" if wanted == "offline" else "the kernel refused it"
                 also = f"; {', '.join(stuck)} did not become {before} again" if stuck else ""
                 raise Refused(f"memory block {block.name} stays {_state(block)}: {why}{also}")
 
@@ -115,13 +121,10 @@ def _state(block: Path) -> str:
 
 
 def _set(block: Path, wanted: str, deadline_s: float) -> bool:
-    """Have the kernel change a block's state; False if it did not until the deadline.
-
-    A block with chunks in the hugetlb pool is refused at once (mm/hugetlb.c:
-    dissolve_free_huge_page), and the pass that moved them there is over soon: try again.
-    A block that cannot be emptied keeps the writer in the kernel until a signal comes
-    (mm/memory_hotplug.c: offline_pages), so the writer is a process that can have one.
-    """
+    """Change a block's state; return False if the kernel did not until the deadline."""
+    # The kernel does not return from a write to the state of a block that it cannot empty until
+    # the writer gets a signal (mm/memory_hotplug.c: offline_pages). So the writer is a process of
+    # its own, which can be killed.
     command = ["/bin/sh", "-c", 'echo "$1" > "$0"', str(block / "state"), wanted]
     while (left_s := deadline_s - time.monotonic()) > 0:
         try:
@@ -130,5 +133,7 @@ def _set(block: Path, wanted: str, deadline_s: float) -> bool:
             return False
         if not done.returncode:
             return True
-        time.sleep(min(_PAUSE_S, left_s))
+        # A block with chunks in the hugetlb pool is refused at once (mm/hugetlb.c:
+        # dissolve_free_huge_page). The pass that moved them there ends soon: try again.
+        time.sleep(min(_POLL_S, left_s))
     return False

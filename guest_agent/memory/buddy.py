@@ -1,12 +1,12 @@
 """A Linux-like buddy allocator: the memory of an embedded guest.
 
-Zones, orders 0 to MAX_ORDER, splitting and merging as in mm/page_alloc.c, low and
-min watermarks, and what both designs of the 2019 thread need: a hook in the free
-path that tells which chunks became free (Lal), and a mark on free blocks that were
-reported (Duyck; PageReported in mm/page_reporting.h). Not covered: per-CPU lists, migrate types,
+It has zones, orders 0 to MAX_ORDER, splitting and merging as in mm/page_alloc.c, low and min
+watermarks, and what both designs of the 2019 thread need: a hook in the free path that is
+called for each chunk that became free (Lal), and a mark on free blocks that were reported
+(Duyck; PageReported in mm/page_reporting.h). Not covered: per-CPU lists, migrate types,
 compaction, reclaim; an allocation that does not fit fails.
 
-It hands out page frames only; what is in them lies in the guest's RAM file.
+It allocates page frames only; their contents are in the guest's RAM file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from hintfleet.ranges import RangeSet
 from hintfleet.settings import MAX_ORDER
 
 FreeHook = Callable[["Zone", int], None]
-"""Called with the zone and the first pfn of a chunk that has just become wholly
-free, under the allocator's lock: it must be quick and not call back."""
+"""Called with the zone and the first pfn of a chunk that has just become wholly free. It runs
+under the allocator's lock: it must be quick, and must not call the allocator."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZoneSpec:
-    """What a zone is made of.
+    """The description of a zone.
 
-    :ivar present: pages that exist; a sparse zone spans more than it has.
+    :ivar present: pages that exist; the span of a sparse zone has holes.
     :ivar node: NUMA node.
     """
 
@@ -38,17 +38,17 @@ class ZoneSpec:
 
 
 class Zone:
-    """Free lists of one zone. Not locked: the allocator does that."""
+    """The free lists of one zone. Takes no lock: its callers hold the allocator's."""
 
     def __init__(self, spec: ZoneSpec, chunk_order: int) -> None:
         self.name = spec.name
         self.node = spec.node
         self.free_page_count = 0
-        # Insertion order makes each a stack: the block freed last is allocated first,
-        # as the kernel does with the head of a free list.
+        # A dict keeps insertion order, so each list is a stack: the block freed last is
+        # allocated first, as in the kernel, which puts it at the head of the free list.
         self.free_area: list[dict[int, None]] = [{} for _ in range(MAX_ORDER + 1)]
-        # Free blocks of at least a chunk that do not bear the mark, with their orders:
-        # the kernel keeps them at the head of each free list.
+        # Free blocks of at least a chunk without the reported mark, with their orders. The
+        # kernel has no such list: it keeps these blocks at the head of each free list.
         self.unreported: dict[int, int] = {}
         self.unreported_page_count = 0
         self._chunk_order = chunk_order
@@ -58,15 +58,19 @@ class Zone:
         return f"Zone({self.name!r}, node={self.node})"
 
     def resize(self, present: RangeSet) -> None:
-        """The zone has these pages from now on; its watermarks follow."""
+        """Set the pages that the zone has, and its watermarks."""
         self.present = present
-        # mm/page_alloc.c init_per_zone_wmark_min: sqrt-shaped; low = min + min/4.
+        # As mm/page_alloc.c: min_free_kbytes = sqrt(16 * kilobytes of memory)
+        # (calculate_min_free_kbytes), low = min + min / 4 (__setup_per_zone_wmarks).
         present_kib = present.page_count * 4
         self.min_watermark_pages = int((present_kib * 16) ** 0.5) // 4
         self.low_watermark_pages = self.min_watermark_pages * 5 // 4
 
     def take(self, order: int) -> int | None:
-        """Take a block of `order` from the smallest block that has one; None if none has."""
+        """Take a block of `order` out of the smallest free block that is large enough.
+
+        Return its first pfn; None if no free block is large enough.
+        """
         for have in range(order, MAX_ORDER + 1):
             if self.free_area[have]:
                 pfn = next(reversed(self.free_area[have]))
@@ -75,14 +79,17 @@ class Zone:
         return None
 
     def take_at(self, pfn: int, order: int) -> bool:
-        """Take exactly this block out of whatever free block holds it; False if not free."""
-        held = self.holder(pfn, order)
-        if held is not None:
-            self._split(*held, pfn, order)
-        return held is not None
+        """Take exactly this block; return False, with nothing done, if it is not wholly free."""
+        containing = self.containing_block(pfn, order)
+        if containing is not None:
+            self._split(*containing, pfn, order)
+        return containing is not None
 
-    def holder(self, pfn: int, order: int) -> tuple[int, int] | None:
-        """First pfn and order of the free block that holds this aligned block, if one does."""
+    def containing_block(self, pfn: int, order: int) -> tuple[int, int] | None:
+        """Return first pfn and order of the free block that contains this aligned block.
+
+        None if it is not wholly free.
+        """
         for have in range(order, MAX_ORDER + 1):
             head = pfn & -(1 << have)
             if head in self.free_area[have]:
@@ -90,11 +97,9 @@ class Zone:
         return None
 
     def put(self, pfn: int, order: int, *, reported: bool = False) -> int:
-        """Free a block, merge it with its buddies, and return the order it ended in.
-
-        The result bears the reported mark if all its parts did. (The kernel drops the
-        mark whenever blocks merge or are split, and reports such memory once more.)
-        """
+        """Free a block, merge it with its buddies, and return the order of the result."""
+        # The result is marked as reported if all its parts were. The kernel drops the mark
+        # whenever blocks merge or are split, and reports such memory once more.
         while order < MAX_ORDER:
             buddy = pfn ^ 1 << order
             if buddy not in self.free_area[order]:
@@ -106,7 +111,7 @@ class Zone:
         return order
 
     def _split(self, head: int, have: int, pfn: int, order: int) -> None:
-        """Take the block `pfn` out of the free block `head`; what is left stays free."""
+        """Take the block `pfn` out of the free block `head`; the rest of that stays free."""
         reported = self._remove(head, have)
         while have > order:
             have -= 1
@@ -125,7 +130,7 @@ class Zone:
             self.unreported_page_count += 1 << order
 
     def _remove(self, pfn: int, order: int) -> bool:
-        """Take a whole block off its list; whether it bore the reported mark."""
+        """Take a whole block off its list; return whether it was marked as reported."""
         del self.free_area[order][pfn]
         self.free_page_count -= 1 << order
         if order < self._chunk_order:
@@ -148,11 +153,11 @@ class BuddyAllocator:
         self.zones = tuple(Zone(spec, chunk_order) for spec in zones)
         self.chunk_order = chunk_order
         self.isolated_page_count = 0
-        self.on_chunk_free: FreeHook = _ignore
+        self.on_chunk_free: FreeHook = _untracked
         self._lock = threading.Lock()
-        self._returned = threading.Condition(self._lock)
+        self._pages_returned = threading.Condition(self._lock)
         for zone in self.zones:
-            for pfn, order in _blocks(zone.present):
+            for pfn, order in _aligned_blocks(zone.present):
                 zone.put(pfn, order)
 
     @property
@@ -160,17 +165,18 @@ class BuddyAllocator:
         """Free pages of all zones; isolated ones are not free."""
         return sum(zone.free_page_count for zone in self.zones)
 
-    def allocate(self, order: int, *, patience_s: float = 1.0) -> int:
+    def allocate(self, order: int, *, timeout_s: float = 1.0) -> int:
         """Take a block of 2**order pages and return its first pfn.
 
-        If none is free but some are isolated, waits for those to come back.
+        If no such block is free but chunks are isolated, wait for their release.
 
+        :param timeout_s: how long to wait for isolated chunks to be released.
         :raises MemoryError: no zone has such a block above its min watermark.
         """
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + timeout_s
         with self._lock:
             while (found := self._allocate(order)) is None and self.isolated_page_count:
-                if not self._returned.wait(deadline - time.monotonic()):
+                if not self._pages_returned.wait(deadline - time.monotonic()):
                     break
         if found is None:
             raise MemoryError(f"no free block of order {order}")
@@ -185,7 +191,7 @@ class BuddyAllocator:
         return None
 
     def free(self, pfn: int, order: int) -> None:
-        """Give a block back; the hook hears of each chunk that is now wholly free."""
+        """Free a block; call the hook for each chunk that is now wholly free."""
         zone = self.zone_of(pfn)
         with self._lock:
             merged_order = zone.put(pfn, order)
@@ -193,19 +199,17 @@ class BuddyAllocator:
                 first = pfn & -(1 << self.chunk_order)
                 for chunk in range(first, pfn + (1 << order), 1 << self.chunk_order):
                     self.on_chunk_free(zone, chunk)
-            self._returned.notify_all()
+            self._pages_returned.notify_all()
 
     def isolation_budget_chunks(self, zone: Zone) -> int:
-        """Chunks that can be isolated before the zone falls below its low watermark.
-
-        mm/page_reporting.c keeps the same distance, so that isolation never
-        starves the guest.
-        """
+        """Return how many chunks can be isolated above the zone's low watermark."""
+        # mm/page_reporting.c (page_reporting_process_zone) keeps the same distance, so that
+        # isolation never takes the guest's last free memory.
         spare = zone.free_page_count - zone.low_watermark_pages
         return max(0, spare >> self.chunk_order)
 
     def isolate(self, zone: Zone, pfn: int) -> bool:
-        """Take one chunk out of use; False, and nothing done, if it is not wholly free."""
+        """Isolate one chunk; return False, with nothing done, if it is not wholly free."""
         with self._lock:
             if not zone.take_at(pfn, self.chunk_order):
                 return False
@@ -213,10 +217,10 @@ class BuddyAllocator:
             return True
 
     def unreported_chunks(self, zone: Zone, max_chunks: int) -> list[int]:
-        """First pfns of free chunks that do not bear the reported mark, newest blocks first.
+        """Return the first pfns of free chunks without the reported mark, newest blocks first.
 
-        What a pass of mm/page_reporting.c looks at; it stops after `max_chunks`, so
-        its cost does not grow with the free lists.
+        These are the chunks that a pass of mm/page_reporting.c handles. The cost is that of
+        `max_chunks`, however long the free lists are.
         """
         found: list[int] = []
         with self._lock:
@@ -228,45 +232,44 @@ class BuddyAllocator:
         return found[:max_chunks]
 
     def release(self, ranges: RangeSet, *, reported: bool) -> None:
-        """Put isolated chunks back; the hook is not called: they hold nothing new.
+        """Free isolated chunks without calling the hook: nobody has used them.
 
-        :param reported: whether they get the mark.
+        :param reported: whether to mark them as reported.
         """
         with self._lock:
             for pfn, page_count in ranges:
-                # Chunk by chunk: a range may run from the end of one zone into the next.
+                # Chunk by chunk: a range may cover the end of one zone and the start of the next.
                 for chunk in range(pfn, pfn + page_count, 1 << self.chunk_order):
                     self.zone_of(chunk).put(chunk, self.chunk_order, reported=reported)
             self.isolated_page_count -= ranges.page_count
-            self._returned.notify_all()
+            self._pages_returned.notify_all()
 
     def online(self, zone: Zone, pages: RangeSet) -> None:
-        """Hot-plug: add pages to a zone; they are free, and the hook hears of no chunk,
-        for they hold nothing.
+        """Hot-plug: add free pages to a zone. The hook is not called: they hold nothing yet.
 
-        :raises ValueError: some of them are there already.
+        :raises ValueError: some of them are in a zone already.
         """
         with self._lock:
             if any(pages & other.present for other in self.zones):
                 raise ValueError("pages are online already")
             zone.resize(zone.present | pages)
-            for pfn, order in _blocks(pages):
+            for pfn, order in _aligned_blocks(pages):
                 zone.put(pfn, order, reported=True)
-            self._returned.notify_all()
+            self._pages_returned.notify_all()
 
-    def offline(self, pages: RangeSet, *, patience_s: float = 1.0) -> None:
-        """Hot-unplug: take pages out of their zones. Waits for those that are isolated.
+    def offline(self, pages: RangeSet, *, timeout_s: float = 1.0) -> None:
+        """Hot-unplug: remove pages from their zones. Waits for isolated ones.
 
         :raises MemoryError: some of them are in use; nothing has changed.
         :raises ValueError: some of them are in no zone.
         """
-        deadline_s = time.monotonic() + patience_s
-        # Free blocks are always merged, so an aligned block is free as a whole exactly
-        # if one free block holds it.
-        blocks = [(self.zone_of(pfn), pfn, order) for pfn, order in _blocks(pages)]
+        deadline_s = time.monotonic() + timeout_s
+        # Free buddies are always merged, so an aligned block is wholly free if and only if one
+        # free block contains it.
+        blocks = [(self.zone_of(pfn), pfn, order) for pfn, order in _aligned_blocks(pages)]
         with self._lock:
-            while not all(zone.holder(pfn, order) for zone, pfn, order in blocks):
-                if not self.isolated_page_count or not self._returned.wait(
+            while not all(zone.containing_block(pfn, order) for zone, pfn, order in blocks):
+                if not self.isolated_page_count or not self._pages_returned.wait(
                     deadline_s - time.monotonic()
                 ):
                     raise MemoryError(f"some of the {pages.page_count} pages are in use")
@@ -276,9 +279,9 @@ class BuddyAllocator:
                 zone.resize(zone.present - pages)
 
     def zone_of(self, pfn: int) -> Zone:
-        """The zone that holds a page frame.
+        """Return the zone of a page frame.
 
-        :raises ValueError: no zone has it.
+        :raises ValueError: it is in no zone.
         """
         for zone in self.zones:
             if pfn in zone.present:
@@ -286,12 +289,12 @@ class BuddyAllocator:
         raise ValueError(f"pfn {pfn} is in no zone")
 
 
-def _ignore(_zone: Zone, _pfn: int) -> None:
-    """The hook of an allocator that nobody tracks."""
+def _untracked(_zone: Zone, _pfn: int) -> None:
+    """Do nothing: the hook of an allocator without a tracker."""
 
 
-def _blocks(present: RangeSet) -> Iterable[tuple[int, int]]:
-    """The largest aligned blocks that fill a set of pages: (pfn, order)."""
+def _aligned_blocks(present: RangeSet) -> Iterable[tuple[int, int]]:
+    """Yield the largest aligned blocks that a set of pages consists of: (pfn, order)."""
     for pfn, page_count in present:
         end = pfn + page_count
         while pfn < end:

@@ -1,8 +1,7 @@
-"""The memory of a real guest as its kernel tells it: zones, free lists, page flags.
+"""The memory of a real guest as its kernel reports it: zones, free lists, page flags.
 
-The parsers are pure: text or bytes in, values out. `PageFlags` reads
-/proc/kpageflags (Documentation/admin-guide/mm/pagemap.rst) and only the entries
-that are asked for.
+The parsers are pure: text in, values out. `PageFlags` reads single entries of /proc/kpageflags
+(Documentation/admin-guide/mm/pagemap.rst).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from hintfleet.units import PAGE_BYTES
 
 # Bits of /proc/kpageflags (include/uapi/linux/kernel-page-flags.h).
 KPF_BUDDY = 10
-"""Free: part of a block of the free lists, be it not its first page (fs/proc/page.c)."""
+"""Free: any page of a block in the free lists, not only its first (fs/proc/page.c)."""
 KPF_HUGE = 17
 """Part of a hugetlb page."""
 
@@ -28,9 +27,9 @@ _ENTRY_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ZoneInfo:
-    """One populated zone of /proc/zoneinfo.
+    """One zone of /proc/zoneinfo that has memory.
 
-    :ivar start_pfn: first page of its span, which may have holes.
+    :ivar start_pfn: first page of the zone's span, which may have holes.
     """
 
     node: int
@@ -42,9 +41,9 @@ class ZoneInfo:
 
 
 def parse_zoneinfo(text: str) -> list[ZoneInfo]:
-    """The zones that have memory, in the kernel's order.
+    """Return the zones that have memory, in the kernel's order.
 
-    :raises Refused: the text is not that of a /proc/zoneinfo.
+    :raises Refused: `text` is not the content of a /proc/zoneinfo.
     """
     zones = []
     for node, name, body in re.findall(
@@ -53,7 +52,7 @@ def parse_zoneinfo(text: str) -> list[ZoneInfo]:
         found = re.findall(r"^ +(low|spanned|present|start_pfn):? +([0-9]{1,20})$", body, re.M)
         numbers = {key: int(number) for key, number in found}
         if "start_pfn" not in numbers:
-            continue  # a zone without memory
+            continue  # the kernel prints no more of a zone without memory (mm/vmstat.c)
         try:
             zone = ZoneInfo(
                 node=int(node),
@@ -80,9 +79,9 @@ def _is_possible(zone: ZoneInfo) -> bool:
 
 
 def parse_buddyinfo(text: str) -> dict[tuple[int, str], list[int]]:
-    """Free blocks per order for each (node, zone).
+    """Return the number of free blocks of each order, by (node, zone).
 
-    :raises Refused: the text is not that of a /proc/buddyinfo.
+    :raises Refused: `text` is not the content of a /proc/buddyinfo.
     """
     lists = {}
     for line in text.splitlines():
@@ -99,12 +98,13 @@ def parse_buddyinfo(text: str) -> dict[tuple[int, str], list[int]]:
 
 
 def _are_counts(*words: str) -> bool:
-    """Whether each is a number of blocks or less: there are 2**40 pages, 12 digits."""
+    """Return whether each word is a possible number: at most 12 digits."""
+    # No count exceeds 2**39: of MAX_PFN pages, every second one, since free buddies are merged.
     return all(word.isdecimal() and len(word) <= 12 for word in words)
 
 
 def free_chunk_count(free_blocks: Iterable[list[int]], chunk_order: int) -> int:
-    """Whole free chunks in the free lists of some zones."""
+    """Return the number of whole free chunks in the free lists of some zones."""
     return sum(
         count << order - chunk_order
         for counts in free_blocks
@@ -114,11 +114,12 @@ def free_chunk_count(free_blocks: Iterable[list[int]], chunk_order: int) -> int:
 
 
 def present_spans(sys_root: Path = Path("/sys"), proc_root: Path = Path("/proc")) -> list[range]:
-    """Where the guest has memory now, as runs of pfns: its memory blocks.
+    """Return where the guest has memory now, as ranges of pfns.
 
-    A hole of a sparse zone is in none, and a block that is hot-plugged is in the next
-    answer (Documentation/admin-guide/mm/memory-hotplug.rst). A kernel without memory
-    hotplug has no blocks; there the zones' spans, holes included, have to do.
+    Those of its memory blocks, without the holes of sparse zones
+    (Documentation/admin-guide/mm/memory-hotplug.rst). Hot-plugged blocks are in the next
+    result. A kernel without memory hotplug has no blocks: then the spans of the zones, with
+    their holes.
     """
     blocks = sys_root / "devices/system/memory"
     try:
@@ -132,19 +133,19 @@ def present_spans(sys_root: Path = Path("/sys"), proc_root: Path = Path("/proc")
 
 
 class FreeLists:
-    """Reads /proc/buddyinfo: one system call a look, and no more while nothing changes."""
+    """Reads /proc/buddyinfo: one system call per read, and no parsing while nothing changes."""
 
     def __init__(self, chunk_order: int, path: str = "/proc/buddyinfo") -> None:
-        """:raises Refused: there is none."""
+        """:raises Refused: the file cannot be opened."""
         self._chunk_order = chunk_order
         self._fd = _open(path, "mount /proc")
         self._text = b""
         self._free_chunk_count = 0
 
     def free_chunk_count(self) -> int:
-        """Whole free chunks of all zones now.
+        """Return the number of whole free chunks in all zones now.
 
-        :raises Refused: the text is not that of a /proc/buddyinfo.
+        :raises Refused: the file is not a /proc/buddyinfo.
         """
         text = self._read()
         if text != self._text:
@@ -154,8 +155,8 @@ class FreeLists:
         return self._free_chunk_count
 
     def _read(self) -> bytes:
-        # A read gives whole lines, as many as fit into a page (fs/seq_file.c): only a
-        # machine of many nodes needs more than one.
+        # A read returns whole lines, as many as fit into a page (fs/seq_file.c): only a machine
+        # with many nodes needs a second read.
         text = part = os.pread(self._fd, PAGE_BYTES, 0)
         while len(part) > PAGE_BYTES // 2:
             part = os.pread(self._fd, PAGE_BYTES, len(text))
@@ -171,19 +172,17 @@ class PageFlags:
     """Reads /proc/kpageflags."""
 
     def __init__(self, path: str = "/proc/kpageflags") -> None:
-        """:raises Refused: there is none, or it may not be read."""
+        """:raises Refused: the file is not there, or may not be read."""
         self._fd = _open(path, "run as root, on a kernel with CONFIG_PROC_PAGE_MONITOR")
-        self._looked_at: tuple[tuple[range, ...], int] = ((), 0)
+        self._offsets_key: tuple[tuple[range, ...], int] = ((), 0)
         self._kept_offsets: list[int] = []
 
     def chunks_with(self, bit: int, spans: Iterable[range], chunk_order: int) -> list[int]:
-        """First pfns of the chunks in `spans` whose first page has a flag.
-
-        One read of 8 bytes a chunk: the flags of the other pages are not needed, and
-        making them is what the kernel's side of such a read costs.
-        """
+        """Return the first pfns of the chunks in `spans` whose first page has a flag."""
         byte, mask = bit >> 3, 1 << (bit & 7)
-        # All of the loop is in locals: it costs less than a tenth of what the reads do.
+        # Read 8 bytes for each chunk, not the whole file: the kernel computes the flags of each
+        # page that is read (fs/proc/page.c: stable_page_flags), and that is the cost of a read.
+        # With local variables only, this loop costs less than a tenth of the reads.
         pread, fd, size_bytes = os.pread, self._fd, _ENTRY_BYTES
         found = []
         for offset in self._offsets(tuple(spans), chunk_order):
@@ -191,18 +190,19 @@ class PageFlags:
                 if pread(fd, size_bytes, offset)[byte] & mask:
                     found.append(offset // size_bytes)
             except IndexError:
-                continue  # nothing is read behind the last page that there is
+                continue  # a read behind the last page returns no bytes
         return found
 
     def _offsets(self, spans: tuple[range, ...], chunk_order: int) -> list[int]:
-        """Where to read. Kept until memory comes or goes: 20 KiB for each GiB of it."""
-        if self._looked_at != (spans, chunk_order):
+        """Return where to read."""
+        # Kept until memory is plugged or unplugged; costs 20 KiB for each GiB of memory.
+        if self._offsets_key != (spans, chunk_order):
             step = _ENTRY_BYTES << chunk_order
             self._kept_offsets = []
             for span in spans:
                 first = -(-span.start * _ENTRY_BYTES // step) * step
                 self._kept_offsets += range(first, span.stop * _ENTRY_BYTES - step + 1, step)
-            self._looked_at = (spans, chunk_order)
+            self._offsets_key = (spans, chunk_order)
         return self._kept_offsets
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import TypeVar
 
 from hintfleet.errors import HintfleetError, InvalidInput, LimitExceeded, Refused, TransientError
-from hintfleet.logs import Seldom, fields
+from hintfleet.logs import LogRateLimit, fields
 from hintfleet.net.tls import Role, check_role
 from hintfleet.ranges import decode
 from hintfleet.v1 import hinting_pb2 as pb
@@ -44,7 +44,7 @@ class GuestService(HintingServiceServicer):
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._pending_streams = PendingStreams(_MAX_PENDING_STREAMS, _FIRST_MESSAGE_S)
-        self._refusals = Seldom()
+        self._refusals = LogRateLimit()
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.GuestMessage], context: Context

@@ -24,7 +24,7 @@ from hintfleet.agent_config import AgentConfig, Memory
 from hintfleet.errors import GuestLost, Refused
 from hintfleet.ranges import RangeSet
 from hintfleet.settings import Driver
-from hintfleet.system.processes import look
+from hintfleet.system.processes import find_process
 from hintfleet.units import PAGE_BYTES, format_size
 from hintfleet.v1 import host_pb2
 from host_agent.guests.agent_settings import agent_config
@@ -81,7 +81,7 @@ class _Adopted:
             raise self.lost() from None
         # Compare after opening: the descriptor keeps the process, while its pid may be given to
         # another one at any time. If the start time fits now, both are the guest's.
-        found = look(self.pid)
+        found = find_process(self.pid)
         if found is None or found.start_ticks != handle["start_ticks"]:
             self.close()
             raise self.lost()
@@ -250,7 +250,7 @@ class EmbeddedDriver:
             )
             popen = self._start(config, log)
             undo.pop_all()
-        found = look(popen.pid)
+        found = find_process(popen.pid)
         handle = {
             "pid": popen.pid,
             "start_ticks": found.start_ticks if found else 0,

@@ -27,7 +27,7 @@ from google.protobuf.message import DecodeError
 
 from hintfleet.errors import InvalidInput, Refused, TransientError
 from hintfleet.system.file_lock import lock_file, wait_for
-from hintfleet.system.processes import look
+from hintfleet.system.processes import find_process
 from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import Handle
 from host_agent.memory.ledger import Books
@@ -239,7 +239,7 @@ def _holder(path: Path) -> str:
 def _lock_timeout_s(path: Path) -> float:
     holder = _holder(path)
     # Locked by a process that is gone: one of its threads is still in the kernel.
-    is_dying = holder.isdecimal() and look(int(holder)) is None
+    is_dying = holder.isdecimal() and find_process(int(holder)) is None
     return _DEATH_TIMEOUT_S if is_dying else _LOCK_TIMEOUT_S
 
 

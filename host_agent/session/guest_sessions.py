@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from hintfleet.errors import GuestLost, OutcomeUnknown, Refused, TransientError
-from hintfleet.logs import Seldom, fields
+from hintfleet.logs import LogRateLimit, fields
 from hintfleet.ranges import encode
 from hintfleet.settings import DEFAULT_CHUNK_ORDER
 from hintfleet.v1 import hinting_pb2, host_pb2
@@ -74,7 +74,7 @@ class GuestSessions:
         self._requests = Requests()
         self._lost: GuestLost | None = None
         self._allowed_something = False
-        self._skips = Seldom()
+        self._skips = LogRateLimit()
 
     @property
     def epoch(self) -> int:

@@ -1,8 +1,7 @@
 """The guest agent's configuration: one JSON object that the host agent puts into the guest.
 
 Both drivers build an `AgentConfig` and write it with `to_json`; the agent reads it with
-`from_json`. deploy/image/init reads `"method": "..."` out of it with sed, so it stays one line
-with a space after each colon.
+`from_json`.
 """
 
 from __future__ import annotations
@@ -35,30 +34,30 @@ _REQUIRED = frozenset({"server", "guest_uuid", "token"})
 
 
 class Memory(StrEnum):
-    """Whose memory a guest agent deals with."""
+    """The memory that a guest agent hints."""
 
     KERNEL = "kernel"
-    """That of the machine it runs on."""
+    """The memory of the machine that it runs on."""
     EMBEDDED = "embedded"
-    """That of a RAM file, with an allocator of its own."""
+    """A RAM file, with its own allocator."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """What a guest agent is to do.
+    """The configuration of a guest agent.
 
-    :ivar server: the host agent's address, as gRPC takes it: `HOST:PORT` or `unix:PATH`, where
+    :ivar server: the host agent's address in gRPC's form: `HOST:PORT` or `unix:PATH`, where
         PATH is percent-encoded.
-    :ivar tls_folder: ca.pem, cert.pem and key.pem for a server that wants them; empty for
-        plain text.
+    :ivar tls_folder: the folder with ca.pem, cert.pem and key.pem for a server with TLS; empty
+        for plain text.
     :ivar method: HINTING, or NONE for a guest that only runs workloads.
     :ivar isolator, tracker: a pair of `settings.PARTS`.
     :ivar chunk_order: log2 of the pages in a chunk.
     :ivar threshold_chunks: free chunks that make the agent hint at once.
     :ivar ram_fd, memory_bytes: the RAM file of an embedded guest, and how much of it is
-        RAM from the start.
-    :ivar max_memory_bytes: what the guest may be resized to; 0 if it cannot be.
-    :ivar orphan_after_s: end when the host agent was away for so long; 0 for never.
+        RAM at the start.
+    :ivar max_memory_bytes: the size up to which the guest may be resized; 0 if it may not.
+    :ivar orphan_after_s: end if there is no host agent for so long; 0 for never.
     """
 
     server: str
@@ -77,7 +76,7 @@ class AgentConfig:
     orphan_after_s: int = 0
 
     def __post_init__(self) -> None:
-        """:raises InvalidInput: a value is out of its bounds, or does not go with another."""
+        """:raises InvalidInput: a value is out of its bounds, or does not fit to another one."""
         for name, allowed in _ALLOWED.items():
             _check(name, getattr(self, name), allowed)
         _check("tracker", self.tracker, _trackers_of(self.isolator))
@@ -86,16 +85,18 @@ class AgentConfig:
 
     def to_json(self) -> str:
         """Return the document that `from_json` reads, on one line."""
+        # json.dumps writes one line, with a space after each colon. deploy/image/init relies on
+        # that: it reads `"method": "..."` with sed.
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str, source: str) -> AgentConfig:
         """Read a configuration.
 
-        What is missing has its default; a tracker that is missing or empty is the first of
-        its isolator.
+        A missing key has its default. A missing or empty tracker is the first one that fits to
+        the isolator.
 
-        :param source: where the text is from, as in `agent configuration FILE: ...`.
+        :param source: where the text comes from, for messages: `agent configuration FILE: ...`.
         :raises InvalidInput: no JSON object, an unknown or a missing key, or a value of the
             wrong type or out of its bounds; names the key and the source.
         """
@@ -123,7 +124,9 @@ _ALLOWED: Mapping[str, Collection[object]] = {
 def _object(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
-        json.dumps(document, ensure_ascii=False).encode()  # no halves of UTF-16 pairs
+        # JSON allows "\ud800", half of a UTF-16 pair, which cannot be encoded as UTF-8: gRPC's
+        # string fields would refuse it later.
+        json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"it is not JSON: {error}") from error
     if not isinstance(document, dict):
@@ -136,21 +139,22 @@ def _values(document: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidInput(f"unknown key {min(unknown)!r}")
     if missing := _REQUIRED - document.keys():
         raise InvalidInput(f"key {min(missing)!r} is missing")
-    given = {k: said for k, said in document.items() if (k, said) != ("tracker", "")}
-    values = {name: _value(name, said) for name, said in given.items()}
+    given = {key: value for key, value in document.items() if (key, value) != ("tracker", "")}
+    values = {name: _value(name, in_json) for name, in_json in given.items()}
     values.setdefault("tracker", _trackers_of(values.get("isolator", AgentConfig.isolator))[0])
     return values
 
 
-def _value(name: str, said: object) -> Any:
-    """Return a field's value, of what stands for it in JSON, where names are text."""
-    wanted = _TYPES[name]
-    in_json = str if issubclass(wanted, StrEnum) else wanted
-    if type(said) is not in_json:
-        raise InvalidInput(f"{name} must be {in_json.__name__}, not {said!r}")
+def _value(name: str, in_json: object) -> Any:
+    """Convert a field's value from JSON, where enums are text."""
+    field_type = _TYPES[name]
+    json_type = str if issubclass(field_type, StrEnum) else field_type
+    # Not isinstance: True is an int in Python, and no number of pages.
+    if type(in_json) is not json_type:
+        raise InvalidInput(f"{name} must be {json_type.__name__}, not {in_json!r}")
     if name in _ALLOWED:
-        _check(name, said, _ALLOWED[name])
-    return wanted(said)
+        _check(name, in_json, _ALLOWED[name])
+    return field_type(in_json)
 
 
 def _check(name: str, value: object, allowed: Collection[object]) -> None:

@@ -1,4 +1,4 @@
-"""The error tree, and how it crosses gRPC.
+"""The error tree, and its conversion to and from gRPC statuses.
 
     HintfleetError
     |-- TransientError     the same call may succeed later          UNAVAILABLE
@@ -10,9 +10,8 @@
     |-- GuestLost          the guest vanished                       ABORTED
     `-- OutcomeUnknown     it may or may not have been done         UNKNOWN
 
-`to_status` and `from_status` are each other's inverse for every class here but
-StableError, which is only a base. The
-string of an error is for people: what failed, then, after a newline, what to try.
+`from_status` reverses `to_status` for every class here except StableError, which is only a
+base. The string of an error is for people: what failed, and on a second line what to try.
 """
 
 from __future__ import annotations
@@ -124,24 +123,27 @@ _BY_CODE: dict[grpc.StatusCode, type[HintfleetError]] = {
 
 _HINT_KEY = "hintfleet-hint-bin"
 _MOST_DETAILS_BYTES = 4096
-"""As they travel: percent-encoded."""
+"""In percent-encoded form, as gRPC sends them."""
 _MOST_HINT_BYTES = 1024
 
 
 def to_status(
     error: HintfleetError,
 ) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
-    """The status code, details and trailing metadata that carry `error`.
+    """Return the status code, details and trailing metadata that carry `error`.
 
-    gRPC drops the whole status if its metadata exceed 8 KiB, so that a long message loses its
-    middle: what failed comes first, and the end of a log last.
+    A message or a hint that is too long is shortened.
     """
+    # gRPC replaces the whole status by RESOURCE_EXHAUSTED if its metadata exceed a limit, 8 KiB by
+    # default (grpc.max_metadata_size in grpc/impl/channel_arg_names.h).
     metadata = ((_HINT_KEY, error.hint.encode()[:_MOST_HINT_BYTES]),) if error.hint else ()
     return error.code, _shortened(error.message), metadata
 
 
 def _shortened(message: str) -> str:
-    from urllib.parse import quote  # late: memory that most guests save
+    """Leave out the middle of a long message."""
+    # The start says what failed, the end may be the last lines of a log.
+    from urllib.parse import quote  # late: most guests do without, and save memory
 
     if len(quote(message)) <= _MOST_DETAILS_BYTES:
         return message
@@ -154,7 +156,7 @@ def _shortened(message: str) -> str:
 def from_status(
     code: grpc.StatusCode, details: str, metadata: Sequence[tuple[str, str | bytes]] = ()
 ) -> HintfleetError:
-    """The error that `to_status` turned into a status; unknown codes give the base class."""
+    """Return the error that `to_status` converted; the base class for unknown codes."""
     hint = b"".join(
         v if isinstance(v, bytes) else v.encode() for k, v in metadata if k == _HINT_KEY
     )
@@ -162,14 +164,19 @@ def from_status(
 
 
 def from_rpc_error(error: grpc.RpcError, what: str) -> HintfleetError:
-    """The error behind a failed call; `what` names the call and its target."""
+    """Return the error of a failed call.
+
+    :param what: names the call and its target; starts the message.
+    """
+    # Not every grpc.RpcError has these methods: the base class has none.
     code = error.code() if callable(getattr(error, "code", None)) else grpc.StatusCode.UNKNOWN
     details = error.details() if callable(getattr(error, "details", None)) else str(error)
     trailing = getattr(error, "trailing_metadata", None)
     metadata = trailing() if callable(trailing) else ()
-    # gRPC wraps the reason that a connection failed for in several layers.
+    # gRPC wraps the reason of a failed connection: "failed to connect to all addresses; last
+    # error: ...". Users need the innermost part only.
     reason = str(details).rpartition("last error: ")[2]
     found = from_status(code, f"{what}: {reason}", tuple(metadata or ()))
     if code is grpc.StatusCode.UNAVAILABLE and not found.hint:
-        found.hint = "check that it runs there, and that the address is right"
+        found.hint = "check that the server runs there, and that the address is right"
     return found

@@ -1,4 +1,4 @@
-"""What a crash left on a machine, as the host agent's doctor tells the orchestrator's."""
+"""Things that a crash left on a machine; the host agent's doctor reports them as JSON."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hintfleet.errors import HintfleetError
 class Leak:
     """One thing that nobody owns any more.
 
-    :ivar what: such as `host agent` or `domain`.
-    :ivar where: a pid, a path, a name.
+    :ivar what: its kind, for example `host agent` or `domain`.
+    :ivar where: a pid, a path or a name.
     :ivar since_unix_s: when it was made, or last changed; 0 if unknown.
-    :ivar size_bytes: of memory or disk, as far as it is known.
-    :ivar why: how it is known to be nobody's.
-    :ivar kept: why it must not be removed from here; empty if it may be.
-    :ivar removed: whether it has been.
+    :ivar size_bytes: memory or disk that it uses, as far as known.
+    :ivar why: how we know that nobody owns it.
+    :ivar kept: why it was not, or must not be, removed; empty if it may be.
+    :ivar removed: whether it was removed.
     """
 
     what: str
@@ -44,11 +44,11 @@ class Leak:
 
 
 Removable = tuple[Leak, Callable[[], None]]
-"""A leak, and what removes it. That raises HintfleetError or OSError if it cannot."""
+"""A leak, and the function that removes it, or raises HintfleetError or OSError."""
 
 
 def remove_all(found: Iterable[Removable]) -> list[Leak]:
-    """Remove these; what could not be says why, in `kept`."""
+    """Remove leaks; where one cannot be removed, `kept` of the result says why."""
     return [_removed(leak, remove) for leak, remove in found]
 
 

@@ -1,11 +1,9 @@
-"""Logs of all programs: standard logging below the logger `hintfleet`, one line an event.
+"""Logs of all programs: standard logging below the logger `hintfleet`, one line per event.
 
-A message is the same text each time; what varies stands in fields (`guest`, `epoch`, ...), so
-that a reader can search for either:
+The message of an event is always the same text; values that vary are fields (`guest`, `epoch`,
+...). So readers can search for both:
 
     log.info("session welcomed", extra=fields(guest="g0", epoch=17))
-
-Values may come from a guest: control characters in them do not reach a terminal.
 """
 
 from __future__ import annotations
@@ -26,17 +24,17 @@ LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
 
 _FIELDS = "hintfleet_fields"
-# sd-daemon(3): what journald takes for the priority of a line.
+# sd-daemon(3): journald reads the priority of a line from a prefix <N>.
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:
-    """Return what goes into `extra=` of a call of the standard library's loggers."""
+    """Return the argument `extra=` for a logging call, with these fields."""
     return {_FIELDS: values}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a daemon the options --log-level and --log-format, for `configure`."""
+    """Add the options --log-level and --log-format, whose values `configure` takes."""
     parser.add_argument(
         "--log-level", choices=LEVELS, default="info", help="what to log (default: %(default)s)"
     )
@@ -44,16 +42,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--log-format",
         choices=FORMATS,
         default="text",
-        help="text with NAME=VALUE fields, or a JSON object a line (default: %(default)s)",
+        help="text with NAME=VALUE fields, or one JSON object per line (default: %(default)s)",
     )
 
 
 def configure(level: str, style: str, **constant: object) -> None:
-    """Have all log lines of this process go to stderr, warnings of libraries too.
+    """Write all log lines of this process to stderr, those of libraries included.
 
-    :param level: one of LEVELS, for our own; of libraries, warnings and errors.
-    :param style: one of FORMATS. As text, lines for journald carry its priorities and no time.
-    :param constant: fields that every line gets; empty ones are left out.
+    :param level: one of LEVELS, for our loggers; libraries log warnings and errors.
+    :param style: one of FORMATS. Text lines for journald have its priorities and no time.
+    :param constant: fields of every line; empty ones are left out.
     """
     handler = _Handler(sys.stderr)
     handler.setFormatter(_Formatter(_style_of(style), constant))
@@ -64,13 +62,13 @@ def configure(level: str, style: str, **constant: object) -> None:
 
 
 def are_configured() -> bool:
-    """Return whether `configure` was called: somebody reads log lines."""
+    """Return whether `configure` was called."""
     return bool(_handlers())
 
 
 @contextmanager
 def written_to(stream: TextIO) -> Iterator[None]:
-    """Have log lines go to another stream than stderr until the block ends."""
+    """Write log lines to `stream` instead of stderr until the block ends."""
     before = [(handler, handler.setStream(stream)) for handler in _handlers()]
     try:
         yield
@@ -84,7 +82,7 @@ def _handlers() -> list[_Handler]:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Ours, to be told from what libraries and test runners put beside it."""
+    """Our handler; its class tells it from those that libraries and test runners add."""
 
 
 _Style = Callable[[logging.LogRecord, str, dict[str, Any]], str]
@@ -108,6 +106,7 @@ class _Formatter(logging.Formatter):
 
 def _text(record: logging.LogRecord, message: str, values: dict[str, Any]) -> str:
     pairs = "".join(f" {name}={_quoted(value)}" for name, value in values.items())
+    # Values may come from a guest: no control characters to the operator's terminal.
     return program.printable(f"{record.name}: {message}{pairs}")
 
 
@@ -116,7 +115,7 @@ def _timed_text(record: logging.LogRecord, message: str, values: dict[str, Any])
 
 
 def _journal_text(record: logging.LogRecord, message: str, values: dict[str, Any]) -> str:
-    # journald ends an entry at the end of a line.
+    # journald makes each line an entry of its own, and only the first would have the priority.
     line = _text(record, message, values).replace("\n", "\\n")
     return f"<{_PRIORITIES.get(record.levelno, 5)}>{line}"
 
@@ -148,8 +147,9 @@ def _style_of(name: str) -> _Style:
 
 
 def _is_journal() -> bool:
-    """Whether journald reads stderr: systemd says so by the file's device and inode
-    (systemd.exec(5), JOURNAL_STREAM)."""
+    """Return whether journald reads stderr."""
+    # systemd sets JOURNAL_STREAM to device and inode of the journal's stream (systemd.exec(5)).
+    # Compare them: a child whose stderr was redirected inherits the variable.
     try:
         status = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -157,8 +157,8 @@ def _is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class Seldom:
-    """Lets an event that may come often be logged once in a while, with how many were not."""
+class LogRateLimit:
+    """Limits how often an event is logged, and counts those that are not logged."""
 
     def __init__(self, period_s: float = 10.0) -> None:
         self._period_s = period_s
@@ -166,7 +166,10 @@ class Seldom:
         self._left_out = 0
 
     def due(self) -> dict[str, int] | None:
-        """Return None if this one is not to be logged; else a field for how many were not."""
+        """Return None if this event is not to be logged.
+
+        Else a field with the number of events that were not logged; empty if there were none.
+        """
         now_s = time.monotonic()
         if now_s < self._next_s:
             self._left_out += 1

@@ -1,9 +1,9 @@
-"""The outermost frame of every program: its exit code, and what its user is told.
+"""The outermost frame of every program: its exit code, and the messages to its user.
 
-Whatever ends a program, its user reads a plain message, never a traceback. What nobody has
-foreseen is a bug of ours: the traceback goes to a file, and the message says which.
+Whatever ends a program, its user reads a plain message, never a traceback. An error that we did
+not foresee is a bug of ours: the traceback goes to a file, and the message names the file.
 
-Imports nothing but the standard library, so that it can also say what is not installed.
+Imports only the standard library, so that it can also report a package that is not installed.
 """
 
 from __future__ import annotations
@@ -21,32 +21,36 @@ _STDOUT = "stdout"
 _FAILED = 1
 _INTERRUPTED = 130
 _MOST_REPORTS = 20
-"""A daemon may meet the same bug again and again."""
+"""A daemon may hit the same bug again and again."""
 
-_STEERING = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0)))) - {"\n", "\t"}
-"""C0 and C1 control characters, of which terminals make commands."""
+_CONTROL_CHARACTERS = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0)))) - {"\n", "\t"}
+"""C0 and C1 control characters, which terminals take as commands."""
 
 Tell = Callable[[str], None]
 
 
 def run(command: Callable[[], int | None], tell: Tell, needs: str) -> int:
-    """Run a program's `command`; returns its exit code. What went wrong is told.
+    """Run a program's `command`; return its exit code. Errors are told by `tell`.
 
-    :param needs: what to install, for whom a module is missing.
+    :param needs: what to install if a module is missing.
     """
     try:
         code = _code_of(command)
+        # The interpreter would flush it as it ends, and print an error as "Exception ignored in".
         sys.stdout.flush()
-    except BaseException as error:  # noqa: BLE001 - nothing is outside of this
+    except BaseException as error:  # noqa: BLE001 - the outermost frame of the program
         _drop_stdout()
         return _explain(error, tell, needs)
     return code
 
 
 def prepare(program: str) -> Tell:
-    """Make this process fit for `run`: streams that are all there, and errors of background
-    threads, callbacks and gRPC's handlers told like others. Returns what tells on stderr."""
-    # gRPC's core prints what it returns as an error, too.
+    """Prepare this process for `run`; return the function that prints messages on stderr.
+
+    Afterwards descriptors 0 to 2 are open, and errors in background threads, callbacks and gRPC's
+    handlers are reported like others.
+    """
+    # Otherwise gRPC's core also prints on stderr what it returns as an error.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     _open_missing_descriptors()
     sys.stdout, sys.stderr = (
@@ -56,13 +60,15 @@ def prepare(program: str) -> Tell:
     def tell(message: str) -> None:
         say(f"{program}: {message}")
 
+    # asyncio and gRPC log exceptions of callbacks and handlers. Where no handler is configured,
+    # logging.lastResort would print them with a traceback.
     logging.lastResort = _LoggedBugs(tell)
     threading.excepthook = lambda found: _tell_bug(found.exc_value or SystemError(), tell)
     return tell
 
 
 def say(message: str) -> None:
-    """Print on stderr, if that can still be written to."""
+    """Print on stderr; do nothing if stderr cannot be written to any more."""
     try:
         print(printable(message), file=sys.stderr, flush=True)
     except (OSError, ValueError):
@@ -70,21 +76,22 @@ def say(message: str) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` without what would steer a terminal: a path or a guest's words may hold it."""
-    return "".join("\N{REPLACEMENT CHARACTER}" if c in _STEERING else c for c in text)
+    """Return `text` with all control characters replaced, except newlines and tabs."""
+    # A path or a guest's message may contain them.
+    return "".join("\N{REPLACEMENT CHARACTER}" if c in _CONTROL_CHARACTERS else c for c in text)
 
 
 def _code_of(command: Callable[[], int | None]) -> int:
     try:
         return int(command() or 0)
-    except SystemExit as ended:  # argparse and click end a program so, having told why
+    except SystemExit as ended:  # argparse and click raise it after they have printed why
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
 
 
 def _explain(error: BaseException, tell: Tell, needs: str) -> int:
-    """Tell what ended the program; returns the exit code for it."""
+    """Tell what ended the program; return the exit code."""
     if isinstance(error, BrokenPipeError) and error.filename == _STDOUT:
-        return _FAILED  # whoever read our output has had enough; nothing is left to say
+        return _FAILED  # the reader of our output closed it on purpose, as `head` does
     if isinstance(error, KeyboardInterrupt):
         say("interrupted")
         return _INTERRUPTED
@@ -97,7 +104,7 @@ def _explain(error: BaseException, tell: Tell, needs: str) -> int:
         tell(str(error))
         return int(error.exit_code)
     if isinstance(error, MemoryError):
-        tell("the machine has no memory left for it")
+        tell("out of memory: the machine has none left for this program")
     elif isinstance(error, OSError) and error.errno is not None:
         tell(": ".join(str(part) for part in (error.filename, error.strerror) if part))
     else:
@@ -110,40 +117,46 @@ def _is_ours(module: str | None) -> bool:
     return top in ("hintfleet", "guest_agent", "host_agent", "orchestrator")
 
 
-_reports: list[str] = []
-"""For each bug that this process has met, the file with it; empty if there is none."""
+_report_paths: list[str] = []
+"""For each bug of this process, the path of its report; empty if it could not be written."""
 
 
 def _tell_bug(error: BaseException, tell: Tell, *, fatal: bool = False) -> None:
-    """:param fatal: the program ends by it, so that it is told however many there were."""
-    if len(_reports) >= _MOST_REPORTS and not fatal:
+    """Tell a bug, unless there were too many.
+
+    :param fatal: the bug ends the program; it is told even after many others.
+    """
+    if len(_report_paths) >= _MOST_REPORTS and not fatal:
         return
     found = bug_fields(error)
     if "details" in found:
         tell(
             f"a bug in hintfleet: {found['bug']}\n  the details are in {found['details']}\n"
-            "  try: send that file, and what you did, to where you have hintfleet from"
+            "  try: send that file to where you got hintfleet from, and say what you did"
         )
     else:
         tell(f"a bug in hintfleet: {found['bug']}\n{found['trace']}")
 
 
 def bug_fields(error: BaseException) -> dict[str, str]:
-    """Say what went wrong as `bug`, and in which file its traceback is as `details`; where no
-    file can be written, the traceback itself is there as `trace`."""
+    """Write a report of a bug to a file, and return its log fields.
+
+    `bug` is the error, `details` the file with its traceback. If no file can be written, `trace`
+    is the report itself.
+    """
     import traceback
 
     what = traceback.format_exception_only(error)[-1].strip()
-    if len(_reports) > _MOST_REPORTS:
-        return {"bug": what, "details": _reports[-1]}
+    if len(_report_paths) > _MOST_REPORTS:
+        return {"bug": what, "details": _report_paths[-1]}
     report = _report("".join(traceback.format_exception(error)))
     try:
-        _reports.append(_append(report))
+        _report_paths.append(_append(report))
     except OSError as failed:
-        _reports.append("")
+        _report_paths.append("")
         trace = f"{report}  (no file can be written: {failed.strerror})"
         return {"bug": what, "trace": trace}
-    return {"bug": what, "details": _reports[-1]}
+    return {"bug": what, "details": _report_paths[-1]}
 
 
 def _report(trace: str) -> str:
@@ -167,10 +180,11 @@ def _report(trace: str) -> str:
 def _append(report: str) -> str:
     import tempfile
 
-    path = _reports[-1] if _reports else ""
+    path = _report_paths[-1] if _report_paths else ""
+    # The temporary folder is everybody's: do not follow a symbolic link that replaced our file.
     if os.path.lexists(path):
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
-    else:  # the first one, or somebody cleans the temporary folder
+    else:  # the first report, or somebody has cleaned the temporary folder
         fd, path = tempfile.mkstemp(prefix="hintfleet-bug-", suffix=".log")
     with open(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(report)
@@ -178,7 +192,7 @@ def _append(report: str) -> str:
 
 
 class _LoggedBugs(logging.Handler):
-    """What no other handler wants, as asyncio and gRPC log what our code raised in them."""
+    """Handles log records that no other handler takes: bugs that asyncio and gRPC log."""
 
     def __init__(self, tell: Tell) -> None:
         super().__init__(logging.WARNING)
@@ -193,24 +207,26 @@ class _LoggedBugs(logging.Handler):
 
 
 class _Stream(FileIO):
-    """Stdout or stderr, whose errors say which it is."""
+    """Stdout or stderr; `filename` of its errors says which of them."""
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd, "w", closefd=False)
-        self._said = name
+        self._stream_name = name
 
     def write(self, content: Any, /) -> int:
         try:
             return super().write(content)
         except OSError as error:
-            error.filename = self._said
+            error.filename = self._stream_name
             raise
 
 
 def _text(stream: _Stream) -> TextIOWrapper:
-    """File names need not be text: as UTF-8 they come out as the bytes that they are."""
+    """Wrap a stream for text."""
     encoding = getattr(sys.stdout or sys.stderr, "encoding", "utf-8")
     utf8 = encoding.lower().replace("-", "") == "utf8"
+    # File names may be any bytes, which Python decodes with surrogateescape (PEP 383): print the
+    # same bytes again.
     return TextIOWrapper(
         BufferedWriter(stream),
         encoding,
@@ -220,18 +236,21 @@ def _text(stream: _Stream) -> TextIOWrapper:
 
 
 def _open_missing_descriptors() -> None:
-    """Have descriptors 0 to 2 refer to something, as they do not after `>&-`: else the next
-    file that is opened, maybe a database, would be stdout to whoever writes there."""
+    """Open those of the descriptors 0 to 2 that are closed, as after `>&-` in a shell."""
+    # Otherwise the next file that is opened, maybe a database, would get descriptor 1 or 2, and
+    # all output would be written to it.
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            # Stdout for reading only: that output is lost is an error, as in other programs.
-            os.open(os.devnull, os.O_RDWR if fd == 2 else os.O_RDONLY)  # the lowest: fd
+            # Stdout is read-only: as in other programs, lost output is an error. open() returns
+            # the lowest free descriptor (open(2)), which is `fd`.
+            os.open(os.devnull, os.O_RDWR if fd == 2 else os.O_RDONLY)
 
 
 def _drop_stdout() -> None:
-    """What stdout does not take must not fail once more when the interpreter ends."""
+    """Discard output that stdout does not take."""
+    # The interpreter flushes stdout once more when it ends, and would print a second error.
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -239,7 +258,7 @@ def _drop_stdout() -> None:
 
 
 def _to_null(stream: TextIO) -> None:
-    with suppress(OSError, ValueError):  # not a real one
+    with suppress(OSError, ValueError):  # a stream without a descriptor, or a closed one
         fd = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, fd)

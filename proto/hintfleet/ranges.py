@@ -1,17 +1,16 @@
-"""Sets of page frames, and how they travel.
+"""Sets of page frames, and their wire format.
 
-`RangeSet` is the one value that trackers, isolators, batches, ledgers and
-reclaim pass around. `encode` and `decode` are its wire form:
+Isolators, batches, ledgers and reclaim exchange sets of pages as `RangeSet`. `encode` and
+`decode` convert it to and from its wire format:
 
     byte    shift: common alignment of all starts and lengths, as a power of two
     varint  gap    from the end of the range before (first range: from pfn 0)
     varint  length
     ...
 
-Gaps and lengths count units of 2**shift pages; between two ranges the gap is
-stored less 1 and the length always less 1, since neither can be 0. So every
-set has exactly one encoding, and a typical range of a batch (aligned to a chunk,
-less than 128 chunks after the one before) costs two bytes.
+Gaps and lengths count units of 2**shift pages. A length is stored minus 1, and so is a gap
+between two ranges, since neither can be 0. So every set has exactly one encoding, and a typical
+range of a batch (aligned to a chunk, less than 128 chunks after the one before) costs two bytes.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ _first_pfn, _page_count = itemgetter(0), itemgetter(1)
 class RangeSet:
     """An immutable set of page frames, kept as sorted ranges that do not touch.
 
-    Overlapping and adjacent ranges are merged when the set is made; empty ones
-    are dropped. All operations are linear in the number of ranges.
+    Overlapping and adjacent ranges are merged when the set is made; empty ones are dropped.
+    Set operations take time linear in the number of ranges.
     """
 
     __slots__ = ("_ranges",)
@@ -74,7 +73,9 @@ class RangeSet:
 
     @classmethod
     def _of(cls, ranges: Iterable[Range]) -> RangeSet:
-        """Wrap ranges that are sorted, not empty and do not touch."""
+        """Wrap ranges that are sorted and not empty and do not touch."""
+        # Skips the sorting, merging and checks of __init__, which results of set operations do
+        # not need.
         made = cls.__new__(cls)
         made._ranges = tuple(ranges)
         return made
@@ -105,7 +106,7 @@ class RangeSet:
         return at >= 0 and pfn < self._ranges[at].end_pfn
 
     def whole_chunks(self, order: int) -> RangeSet:
-        """The chunks of 2**order pages in which any page of this set lies."""
+        """Return all chunks of 2**order pages that contain a page of this set."""
         chunk = 1 << order
         return RangeSet(
             (start, -(-r.end_pfn // chunk) * chunk - start)
@@ -119,7 +120,7 @@ class RangeSet:
         return RangeSet((*self._ranges, *other._ranges))
 
     def __and__(self, other: RangeSet) -> RangeSet:
-        if other._holds_all_of(self):  # most of the time: hints lie in RAM
+        if other._holds_all_of(self):  # the usual case: a guest hints pages of its own RAM
             return self
         mine, theirs = self._ranges, other._ranges
         found: list[Range] = []
@@ -136,7 +137,7 @@ class RangeSet:
         return RangeSet._of(found)
 
     def _holds_all_of(self, other: RangeSet) -> bool:
-        """Whether one range of this set spans all of `other`."""
+        """Return whether one range of this set spans all of `other`."""
         if not other._ranges:
             return True
         first, last = other._ranges[0], other._ranges[-1]
@@ -178,12 +179,13 @@ def encode(ranges: RangeSet) -> bytes:
     """Pack a set for the wire; the empty set is b""."""
     if not ranges:
         return b""
+    # The lowest bit that is set in any start or length is their common alignment.
     bits = 0
     for pfn, page_count in ranges:
         bits |= pfn | page_count
     shift = (bits & -bits).bit_length() - 1
     out = bytearray((shift,))
-    end = -1
+    end = -1  # so that the first gap, which can be 0, is stored as it is
     for pfn, page_count in ranges:
         start = pfn >> shift
         _put_varint(out, start - end - 1)
@@ -194,10 +196,12 @@ def encode(ranges: RangeSet) -> bytes:
 
 
 def decode(packed: bytes, max_ranges: int = 1 << 20) -> RangeSet:
-    """Unpack what `encode` packed, and nothing else: `encode(decode(b)) == b`.
+    """Unpack a set. Accepts only what `encode` returns: `encode(decode(b)) == b`.
+
+    Takes time linear in the length of `packed`, whatever it contains.
 
     :raises InvalidInput: truncated, not canonical, beyond MAX_PFN, or more than
-        `max_ranges` ranges. Work is bounded by the length of `packed`.
+        `max_ranges` ranges.
     """
     if not packed:
         return EMPTY
@@ -212,8 +216,8 @@ def decode(packed: bytes, max_ranges: int = 1 << 20) -> RangeSet:
     found: list[Range] = []
     end = -1
     bits = 0
-    for gap, less_1 in zip(numbers[::2], numbers[1::2], strict=True):
-        start, length = end + 1 + gap, less_1 + 1
+    for gap, length_minus_1 in zip(numbers[::2], numbers[1::2], strict=True):
+        start, length = end + 1 + gap, length_minus_1 + 1
         end = start + length
         bits |= start | length
         found.append(Range(start << shift, length << shift))
@@ -225,8 +229,9 @@ def decode(packed: bytes, max_ranges: int = 1 << 20) -> RangeSet:
 
 
 def _varints(packed: bytes) -> Sequence[int]:
-    """All numbers of up to 42 bits: seven of them a byte, the lowest first."""
-    if packed.isascii():  # each is one byte, as nearly all are
+    """Return all numbers of up to 42 bits; a byte holds seven bits, the lowest come first."""
+    # A byte below 128 is a whole number, as nearly all are: then this one call is enough.
+    if packed.isascii():
         return packed
     numbers: list[int] = []
     value = shift = 0
@@ -237,7 +242,7 @@ def _varints(packed: bytes) -> Sequence[int]:
             if shift == 7 * _MAX_VARINT_BYTES:
                 raise InvalidInput("packed ranges: number too long")
             continue
-        if byte == 0 and shift:
+        if byte == 0 and shift:  # a last byte of 0 adds nothing: a shorter spelling exists
             raise InvalidInput("packed ranges: not canonical (overlong number)")
         numbers.append(value)
         value = shift = 0

@@ -1,8 +1,7 @@
 """Names, defaults and bounds that spec files, host agents and guest agents share.
 
-GuestSpec (host.proto) carries the names as text and leaves a setting empty or 0 for its
-default; a spec file and the guest agent's configuration use the same names. Each stands
-here once.
+GuestSpec (host.proto), spec files and the guest agent's configuration use these names as text.
+In a GuestSpec, an empty or 0 setting means the default.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from typing import NamedTuple
 
 
 class Driver(StrEnum):
-    """What a guest is."""
+    """What a guest is: a process, or a virtual machine."""
 
     EMBEDDED = "embedded"
     LIBVIRT = "libvirt"
 
 
 class Method(StrEnum):
-    """How memory comes back."""
+    """How freed memory comes back to the host."""
 
     NONE = "none"
     HINTING = "hinting"
@@ -29,7 +28,7 @@ class Method(StrEnum):
 
 
 class Policy(StrEnum):
-    """When memory comes back."""
+    """When freed memory comes back to the host."""
 
     EAGER = "eager"
     COLD = "cold"
@@ -37,7 +36,7 @@ class Policy(StrEnum):
 
 
 class IsolatorKind(StrEnum):
-    """What takes free chunks out of a guest's allocator."""
+    """The part that takes free chunks out of a guest's allocator."""
 
     KMOD = "kmod"
     HUGETLB = "hugetlb"
@@ -45,7 +44,7 @@ class IsolatorKind(StrEnum):
 
 
 class TrackerKind(StrEnum):
-    """What knows which free chunks are new."""
+    """The part that knows which free chunks are new."""
 
     BITMAP = "bitmap"
     REPORTED = "reported"
@@ -68,24 +67,26 @@ PARTS: Mapping[Driver, tuple[HintingParts, ...]] = {
         HintingParts(IsolatorKind.HUGETLB, TrackerKind.BITMAP),
     ),
 }
-"""What each driver has; the first pair is what a guest gets that asks for neither.
+"""The pairs that each driver can run; the first is the default.
 
-Isolator and tracker go together: the hugetlb pool knows nothing of the buddy allocator, so
-its tracker reads the kernel's page flags into a bitmap; the module is told by the kernel,
-which marks what it has reported."""
+Not all pairs are possible. The hugetlb pool knows nothing of the buddy allocator, so its tracker
+reads the kernel's page flags into a bitmap. The kernel itself calls the module, and marks the
+chunks that it has reported."""
 
 COLD_PARTS = HintingParts(IsolatorKind.EMBEDDED, TrackerKind.BITMAP)
-"""The only pair that knows since when a chunk is free."""
+"""The only pair that knows how long a chunk has been free."""
 
 DEFAULT_POLICY = Policy.EAGER
 
+# The largest order of the kernel's buddy allocator on x86-64: blocks of 4 MiB. The kernel's own
+# MAX_ORDER means this since Linux 6.4; before, it was one more.
 MAX_ORDER = 10
-"""The largest order, inclusive, of the kernel's buddy allocator on x86-64 (MAX_ORDER since
-Linux 6.4, MAX_ORDER - 1 before): blocks of 4 MiB."""
 
 HUGE_PAGE_ORDER = 9
-"""Of the 2 MiB pages that isolator hugetlb deals in."""
+"""The order of the 2 MiB pages that isolator hugetlb uses."""
 
+# pageblock_order on x86-64, which the kernel's page reporting uses, too
+# (mm/page_reporting.h: PAGE_REPORTING_MIN_ORDER).
 DEFAULT_CHUNK_ORDER = 9
 
 DEFAULT_THRESHOLD_CHUNKS = 16
@@ -93,7 +94,7 @@ MOST_THRESHOLD_CHUNKS = 1 << 20
 
 DEFAULT_REPORT_PERIOD_MS = 100
 SHORTEST_REPORT_PERIOD_MS = 10
-"""A guest that is told less looks no more often than this."""
+"""A guest uses this one if it is told a shorter one."""
 
 DEFAULT_COLD_AFTER_MS = 5000
 DEFAULT_PRESSURE_PERCENT = 80
@@ -105,12 +106,12 @@ SHORTEST_SAMPLE_PERIOD_MS = 10
 
 DEFAULT_ORPHAN_AFTER_S = 60
 DEFAULT_WATCH_GRACE_S = 30
-"""Of a host agent that keeps its state; a guest without one ends after the first, and an
-adopted guest that no trial watches after the second."""
+"""Both for a host agent with --state. A guest without a host agent ends after the first one; a
+guest that was adopted and that no trial watches ends after the second one."""
 
 
 def hinting_parts(driver: Driver, isolator: str = "", tracker: str = "") -> HintingParts | None:
-    """Return the first pair of the driver that has what is named; empty names fit all.
+    """Return the driver's first pair with this isolator and tracker; empty names match any.
 
     None if there is no such pair.
     """

@@ -1,7 +1,6 @@
-"""Sizes and durations as people write and read them.
+"""Parses and formats sizes and durations for people.
 
-Sizes need a unit that says what it is: `512MiB` (binary) or `512MB` (decimal). A
-bare letter is refused, because `4G` is 4 GiB to virsh and 4*10^9 elsewhere.
+A size needs a unit that is clearly binary (`512MiB`) or decimal (`512MB`).
 """
 
 from __future__ import annotations
@@ -33,12 +32,13 @@ _SIZE_LIMIT_BYTES = 1 << 63
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as `384MiB`, `1.5GiB` or `2GB`.
+    """Return the bytes of a size, for example `384MiB`, `1.5GiB` or `2GB`.
 
     :raises InvalidInput: no number, no unit, a bare letter, not a whole number of bytes, or
         8 EiB and more.
     """
     number, unit = _split(text, "size", "384MiB")
+    # `4G` is 4 GiB for virsh and 4 * 10**9 for others: do not guess.
     if unit in ("K", "M", "G", "T"):
         raise InvalidInput(
             f"size {text!r}: the unit {unit!r} is ambiguous",
@@ -49,21 +49,21 @@ def parse_size(text: str) -> int:
             f"size {text!r}: {'no unit' if not unit else f'unknown unit {unit!r}'}",
             hint="units are B, KiB, MiB, GiB, TiB and kB, MB, GB, TB, as in 384MiB",
         )
-    # In integers: 2.03MB is 2030000 bytes, but 2.03 * 10**6 is no whole number.
+    # Integers: 2.03MB is 2030000 bytes, but as floats, 2.03 * 10**6 is not a whole number.
     whole, _, decimals = number.partition(".")
     scale: int = 10 ** len(decimals)
     size_bytes, rest = divmod(int(whole + decimals) * _SIZE_UNITS[unit], scale)
     if rest:
         raise InvalidInput(f"size {text!r} is not a whole number of bytes")
     if size_bytes >= _SIZE_LIMIT_BYTES:
-        raise InvalidInput(f"size {text!r} is more than any memory has")
+        raise InvalidInput(f"size {text!r} is larger than any memory")
     return size_bytes
 
 
 def parse_duration_s(text: str) -> float:
-    """Seconds of a duration such as `2s`, `500ms`, `1.5min` or `1h`.
+    """Return the seconds of a duration, for example `2s`, `500ms`, `1.5min` or `1h`.
 
-    :raises InvalidInput: no number, or no unit that is known.
+    :raises InvalidInput: no number, no unit, or an unknown unit.
     """
     number, unit = _split(text, "duration", "2s")
     if unit not in _TIME_UNITS_S:
@@ -82,11 +82,11 @@ def _split(text: str, what: str, example: str) -> tuple[str, str]:
 
 
 def format_size(size_bytes: float) -> str:
-    """A size for people, in binary units with three significant digits: `384 MiB`."""
+    """Format a size for people, in binary units with three significant digits: `384 MiB`."""
     sign = "-" if size_bytes < 0 else ""
     size = abs(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1023.5:
+        if size < 1023.5:  # more would be rounded to 1024
             return f"{sign}{_three_digits(size)} {unit}"
         size /= 1024
     return f"{sign}{_three_digits(size)} TiB"

@@ -305,7 +305,7 @@ class ReleasesBeforeAck(HintingCore):
 class LostLinkReleases(HintingCore):
     def lost(self) -> Sequence[hinting.Instruction]:
         super().lost()
-        released, self._unfenced = self._unfenced, []
+        released, self._awaiting_welcome = self._awaiting_welcome, []
         return [hinting.Release(ranges, hinted=False) for ranges in released]
 
     def welcomed(self, epoch: int, limits: hinting.Limits) -> Sequence[hinting.Instruction]:

@@ -134,7 +134,7 @@ def test_a_host_that_breaks_the_protocol_is_left_and_tried_again() -> None:
     run(scene)
 
 
-def test_who_finishes_hints_no_more_and_waits_for_its_acks() -> None:
+def test_finish_hints_no_more_and_waits_for_acks() -> None:
     async def scene(host: ScriptedHost) -> None:
         host.withhold_acks.set()
         async with in_session(host) as (session, allocator, _):

@@ -115,7 +115,7 @@ def test_a_guest_may_not_control(host_agent: HostAgent, folders: Folders) -> Non
         get_host(host_agent.control, folders.tls(Role.GUEST))
     assert refusal(error) == (
         grpc.StatusCode.FAILED_PRECONDITION,
-        "this door is for operators, and the certificate is a guest's",
+        "this service is for operators, but the certificate is for a guest",
     )
 
 
@@ -155,7 +155,7 @@ def test_an_operator_sees_health_and_samples(host_agent: HostAgent, folders: Fol
 def test_an_operator_is_no_guest(host_agent: HostAgent, folders: Folders) -> None:
     with pytest.raises(grpc.RpcError) as error:
         hello(host_agent.guest_address, folders.tls(Role.OPERATOR), UUID, "")
-    assert "this door is for guests" in refusal(error)[1]
+    assert "this service is for guests" in refusal(error)[1]
 
 
 def test_strangers_get_no_answer(host_agent: HostAgent, folders: Folders, tmp_path: Path) -> None:
@@ -335,5 +335,5 @@ def test_savings_from_a_fleet_service_behind_tls(
     assert run_command([*ask, "--tls", str(folders.operator)]) == 0
     assert json.loads(capsys.readouterr().out) == []
     assert run_command([*ask, "--tls", str(folders.guest)]) == 1
-    assert "this door is for operators" in capsys.readouterr().err
+    assert "this service is for operators" in capsys.readouterr().err
     assert run_command(ask) == 1

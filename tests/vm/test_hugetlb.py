@@ -109,7 +109,7 @@ def test_what_a_dead_agent_isolated_stays_so_until_the_next_is_welcomed(
     assert found, said
     total, free, reserved, adopted = map(int, found.groups())
     assert total == free == reserved == adopted > 0, "somebody could have used them"
-    assert "PROBE second agent: another guest agent works with the hugetlb pool" in said
+    assert "PROBE second agent: another guest agent uses the hugetlb pool" in said
     # What it found was released after the welcome, and has been hinted since.
     assert guests.ledger("dying").hinted_total_bytes >= adopted * 2 * MIB
 

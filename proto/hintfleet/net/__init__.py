@@ -1,1 +1,1 @@
-"""Addresses, channels and TLS of all programs."""
+"""Addresses, gRPC channels and TLS, for all programs."""

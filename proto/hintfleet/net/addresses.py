@@ -1,4 +1,4 @@
-"""Addresses of gRPC servers, and which of them may be spoken to in plain text."""
+"""Checks addresses of gRPC servers, and which of them may be used in plain text."""
 
 from __future__ import annotations
 
@@ -16,42 +16,40 @@ ENCRYPT_HINT = (
 )
 
 
+# sun_path of a unix socket has 108 bytes with its NUL (unix(7)).
 _MOST_PATH_BYTES = 107
-"""Of a socket: sun_path has 108 with its NUL, see unix(7)."""
 
 
 def is_unix(address: str) -> bool:
-    """Whether it is a socket of this machine's kernel, which no network can reach."""
+    """Return whether `address` is a unix socket, which no network can reach."""
     return address.startswith(("unix:", "unix-abstract:"))
 
 
 def socket_path(address: str) -> Path | None:
-    """The file of a unix socket; None if it has none."""
+    """Return the file of a unix socket; None if the address has no file."""
     return Path(address.removeprefix("unix:")) if address.startswith("unix:") else None
 
 
 def grpc_target(address: str) -> str:
-    """Return `address` as gRPC takes it, to listen at and to connect to.
-
-    It takes a socket's path for that of a URI (src/core/util/uri.cc): `%41` becomes `A`, and
-    a client drops what follows `?` or `#`.
-    """
+    """Return `address` in gRPC's form, for listening and connecting."""
     if not is_unix(address):
         return address
+    # gRPC parses it as a URI (src/core/util/uri.cc): without quoting, `%41` in a path would
+    # become `A`, and a client would drop what follows `?` or `#`.
     kind, _, name = address.partition(":")
     return f"{kind}:{quote(os.fsencode(name))}"
 
 
 def address_problem(address: str) -> str:
-    """Why this is no address; empty if it is one."""
+    """Return why this is no address; empty if it is one."""
     if is_unix(address):
         path_bytes = len(os.fsencode(address.partition(":")[2]))
         if not path_bytes:
             return f"{address!r} has no path after unix:"
         if path_bytes > _MOST_PATH_BYTES:
             return (
-                f"{address!r} is too long: of a socket's path the kernel takes "
-                f"{_MOST_PATH_BYTES} bytes, and these are {path_bytes}"
+                f"{address!r} is too long: its path has {path_bytes} bytes, and the kernel "
+                f"allows {_MOST_PATH_BYTES} for a socket"
             )
         return ""
     _, colon, port = address.rpartition(":")
@@ -61,17 +59,17 @@ def address_problem(address: str) -> str:
 
 
 def plain_text_problem(address: str) -> str:
-    """Why this address cannot be used without TLS; empty if it can."""
+    """Return why this address cannot be used without TLS; empty if it can."""
     problem = address_problem(address)
     if problem or is_unix(address) or _is_loopback(address.rpartition(":")[0].strip("[]")):
         return problem
-    return f"{address!r} is not on this machine's loopback, and plain text stays on it"
+    return f"{address!r} is not on this machine's loopback: plain text is allowed only there"
 
 
 def check_address(address: str) -> str:
-    """Return `address` if it is one.
+    """Return `address` if it is a valid address.
 
-    :raises InvalidInput: it is none; says why.
+    :raises InvalidInput: it is not; says why.
     """
     if problem := address_problem(address):
         raise InvalidInput(problem)

@@ -1,7 +1,7 @@
-"""Opening gRPC channels: all of ours are opened here, and none goes through a proxy.
+"""Opens all our gRPC channels; none of them uses a proxy.
 
-Host agents and the fleet service are reached directly, over TLS too: what a proxy of the
-environment is for (downloads, the web) has nothing to do with them.
+Proxies of the environment are for downloads and the web. Host agents and the fleet service are
+reached directly, with TLS, too.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from hintfleet.net.addresses import grpc_target
 
 _Option = tuple[str, str | int]
 
-# Else gRPC obeys grpc_proxy, https_proxy and http_proxy for every target but `unix:`, loopback
-# and `unix-abstract:` among them: src/core/handshaker/http_connect/http_proxy_mapper.cc
-_DIRECTLY: tuple[_Option, ...] = (("grpc.enable_http_proxy", 0),)
+# By default, gRPC uses grpc_proxy, https_proxy and http_proxy for every target except `unix:`,
+# even for loopback and `unix-abstract:` (src/core/handshaker/http_connect/http_proxy_mapper.cc).
+_NO_PROXY: tuple[_Option, ...] = (("grpc.enable_http_proxy", 0),)
 
 
 def open_channel(
@@ -25,12 +25,12 @@ def open_channel(
     credentials: grpc.ChannelCredentials | None = None,
     options: Sequence[_Option] = (),
 ) -> grpc.Channel:
-    """A channel to a server.
+    """Open a channel to a server.
 
-    :param address: as for people; what gRPC takes is made of it here.
+    :param address: as users write it; converted to gRPC's form here.
     :param credentials: None for plain text.
     """
-    options = (*options, *_DIRECTLY)
+    options = (*options, *_NO_PROXY)
     if credentials is None:
         return grpc.insecure_channel(grpc_target(address), options)
     return grpc.secure_channel(grpc_target(address), credentials, options)
@@ -41,8 +41,8 @@ def open_aio_channel(
     credentials: grpc.ChannelCredentials | None = None,
     options: Sequence[_Option] = (),
 ) -> aio.Channel:
-    """The same on the running event loop."""
-    options = (*options, *_DIRECTLY)
+    """Open an asyncio channel to a server, on the running event loop; see `open_channel`."""
+    options = (*options, *_NO_PROXY)
     if credentials is None:
         return aio.insecure_channel(grpc_target(address), options)
     return aio.secure_channel(grpc_target(address), credentials, options)

@@ -1,9 +1,9 @@
-"""TLS between machines: one folder of files per party, and who a peer is by its certificate.
+"""TLS between machines: reads TLS folders, and tells a peer's role by its certificate.
 
-A TLS folder holds `ca.pem` (whom to trust), `cert.pem` and `key.pem` (who one is);
-`hintfleet pki issue` makes it. Both sides of a connection show their certificates.
-With a folder every TCP address speaks TLS, without one only loopback is spoken to,
-in plain text; unix sockets are guarded by the file system and never encrypted.
+A TLS folder holds `ca.pem` (the authority to trust), `cert.pem` and `key.pem` (the own
+certificate); `hintfleet pki issue` makes it. Both sides of a connection present their
+certificates. With a folder, every TCP address uses TLS. Without one, only loopback addresses
+are allowed, in plain text. Unix sockets are never encrypted: file permissions protect them.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from hintfleet.net.addresses import (
 from hintfleet.system.files import read_at_most
 
 CA_FILE, CERT_FILE, KEY_FILE = "ca.pem", "cert.pem", "key.pem"
-MOST_BYTES = 1 << 20
-"""Of one of them: more is none."""
+MOST_FILE_BYTES = 1 << 20
+"""The largest size of a file in a TLS folder."""
 
 GUEST_URI = "urn:uuid:"
-"""What the URI in a guest's certificate begins with; its UUID follows."""
+"""The start of the URI in a guest's certificate; the guest's UUID follows."""
 
-_ISSUE_HINT = "`hintfleet pki issue` makes such a folder, `hintfleet pki show FOLDER` looks at it"
+_ISSUE_HINT = "`hintfleet pki issue` makes such a folder, `hintfleet pki show FOLDER` shows it"
 
 
 class Role(Enum):
-    """What a certificate is good for: the door that it opens."""
+    """What the owner of a certificate may do."""
 
     HOST = "host"
-    """Serves: a host agent, the fleet service. Opens no door itself."""
+    """Serve, as a host agent or the fleet service. May not call any service."""
     GUEST = "guest"
-    """Opens a host agent's door for guests, as one guest."""
+    """Call a host agent's service for guests, as one guest."""
     OPERATOR = "operator"
-    """Opens the control API, the metrics and the fleet service."""
+    """Call the control API, the metrics and the fleet service."""
 
     @property
     def uri(self) -> str:
-        """The URI by which a certificate says this role; of a guest only its beginning."""
+        """The URI of this role in a certificate; for a guest, only the start of it."""
         return GUEST_URI if self is Role.GUEST else f"urn:hintfleet:{self.value}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """Who the other side of a connection has proved to be.
+    """The authenticated other side of a connection.
 
-    :ivar guest_uuid: of role GUEST; else empty.
+    :ivar guest_uuid: for role GUEST; else empty.
     """
 
     role: Role
@@ -67,7 +67,7 @@ class Peer:
 
     @classmethod
     def of_uris(cls, uris: Iterable[str]) -> Peer | None:
-        """Read a certificate's URIs; None unless they say one role, and that once."""
+        """Return the peer that a certificate's URIs name; None unless there is exactly one role."""
         match list(uris):
             case [uri] if uri.startswith(GUEST_URI):
                 return cls(role=Role.GUEST, guest_uuid=uri.removeprefix(GUEST_URI))
@@ -77,19 +77,21 @@ class Peer:
 
 
 def check_role(auth_context: Mapping[str, Any], wanted: Role) -> Peer | None:
-    """Who speaks on a server's connection; None on one without TLS.
+    """Return the peer of a server's connection; None on a connection without TLS.
 
-    :param auth_context: what gRPC says of the connection: lists of bytes by name.
-    :raises Refused: its certificate is not for this door.
+    :param auth_context: gRPC's authentication context of the connection: lists of bytes by name.
+    :raises Refused: the peer's certificate has another role than `wanted`.
     """
+    # gRPC sets these two properties (grpc/grpc_security_constants.h): "ssl" for a TLS connection,
+    # and the URIs of the peer's verified certificate.
     if list(auth_context.get("transport_security_type", ())) != [b"ssl"]:
         return None
     uris = (uri.decode(errors="replace") for uri in auth_context.get("peer_uri", ()))
     peer = Peer.of_uris(uris)
     if peer is None or peer.role is not wanted:
         raise Refused(
-            f"this door is for {wanted.value}s, and the certificate is "
-            + (f"a {peer.role.value}'s" if peer else "of no role"),
+            f"this service is for {wanted.value}s, but the certificate "
+            + (f"is for a {peer.role.value}" if peer else "has no role"),
             hint=f"hintfleet pki issue {wanted.value}",
         )
     return peer
@@ -99,7 +101,7 @@ def check_role(auth_context: Mapping[str, Any], wanted: Role) -> Peer | None:
 class Tls:
     """The contents of a TLS folder, PEM.
 
-    :ivar folder: where they were read.
+    :ivar folder: where they were read from.
     """
 
     folder: Path
@@ -109,17 +111,20 @@ class Tls:
 
     @classmethod
     def read(cls, folder: str | Path, *, server: bool) -> Tls:
-        """Read a folder, and try its certificate as its user will: a handshake of it with
-        itself, in memory. Else connections would just fail later; gRPC does not say why.
+        """Read a folder, and check its certificate.
 
-        :raises InvalidInput: a file cannot be read; or the certificate is expired, of
-            another authority, not for this side, no PEM, or not that of the key.
+        :param server: check it for a server; else for a client.
+        :raises InvalidInput: a file cannot be read; or the certificate is expired, of another
+            authority, not for this side, no PEM, or not that of the key.
         """
         where = Path(folder)
         try:
             ca, cert, key = (
-                read_at_most(where / name, MOST_BYTES) for name in (CA_FILE, CERT_FILE, KEY_FILE)
+                read_at_most(where / name, MOST_FILE_BYTES)
+                for name in (CA_FILE, CERT_FILE, KEY_FILE)
             )
+            # Try it as its user will: with a bad certificate, connections would only fail later,
+            # and gRPC does not tell why.
             _handshake(where, server=server)
         except ssl.SSLError as error:  # an OSError, too
             reason = getattr(error, "verify_message", "") or error.reason or str(error)
@@ -131,15 +136,15 @@ class Tls:
         return cls(folder=where, ca=ca, cert=cert, key=key)
 
     def for_client(self) -> grpc.ChannelCredentials:
-        """What a client connects with."""
+        """Return the credentials that a client connects with."""
         return grpc.ssl_channel_credentials(self.ca, self.key, self.cert)
 
     def for_server(self) -> grpc.ServerCredentials:
-        """What a server listens with; a client that shows no certificate gets no further."""
+        """Return the credentials that a server listens with; every client needs a certificate."""
         return grpc.ssl_server_credentials([(self.key, self.cert)], self.ca, True)
 
     def server_context(self) -> ssl.SSLContext:
-        """The same rules for a server that is not gRPC's: every client shows a certificate."""
+        """Return the context of a server without gRPC; every client needs a certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.folder / CERT_FILE, self.folder / KEY_FILE)
         context.load_verify_locations(self.folder / CA_FILE)
@@ -148,9 +153,9 @@ class Tls:
 
 
 def client_credentials(address: str, tls: Tls | None) -> grpc.ChannelCredentials | None:
-    """What to connect to `address` with; None for plain text.
+    """Return the credentials for connecting to `address`; None for plain text.
 
-    :raises InvalidInput: it is no address, or without TLS not of this machine.
+    :raises InvalidInput: it is no address, or, without TLS, not an address of this machine.
     """
     check_address(address) if tls else check_plain_text(address)
     return None if tls is None or is_unix(address) else tls.for_client()
@@ -165,9 +170,9 @@ class _Server(Protocol):
 
 
 def listen(server: _Server, address: str, tls: Tls | None) -> str:
-    """Have a server listen; returns the address with the port that it got.
+    """Make a server listen; return the address, with the actual port.
 
-    :raises InvalidInput: it is no address, or without TLS not of this machine.
+    :raises InvalidInput: it is no address, or, without TLS, not an address of this machine.
     :raises Refused: it cannot be bound.
     """
     check_address(address) if tls else check_plain_text(address)
@@ -180,13 +185,14 @@ def listen(server: _Server, address: str, tls: Tls | None) -> str:
         reason = _bind_problem(address)
         raise Refused(
             f"cannot listen on {address}{f': {reason}' if reason else ''}",
-            hint="is another server there? choose another --listen address",
+            hint="stop the server that uses this address, or choose another --listen address",
         ) from error
     return address if is_unix(address) else f"{address.rpartition(':')[0]}:{port}"
 
 
 def _bind_problem(address: str) -> str:
-    """Why `address` cannot be bound: gRPC says it to its own log only."""
+    """Return why `address` cannot be bound; empty if it can, or if that is unknown."""
+    # gRPC's RuntimeError has no reason in it, gRPC only logs it. So try it without gRPC.
     try:
         if path := socket_path(address):
             with socket.socket(socket.AF_UNIX) as probe:
@@ -202,19 +208,23 @@ def _bind_problem(address: str) -> str:
 
 
 def _handshake(folder: Path, *, server: bool) -> None:
-    """Have `folder`'s certificate stand on one side, and its ca.pem judge it on the other."""
-    shows = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    judges = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if server else ssl.PROTOCOL_TLS_SERVER)
-    for context in (shows, judges):
+    """Run a TLS handshake in memory: one side presents the certificate, the other verifies it.
+
+    :raises ssl.SSLError: the certificate is not valid for a server (or a client).
+    """
+    presenter = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    verifier = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if server else ssl.PROTOCOL_TLS_SERVER)
+    for context in (presenter, verifier):
         context.check_hostname = False
         context.load_cert_chain(folder / CERT_FILE, folder / KEY_FILE)
-    shows.verify_mode = ssl.CERT_NONE
-    judges.load_verify_locations(folder / CA_FILE)
-    judges.verify_mode = ssl.CERT_REQUIRED
-    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ours = shows.wrap_bio(there, back, server_side=server)
-    theirs = judges.wrap_bio(back, there, server_side=not server)
-    # TLS 1.3 needs two flights each way at the most; a step without input asks for more.
+    presenter.verify_mode = ssl.CERT_NONE
+    verifier.load_verify_locations(folder / CA_FILE)
+    verifier.verify_mode = ssl.CERT_REQUIRED
+    to_presenter, to_verifier = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ours = presenter.wrap_bio(to_presenter, to_verifier, server_side=server)
+    theirs = verifier.wrap_bio(to_verifier, to_presenter, server_side=not server)
+    # TLS 1.3 needs at most two flights each way (RFC 8446, 2). Without input, do_handshake raises
+    # SSLWantReadError: then it is the other side's turn.
     for side in (ours, theirs) * 3:
         try:
             side.do_handshake()

@@ -1,1 +1,1 @@
-"""Files, processes and limits of this machine."""
+"""Files, locks, processes and resource limits of this machine."""

@@ -1,7 +1,8 @@
-"""Locks on files and folders that end with their holder, however that ends (flock(2)).
+"""Locks on files and folders that end with their holder, however it ends (flock(2)).
 
-A lock belongs to the open file: it is let go of when the last descriptor of it is closed, which
-the kernel does for a process that is killed, too, once the system call that it is in is over.
+A lock belongs to the open file. The kernel releases it when the last descriptor of that is
+closed. For a killed process the kernel closes descriptors only after the system call that the
+process is in has ended.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ _POLL_S = 0.05
 
 
 def lock_file(path: Path) -> int | None:
-    """Return a descriptor that holds the lock on a file, made if need be; None if it is held.
+    """Lock a file, and return the descriptor that holds the lock; None if another one holds it.
+
+    Makes the file if it is not there.
 
     :raises OSError: the file can be neither opened nor made.
     """
@@ -24,28 +27,28 @@ def lock_file(path: Path) -> int | None:
 
 
 def lock_folder(path: Path) -> int | None:
-    """Return a descriptor that holds the lock on a folder; None if it is held.
+    """Lock a folder, and return the descriptor that holds the lock; None if another one holds it.
 
-    :raises OSError: there is no such folder, or it is not for us to open.
+    :raises OSError: there is no such folder, or we may not open it.
     """
     return _locked(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
 
 
-def wait_for(lock: Callable[[], int | None], patience_s: Callable[[], float]) -> int | None:
-    """Try `lock` until it returns a descriptor; None if it has not after a while. Blocks.
+def wait_for(lock: Callable[[], int | None], timeout_s: Callable[[], float]) -> int | None:
+    """Call `lock` until it returns a descriptor; None if it does not in time. Blocks.
 
-    :param patience_s: how long to wait in all; asked again after each try.
+    :param timeout_s: return how long to wait in all; called after each try.
     """
     started_s = time.monotonic()
     while (fd := lock()) is None:
-        if time.monotonic() - started_s > patience_s():
+        if time.monotonic() - started_s > timeout_s():
             return None
         time.sleep(_POLL_S)
     return fd
 
 
 def is_held(path: Path) -> bool:
-    """Return whether another process holds the lock on a file, or may: it is not ours to open."""
+    """Return whether another process holds the lock on a file; True if we may not open it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -53,7 +56,7 @@ def is_held(path: Path) -> bool:
     except OSError:
         return True
     try:
-        # Shared: two that only look do not take each other for a holder.
+        # A shared lock: with an exclusive one, two callers would take each other for a holder.
         return not _try(fd, fcntl.LOCK_SH)
     finally:
         os.close(fd)

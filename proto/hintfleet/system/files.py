@@ -1,4 +1,4 @@
-"""Reading files that others name."""
+"""Reads files whose paths users give."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 
 
 def read_at_most(path: str | Path, most_bytes: int) -> bytes:
-    """Read a small file whole: a device never ends, and a pipe may have no writer.
+    """Read a whole small file.
 
     :raises OSError: it cannot be read, is a directory, or is larger than `most_bytes` (EFBIG).
     """
-    # O_NONBLOCK: a pipe that nobody writes to is empty; else open would wait, see fifo(7).
+    # Without O_NONBLOCK, opening a pipe without a writer waits for one (fifo(7)); with it, such
+    # a pipe is empty.
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         os.set_blocking(file.fileno(), True)
-        content = file.read(most_bytes + 1)
+        content = file.read(most_bytes + 1)  # not read(): a device such as /dev/zero never ends
     if len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", os.fspath(path))
     return content

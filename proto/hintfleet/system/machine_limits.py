@@ -1,8 +1,8 @@
-"""What this process may use of its machine: memory and processors.
+"""How much memory and how many processors of its machine this process may use.
 
-That is the least of what the machine has and of what each cgroup above the process allows, of
-v1 and v2 (cgroups(7)). In a container the mount shows the container's own cgroup as its root
-(mountinfo), and what is above that cannot be seen. The files are read below a given root.
+The result is the minimum of what the machine has and of what each cgroup above the process
+allows, of v1 and v2 (cgroups(7)). In a container, the cgroups above the container's own are not
+visible. All files are read below a given root.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hintfleet.errors import Refused
 
 _ROOT = Path("/")
 _MEMORY_LIMITS = ("memory.limit_in_bytes", "memory.max", "memory.high")
-"""v1's, then v2's; above memory.high a process is all but stopped."""
+"""Those of v1, then of v2. memory.high counts: the kernel almost stops a process above it."""
 _MEMORY_USAGE = ("memory.usage_in_bytes", "memory.current")
 _OR_RAISE = ", or raise the memory limit of that cgroup (docker run --memory, systemd MemoryMax=)"
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -30,7 +30,7 @@ _Number = TypeVar("_Number", int, float)
 class Bound(Generic[_Number]):
     """The most that this process may use.
 
-    :ivar cgroup: folder of the cgroup that says so; empty if it is what the machine has.
+    :ivar cgroup: folder of the cgroup that has this limit; empty if it is the machine's own.
     """
 
     value: _Number
@@ -38,19 +38,19 @@ class Bound(Generic[_Number]):
 
     @property
     def where(self) -> str:
-        """For a message: whose bound it is."""
+        """Where the bound is, for a message."""
         return f"in cgroup {self.cgroup}" if self.cgroup else "on this machine"
 
     @property
     def or_raise(self) -> str:
-        """The end of a hint: how a cgroup's bound on memory can be raised."""
+        """The end of a hint that says how to raise a cgroup's memory limit."""
         return _OR_RAISE if self.cgroup else ""
 
 
 def total_memory(root: Path = _ROOT) -> Bound[int]:
-    """Bytes of memory that it may use, whatever is used now.
+    """Return the bytes of memory that this process may use, whatever is used now.
 
-    :raises Refused: this kernel does not say.
+    :raises Refused: this kernel does not report MemTotal.
     """
     found = [Bound(value=_meminfo_bytes("MemTotal", root))]
     for folder in _cgroups("memory", root):
@@ -59,9 +59,9 @@ def total_memory(root: Path = _ROOT) -> Bound[int]:
 
 
 def available_memory(root: Path = _ROOT) -> Bound[int]:
-    """Bytes of memory that it could come to use now, without swapping.
+    """Return the bytes of memory that this process could still allocate without swapping.
 
-    :raises Refused: this kernel does not say.
+    :raises Refused: this kernel does not report MemAvailable.
     """
     found = [Bound(value=_meminfo_bytes("MemAvailable", root))]
     for folder in _cgroups("memory", root):
@@ -72,7 +72,7 @@ def available_memory(root: Path = _ROOT) -> Bound[int]:
 
 
 def processors(root: Path = _ROOT) -> Bound[float]:
-    """Processors that it may use at once; a quota may be a part of one."""
+    """Return how many processors this process may use at once; a quota may be a fraction."""
     found = [Bound(value=float(len(os.sched_getaffinity(0))))]
     for folder in _cgroups("cpu", root):
         quota = _cpu_quota(_below(root, folder))
@@ -92,17 +92,15 @@ def _meminfo_bytes(field: str, root: Path) -> int:
 def _memory_limits(folder: PurePosixPath, root: Path) -> list[int]:
     there = _below(root, folder)
     limits = [_number(there / name) for name in _MEMORY_LIMITS]
-    # v1: the least of all above, also of those that a container cannot see.
+    # v1 only: the minimum over all cgroups above, including those that a container cannot see.
     limits.append(_memory_stat(there).get("hierarchical_memory_limit"))
     return [limit for limit in limits if limit is not None]
 
 
 def _used_bytes(folder: Path) -> int:
-    """What a cgroup uses and would not give up: all but the reclaimable part of its page cache.
-
-    As the kernel's own MemAvailable (si_mem_available() in mm/show_mem.c), leave it half of the
-    cache that is in active use. The pages of a memfd are no such cache.
-    """
+    """Return the memory that a cgroup uses, less the page cache that is easy to free."""
+    # Half of the active cache counts as used, as in the kernel's MemAvailable (si_mem_available()
+    # in mm/show_mem.c). Pages of a memfd are not in these counts: they are shmem.
     usage = next(filter(None, (_number(folder / name) for name in _MEMORY_USAGE)), 0)
     stat = _memory_stat(folder)
     # v1 has both, and only total_* counts the cgroups below; v2 counts them in any case.
@@ -118,7 +116,7 @@ def _memory_stat(folder: Path) -> dict[str, int]:
 
 
 def _cpu_quota(folder: Path) -> float | None:
-    """Processors that a cgroup's quota makes up; None if it has none."""
+    """Return the processors of a cgroup's CPU quota; None if it has no quota."""
     quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
     if v2 := _text(folder / "cpu.max").split():
         quota, period = (int(field) if field.isdecimal() else None for field in v2)
@@ -126,21 +124,22 @@ def _cpu_quota(folder: Path) -> float | None:
 
 
 def _cgroups(controller: str, root: Path) -> Iterator[PurePosixPath]:
-    """Folders of all cgroups above this process that can be seen, and of its own, from the top.
+    """Yield the folders of this process's cgroup and of those above it, from the top.
 
-    Some may not be there: a container may be told of a path that only the host has.
+    Some may not exist: a container may see a path that only the host has.
     """
     for kind, own in _own_cgroups(controller, root):
         mounts = list(_mounts(kind, controller, root))
         inside = [(at, own.relative_to(top)) for top, at in mounts if own.is_relative_to(top)]
-        # A mount from outside of our cgroup namespace has a root such as /.., and shows one of
-        # those above us at its top; a container's may have a root that the path does not name.
+        # The root of a mount need not be a prefix of our path: a mount made outside of our cgroup
+        # namespace has a root like /.., and a container's mount may have a root of the host's.
+        # Then take the top of the first mount, which is ours or above us.
         for at, rest in inside[:1] or [(at, PurePosixPath()) for _, at in mounts[:1]]:
             yield from reversed([at / part for part in (rest, *rest.parents)])
 
 
 def _own_cgroups(controller: str, root: Path) -> Iterator[tuple[str, PurePosixPath]]:
-    """Kind of hierarchy and path in it; see /proc/PID/cgroup in cgroups(7)."""
+    """Yield the kind of each hierarchy and our path in it (/proc/PID/cgroup, cgroups(7))."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
@@ -152,7 +151,7 @@ def _own_cgroups(controller: str, root: Path) -> Iterator[tuple[str, PurePosixPa
 def _mounts(
     kind: str, controller: str, root: Path
 ) -> Iterator[tuple[PurePosixPath, PurePosixPath]]:
-    """Of a hierarchy: what each mount has as its root, and where; proc(5) on mountinfo."""
+    """Yield root and mount point of each mount of a hierarchy (mountinfo, proc(5))."""
     for line in _text(root / "proc/self/mountinfo").splitlines():
         mount, _, filesystem = line.partition(" - ")
         found, _, options = filesystem.split(" ", 2)
@@ -162,6 +161,7 @@ def _mounts(
 
 
 def _unescaped(path: str) -> str:
+    # mountinfo writes spaces, tabs, newlines and backslashes as octal numbers (proc(5)).
     return _OCTAL.sub(lambda found: chr(int(found[1], 8)), path)
 
 
@@ -170,7 +170,7 @@ def _below(root: Path, path: PurePosixPath) -> Path:
 
 
 def _number(path: Path) -> int | None:
-    """What a file says; None if it is not there, or says `max`."""
+    """Return the number in a file; None if there is no such file, or if it says `max`."""
     text = _text(path).strip()
     return int(text) if text.removeprefix("-").isdecimal() else None
 

@@ -1,9 +1,8 @@
-"""Temporary folders of one process each, and those whose process is gone.
+"""Temporary folders that belong to one process each, and those whose process is gone.
 
-A process holds a lock on its folder while it lives. That tells also where process ids do
-not: after one was used again, and between containers. The id, which is in the folder's
-name, tells where the lock was not taken yet: it is looked at first, so that nobody takes
-the lock from a process that is about to.
+A process holds a lock on its folder while it runs. The lock also works where process ids do
+not: after an id was reused, and between containers. Where the lock is not taken yet, the
+process id in the folder's name tells the owner.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hintfleet.system.file_lock import lock_folder
-from hintfleet.system.processes import look
+from hintfleet.system.processes import find_process
 
-_CLOCKS_AGREE_WITHIN_S = 1.0  # when a process started is known in whole seconds
+_CLOCKS_AGREE_WITHIN_S = 1.0  # the start time of a process is known in whole seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnedFolders:
-    """All of one kind.
+    """All folders of one kind.
 
-    :ivar base: where they are made.
-    :ivar prefix: what their names begin with.
+    :ivar base: the folder that they are made in.
+    :ivar prefix: the start of their names.
     """
 
     base: Path
     prefix: str
 
     def make(self) -> OwnedFolder:
-        """A new one, for this user alone. Abandoned ones are removed on this occasion."""
+        """Make a folder that only this user can read. Removes abandoned ones first."""
         for path in self.abandoned():
             shutil.rmtree(path, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=f"{self.prefix}{os.getpid()}-", dir=self.base))
@@ -41,17 +40,22 @@ class OwnedFolders:
         return OwnedFolder(path, -1 if fd is None else fd)
 
     def abandoned(self) -> list[Path]:
-        """Those of processes that are gone; this user's only."""
+        """Return this user's folders whose processes are gone."""
         return [
             path
             for path in self.base.glob(f"{self.prefix}*-*")
-            if _is_mine(path) and self.belongs_to_nobody(path)
+            if _is_mine(path) and self.is_abandoned(path)
         ]
 
-    def belongs_to_nobody(self, path: Path) -> bool:
-        """Whether it is the folder of a process that is gone; it may be gone itself."""
+    def is_abandoned(self, path: Path) -> bool:
+        """Return whether `path` is the folder of a process that is gone.
+
+        The folder may be gone, too.
+        """
         pid = path.name.removeprefix(self.prefix).partition("-")[0]
         named = path.name.startswith(self.prefix) and pid.isdecimal()
+        # The pid before the lock: a process that has made its folder and is about to lock it must
+        # not find the lock taken by us.
         if not named or _may_have_made(int(pid), path):
             return False
         try:
@@ -74,7 +78,7 @@ class OwnedFolder:
     _fd: int
 
     def remove(self) -> None:
-        """Remove it with all that is in it; it may be gone already. May be called twice."""
+        """Remove it and its contents. It may be gone already; may be called twice."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._fd >= 0:
             os.close(self._fd)
@@ -82,18 +86,21 @@ class OwnedFolder:
 
 
 def _may_have_made(pid: int, path: Path) -> bool:
-    """Whether a process with this id lives that did not start after `path` had its last
-    change. Without such a folder, whether one lives at all."""
+    """Return whether a process with this id runs that started before `path` last changed.
+
+    If `path` is gone, return whether a process with this id runs.
+    """
     try:
-        process = look(pid)
+        process = find_process(pid)
     except OSError:
-        return True  # it is there, and not for us to see
+        return True  # it runs, but we may not read its state
     if process is None:
         return False
     try:
         changed_unix_s = path.lstat().st_mtime
     except OSError:
         return True
+    # A process that started later has only reused the id.
     return process.started_unix_s <= changed_unix_s + _CLOCKS_AGREE_WITHIN_S
 
 

@@ -1,7 +1,7 @@
-"""Processes of this machine as /proc shows them, and ending them; see proc(5).
+"""Finds processes of this machine in /proc (proc(5)), and ends them.
 
-A process is its pid and when it started: what is ended is what was looked at, never
-another one that came to bear the same pid.
+A `Process` is known by its pid and its start time: `end` never ends another process that has
+got the same pid since.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ class Process:
 
     @property
     def started_unix_s(self) -> int:
+        """When it started, in whole seconds."""
         since_boot_s = self.start_ticks / os.sysconf("SC_CLK_TCK")
         return round(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot_s)
 
-    def links(self) -> dict[int, str] | None:
-        """What its descriptors are; None if that is not for us to see, or it is gone."""
+    def descriptor_targets(self) -> dict[int, str] | None:
+        """Return what each descriptor refers to.
+
+        None if we may not see that, or if the process is gone.
+        """
         folder = f"/proc/{self.pid}/fd"
         try:
             numbers = [int(name) for name in os.listdir(folder)]
@@ -54,7 +58,7 @@ class Process:
         return found
 
     def can_write(self, fd: int) -> bool:
-        """Whether a descriptor of it was opened for writing."""
+        """Return whether one of its descriptors was opened for writing."""
         try:
             info = Path(f"/proc/{self.pid}/fdinfo/{fd}").read_text()
         except OSError:
@@ -63,10 +67,12 @@ class Process:
         return int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
 
     def end(self) -> None:
-        """End it: asked first, then by force. It may be gone already.
+        """End it by SIGTERM, then by SIGKILL. It may be gone already.
 
-        :raises Refused: it is not ours to end, or the kernel does not get it ended.
+        :raises Refused: we may not end it, or it does not end even by SIGKILL.
         """
+        # A pidfd refers to one process for ever (pidfd_open(2)): a signal that is sent through it
+        # cannot reach a later process with the same pid.
         try:
             pidfd = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -76,7 +82,8 @@ class Process:
                 (signal.SIGTERM, _TERM_TIMEOUT_S),
                 (signal.SIGKILL, _KILL_TIMEOUT_S),
             ):
-                now = look(self.pid)
+                # The pid may have been reused before pidfd_open.
+                now = find_process(self.pid)
                 if now is None or now.start_ticks != self.start_ticks:
                     return
                 if _ends(pidfd, number, timeout_s):
@@ -91,23 +98,25 @@ class Process:
 def _ends(pidfd: int, number: signal.Signals, timeout_s: float) -> bool:
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, number)
-        # One that is stopped could not act on it.
+        # A stopped process cannot act on SIGTERM before it continues.
         signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+    # A pidfd becomes readable when its process ends.
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(timeout_s * 1000))
 
 
-def look(pid: int) -> Process | None:
-    """The living process with this pid; None if there is none."""
+def find_process(pid: int) -> Process | None:
+    """Return the running process with this pid; None if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         argv = Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The name before it, in brackets, may hold anything. Fields count from the state, 3.
+    # Field 2, the name in brackets, may contain spaces and brackets: split after the last one.
+    # The first of `fields` is field 3 of proc(5), the state.
     fields = stat.rpartition(")")[2].split()
-    if fields[0] in "ZX":
+    if fields[0] in "ZX":  # a zombie, or dead: nothing is left to end
         return None
     return Process(
         pid=pid,
@@ -118,8 +127,8 @@ def look(pid: int) -> Process | None:
     )
 
 
-def living() -> Iterator[Process]:
-    """All that can be seen, but this one."""
+def other_processes() -> Iterator[Process]:
+    """Yield all running processes that /proc shows, except this one."""
     for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) != os.getpid() and (found := look(int(name))):
+        if name.isdecimal() and int(name) != os.getpid() and (found := find_process(int(name))):
             yield found

@@ -53,16 +53,16 @@ class HintingServiceServicer:
         """The hinting protocol: one stream per guest, opened by the guest.
         The first GuestMessage is Hello, the first HostMessage is Welcome; then
         batches are answered by acks in order. A second Session of the same guest
-        ends the first one (the newest wins) before it is welcomed.
+        ends the first one (the newest wins) before the second is welcomed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Workload(self, request_iterator, context):
-        """What an experiment asks of the guest's workload, and the guest's part of being
-        resized: one stream per guest, opened by the guest. The first WorkloadEvent is Attach. Apart from Session,
-        so that a guest under any method (also `none`) runs the same workload.
+        """The steps of the guest's workload, and the guest's part of a resize: one stream
+        per guest, opened by the guest. The first WorkloadEvent is Attach. Not part of
+        Session, so that a guest under any method (also `none`) runs the same workload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

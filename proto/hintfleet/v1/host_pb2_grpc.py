@@ -80,16 +80,16 @@ class HostServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def GetHost(self, request, context):
-        """What this host is and can run.
+        """Describe this host and what it can run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateGuest(self, request, context):
-        """Make a guest and wait until its agent is attached and its method works: welcomed
-        where it hints; under a peer, the guest's balloon driver speaks or reports (ABORTED
-        if it does not, with the reason). On failure nothing of the guest stays behind.
+        """Make a guest and wait until its agent is attached and its method works. HINTING: the
+        agent is welcomed. REPORTING and BALLOON: the guest's balloon driver answers or reports;
+        ABORTED with the reason if it does not. On failure nothing of the guest is left.
         FAILED_PRECONDITION unless a Watch of the same trial is open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -97,7 +97,7 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DestroyGuest(self, request, context):
-        """End a guest and free all that it held. NOT_FOUND if there is none.
+        """End a guest and free all its memory. NOT_FOUND if there is no such guest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,41 +110,42 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResizeGuest(self, request, context):
-        """Plug or unplug memory of a running guest until it has memory_bytes; returns when the
-        guest can use what came, or the host has all that went. Already so much: nothing.
-        INVALID_ARGUMENT: not the start size and whole sections of 128 MiB, less than the
-        start size or more than the maximum. FAILED_PRECONDITION: it was not made to be
-        resized, or what is to go is in use; of several DIMMs those before that one are gone
-        then, and Guest says how much is left.
+        """Plug or unplug memory of a running guest until it has memory_bytes. Returns when the
+        guest can use the new memory, or when the host has the old memory back. Does nothing if
+        the guest has memory_bytes already.
+        INVALID_ARGUMENT: not the start size plus whole sections of 128 MiB, less than the
+        start size, or more than the maximum. FAILED_PRECONDITION: the guest was not made to be
+        resized, or the memory to unplug is in use. In the last case, DIMMs that were unplugged
+        before stay unplugged; Guest says how much memory is left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RunStep(self, request, context):
-        """One workload step on one guest; returns when the guest has done it.
+        """Run one workload step on one guest; returns when the guest has done it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Settle(self, request, context):
-        """Report now on one guest, and return when all that can be reclaimed is. Under the
-        methods REPORTING and BALLOON, which cannot be asked: when nothing has left the
-        RAM file for some seconds.
+        """Hint now on one guest, and return when all that can be reclaimed is reclaimed. The
+        methods REPORTING and BALLOON cannot be asked: there, return when nothing has left
+        the RAM file for some seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Samples of a trial's guests, once per period, until cancelled. While no guest's books
-        change, less than 1 MiB moves in any of them and no command is answered, up to three in
-        a row are left out; the last of them comes late, before the first that says something
-        else. The trial's
-        guests live as long as this stream: when it ends, for whatever reason, the
-        host agent destroys them; one that keeps its state (--state) after a time of grace. So
-        a lost orchestrator leaves nothing behind.
+        """Samples of a trial's guests, once per period, until cancelled. Up to three samples in a
+        row are left out while no guest's books change, less than 1 MiB moves in each guest, and
+        no command is answered. The last sample that was left out is sent late, just before the
+        first one that differs.
+        The trial's guests live as long as this stream: when it ends, for whatever reason, the
+        host agent destroys them. A host agent with --state does so after a grace period. So a
+        lost orchestrator leaves nothing behind.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -76,7 +76,7 @@ def arm(seed: str) -> None:
     from guest_agent.session import HintingSession
 
     death = Death(seed)
-    for name in ("_do", "_heard"):
+    for name in ("_carry_out_one", "_handle_message"):
         setattr(HintingSession, name, with_steps(getattr(HintingSession, name), death))
 
 

@@ -1,4 +1,4 @@
-"""Memory blocks of a guest's kernel, on a made-up tree of /sys (real ones: tests/vm)."""
+"""Memory blocks of a guest's kernel, on a fake tree of /sys (tests/vm has real ones)."""
 
 import threading
 from pathlib import Path
@@ -28,7 +28,7 @@ def add(root: Path, number: int, state: str = "offline") -> Path:
     return block / "state"
 
 
-def test_blocks_that_come_later_are_waited_for(root: Path) -> None:
+def test_online_waits_for_blocks_that_appear_later(root: Path) -> None:
     first = add(root, 32)
     coming = threading.Timer(0.3, add, (root, 33))
     coming.start()
@@ -37,7 +37,7 @@ def test_blocks_that_come_later_are_waited_for(root: Path) -> None:
     assert first.read_text() == (root / "memory33/state").read_text() == "online_movable\n"
 
 
-def test_what_is_in_the_wanted_state_is_left_alone(root: Path) -> None:
+def test_blocks_in_the_wanted_state_are_not_changed(root: Path) -> None:
     state = add(root, 32, "online")
     MemoryBlocks(root).online(RangeSet([(32 * BLOCK_PAGES, BLOCK_PAGES)]))
     assert state.read_text() == "online\n"
@@ -48,7 +48,7 @@ def test_all_blocks_go_offline_or_none(root: Path) -> None:
     held.unlink()
     held.symlink_to("/proc/version")  # nobody can write there, not even root
     with pytest.raises(Refused, match=r"memory33 stays .* in use"):
-        MemoryBlocks(root, patience_s=0.5).offline(TWO_BLOCKS)
+        MemoryBlocks(root, timeout_s=0.5).offline(TWO_BLOCKS)
     assert other.read_text() == "online_movable\n"
     held.unlink()
     held.write_text("online\n")
@@ -56,10 +56,10 @@ def test_all_blocks_go_offline_or_none(root: Path) -> None:
     assert held.read_text() == other.read_text() == "offline\n"
 
 
-def test_what_the_guest_cannot_do_without_stays(root: Path) -> None:
+def test_offline_is_refused_if_the_guest_would_run_out_of_memory(root: Path) -> None:
     states = [add(root, 32, "online"), add(root, 33, "online")]
-    blocks = MemoryBlocks(root, patience_s=0.5, available_bytes=lambda: 260 * MIB)
-    with pytest.raises(Refused, match="in use: the guest can do without 260 MiB only"):
+    blocks = MemoryBlocks(root, timeout_s=0.5, available_bytes=lambda: 260 * MIB)
+    with pytest.raises(Refused, match="in use: the guest has only 260 MiB available"):
         blocks.offline(TWO_BLOCKS)
     assert [state.read_text() for state in states] == ["online\n"] * 2
     spare = iter([10 * MIB, 260 * MIB, 300 * MIB])
@@ -68,12 +68,12 @@ def test_what_the_guest_cannot_do_without_stays(root: Path) -> None:
     assert [state.read_text() for state in states] == ["offline\n"] * 2
 
 
-def test_what_never_comes_is_said(root: Path) -> None:
+def test_a_block_that_never_appears_is_named(root: Path) -> None:
     with pytest.raises(Refused, match="no memory block memory32"):
-        MemoryBlocks(root, patience_s=0.2).online(TWO_BLOCKS)
+        MemoryBlocks(root, timeout_s=0.2).online(TWO_BLOCKS)
 
 
-def test_parts_of_blocks_cannot_be_had(root: Path) -> None:
+def test_parts_of_blocks_are_refused(root: Path) -> None:
     with pytest.raises(Refused, match="134217728 bytes"):
         MemoryBlocks(root).online(RangeSet([(0, 512)]))
 

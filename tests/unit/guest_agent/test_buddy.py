@@ -1,4 +1,4 @@
-"""The embedded allocator neither loses nor doubles a page, whatever is done to it."""
+"""The embedded allocator never loses a page and never allocates one twice."""
 
 import threading
 import time
@@ -58,7 +58,7 @@ class BuddyMachine(RuleBasedStateMachine):
     @rule(target=blocks, order=st.integers(0, MAX_ORDER))
     def allocate(self, order: int) -> tuple[int, int] | None:
         try:
-            pfn = self.allocator.allocate(order, patience_s=0)
+            pfn = self.allocator.allocate(order, timeout_s=0)
         except MemoryError:
             return None
         block = RangeSet([(pfn, 1 << order)])
@@ -137,13 +137,13 @@ def test_isolation_stops_at_the_low_watermark() -> None:
     assert zone.low_watermark_pages <= zone.free_page_count < zone.low_watermark_pages + CHUNK
 
 
-def test_allocation_waits_for_what_is_isolated() -> None:
+def test_allocation_waits_for_isolated_chunks() -> None:
     allocator = small(64)
     zone = allocator.zones[0]
     for chunk in range(64):
         assert allocator.isolate(zone, chunk * CHUNK)
     got: list[int] = []
-    waiter = threading.Thread(target=lambda: got.append(allocator.allocate(9, patience_s=HANG_S)))
+    waiter = threading.Thread(target=lambda: got.append(allocator.allocate(9, timeout_s=HANG_S)))
     waiter.start()
     time.sleep(0.05)
     assert not got
@@ -152,10 +152,10 @@ def test_allocation_waits_for_what_is_isolated() -> None:
     assert got
 
 
-def test_what_does_not_fit_fails_at_once() -> None:
+def test_an_allocation_that_does_not_fit_fails_at_once() -> None:
     allocator = small(8)
     with pytest.raises(MemoryError):  # else this would run into its time limit
-        list(iter(lambda: allocator.allocate(MAX_ORDER, patience_s=3600), None))
+        list(iter(lambda: allocator.allocate(MAX_ORDER, timeout_s=3600), None))
 
 
 def test_hot_plugged_memory_can_be_used_and_merges_with_its_neighbours() -> None:
@@ -181,12 +181,12 @@ def test_memory_in_use_cannot_be_unplugged() -> None:
     assert free_ranges(allocator) == RangeSet([(0, 4 * CHUNK)])
 
 
-def test_unplugging_waits_for_what_is_isolated() -> None:
+def test_unplugging_waits_for_isolated_chunks() -> None:
     allocator = small(8)
     assert allocator.isolate(allocator.zones[0], 5 * CHUNK)
     isolated = RangeSet([(5 * CHUNK, CHUNK)])
     releaser = threading.Timer(0.1, lambda: allocator.release(isolated, reported=True))
     releaser.start()
-    allocator.offline(RangeSet([(4 * CHUNK, 4 * CHUNK)]), patience_s=10)
+    allocator.offline(RangeSet([(4 * CHUNK, 4 * CHUNK)]), timeout_s=10)
     assert free_ranges(allocator) == RangeSet([(0, 4 * CHUNK)])
     releaser.join()

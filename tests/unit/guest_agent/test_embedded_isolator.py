@@ -1,4 +1,4 @@
-"""The pulling isolator: what it takes, what it leaves, and what it hints again."""
+"""The embedded isolator: which chunks it isolates, which it leaves, which it isolates again."""
 
 import pytest
 
@@ -26,16 +26,16 @@ def allocator() -> BuddyAllocator:
 
 
 def tracking(allocator: BuddyAllocator, tracker: TrackerKind) -> EmbeddedIsolator:
-    """An isolator that has dealt with all that was free from the start."""
+    """Return an isolator that has already isolated all chunks that are free at the start."""
     isolator = EmbeddedIsolator(allocator, tracker=tracker, threshold_chunks=16)
     drain(isolator)
     return isolator
 
 
 def freed(allocator: BuddyAllocator, chunks: int) -> RangeSet:
-    """Allocate so many chunks, free them, and say where they lie.
+    """Allocate `chunks` chunks, free them, and return their ranges.
 
-    An even number: else the last one merges with a half that was reported, and the
+    `chunks` must be even: otherwise the last one merges with a buddy that was reported, and the
     reported tracker takes both, as the kernel does.
     """
     pfns = [allocator.allocate(9) for _ in range(chunks)]
@@ -45,7 +45,7 @@ def freed(allocator: BuddyAllocator, chunks: int) -> RangeSet:
 
 
 def drain(isolator: EmbeddedIsolator, max_ranges: int = 512) -> RangeSet:
-    """Isolate and release until nothing is left; all that came."""
+    """Isolate and release until nothing is left; return all isolated ranges."""
     seen = EMPTY
     while ranges := isolator.isolate(max_ranges, 1 << 20):
         seen |= ranges
@@ -53,7 +53,7 @@ def drain(isolator: EmbeddedIsolator, max_ranges: int = 512) -> RangeSet:
     return seen
 
 
-def test_exactly_what_was_freed_is_isolated(
+def test_exactly_the_freed_chunks_are_isolated(
     allocator: BuddyAllocator, tracker: TrackerKind
 ) -> None:
     isolator = tracking(allocator, tracker)
@@ -87,7 +87,7 @@ def test_chunks_used_again_before_the_scan_are_not_isolated(
     assert drain(isolator) == chunks - used
 
 
-def test_what_the_host_did_not_act_on_comes_again(
+def test_chunks_that_the_host_did_not_act_on_are_isolated_again(
     allocator: BuddyAllocator, tracker: TrackerKind
 ) -> None:
     isolator = tracking(allocator, tracker)
@@ -106,10 +106,10 @@ def test_it_wakes_the_core_at_the_threshold(
     isolator.start(lambda: woken.append(True))
     freed(allocator, 14)
     assert len(woken) == 1, "for the first chunk: a period begins"
-    assert not isolator.enough()
+    assert not isolator.enough_ready()
     freed(allocator, 16)
     assert len(woken) == 2
-    assert isolator.enough()
+    assert isolator.enough_ready()
 
 
 def test_a_zone_at_its_watermark_keeps_its_bits_for_later(
@@ -149,7 +149,7 @@ def test_ranges_never_join_two_zones(tracker: TrackerKind) -> None:
     assert [zone.free_page_count for zone in allocator.zones] == free_before
 
 
-def test_a_set_bit_in_an_offline_range_is_passed_over(
+def test_a_set_bit_of_an_offline_chunk_is_ignored(
     allocator: BuddyAllocator, tracker: TrackerKind
 ) -> None:
     """v11 looped for ever over a bit whose memory had been unplugged."""

@@ -153,8 +153,10 @@ def test_settle_waits_for_an_isolator_that_is_still_working() -> None:
 
 
 @pytest.mark.parametrize("forbid", [lambda core: core.allowed(0), lambda core: core.stop()])
-def test_what_may_not_be_hinted_is_not_looked_for(forbid: Callable[[HintingCore], object]) -> None:
-    """The kernel module would isolate a batch that nobody takes; and nobody would settle."""
+def test_nothing_is_isolated_while_nothing_may_be_hinted(
+    forbid: Callable[[HintingCore], object],
+) -> None:
+    """Else the module would isolate a batch that nobody reads, and a settle would never end."""
     core = opened()
     chunk = RangeSet([(512, 512)])
     core.isolated(chunk, isolator_idle=False)
@@ -171,8 +173,8 @@ def test_what_may_not_be_hinted_is_not_looked_for(forbid: Callable[[HintingCore]
     assert not core.welcomed(2, LIMITS)
 
 
-def test_what_goes_back_only_as_a_whole_is_hinted_whatever_is_allowed() -> None:
-    """The module's batch: half of it hinted and given back, it would come again and again."""
+def test_the_rest_of_a_batch_is_hinted_beyond_the_allowance() -> None:
+    """A batch of the module that is given back half hinted would come again and again."""
     core = opened()
     core.allowed(512)
     first, rest = RangeSet([(512, 512)]), RangeSet([(1024, 512)])
@@ -184,7 +186,7 @@ def test_what_goes_back_only_as_a_whole_is_hinted_whatever_is_allowed() -> None:
     assert list(core.acknowledged(1, 2, acted=True)) == [Release(rest, hinted=True)]
 
 
-def test_what_is_allowed_later_is_looked_for() -> None:
+def test_a_new_allowance_starts_isolation_again() -> None:
     core = opened()
     core.allowed(0)
     assert list(core.allowed(512)) == [Isolate(4, 512)]
@@ -192,7 +194,7 @@ def test_what_is_allowed_later_is_looked_for() -> None:
 
 
 @pytest.mark.parametrize("acted", [True, False])
-def test_what_the_host_skipped_for_now_is_hinted_again(acted: bool) -> None:
+def test_a_batch_that_the_host_skipped_for_now_is_hinted_again(acted: bool) -> None:
     """A batch that came too late would stay resident until its chunks are freed again."""
     core = opened()
     chunk = RangeSet([(512, 512)])
@@ -200,7 +202,7 @@ def test_what_the_host_skipped_for_now_is_hinted_again(acted: bool) -> None:
     assert core.acknowledged(1, 1, acted=acted)[0] == Release(chunk, hinted=acted)
 
 
-def test_what_was_in_flight_when_the_link_broke_is_hinted_again() -> None:
+def test_batches_in_flight_when_the_link_broke_are_hinted_again() -> None:
     core = opened()
     chunk = RangeSet([(512, 512)])
     core.isolated(chunk, isolator_idle=True)

@@ -18,7 +18,7 @@ THRESHOLD_CHUNKS = 4
 
 
 class ModelKernel:
-    """A guest of `count` chunks, and the host memory behind each: all but the reserve was used."""
+    """A guest of `count` chunks and the host memory behind them; all but the reserve was used."""
 
     def __init__(self, count: int, *, zeroing: bool, reserve: int = RESERVE_CHUNKS) -> None:
         self.free = list(range(count))
@@ -99,7 +99,7 @@ def chunks_of(ranges: RangeSet) -> set[int]:
 
 
 class Host:
-    """Acknowledges batches, and says what is resident that was not when it last did."""
+    """Acknowledges batches, and reports chunks that became resident since the last report."""
 
     def __init__(self, kernel: ModelKernel, isolator: HugetlbIsolator) -> None:
         self.kernel, self.isolator = kernel, isolator
@@ -109,10 +109,10 @@ class Host:
     def tell_used(self) -> None:
         used = self.known_absent & self.kernel.resident
         self.known_absent -= used
-        self.isolator.used_again(RangeSet((chunk * CHUNK_PAGES, 1) for chunk in used))
+        self.isolator.refaulted(RangeSet((chunk * CHUNK_PAGES, 1) for chunk in used))
 
     def run(self, *, at_a_time: int = 4, asked: bool = False) -> int:
-        """Passes until there is no more to hint; the chunks that were hinted."""
+        """Run passes until there is nothing to hint; return how many chunks were hinted."""
         self.tell_used()
         if asked:
             self.isolator.report_now(thorough=True)
@@ -150,7 +150,9 @@ def started(kernel: ModelKernel, threshold_chunks: int = 1) -> tuple[HugetlbIsol
 
 
 @pytest.mark.parametrize("zeroing", [False, True])
-def test_chunks_released_last_come_back_first_and_yet_all_is_hinted(zeroing: bool) -> None:
+def test_all_is_hinted_although_the_kernel_allocates_first_what_was_freed_last(
+    zeroing: bool,
+) -> None:
     kernel = ModelKernel(200, zeroing=zeroing)
     _, host = started(kernel)
     host.run()
@@ -163,7 +165,7 @@ def test_chunks_released_last_come_back_first_and_yet_all_is_hinted(zeroing: boo
         assert not kernel.resident & set(kernel.free)
 
 
-def test_nothing_is_hinted_that_is_known_to_be_absent() -> None:
+def test_absent_chunks_are_not_hinted() -> None:
     kernel = ModelKernel(100, zeroing=False)
     _, host = started(kernel)
     host.run()
@@ -174,7 +176,7 @@ def test_nothing_is_hinted_that_is_known_to_be_absent() -> None:
     assert not host.hinted_absent
 
 
-def test_chunks_used_and_freed_between_two_looks_leave_nothing_behind() -> None:
+def test_chunks_used_and_freed_between_two_polls_are_hinted() -> None:
     kernel = ModelKernel(100, zeroing=False)
     _, host = started(kernel, threshold_chunks=16)
     host.run()
@@ -202,7 +204,7 @@ def test_zeroing_makes_no_more_than_64_mib_or_a_64th_resident(
     kernel = ModelKernel(chunks, zeroing=True, reserve=reserve)
     kernel.resident.clear()
     isolator, host = started(kernel)
-    isolator.used_again(ranges_of(kernel.free))  # and yet nothing is resident
+    isolator.refaulted(ranges_of(kernel.free))  # and yet nothing is resident
     most = 0
     while batch := isolator.isolate(512, 1 << 20):
         most = max(most, len(kernel.resident))
@@ -264,7 +266,7 @@ def test_an_allowance_that_is_used_up_ends_the_pass() -> None:
     assert host.run() == 41
 
 
-def test_what_a_dead_agent_left_is_hinted_by_the_next() -> None:
+def test_chunks_that_a_dead_agent_left_are_hinted_by_the_next_agent() -> None:
     kernel = ModelKernel(50, zeroing=False)
     dead, host = started(kernel)
     host.acknowledge(dead.isolate(44, 1 << 20))
@@ -277,7 +279,7 @@ def test_what_a_dead_agent_left_is_hinted_by_the_next() -> None:
     assert not kernel.pool
 
 
-def test_a_kernel_that_withholds_chunks_is_not_asked_for_ever() -> None:
+def test_chunks_that_the_kernel_refuses_do_not_cause_endless_passes() -> None:
     kernel = ModelKernel(50, zeroing=False)
     kernel.withheld = 10
     _, host = started(kernel)
@@ -289,7 +291,7 @@ def test_a_kernel_that_withholds_chunks_is_not_asked_for_ever() -> None:
     assert host.run() >= 20
 
 
-def test_a_pool_that_others_use_is_left_alone_until_they_do_not() -> None:
+def test_a_pool_is_not_touched_while_others_use_it() -> None:
     kernel = ModelKernel(50, zeroing=False)
     isolator, host = started(kernel)
     kernel.shared = True
@@ -302,12 +304,12 @@ def test_a_pool_that_others_use_is_left_alone_until_they_do_not() -> None:
 def test_policy_cold_is_refused() -> None:
     isolator, _ = started(ModelKernel(10, zeroing=False))
     isolator.only_cold(0)
-    with pytest.raises(Refused, match="since when"):
+    with pytest.raises(Refused, match="how long a chunk has been free"):
         isolator.only_cold(5)
 
 
 class PassMachine(RuleBasedStateMachine):
-    """Any history of a guest: what a settled guest has free beyond the reserve is absent."""
+    """Whatever a guest did: once it has settled, its free chunks beyond the reserve are absent."""
 
     @initialize(zeroing=st.booleans(), count=st.integers(20, 120))
     def start(self, zeroing: bool, count: int) -> None:
@@ -343,7 +345,7 @@ TestPasses.settings = settings(max_examples=80, stateful_step_count=30)
 
 
 def test_a_pass_holds_little_more_than_what_was_freed() -> None:
-    """All the rest is there for a guest that needs it before the pass is over."""
+    """The guest can use the rest of its free memory during the pass."""
     kernel = ModelKernel(1000, zeroing=False)
     isolator, host = started(kernel)
     host.run()
@@ -357,8 +359,8 @@ def test_a_pass_holds_little_more_than_what_was_freed() -> None:
     assert not host.run(), "nothing is left for another pass"
 
 
-def test_an_agent_that_starts_hints_what_the_host_says_is_resident() -> None:
-    """One that has just been started anew in a guest in need held all free memory at once."""
+def test_a_new_agent_hints_only_what_the_host_reports_as_resident() -> None:
+    """A restarted agent once took all free memory of a guest that was short of it."""
     kernel = ModelKernel(1000, zeroing=False)
     kernel.allocate(300)
     kernel.release(20)
@@ -391,7 +393,7 @@ def test_a_pass_holds_more_only_when_the_host_has_answered() -> None:
     assert held[-1] == 1000 - RESERVE_CHUNKS
 
 
-def test_what_was_not_freed_last_is_found_too() -> None:
+def test_chunks_that_were_not_freed_last_are_found_too() -> None:
     kernel = ModelKernel(1000, zeroing=False)
     isolator, host = started(kernel)
     host.run()
@@ -403,7 +405,7 @@ def test_what_was_not_freed_last_is_found_too() -> None:
     assert not host.run()
 
 
-def test_no_pass_begins_while_the_guest_takes_memory() -> None:
+def test_no_pass_begins_while_the_guest_allocates() -> None:
     kernel = ModelKernel(100, zeroing=False, reserve=8)
     isolator, host = started(kernel)
     kernel.allocate(60)
@@ -421,7 +423,7 @@ def test_no_pass_begins_while_the_guest_takes_memory() -> None:
     assert host.run(asked=True) == 17, "who asks for it gets it"
 
 
-def test_a_guest_that_needs_its_memory_has_it_with_the_acks_in_flight() -> None:
+def test_a_pass_ends_with_the_acks_in_flight_if_the_guest_needs_memory() -> None:
     kernel = ModelKernel(100, zeroing=False, reserve=8)
     isolator, host = started(kernel)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Where the hugetlb pool cannot be ours: what a user reads."""
+"""Where it is not safe to use the hugetlb pool, the agent refuses with the reason."""
 
 import fcntl
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_the_reserve_is_a_sixteenth_and_the_low_watermarks(kernel: Path) -> None
     assert 24 * 512 / 16 < reserve < 24 * 512 / 16 + 64
 
 
-def test_only_one_agent_works_with_the_pool(kernel: Path) -> None:
+def test_only_one_agent_uses_the_pool(kernel: Path) -> None:
     """A second one would take what the first has in flight for what a dead agent left."""
     with open(kernel / "mount.lock", "w") as first:
         fcntl.flock(first, fcntl.LOCK_EX)
@@ -84,7 +84,7 @@ def test_only_one_agent_works_with_the_pool(kernel: Path) -> None:
     assert "kpageflags" in refusal(kernel), "the lock dies with its holder"
 
 
-def test_no_node_gives_more_than_it_can_spare(kernel: Path) -> None:
+def test_each_node_keeps_its_reserve(kernel: Path) -> None:
     """Left to itself, the kernel would compact node 0 for each chunk in turn."""
     free_chunks = {0: 3, 1: 90}
     zoneinfo, buddyinfo = "", ""

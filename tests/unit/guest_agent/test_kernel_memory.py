@@ -1,4 +1,4 @@
-"""What the kernel's files say, from real ones: a guest of 1 GiB and a machine of 24 GiB."""
+"""Parsing of /proc files, with real ones of a guest of 1 GiB and of a machine of 24 GiB."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def test_buddyinfo_counts_whole_chunks_only() -> None:
     assert free_chunk_count([[9] * 9 + [0, 0]], 9) == 0
 
 
-def test_free_lists_are_read_again_at_every_look(tmp_path: Path) -> None:
+def test_free_lists_are_read_at_every_call(tmp_path: Path) -> None:
     path = tmp_path / "buddyinfo"
     path.write_text((DATA / "buddyinfo-24GiB.txt").read_text())
     counts = parse_buddyinfo(path.read_text()).values()
@@ -66,14 +66,14 @@ def test_other_text_is_refused(text: str) -> None:
         parse_buddyinfo(text)
 
 
-def test_a_zone_that_lacks_a_number_is_refused_not_guessed() -> None:
+def test_a_zone_without_one_of_its_numbers_is_refused() -> None:
     text = (DATA / "zoneinfo-24GiB.txt").read_text().replace("        spanned", "        spannt")
     with pytest.raises(Refused, match="not understood"):
         parse_zoneinfo(text)
 
 
 @pytest.mark.parametrize("pages", ["9" * 5000, "9" * 20, "1"])
-def test_a_zone_that_cannot_be_is_refused(pages: str) -> None:
+def test_an_impossible_zone_is_refused(pages: str) -> None:
     text = (DATA / "zoneinfo-24GiB.txt").read_text()
     with pytest.raises(Refused, match="not understood"):
         parse_zoneinfo(re.sub(r"spanned  \d+", f"spanned  {pages}", text))
@@ -104,7 +104,7 @@ def test_a_sparse_guest_is_its_memory_blocks(tmp_path: Path) -> None:
     assert present_spans(tmp_path) == [range(4 * 32768)]
 
 
-def test_without_memory_blocks_the_zones_have_to_do(tmp_path: Path) -> None:
+def test_without_memory_blocks_the_spans_of_zones_are_used(tmp_path: Path) -> None:
     (tmp_path / "zoneinfo").write_text((DATA / "zoneinfo-24GiB.txt").read_text())
     assert [span.start for span in present_spans(tmp_path, tmp_path)] == [1, 4096, 1048576]
 
@@ -125,7 +125,7 @@ def test_one_entry_a_chunk_is_read(tmp_path: Path) -> None:
         flags.close()
 
 
-def test_a_look_at_a_sparse_guest_reads_what_is_present(
+def test_only_present_chunks_of_a_sparse_guest_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """4 GiB over 1 TiB: 2048 reads, as in a guest that has them in one piece."""
@@ -150,7 +150,7 @@ def test_a_look_at_a_sparse_guest_reads_what_is_present(
     assert len(read_at) == 4 * 512
 
 
-def test_memory_that_is_plugged_in_during_a_look_shifts_no_flag(
+def test_memory_plugged_during_a_read_shifts_no_flag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk whose entry was not there yet must not be given the flags of the next one."""

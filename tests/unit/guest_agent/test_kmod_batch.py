@@ -1,4 +1,4 @@
-"""What the kernel module shows as a batch is taken for one only if it is one."""
+"""Batches of the kernel module are parsed; anything else is refused."""
 
 import struct
 
@@ -14,7 +14,7 @@ def shown(range_count: int, flags: int = 0) -> bytes:
     return struct.pack("=QII", 7, range_count, flags) + ranges
 
 
-def test_a_batch() -> None:
+def test_a_valid_batch() -> None:
     batch = parse_batch(shown(2, flags=1))
     assert (batch.seq, batch.still_isolated) == (7, True)
     assert batch.ranges == [(0, 512), (512, 512)]

@@ -29,7 +29,7 @@ def test_every_marked_chunk_is_taken_exactly_once(marked: set[int], at_once: int
 
 
 @given(chunks, chunks)
-def test_chunks_freed_behind_the_scan_are_not_left_behind(first: set[int], then: set[int]) -> None:
+def test_chunks_freed_during_a_scan_are_found_by_the_next(first: set[int], then: set[int]) -> None:
     """v11 left a chunk that was freed behind its scan until the next free."""
     tracker = BitmapTracker(ORDER)
     for pfn in pfns(first):
@@ -43,7 +43,7 @@ def test_chunks_freed_behind_the_scan_are_not_left_behind(first: set[int], then:
     assert left == (pfns(first) - set(taken)) | pfns(then)
 
 
-def test_a_sparse_zone_costs_what_is_in_it() -> None:
+def test_a_sparse_zone_costs_only_its_present_chunks() -> None:
     """v11's bitmap had a bit for every chunk of the span: 1 TiB cost 64 KiB and a scan of it."""
     tracker = BitmapTracker(ORDER)
     for n in range(16):
@@ -71,7 +71,7 @@ def test_only_chunks_that_have_been_free_for_long_are_taken() -> None:
     assert tracker.take(9) == [512]
 
 
-def test_a_policy_that_changes_loses_no_chunk() -> None:
+def test_a_change_of_policy_loses_no_chunk() -> None:
     now = [0.0]
     tracker = BitmapTracker(ORDER, clock=lambda: now[0])
     tracker.mark(512)

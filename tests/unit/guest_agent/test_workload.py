@@ -1,4 +1,4 @@
-"""The workload notices every page that the host took away while it was in use."""
+"""The workload notices every page that the host dropped although it was in use."""
 
 import mmap
 import os
@@ -46,7 +46,7 @@ def free(size_bytes: int, number: int = 2) -> pb.WorkloadCommand:
 VERIFY = pb.WorkloadCommand(command_id=3, verify=pb.Verify())
 
 
-def test_what_is_held_verifies(source: Source) -> None:
+def test_held_memory_verifies(source: Source) -> None:
     workload = Workload(source, MemoryBlocks())
     done = workload.run(allocate(20 * MIB))
     assert (done.changed_bytes, done.held_bytes, done.error) == (20 * MIB, 20 * MIB, "")
@@ -65,16 +65,16 @@ def test_freed_memory_is_used_again(source: Source) -> None:
     assert workload.held_bytes == 0
 
 
-def test_a_guest_that_is_full_says_so_and_is_not_killed() -> None:
+def test_a_full_guest_reports_an_error_and_is_not_killed() -> None:
     """What is isolated, or in the balloon, may come back: it is waited for."""
     available = [100 * MIB, 0, 0, 100 * MIB, 0]
     source = AnonymousSource(
-        RAM_BYTES, lambda: available.pop(0) if len(available) > 1 else 9 * MIB, patience_s=0.5
+        RAM_BYTES, lambda: available.pop(0) if len(available) > 1 else 9 * MIB, timeout_s=0.5
     )
     workload = Workload(source, MemoryBlocks())
     assert workload.run(allocate(20 * MIB)).error == ""
     done = workload.run(allocate(40 * MIB))
-    assert done.error == "the guest is out of memory: 9 MiB are left to it"
+    assert done.error == "the guest is out of memory: only 9 MiB are available"
     assert done.held_bytes == 32 * MIB
     assert workload.run(VERIFY).wrong_pages == 0
 
@@ -92,7 +92,7 @@ def test_a_page_dropped_in_use_is_counted_as_wrong(ram: mmap.mmap) -> None:
     assert done.wrong_pages == 3
 
 
-def test_running_out_of_memory_is_told_and_keeps_what_is_held(source: Source) -> None:
+def test_running_out_of_memory_is_an_error_and_keeps_held_memory(source: Source) -> None:
     workload = Workload(source, MemoryBlocks())
     done = workload.run(allocate(2 * RAM_BYTES))
     assert "out of memory" in done.error
@@ -100,7 +100,7 @@ def test_running_out_of_memory_is_told_and_keeps_what_is_held(source: Source) ->
     assert workload.run(VERIFY).wrong_pages == 0
 
 
-def test_memory_comes_and_goes_and_what_is_held_stays(ram: mmap.mmap) -> None:
+def test_plugging_and_unplugging_keep_held_memory(ram: mmap.mmap) -> None:
     half = RAM_BYTES // PAGE_BYTES // 2
     zone = ZoneSpec(name="Normal", present=RangeSet([(0, half)]))
     allocator = BuddyAllocator([zone], chunk_order=9)

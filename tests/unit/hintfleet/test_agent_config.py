@@ -1,5 +1,4 @@
-"""What a host agent writes, a guest agent reads; a wrong configuration is answered with the
-key and what it must be."""
+"""A guest agent reads what a host agent writes; an error names the key and the allowed values."""
 
 import json
 import subprocess
@@ -16,7 +15,7 @@ from hintfleet.settings import HUGE_PAGE_ORDER, PARTS, IsolatorKind, Method, Tra
 ROOT = Path(__file__).parents[3]
 GOOD = {"server": "unix:/x", "guest_uuid": "u", "token": "t"}
 
-texts = st.text(st.characters(exclude_categories=["Cs"]))  # no halves of UTF-16 pairs
+texts = st.text(st.characters(exclude_categories=["Cs"]))  # no surrogates
 sizes = st.integers(0, (1 << 52) - 1)
 
 
@@ -56,7 +55,7 @@ def test_round_trip(config: AgentConfig) -> None:
     [("embedded", "bitmap"), ("kmod", "reported"), ("hugetlb", "bitmap")],
 )
 @pytest.mark.parametrize("unsaid", [{}, {"tracker": ""}])
-def test_a_tracker_that_is_not_said_is_its_isolators(
+def test_a_missing_tracker_is_that_of_the_isolator(
     isolator: str, tracker: str, unsaid: dict[str, str]
 ) -> None:
     read = AgentConfig.from_json(json.dumps(GOOD | {"isolator": isolator} | unsaid), "f")
@@ -64,7 +63,7 @@ def test_a_tracker_that_is_not_said_is_its_isolators(
 
 
 @pytest.mark.parametrize("method", [Method.NONE, Method.HINTING])
-def test_the_guests_first_process_reads_the_method(method: Method, tmp_path: Path) -> None:
+def test_init_reads_the_method_with_sed(method: Method, tmp_path: Path) -> None:
     path = tmp_path / "config"
     config = AgentConfig(server="unix:/x", guest_uuid="u", token="t", method=method)
     path.write_text(config.to_json())
@@ -78,7 +77,7 @@ def test_the_guests_first_process_reads_the_method(method: Method, tmp_path: Pat
     "reader",
     ["deploy/image/init", "deploy/systemd/hintfleet-guest.service", "guest_agent/__main__.py"],
 )
-def test_what_names_the_file_in_a_guest_names_the_one_that_there_is(reader: str) -> None:
+def test_all_readers_use_the_same_fw_cfg_file(reader: str) -> None:
     path = f"/sys/firmware/qemu_fw_cfg/by_name/{FW_CFG_NAME}/raw"
     assert path in (ROOT / reader).read_text()
 
@@ -113,6 +112,6 @@ def test_mistakes(text: str, said: str) -> None:
         AgentConfig.from_json(text, "/run/config")
 
 
-def test_what_cannot_be_is_not_built() -> None:
+def test_an_impossible_configuration_cannot_be_built() -> None:
     with pytest.raises(InvalidInput, match="threshold_chunks is 0, must be 1 to 1048576"):
         AgentConfig(server="unix:/x", guest_uuid="u", token="t", threshold_chunks=0)

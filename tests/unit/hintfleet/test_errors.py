@@ -1,4 +1,4 @@
-"""Every error class crosses gRPC and comes out as itself, hint included."""
+"""Every error class survives the conversion to a gRPC status and back, with its hint."""
 
 from urllib.parse import quote
 
@@ -37,7 +37,7 @@ def test_only_wrong_input_is_a_usage_error() -> None:
 
 
 @pytest.mark.parametrize("letter", ["x", "\N{REPLACEMENT CHARACTER}"])
-def test_a_long_log_does_not_keep_an_error_from_arriving(letter: str) -> None:
+def test_an_error_with_a_long_log_arrives(letter: str) -> None:
     """gRPC gives RESOURCE_EXHAUSTED in place of a status of more than 8 KiB."""
     error = GuestLost(f"guest g: it ended: {letter * 20_000} the end", hint="look " * 9_000)
     found = from_status(*to_status(error))

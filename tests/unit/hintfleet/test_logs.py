@@ -1,4 +1,4 @@
-"""How log lines are written, whatever stands in them."""
+"""The format of log lines, whatever they contain."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from hintfleet import logs
-from hintfleet.logs import Seldom, fields
+from hintfleet.logs import LogRateLimit, fields
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,9 @@ def written(style: str, monkeypatch: pytest.MonkeyPatch, **values: object) -> st
     return stderr.getvalue()
 
 
-def test_what_a_guest_says_does_not_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_characters_of_a_guest_do_not_reach_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     text = written("text", monkeypatch, said="\x1b[2Jgone\x07")
     assert "\x1b" not in text
     assert "\x07" not in text
@@ -58,8 +60,8 @@ def test_json_is_one_line_and_keeps_numbers(monkeypatch: pytest.MonkeyPatch) -> 
     }
 
 
-def test_what_comes_often_is_counted_meanwhile() -> None:
-    often = Seldom(period_s=0.05)
+def test_events_that_are_not_logged_are_counted() -> None:
+    often = LogRateLimit(period_s=0.05)
     assert often.due() == {}
     assert [often.due() for _ in range(3)] == [None] * 3
     time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Limits of cgroups as machines and containers show them: trees as the kernel writes them."""
+"""Limits of cgroups on machines and in containers, with trees as the kernel writes them."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ NO_LIMIT = 9223372036854771712
 
 
 class Machine:
-    """A root folder with what a machine of 8 GiB, half of them available, says."""
+    """A root folder with the files of a machine of 8 GiB, of which half are available."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -69,17 +69,17 @@ def test_without_cgroups_the_machine_is_the_limit(machine: Machine) -> None:
     assert available_memory(machine.root) == Bound(value=4 * GIB)
 
 
-def test_v1_counts_what_cannot_be_reclaimed(machine: Machine) -> None:
+def test_v1_counts_memory_that_cannot_be_reclaimed(machine: Machine) -> None:
     machine.process("5:cpu:/\n4:memory:/a\n", V1_MOUNT)
     machine.v1(V1, NO_LIMIT)
     machine.v1(f"{V1}/a", 600 * MIB, 200 * MIB)
     assert total_memory(machine.root) == Bound(value=600 * MIB, cgroup=f"{V1}/a")
-    # All of the inactive page cache is free to take, half of the active, and no memfd.
+    # Reclaimable: all of the inactive page cache, half of the active, nothing of a memfd.
     left = (600 - 200 + 30 + 10) * MIB
     assert available_memory(machine.root) == Bound(value=left, cgroup=f"{V1}/a")
 
 
-def test_the_least_of_all_above_counts(machine: Machine) -> None:
+def test_the_lowest_limit_above_counts(machine: Machine) -> None:
     machine.process("0::/a/b/c\n", V2_MOUNT)
     machine.v2(f"{V2}/a", str(2 * GIB), usage=1900 * MIB)
     machine.v2(f"{V2}/a/b", str(GIB), usage=100 * MIB)
@@ -120,7 +120,7 @@ def test_containers(machine: Machine, path: str, top: str) -> None:
     assert available_memory(machine.root) == Bound(value=440 * MIB, cgroup=V2)
 
 
-def test_v1_names_what_a_container_cannot_see(machine: Machine) -> None:
+def test_v1_reports_limits_that_a_container_cannot_see(machine: Machine) -> None:
     machine.process("4:memory:/pod/c\n", V1_MOUNT.replace(" / ", " /pod/c ", 1))
     machine.v1(V1, NO_LIMIT, least=700 * MIB)
     assert total_memory(machine.root) == Bound(value=700 * MIB, cgroup=V1)
@@ -149,7 +149,7 @@ def test_processors(machine: Machine) -> None:
     assert processors(machine.root) == Bound(value=0.5, cgroup=v1)
 
 
-def test_a_kernel_that_does_not_say(machine: Machine) -> None:
+def test_a_kernel_without_the_field_is_refused(machine: Machine) -> None:
     machine.write("proc/meminfo", f"MemTotal: {MIB} kB\n")
     with pytest.raises(Refused, match="has no MemAvailable"):
         available_memory(machine.root)

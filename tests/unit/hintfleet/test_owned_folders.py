@@ -1,4 +1,4 @@
-"""Folders of one process each: whose they are, also where a process id says little."""
+"""Folders that belong to one process: the owner is found even if process ids are reused."""
 
 import fcntl
 import os
@@ -14,14 +14,14 @@ from hintfleet.system.owned_folders import OwnedFolders
 
 @pytest.fixture
 def later() -> Iterator[int]:
-    """The id of a process that lives."""
+    """The id of a running process."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield process.pid
     process.communicate(b"\n")
 
 
 def folder(base: Path, pid: int, age_s: float) -> Path:
-    """One that had its last change so long ago."""
+    """Make a folder that last changed `age_s` ago."""
     path = base / f"x-{pid}-abcdefgh"
     path.mkdir()
     at_s = path.stat().st_mtime - age_s
@@ -29,7 +29,7 @@ def folder(base: Path, pid: int, age_s: float) -> Path:
     return path
 
 
-def test_a_process_id_that_was_used_again_owns_nothing(tmp_path: Path, later: int) -> None:
+def test_a_reused_process_id_owns_no_folder(tmp_path: Path, later: int) -> None:
     folders = OwnedFolders(base=tmp_path, prefix="x-")
     old = folder(tmp_path, later, age_s=3600)
     assert folders.abandoned() == [old]
@@ -41,16 +41,18 @@ def test_a_process_id_that_was_used_again_owns_nothing(tmp_path: Path, later: in
     assert not old.exists()
 
 
-def test_a_folder_whose_maker_is_about_to_lock_it_is_let_alone(tmp_path: Path, later: int) -> None:
+def test_a_folder_that_is_not_locked_yet_is_not_removed(tmp_path: Path, later: int) -> None:
     folders = OwnedFolders(base=tmp_path, prefix="x-")
     new = folder(tmp_path, later, age_s=0)
-    assert not folders.belongs_to_nobody(new)
+    assert not folders.is_abandoned(new)
     folders.make().remove()
     assert new.exists()
 
 
-def test_a_folder_that_is_gone_is_its_processs_while_that_lives(tmp_path: Path, later: int) -> None:
+def test_a_missing_folder_belongs_to_its_process_while_that_runs(
+    tmp_path: Path, later: int
+) -> None:
     folders = OwnedFolders(base=tmp_path, prefix="x-")
-    assert not folders.belongs_to_nobody(tmp_path / f"x-{later}-gone")
-    assert folders.belongs_to_nobody(tmp_path / "x-999999999-gone")
-    assert not folders.belongs_to_nobody(tmp_path / "others-999999999-gone")
+    assert not folders.is_abandoned(tmp_path / f"x-{later}-gone")
+    assert folders.is_abandoned(tmp_path / "x-999999999-gone")
+    assert not folders.is_abandoned(tmp_path / "others-999999999-gone")

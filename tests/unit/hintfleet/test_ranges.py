@@ -1,4 +1,4 @@
-"""RangeSet is a set of page frames; its wire form is small and has one spelling."""
+"""RangeSet is a set of page frames; its wire format is small, and each set has one encoding."""
 
 import itertools
 
@@ -61,7 +61,7 @@ def test_decode_undoes_encode(given_pairs: list[tuple[int, int]]) -> None:
 
 
 @given(st.binary(max_size=40))
-def test_a_set_has_one_spelling(packed: bytes) -> None:
+def test_a_set_has_one_encoding(packed: bytes) -> None:
     try:
         ranges = decode(packed)
     except InvalidInput:

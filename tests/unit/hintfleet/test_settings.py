@@ -1,4 +1,4 @@
-"""Defaults as the control API's contract says them."""
+"""The defaults that host.proto documents are those of the code."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TLS folders that cannot be used, and doors that a certificate does not open."""
+"""TLS folders that cannot be used, and services that a certificate does not allow."""
 
 import shutil
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def nonsense(authority: Authority, tmp_path: Path) -> Path:
         (nonsense, "cannot be used"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_said_before_it_is(
+def test_a_folder_that_cannot_be_used_is_refused_when_it_is_read(
     authority: Authority, tmp_path: Path, make: Callable[[Authority, Path], Path], said: str
 ) -> None:
     with pytest.raises(InvalidInput, match=said):
@@ -90,17 +90,17 @@ def test_a_folder_that_cannot_be_used_is_said_before_it_is(
         ([], None),
     ],
 )
-def test_who_a_certificate_says(uris: list[str], peer: Peer | None) -> None:
+def test_the_role_in_a_certificate(uris: list[str], peer: Peer | None) -> None:
     assert Peer.of_uris(uris) == peer
 
 
-def test_a_connection_without_tls_shows_nobody() -> None:
+def test_a_connection_without_tls_has_no_peer() -> None:
     context = {"transport_security_type": [b"insecure"], "peer_uri": [b"urn:hintfleet:operator"]}
     assert check_role(context, Role.OPERATOR) is None
     assert check_role({}, Role.GUEST) is None
 
 
-def test_a_certificate_of_no_role_opens_nothing() -> None:
+def test_a_certificate_without_a_role_is_refused() -> None:
     context = {"transport_security_type": [b"ssl"]}
     for role in Role:
         with pytest.raises(Refused, match="no role"):

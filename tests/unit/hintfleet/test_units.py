@@ -1,4 +1,4 @@
-"""Sizes say which gigabyte they mean."""
+"""Sizes must say whether they are binary or decimal."""
 
 import pytest
 from hypothesis import given
@@ -34,7 +34,7 @@ def test_sizes(text: str, size_bytes: int) -> None:
         ("-1GiB", "not a number"),
         ("", "not a number"),
         ("0.3B", "whole number of bytes"),
-        ("9000000TiB", "more than any memory"),
+        ("9000000TiB", "larger than any memory"),
         ("9" * 5000 + "B", "not a number"),
     ],
 )
@@ -43,7 +43,7 @@ def test_unclear_sizes_are_refused(text: str, said: str) -> None:
         parse_size(text)
 
 
-def test_a_bare_letter_is_answered_with_both_readings() -> None:
+def test_a_bare_letter_is_answered_with_both_meanings() -> None:
     with pytest.raises(InvalidInput) as caught:
         parse_size("4G")
     assert "4GiB" in caught.value.hint
@@ -64,7 +64,7 @@ def test_unclear_durations_are_refused(text: str) -> None:
 
 
 @given(st.integers(0, 1 << 50))
-def test_printed_sizes_are_short_and_near(size_bytes: int) -> None:
+def test_printed_sizes_are_short_and_close(size_bytes: int) -> None:
     text = format_size(size_bytes)
     assert len(text) <= 8
     assert parse_size_near(text) == pytest.approx(size_bytes, rel=0.01, abs=0.5)
