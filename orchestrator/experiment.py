@@ -15,7 +15,7 @@ from hintfleet.errors import InvalidInput, Refused
 from hintfleet.logs import fields
 from hintfleet.system.machine_limits import available_memory
 from orchestrator.machine import environment
-from orchestrator.results.store.lock import busy
+from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store, StoredTrial
 from orchestrator.results.store.writer import RunHeader, RunWriter, spec_hash
 from orchestrator.results.trial_outcome import (
@@ -102,7 +102,7 @@ def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experime
         otherwise, or not at all.
     """
     if run.state == "running":
-        raise busy(run.run_id)
+        raise busy_error(run.run_id)
     loaded = _spec_of(run)
     header = RunHeader(
         run_id=run.run_id,

@@ -163,7 +163,7 @@ class Authority:
         return target
 
 
-def look_at(path: Path) -> Iterator[Certificate]:
+def read_certificates(path: Path) -> Iterator[Certificate]:
     """The certificates at `path`: a file, a TLS folder, or an authority with all it issued.
 
     :raises InvalidInput: there is none, or one cannot be read.

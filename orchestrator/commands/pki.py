@@ -103,10 +103,10 @@ def show(path: Path | None, output_format: str) -> int:
     from dataclasses import asdict
 
     from orchestrator.commands.output import emit
-    from orchestrator.pki import look_at
+    from orchestrator.pki import read_certificates
     from orchestrator.view.tables import certificates
 
-    found = list(look_at(path or _folder_or_default(None)))
+    found = list(read_certificates(path or _folder_or_default(None)))
     emit([asdict(one) for one in found], output_format, lambda: certificates(found))
     return int(any(one.state != "valid" for one in found))
 

@@ -114,7 +114,7 @@ def run(
     if ray_spoke:
         log = _log(run_id, store.folder)
         click.echo(f"\nwarning: something went wrong that Ray tells of in {log}", err=True)
-    _say_where_it_is(run_id, store.folder)
+    _print_next_steps(run_id, store.folder)
     return code
 
 
@@ -147,9 +147,9 @@ def _run(
     Returns whether Ray wrote anything into the run's log meanwhile.
     """
     from hintfleet.errors import HintfleetError
-    from orchestrator.commands.show_run import say_how_to_go_on
+    from orchestrator.commands.show_run import print_resume_hint
     from orchestrator.experiment import run_experiment
-    from orchestrator.trial.stray_output import stray_output_in
+    from orchestrator.trial.stray_output import stray_output_to
 
     run_id = experiment.header.run_id
     if experiment.is_over:
@@ -159,7 +159,7 @@ def _run(
     said_before = _size(log)
     try:
         with (
-            stray_output_in(log) as terminal,
+            stray_output_to(log) as terminal,
             logs.written_to(terminal),
             _view(terminal) as view,
         ):
@@ -173,7 +173,7 @@ def _run(
         raise
     except KeyboardInterrupt:
         if store.has_run(run_id):
-            say_how_to_go_on([run_id])
+            print_resume_hint([run_id])
         raise
     return _size(log) > said_before
 
@@ -187,7 +187,7 @@ def _log(run_id: str, folder: Path) -> Path:
     return folder / "logs" / f"{run_id}.log"
 
 
-def _say_where_it_is(run_id: str, folder: Path) -> None:
+def _print_next_steps(run_id: str, folder: Path) -> None:
     """What to do next, on stderr; the end of an id is enough to name a run."""
     short = run_id[-6:]
     click.echo(

@@ -18,7 +18,7 @@ def runs(limit: int, data_dir: Path | None, output_format: str) -> None:
     from dataclasses import asdict
 
     from orchestrator.commands.output import emit
-    from orchestrator.commands.show_run import say_how_to_go_on
+    from orchestrator.commands.show_run import print_resume_hint
     from orchestrator.results.store.reader import Store
     from orchestrator.view import tables
 
@@ -28,7 +28,7 @@ def runs(limit: int, data_dir: Path | None, output_format: str) -> None:
     for run in data:
         del run["spec_text"]
     emit(data, output_format, lambda: tables.runs(found))
-    say_how_to_go_on([run.run_id for run in found if run.was_cut_off])
+    print_resume_hint([run.run_id for run in found if run.was_cut_off])
 
 
 @click.command(short_help="Show one run: its savings and its trials.")

@@ -18,21 +18,21 @@ from orchestrator.results.trial_outcome import TrialStatus
 
 def print_run(store: Store, run: Run, output_format: str, with_trials: bool = False) -> int:
     """Print a run's summary on stdout; returns the exit code that says its state."""
-    rows = aggregate(store.measured(run.run_id), By.FLEET)
+    rows = aggregate(store.footprint_rows(run.run_id), By.FLEET)
     emit(
         run_as_data(store, run, rows), output_format, lambda: _tables(store, run, rows, with_trials)
     )
     code = exit_code(run, rows)
     trials = [trial for trial in store.trials(run.run_id) if trial.counted]
     if run.was_cut_off or any(trial.status is TrialStatus.LOST for trial in trials):
-        say_how_to_go_on([run.run_id])
+        print_resume_hint([run.run_id])
     if code is ExitCode.UNDECIDED and output_format != "table":
         for reason in dict.fromkeys(row.undecided for row in rows if row.undecided):
             click.echo(f"undecided: {reason}", err=True)
     return code
 
 
-def say_how_to_go_on(run_ids: Sequence[str]) -> None:
+def print_resume_hint(run_ids: Sequence[str]) -> None:
     """On stderr; the end of an id is enough to name a run."""
     if run_ids:
         click.echo(f"to go on: hintfleet run --resume {run_ids[0][-6:]}", err=True)
@@ -43,7 +43,7 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
     header = asdict(run)
     del header["spec_text"]
     arms = [savings_as_data(row) for row in rows]
-    costs = {cost.arm: asdict(cost) for cost in compare(store.charged(run.run_id), run.driver)}
+    costs = {cost.arm: asdict(cost) for cost in compare(store.cost_rows(run.run_id), run.driver)}
     for arm in arms:
         del arm["experiment"], arm["run_id"], arm["key"]
         arm["cost"] = costs.get(arm["arm"])
@@ -66,7 +66,7 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
 
     from orchestrator.view import tables
 
-    costs = compare(store.charged(run.run_id), run.driver)
+    costs = compare(store.cost_rows(run.run_id), run.driver)
     summary = tables.summary(run, rows, costs)
     return (
         Group(summary, Text(), tables.trials(store.trials(run.run_id))) if with_trials else summary

@@ -11,7 +11,7 @@ from orchestrator.report.curves import Curve, Mark, course, curve, marks
 from orchestrator.results.comparison import ArmCost, compare
 from orchestrator.results.footprint import Numbers, Series
 from orchestrator.results.savings import By, Savings, aggregate
-from orchestrator.results.store.lock import busy
+from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store
 from orchestrator.results.store.samples import read_series
 from orchestrator.results.trial_outcome import TrialStatus
@@ -36,13 +36,13 @@ def read_contents(store: Store, run: Run) -> Contents:
         gone or damaged.
     """
     if run.state == "running":
-        raise busy(run.run_id)
+        raise busy_error(run.run_id)
     trials = [t for t in store.trials(run.run_id) if t.counted and t.status is TrialStatus.DONE]
     if not trials:
         raise Refused(f"run {run.run_id} has no trial that could be shown: it is {run.state}")
     phases = _phases(store, run, {trial.trial_id for trial in trials})
     laid_over = marks([begun for hosts in phases.values() for begun in hosts.values()])
-    rows = aggregate(store.measured(run.run_id), By.FLEET)
+    rows = aggregate(store.footprint_rows(run.run_id), By.FLEET)
     courses: dict[str, list[Numbers]] = {row.arm: [] for row in rows}
     for trial in trials:
         hosts = phases[trial.trial_id]
@@ -52,7 +52,7 @@ def read_contents(store: Store, run: Run) -> Contents:
     return Contents(
         run=run,
         rows=rows,
-        costs=compare(store.charged(run.run_id), run.driver),
+        costs=compare(store.cost_rows(run.run_id), run.driver),
         curves=[curve(arm, found, laid_over) for arm, found in courses.items() if found],
         marks=laid_over,
     )

@@ -16,7 +16,7 @@ from orchestrator.results.statistics import Interval, mean_interval, paired_diff
 
 
 @dataclass(frozen=True, kw_only=True)
-class Charged:
+class CostRow:
     """The cost of one host in one trial.
 
     :ivar cost: None if the host was not measured, or the trial was cut off.
@@ -68,9 +68,9 @@ class ArmCost:
     tracker_bytes: int
 
 
-def compare(rows: Sequence[Charged], driver: str) -> list[ArmCost]:
+def compare(rows: Sequence[CostRow], driver: str) -> list[ArmCost]:
     """Of every arm but the control that was measured whole, in the order of `rows`."""
-    arms: dict[str, list[Charged]] = {}
+    arms: dict[str, list[CostRow]] = {}
     for row in rows:
         arms.setdefault(row.arm, []).append(row)
     whole = {name: arm for name, arm in arms.items() if all(row.counts for row in arm)}
@@ -78,7 +78,7 @@ def compare(rows: Sequence[Charged], driver: str) -> list[ArmCost]:
     return [_arm_cost(arm, control, driver) for arm in whole.values() if not arm[0].is_control]
 
 
-def _arm_cost(arm: Sequence[Charged], control: Sequence[Charged], driver: str) -> ArmCost:
+def _arm_cost(arm: Sequence[CostRow], control: Sequence[CostRow], driver: str) -> ArmCost:
     costs = [row.cost for row in arm if row.cost]
     settled = [s for cost in costs for s in cost.settle_s]
     asked = [s for cost in costs for s in cost.asked_settle_s]
@@ -90,8 +90,8 @@ def _arm_cost(arm: Sequence[Charged], control: Sequence[Charged], driver: str) -
         slowest_settle_s=max(settled, default=None),
         asked_settle_s=_mean(asked),
         slowdown_percent=_slowdown_percent(control, arm),
-        guest_cpu_s=_more(control, arm, lambda c: c.process_cpu_s if embedded else c.agent_cpu_s),
-        host_cpu_s=_more(control, arm, lambda c: c.process_cpu_s + c.host_agent_cpu_s),
+        guest_cpu_s=_extra(control, arm, lambda c: c.process_cpu_s if embedded else c.agent_cpu_s),
+        host_cpu_s=_extra(control, arm, lambda c: c.process_cpu_s + c.host_agent_cpu_s),
         observing_cpu_s=_mean(list(_by_trial(arm, lambda c: c.observing_cpu_s).values())),
         wire_bytes_per_range=sum(cost.wire_bytes for cost in costs) / ranges if ranges else None,
         tracker_bytes=max(cost.tracker_bytes for cost in costs),
@@ -102,7 +102,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def _by_trial(rows: Sequence[Charged], value: Callable[[Cost], float]) -> dict[Hashable, float]:
+def _by_trial(rows: Sequence[CostRow], value: Callable[[Cost], float]) -> dict[Hashable, float]:
     """The sum over the hosts of each trial."""
     sums: dict[Hashable, float] = {}
     for row in rows:
@@ -111,16 +111,16 @@ def _by_trial(rows: Sequence[Charged], value: Callable[[Cost], float]) -> dict[H
     return sums
 
 
-def _more(
-    control: Sequence[Charged], arm: Sequence[Charged], value: Callable[[Cost], float]
+def _extra(
+    control: Sequence[CostRow], arm: Sequence[CostRow], value: Callable[[Cost], float]
 ) -> Interval | None:
     return mean_interval(paired_differences(_by_trial(arm, value), _by_trial(control, value)))
 
 
-def _slowdown_percent(control: Sequence[Charged], arm: Sequence[Charged]) -> Interval | None:
+def _slowdown_percent(control: Sequence[CostRow], arm: Sequence[CostRow]) -> Interval | None:
     """Of ratios the logarithms are averaged: twice as slow and twice as fast cancel out."""
 
-    def log_step_s(rows: Sequence[Charged]) -> dict[Hashable, float]:
+    def log_step_s(rows: Sequence[CostRow]) -> dict[Hashable, float]:
         step_s = _by_trial(rows, lambda cost: cost.step_s)
         return {trial: math.log(max(value, 1e-6)) for trial, value in step_s.items()}
 

@@ -77,7 +77,7 @@ def host_cost(
     windows = {guest: window_of(guest, steps[guest]) for guest in series}
 
     def spent(counter: str) -> list[int]:
-        return [_grown(part, counter, windows[guest]) for guest, part in series.items()]
+        return [_increase(part, counter, windows[guest]) for guest, part in series.items()]
 
     # Of the host agent, every guest's series has the same.
     observing_s = max(spent("observing_cpu_us")) / _US_PER_S
@@ -95,7 +95,7 @@ def host_cost(
     )
 
 
-def _grown(series: Series, counter: str, window: Window) -> int:
+def _increase(series: Series, counter: str, window: Window) -> int:
     values = series.counters[counter]
     start, end = (last_index(series, at_us) for at_us in (window.start_us, window.end_us))
     return int(values[end]) - int(values[start])

@@ -30,7 +30,7 @@ class By(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class FootprintRow:
     """The footprint of one host, or of one guest, in one trial.
 
     :ivar spec_hash: the same for runs of the same spec.
@@ -73,23 +73,23 @@ class Savings:
     undecided: str = ""
 
 
-def aggregate(rows: Iterable[Measured], by: By) -> list[Savings]:
+def aggregate(rows: Iterable[FootprintRow], by: By) -> list[Savings]:
     """Rows of savings, in the order in which their runs and arms first appear."""
-    groups: dict[tuple[str, str, str], list[Measured]] = {}
+    groups: dict[tuple[str, str, str], list[FootprintRow]] = {}
     for row in rows:
         if bool(row.guest) == (by is By.GUEST):
             groups.setdefault(_group(row, by), []).append(row)
     return [saving for key, group in groups.items() for saving in _arms(key, group)]
 
 
-def _group(row: Measured, by: By) -> tuple[str, str, str]:
+def _group(row: FootprintRow, by: By) -> tuple[str, str, str]:
     """What is compared with each other: experiment's hash, run and key."""
     key = {By.HOST: row.host, By.GUEST: row.guest}.get(by, "")
     return row.spec_hash, "" if by is By.ARM else row.run_id, key
 
 
-def _arms(group: tuple[str, str, str], rows: Sequence[Measured]) -> list[Savings]:
-    arms: dict[str, list[Measured]] = {}
+def _arms(group: tuple[str, str, str], rows: Sequence[FootprintRow]) -> list[Savings]:
+    arms: dict[str, list[FootprintRow]] = {}
     for row in rows:
         arms.setdefault(row.arm, []).append(row)
     control = next((arm for arm in arms.values() if arm[0].is_control), [])
@@ -97,7 +97,7 @@ def _arms(group: tuple[str, str, str], rows: Sequence[Measured]) -> list[Savings
 
 
 def _arm(
-    group: tuple[str, str, str], rows: Sequence[Measured], control: Sequence[Measured]
+    group: tuple[str, str, str], rows: Sequence[FootprintRow], control: Sequence[FootprintRow]
 ) -> Savings:
     _, run_id, key = group
     undecided = _first_undecided(rows) or _wrong_pages(rows)
@@ -121,7 +121,7 @@ def _arm(
     )
 
 
-def _first_undecided(rows: Iterable[Measured]) -> str:
+def _first_undecided(rows: Iterable[FootprintRow]) -> str:
     return next(
         (
             f"{row.arm}, repetition {row.repetition + 1}, {row.undecided or 'was cut off'}"
@@ -132,7 +132,7 @@ def _first_undecided(rows: Iterable[Measured]) -> str:
     )
 
 
-def _wrong_pages(rows: Iterable[Measured]) -> str:
+def _wrong_pages(rows: Iterable[FootprintRow]) -> str:
     return next(
         (
             f"{row.arm}, repetition {row.repetition + 1}, {row.guest or row.host}: "
@@ -145,13 +145,15 @@ def _wrong_pages(rows: Iterable[Measured]) -> str:
 
 
 def _saved(
-    control: Sequence[Measured], rows: Sequence[Measured], value: Callable[[Footprint], float]
+    control: Sequence[FootprintRow],
+    rows: Sequence[FootprintRow],
+    value: Callable[[Footprint], float],
 ) -> Interval | None:
     return mean_interval(paired_differences(_by_trial(control, value), _by_trial(rows, value)))
 
 
 def _by_trial(
-    arm: Sequence[Measured], value: Callable[[Footprint], float]
+    arm: Sequence[FootprintRow], value: Callable[[Footprint], float]
 ) -> dict[Hashable, float]:
     """The sum over all that was measured in each trial."""
     sums: dict[Hashable, float] = {}
@@ -162,7 +164,7 @@ def _by_trial(
     return sums
 
 
-def _together(rows: Sequence[Measured]) -> Footprint:
+def _together(rows: Sequence[FootprintRow]) -> Footprint:
     footprints = [row.footprint for row in rows if row.footprint is not None]
 
     def mean(value: Callable[[Footprint], float]) -> float:
@@ -182,7 +184,7 @@ def _together(rows: Sequence[Measured]) -> Footprint:
     )
 
 
-def _sum_of_peaks(rows: Sequence[Measured]) -> float:
+def _sum_of_peaks(rows: Sequence[FootprintRow]) -> float:
     peaks: dict[tuple[str, str], float] = {}
     for row in rows:
         if row.footprint is not None:

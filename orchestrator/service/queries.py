@@ -26,7 +26,7 @@ def ask_store(store: Store, by: By, run: str = "", since_unix_s: int = 0) -> lis
     :raises InvalidInput: there is no such run.
     """
     run_id = store.find_run(run).run_id if run else ""
-    return aggregate(store.measured(run_id, since_unix_s), by)
+    return aggregate(store.footprint_rows(run_id, since_unix_s), by)
 
 
 def ask_server(

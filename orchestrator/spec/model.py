@@ -40,7 +40,7 @@ from orchestrator.spec.values import (
     Size,
     Strings,
     WholePercent,
-    wrong,
+    invalid_value,
 )
 
 
@@ -58,13 +58,13 @@ class Hosts(Part):
     @model_validator(mode="after")
     def _one_kind(self) -> Hosts:
         if bool(self.agents) == (self.count is not None):
-            raise wrong("hosts need either count and memory, or agents")
+            raise invalid_value("hosts need either count and memory, or agents")
         if self.count is not None and self.memory_bytes is None:
-            raise wrong("memory is missing", "say what each host has, as in memory: 1GiB")
+            raise invalid_value("memory is missing", "say what each host has, as in memory: 1GiB")
         if self.agents and self.memory_bytes is not None:
-            raise wrong("agents bring their own memory budget", "remove memory")
+            raise invalid_value("agents bring their own memory budget", "remove memory")
         if len(set(self.agents)) < len(self.agents):
-            raise wrong("an agent is named twice")
+            raise invalid_value("an agent is named twice")
         return self
 
     @property
@@ -98,12 +98,12 @@ class Phase(Part):
     def _one_kind(self) -> Phase:
         kinds = [k for k in ("allocate", "free", "repeat") if getattr(self, k) is not None]
         if len(kinds) != 1:
-            raise wrong(
+            raise invalid_value(
                 f"a phase is one of allocate, free and repeat, not {' and '.join(kinds) or 'none'}",
                 "start another phase with '-'",
             )
         if self.repeat is not None and (self.hold_s or self.settle):
-            raise wrong("repeat takes neither for nor settle", "move them to another phase")
+            raise invalid_value("repeat takes neither for nor settle", "move them to another phase")
         return self
 
 
@@ -156,11 +156,13 @@ class Arm(Part):
         others = self.model_fields_set - own - _SETTINGS_OF_ALL
         if others:
             names = ", ".join(sorted(key_of(Arm, name) for name in others))
-            raise wrong(f"method {self.method} does not take {names}", "remove what it cannot use")
+            raise invalid_value(
+                f"method {self.method} does not take {names}", "remove what it cannot use"
+            )
         for name, policy in _SETTINGS_OF_POLICIES.items():
             if name in self.model_fields_set and self.policy is not policy:
                 key = key_of(Arm, name)
-                raise wrong(f"{key} needs policy {policy}, but the policy is {self.policy}")
+                raise invalid_value(f"{key} needs policy {policy}, but the policy is {self.policy}")
         return self
 
     def runs_under(self, driver: Driver) -> bool:

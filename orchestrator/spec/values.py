@@ -17,27 +17,27 @@ from hintfleet.units import PAGE_BYTES, format_size, parse_duration_s, parse_siz
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 
 
-def wrong(message: str, hint: str = "") -> PydanticCustomError:
+def invalid_value(message: str, hint: str = "") -> PydanticCustomError:
     """An error with a hint, in the form that pydantic keeps."""
     return PydanticCustomError("hintfleet", "{message}", {"message": message, "hint": hint})
 
 
 def _size(value: Any) -> int:
     if not isinstance(value, str):
-        raise wrong(f"{value!r} is not a size", "write a number with a unit, as in 384MiB")
+        raise invalid_value(f"{value!r} is not a size", "write a number with a unit, as in 384MiB")
     try:
         return parse_size(value)
     except InvalidInput as error:
-        raise wrong(error.message, error.hint) from None
+        raise invalid_value(error.message, error.hint) from None
 
 
 def _duration_s(value: Any) -> float:
     if not isinstance(value, str):
-        raise wrong(f"{value!r} is not a duration", "write a number with a unit, as in 2s")
+        raise invalid_value(f"{value!r} is not a duration", "write a number with a unit, as in 2s")
     try:
         return parse_duration_s(value)
     except InvalidInput as error:
-        raise wrong(error.message, error.hint) from None
+        raise invalid_value(error.message, error.hint) from None
 
 
 def _percent(value: Any) -> float:
@@ -46,16 +46,16 @@ def _percent(value: Any) -> float:
     except (AttributeError, ValueError):
         percent = None
     if percent is None:
-        raise wrong(f"{value!r} is not a percentage", "write it as in 75%")
+        raise invalid_value(f"{value!r} is not a percentage", "write it as in 75%")
     if not 0 < percent <= 100:
-        raise wrong(f"{value!r} is not above 0% and at most 100%")
+        raise invalid_value(f"{value!r} is not above 0% and at most 100%")
     return percent
 
 
 def _whole_percent(value: Any) -> int:
     percent = _percent(value)
     if percent != int(percent):
-        raise wrong(f"{value!r} is not a whole percentage", "write it as in 75%")
+        raise invalid_value(f"{value!r} is not a whole percentage", "write it as in 75%")
     return int(percent)
 
 
@@ -64,7 +64,7 @@ def _amount(value: Any) -> Amount:
         return Amount(percent=_percent(value))
     size_bytes = _size(value)
     if size_bytes <= 0:
-        raise wrong(f"{value!r} is not above 0")
+        raise invalid_value(f"{value!r} is not above 0")
     return Amount(size_bytes=size_bytes)
 
 

@@ -68,7 +68,7 @@ def plan_trials(spec: Spec, run_id: str) -> tuple[Trial, ...]:
 def _blocks(spec: Spec) -> Iterator[tuple[int, Arm]]:
     for repetition in range(spec.repetitions):
         arms = list(spec.trial_arms)
-        random.Random(_mix(spec.seed, repetition)).shuffle(arms)
+        random.Random(_seed_from(spec.seed, repetition)).shuffle(arms)
         yield from ((repetition, arm) for arm in arms)
 
 
@@ -90,7 +90,7 @@ def host_task(spec: Spec, trial: Trial, host: str) -> HostTask:
             GuestTask(
                 name=name,
                 step_seeds=tuple(
-                    _mix(spec.seed, trial.repetition, name, i) for i in range(len(steps))
+                    _seed_from(spec.seed, trial.repetition, name, i) for i in range(len(steps))
                 ),
             )
             for name in names
@@ -98,7 +98,7 @@ def host_task(spec: Spec, trial: Trial, host: str) -> HostTask:
     )
 
 
-def _mix(*parts: object) -> int:
+def _seed_from(*parts: object) -> int:
     """63 bits that depend on all parts, the same on every machine and Python."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

@@ -26,13 +26,13 @@ from orchestrator.trial.host_session import HostPlace, HostSession
 from orchestrator.trial.plan import HostTask
 from orchestrator.trial.ray_cluster import (
     ClusterWatch,
-    cannot_join,
+    cannot_join_error,
     check_answers,
     cluster_address,
-    nobody_answers,
+    no_answer_error,
 )
 from orchestrator.trial.records import HostDone, Record
-from orchestrator.trial.signals import own_sigterm, undisturbed
+from orchestrator.trial.signals import signals_ignored, sigterm_handler_kept
 
 if TYPE_CHECKING:
     import grpc
@@ -129,7 +129,7 @@ class Fleet:
         """End everything. Ctrl-C is ignored meanwhile: for seconds, half a minute at the most."""
         import ray
 
-        with undisturbed():
+        with signals_ignored():
             actors, self._actors = self._actors, {}
             cluster, self._cluster = self._cluster, None
             if cluster is not None:
@@ -250,7 +250,7 @@ def _init_ray(address: str, runtime_dir: Path | None) -> None:
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    with own_sigterm():
+    with sigterm_handler_kept():
         if runtime_dir is None:
             _connect(address, quiet)
         else:
@@ -272,9 +272,9 @@ def _connect(address: str, quiet: dict[str, Any]) -> None:
     except HintfleetError:
         raise
     except ConnectionError as error:
-        raise nobody_answers(address, str(error)) from error
+        raise no_answer_error(address, str(error)) from error
     except Exception as error:
-        raise cannot_join(address, str(error.__cause__ or error)) from error
+        raise cannot_join_error(address, str(error.__cause__ or error)) from error
 
 
 def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def cluster_address(environment: Mapping[str, str]) -> str:
     return address
 
 
-def nobody_answers(address: str, reason: str) -> HintfleetError:
+def no_answer_error(address: str, reason: str) -> HintfleetError:
     """The error for a cluster that cannot be connected to.
 
     :param reason: one line of it is said.
@@ -60,7 +60,7 @@ def nobody_answers(address: str, reason: str) -> HintfleetError:
     )
 
 
-def cannot_join(address: str, reason: str) -> HintfleetError:
+def cannot_join_error(address: str, reason: str) -> HintfleetError:
     """The error for a cluster that answers and cannot be used, as one of other versions."""
     said = " ".join(line.strip() for line in reason.splitlines())
     return Refused(
@@ -84,7 +84,7 @@ def check_answers(
     except grpc.RpcError as error:
         code, why = _status(error)
         if code is not grpc.StatusCode.UNAUTHENTICATED:
-            raise nobody_answers(address, why) from error
+            raise no_answer_error(address, why) from error
         if needs_token:
             raise Refused(
                 f"the Ray cluster at RAY_ADDRESS={address} wants its token",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def own_sigterm() -> Iterator[None]:
+def sigterm_handler_kept() -> Iterator[None]:
     """Keep our handler of SIGTERM: ray.init puts in one that ends the process on the spot."""
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -20,7 +20,7 @@ def own_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def signals_ignored() -> Iterator[None]:
     """Ignore Ctrl-C and SIGTERM, so that cleaning up is not cut short."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -19,7 +19,7 @@ _STDOUT, _STDERR = 1, 2
 
 
 @contextlib.contextmanager
-def stray_output_in(log: Path) -> Iterator[TextIO]:
+def stray_output_to(log: Path) -> Iterator[TextIO]:
     """Append all that goes to stdout and stderr, of children too, to a file until the block ends.
 
     Yields what stderr was before, for what is meant to be seen. Afterwards the file is there
@@ -52,12 +52,12 @@ def _exchanged(fd: int, by: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _drop_what_does_not_fit(by)
+        _flush_or_discard(by)
         os.dup2(before, fd)
         os.close(before)
 
 
-def _drop_what_does_not_fit(log_fd: int) -> None:
+def _flush_or_discard(log_fd: int) -> None:
     """Flush into the log; what a full disk does not take must neither hide the error that is on
     its way, nor come out on what is stdout and stderr afterwards."""
     try:

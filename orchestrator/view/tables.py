@@ -84,7 +84,7 @@ def summary(run: Run, rows: Sequence[Savings], costs: Sequence[ArmCost]) -> Rend
         return Group(heading, Text(), Text("still running: figures are given when it has ended"))
     parts: list[RenderableType] = [heading, Text(), savings(rows)]
     if costs:
-        parts += [Text(), spent(costs), Text(), _SPENT_NOTE]
+        parts += [Text(), cost_table(costs), Text(), _SPENT_NOTE]
     return Group(*parts)
 
 
@@ -98,7 +98,7 @@ def savings(rows: Sequence[Savings]) -> RenderableType:
         if reason
     ]
     note = Text("saved: less mean resident memory than under none, pairs of same seeds", "dim")
-    return Group(memory(rows), Text(), came_back(rows), Text(), note, *reasons)
+    return Group(memory(rows), Text(), returned_memory(rows), Text(), note, *reasons)
 
 
 def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ def _saved(row: Savings) -> list[Text]:
     ]
 
 
-def came_back(rows: Sequence[Savings]) -> Table:
+def returned_memory(rows: Sequence[Savings]) -> Table:
     """What memory came back, and whether the workload kept its data."""
     names = _names(rows)
     made = table(
@@ -198,7 +198,7 @@ def _came_back_cells(footprint: Footprint | None) -> list[Text]:
     ]
 
 
-def spent(costs: Sequence[ArmCost]) -> Table:
+def cost_table(costs: Sequence[ArmCost]) -> Table:
     """What arms cost."""
     made = table(
         ("arm",),

@@ -91,7 +91,7 @@ def open_database(path: Path) -> sqlite3.Connection:
 
     :raises Refused: it was made by a newer version, or is no such database.
     """
-    with reported(path):
+    with errors_mapped(path):
         connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA journal_mode = WAL")
@@ -127,7 +127,7 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
 
 
 @contextmanager
-def reported(path: Path) -> Iterator[None]:
+def errors_mapped(path: Path) -> Iterator[None]:
     """Turn the errors of SQLite and the file system into ours.
 
     :raises LimitExceeded: the disk is full.

@@ -24,11 +24,11 @@ def take_lock(run_folder: Path) -> int:
     """
     fd = wait_for(lambda: try_lock(run_folder), lambda: _PATIENCE_S)
     if fd is None:
-        raise busy(run_folder.name)
+        raise busy_error(run_folder.name)
     return fd
 
 
-def busy(run_id: str) -> Refused:
+def busy_error(run_id: str) -> Refused:
     """The error that says that a run is being run."""
     return Refused(
         f"run {run_id} is being run by another process",

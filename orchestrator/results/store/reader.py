@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from hintfleet.errors import InvalidInput
-from orchestrator.results.comparison import Charged
+from orchestrator.results.comparison import CostRow
 from orchestrator.results.cost import Cost
 from orchestrator.results.footprint import Footprint, Returned
-from orchestrator.results.savings import Measured
-from orchestrator.results.store.database import open_database, reported
+from orchestrator.results.savings import FootprintRow
+from orchestrator.results.store.database import errors_mapped, open_database
 from orchestrator.results.store.lock import try_lock
 from orchestrator.results.trial_outcome import TrialStatus
 
@@ -114,7 +114,7 @@ class Store:
         """
         self.folder = folder
         self.path = folder / "hintfleet.sqlite"
-        with reported(self.path):
+        with errors_mapped(self.path):
             folder.mkdir(parents=True, exist_ok=True)
         self.database = open_database(self.path)
         self._end_abandoned_runs()
@@ -175,7 +175,7 @@ class Store:
         )
         return [_stored_trial(row) for row in rows]
 
-    def measured(self, run_id: str = "", since_unix_s: int = 0) -> list[Measured]:
+    def footprint_rows(self, run_id: str = "", since_unix_s: int = 0) -> list[FootprintRow]:
         """Return the footprints of runs that have ended, for `savings.aggregate`.
 
         The newest run comes first, in it the control, then the other arms as in its spec. A
@@ -204,9 +204,9 @@ class Store:
             run_id,
             since_unix_s * 1_000_000,
         )
-        return [_measured(row) for row in rows]
+        return [_footprint_row(row) for row in rows]
 
-    def charged(self, run_id: str) -> list[Charged]:
+    def cost_rows(self, run_id: str) -> list[CostRow]:
         """Return the costs of a run's hosts, for `comparison.compare`; none while it runs.
 
         A trial that was cut off has one row, without a host and a cost.
@@ -220,7 +220,7 @@ class Store:
             "ORDER BY t.arm_position, t.position, f.host",
             run_id,
         )
-        return [_charged(row) for row in rows]
+        return [_cost_row(row) for row in rows]
 
     def events(self, run_id: str, kind: type[_E]) -> list[_E]:
         """Everything of one kind that happened in a run, in the order of time."""
@@ -233,13 +233,13 @@ class Store:
         return [kind(**json.loads(row["detail"])) for row in rows]
 
     def _query(self, sql: str, *values: object) -> list[sqlite3.Row]:
-        with reported(self.path):
+        with errors_mapped(self.path):
             return self.database.execute(sql, values).fetchall()
 
     def _end_abandoned_runs(self) -> None:
         """Runs whose process is gone without a word (killed, power lost) are interrupted."""
         for row in self._query("SELECT run_id FROM runs WHERE state = 'running'"):
-            with reported(self.path):
+            with errors_mapped(self.path):
                 fd = try_lock(self.samples_dir(row["run_id"]))
                 if fd is None:
                     continue
@@ -270,8 +270,8 @@ def _stored_trial(row: sqlite3.Row) -> StoredTrial:
     return StoredTrial(**values | {name: bool(values[name]) for name in ("lost", "counted")})
 
 
-def _measured(row: sqlite3.Row) -> Measured:
-    return Measured(
+def _footprint_row(row: sqlite3.Row) -> FootprintRow:
+    return FootprintRow(
         run_id=row["run_id"],
         experiment=row["name"],
         spec_hash=row["spec_hash"],
@@ -285,8 +285,8 @@ def _measured(row: sqlite3.Row) -> Measured:
     )
 
 
-def _charged(row: sqlite3.Row) -> Charged:
-    return Charged(
+def _cost_row(row: sqlite3.Row) -> CostRow:
+    return CostRow(
         arm=row["arm"],
         is_control=row["arm"] == row["control"],
         repetition=row["repetition"],

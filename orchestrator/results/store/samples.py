@@ -72,7 +72,7 @@ def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:
         if not folder.exists():
             folder.mkdir(parents=True)
             _sync(folder.parent)
-        with _plain_name(folder) as plain:
+        with _path_for_duckdb(folder) as plain:
             _copy_to(f"{plain}/{unfinished.name}", _table(batches))
         _sync(unfinished)
         unfinished.rename(part)
@@ -95,7 +95,7 @@ def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[s
         return {}
     columns = ", ".join(("guest", "at_unix_us", "resident_bytes", *counters))
     try:
-        with _plain_name(folder) as plain, _connect() as connection:
+        with _path_for_duckdb(folder) as plain, _connect() as connection:
             found = connection.execute(
                 f"SELECT {columns} FROM read_parquet(?) "  # noqa: S608 - names of our own
                 "WHERE host = ? ORDER BY guest, at_unix_us",
@@ -125,7 +125,7 @@ def _table(batches: Sequence[Samples]) -> Columns:
 
 
 @contextmanager
-def _plain_name(folder: Path) -> Iterator[str]:
+def _path_for_duckdb(folder: Path) -> Iterator[str]:
     """Another name of `folder` while the block runs, which means nothing to DuckDB.
 
     DuckDB takes a path for UTF-8 text with a meaning: `[`, `*` and `?` are a glob, `host=a` is

@@ -18,7 +18,7 @@ from hintfleet.errors import HintfleetError
 from orchestrator.results.cost import COUNTERS
 from orchestrator.results.footprint import Series
 from orchestrator.results.run_outcome import RunOutcome, run_outcome
-from orchestrator.results.store.database import reported
+from orchestrator.results.store.database import errors_mapped
 from orchestrator.results.store.lock import take_lock
 from orchestrator.results.store.reader import Store
 from orchestrator.results.store.samples import PartWriter, read_series
@@ -75,7 +75,7 @@ class RunWriter:
         self._header = header
         self._folder = store.samples_dir(header.run_id)
         self._trial: _OpenTrial | None = None
-        with reported(store.path):
+        with errors_mapped(store.path):
             # Held as long as this process lives, so that others can tell.
             self._lock_fd = take_lock(self._folder)
             (self._folder / RESERVE).write_bytes(bytes(_RESERVE_BYTES))
@@ -179,7 +179,7 @@ class RunWriter:
 
     def _undecided(self) -> list[str]:
         """Why trials count for nothing, in their order."""
-        with reported(self._store.path):
+        with errors_mapped(self._store.path):
             rows = self._store.database.execute(
                 "SELECT DISTINCT undecided FROM counted_trials "
                 "WHERE run_id = ? AND undecided != '' ORDER BY position",
@@ -232,7 +232,7 @@ class RunWriter:
         )
 
     def _execute(self, sql: str, *values: object) -> None:
-        with reported(self._store.path):
+        with errors_mapped(self._store.path):
             self._store.database.execute(sql, values)
 
     @contextmanager

@@ -11,7 +11,7 @@ import pytest
 from hintfleet.errors import InvalidInput
 from hintfleet.net.tls import CA_FILE, CERT_FILE, KEY_FILE, Role
 from orchestrator.cli import run_command
-from orchestrator.pki import Authority, look_at
+from orchestrator.pki import Authority, read_certificates
 
 UUID = "6f3c2b0e-5d0a-4c7e-9b52-0c4f4a1f2d10"
 
@@ -56,7 +56,7 @@ def test_what_is_issued_is_shown(folder: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_host_is_reached_by_its_name_unless_said_otherwise(folder: Path) -> None:
     assert pki("issue", "host", "h1.example.org", "--folder", folder) == 0
-    (_, host) = look_at(folder)
+    (_, host) = read_certificates(folder)
     assert host.subjects == ("h1.example.org", "urn:hintfleet:host")
 
 

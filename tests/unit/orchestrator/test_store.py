@@ -156,7 +156,7 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
         assert saved is not None
         assert saved.mean == pytest.approx(6 * 60 << 20)
         assert saved.pairs == 3
-        (cost,) = compare(store.charged("run1"), Driver.EMBEDDED)
+        (cost,) = compare(store.cost_rows("run1"), Driver.EMBEDDED)
         assert cost.arm == "bitmap"
         assert cost.wire_bytes_per_range == 1
         assert len(store.events("run1", HostDone)) == 12
@@ -210,7 +210,7 @@ def test_pages_that_came_back_wrong_are_a_result_everywhere(
         rows = {row.arm: row for row in ask_store(store, By.FLEET, "run1")}
         assert rows["bitmap"].saved_bytes is None
         assert rows["bitmap"].undecided
-        assert compare(store.charged("run1"), Driver.EMBEDDED) == []
+        assert compare(store.cost_rows("run1"), Driver.EMBEDDED) == []
         assert left_to_run(trials, store.trials("run1")) == (), "it is not run again"
     for command in ("show", "savings"):
         assert run_command([command, "--data-dir", str(tmp_path)]) == 3
@@ -234,7 +234,7 @@ def test_a_trial_that_was_cut_off_leaves_no_figure(by: By, tmp_path: Path) -> No
         assert [row.undecided for row in rows if row.arm == last.arm.name] == [reason] * units
         assert all(row.saved_bytes is None for row in rows)
         assert all(
-            cost.host_cpu_s is None for cost in compare(store.charged("run1"), Driver.EMBEDDED)
+            cost.host_cpu_s is None for cost in compare(store.cost_rows("run1"), Driver.EMBEDDED)
         )
         with RunWriter(store, header(), again=True) as writer:
             write_trial(writer, last.position, 1 << 20, attempt=2)
@@ -312,7 +312,7 @@ def test_only_the_last_attempt_at_a_trial_counts(tmp_path: Path) -> None:
             assert row.footprint is not None
             assert row.footprint.peak_resident_bytes == 2 * 3 * 100 << 20
         assert len(ask_store(store, By.GUEST, "run1")) == 12
-        assert compare(store.charged("run1"), Driver.EMBEDDED)[0].host_cpu_s is not None
+        assert compare(store.cost_rows("run1"), Driver.EMBEDDED)[0].host_cpu_s is not None
 
 
 def test_a_lost_guest_beside_a_lost_host_is_a_result(tmp_path: Path) -> None:
@@ -556,7 +556,7 @@ def test_a_run_that_the_version_before_stored_is_read_and_goes_on(
         assert saved.pairs == 2
         assert rows["reported"].undecided == "reported, repetition 1, host1: gone"
         assert rows["wrong"].undecided == "wrong, repetition 2, host1: gone"
-        (cost,) = compare(store.charged(run.run_id), run.driver)
+        (cost,) = compare(store.cost_rows(run.run_id), run.driver)
         assert (cost.arm, cost.wire_bytes_per_range) == ("bitmap", 1)
         left = stored_experiment(store, run).left
         assert [(trial.arm.name, trial.repetition, trial.attempt) for trial in left] == [
