@@ -1,4 +1,4 @@
-"""The report as one HTML file with all that it needs in it."""
+"""Writes the report as one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.view.figures import first_line, when
 
 
 def page(contents: Contents) -> str:
-    """The whole page."""
+    """Return the HTML page."""
     run = contents.run
     charts = {"resident": resident_chart(contents)}
     if (savings := savings_chart(contents)) is not None:
@@ -42,7 +42,8 @@ def page(contents: Contents) -> str:
         environment=_html_table(_environment(run.environment)),
         version=__version__,
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
-        # So that no text in it can end the script.
+        # A text such as `</script>` in the data would end the script element: HTML looks for it
+        # inside of strings, too.
         charts=json.dumps(charts).replace("<", "\\u003c"),
     )
 
@@ -53,14 +54,15 @@ def _reasons(contents: Contents) -> str:
 
 
 def _environment(found: Mapping[str, str]) -> Table:
-    made = tables.table(("what", "found"))
+    shown = tables.table(("what", "found"))
     for name, value in found.items():
-        made.add_row(name, Text(value))
-    return made
+        # Text, not str: Rich would read brackets in a str as markup.
+        shown.add_row(name, Text(value))
+    return shown
 
 
 def _html_table(table: Table) -> str:
-    """What is in a table for the terminal, as HTML."""
+    """Return a table that was made for the terminal as HTML."""
     sides = ["" if column.justify == "right" else ' class="left"' for column in table.columns]
     header = _cells("th", [column.header for column in table.columns], sides)
     columns = [list(column.cells) for column in table.columns]

@@ -1,7 +1,7 @@
-"""What the arms of a run cost, each against the control. Pure.
+"""Computes what each arm of a run cost, compared with the control. Pure.
 
-Pairs are those of `savings`: a repetition each, its hosts summed before they are
-compared. An arm with a trial that is undecided has no figures here either.
+Pairs are the same as in `savings`: one pair per repetition, its hosts summed first. An arm
+with an undecided trial has no figures here either.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ class CostRow:
     """The cost of one host in one trial.
 
     :ivar cost: None if the host was not measured, or the trial was cut off.
-    :ivar undecided: why the trial counts for nothing, as when pages came back wrong; empty if
-        it counts.
+    :ivar undecided: why the trial does not count, for example wrong pages; empty if it counts.
     """
 
     arm: str
@@ -39,21 +38,21 @@ class CostRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmCost:
-    """What an arm cost; all hosts together where nothing else is said.
+    """The cost of an arm. All hosts are summed unless stated otherwise.
 
-    :ivar settle_s: mean over guests and free steps of the time until 95 % of what
-        came back was back; None if nothing came back.
-    :ivar slowest_settle_s: the longest of them.
-    :ivar asked_settle_s: mean time that a Settle took; None if there was none.
+    :ivar settle_s: time until 95 % of the memory that came back was back: the mean over
+        guests and free steps; None if nothing came back.
+    :ivar slowest_settle_s: the longest of these times.
+    :ivar asked_settle_s: mean time that a Settle call took; None if there was none.
     :ivar slowdown_percent: how much longer the workload's steps took than under the
-        control. The mean is the geometric one.
-    :ivar guest_cpu_s: CPU time in the guests, more than under the control.
-    :ivar host_cpu_s: CPU time of the guests' processes and the host agents, more than
-        under the control; has `guest_cpu_s` in it.
-    :ivar observing_cpu_s: mean CPU time of a trial that went into measuring; in none of the
-        others.
+        control; a geometric mean.
+    :ivar guest_cpu_s: CPU time in the guests, minus that under the control.
+    :ivar host_cpu_s: CPU time of the guests' processes and the host agents, minus that
+        under the control. Includes `guest_cpu_s`.
+    :ivar observing_cpu_s: mean CPU time that a trial spent on measuring; not included in
+        the other times.
     :ivar wire_bytes_per_range: None if no range was sent.
-    :ivar tracker_bytes: of one guest, the greatest.
+    :ivar tracker_bytes: the maximum over all guests.
     """
 
     arm: str
@@ -69,7 +68,10 @@ class ArmCost:
 
 
 def compare(rows: Sequence[CostRow], driver: str) -> list[ArmCost]:
-    """Of every arm but the control that was measured whole, in the order of `rows`."""
+    """Return the cost of each arm whose trials all count, without the control.
+
+    Arms are in the order of `rows`.
+    """
     arms: dict[str, list[CostRow]] = {}
     for row in rows:
         arms.setdefault(row.arm, []).append(row)
@@ -83,6 +85,8 @@ def _arm_cost(arm: Sequence[CostRow], control: Sequence[CostRow], driver: str) -
     settled = [s for cost in costs for s in cost.settle_s]
     asked = [s for cost in costs for s in cost.asked_settle_s]
     ranges = sum(cost.ranges for cost in costs)
+    # Under method none an embedded guest's agent reports no CPU time. But the guest is one
+    # process, so that process's time is the time in the guest.
     embedded = driver == Driver.EMBEDDED
     return ArmCost(
         arm=arm[0].arm,
@@ -103,7 +107,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _by_trial(rows: Sequence[CostRow], value: Callable[[Cost], float]) -> dict[Hashable, float]:
-    """The sum over the hosts of each trial."""
+    """Sum over the hosts of each trial."""
     sums: dict[Hashable, float] = {}
     for row in rows:
         if row.cost:
@@ -118,10 +122,11 @@ def _extra(
 
 
 def _slowdown_percent(control: Sequence[CostRow], arm: Sequence[CostRow]) -> Interval | None:
-    """Of ratios the logarithms are averaged: twice as slow and twice as fast cancel out."""
-
+    # Logarithms of ratios are averaged, not ratios: a trial that is twice as slow and one that
+    # is twice as fast then cancel out.
     def log_step_s(rows: Sequence[CostRow]) -> dict[Hashable, float]:
         step_s = _by_trial(rows, lambda cost: cost.step_s)
+        # At least a microsecond, the unit of the durations: log(0) is not defined.
         return {trial: math.log(max(value, 1e-6)) for trial, value in step_s.items()}
 
     log_ratio = mean_interval(paired_differences(log_step_s(arm), log_step_s(control)))

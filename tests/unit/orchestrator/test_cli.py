@@ -36,7 +36,7 @@ from orchestrator.commands.run import Interrupts
         (["serve", "--listen", "0.0.0.0:1"], 2, "loopback"),
         (["report", "nothing"], 2, "no run 'nothing'"),
         (["report", "--plot", "plot.jpeg"], 2, "must end in .png or .svg"),
-        (["report", "-o", "a.html", "--plot", "a.png"], 2, "do not go together"),
+        (["report", "-o", "a.html", "--plot", "a.png"], 2, "give either --output or --plot"),
         (["experiments", "nothing"], 2, "it has methods, quickstart"),
     ],
 )
@@ -92,7 +92,7 @@ def test_more_memory_than_the_machine_has(
     )
     assert run_command(["run", str(path), "--data-dir", str(tmp_path)]) == 2
     assert "large.yaml:4:26: guests.memory" in (said := capsys.readouterr().err)
-    assert "more memory than there is" in said
+    assert "more memory than is available" in said
     assert not (tmp_path / "samples").exists()
 
 

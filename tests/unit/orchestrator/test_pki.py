@@ -97,7 +97,7 @@ def test_an_authority_is_never_overwritten(
     (folder / lost).unlink()
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert pki("init", "--folder", folder) == 1
-    assert "holds an authority already" in capsys.readouterr().err
+    assert "already has an authority" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -109,7 +109,7 @@ def test_a_certificate_is_never_overwritten(
     assert pki("issue", "operator", "alice", "--folder", folder) == 0
     key = (folder / "issued/operator-alice" / KEY_FILE).read_bytes()
     assert pki("issue", "operator", "alice", "--folder", folder) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert (folder / "issued/operator-alice" / KEY_FILE).read_bytes() == key
     assert [path.name for path in (folder / "issued").iterdir()] == ["operator-alice"]
 
@@ -159,7 +159,7 @@ def test_files_that_cannot_be_read(
     issued = Authority(folder).issue(Role.OPERATOR, "alice", (), 1)
     (issued / broken).write_text("nonsense")
     assert pki("show", issued) == 2
-    assert "is no certificate" in capsys.readouterr().err
+    assert "is not a certificate" in capsys.readouterr().err
 
 
 def test_no_authority(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
