@@ -100,7 +100,9 @@ def run(
     if (spec is None) == (resume is None):
         raise click.UsageError("give either a SPEC or --resume RUN")
     if resume is not None and (driver or agents):
-        raise click.UsageError("--resume keeps the run's own driver and hosts: give neither here")
+        raise click.UsageError(
+            "--resume uses the run's own driver and hosts: leave out --driver and --host"
+        )
     if spec is not None:
         experiment = new_experiment(spec, overrides(driver, agents), libvirt_uri)
     # The actors read the folder again, on their own nodes; a bad one has to be found before

@@ -23,7 +23,7 @@ from orchestrator.commands.run import Interrupts
         (["run", "quickstart", "-o", "xml"], 2, "'xml'"),
         (["run"], 2, "either a SPEC or --resume"),
         (["run", "quickstart", "--resume", "latest"], 2, "either a SPEC or --resume"),
-        (["run", "--resume", "latest", "--driver", "libvirt"], 2, "no --driver"),
+        (["run", "--resume", "latest", "--driver", "libvirt"], 2, "leave out --driver"),
         (["run", "--resume", "nothing"], 2, "no run 'nothing'"),
         (["run", "quickstart", "--retries", "-1"], 2, "--retries"),
         (["fly"], 2, "No such command"),

@@ -122,7 +122,7 @@ def test_a_run_that_goes_on_has_no_report_yet(
     ("harm", "said"),
     [
         (lambda part: part.write_bytes(part.read_bytes()[:100]), "cannot read samples of run1-"),
-        (lambda part: part.unlink(), "the samples of host1 are gone"),
+        (lambda part: part.unlink(), "the samples of host1 are missing"),
     ],
 )
 def test_samples_that_cannot_be_read_are_said(
