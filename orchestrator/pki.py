@@ -336,7 +336,7 @@ def _read_key(path: Path) -> _Key:
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
-        raise InvalidInput(f"{path} is not a private key without a password") from error
+        raise InvalidInput(f"{path} is not an unencrypted private key") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise InvalidInput(f"{path} is not an EC key")
     return key

@@ -101,7 +101,7 @@ def machine_problem(spec: Spec, available: Bound[int]) -> Problem | None:
     return Problem(
         path=("hosts", "agents") if spec.hosts.agents else ("guests", "memory"),
         message=f"{who} could need {format_size(needed)} at once, more memory than is available "
-        f"({format_size(available.value)} {available.where})",
+        f"({format_size(available.value)} available {available.where})",
         hint=remedy + available.or_raise,
     )
 

@@ -36,4 +36,4 @@ def leak_table(leaks: Sequence[Leak], *, all_looked_at: bool) -> RenderableType:
 def _fate(leak: Leak) -> str:
     if leak.removed:
         return "removed"
-    return f"must stay: {leak.kept}" if leak.kept else leak.why
+    return f"not removed: {leak.kept}" if leak.kept else leak.why

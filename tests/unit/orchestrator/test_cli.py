@@ -119,7 +119,7 @@ def test_what_could_not_be_looked_at_is_not_nothing(
     assert run_command(command) == 1
     out, err = capsys.readouterr()
     assert "nothing is left" not in out
-    assert "not looked at: domains: " in err
+    assert "not checked: domains: " in err
 
 
 def test_no_arguments_show_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:

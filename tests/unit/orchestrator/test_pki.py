@@ -166,11 +166,11 @@ def test_no_authority(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert pki("issue", "operator", "alice", "--folder", tmp_path) == 2
     assert "hintfleet pki init" in capsys.readouterr().err
     (tmp_path / "ca.pem").write_text("x")
-    with pytest.raises(InvalidInput, match="no certificate"):
+    with pytest.raises(InvalidInput, match="is not a certificate"):
         Authority(tmp_path)
 
 
 def test_an_authority_without_its_key_issues_nothing(folder: Path) -> None:
     (folder / "ca.key").write_text("x")
-    with pytest.raises(InvalidInput, match="no key"):
+    with pytest.raises(InvalidInput, match="is not an unencrypted private key"):
         Authority(folder)
