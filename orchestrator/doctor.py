@@ -22,7 +22,6 @@ from hintfleet.units import format_size
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.checks import needed_bytes
 
-# It boots a guest to see whether KVM works (host_agent/doctor.py), under TCG if it does not.
 _HOST_AGENT_TIMEOUT_S = 120
 _INSTALL = "pip install 'hintfleet[orchestrator]'"
 

@@ -213,7 +213,7 @@ def run_experiment(
     about = {"run": header.run_id, "spec": spec.name, "hosts": len(host_names(spec))}
     _log.info("run begun", extra=fields(**about, trials=len(to_run), kept=len(kept)))
     # In this order: the end of the run is stored before the fleet is closed, because closing
-    # can take half a minute, and a second Ctrl-C or a kill may come meanwhile.
+    # can take half a minute, in which this process may be killed.
     with (
         fleet,
         RunWriter(store, header, experiment.is_resumed) as writer,

@@ -90,7 +90,7 @@ class Fleet(AbstractContextManager["Fleet"]):
             self._runtime_dir = None if self._address else runtime_dirs().make()
             _init_ray(self._address, self._runtime_dir.path if self._runtime_dir else None)
             self._cluster = _watch()
-            _log.info("ray is there", extra=fields(address=self._address or "private"))
+            _log.info("ray connected", extra=fields(address=self._address or "private"))
             self._start_actors(list(self._places))
         except BaseException:
             self.close()

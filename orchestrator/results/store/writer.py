@@ -11,11 +11,10 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from hintfleet.errors import HintfleetError
 from orchestrator.results.cost import COUNTERS
@@ -61,8 +60,8 @@ class _OpenTrial:
         self.parts = PartWriter(folder)
 
 
-class RunWriter:
-    """Writes a run. Use as a context manager: the run ends when the block ends.
+class RunWriter(AbstractContextManager["RunWriter"]):
+    """Writes a run. A context manager: the run ends when the block ends.
 
     If the block ends by KeyboardInterrupt, the run is stored as interrupted; if by another
     error, as failed. Either can be resumed. A reserve file is kept on disk, so that the end
@@ -89,15 +88,7 @@ class RunWriter:
             else:
                 self._insert_run()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is None:
             self._end(run_outcome(None, self._undecided()))
         else:
