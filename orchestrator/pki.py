@@ -214,10 +214,10 @@ def _describe(path: Path, ca_path: Path) -> Certificate:
 
 def _subjects(cert: x509.Certificate) -> list[x509.GeneralName]:
     try:
-        found = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        extension = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:
         return []
-    return list(found.value)
+    return list(extension.value)
 
 
 def _state(cert: x509.Certificate, ca: x509.Certificate) -> str:
@@ -249,8 +249,8 @@ def _checked(name: str) -> str:
 def _check_private(folder: Path) -> None:
     # Only checked, not changed: the folder may have existed before, with a mode that its owner
     # chose.
-    found = folder.stat()
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise Refused(
             f"other users may enter {folder}, which would hold the authority's key",
             hint=f"choose a new --folder, or close this one to others: chmod 700 {folder}",

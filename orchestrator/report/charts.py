@@ -218,15 +218,15 @@ def _spread(wanted: dict[str, float], distance: float, highest: float) -> dict[s
 
     They stay between 0 and `highest` if all fit there, and near the wanted heights.
     """
-    found: dict[str, float] = {}
+    placed: dict[str, float] = {}
     lowest = 0.0
     for arm, height in sorted(wanted.items(), key=lambda item: item[1]):
-        found[arm] = max(height, lowest)
-        lowest = found[arm] + distance
-    for arm in reversed(found):
-        found[arm] = min(found[arm], highest)
-        highest = found[arm] - distance
-    return found
+        placed[arm] = max(height, lowest)
+        lowest = placed[arm] + distance
+    for arm in reversed(placed):
+        placed[arm] = min(placed[arm], highest)
+        highest = placed[arm] - distance
+    return placed
 
 
 def _styled(chart: Any) -> VegaLite:

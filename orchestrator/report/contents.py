@@ -59,13 +59,13 @@ def read_contents(store: Store, run: Run) -> Contents:
 
 
 def _series(folder: Path, host: str) -> Iterable[Series]:
-    found = read_series(folder, host)
-    if not found:
+    series = read_series(folder, host)
+    if not series:
         raise Refused(
             f"the samples of {host} are missing in {folder}",
             hint="`hintfleet show` needs no samples: the savings are stored separately",
         )
-    return found.values()
+    return series.values()
 
 
 def _phases(
@@ -79,11 +79,11 @@ def _phases(
     for done in store.events(run.run_id, StepDone):
         guests = steps.setdefault((done.trial_id, done.host), {})
         guests.setdefault(done.guest, []).append(done.started_unix_us)
-    found: dict[str, dict[str, list[PhaseStarted]]] = {}
+    phases: dict[str, dict[str, list[PhaseStarted]]] = {}
     for event in store.events(run.run_id, PhaseStarted):
         if event.trial_id in trial_ids:
-            begun = found.setdefault(event.trial_id, {}).setdefault(event.host, [])
+            host_phases = phases.setdefault(event.trial_id, {}).setdefault(event.host, [])
             guests = steps[event.trial_id, event.host]
-            began_us = min(starts[len(begun)] for starts in guests.values())
-            begun.append(replace(event, at_unix_us=began_us))
-    return found
+            began_us = min(starts[len(host_phases)] for starts in guests.values())
+            host_phases.append(replace(event, at_unix_us=began_us))
+    return phases

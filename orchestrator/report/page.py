@@ -53,9 +53,9 @@ def _reasons(contents: Contents) -> str:
     return "".join(f"<p>undecided: {escape(first_line(reason))}</p>" for reason in reasons)
 
 
-def _environment(found: Mapping[str, str]) -> Table:
+def _environment(environment: Mapping[str, str]) -> Table:
     shown = tables.table(("what", "found"))
-    for name, value in found.items():
+    for name, value in environment.items():
         # Text, not str: Rich would read brackets in a str as markup.
         shown.add_row(name, Text(value))
     return shown

@@ -212,7 +212,7 @@ def _sum(parts: Sequence[Series]) -> Series:
 
 def _returned(series: Series, steps: Sequence[StepDone]) -> Returned | None:
     """Compare resident memory before each free step and some time after it."""
-    found = []
+    parts = []
     for step, following in pairwise(steps):
         if step.kind != "free" or not step.changed_bytes:
             continue
@@ -220,10 +220,10 @@ def _returned(series: Series, steps: Sequence[StepDone]) -> Returned | None:
         after_s = max(0.0, min(RETURNED_AFTER_S, until_next_s))
         before = _last_seen(series, step.started_unix_us)
         after = _last_seen(series, step.at_unix_us + round(after_s * _US_PER_S))
-        found.append(
+        parts.append(
             Returned(freed_bytes=step.changed_bytes, left_bytes=before - after, after_s=after_s)
         )
-    return sum_returned(found)
+    return sum_returned(parts)
 
 
 def _last_seen(series: Series, at_us: int) -> float:

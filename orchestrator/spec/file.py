@@ -137,13 +137,15 @@ def _no_such_spec(name: str) -> InvalidInput:
 
 
 def _problems(error: ValidationError) -> list[Problem]:
-    found = error.errors()
-    around = {e["loc"][:n] for e in found for n in range(len(e["loc"]))}
-    misspelt = {(*e["loc"][:-1], _near(e["loc"])) for e in found if e["type"] == "extra_forbidden"}
+    details = error.errors()
+    around = {e["loc"][:n] for e in details for n in range(len(e["loc"]))}
+    misspelt = {
+        (*e["loc"][:-1], _near(e["loc"])) for e in details if e["type"] == "extra_forbidden"
+    }
     # Pydantic also reports what only follows from another problem: a sequence with an invalid
     # item is one item too short, and the right name of a misspelt key is missing.
     implied = {"too_short": around, "missing": misspelt}
-    return [_problem(e) for e in found if e["loc"] not in implied.get(e["type"], ())]
+    return [_problem(e) for e in details if e["loc"] not in implied.get(e["type"], ())]
 
 
 def _problem(error: Any) -> Problem:
@@ -191,13 +193,13 @@ def _error(
 ) -> InvalidInput:
     # A mistake in `under` is found twice, there and in the merged spec. With the path in the
     # document both are equal, and `fromkeys` keeps one.
-    found = dict.fromkeys(
+    unique = dict.fromkeys(
         replace(problem, path=(*moved.get(problem.path[0], problem.path[:1]), *problem.path[1:]))
         if problem.path
         else problem
         for problem in problems
     )
-    ordered = sorted(found, key=lambda p: astuple(document.position(p.path)))
+    ordered = sorted(unique, key=lambda p: astuple(document.position(p.path)))
     if len(ordered) == 1:
         return InvalidInput(_message(document, ordered[0]), hint=ordered[0].hint)
     lines = [

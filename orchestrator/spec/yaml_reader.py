@@ -47,11 +47,11 @@ class Document:
 
     def position(self, path: Sequence[Hashable]) -> Position:
         """Return the position of the value at `path`, or of the nearest value around it."""
-        found: Path = ()
+        known: Path = ()
         for step in path:
-            if (*found, step) in self.positions:
-                found = (*found, step)
-        return self.positions[found]
+            if (*known, step) in self.positions:
+                known = (*known, step)
+        return self.positions[known]
 
     def where(self, path: Sequence[Hashable]) -> str:
         """Return `file:line:column` of `path`."""
@@ -126,17 +126,17 @@ class _Reader:
         return tuple(self.value(item, (*path, i)) for i, item in enumerate(node.value))
 
     def _mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode):
                 raise self._error(key_node, "a key must be a plain word")
             key = key_node.value
-            if key in found:
+            if key in mapping:
                 first = self.positions[(*path, key)].line
                 raise self._error(key_node, f"duplicate key {key!r} (first on line {first})")
-            found[key] = self.value(value_node, (*path, key))
+            mapping[key] = self.value(value_node, (*path, key))
             self.positions[(*path, key)] = _position(key_node)
-        return found
+        return mapping
 
     def _scalar(self, node: ScalarNode) -> Any:
         text: str = node.value

@@ -119,8 +119,8 @@ class HostClient:
         finally:
             call.cancel()
 
-    async def _answer(self, call: Awaitable[_Answer], what: str) -> _Answer:
+    async def _answer(self, call: Awaitable[_Answer], action: str) -> _Answer:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, f"{self._address}: {what}") from error
+            raise from_rpc_error(error, f"{self._address}: {action}") from error

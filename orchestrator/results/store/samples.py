@@ -100,7 +100,7 @@ def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[s
     columns = ", ".join(("guest", "at_unix_us", "resident_bytes", *counters))
     try:
         with _path_for_duckdb(folder) as plain, _connect() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 f"SELECT {columns} FROM read_parquet(?) "  # noqa: S608 - names of our own
                 "WHERE host = ? ORDER BY guest, at_unix_us",
                 [f"{plain}/*.parquet", host],
@@ -108,13 +108,13 @@ def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[s
     except (OSError, _duckdb_error()) as error:
         raise Refused(f"cannot read samples of {folder.name}: {error}") from error
     # Rows are ordered by guest, so the first index of each name begins its slice.
-    names, starts = np.unique(found["guest"].astype(str), return_index=True)
-    cuts = [*starts.tolist(), len(found["guest"])]
+    names, starts = np.unique(rows["guest"].astype(str), return_index=True)
+    cuts = [*starts.tolist(), len(rows["guest"])]
     return {
         str(name): Series(
-            at_unix_us=found["at_unix_us"][start:end],
-            resident_bytes=found["resident_bytes"][start:end],
-            counters={counter: found[counter][start:end] for counter in counters},
+            at_unix_us=rows["at_unix_us"][start:end],
+            resident_bytes=rows["resident_bytes"][start:end],
+            counters={counter: rows[counter][start:end] for counter in counters},
         )
         for name, start, end in zip(names, cuts, cuts[1:], strict=False)
     }
