@@ -10,12 +10,13 @@ from hintfleet import program
 
 def main() -> NoReturn:
     """Run a command and end the process with its exit code."""
+    # Before any import that can fail: it makes stdout and stderr usable.
     tell = program.prepare("hintfleet")
     sys.exit(program.run(_command, tell, "hintfleet[orchestrator]"))
 
 
 def _command() -> int:
-    from orchestrator.cli import run_command  # late: it needs what may not be installed
+    from orchestrator.cli import run_command  # imports packages that may be missing
 
     return run_command(sys.argv[1:])
 

@@ -1,5 +1,8 @@
-"""`hintfleet`: the command line. Commands import what they need when they run, so
-that `--help` is fast; data goes to stdout, all else to stderr."""
+"""The command line of `hintfleet`.
+
+A command imports what it needs when it runs, so `--help` is fast. Data goes to stdout,
+everything else to stderr.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,17 @@ _EPILOG = """\b
 Examples:
   hintfleet doctor                      what this machine can run
   hintfleet run quickstart              an experiment of the catalogue
-  hintfleet run my.yaml -o json         one of your own; data on stdout
-  hintfleet show latest                 the newest run again
-  hintfleet report latest               the same as one HTML file with plots
+  hintfleet run my.yaml -o json         an experiment of your own; JSON on stdout
+  hintfleet show latest                 the results of the newest run
+  hintfleet report latest               its results as one HTML file with plots
   hintfleet savings --by host --since 1h
 
 \b
 Environment: HINTFLEET_TLS, LIBVIRT_DEFAULT_URI, XDG_DATA_HOME, NO_COLOR; RAY_ADDRESS
-(HOST:PORT of a Ray cluster that this machine is a node of, or auto). Proxies are not used.
-Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 undecided (no figure can
-be given), 130 interrupted.
+(auto, or HOST:PORT of a Ray cluster; this machine must be a node of it). Proxies are
+not used.
+Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 undecided (the figures cannot
+be trusted), 130 interrupted.
 Shell completion: eval "$(_HINTFLEET_COMPLETE=bash_source hintfleet)"
 """
 
@@ -55,19 +59,21 @@ def _version(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 )  # fmt: skip
 @click.option(
     "--log-level", type=click.Choice(logs.LEVELS),
-    help="Log what happens, too, on stderr.  [default: messages for people only]",
+    help="Also write log records of this level and above to stderr.  [default: no log]",
 )  # fmt: skip
 @click.option(
     "--log-format", type=click.Choice(logs.FORMATS), default="text", show_default=True,
-    help="Text with NAME=VALUE fields, or a JSON object a line.",
+    help="Log as text with NAME=VALUE fields, or as one JSON object per line.",
 )  # fmt: skip
 @click.pass_context
 def cli(context: click.Context, log_level: str | None, log_format: str) -> None:
-    """A lab for memory overcommit: how much host memory free page hinting gives back,
-    what it costs, and which way of doing it is best, on real guests and a whole fleet."""
+    """A lab for memory overcommit: measure how much host memory free page hinting gives
+    back, what it costs, and which method is best, on real guests and a whole fleet."""
     if log_level is not None:
         logs.configure(log_level, log_format)
     else:
+        # Records that meet no handler go to logging.lastResort, where hintfleet/program.py
+        # reports them as bugs.
         logging.getLogger("hintfleet").addHandler(logging.NullHandler())
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -78,21 +84,23 @@ for command in (doctor, experiments, pki, report, run, runs, show, savings, serv
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run a command line; returns its exit code. Errors are told on stderr."""
+    """Run a command line and return its exit code. Errors are printed on stderr."""
     return program.run(lambda: _invoke(arguments), _tell, "hintfleet[orchestrator]")
 
 
 def _invoke(arguments: list[str]) -> int:
     try:
+        # Standalone, click would call sys.exit() and swallow what a command returns; the
+        # commands return their exit codes.
         return int(cli.main(arguments, prog_name="hintfleet", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort as error:
+    except click.Abort as error:  # click's own name for Ctrl-C and for an end of input
         raise KeyboardInterrupt from error
 
 
 def _tell(message: str) -> None:
-    with suppress(OSError):
+    with suppress(OSError):  # stderr may be closed or full; the exit code still counts
         click.secho("error: ", fg="red", bold=True, err=True, nl=False)
     program.say(message)

@@ -1,7 +1,7 @@
-"""What this machine can run, found out by trying it.
+"""Checks what this machine can run, by trying it.
 
-The host agent examines itself (libvirt, the guest image, a hole punch) in a
-process of its own: neither it nor libvirt is imported here.
+The host agent checks libvirt, the guest image and a hole punch in its own process: neither it
+nor libvirt is imported here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INSTALL = "pip install 'hintfleet[orchestrator]'"
 
 
 def examine(libvirt_uri: str = "") -> list[Finding]:
-    """Return all findings, in the order a newcomer needs them."""
+    """Return all findings, in the order in which a new user needs them."""
     return list(_examine(libvirt_uri))
 
 
@@ -69,7 +69,7 @@ def _memory() -> Finding:
         ok=available.value >= needed,
         detail=f"{format_size(available.value)} of {format_size(total.value)} available "
         f"{available.where}",
-        hint=f"the quickstart needs {format_size(needed)}; end something large"
+        hint=f"the quickstart needs {format_size(needed)}; end another large program"
         + available.or_raise,
     )
 
@@ -90,21 +90,21 @@ def _memfd() -> Finding:
 
 
 def _importable(module: str, needed_for: Driver, hint: str) -> Finding:
-    # libvirt is only looked for: the host agent is the one that imports it.
-    there = importlib.util.find_spec(module) is not None
+    # Looked up, not imported: libvirt is imported by the host agent only, and Ray takes long.
+    installed = importlib.util.find_spec(module) is not None
     return Finding(
         name=f"{module} (Python)",
-        ok=there,
-        detail="installed" if there else "not installed",
-        hint="" if there else hint,
+        ok=installed,
+        detail="installed" if installed else "not installed",
+        hint="" if installed else hint,
         needed_for=needed_for,
     )
 
 
 def _host_agent(libvirt_uri: str) -> Iterator[Finding]:
     try:
-        told = json.loads(ask_host_agent(libvirt_uri, "--doctor"))
-        findings = [Finding.from_json(finding) for finding in told]
+        answer = json.loads(ask_host_agent(libvirt_uri, "--doctor"))
+        findings = [Finding.from_json(finding) for finding in answer]
     except HintfleetError as error:
         yield Finding(name="host agent", ok=False, detail=error.message, hint=error.hint)
         return
@@ -115,10 +115,10 @@ def _host_agent(libvirt_uri: str) -> Iterator[Finding]:
 
 
 def ask_host_agent(libvirt_uri: str, question: str) -> str:
-    """Return what `hintfleet-host` of this machine prints, asked with this flag.
+    """Run `hintfleet-host` with this flag; return its output.
 
-    :raises Refused: it cannot be run.
-    :raises TransientError: it does not come to an end.
+    :raises Refused: it cannot be run, or it failed.
+    :raises TransientError: it did not end within two minutes.
     """
     command = [sys.executable, "-m", "host_agent", question]
     if libvirt_uri:
@@ -128,8 +128,8 @@ def ask_host_agent(libvirt_uri: str, question: str) -> str:
             command, capture_output=True, text=True, timeout=_HOST_AGENT_TIMEOUT_S, check=True
         )
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-        raise Refused(said[-1], hint="pip install 'hintfleet[host]'") from error
+        lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        raise Refused(lines[-1], hint="pip install 'hintfleet[host]'") from error
     except subprocess.TimeoutExpired as error:
         raise TransientError(str(error)) from error
     return done.stdout

@@ -1,4 +1,4 @@
-"""Running an experiment: plan, fleet, store and view, brought together."""
+"""Runs an experiment: connects the plan, the fleet, the store and the view."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hintfleet.errors import InvalidInput, Refused
 from hintfleet.logs import fields
 from hintfleet.system.machine_limits import available_memory
 from orchestrator.machine import environment
-from orchestrator.results.store.lock import busy
+from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store, StoredTrial
 from orchestrator.results.store.writer import RunHeader, RunWriter, spec_hash
 from orchestrator.results.trial_outcome import (
@@ -42,46 +42,51 @@ class View(Protocol):
     """Shows a run while it runs."""
 
     def starting(self, header: RunHeader, trials: tuple[Trial, ...], kept: Collection[int]) -> None:
-        """The hosts are being started; the trials at positions `kept` have their results."""
+        """Show that the hosts are being started.
+
+        :param kept: positions of the trials that already have a result and do not run.
+        """
 
     def trial_started(self, trial: Trial) -> None:
-        """This trial runs now."""
+        """Show that this trial runs now."""
 
     def record(self, record: Record) -> None:
-        """Something happened in it."""
+        """Show a record of the trial that runs now."""
 
     def trial_ended(self, trial: Trial, outcome: TrialOutcome) -> None:
-        """It is over."""
+        """Show how a trial ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A run that can be started.
 
-    :ivar trials: all of its plan.
-    :ivar left: those to be run now.
-    :ivar again: it is stored, and is taken up.
-    :ivar is_over: there is nothing to be done.
+    :ivar trials: all trials of the plan.
+    :ivar to_run: the trials that have no result yet, each as its next attempt.
+    :ivar is_resumed: the run is stored already.
+    :ivar is_over: the run has ended, and no trial is left to run.
     """
 
     loaded: LoadedSpec
     header: RunHeader
     trials: tuple[Trial, ...]
-    left: tuple[Trial, ...]
-    again: bool = False
+    to_run: tuple[Trial, ...]
+    is_resumed: bool = False
     is_over: bool = False
 
 
 def new_experiment(
     name_or_path: str, overrides: Mapping[str, Any], libvirt_uri: str = ""
 ) -> Experiment:
-    """A run of its own.
+    """Return a new run.
 
     :param overrides: top-level keys that replace what the spec says.
-    :raises InvalidInput: there is no such spec, or it is wrong.
+    :raises InvalidInput: there is no such spec, or it is not valid.
     """
     loaded = spec_file.load(name_or_path, dict(overrides))
     header = RunHeader(
+        # A ULID begins with the time, so folders of samples sort by it. In lower case, as
+        # `Store.find_run` compares.
         run_id=str(ULID()).lower(),
         spec=loaded.spec,
         spec_text=loaded.document.text,
@@ -91,55 +96,57 @@ def new_experiment(
         libvirt_uri=libvirt_uri,
     )
     trials = plan_trials(loaded.spec, header.run_id)
-    return Experiment(loaded=loaded, header=header, trials=trials, left=trials)
+    return Experiment(loaded=loaded, header=header, trials=trials, to_run=trials)
 
 
 def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experiment:
-    """A run that was cut off, as it was asked for: the same spec, so the same seeds.
+    """Return a stored run, to be resumed with its own spec and so with the same seeds.
 
-    :param libvirt_uri: in place of the one that it began with.
-    :raises Refused: another process runs it now, or this version reads its spec
-        otherwise, or not at all.
+    :param libvirt_uri: replaces the stored one; empty keeps it.
+    :raises Refused: another process runs it now, or this version cannot read its spec, or
+        the spec means something else in this version.
     """
     if run.state == "running":
-        raise busy(run.run_id)
+        raise busy_error(run.run_id)
     loaded = _spec_of(run)
     header = RunHeader(
         run_id=run.run_id,
         spec=loaded.spec,
         spec_text=run.spec_text,
         summary=run.summary,
-        environment=_changed(run.environment, environment()),
+        environment=_with_history(run.environment, environment()),
         overrides=run.overrides,
         libvirt_uri=libvirt_uri or run.libvirt_uri,
     )
     trials = plan_trials(loaded.spec, run.run_id)
-    left = left_to_run(trials, store.trials(run.run_id))
+    to_run = left_to_run(trials, store.trials(run.run_id))
     return Experiment(
         loaded=loaded,
         header=header,
         trials=trials,
-        left=left,
-        again=True,
-        is_over=not left and not run.was_cut_off,
+        to_run=to_run,
+        is_resumed=True,
+        is_over=not to_run and not run.was_cut_off,
     )
 
 
 def _spec_of(run: Run) -> LoadedSpec:
     hint = (
-        f"run it anew: hintfleet show {run.run_id[-6:]} --spec > again.yaml; "
+        f"start a new run: hintfleet show {run.run_id[-6:]} --spec > again.yaml; "
         f"{shlex.join(('hintfleet', 'run', 'again.yaml', *run.options))}"
     )
     try:
         loaded = spec_file.parse(run.spec_text, f"spec of run {run.run_id}", run.overrides)
     except InvalidInput as error:
         raise Refused(
-            f"run {run.run_id} cannot go on; this version cannot read its spec:\n{error.message}",
+            f"run {run.run_id} cannot be resumed; this version cannot read its spec:\n"
+            f"{error.message}",
             hint=hint,
         ) from error
+    # A default may have changed between versions: the trials would no longer be comparable.
     if spec_hash(loaded.spec) != run.spec_hash:
         raise Refused(
-            f"run {run.run_id} cannot go on; to this version its spec means something else",
+            f"run {run.run_id} cannot be resumed; this version reads its spec differently",
             hint=hint,
         )
     return loaded
@@ -148,13 +155,14 @@ def _spec_of(run: Run) -> LoadedSpec:
 _THEN = ", then "
 
 
-def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """What a run was made on: both, where it is not the same any more."""
-    return {name: _with(before.get(name, value), value) for name, value in now.items()}
+def _with_history(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of all parts of a run: `6.1, then 6.6` where a value changed."""
+    return {name: _appended(before.get(name, value), value) for name, value in now.items()}
 
 
-def _with(said: str, value: str) -> str:
-    return said if said.split(_THEN)[-1] == value else f"{said}{_THEN}{value}"
+def _appended(history: str, value: str) -> str:
+    # The whole last value is compared: "4 GiB" is also the end of "24 GiB".
+    return history if history.split(_THEN)[-1] == value else f"{history}{_THEN}{value}"
 
 
 def left_to_run(trials: Iterable[Trial], attempts: Iterable[StoredTrial]) -> tuple[Trial, ...]:
@@ -162,14 +170,14 @@ def left_to_run(trials: Iterable[Trial], attempts: Iterable[StoredTrial]) -> tup
 
     Which trials are run again is decided by `trial_outcome.next_attempt`.
     """
-    last = {made.position: made for made in attempts if made.counted}
-    left = (
-        next_attempt(replace(trial, attempt=made.attempt), made.status)
-        if (made := last.get(trial.position))
+    last = {stored.position: stored for stored in attempts if stored.counted}
+    following = (
+        next_attempt(replace(trial, attempt=stored.attempt), stored.status)
+        if (stored := last.get(trial.position))
         else trial
         for trial in trials
     )
-    return tuple(trial for trial in left if trial)
+    return tuple(trial for trial in following if trial)
 
 
 def run_experiment(
@@ -180,39 +188,43 @@ def run_experiment(
     tls_folder: str = "",
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the trials that are left, and at the end those again that were lost.
+    """Run the trials that have no result, and then retry those that were lost.
 
     :param retries: how often a trial that was lost with its host is run again.
-    :param check: called several times a second; what it raises ends the run.
-    :raises InvalidInput: there is not the memory here, a host's address needs TLS, or
-        RAY_ADDRESS is malformed. Nothing was started then.
+    :param check: called several times a second; an exception that it raises ends the run.
+    :raises InvalidInput: this machine has too little memory, a host's address needs TLS,
+        or RAY_ADDRESS is malformed. Nothing was started.
     :raises HintfleetError: a host cannot be reached or used, or results cannot be
         stored. The run is stored as failed if it had begun; all guests and processes
         are gone.
     """
     spec, header = experiment.header.spec, experiment.header
-    left = list(experiment.left)
-    if not left:
-        with RunWriter(store, header, again=True):
+    to_run = list(experiment.to_run)
+    if not to_run:
+        # The run was cut off after its last trial: only its end is missing in the store.
+        with RunWriter(store, header, resume=True):
             return
     problem = machine_problem(spec, available_memory())
     if problem := problem or hosts_problem(spec, encrypted=bool(tls_folder)):
         raise experiment.loaded.error([problem])
-    kept = {t.position for t in experiment.trials} - {t.position for t in left}
+    kept = {t.position for t in experiment.trials} - {t.position for t in to_run}
     fleet = ray_actors.Fleet(_places(spec, header.libvirt_uri, tls_folder))
     view.starting(header, experiment.trials, kept)
     about = {"run": header.run_id, "spec": spec.name, "hosts": len(host_names(spec))}
-    _log.info("run begun", extra=fields(**about, trials=len(left), kept=len(kept)))
-    # The run is stored before the fleet is ended: that takes its time.
+    _log.info("run begun", extra=fields(**about, trials=len(to_run), kept=len(kept)))
+    # In this order: the end of the run is stored before the fleet is closed, because closing
+    # can take half a minute, in which this process may be killed.
     with (
         fleet,
-        RunWriter(store, header, experiment.again) as writer,
+        RunWriter(store, header, experiment.is_resumed) as writer,
     ):
         for retries_left in range(retries, -1, -1):
-            ended = [(trial, _run_trial(spec, trial, fleet, writer, view, check)) for trial in left]
-            again = (next_attempt(trial, status, retries_left) for trial, status in ended)
-            left = [trial for trial in again if trial]
-            for trial in left:
+            ended = [
+                (trial, _run_trial(spec, trial, fleet, writer, view, check)) for trial in to_run
+            ]
+            following = (next_attempt(trial, status, retries_left) for trial, status in ended)
+            to_run = [trial for trial in following if trial]
+            for trial in to_run:
                 _log.info("trial will be run again", extra=fields(trial=trial.trial_id))
 
 
@@ -244,9 +256,10 @@ def store_records(
     records: Iterable[Record],
     seen: Callable[[Record], None] = lambda _: None,
 ) -> TrialOutcome:
-    """Store the records of the trial that has begun, and at its end what it came to.
+    """Store the records of the open trial, judge it, and store its outcome.
 
-    :param seen: called with each record that is stored.
+    :param records: of all hosts; the trial has ended when they end.
+    :param seen: called with each record after it was stored.
     """
     events: defaultdict[str, list[Event]] = defaultdict(list)
     for record in records:
@@ -287,10 +300,10 @@ def _logical(spec: Spec, name: str, libvirt_uri: str) -> LogicalHost | None:
 
 
 def overrides(driver: str | None, agents: tuple[str, ...]) -> dict[str, object]:
-    """What the command line replaces in a spec."""
-    found: dict[str, object] = {}
+    """Return the top-level keys of a spec that options of the command line replace."""
+    keys: dict[str, object] = {}
     if driver:
-        found["driver"] = driver
+        keys["driver"] = driver
     if agents:
-        found["hosts"] = {"agents": agents}
-    return found
+        keys["hosts"] = {"agents": agents}
+    return keys

@@ -1,8 +1,8 @@
-"""What runs that were killed left on this machine, and removing it.
+"""Finds and removes what killed runs left on this machine.
 
-What the host agent made it finds itself, in a process of its own, as it does when it is
-examined. Here: Ray's processes, runtime folders, and what is unfinished in the store.
-Nothing is touched that a living owner holds, and nothing that is not surely ours.
+This module finds Ray's processes, runtime folders, and unfinished files in the store. The host
+agent finds what it created itself, in its own process. Nothing is removed that a living process
+owns, or that may not be ours.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from orchestrator.results.store.lock import try_lock
 from orchestrator.results.store.samples import UNFINISHED
 from orchestrator.results.store.writer import RESERVE
 
-# Where guest_agent/isolation/hugetlb_pool.py has its reservation, if this is a guest.
+# The reservation of guest_agent/isolation/hugetlb_pool.py, if this machine is a guest.
 _HUGETLB_FILE = Path("/run/hintfleet-hugetlb/isolated")
 _RUNTIME_FOLDER = re.compile(r"(/[^\0 =]*/hf-[0-9]+-[a-z0-9_]+)/ray(?:/|$)")
 _RAY_PROGRAM = re.compile(r"/ray/(?:core/src|autoscaler|dashboard|_private)/")
@@ -33,18 +33,17 @@ _RAY_PROGRAM = re.compile(r"/ray/(?:core/src|autoscaler|dashboard|_private)/")
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """All leaks, and what could not be looked at."""
+    """The leaks, and what could not be checked."""
 
     leaks: list[Leak]
     not_looked_at: list[str]
 
 
 def look_for_leaks(data_dir: Path, libvirt_uri: str = "", clean: bool = False) -> Found:
-    """What is there; with `clean`, what was there and what became of it.
-
-    The orchestrator's processes go first: with one that hangs, its host agents may go too.
-    """
+    """Return all leaks; with `clean`, remove them first and return what became of each."""
     act = remove_all if clean else _only_listed
+    # Ray's processes first: when an actor that hangs is ended, its lifeline closes, and its host
+    # agents may end by themselves.
     leaks = act(_ray_processes())
     of_host_agent, unseen = _of_host_agent(libvirt_uri, clean)
     leaks += of_host_agent
@@ -58,16 +57,16 @@ def _only_listed(found: Iterable[Removable]) -> list[Leak]:
 
 def _of_host_agent(libvirt_uri: str, clean: bool) -> tuple[list[Leak], list[str]]:
     try:
-        said = json.loads(ask_host_agent(libvirt_uri, "--clean" if clean else "--leaks"))
+        answer = json.loads(ask_host_agent(libvirt_uri, "--clean" if clean else "--leaks"))
     except (HintfleetError, ValueError) as error:
         return [], [f"host agents, guests and domains: {error}"]
-    return [Leak.from_json(leak) for leak in said["leaks"]], said["not_looked_at"]
+    return [Leak.from_json(leak) for leak in answer["leaks"]], answer["not_looked_at"]
 
 
 def _ray_processes() -> Iterator[Removable]:
     for process in other_processes():
         folder = _runtime_folder(process)
-        if folder is None or not _shares_our_view(process):
+        if folder is None or not _shares_namespaces(process):
             continue
         if runtime_dirs().is_abandoned(folder):
             leak = Leak(
@@ -75,14 +74,15 @@ def _ray_processes() -> Iterator[Removable]:
                 where=f"process {process.pid}: {Path(process.argv[0].split()[0]).name}",
                 since_unix_s=process.started_unix_s,
                 size_bytes=_resident_bytes(process.pid),
-                why=f"the run that had {folder} is gone",
+                why=f"the run that used {folder} is gone",
             )
             yield leak, process.end
 
 
-def _shares_our_view(process: Process) -> bool:
-    """Whether the pids and paths that it speaks of mean the same here: those of a container
-    do not, and so say nothing of whether its run is gone."""
+def _shares_namespaces(process: Process) -> bool:
+    """Return whether a process is in our pid and mount namespaces."""
+    # A path on the command line of a process in a container is not a path here: its run may be
+    # alive although the folder of that name here is not in use.
     try:
         return all(
             os.readlink(f"/proc/{process.pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
@@ -93,9 +93,10 @@ def _shares_our_view(process: Process) -> bool:
 
 
 def _runtime_folder(process: Process) -> Path | None:
-    """The runtime folder whose cluster a process is of: named by its command line, or, where
-    Ray has put a title in its place, by the log that it writes."""
+    """Return the runtime folder of a Ray process; None if the process is not Ray's."""
     words = "\0".join(process.argv)
+    # Ray's workers overwrite their command line with a title (setproctitle), `ray::NAME`. Their
+    # log files are open, and are in the folder, too.
     if words.startswith("ray::"):
         words = "\0".join((process.descriptor_targets() or {}).values())
     elif not _RAY_PROGRAM.search(words):
@@ -113,7 +114,7 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _folder(path: Path) -> Removable:
-    why = "the process that made it is gone"
+    why = "the process that created it is gone"
     return _file(path, "runtime folder", why, lambda: shutil.rmtree(path))
 
 
@@ -133,9 +134,10 @@ def _is_unlocked(run_folder: Path) -> bool:
 
 
 def _unlink(path: Path) -> Callable[[], None]:
-    """Under the lock: the run may be taken up again this moment."""
+    """Return a function that removes an unfinished file of a run, unless the run goes on."""
 
     def unlink() -> None:
+        # Under the lock: the run may be resumed between the listing and the removal.
         run_folder = path.parent if path.name == RESERVE else path.parent.parent
         fd = try_lock(run_folder)
         if fd is None:
@@ -147,11 +149,12 @@ def _unlink(path: Path) -> Callable[[], None]:
 
 
 def _huge_pages() -> Iterator[Removable]:
-    """Of a guest agent on this very machine; it holds a lock while it lives."""
+    """Yield the huge pages of a guest agent that is gone, if this machine is a guest."""
+    # A living guest agent holds the lock.
     if _HUGETLB_FILE.exists() and not is_held(_HUGETLB_FILE.parent.with_suffix(".lock")):
         kept = (
-            "the host may still be punching them; start hintfleet-guest again, which gives "
-            "them back when the host says that it is not"
+            "the host may still be punching them; start hintfleet-guest again: it gives them "
+            "back when the host has finished"
         )
         why = "the guest agent that isolated them is gone"
         yield _file(_HUGETLB_FILE, "huge pages", why, lambda: None, kept)
@@ -163,6 +166,7 @@ def _file(path: Path, what: str, why: str, remove: Callable[[], None], kept: str
         what=what,
         where=str(path),
         since_unix_s=round(path.lstat().st_mtime),
+        # st_blocks counts units of 512 bytes, whatever the file system's block size (stat(2)).
         size_bytes=sum(file.lstat().st_blocks * 512 for file in inside),
         why=why,
         kept=kept,

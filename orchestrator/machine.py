@@ -1,4 +1,4 @@
-"""What the machine under the orchestrator has."""
+"""Facts about the machine that the orchestrator runs on."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from hintfleet.system.machine_limits import processors, total_memory
 from hintfleet.system.owned_folders import OwnedFolders
 from hintfleet.units import format_size
 
-# sockaddr_un has room for 107 characters; what is made below needs about 75.
+# sun_path of sockaddr_un holds 107 characters (unix(7)); the sockets below need about 75.
 _MAX_BASE_LENGTH = 30
 
 
 def runtime_dirs() -> OwnedFolders:
-    """The orchestrators' private folders, whose paths are short enough for unix sockets."""
+    """Return the maker of private folders; their paths are short enough for unix sockets."""
     base = Path(tempfile.gettempdir())
     short = base if len(str(base)) <= _MAX_BASE_LENGTH else Path("/tmp")  # noqa: S108
     return OwnedFolders(base=short, prefix="hf-")
 
 
 def environment() -> dict[str, str]:
-    """What a run's figures depend on, for people who read them later."""
+    """Return the versions and the hardware that a run's figures depend on, as text."""
     return {
         "hintfleet": __version__,
         "Python": platform.python_version(),
@@ -36,6 +36,7 @@ def environment() -> dict[str, str]:
 
 
 def _processor() -> str:
+    # platform.processor() gives at most the architecture on Linux (it asks `uname -p`).
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "model name":

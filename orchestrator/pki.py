@@ -1,11 +1,12 @@
 """A certificate authority in a folder, for a fleet that spans machines.
 
     ca.pem, ca.key           the authority
-    issued/ROLE-NAME/        a TLS folder each (hintfleet.net.tls), to be moved to its user
+    issued/ROLE-NAME/        one TLS folder per certificate (hintfleet.net.tls), to be moved to
+                             the machine that uses it
 
-Keys are EC P-256 and leave no machine by themselves: files are 0600 in folders 0700.
-There is no revocation; certificates are short-lived instead, and a guest's opens
-nothing without the token of a guest that runs.
+Keys are EC P-256, in files of mode 0600 in folders of mode 0700. There is no revocation:
+certificates are short-lived instead, and a guest's certificate is useless without the token of
+a running guest.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ from hintfleet.system.files import read_at_most
 
 CA_KEY_FILE = "ca.key"
 _ISSUED = "issued"
+# Certificates begin this much earlier, because the clock of another machine may be behind.
 _CLOCK_SKEW = timedelta(minutes=5)
+# A common name has at most 64 characters (ub-common-name, RFC 5280).
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
 _Key = ec.EllipticCurvePrivateKey
@@ -49,12 +52,12 @@ _Key = ec.EllipticCurvePrivateKey
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """What a certificate says.
+    """The contents of a certificate.
 
     :ivar role: `authority`, a `Role`'s value, or empty.
-    :ivar subjects: the names, addresses and URIs that it is for.
+    :ivar subjects: its subject alternative names: DNS names, addresses and URIs.
     :ivar fingerprint: SHA-256, in hexadecimal.
-    :ivar state: `valid`, `expired`, `not yet valid`, or `foreign` (of another authority).
+    :ivar state: `valid`, `expired`, `not yet valid`, or `foreign` (from another authority).
     """
 
     path: str
@@ -68,26 +71,30 @@ class Certificate:
 
 
 class Authority:
-    """The authority in a folder that `init` made."""
+    """A certificate authority in a folder; `init` creates one."""
 
     def __init__(self, folder: Path) -> None:
-        """:raises InvalidInput: there is none, or it cannot be read."""
+        """Read the authority.
+
+        :raises InvalidInput: the folder has no authority, or it cannot be read.
+        """
         self._folder = folder
         self._cert = _read_certificate(folder / CA_FILE)
         self._key = _read_key(folder / CA_KEY_FILE)
 
     @classmethod
     def init(cls, folder: Path, name: str, days: int, now: datetime | None = None) -> Authority:
-        """Make an authority in `folder`, valid from `now` on (default: the clock's).
+        """Create an authority in `folder`, valid from `now` on (default: the current time).
 
-        :raises InvalidInput: a name that cannot be.
-        :raises Refused: one is there already, others may enter the folder, or it cannot be
-            written to. Nothing was made then, but for the folder, and nothing changed.
+        :raises InvalidInput: the name is not valid.
+        :raises Refused: the folder has an authority already, other users may enter it, or it
+            cannot be written to. Nothing was created except the folder; nothing was changed.
         """
         subject = _common_name(_checked(name))
         key = ec.generate_private_key(ec.SECP256R1())
         builder = (
             _builder(subject, subject, key, key, _validity(days, now))
+            # path_length 0: what it signs cannot sign further certificates.
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(signs_certificates=True), critical=True)
         )
@@ -95,15 +102,18 @@ class Authority:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_private(folder)
-            for file in files:  # before one of them is written
+            # Check both before writing one: a new key beside an old certificate would be no
+            # authority any more.
+            for file in files:
                 if (folder / file).exists():
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder / file)
             for file, content in files.items():
                 _write_new(folder / file, content)
         except FileExistsError as error:
             raise Refused(
-                f"{folder} holds an authority already: {Path(error.filename).name}",
-                hint="a new one would make all that it issued worthless; choose another --folder",
+                f"{folder} already has an authority: {Path(error.filename).name}",
+                hint="a new one would invalidate all certificates that it issued; choose another "
+                "--folder",
             ) from error
         except OSError as error:
             raise Refused(f"cannot write {error.filename}: {error.strerror}") from error
@@ -118,21 +128,24 @@ class Authority:
         out: Path | None = None,
         now: datetime | None = None,
     ) -> Path:
-        """Make a certificate and its TLS folder; returns where that is.
+        """Create a certificate with its key in a new TLS folder; return the folder.
 
-        :param name: of a guest its UUID.
+        :param name: for a guest its UUID.
         :param hosts: DNS names and IP addresses at which a host is reached.
-        :raises InvalidInput: a name that cannot be, or more days than the authority has.
-        :raises Refused: there is such a folder already, or it cannot be written.
+        :param out: the folder to create; default issued/ROLE-NAME in the authority's folder.
+        :raises InvalidInput: the name is not valid, or the certificate would outlive the
+            authority.
+        :raises Refused: the folder exists already, or it cannot be written.
         """
         name = _checked_name(role, name)
         key = ec.generate_private_key(ec.SECP256R1())
         validity = _validity(days, now)
         if validity[1] > self._cert.not_valid_after_utc:
             raise InvalidInput(
-                f"the authority itself ends on {self._cert.not_valid_after_utc:%Y-%m-%d}",
-                hint="fewer --days",
+                f"the authority itself is valid until {self._cert.not_valid_after_utc:%Y-%m-%d}",
+                hint="choose fewer --days",
             )
+        # Only a host gets SERVER_AUTH: no other role can pose as one.
         purpose = (
             ExtendedKeyUsageOID.SERVER_AUTH
             if role is Role.HOST
@@ -163,10 +176,12 @@ class Authority:
         return target
 
 
-def look_at(path: Path) -> Iterator[Certificate]:
-    """The certificates at `path`: a file, a TLS folder, or an authority with all it issued.
+def read_certificates(path: Path) -> Iterator[Certificate]:
+    """Yield the certificates at `path`: of a file, a TLS folder, or an authority.
 
-    :raises InvalidInput: there is none, or one cannot be read.
+    An authority is followed by the certificates in its folder `issued`.
+
+    :raises InvalidInput: there is no certificate, or one cannot be read.
     """
     if not path.is_dir():
         yield _describe(path, path.parent / CA_FILE)
@@ -199,10 +214,10 @@ def _describe(path: Path, ca_path: Path) -> Certificate:
 
 def _subjects(cert: x509.Certificate) -> list[x509.GeneralName]:
     try:
-        found = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        extension = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:
         return []
-    return list(found.value)
+    return list(extension.value)
 
 
 def _state(cert: x509.Certificate, ca: x509.Certificate) -> str:
@@ -232,12 +247,13 @@ def _checked(name: str) -> str:
 
 
 def _check_private(folder: Path) -> None:
-    """Whose folder it is was said when it was made: it is not for us to shut others out."""
-    found = folder.stat()
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+    # Only checked, not changed: the folder may have existed before, with a mode that its owner
+    # chose.
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise Refused(
-            f"others may enter {folder}, where the authority's key would be",
-            hint=f"choose a new --folder, or shut others out: chmod 700 {folder}",
+            f"other users may enter {folder}, which would hold the authority's key",
+            hint=f"choose a new --folder, or close this one to others: chmod 700 {folder}",
         )
 
 
@@ -246,7 +262,7 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         if not _NAME.fullmatch(host):
-            raise InvalidInput(f"{host!r} is no DNS name and no IP address") from None
+            raise InvalidInput(f"{host!r} is neither a DNS name nor an IP address") from None
         return x509.DNSName(host)
 
 
@@ -311,7 +327,7 @@ def _read_certificate(path: Path) -> x509.Certificate:
             f"cannot read {path}: {error.strerror}", hint="`hintfleet pki init` makes an authority"
         ) from error
     except ValueError as error:
-        raise InvalidInput(f"{path} is no certificate") from error
+        raise InvalidInput(f"{path} is not a certificate") from error
 
 
 def _read_key(path: Path) -> _Key:
@@ -320,34 +336,37 @@ def _read_key(path: Path) -> _Key:
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
-        raise InvalidInput(f"{path} is no key without a password") from error
+        raise InvalidInput(f"{path} is not an unencrypted private key") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise InvalidInput(f"{path} is no EC key")
+        raise InvalidInput(f"{path} is not an EC key")
     return key
 
 
 def _write_folder(target: Path, files: dict[str, bytes]) -> None:
-    """Make `target` with these files in it: all of them or nothing."""
+    """Create `target` with these files in it: all of them or nothing."""
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))  # 0700
+        # mkdtemp makes it with mode 0700. In the same parent, because rename(2) does not cross
+        # file systems.
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
         try:
             for file, content in files.items():
                 _write_new(new / file, content)
-            if target.exists():  # rename would replace an empty folder
+            if target.exists():  # rename(2) would replace an empty folder
                 raise FileExistsError
             new.rename(target)
         finally:
             shutil.rmtree(new, ignore_errors=True)
     except FileExistsError as error:
         raise Refused(
-            f"{target} is there already", hint="remove it first, or choose another --out"
+            f"{target} exists already", hint="remove it first, or choose another --out"
         ) from error
     except OSError as error:
         raise Refused(f"cannot write {target}: {error.strerror}") from error
 
 
 def _write_new(path: Path, content: bytes) -> None:
+    # With its mode from the start: after a later chmod another user could already have it open.
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(content)

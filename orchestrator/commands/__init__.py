@@ -1,1 +1,1 @@
-"""The commands of `hintfleet`, a module each."""
+"""The commands of `hintfleet`, one module each."""

@@ -1,4 +1,4 @@
-"""`hintfleet doctor`"""
+"""The command `hintfleet doctor`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from orchestrator.commands.options import (
 _EPILOG = """\b
 Examples:
   hintfleet doctor
-  hintfleet doctor --leaks       what a crash left here: exit code 0 nothing, 1 something
-  hintfleet doctor --clean       remove that; exit code 1 if something had to stay
+  hintfleet doctor --leaks       list leftovers of crashes; exit code 1 if there are any
+  hintfleet doctor --clean       remove them; exit code 1 if one could not be removed
 
 \b
-The exit code is also 1 where something could not be looked at, such as a libvirt that does
+The exit code is also 1 if something could not be checked, for example because libvirt does
 not answer.
 """
 
 
 @click.command(
-    epilog=_EPILOG, short_help="Say what this machine can run, and what a crash left on it."
+    epilog=_EPILOG, short_help="Check what this machine can run, and find leftovers of crashes."
 )
 @click.option("--leaks", is_flag=True, help="List what crashes left on this machine.")
 @click.option("--clean", is_flag=True, help="Remove what --leaks lists, without asking.")
@@ -37,15 +37,15 @@ not answer.
 def doctor(
     leaks: bool, clean: bool, libvirt_uri: str, data_dir: Path | None, output_format: str
 ) -> int:
-    """Say what this machine can run, and what to install for the rest.
+    """Check what this machine can run, and say what to install for the rest.
 
-    Exit code 0 if it can run embedded guests, 1 if not.
+    The exit code is 0 if it can run embedded guests, else 1.
 
-    With --leaks or --clean: look for what crashes left on this machine. That is domains
-    and guests without a host agent, host agents and Ray processes without a run, their
-    files and memory, and unfinished files in the store. What a living process owns is
-    never listed, nor what is not surely ours, nor guests that are to outlive their host
-    agent (hintfleet-host --state): those end by themselves.
+    With --leaks or --clean, look for leftovers of crashes on this machine: domains and
+    guests without a host agent, host agents and Ray processes without a run, their files
+    and memory, and unfinished files in the store. Things that a living process owns, or
+    that may not be hintfleet's, are never listed. Neither are guests that may outlive their
+    host agent (hintfleet-host --state): those end by themselves.
     """
     from orchestrator.commands.output import emit
     from orchestrator.doctor import can_run, examine
@@ -76,7 +76,7 @@ def _leaks(data_dir: Path, libvirt_uri: str, clean: bool, output_format: str) ->
     all_looked_at = not found.not_looked_at
     emit(data, output_format, lambda: leak_table(found.leaks, all_looked_at=all_looked_at))
     for unseen in found.not_looked_at:
-        click.echo(f"not looked at: {unseen}", err=True)
+        click.echo(f"not checked: {unseen}", err=True)
     if found.leaks and not clean:
         click.echo("to remove them: hintfleet doctor --clean", err=True)
     return 0 if all_looked_at and all(leak.removed for leak in found.leaks) else 1

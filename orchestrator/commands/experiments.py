@@ -1,4 +1,4 @@
-"""`hintfleet experiments`"""
+"""The command `hintfleet experiments`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def experiments(name: str | None, output_format: str) -> None:
     if name is None:
         specs = [spec_file.load(known).spec for known in catalogue.names()]
         listed = [{"name": s.name, "what": s.description, "size": describe(s)} for s in specs]
-        made = table(("experiment", "what it shows"))
+        shown = table(("experiment", "what it shows"))
         for row in listed:
-            made.add_row(row["name"], f"{row['what']}\n{row['size']}")
-        emit(listed, output_format, lambda: made)
+            shown.add_row(row["name"], f"{row['what']}\n{row['size']}")
+        emit(listed, output_format, lambda: shown)
     elif name in catalogue.names():
         click.echo(catalogue.text(name), nl=False)
     else:

@@ -31,7 +31,7 @@ libvirt_uri_option = click.option(
     envvar="LIBVIRT_DEFAULT_URI",
     default="",
     metavar="URI",
-    help="Where libvirt guests are made.  [default: the host agent's]",
+    help="The libvirt connection that creates guests.  [default: the host agent's]",
 )
 
 
@@ -47,7 +47,7 @@ tls_option = click.option(
 
 
 def data_dir_or_default(chosen: Path | None) -> Path:
-    """The folder with the results."""
+    """Return the folder with the results: `chosen`, or hintfleet in the XDG data folder."""
     if chosen is not None:
         return chosen
     from platformdirs import user_data_path
@@ -56,9 +56,10 @@ def data_dir_or_default(chosen: Path | None) -> Path:
 
 
 def tls_or_none(folder: str, *, server: bool = False) -> Tls | None:
-    """The TLS folder that was chosen, if one was.
+    """Read the TLS folder; None if none was given.
 
-    :raises InvalidInput: it cannot be used.
+    :param server: whether the certificate must be one for a server.
+    :raises InvalidInput: the folder cannot be used.
     """
     if not folder:
         return None

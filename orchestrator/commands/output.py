@@ -1,4 +1,4 @@
-"""What commands print: data on stdout, as a table for people or as JSON or YAML."""
+"""Prints the results of commands on stdout: as a table for people, as JSON or as YAML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def emit(data: Any, output_format: str, table: Callable[[], RenderableType]) -> None:
-    """Print `data` as JSON or YAML, or what `table` makes, on stdout."""
+    """Print `data` as JSON or YAML, or else the table that `table` returns, on stdout."""
     if output_format == "json":
         click.echo(_json(data))
     elif output_format == "yaml":
@@ -29,9 +29,10 @@ def emit(data: Any, output_format: str, table: Callable[[], RenderableType]) -> 
 
 
 def _json(data: Any) -> str:
-    """JSON is text, which a file name need not be: its other bytes are escaped then."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
     try:
+        # A file name need not be UTF-8: Python reads its other bytes as lone surrogates (PEP
+        # 383), which no encoding of stdout can write. Escaped as \udcXX they can be written.
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         return json.dumps(data, indent=2)
@@ -39,7 +40,11 @@ def _json(data: Any) -> str:
 
 
 def savings_as_data(row: Savings) -> dict[str, Any]:
-    """A row for machines: whole bytes, and the share of what was freed that left."""
+    """Return a row as plain data.
+
+    Bytes are whole numbers; `returned.share` is the share of the freed bytes that left the
+    host's memory.
+    """
     data = asdict(row)
     footprint = data["footprint"]
     if row.footprint is not None:
@@ -57,5 +62,6 @@ def _yaml(data: Any) -> None:
 
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
+    # ruamel.yaml sorts the keys of a dict by default; ours have an order of their own.
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     writer.dump(data, sys.stdout)

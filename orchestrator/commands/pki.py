@@ -17,13 +17,14 @@ Examples:
   hintfleet pki show
 
 \b
-`issue` prints a folder with ca.pem, cert.pem and key.pem. Move it to where it is used:
+`issue` prints the path of a folder with ca.pem, cert.pem and key.pem. Move that folder to
+the machine that uses it:
   hintfleet-host --listen 192.0.2.7:7070 --tls FOLDER              a host's
   hintfleet run my.yaml --host h1.example.org:7070 --tls FOLDER    an operator's
 
 \b
-Exit codes: 0 done, 1 refused (files are there already; or `show`: one is not valid),
-2 wrong input (a name, a file that cannot be read).
+Exit codes: 0 done; 1 refused, because the files exist already (`show`: a certificate is
+not valid); 2 wrong input (a bad name, a file that cannot be read).
 """
 
 _DAYS = click.IntRange(1, 36_500)
@@ -31,22 +32,25 @@ _DAYS = click.IntRange(1, 36_500)
 folder_option = click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="The authority's.  [default: hintfleet/pki in the XDG config folder]",
+    help="The authority's folder.  [default: hintfleet/pki in the XDG config folder]",
 )
 
 
-@click.group(epilog=_EPILOG, short_help="Make and look at certificates, for use off loopback.")
+@click.group(epilog=_EPILOG, short_help="Make and show certificates for TLS between machines.")
 def pki() -> None:
-    """Make and look at certificates. Off loopback and unix sockets all speak TLS, and both
-    sides show a certificate that says what they are: a host, a guest or an operator."""
+    """Make and show certificates.
+
+    Connections between machines use TLS (loopback and unix sockets do not need it). Both
+    sides authenticate with a certificate that names their role: host, guest or operator.
+    """
 
 
 @pki.command()
-@click.option("--name", default="hintfleet", show_default=True, help="What to call it.")
-@click.option("--days", type=_DAYS, default=3650, show_default=True, help="Its validity.")
+@click.option("--name", default="hintfleet", show_default=True, help="The authority's name.")
+@click.option("--days", type=_DAYS, default=3650, show_default=True, help="Days it is valid.")
 @folder_option
 def init(name: str, days: int, folder: Path | None) -> None:
-    """Make a certificate authority. Keep its folder on one machine, and to yourself."""
+    """Make a certificate authority. Keep its folder private, on one machine."""
     from orchestrator.pki import Authority
 
     where = _folder_or_default(folder)
@@ -62,13 +66,13 @@ def init(name: str, days: int, folder: Path | None) -> None:
     "hosts",
     multiple=True,
     metavar="NAME|IP",
-    help="Where a host is reached; may be repeated.  [default: NAME]",
+    help="A DNS name or IP address of the host; may be repeated.  [default: NAME]",
 )
-@click.option("--days", type=_DAYS, default=397, show_default=True, help="Its validity.")
+@click.option("--days", type=_DAYS, default=397, show_default=True, help="Days it is valid.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="The folder to make.  [default: issued/ROLE-NAME in the authority's]",
+    help="The folder to create.  [default: issued/ROLE-NAME in the authority's folder]",
 )
 @folder_option
 def issue(
@@ -79,12 +83,12 @@ def issue(
     out: Path | None,
     folder: Path | None,
 ) -> None:
-    """Make a certificate and its key, in a folder of their own. A guest's NAME is its UUID."""
+    """Make a certificate and its key in a new folder. A guest's NAME is its UUID."""
     from hintfleet.net.tls import Role
     from orchestrator.pki import Authority
 
     if hosts and role != Role.HOST.value:
-        raise click.UsageError("--at says where a host is reached; no other role is")
+        raise click.UsageError("--at is for role host only")
     if role == Role.HOST.value:
         hosts = hosts or (name,)
     authority = Authority(_folder_or_default(folder))
@@ -95,18 +99,19 @@ def issue(
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @output_option
 def show(path: Path | None, output_format: str) -> int:
-    """Say who a certificate is for, until when, and its fingerprint.
+    """Show the subject, the last day and the fingerprint of certificates.
 
-    PATH is a certificate, a folder with one, or an authority's folder (the default): then
-    all that it issued is shown. The exit code is 1 unless all of them are valid.
+    PATH is a certificate, a folder with one, or an authority's folder (the default). For an
+    authority, all certificates that it issued are shown. The exit code is 1 unless all of
+    them are valid.
     """
     from dataclasses import asdict
 
     from orchestrator.commands.output import emit
-    from orchestrator.pki import look_at
+    from orchestrator.pki import read_certificates
     from orchestrator.view.tables import certificates
 
-    found = list(look_at(path or _folder_or_default(None)))
+    found = list(read_certificates(path or _folder_or_default(None)))
     emit([asdict(one) for one in found], output_format, lambda: certificates(found))
     return int(any(one.state != "valid" for one in found))
 

@@ -1,4 +1,4 @@
-"""`hintfleet report`"""
+"""The command `hintfleet report`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PIXELS_PER_POINT = 2
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The HTML file to write.  [default: hintfleet-ID.html here]",
+    help="The HTML file to write.  [default: hintfleet-ID.html in the current folder]",
 )
 @click.option(
     "--plot",
@@ -36,11 +36,11 @@ _PIXELS_PER_POINT = 2
 )
 @data_dir_option
 def report(run: str, output: Path | None, plot: Path | None, data_dir: Path | None) -> None:
-    """Make a report of one run: memory over time under each arm, what it saved and
-    cost, the spec and what it ran on, in one HTML file that needs no network.
+    """Make a report of one run as one HTML file that needs no network.
 
-    RUN is an id, a part of one that no other run has, or `latest`. Prints the name of
-    the file. Needs the extra `report`.
+    It shows memory over time under each arm, what each arm saved and cost, the spec, and
+    the machine. RUN is an id, a unique part of an id, or `latest`. Prints the name of the
+    file. Needs the extra `report` (pip install 'hintfleet[report]').
     """
     from orchestrator.results.store.reader import Store
 
@@ -65,13 +65,14 @@ def report(run: str, output: Path | None, plot: Path | None, data_dir: Path | No
 
 def _check(output: Path | None, plot: Path | None) -> None:
     if output is not None and plot is not None:
-        raise click.UsageError("--output and --plot do not go together")
+        raise click.UsageError("give either --output or --plot")
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise click.UsageError(f"--plot {plot}: the name must end in .png or .svg")
     from importlib.util import find_spec
 
     from hintfleet.errors import Refused
 
+    # Looked up, not imported: that takes long, and other errors of usage come first.
     missing = [name for name in ("altair", "vl_convert") if find_spec(name) is None]
     if missing:
         raise Refused(

@@ -1,10 +1,12 @@
-"""`hintfleet run`"""
+"""The command `hintfleet run`."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -23,9 +25,8 @@ from orchestrator.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from orchestrator.experiment import Experiment
+    from orchestrator.experiment import Experiment, View
     from orchestrator.results.store.reader import Store
-    from orchestrator.view.live import LiveView, PlainView
 
 _EPILOG = """\b
 Examples:
@@ -42,28 +43,28 @@ Examples:
 @click.option(
     "--driver",
     type=click.Choice([driver.value for driver in Driver]),
-    help="What guests are, instead of what SPEC says.",
+    help="The driver of the guests, instead of the one in SPEC.",
 )
 @click.option(
     "--host",
     "agents",
     multiple=True,
     metavar="ADDR",
-    help="A host agent that runs already (unix:PATH or HOST:PORT; off loopback with --tls only), "
+    help="A running host agent (unix:PATH, or HOST:PORT; off loopback, --tls is required), "
     "instead of the hosts in SPEC. May be repeated.",
 )
 @tls_option
 @click.option(
     "--resume",
     metavar="RUN",
-    help="Go on with this run, as `hintfleet runs` lists it, or `latest`.",
+    help="Resume this run: an id that `hintfleet runs` lists, or `latest`.",
 )
 @click.option(
     "--retries",
     type=click.IntRange(0, 100),
     default=1,
     show_default=True,
-    help="How often a trial that was lost with its host is run again, at the end of the run.",
+    help="How often a trial that was lost with its host is retried, at the end of the run.",
 )
 @libvirt_uri_option
 @data_dir_option
@@ -81,16 +82,16 @@ def run(
 ) -> int:
     """Run an experiment: SPEC is a file, or a name that `hintfleet experiments` lists.
 
-    All trials of all arms run, in an order drawn from the seed; what they used and
-    saved is stored and printed. Ctrl-C ends all guests and keeps what was stored.
+    All trials of all arms run, in an order drawn from the seed. The memory that they used
+    and saved is stored and printed. Ctrl-C ends all guests and keeps the stored results.
 
-    A run that was cut off, by Ctrl-C, an error, a crash or a power failure, goes on
-    with --resume: trials that have a result keep it, the others are run. So are those
-    of an undecided run that were lost with a host or with what speaks to it. A run that
-    has no such trials is only shown.
+    --resume continues a run that was cut off by Ctrl-C, an error, a crash or a power
+    failure. Trials that have a result keep it; the others run. Trials that were lost with a
+    host, or with the Ray actor that controls it, run again too. A run without such trials is
+    only shown.
 
-    Where there is less memory than the run could come to use, on this machine or in a cgroup
-    above this command, nothing is started: exit code 2.
+    If the run could need more memory than this machine or a cgroup of this command has,
+    nothing is started and the exit code is 2.
     """
     from orchestrator.commands.show_run import print_run
     from orchestrator.experiment import new_experiment, overrides, stored_experiment
@@ -99,83 +100,89 @@ def run(
     if (spec is None) == (resume is None):
         raise click.UsageError("give either a SPEC or --resume RUN")
     if resume is not None and (driver or agents):
-        raise click.UsageError("--resume runs what the run began with: no --driver, no --host")
+        raise click.UsageError(
+            "--resume uses the run's own driver and hosts: leave out --driver and --host"
+        )
     if spec is not None:
         experiment = new_experiment(spec, overrides(driver, agents), libvirt_uri)
-    tls_or_none(tls_folder)  # before anything is started
+    # The actors read the folder again, on their own nodes; a bad one has to be found before
+    # anything is started.
+    tls_or_none(tls_folder)
     _check_names()
     interrupts = Interrupts()
     with Store(data_dir_or_default(data_dir)) as store:
         if resume is not None:
             experiment = stored_experiment(store, store.find_run(resume), libvirt_uri)
         run_id = experiment.header.run_id
-        ray_spoke = _run(experiment, store, retries, tls_folder, interrupts)
+        ray_wrote = _run(experiment, store, retries, tls_folder, interrupts)
         code = print_run(store, store.find_run(run_id), output_format)
-    if ray_spoke:
+    if ray_wrote:
         log = _log(run_id, store.folder)
-        click.echo(f"\nwarning: something went wrong that Ray tells of in {log}", err=True)
-    _say_where_it_is(run_id, store.folder)
+        click.echo(f"\nwarning: Ray reported problems; read {log}", err=True)
+    _print_next_steps(run_id, store.folder)
     return code
 
 
 def _check_names() -> None:
-    """Ray sends the command line and the current folder as text: _private/worker.py, `connect`.
+    """Check that the command line and the current folder can be given to Ray.
 
-    :raises Refused: one of them is none.
+    :raises Refused: one of them is not UTF-8, or the folder was removed.
     """
     from hintfleet.errors import Refused
 
     try:
         folder = os.getcwd()
     except FileNotFoundError:
-        raise Refused("the current folder is gone", hint="go to another one (cd)") from None
+        raise Refused("the current folder was removed", hint="change to another one (cd)") from None
+    # Ray sends both to its GCS as text: `connect` in ray/_private/worker.py (2.60).
     for name in (*sys.argv, folder):
         try:
             name.encode()
         except UnicodeEncodeError as error:
             raise Refused(
                 f"{name}: Ray cannot run with a name that is not UTF-8",
-                hint="reach it by a link with another name (ln -s), and from another folder",
+                hint="use a link with another name (ln -s), and run from another folder",
             ) from error
 
 
 def _run(
     experiment: Experiment, store: Store, retries: int, tls_folder: str, interrupts: Interrupts
 ) -> bool:
-    """Run it; whatever cuts it off, say how to go on.
+    """Run an experiment; if it is cut off, say how to resume it.
 
-    Returns whether Ray wrote anything into the run's log meanwhile.
+    :returns: whether Ray wrote anything into the run's log.
     """
     from hintfleet.errors import HintfleetError
-    from orchestrator.commands.show_run import say_how_to_go_on
+    from orchestrator.commands.show_run import print_resume_hint
     from orchestrator.experiment import run_experiment
-    from orchestrator.trial.stray_output import stray_output_in
+    from orchestrator.trial.stray_output import stray_output_to
 
     run_id = experiment.header.run_id
     if experiment.is_over:
         click.echo(f"run {run_id} has no trial left to run", err=True)
         return False
     log = _log(run_id, store.folder)
-    said_before = _size(log)
+    size_before = _size(log)
     try:
         with (
-            stray_output_in(log) as terminal,
+            stray_output_to(log) as terminal,
             logs.written_to(terminal),
             _view(terminal) as view,
         ):
             run_experiment(experiment, store, view, retries, tls_folder, interrupts.check)
     except HintfleetError as error:
-        if _size(log) > said_before:
-            error.hint += f"{'; ' if error.hint else ''}read what Ray said: {log}"
+        if _size(log) > size_before:
+            error.hint += f"{'; ' if error.hint else ''}read Ray's log: {log}"
+        # An error before the first trial may come before the run is stored.
         if store.has_run(run_id):
-            go_on = f"hintfleet run --resume {run_id[-6:]}"
-            error.hint += f"; then {go_on}" if error.hint else go_on
+            resume = f"hintfleet run --resume {run_id[-6:]}"
+            error.hint += f"; then {resume}" if error.hint else resume
         raise
     except KeyboardInterrupt:
         if store.has_run(run_id):
-            say_how_to_go_on([run_id])
+            print_resume_hint([run_id])
         raise
-    return _size(log) > said_before
+    return _size(log) > size_before
 
 
 def _size(path: Path) -> int:
@@ -183,15 +190,15 @@ def _size(path: Path) -> int:
 
 
 def _log(run_id: str, folder: Path) -> Path:
-    """Where what Ray says in a run goes; there only if it said anything."""
+    """Return the file that gets Ray's output during a run; it exists only if Ray wrote any."""
     return folder / "logs" / f"{run_id}.log"
 
 
-def _say_where_it_is(run_id: str, folder: Path) -> None:
-    """What to do next, on stderr; the end of an id is enough to name a run."""
+def _print_next_steps(run_id: str, folder: Path) -> None:
+    """Print on stderr where the results are and which commands show them."""
     short = run_id[-6:]
     click.echo(
-        f"\nkept in {folder}\n"
+        f"\nstored in {folder}\n"
         f"next: hintfleet show {short}      its trials\n"
         f"      hintfleet report {short}    one HTML file with plots",
         err=True,
@@ -199,31 +206,37 @@ def _say_where_it_is(run_id: str, folder: Path) -> None:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM end a run alike, and for certain: an exception that a signal raises
-    is lost if it strikes in a destructor or in a callback of Ray's."""
+    """Handles Ctrl-C and SIGTERM during a run: both end it as interrupted."""
 
     def __init__(self) -> None:
-        """Take charge of both signals."""
-        self._came = False
+        """Install the handlers. Call from the main thread."""
+        self._received = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal came."""
-        if self._came:
+        """Raise KeyboardInterrupt if a signal was received."""
+        if self._received:
             raise KeyboardInterrupt
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
-        self._came = True
+        # Both a flag and an exception. The exception ends a wait at once, but Python drops it
+        # when the handler happens to run in a destructor ("Exception ignored in __del__") or
+        # in a callback of Ray's Cython code. Then the next `check` raises it.
+        self._received = True
         raise KeyboardInterrupt
 
 
-def _view(terminal: TextIO) -> LiveView | PlainView:
+@contextmanager
+def _view(terminal: TextIO) -> Iterator[View]:
     from rich.console import Console
 
     from orchestrator.view.live import LiveView, PlainView
 
     console = Console(file=terminal)
-    # Log lines would run into the live view.
-    live = terminal.isatty() and not logs.are_configured()
-    return LiveView(console) if live else PlainView(console)
+    # Rich redraws by moving the cursor up; log lines between two frames would be overwritten.
+    if terminal.isatty() and not logs.are_configured():
+        with closing(LiveView(console)) as live:
+            yield live
+    else:
+        yield PlainView(console)

@@ -1,4 +1,4 @@
-"""`hintfleet runs` and `hintfleet show`"""
+"""The commands `hintfleet runs` and `hintfleet show`."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ from orchestrator.commands.options import data_dir_option, data_dir_or_default, 
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(1, 10_000), default=20, show_default=True,
+    help="How many runs to list at most.",
+)  # fmt: skip
 @data_dir_option
 @output_option
 def runs(limit: int, data_dir: Path | None, output_format: str) -> None:
-    """List the stored runs, the newest first."""
+    """List the stored runs, newest first."""
     from dataclasses import asdict
 
     from orchestrator.commands.output import emit
-    from orchestrator.commands.show_run import say_how_to_go_on
+    from orchestrator.commands.show_run import print_resume_hint
     from orchestrator.results.store.reader import Store
     from orchestrator.view import tables
 
     with Store(data_dir_or_default(data_dir)) as store:
         found = store.runs(limit)
     data = [asdict(run) for run in found]
-    for run in data:
+    for run in data:  # `show RUN --spec` prints it
         del run["spec_text"]
     emit(data, output_format, lambda: tables.runs(found))
-    say_how_to_go_on([run.run_id for run in found if run.was_cut_off])
+    print_resume_hint([run.run_id for run in found if run.was_cut_off])
 
 
 @click.command(short_help="Show one run: its savings and its trials.")
 @click.argument("run", default="latest")
-@click.option("--spec", "only_spec", is_flag=True, help="Print the spec that was run, and no more.")
+@click.option("--spec", "only_spec", is_flag=True, help="Print only the spec of the run.")
 @data_dir_option
 @output_option
 def show(run: str, only_spec: bool, data_dir: Path | None, output_format: str) -> int:
-    """Show one run: what its arms used and saved, and its trials.
+    """Show one run: the memory that its arms used and saved, and its trials.
 
-    RUN is an id, a part of one that no other run has, or `latest`. The exit code
-    is that of the run: 1 if it failed, 3 if it is undecided, 130 if it was
-    interrupted.
+    RUN is an id, a unique part of an id, or `latest`. The exit code is that of the run:
+    1 if it failed, 3 if it is undecided, 130 if it was interrupted.
     """
     from orchestrator.commands.show_run import print_run
     from orchestrator.results.store.reader import Store

@@ -1,4 +1,4 @@
-"""`hintfleet savings`"""
+"""The command `hintfleet savings`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.commands.options import (
 
 _EPILOG = """\b
 Examples:
-  hintfleet savings                           each run's arms, whole fleet
+  hintfleet savings                           every run: a row per arm, whole fleet
   hintfleet savings --by host --run latest
   hintfleet savings --by arm --since 7d       runs of the same spec pooled
   hintfleet savings --server 127.0.0.1:50061 -o json
@@ -30,11 +30,13 @@ Examples:
     type=click.Choice(("fleet", "host", "guest", "arm")),
     default="fleet",
     show_default=True,
-    help="What a row stands for.",
+    help="One row per arm (fleet), or per arm and host or guest; arm pools runs of a spec.",
 )
-@click.option("--since", metavar="DURATION", help="Only runs that began so recently, as in 1h.")
+@click.option("--since", metavar="DURATION", help="Only runs that began within this time, e.g. 1h.")
 @click.option("--run", "run_name", default="", metavar="RUN", help="Only this run, or `latest`.")
-@click.option("--server", metavar="ADDR", help="Ask the fleet service there, not the store here.")
+@click.option(
+    "--server", metavar="ADDR", help="Ask the fleet service at ADDR, not the local store."
+)
 @tls_option
 @data_dir_option
 @output_option
@@ -47,9 +49,9 @@ def savings(
     data_dir: Path | None,
     output_format: str,
 ) -> int:
-    """Say what runs saved, against their control.
+    """Show how much memory each arm saved, compared with the control arm of its run.
 
-    Runs that are not done are named on stderr. The exit code is 3 if a row is undecided.
+    Runs that are not done are listed on stderr. The exit code is 3 if a row is undecided.
     """
     from hintfleet.errors import ExitCode
     from orchestrator.commands.output import emit, savings_as_data
@@ -88,4 +90,5 @@ def _since_unix_s(since: str | None) -> int:
 
     from hintfleet.units import parse_duration_s
 
+    # At least 1: 0 means all runs (fleet.proto).
     return max(1, int(time.time() - parse_duration_s(since)))

@@ -1,4 +1,4 @@
-"""`hintfleet serve`"""
+"""The command `hintfleet serve`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,20 @@ Examples:
     default="127.0.0.1:50061",
     show_default=True,
     metavar="ADDR",
-    help="HOST:PORT (port 0 picks one; off loopback with --tls only), or unix:PATH.",
+    help="HOST:PORT or unix:PATH. Port 0 picks a free port. Off loopback, --tls is required.",
 )
 @tls_option
 @data_dir_option
 def serve(listen: str, tls_folder: str, data_dir: Path | None) -> None:
-    """Serve runs and their savings over gRPC, with health and reflection, until SIGTERM."""
+    """Serve runs and their savings over gRPC until SIGTERM or Ctrl-C.
+
+    The server also answers health checks and reflection.
+    """
     from orchestrator.service import server
 
     def ready(address: str) -> None:
         click.echo(f"serving on {address}", err=True)
 
+    # A server's: a certificate for clients is refused here, not by every client later.
     tls = tls_or_none(tls_folder, server=True)
     server.serve(listen, data_dir_or_default(data_dir), ready, tls)

@@ -1,4 +1,4 @@
-"""What `run` and `show` print of a run."""
+"""The summary of a run that `run` and `show` print."""
 
 from __future__ import annotations
 
@@ -17,33 +17,35 @@ from orchestrator.results.trial_outcome import TrialStatus
 
 
 def print_run(store: Store, run: Run, output_format: str, with_trials: bool = False) -> int:
-    """Print a run's summary on stdout; returns the exit code that says its state."""
-    rows = aggregate(store.measured(run.run_id), By.FLEET)
+    """Print a run's summary on stdout and return the exit code for its state."""
+    rows = aggregate(store.footprint_rows(run.run_id), By.FLEET)
     emit(
         run_as_data(store, run, rows), output_format, lambda: _tables(store, run, rows, with_trials)
     )
     code = exit_code(run, rows)
     trials = [trial for trial in store.trials(run.run_id) if trial.counted]
     if run.was_cut_off or any(trial.status is TrialStatus.LOST for trial in trials):
-        say_how_to_go_on([run.run_id])
+        print_resume_hint([run.run_id])
+    # The table has the reasons in it; JSON goes to a program, and a person may watch stderr.
     if code is ExitCode.UNDECIDED and output_format != "table":
         for reason in dict.fromkeys(row.undecided for row in rows if row.undecided):
             click.echo(f"undecided: {reason}", err=True)
     return code
 
 
-def say_how_to_go_on(run_ids: Sequence[str]) -> None:
-    """On stderr; the end of an id is enough to name a run."""
+def print_resume_hint(run_ids: Sequence[str]) -> None:
+    """Print on stderr how to resume the first of these runs; nothing if there is none."""
+    # The last 6 characters: a ULID begins with the time, so ids of one day begin alike.
     if run_ids:
-        click.echo(f"to go on: hintfleet run --resume {run_ids[0][-6:]}", err=True)
+        click.echo(f"to resume: hintfleet run --resume {run_ids[0][-6:]}", err=True)
 
 
 def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
-    """A run for machines: its header, a row per arm, and its trials."""
+    """Return a run as plain data: its header, a row per arm, and its trials."""
     header = asdict(run)
     del header["spec_text"]
     arms = [savings_as_data(row) for row in rows]
-    costs = {cost.arm: asdict(cost) for cost in compare(store.charged(run.run_id), run.driver)}
+    costs = {cost.arm: asdict(cost) for cost in compare(store.cost_rows(run.run_id), run.driver)}
     for arm in arms:
         del arm["experiment"], arm["run_id"], arm["key"]
         arm["cost"] = costs.get(arm["arm"])
@@ -51,7 +53,7 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
 
 
 def exit_code(run: Run, rows: list[Savings]) -> ExitCode:
-    """What a run comes to."""
+    """Return the exit code for the state of a run."""
     if run.state == "failed":
         return ExitCode.FAILED
     if run.state == "interrupted":
@@ -66,7 +68,7 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
 
     from orchestrator.view import tables
 
-    costs = compare(store.charged(run.run_id), run.driver)
+    costs = compare(store.cost_rows(run.run_id), run.driver)
     summary = tables.summary(run, rows, costs)
     return (
         Group(summary, Text(), tables.trials(store.trials(run.run_id))) if with_trials else summary

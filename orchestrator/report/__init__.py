@@ -1,1 +1,1 @@
-"""A run as one HTML file, or its main plot as a picture. Needs the extra `report`."""
+"""Makes an HTML report of a run, or a picture of its main plot. Needs the extra `report`."""

@@ -1,4 +1,4 @@
-"""The charts of a report, as Vega-Lite made with Altair."""
+"""Builds the charts of a report with Altair, as Vega-Lite."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ VegaLite = dict[str, Any]
 _WIDTH, _HEIGHT = 760, 360
 _FONT = "Helvetica, Arial, Liberation Sans, sans-serif"
 _INK, _FAINT, _AXIS, _GRID = "#24292f", "#6e7781", "#d0d7de", "#eaeef2"
-# The control is grey; the rest is Okabe and Ito's, which the colour-blind can tell apart.
+# The control is grey. The others begin with the palette of Okabe and Ito, which colour-blind
+# people can tell apart.
 _CONTROL_COLOUR = "#8c959f"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#003f5c")
 _LABEL_PX = 17  # the distance between two lines of text
+# The width of an average character at size 11. Labels are placed before anything is rendered,
+# so nobody can measure them.
 _CHARACTER_PX = 6.0
+# Keeps the highest line off the upper edge of the plot.
 _HEADROOM = 1.04
 
 
 def resident_chart(contents: Contents) -> VegaLite:
-    """Resident memory over time: each arm's mean, its band, and the phases."""
+    """Return the chart of resident memory over time: mean and band per arm, and the phases."""
     top = max(float(c.high_bytes.max()) for c in contents.curves)
     unit_bytes, unit = (GIB, "GiB") if top >= 2 * GIB else (MIB, "MiB")
     end_s = contents.marks[-1].at_s
@@ -51,7 +55,7 @@ def resident_chart(contents: Contents) -> VegaLite:
 def _lines(
     contents: Contents, x: alt.X, top: float, unit_bytes: int, unit: str
 ) -> tuple[alt.Chart, alt.Chart]:
-    """The bands and the means of all arms."""
+    """Return the bands and the mean lines of all arms."""
     y_scale = alt.Scale(domain=[0, top], nice=False)
     y = alt.Y(
         "mean:Q",
@@ -75,7 +79,7 @@ def _lines(
 
 
 def savings_chart(contents: Contents) -> VegaLite | None:
-    """What each arm saved, with its interval; None if there is no such figure."""
+    """Return the chart of each arm's savings with its interval; None if no arm has any."""
     values = [
         {
             "arm": row.arm,
@@ -129,16 +133,16 @@ def _points(curves: Sequence[Curve], unit_bytes: int) -> list[dict[str, Any]]:
 def _colours(contents: Contents) -> alt.Scale:
     arms = [curve.arm for curve in contents.curves]
     others = [arm for arm in arms if arm != contents.run.control]
-    of = {arm: _COLOURS[i % len(_COLOURS)] for i, arm in enumerate(others)}
-    return alt.Scale(domain=arms, range=[of.get(arm, _CONTROL_COLOUR) for arm in arms])
+    colours = {arm: _COLOURS[i % len(_COLOURS)] for i, arm in enumerate(others)}
+    return alt.Scale(domain=arms, range=[colours.get(arm, _CONTROL_COLOUR) for arm in arms])
 
 
 def _title(contents: Contents) -> alt.TitleParams:
     run = contents.run
     return alt.TitleParams(
         f"{run.name}: host memory under each arm",
-        subtitle=f"{run.summary}. Lines: mean of all trials; bands: lowest to highest; "
-        "saved: of the mean over time.",
+        subtitle=f"{run.summary}. Lines: mean of all trials; bands: lowest to highest trial; "
+        "saved: difference of the means over time.",
         anchor="start",
         frame="group",
         offset=14,
@@ -146,7 +150,7 @@ def _title(contents: Contents) -> alt.TitleParams:
 
 
 def _phases(marks: Sequence[Mark], end_s: float, x: alt.X) -> list[alt.Chart]:
-    """A rule where each phase but the read-back begins, and what it is above the plot."""
+    """Return a rule at the start of each phase except the read-back, and its title above."""
     placed = marks[:-1]
     rows = _rows([(mark.at_s / end_s * _WIDTH, len(mark.title)) for mark in placed])
     values = [{"at_s": mark.at_s, "title": mark.title} for mark in placed]
@@ -161,8 +165,11 @@ def _phases(marks: Sequence[Mark], end_s: float, x: alt.X) -> list[alt.Chart]:
 
 
 def _rows(labels: Sequence[tuple[float, int]]) -> list[int]:
-    """Rows for labels that begin at these pixels and have so many characters: the first
-    row where each does not run into the one before."""
+    """Place labels in rows, so that none overlaps the one before it in its row.
+
+    :param labels: the first pixel of each label, and its number of characters.
+    :returns: the row of each label, from 0.
+    """
     ends: list[float] = []
     rows = []
     for start_px, length in labels:
@@ -173,7 +180,7 @@ def _rows(labels: Sequence[tuple[float, int]]) -> list[int]:
 
 
 def _names(contents: Contents, unit_bytes: int, end_s: float) -> alt.Chart:
-    """Each arm's name and savings at the end of its line."""
+    """Return each arm's name and savings, at the end of its line."""
     saved = {row.arm: row.saved_bytes for row in contents.rows}
     top = max(float(c.high_bytes.max()) for c in contents.curves) * _HEADROOM
     ends = {c.arm: float(c.mean_bytes[-1]) for c in contents.curves}
@@ -202,22 +209,24 @@ def _name(arm: str, saved: Any) -> str:
 
 
 def _height(contents: Contents) -> int:
-    """In pixels: each arm's name has room beside the plot."""
+    """Return the height of the plot in pixels; it fits the name of each arm beside it."""
     return max(_HEIGHT, len(contents.curves) * _LABEL_PX)
 
 
 def _spread(wanted: dict[str, float], distance: float, highest: float) -> dict[str, float]:
-    """Heights as near to the wanted ones as a distance between them allows, from 0 to
-    `highest`, where that has room for all."""
-    found: dict[str, float] = {}
+    """Move heights apart until they are `distance` from each other.
+
+    They stay between 0 and `highest` if all fit there, and near the wanted heights.
+    """
+    placed: dict[str, float] = {}
     lowest = 0.0
     for arm, height in sorted(wanted.items(), key=lambda item: item[1]):
-        found[arm] = max(height, lowest)
-        lowest = found[arm] + distance
-    for arm in reversed(found):
-        found[arm] = min(found[arm], highest)
-        highest = found[arm] - distance
-    return found
+        placed[arm] = max(height, lowest)
+        lowest = placed[arm] + distance
+    for arm in reversed(placed):
+        placed[arm] = min(placed[arm], highest)
+        highest = placed[arm] - distance
+    return placed
 
 
 def _styled(chart: Any) -> VegaLite:

@@ -1,4 +1,4 @@
-"""What a report shows, read from the store."""
+"""Reads the contents of a report from the store."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hintfleet.errors import Refused
-from orchestrator.report.curves import Curve, Mark, course, curve, marks
+from orchestrator.report.curves import Curve, Mark, arm_curve, mean_marks, resident_in_trial
 from orchestrator.results.comparison import ArmCost, compare
 from orchestrator.results.footprint import Numbers, Series
 from orchestrator.results.savings import By, Savings, aggregate
-from orchestrator.results.store.lock import busy
+from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store
 from orchestrator.results.store.samples import read_series
 from orchestrator.results.trial_outcome import TrialStatus
@@ -20,7 +20,7 @@ from orchestrator.trial.records import PhaseStarted, StepDone
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """All that is shown of a run; arms in the order of `rows`."""
+    """The contents of a report on one run. Arms are in the order of `rows`."""
 
     run: Run
     rows: Sequence[Savings]
@@ -30,58 +30,60 @@ class Contents:
 
 
 def read_contents(store: Store, run: Run) -> Contents:
-    """Gather it.
+    """Read the contents of a report.
 
-    :raises Refused: the run has not ended, no trial of it came to its end, or samples are
-        gone or damaged.
+    :raises Refused: the run has not ended, no trial is done, or samples are missing or
+        damaged.
     """
     if run.state == "running":
-        raise busy(run.run_id)
+        raise busy_error(run.run_id)
     trials = [t for t in store.trials(run.run_id) if t.counted and t.status is TrialStatus.DONE]
     if not trials:
-        raise Refused(f"run {run.run_id} has no trial that could be shown: it is {run.state}")
+        raise Refused(f"run {run.run_id} has no trial to show: it is {run.state}")
     phases = _phases(store, run, {trial.trial_id for trial in trials})
-    laid_over = marks([begun for hosts in phases.values() for begun in hosts.values()])
-    rows = aggregate(store.measured(run.run_id), By.FLEET)
-    courses: dict[str, list[Numbers]] = {row.arm: [] for row in rows}
+    marks = mean_marks([begun for hosts in phases.values() for begun in hosts.values()])
+    rows = aggregate(store.footprint_rows(run.run_id), By.FLEET)
+    by_arm: dict[str, list[Numbers]] = {row.arm: [] for row in rows}
     for trial in trials:
         hosts = phases[trial.trial_id]
         folder = store.samples_dir(run.run_id) / trial.trial_id
         guests = {host: list(_series(folder, host)) for host in hosts}
-        courses[trial.arm].append(course(guests, hosts, laid_over))
+        by_arm[trial.arm].append(resident_in_trial(guests, hosts, marks))
     return Contents(
         run=run,
         rows=rows,
-        costs=compare(store.charged(run.run_id), run.driver),
-        curves=[curve(arm, found, laid_over) for arm, found in courses.items() if found],
-        marks=laid_over,
+        costs=compare(store.cost_rows(run.run_id), run.driver),
+        curves=[arm_curve(arm, trials, marks) for arm, trials in by_arm.items() if trials],
+        marks=marks,
     )
 
 
 def _series(folder: Path, host: str) -> Iterable[Series]:
-    found = read_series(folder, host)
-    if not found:
+    series = read_series(folder, host)
+    if not series:
         raise Refused(
-            f"the samples of {host} are gone from {folder}",
-            hint="what arms saved is stored apart from them: `hintfleet show`",
+            f"the samples of {host} are missing in {folder}",
+            hint="`hintfleet show` needs no samples: the savings are stored separately",
         )
-    return found.values()
+    return series.values()
 
 
 def _phases(
     store: Store, run: Run, trial_ids: set[str]
 ) -> dict[str, dict[str, list[PhaseStarted]]]:
-    """What each host went through, by trial and host, by the clock of its samples: a phase
-    began when the first guest began its step. It was announced by another clock."""
+    """Return the phases of each host, by trial and host, in the time of the host's clock."""
+    # A PhaseStarted has the time of the actor's clock, but samples have the host's, which may
+    # be another machine. So a phase is taken to begin with the first guest's step: StepDone has
+    # the host's time (trial/records.py).
     steps: dict[tuple[str, str], dict[str, list[int]]] = {}
     for done in store.events(run.run_id, StepDone):
         guests = steps.setdefault((done.trial_id, done.host), {})
         guests.setdefault(done.guest, []).append(done.started_unix_us)
-    found: dict[str, dict[str, list[PhaseStarted]]] = {}
+    phases: dict[str, dict[str, list[PhaseStarted]]] = {}
     for event in store.events(run.run_id, PhaseStarted):
         if event.trial_id in trial_ids:
-            begun = found.setdefault(event.trial_id, {}).setdefault(event.host, [])
+            host_phases = phases.setdefault(event.trial_id, {}).setdefault(event.host, [])
             guests = steps[event.trial_id, event.host]
-            began_us = min(starts[len(begun)] for starts in guests.values())
-            begun.append(replace(event, at_unix_us=began_us))
-    return found
+            began_us = min(starts[len(host_phases)] for starts in guests.values())
+            host_phases.append(replace(event, at_unix_us=began_us))
+    return phases

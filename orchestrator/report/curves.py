@@ -1,8 +1,7 @@
-"""Resident memory over time, per arm: the trials of an arm laid over each other. Pure.
+"""Computes resident memory over time for each arm, from all of its trials. Pure.
 
-Steps do not take the same time in every trial. So that like is laid over like, the
-time of a trial is stretched between the beginnings of its phases until they stand
-where they stand on average.
+Steps do not take the same time in every trial. To average the same phase of all trials, the
+time of each trial is stretched, piece by piece, until its phases begin at their mean times.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ _US_PER_S = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """Where a phase begins, on average of all trials; the last one is the read-back.
+    """The mean time at which a phase begins, over all trials. The last phase is the read-back.
 
-    :ivar at_s: since the workload began.
+    :ivar at_s: seconds since the workload began.
     """
 
     at_s: float
@@ -32,7 +31,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """All trials of an arm: their mean, and the lowest and the highest of them."""
+    """Resident memory of an arm over time: mean, minimum and maximum over its trials."""
 
     arm: str
     at_s: Numbers
@@ -41,10 +40,10 @@ class Curve:
     high_bytes: Numbers
 
 
-def marks(hosts: Sequence[Sequence[PhaseStarted]]) -> list[Mark]:
-    """Where phases begin on average.
+def mean_marks(hosts: Sequence[Sequence[PhaseStarted]]) -> list[Mark]:
+    """Return the mean time at which each phase begins.
 
-    :param hosts: what every host went through in every trial; all the same phases.
+    :param hosts: the phases of every host in every trial; all have the same phases.
     """
     begins_us = np.array([[phase.at_unix_us for phase in phases] for phases in hosts])
     mean_s = (begins_us - begins_us[:, :1]).mean(axis=0) / _US_PER_S
@@ -54,36 +53,36 @@ def marks(hosts: Sequence[Sequence[PhaseStarted]]) -> list[Mark]:
     ]
 
 
-def course(
+def resident_in_trial(
     guests: Mapping[str, Sequence[Series]],
     phases: Mapping[str, Sequence[PhaseStarted]],
-    laid_over: Sequence[Mark],
+    marks: Sequence[Mark],
 ) -> Numbers:
-    """Resident bytes of all guests together in one trial, at the times of `times_s`.
+    """Return resident bytes of all guests together in one trial, at the times of `times_s`.
 
-    :param guests: of each host.
-    :param phases: of each host.
+    :param guests: the series of each host's guests.
+    :param phases: the phases of each host, in the time of its samples.
     """
     total = np.zeros(_POINTS)
     for host, series in guests.items():
         begins_us = [phase.at_unix_us for phase in phases[host]]
-        at_us = np.interp(times_s(laid_over), [mark.at_s for mark in laid_over], begins_us)
+        at_us = np.interp(times_s(marks), [mark.at_s for mark in marks], begins_us)
         for guest in series:
             total += np.interp(at_us, guest.at_unix_us, guest.resident_bytes.astype(float))
     return total
 
 
-def times_s(laid_over: Sequence[Mark]) -> Numbers:
-    """The times at which courses are looked at, from the first mark to the last."""
-    return np.linspace(0.0, laid_over[-1].at_s, _POINTS)
+def times_s(marks: Sequence[Mark]) -> Numbers:
+    """Return the times of a curve's points, evenly from the first mark to the last."""
+    return np.linspace(0.0, marks[-1].at_s, _POINTS)
 
 
-def curve(arm: str, courses: Sequence[Numbers], laid_over: Sequence[Mark]) -> Curve:
-    """The trials of an arm laid over each other."""
-    stacked = np.stack(courses)
+def arm_curve(arm: str, trials: Sequence[Numbers], marks: Sequence[Mark]) -> Curve:
+    """Combine the trials of an arm, each from `resident_in_trial`."""
+    stacked = np.stack(trials)
     return Curve(
         arm=arm,
-        at_s=times_s(laid_over),
+        at_s=times_s(marks),
         mean_bytes=stacked.mean(axis=0),
         low_bytes=stacked.min(axis=0),
         high_bytes=stacked.max(axis=0),

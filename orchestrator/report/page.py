@@ -1,4 +1,4 @@
-"""The report as one HTML file with all that it needs in it."""
+"""Writes the report as one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.view.figures import first_line, when
 
 
 def page(contents: Contents) -> str:
-    """The whole page."""
+    """Return the HTML page."""
     run = contents.run
     charts = {"resident": resident_chart(contents)}
     if (savings := savings_chart(contents)) is not None:
@@ -36,13 +36,14 @@ def page(contents: Contents) -> str:
         state=escape(run.state),
         reasons=_reasons(contents),
         memory=_html_table(tables.memory(contents.rows)),
-        returned=_html_table(tables.came_back(contents.rows)),
-        spent=_html_table(tables.spent(contents.costs)),
+        returned=_html_table(tables.returned_memory(contents.rows)),
+        spent=_html_table(tables.cost_table(contents.costs)),
         spec=escape(run.annotated_spec),
         environment=_html_table(_environment(run.environment)),
         version=__version__,
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
-        # So that no text in it can end the script.
+        # A text such as `</script>` in the data would end the script element: HTML looks for it
+        # inside of strings, too.
         charts=json.dumps(charts).replace("<", "\\u003c"),
     )
 
@@ -52,15 +53,16 @@ def _reasons(contents: Contents) -> str:
     return "".join(f"<p>undecided: {escape(first_line(reason))}</p>" for reason in reasons)
 
 
-def _environment(found: Mapping[str, str]) -> Table:
-    made = tables.table(("what", "found"))
-    for name, value in found.items():
-        made.add_row(name, Text(value))
-    return made
+def _environment(environment: Mapping[str, str]) -> Table:
+    shown = tables.table(("what", "found"))
+    for name, value in environment.items():
+        # Text, not str: Rich would read brackets in a str as markup.
+        shown.add_row(name, Text(value))
+    return shown
 
 
 def _html_table(table: Table) -> str:
-    """What is in a table for the terminal, as HTML."""
+    """Return a table that was made for the terminal as HTML."""
     sides = ["" if column.justify == "right" else ' class="left"' for column in table.columns]
     header = _cells("th", [column.header for column in table.columns], sides)
     columns = [list(column.cells) for column in table.columns]

@@ -1,1 +1,1 @@
-"""What trials came to: figures, statistics, and the store on disk."""
+"""Results of trials: figures, statistics, and the store on disk."""

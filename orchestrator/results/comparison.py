@@ -1,7 +1,7 @@
-"""What the arms of a run cost, each against the control. Pure.
+"""Computes what each arm of a run cost, compared with the control. Pure.
 
-Pairs are those of `savings`: a repetition each, its hosts summed before they are
-compared. An arm with a trial that is undecided has no figures here either.
+Pairs are the same as in `savings`: one pair per repetition, its hosts summed first. An arm
+with an undecided trial has no figures here either.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from orchestrator.results.statistics import Interval, mean_interval, paired_diff
 
 
 @dataclass(frozen=True, kw_only=True)
-class Charged:
+class CostRow:
     """The cost of one host in one trial.
 
     :ivar cost: None if the host was not measured, or the trial was cut off.
-    :ivar undecided: why the trial counts for nothing, as when pages came back wrong; empty if
-        it counts.
+    :ivar undecided: why the trial does not count, for example wrong pages; empty if it counts.
     """
 
     arm: str
@@ -39,21 +38,21 @@ class Charged:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmCost:
-    """What an arm cost; all hosts together where nothing else is said.
+    """The cost of an arm. All hosts are summed unless stated otherwise.
 
-    :ivar settle_s: mean over guests and free steps of the time until 95 % of what
-        came back was back; None if nothing came back.
-    :ivar slowest_settle_s: the longest of them.
-    :ivar asked_settle_s: mean time that a Settle took; None if there was none.
+    :ivar settle_s: time until 95 % of the memory that came back was back: the mean over
+        guests and free steps; None if nothing came back.
+    :ivar slowest_settle_s: the longest of these times.
+    :ivar asked_settle_s: mean time that a Settle call took; None if there was none.
     :ivar slowdown_percent: how much longer the workload's steps took than under the
-        control. The mean is the geometric one.
-    :ivar guest_cpu_s: CPU time in the guests, more than under the control.
-    :ivar host_cpu_s: CPU time of the guests' processes and the host agents, more than
-        under the control; has `guest_cpu_s` in it.
-    :ivar observing_cpu_s: mean CPU time of a trial that went into measuring; in none of the
-        others.
+        control; a geometric mean.
+    :ivar guest_cpu_s: CPU time in the guests, minus that under the control.
+    :ivar host_cpu_s: CPU time of the guests' processes and the host agents, minus that
+        under the control. Includes `guest_cpu_s`.
+    :ivar observing_cpu_s: mean CPU time that a trial spent on measuring; not included in
+        the other times.
     :ivar wire_bytes_per_range: None if no range was sent.
-    :ivar tracker_bytes: of one guest, the greatest.
+    :ivar tracker_bytes: the maximum over all guests.
     """
 
     arm: str
@@ -68,9 +67,12 @@ class ArmCost:
     tracker_bytes: int
 
 
-def compare(rows: Sequence[Charged], driver: str) -> list[ArmCost]:
-    """Of every arm but the control that was measured whole, in the order of `rows`."""
-    arms: dict[str, list[Charged]] = {}
+def compare(rows: Sequence[CostRow], driver: str) -> list[ArmCost]:
+    """Return the cost of each arm whose trials all count, without the control.
+
+    Arms are in the order of `rows`.
+    """
+    arms: dict[str, list[CostRow]] = {}
     for row in rows:
         arms.setdefault(row.arm, []).append(row)
     whole = {name: arm for name, arm in arms.items() if all(row.counts for row in arm)}
@@ -78,11 +80,13 @@ def compare(rows: Sequence[Charged], driver: str) -> list[ArmCost]:
     return [_arm_cost(arm, control, driver) for arm in whole.values() if not arm[0].is_control]
 
 
-def _arm_cost(arm: Sequence[Charged], control: Sequence[Charged], driver: str) -> ArmCost:
+def _arm_cost(arm: Sequence[CostRow], control: Sequence[CostRow], driver: str) -> ArmCost:
     costs = [row.cost for row in arm if row.cost]
     settled = [s for cost in costs for s in cost.settle_s]
     asked = [s for cost in costs for s in cost.asked_settle_s]
     ranges = sum(cost.ranges for cost in costs)
+    # Under method none an embedded guest's agent reports no CPU time. But the guest is one
+    # process, so that process's time is the time in the guest.
     embedded = driver == Driver.EMBEDDED
     return ArmCost(
         arm=arm[0].arm,
@@ -90,8 +94,8 @@ def _arm_cost(arm: Sequence[Charged], control: Sequence[Charged], driver: str) -
         slowest_settle_s=max(settled, default=None),
         asked_settle_s=_mean(asked),
         slowdown_percent=_slowdown_percent(control, arm),
-        guest_cpu_s=_more(control, arm, lambda c: c.process_cpu_s if embedded else c.agent_cpu_s),
-        host_cpu_s=_more(control, arm, lambda c: c.process_cpu_s + c.host_agent_cpu_s),
+        guest_cpu_s=_extra(control, arm, lambda c: c.process_cpu_s if embedded else c.agent_cpu_s),
+        host_cpu_s=_extra(control, arm, lambda c: c.process_cpu_s + c.host_agent_cpu_s),
         observing_cpu_s=_mean(list(_by_trial(arm, lambda c: c.observing_cpu_s).values())),
         wire_bytes_per_range=sum(cost.wire_bytes for cost in costs) / ranges if ranges else None,
         tracker_bytes=max(cost.tracker_bytes for cost in costs),
@@ -102,8 +106,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def _by_trial(rows: Sequence[Charged], value: Callable[[Cost], float]) -> dict[Hashable, float]:
-    """The sum over the hosts of each trial."""
+def _by_trial(rows: Sequence[CostRow], value: Callable[[Cost], float]) -> dict[Hashable, float]:
+    """Sum over the hosts of each trial."""
     sums: dict[Hashable, float] = {}
     for row in rows:
         if row.cost:
@@ -111,17 +115,18 @@ def _by_trial(rows: Sequence[Charged], value: Callable[[Cost], float]) -> dict[H
     return sums
 
 
-def _more(
-    control: Sequence[Charged], arm: Sequence[Charged], value: Callable[[Cost], float]
+def _extra(
+    control: Sequence[CostRow], arm: Sequence[CostRow], value: Callable[[Cost], float]
 ) -> Interval | None:
     return mean_interval(paired_differences(_by_trial(arm, value), _by_trial(control, value)))
 
 
-def _slowdown_percent(control: Sequence[Charged], arm: Sequence[Charged]) -> Interval | None:
-    """Of ratios the logarithms are averaged: twice as slow and twice as fast cancel out."""
-
-    def log_step_s(rows: Sequence[Charged]) -> dict[Hashable, float]:
+def _slowdown_percent(control: Sequence[CostRow], arm: Sequence[CostRow]) -> Interval | None:
+    # Logarithms of ratios are averaged, not ratios: a trial that is twice as slow and one that
+    # is twice as fast then cancel out.
+    def log_step_s(rows: Sequence[CostRow]) -> dict[Hashable, float]:
         step_s = _by_trial(rows, lambda cost: cost.step_s)
+        # At least a microsecond, the unit of the durations: log(0) is not defined.
         return {trial: math.log(max(value, 1e-6)) for trial, value in step_s.items()}
 
     log_ratio = mean_interval(paired_differences(log_step_s(arm), log_step_s(control)))

@@ -1,7 +1,7 @@
-"""What a method cost one host in one trial, from its samples and steps. Pure.
+"""Computes what a method cost one host in one trial, from its samples and steps. Pure.
 
-CPU time is that of the measured window (see `footprint`), counted from the last
-sample before it to the last one in it.
+CPU time is counted over the measured window (see `footprint`): from the last sample before
+it to the last sample in it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from orchestrator.results.footprint import Series, Window, last_index, window_of
 from orchestrator.trial.records import GuestSettled, StepDone
 
 SETTLED_SHARE = 0.95
-# Less than this of what was freed is other memory of the guest that comes and goes.
-_CAME_BACK_SHARE = 0.05
+# A smaller share of the freed bytes is noise: other memory of the guest that comes and goes.
+_MIN_CAME_BACK_SHARE = 0.05
 _US_PER_S = 1_000_000
 
 COUNTERS = (
@@ -30,25 +30,26 @@ COUNTERS = (
     "ranges",
     "tracker_bytes",
 )
-"""The columns that a series needs for its cost."""
+"""The columns that a series must have for `host_cost`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a host with its guests spent in a trial.
+    """What a host and its guests spent in a trial.
 
-    :ivar settle_s: of each free step after which memory came back: time from its end
-        until 95 % of what came back was back.
-    :ivar asked_settle_s: how long each Settle took.
-    :ivar step_s: time that all allocate and free steps of all guests took together.
-    :ivar agent_cpu_s: of the guests' agents. In an embedded guest, that is all of the
-        guest, and it is not said under method none.
-    :ivar process_cpu_s: of the guests' processes on the host (embedded process, QEMU).
-    :ivar host_agent_cpu_s: of the host agent, which serves all guests, less
+    :ivar settle_s: one value per free step after which memory came back: time from the end
+        of the step until 95 % of that memory was back.
+    :ivar asked_settle_s: how long each Settle call took.
+    :ivar step_s: total time of all allocate and free steps of all guests.
+    :ivar agent_cpu_s: CPU time of the guests' agents. An embedded guest's agent is the
+        whole guest; it reports nothing under method none.
+    :ivar process_cpu_s: CPU time of the guests' processes on the host (embedded process,
+        QEMU).
+    :ivar host_agent_cpu_s: CPU time of the host agent, which serves all guests, without
         `observing_cpu_s`.
-    :ivar observing_cpu_s: what samples took of it, and audits that served nothing else: the
-        price of measuring, not of the method.
-    :ivar tracker_bytes: the greatest of all guests.
+    :ivar observing_cpu_s: CPU time of the host agent for samples, and for audits that serve
+        nothing else: the price of measuring, not of the method.
+    :ivar tracker_bytes: the maximum over all guests.
     """
 
     settle_s: tuple[float, ...]
@@ -68,18 +69,19 @@ def host_cost(
     steps: Mapping[str, Sequence[StepDone]],
     settled: Sequence[GuestSettled],
 ) -> Cost:
-    """What one host spent.
+    """Compute the cost of one host in one trial.
 
-    :param series: of each guest, with COUNTERS.
-    :param steps: of each guest, in order; the last one is the read-back.
-    :raises Undecided: a workload did not come to its end.
+    :param series: the samples of each guest, with COUNTERS.
+    :param steps: the steps of each guest, in order; the last one is the read-back.
+    :raises Undecided: a workload did not finish.
     """
     windows = {guest: window_of(guest, steps[guest]) for guest in series}
 
     def spent(counter: str) -> list[int]:
-        return [_grown(part, counter, windows[guest]) for guest, part in series.items()]
+        return [_increase(part, counter, windows[guest]) for guest, part in series.items()]
 
-    # Of the host agent, every guest's series has the same.
+    # The host agent's counters stand in the series of every guest, so they are not summed.
+    # Windows differ a little; the longest one counts.
     observing_s = max(spent("observing_cpu_us")) / _US_PER_S
     return Cost(
         settle_s=tuple(s for guest, part in series.items() for s in _settle_s(part, steps[guest])),
@@ -95,14 +97,14 @@ def host_cost(
     )
 
 
-def _grown(series: Series, counter: str, window: Window) -> int:
+def _increase(series: Series, counter: str, window: Window) -> int:
     values = series.counters[counter]
     start, end = (last_index(series, at_us) for at_us in (window.start_us, window.end_us))
     return int(values[end]) - int(values[start])
 
 
 def _settle_s(series: Series, steps: Sequence[StepDone]) -> Iterator[float]:
-    """Of each free step that gave something back before the next step began."""
+    """Yield the settle time of each free step that returned memory before the next step."""
     for step, following in pairwise(steps):
         if step.kind != "free":
             continue
@@ -111,10 +113,10 @@ def _settle_s(series: Series, steps: Sequence[StepDone]) -> Iterator[float]:
         after = slice(first, last_index(series, following.started_unix_us) + 1)
         resident = series.resident_bytes[after].astype(float)
         came_back = before - resident.min(initial=before)
-        if came_back < _CAME_BACK_SHARE * max(step.changed_bytes, 1):
+        if came_back < _MIN_CAME_BACK_SHARE * max(step.changed_bytes, 1):
             continue
         enough = before - SETTLED_SHARE * came_back
-        # All may have left while the step still ran.
+        # An agent hints while the step still frees, so all may have left before it ended.
         if _at(series, first - 1) <= enough:
             yield 0.0
         else:

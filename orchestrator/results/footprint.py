@@ -1,8 +1,8 @@
-"""What guests used during one trial, from its samples. Pure.
+"""Computes how much memory guests used in one trial, from its samples. Pure.
 
-The measured window begins when the first step of the workload begins, and ends
-when the last hold ends (the final read-back begins): making, booting and ending
-guests are not part of an arm's footprint.
+The measured window begins with the first step of the workload, and ends when the last hold
+ends and the read-back begins. The creation, the boot and the end of guests are not part of an
+arm's footprint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hintfleet.units import GIB
 from orchestrator.trial.records import GuestEnded, StepDone
 
 RETURNED_AFTER_S = 3.0
-# With a longer gap between two samples nobody knows what happened between them.
+# In a longer gap between two samples, memory may have risen and fallen unseen.
 MAX_GAP_PERIODS = 10
 _US_PER_S = 1_000_000
 _BYTE_S_PER_GIB_MIN = GIB * 60
@@ -31,7 +31,7 @@ class Series:
     """Resident bytes over time.
 
     :ivar at_unix_us: strictly increasing.
-    :ivar counters: other columns of the same samples, by name.
+    :ivar counters: other columns of the same samples, by column name.
     """
 
     at_unix_us: Numbers
@@ -49,10 +49,10 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Returned:
-    """What left after free steps.
+    """Memory that left the host after free steps.
 
-    :ivar left_bytes: fall of resident bytes; negative if it rose.
-    :ivar after_s: the shortest time after a step at which it was looked at.
+    :ivar left_bytes: by how much resident bytes fell; negative if they rose.
+    :ivar after_s: how long after a step this was measured; the shortest of all steps.
     """
 
     freed_bytes: int
@@ -61,13 +61,13 @@ class Returned:
 
     @property
     def share(self) -> float:
-        """Fall of resident bytes per freed byte."""
+        """Bytes that left per freed byte."""
         return self.left_bytes / self.freed_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What a guest, or all guests of a host, used in a trial."""
+    """The memory that a guest, or all guests of a host, used in a trial."""
 
     provisioned_bytes: int
     peak_resident_bytes: float
@@ -81,15 +81,17 @@ class Footprint:
 
 
 class Undecided(Exception):
-    """There is no figure, and this is why."""
+    """No figure can be given; the message says why."""
 
 
 def guest_footprint(
     guest: str, series: Series, steps: Sequence[StepDone], ended: GuestEnded | None, period_s: float
 ) -> Footprint:
-    """What one guest used.
+    """Compute the footprint of one guest.
 
     :param steps: of this guest, in order; the last one is the read-back.
+    :param ended: None if the guest was not destroyed in order.
+    :param period_s: how often a sample was asked for.
     :raises Undecided: samples are missing, or the guest was not read back.
     """
     window = window_of(guest, steps)
@@ -112,7 +114,12 @@ def host_footprint(
     steps: Mapping[str, Sequence[StepDone]],
     guests: Sequence[Footprint],
 ) -> Footprint:
-    """What all guests of a host used together; each was measured by `guest_footprint`."""
+    """Compute the footprint of all guests of a host together.
+
+    :param guests: the result of `guest_footprint` for each guest.
+    """
+    # Measured anew on the sum of the series: guests peak at different moments, so the sum of
+    # their peaks would be too high.
     windows = [window_of(guest, steps[guest]) for guest in series]
     together = Window(
         start_us=min(w.start_us for w in windows), end_us=max(w.end_us for w in windows)
@@ -129,29 +136,30 @@ def host_footprint(
 
 
 def sum_returned(parts: Sequence[Returned | None]) -> Returned | None:
-    """All of them together; None if nothing was freed."""
-    there = [part for part in parts if part is not None]
-    if not there:
+    """Sum the parts; None if nothing was freed."""
+    known = [part for part in parts if part is not None]
+    if not known:
         return None
     return Returned(
-        freed_bytes=sum(part.freed_bytes for part in there),
-        left_bytes=sum(part.left_bytes for part in there),
-        after_s=min(part.after_s for part in there),
+        freed_bytes=sum(part.freed_bytes for part in known),
+        left_bytes=sum(part.left_bytes for part in known),
+        after_s=min(part.after_s for part in known),
     )
 
 
 def window_of(guest: str, steps: Sequence[StepDone]) -> Window:
-    """The measured window of a guest.
+    """Return the measured window of a guest.
 
-    :raises Undecided: its workload did not come to its end.
+    :raises Undecided: its workload did not finish.
     """
     if len(steps) < 2 or steps[-1].kind != "verify":
-        raise Undecided(f"{guest}: the workload did not come to its end")
+        raise Undecided(f"{guest}: the workload did not finish")
     return Window(start_us=steps[0].started_unix_us, end_us=steps[-1].started_unix_us)
 
 
 def _check_gaps(guest: str, series: Series, window: Window, period_s: float) -> None:
     at = series.at_unix_us
+    # The samples around the window count as well: the footprint is interpolated at its ends.
     first = int(np.searchsorted(at, window.start_us, side="right")) - 1
     last = int(np.searchsorted(at, window.end_us, side="left"))
     if first < 0 or last >= len(at):
@@ -181,7 +189,7 @@ def _measure(series: Series, window: Window) -> Footprint:
 
 
 def _cut(series: Series, window: Window) -> tuple[Numbers, Numbers]:
-    """The samples inside the window, and interpolated ones at its ends."""
+    """Return the samples inside the window, and interpolated ones at its ends."""
     at, resident = series.at_unix_us, series.resident_bytes
     ends = np.array([window.start_us, window.end_us])
     inside = (at > window.start_us) & (at < window.end_us)
@@ -192,7 +200,7 @@ def _cut(series: Series, window: Window) -> tuple[Numbers, Numbers]:
 
 
 def _sum(parts: Sequence[Series]) -> Series:
-    """Their sum, at the times that all of them have."""
+    """Sum series at the times that all of them have."""
     at = parts[0].at_unix_us
     for part in parts[1:]:
         at = np.intersect1d(at, part.at_unix_us, assume_unique=True)
@@ -203,30 +211,28 @@ def _sum(parts: Sequence[Series]) -> Series:
 
 
 def _returned(series: Series, steps: Sequence[StepDone]) -> Returned | None:
-    """Looks at each free step: what was resident before it, and some time after it."""
-    found = []
+    """Compare resident memory before each free step and some time after it."""
+    parts = []
     for step, following in pairwise(steps):
         if step.kind != "free" or not step.changed_bytes:
             continue
-        room_s = (following.started_unix_us - step.at_unix_us) / _US_PER_S
-        after_s = max(0.0, min(RETURNED_AFTER_S, room_s))
+        until_next_s = (following.started_unix_us - step.at_unix_us) / _US_PER_S
+        after_s = max(0.0, min(RETURNED_AFTER_S, until_next_s))
         before = _last_seen(series, step.started_unix_us)
         after = _last_seen(series, step.at_unix_us + round(after_s * _US_PER_S))
-        found.append(
+        parts.append(
             Returned(freed_bytes=step.changed_bytes, left_bytes=before - after, after_s=after_s)
         )
-    return sum_returned(found)
+    return sum_returned(parts)
 
 
 def _last_seen(series: Series, at_us: int) -> float:
-    """Resident bytes in the last sample that was taken by then.
-
-    Not interpolated: memory leaves within milliseconds, and a sample after the
-    start of a step would be taken for the state before it.
-    """
+    """Return resident bytes in the last sample at or before `at_us`."""
+    # Not interpolated: memory leaves within milliseconds, so a sample after the start of a step
+    # would already change the value before it.
     return float(series.resident_bytes[last_index(series, at_us)])
 
 
 def last_index(series: Series, at_us: int) -> int:
-    """Index of the last sample that was taken by then; 0 if there is none."""
+    """Return the index of the last sample at or before `at_us`; 0 if there is none."""
     return max(int(np.searchsorted(series.at_unix_us, at_us, side="right")) - 1, 0)

@@ -1,4 +1,4 @@
-"""What a run came to. Pure."""
+"""Decides how a run ended. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class RunOutcome:
     """How a run ended.
 
-    :ivar state: done, undecided, failed or interrupted. The last two can be taken up again.
-    :ivar reason: why it is not done; empty if it is.
+    :ivar state: done, undecided, failed or interrupted. The last two can be resumed.
+    :ivar reason: why it is not done; empty if it is done.
     """
 
     state: str
@@ -19,16 +19,16 @@ class RunOutcome:
 
 
 def run_outcome(error: BaseException | None, undecided: Sequence[str]) -> RunOutcome:
-    """Judge a run that has ended.
+    """Return the outcome of a run that has ended.
 
-    :param error: what it ended by; None if it came to its end.
-    :param undecided: why trials count for nothing, each by its last attempt.
+    :param error: the exception that ended it; None if all trials ran.
+    :param undecided: why trials do not count, from their last attempts.
     """
     if isinstance(error, KeyboardInterrupt):
         return RunOutcome(state="interrupted", reason="interrupted by the user")
     if error is not None:
-        said = getattr(error, "message", "") or f"{type(error).__name__}: {error}"
-        return RunOutcome(state="failed", reason=said)
+        reason = getattr(error, "message", "") or f"{type(error).__name__}: {error}"
+        return RunOutcome(state="failed", reason=reason)
     if undecided:
         return RunOutcome(state="undecided", reason="; ".join(undecided))
     return RunOutcome(state="done")

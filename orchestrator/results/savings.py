@@ -1,12 +1,8 @@
-"""What arms used and saved: the one query behind the summary, `savings` and the service.
+"""Computes what arms used and saved. The summary, `savings` and the service share this query.
 
-Controlled savings compare an arm with the control of the same run, pair by pair. A
-pair is one repetition (so the same seeds) of all that a row stands for: the fleet, a
-host or a guest. What shares a trial shares that trial's noise, so the hosts of one are
-summed before they are compared: as pairs of their own they would count one draw as many,
-and the interval would be too narrow.
-If any trial of an arm is undecided, the arm is: leaving out the trials that went
-wrong would favour whatever made them go wrong.
+Controlled savings compare an arm with the control of the same run, pair by pair. A pair is
+one repetition (so the same seeds) of the whole fleet, of a host or of a guest, as the row
+says. If any trial of an arm is undecided, the arm is undecided too.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from orchestrator.results.statistics import Interval, mean_interval, paired_diff
 
 
 class By(StrEnum):
-    """What a row stands for."""
+    """What one row of an answer covers. ARM pools all runs of the same spec."""
 
     FLEET = "fleet"
     HOST = "host"
@@ -30,12 +26,14 @@ class By(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class FootprintRow:
     """The footprint of one host, or of one guest, in one trial.
 
-    :ivar spec_hash: the same for runs of the same spec.
+    :ivar spec_hash: equal for runs of the same spec.
     :ivar guest: empty for all guests of the host together.
-    :ivar footprint: None if `undecided` says why there is none, or if the trial was cut off.
+    :ivar footprint: None if the trial is undecided or was cut off.
+    :ivar undecided: why there is no footprint; empty if there is one, or if the trial was
+        cut off.
     """
 
     run_id: str
@@ -54,12 +52,13 @@ class Measured:
 class Savings:
     """One row of an answer.
 
-    :ivar run_id: empty by arm, where runs of the same spec are pooled.
+    :ivar run_id: empty by arm, because runs of the same spec are pooled.
     :ivar key: the host's or guest's name; empty by fleet and by arm.
-    :ivar footprint: means over trials; the peak is the greatest of all, pages are
-        of all trials together. None if the arm was not measured whole.
-    :ivar saved_bytes: of mean resident memory. None in the control itself, and
-        where `undecided` says that there is no figure.
+    :ivar footprint: means over trials, but the peak is the maximum and pages are the sum.
+        None if a trial of the arm has no footprint.
+    :ivar saved_bytes: mean resident memory saved; None for the control and where
+        `undecided` is set.
+    :ivar undecided: why there is no figure; empty if there is one.
     """
 
     experiment: str
@@ -73,23 +72,23 @@ class Savings:
     undecided: str = ""
 
 
-def aggregate(rows: Iterable[Measured], by: By) -> list[Savings]:
-    """Rows of savings, in the order in which their runs and arms first appear."""
-    groups: dict[tuple[str, str, str], list[Measured]] = {}
+def aggregate(rows: Iterable[FootprintRow], by: By) -> list[Savings]:
+    """Return rows of savings, in the order in which their runs and arms first appear."""
+    groups: dict[tuple[str, str, str], list[FootprintRow]] = {}
     for row in rows:
         if bool(row.guest) == (by is By.GUEST):
             groups.setdefault(_group(row, by), []).append(row)
     return [saving for key, group in groups.items() for saving in _arms(key, group)]
 
 
-def _group(row: Measured, by: By) -> tuple[str, str, str]:
-    """What is compared with each other: experiment's hash, run and key."""
+def _group(row: FootprintRow, by: By) -> tuple[str, str, str]:
+    """Return the group of a row: spec hash, run and key. Rows of a group are compared."""
     key = {By.HOST: row.host, By.GUEST: row.guest}.get(by, "")
     return row.spec_hash, "" if by is By.ARM else row.run_id, key
 
 
-def _arms(group: tuple[str, str, str], rows: Sequence[Measured]) -> list[Savings]:
-    arms: dict[str, list[Measured]] = {}
+def _arms(group: tuple[str, str, str], rows: Sequence[FootprintRow]) -> list[Savings]:
+    arms: dict[str, list[FootprintRow]] = {}
     for row in rows:
         arms.setdefault(row.arm, []).append(row)
     control = next((arm for arm in arms.values() if arm[0].is_control), [])
@@ -97,9 +96,10 @@ def _arms(group: tuple[str, str, str], rows: Sequence[Measured]) -> list[Savings
 
 
 def _arm(
-    group: tuple[str, str, str], rows: Sequence[Measured], control: Sequence[Measured]
+    group: tuple[str, str, str], rows: Sequence[FootprintRow], control: Sequence[FootprintRow]
 ) -> Savings:
     _, run_id, key = group
+    # To leave out only the trials that went wrong would favour whatever made them go wrong.
     undecided = _first_undecided(rows) or _wrong_pages(rows)
     saved_bytes = saved_gib_min = None
     if not undecided and not rows[0].is_control and control:
@@ -121,7 +121,7 @@ def _arm(
     )
 
 
-def _first_undecided(rows: Iterable[Measured]) -> str:
+def _first_undecided(rows: Iterable[FootprintRow]) -> str:
     return next(
         (
             f"{row.arm}, repetition {row.repetition + 1}, {row.undecided or 'was cut off'}"
@@ -132,7 +132,7 @@ def _first_undecided(rows: Iterable[Measured]) -> str:
     )
 
 
-def _wrong_pages(rows: Iterable[Measured]) -> str:
+def _wrong_pages(rows: Iterable[FootprintRow]) -> str:
     return next(
         (
             f"{row.arm}, repetition {row.repetition + 1}, {row.guest or row.host}: "
@@ -145,15 +145,19 @@ def _wrong_pages(rows: Iterable[Measured]) -> str:
 
 
 def _saved(
-    control: Sequence[Measured], rows: Sequence[Measured], value: Callable[[Footprint], float]
+    control: Sequence[FootprintRow],
+    rows: Sequence[FootprintRow],
+    value: Callable[[Footprint], float],
 ) -> Interval | None:
     return mean_interval(paired_differences(_by_trial(control, value), _by_trial(rows, value)))
 
 
 def _by_trial(
-    arm: Sequence[Measured], value: Callable[[Footprint], float]
+    arm: Sequence[FootprintRow], value: Callable[[Footprint], float]
 ) -> dict[Hashable, float]:
-    """The sum over all that was measured in each trial."""
+    """Sum over the hosts or guests of each trial."""
+    # Hosts of one trial share its noise. As pairs of their own they would count one draw as
+    # many, and the interval would be too narrow.
     sums: dict[Hashable, float] = {}
     for row in arm:
         if row.footprint is not None:
@@ -162,7 +166,7 @@ def _by_trial(
     return sums
 
 
-def _together(rows: Sequence[Measured]) -> Footprint:
+def _together(rows: Sequence[FootprintRow]) -> Footprint:
     footprints = [row.footprint for row in rows if row.footprint is not None]
 
     def mean(value: Callable[[Footprint], float]) -> float:
@@ -182,7 +186,7 @@ def _together(rows: Sequence[Measured]) -> Footprint:
     )
 
 
-def _sum_of_peaks(rows: Sequence[Measured]) -> float:
+def _sum_of_peaks(rows: Sequence[FootprintRow]) -> float:
     peaks: dict[tuple[str, str], float] = {}
     for row in rows:
         if row.footprint is not None:

@@ -1,10 +1,10 @@
-"""Intervals of paired differences. Pure.
+"""Confidence intervals of paired differences. Pure.
 
-Why Student's t and not a bootstrap: there are few pairs (three in the
-quickstart). The percentile bootstrap of so few covers the truth far less often than it
-claims (a resample of three cannot show more spread than the three have), while t is
-exact for differences that are normal and errs to the wide side for the bounded,
-nearly symmetric ones that memory footprints give.
+Why Student's t and not a bootstrap: there are few pairs (three in the quickstart). With so
+few, the percentile bootstrap covers the true value far less often than it claims, because a
+resample of three cannot show more spread than the three have. The t interval is exact for
+normal differences. For the bounded, nearly symmetric differences of memory footprints it is
+somewhat too wide.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean with its confidence interval, and the pairs behind it."""
+    """A mean, its confidence interval, and the number of pairs."""
 
     mean: float
     low: float
@@ -29,24 +29,23 @@ class Interval:
 def paired_differences(
     control: Mapping[Hashable, float], treated: Mapping[Hashable, float]
 ) -> list[float]:
-    """Control less treated, for every key that both have, in the order of `treated`.
+    """Return control minus treated for each key that both have, in the order of `treated`.
 
-    The differences have to be independent for their interval to be true: a key is a
+    The interval is valid only if the differences are independent, so a key must be a whole
     trial, not a part of one.
     """
     return [control[key] - value for key, value in treated.items() if key in control]
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
-    """The mean of `values` with its 95 % interval; None for fewer than two, which
-    say nothing about their spread."""
+    """Return the mean of `values` with its 95 % interval; None for fewer than two values."""
     n = len(values)
-    if n < 2:
+    if n < 2:  # one value has no spread
         return None
     mean = math.fsum(values) / n
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    reach = _student_t(n - 1) * math.sqrt(variance / n)
-    return Interval(mean=mean, low=mean - reach, high=mean + reach, pairs=n)
+    half_width = _student_t(n - 1) * math.sqrt(variance / n)
+    return Interval(mean=mean, low=mean - half_width, high=mean + half_width, pairs=n)
 
 
 def _student_t(degrees_of_freedom: int) -> float:

@@ -1,18 +1,18 @@
-"""What a trial came to, and whether it is run again. Pure; decided here and nowhere else.
+"""Decides how a trial ended and whether it is run again. Pure; no other file decides this.
 
 From the fault to the next attempt, in the order of this file:
 
-1. Whoever runs a host's part of a trial says how it ended, in its last record, HostDone. The
-   part is lost if its host agent was (`trial/runner.py`), or if its actor died
+1. The last record of a host's part of a trial, HostDone, says how that part ended. The part
+   is lost if its host agent was lost (`trial/runner.py`) or its actor died
    (`trial/ray_actors.py`).
-2. `host_outcome` makes one host's figures from its records, or says why there are none.
-3. `trial_outcome` puts the hosts together: done, undecided or lost.
-4. `next_attempt` says whether the trial is run again. A lost trial is, `--retries` times at
-   the end of the same run, and with every `run --resume`; so is one that was cut off. An
-   undecided trial is not.
+2. `host_outcome` computes one host's figures from its records, or says why there are none.
+3. `trial_outcome` combines the hosts: done, undecided or lost.
+4. `next_attempt` decides whether the trial is run again. A lost trial is run again, up to
+   `--retries` times at the end of the same run, and with every `run --resume`. So is a trial
+   that was cut off. An undecided trial is not.
 
 Only the last attempt at a trial counts in figures (view `counted_trials` in
-`store/database.py`). The others stay stored.
+`store/database.py`). The other attempts stay stored.
 """
 
 from __future__ import annotations
@@ -42,27 +42,28 @@ class TrialStatus(StrEnum):
     DONE = "done"
     """Every guest was measured and read back."""
     UNDECIDED = "undecided"
-    """It has no figures that count: a guest was lost, nobody knows whether a command was
-    carried out, samples are missing, or pages came back wrong. That is a result of what was
-    tried."""
+    """It has no figures that count: a guest was lost, the outcome of a command is unknown,
+    samples are missing, or pages came back wrong. This is a result: the method under test may
+    be the cause."""
     LOST = "lost"
-    """What runs trials failed, not what was tried: a host agent, or the actor that speaks to
-    it, is gone. There is no result."""
+    """It has no result: the test equipment failed, not the method under test. A host agent, or
+    the actor that controls it, is gone."""
     CUT_OFF = "cut off"
-    """It has not ended: the run was interrupted or failed meanwhile, or still goes on."""
+    """It has not ended: the run was interrupted, has failed, or still runs."""
 
     @property
     def has_result(self) -> bool:
-        """Whether the trial came to an end of its own, which then stands."""
+        """Whether the trial has a result, which is final."""
         return self in (TrialStatus.DONE, TrialStatus.UNDECIDED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialFigures:
-    """What one guest, or all guests of a host together (guest ""), used in a trial.
+    """The figures of one guest, or of all guests of a host together (guest ""), in a trial.
 
-    :ivar footprint: None where `undecided` says why there is none.
+    :ivar footprint: None if there is none.
     :ivar cost: of a host with a footprint; None for a guest.
+    :ivar undecided: why there is no footprint.
     """
 
     host: str
@@ -74,11 +75,11 @@ class TrialFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class HostOutcome:
-    """What one host's part of a trial came to.
+    """The outcome of one host's part of a trial.
 
-    :ivar reason: why it is not done; empty if it is.
-    :ivar figures: of the host and of each of its guests, in this order.
-    :ivar has_wrong_pages: a guest read back what it had not written. Such a host is
+    :ivar reason: why it is not done; empty if it is done.
+    :ivar figures: of the host, then of each of its guests.
+    :ivar has_wrong_pages: a guest read back other data than it had written. Such a host is
         undecided, and has figures if it was measured.
     """
 
@@ -90,9 +91,9 @@ class HostOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialOutcome:
-    """What an attempt at a trial came to; never CUT_OFF, for it has ended.
+    """The outcome of an attempt at a trial that has ended, so never CUT_OFF.
 
-    :ivar reason: why it counts for nothing; empty if it is done.
+    :ivar reason: why it does not count; empty if it is done.
     :ivar figures: of all hosts and guests.
     """
 
@@ -104,22 +105,21 @@ class TrialOutcome:
 def host_outcome(
     task: HostTask, events: Sequence[Event], series: Mapping[str, Series]
 ) -> HostOutcome:
-    """Measure one host's part of a trial, or say why that cannot be done.
+    """Compute the figures of one host's part of a trial, or say why there are none.
 
-    Pages that came back wrong are a result even where the host was lost afterwards.
-
-    :param events: of this host, in the order in which they came.
+    :param events: of this host, in the order in which they arrived.
     :param series: of each of its guests that has samples, with cost.COUNTERS.
     """
-    # A host that is through and whose actor then dies has two of them: the last one counts.
+    # If the actor dies after the host was done, there are two HostDone: the last one counts.
     done = next((e for e in reversed(events) if isinstance(e, HostDone)), None)
     figures: tuple[TrialFigures, ...] = ()
-    reason = done.undecided if done else f"{task.host}: did not come to the end"
+    reason = done.undecided if done else f"{task.host}: did not finish"
     if not reason:
         try:
             figures = _measured(task, events, series)
         except Undecided as undecided:
             reason = str(undecided)
+    # Wrong pages are a result even if the host was lost later.
     wrong_pages = _wrong_pages(events)
     reason = wrong_pages or reason
     if not reason:
@@ -137,12 +137,13 @@ def host_outcome(
 
 
 def trial_outcome(hosts: Sequence[HostOutcome]) -> TrialOutcome:
-    """Put together what the hosts of a trial came to.
+    """Combine the outcomes of the hosts of a trial.
 
-    The trial is done if every host is, and lost if hosts were lost and all others are done.
-    Else it is undecided. Wrong pages decide alone, and are the first reason to be told: to
-    run the trial again would forget them.
+    The trial is done if every host is done. It is lost if some hosts were lost and all others
+    are done. Otherwise it is undecided.
     """
+    # Wrong pages come before every other reason: a trial with wrong pages and a lost host must
+    # not be run again, because the next attempt would hide them.
     blamed = [host for host in hosts if host.has_wrong_pages]
     blamed = blamed or [host for host in hosts if host.status is not TrialStatus.DONE]
     figures = tuple(figures for host in hosts for figures in host.figures)
@@ -157,15 +158,14 @@ def trial_outcome(hosts: Sequence[HostOutcome]) -> TrialOutcome:
 
 
 def next_attempt(trial: Trial, status: TrialStatus, retries_left: int = 1) -> Trial | None:
-    """Return the attempt that follows this one; None if the trial is not run again.
+    """Return the next attempt at a trial; None if it is not run again.
 
-    A trial with a result is not, be it undecided: to run it until it ends well would favour
-    the arm that made it go wrong.
-
-    :param trial: the attempt that was made.
-    :param status: how that ended.
+    :param trial: the last attempt.
+    :param status: how the last attempt ended.
     :param retries_left: how often this trial may still be run again.
     """
+    # An undecided trial stays undecided: to run it until it ends well would favour the arm that
+    # made it go wrong.
     if status.has_result or retries_left < 1:
         return None
     return replace(trial, attempt=trial.attempt + 1)
@@ -174,7 +174,7 @@ def next_attempt(trial: Trial, status: TrialStatus, retries_left: int = 1) -> Tr
 def _measured(
     task: HostTask, events: Sequence[Event], series: Mapping[str, Series]
 ) -> tuple[TrialFigures, ...]:
-    """The figures of a host and its guests.
+    """Return the figures of a host, then of its guests.
 
     :raises Undecided: samples or steps of a guest are missing.
     """
@@ -210,7 +210,7 @@ def _no_figures(task: HostTask, reason: str) -> tuple[TrialFigures, ...]:
 
 
 def _wrong_pages(events: Sequence[Event]) -> str:
-    """Which guest read back what it had not written; empty if none did."""
+    """Return which guest read back wrong pages, and how many; empty if none did."""
     counts: dict[str, int] = {}
     for step in _of_kind(events, StepDone):
         counts[step.guest] = counts.get(step.guest, 0) + step.wrong_pages

@@ -1,1 +1,1 @@
-"""The fleet service: results over gRPC."""
+"""The fleet service: answers questions about results over gRPC."""

@@ -1,4 +1,4 @@
-"""Runs and savings as the fleet service's messages, and back."""
+"""Converts runs and savings into the fleet service's messages, and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BY_PB2 = {
 
 
 def run_as_pb2(run: Run) -> fleet_pb2.Run:
-    """The message that says this run."""
+    """Convert a run into its message; times become whole seconds."""
     return fleet_pb2.Run(
         run_id=run.run_id,
         name=run.name,
@@ -30,7 +30,7 @@ def run_as_pb2(run: Run) -> fleet_pb2.Run:
 
 
 def savings_as_pb2(row: Savings) -> fleet_pb2.Savings:
-    """The message that says this row."""
+    """Convert a row of savings into its message; bytes become whole numbers."""
     return fleet_pb2.Savings(
         experiment=row.experiment,
         run_id=row.run_id,
@@ -45,7 +45,8 @@ def savings_as_pb2(row: Savings) -> fleet_pb2.Savings:
 
 
 def savings_from_pb2(message: fleet_pb2.Savings) -> Savings:
-    """The row behind a message; bytes are whole numbers there."""
+    """Convert a message back into a row of savings."""
+    # HasField: proto3 reads a sub-message that is not set as one full of zeros.
     return Savings(
         experiment=message.experiment,
         run_id=message.run_id,
@@ -66,7 +67,7 @@ def savings_from_pb2(message: fleet_pb2.Savings) -> Savings:
 
 
 def _footprint_as_pb2(footprint: Footprint) -> fleet_pb2.Footprint:
-    made = fleet_pb2.Footprint(
+    message = fleet_pb2.Footprint(
         provisioned_bytes=footprint.provisioned_bytes,
         peak_resident_bytes=round(footprint.peak_resident_bytes),
         mean_resident_bytes=round(footprint.mean_resident_bytes),
@@ -78,10 +79,10 @@ def _footprint_as_pb2(footprint: Footprint) -> fleet_pb2.Footprint:
     )
     if footprint.returned is not None:
         returned = footprint.returned
-        made.returned.freed_bytes = returned.freed_bytes
-        made.returned.left_bytes = round(returned.left_bytes)
-        made.returned.after_s = returned.after_s
-    return made
+        message.returned.freed_bytes = returned.freed_bytes
+        message.returned.left_bytes = round(returned.left_bytes)
+        message.returned.after_s = returned.after_s
+    return message
 
 
 def _footprint_from_pb2(message: fleet_pb2.Footprint) -> Footprint:

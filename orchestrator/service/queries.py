@@ -1,4 +1,4 @@
-"""What is asked of the store or of a fleet service: the same answer either way."""
+"""Asks the store, or a fleet service, for runs and savings. Both give the same answer."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ _MOST_RUNS = 10_000
 
 
 def ask_store(store: Store, by: By, run: str = "", since_unix_s: int = 0) -> list[Savings]:
-    """What ended runs saved; the newest first.
+    """Return the savings of ended runs from the store, newest run first.
 
-    :param run: only this run: an id, an unambiguous part of one, or `latest`.
+    :param run: only this run: an id, a unique part of an id, or `latest`; empty for all.
+    :param since_unix_s: only runs that started at or after this time; 0 for all.
     :raises InvalidInput: there is no such run.
     """
     run_id = store.find_run(run).run_id if run else ""
-    return aggregate(store.measured(run_id, since_unix_s), by)
+    return aggregate(store.footprint_rows(run_id, since_unix_s), by)
 
 
 def ask_server(
     address: str, by: By, run: str = "", since_unix_s: int = 0, tls: Tls | None = None
 ) -> list[Savings]:
-    """The same from the fleet service at `address`.
+    """Return the savings of ended runs from the fleet service at `address`.
 
-    :raises TransientError: no service answers there.
+    Parameters are as in `ask_store`.
+
+    :raises InvalidInput: there is no such run.
+    :raises TransientError: no service answers at the address.
     :raises InvalidInput: the address needs TLS.
     """
     request = fleet_pb2.QuerySavingsRequest(by=BY_PB2[by], run_id=run, since_unix_s=since_unix_s)
@@ -44,12 +48,12 @@ def ask_server(
 
 
 def store_runs(store: Store) -> list[fleet_pb2.Run]:
-    """The newest runs first."""
+    """Return the runs of the store, newest first."""
     return [run_as_pb2(run) for run in store.runs(_MOST_RUNS)]
 
 
 def server_runs(address: str, tls: Tls | None = None) -> list[fleet_pb2.Run]:
-    """The same from the fleet service at `address`; raises what `ask_server` does."""
+    """Return the runs of the fleet service at `address`; raises what `ask_server` raises."""
     with _service(address, tls) as service:
         request = fleet_pb2.ListRunsRequest(limit=_MOST_RUNS)
         return list(service.ListRuns(request, timeout=_TIMEOUT_S).runs)
@@ -58,9 +62,11 @@ def server_runs(address: str, tls: Tls | None = None) -> list[fleet_pb2.Run]:
 def not_done(
     runs: Sequence[fleet_pb2.Run], run: str = "", since_unix_s: int = 0
 ) -> list[fleet_pb2.Run]:
-    """Those that the same savings query asks for whose state is not done. Pure.
+    """Return the runs that a savings query covers and whose state is not done. Pure.
 
-    :param runs: the newest first.
+    :param runs: newest first.
+    :param run: as in the query.
+    :param since_unix_s: as in the query.
     """
     asked = [found for found in runs if run in ("", LATEST) or run.lower() in found.run_id]
     return [

@@ -1,7 +1,4 @@
-"""The fleet service: what runs there are and what they saved, over gRPC.
-
-Reads the store anew for each call, so a run that ends meanwhile is seen.
-"""
+"""Serves the fleet service: runs and their savings, over gRPC."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ _Answer = TypeVar("_Answer")
 
 
 class FleetService(fleet_pb2_grpc.FleetServiceServicer):
-    """Answers from the store in one folder."""
+    """Answers queries from the store in one folder."""
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
@@ -41,7 +38,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     def ListRuns(
         self, request: fleet_pb2.ListRunsRequest, context: grpc.ServicerContext
     ) -> fleet_pb2.ListRunsResponse:
-        """The newest runs first."""
+        """Return the newest runs first."""
         limit = min(request.limit or _DEFAULT_LIMIT, _MAX_LIMIT)
         runs = self._ask(lambda store: store.runs(limit), context)
         return fleet_pb2.ListRunsResponse(runs=map(run_as_pb2, runs))
@@ -49,7 +46,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     def QuerySavings(
         self, request: fleet_pb2.QuerySavingsRequest, context: grpc.ServicerContext
     ) -> fleet_pb2.QuerySavingsResponse:
-        """What ended runs saved."""
+        """Return the savings of ended runs."""
         rows = self._ask(lambda store: _savings(store, request), context)
         return fleet_pb2.QuerySavingsResponse(rows=map(savings_as_pb2, rows))
 
@@ -58,6 +55,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     ) -> list[_Answer]:
         try:
             check_role(context.auth_context(), Role.OPERATOR)
+            # Opened for each call: a connection of sqlite3 belongs to the thread that made it,
+            # and opening it also finds runs that were abandoned meanwhile.
             with Store(self._data_dir) as store:
                 return question(store)
         except HintfleetError as error:
@@ -78,10 +77,11 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT. Call from the main thread.
 
-    :param ready: called with the address when serving.
+    :param ready: called with the bound address when the server serves.
     :raises InvalidInput: the address needs TLS.
-    :raises Refused: it cannot be bound, or the store cannot be used.
+    :raises Refused: the address cannot be bound, or the store cannot be used.
     """
+    # A store that cannot be used is an error now, not at the first call.
     Store(data_dir).close()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,11 +94,13 @@ def serve(
 
 
 def _bind(address: str, service: FleetService, tls: Tls | None) -> tuple[grpc.Server, str]:
-    # Without SO_REUSEPORT a second server at the same address is an error.
+    # gRPC sets SO_REUSEPORT by default on Linux, and a second server at the same address would
+    # then take half of the calls. Without it, the second bind is an error.
     server = grpc.server(ThreadPoolExecutor(_WORKERS), options=(("grpc.so_reuseport", 0),))
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    # "" is the server as a whole, which probes ask for (grpc/doc/health-checking.md).
     for name in ("", SERVICE_NAME):
         state.set(name, health_pb2.HealthCheckResponse.SERVING)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

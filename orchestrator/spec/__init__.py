@@ -1,1 +1,1 @@
-"""What a user asks for: experiment specs, read, checked and frozen."""
+"""Experiment specs: reads, checks and freezes them."""

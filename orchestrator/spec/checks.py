@@ -1,6 +1,6 @@
-"""What must hold between the values of a spec, and between a spec and a machine.
+"""Checks the values of a spec against each other, and a spec against a machine.
 
-Pure: the memory that there is, is handed in.
+Pure: the caller passes the available memory.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from orchestrator.spec.model import Arm, Spec
 from orchestrator.spec.workload import expand, held_after, step_count, total_allocated_bytes
 
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
-_MOST_STEPS = 100_000
+_MAX_STEPS = 100_000
 _FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload"
 
 _EMBEDDED_PROCESS_BYTES = 48 * MIB  # a guest process apart from its RAM: Python and gRPC
 _QEMU_PROCESS_BYTES = 96 * MIB  # QEMU apart from the guest's RAM, TCG's translations included
-# Measured in a memory cgroup of their own, with the program text that they cannot do without.
+# Measured in a memory cgroup of their own, including the program text that they always need.
 _FLEET_BYTES = 480 * MIB  # the command itself and a private Ray cluster
-_ACTOR_BYTES = 64 * MIB  # what speaks to a host
+_ACTOR_BYTES = 64 * MIB  # the Ray actor of one host
 _HOST_AGENT_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something wrong with a spec.
+    """A mistake in a spec.
 
     :ivar path: the keys and indexes that lead to the value.
     """
@@ -49,27 +49,26 @@ class Problem:
 
 
 def problems(spec: Spec) -> Iterator[Problem]:
-    """All that is wrong between the values of a spec; nothing if it can be run."""
+    """Yield all mistakes between the values of a spec; none if it can run."""
     yield from _arm_problems(spec)
     yield from _host_problems(spec)
     yield from _workload_problems(spec)
 
 
 def usable_bytes(driver: Driver, memory_bytes: int) -> int:
-    """What a workload may hold in a guest of this size.
-
-    An embedded guest keeps its allocator's watermarks. A real guest needs room for
-    its kernel (struct pages: 1/64 of the memory), its services and the agent.
-    """
+    """Return the bytes that a workload may hold in a guest of this size."""
     if driver is Driver.EMBEDDED:
+        # The embedded allocator keeps its watermarks free.
         return memory_bytes - max(4 * MIB, memory_bytes // 32)
+    # The guest's kernel (its struct pages take 1/64 of the memory), its services and the agent.
     return memory_bytes - 128 * MIB - memory_bytes // 32
 
 
 def needed_bytes(spec: Spec) -> int:
-    """The most memory that a run can come to use on this machine at once.
+    """Return the most memory that a run can use on this machine at once.
 
-    That is its guests and logical hosts, unless they are elsewhere, and what runs them.
+    That is the command, Ray and its actors; and the guests and logical hosts, unless the spec
+    names host agents.
     """
     fleet_bytes = _FLEET_BYTES + spec.hosts.number * _ACTOR_BYTES
     if spec.hosts.agents:
@@ -79,11 +78,9 @@ def needed_bytes(spec: Spec) -> int:
 
 
 def could_become_resident_bytes(spec: Spec) -> int:
-    """The most host memory that all guests of one trial can come to use at once.
-
-    A guest under `none` keeps what it once touched, and an allocator may touch
-    other pages in each phase; so all allocations count, up to the guest's memory.
-    """
+    """Return the most host memory that all guests of one trial can use at once."""
+    # A guest under `none` keeps each page that it once touched, and the allocator may touch
+    # other pages in each phase. So all allocations count, up to the guest's memory.
     memory_bytes = spec.guests.memory_bytes
     if spec.driver is Driver.LIBVIRT:
         per_guest = memory_bytes + _QEMU_PROCESS_BYTES
@@ -94,23 +91,23 @@ def could_become_resident_bytes(spec: Spec) -> int:
 
 
 def machine_problem(spec: Spec, available: Bound[int]) -> Problem | None:
-    """Whether so much memory is enough to run the spec from here."""
+    """Return the problem if the available memory is not enough to run the spec from here."""
     needed = needed_bytes(spec)
     if needed <= available.value:
         return None
-    what, less = f"{spec.guest_count} guests and what runs them", _FEWER_GUESTS
+    who, remedy = f"{spec.guest_count} guests, their host agents and Ray", _FEWER_GUESTS
     if spec.hosts.agents:
-        what, less = "this command and Ray", "end something large"
+        who, remedy = "this command and Ray", "end another large program"
     return Problem(
         path=("hosts", "agents") if spec.hosts.agents else ("guests", "memory"),
-        message=f"{what} could come to use {format_size(needed)} at once, more memory than there "
-        f"is ({format_size(available.value)} available {available.where})",
-        hint=less + available.or_raise,
+        message=f"{who} could need {format_size(needed)} at once, more memory than is available "
+        f"({format_size(available.value)} available {available.where})",
+        hint=remedy + available.or_raise,
     )
 
 
 def hosts_problem(spec: Spec, *, encrypted: bool) -> Problem | None:
-    """Whether the hosts may be spoken to: off this machine with TLS only."""
+    """Return the problem if a host is on another machine and there is no TLS."""
     for i, address in enumerate(spec.hosts.agents):
         if not encrypted and (problem := plain_text_problem(address)):
             return Problem(path=("hosts", "agents", i), message=problem, hint=ENCRYPT_HINT)
@@ -162,7 +159,7 @@ def _driver_problems(driver: Driver, i: int, arm: Arm) -> Iterator[Problem]:
         yield Problem(
             path=("arms", i, "method"),
             message=f"method {arm.method} needs real guests, but the driver is {driver}",
-            hint="run it with --driver libvirt, or leave the arm out elsewhere with "
+            hint="run it with --driver libvirt, or leave the arm out under other drivers with "
             "drivers: [libvirt]",
         )
     if arm.kernel_parameters:
@@ -181,32 +178,32 @@ def _hinting_problems(driver: Driver, i: int, arm: Arm) -> Iterator[Problem]:
     if arm.policy not in policies_of(parts):
         yield Problem(
             path=("arms", i, "policy"),
-            message="policy cold needs a tracker that knows since when a chunk is free",
-            hint="the embedded driver's tracker bitmap does; leave the arm out elsewhere with "
-            "drivers: [embedded]",
+            message="policy cold needs a tracker that knows how long a chunk has been free",
+            hint="use the embedded driver's tracker bitmap; for other drivers leave the arm out "
+            "with drivers: [embedded]",
         )
     if parts.isolator is IsolatorKind.HUGETLB and arm.chunk_order != HUGE_PAGE_ORDER:
         yield Problem(
             path=("arms", i, "chunk_order"),
-            message=f"isolator hugetlb has huge pages of order {HUGE_PAGE_ORDER} only",
+            message=f"isolator hugetlb supports only huge pages of order {HUGE_PAGE_ORDER}",
         )
 
 
 def _no_such_parts(driver: Driver, i: int, arm: Arm) -> Problem:
     isolators, trackers = zip(*PARTS[driver], strict=True)
-    for key, chosen, there in (
+    for key, chosen, supported in (
         ("tracker", arm.tracker, trackers),
         ("isolator", arm.isolator, isolators),
     ):
-        if chosen and chosen not in there:
+        if chosen and chosen not in supported:
             return Problem(
                 path=("arms", i, key),
                 message=f"the {driver} driver has no {key} {chosen!r}",
-                hint=f"it has {', '.join(dict.fromkeys(there))}",
+                hint=f"it has {', '.join(dict.fromkeys(supported))}",
             )
     return Problem(
         path=("arms", i, "tracker"),
-        message=f"isolator {arm.isolator} does not come with tracker {arm.tracker}",
+        message=f"isolator {arm.isolator} does not work with tracker {arm.tracker}",
         hint=f"{driver} has "
         + ", ".join(f"{isolator} with {tracker}" for isolator, tracker in PARTS[driver]),
     )
@@ -235,11 +232,12 @@ def _workload_problems(spec: Spec) -> Iterator[Problem]:
     if phases[0].repeat is not None:
         yield Problem(path=("workload", "phases", 0), message="there is no phase to repeat")
         return
-    if step_count(spec.workload) > _MOST_STEPS:
+    # Before `expand`: a few nested repeats of 10000 would make a list without end.
+    if step_count(spec.workload) > _MAX_STEPS:
         yield Problem(
             path=("workload", "phases"),
-            message=f"with its repeats the workload has more than {_MOST_STEPS} steps",
-            hint="repeat less: a repeat counts all repeats before it",
+            message=f"with its repeats the workload has more than {_MAX_STEPS} steps",
+            hint="repeat less: a repeat multiplies all repeats before it",
         )
         return
     held_bytes = 0

@@ -1,4 +1,4 @@
-"""From a spec file to the model: every error says file, line and column."""
+"""Reads a spec file into the model. Each error names file, line and column."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from orchestrator.spec.yaml_reader import Path as Keys
 
 _MAX_FILE_BYTES = 1 << 20
 
-# Which part of the model stands where, indexes left out.
+# The part of the model at each path, without indexes.
 _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
     (): Spec,
     ("hosts",): Hosts,
@@ -48,9 +48,9 @@ _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedSpec:
-    """A spec, and the document that it was read from.
+    """A spec and the document that it was read from.
 
-    :ivar moved: keys of the spec that stand elsewhere in the document: under a driver.
+    :ivar moved: the path in the document of each key that was taken from `under`.
     """
 
     spec: Spec
@@ -58,31 +58,35 @@ class LoadedSpec:
     moved: Mapping[Hashable, Keys] = field(default_factory=dict)
 
     def error(self, problems: Iterable[Problem]) -> InvalidInput:
-        """The error that says these problems, each with its line."""
+        """Return one error with all these problems, each with its line."""
         return _error(self.document, self.moved, problems)
 
 
 def load(name_or_path: str, overrides: dict[str, Any] | None = None) -> LoadedSpec:
     """Read a spec file, or an experiment of the catalogue.
 
-    :param overrides: top-level keys that replace what the file says.
-    :raises InvalidInput: there is no such file, or it is wrong; says where.
+    :param overrides: top-level keys that replace those in the file.
+    :raises InvalidInput: there is no such file, or it is not valid; names the lines.
     """
     text, source = _read(name_or_path)
     return parse(text, source, overrides)
 
 
 def parse(text: str, source: str, overrides: dict[str, Any] | None = None) -> LoadedSpec:
-    """Turn the text of a spec into the model, or say all that is wrong with it.
+    """Parse the text of a spec into the model.
 
-    :raises InvalidInput: see above.
+    :param source: the file's name, for messages.
+    :param overrides: top-level keys that replace those in the text.
+    :raises InvalidInput: the spec is not valid; names all problems with their lines.
     """
     document = read_yaml(text, source)
     if not isinstance(document.data, dict):
-        raise InvalidInput(f"{document.where(())}: a spec is a mapping, as in 'name: quickstart'")
+        raise InvalidInput(
+            f"{document.where(())}: a spec must be a mapping, for example 'name: quickstart'"
+        )
     overrides = overrides or {}
     driver = (document.data | overrides).get("driver")
-    section = _under(document.data, driver)
+    section = _driver_section(document.data, driver)
     moved: dict[Hashable, Keys] = {
         key: ("under", driver, key) for key in section if key not in overrides
     }
@@ -96,9 +100,9 @@ def parse(text: str, source: str, overrides: dict[str, Any] | None = None) -> Lo
     return loaded
 
 
-def _under(data: dict[str, Any], driver: Any) -> dict[str, Any]:
-    """The keys that replace others under this driver. What is wrong with their form is
-    found when the spec is validated."""
+def _driver_section(data: dict[str, Any], driver: Any) -> dict[str, Any]:
+    """Return the keys in `under` that replace others under this driver."""
+    # Anything of the wrong type is passed over here: validating the spec reports it.
     sections = data.get("under")
     if not isinstance(sections, dict) or not isinstance(driver, str):
         return {}
@@ -124,7 +128,7 @@ def _read(name_or_path: str) -> tuple[str, str]:
 
 
 def _no_such_spec(name: str) -> InvalidInput:
-    near = difflib.get_close_matches(name, catalogue.names(), 1)
+    near = difflib.get_close_matches(name, catalogue.names(), 1)  # 1: only the best
     known = f"did you mean {near[0]!r}? " if near else ""
     return InvalidInput(
         f"there is no file {name!r} and no such experiment in the catalogue",
@@ -133,13 +137,15 @@ def _no_such_spec(name: str) -> InvalidInput:
 
 
 def _problems(error: ValidationError) -> list[Problem]:
-    found = error.errors()
-    wrong_inside = {e["loc"][:n] for e in found for n in range(len(e["loc"]))}
-    meant = {(*e["loc"][:-1], _near(e["loc"])) for e in found if e["type"] == "extra_forbidden"}
-    # What follows from another problem says nothing new: a sequence with a wrong item
-    # counts as one item short, and a key that is misspelt counts as missing.
-    follows = {"too_short": wrong_inside, "missing": meant}
-    return [_problem(e) for e in found if e["loc"] not in follows.get(e["type"], ())]
+    details = error.errors()
+    around = {e["loc"][:n] for e in details for n in range(len(e["loc"]))}
+    misspelt = {
+        (*e["loc"][:-1], _near(e["loc"])) for e in details if e["type"] == "extra_forbidden"
+    }
+    # Pydantic also reports what only follows from another problem: a sequence with an invalid
+    # item is one item too short, and the right name of a misspelt key is missing.
+    implied = {"too_short": around, "missing": misspelt}
+    return [_problem(e) for e in details if e["loc"] not in implied.get(e["type"], ())]
 
 
 def _problem(error: Any) -> Problem:
@@ -152,14 +158,15 @@ def _problem(error: Any) -> Problem:
     if kind == "missing":
         return Problem(path=path, message=f"the key {path[-1]!r} is missing")
     if kind == "too_short":
-        return Problem(path=path, message="there is none; write at least one")
+        return Problem(path=path, message="is empty; write at least one item")
     if kind == "string_pattern_mismatch" and path[-1] == "name":
         return Problem(
             path=path,
-            message=f"{error['input']!r} is no name",
-            hint="use lower-case letters, digits and '-', as in bitmap-eager",
+            message=f"{error['input']!r} is not a valid name",
+            hint="use lower-case letters, digits and '-', for example bitmap-eager",
         )
     shown = repr(error["input"])
+    # Pydantic's messages begin "Input should be ..."; the value itself says more than "Input".
     _, _, text = error["msg"].partition(" should ")
     return Problem(path=path, message=f"{shown[:60]} should {text or error['msg']}")
 
@@ -171,37 +178,38 @@ def _unknown_key(path: tuple[Hashable, ...]) -> Problem:
 
 
 def _known(path: tuple[Hashable, ...]) -> tuple[str, ...]:
-    """The keys that may stand where the last step of `path` does."""
+    """Return the keys that are allowed where the last key of `path` is."""
     around = tuple(step for step in path[:-1] if not isinstance(step, int))
     return keys_of(_PARTS[around]) if around in _PARTS else ()
 
 
 def _near(path: tuple[Hashable, ...]) -> str:
-    """The key that was probably meant; empty if none is near."""
+    """Return the allowed key that is most like the last one of `path`; empty if none is."""
     return next(iter(difflib.get_close_matches(str(path[-1]), _known(path), 1)), "")
 
 
 def _error(
     document: Document, moved: Mapping[Hashable, Keys], problems: Iterable[Problem]
 ) -> InvalidInput:
-    # What stands under the driver is wrong in its own place and in the merged spec: once.
-    found = dict.fromkeys(
+    # A mistake in `under` is found twice, there and in the merged spec. With the path in the
+    # document both are equal, and `fromkeys` keeps one.
+    unique = dict.fromkeys(
         replace(problem, path=(*moved.get(problem.path[0], problem.path[:1]), *problem.path[1:]))
         if problem.path
         else problem
         for problem in problems
     )
-    ordered = sorted(found, key=lambda p: astuple(document.position(p.path)))
+    ordered = sorted(unique, key=lambda p: astuple(document.position(p.path)))
     if len(ordered) == 1:
-        return InvalidInput(_said(document, ordered[0]), hint=ordered[0].hint)
+        return InvalidInput(_message(document, ordered[0]), hint=ordered[0].hint)
     lines = [
-        _said(document, problem) + (f"\n  try: {problem.hint}" if problem.hint else "")
+        _message(document, problem) + (f"\n  try: {problem.hint}" if problem.hint else "")
         for problem in ordered
     ]
     return InvalidInput("\n".join(lines))
 
 
-def _said(document: Document, problem: Problem) -> str:
+def _message(document: Document, problem: Problem) -> str:
     dotted = "".join(
         f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem.path
     ).lstrip(".")

@@ -1,8 +1,8 @@
-"""What an experiment is: the frozen model behind a spec file.
+"""The frozen model of an experiment, behind a spec file.
 
-Only what can be said about one value at a time is checked here; what concerns
-several values is in `spec_checks`, and lines and columns are added by
-`spec_file`. Sizes are integer bytes, durations seconds.
+Values are checked here one at a time. `spec/checks.py` checks several values against each
+other, and `spec/file.py` adds lines and columns to errors. Sizes are integer bytes, durations
+are seconds.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ from orchestrator.spec.values import (
     Size,
     Strings,
     WholePercent,
-    wrong,
+    invalid_value,
 )
 
 
 class Hosts(Part):
-    """The hosts under test: `count` logical ones on the machines that run the
-    experiment, or the host agents that listen at `agents`.
+    """The hosts under test.
 
-    :ivar memory_bytes: what each logical host may promise to use.
+    Either `count` logical hosts on the machines that run the experiment, or the host agents
+    at the addresses `agents`.
+
+    :ivar memory_bytes: the memory budget of each logical host.
     """
 
     count: int | None = Field(default=None, ge=1, le=1000)
@@ -58,18 +60,20 @@ class Hosts(Part):
     @model_validator(mode="after")
     def _one_kind(self) -> Hosts:
         if bool(self.agents) == (self.count is not None):
-            raise wrong("hosts need either count and memory, or agents")
+            raise invalid_value("hosts must have either count and memory, or agents")
         if self.count is not None and self.memory_bytes is None:
-            raise wrong("memory is missing", "say what each host has, as in memory: 1GiB")
+            raise invalid_value(
+                "memory is missing", "give the memory of each host, for example memory: 1GiB"
+            )
         if self.agents and self.memory_bytes is not None:
-            raise wrong("agents bring their own memory budget", "remove memory")
+            raise invalid_value("agents have their own memory budget", "remove memory")
         if len(set(self.agents)) < len(self.agents):
-            raise wrong("an agent is named twice")
+            raise invalid_value("the same agent is listed twice")
         return self
 
     @property
     def number(self) -> int:
-        """How many hosts."""
+        """The number of hosts."""
         return self.count or len(self.agents)
 
 
@@ -81,11 +85,11 @@ class Guests(Part):
 
 
 class Phase(Part):
-    """One step of the workload on all guests, and how long to stay there after it.
+    """One step of the workload on all guests, and the time to hold after it.
 
-    Exactly one of `allocate` (a percentage is of the guest's memory), `free` (a
-    percentage is of what is held) and `repeat` (all phases before it, so many
-    times in total) is set.
+    Exactly one of three is set: `allocate` (a percentage of the guest's memory, or a size),
+    `free` (a percentage of the memory that the workload holds, or a size), or `repeat` (how
+    often all phases before this one run in total).
     """
 
     allocate: AmountOrPercent | None = None
@@ -98,17 +102,20 @@ class Phase(Part):
     def _one_kind(self) -> Phase:
         kinds = [k for k in ("allocate", "free", "repeat") if getattr(self, k) is not None]
         if len(kinds) != 1:
-            raise wrong(
-                f"a phase is one of allocate, free and repeat, not {' and '.join(kinds) or 'none'}",
+            raise invalid_value(
+                "a phase must have exactly one of allocate, free and repeat, not "
+                f"{' and '.join(kinds) or 'none'}",
                 "start another phase with '-'",
             )
         if self.repeat is not None and (self.hold_s or self.settle):
-            raise wrong("repeat takes neither for nor settle", "move them to another phase")
+            raise invalid_value(
+                "repeat allows neither for nor settle", "move them to another phase"
+            )
         return self
 
 
 class Workload(Part):
-    """What every guest does, in order."""
+    """The phases that every guest goes through, in order."""
 
     phases: Annotated[tuple[Phase, ...], Field(min_length=1, max_length=1000)]
 
@@ -116,16 +123,16 @@ class Workload(Part):
 class Arm(Part):
     """One method with its settings.
 
-    :ivar drivers: the arm is left out under any other; empty for all.
-    :ivar tracker, isolator: each may be left out; see `hintfleet.settings.PARTS`.
+    :ivar drivers: the drivers under which the arm runs; empty for all.
+    :ivar tracker, isolator: empty for the default; see `hintfleet.settings.PARTS`.
     :ivar cold_after_s: policy cold: how long a chunk must have been free.
     :ivar pressure_above_percent: policy pressure: the share of the host's memory
-        budget above which memory is wanted back.
-    :ivar report_period_s: how often a guest looks for free chunks below the threshold.
-    :ivar threshold_chunks: free chunks that make a guest hint at once.
-    :ivar reserve_percent: method balloon: what the guest keeps free.
-    :ivar step_percent: method balloon: how much of its memory a guest loses at a time.
-    :ivar kernel_parameters: for the kernel of a real guest.
+        budget above which it wants memory back.
+    :ivar report_period_s: how often a guest hints even below the threshold.
+    :ivar threshold_chunks: the number of free chunks at which a guest hints at once.
+    :ivar reserve_percent: method balloon: the share of its memory that a guest keeps free.
+    :ivar step_percent: method balloon: the share of its memory that a guest loses at a time.
+    :ivar kernel_parameters: added to the kernel command line of a real guest.
     """
 
     name: Name
@@ -144,10 +151,11 @@ class Arm(Part):
     threshold_chunks: int = Field(
         default=DEFAULT_THRESHOLD_CHUNKS, ge=1, le=MOST_THRESHOLD_CHUNKS, alias="threshold"
     )
-    # From 1: 0 on the wire means the default.
+    # From 1: on the wire 0 means the default (host.proto).
     chunk_order: int = Field(default=DEFAULT_CHUNK_ORDER, ge=1, le=MAX_ORDER)
     reserve_percent: WholePercent = Field(default=DEFAULT_RESERVE_PERCENT, alias="reserve")
     step_percent: WholePercent = Field(default=DEFAULT_STEP_PERCENT, alias="step")
+    # Printable ASCII: it becomes a line of the domain's XML and of the kernel's command line.
     kernel_parameters: str = Field(default="", max_length=500, pattern=r"^[ -~]*$")
 
     @model_validator(mode="after")
@@ -156,15 +164,15 @@ class Arm(Part):
         others = self.model_fields_set - own - _SETTINGS_OF_ALL
         if others:
             names = ", ".join(sorted(key_of(Arm, name) for name in others))
-            raise wrong(f"method {self.method} does not take {names}", "remove what it cannot use")
+            raise invalid_value(f"method {self.method} does not take {names}", "remove these keys")
         for name, policy in _SETTINGS_OF_POLICIES.items():
             if name in self.model_fields_set and self.policy is not policy:
                 key = key_of(Arm, name)
-                raise wrong(f"{key} needs policy {policy}, but the policy is {self.policy}")
+                raise invalid_value(f"{key} needs policy {policy}, but the policy is {self.policy}")
         return self
 
     def runs_under(self, driver: Driver) -> bool:
-        """Whether the arm is not left out."""
+        """Return whether the arm runs under this driver."""
         return not self.drivers or driver in self.drivers
 
 
@@ -190,7 +198,7 @@ _SETTINGS_OF: dict[Method, set[str]] = {
 
 
 class Timeouts(Part):
-    """How long an answer of a host agent may take."""
+    """Deadlines for the calls to a host agent."""
 
     connect_s: PositiveDurationS = Field(default=30.0, alias="connect")
     create_s: PositiveDurationS = Field(default=180.0, alias="create")
@@ -200,7 +208,7 @@ class Timeouts(Part):
 
 
 class UnderDriver(Part):
-    """What is otherwise under one driver: each key replaces the spec's own."""
+    """Keys that replace those of the spec under one driver."""
 
     hosts: Hosts | None = None
     guests: Guests | None = None
@@ -211,7 +219,7 @@ class UnderDriver(Part):
 
 
 class Under(Part):
-    """What is otherwise under each driver."""
+    """Keys that replace those of the spec, for each driver."""
 
     embedded: UnderDriver | None = None
     libvirt: UnderDriver | None = None
@@ -220,12 +228,13 @@ class Under(Part):
 class Spec(Part):
     """An experiment under one driver.
 
-    :ivar arms: also those that are left out under this driver.
-    :ivar under: has been merged in already, as far as it concerns this driver.
+    :ivar arms: all arms, also those that do not run under this driver.
+    :ivar under: merged into the other fields already, for this driver.
     """
 
     name: Name
     description: str = ""
+    # strict=False: in strict mode pydantic takes no str for an enum.
     driver: Annotated[Driver, Field(strict=False)]
     hosts: Hosts
     guests: Guests
@@ -244,33 +253,34 @@ class Spec(Part):
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Names that no arm under this driver bears."""
-        there = {arm.name for arm in self.trial_arms}
-        return tuple(arm.name for arm in self.arms if arm.name not in there)
+        """The names of arms of which none runs under this driver."""
+        # Two arms may share a name if each runs under another driver (methods.yaml: bitmap).
+        running = {arm.name for arm in self.trial_arms}
+        return tuple(arm.name for arm in self.arms if arm.name not in running)
 
     @property
     def control(self) -> str | None:
-        """Name of the arm that all others are compared with."""
+        """The name of the arm with method none; None if there is no such arm."""
         return next((arm.name for arm in self.trial_arms if arm.method is Method.NONE), None)
 
     @property
     def guest_count(self) -> int:
-        """Guests that run at once."""
+        """The number of guests that run at once, on all hosts."""
         return self.hosts.number * self.guests.per_host
 
 
 def key_of(part: type[BaseModel], field_name: str) -> str:
-    """The key in a spec file that sets this field."""
+    """Return the key in a spec file that sets this field."""
     return part.model_fields[field_name].alias or field_name
 
 
 def keys_of(part: type[BaseModel]) -> tuple[str, ...]:
-    """All keys that this part of a spec may have."""
+    """Return all keys that this part of a spec may have."""
     return tuple(key_of(part, name) for name in part.model_fields)
 
 
 def describe(spec: Spec) -> str:
-    """`embedded, 2 hosts x 3 guests of 256 MiB, 2 arms, 3 repetitions`."""
+    """Return the size as text: `embedded, 2 hosts x 3 guests of 256 MiB, 2 arms, ...`."""
     return (
         f"{spec.driver}, {_count(spec.hosts.number, 'host')} × "  # noqa: RUF001
         f"{_count(spec.guests.per_host, 'guest')} of {format_size(spec.guests.memory_bytes)}, "

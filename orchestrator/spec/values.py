@@ -1,6 +1,6 @@
-"""The values of a spec, as people write them: sizes, durations, percentages.
+"""Parses the values of a spec: sizes, durations and percentages.
 
-Sizes become integer bytes, durations seconds.
+Sizes become integer bytes, durations become seconds.
 """
 
 from __future__ import annotations
@@ -17,27 +17,33 @@ from hintfleet.units import PAGE_BYTES, format_size, parse_duration_s, parse_siz
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 
 
-def wrong(message: str, hint: str = "") -> PydanticCustomError:
-    """An error with a hint, in the form that pydantic keeps."""
+def invalid_value(message: str, hint: str = "") -> PydanticCustomError:
+    """Return an error with a hint, to be raised in a validator."""
+    # Of a ValueError pydantic keeps the text alone. The context of a custom error comes back in
+    # `ValidationError.errors()`; the message is a template, so it must be "{message}".
     return PydanticCustomError("hintfleet", "{message}", {"message": message, "hint": hint})
 
 
 def _size(value: Any) -> int:
     if not isinstance(value, str):
-        raise wrong(f"{value!r} is not a size", "write a number with a unit, as in 384MiB")
+        raise invalid_value(
+            f"{value!r} is not a size", "write a number with a unit, for example 384MiB"
+        )
     try:
         return parse_size(value)
     except InvalidInput as error:
-        raise wrong(error.message, error.hint) from None
+        raise invalid_value(error.message, error.hint) from None
 
 
 def _duration_s(value: Any) -> float:
     if not isinstance(value, str):
-        raise wrong(f"{value!r} is not a duration", "write a number with a unit, as in 2s")
+        raise invalid_value(
+            f"{value!r} is not a duration", "write a number with a unit, for example 2s"
+        )
     try:
         return parse_duration_s(value)
     except InvalidInput as error:
-        raise wrong(error.message, error.hint) from None
+        raise invalid_value(error.message, error.hint) from None
 
 
 def _percent(value: Any) -> float:
@@ -46,16 +52,16 @@ def _percent(value: Any) -> float:
     except (AttributeError, ValueError):
         percent = None
     if percent is None:
-        raise wrong(f"{value!r} is not a percentage", "write it as in 75%")
+        raise invalid_value(f"{value!r} is not a percentage", "write it like 75%")
     if not 0 < percent <= 100:
-        raise wrong(f"{value!r} is not above 0% and at most 100%")
+        raise invalid_value(f"{value!r} must be above 0% and at most 100%")
     return percent
 
 
 def _whole_percent(value: Any) -> int:
     percent = _percent(value)
     if percent != int(percent):
-        raise wrong(f"{value!r} is not a whole percentage", "write it as in 75%")
+        raise invalid_value(f"{value!r} is not a whole percentage", "write it like 75%")
     return int(percent)
 
 
@@ -64,24 +70,24 @@ def _amount(value: Any) -> Amount:
         return Amount(percent=_percent(value))
     size_bytes = _size(value)
     if size_bytes <= 0:
-        raise wrong(f"{value!r} is not above 0")
+        raise invalid_value(f"{value!r} must be above 0")
     return Amount(size_bytes=size_bytes)
 
 
 class Part(BaseModel):
-    """A part of a spec: frozen, with no keys but its own."""
+    """A part of a spec: frozen; unknown keys are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=False)
 
 
 class Amount(Part):
-    """So many bytes, or a percentage of a whole that is known only later."""
+    """A size in bytes, or a percentage of a whole that is known later."""
 
     size_bytes: int | None = None
     percent: float | None = None
 
     def of(self, whole_bytes: int, page_bytes: int = PAGE_BYTES) -> int:
-        """Bytes, whole pages, never more than `whole_bytes`."""
+        """Return the amount in bytes: whole pages, rounded down, at most `whole_bytes`."""
         if self.percent is None:
             wanted = self.size_bytes or 0
         else:
@@ -95,7 +101,7 @@ class Amount(Part):
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 DurationS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0, le=7 * 86400)]
 PositiveDurationS = Annotated[float, BeforeValidator(_duration_s), Field(gt=0, le=7 * 86400)]
-# Whole milliseconds on the wire, where 0 means the default.
+# At least a millisecond: on the wire both are whole milliseconds, and 0 means the default.
 ReportPeriodS = Annotated[
     float, BeforeValidator(_duration_s), Field(ge=SHORTEST_REPORT_PERIOD_MS / 1000, le=7 * 86400)
 ]

@@ -1,4 +1,4 @@
-"""The workload as steps: what each guest does, one after the other."""
+"""Expands the workload of a spec into steps, which each guest does one after the other."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from orchestrator.spec.values import Amount
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One allocation or one free, then a time to stay.
+    """One allocation or one free, followed by a hold.
 
-    :ivar phase_index: the phase of the spec that it comes from.
+    :ivar phase_index: the index of its phase in the spec.
+    :ivar hold_s: how long to wait after the step.
+    :ivar settle: whether the guest gives back all that it can before the hold.
     """
 
     phase_index: int
@@ -23,19 +25,21 @@ class Step:
 
     @property
     def title(self) -> str:
-        """`allocate 192 MiB`."""
+        """The step as text: `allocate 192 MiB`."""
         return f"allocate {self.allocate}" if self.allocate else f"free {self.free}"
 
     def size_bytes(self, held_bytes: int, memory_bytes: int) -> int:
-        """Bytes to allocate or to free, for a guest that holds `held_bytes` now."""
+        """Return the bytes to allocate or to free in a guest that holds `held_bytes` now."""
         if self.allocate is not None:
             return self.allocate.of(memory_bytes)
         return self.free.of(held_bytes) if self.free is not None else 0
 
 
 def expand(workload: Workload) -> tuple[Step, ...]:
-    """The steps of a workload, repeats written out: `repeat: 3` does all before it
-    three times in total."""
+    """Return the steps of a workload with its repeats expanded.
+
+    `repeat: 3` means that all phases before it run three times in total.
+    """
     steps: tuple[Step, ...] = ()
     for i, phase in enumerate(workload.phases):
         steps = steps * phase.repeat if phase.repeat is not None else (*steps, _step(i, phase))
@@ -43,7 +47,7 @@ def expand(workload: Workload) -> tuple[Step, ...]:
 
 
 def step_count(workload: Workload) -> int:
-    """How many steps `expand` gives, without making them."""
+    """Return the number of steps that `expand` would return, without creating them."""
     count = 0
     for phase in workload.phases:
         count = count * phase.repeat if phase.repeat is not None else count + 1
@@ -61,13 +65,13 @@ def _step(phase_index: int, phase: Phase) -> Step:
 
 
 def held_after(step: Step, held_bytes: int, memory_bytes: int) -> int:
-    """What a guest holds after a step, as far as that can be planned."""
+    """Return the bytes that a guest should hold after a step."""
     size_bytes = step.size_bytes(held_bytes, memory_bytes)
     return held_bytes + size_bytes if step.allocate is not None else held_bytes - size_bytes
 
 
 def total_allocated_bytes(workload: Workload, memory_bytes: int) -> int:
-    """All that the steps allocate, without what they free."""
+    """Return the sum of all allocations, whatever the steps free in between."""
     return sum(
         step.size_bytes(0, memory_bytes) for step in expand(workload) if step.allocate is not None
     )

@@ -1,7 +1,7 @@
-"""YAML as plain values that know their line.
+"""Reads YAML into plain values, and keeps the line of each value.
 
-A strict subset: no aliases, no tags, no duplicate keys, no deep nesting, one document.
-Sequences become tuples, so that what is read can be frozen.
+Accepts a strict subset: no aliases, no tags, no duplicate keys, no deep nesting, one document.
+Sequences become tuples, because the spec model is frozen.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from hintfleet.errors import InvalidInput
 
 Path = tuple[Hashable, ...]
 _MAX_DEPTH = 20
+# Longer ones stay text: int() takes quadratic time, and refuses more than 4300 digits.
 _LONGEST_NUMBER = 40
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where something stands in a file; both count from 1."""
+    """A position in a file; line and column count from 1."""
 
     line: int
     column: int
@@ -33,10 +34,10 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """What a file says, and where.
+    """The contents of a file, with positions.
 
     :ivar source: the file's name, for messages.
-    :ivar positions: of every value, by the keys and indexes that lead to it.
+    :ivar positions: the position of every value, by the keys and indexes that lead to it.
     """
 
     source: str
@@ -45,15 +46,15 @@ class Document:
     positions: dict[Path, Position] = field(repr=False)
 
     def position(self, path: Sequence[Hashable]) -> Position:
-        """Of the value at `path`, or of the nearest thing around it that is there."""
-        found: Path = ()
+        """Return the position of the value at `path`, or of the nearest value around it."""
+        known: Path = ()
         for step in path:
-            if (*found, step) in self.positions:
-                found = (*found, step)
-        return self.positions[found]
+            if (*known, step) in self.positions:
+                known = (*known, step)
+        return self.positions[known]
 
     def where(self, path: Sequence[Hashable]) -> str:
-        """`file:line:column` of `path`."""
+        """Return `file:line:column` of `path`."""
         position = self.position(path)
         return f"{self.source}:{position.line}:{position.column}"
 
@@ -61,8 +62,9 @@ class Document:
 def read_yaml(text: str, source: str) -> Document:
     """Parse one YAML document.
 
-    :raises InvalidInput: not YAML, or beyond the subset; names file, line and column.
+    :raises InvalidInput: not YAML, or outside of the subset; names file, line and column.
     """
+    # pure: only the composer in Python knows `max_depth` (ruamel/yaml/composer.py).
     yaml = YAML(typ="safe", pure=True)
     yaml.max_depth = _MAX_DEPTH
     try:
@@ -73,9 +75,11 @@ def read_yaml(text: str, source: str) -> Document:
         before = text[: error.position].split("\n")
         where = f"{source}:{len(before)}:{len(before[-1]) + 1}"
         raise InvalidInput(f"{where}: not YAML: a control character") from error
-    except (ValueError, OverflowError) as error:  # chr() within ruamel.yaml, of "\U00110000"
+    # chr() within ruamel.yaml raises these for an escape such as "\U00110000". They have no
+    # position, so the line is found by scanning once more.
+    except (ValueError, OverflowError) as error:
         where = f"{source}:{_lines_scanned(text)}:1"
-        raise InvalidInput(f"{where}: not YAML: an escape that is no character") from error
+        raise InvalidInput(f"{where}: not YAML: an escape that is not a character") from error
     if node is None:
         raise InvalidInput(f"{source}:1:1: the file is empty")
     reader = _Reader(source)
@@ -84,7 +88,7 @@ def read_yaml(text: str, source: str) -> Document:
 
 
 def _lines_scanned(text: str) -> int:
-    """The line on which the last token that can be read ends."""
+    """Return the line on which the last token ends that can be scanned."""
     line = 1
     try:
         for token in YAML(typ="safe", pure=True).scan(text):
@@ -109,8 +113,8 @@ class _Reader:
         self._seen: set[int] = set()
 
     def value(self, node: Node, path: Path) -> Any:
-        # Composing turns an alias into the very node it names; following it could
-        # go round for ever or grow without bound.
+        # ruamel.yaml composes an alias as the same node object that its anchor names. Following
+        # it could loop for ever (a cycle), or grow exponentially ("billion laughs").
         if id(node) in self._seen:
             raise self._error(node, "aliases are not supported")
         self._seen.add(id(node))
@@ -122,17 +126,17 @@ class _Reader:
         return tuple(self.value(item, (*path, i)) for i, item in enumerate(node.value))
 
     def _mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode):
                 raise self._error(key_node, "a key must be a plain word")
             key = key_node.value
-            if key in found:
+            if key in mapping:
                 first = self.positions[(*path, key)].line
                 raise self._error(key_node, f"duplicate key {key!r} (first on line {first})")
-            found[key] = self.value(value_node, (*path, key))
+            mapping[key] = self.value(value_node, (*path, key))
             self.positions[(*path, key)] = _position(key_node)
-        return found
+        return mapping
 
     def _scalar(self, node: ScalarNode) -> Any:
         text: str = node.value
@@ -146,6 +150,7 @@ class _Reader:
                 return float(text)
         except ValueError:
             return text
+        # YAML 1.2 has no other booleans; `yes` and `on` are strings.
         if kind == "bool":
             return text.lower() == "true"
         return None if kind == "null" else text

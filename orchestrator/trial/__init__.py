@@ -1,1 +1,1 @@
-"""Running trials: the plan, the hosts, the actors."""
+"""Runs trials: the plan, the hosts, the Ray actors."""

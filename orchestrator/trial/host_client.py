@@ -1,14 +1,9 @@
-"""A host agent as its control API shows it: calls with deadlines, errors of our own tree.
-
-Every command bears a CommandId, so a repeated one is answered and not done
-twice; that is why gRPC may retry them here.
-"""
+"""Calls the control API of a host agent: with deadlines, and with errors of our own tree."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable
-from types import TracebackType
 from typing import TypeVar
 
 import grpc
@@ -22,7 +17,9 @@ from orchestrator.spec.model import Timeouts
 
 _Answer = TypeVar("_Answer")
 
-# Retried only where the call surely did not pass or may be repeated (see above).
+# gRPC retries a call that failed with UNAVAILABLE, although the host agent may have carried it
+# out before the connection broke. That is safe: every command has a CommandId, and the host
+# agent answers a repeated one without doing it twice.
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
@@ -41,19 +38,26 @@ _SERVICE_CONFIG = json.dumps(
 )
 _OPTIONS = (
     ("grpc.service_config", _SERVICE_CONFIG),
+    # gRPC's default is 4 MiB; a sample set has all guests of a host.
     ("grpc.max_receive_message_length", 16 << 20),
 )
+# How much longer than the host agent this side waits for a Settle: the host agent's own error
+# names the guest's reason, so it should come first.
+_SETTLE_MARGIN_S = 5
 
 
 class HostClient:
-    """The client of one host agent. Use as an async context manager.
+    """The client of one host agent. Close it with `aclose`.
 
-    Every method raises an error of the tree in hintfleet.errors: TransientError if
-    the host agent cannot be reached, OutcomeUnknown if its answer did not come in time.
+    Every method raises errors of hintfleet.errors: TransientError if the host agent cannot be
+    reached, OutcomeUnknown if its answer did not come in time.
     """
 
     def __init__(self, address: str, timeouts: Timeouts, tls: Tls | None = None) -> None:
-        """:raises InvalidInput: the address is not of this machine, and there is no TLS."""
+        """Open a channel, without waiting for a connection.
+
+        :raises InvalidInput: the address is on another machine, and there is no TLS.
+        """
         self._address = address
         self._timeouts = timeouts
         self._channel = open_aio_channel(address, client_credentials(address, tls), _OPTIONS)
@@ -61,59 +65,51 @@ class HostClient:
             self._channel
         )
 
-    async def __aenter__(self) -> HostClient:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close the connection; a Watch that is open ends, and its guests with it."""
+    async def aclose(self) -> None:
+        """Close the connection. An open Watch ends, and the host agent ends its guests."""
+        # No grace period: with one, gRPC would wait for the Watch, which does not end.
         await self._channel.close(None)
 
     async def get_host(self, driver: host_pb2.Driver.ValueType, wait: bool) -> host_pb2.Host:
-        """What the host is, and whether it can run guests of this driver.
+        """Ask for the host's facts, and whether it can run guests of this driver.
 
-        :param wait: for a host agent that is not there yet.
+        :param wait: wait for a host agent that does not listen yet, up to the deadline.
         """
         request = host_pb2.GetHostRequest(drivers=[driver])
         call = self._stub.GetHost(request, timeout=self._timeouts.connect_s, wait_for_ready=wait)
         return await self._answer(call, "GetHost")
 
     async def create_guest(self, request: host_pb2.CreateGuestRequest) -> host_pb2.Guest:
-        """Make a guest and wait until it is ready to work."""
+        """Create a guest; return when it can run steps."""
         call = self._stub.CreateGuest(request, timeout=self._timeouts.create_s)
         return await self._answer(call, f"creating guest {request.name}")
 
     async def run_step(self, request: host_pb2.RunStepRequest) -> host_pb2.RunStepResponse:
-        """Have a guest do one step of the workload."""
+        """Run one step of the workload on a guest."""
         call = self._stub.RunStep(request, timeout=self._timeouts.step_s)
         return await self._answer(call, f"{request.WhichOneof('step')} on {request.guest_name}")
 
     async def settle(self, guest_name: str) -> host_pb2.SettleResponse:
-        """Have a guest give back all that it can, now."""
+        """Make a guest give back all that it can now; return when it has."""
         timeout_s = self._timeouts.settle_s
         request = host_pb2.SettleRequest(guest_name=guest_name, timeout_ms=int(timeout_s * 1000))
-        # The host agent says better what was not settled in time, so it goes first.
-        call = self._stub.Settle(request, timeout=timeout_s + 5)
+        call = self._stub.Settle(request, timeout=timeout_s + _SETTLE_MARGIN_S)
         return await self._answer(call, f"settling {guest_name}")
 
     async def destroy_guest(
         self, request: host_pb2.DestroyGuestRequest
     ) -> host_pb2.DestroyGuestResponse:
-        """End a guest and free all that it held."""
+        """End a guest and free all of its memory; return its final books."""
         call = self._stub.DestroyGuest(request, timeout=self._timeouts.destroy_s)
         return await self._answer(call, f"destroying guest {request.name}")
 
     async def watch(self, trial_id: str, period_s: float) -> AsyncIterator[host_pb2.SampleSet]:
-        """Samples of a trial's guests, until closed. Without a deadline: it is what
-        keeps the trial's guests alive."""
+        """Yield samples of a trial's guests until the iterator is closed.
+
+        The trial's guests live as long as this stream.
+        """
         request = host_pb2.WatchRequest(trial_id=trial_id, period_ms=round(period_s * 1000))
+        # The only call without a deadline: the stream lasts as long as the trial.
         call = self._stub.Watch(request)
         try:
             async for samples in call:
@@ -123,8 +119,8 @@ class HostClient:
         finally:
             call.cancel()
 
-    async def _answer(self, call: Awaitable[_Answer], what: str) -> _Answer:
+    async def _answer(self, call: Awaitable[_Answer], action: str) -> _Answer:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, f"{self._address}: {what}") from error
+            raise from_rpc_error(error, f"{self._address}: {action}") from error

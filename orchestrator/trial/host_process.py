@@ -1,8 +1,8 @@
-"""A logical host: a host agent as a child process, with a memory budget of its own.
+"""Starts a logical host: a host agent as a child process, with its own memory budget.
 
-The child holds the read end of a pipe whose write end only this process has.
-When this process ends, however it ends, the pipe closes and the host agent
-destroys its guests and exits.
+The child has the read end of a pipe; only this process has the write end. When this process
+ends, even if killed, the kernel closes the pipe. The host agent then destroys its guests and
+exits.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from hintfleet.errors import Refused, TransientError
 
-# libvirt gives a QEMU that does not hear SIGTERM 15 s (qemuProcessKill); a host agent that is
-# killed before that leaves its guests' folders.
+# libvirt gives a QEMU that does not react to SIGTERM 15 s (qemuProcessKill in
+# src/qemu/qemu_process.c). A host agent that is killed earlier leaves its guests' folders.
 _STOP_TIMEOUT_S = 25.0
 _LOG_TAIL_BYTES = 1500
 
@@ -27,7 +27,7 @@ _LOG_TAIL_BYTES = 1500
 class LogicalHost:
     """How to start a logical host.
 
-    :ivar libvirt_uri: empty for the default.
+    :ivar libvirt_uri: empty for the host agent's default.
     """
 
     name: str
@@ -37,9 +37,9 @@ class LogicalHost:
 
 
 class HostProcess:
-    """A running host agent; `start` makes it, `stop` ends it.
+    """A running host agent. Create it with `start`, end it with `stop`.
 
-    :ivar address: where it answers.
+    :ivar address: the address of its control API.
     """
 
     def __init__(
@@ -59,12 +59,18 @@ class HostProcess:
     async def start(cls, host: LogicalHost, folder: Path) -> HostProcess:
         """Start a host agent and wait until it serves.
 
-        :param folder: made for it, and removed with it; short, for unix sockets.
-        :raises Refused: it ended instead; the message has the end of its log.
-        :raises TransientError: it did not serve in time. Nothing stays behind.
+        After a failure no process and no folder is left.
+
+        :param folder: created here and removed by `stop`; short enough for unix sockets.
+        :raises Refused: the host agent ended at start; the hint has the end of its log.
+        :raises TransientError: the host agent did not serve in time.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        # os.pipe() sets close-on-exec, so no child inherits the ends that are not passed to it:
+        # a lifeline that another child held would never close.
         lifeline_read, lifeline_write = os.pipe()
+        # The host agent writes its address here when it listens: no polling, and no start-up
+        # race. If it ends instead, the pipe ends.
         ready_read, ready_write = os.pipe()
         try:
             process = await _spawn(host, folder, ready_write, lifeline_read)
@@ -107,7 +113,7 @@ class HostProcess:
         return self._process.returncode is None
 
     def log_tail(self) -> str:
-        """The last lines that the host agent wrote."""
+        """Return the end of the host agent's log."""
         try:
             log = (self._folder / "log").read_bytes()
         except OSError:
@@ -115,7 +121,7 @@ class HostProcess:
         return log[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
 
     async def stop(self) -> None:
-        """End the host agent with its guests, and remove its files. May be called twice."""
+        """End the host agent with its guests, and remove its folder. May be called twice."""
         if self._lifeline_fd >= 0:
             os.close(self._lifeline_fd)
             self._lifeline_fd = -1
@@ -147,13 +153,14 @@ async def _spawn(
             stdout=log,
             stderr=log,
             pass_fds=(ready_fd, lifeline_fd),
-            # Ctrl-C on the terminal is for us; we end the host agent in order.
+            # A terminal sends Ctrl-C to its whole foreground process group. In a session of its
+            # own the host agent does not get it, and `stop` ends it in order.
             start_new_session=True,
         )
 
 
 async def _read_line(fd: int, timeout_s: float) -> bytes | None:
-    """One line from a pipe, which is closed; b"" if it ended before, None if too late."""
+    """Read one line from a pipe and close it; b"" if the pipe ended, None on timeout."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(

@@ -1,4 +1,4 @@
-"""One host under test, as the actor that stands for it sees it: reached, used, let go."""
+"""Reaches, uses and releases one host under test, on behalf of its actor."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from orchestrator.trial.runner import driver_pb2, run_host_task
 
 @dataclass(frozen=True, kw_only=True)
 class HostPlace:
-    """Where a host is: a logical one to start, or the address of its host agent.
+    """How to reach a host: a logical host to start, or the address of a host agent.
 
-    :ivar memory_needed_bytes: the largest guest that it has to hold.
-    :ivar tls_folder: the operator's, on the node that this is used on, for its key does not
-        travel; empty for plain text.
+    :ivar memory_needed_bytes: the size of its largest guest.
+    :ivar tls_folder: the operator's TLS folder on the node of the actor, because keys are not
+        sent to other nodes; empty for plain text.
     """
 
     name: str
@@ -40,22 +40,24 @@ class HostPlace:
 
 
 class HostSession:
-    """Holds a host agent's client, and its process where it is a logical host."""
+    """Owns the client of a host agent and, for a logical host, its process."""
 
     def __init__(self, place: HostPlace, folder: Path | None) -> None:
-        """:param folder: for a logical host's files; None for one that is made here."""
+        """:param folder: for a logical host's files; None to create one on this node."""
         self._folder = folder
-        self._made: OwnedFolder | None = None
+        self._own_folder: OwnedFolder | None = None
         self._place = place
         self._process: HostProcess | None = None
         self._client: HostClient | None = None
 
     async def open(self, wait: bool = False) -> None:
-        """Reach the host, and check that it can run what is asked.
+        """Reach the host, and check that it can run the guests.
 
-        :param wait: for a host agent that does not answer at once.
-        :raises Refused: it cannot; says why and what to do.
-        :raises TransientError: it cannot be reached. After a failure nothing is left.
+        After a failure the session is closed: no process and no folder is left.
+
+        :param wait: wait for a host agent that does not listen yet.
+        :raises Refused: the host cannot run the guests; says why and what to do.
+        :raises TransientError: the host cannot be reached.
         """
         try:
             await self._open(wait)
@@ -76,8 +78,8 @@ class HostSession:
     def _host_folder(self) -> Path:
         if self._folder is not None:
             return self._folder
-        self._made = self._made or runtime_dirs().make()
-        return self._made.path / self._place.name
+        self._own_folder = self._own_folder or runtime_dirs().make()
+        return self._own_folder.path / self._place.name
 
     def _check(self, host: host_pb2.Host) -> None:
         place = self._place
@@ -85,8 +87,8 @@ class HostSession:
             raise Refused(
                 f"{place.name}: its memory budget of {format_size(host.memory_budget_bytes)} is "
                 f"less than one guest ({format_size(place.memory_needed_bytes)})",
-                hint="hintfleet-host --memory-budget, a higher memory limit of the cgroup that it "
-                "runs in, or smaller guests",
+                hint="raise hintfleet-host --memory-budget or the memory limit of its cgroup, or "
+                "use smaller guests",
             )
         for state in host.drivers:
             if state.driver == driver_pb2(place.driver):
@@ -99,10 +101,12 @@ class HostSession:
         raise Refused(f"{place.name} has no {place.driver} driver")
 
     async def run(self, task: HostTask) -> AsyncIterator[Record]:
-        """This host's part of a trial. A host that was lost before is reached anew:
-        started again, or waited for.
+        """Run this host's part of a trial; yield its records.
 
-        :raises TransientError: it did not come back.
+        A host that was lost in an earlier trial is reached anew: a logical host is started
+        again, a host agent is waited for.
+
+        :raises TransientError: the host did not come back.
         """
         if self._process is not None and not self._process.running:
             await self.close()
@@ -112,7 +116,7 @@ class HostSession:
         async for record in run_host_task(self._opened(), task):
             lost = isinstance(record, HostDone) and record.lost
             yield record
-        if lost:
+        if lost:  # so that the next trial reaches the host anew
             await self.close()
 
     async def _reopen(self) -> None:
@@ -131,13 +135,14 @@ class HostSession:
         return self._client
 
     async def close(self) -> None:
-        """Let go: guests end with their watch, a logical host with its guests."""
+        """Release the host. Its guests end with the Watch; a logical host is stopped."""
+        # Taken out first: after an error here, or when called twice, nothing is closed again.
         client, self._client = self._client, None
         process, self._process = self._process, None
         if client is not None:
-            await client.close()
+            await client.aclose()
         if process is not None:
             await process.stop()
-        if self._made is not None:
-            self._made.remove()
-            self._made = None
+        if self._own_folder is not None:
+            self._own_folder.remove()
+            self._own_folder = None

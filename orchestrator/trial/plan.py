@@ -1,8 +1,8 @@
-"""From a spec to trials, in an order that no arm can profit from. Pure.
+"""Plans the trials of a spec, in an order that favours no arm. Pure.
 
-A repetition is a block: each of its trials runs one arm, in an order drawn from
-the seed, so that a drift of the machine falls on all arms alike. What a guest
-does in a repetition depends on the seed and not on the arm, so trials pair.
+A repetition is a block of one trial per arm, in an order drawn from the seed. So a drift of
+the machine affects all arms alike. The work of a guest in a repetition depends on the seed and
+not on the arm, so the trials of a repetition form pairs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Trial:
     """One execution of an arm on all hosts.
 
     :ivar position: place in the run, from 0.
-    :ivar attempt: from 1; a trial that was lost with its host is run again under the
-        next number, and its last attempt is the one that counts.
+    :ivar attempt: from 1. A trial that is run again gets the next number; only its last
+        attempt counts.
     """
 
     run_id: str
@@ -33,14 +33,14 @@ class Trial:
 
     @property
     def trial_id(self) -> str:
-        """Unique among all attempts of all runs; the name of a folder."""
-        again = f".{self.attempt}" if self.attempt > 1 else ""
-        return f"{self.run_id}-{self.arm.name}-{self.repetition + 1}{again}"
+        """A name that is unique among all attempts of all runs; also the name of a folder."""
+        suffix = f".{self.attempt}" if self.attempt > 1 else ""
+        return f"{self.run_id}-{self.arm.name}-{self.repetition + 1}{suffix}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestTask:
-    """What one guest does in a trial: a seed for each step."""
+    """One guest's part of a trial: a seed for each step."""
 
     name: str
     step_seeds: tuple[int, ...]
@@ -48,7 +48,7 @@ class GuestTask:
 
 @dataclass(frozen=True, kw_only=True)
 class HostTask:
-    """One host's part of a trial; all that its runner has to know."""
+    """One host's part of a trial: all that the runner needs."""
 
     trial: Trial
     host: str
@@ -58,7 +58,7 @@ class HostTask:
 
 
 def plan_trials(spec: Spec, run_id: str) -> tuple[Trial, ...]:
-    """All trials of a run, in the order in which they run."""
+    """Return all trials of a run, in the order in which they run."""
     return tuple(
         Trial(run_id=run_id, position=position, repetition=repetition, arm=arm)
         for position, (repetition, arm) in enumerate(_blocks(spec))
@@ -68,17 +68,17 @@ def plan_trials(spec: Spec, run_id: str) -> tuple[Trial, ...]:
 def _blocks(spec: Spec) -> Iterator[tuple[int, Arm]]:
     for repetition in range(spec.repetitions):
         arms = list(spec.trial_arms)
-        random.Random(_mix(spec.seed, repetition)).shuffle(arms)
+        random.Random(_seed_from(spec.seed, repetition)).shuffle(arms)
         yield from ((repetition, arm) for arm in arms)
 
 
 def host_names(spec: Spec) -> tuple[str, ...]:
-    """The names under which hosts are stored and shown."""
+    """Return the names of the hosts in the store and in output."""
     return tuple(f"host{i + 1}" for i in range(spec.hosts.number))
 
 
 def host_task(spec: Spec, trial: Trial, host: str) -> HostTask:
-    """What one host does in a trial."""
+    """Return one host's part of a trial."""
     steps = expand(spec.workload)
     names = [f"{host}-guest{i + 1}" for i in range(spec.guests.per_host)]
     return HostTask(
@@ -90,7 +90,7 @@ def host_task(spec: Spec, trial: Trial, host: str) -> HostTask:
             GuestTask(
                 name=name,
                 step_seeds=tuple(
-                    _mix(spec.seed, trial.repetition, name, i) for i in range(len(steps))
+                    _seed_from(spec.seed, trial.repetition, name, i) for i in range(len(steps))
                 ),
             )
             for name in names
@@ -98,7 +98,9 @@ def host_task(spec: Spec, trial: Trial, host: str) -> HostTask:
     )
 
 
-def _mix(*parts: object) -> int:
-    """63 bits that depend on all parts, the same on every machine and Python."""
+def _seed_from(*parts: object) -> int:
+    """Return 63 bits that depend on all parts; equal on every machine and Python."""
+    # Not hash(): it differs from process to process for str (PYTHONHASHSEED), and a resumed run
+    # must draw the same seeds.
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

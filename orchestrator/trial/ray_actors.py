@@ -1,8 +1,8 @@
-"""The hosts under test as Ray actors, spread over the nodes of a cluster.
+"""Runs the hosts under test as Ray actors, spread over the nodes of a cluster.
 
-The only module that imports Ray. An actor speaks to one host agent; on a cluster
-of one machine it also starts that host agent as a logical host. Without
-RAY_ADDRESS a private cluster is started on loopback and ended with the fleet.
+The only module that imports Ray. Each actor controls one host agent, and starts it if it is a
+logical host. Without RAY_ADDRESS a private cluster is started on loopback, and ended with the
+fleet.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from hintfleet.errors import HintfleetError, TransientError
@@ -26,28 +25,35 @@ from orchestrator.trial.host_session import HostPlace, HostSession
 from orchestrator.trial.plan import HostTask
 from orchestrator.trial.ray_cluster import (
     ClusterWatch,
-    cannot_join,
+    cannot_join_error,
     check_answers,
     cluster_address,
-    nobody_answers,
+    no_answer_error,
 )
 from orchestrator.trial.records import HostDone, Record
-from orchestrator.trial.signals import own_sigterm, undisturbed
+from orchestrator.trial.signals import signals_ignored, sigterm_handler_kept
 
 if TYPE_CHECKING:
     import grpc
     from ray import ObjectRef
 
-_OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum is 75 MiB; samples are small
+# Records are small. Ray refuses less than 75 MiB (ray/_private/ray_constants.py, 2.60).
+_OBJECT_STORE_BYTES = 80 << 20
+# Longer than a host agent may take to end (host_process.py: 25 s).
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.5
 
-# Set before Ray is imported; what the user has set wins.
+# Ray reads some of these when it is imported, so they are set before. A value of the user wins.
 _RAY_ENVIRONMENT = {
-    # It watches the whole machine and would kill our actors when guests fill memory.
+    # Ray's memory monitor watches the whole machine, and would kill our actors when guests fill
+    # its memory.
     "RAY_memory_monitor_refresh_ms": "0",
+    # Nothing is sent to Ray's developers.
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Leaves CUDA_VISIBLE_DEVICES and the like alone: actors use no accelerator.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Under `uv run`, Ray would build an environment of its own for its workers
+    # (ray/_private/runtime_env/uv_runtime_env_hook.py).
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
@@ -55,58 +61,62 @@ _RAY_ENVIRONMENT = {
 _log = logging.getLogger("hintfleet.ray")
 
 
-class Fleet:
-    """All hosts of a run. Use as a context manager.
+class Fleet(AbstractContextManager["Fleet"]):
+    """All hosts of a run, as a context manager.
 
-    On leaving, also by an error or Ctrl-C, every guest, logical host, Ray process
-    and folder that it made is gone, within a bounded time.
+    When the block ends, also by an error or Ctrl-C, all guests, logical hosts, Ray processes
+    and folders that the fleet created are gone within a bounded time.
     """
 
     def __init__(self, places: Mapping[str, HostPlace]) -> None:
-        """:raises InvalidInput: RAY_ADDRESS is no address of a cluster."""
+        """Start nothing yet.
+
+        :raises InvalidInput: RAY_ADDRESS is not the address of a cluster.
+        """
         self._places = places
         self._address = cluster_address(os.environ)
         self._runtime_dir: OwnedFolder | None = None  # of a private cluster
         self._cluster: ClusterWatch | None = None
         self._actors: dict[str, Any] = {}
-        self._started: Counter[str] = Counter()
+        self._actors_started: Counter[str] = Counter()
 
     def __enter__(self) -> Fleet:
+        """Connect to Ray, and start an actor for each host.
+
+        :raises HintfleetError: the cluster or a host cannot be reached or used. Nothing is
+            left.
+        """
         try:
             self._runtime_dir = None if self._address else runtime_dirs().make()
             _init_ray(self._address, self._runtime_dir.path if self._runtime_dir else None)
             self._cluster = _watch()
-            _log.info("ray is there", extra=fields(address=self._address or "private"))
+            _log.info("ray connected", extra=fields(address=self._address or "private"))
             self._start_actors(list(self._places))
         except BaseException:
             self.close()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run_trial(
         self, tasks: Mapping[str, HostTask], check: Callable[[], None] = lambda: None
     ) -> Iterator[Record]:
-        """Run a trial on all hosts at once; yields their records as they come.
+        """Run a trial on all hosts at once; yield their records as they arrive.
 
-        The last record of each host is HostDone. A host whose actor dies is lost in
-        this trial, and gets a new actor for the next one.
+        The last record of each host is HostDone. A host whose actor dies is lost in this
+        trial, and gets a new actor for the next trial.
 
-        :param check: called several times a second, also while there are no records, as when
-            guests boot; what it raises ends the trial.
-        :raises HintfleetError: a host cannot run this, or was lost and did not come back; or
-            the cluster is gone.
+        :param check: called several times a second, even while no records arrive (guests
+            boot); an exception that it raises ends the trial.
+        :raises HintfleetError: a host cannot run the trial, or it was lost and did not come
+            back, or the cluster is gone.
         """
         import ray
 
         self._start_actors([host for host in tasks if host not in self._actors])
+        # Streaming: Ray hands out each record as the actor yields it, not all at the end.
         streams: dict[Any, str] = {
             self._actors[host].run.options(num_returns="streaming").remote(task): host
             for host, task in tasks.items()
@@ -120,26 +130,31 @@ class Fleet:
                     yield _get(next(cast("Iterator[ObjectRef[Any]]", stream)))
                 except StopIteration:
                     del streams[stream]
-                # ObjectLostError: of a record that was still on a node that died.
+                # ObjectLostError: the record was still in the memory of a node that died.
                 except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                     del streams[stream]
                     yield self._lost(tasks[host], error)
 
     def close(self) -> None:
-        """End everything. Ctrl-C is ignored meanwhile: for seconds, half a minute at the most."""
+        """End all guests, logical hosts, actors and Ray. Ctrl-C is ignored until then.
+
+        Takes some seconds, half a minute at most. May be called twice.
+        """
         import ray
 
-        with undisturbed():
+        with signals_ignored():
             actors, self._actors = self._actors, {}
             cluster, self._cluster = self._cluster, None
             if cluster is not None:
                 cluster.close()
-            # On a cluster that is gone nobody hears: actors end with their node, and with
-            # them the pipes that keep host agents and guests.
+            # A call to an actor of a dead cluster would never return. Its actors end with their
+            # node; that closes the lifelines of their host agents, which end their guests.
             if ray.is_initialized() and not (cluster and cluster.lost):
                 stopping = [actor.stop.remote() for actor in actors.values()]
                 if stopping:
                     ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_TIMEOUT_S)
+                # For those that did not stop in time: killed, an actor drops the lifeline of its
+                # host agent.
                 for actor in actors.values():
                     ray.kill(actor)
             ray.shutdown()
@@ -147,21 +162,22 @@ class Fleet:
                 self._runtime_dir.remove()
 
     def _start_actors(self, hosts: list[str]) -> None:
-        """Start an actor for each host, and have it reach its host.
+        """Start an actor for each host and wait until it has reached the host.
 
-        One that dies meanwhile is started anew, once: it may have been put on a node that was
-        dead already, which Ray knows only now.
-
-        :raises HintfleetError: it cannot reach its host, or died again.
+        :raises HintfleetError: an actor cannot reach its host, or died twice.
         """
+        # Once more for those that died: Ray may place an actor on a node that is dead already,
+        # before its GCS has noticed.
         died = self._open_actors(hosts)
         for host, error in self._open_actors(list(died)).items():
-            raise TransientError(f"{host}: {_said(error)}") from error
+            raise TransientError(f"{host}: {_death_reason(error)}") from error
 
     def _open_actors(self, hosts: list[str]) -> dict[str, Exception]:
-        """Returns those that died of it, and why."""
+        """Start actors; return the hosts whose actor died, with Ray's error."""
         import ray
 
+        # num_cpus=0: any number of hosts fits on a node. No restarts and no retries by Ray:
+        # results/trial_outcome.py decides what is run again.
         actor_class = ray.remote(
             num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
         )(_HostActor)
@@ -181,56 +197,60 @@ class Fleet:
         return died
 
     def _ready(self, refs: Collection[Any]) -> list[Any]:
-        """Those that are ready within a moment.
+        """Return the references that are ready within half a second.
 
-        :raises TransientError: the cluster is gone, so that none will ever be.
+        :raises TransientError: the cluster is gone, so they will never be ready.
         """
         import ray
 
+        # A short timeout: without one, Ray waits for ever for an actor on a dead cluster, and
+        # holds up `check` as well.
         ready, _ = ray.wait(list(refs), timeout=_POLL_S)
         if self._cluster is not None:
             self._cluster.check()
         return ready
 
     def _folder(self, host: str) -> Path | None:
-        """A new one each time: the host agent of an actor that died may not have done
-        with its own yet."""
+        # A new folder for each actor: when an actor died, its host agent may still be ending
+        # its guests, in its own folder.
         if self._runtime_dir is None:
             return None
-        self._started[host] += 1
-        return self._runtime_dir.path / f"{host}.{self._started[host]}"
+        self._actors_started[host] += 1
+        return self._runtime_dir.path / f"{host}.{self._actors_started[host]}"
 
     def _lost(self, task: HostTask, error: Exception) -> HostDone:
         with suppress(KeyError):
             del self._actors[task.host]
         about = {"host": task.host, "trial": task.trial.trial_id, "reason": _first_line(error)}
         _log.warning("actor died", extra=fields(**about))
-        # What follows from `lost`: results/trial_outcome.py.
+        # results/trial_outcome.py decides what follows from `lost`.
         return HostDone(
             host=task.host,
             trial_id=task.trial.trial_id,
             at_unix_us=time.time_ns() // 1000,
-            undecided=f"{task.host}: {_said(error)}",
+            undecided=f"{task.host}: {_death_reason(error)}",
             lost=True,
         )
 
 
-def _said(error: Exception) -> str:
-    """Why an actor died."""
+def _death_reason(error: Exception) -> str:
     return f"its actor died: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
-    """Ray says where and how on many more."""
+    # Ray's errors go on for many lines: ids, nodes, addresses and advice.
     return (str(error).splitlines() or [repr(error)])[0]
 
 
 class _HostActor:
-    """Runs on any node of the cluster; Ray calls its methods on one event loop.
+    """Controls one host, on any node of the cluster.
 
-    When its process dies, the pipe to a logical host closes, and the host agent
-    there ends its guests and itself.
+    When its process dies, the lifeline of a logical host closes, and the host agent ends its
+    guests and itself.
     """
+
+    # Ray runs the methods of a class with `async def` methods on one event loop, concurrently:
+    # `stop` is answered while `run` goes on.
 
     def __init__(self, place: HostPlace, folder: Path | None) -> None:
         self._session = HostSession(place, folder)
@@ -249,8 +269,9 @@ class _HostActor:
 def _init_ray(address: str, runtime_dir: Path | None) -> None:
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # log_to_driver would print the output of all actors on our stderr.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    with own_sigterm():
+    with sigterm_handler_kept():
         if runtime_dir is None:
             _connect(address, quiet)
         else:
@@ -262,30 +283,33 @@ def _connect(address: str, quiet: dict[str, Any]) -> None:
     from ray._private.services import canonicalize_bootstrap_address
 
     try:
-        # What Ray makes of `auto`, and of a loopback address: one that others can reach.
+        # Ray resolves `auto`, and turns a loopback address into one that other nodes can reach.
         gcs_address = canonicalize_bootstrap_address(address) or address
         where = address if address == gcs_address else f"{address} ({gcs_address})"
         with _gcs_channel(gcs_address) as channel:
-            # Ray finds the token of a cluster by itself only for `auto`.
+            # Only for `auto` does ray.init look for the token of a local cluster by itself
+            # (ray/_private/worker.py, 2.60).
             check_answers(where, *_check_alive(channel), needs_token=address != "auto")
         ray.init(address=address, **quiet)  # refuses other versions of Ray and Python
     except HintfleetError:
         raise
     except ConnectionError as error:
-        raise nobody_answers(address, str(error)) from error
+        raise no_answer_error(address, str(error)) from error
     except Exception as error:
-        raise cannot_join(address, str(error.__cause__ or error)) from error
+        raise cannot_join_error(address, str(error.__cause__ or error)) from error
 
 
 def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:
     os.environ |= {
-        # Any user of this machine can reach its loopback, so the cluster has a secret.
+        # Every user of this machine can reach its loopback, and whoever reaches Ray can run
+        # code as us: so the cluster has a secret.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        # Ray resolves 127.0.0.1 to an address that others can reach, unless clusters
-        # are off (as they are elsewhere than on Linux): ray/_private/services.py.
+        # Ray turns 127.0.0.1 into an address that other machines can reach, unless clusters of
+        # several nodes are off, as on macOS and Windows: get_node_ip_address in
+        # ray/_private/services.py (2.60).
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Off by default; who has it on means other clusters, not this one on loopback.
+        # Off by default. A user who has it on means other clusters, not this one on loopback.
         "RAY_grpc_enable_http_proxy": "0",
     }
     import ray
@@ -300,12 +324,13 @@ def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:
             _node_ip_address="127.0.0.1",
             **quiet,
         )
-    except Exception as error:  # a bare one, where a process of Ray's does not start (node.py)
+    # ray/_private/node.py raises a bare Exception when one of Ray's processes does not start.
+    except Exception as error:
         raise TransientError(f"Ray did not start: {_first_line(error)}") from error
 
 
 def _gcs_channel(address: str) -> grpc.Channel:
-    """A channel as Ray opens its own: with its tokens, its TLS, its choice of proxies."""
+    """Open a channel to a GCS with Ray's own function: its token, its TLS, its proxies."""
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
 
@@ -313,7 +338,7 @@ def _gcs_channel(address: str) -> grpc.Channel:
 
 
 def _check_alive(channel: grpc.Channel, *node_ids: bytes) -> tuple[Any, Any]:
-    """The GCS's method that says whether it and these nodes live, and the request for it."""
+    """Return the GCS's method CheckAlive, and the request that asks it about these nodes."""
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     pb2: Any = gcs_service_pb2
@@ -332,8 +357,9 @@ def _watch() -> ClusterWatch:
 
 
 def _get(ref: ObjectRef[Any]) -> Any:
-    """The value behind a reference, or the error that an actor raised, as it raised it.
+    """Return the value of a reference.
 
+    :raises HintfleetError: the actor raised it, or any other error; or Ray failed.
     :raises ray.exceptions.RayActorError: the actor is gone.
     :raises ray.exceptions.ObjectLostError: the value was on a node that is gone.
     """
@@ -341,6 +367,7 @@ def _get(ref: ObjectRef[Any]) -> Any:
 
     try:
         return ray.get(ref)
+    # Ray wraps an error of an actor's method; the cause is the error itself, pickled.
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, HintfleetError):
             raise error.cause from None

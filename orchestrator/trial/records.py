@@ -1,7 +1,7 @@
-"""What a host's runner says while a trial runs, in the order in which it happens.
+"""Defines the records that a host's runner yields during a trial, in the order of events.
 
-Times are in microseconds since 1970, of two clocks: samples and StepDone bear the host's,
-all else that of the actor which speaks to it and may sit on another machine.
+Times are in microseconds since 1970. Samples and StepDone have the time of the host's clock.
+All other records have the time of its actor's clock, which may be another machine's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from hintfleet.v1 import host_pb2
 
-# Column of the stored samples: where its value comes from. All are uint64.
+# Columns of the stored samples, and where each value comes from. All are uint64.
 _COLUMNS: dict[str, Callable[[host_pb2.Sample], int]] = {
     "provisioned_bytes": lambda s: s.ledger.provisioned_bytes,
     "resident_bytes": lambda s: s.ledger.resident_bytes,
@@ -39,10 +39,10 @@ Columns = dict[str, "np.ndarray[Any, Any]"]
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Samples of a host's guests: a row per guest and time.
+    """Samples of a host's guests: one row per guest and time.
 
-    :ivar columns: `at_unix_us`, `guest`, `host_agent_cpu_us`, `observing_cpu_us`, and those
-        of the ledger and telemetry.
+    :ivar columns: `at_unix_us`, `guest`, `host_agent_cpu_us`, `observing_cpu_us`, and the
+        columns of the ledger and telemetry.
     """
 
     host: str
@@ -56,7 +56,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseStarted:
-    """All guests of a host go through this step now; `hold_s` follows."""
+    """All guests of a host begin this step; a hold of `hold_s` follows."""
 
     host: str
     trial_id: str
@@ -70,7 +70,8 @@ class StepDone:
     """A guest has done a step.
 
     :ivar kind: `allocate`, `free` or `verify`.
-    :ivar changed_bytes: what it allocated or freed.
+    :ivar changed_bytes: the bytes that it allocated or freed.
+    :ivar held_bytes: the bytes that its workload holds now.
     """
 
     host: str
@@ -91,7 +92,7 @@ class StepDone:
 
 @dataclass(frozen=True, kw_only=True)
 class GuestSettled:
-    """All that a guest could give back is back; it was asked `duration_us` before."""
+    """A guest has given back all that it could, `duration_us` after it was asked."""
 
     host: str
     trial_id: str
@@ -104,7 +105,7 @@ class GuestSettled:
 
 @dataclass(frozen=True, kw_only=True)
 class GuestEnded:
-    """A guest was destroyed, and its books closed like this."""
+    """A guest was destroyed; these are its final books."""
 
     host: str
     trial_id: str
@@ -117,11 +118,10 @@ class GuestEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class HostDone:
-    """A host is through with a trial; its last record.
+    """A host has ended its part of a trial. This is its last record.
 
-    :ivar undecided: why the trial counts for nothing; empty if it counts.
-    :ivar lost: because its host agent, or who spoke to it, was lost: the trial may be
-        run again.
+    :ivar undecided: why the trial does not count; empty if it counts.
+    :ivar lost: the trial does not count because the host agent or its actor was lost.
     """
 
     host: str
@@ -136,7 +136,7 @@ Record = Samples | Event
 
 
 def columns_of(sets: Sequence[host_pb2.SampleSet]) -> Columns:
-    """Sample sets as they came over the wire, as columns."""
+    """Convert sample sets into columns, with one row per sample."""
     rows = [(a, sample) for a in sets for sample in a.samples]
     columns: Columns = {
         "at_unix_us": np.array([a.at_unix_us for a, _ in rows], dtype=np.int64),

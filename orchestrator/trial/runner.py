@@ -1,6 +1,6 @@
-"""One host's part of a trial: guests made, stepped, verified and ended, while samples flow.
+"""Runs one host's part of a trial: creates, steps, verifies and ends guests, and takes samples.
 
-Knows nothing of Ray; what it yields is stored and shown elsewhere.
+Does not know Ray, the store or a view.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ from orchestrator.trial.records import (
 _FLUSH_PERIOD_S = 0.25
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
 _WATCH_BREAKS_WITHIN_S = 0.5
-# Samples on both sides of what is measured, so that none has to be extrapolated.
+# Wait for samples before and after the measured window: the footprint is interpolated at its
+# ends (results/footprint.py), never extrapolated.
 _MARGIN_PERIODS = 2
 
 
 async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Record]:
-    """Run one host's part of a trial; the last record is HostDone.
+    """Run one host's part of a trial; yield its records, the last one a HostDone.
 
-    A guest that is lost, or a command whose outcome is unknown, ends the trial as
-    undecided. When the iterator is closed early, the guests are ended with it.
+    A lost guest, or a command whose outcome is unknown, ends the trial as undecided. If the
+    iterator is closed early, the guests are ended.
 
-    :raises StableError: the host cannot do it, and could not do it again.
+    :raises StableError: the host cannot run the trial, and another attempt would fail alike.
     """
     runner = _TrialRunner(client, task)
     script = asyncio.create_task(runner.run())
@@ -51,6 +52,7 @@ async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Rec
             yield record
         await script
     finally:
+        # Awaited after the cancel: else the watch, and the guests with it, could outlive us.
         script.cancel()
         with suppress(asyncio.CancelledError, HintfleetError):
             await script
@@ -68,7 +70,7 @@ class _TrialRunner:
         self._watching = asyncio.Event()
 
     async def run(self) -> None:
-        """Post all records, and None after the last one."""
+        """Put all records into the queue, and None after the last one."""
         try:
             undecided, lost = await self._watched_script()
             self._post(
@@ -81,28 +83,31 @@ class _TrialRunner:
                 )
             )
         finally:
+            # Also after an error: the reader of the queue waits for it.
             self.records.put_nowait(None)
 
     async def _watched_script(self) -> tuple[str, bool]:
-        """Run the script while watching; return why the trial is undecided, or "", and
-        whether that is because the host was lost."""
+        """Run the script while watching.
+
+        :returns: why the trial is undecided, or ""; and whether the host was lost.
+        """
         watch = asyncio.create_task(self._watch())
         script = asyncio.create_task(self._script())
         try:
-            # Whichever ends first: a script that is through, or a watch that broke.
+            # The first to end decides: the script has finished, or the watch broke.
             await asyncio.wait((watch, script), return_when=asyncio.FIRST_COMPLETED)
             await (script if script.done() else watch)
         except StableError:
             raise
         except HintfleetError as error:
-            # Only with the host agent does its stream break; it may be told of that a
-            # little later than a command is.
+            # If a guest is lost, only the command fails. If the host agent is lost, the watch
+            # breaks, too; gRPC may end that call a little later than the command's.
             await asyncio.wait((watch,), timeout=_WATCH_BREAKS_WITHIN_S)
             if watch.done():
                 return f"{self._task.host}: its host agent was lost: {error.message}", True
             return str(error), False
         finally:
-            # The watch goes last: the guests live as long as it does.
+            # The script first: the guests live as long as the watch.
             for job in (script, watch):
                 job.cancel()
                 with suppress(asyncio.CancelledError, HintfleetError):
@@ -110,6 +115,7 @@ class _TrialRunner:
         return "", False
 
     async def _watch(self) -> None:
+        # Batches of 0.25 s: each record of an actor is an object of Ray's, with its own cost.
         stream = self._client.watch(self._trial.trial_id, self._spec.sample_period_s)
         buffered: list[host_pb2.SampleSet] = []
         flushed_at = time.monotonic()
@@ -133,6 +139,7 @@ class _TrialRunner:
             )
 
     async def _script(self) -> None:
+        # The host agent ends guests of a trial that nobody watches.
         await self._wait_watching()
         await self._on_all(self._create)
         margin_s = _MARGIN_PERIODS * self._spec.sample_period_s
@@ -231,7 +238,9 @@ class _TrialRunner:
         )
 
     async def _on_all(self, action: Callable[[GuestTask], Awaitable[None]]) -> None:
-        """Do it on all guests at once; the first error is raised when all are through."""
+        """Call `action` for all guests at once, then raise the first error, if any."""
+        # return_exceptions: without it, gather() raises at once and leaves the other calls
+        # running, whose errors nobody would see.
         results = await asyncio.gather(
             *(action(guest) for guest in self._task.guests), return_exceptions=True
         )
@@ -261,7 +270,7 @@ class _TrialRunner:
 
 
 def guest_spec(task: HostTask) -> host_pb2.GuestSpec:
-    """What the guests of a trial are made of."""
+    """Return the spec from which the host agent creates the guests of a trial."""
     arm, driver = task.trial.arm, task.spec.driver
     return host_pb2.GuestSpec(
         driver=driver_pb2(driver),
@@ -296,7 +305,7 @@ def _balloon_settings(arm: Arm) -> host_pb2.BalloonSettings:
 
 
 def driver_pb2(driver: Driver) -> host_pb2.Driver.ValueType:
-    """The driver as the control API names it."""
+    """Convert a driver into the value of the control API."""
     return host_pb2.EMBEDDED if driver is Driver.EMBEDDED else host_pb2.LIBVIRT
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while Ray starts and ends."""
+"""Handles Ctrl-C and SIGTERM while Ray starts and ends."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def own_sigterm() -> Iterator[None]:
-    """Keep our handler of SIGTERM: ray.init puts in one that ends the process on the spot."""
+def sigterm_handler_kept() -> Iterator[None]:
+    """Restore the handler of SIGTERM when the block ends."""
+    # ray.init installs a handler that calls sys.exit (`connect` in ray/_private/worker.py and
+    # node.py, 2.60). With ours, SIGTERM ends a run like Ctrl-C.
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
+        # Python allows signal.signal() in the main thread only; Ray sets none elsewhere.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ignore Ctrl-C and SIGTERM, so that cleaning up is not cut short."""
+def signals_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM in the block, so that cleanup is not cut short."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,8 +1,4 @@
-"""What libraries write on a terminal that is not theirs goes into a file.
-
-Ray's C++ writes its log to descriptor 2, from threads of its own, whatever sys.stderr is; its
-Python says on stdout and stderr what befell its workers. So the descriptors are exchanged.
-"""
+"""Redirects the output of libraries (Ray) from the terminal into a file."""
 
 from __future__ import annotations
 
@@ -19,13 +15,13 @@ _STDOUT, _STDERR = 1, 2
 
 
 @contextlib.contextmanager
-def stray_output_in(log: Path) -> Iterator[TextIO]:
-    """Append all that goes to stdout and stderr, of children too, to a file until the block ends.
+def stray_output_to(log: Path) -> Iterator[TextIO]:
+    """Append stdout and stderr, of child processes too, to a file until the block ends.
 
-    Yields what stderr was before, for what is meant to be seen. Afterwards the file is there
-    only if something was ever written to it.
+    Yields the previous stderr, for output that people should see. The file is removed at the
+    end if it is empty.
 
-    :raises Refused: it cannot be made.
+    :raises Refused: the file cannot be created.
     """
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +33,7 @@ def stray_output_in(log: Path) -> Iterator[TextIO]:
         open(_duplicate(_STDERR), "w", buffering=1, errors="backslashreplace") as terminal,
     ):
         try:
-            with _exchanged(_STDOUT, file.fileno()), _exchanged(_STDERR, file.fileno()):
+            with _redirected(_STDOUT, file.fileno()), _redirected(_STDERR, file.fileno()):
                 yield terminal
         finally:
             if not os.fstat(file.fileno()).st_size:
@@ -45,24 +41,27 @@ def stray_output_in(log: Path) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def _exchanged(fd: int, by: int) -> Iterator[None]:
+def _redirected(fd: int, target_fd: int) -> Iterator[None]:
+    # The descriptor itself is replaced, not sys.stdout or sys.stderr: Ray's C++ writes its log
+    # to descriptor 2 from its own threads, and child processes inherit descriptors.
     _flush()
     before = _duplicate(fd)
-    os.dup2(by, fd)
+    os.dup2(target_fd, fd)
     try:
         yield
     finally:
-        _drop_what_does_not_fit(by)
+        _flush_or_discard(target_fd)
         os.dup2(before, fd)
         os.close(before)
 
 
-def _drop_what_does_not_fit(log_fd: int) -> None:
-    """Flush into the log; what a full disk does not take must neither hide the error that is on
-    its way, nor come out on what is stdout and stderr afterwards."""
+def _flush_or_discard(log_fd: int) -> None:
+    """Flush buffered output into the log; discard it if the disk is full."""
     try:
         _flush()
     except OSError:
+        # Raised, this error would hide the one that ends the block. Left in the buffers, the
+        # output would appear on the real stdout and stderr later.
         null = os.open(os.devnull, os.O_WRONLY)
         for fd in (_STDOUT, _STDERR):
             if os.path.sameopenfile(fd, log_fd):
@@ -74,7 +73,7 @@ def _drop_what_does_not_fit(log_fd: int) -> None:
 def _duplicate(fd: int) -> int:
     try:
         return os.dup(fd)
-    except OSError:  # closed by whoever started us
+    except OSError:  # the parent process had closed it
         return os.open(os.devnull, os.O_WRONLY)
 
 

@@ -1,1 +1,1 @@
-"""What people see: the live view of a run, and tables."""
+"""Output for people: the live view of a run, and tables."""

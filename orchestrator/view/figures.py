@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Formats figures for people."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def size_interval(interval: Interval) -> str:
-    """`412 MiB`, and below it `[401, 423]` in the same unit."""
+    """Return `412 MiB`, and in a second line `[401, 423]` in the same unit."""
     largest = max(abs(interval.low), abs(interval.high))
     unit_bytes, unit = next(
         (pair for pair in ((GIB, "GiB"), (MIB, "MiB")) if largest >= pair[0]), (KIB, "KiB")
@@ -27,14 +27,14 @@ def size_interval(interval: Interval) -> str:
 
 
 def number_interval(interval: Interval) -> str:
-    """`0.0201`, and below it `[0.0190, 0.0212]`."""
+    """Return `0.0201`, and in a second line `[0.0190, 0.0212]`."""
     digits = decimals(max(abs(interval.low), abs(interval.high)))
     mean, low, high = _rounded(interval, digits)
     return f"{mean}\n[{low}, {high}]"
 
 
 def percent_interval(interval: Interval | None) -> str:
-    """`+3.1 %`, and below it `[-0.4, 6.7]`."""
+    """Return `+3.1 %`, and in a second line `[-0.4, 6.7]`."""
     if interval is None:
         return NO_FIGURE
     digits = 0 if max(abs(interval.low), abs(interval.high)) >= 10 else 1
@@ -43,7 +43,7 @@ def percent_interval(interval: Interval | None) -> str:
 
 
 def seconds_interval(interval: Interval | None) -> str:
-    """`0.31 s`, and below it `[0.25, 0.37]`."""
+    """Return `0.31 s`, and in a second line `[0.25, 0.37]`."""
     if interval is None:
         return NO_FIGURE
     digits = min(2, decimals(max(abs(interval.low), abs(interval.high))))
@@ -52,7 +52,7 @@ def seconds_interval(interval: Interval | None) -> str:
 
 
 def settle_time(cost: ArmCost) -> str:
-    """`0.12 s`, and below it the slowest."""
+    """Return `0.12 s`, and in a second line the slowest, `max 0.16 s`."""
     if cost.settle_s is None or cost.slowest_settle_s is None:
         return NO_FIGURE
     digits = min(2, decimals(cost.slowest_settle_s))
@@ -60,7 +60,7 @@ def settle_time(cost: ArmCost) -> str:
 
 
 def _rounded(interval: Interval, digits: int) -> tuple[str, str, str]:
-    """Mean and ends; nothing is minus zero."""
+    # The format option `z` (Python 3.11) turns -0.0 into 0.0.
     return (
         f"{interval.mean:z.{digits}f}",
         f"{interval.low:z.{digits}f}",
@@ -69,7 +69,7 @@ def _rounded(interval: Interval, digits: int) -> tuple[str, str, str]:
 
 
 def decimals(largest: float) -> int:
-    """Decimals that show about three digits of a value."""
+    """Return how many decimals show about three digits of a value of this size."""
     return (
         0
         if largest >= 100
@@ -84,38 +84,39 @@ def decimals(largest: float) -> int:
 
 
 def returned(part: Returned | None) -> str:
-    """`97 % in 2 s`: the share of what was freed that left."""
+    """Return `97 % in 2 s`: the share of the freed bytes that left, and how soon."""
     if part is None:
         return NO_FIGURE
     return f"{part.share * 100:z.0f} % in {part.after_s:.2g} s"
 
 
 def pages(verified: int, wrong: int) -> str:
-    """Whether a workload read back what it wrote."""
+    """Return whether a workload read back what it had written, as text."""
     if wrong:
         return f"NO: {wrong} of {verified} pages wrong"
     return f"yes, {format_size(verified * 4 * KIB)}" if verified else "nothing read"
 
 
 def first_line(text: str) -> str:
-    """What a table says of a reason; all of it is in the data (`-o json`)."""
+    """Return the first line of a reason, for a table; JSON output has the whole text."""
+    # A reason may quote a guest's console, whose control characters a terminal would obey.
     return printable(text.split("\n", 1)[0])
 
 
 def clock(seconds: float) -> str:
-    """`00:42`, `1:02:03`."""
+    """Return a duration as `00:42` or `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
 def when(unix_us: int) -> str:
-    """Local date and time."""
+    """Return the local date and time, to the second."""
     return dt.datetime.fromtimestamp(unix_us / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def sparkline(values: list[int], top: int, width: int) -> str:
-    """The last `width` values as bars against `top`; 0 is a blank."""
+    """Return the last `width` values as bars; `top` is a full bar and 0 a blank."""
     shown = values[-width:]
     return "".join(
         _BARS[min(len(_BARS) - 1, value * len(_BARS) // top)] if value and top else " "

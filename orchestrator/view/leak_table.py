@@ -1,4 +1,4 @@
-"""What a crash left, for people."""
+"""Shows the leaks that `doctor --leaks` and `--clean` find."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from orchestrator.view.tables import table
 
 
 def leak_table(leaks: Sequence[Leak], *, all_looked_at: bool) -> RenderableType:
-    """One row each; what became of it below where it is."""
+    """Return a table with a row per leak; below its place, whether it was removed.
+
+    :param all_looked_at: False if something could not be checked.
+    """
     if not leaks:
         if all_looked_at:
             return Text("nothing is left of earlier crashes")
-        return Text("nothing was found, but not everything could be looked at")
-    made = table(("what", "where"), ("since", "size"))
+        return Text("nothing was found, but not everything could be checked")
+    shown = table(("what", "where"), ("since", "size"))
     for leak in leaks:
-        made.add_row(
+        shown.add_row(
             leak.what,
             Text(f"{leak.where}\n{_fate(leak)}"),
             when(leak.since_unix_s * 1_000_000) if leak.since_unix_s else NO_FIGURE,
             format_size(leak.size_bytes),
         )
-    return made
+    return shown
 
 
 def _fate(leak: Leak) -> str:
     if leak.removed:
         return "removed"
-    return f"must stay: {leak.kept}" if leak.kept else leak.why
+    return f"not removed: {leak.kept}" if leak.kept else leak.why

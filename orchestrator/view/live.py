@@ -1,10 +1,12 @@
-"""The live view of a run: redrawn on a terminal, occasional lines elsewhere. Writes to stderr."""
+"""Shows a run while it runs: redrawn on a terminal, else a line now and then.
+
+A view writes to the console that it is given.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -27,7 +29,7 @@ _MAX_HOSTS = 12
 
 
 class LiveView:
-    """Redraws a few lines at the bottom of a terminal, and clears them at the end."""
+    """Redraws a few lines at the bottom of a terminal; `close` clears them."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -37,21 +39,15 @@ class LiveView:
             console=console,
             refresh_per_second=_FRAMES_PER_S,
             transient=True,
-            # Nothing else writes there meanwhile (orchestrator/trial/stray_output.py).
+            # Rich would replace sys.stdout and sys.stderr, but these go to a file during a run
+            # (orchestrator/trial/stray_output.py): nothing else writes to this terminal.
             redirect_stdout=False,
             redirect_stderr=False,
             get_renderable=self._render,
         )
 
-    def __enter__(self) -> LiveView:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Clear the lines."""
         self._live.stop()
 
     def starting(self, header: RunHeader, trials: tuple[Trial, ...], kept: Collection[int]) -> None:
@@ -90,22 +86,11 @@ class LiveView:
 
 
 class PlainView:
-    """Writes a line when a trial starts or is undecided: for logs and pipes."""
+    """Prints a line when a trial starts or has no result: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress: Progress | None = None
-
-    def __enter__(self) -> PlainView:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
 
     def starting(self, header: RunHeader, trials: tuple[Trial, ...], kept: Collection[int]) -> None:
         self._progress = Progress(trials, time.monotonic(), kept)
@@ -136,7 +121,7 @@ class PlainView:
 
 
 def left_out_note(spec: Spec) -> str:
-    """Which arms do not run."""
+    """Return a line that names the arms that do not run."""
     return f"left out under the {spec.driver} driver: {', '.join(spec.left_out)}"
 
 
@@ -178,6 +163,7 @@ def _arms(progress: Progress) -> Table:
 def _hosts(progress: Progress, width: int) -> Table:
     grid = Table.grid(padding=(0, 2))
     line_width = max(10, min(60, width - 52))
+    # By length first: host10 comes after host9.
     by_number = sorted(progress.hosts.items(), key=lambda item: (len(item[0]), item[0]))
     for name, host in by_number[:_MAX_HOSTS]:
         grid.add_row(Text(name), *_host_cells(host, line_width))

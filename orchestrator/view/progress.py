@@ -1,4 +1,4 @@
-"""How far a run is: what a view shows, kept up by records. Pure but for the clock handed in."""
+"""Keeps the progress of a run up to date, from its records. Pure: the caller passes the time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ HISTORY_LENGTH = 240
 
 @dataclass(kw_only=True)
 class HostProgress:
-    """What a host does now.
+    """What one host does now.
 
-    :ivar resident_bytes: of all its guests together, the newest last.
+    :ivar resident_bytes: of all its guests together; the newest value last.
     """
 
     phase: str = "starting guests"
@@ -29,7 +29,7 @@ class HostProgress:
 
 @dataclass(kw_only=True)
 class ArmProgress:
-    """Trials of an arm."""
+    """The number of trials of an arm."""
 
     total: int = 0
     ended: int = 0
@@ -37,10 +37,10 @@ class ArmProgress:
 
 
 class Progress:
-    """The state of a run, as far as it is known here. Times are seconds of one clock."""
+    """The progress of a run. Times are seconds of one monotonic clock."""
 
     def __init__(self, trials: tuple[Trial, ...], now_s: float, kept: Collection[int] = ()) -> None:
-        """:param kept: positions of trials that need not be run any more."""
+        """:param kept: positions of the trials that already have a result."""
         self.started_s = now_s
         self.trials = trials
         self.trial: Trial | None = None
@@ -52,7 +52,7 @@ class Progress:
 
     @property
     def arms(self) -> dict[str, ArmProgress]:
-        """Each arm's trials, the control first."""
+        """The trials of each arm, the control first."""
         arms: dict[str, ArmProgress] = {}
         controls_first = sorted(
             self.trials, key=lambda trial: (trial.arm.method is not Method.NONE, trial.position)
@@ -86,11 +86,11 @@ class Progress:
 
     @property
     def ended_count(self) -> int:
-        """Trials that are over."""
+        """The number of trials that have ended."""
         return len(self._undecided_by_position)
 
     def remaining_s(self, now_s: float) -> float | None:
-        """How long it will still take at this pace; None before the first trial's end."""
+        """Return the estimated time left; None before the first trial has ended."""
         if not self._runs_ended:
             return None
         per_trial_s = (self._last_end_s - self._first_trial_s) / self._runs_ended
@@ -99,6 +99,8 @@ class Progress:
 
 
 def _add_samples(host: HostProgress, samples: Samples) -> None:
+    # A batch has several times, and for each time a row per guest: np.add.at sums these rows.
+    # `sums[0][inverse] += ...` would add only one of the rows with the same index.
     times, inverse = np.unique(samples.columns["at_unix_us"], return_inverse=True)
     sums = np.zeros((2, len(times)), dtype=np.uint64)
     np.add.at(sums[0], inverse, samples.columns["resident_bytes"])

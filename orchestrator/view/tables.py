@@ -1,4 +1,4 @@
-"""Tables for people: they look good at 100 columns and can be read at 80."""
+"""Tables for people. They are made for 100 columns, and can be read at 80."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ _NAME_WIDTH = 16
 _NONE = Text(NO_FIGURE, style="dim")
 _SPENT_NOTE = Text(
     "slower, more: than under none, pairs of same seeds, [95 % CI]; host CPU: of guests' processes "
-    "and host agents, without what it took to observe them; tracker, a range: memory in a guest, "
+    "and host agents, without the cost of observing them; tracker, a range: memory in a guest, "
     "bytes on the wire",
     style="dim",
 )
 
 
 def table(left: Sequence[str], right: Sequence[str] = (), title: str = "") -> Table:
-    """An empty table in the house style; columns in `right` are for numbers."""
-    made = Table(
+    """Return an empty table; columns in `right` are right-aligned, for numbers."""
+    result = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -69,27 +69,29 @@ def table(left: Sequence[str], right: Sequence[str] = (), title: str = "") -> Ta
         title_style="bold",
     )
     for column in left:
-        made.add_column(column, no_wrap=column in _NAMES)
+        result.add_column(column, no_wrap=column in _NAMES)
     for column in right:
-        made.add_column(column, justify="right", overflow="fold")
-    return made
+        # Folded: Rich would else cut a figure that does not fit, and a figure that is cut is
+        # another figure.
+        result.add_column(column, justify="right", overflow="fold")
+    return result
 
 
 def summary(run: Run, rows: Sequence[Savings], costs: Sequence[ArmCost]) -> RenderableType:
-    """What a run found."""
+    """Return the summary of a run: its state, and what its arms saved and cost."""
     heading = Text.assemble(
         (run.name, "bold"), f": {run.summary}\n", (f"run {run.run_id}, ", "dim"), _state(run)
     )
     if run.state == "running":
-        return Group(heading, Text(), Text("still running: figures are given when it has ended"))
+        return Group(heading, Text(), Text("still running: there are figures when it has ended"))
     parts: list[RenderableType] = [heading, Text(), savings(rows)]
     if costs:
-        parts += [Text(), spent(costs), Text(), _SPENT_NOTE]
+        parts += [Text(), cost_table(costs), Text(), _SPENT_NOTE]
     return Group(*parts)
 
 
 def savings(rows: Sequence[Savings]) -> RenderableType:
-    """Rows of savings: the memory, what it cost, and why there is no figure."""
+    """Return the tables of savings: memory used and returned, and why figures are missing."""
     if not rows:
         return Text("no trials have ended")
     reasons = [
@@ -98,11 +100,11 @@ def savings(rows: Sequence[Savings]) -> RenderableType:
         if reason
     ]
     note = Text("saved: less mean resident memory than under none, pairs of same seeds", "dim")
-    return Group(memory(rows), Text(), came_back(rows), Text(), note, *reasons)
+    return Group(memory(rows), Text(), returned_memory(rows), Text(), note, *reasons)
 
 
 def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
-    """The columns that tell these rows apart."""
+    """Return the columns that distinguish these rows."""
     columns = []
     if len({row.experiment for row in rows}) > 1 or not rows[0].run_id:
         columns.append("experiment")
@@ -119,14 +121,15 @@ def _name_cells(names: Sequence[str], row: Savings) -> list[Text]:
 
 
 def _name(name: str) -> Text:
-    """A name, whole: a long one on several lines, so that figures keep their room."""
+    """Return a whole name, wrapped."""
+    # An arm's name may have 40 characters: on one line it would leave no space for figures.
     return Text(textwrap.fill(printable(name), _NAME_WIDTH))
 
 
 def memory(rows: Sequence[Savings]) -> Table:
-    """What arms used and saved."""
+    """Return the table of the memory that arms used and saved."""
     names = _names(rows)
-    made = table(
+    result = table(
         names,
         (
             "provi-\nsioned",
@@ -138,8 +141,8 @@ def memory(rows: Sequence[Savings]) -> Table:
         ),
     )
     for row in rows:
-        made.add_row(*_name_cells(names, row), *_footprint_cells(row.footprint), *_saved(row))
-    return made
+        result.add_row(*_name_cells(names, row), *_footprint_cells(row.footprint), *_saved(row))
+    return result
 
 
 def _footprint_cells(footprint: Footprint | None) -> list[str]:
@@ -166,10 +169,10 @@ def _saved(row: Savings) -> list[Text]:
     ]
 
 
-def came_back(rows: Sequence[Savings]) -> Table:
-    """What memory came back, and whether the workload kept its data."""
+def returned_memory(rows: Sequence[Savings]) -> Table:
+    """Return the table of the memory that came back, and whether workloads kept their data."""
     names = _names(rows)
-    made = table(
+    result = table(
         names,
         (
             "trials",
@@ -180,8 +183,8 @@ def came_back(rows: Sequence[Savings]) -> Table:
         ),
     )
     for row in rows:
-        made.add_row(*_name_cells(names, row), str(row.trials), *_came_back_cells(row.footprint))
-    return made
+        result.add_row(*_name_cells(names, row), str(row.trials), *_came_back_cells(row.footprint))
+    return result
 
 
 def _came_back_cells(footprint: Footprint | None) -> list[Text]:
@@ -198,9 +201,9 @@ def _came_back_cells(footprint: Footprint | None) -> list[Text]:
     ]
 
 
-def spent(costs: Sequence[ArmCost]) -> Table:
-    """What arms cost."""
-    made = table(
+def cost_table(costs: Sequence[ArmCost]) -> Table:
+    """Return the table of the costs of arms."""
+    result = table(
         ("arm",),
         (
             "95 % back\nafter",
@@ -213,7 +216,7 @@ def spent(costs: Sequence[ArmCost]) -> Table:
     )
     for cost in costs:
         per_range = cost.wire_bytes_per_range
-        made.add_row(
+        result.add_row(
             _name(cost.arm),
             settle_time(cost),
             percent_interval(cost.slowdown_percent),
@@ -223,41 +226,41 @@ def spent(costs: Sequence[ArmCost]) -> Table:
             f"{format_size(cost.tracker_bytes) if cost.tracker_bytes else NO_FIGURE}\n"
             f"{NO_FIGURE if per_range is None else f'{per_range:.1f} B'}",
         )
-    return made
+    return result
 
 
 def runs(found: Sequence[Run]) -> RenderableType:
-    """The stored runs."""
+    """Return the table of stored runs."""
     if not found:
-        return Text("no runs yet; `hintfleet run quickstart` makes one")
-    made = table(("run", "experiment", "started"), ("took",))
-    made.add_column("state", overflow="fold")
+        return Text("no runs yet; start one with `hintfleet run quickstart`")
+    result = table(("run", "experiment", "started"), ("took",))
+    result.add_column("state", overflow="fold")
     for run in found:
-        made.add_row(
+        result.add_row(
             run.run_id, _name(run.name), when(run.started_unix_us), _took(run), _state(run)
         )
-    return made
+    return result
 
 
 def trials(found: Sequence[StoredTrial]) -> RenderableType:
-    """A run's trials, in the order in which they ran."""
-    made = table(("trial", "arm"), ("repetition", "took"))
-    made.add_column("state", overflow="fold")
+    """Return the table of a run's trials, in the order in which they ran."""
+    result = table(("trial", "arm"), ("repetition", "took"))
+    result.add_column("state", overflow="fold")
     for trial in found:
         ended = trial.ended_unix_us
         took = clock((ended - trial.started_unix_us) / 1e6) if ended else NO_FIGURE
-        made.add_row(
+        result.add_row(
             str(trial.position + 1),
             _name(trial.arm),
             str(trial.repetition + 1),
             took,
             _trial_state(trial),
         )
-    return made
+    return result
 
 
 def _trial_state(trial: StoredTrial) -> Text:
-    """Not markup: a reason has words of guests in it."""
+    # Text, not str: a reason may quote a guest, and Rich would read its brackets as markup.
     state = str(trial.status)
     if trial.undecided:
         state += f": {first_line(trial.undecided)}"
@@ -265,21 +268,21 @@ def _trial_state(trial: StoredTrial) -> Text:
 
 
 def findings(found: Sequence[Finding], can_run: Mapping[Driver, bool]) -> RenderableType:
-    """Return what the doctor found, by the driver that needs it, each with what follows.
+    """Return the table of the doctor's findings, grouped by the driver that needs them.
 
-    :param can_run: whether guests of a driver can run; what every driver needs comes first.
+    :param can_run: whether guests of each driver can run, in the order of the groups.
     """
-    made = table(("", "looked at", "found"))
+    result = table(("", "looked at", "found"))
     for driver, ok in can_run.items():
         for finding in found:
             if finding.needed_for == driver:
-                made.add_row(_mark(finding.ok), Text(finding.name), Text(_detail(finding)))
+                result.add_row(_mark(finding.ok), Text(finding.name), Text(_detail(finding)))
         missing = [
             finding.name for finding in found if finding.needed_by(driver) and not finding.ok
         ]
         verdict = "can run" if ok else f"cannot run: {', '.join(missing)}"
-        made.add_row(_mark(ok), f"{driver} guests", Text(verdict), style="bold", end_section=True)
-    return made
+        result.add_row(_mark(ok), f"{driver} guests", Text(verdict), style="bold", end_section=True)
+    return result
 
 
 def _detail(finding: Finding) -> str:
@@ -289,7 +292,8 @@ def _detail(finding: Finding) -> str:
 
 
 def certificates(found: Sequence[Certificate]) -> RenderableType:
-    """What certificates say. Not a table: a fingerprint that is cut is worth nothing."""
+    """Return the contents of certificates, a block of lines each."""
+    # Not a table: a narrow column would cut the fingerprint, and a part of it proves nothing.
     return Group(*(line for one in found for line in _certificate(one)))
 
 

@@ -233,7 +233,7 @@ def test_an_experiment_logs_its_trials_on_stderr(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     messages = [line["message"] for line in lines]
-    assert messages == ["run begun", "ray is there", "host reached", "trial begun", "trial ended"]
+    assert messages == ["run begun", "ray connected", "host reached", "trial begun", "trial ended"]
     assert lines[-1]["status"] == "done"
     assert lines[-1]["trial"].startswith(lines[0]["run"])
     json.loads(done.stdout)

@@ -61,7 +61,7 @@ def test_too_small_a_cgroup_is_refused_before_anything_starts(lab: Lab) -> None:
     assert run.returncode == 2, run.stderr
     assert not run.stdout
     needed = format_size(needed_bytes(spec_file.load("quickstart").spec))
-    assert f"could come to use {needed} at once" in run.stderr
+    assert f"could need {needed} at once" in run.stderr
     assert f"MiB available in cgroup {small})" in run.stderr
     assert "raise the memory limit of that cgroup" in run.stderr
     assert not list(lab.folder.rglob("*.duckdb")) + list(lab.folder.rglob("samples/*"))

@@ -4,6 +4,7 @@ Ray's passes them by. They are closed ports: what tried to use one would fail.""
 import asyncio
 import socket
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_guests_reach_their_host_agent(how: str) -> None:
 
 def test_the_orchestrator_reaches_a_host_agent() -> None:
     async def name_of(address: str) -> str:
-        async with HostClient(address, Timeouts()) as client:
+        async with aclosing(HostClient(address, Timeouts())) as client:
             return (await client.get_host(host_pb2.EMBEDDED, wait=False)).name
 
     with running_host_agent("--listen", "127.0.0.1:0", "--name", "near") as host:

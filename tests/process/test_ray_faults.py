@@ -112,7 +112,9 @@ def test_a_node_that_dies_costs_a_trial(lab: Lab, monkeypatch: pytest.MonkeyPatc
     assert "none" in out
     assert "its actor died" in next(line for line in err.splitlines() if line.startswith("lost: "))
     check_said(
-        lab, err, ("lost: ", "trial ", "warning: ", "kept in ", "next: ", "      hintfleet report ")
+        lab,
+        err,
+        ("lost: ", "trial ", "warning: ", "stored in ", "next: ", "      hintfleet report "),
     )
 
 

@@ -72,7 +72,7 @@ def test_lost_hosts_are_tried_again_and_then_the_run_can_go_on(lab: Lab) -> None
     assert process.returncode == 3, err
     assert "attempt 2" in err
     assert "undecided: " in err
-    assert "to go on: hintfleet run --resume" in err
+    assert "to resume: hintfleet run --resume" in err
     data = json.loads(out)
     assert data["state"] == "undecided"
     states = [(t["position"], t["attempt"], t["lost"], t["counted"]) for t in data["trials"]]
@@ -146,7 +146,7 @@ def test_nothing_acknowledged_is_lost_with_the_orchestrator(cleaning_lab: Lab) -
         (run,) = json.loads(lab.run("runs", "-o", "json").stdout)
         assert (run["state"], run["reason"]) == (
             "interrupted",
-            "its process ended without a word",
+            "its process was killed or the machine went down",
         )
         command = ["run", "--resume", "latest", "-o", "json"]
     cleaned = json.loads(lab.run("doctor", "--clean", "-o", "json").stdout)["leaks"]

@@ -1,4 +1,4 @@
-"""The SQLite file: its schema, its version, and what goes wrong with it."""
+"""Opens the SQLite file: its schema, its version, and the errors of storage."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from hintfleet.errors import HintfleetError, LimitExceeded, Refused
 
 _BUSY_TIMEOUT_S = 10.0
-_FULL = ("is full", "No space left", "File too large", "quota exceeded")
-"""What SQLite, DuckDB and the kernel (ENOSPC, EFBIG, EDQUOT) say of a disk."""
+_DISK_FULL_MESSAGES = ("is full", "No space left", "File too large", "quota exceeded")
+"""Parts of the messages of SQLite, DuckDB and the kernel (ENOSPC, EFBIG, EDQUOT). DuckDB's
+errors carry no errno, only its text."""
 
 # Migration i takes a database from version i to i + 1 (PRAGMA user_version).
 _MIGRATIONS = (
@@ -58,15 +59,16 @@ _MIGRATIONS = (
         PRIMARY KEY (trial_id, host, guest)
     ) STRICT;
     """,
-    # cost: of a host's row, where there is a footprint. arm_position: in the spec.
+    # cost: set in the row of a host (guest '') that has a footprint.
+    # arm_position: the place of the arm in the spec.
     """
     ALTER TABLE footprints ADD COLUMN cost TEXT;
     ALTER TABLE trials ADD COLUMN arm_position INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE runs ADD COLUMN environment TEXT NOT NULL DEFAULT '{}';
     """,
-    # attempt, lost: see plan.Trial and records.HostDone; figures are of the last attempts.
-    # overrides, libvirt_uri: what the command line said, for who takes the run up again.
-    # parts: a row says that a part is whole and on disk.
+    # attempt, lost: see plan.Trial and records.HostDone. Figures use the last attempts only.
+    # overrides, libvirt_uri: options of the command line, needed to resume the run.
+    # parts: a row acknowledges a part that is whole and on disk.
     """
     ALTER TABLE trials ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1;
     ALTER TABLE trials ADD COLUMN lost INTEGER NOT NULL DEFAULT 0;
@@ -87,15 +89,21 @@ _MIGRATIONS = (
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """Open or create the database, and bring it to this version.
+    """Open or create the database, and migrate it to this version.
 
-    :raises Refused: it was made by a newer version, or is no such database.
+    :raises Refused: a newer version wrote it, or it is not such a database.
     """
-    with reported(path):
+    with errors_mapped(path):
+        # isolation_level None: else Python's sqlite3 opens transactions by itself before an
+        # INSERT or UPDATE. Ours are explicit, and each other statement commits on its own.
         connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
         connection.row_factory = sqlite3.Row
+        # WAL: readers (`show`, `serve`) neither wait for the writer of a run nor block it.
         connection.execute("PRAGMA journal_mode = WAL")
+        # In WAL mode only FULL syncs the log at every commit; with NORMAL a power failure can
+        # undo commits (sqlite.org/pragma.html#pragma_synchronous).
         connection.execute("PRAGMA synchronous = FULL")
+        # Off by default in SQLite, and set per connection.
         connection.execute("PRAGMA foreign_keys = ON")
         _migrate(connection, path)
     return connection
@@ -103,9 +111,12 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     if _version(connection, path) == len(_MIGRATIONS):
-        return  # who only reads does not wait for who writes
-    connection.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once
+        return  # without BEGIN IMMEDIATE: a reader must not wait for the writer of a run
+    # Two processes may open a new file at once. The second one waits here, and reads the
+    # version again below.
+    connection.execute("BEGIN IMMEDIATE")
     try:
+        # Not executescript(): it commits the transaction first (Python's sqlite3).
         for script in _MIGRATIONS[_version(connection, path) :]:
             for statement in filter(str.strip, script.split(";")):
                 connection.execute(statement)
@@ -127,8 +138,8 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
 
 
 @contextmanager
-def reported(path: Path) -> Iterator[None]:
-    """Turn the errors of SQLite and the file system into ours.
+def errors_mapped(path: Path) -> Iterator[None]:
+    """Turn errors of SQLite and of the file system into ours.
 
     :raises LimitExceeded: the disk is full.
     :raises Refused: the file cannot be opened, read or written.
@@ -140,13 +151,13 @@ def reported(path: Path) -> Iterator[None]:
 
 
 def storage_error(path: Path, error: Exception) -> HintfleetError:
-    """What a failed write or read at `path` means."""
-    said = str(error)
+    """Return our error for a failed write or read at `path`."""
+    message = str(error)
     if isinstance(error, OSError):
-        said, path = error.strerror or said, Path(error.filename or path)
-    if any(words in said for words in _FULL):
+        message, path = error.strerror or message, Path(error.filename or path)
+    if any(words in message for words in _DISK_FULL_MESSAGES):
         return LimitExceeded(
-            f"the disk is full: cannot write results to {path.parent} ({said})",
-            hint="make room, or choose another folder with --data-dir; what was stored is intact",
+            f"the disk is full: cannot write results to {path.parent} ({message})",
+            hint="free space, or choose another folder with --data-dir; stored results are intact",
         )
-    return Refused(f"cannot use {path}: {said}", hint="choose another folder with --data-dir")
+    return Refused(f"cannot use {path}: {message}", hint="choose another folder with --data-dir")

@@ -1,4 +1,4 @@
-"""The lock on a run: held by the process that runs it as long as that lives, however it ends."""
+"""The lock on a run. The process that runs it holds the lock until it ends, even if killed."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from pathlib import Path
 from hintfleet.errors import Refused
 from hintfleet.system.file_lock import lock_file, wait_for
 
-# Others hold it for a moment, to look.
-_PATIENCE_S = 1.0
+# Readers take the lock for a moment, to find abandoned runs (`Store._end_abandoned_runs`).
+_LOCK_TIMEOUT_S = 1.0
 
 
 def try_lock(run_folder: Path) -> int | None:
-    """Return a descriptor that holds the lock until it is closed; None if another process does."""
+    """Return a descriptor that holds the lock until closed; None if another process holds it."""
     run_folder.mkdir(parents=True, exist_ok=True)
     return lock_file(run_folder / "lock")
 
 
 def take_lock(run_folder: Path) -> int:
-    """Return the same, for who means to keep it: not deterred by one that only looks.
+    """Return a descriptor that holds the lock; waits for readers that hold it for a moment.
 
     :raises Refused: another process runs this run.
     """
-    fd = wait_for(lambda: try_lock(run_folder), lambda: _PATIENCE_S)
+    fd = wait_for(lambda: try_lock(run_folder), lambda: _LOCK_TIMEOUT_S)
     if fd is None:
-        raise busy(run_folder.name)
+        raise busy_error(run_folder.name)
     return fd
 
 
-def busy(run_id: str) -> Refused:
-    """The error that says that a run is being run."""
+def busy_error(run_id: str) -> Refused:
+    """Return the error for a run that another process runs now."""
     return Refused(
         f"run {run_id} is being run by another process",
-        hint="wait until it has ended; `hintfleet show` says how far it is",
+        hint="wait until it has ended; `hintfleet show` shows its progress",
     )

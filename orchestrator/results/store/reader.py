@@ -1,4 +1,4 @@
-"""Reads what is stored: runs, their trials and their figures, as rows. Decides nothing."""
+"""Reads stored runs, their trials and their figures as rows. Decides nothing."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 import shlex
 import sqlite3
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from hintfleet.errors import InvalidInput
-from orchestrator.results.comparison import Charged
+from orchestrator.results.comparison import CostRow
 from orchestrator.results.cost import Cost
 from orchestrator.results.footprint import Footprint, Returned
-from orchestrator.results.savings import Measured
-from orchestrator.results.store.database import open_database, reported
+from orchestrator.results.savings import FootprintRow
+from orchestrator.results.store.database import errors_mapped, open_database
 from orchestrator.results.store.lock import try_lock
 from orchestrator.results.trial_outcome import TrialStatus
 
@@ -27,12 +27,12 @@ _E = TypeVar("_E")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run as it is stored.
+    """A stored run.
 
     :ivar state: running, done, failed, undecided or interrupted.
-    :ivar summary: what it runs, in a line.
+    :ivar summary: the size of the experiment, in one line.
     :ivar ended_unix_us: 0 while it runs.
-    :ivar overrides: what the command line put in place of keys of the spec.
+    :ivar overrides: keys of the spec that options of the command line replaced.
     """
 
     run_id: str
@@ -52,12 +52,12 @@ class Run:
 
     @property
     def was_cut_off(self) -> bool:
-        """Whether it ended before its time, so that trials may be left to run."""
+        """Whether the run ended early, so that trials may be left to run."""
         return self.state in ("interrupted", "failed")
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The options of `hintfleet run` that say `overrides`, such as --driver libvirt."""
+        """The options of `hintfleet run` for `overrides`, as in --driver libvirt."""
         driver, agents = self.overrides.get("driver"), self.overrides.get("hosts", {}).get("agents")
         return (
             *(("--driver", driver) if driver else ()),
@@ -66,20 +66,21 @@ class Run:
 
     @property
     def annotated_spec(self) -> str:
-        """The text of the spec, and before it, as a comment, the options it was run with."""
+        """The text of the spec, after a comment with the options of the command line."""
         if not self.options:
             return self.spec_text
-        return f"# It was run with {shlex.join(self.options)}\n{self.spec_text}"
+        return f"# run with {shlex.join(self.options)}\n{self.spec_text}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTrial:
-    """An attempt at a trial as it is stored; not ended if `ended_unix_us` is 0.
+    """A stored attempt at a trial.
 
+    :ivar ended_unix_us: 0 if it has not ended.
     :ivar undecided: the reason of its TrialOutcome.
-    :ivar lost: its TrialOutcome is LOST.
-    :ivar counted: it is the last attempt; figures have only these.
-    :ivar sample_count: samples that are known to be on disk.
+    :ivar lost: the status of its TrialOutcome is LOST.
+    :ivar counted: it is the last attempt at this trial; figures use only these.
+    :ivar sample_count: samples in acknowledged parts.
     """
 
     trial_id: str
@@ -96,7 +97,7 @@ class StoredTrial:
 
     @property
     def status(self) -> TrialStatus:
-        """The status that it was stored with."""
+        """The status that the attempt was stored with."""
         if not self.ended_unix_us:
             return TrialStatus.CUT_OFF
         if self.lost:
@@ -104,53 +105,46 @@ class StoredTrial:
         return TrialStatus.UNDECIDED if self.undecided else TrialStatus.DONE
 
 
-class Store:
-    """The results in one folder. Use as a context manager."""
+class Store(AbstractContextManager["Store"]):
+    """The results in one folder. A context manager that closes the store."""
 
     def __init__(self, folder: Path) -> None:
-        """Open or create it.
+        """Open or create the store, and store abandoned runs as interrupted.
 
         :raises Refused: the folder cannot be used.
         """
         self.folder = folder
         self.path = folder / "hintfleet.sqlite"
-        with reported(self.path):
+        with errors_mapped(self.path):
             folder.mkdir(parents=True, exist_ok=True)
         self.database = open_database(self.path)
         self._end_abandoned_runs()
 
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the database."""
         self.database.close()
 
     def samples_dir(self, run_id: str) -> Path:
-        """Where a run's samples are."""
+        """Return the folder with a run's samples."""
         return self.folder / "samples" / run_id
 
     def runs(self, limit: int = 100) -> list[Run]:
-        """The newest runs first."""
+        """Return at most `limit` runs, newest first."""
         rows = self._query("SELECT * FROM runs ORDER BY started_unix_us DESC LIMIT ?", limit)
         return [_run(row) for row in rows]
 
     def find_run(self, name: str) -> Run:
-        """The run with this id, an unambiguous part of its id, or `latest`.
+        """Return the run with this id, with this unique part of an id, or the `latest` one.
 
-        :raises InvalidInput: there is none, or more than one.
+        :raises InvalidInput: there is no such run, or more than one.
         """
         if name == LATEST:
             rows = self._query("SELECT * FROM runs ORDER BY started_unix_us DESC LIMIT 1")
         else:
+            # instr, not LIKE: `%` and `_` in a name mean nothing here.
             rows = self._query("SELECT * FROM runs WHERE instr(run_id, ?) LIMIT 2", name.lower())
         if len(rows) != 1:
             raise InvalidInput(
@@ -161,11 +155,11 @@ class Store:
         return _run(rows[0])
 
     def has_run(self, run_id: str) -> bool:
-        """Whether a run with this id has begun."""
+        """Return whether a run with this id is stored."""
         return bool(self._query("SELECT 1 FROM runs WHERE run_id = ?", run_id))
 
     def trials(self, run_id: str) -> list[StoredTrial]:
-        """All attempts at a run's trials, in the order in which they were made."""
+        """Return all attempts at a run's trials, in the order in which they began."""
         rows = self._query(
             "SELECT t.*, trial_id IN (SELECT trial_id FROM counted_trials) AS counted, "
             "  (SELECT ifnull(sum(row_count), 0) FROM parts p WHERE p.trial_id = t.trial_id) "
@@ -175,16 +169,19 @@ class Store:
         )
         return [_stored_trial(row) for row in rows]
 
-    def measured(self, run_id: str = "", since_unix_s: int = 0) -> list[Measured]:
+    def footprint_rows(self, run_id: str = "", since_unix_s: int = 0) -> list[FootprintRow]:
         """Return the footprints of runs that have ended, for `savings.aggregate`.
 
-        The newest run comes first, in it the control, then the other arms as in its spec. A
-        trial that was cut off has no figures: it has a row without any for each host and guest
-        that another trial of its run has, or, where none has any, one for the whole run.
+        The newest run comes first. Within a run the control comes first, then the other arms
+        in the order of the spec. A trial that was cut off has no figures; it gets an empty row
+        for each host and guest that another trial of its run has. If no trial of the run has
+        figures, it gets one empty row.
 
         :param run_id: only this run; empty for all.
         :param since_unix_s: only runs that started at or after this time.
         """
+        # The join with `units` adds the empty rows. Without them an arm would be compared by
+        # its remaining trials alone, as if the trial that was cut off had never been planned.
         rows = self._query(
             "WITH units AS ("
             "  SELECT DISTINCT t.run_id, f.host, f.guest "
@@ -204,12 +201,12 @@ class Store:
             run_id,
             since_unix_s * 1_000_000,
         )
-        return [_measured(row) for row in rows]
+        return [_footprint_row(row) for row in rows]
 
-    def charged(self, run_id: str) -> list[Charged]:
+    def cost_rows(self, run_id: str) -> list[CostRow]:
         """Return the costs of a run's hosts, for `comparison.compare`; none while it runs.
 
-        A trial that was cut off has one row, without a host and a cost.
+        A trial that was cut off has one row, with neither a host nor a cost.
         """
         rows = self._query(
             "SELECT r.control, t.arm, t.repetition, t.undecided, "
@@ -220,10 +217,10 @@ class Store:
             "ORDER BY t.arm_position, t.position, f.host",
             run_id,
         )
-        return [_charged(row) for row in rows]
+        return [_cost_row(row) for row in rows]
 
     def events(self, run_id: str, kind: type[_E]) -> list[_E]:
-        """Everything of one kind that happened in a run, in the order of time."""
+        """Return all events of one kind in a run, ordered by time."""
         rows = self._query(
             "SELECT detail FROM events JOIN trials USING (trial_id) "
             "WHERE run_id = ? AND kind = ? ORDER BY at_unix_us",
@@ -233,20 +230,21 @@ class Store:
         return [kind(**json.loads(row["detail"])) for row in rows]
 
     def _query(self, sql: str, *values: object) -> list[sqlite3.Row]:
-        with reported(self.path):
+        with errors_mapped(self.path):
             return self.database.execute(sql, values).fetchall()
 
     def _end_abandoned_runs(self) -> None:
-        """Runs whose process is gone without a word (killed, power lost) are interrupted."""
+        """Store as interrupted each run that its process has abandoned (killed, power lost)."""
         for row in self._query("SELECT run_id FROM runs WHERE state = 'running'"):
-            with reported(self.path):
+            with errors_mapped(self.path):
                 fd = try_lock(self.samples_dir(row["run_id"]))
                 if fd is None:
                     continue
-                # Held meanwhile, so that nobody takes it up between the look and the word.
+                # The lock is held until the update is committed: otherwise another process
+                # could resume the run in between, and be stored as interrupted.
                 self.database.execute(
                     "UPDATE runs SET state = 'interrupted', ended_unix_us = ?, "
-                    "reason = 'its process ended without a word' "
+                    "reason = 'its process was killed or the machine went down' "
                     "WHERE run_id = ? AND state = 'running'",
                     (time.time_ns() // 1000, row["run_id"]),
                 )
@@ -261,7 +259,7 @@ def _run(row: sqlite3.Row) -> Run:
 
 
 def _with_tuples(stored: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples, and a spec no lists."""
+    # JSON has no tuples, and the spec model is strict: it takes no list for a tuple.
     return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
 
 
@@ -270,8 +268,8 @@ def _stored_trial(row: sqlite3.Row) -> StoredTrial:
     return StoredTrial(**values | {name: bool(values[name]) for name in ("lost", "counted")})
 
 
-def _measured(row: sqlite3.Row) -> Measured:
-    return Measured(
+def _footprint_row(row: sqlite3.Row) -> FootprintRow:
+    return FootprintRow(
         run_id=row["run_id"],
         experiment=row["name"],
         spec_hash=row["spec_hash"],
@@ -285,8 +283,8 @@ def _measured(row: sqlite3.Row) -> Measured:
     )
 
 
-def _charged(row: sqlite3.Row) -> Charged:
-    return Charged(
+def _cost_row(row: sqlite3.Row) -> CostRow:
+    return CostRow(
         arm=row["arm"],
         is_control=row["arm"] == row["control"],
         repetition=row["repetition"],

@@ -1,6 +1,7 @@
-"""Samples as Parquet parts: written aside, synced, renamed; read with DuckDB.
+"""Writes samples as Parquet parts, and reads them, with DuckDB.
 
-A part is whole or not there. DuckDB writes Parquet from numpy by itself.
+A part is written under another name, synced and renamed: it is whole or not there. DuckDB
+writes Parquet from numpy arrays without pyarrow.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from orchestrator.trial.records import Columns, Samples
 if TYPE_CHECKING:
     import duckdb
 
+# Another suffix than `.parquet`, so that `read_series` does not see it.
 UNFINISHED = ".unfinished"
 _PART_PERIOD_S = 2.0
 
 
 class PartWriter:
-    """Buffers a trial's samples, and writes them as its parts.
+    """Buffers a trial's samples and writes them as parts.
 
     :ivar part_count: parts that are on disk.
     """
 
     def __init__(self, folder: Path) -> None:
-        """:param folder: the trial's."""
+        """:param folder: the trial's folder; created with the first part."""
         self.part_count = 0
         self._folder = folder
         self._buffered: list[Samples] = []
@@ -45,11 +47,11 @@ class PartWriter:
 
     @property
     def is_due(self) -> bool:
-        """Whether what is buffered has waited long enough."""
+        """Whether 2 s have passed since the last flush."""
         return time.monotonic() - self._flushed_at_s >= _PART_PERIOD_S
 
     def flush(self) -> int:
-        """Write what is buffered as a part; return its number of samples, 0 for no part.
+        """Write the buffered samples as a part; return their number. No part is written for 0.
 
         :raises LimitExceeded: the disk is full. Earlier parts are intact.
         """
@@ -71,8 +73,10 @@ def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:
     try:
         if not folder.exists():
             folder.mkdir(parents=True)
+            # fsync of a file does not sync the entry in its folder (fsync(2)), so a new folder
+            # and, below, a rename are synced in the folder that holds them.
             _sync(folder.parent)
-        with _plain_name(folder) as plain:
+        with _path_for_duckdb(folder) as plain:
             _copy_to(f"{plain}/{unfinished.name}", _table(batches))
         _sync(unfinished)
         unfinished.rename(part)
@@ -86,30 +90,31 @@ def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:
 
 
 def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[str, Series]:
-    """Resident bytes of each guest of a host during a trial, from all parts in `folder`.
+    """Return the samples of each guest of a host in a trial, from all parts in `folder`.
 
-    :param counters: other columns that are wanted too.
+    :param counters: columns to read besides `resident_bytes`.
     :raises Refused: a part is damaged, or cannot be read.
     """
     if not any(folder.glob("*.parquet")):
         return {}
     columns = ", ".join(("guest", "at_unix_us", "resident_bytes", *counters))
     try:
-        with _plain_name(folder) as plain, _connect() as connection:
-            found = connection.execute(
+        with _path_for_duckdb(folder) as plain, _connect() as connection:
+            rows = connection.execute(
                 f"SELECT {columns} FROM read_parquet(?) "  # noqa: S608 - names of our own
                 "WHERE host = ? ORDER BY guest, at_unix_us",
                 [f"{plain}/*.parquet", host],
             ).fetchnumpy()
     except (OSError, _duckdb_error()) as error:
         raise Refused(f"cannot read samples of {folder.name}: {error}") from error
-    names, starts = np.unique(found["guest"].astype(str), return_index=True)
-    cuts = [*starts.tolist(), len(found["guest"])]
+    # Rows are ordered by guest, so the first index of each name begins its slice.
+    names, starts = np.unique(rows["guest"].astype(str), return_index=True)
+    cuts = [*starts.tolist(), len(rows["guest"])]
     return {
         str(name): Series(
-            at_unix_us=found["at_unix_us"][start:end],
-            resident_bytes=found["resident_bytes"][start:end],
-            counters={counter: found[counter][start:end] for counter in counters},
+            at_unix_us=rows["at_unix_us"][start:end],
+            resident_bytes=rows["resident_bytes"][start:end],
+            counters={counter: rows[counter][start:end] for counter in counters},
         )
         for name, start, end in zip(names, cuts, cuts[1:], strict=False)
     }
@@ -125,12 +130,11 @@ def _table(batches: Sequence[Samples]) -> Columns:
 
 
 @contextmanager
-def _plain_name(folder: Path) -> Iterator[str]:
-    """Another name of `folder` while the block runs, which means nothing to DuckDB.
-
-    DuckDB takes a path for UTF-8 text with a meaning: `[`, `*` and `?` are a glob, `host=a` is
-    a column (hive partitioning), `x://` a remote file system. Users' folders may be called so.
-    """
+def _path_for_duckdb(folder: Path) -> Iterator[str]:
+    """Yield another name of `folder`, without characters that DuckDB interprets."""
+    # DuckDB reads a path as UTF-8 text with a syntax: `[`, `*` and `?` are a glob, `host=a` is a
+    # column (hive partitioning), `x://` is a remote file system. A user's folder may have any
+    # of these in its name.
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     plain = f"/proc/self/fd/{fd}"
     try:
@@ -150,6 +154,7 @@ def _copy_to(path: str, table: Columns) -> None:
 def _connect() -> duckdb.DuckDBPyConnection:
     import duckdb  # 0.4 s to import
 
+    # Without a temp_directory DuckDB makes no folder `.tmp` in the current one.
     return duckdb.connect(config={"threads": 1, "temp_directory": ""})
 
 

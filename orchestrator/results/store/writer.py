@@ -1,5 +1,8 @@
-"""Writes one run as it happens. Stores what it is given; what a trial came to is decided in
-`results/trial_outcome.py`, what a run came to in `results/run_outcome.py`."""
+"""Writes one run as it happens.
+
+Decides nothing: `results/trial_outcome.py` decides the outcome of a trial,
+`results/run_outcome.py` that of a run.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,16 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from hintfleet.errors import HintfleetError
 from orchestrator.results.cost import COUNTERS
 from orchestrator.results.footprint import Series
 from orchestrator.results.run_outcome import RunOutcome, run_outcome
-from orchestrator.results.store.database import reported
+from orchestrator.results.store.database import errors_mapped
 from orchestrator.results.store.lock import take_lock
 from orchestrator.results.store.reader import Store
 from orchestrator.results.store.samples import PartWriter, read_series
@@ -27,16 +29,17 @@ from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import Record, Samples
 
+# Far more than the rows that end a run take in SQLite's log.
 _RESERVE_BYTES = 1 << 20
 RESERVE = "reserve"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunHeader:
-    """What is known of a run before it starts.
+    """The facts about a run that are known before it starts.
 
-    :ivar environment: what it runs on; see `machine.environment`.
-    :ivar overrides: top-level keys that replaced what `spec_text` says.
+    :ivar environment: the machine; see `machine.environment`.
+    :ivar overrides: top-level keys that replace those in `spec_text`.
     """
 
     run_id: str
@@ -49,7 +52,7 @@ class RunHeader:
 
 
 class _OpenTrial:
-    """The trial that runs now, and its samples that are not stored yet."""
+    """The trial that runs now, with its buffered samples."""
 
     def __init__(self, trial: Trial, folder: Path) -> None:
         self.trial = trial
@@ -57,51 +60,44 @@ class _OpenTrial:
         self.parts = PartWriter(folder)
 
 
-class RunWriter:
-    """Writes a run. Use as a context manager: the run is over when it is left.
+class RunWriter(AbstractContextManager["RunWriter"]):
+    """Writes a run. A context manager: the run ends when the block ends.
 
-    Left by an error, the run is stored as failed, or as interrupted by
-    KeyboardInterrupt; either can be taken up again. A reserve on disk is kept so that
-    this can be written even when the disk is full.
+    If the block ends by KeyboardInterrupt, the run is stored as interrupted; if by another
+    error, as failed. Either can be resumed. A reserve file is kept on disk, so that the end
+    of the run can be stored even when the disk is full.
     """
 
-    def __init__(self, store: Store, header: RunHeader, again: bool = False) -> None:
-        """Begin a run, or take up one that is stored.
+    def __init__(self, store: Store, header: RunHeader, resume: bool = False) -> None:
+        """Begin a run, or resume one that is stored.
 
         :raises LimitExceeded: the disk is full.
-        :raises Refused: cannot be written, or another process runs it now.
+        :raises Refused: the store cannot be written, or another process runs this run.
         """
         self._store = store
         self._header = header
         self._folder = store.samples_dir(header.run_id)
         self._trial: _OpenTrial | None = None
-        with reported(store.path):
-            # Held as long as this process lives, so that others can tell.
+        with errors_mapped(store.path):
+            # Held until the run ends. The kernel drops it if this process is killed, so the
+            # next reader sees that the run was abandoned (`Store._end_abandoned_runs`).
             self._lock_fd = take_lock(self._folder)
             (self._folder / RESERVE).write_bytes(bytes(_RESERVE_BYTES))
-            if again:
-                self._take_up_run()
+            if resume:
+                self._resume_run()
             else:
                 self._insert_run()
 
-    def __enter__(self) -> RunWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is None:
             self._end(run_outcome(None, self._undecided()))
         else:
-            # The error itself is what the user has to see, not one of storing it.
+            # The user has to see the first error, not a later one of storing it.
             with suppress(HintfleetError):
                 self._end(run_outcome(error, ()))
 
     def begin_trial(self, trial: Trial) -> None:
-        """Take what `append` gets from now on as this trial's."""
+        """Open a trial: `append` stores records for it from now on."""
         self._trial = _OpenTrial(trial, self._folder / trial.trial_id)
         self._execute(
             "INSERT INTO trials (trial_id, run_id, position, arm, arm_position, repetition, "
@@ -117,13 +113,14 @@ class RunWriter:
         )
 
     def append(self, record: Record) -> None:
-        """Store a record. Events are on disk on return, samples within about 2 s: they
-        are acknowledged by the row in `parts` that is committed then.
+        """Store a record. Events are on disk on return, samples within about 2 s.
 
-        :raises LimitExceeded: the disk is full. What was stored before is intact.
+        :raises LimitExceeded: the disk is full. Records stored before are intact.
         """
         trial = self._open_trial()
         if isinstance(record, Samples):
+            # Buffered: each host sends samples every 0.25 s (trial/runner.py), and a part costs
+            # a file and two fsyncs.
             trial.parts.add(record)
             if trial.parts.is_due:
                 self._flush(trial)
@@ -140,7 +137,9 @@ class RunWriter:
     def series(self, host: str) -> dict[str, Series]:
         """Return all samples of a host in the open trial, by guest, with COUNTERS.
 
-        :raises LimitExceeded: the disk is full: what is buffered is stored first.
+        Stores the buffered samples first.
+
+        :raises LimitExceeded: the disk is full.
         :raises Refused: a part is damaged, or cannot be read.
         """
         trial = self._open_trial()
@@ -148,9 +147,9 @@ class RunWriter:
         return read_series(trial.folder, host, COUNTERS)
 
     def end_trial(self, outcome: TrialOutcome) -> None:
-        """Store the trial's figures and its end: all of it or, killed meanwhile, nothing.
+        """Store the trial's figures and its end in one transaction.
 
-        :raises LimitExceeded: the disk is full. The trial has not ended then.
+        :raises LimitExceeded: the disk is full. Nothing was stored; the trial stays open.
         """
         trial = self._open_trial()
         self._flush(trial)
@@ -167,7 +166,8 @@ class RunWriter:
         self._trial = None
 
     def _flush(self, trial: _OpenTrial) -> None:
-        """Write what is buffered as a part, and then say that it is there."""
+        """Write the buffered samples as a part, and then its row in `parts`."""
+        # In this order: after a crash a row must never name a part that is not there.
         row_count = trial.parts.flush()
         if row_count:
             self._execute(
@@ -178,8 +178,8 @@ class RunWriter:
             )
 
     def _undecided(self) -> list[str]:
-        """Why trials count for nothing, in their order."""
-        with reported(self._store.path):
+        """Return the reasons why trials do not count, in the order of the trials."""
+        with errors_mapped(self._store.path):
             rows = self._store.database.execute(
                 "SELECT DISTINCT undecided FROM counted_trials "
                 "WHERE run_id = ? AND undecided != '' ORDER BY position",
@@ -211,7 +211,7 @@ class RunWriter:
             self._header.libvirt_uri,
         )
 
-    def _take_up_run(self) -> None:
+    def _resume_run(self) -> None:
         self._execute(
             "UPDATE runs SET state = 'running', reason = '', ended_unix_us = 0, environment = ? "
             "WHERE run_id = ?",
@@ -232,22 +232,26 @@ class RunWriter:
         )
 
     def _execute(self, sql: str, *values: object) -> None:
-        with reported(self._store.path):
+        with errors_mapped(self._store.path):
             self._store.database.execute(sql, values)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        # IMMEDIATE takes SQLite's write lock now, and waits for it as long as the connection's
+        # timeout: the statements that follow meet no other writer.
         self._execute("BEGIN IMMEDIATE")
         try:
             yield
             self._execute("COMMIT")
         except BaseException:
-            # SQLite may have rolled back by itself, as it does when the disk is full.
+            # SQLite may have rolled back by itself, as on SQLITE_FULL or SQLITE_IOERR; another
+            # ROLLBACK would then be an error (sqlite.org/lang_transaction.html).
             if self._store.database.in_transaction:
                 self._execute("ROLLBACK")
             raise
 
     def _end(self, outcome: RunOutcome) -> None:
+        # Makes room for the rows below if the disk is full.
         (self._folder / RESERVE).unlink(missing_ok=True)
         if self._trial is not None and outcome.state != "failed":
             with suppress(HintfleetError):
@@ -265,9 +269,10 @@ class RunWriter:
 
 
 def spec_hash(spec: Spec) -> str:
-    """The same for specs that ask for the same, however they are written."""
-    asked = spec.model_dump_json(exclude={"description", "timeouts", "under"})
-    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+    """Return a hash that is equal for specs with the same meaning, however they are written."""
+    # Left out: what changes no figure, and `under`, which is merged into the spec already.
+    content = spec.model_dump_json(exclude={"description", "timeouts", "under"})
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _now_us() -> int:

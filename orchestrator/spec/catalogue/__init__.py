@@ -6,7 +6,7 @@ from importlib.resources import files
 
 
 def names() -> tuple[str, ...]:
-    """Names of all experiments, sorted."""
+    """Return the names of all experiments, sorted."""
     return tuple(
         sorted(
             entry.name.removesuffix(".yaml")
@@ -17,5 +17,5 @@ def names() -> tuple[str, ...]:
 
 
 def text(name: str) -> str:
-    """The spec of an experiment that `names` lists."""
+    """Return the spec of an experiment that `names` lists, as YAML."""
     return files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from orchestrator.commands.run import Interrupts
         (["run", "quickstart", "-o", "xml"], 2, "'xml'"),
         (["run"], 2, "either a SPEC or --resume"),
         (["run", "quickstart", "--resume", "latest"], 2, "either a SPEC or --resume"),
-        (["run", "--resume", "latest", "--driver", "libvirt"], 2, "no --driver"),
+        (["run", "--resume", "latest", "--driver", "libvirt"], 2, "leave out --driver"),
         (["run", "--resume", "nothing"], 2, "no run 'nothing'"),
         (["run", "quickstart", "--retries", "-1"], 2, "--retries"),
         (["fly"], 2, "No such command"),
@@ -36,7 +36,7 @@ from orchestrator.commands.run import Interrupts
         (["serve", "--listen", "0.0.0.0:1"], 2, "loopback"),
         (["report", "nothing"], 2, "no run 'nothing'"),
         (["report", "--plot", "plot.jpeg"], 2, "must end in .png or .svg"),
-        (["report", "-o", "a.html", "--plot", "a.png"], 2, "do not go together"),
+        (["report", "-o", "a.html", "--plot", "a.png"], 2, "give either --output or --plot"),
         (["experiments", "nothing"], 2, "it has methods, quickstart"),
     ],
 )
@@ -92,7 +92,7 @@ def test_more_memory_than_the_machine_has(
     )
     assert run_command(["run", str(path), "--data-dir", str(tmp_path)]) == 2
     assert "large.yaml:4:26: guests.memory" in (said := capsys.readouterr().err)
-    assert "more memory than there is" in said
+    assert "more memory than is available" in said
     assert not (tmp_path / "samples").exists()
 
 
@@ -119,7 +119,7 @@ def test_what_could_not_be_looked_at_is_not_nothing(
     assert run_command(command) == 1
     out, err = capsys.readouterr()
     assert "nothing is left" not in out
-    assert "not looked at: domains: " in err
+    assert "not checked: domains: " in err
 
 
 def test_no_arguments_show_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:

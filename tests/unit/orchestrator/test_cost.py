@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hintfleet.units import MIB
-from orchestrator.results.comparison import ArmCost, Charged, compare
+from orchestrator.results.comparison import ArmCost, CostRow, compare
 from orchestrator.results.cost import COUNTERS, Cost, host_cost
 from orchestrator.results.footprint import Series
 from orchestrator.results.statistics import Interval
@@ -123,9 +123,9 @@ HINTED = Cost(
 )
 
 
-def rows(hinted: Cost | None = HINTED, control: Cost | None = COST) -> list[Charged]:
+def rows(hinted: Cost | None = HINTED, control: Cost | None = COST) -> list[CostRow]:
     return [
-        Charged(arm=arm, is_control=arm == "none", repetition=i, host=host, cost=cost)
+        CostRow(arm=arm, is_control=arm == "none", repetition=i, host=host, cost=cost)
         for i in (0, 1)
         for host in ("a", "b")
         for arm, cost in (("none", control), ("hint", hinted))

@@ -91,7 +91,7 @@ def test_missing_samples_are_undecided(times: tuple[int, ...], why: str) -> None
 
 
 def test_a_workload_cut_short_is_undecided() -> None:
-    with pytest.raises(Undecided, match="did not come to its end"):
+    with pytest.raises(Undecided, match="the workload did not finish"):
         guest_footprint("g", series((0, 0), (9, 0)), [step("allocate", 1, 2)], ENDED, period_s=9)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hintfleet.errors import InvalidInput
 from hintfleet.net.tls import CA_FILE, CERT_FILE, KEY_FILE, Role
 from orchestrator.cli import run_command
-from orchestrator.pki import Authority, look_at
+from orchestrator.pki import Authority, read_certificates
 
 UUID = "6f3c2b0e-5d0a-4c7e-9b52-0c4f4a1f2d10"
 
@@ -56,7 +56,7 @@ def test_what_is_issued_is_shown(folder: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_host_is_reached_by_its_name_unless_said_otherwise(folder: Path) -> None:
     assert pki("issue", "host", "h1.example.org", "--folder", folder) == 0
-    (_, host) = look_at(folder)
+    (_, host) = read_certificates(folder)
     assert host.subjects == ("h1.example.org", "urn:hintfleet:host")
 
 
@@ -97,7 +97,7 @@ def test_an_authority_is_never_overwritten(
     (folder / lost).unlink()
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert pki("init", "--folder", folder) == 1
-    assert "holds an authority already" in capsys.readouterr().err
+    assert "already has an authority" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -109,7 +109,7 @@ def test_a_certificate_is_never_overwritten(
     assert pki("issue", "operator", "alice", "--folder", folder) == 0
     key = (folder / "issued/operator-alice" / KEY_FILE).read_bytes()
     assert pki("issue", "operator", "alice", "--folder", folder) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert (folder / "issued/operator-alice" / KEY_FILE).read_bytes() == key
     assert [path.name for path in (folder / "issued").iterdir()] == ["operator-alice"]
 
@@ -119,10 +119,10 @@ def test_a_certificate_is_never_overwritten(
     [
         (["guest", "not-a-uuid"], "UUID"),
         (["operator", "../alice"], "letters"),
-        (["host", "h1", "--at", "a b"], "no DNS name"),
-        (["host", "h1", "--at", "*"], "no DNS name"),
-        (["operator", "alice", "--at", "a.org"], "no other role"),
-        (["operator", "alice", "--days", "36500"], "the authority itself ends"),
+        (["host", "h1", "--at", "a b"], "neither a DNS name"),
+        (["host", "h1", "--at", "*"], "neither a DNS name"),
+        (["operator", "alice", "--at", "a.org"], "role host only"),
+        (["operator", "alice", "--days", "36500"], "the authority itself is valid until"),
         (["operator", "alice", "--days", "0"], "--days"),
         (["king", "alice"], "'king'"),
     ],
@@ -159,18 +159,18 @@ def test_files_that_cannot_be_read(
     issued = Authority(folder).issue(Role.OPERATOR, "alice", (), 1)
     (issued / broken).write_text("nonsense")
     assert pki("show", issued) == 2
-    assert "is no certificate" in capsys.readouterr().err
+    assert "is not a certificate" in capsys.readouterr().err
 
 
 def test_no_authority(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pki("issue", "operator", "alice", "--folder", tmp_path) == 2
     assert "hintfleet pki init" in capsys.readouterr().err
     (tmp_path / "ca.pem").write_text("x")
-    with pytest.raises(InvalidInput, match="no certificate"):
+    with pytest.raises(InvalidInput, match="is not a certificate"):
         Authority(tmp_path)
 
 
 def test_an_authority_without_its_key_issues_nothing(folder: Path) -> None:
     (folder / "ca.key").write_text("x")
-    with pytest.raises(InvalidInput, match="no key"):
+    with pytest.raises(InvalidInput, match="is not an unencrypted private key"):
         Authority(folder)

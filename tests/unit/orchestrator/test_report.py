@@ -13,7 +13,7 @@ import pytest
 from hintfleet.errors import Refused
 from orchestrator.cli import run_command
 from orchestrator.report.contents import read_contents
-from orchestrator.report.curves import Mark, course, marks, times_s
+from orchestrator.report.curves import Mark, mean_marks, resident_in_trial, times_s
 from orchestrator.results.footprint import Series
 from orchestrator.results.store.reader import Store
 from orchestrator.results.store.writer import RunHeader, RunWriter
@@ -27,7 +27,7 @@ pytest.importorskip("vl_convert")
 def test_marks_are_means_and_courses_are_stretched_to_them() -> None:
     slow = [phase("allocate", 10), phase("free", 14), phase("verify", 20)]
     fast = [phase("allocate", 50), phase("free", 52), phase("verify", 56)]
-    found = marks([slow, fast])
+    found = mean_marks([slow, fast])
     assert found == [
         Mark(at_s=0.0, title="allocate"),
         Mark(at_s=3.0, title="free"),
@@ -37,7 +37,7 @@ def test_marks_are_means_and_courses_are_stretched_to_them() -> None:
         at_unix_us=np.array([10, 14, 14.001, 20]) * S,
         resident_bytes=np.array([100, 100, 40, 40], dtype=np.uint64),
     )
-    total = course({"h": [falls, falls]}, {"h": slow}, found)
+    total = resident_in_trial({"h": [falls, falls]}, {"h": slow}, found)
     at_s = times_s(found)
     assert set(total[at_s < 2.99]) == {200.0}
     assert set(total[at_s > 3.01]) == {80.0}
@@ -72,7 +72,7 @@ def test_the_page_has_all_in_it_and_trusts_no_text(
     page = path.read_text()
     assert "a test of &lt;reports&gt;" in page
     assert "name: &lt;/script&gt;&lt;b&gt;" in page
-    assert "# It was run with --host &#x27;unix:/a &amp; b&#x27;\n" in page
+    assert "# run with --host &#x27;unix:/a &amp; b&#x27;\n" in page
     assert "Linux &amp; more" in page
     assert not re.search(r"""(src|href)=["']?https?:""", page), "it loads nothing"
     found = re.search(r"Object\.entries\((\{.*\})\)\)", page)
@@ -104,7 +104,7 @@ def test_a_run_without_trials_has_no_report(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         with RunWriter(store, header):
             pass
-        with pytest.raises(Refused, match="no trial that could be shown"):
+        with pytest.raises(Refused, match="has no trial to show"):
             read_contents(store, store.find_run("r"))
 
 
@@ -122,7 +122,7 @@ def test_a_run_that_goes_on_has_no_report_yet(
     ("harm", "said"),
     [
         (lambda part: part.write_bytes(part.read_bytes()[:100]), "cannot read samples of run1-"),
-        (lambda part: part.unlink(), "the samples of host1 are gone"),
+        (lambda part: part.unlink(), "the samples of host1 are missing"),
     ],
 )
 def test_samples_that_cannot_be_read_are_said(

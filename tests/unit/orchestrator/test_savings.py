@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hintfleet.units import MIB
 from orchestrator.results.footprint import Footprint, Returned
-from orchestrator.results.savings import By, Measured, Savings, aggregate
+from orchestrator.results.savings import By, FootprintRow, Savings, aggregate
 from orchestrator.service.messages import savings_as_pb2, savings_from_pb2
 
 
@@ -28,8 +28,8 @@ def footprint(mean_bytes: float, wrong_pages: int = 0) -> Footprint:
 
 def measured(
     arm: str, repetition: int, host: str, found: Footprint | None, guest: str = "", run: str = "r1"
-) -> Measured:
-    return Measured(
+) -> FootprintRow:
+    return FootprintRow(
         run_id=run,
         experiment="e",
         spec_hash="x",
@@ -43,7 +43,7 @@ def measured(
     )
 
 
-def rows(saved: dict[tuple[int, str], float], run: str = "r1") -> list[Measured]:
+def rows(saved: dict[tuple[int, str], float], run: str = "r1") -> list[FootprintRow]:
     """Control 100 MiB above; the arm less by what is saved."""
     return [
         measured(arm, repetition, host, footprint(1000 * MIB - less), run=run)

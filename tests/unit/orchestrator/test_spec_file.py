@@ -54,16 +54,16 @@ def test_a_good_spec() -> None:
         ("settle: true", "setle: true", "8:31", "did you mean 'settle'"),
         ("repetitions: 3", "name: other", "13:1", "duplicate key 'name' (first on line 1)"),
         ("memory: 1GiB", "memory: 4G", "3:19", "write 4GiB (binary) or 4GB (decimal)"),
-        ("memory: 256MiB", "memory: 268435456", "4:23", "as in 384MiB"),
+        ("memory: 256MiB", "memory: 268435456", "4:23", "for example 384MiB"),
         ("memory: 256MiB", "memory: 255MiB", "4:23", "multiple of 4MiB"),
         ("per_host: 3", "per_host: '3'", "4:10", "integer"),
         ("per_host: 3", "per_host: true", "4:10", "integer"),
         ("per_host: 3", "per_host: 0", "4:10", "greater than or equal to 1"),
-        ("for: 1s", "for: 1", "7:25", "as in 2s"),
+        ("for: 1s", "for: 1", "7:25", "for example 2s"),
         ("for: 1s", "for: 1 week", "7:25", "units are ms, s, m, min, h and d"),
         ("free: 75%", "free: 120%", "8:8", "at most 100%"),
         ("free: 75%", "free: 97MiB", "8:8", "only 96 MiB is held"),
-        ("free: 75%", "free: 75%, allocate: 1MiB", "8:7", "a phase is one of"),
+        ("free: 75%", "free: 75%, allocate: 1MiB", "8:7", "a phase must have exactly one of"),
         ("allocate: 96MiB", "allocate: 4095B", "7:8", "less than a page"),
         ("allocate: 96MiB", "allocate: 0.0001%", "7:8", "less than a page"),
         ("allocate: 96MiB", "allocate: 250MiB", "7:7", "248 MiB is usable"),
@@ -76,13 +76,18 @@ def test_a_good_spec() -> None:
         ("method: hinting, tracker: bitmap", "method: balloon, step: 5.5%", "12:37", "whole"),
         ("tracker: bitmap", "isolator: kmod", "12:37", "has no isolator 'kmod'"),
         ("tracker: bitmap", "policy: lazy", "12:37", "'eager', 'cold' or 'pressure'"),
-        ("tracker: bitmap", "tracker: reported, policy: cold", "12:56", "since when"),
+        (
+            "tracker: bitmap",
+            "tracker: reported, policy: cold",
+            "12:56",
+            "how long a chunk has been free",
+        ),
         ("tracker: bitmap", "chunk_order: 0", "12:37", "greater than or equal to 1"),
         ("tracker: bitmap", "report_period: 9ms", "12:37", "greater than or equal to 0.01"),
         ("tracker: bitmap", "policy: cold, cold_after: 0.4ms", "12:51", "equal to 0.001"),
         ("tracker: bitmap", "cold_after: 2s", "12:5", "cold_after needs policy cold"),
         ("tracker: bitmap", "policy: cold, pressure_above: 70%", "12:5", "needs policy pressure"),
-        ("tracker: bitmap", "policy: pressure, pressure_above: 70", "12:55", "as in 75%"),
+        ("tracker: bitmap", "policy: pressure, pressure_above: 70", "12:55", "write it like 75%"),
         ("tracker: bitmap", "kernel_parameters: quiet", "12:37", "has no kernel"),
         ("tracker: bitmap", "kernel_parameters: 'ä'", "12:37", "'ä' should match pattern"),
         ("tracker: bitmap", f"kernel_parameters: {'x' * 501}", "12:37", "should have at most 500"),
@@ -100,7 +105,7 @@ def test_a_good_spec() -> None:
         ("repetitions: 3", "repetitions: &a 3", None, ""),
         ("repetitions: 3", f"repetitions: 0x{'f' * 9999}", "13:1", "valid integer"),
         ("repetitions: 3", "a: \a", "13:4", "control character"),
-        ("repetitions: 3", 'a: "\\Uffffffff"', "13:1", "no character"),
+        ("repetitions: 3", 'a: "\\Uffffffff"', "13:1", "not a character"),
         ("repetitions: 3", f"a: {'[' * 21}", "13:23", "more than 20 levels"),
         ("name: mine", "name: My Lab", "1:1", "lower-case letters"),
     ],
@@ -226,7 +231,7 @@ def test_isolator_and_tracker_go_together(
 def test_isolator_and_tracker_that_do_not_go_together() -> None:
     text = GOOD.replace("tracker: bitmap", "isolator: kmod, tracker: bitmap")
     text = text.replace("256MiB", "512MiB")
-    with pytest.raises(InvalidInput, match="kmod does not come with tracker bitmap") as caught:
+    with pytest.raises(InvalidInput, match="kmod does not work with tracker bitmap") as caught:
         spec_file.parse(text, "mine.yaml", {"driver": "libvirt"})
     assert "kmod with reported, hugetlb with bitmap" in caught.value.hint
 
@@ -245,7 +250,7 @@ def test_more_memory_than_the_machine_has() -> None:
     assert spec_checks.machine_problem(spec, Bound(value=needed)) is None
     problem = spec_checks.machine_problem(spec, Bound(value=needed - 1, cgroup="/cg"))
     assert problem is not None
-    assert "more memory than there is" in problem.message
+    assert "more memory than is available" in problem.message
     assert "available in cgroup /cg" in problem.message
     assert "raise the memory limit of that cgroup" in problem.hint
 
@@ -256,7 +261,7 @@ def test_what_runs_guests_elsewhere_needs_memory_here() -> None:
     assert spec_checks.machine_problem(spec, Bound(value=needed)) is None
     problem = spec_checks.machine_problem(spec, Bound(value=needed - 1))
     assert problem is not None
-    assert "this command and Ray could come to use" in problem.message
+    assert "this command and Ray could need" in problem.message
     assert "on this machine" in problem.message
 
 

@@ -156,7 +156,7 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
         assert saved is not None
         assert saved.mean == pytest.approx(6 * 60 << 20)
         assert saved.pairs == 3
-        (cost,) = compare(store.charged("run1"), Driver.EMBEDDED)
+        (cost,) = compare(store.cost_rows("run1"), Driver.EMBEDDED)
         assert cost.arm == "bitmap"
         assert cost.wire_bytes_per_range == 1
         assert len(store.events("run1", HostDone)) == 12
@@ -210,7 +210,7 @@ def test_pages_that_came_back_wrong_are_a_result_everywhere(
         rows = {row.arm: row for row in ask_store(store, By.FLEET, "run1")}
         assert rows["bitmap"].saved_bytes is None
         assert rows["bitmap"].undecided
-        assert compare(store.charged("run1"), Driver.EMBEDDED) == []
+        assert compare(store.cost_rows("run1"), Driver.EMBEDDED) == []
         assert left_to_run(trials, store.trials("run1")) == (), "it is not run again"
     for command in ("show", "savings"):
         assert run_command([command, "--data-dir", str(tmp_path)]) == 3
@@ -234,9 +234,9 @@ def test_a_trial_that_was_cut_off_leaves_no_figure(by: By, tmp_path: Path) -> No
         assert [row.undecided for row in rows if row.arm == last.arm.name] == [reason] * units
         assert all(row.saved_bytes is None for row in rows)
         assert all(
-            cost.host_cpu_s is None for cost in compare(store.charged("run1"), Driver.EMBEDDED)
+            cost.host_cpu_s is None for cost in compare(store.cost_rows("run1"), Driver.EMBEDDED)
         )
-        with RunWriter(store, header(), again=True) as writer:
+        with RunWriter(store, header(), resume=True) as writer:
             write_trial(writer, last.position, 1 << 20, attempt=2)
         rows = ask_store(store, by, "run1")
         assert [(row.undecided, row.trials) for row in rows] == [("", 3)] * 2 * units
@@ -300,7 +300,7 @@ def test_only_the_last_attempt_at_a_trial_counts(tmp_path: Path) -> None:
                 write_trial(writer, trial.position, 100 << 20)
         run = store.find_run("run1")
         assert (run.state, run.reason) == ("undecided", "gone")
-        with RunWriter(store, header(), again=True) as writer:
+        with RunWriter(store, header(), resume=True) as writer:
             write_trial(writer, 0, 100 << 20, attempt=2)
         assert store.find_run("run1").state == "done"
         first, *others = store.trials("run1")
@@ -312,7 +312,7 @@ def test_only_the_last_attempt_at_a_trial_counts(tmp_path: Path) -> None:
             assert row.footprint is not None
             assert row.footprint.peak_resident_bytes == 2 * 3 * 100 << 20
         assert len(ask_store(store, By.GUEST, "run1")) == 12
-        assert compare(store.charged("run1"), Driver.EMBEDDED)[0].host_cpu_s is not None
+        assert compare(store.cost_rows("run1"), Driver.EMBEDDED)[0].host_cpu_s is not None
 
 
 def test_a_lost_guest_beside_a_lost_host_is_a_result(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_what_is_left_of_a_run(tmp_path: Path) -> None:
 def test_a_run_has_one_writer(tmp_path: Path) -> None:
     with Store(tmp_path) as store, RunWriter(store, header()):
         with pytest.raises(Refused, match="another process"):
-            RunWriter(store, header(), again=True)
+            RunWriter(store, header(), resume=True)
         with pytest.raises(Refused, match="another process"):
             stored_experiment(store, store.find_run("run1"))
 
@@ -364,7 +364,7 @@ def test_what_the_command_line_said_is_asked_for_again(
     assert run_command(["show", "--spec", "--data-dir", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     comment, _, text = shown.partition("\n")
-    assert comment == "# It was run with --driver embedded --host unix:/one --host unix:/two"
+    assert comment == "# run with --driver embedded --host unix:/one --host unix:/two"
     assert text == asked.spec_text
     assert spec_file.parse(shown, "again.yaml", said).spec == asked.spec
 
@@ -381,7 +381,7 @@ def test_a_run_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
         again = stored_experiment(store, replace(run, environment=dict(changed))).header.environment
         assert again == changed
         agents = {"agents": ("unix:/one", "unix:/two")}
-        with pytest.raises(Refused, match="means something else") as caught:
+        with pytest.raises(Refused, match="reads its spec differently") as caught:
             stored_experiment(store, replace(run, overrides={"hosts": agents}))
         assert "--spec" in caught.value.hint
         assert caught.value.hint.endswith("again.yaml --host unix:/one --host unix:/two")
@@ -429,7 +429,10 @@ def test_what_was_acknowledged_is_there_after_kill_9(tmp_path: Path) -> None:
         writer.wait(_TIMEOUT_S)
     with Store(tmp_path) as store:
         run = store.find_run("run1")
-        assert (run.state, run.reason) == ("interrupted", "its process ended without a word")
+        assert (run.state, run.reason) == (
+            "interrupted",
+            "its process was killed or the machine went down",
+        )
         rows = store.database.execute(
             "SELECT count(*) FROM events WHERE trial_id = 'run1-none-1' OR trial_id LIKE '%-1'"
         ).fetchone()
@@ -556,9 +559,9 @@ def test_a_run_that_the_version_before_stored_is_read_and_goes_on(
         assert saved.pairs == 2
         assert rows["reported"].undecided == "reported, repetition 1, host1: gone"
         assert rows["wrong"].undecided == "wrong, repetition 2, host1: gone"
-        (cost,) = compare(store.charged(run.run_id), run.driver)
+        (cost,) = compare(store.cost_rows(run.run_id), run.driver)
         assert (cost.arm, cost.wire_bytes_per_range) == ("bitmap", 1)
-        left = stored_experiment(store, run).left
+        left = stored_experiment(store, run).to_run
         assert [(trial.arm.name, trial.repetition, trial.attempt) for trial in left] == [
             ("wrong", 1, 2), ("reported", 1, 2),
         ]  # fmt: skip

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from hintfleet.errors import Refused
-from orchestrator.trial.stray_output import stray_output_in
+from orchestrator.trial.stray_output import stray_output_to
 
 _PROGRAM = """
 import os, subprocess, sys
 from pathlib import Path
-from orchestrator.trial.stray_output import stray_output_in
+from orchestrator.trial.stray_output import stray_output_to
 
 print("before", end=" ")  # not flushed yet
-with stray_output_in(Path(sys.argv[1])) as terminal:
+with stray_output_to(Path(sys.argv[1])) as terminal:
     if "noise" in sys.argv:
         print("print")
         os.write(1, b"descriptor 1\\n")
@@ -45,10 +45,10 @@ def test_noise_goes_into_the_file(tmp_path: Path) -> None:
 _FAILS = """
 import sys
 from pathlib import Path
-from orchestrator.trial.stray_output import stray_output_in
+from orchestrator.trial.stray_output import stray_output_to
 
 try:
-    with stray_output_in(Path(sys.argv[1])):
+    with stray_output_to(Path(sys.argv[1])):
         sys.stdout = open(1, "w", closefd=False)  # buffered, whatever the environment says
         print("noise")
         raise KeyError("what went wrong")
@@ -74,5 +74,5 @@ def test_without_noise_there_is_no_file(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file where the folder is to be")
-    with pytest.raises(Refused, match="logs"), stray_output_in(tmp_path / "logs/run.log"):
+    with pytest.raises(Refused, match="logs"), stray_output_to(tmp_path / "logs/run.log"):
         pass

@@ -107,7 +107,7 @@ def guest_lost(part: Part) -> Part:
     return part.with_end(undecided=f"{part.task.guests[0].name}: lost")
 
 
-def no_last_word(part: Part) -> Part:
+def no_host_done(part: Part) -> Part:
     return replace(part, events=part.events[:-1])
 
 
@@ -147,7 +147,7 @@ FAULTS: dict[Fault, tuple[TrialStatus, str]] = {
     actor_died: (LOST, "host1: its actor died"),
     host_agent_lost: (LOST, "host1: its host agent was lost"),
     guest_lost: (UNDECIDED, "host1-guest1: lost"),
-    no_last_word: (UNDECIDED, "host1: did not come to the end"),
+    no_host_done: (UNDECIDED, "host1: did not finish"),
     no_samples: (UNDECIDED, "host1-guest1: there are no samples"),
     samples_with_a_gap: (
         UNDECIDED,
