@@ -314,7 +314,7 @@ def test_sessions_in_a_loop_are_limited_with_the_reason(
 # Repeated violations
 
 
-def test_who_breaks_the_rules_again_and_again_is_kept_out_then_dropped(
+def test_a_guest_that_keeps_breaking_rules_is_banned_then_dropped(
     host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
 ) -> None:
     conduct = host_agent.registry.get("g").sessions.conduct
