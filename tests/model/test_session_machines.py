@@ -101,14 +101,14 @@ class Sessions(RuleBasedStateMachine):
             yield lambda: self.streams.append(agent.connect())
         else:
             if agent.stream.to_guest:
-                yield agent.hear
+                yield agent.receive
             if agent.stream.cut:
                 yield agent.lose_stream
         if agent.core.state is hinting.State.OPEN:
             if agent.old_stream and agent.old_stream.to_guest:
-                yield agent.hear_late_ack
+                yield agent.receive_late_ack
             if not self.kernel.idle():
-                yield agent.look
+                yield agent.poll
 
     # What the host does
 
@@ -141,7 +141,7 @@ class Sessions(RuleBasedStateMachine):
 
     def host_hears(self, stream: Stream) -> None:
         self.sessions += 1
-        self.present_host.hear(stream, self.now_s, self.sessions)
+        self.present_host.receive(stream, self.now_s, self.sessions)
 
     def host_takes_its_turn(self) -> None:
         self.present_host.take_turn(self.now_s)
@@ -267,7 +267,7 @@ class Sessions(RuleBasedStateMachine):
         """Those that happen by themselves, if nothing befalls anybody."""
         by_chance = {
             self.host_takes_its_turn_late,
-            *(agent.look for agent in self.agents),
+            *(agent.poll for agent in self.agents),
         }
         events = [*self.guest_events(), *self.host_events()]
         return [event for event in events if event not in by_chance]

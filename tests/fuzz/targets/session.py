@@ -29,7 +29,7 @@ from host_agent.registry import Registry
 from host_agent.session.stream import Stream
 from tests.fuzz.source import Source
 from tests.fuzz.target import Target, TryInput
-from tests.support.patience import patience
+from tests.support.no_rate_limits import no_rate_limits
 
 _TRIAL = "fuzz"
 _FILE_PAGES = 64
@@ -397,7 +397,7 @@ def _balance(books: host_pb2.Ledger) -> None:
 
 @contextmanager
 def _opened() -> Iterator[TryInput]:
-    with patience(), asyncio.Runner() as runner:
+    with no_rate_limits(), asyncio.Runner() as runner:
         host = _Host()
         runner.run(host.start())
 

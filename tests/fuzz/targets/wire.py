@@ -20,7 +20,7 @@ from hintfleet.v1 import host_pb2
 from tests.fuzz.source import Source
 from tests.fuzz.target import Target, TryInput
 from tests.support.agents import InProcessHost, host_in_process, wait_until
-from tests.support.patience import patience
+from tests.support.no_rate_limits import no_rate_limits
 
 _SERVICE = "/hintfleet.v1.HintingService/"
 _METHODS = ("Session", "Workload", "Nothing")
@@ -98,7 +98,7 @@ class _Door:
 
 @contextmanager
 def _opened() -> Iterator[TryInput]:
-    with patience(), host_in_process() as host:
+    with no_rate_limits(), host_in_process() as host:
         watch = host.watch(timeout_s=24 * 3600)
         with open_channel(host.guest_address) as channel:
             door = _Door(host, channel)

@@ -14,7 +14,7 @@ DIED = Path("/run/hintfleet-test-died")
 STOPPED = Path("/run/hintfleet-test-stopped")
 
 
-def arm() -> None:
+def install() -> None:
     from guest_agent.isolation.hugetlb import HugetlbIsolator
     from guest_agent.isolation.hugetlb_pool import HugetlbPool
     from hintfleet.errors import Refused
@@ -60,6 +60,6 @@ def arm() -> None:
 agent = "--workload-only" not in sys.orig_argv
 parameters = Path("/proc/cmdline").read_text().split()
 if agent and "hintfleet.test=die" in parameters:
-    arm()
+    install()
 if "hintfleet.test=no-eject" in parameters:
     Path("/sys/firmware/acpi/hotplug/memory/enabled").write_text("0")
