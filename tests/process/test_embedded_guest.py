@@ -88,7 +88,7 @@ def test_a_sample_is_of_the_moment_and_after_a_verification_of_audited_books(
     assert host_agent.samples[-1].observing_cpu_us > 0
 
 
-def test_samples_tell_the_same_story(host_agent: HostAgent) -> None:
+def test_samples_agree_with_the_books(host_agent: HostAgent) -> None:
     host_agent.watch()
     host_agent.create()
     began_s = time.time()
@@ -139,7 +139,7 @@ def test_guests_die_with_a_host_agent_that_is_killed(host_agent: HostAgent) -> N
     wait_until(lambda: not alive(pid), "the guest to notice")
 
 
-def test_a_guest_that_dies_is_reported_with_its_last_words(host_agent: HostAgent) -> None:
+def test_a_guest_that_dies_is_reported_with_the_end_of_its_output(host_agent: HostAgent) -> None:
     host_agent.watch()
     guest = host_agent.create()
     os.kill(guest.pid, signal.SIGKILL)
@@ -172,7 +172,7 @@ def test_destroying_returns_the_closed_books_and_the_memory(host_agent: HostAgen
         ("g", 1 << 62, grpc.StatusCode.FAILED_PRECONDITION, "4194304 TiB is more than"),
     ],
 )
-def test_guests_that_cannot_be(
+def test_impossible_guests_are_refused(
     host_agent: HostAgent, name: str, memory_bytes: int, code: grpc.StatusCode, said: str
 ) -> None:
     host_agent.watch()

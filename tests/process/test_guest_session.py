@@ -123,7 +123,7 @@ def run(scene: Callable[[ScriptedHost], Awaitable[None]]) -> None:
     asyncio.run(play())
 
 
-def test_a_host_that_breaks_the_protocol_is_left_and_tried_again() -> None:
+def test_a_session_with_a_host_that_breaks_the_protocol_ends_and_is_retried() -> None:
     """Not for good: the guest would be without an agent because of one odd message."""
 
     async def scene(host: ScriptedHost) -> None:
@@ -134,7 +134,7 @@ def test_a_host_that_breaks_the_protocol_is_left_and_tried_again() -> None:
     run(scene)
 
 
-def test_who_finishes_hints_no_more_and_waits_for_its_acks() -> None:
+def test_an_agent_that_finishes_hints_no_more_and_waits_for_its_acks() -> None:
     async def scene(host: ScriptedHost) -> None:
         host.withhold_acks.set()
         async with in_session(host) as (session, allocator, _):
@@ -154,7 +154,7 @@ def test_who_finishes_hints_no_more_and_waits_for_its_acks() -> None:
     run(scene)
 
 
-def test_an_agent_stays_at_rest_while_next_to_nothing_happens() -> None:
+def test_an_agent_stays_at_rest_while_almost_nothing_happens() -> None:
     """An idle guest, too, uses a chunk and frees it now and then: an agent that looked at its
     shortest period after each of them would never rest."""
 
@@ -188,7 +188,7 @@ def test_an_agent_stays_at_rest_while_next_to_nothing_happens() -> None:
     run(scene)
 
 
-def test_a_guest_that_frees_all_the_time_is_heard_of() -> None:
+def test_a_guest_that_frees_all_the_time_sends_telemetry() -> None:
     async def scene(host: ScriptedHost) -> None:
         host.report_period_ms = 200
         async with in_session(host) as (_, allocator, _):

@@ -139,7 +139,7 @@ def test_an_agent_that_was_superseded_comes_back(host_agent: InProcessHost, gues
     assert host_agent.guests()["g"].ledger.reclaimed_now_bytes == 32 * MIB
 
 
-def test_a_guest_door_serves_no_control_api(host_agent: InProcessHost) -> None:
+def test_the_address_for_guests_serves_no_control_api(host_agent: InProcessHost) -> None:
     from hintfleet.v1.host_pb2_grpc import HostServiceStub
 
     with grpc.insecure_channel(host_agent.guest_address) as channel:

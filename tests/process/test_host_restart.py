@@ -191,7 +191,7 @@ class Stepper:
         self._channel.close()
 
 
-def test_killed_or_stopped_amid_batches_nothing_is_lost_nor_done_twice(home: Home) -> None:
+def test_killed_or_stopped_during_batches_nothing_is_lost_or_done_twice(home: Home) -> None:
     rounds = int(os.environ.get("HINTFLEET_TEST_KILLS", "5"))
     chance = random.Random(4)
     with home.agent() as agent:
@@ -265,7 +265,7 @@ def test_guests_that_nobody_watches_again_are_ended(home: Home, tmp_path: Path) 
     assert 0 < said.index("guest adopted") < said.index("guest ended")
 
 
-def test_a_damaged_state_is_said_with_what_to_do(home: Home) -> None:
+def test_a_damaged_state_is_an_error_that_says_what_to_do(home: Home) -> None:
     with home.agent() as agent:
         kill(agent)
     for path in home.boot_folder.glob("state.db*"):
@@ -275,7 +275,7 @@ def test_a_damaged_state_is_said_with_what_to_do(home: Home) -> None:
     assert f"remove the folder {home.boot_folder}" in said
 
 
-def test_a_door_that_somebody_else_took_is_said(home: Home) -> None:
+def test_an_address_that_another_process_took_is_an_error(home: Home) -> None:
     with home.agent() as agent:
         address = agent.guest_address
         kill(agent)

@@ -96,7 +96,7 @@ def misbehave(speaker: Speaker, identity: Identity) -> tuple[grpc.StatusCode, st
         ({"boot_id": "b" * 2000}, "length of boot_id is 2000"),
     ],
 )
-def test_a_hello_that_cannot_be(
+def test_an_impossible_hello_is_refused(
     speaker: Callable[[], Speaker], identity: Identity, hello: dict[str, Any], said: str
 ) -> None:
     one = speaker()
@@ -110,7 +110,7 @@ def test_a_hello_that_cannot_be(
     "telemetry",
     [{"free_bytes": 128 * MIB + 1}, {"agent_cpu_us": 1 << 60}, {"tracker_bytes": (1 << 64) - 1}],
 )
-def test_telemetry_that_cannot_be(
+def test_impossible_telemetry_is_refused(
     host_agent: InProcessHost,
     speaker: Callable[[], Speaker],
     identity: Identity,
@@ -170,7 +170,9 @@ def workload(host_agent: InProcessHost, identity: Identity) -> Iterator[Workload
         {"error": "e" * 2000},
     ],
 )
-def test_work_that_cannot_have_been_done(workload: WorkloadSpeaker, done: dict[str, Any]) -> None:
+def test_impossible_answers_of_a_workload_are_refused(
+    workload: WorkloadSpeaker, done: dict[str, Any]
+) -> None:
     workload.done(command_id=1, **done)
     with pytest.raises(grpc.RpcError) as caught:
         next(iter(workload.call))
@@ -192,7 +194,7 @@ def test_answers_that_nobody_asked_for_are_dropped(
     assert host_agent.registry.get("g").sessions.conduct.violations == 0
 
 
-def test_a_guests_words_steer_no_terminal(
+def test_control_characters_of_a_guest_reach_no_terminal(
     host_agent: InProcessHost, workload: WorkloadSpeaker
 ) -> None:
     with ThreadPoolExecutor() as pool:
@@ -261,7 +263,7 @@ def fill_unread(host_agent: InProcessHost, one: Speaker) -> None:
     pytest.fail("acks pile up without a bound")
 
 
-def test_one_who_never_reads_is_shown_out(
+def test_a_guest_that_never_reads_is_disconnected(
     host_agent: InProcessHost,
     speaker: Callable[[], Speaker],
     identity: Identity,
@@ -336,7 +338,7 @@ def test_a_guest_that_keeps_breaking_rules_is_banned_then_dropped(
     assert_served(host_agent)
 
 
-def test_a_wrong_token_is_not_held_against_the_guest(
+def test_a_wrong_token_is_no_violation_of_the_guest(
     host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
 ) -> None:
     """Else anybody who knows a neighbour's UUID could have it kept out."""
@@ -353,7 +355,7 @@ def test_a_wrong_token_is_not_held_against_the_guest(
 # Without a name
 
 
-def test_streams_that_do_not_say_whose_they_are_make_room(
+def test_streams_without_identity_make_room_for_others(
     host_agent: InProcessHost, speaker: Callable[[], Speaker]
 ) -> None:
     silent = [speaker() for _ in range(12)]

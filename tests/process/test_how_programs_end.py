@@ -72,7 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("hintfleet-guest", "--config", "folder"), 2, "folder: Is a directory"),
     ],
 )
-def test_what_users_name(
+def test_mistakes_in_what_users_name(
     command: tuple[str, ...], code: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", "data")
@@ -155,7 +155,7 @@ def test_messages_that_cannot_be_written(where: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
-def test_a_descriptor_that_was_closed_is_no_databases() -> None:
+def test_a_closed_descriptor_is_not_reused_by_a_database() -> None:
     store_run(Path("store"))
     before = Path("store/hintfleet.sqlite").read_bytes()
     ran("hintfleet", "show", "--data-dir", "store", redirect="0>&- >&- 2>&-")
@@ -253,7 +253,7 @@ def test_a_module_that_is_not_installed() -> None:
     assert done.stderr.endswith("try: pip install 'hintfleet[orchestrator]'\n")
 
 
-def test_what_steers_a_terminal_is_not_printed() -> None:
+def test_control_characters_are_not_printed() -> None:
     done = ran("hintfleet", "show", "\x1b[31mred\x07", "--data-dir", ".")
     assert "\x1b" not in done.stderr
     done = ran("hintfleet", "run", "\x1b[31mred\x07/spec.yaml", "--data-dir", ".")

@@ -91,7 +91,7 @@ def held(lab: Lab, dead_pid: int) -> Iterator[list[Path]]:
         yield [mine, *locked, elsewhere, run / "reserve"]
 
 
-def test_what_is_nobodys_is_removed_and_nothing_else(cleaning_lab: Lab, dead_pid: int) -> None:
+def test_only_what_has_no_owner_is_removed(cleaning_lab: Lab, dead_pid: int) -> None:
     lab = cleaning_lab
     files = left_behind(lab, dead_pid)
     with (

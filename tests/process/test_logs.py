@@ -44,7 +44,7 @@ def a_guest_that_is_killed(log: Path, *arguments: str) -> tuple[int, int]:
         return host.process.pid, pid
 
 
-def test_a_guests_story_as_json(tmp_path: Path) -> None:
+def test_the_life_of_a_guest_as_json(tmp_path: Path) -> None:
     log = tmp_path / "log"
     _, pid = a_guest_that_is_killed(log, "--log-format", "json", "--name", "rack1")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -110,7 +110,9 @@ def logged(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any
     return [fields_of(record) for record in caplog.records if record.getMessage() == message]
 
 
-def test_who_took_whose_session_and_what_was_skipped(caplog: pytest.LogCaptureFixture) -> None:
+def test_superseded_sessions_and_skipped_batches_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO, "hintfleet")
     with host_in_process() as host:
         host.watch()
@@ -137,7 +139,7 @@ def test_who_took_whose_session_and_what_was_skipped(caplog: pytest.LogCaptureFi
     assert broken["reason"] == ended[1]["reason"]
 
 
-def test_work_that_fails_loses_its_guest_and_nobody_elses(
+def test_work_that_fails_loses_only_its_own_guest(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A bug in a batch left it without an answer, for ever, and nobody knew."""

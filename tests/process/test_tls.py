@@ -119,7 +119,7 @@ def test_a_guest_may_not_control(host_agent: HostAgent, folders: Folders) -> Non
     )
 
 
-def test_nor_may_it_watch_or_ask_for_health(host_agent: HostAgent, folders: Folders) -> None:
+def test_a_guest_may_not_watch_or_ask_for_health(host_agent: HostAgent, folders: Folders) -> None:
     credentials = folders.tls(Role.GUEST).for_client()
     with grpc.secure_channel(host_agent.control, credentials) as channel:
         watch = HostServiceStub(channel).Watch(
@@ -158,7 +158,9 @@ def test_an_operator_is_no_guest(host_agent: HostAgent, folders: Folders) -> Non
     assert "this door is for guests" in refusal(error)[1]
 
 
-def test_strangers_get_no_answer(host_agent: HostAgent, folders: Folders, tmp_path: Path) -> None:
+def test_clients_without_a_valid_certificate_get_no_answer(
+    host_agent: HostAgent, folders: Folders, tmp_path: Path
+) -> None:
     """Neither without a certificate, nor with one of another authority, nor in plain text."""
     ours = folders.tls(Role.OPERATOR)
     theirs = folders_of(tmp_path).tls(Role.OPERATOR)
@@ -239,7 +241,7 @@ def test_a_guest_shows_its_certificate_and_its_token(door: InProcessHost, folder
         assert said in refusal(error)[1]
 
 
-def test_a_uuid_is_one_guests(door: InProcessHost) -> None:
+def test_a_uuid_belongs_to_one_guest(door: InProcessHost) -> None:
     for uuid, said in ((UUID, "already"), ("x", "no UUID")):
         with pytest.raises(grpc.RpcError) as error:
             door.create("third", uuid=uuid)

@@ -119,7 +119,7 @@ def refused(driver: LibvirtDriver, barrier: Path) -> None:
         ("reporting", "it has no driver for its balloon device"),
     ],
 )
-def test_a_peer_that_is_silent_is_undecided(lab: Lab, method: str, reason: str) -> None:
+def test_a_peer_that_does_not_answer_is_undecided(lab: Lab, method: str, reason: str) -> None:
     silent = SPEC.replace("method: none", f"method: {method}, {NO_BALLOON}")
     data = result(lab.run("run", lab.spec(silent), "-o", "json"), code=3)
     (trial,) = data["trials"]
@@ -128,7 +128,7 @@ def test_a_peer_that_is_silent_is_undecided(lab: Lab, method: str, reason: str) 
     lab.check_nothing_is_left()
 
 
-def test_a_balloon_that_falls_silent_is_lost_to_its_method(
+def test_a_guest_whose_balloon_stops_answering_is_lost(
     connection: Any, image: GuestImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guest that is suspended says as little as one whose driver has gone."""

@@ -201,7 +201,7 @@ def test_a_domain_without_shared_backing_is_refused(
         domain.destroy()
 
 
-def test_no_libvirt_there() -> None:
+def test_a_missing_libvirt_is_refused() -> None:
     driver = LibvirtDriver("qemu+unix:///system?socket=/nonexistent", guest_server="")
     with pytest.raises(Refused, match="cannot connect to libvirt"):
         driver._connection.get()
@@ -211,7 +211,7 @@ def test_no_libvirt_there() -> None:
     assert "/nonexistent" in state.detail
 
 
-def test_no_image_there(libvirt_uri: str, tmp_path: Path) -> None:
+def test_a_missing_image_is_refused(libvirt_uri: str, tmp_path: Path) -> None:
     driver = LibvirtDriver(libvirt_uri, guest_server="", images=tmp_path)
     with pytest.raises(Refused, match="make image"):
         driver.create(a_request([]))

@@ -69,7 +69,7 @@ def test_ctrl_c_leaves_no_guest(lab: Lab, libvirt_uri: str) -> None:
     lab.check_nothing_is_left()
 
 
-def test_a_libvirt_that_is_not_there_is_said(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_libvirt_is_an_error(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu+unix:///session?socket=/nonexistent")
     done = lab.run("run", lab.spec(SPEC), "-o", "json")
     assert done.returncode == 1

@@ -16,7 +16,7 @@ STAYS = 128 * MIB
 
 
 @pytest.mark.parametrize("name", ["kmod", "hugetlb"])
-def test_a_dimm_comes_is_hinted_and_goes(guests: Guests, connection: Any, name: str) -> None:
+def test_a_dimm_is_plugged_hinted_and_unplugged(guests: Guests, connection: Any, name: str) -> None:
     host = guests.host
     host.free(START, name)  # what an earlier test held
     at_first_bytes = host.settle(name).ledger.resident_bytes
@@ -48,7 +48,7 @@ def test_a_dimm_comes_is_hinted_and_goes(guests: Guests, connection: Any, name: 
     guests.balances(name, connection)
 
 
-def test_dimms_go_whole(guests: Guests) -> None:
+def test_dimms_are_unplugged_whole(guests: Guests) -> None:
     host = guests.host
     host.free(START, "kmod")
     host.resize(START + 128 * MIB, "kmod")
@@ -69,9 +69,7 @@ def test_a_peer_is_resized_too(guests: Guests, connection: Any) -> None:
     guests.balances("reporting", connection)
 
 
-def test_what_the_guest_uses_and_what_it_does_not_let_go_stays(
-    guests: Guests, connection: Any
-) -> None:
+def test_a_dimm_that_is_in_use_or_not_ejected_stays(guests: Guests, connection: Any) -> None:
     """Its kernel refuses to eject DIMMs, though the memory is offline by then."""
     host, most = guests.host, 768 * MIB
     host.resize(most, "zeroing")

@@ -1,7 +1,7 @@
 """Bytes in place of messages, over gRPC, against the host agent's servers.
 
-Each input is one call on the door for guests: any of its methods, any frames. It must end
-with a documented status while a real guest next door keeps its memory and its session.
+Each input is one call on the guests for guests: any of its methods, any frames. It must end
+with a documented status while a real guest next guests keeps its memory and its session.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _ENDINGS = {
 }
 
 
-class _Door:
-    """The guests' door of a host agent, where one guest speaks bytes."""
+class _GuestService:
+    """The guests' guests of a host agent, where one guest speaks bytes."""
 
     def __init__(self, host: InProcessHost, channel: grpc.Channel) -> None:
         self._host = host
@@ -101,9 +101,9 @@ def _opened() -> Iterator[TryInput]:
     with no_rate_limits(), host_in_process() as host:
         watch = host.watch(timeout_s=24 * 3600)
         with open_channel(host.guest_address) as channel:
-            door = _Door(host, channel)
-            yield door.try_input
-            door.neighbour_goes_on()
+            guests = _GuestService(host, channel)
+            yield guests.try_input
+            guests.neighbour_goes_on()
         watch.cancel()
 
 

@@ -37,7 +37,7 @@ def test_blocks_that_come_later_are_waited_for(root: Path) -> None:
     assert first.read_text() == (root / "memory33/state").read_text() == "online_movable\n"
 
 
-def test_what_is_in_the_wanted_state_is_left_alone(root: Path) -> None:
+def test_blocks_in_the_wanted_state_are_not_changed(root: Path) -> None:
     state = add(root, 32, "online")
     MemoryBlocks(root).online(RangeSet([(32 * BLOCK_PAGES, BLOCK_PAGES)]))
     assert state.read_text() == "online\n"
@@ -56,7 +56,7 @@ def test_all_blocks_go_offline_or_none(root: Path) -> None:
     assert held.read_text() == other.read_text() == "offline\n"
 
 
-def test_what_the_guest_cannot_do_without_stays(root: Path) -> None:
+def test_memory_that_the_guest_needs_stays_online(root: Path) -> None:
     states = [add(root, 32, "online"), add(root, 33, "online")]
     blocks = MemoryBlocks(root, patience_s=0.5, available_bytes=lambda: 260 * MIB)
     with pytest.raises(Refused, match="in use: the guest can do without 260 MiB only"):
@@ -68,12 +68,12 @@ def test_what_the_guest_cannot_do_without_stays(root: Path) -> None:
     assert [state.read_text() for state in states] == ["offline\n"] * 2
 
 
-def test_what_never_comes_is_said(root: Path) -> None:
+def test_blocks_that_never_come_are_an_error(root: Path) -> None:
     with pytest.raises(Refused, match="no memory block memory32"):
         MemoryBlocks(root, patience_s=0.2).online(TWO_BLOCKS)
 
 
-def test_parts_of_blocks_cannot_be_had(root: Path) -> None:
+def test_parts_of_blocks_are_refused(root: Path) -> None:
     with pytest.raises(Refused, match="134217728 bytes"):
         MemoryBlocks(root).online(RangeSet([(0, 512)]))
 

@@ -289,7 +289,7 @@ def test_a_kernel_that_withholds_chunks_is_not_asked_for_ever() -> None:
     assert host.run() >= 20
 
 
-def test_a_pool_that_others_use_is_left_alone_until_they_do_not() -> None:
+def test_hinting_waits_while_others_use_the_pool() -> None:
     kernel = ModelKernel(50, zeroing=False)
     isolator, host = started(kernel)
     kernel.shared = True
@@ -421,7 +421,7 @@ def test_no_pass_begins_while_the_guest_takes_memory() -> None:
     assert host.run(asked=True) == 17, "who asks for it gets it"
 
 
-def test_a_guest_that_needs_its_memory_has_it_with_the_acks_in_flight() -> None:
+def test_a_guest_that_needs_its_memory_gets_it_with_the_acks_in_flight() -> None:
     kernel = ModelKernel(100, zeroing=False, reserve=8)
     isolator, host = started(kernel)
     for _ in range(3):

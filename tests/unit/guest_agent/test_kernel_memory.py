@@ -73,7 +73,7 @@ def test_a_zone_that_lacks_a_number_is_refused_not_guessed() -> None:
 
 
 @pytest.mark.parametrize("pages", ["9" * 5000, "9" * 20, "1"])
-def test_a_zone_that_cannot_be_is_refused(pages: str) -> None:
+def test_an_impossible_zone_is_refused(pages: str) -> None:
     text = (DATA / "zoneinfo-24GiB.txt").read_text()
     with pytest.raises(Refused, match="not understood"):
         parse_zoneinfo(re.sub(r"spanned  \d+", f"spanned  {pages}", text))

@@ -56,7 +56,7 @@ def test_round_trip(config: AgentConfig) -> None:
     [("embedded", "bitmap"), ("kmod", "reported"), ("hugetlb", "bitmap")],
 )
 @pytest.mark.parametrize("unsaid", [{}, {"tracker": ""}])
-def test_a_tracker_that_is_not_said_is_its_isolators(
+def test_the_default_tracker_is_that_of_the_isolator(
     isolator: str, tracker: str, unsaid: dict[str, str]
 ) -> None:
     read = AgentConfig.from_json(json.dumps(GOOD | {"isolator": isolator} | unsaid), "f")
@@ -78,7 +78,7 @@ def test_the_guests_first_process_reads_the_method(method: Method, tmp_path: Pat
     "reader",
     ["deploy/image/init", "deploy/systemd/hintfleet-guest.service", "guest_agent/__main__.py"],
 )
-def test_what_names_the_file_in_a_guest_names_the_one_that_there_is(reader: str) -> None:
+def test_readers_of_the_configuration_in_a_guest_know_its_path(reader: str) -> None:
     path = f"/sys/firmware/qemu_fw_cfg/by_name/{FW_CFG_NAME}/raw"
     assert path in (ROOT / reader).read_text()
 
@@ -113,6 +113,6 @@ def test_mistakes(text: str, said: str) -> None:
         AgentConfig.from_json(text, "/run/config")
 
 
-def test_what_cannot_be_is_not_built() -> None:
+def test_impossible_configurations_cannot_be_built() -> None:
     with pytest.raises(InvalidInput, match="threshold_chunks is 0, must be 1 to 1048576"):
         AgentConfig(server="unix:/x", guest_uuid="u", token="t", threshold_chunks=0)

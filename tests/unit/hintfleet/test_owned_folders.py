@@ -49,7 +49,9 @@ def test_a_folder_whose_maker_is_about_to_lock_it_is_let_alone(tmp_path: Path, l
     assert new.exists()
 
 
-def test_a_folder_that_is_gone_is_its_processs_while_that_lives(tmp_path: Path, later: int) -> None:
+def test_a_folder_that_is_gone_belongs_to_its_process_while_that_lives(
+    tmp_path: Path, later: int
+) -> None:
     folders = OwnedFolders(base=tmp_path, prefix="x-")
     assert not folders.belongs_to_nobody(tmp_path / f"x-{later}-gone")
     assert folders.belongs_to_nobody(tmp_path / "x-999999999-gone")

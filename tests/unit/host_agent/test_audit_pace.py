@@ -21,17 +21,17 @@ def looks(pace: AuditPace, moved_pages: int, took_s: float, until_s: float) -> l
     return seen
 
 
-def test_a_guest_of_which_nothing_moved_is_never_looked_at() -> None:
+def test_a_guest_whose_memory_does_not_move_is_never_audited() -> None:
     assert looks(AuditPace(PACE), 0, 0.001, until_s=100) == []
 
 
-def test_moving_memory_is_looked_at_every_period() -> None:
+def test_moving_memory_is_audited_every_period() -> None:
     seen = looks(AuditPace(PACE), CALM_PAGES, 0.001, until_s=10)
     assert all(b - a < 0.3 for a, b in itertools.pairwise(seen))
     assert seen[-1] > 9
 
 
-def test_a_look_that_takes_a_while_costs_no_period() -> None:
+def test_a_slow_audit_costs_no_period() -> None:
     """It ends after the check that began it, and the next check is a period after that one."""
     pace = AuditPace(PACE)
     assert pace.check(10.0, CALM_PAGES)
@@ -39,7 +39,7 @@ def test_a_look_that_takes_a_while_costs_no_period() -> None:
     assert pace.check(pace.next_check_s, CALM_PAGES)
 
 
-def test_next_to_nothing_waits_and_is_found_all_the_same() -> None:
+def test_small_changes_wait_and_are_found_all_the_same() -> None:
     seen = looks(AuditPace(PACE), 1, 0.001, until_s=100)
     assert all(CALM_PERIOD_S <= b - a < CALM_PERIOD_S + 2 for a, b in itertools.pairwise(seen))
     assert len(seen) > 5
@@ -50,7 +50,9 @@ def test_next_to_nothing_waits_and_is_found_all_the_same() -> None:
     moved_pages=st.integers(1, 1 << 20),
     share=st.sampled_from([1 / 20, 1 / 100]),
 )
-def test_looks_take_no_more_than_their_share(took_s: float, moved_pages: int, share: float) -> None:
+def test_audits_take_no_more_than_their_share(
+    took_s: float, moved_pages: int, share: float
+) -> None:
     """However long one takes: memory may be large, and cut up as its guest likes."""
     pace = AuditPace(Pace(period_s=0.2, share=share))
     seen = looks(pace, moved_pages, took_s, until_s=1000)

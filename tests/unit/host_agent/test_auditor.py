@@ -43,7 +43,7 @@ def started(name: str, running: Running, observing: CpuMeter) -> Guest:
     return guest
 
 
-def test_what_comes_back_is_found_though_another_guests_ram_cannot_be_looked_at() -> None:
+def test_what_comes_back_is_found_though_another_guests_audit_fails() -> None:
     async def scenario() -> None:
         observing = CpuMeter()
         broken, whole = Running(), Running()

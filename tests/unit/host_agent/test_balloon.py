@@ -79,7 +79,7 @@ def heard(*looks: tuple[float, int, int | None]) -> str:
     return found
 
 
-def test_a_guest_that_cannot_be_followed() -> None:
+def test_a_guest_without_usable_statistics_cannot_be_followed() -> None:
     late_s = SILENT_AFTER_S + 1
     assert not heard((late_s - 2, 0, None)), "it may be slow"
     assert "said nothing in 20 s" in heard((late_s, 0, None))

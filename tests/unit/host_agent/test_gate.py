@@ -120,7 +120,7 @@ def test_a_batch_that_waited_too_long_is_stale(running: Gate) -> None:
     assert running.running is None
 
 
-def test_a_running_batch_holds_the_welcome_up(running: Gate) -> None:
+def test_a_running_batch_delays_the_welcome(running: Gate) -> None:
     """I2: it cannot be called back, and what it punches the guest may not have yet."""
     instructions = list(running.connected(6))
     assert skipped(batch(2), pb.WRONG_EPOCH) in instructions, "what waits never runs"
@@ -129,14 +129,14 @@ def test_a_running_batch_holds_the_welcome_up(running: Gate) -> None:
     assert running.finished(batch(1), DONE) == [Post(batch(1), DONE), Welcome(6)]
 
 
-def test_only_the_newest_of_those_who_wait_for_a_running_batch_is_welcomed(running: Gate) -> None:
+def test_only_the_newest_session_that_waits_for_a_running_batch_is_welcomed(running: Gate) -> None:
     running.connected(6)
     assert ended(list(running.connected(7))) == {6: TransientError}
     assert running.finished(batch(1), DONE)[-1] == Welcome(7)
     assert running.epoch == 7
 
 
-def test_one_who_leaves_while_it_waits_is_not_welcomed(running: Gate) -> None:
+def test_a_session_that_ends_while_it_waits_is_not_welcomed(running: Gate) -> None:
     running.connected(6)
     running.left(6)
     assert running.finished(batch(1), DONE) == [Post(batch(1), DONE)]
@@ -161,7 +161,7 @@ def test_the_end_of_a_superseded_session_changes_nothing(gate: Gate) -> None:
     assert gate.arrived(6, batch(1, epoch=6)) == [TakeTurn()]
 
 
-def test_what_a_superseded_session_still_says_never_runs(gate: Gate) -> None:
+def test_batches_of_a_superseded_session_never_run(gate: Gate) -> None:
     """Not even if it names the epoch that is open now."""
     gate.connected(6)
     told = batch(1, epoch=6)
@@ -170,7 +170,7 @@ def test_what_a_superseded_session_still_says_never_runs(gate: Gate) -> None:
     assert gate.arrived(6, told) == [TakeTurn()], "nor does it take a number in the sequence"
 
 
-def test_what_a_superseded_session_still_says_is_bounded(gate: Gate) -> None:
+def test_batches_of_a_superseded_session_are_bounded(gate: Gate) -> None:
     """It is entered into the books, and 4096 batches of 2**40 pages are 2**64 bytes."""
     gate.connected(6)
     for ranges in (EMPTY, RangeSet([(0, LIMITS.pages_per_batch + 1)])):

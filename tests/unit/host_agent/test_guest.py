@@ -47,13 +47,13 @@ async def told_after_unplugging(ram: GuestRam, again: list[Segment]) -> object:
     return await stream.next()
 
 
-def test_absent_memory_that_was_unplugged_is_told(ram: GuestRam) -> None:
+def test_absent_memory_that_was_unplugged_is_reported(ram: GuestRam) -> None:
     message = asyncio.run(told_after_unplugging(ram, []))
     assert isinstance(message, hinting_pb2.HostMessage)
     assert decode(message.refaulted.ranges) == DEVICE
 
 
-def test_absent_memory_that_came_back_is_no_news(ram: GuestRam, ram_fd: int) -> None:
+def test_absent_memory_that_was_plugged_again_is_not_reported(ram: GuestRam, ram_fd: int) -> None:
     """It is absent again: to hint it would gain nothing."""
     device = Segment(pfn=4096, page_count=1024, fd=ram_fd, offset_bytes=3072 * PAGE_BYTES)
     assert asyncio.run(told_after_unplugging(ram, [device])) is None
@@ -75,7 +75,7 @@ async def told_on_a_new_session(guest: Guest, epochs: Epochs) -> tuple[int, Stre
     return session, stream, await stream.next()
 
 
-def test_what_was_said_on_a_link_that_was_cut_is_said_again(ram: GuestRam, ram_fd: int) -> None:
+def test_what_was_reported_on_a_cut_link_is_reported_again(ram: GuestRam, ram_fd: int) -> None:
     """Else a guest that did not hear it would take those chunks for absent for ever."""
 
     async def scenario() -> None:
@@ -91,7 +91,7 @@ def test_what_was_said_on_a_link_that_was_cut_is_said_again(ram: GuestRam, ram_f
     asyncio.run(scenario())
 
 
-def test_a_look_at_the_ram_is_waited_for_though_its_caller_is_gone(
+def test_an_audit_is_awaited_though_its_caller_is_gone(
     ram: GuestRam, ram_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looking, may_end = threading.Event(), threading.Event()

@@ -25,7 +25,7 @@ gaps = st.lists(st.floats(0, 0.5), min_size=1, max_size=200)
 
 
 @given(gaps, st.floats(1, 100), st.integers(1, 20))
-def test_one_who_waits_as_told_never_exceeds_the_rate(
+def test_a_guest_that_waits_as_told_never_exceeds_the_rate(
     gaps: list[float], per_s: float, burst: int
 ) -> None:
     pace, now_s, used = TokenBucket(Rate(per_s=per_s, burst=burst)), 0.0, []
@@ -40,7 +40,9 @@ def test_one_who_waits_as_told_never_exceeds_the_rate(
 
 
 @given(gaps, st.floats(2, 100), st.integers(1, 20))
-def test_one_who_keeps_to_the_rate_never_waits(gaps: list[float], per_s: float, burst: int) -> None:
+def test_a_guest_that_keeps_to_the_rate_never_waits(
+    gaps: list[float], per_s: float, burst: int
+) -> None:
     pace, now_s = TokenBucket(Rate(per_s=per_s, burst=burst)), 0.0
     for gap_s in gaps:
         assert pace.take(now_s) <= 1e-9
@@ -48,7 +50,7 @@ def test_one_who_keeps_to_the_rate_never_waits(gaps: list[float], per_s: float, 
 
 
 @given(gaps)
-def test_held_is_told_from_the_first_wait_on(gaps: list[float]) -> None:
+def test_held_time_counts_from_the_first_wait(gaps: list[float]) -> None:
     pace, now_s, since_s = TokenBucket(Rate(per_s=10, burst=3)), 0.0, math.inf
     for gap_s in gaps:
         now_s += gap_s
@@ -72,7 +74,7 @@ def test_a_flood_is_a_violation_only_if_it_goes_on() -> None:
     assert conduct.heard(now_s) == 0, "after a pause it is none"
 
 
-def test_batches_are_slowed_by_what_they_cost_and_held_against_nobody() -> None:
+def test_batches_are_slowed_by_their_cost_and_are_no_violation() -> None:
     conduct, now_s, batches = Conduct(), 0.0, 0
     while now_s < 10 * FLOOD_S:
         now_s += conduct.heard_batch(256, now_s)
@@ -81,7 +83,7 @@ def test_batches_are_slowed_by_what_they_cost_and_held_against_nobody() -> None:
     assert conduct.heard(now_s) == 0
 
 
-def test_memory_in_pieces_is_paid_for_by_its_guest() -> None:
+def test_fragmented_memory_slows_the_batches_of_its_guest() -> None:
     conduct = Conduct()
     assert conduct.heard_batch(2, 0) == 0
     conduct.made_work(32 * 1000, 0)
@@ -122,7 +124,7 @@ def test_violations_far_apart_are_forgiven() -> None:
     assert conduct.violations == 10 * STRIKES
 
 
-def test_bars_grow_and_the_last_is_for_good() -> None:
+def test_bans_grow_and_the_last_is_permanent() -> None:
     conduct, now_s = Conduct(), 0.0
     for bar_s in BANS_S:
         outcomes = [
@@ -136,5 +138,5 @@ def test_bars_grow_and_the_last_is_for_good() -> None:
     assert str(conduct) == "broke the protocol 15 times, the last: batch 2 is empty"
 
 
-def test_the_innocent_have_nothing_said_of_them() -> None:
+def test_conduct_without_violations_has_no_description() -> None:
     assert str(Conduct()) == ""

@@ -51,7 +51,7 @@ def test_other_blocks_and_accelerators() -> None:
     ]
 
 
-def test_no_memory_there() -> None:
+def test_a_tree_without_guest_memory_is_refused() -> None:
     with pytest.raises(Refused, match='no address space "memory"'):
         parse('FlatView #0\r\n AS "I/O", root: io\r\n Root memory region: io\r\n')
 

@@ -70,11 +70,11 @@ def test_a_terabyte_takes_no_more_room_for_being_cut_up() -> None:
 @pytest.mark.parametrize(
     "packed", [b"\0", PageMap([(3, 9)]).pack()[:-1], b"\0\0\0\0\1\0\0", b"\xff\xff\xff\xff\0\0"]
 )
-def test_what_nobody_packed_is_refused(packed: bytes) -> None:
+def test_malformed_packed_maps_are_refused(packed: bytes) -> None:
     with pytest.raises(InvalidInput, match="packed pages"):
         PageMap.unpack(packed)
 
 
-def test_it_is_shown_as_ranges() -> None:
+def test_repr_shows_ranges() -> None:
     assert repr(PageMap([(4000, 200), (9, 1)])) == "PageMap([(9, 1), (4000, 200)])"
     assert list(PageMap([(4000, 200)])) == [Range(4000, 96), Range(4096, 104)]

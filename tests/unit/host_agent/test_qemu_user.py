@@ -130,7 +130,7 @@ DAC = "<secmodel><model>dac</model><baselabel type='kvm'>{}</baselabel></secmode
         (DAC.format("+64055:+107"), 64055),
     ],
 )
-def test_who_it_is(models: str, uid: int | None) -> None:
+def test_qemus_user_is_read_from_capabilities(models: str, uid: int | None) -> None:
     found = QemuUser.of(SECMODEL.format(models))
     assert (found.uid if found else None) == uid
     assert found is None or 107 in found.gids

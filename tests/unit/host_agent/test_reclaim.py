@@ -59,7 +59,7 @@ def test_what_was_not_hinted_keeps_its_contents(
             assert os.pread(ram_fd, 8, offset_bytes(page)) == page.to_bytes(8, "big")
 
 
-def test_memory_that_goes_while_it_is_looked_for_is_absent(
+def test_memory_that_is_dropped_during_an_audit_is_absent(
     ram: GuestRam, ram_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QEMU itself drops memory under free page reporting and for a balloon."""
@@ -79,7 +79,7 @@ def test_memory_that_goes_while_it_is_looked_for_is_absent(
     assert ram.resident(ram.page_map).ranges() == RangeSet([(8, 2)])
 
 
-def test_a_look_ends_with_what_it_was_sent_for(ram: GuestRam, ram_fd: int) -> None:
+def test_an_audit_ends_when_it_has_found_enough(ram: GuestRam, ram_fd: int) -> None:
     """And the next one begins there: memory comes back where it came back last."""
     far = RangeSet([(4097, 2)])
     touch(ram_fd, far)
@@ -90,9 +90,7 @@ def test_a_look_ends_with_what_it_was_sent_for(ram: GuestRam, ram_fd: int) -> No
     assert again.resident.ranges() == RangeSet([(8, 2)]), "it goes round"
 
 
-def test_a_look_whose_time_is_over_goes_on_behind_where_it_ended(
-    ram: GuestRam, ram_fd: int
-) -> None:
+def test_an_audit_that_ran_out_of_time_continues_where_it_ended(ram: GuestRam, ram_fd: int) -> None:
     """Else it would begin with the same memory again and again, and never come to the rest."""
     touch(ram_fd, RangeSet([(8, 2), (4097, 2)]))
     first = ram.look(ram.page_map, 0, slice_s=0)
@@ -101,7 +99,7 @@ def test_a_look_whose_time_is_over_goes_on_behind_where_it_ended(
     assert second.resident.ranges() == RangeSet([(4097, 2)])
 
 
-def test_a_look_at_little_does_not_walk_through_all_that_is_resident_behind_it() -> None:
+def test_a_small_audit_does_not_walk_through_resident_memory_behind_it() -> None:
     """Else what an audit costs would follow how much a guest uses, not how much came back."""
     fd = os.memfd_create("sea")
     os.truncate(fd, 64 * MIB)
@@ -125,7 +123,7 @@ def test_a_look_at_little_does_not_walk_through_all_that_is_resident_behind_it()
 
 @on_real_memory
 @given(touched=page_sets, within=page_sets, start_pfn=st.integers(0, 6000), counts=st.booleans())
-def test_a_look_finds_what_is_there(
+def test_an_audit_finds_what_is_resident(
     ram: GuestRam, ram_fd: int, touched: RangeSet, within: RangeSet, start_pfn: int, counts: bool
 ) -> None:
     """From wherever it begins, and on kernels that do not count."""
@@ -138,7 +136,7 @@ def test_a_look_finds_what_is_there(
     assert look.resident.ranges() == touched & within & ram.pages
 
 
-def test_a_punch_that_the_kernel_refuses_is_told_as_skipped() -> None:
+def test_a_punch_that_the_kernel_refuses_is_skipped_with_the_reason() -> None:
     writable = os.memfd_create("refusing", os.MFD_ALLOW_SEALING)
     os.pwrite(writable, b"\1" * (8 * PAGE_BYTES), 0)
     read_only = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY)

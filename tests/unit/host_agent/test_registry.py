@@ -84,7 +84,7 @@ async def made(registry: Registry) -> None:
     await creating
 
 
-def test_one_that_is_ended_while_it_is_made_leaves_nothing() -> None:
+def test_a_guest_that_is_ended_while_it_is_made_leaves_nothing() -> None:
     async def scenario() -> None:
         driver = Driver()
         registry = registry_with(driver)
@@ -126,7 +126,7 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
     run(scenario())
 
 
-def test_what_the_machine_has_not_is_refused_and_may_be_asked_for_again() -> None:
+def test_a_creation_that_the_machine_refuses_can_be_retried() -> None:
     async def scenario() -> None:
         driver = Driver()
         driver.may_make.set()

@@ -110,7 +110,7 @@ def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run_command(["savings", "--data-dir", str(tmp_path)]) == 0
 
 
-def test_what_could_not_be_looked_at_is_not_nothing(
+def test_what_could_not_be_checked_for_leaks_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))

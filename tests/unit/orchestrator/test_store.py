@@ -575,7 +575,7 @@ def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
         Store(tmp_path)
 
 
-def test_who_reads_does_not_wait_for_who_writes(tmp_path: Path) -> None:
+def test_readers_do_not_wait_for_the_writer(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.database.execute("BEGIN IMMEDIATE")
         with Store(tmp_path) as other:
@@ -583,7 +583,7 @@ def test_who_reads_does_not_wait_for_who_writes(tmp_path: Path) -> None:
         store.database.execute("ROLLBACK")
 
 
-def test_what_is_no_store(tmp_path: Path) -> None:
+def test_a_folder_or_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hintfleet.sqlite").write_bytes(b"not a database at all" * 100)
     with pytest.raises(Refused, match="cannot use"):
         Store(tmp_path)
