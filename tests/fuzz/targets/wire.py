@@ -1,7 +1,7 @@
-"""Bytes in place of messages, over gRPC, against the host agent's servers.
+"""Bytes instead of messages, over gRPC, to the host agent's servers.
 
-Each input is one call on the guests for guests: any of its methods, any frames. It must end
-with a documented status while a real guest next guests keeps its memory and its session.
+Each input is one call of the guests' service: any of its methods, any frames. It must end with a
+documented status, and a real neighbour must keep its memory and its session.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ENDINGS = {
 
 
 class _GuestService:
-    """The guests' guests of a host agent, where one guest speaks bytes."""
+    """The guests' service of a host agent, to which one guest sends bytes."""
 
     def __init__(self, host: InProcessHost, channel: grpc.Channel) -> None:
         self._host = host
@@ -55,7 +55,7 @@ class _GuestService:
         method = _SERVICE + _METHODS[source.number() % 8 % len(_METHODS)]
         frames = list(self._frames(source))
         call = self._channel.stream_stream(method, None, None)(iter(frames), timeout=_DEADLINE_S)
-        with contextlib.suppress(grpc.RpcError):  # its code says all
+        with contextlib.suppress(grpc.RpcError):  # checked below, by its code
             for _ in call:
                 pass
         assert call.code() in _ENDINGS, (call.code(), call.details())
@@ -80,7 +80,8 @@ class _GuestService:
                     yield source.short()
 
     def neighbour_goes_on(self) -> None:
-        """It uses memory, frees it, and the host has it back; none of it was wrong."""
+        """Check that the neighbour can use memory with the right contents, and that it comes
+        back."""
         host = self._host
         host.allocate(_HELD_BYTES, "neighbour")
         assert host.verify("neighbour").wrong_pages == 0
@@ -101,9 +102,9 @@ def _opened() -> Iterator[TryInput]:
     with no_rate_limits(), host_in_process() as host:
         watch = host.watch(timeout_s=24 * 3600)
         with open_channel(host.guest_address) as channel:
-            guests = _GuestService(host, channel)
-            yield guests.try_input
-            guests.neighbour_goes_on()
+            service = _GuestService(host, channel)
+            yield service.try_input
+            service.neighbour_goes_on()
         watch.cancel()
 
 
