@@ -1,4 +1,4 @@
-"""An embedded guest end to end: what it frees leaves the host, and the books say so."""
+"""An embedded guest end to end: memory that it frees leaves the host, and the books agree."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def test_the_books_balance_over_many_rounds(host_agent: HostAgent) -> None:
         fates = books.reclaimed_total_bytes + books.absent_total_bytes
         assert books.hinted_total_bytes == fates + sum(books.skipped_total_bytes.values())
     assert books.reclaimed_total_bytes == 6 * HELD
-    assert books.refaulted_total_bytes > 0, "later rounds use again what was reclaimed"
+    assert books.refaulted_total_bytes > 0, "later rounds refault what was reclaimed"
 
 
 def test_a_sample_is_of_the_moment_and_after_a_verification_of_audited_books(
@@ -80,7 +80,7 @@ def test_a_sample_is_of_the_moment_and_after_a_verification_of_audited_books(
     host_agent.allocate(HELD)
     host_agent.verify()
     before = len(host_agent.samples)
-    # The one that is on its way may have been made before; the next was not.
+    # The next sample may be older than the verification; the one after it is not.
     wait_until(lambda: len(host_agent.samples) >= before + 2, "samples")
     books = host_agent.samples[before + 1].samples[0].ledger
     assert books.resident_bytes == HELD

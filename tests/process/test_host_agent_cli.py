@@ -1,4 +1,4 @@
-"""The host agent as an operator meets it: flags, errors, health, reflection, metrics."""
+"""The host agent as an operator uses it: flags, errors, health, reflection, metrics."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A host agent with --state is killed and started again: its guests go on."""
+"""Guests live on when a host agent with --state is killed and started again."""
 
 import os
 import random
@@ -35,7 +35,7 @@ MAY_BE_RETRIED = (
 
 @dataclass(frozen=True)
 class Home:
-    """Where one host agent after the other runs, by the same addresses."""
+    """A place where one host agent after the other runs, at the same addresses."""
 
     folder: Path
 
@@ -53,7 +53,7 @@ class Home:
         return running_host_agent(*self.arguments, *arguments, stderr=stderr)
 
     def failure(self) -> str:
-        """What an agent says that cannot start here."""
+        """Return the error of an agent that cannot start here."""
         done = subprocess.run(
             [sys.executable, "-m", "host_agent", *self.arguments],
             capture_output=True,
@@ -121,7 +121,7 @@ def test_guests_go_on_under_the_next_host_agent(home: Home, number: int) -> None
         balances(after)
         assert after.resident_bytes == 0
         assert after.reclaimed_total_bytes == HELD
-    # Its lifeline was cut: nobody wants the guests any more.
+    # Its lifeline was closed, so the guests end with it.
     assert not alive(guest.pid)
     assert not home.guest_files()
 
@@ -145,7 +145,7 @@ def test_a_guest_is_as_large_as_it_was(home: Home) -> None:
 
 
 class Stepper:
-    """Allocates and frees for ever, like an orchestrator that retries what failed."""
+    """Allocates and frees without end, and retries what failed, like an orchestrator."""
 
     def __init__(self, listen: str) -> None:
         self.steps = 0
@@ -184,7 +184,7 @@ class Stepper:
                 time.sleep(0.02)
 
     def stop(self) -> None:
-        """:raises Exception: what ended it before."""
+        """:raises Exception: the error that ended it earlier."""
         self._stopping.set()
         self._running.result(HANG_S)
         self._pool.shutdown()

@@ -1,4 +1,4 @@
-"""Memory that comes to and leaves an embedded guest while hinting runs."""
+"""Memory of an embedded guest is plugged and unplugged while hinting runs."""
 
 import contextlib
 import os
@@ -89,7 +89,7 @@ def test_memory_is_plugged_and_unplugged_while_the_guest_works(resizable: HostAg
 
 @contextmanager
 def working(host: HostAgent) -> Iterator[None]:
-    """Allocate and free, over and over, in a thread of its own."""
+    """Allocate and free again and again, in a thread of its own."""
     stop = threading.Event()
     wrong: list[int] = []
 
@@ -114,17 +114,17 @@ def check_settled_size(host: HostAgent, provisioned_bytes: int) -> None:
 
 
 def shrink_when_possible(host: HostAgent) -> None:
-    """What the workload uses just now cannot go; a moment later it can."""
+    """Unplug, and retry: memory that the workload uses at the moment cannot be unplugged."""
     for _ in range(200):
         with contextlib.suppress(grpc.RpcError):
             host.resize(START)
             return
         check_settled_size(host, HALF)
-    raise AssertionError("it was never possible")
+    raise AssertionError("unplugging was never possible")
 
 
 def test_unplugging_frees_the_memory(host_agent: HostAgent) -> None:
-    """Without hinting, so that nothing else takes it."""
+    """There is no hinting, so that nothing else frees the memory."""
     host_agent.watch()
     host_agent.create(method=host_pb2.NONE, max_memory_bytes=HALF)
     host_agent.resize(HALF)

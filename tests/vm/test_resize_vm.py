@@ -1,4 +1,4 @@
-"""DIMMs that come to and leave a real guest while hinting runs."""
+"""DIMMs of a real guest are plugged and unplugged while hinting runs."""
 
 from typing import Any
 
@@ -30,16 +30,16 @@ def test_a_dimm_is_plugged_hinted_and_unplugged(guests: Guests, connection: Any,
     books = host.settle(name).ledger
     # The kernel has a struct page of 64 bytes for each page of the DIMM.
     grown_bytes = books.resident_bytes - at_first_bytes - STAYS - (MOST - START) // 64
-    assert grown_bytes < MORE_THAN_START // 10, "what was freed came back"
+    assert grown_bytes < MORE_THAN_START // 10, "what was freed is reclaimed"
     guests.balances(name, connection)
 
-    # What the workload holds there moves into what stays.
+    # The kernel moves the workload's pages out of the DIMM.
     assert host.resize(START, name).ledger.provisioned_bytes == START
     assert guests.ledger(name).unplugged_total_bytes > 0
     guests.balances(name, connection)
     assert host.verify(name).wrong_pages == 0
 
-    # The guest goes on, and what it remembers of the DIMM hides nothing from it.
+    # The guest works on, and state that it keeps of the DIMM hides no later free from it.
     before_bytes = host.settle(name).ledger.resident_bytes
     host.allocate(300 * MIB, name)
     assert host.free(300 * MIB + STAYS, name).wrong_pages == 0
@@ -70,7 +70,7 @@ def test_a_peer_is_resized_too(guests: Guests, connection: Any) -> None:
 
 
 def test_a_dimm_that_is_in_use_or_not_ejected_stays(guests: Guests, connection: Any) -> None:
-    """Its kernel refuses to eject DIMMs, though the memory is offline by then."""
+    """This guest's kernel refuses to eject DIMMs, after their memory was offlined."""
     host, most = guests.host, 768 * MIB
     host.resize(most, "zeroing")
     host.allocate(540 * MIB, "zeroing")
