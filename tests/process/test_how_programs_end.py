@@ -146,7 +146,9 @@ def test_an_output_that_cannot_be_written(command: tuple[str, ...]) -> None:
     assert "stdout: Bad file descriptor" in closed.stderr
     shutil.rmtree("pki", ignore_errors=True)
     unread = ran(*command, redirect="| sleep 0; exit ${PIPESTATUS[0]}")
-    assert (unread.returncode in (0, 1), unread.stderr) == (True, ""), "0 if read before the reader ended"
+    assert (unread.returncode in (0, 1), unread.stderr) == (True, ""), (
+        "0 if read before the reader ended"
+    )
 
 
 @pytest.mark.parametrize("where", ["2>/dev/full", "2>&-"])

@@ -1,4 +1,4 @@
-"""The page for whoever reads logs, docs/logs.md, has each message that the programs log."""
+"""docs/logs.md has a row for each message that the programs log."""
 
 import ast
 import re

@@ -1,5 +1,4 @@
-"""A configuration that cannot be read is answered with its file, and with the key if one is
-wrong."""
+"""The error for a bad configuration names the file, and the key if one is wrong."""
 
 import io
 import sys

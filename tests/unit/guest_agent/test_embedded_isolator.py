@@ -1,4 +1,4 @@
-"""The pulling isolator: what it takes, what it leaves, and what it hints again."""
+"""The embedded isolator: which chunks it takes, leaves, and hints again."""
 
 import pytest
 
@@ -26,17 +26,17 @@ def allocator() -> BuddyAllocator:
 
 
 def tracking(allocator: BuddyAllocator, tracker: TrackerKind) -> EmbeddedIsolator:
-    """An isolator that has dealt with all that was free from the start."""
+    """Return an isolator that has already hinted all that was free at the start."""
     isolator = EmbeddedIsolator(allocator, tracker=tracker, threshold_chunks=16)
     drain(isolator)
     return isolator
 
 
 def freed(allocator: BuddyAllocator, chunks: int) -> RangeSet:
-    """Allocate so many chunks, free them, and say where they lie.
+    """Allocate chunks and free them; return their pages.
 
-    An even number: else the last one merges with a half that was reported, and the
-    reported tracker takes both, as the kernel does.
+    `chunks` must be even: else the last chunk would merge with a reported one, and the reported tracker
+    would take both, as the kernel does.
     """
     pfns = [allocator.allocate(9) for _ in range(chunks)]
     for pfn in pfns:
@@ -45,7 +45,7 @@ def freed(allocator: BuddyAllocator, chunks: int) -> RangeSet:
 
 
 def drain(isolator: EmbeddedIsolator, max_ranges: int = 512) -> RangeSet:
-    """Isolate and release until nothing is left; all that came."""
+    """Isolate and release until nothing is left; return all pages that were isolated."""
     seen = EMPTY
     while ranges := isolator.isolate(max_ranges, 1 << 20):
         seen |= ranges
@@ -105,7 +105,7 @@ def test_it_wakes_the_core_at_the_threshold(
     woken: list[bool] = []
     isolator.start(lambda: woken.append(True))
     freed(allocator, 14)
-    assert len(woken) == 1, "for the first chunk: a period begins"
+    assert len(woken) == 1, "the first chunk begins a period"
     assert not isolator.enough()
     freed(allocator, 16)
     assert len(woken) == 2
@@ -123,7 +123,7 @@ def test_a_zone_at_its_watermark_keeps_its_bits_for_later(
     held = RangeSet()
     while part := isolator.isolate(512, 1 << 20):
         held |= part
-    assert isolator.idle(), "nothing more can be isolated while those are out"
+    assert isolator.idle(), "no more can be isolated before those are released"
     assert chunks - held, "the watermark kept some back"
     isolator.release(held, hinted=True)
     assert not chunks - drain(isolator) - held

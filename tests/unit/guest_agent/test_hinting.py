@@ -1,4 +1,4 @@
-"""The hinting core keeps I1 under any sequence of events."""
+"""The hinting core keeps I1 in any sequence of events."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ LIMITS = Limits(ranges_per_batch=4, pages_per_batch=2048, batches_in_flight=2)
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """A guest with 64 chunks; the host acks, stays silent, vanishes and comes back."""
+    """A guest with 64 chunks; the host acknowledges, does not answer, vanishes and comes back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_settled_comes_after_a_pass_that_gave_nothing_and_the_last_ack() -> None
     core.acknowledged(1, 1, acted=True)
     again = core.isolated(EMPTY, isolator_idle=True)
     assert again == [ReportNow(thorough=True), Isolate(4, 2048)], (
-        "the pass gave something: look again"
+        "the pass gave chunks, so another one must follow"
     )
     settled = core.isolated(EMPTY, isolator_idle=True)
     assert settled == [SendSettled(request_id=9, batches=1, hinted_pages=512)]
@@ -154,7 +154,8 @@ def test_settle_waits_for_an_isolator_that_is_still_working() -> None:
 
 @pytest.mark.parametrize("forbid", [lambda core: core.allowed(0), lambda core: core.stop()])
 def test_what_may_not_be_hinted_is_not_looked_for(forbid: Callable[[HintingCore], object]) -> None:
-    """The kernel module would isolate a batch that nobody takes; and nobody would settle."""
+    """Else the kernel module would isolate a batch that nobody takes, and settling would never
+    end."""
     core = opened()
     chunk = RangeSet([(512, 512)])
     core.isolated(chunk, isolator_idle=False)
@@ -172,7 +173,8 @@ def test_what_may_not_be_hinted_is_not_looked_for(forbid: Callable[[HintingCore]
 
 
 def test_what_goes_back_only_as_a_whole_is_hinted_whatever_is_allowed() -> None:
-    """The module's batch: half of it hinted and given back, it would come again and again."""
+    """If half of the module's batch were hinted and all given back, it would come again and
+    again."""
     core = opened()
     core.allowed(512)
     first, rest = RangeSet([(512, 512)]), RangeSet([(1024, 512)])
@@ -193,7 +195,7 @@ def test_what_is_allowed_later_is_looked_for() -> None:
 
 @pytest.mark.parametrize("acted", [True, False])
 def test_what_the_host_skipped_for_now_is_hinted_again(acted: bool) -> None:
-    """A batch that came too late would stay resident until its chunks are freed again."""
+    """Else a batch that came too late would stay resident until its chunks are freed again."""
     core = opened()
     chunk = RangeSet([(512, 512)])
     core.isolated(chunk, isolator_idle=True)

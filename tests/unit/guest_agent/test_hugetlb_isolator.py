@@ -1,4 +1,4 @@
-"""The hugetlb isolator on a model of the kernel's free list: last in, first out."""
+"""The hugetlb isolator on a model of the kernel's free list, which is last in, first out."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -18,7 +18,7 @@ THRESHOLD_CHUNKS = 4
 
 
 class ModelKernel:
-    """A guest of `count` chunks, and the host memory behind each: all but the reserve was used."""
+    """A guest of `count` chunks, and the host memory behind each. All but the reserve was used."""
 
     def __init__(self, count: int, *, zeroing: bool, reserve: int = RESERVE_CHUNKS) -> None:
         self.free = list(range(count))
@@ -99,7 +99,7 @@ def chunks_of(ranges: RangeSet) -> set[int]:
 
 
 class Host:
-    """Acknowledges batches, and says what is resident that was not when it last did."""
+    """Acknowledges batches, and tells the guest what has become resident since it last did."""
 
     def __init__(self, kernel: ModelKernel, isolator: HugetlbIsolator) -> None:
         self.kernel, self.isolator = kernel, isolator
@@ -112,7 +112,7 @@ class Host:
         self.isolator.used_again(RangeSet((chunk * CHUNK_PAGES, 1) for chunk in used))
 
     def run(self, *, at_a_time: int = 4, asked: bool = False) -> int:
-        """Passes until there is no more to hint; the chunks that were hinted."""
+        """Run passes until there is no more to hint; return the chunks that were hinted."""
         self.tell_used()
         if asked:
             self.isolator.report_now(thorough=True)
@@ -157,7 +157,7 @@ def test_chunks_released_last_come_back_first_and_yet_all_is_hinted(zeroing: boo
     for _ in range(3):
         kernel.allocate(150)
         host.tell_used()
-        for _ in range(10):  # freed bit by bit, a pass after each
+        for _ in range(10):  # freed in parts, with a pass after each
             kernel.release(15)
             host.run(asked=True)
         assert not kernel.resident & set(kernel.free)
@@ -202,14 +202,14 @@ def test_zeroing_makes_no_more_than_64_mib_or_a_64th_resident(
     kernel = ModelKernel(chunks, zeroing=True, reserve=reserve)
     kernel.resident.clear()
     isolator, host = started(kernel)
-    isolator.used_again(ranges_of(kernel.free))  # and yet nothing is resident
+    isolator.used_again(ranges_of(kernel.free))  # nothing of it is resident
     most = 0
     while batch := isolator.isolate(512, 1 << 20):
         most = max(most, len(kernel.resident))
         assert not isolator.isolate(512, 1 << 20), "what was zeroed before is still resident"
         host.acknowledge(batch)
     assert most == bound
-    assert kernel.looks <= 64, "each step looks at all page flags"
+    assert kernel.looks <= 64, "each step reads all page flags"
     assert not kernel.pool
     assert not kernel.resident
 
@@ -220,8 +220,8 @@ def test_zeroing_needs_more_to_gain() -> None:
     host.run()
     kernel.allocate(30)
     kernel.release(30)
-    assert not host.run(), "30 chunks, at the price of zeroing 320 if it has to look for them"
-    assert host.run(asked=True) == 32, "they were where it looked first"
+    assert not host.run(), "30 chunks to gain, but finding them may zero 320"
+    assert host.run(asked=True) == 32, "they were at the head of the free list"
     assert not host.run(asked=True), "nothing was used meanwhile"
 
 
@@ -233,7 +233,7 @@ def test_a_batch_that_the_host_skipped_is_hinted_again() -> None:
     assert isolator.isolate(512, 1 << 20) == batch
     isolator.release(batch, hinted=False)
     assert not isolator.idle()
-    assert not kernel.pool, "nobody went on with the pass"
+    assert not kernel.pool, "the pass was not continued"
     assert host.run() == 14
 
 
@@ -247,7 +247,7 @@ def test_a_lost_host_leaves_the_reserve_to_the_guest() -> None:
     for _ in range(10):
         assert isolator.idle()
         assert len(kernel.pool) == held, "a batch is in flight: nothing may leave the pool"
-    isolator.release(batch, hinted=False)  # welcomed again
+    isolator.release(batch, hinted=False)  # as after a new Welcome
     kernel.release(5)
     host.run()
     assert not kernel.pool
@@ -307,7 +307,7 @@ def test_policy_cold_is_refused() -> None:
 
 
 class PassMachine(RuleBasedStateMachine):
-    """Any history of a guest: what a settled guest has free beyond the reserve is absent."""
+    """In any history, all free memory of a settled guest beyond the reserve is absent."""
 
     @initialize(zeroing=st.booleans(), count=st.integers(20, 120))
     def start(self, zeroing: bool, count: int) -> None:
@@ -343,7 +343,7 @@ TestPasses.settings = settings(max_examples=80, stateful_step_count=30)
 
 
 def test_a_pass_holds_little_more_than_what_was_freed() -> None:
-    """All the rest is there for a guest that needs it before the pass is over."""
+    """All other free memory can be used by the guest before the pass is over."""
     kernel = ModelKernel(1000, zeroing=False)
     isolator, host = started(kernel)
     host.run()
@@ -358,7 +358,7 @@ def test_a_pass_holds_little_more_than_what_was_freed() -> None:
 
 
 def test_an_agent_that_starts_hints_what_the_host_says_is_resident() -> None:
-    """One that has just been started anew in a guest in need held all free memory at once."""
+    """An agent that was restarted in a guest short of memory once held all free memory."""
     kernel = ModelKernel(1000, zeroing=False)
     kernel.allocate(300)
     kernel.release(20)
@@ -366,7 +366,7 @@ def test_an_agent_that_starts_hints_what_the_host_says_is_resident() -> None:
     isolator = HugetlbIsolator(kernel, threshold_chunks=1, zeroing=False, clock=lambda: 0.0)
     isolator.start(lambda: None)
     isolator.report_now(thorough=False)
-    assert isolator.isolate(512, 1 << 20) == EMPTY, "it knows nothing yet"
+    assert isolator.isolate(512, 1 << 20) == EMPTY, "it does not know yet what is resident"
     assert isolator.idle()
     host = Host(kernel, isolator)
     host.tell_used()
@@ -397,9 +397,9 @@ def test_what_was_not_freed_last_is_found_too() -> None:
     host.run()
     kernel.allocate(300)
     isolator.idle()
-    kernel.free = kernel.used[:50] + kernel.free  # where the kernel looks last
+    kernel.free = kernel.used[:50] + kernel.free  # at the end of the kernel's free list
     del kernel.used[:50]
-    assert host.run() == 50 - RESERVE_CHUNKS, "the kernel looks at the reserve last"
+    assert host.run() == 50 - RESERVE_CHUNKS, "the reserve is at the end of the kernel's free list"
     assert not host.run()
 
 
@@ -418,7 +418,7 @@ def test_no_pass_begins_while_the_guest_takes_memory() -> None:
     kernel.release(20)
     isolator.idle()
     kernel.allocate(3)
-    assert host.run(asked=True) == 17, "who asks for it gets it"
+    assert host.run(asked=True) == 17, "a pass that is asked for begins"
 
 
 def test_a_guest_that_needs_its_memory_gets_it_with_the_acks_in_flight() -> None:
@@ -436,11 +436,11 @@ def test_a_guest_that_needs_its_memory_gets_it_with_the_acks_in_flight() -> None
     assert not isolator.isolate(10, 1 << 20)
     assert not kernel.pool
     kernel.release(7)
-    assert host.run() >= 100 - 8 - 42 - 20, "what it had to leave is not forgotten"
+    assert host.run() >= 100 - 8 - 42 - 20, "what it had to leave is hinted later"
 
 
 def test_a_pass_is_followed_by_a_rest() -> None:
-    """On real guests, passes that followed each other at once slowed the workload by 4."""
+    """In real guests, passes without a rest in between slowed the workload by a factor of 4."""
     kernel = ModelKernel(100, zeroing=False)
     isolator, host = started(kernel)
     kernel.growing_takes_s = 0.025

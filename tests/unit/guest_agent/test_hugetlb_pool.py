@@ -1,4 +1,4 @@
-"""Where the hugetlb pool cannot be ours: what a user reads."""
+"""What a user reads where the hugetlb pool cannot be used."""
 
 import fcntl
 from pathlib import Path
@@ -13,7 +13,7 @@ POOL = "kernel/mm/hugepages/hugepages-2048kB"
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Path:
-    """The /sys and /proc of a guest whose pool nobody uses."""
+    """Make /sys and /proc of a guest whose pool nobody uses."""
     pool = tmp_path / POOL
     pool.mkdir(parents=True)
     for name in ("nr", "free", "resv", "surplus", "nr_overcommit"):
@@ -42,7 +42,7 @@ def test_cma(kernel: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nr_hugepages", "nr_overcommit_hugepages"])
 def test_huge_pages_of_another_size(kernel: Path, name: str) -> None:
-    """Their page flags are the same, so that they would be punched while in use."""
+    """Their page flags are the same, so they would be punched while in use."""
     others = kernel / "kernel/mm/hugepages/hugepages-1048576kB"
     others.mkdir()
     (others / name).write_text("0\n")
@@ -77,7 +77,7 @@ def test_the_reserve_is_a_sixteenth_and_the_low_watermarks(kernel: Path) -> None
 
 
 def test_only_one_agent_works_with_the_pool(kernel: Path) -> None:
-    """A second one would take what the first has in flight for what a dead agent left."""
+    """A second agent would take the first one's chunks in flight for those of a dead agent."""
     with open(kernel / "mount.lock", "w") as first:
         fcntl.flock(first, fcntl.LOCK_EX)
         assert "another guest agent" in refusal(kernel)
@@ -85,7 +85,7 @@ def test_only_one_agent_works_with_the_pool(kernel: Path) -> None:
 
 
 def test_no_node_gives_more_than_it_can_spare(kernel: Path) -> None:
-    """Left to itself, the kernel would compact node 0 for each chunk in turn."""
+    """Without limits for each node, the kernel would compact node 0 again for each chunk."""
     free_chunks = {0: 3, 1: 90}
     zoneinfo, buddyinfo = "", ""
     for node, free in free_chunks.items():
@@ -110,4 +110,4 @@ def test_no_node_gives_more_than_it_can_spare(kernel: Path) -> None:
         for n in free_chunks
     ]
     assert asked == [0, 75]
-    assert (kernel / POOL / "nr_hugepages").read_text() == "0\n", "asked node by node only"
+    assert (kernel / POOL / "nr_hugepages").read_text() == "0\n", "only nodes are asked"

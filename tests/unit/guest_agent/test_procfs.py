@@ -1,4 +1,4 @@
-"""What the kernel's files say of memory, against what the C library says."""
+"""Memory figures from the kernel's files agree with those of the C library."""
 
 import os
 

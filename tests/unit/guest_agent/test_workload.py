@@ -1,4 +1,4 @@
-"""The workload notices every page that the host took away while it was in use."""
+"""The workload detects every page that the host dropped while it was in use."""
 
 import mmap
 import os
@@ -66,7 +66,8 @@ def test_freed_memory_is_used_again(source: Source) -> None:
 
 
 def test_a_guest_that_is_full_says_so_and_is_not_killed() -> None:
-    """What is isolated, or in the balloon, may come back: it is waited for."""
+    """The workload waits for memory that is isolated or in the balloon, because it may come
+    back."""
     available = [100 * MIB, 0, 0, 100 * MIB, 0]
     source = AnonymousSource(
         RAM_BYTES, lambda: available.pop(0) if len(available) > 1 else 9 * MIB, patience_s=0.5
@@ -110,7 +111,7 @@ def test_memory_comes_and_goes_and_what_is_held_stays(ram: mmap.mmap) -> None:
     offline = pb.WorkloadCommand(command_id=5, offline=pb.Offline(ranges=packed))
 
     assert "out of memory" in workload.run(allocate(40 * MIB)).error
-    for _ in range(2):  # what is online already stays so
+    for _ in range(2):  # blocks that are online stay online
         assert workload.run(online).error == ""
     assert workload.run(allocate(20 * MIB)).error == ""
     done = workload.run(offline)

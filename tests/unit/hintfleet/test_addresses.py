@@ -1,4 +1,4 @@
-"""Which addresses may be spoken to in plain text."""
+"""Which addresses may be used in plain text."""
 
 import pytest
 

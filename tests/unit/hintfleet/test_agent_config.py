@@ -1,5 +1,5 @@
-"""What a host agent writes, a guest agent reads; a wrong configuration is answered with the
-key and what it must be."""
+"""A guest agent reads what a host agent writes; the error for a wrong configuration names the key,
+and what it must be."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from hintfleet.settings import HUGE_PAGE_ORDER, PARTS, IsolatorKind, Method, Tra
 ROOT = Path(__file__).parents[3]
 GOOD = {"server": "unix:/x", "guest_uuid": "u", "token": "t"}
 
-texts = st.text(st.characters(exclude_categories=["Cs"]))  # no halves of UTF-16 pairs
+texts = st.text(st.characters(exclude_categories=["Cs"]))  # no lone surrogates
 sizes = st.integers(0, (1 << 52) - 1)
 
 

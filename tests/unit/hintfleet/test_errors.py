@@ -1,4 +1,4 @@
-"""Every error class crosses gRPC and comes out as itself, hint included."""
+"""Every error class survives gRPC, with its hint."""
 
 from urllib.parse import quote
 
@@ -38,7 +38,7 @@ def test_only_wrong_input_is_a_usage_error() -> None:
 
 @pytest.mark.parametrize("letter", ["x", "\N{REPLACEMENT CHARACTER}"])
 def test_a_long_log_does_not_keep_an_error_from_arriving(letter: str) -> None:
-    """gRPC gives RESOURCE_EXHAUSTED in place of a status of more than 8 KiB."""
+    """gRPC replaces a status of more than 8 KiB by RESOURCE_EXHAUSTED."""
     error = GuestLost(f"guest g: it ended: {letter * 20_000} the end", hint="look " * 9_000)
     found = from_status(*to_status(error))
     assert isinstance(found, GuestLost)

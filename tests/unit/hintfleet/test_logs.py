@@ -1,4 +1,4 @@
-"""How log lines are written, whatever stands in them."""
+"""Log lines are well formed, whatever their values are."""
 
 import io
 import json

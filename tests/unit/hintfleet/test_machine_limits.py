@@ -1,4 +1,4 @@
-"""Limits of cgroups as machines and containers show them: trees as the kernel writes them."""
+"""Limits of cgroups on machines and in containers, from trees as the kernel writes them."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,11 @@ from hintfleet.system.machine_limits import Bound, available_memory, processors,
 from hintfleet.units import GIB, MIB
 
 NO_LIMIT = 9223372036854771712
-"""v1's: the largest signed number of whole pages."""
+""""No limit" in cgroups v1: the largest signed number of whole pages."""
 
 
 class Machine:
-    """A root folder with what a machine of 8 GiB, half of them available, says."""
+    """A root folder with the files of a machine of 8 GiB, half of them available."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -74,7 +74,7 @@ def test_v1_counts_what_cannot_be_reclaimed(machine: Machine) -> None:
     machine.v1(V1, NO_LIMIT)
     machine.v1(f"{V1}/a", 600 * MIB, 200 * MIB)
     assert total_memory(machine.root) == Bound(value=600 * MIB, cgroup=f"{V1}/a")
-    # All of the inactive page cache is free to take, half of the active, and no memfd.
+    # All of the inactive page cache can be reclaimed, half of the active, and no memfd.
     left = (600 - 200 + 30 + 10) * MIB
     assert available_memory(machine.root) == Bound(value=left, cgroup=f"{V1}/a")
 

@@ -1,4 +1,4 @@
-"""Folders of one process each: whose they are, also where a process id says little."""
+"""Folders have one process as owner, even where a process id proves little."""
 
 import fcntl
 import os
@@ -14,14 +14,14 @@ from hintfleet.system.owned_folders import OwnedFolders
 
 @pytest.fixture
 def later() -> Iterator[int]:
-    """The id of a process that lives."""
+    """Return the id of a living process."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield process.pid
     process.communicate(b"\n")
 
 
 def folder(base: Path, pid: int, age_s: float) -> Path:
-    """One that had its last change so long ago."""
+    """Make a folder whose last change is `age_s` old."""
     path = base / f"x-{pid}-abcdefgh"
     path.mkdir()
     at_s = path.stat().st_mtime - age_s
@@ -35,7 +35,7 @@ def test_a_process_id_that_was_used_again_owns_nothing(tmp_path: Path, later: in
     assert folders.abandoned() == [old]
     fd = os.open(old, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    assert folders.abandoned() == [], "its maker has another id here"
+    assert folders.abandoned() == [], "its owner has another process id here"
     os.close(fd)
     folders.make().remove()
     assert not old.exists()

@@ -1,4 +1,4 @@
-"""RangeSet is a set of page frames; its wire form is small and has one spelling."""
+"""RangeSet is a set of page frames; its encoding is small and unique."""
 
 import itertools
 

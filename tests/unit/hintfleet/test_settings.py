@@ -1,4 +1,4 @@
-"""Defaults as the control API's contract says them."""
+"""The defaults are those that the control API's contract documents."""
 
 import re
 from pathlib import Path

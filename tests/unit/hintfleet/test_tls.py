@@ -1,4 +1,4 @@
-"""TLS folders that cannot be used, and doors that a certificate does not open."""
+"""TLS folders that cannot be used, and certificates that are refused."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Sizes say which gigabyte they mean."""
+"""Sizes distinguish GB and GiB."""
 
 import pytest
 from hypothesis import given

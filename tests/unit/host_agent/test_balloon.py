@@ -27,7 +27,7 @@ def test_the_target_falls_in_steps_and_rises_at_once() -> None:
 def test_a_guest_with_its_reserve_is_left_alone() -> None:
     assert RULE.next_target(stats(500, 102)) is None
     assert RULE.next_target(stats(500, 106)) is None
-    assert RULE.next_target(stats(1024, 90)) is None, "it has all of its memory"
+    assert RULE.next_target(stats(1024, 90)) is None, "the guest has all of its memory already"
 
 
 def test_settings() -> None:
@@ -70,7 +70,8 @@ def test_a_guest_that_follows_ends_with_what_it_uses_and_the_reserve(
 
 
 def heard(*looks: tuple[float, int, int | None]) -> str:
-    """What is found at the last of these looks: when, when the guest last spoke, unused MiB."""
+    """Return the finding at the last of these times: (now, time of the guest's last statistics,
+    unused MiB)."""
     silence = Silence(0.0)
     found = ""
     for now_s, said_at_s, unused in looks:
@@ -81,7 +82,7 @@ def heard(*looks: tuple[float, int, int | None]) -> str:
 
 def test_a_guest_without_usable_statistics_cannot_be_followed() -> None:
     late_s = SILENT_AFTER_S + 1
-    assert not heard((late_s - 2, 0, None)), "it may be slow"
+    assert not heard((late_s - 2, 0, None)), "it may only be slow"
     assert "said nothing in 20 s" in heard((late_s, 0, None))
     assert "how much memory is unused" in heard((1, 1, None), (late_s, 20, None))
     assert "nothing more for 20 s" in heard((1, 5, 5), (late_s, 5, 5), (2 * late_s, 5, 5))
@@ -115,4 +116,4 @@ def test_a_guest_at_rest_is_asked_every_fourth_time_and_at_once_when_it_stirs() 
     resting = [rest.over(stirred=False) for _ in range(40)]
     assert resting.count(True) <= 12
     assert rest.over(stirred=True)
-    assert all(rest.over(stirred=False) for _ in range(10)), "its next step may follow"
+    assert all(rest.over(stirred=False) for _ in range(10)), "the next step may follow at once"

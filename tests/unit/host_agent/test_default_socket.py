@@ -1,4 +1,4 @@
-"""Where the default socket may lie."""
+"""Which folder may hold the default socket."""
 
 import os
 from pathlib import Path
@@ -14,11 +14,11 @@ def test_a_folder_of_ours_is_closed_to_others(tmp_path: Path) -> None:
     folder.mkdir(parents=True, mode=0o777)
     _refuse_if_not_ours(folder, tmp_path)
     assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent)} == {0o700}
-    assert tmp_path.stat().st_mode & 0o777 == 0o700, "pytest's own, as it was"
+    assert tmp_path.stat().st_mode & 0o777 == 0o700, "the mode of pytest's folder is unchanged"
 
 
 def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
-    """Who made it first could put a socket of his own there at any time."""
+    """Its owner could put another socket there at any time."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "hintfleet-0").symlink_to(tmp_path / "theirs")
     folder = tmp_path / "hintfleet-0" / "hintfleet"

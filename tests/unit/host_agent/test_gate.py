@@ -121,9 +121,9 @@ def test_a_batch_that_waited_too_long_is_stale(running: Gate) -> None:
 
 
 def test_a_running_batch_delays_the_welcome(running: Gate) -> None:
-    """I2: it cannot be called back, and what it punches the guest may not have yet."""
+    """I2: a running punch cannot be cancelled, so the guest must not release its chunks yet."""
     instructions = list(running.connected(6))
-    assert skipped(batch(2), pb.WRONG_EPOCH) in instructions, "what waits never runs"
+    assert skipped(batch(2), pb.WRONG_EPOCH) in instructions, "the waiting batch never runs"
     assert ended(instructions) == {5: TransientError}
     assert Welcome(6) not in instructions
     assert running.finished(batch(1), DONE) == [Post(batch(1), DONE), Welcome(6)]
@@ -162,16 +162,16 @@ def test_the_end_of_a_superseded_session_changes_nothing(gate: Gate) -> None:
 
 
 def test_batches_of_a_superseded_session_never_run(gate: Gate) -> None:
-    """Not even if it names the epoch that is open now."""
+    """Not even if they name the epoch that is open now."""
     gate.connected(6)
     told = batch(1, epoch=6)
     assert gate.arrived(5, told) == [skipped(told, pb.WRONG_EPOCH)]
     assert gate.turn_came(0.0) == []
-    assert gate.arrived(6, told) == [TakeTurn()], "nor does it take a number in the sequence"
+    assert gate.arrived(6, told) == [TakeTurn()], "they do not use up a sequence number"
 
 
 def test_batches_of_a_superseded_session_are_bounded(gate: Gate) -> None:
-    """It is entered into the books, and 4096 batches of 2**40 pages are 2**64 bytes."""
+    """They enter the books, and 4096 batches of 2**40 pages are 2**64 bytes."""
     gate.connected(6)
     for ranges in (EMPTY, RangeSet([(0, LIMITS.pages_per_batch + 1)])):
         with pytest.raises(InvalidInput):
@@ -179,7 +179,7 @@ def test_batches_of_a_superseded_session_are_bounded(gate: Gate) -> None:
 
 
 def test_batches_of_an_earlier_boot_are_skipped(running: Gate) -> None:
-    """A guest that boots again says Hello like any other agent, and that is enough."""
+    """A guest that boots again sends a Hello, which ends the earlier epoch like any other."""
     assert skipped(batch(2), pb.WRONG_EPOCH) in running.connected(6)
     assert running.finished(batch(1), DONE)[-1] == Welcome(6)
 

@@ -1,4 +1,4 @@
-"""Limits on a guest: never too much, never too little for an honest one."""
+"""Rate limits stop a hostile guest and never slow an honest one."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_a_flood_is_a_violation_only_if_it_goes_on() -> None:
     with pytest.raises(LimitExceeded, match="messages per second"):
         conduct.heard(now_s)
     now_s += MESSAGES.burst / MESSAGES.per_s
-    assert conduct.heard(now_s) == 0, "after a pause it is none"
+    assert conduct.heard(now_s) == 0, "after a pause, it is no flood"
 
 
 def test_batches_are_slowed_by_their_cost_and_are_no_violation() -> None:
@@ -112,7 +112,7 @@ def test_streams_are_bounded_in_rate() -> None:
     for _ in range(SESSIONS.burst):
         with pytest.raises(LimitExceeded, match="per second"):
             conduct.may_open(0)
-    conduct.may_open(1.01 / SESSIONS.per_s)  # what was refused does not count
+    conduct.may_open(1.01 / SESSIONS.per_s)  # refused streams do not count
 
 
 def test_violations_far_apart_are_forgiven() -> None:

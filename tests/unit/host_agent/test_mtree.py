@@ -1,4 +1,4 @@
-"""`info mtree -f` of real guests (QEMU 7.2, q35) into RAM ranges."""
+"""`info mtree -f` of real guests (QEMU 7.2, q35) is parsed into RAM ranges."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ DATA = Path(__file__).parents[2] / "data"
 
 
 def captured(name: str) -> str:
-    # As bytes: the monitor's line ends are part of what must be understood.
+    # Read as bytes, because the parser must understand the monitor's line ends.
     return (DATA / name).read_bytes().decode()
 
 
@@ -68,7 +68,7 @@ def test_a_block_that_is_mapped_twice() -> None:
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=8), st.data())
 def test_what_is_hidden_is_covered(sizes: list[int], data: st.DataObject) -> None:
-    """Cut a block anywhere, hide the end of each part: all of the block is found again."""
+    """Split a block anywhere and hide the end of each part: the whole block is found again."""
     total = sum(sizes)
     starts = [sum(sizes[:n]) for n in range(len(sizes))]
     visible = [data.draw(st.integers(1, size)) for size in sizes]

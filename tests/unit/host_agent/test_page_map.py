@@ -1,4 +1,4 @@
-"""The books' sets of pages, held against plain sets."""
+"""PageMap behaves like a plain set of pages."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from hintfleet.ranges import Range, RangeSet
 from host_agent.memory.page_map import PageMap
 
 SECTION = 4096
-# Around the ends of sections, and whole ones.
+# Pages around the ends of sections, and whole sections.
 edges = st.sampled_from([0, SECTION, 2 * SECTION, 5 * SECTION])
 places = st.builds(lambda edge, by: max(0, edge + by), edges, st.integers(-6, 6))
 lengths = st.one_of(st.integers(1, 12), st.sampled_from([SECTION - 1, SECTION, 2 * SECTION + 1]))

@@ -1,4 +1,4 @@
-"""Reclaim punches exactly what was hinted and exists, and says what was there."""
+"""Reclaim punches exactly what was hinted and exists, and reports what was resident."""
 
 import os
 
@@ -21,7 +21,7 @@ on_real_memory = settings(
 
 
 def offset_bytes(pfn: int) -> int:
-    """Where the fixture's layout puts a page."""
+    """Return where the fixture's layout puts a page."""
     return (pfn if pfn < 1024 else pfn - 1024) * PAGE_BYTES
 
 
@@ -69,7 +69,7 @@ def test_memory_that_is_dropped_during_an_audit_is_absent(
     def lseek_in_a_race(fd: int, at: int, whence: int) -> int:
         nonlocal calls
         calls += 1
-        assert calls < 100, "it looks for ever"
+        assert calls < 100, "the audit does not end"
         found = lseek(fd, at, whence)
         if calls == 1:
             ram.punch(RangeSet([(0, 4)]))
@@ -80,18 +80,18 @@ def test_memory_that_is_dropped_during_an_audit_is_absent(
 
 
 def test_an_audit_ends_when_it_has_found_enough(ram: GuestRam, ram_fd: int) -> None:
-    """And the next one begins there: memory comes back where it came back last."""
+    """The next one begins there, because memory comes back where it came back last."""
     far = RangeSet([(4097, 2)])
     touch(ram_fd, far)
     touch(ram_fd, RangeSet([(8, 2)]))
     look = ram.look(ram.page_map, 4096, 2)
     assert look.resident.ranges() == far
     again = ram.look(ram.page_map - PageMap(far), look.next_pfn, 2)
-    assert again.resident.ranges() == RangeSet([(8, 2)]), "it goes round"
+    assert again.resident.ranges() == RangeSet([(8, 2)]), "the audit wraps around to the start"
 
 
 def test_an_audit_that_ran_out_of_time_continues_where_it_ended(ram: GuestRam, ram_fd: int) -> None:
-    """Else it would begin with the same memory again and again, and never come to the rest."""
+    """Else it would begin with the same memory again and again, and never reach the rest."""
     touch(ram_fd, RangeSet([(8, 2), (4097, 2)]))
     first = ram.look(ram.page_map, 0, slice_s=0)
     assert first.resident.ranges() == RangeSet([(8, 2)])
@@ -100,7 +100,8 @@ def test_an_audit_that_ran_out_of_time_continues_where_it_ended(ram: GuestRam, r
 
 
 def test_a_small_audit_does_not_walk_through_resident_memory_behind_it() -> None:
-    """Else what an audit costs would follow how much a guest uses, not how much came back."""
+    """Else the cost of an audit would depend on how much a guest uses, not on how much came
+    back."""
     fd = os.memfd_create("sea")
     os.truncate(fd, 64 * MIB)
     os.pwrite(fd, bytes(64 * MIB - PAGE_BYTES), PAGE_BYTES)
@@ -126,7 +127,7 @@ def test_a_small_audit_does_not_walk_through_resident_memory_behind_it() -> None
 def test_an_audit_finds_what_is_resident(
     ram: GuestRam, ram_fd: int, touched: RangeSet, within: RangeSet, start_pfn: int, counts: bool
 ) -> None:
-    """From wherever it begins, and on kernels that do not count."""
+    """It does from any start, and on kernels without cachestat."""
     ram.punch(ram.pages)
     touch(ram_fd, touched & ram.pages)
     with pytest.MonkeyPatch.context() as patch:

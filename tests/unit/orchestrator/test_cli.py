@@ -1,4 +1,4 @@
-"""The command line: bad input is told on stderr, with the right exit code, and costs nothing."""
+"""The command line reports bad input on stderr at once, with the right exit code."""
 
 import contextlib
 import json
@@ -148,7 +148,7 @@ def test_an_interrupt_whose_exception_was_lost_still_ends_the_run() -> None:
     try:
         interrupts = Interrupts()
         interrupts.check()
-        with contextlib.suppress(KeyboardInterrupt):  # as a destructor would
+        with contextlib.suppress(KeyboardInterrupt):  # as in a destructor
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             interrupts.check()

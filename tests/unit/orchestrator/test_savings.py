@@ -1,4 +1,4 @@
-"""Savings: what is a pair, how far intervals reach, and when there is no figure."""
+"""Savings: what is a pair, how wide intervals are, and when there is no figure."""
 
 import random
 
@@ -44,7 +44,7 @@ def measured(
 
 
 def rows(saved: dict[tuple[int, str], float], run: str = "r1") -> list[Measured]:
-    """Control 100 MiB above; the arm less by what is saved."""
+    """Return rows of the control, and of an arm whose footprint is smaller by what it saves."""
     return [
         measured(arm, repetition, host, footprint(1000 * MIB - less), run=run)
         for (repetition, host), value in saved.items()
@@ -134,7 +134,7 @@ def test_one_repetition_has_no_interval_whatever_its_hosts(by: By) -> None:
 
 @pytest.mark.parametrize("hosts", ["a", "ab", "abcdef"])
 def test_intervals_hold_the_truth_as_often_as_they_say(hosts: str) -> None:
-    """Hosts of a trial share most of its noise: how busy the machine was then."""
+    """Hosts of a trial share most of its noise, such as how busy the machine was."""
     chance = random.Random(1)
     covered = 0
     for _ in range(1000):

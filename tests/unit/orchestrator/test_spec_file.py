@@ -1,4 +1,4 @@
-"""Spec files: what is wrong is said with file, line and column, and what to do."""
+"""Errors in spec files name file, line and column, and say what to do."""
 
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def test_a_good_spec() -> None:
 def test_mistakes_are_reported_with_their_place(
     old: str, new: str, where: str | None, said: str
 ) -> None:
-    if where is None:  # an anchor that nothing refers to harms nobody
+    if where is None:  # an anchor without a reference is accepted
         assert spec_file.parse(GOOD.replace(old, new), "mine.yaml").spec.repetitions == 3
         return
     message = refusal(old, new)

@@ -1,4 +1,4 @@
-"""Tables: nothing that matters is cut, at 100 columns and at 80."""
+"""Tables cut nothing that matters, at 100 columns and at 80."""
 
 from dataclasses import replace
 
@@ -89,7 +89,7 @@ def test_a_summary_shows_every_figure(width: int) -> None:
         assert figure in shown
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= width
-    assert shown.count("guest lost") == 1, "a reason is said once"
+    assert shown.count("guest lost") == 1, "a reason is printed once"
     assert "last output" not in shown
 
 
