@@ -35,8 +35,8 @@ def tracking(allocator: BuddyAllocator, tracker: TrackerKind) -> EmbeddedIsolato
 def freed(allocator: BuddyAllocator, chunks: int) -> RangeSet:
     """Allocate chunks and free them; return their pages.
 
-    `chunks` must be even: else the last chunk would merge with a reported one, and the reported tracker
-    would take both, as the kernel does.
+    `chunks` must be even: else the last chunk would merge with a reported one, and the reported
+    tracker would take both, as the kernel does.
     """
     pfns = [allocator.allocate(9) for _ in range(chunks)]
     for pfn in pfns:
