@@ -1,4 +1,5 @@
-"""What the agent costs in a real guest: memory, idle CPU, system calls of an idle period."""
+"""Measure what the agent costs in a real guest: memory, idle CPU, system calls of an idle
+period."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ _IOCTL = ("16",)
 
 
 def run() -> Iterator[Figure]:
-    """One guest after the other; each works, then rests, and is measured at rest."""
+    """Measure one guest after the other: each works, then rests, and is measured at rest."""
     try:
         modules()
         image = find_image()
@@ -55,7 +56,7 @@ def run() -> Iterator[Figure]:
 
 
 def _seen_at_rest(isolator: str, port: int) -> dict[str, Any]:
-    """The probe's last line."""
+    """Return the last line of the probe, parsed."""
     wanted = spec(isolator=isolator, parameters=f"init_on_alloc=0 hintfleet.bench={port}")
     with running_host_agent() as host:
         host.watch(timeout_s=600)
@@ -68,14 +69,14 @@ def _seen_at_rest(isolator: str, port: int) -> dict[str, Any]:
         said = console(guest.pid)
     lines = [line.partition("PROBE ")[2] for line in said.splitlines() if "PROBE {" in line]
     if not lines:
-        raise RuntimeError(f"the probe said nothing:\n{said}")
+        raise RuntimeError(f"the probe printed nothing:\n{said}")
     seen: dict[str, Any] = json.loads(lines[-1])
     return seen
 
 
 def _figures(isolator: str, seen: dict[str, Any]) -> Iterator[Figure]:
-    """Rss is smaps_rollup's, which counts pages; VmRSS lacks what the last 64 faults of
-    each thread brought (mm/memory.c: SPLIT_RSS_COUNTING)."""
+    """Yield the figures. Rss is from smaps_rollup, which counts pages; VmRSS misses up to 64 page
+    faults of each thread (mm/memory.c: SPLIT_RSS_COUNTING)."""
     memory, cpu = seen["memory_kib"], seen["cpu_percent"]
     for client in ("aio", "sync"):
         for measure, wanted in (("Rss", "<= 1.15"), ("VmRSS", ""), ("Pss", "")):
@@ -90,9 +91,9 @@ def _figures(isolator: str, seen: dict[str, Any]) -> Iterator[Figure]:
         yield Figure(name=name, unit="calls", ours=per_s * PERIOD_S)
     if isolator == "hugetlb":
         for name, key in (
-            ("kpageflags of all chunks / a loop of bare reads, in a guest", "scan_ns"),
-            ("a look at the free lists / a bare read, in a guest", "look_ns"),
+            ("page flags of all chunks / a loop of bare reads, in a guest", "scan_ns"),
+            ("reading the free lists / a bare read of the file, in a guest", "look_ns"),
         ):
-            # As speeds: below 1 is slower than bare reads.
+            # Speeds, not times: below 1 is slower than bare reads.
             pairs = [(1e9 / ours, 1e9 / bare) for ours, bare in seen[key]]
             yield side_by_side(name, "1/s", pairs)

@@ -1,5 +1,5 @@
-"""What a look at a RAM file costs that finds 64 MiB which came back: beside other ways of
-looking, in guests that use much, have much absent, or are cut up."""
+"""Measure an audit of a RAM file that finds 64 MiB which came back. It is compared with other ways
+to find them, and with guests that have much absent memory, or single absent pages."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ _CUT_UP_PAGES = 65536
 
 
 def run() -> Iterator[Figure]:
-    """Ours / other, processor time of one look."""
-    yield _beside("the whole RAM walked with SEEK_DATA and SEEK_HOLE", _walk_all)
-    yield _beside("the same look where the kernel does not count (before Linux 6.5)", _uncounted)
-    yield _within(f"in {_LARGE_BYTES // GIB} GiB of absent memory / in 64 MiB of it", _large())
-    yield _within(f"with {_CUT_UP_PAGES // 2} absent pages one by one beside it / none", _cut_up())
+    """Yield the CPU time of one audit, ours / other."""
+    yield _beside("walk through the whole file with SEEK_DATA and SEEK_HOLE, in C", _walk_all)
+    yield _beside("the same without cachestat (before Linux 6.5)", _uncounted)
+    yield _within(f"with {_LARGE_BYTES // GIB} GiB absent / with 64 MiB absent", _large())
+    yield _within(f"with {_CUT_UP_PAGES // 2} single absent pages elsewhere / with none", _cut_up())
 
 
 Look = Callable[["_Guest"], None]
 
 
 class _Guest:
-    """A RAM file of which some pages are absent by the books; `_BACK` are resident all the same."""
+    """A RAM file: the books say that the `absent` pages are absent, but those in `_BACK` are
+    resident."""
 
     def __init__(self, size_bytes: int, absent: PageMap, touched: RangeSet) -> None:
         fd = os.memfd_create("audit")
@@ -48,7 +49,7 @@ class _Guest:
         self.fd, self.size_bytes = fd, size_bytes
 
     def look(self) -> None:
-        """As the host agent does where memory came back before."""
+        """Do what the host agent does: begin where memory came back before."""
         found = self.ram.look(self.absent, 4096, _BACK.page_count)
         assert found.resident.page_count == _BACK.page_count
 
@@ -60,7 +61,7 @@ def _took_s(look: Callable[[], None]) -> float:
 
 
 def _busy() -> _Guest:
-    """1 GiB, all of it in use."""
+    """Return a guest of 1 GiB, all of it in use."""
     return _Guest(GIB, _BACK, RangeSet([(0, GIB // PAGE_BYTES)]))
 
 
@@ -70,7 +71,7 @@ def _beside(name: str, other: Look) -> Figure:
         (_took_s(guest.look) * 1e3, _took_s(lambda: other(guest)) * 1e3) for _ in range(_ROUNDS)
     ]
     guest.ram.close()
-    return side_by_side(f"a look for 64 MiB in 1 GiB in use / {name}", "ms", pairs)
+    return side_by_side(f"audit, 64 MiB back in 1 GiB in use / {name}", "ms", pairs)
 
 
 def _walk_all(guest: _Guest) -> None:
@@ -89,12 +90,13 @@ def _uncounted(guest: _Guest) -> None:
 
 
 def _within(name: str, guest: _Guest) -> Figure:
-    """Against a guest of which nothing is absent but what came back, and nothing else in use."""
+    """Compare `guest` with one in which only `_BACK` is absent by the books, and only that is in
+    use."""
     small = _Guest(GIB, _BACK, _BACK.ranges())
     pairs = [(_took_s(guest.look) * 1e3, _took_s(small.look) * 1e3) for _ in range(_ROUNDS)]
     for each in (guest, small):
         each.ram.close()
-    return side_by_side(f"a look for 64 MiB {name}", "ms", pairs)
+    return side_by_side(f"audit, 64 MiB back, {name}", "ms", pairs)
 
 
 def _large() -> _Guest:

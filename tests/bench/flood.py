@@ -1,8 +1,8 @@
-"""What one hostile guest costs its 256 neighbours: their ack latency, with and without,
-and the host agent's CPU time, which tells even where other work on the machine blurs the rest.
+"""Measure what one hostile guest costs its 256 neighbours: their ack latency with and without it,
+and the host agent's CPU time. Other work on the machine disturbs the CPU time least.
 
-One host agent, one process that speaks for all neighbours at a steady pace, one that
-floods or shreds (flooder.py); phases with and without take turns within one run.
+There is one host agent, one process that acts for all neighbours at a steady pace, and one that
+floods or shreds (flooder.py). Phases with and without it take turns within one run.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from tests.bench.report import Figure, side_by_side
 _NEIGHBOURS = 256
 _PERIOD_S = 0.5
 _PHASE_S = 3.0
-"""Less than what makes a flood a violation: one that goes on is ended, which would help."""
+"""Too short for a violation: the host ends a longer flood, which would improve the figures."""
 _REST_S = 0.2
-"""For what is still on its way. In a phase without flood its burst fills up again."""
+"""Time for messages that are still on their way. In a phase without flood, the burst of the
+flooder's rate limit fills up again."""
 _ROUNDS = 8
 _CHUNK_PAGES = 512
 _CHUNKS = range(0, 8, 2)
@@ -41,7 +42,7 @@ _CHUNKS = range(0, 8, 2)
 class _Phase:
     """What was measured for a while.
 
-    :ivar cpu_share: of one core, by the host agent.
+    :ivar cpu_share: CPU time of the host agent, as a share of one core.
     """
 
     latencies_s: list[float]
@@ -52,7 +53,7 @@ class _Phase:
 
 
 class _Neighbour:
-    """A guest that uses a page of each of some chunks, and hints the chunks, over and over."""
+    """A guest that again and again uses one page in each of some chunks, and hints the chunks."""
 
     def __init__(self, address: str, guest: dict[str, str]) -> None:
         # A connection of its own, as each guest has.
@@ -72,7 +73,7 @@ class _Neighbour:
         self._seq = 0
 
     async def run(self, offset_s: float) -> None:
-        """Send batches at a steady pace until cancelled; one that is late is not made up for."""
+        """Send batches at a steady pace until cancelled; do not catch up after a late batch."""
         next_s = time.monotonic() + offset_s
         while True:
             await asyncio.sleep(max(0.0, next_s - time.monotonic()))
@@ -93,7 +94,7 @@ class _Neighbour:
         ack = message.ack
         late = [skipped.reason for skipped in ack.skipped] == [pb.STALE]
         if not late and ack.reclaimed_bytes != len(_CHUNKS) * PAGE_BYTES:
-            raise RuntimeError(f"the host reclaimed something else: {ack}")
+            raise RuntimeError(f"the host did not reclaim what was hinted: {ack}")
         return elapsed_s
 
     async def _read(self) -> pb.HostMessage:
@@ -108,7 +109,8 @@ class _Neighbour:
 
 
 def run() -> Iterator[Figure]:
-    """CPU time, median and 99th percentile of ack latency, with the hostile guest / without."""
+    """Yield CPU time, median and 99th percentile of ack latency, with / without the hostile
+    guest."""
     yield from _beside("floods")
     yield from _beside("shreds")
 
@@ -135,7 +137,7 @@ def _beside(kind: str) -> Iterator[Figure]:
 async def _measure(
     address: str, guests: list[dict[str, str]], flooder: subprocess.Popen[str], host_pid: int
 ) -> list[tuple[_Phase, _Phase]]:
-    """Each round, with and without the flood."""
+    """Return a pair for each round: with the flood, without it."""
     neighbours = [_Neighbour(address, guest) for guest in guests]
     for neighbour in neighbours:
         await neighbour.open()
@@ -163,7 +165,7 @@ async def _measure(
     for neighbour in neighbours:
         await neighbour.close()
     if flooder.poll() is not None:
-        raise RuntimeError("the flooder has ended: it was shown out")
+        raise RuntimeError("the flooder has ended: the host dropped its guest")
     return rounds
 
 
@@ -179,8 +181,8 @@ async def _phase(neighbours: list[_Neighbour], host_pid: int) -> _Phase:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU time of a process."""
-    # What clock_getcpuclockid(3) returns.
+    """Return the CPU time of a process."""
+    # The clock id that clock_getcpuclockid(3) would return.
     return time.clock_gettime(~pid << 3 | 2)
 
 
@@ -192,7 +194,7 @@ def _tell(process: subprocess.Popen[str], word: str) -> None:
 
 @contextmanager
 def process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that ends when its stdin does."""
+    """Run a process that ends when its stdin is closed."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """A host agent with many guests that have RAM files and no processes.
 
-The servers, the registry, the books and the punches are the real ones; who speaks for the
-guests is the benchmark. (An embedded guest's process takes 16 MiB and half a second.)
+The servers, the registry, the books and the punches are the real ones. The benchmark acts for the
+guests, because a real embedded guest's process takes 16 MiB and half a second.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from host_agent.steady import keep_latency_steady
 
 _TRIAL = "flood"
 GUEST_BYTES = 1 * GIB
-"""Of address space; neighbours use four pages of it, and a Shredder half."""
+"""Address space of each guest; a neighbour uses four pages of it, and a Shredder half."""
 
 
 class _Guest:
-    """A RAM file."""
+    """A RAM file without a process."""
 
     pid = 0
     handle = ""
@@ -56,7 +56,7 @@ class _Driver:
 
 
 async def _make(registry: Registry, name: str) -> dict[str, str]:
-    """A guest, and all that one must know to speak for it."""
+    """Make a guest; return what a client needs to act for it."""
     spec = host_pb2.GuestSpec(
         driver=host_pb2.EMBEDDED, memory_bytes=GUEST_BYTES, method=host_pb2.NONE
     )
@@ -72,7 +72,7 @@ async def _make(registry: Registry, name: str) -> dict[str, str]:
 
 
 async def main(guests: int) -> None:
-    """Serve until stdin ends; says where, and who, on stdout."""
+    """Serve until stdin ends; print the address and the guests on stdout."""
     keep_latency_steady()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as hintfleet-host does
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,10 +1,10 @@
-"""Guests that ask for as much of the host's time as they can get, and break no rule: that would
-end their sessions. They do it while the last line on stdin said `on`.
+"""Guests that take as much of the host's time as they can without breaking a rule, which would end
+their sessions. They do so while the last line on stdin was `on`.
 
-`Flooder` sends all that the protocol allows, as fast as the link takes it: two batches of as
-many ranges as may be are in flight at any time, and the rest of the stream is telemetry.
-`Shredder` uses every second page of its memory and hints all of it in one range, over and
-over, so that the host meets as many pieces as there can be.
+`Flooder` sends all that the protocol allows, as fast as the link takes it: two batches with the
+most ranges are always in flight, and the rest of the stream is telemetry. `Shredder` uses every
+second page of its memory and hints all of it in one range, again and again, so that the host finds
+the most pieces possible.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from host_agent.session.gate import LIMITS
 
 _RANGES = encode(RangeSet((2 * n, 1) for n in range(LIMITS.ranges_per_batch)))
 
-# With a field that nobody knows: else thousands fit into the stream's window, and the flood
-# would go on for long after its end.
+# Padded with an unknown field: else thousands of messages fit into the stream's window, and the
+# host would read them long after the flood's end.
 _PADDING = b"\x7a\x80\x20" + bytes(4096)
 _TELEMETRY = pb.GuestMessage(telemetry=pb.Telemetry.FromString(b"\x20\x01" + _PADDING))
 
@@ -42,7 +42,7 @@ class Flooder:
         self.sent = 0
 
     async def run(self, hello: pb.Hello) -> None:
-        """Flood until stdin ends, then say on stdout how many messages were sent."""
+        """Flood until stdin ends, then print how many messages were sent."""
         await self._call.write(pb.GuestMessage(hello=hello))
         self._epoch = (await self._call.read()).welcome.epoch
         tasks = [asyncio.create_task(work) for work in (self._read(), self._write())]
@@ -76,7 +76,7 @@ class Flooder:
 
 
 class Shredder(Flooder):
-    """One session, with the guest's RAM in hand."""
+    """One session, with access to the guest's RAM."""
 
     async def _write(self) -> None:
         ram = os.open(self._guest["ram"], os.O_RDWR)
@@ -91,7 +91,7 @@ class Shredder(Flooder):
 
 
 async def main(address: str, kind: str, guest: dict[str, str]) -> None:
-    """Be that kind of guest."""
+    """Act as the kind of guest that the command line names."""
     identity = pb.Identity(guest_uuid=guest["uuid"], token=guest["token"])
     async with open_aio_channel(address) as channel:
         call = HintingServiceStub(channel).Session()  # type: ignore[call-arg]

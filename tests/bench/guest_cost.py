@@ -1,4 +1,5 @@
-"""What a guest agent costs: memory against a bare gRPC client, idle CPU, bytes on the wire."""
+"""Measure what a guest agent costs: memory beside a bare gRPC client, idle CPU, bytes on the
+wire."""
 
 from __future__ import annotations
 
@@ -16,22 +17,22 @@ from tests.bench.silent_host import silent_host
 from tests.support.agents import HostAgent, running_host_agent
 
 _START_S = 60.0
-"""Threads of gRPC's look for work, ever more seldom, for most of a minute after the last."""
+"""gRPC's threads poll, less and less often, for most of a minute after the last message."""
 _IDLE_S = 30.0
 
 _BARE_CLIENT = str(Path(__file__).with_name("in_guest") / "bare_client.py")
 
 
 def run() -> Iterator[Figure]:
-    """RSS and CPU of an embedded guest that has hinted 640 MiB and is idle, and of the
-    agent of a real guest with nothing to do.
+    """Yield RSS and CPU of an idle embedded guest that has hinted 640 MiB, and of the agent of a
+    real guest with nothing to do.
 
-    The embedded guest holds more than an agent: the workload with its pattern, and the
+    The embedded guest contains more than an agent: the workload with its pattern, and the
     allocator.
     """
     with running_host_agent() as host:
         host.watch()
-        # Its RAM is another process's file, so that only the agent itself counts.
+        # Its RAM is a file that another process made, so it does not count as the agent's memory.
         guest = host.create()
         for _ in range(10):
             host.allocate(64 * MIB)
@@ -61,7 +62,7 @@ def run() -> Iterator[Figure]:
 
 @contextlib.contextmanager
 def _running(*arguments: str) -> Iterator[int]:
-    """The pid of a Python process."""
+    """Run a Python process; yield its pid."""
     process = subprocess.Popen([sys.executable, *arguments])
     try:
         yield process.pid
@@ -71,7 +72,7 @@ def _running(*arguments: str) -> Iterator[int]:
 
 
 def _at_rest(*pids: int) -> tuple[dict[int, float], dict[int, float]]:
-    """Memory in MiB and CPU in % of a core, of each."""
+    """Return each process's memory in MiB and CPU in % of a core."""
     before_s = {pid: _cpu_s(pid) for pid in pids}
     time.sleep(_IDLE_S)
     idle = {pid: 100 * (_cpu_s(pid) - before_s[pid]) / _IDLE_S for pid in pids}
@@ -82,14 +83,15 @@ def _wire(host: HostAgent) -> Figure:
     ledger: host_pb2.Ledger = host.guests()["g"].ledger
     return Figure(
         name=f"wire, {ledger.ranges} ranges of a fragmented guest",
-        unit="bytes a range",
+        unit="bytes for each range",
         ours=ledger.wire_bytes / ledger.ranges,
         wanted="<= 3",
     )
 
 
 def _private_mib(pid: int) -> float:
-    """Anonymous memory and files, without shared memory: the guest's RAM is not the agent's."""
+    """Return the RSS of anonymous memory and files. Shared memory is left out, because it is the
+    guest's RAM."""
     fields = dict(
         line.split(":", 1)
         for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -99,6 +101,6 @@ def _private_mib(pid: int) -> float:
 
 
 def _cpu_s(pid: int) -> float:
-    """User and system time, from the scheduler's own nanoseconds."""
+    """Return user and system time, from the scheduler's counter of nanoseconds."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9

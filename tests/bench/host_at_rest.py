@@ -1,8 +1,8 @@
-"""What a host agent costs while its guests rest, and while one of them churns.
+"""Measure a host agent's CPU time while its guests rest, and while one of them churns.
 
-CPU time of the host agent's process, with a Watch of a second open. From what a guest that
-uses and frees memory costs, two things are taken: the punches themselves (a bare loop's time for
-as much), and what the bench's own commands cost (measured beside it, with commands of no bytes).
+A Watch of one second is open meanwhile. Two costs are subtracted from the cost of a guest that uses
+and frees memory: the punches themselves (the time of a bare loop for as much memory), and the
+benchmark's own commands (measured with commands of zero bytes).
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ _EMBEDDED = host_pb2.GuestSpec(
 
 
 def run() -> Iterator[Figure]:
-    """Real guests, three of each method; embedded ones; bare sessions."""
+    """Yield figures of three real guests of each method, of embedded guests, and of bare
+    sessions."""
     punch_s_per_byte = _punch_s_per_byte()
     try:
         find_image()
@@ -102,20 +103,20 @@ def _rest_and_churn(
         ours=100 * rest.of_a_core / len(names),
         wanted=wanted,
     )
-    # The commands come from this bench, and the host agent passes them on: that is no churn.
+    # The benchmark's commands pass through the host agent; their cost is not churn.
     with _Share(host) as commands:
         _use_and_free(0, host, names[0])
     before = host.guests()[names[0]].ledger.reclaimed_total_bytes
     with _Share(host) as churn:
         _use_and_free(_CHURN_BYTES, host, names[0])
     guest = host.guests()[names[0]]
-    ours = guest.spec.method == host_pb2.HINTING  # QEMU pays for what the peers drop
+    ours = guest.spec.method == host_pb2.HINTING  # QEMU punches for the peers
     punched = (guest.ledger.reclaimed_total_bytes - before) if ours else 0
     punches = punched * punch_s_per_byte / churn.elapsed_s
     at_rest = rest.of_a_core / len(names)
     yield Figure(
         name=f"host agent, for {what} that uses and frees {_CHURN_BYTES // MIB} MiB "
-        f"{_CHURN_ROUNDS / churn.elapsed_s:.1f} times a second, less the punches",
+        f"{_CHURN_ROUNDS / churn.elapsed_s:.1f} times a second, without the punches",
         unit="% of a core",
         ours=100 * (churn.of_a_core - commands.of_a_core + at_rest - punches),
         wanted="<= 3",
@@ -123,7 +124,7 @@ def _rest_and_churn(
 
 
 class _Share:
-    """What a host agent takes of a core while the block runs."""
+    """Measures which share of a core the host agent uses while the block runs."""
 
     def __init__(self, host: HostAgent) -> None:
         self._pid = host.process.pid
@@ -142,15 +143,15 @@ def _use_and_free(size_bytes: int, host: HostAgent, name: str) -> None:
     for _ in range(_CHURN_ROUNDS):
         host.allocate(size_bytes, name)
         host.free(size_bytes, name)
-        # A guest that needs longer is not made to catch up.
+        # A round that takes longer than its period is not caught up.
         now_s = time.monotonic()
         next_s = max(next_s + _CHURN_PERIOD_S, now_s)
         time.sleep(next_s - now_s)
 
 
 def _punch_s_per_byte() -> float:
-    """CPU time of dropping memory that another process has written, in chunks, and nothing
-    else: as an agent does it, with caches that somebody else has used meanwhile."""
+    """Return the CPU time of punching chunks that another process has written, and of nothing else.
+    So the caches are cold, as in a host agent."""
     fd = os.memfd_create("bench")
     os.truncate(fd, _CHURN_BYTES)
     ram = GuestRam([Segment(pfn=0, page_count=_CHURN_BYTES // PAGE_BYTES, fd=fd, offset_bytes=0)])
@@ -189,7 +190,7 @@ for line in sys.stdin:
 
 
 def _watch(host: HostAgent) -> None:
-    """Keep the guests alive, as an experiment does, at a pace of its own."""
+    """Keep the guests alive with a Watch, as an experiment does."""
     request = host_pb2.WatchRequest(trial_id=TRIAL, period_ms=_WATCH_PERIOD_MS)
     stream = host.stub.Watch(request, timeout=1800)
     next(iter(stream))

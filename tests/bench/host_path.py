@@ -1,4 +1,4 @@
-"""From a received batch to its ack, against a bare C loop of the same punches."""
+"""Measure the path from a received batch to its ack, beside a bare C loop of the same punches."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ double punch_all(int fd, const long long *offsets, long long length, int count)
 
 
 def run() -> Iterator[Figure]:
-    """Two figures, of a full batch of chunks that are not adjacent, and of adjacent ones."""
+    """Yield two figures: of a full batch of chunks that are not adjacent, and of adjacent
+    chunks."""
     if not shutil.which("cc"):
         return
     keep_latency_steady()  # as the host agent does
     with tempfile.TemporaryDirectory() as folder:
         punch_in_c = _compile(Path(folder))
         for name, chunks, wanted in (
-            ("host path, 2 MiB ranges, not adjacent / C loop", range(0, 256, 2), ">= 0.95"),
-            ("host path, adjacent ranges / C loop per chunk", range(256), "> 1"),
+            ("batch to ack, 2 MiB ranges, not adjacent / C loop", range(0, 256, 2), ">= 0.95"),
+            ("batch to ack, adjacent ranges / C loop that punches each chunk", range(256), "> 1"),
         ):
             pairs = [_pair(punch_in_c, list(chunks), turn) for turn in range(_ROUNDS)]
             yield side_by_side(name, "GiB/s", pairs, wanted)
@@ -63,8 +64,8 @@ def run() -> Iterator[Figure]:
 def _pair(
     punch_in_c: ctypes._NamedFuncPointer, chunks: list[int], turn: int
 ) -> tuple[float, float]:
-    """Ours and C's GiB/s. They take turns in coming first, for that is not the same: what the
-    other freed just now is still in the caches."""
+    """Return GiB/s of our path and of the C loop. They take turns in going first, because the
+    second one finds memory in the caches that the first one has just freed."""
     if turn % 2:
         loop_in_c = _in_c(punch_in_c, chunks)
         return _ours(chunks), loop_in_c
@@ -99,11 +100,11 @@ def _in_c(punch: ctypes._NamedFuncPointer, chunks: list[int]) -> float:
 
 
 def _ours(chunks: list[int]) -> float:
-    """Decode, gate, reclaim, ledger and ack, as the service does it."""
+    """Time decode, gate, reclaim, ledger and ack, as the service does them."""
     fd = _touched_ram(chunks)
     ram = GuestRam([Segment(pfn=0, page_count=_RAM_BYTES // PAGE_BYTES, fd=fd, offset_bytes=0)])
     ledger, gate = Ledger(ram.page_map), Gate()
-    # As the service does once per period: the books know what is resident.
+    # The service does this once per period, so that the books know what is resident.
     ledger.audit(ram.resident(ledger.absent_pages))
     gate.connected(1)
     packed = encode(RangeSet((c * _CHUNK_PAGES, _CHUNK_PAGES) for c in chunks))
@@ -116,7 +117,7 @@ def _ours(chunks: list[int]) -> float:
 
 
 def acknowledge(wire: bytes, ram: GuestRam, ledger: Ledger, gate: Gate) -> bytes:
-    """What happens between the bytes of a batch and the bytes of its ack."""
+    """Turn the bytes of a batch into the bytes of its ack."""
     said = pb.GuestMessage.FromString(wire).batch
     batch = Batch(
         epoch=said.epoch,

@@ -1,9 +1,9 @@
-"""The agent of a real guest with nothing to do, as a process of this machine.
+"""The agent of a real guest with nothing to do, run as a process on this machine.
 
     python -m tests.bench.idle_agent HOST:PORT
 
-All of it is real, and so is what it reads every period; but it gains too little for a
-pass, whatever is free, and sees no change of free memory: this machine is not idle.
+The agent is real, and so are the files that it reads every period. But it never finds enough to
+begin a pass, and sees no change of free memory, because this machine is not idle.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CHUNK_ORDER = 9
 
 
 class _UnusedPool(HugetlbPool):
-    """Not mounted, and never grown."""
+    """A pool that is never mounted, and never grows."""
 
     def open(self) -> RangeSet:
         self._free_lists = FreeLists(_CHUNK_ORDER)

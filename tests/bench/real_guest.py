@@ -1,4 +1,4 @@
-"""Memory back from a real guest, by hinting and by its peers, side by side."""
+"""Measure how memory comes back from a real guest, by hinting and by its peers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LONGEST_S = 40.0
 _NOISE_BYTES = 2 * MIB
 
 _NO_ZEROING = "init_on_alloc=0"
-# As fast as a balloon can: one step to where the rule wants it.
+# The fastest balloon: one step to the size that its rule asks for.
 _ONE_STEP = host_pb2.BalloonSettings(step_percent=100)
 _ARMS: Mapping[str, host_pb2.GuestSpec] = {
     "none": spec(host_pb2.NONE, parameters=_NO_ZEROING),
@@ -48,9 +48,9 @@ _ARMS: Mapping[str, host_pb2.GuestSpec] = {
 class _Return:
     """How memory came back in one round.
 
-    :ivar back_bytes: what left the RAM file in the end.
+    :ivar back_bytes: memory that had left the RAM file at the end.
     :ivar took_s: from the workload's last free until 95 % of it had left.
-    :ivar moving_s: from the first hundredth of it that left until then.
+    :ivar moving_s: from the moment when 1 % had left until 95 % had left.
     """
 
     back_bytes: int
@@ -63,7 +63,7 @@ class _Return:
 
 
 def run() -> Iterator[Figure]:
-    """One guest an arm, one after the other, so that none disturbs another."""
+    """Measure one guest for each arm, one after the other, so that none disturbs another."""
     try:
         find_image()
         modules()
@@ -92,7 +92,7 @@ def run() -> Iterator[Figure]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """What one arm's guest was measured to do."""
+    """The measurements of one arm's guest."""
 
     returns: list[_Return]
     touch_s: list[float]
@@ -111,9 +111,11 @@ def _measure(host: HostAgent, arm: str, wanted: host_pb2.GuestSpec) -> _Seen:
 
 
 def _measure_asked(host: HostAgent, isolator: str) -> list[_Return]:
-    """The same, hinting only when asked to settle: how fast it is when all is free at once.
+    """Measure an arm that hints only when it is asked to settle: how fast it is when all is free at
+    once.
 
-    So little is freed that the kernel's own 2 s do not pass meanwhile.
+    Little enough is freed that it takes less than the 2 s between two passes of the kernel's
+    reporting.
     """
     wanted = spec(isolator=isolator, parameters=_NO_ZEROING)
     wanted.hinting.report_period_ms = 60_000
@@ -143,7 +145,8 @@ def _against_reporting(seen: Mapping[str, _Seen]) -> Iterator[Figure]:
 
 
 def _slowdown(arm: str, seconds: list[float], none: list[float]) -> Figure:
-    """Of a loop that touches free memory and frees it, with the quartiles of its rounds."""
+    """Return the slowdown of a loop that touches free memory and frees it, with the quartiles of
+    its rounds."""
     usual_s = statistics.median(none)
     low, median, high = (s / usual_s for s in statistics.quantiles(seconds))
     return Figure(
@@ -157,7 +160,7 @@ def _slowdown(arm: str, seconds: list[float], none: list[float]) -> Figure:
 
 
 class _Bench:
-    """One guest, and a look at its RAM file every 10 ms that costs one system call."""
+    """One guest, whose RAM file is sampled every 10 ms with one system call."""
 
     def __init__(self, host: HostAgent, name: str, wanted: host_pb2.GuestSpec) -> None:
         self._host = host
@@ -176,14 +179,14 @@ class _Bench:
         self._host.stub.DestroyGuest(request, timeout=30)
 
     def touch_s(self) -> float:
-        """Write to memory that was free for half a second."""
+        """Write to memory that was free for half a second; return how long that takes."""
         done = self._host.allocate(_TOUCHED_BYTES, self._name)
         self._host.free(_TOUCHED_BYTES, self._name)
         time.sleep(0.5)
         return done.duration_us / 1e6
 
     def give_back(self, size_bytes: int, ask: Callable[[], object] | None = None) -> _Return:
-        """Dirty memory, free all of it, and watch it leave."""
+        """Dirty memory, free all of it, and measure how it leaves."""
         self._host.allocate(size_bytes, self._name)
         time.sleep(0.5)
         with _Sampled(self._ram) as sampled:
@@ -195,7 +198,7 @@ class _Bench:
         return _judge(sampled.seen, freed_at_s)
 
     def agent_rss_mib(self) -> float:
-        """As its telemetry last said."""
+        """Return the agent's RSS, from its last telemetry."""
         for samples in reversed(self._host.samples):
             for sample in samples.samples:
                 if sample.guest_name == self._name:
@@ -204,7 +207,7 @@ class _Bench:
 
 
 class _Sampled:
-    """Residency over time."""
+    """Records resident memory over time."""
 
     def __init__(self, ram: GuestRam) -> None:
         self.seen = [(time.monotonic(), ram.resident_bytes())]
@@ -225,7 +228,7 @@ class _Sampled:
             self.seen.append((time.monotonic(), self._ram.resident_bytes()))
 
     def wait_until_still(self, still_s: float) -> None:
-        """Until nothing has left for so long."""
+        """Wait until nothing has left for that long."""
         began_s = moved_s = time.monotonic()
         lowest_bytes = self.seen[-1][1]
         while time.monotonic() - moved_s < still_s and time.monotonic() - began_s < _LONGEST_S:
@@ -235,8 +238,8 @@ class _Sampled:
 
 
 def _judge(seen: list[tuple[float, int]], freed_at_s: float) -> _Return:
-    """Hinting may begin while the workload still frees: what counts as its time then is
-    what it needs after the last free, one sample at the least."""
+    """Return the figures of one round. Hinting may begin while the workload is still freeing; only
+    the time after the last free counts, and at least one sample."""
     full_bytes = max(resident for _, resident in seen)
     back_bytes = full_bytes - min(resident for _, resident in seen)
 

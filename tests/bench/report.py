@@ -1,4 +1,4 @@
-"""What a benchmark returns, and how it is shown."""
+"""The figures that a benchmark yields, and how they are printed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Figure:
 
     :ivar ours, other: medians over rounds, in `unit`.
     :ivar ratio: ours / other, median of the rounds' ratios.
-    :ivar wanted: what the ratio or figure should be, as text; empty where there is no goal.
+    :ivar wanted: the goal for the ratio or the figure, as text; empty if there is none.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Figure:
 def side_by_side(
     name: str, unit: str, pairs: Sequence[tuple[float, float]], wanted: str = ""
 ) -> Figure:
-    """A figure from rounds of (ours, other), each pair measured together."""
+    """Return a figure from rounds of (ours, other), where each pair was measured together."""
     return Figure(
         name=name,
         unit=unit,

@@ -1,4 +1,4 @@
-"""How long a host agent that was killed is missed: from the start of the next one until
+"""Measure the recovery from a killed host agent: the time from the start of the next one until
 every guest has given memory back again."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 
 def run() -> Iterator[Figure]:
-    """Restarted at once, and after guests have tried in vain for long."""
+    """Yield figures of a restart at once, and of one after guests have long failed to connect."""
     for away_s in (0.0, 10.0):
         taken_s = [_seconds_to_go_on(away_s) for _ in range(_ROUNDS)]
         yield Figure(
@@ -60,7 +60,7 @@ def _give_back(host: HostAgent, name: str) -> int:
 
 
 def _retried(call: Callable[[], _T]) -> _T:
-    """Until the guest is back: before, nothing is done."""
+    """Retry a call until the guest has connected again; calls before that have no effect."""
     while True:
         try:
             return call()

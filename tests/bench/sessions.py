@@ -1,5 +1,5 @@
-"""Thousands of idle sessions: what they cost a host agent, and what an ack among them takes,
-beside a bare aio server that holds as many streams and echoes."""
+"""Measure thousands of idle sessions: their cost for a host agent and the latency of an ack among
+them, beside a bare aio server that holds as many streams and echoes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _BATCH = encode(RangeSet([(0, 512)]))
 
 
 def idle_sessions(count: int) -> Iterator[Figure]:
-    """CPU and memory of a host agent that holds so many; an ack's latency against an echo's."""
+    """Yield CPU and memory of a host agent with `count` sessions, and latencies: an ack / an
+    echo."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with ExitStack() as stack:
@@ -57,7 +58,9 @@ def idle_sessions(count: int) -> Iterator[Figure]:
     )
     for name, percent, wanted in (("p50", 50, ""), ("p99", 99, "<= 1.25")):
         values = [(_percentile(ack, percent), _percentile(bare, percent)) for ack, bare in pairs]
-        yield side_by_side(f"an ack among {what} / an echo, {name}", "ms", values, wanted)
+        yield side_by_side(
+            f"latency of an ack among {what} / of an echo, {name}", "ms", values, wanted
+        )
 
 
 _Measured = tuple[float, float, int, list[tuple[list[float], list[float]]]]
@@ -94,7 +97,7 @@ async def _measure(
 
 
 class _Stream:
-    """One session of a guest that says nothing, unless it is asked to hint."""
+    """One session of a guest that sends nothing unless it is told to hint."""
 
     def __init__(self, address: str, guest: dict[str, str]) -> None:
         self._guest = guest
@@ -114,7 +117,8 @@ class _Stream:
         self._epoch = (await self._call.read()).welcome.epoch
 
     async def latencies_s(self) -> list[float]:
-        """Of some batches, one after the other; nothing is resident where they hint."""
+        """Return the latencies of some batches, one after the other; their memory is not
+        resident."""
         return [await self._hint() for _ in range(_ACKS_A_ROUND)]
 
     async def _hint(self) -> float:

@@ -1,4 +1,4 @@
-"""A host that welcomes every guest and then says nothing: for clients that only hold a stream."""
+"""A host that welcomes every guest and then sends nothing, for clients that only hold a stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PERIOD_S = 0.2
 
 @contextlib.contextmanager
 def silent_host() -> Iterator[int]:
-    """Its port on the loopback; a real guest reaches it as 10.0.2.2."""
+    """Serve on a port of loopback, and yield it; a real guest reaches it at 10.0.2.2."""
     ended = Event()
     policy = pb.Policy(report_period_ms=int(1000 * PERIOD_S))
     welcome = pb.HostMessage(welcome=pb.Welcome(epoch=1, policy=policy, limits=LIMITS))

@@ -1,6 +1,6 @@
-"""What a hole costs: guests with 4 GiB of memory, spread over 1 TiB and in one piece.
+"""Measure what holes cost: guests with 4 GiB of memory, spread over 1 TiB or in one piece.
 
-Times are CPU times: what else runs on the machine is no part of them.
+Times are CPU times, which leave out what else runs on the machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _USED_CHUNKS = 2000  # of 2048: the allocator keeps what its watermarks say
 
 
 def run() -> Iterator[Figure]:
-    """Embedded: memory and time of hinting all of it. Real: a look for isolated chunks."""
+    """Yield memory and time of hinting all chunks (embedded), and the time to find isolated chunks
+    (real)."""
     guests = [(_hinted(_SPREAD), _hinted(1)) for _ in range(_ROUNDS)]
     for name, unit, which in (("memory", "KiB", 0), ("time to hint 3.9 GiB of it", "ms", 1)):
         yield side_by_side(
@@ -41,12 +42,12 @@ def run() -> Iterator[Figure]:
         _make_kernel(sparse, _SPREAD)
         _make_kernel(dense, 1)
         looks = [(_look_ms(sparse), _look_ms(dense)) for _ in range(_ROUNDS)]
-    name = "4 GiB spread over 1 TiB / in one piece, a look at its page flags"
+    name = "4 GiB spread over 1 TiB / in one piece, reading the page flags"
     yield side_by_side(name, "ms", looks, "near 1")
 
 
 def _hinted(spread: int) -> tuple[float, float]:
-    """KiB of allocator and tracker with _USED_CHUNKS waiting, and ms to hint them."""
+    """Return KiB of allocator and tracker while _USED_CHUNKS wait, and ms to hint them."""
     present = RangeSet((n * spread * _BLOCK_PAGES, _BLOCK_PAGES) for n in range(_BLOCKS))
     tracemalloc.start()
     allocator = BuddyAllocator([ZoneSpec(name="Normal", present=present)], chunk_order=_CHUNK_ORDER)
@@ -62,12 +63,12 @@ def _hinted(spread: int) -> tuple[float, float]:
         isolator.release(batch, hinted=True)
     elapsed_s = time.process_time() - began_s
     if hinted_pages != _USED_CHUNKS << _CHUNK_ORDER:
-        raise RuntimeError(f"{hinted_pages} pages were hinted, not what was freed")
+        raise RuntimeError(f"{hinted_pages} pages were hinted, which is not what was freed")
     return held_bytes / 1024, elapsed_s * 1000
 
 
 def _make_kernel(root: Path, spread: int) -> None:
-    """The files that the agent of such a guest reads; their holes are holes here, too."""
+    """Make the files that the agent of such a guest reads, with holes where the guest has holes."""
     blocks = root / "devices/system/memory"
     blocks.mkdir(parents=True)
     (blocks / "block_size_bytes").write_text(f"{128 * MIB:x}\n")

@@ -1,4 +1,4 @@
-"""What tracking costs: scans, and reading the kernel's page flags."""
+"""Measure what tracking costs: scans, and reading the kernel's page flags."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hintfleet.units import GIB, PAGE_BYTES
 from tests.bench.report import Figure, side_by_side
 
 _ROUNDS = 9
-# Python makes a loop fast after some calls; an agent's is.
+# Many rounds, because Python specialises a loop only after some calls (PEP 659), as in an agent.
 _FLAG_ROUNDS = 401
 _TIB_CHUNKS = (1 << 40) // PAGE_BYTES >> 9
 _FLAG_SPAN = range(4 * GIB // PAGE_BYTES)
 
 
 def run() -> Iterator[Figure]:
-    """Scans of a small and a huge guest; page flags against bare reads."""
+    """Yield scans of a small and a huge guest, and page flags beside bare reads."""
     scans = [(_scan_us(_TIB_CHUNKS), _scan_us(2048)) for _ in range(_ROUNDS)]
     yield side_by_side(
         "scan of 16 bits, 1 TiB guest / 4 GiB guest", "us", scans, "< 50 us, ratio near 1"
@@ -33,7 +33,7 @@ def run() -> Iterator[Figure]:
     fd = os.open("/proc/kpageflags", os.O_RDONLY)
     reads = [(1 / _flags_s(flags), 1 / _bare_reads_s(fd, offsets)) for _ in range(_FLAG_ROUNDS)]
     os.close(fd)
-    name = "kpageflags of 4 GiB's chunks / the fastest loop of bare reads"
+    name = "page flags of all chunks of 4 GiB / Python's fastest loop of bare reads"
     yield side_by_side(name, "1/s", reads, ">= 0.9")
     flags.close()
 
@@ -55,7 +55,8 @@ def _flags_s(flags: PageFlags) -> float:
 
 
 def _bare_reads_s(fd: int, offsets: list[int]) -> float:
-    """In a loop that is faster than map() into nowhere, at offsets that are kept, as ours are."""
+    """Time bare reads in a loop, which is faster than a discarded map(), at offsets that were
+    computed before, as ours are."""
 
     def loop() -> None:
         pread = os.pread
@@ -66,7 +67,7 @@ def _bare_reads_s(fd: int, offsets: list[int]) -> float:
 
 
 def _elapsed_s(act: Callable[[], object]) -> float:
-    """CPU time: what else runs on the machine is no part of it."""
+    """Return the CPU time of a call, which leaves out what else runs on the machine."""
     began_s = time.process_time()
     act()
     return time.process_time() - began_s

@@ -1,4 +1,4 @@
-"""`make fuzz`: throw inputs at what takes them from outside, and say what came of it."""
+"""`make fuzz`: fuzz everything that takes input from outside, and report what was found."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Exit code: 0 nothing was found, 1 something was, 2 usage.
 
 
 def main() -> int:
-    """Run what the command line asks for; the exit code."""
+    """Run what the command line asks for; return the exit code."""
     arguments = _arguments()
     names = arguments.target or NAMES
     if arguments.try_files:
@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _try(names: list[str], files: list[Path]) -> int:
-    """Feed files to the targets; what one finds comes as its traceback."""
+    """Feed files to the targets; a finding is raised, with its traceback."""
     for name in names:
         with load(name).opened() as try_input:
             for file in files:

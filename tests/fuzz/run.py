@@ -1,4 +1,4 @@
-"""Runs workers, each a process of its own, and reads what libFuzzer says of them."""
+"""Runs workers, each in a process of its own, and reads libFuzzer's output."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ _GRACE_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one worker did.
+    """The result of one worker.
 
-    :ivar edges: branches of the measured packages that were reached.
-    :ivar new_entries: inputs that reached something new, kept in `FOUND`.
-    :ivar crashes: files with the inputs that violated the oracle, took too long or too
-        much memory.
-    :ivar exit_code: of the worker; 0 if it came to its end.
-    :ivar output: all that the worker said, for people.
+    :ivar edges: how many branches of the measured packages were reached.
+    :ivar new_entries: inputs that reached new branches, kept in `FOUND`.
+    :ivar crashes: files with inputs that violated the oracle, or took too much time or memory.
+    :ivar exit_code: the worker's exit code; 0 if it finished.
+    :ivar output: all output of the worker, for people.
     """
 
     target: str
@@ -50,7 +49,7 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Whether something was found, or nothing was done at all."""
+        """Return whether there is a finding, or no input was run at all."""
         return bool(self.crashes or self.exit_code) or not self.inputs
 
     def __str__(self) -> str:
@@ -67,9 +66,9 @@ HEADING = (
 
 
 def fuzz(name: str, *, runs: int = -1, seconds: int = 0, found_in: Path = FOUND) -> Result:
-    """Fuzz one target for so many inputs or seconds, whichever ends first; 0 and -1: no end.
+    """Fuzz one target for a number of inputs or seconds, whichever ends first; 0 and -1: no limit.
 
-    The same kept and found inputs, seed and number of runs give the same inputs again.
+    The inputs are the same again for the same kept and found inputs, seed and number of runs.
     """
     found = found_in / name
     CRASHES.mkdir(parents=True, exist_ok=True)
@@ -98,9 +97,9 @@ def fuzz(name: str, *, runs: int = -1, seconds: int = 0, found_in: Path = FOUND)
 
 
 def keep(name: str) -> int:
-    """Make the kept corpus the fewest inputs that reach what it, the seeds and `FOUND` do.
+    """Minimise the kept corpus: the fewest inputs that reach what it, the seeds and `FOUND` reach.
 
-    :returns: how many those are.
+    :returns: how many inputs are kept.
     """
     kept = CORPUS / name
     with _worker(name) as (command, seeds), tempfile.TemporaryDirectory() as fewest:
@@ -118,7 +117,7 @@ def keep(name: str) -> int:
 
 @contextmanager
 def _worker(name: str) -> Iterator[tuple[list[str], Path]]:
-    """The command of a worker, and the folder with the target's seeds."""
+    """Return the command of a worker, with the folder of the target's seeds."""
     target = load(name)
     with tempfile.TemporaryDirectory(prefix="hf-fuzz-") as folder:
         words, seeds = Path(folder, "words"), Path(folder, "seeds")
@@ -129,23 +128,23 @@ def _worker(name: str) -> Iterator[tuple[list[str], Path]]:
         command = [
             *(sys.executable, "-m", "tests.fuzz.worker", name, f"-max_len={target.max_bytes}"),
             *(f"-timeout={_LONGEST_INPUT_S}", f"-rss_limit_mb={_MOST_RSS_MIB}"),
-            *([f"-dict={words}"] if target.words else []),  # it may not be empty
+            *([f"-dict={words}"] if target.words else []),  # libFuzzer refuses an empty dictionary
         ]
         yield command, seeds
 
 
 def _quoted(word: str) -> str:
-    """A line of a libFuzzer dictionary."""
+    """Return a line of a libFuzzer dictionary."""
     return '"' + "".join(f"\\x{byte:02x}" for byte in word.encode()) + '"\n'
 
 
 def _run(command: list[str], timeout_s: float | None) -> tuple[str, int]:
-    """What a worker said, and its exit code."""
+    """Run a worker; return its output and its exit code."""
     with tempfile.TemporaryDirectory(prefix="hf-fuzz-") as scratch:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            # Without a fixed seed of hashes the same inputs would reach other branches.
+            # PYTHONHASHSEED: with random hashes, the same inputs could reach other branches.
             env=os.environ | {"PYTHONHASHSEED": "0", "TMPDIR": scratch},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -161,5 +160,5 @@ def _crashes(name: str) -> Iterator[Path]:
 
 
 def _stat(output: str, pattern: str) -> int:
-    """The last such number in the output, 0 if there is none."""
+    """Return the last number with this name in the output; 0 if there is none."""
     return int((re.findall(pattern, output, re.MULTILINE) or ["0"])[-1])

@@ -1,7 +1,7 @@
-"""What a fuzz target is, and where the targets and their kept inputs are.
+"""The definition of a fuzz target, and where the targets and their kept inputs are.
 
-A target knows nothing of the fuzzer: it takes bytes and raises if its oracle is
-violated. So the kept inputs are replayed by plain pytest, without atheris.
+A target does not depend on the fuzzer: it takes bytes and raises if its oracle is violated. So
+plain pytest can replay the kept inputs, without atheris.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ NAMES = sorted(module.name for module in iter_modules(targets.__path__))
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One surface that takes input from outside.
+    """One interface that takes input from outside.
 
-    :ivar opened: makes ready what inputs are fed to, and takes it down again.
+    :ivar opened: context that sets up what takes the inputs, and tears it down.
     :ivar seeds: inputs to start from besides the kept ones.
     :ivar words: byte strings that the fuzzer may put into inputs.
-    :ivar quick_runs: inputs that take some seconds: what the tests run.
+    :ivar quick_runs: how many inputs the tests run, which takes some seconds.
     """
 
     opened: Callable[[], AbstractContextManager[TryInput]]
@@ -41,16 +41,16 @@ class Target:
 
     @classmethod
     def of(cls, try_input: TryInput, **settings: object) -> Target:
-        """A target that needs nothing made ready."""
+        """Return a target that needs no set-up."""
         return cls(opened=lambda: nullcontext(try_input), **settings)  # type: ignore[arg-type]
 
 
 def load(name: str) -> Target:
-    """The target of a module in `targets`."""
+    """Return the target of a module in `targets`."""
     found: Target = importlib.import_module(f"tests.fuzz.targets.{name}").TARGET
     return found
 
 
 def kept_inputs(name: str) -> list[bytes]:
-    """The kept corpus of a target, in an order that stays."""
+    """Return the kept corpus of a target, always in the same order."""
     return [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]

@@ -1,6 +1,6 @@
-"""The kept inputs again, and some seconds of new ones for each target.
+"""Replays the kept inputs, then fuzzes each target for some seconds.
 
-`python -m tests.fuzz` does the same for as long as one likes.
+`python -m tests.fuzz` does the same for as long as you like.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def test_kept_inputs_find_nothing(name: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris")
 @pytest.mark.parametrize("name", NAMES)
 def test_new_inputs_find_nothing(name: str, tmp_path: Path) -> None:
-    """With the same inputs each time: as many as take some seconds, from a fixed seed."""
+    """The inputs are the same each time: a fixed number, from a fixed seed."""
     result = fuzz(name, runs=load(name).quick_runs, seconds=_AT_MOST_S, found_in=tmp_path)
     assert not result.failed, f"{result.crashes}\n{result.output}"
     assert result.inputs > len(kept_inputs(name))

@@ -1,6 +1,6 @@
 """One process that fuzzes one target with atheris: `python -m tests.fuzz.worker TARGET ...`.
 
-The rest of the command line is libFuzzer's. Run by `python -m tests.fuzz`.
+libFuzzer reads the rest of the command line. `python -m tests.fuzz` runs this.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _NOT_MEASURED = ["hintfleet.v1"]
 
 
 def main() -> None:
-    """Fuzz until libFuzzer has had enough; it ends the process."""
+    """Fuzz until libFuzzer ends the process."""
     name = sys.argv[1]
     with atheris.instrument_imports(include=_MEASURED, exclude=_NOT_MEASURED):
         target = load(name)
-    # What libFuzzer runs again for a merge, through a shell.
+    # For a merge, libFuzzer runs argv[0] again through a shell.
     myself = f"{sys.executable} -m {__spec__.name} {name}"
     with target.opened() as try_input:
         atheris.Setup([myself, *sys.argv[2:]], try_input)

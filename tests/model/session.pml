@@ -2,26 +2,27 @@
  * The session protocol: one guest, its agents, its host agent, the link between them.
  *
  * What must hold: the host never drops a chunk that the guest may be using. The words
- * and the invariants I1, I2 and I4 are those of ARCHITECTURE.md; the code is
- * guest_agent/hinting.py (Agent) and host_agent/session/gate.py with what carries out its
- * instructions (Host). tests/model/test_session_model.py runs this.
+ * and the invariants I1, I2 and I4 are those of ARCHITECTURE.md. The code is
+ * guest_agent/hinting.py (Agent), and host_agent/session/gate.py with guest_sessions.py,
+ * which carries out its instructions (Host). tests/model/test_session_model.py runs this.
  *
- * Faults, at any point and FAULTS of them in all: the link is cut, an agent dies, the
+ * There are FAULTS faults in all, at any point: the link is cut, an agent dies, the
  * host agent dies, the guest is reset. A message that was sent before a cut may still
- * arrive, at any later time, or be lost; streams are in order, two streams are not.
+ * arrive, at any later time, or be lost. Messages of one stream keep their order;
+ * messages of two streams do not.
  *
- * What is left out, and why that hides nothing:
- * - What a chunk holds. A chunk that is not isolated counts as in use with data in it:
- *   the guest's allocator asks nobody before it gives a free chunk away.
- * - Time. A batch may be skipped as stale whenever its turn comes; a punch takes as long
- *   as it likes. So nothing here is safe for being fast.
+ * What is left out, and why that hides no error:
+ * - The contents of chunks. A chunk that is not isolated counts as in use with data in
+ *   it, because the guest's allocator may give away a free chunk at any time.
+ * - Time. A batch may be skipped as stale whenever its turn comes, and a punch may take
+ *   any time. So nothing here is safe only because it is fast.
  * - Policies, limits, settling, books: they decide which chunks are hinted and when, and
  *   any chunk may be hinted here at any time.
- * - More than two chunks: a set of chunks is treated alike in every step but one, the
- *   punch, which drops one after the other. Two can be half dropped.
+ * - More than two chunks. All steps treat the chunks of a set alike, except for the
+ *   punch, which drops one after the other. With two chunks, a set can be half dropped.
  *
- * With the bounds below that is half a million states. -DFAULTS=3 -DBATCHES=2 is four
- * million and a minute, for whoever changes the protocol; no error either.
+ * The bounds below give half a million states. If you change the protocol, also run
+ * -DFAULTS=3 -DBATCHES=2: four million states, one minute, no error.
  *
  * MUTATION=n makes the n-th mistake below. Each must end in a chunk that is dropped while
  * it may be in use, so under a mutation only that is asserted, and no invariant.
@@ -50,9 +51,9 @@
 #define FAULTS	2
 #endif
 #ifndef BATCHES
-#define BATCHES	3	/* that are ever sent */
+#define BATCHES	3	/* sent in all */
 #endif
-/* A fault costs a stream, and its Hello, heard late, another. */
+/* A fault ends a stream; its Hello, received late, can supersede and end another one. */
 #define STREAMS	(1 + 2 * FAULTS)
 #if FAULTS == 2
 #define EACH(event)	:: event(0) :: event(1) :: event(2) :: event(3) :: event(4)
@@ -69,31 +70,31 @@ mtype = { CLOSED, OPEN, GONE };
 byte faults = FAULTS;
 byte batches = BATCHES;
 
-/* The guest's kernel: outlives its agents. A set of chunks is a bit mask. */
+/* The guest's kernel, which outlives its agents. A set of chunks is a bit mask. */
 byte isolated;
-bool isolator_taken;	/* one agent has it: /dev/hintfleet, or the pool's lock */
+bool isolator_taken;	/* an agent holds it: /dev/hintfleet, or the pool's lock */
 bool alive[2];	/* its two agents */
 bool reset;		/* the guest was reset: it was destroyed, nobody uses its RAM */
 
 /* The link: a stream has a channel each way. */
 chan to_host[STREAMS] = [1 + IN_FLIGHT] of { mtype, byte, byte, byte };	/* epoch, seq, set */
 chan to_guest[STREAMS] = [1 + IN_FLIGHT] of { mtype, byte, byte };	/* epoch, seq */
-bool cut[STREAMS];	/* over: either end will notice, some time */
-bool connected[STREAMS];	/* its Hello was heard */
+bool cut[STREAMS];	/* over, which each end notices later */
+bool connected[STREAMS];	/* its Hello was received */
 byte streams;
 
 /* The host agent. */
 bool host_up = true;
 mtype state = CLOSED;
 byte session = NOBODY;
-byte epochs;		/* the clock that they come from: outlives the host agent */
+byte epochs;		/* the clock of epochs, which outlives the host agent */
 byte epoch;
 byte next_epoch;	/* of the session that is not welcomed yet */
 chan waiting = [IN_FLIGHT] of { byte, byte, byte };	/* epoch, seq, set */
 bool running;
 byte running_epoch, running_seq, to_drop;
 bool ram_open = true;
-byte predecessor;	/* what a dead host agent's system call is still going to drop */
+byte predecessor;	/* what the system call of a dead host agent will still drop */
 
 #define nothing_of_an_earlier_epoch_can_run \
 	(!running && !predecessor && empty(waiting))
@@ -113,7 +114,7 @@ inline drop(chunk)
 
 inline release(set)
 {
-	/* I1: what the host may still drop is not given back. */
+	/* I1: chunks that the host may still drop are not given back. */
 	invariant(!(running && (to_drop & (set))) && !(predecessor & (set)));
 	isolated = isolated & ~(set);
 }
@@ -139,7 +140,7 @@ inline isolate(set)
 		seq++;
 		isolated = isolated | set;
 		in_flight[seq % IN_FLIGHT] = set;
-		/* A stream that is over takes no more, and nobody hears of it. */
+		/* A stream that is over takes no more messages; the batch is lost. */
 		if
 		:: nfull(to_host[stream]) -> to_host[stream]!BATCH,at_epoch,seq,set
 		:: full(to_host[stream])
@@ -170,7 +171,7 @@ end:	do
 		    (!isolator_taken || AGENTS_SHARE_THE_ISOLATOR) ->
 			alive[me] = true;
 			isolator_taken = true;
-			/* I4: what an earlier agent left waits for a Welcome. */
+			/* I4: what an earlier agent left isolated waits for a Welcome. */
 			unfenced = isolated;
 			if
 			:: NEXT_AGENT_RELEASES_AT_ONCE -> release(unfenced); unfenced = 0
@@ -193,7 +194,7 @@ end:	do
 			to_guest[stream]?ACK,e,q;
 			acknowledged()
 		}
-	/* Nothing keeps an ack of this agent's earlier stream from arriving now. */
+	/* An ack on this agent's earlier stream may still arrive. */
 	:: atomic { lives && open && stream > 0 && to_guest[stream - 1]?[ACK,e,q] ->
 			to_guest[stream - 1]?ACK,e,q;
 			acknowledged()
@@ -208,7 +209,7 @@ end:	do
 			fi;
 			forget_stream()
 		}
-	/* It dies, by a fault or with its guest. */
+	/* The agent dies, by a fault or with its guest. */
 	:: atomic { alive[me] && (faults || reset) ->
 			faults = (reset -> faults : faults - 1);
 			if
@@ -229,7 +230,7 @@ end:	do
 
 /* ----------------------------------------------------------------- the host */
 
-/* End the epoch: what waits will never run. */
+/* End the epoch: waiting batches will never run. */
 inline close()
 {
 	state = (state == GONE -> GONE : CLOSED);
@@ -255,7 +256,7 @@ inline drain_link(channel)
 	od
 }
 
-/* A stream dies with its host agent, and what was under way on it. */
+/* A stream dies with its host agent, and messages on their way to the host are lost. */
 inline die(s)
 {
 	if
@@ -264,7 +265,7 @@ inline die(s)
 	fi
 }
 
-/* EndSession: the newest wins, or the guest is gone. */
+/* EndSession: a newer session supersedes this one, or the guest is gone. */
 inline end_session()
 {
 	if
@@ -302,7 +303,7 @@ inline acknowledge()
 	fi
 }
 
-inline hear(s)
+inline receive(s)
 {
 	atomic { host_up && s < streams && nempty(to_host[s]) ->
 		if
@@ -341,9 +342,9 @@ proctype Host()
 	byte q_epoch, q_seq, q_set, s;
 
 end:	do
-	EACH(hear)
+	EACH(receive)
 	EACH(leave)
-	/* Its turn came: it runs, or is skipped, if only for its age. */
+	/* A batch's turn: it runs, or is skipped, at least because of its age. */
 	:: atomic { host_up && !running && nempty(waiting) ->
 			waiting?q_epoch,q_seq,q_set;
 			if
@@ -376,14 +377,14 @@ end:	do
 			welcome_if_nothing_runs();
 			q_epoch = 0; q_seq = 0
 		}
-	/* The driver's news that the guest is gone; then its RAM is closed. */
+	/* The driver reports that the guest is gone; then its RAM is closed. */
 	:: atomic { host_up && reset && state != GONE ->
 			end_session();
 			state = GONE
 		}
 	:: atomic { host_up && state == GONE && ram_open &&
 		    (!running || CLOSES_RAM_UNDER_A_PUNCH) -> ram_open = false }
-	/* It dies; the kernel ends the system call that it was in, some time. */
+	/* The host agent dies; the kernel finishes its current system call later. */
 	:: atomic { host_up && faults ->
 			faults--;
 			host_up = false;
@@ -401,8 +402,8 @@ end:	do
 			od
 		}
 	:: atomic { predecessor -> drop(predecessor); predecessor = 0 }
-	/* The next one: it has the lock, so its predecessor is really dead. It adopts the
-	 * guest if that runs. */
+	/* The next host agent: it holds the lock, so its predecessor is really dead. It
+	 * adopts the guest if that runs. */
 	:: atomic { !host_up && (!predecessor || NEXT_HOST_AGENT_DOES_NOT_WAIT) ->
 			state = (reset -> GONE : CLOSED);
 			host_up = true
@@ -427,7 +428,7 @@ proctype Link()
 end:	do
 	EACH(break_link)
 	EACH(lose)
-	/* None of the guest's memory is isolated any more; it is all gone, or it is not. */
+	/* A reset: no memory is isolated any more. All of it is gone, or (a mutation) none. */
 	:: atomic { faults && !reset -> faults--; reset = true; isolated = 0 }
 	od
 }
@@ -441,8 +442,8 @@ init
 		run Agent(1)
 	};
 	/*
-	 * Everything uses up something that is bounded, so every run ends. When nothing is
-	 * left to be done, the guest has all of its memory back.
+	 * Every step uses up something bounded, so every run ends. When no step is left,
+	 * the guest has all of its memory back.
 	 */
 	timeout -> invariant(reset || !isolated)
 }

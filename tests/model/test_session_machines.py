@@ -1,6 +1,6 @@
-"""The real state machines of both sides, in any order of events: no chunk in use is dropped.
+"""The real state machines of both sides drop no chunk in use, in any order of events.
 
-The same mistakes as in session.pml, made in the real machines, must each be found.
+Each mistake of session.pml, made in the real machines, must be found.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from host_agent.session.gate import OLDEST_BATCH_S, Gate
 from tests.support.session_world import CHUNK_COUNT, Agent, GuestKernel, Host, Stream, pages
 
 LATE_STEP = 20
-"""A guest is reset after that at the earliest, for it ends there."""
+"""A guest is reset after so many steps at the earliest, because the history ends there."""
 MOST_STEPS_TO_REST = 500
 
 Event = Callable[[], None]
 
 
 class Sessions(RuleBasedStateMachine):
-    """One guest, its agents one after the other, its host agents likewise, and the links.
+    """One guest, its successive agents, its successive host agents, and the links.
 
-    Two rules, `goes_on` and `fault`, pick among the events that can happen now: so a step is
-    never in vain, and faults are as rare as it takes to get somewhere.
+    Two rules, `goes_on` and `fault`, pick among the events that can happen now. So every step does
+    something, and faults are rare enough for progress.
     """
 
     core: type[HintingCore] = HintingCore
@@ -53,7 +53,7 @@ class Sessions(RuleBasedStateMachine):
         self.streams: list[Stream] = []
         self.host: Host | None = Host(self.gate())
         self.predecessor: int | None = None
-        """The chunk that a dead host agent's system call is still going to drop."""
+        """The chunk that the system call of a dead host agent will still drop."""
         self.sessions = self.steps = 0
         self.now_s = 0.0
         self.reset = False
@@ -86,14 +86,14 @@ class Sessions(RuleBasedStateMachine):
             yield from self.agent_events(agent)
 
     def workload_goes_on(self) -> None:
-        """It uses what it gets, up to a third of all chunks."""
+        """Use what is free, up to a third of all chunks; else free some."""
         if self.kernel.free and len(self.kernel.in_use) < CHUNK_COUNT // 3:
             self.kernel.allocate()
         elif self.kernel.in_use:
             self.kernel.free_one()
 
     def agent_starts(self) -> None:
-        """It learns what an earlier one left isolated (I4)."""
+        """Start an agent, which learns what an earlier one left isolated (I4)."""
         self.agents.append(Agent(self.kernel, self.core(pages(self.kernel.isolated))))
 
     def agent_events(self, agent: Agent) -> Iterator[Event]:
@@ -101,14 +101,14 @@ class Sessions(RuleBasedStateMachine):
             yield lambda: self.streams.append(agent.connect())
         else:
             if agent.stream.to_guest:
-                yield agent.hear
+                yield agent.receive
             if agent.stream.cut:
                 yield agent.lose_stream
         if agent.core.state is hinting.State.OPEN:
             if agent.old_stream and agent.old_stream.to_guest:
-                yield agent.hear_late_ack
+                yield agent.receive_late_ack
             if not self.kernel.idle():
-                yield agent.look
+                yield agent.poll
 
     # What the host does
 
@@ -125,7 +125,7 @@ class Sessions(RuleBasedStateMachine):
             yield from (self.host_takes_its_turn,) * 3
             yield self.host_takes_its_turn_late
         for stream in self.streams:
-            # Also what is late: the stream is over, and its guest has opened another.
+            # Also of streams that are over, whose guest has opened another: such messages are late.
             if stream.to_host:
                 yield partial(self.host_hears, stream)
         for stream in host.sessions.values():
@@ -141,7 +141,7 @@ class Sessions(RuleBasedStateMachine):
 
     def host_hears(self, stream: Stream) -> None:
         self.sessions += 1
-        self.present_host.hear(stream, self.now_s, self.sessions)
+        self.present_host.receive(stream, self.now_s, self.sessions)
 
     def host_takes_its_turn(self) -> None:
         self.present_host.take_turn(self.now_s)
@@ -151,7 +151,7 @@ class Sessions(RuleBasedStateMachine):
         self.present_host.take_turn(self.now_s)
 
     def host_punches(self) -> None:
-        """One chunk after the other; what is dropped is not acknowledged yet."""
+        """Drop one chunk after the other, then finish; the ack comes only then."""
         if self.present_host.to_drop:
             self.drop(self.present_host.to_drop.pop())
         else:
@@ -166,14 +166,15 @@ class Sessions(RuleBasedStateMachine):
         self.host = Host(self.gate())
 
     def host_hears_of_the_reset(self) -> None:
-        """It closes the RAM when nothing runs."""
+        """End the guest; its RAM is closed when nothing runs."""
         self.present_host.guest_is_gone()
         self.ram_is_open = bool(self.present_host.running)
 
-    # What befalls them
+    # Faults
 
     def faults(self) -> Iterator[Event]:
-        """Those that matter more where something is under way are there twice then."""
+        """Yield the faults. Some are there twice while something is under way, when they matter
+        more."""
         for agent in self.agents:
             yield partial(self.agent_dies, agent)
             if (stream := agent.stream) is not None:
@@ -199,11 +200,11 @@ class Sessions(RuleBasedStateMachine):
             self.kernel.release(pages(self.kernel.isolated), hinted=False)
 
     def link_is_cut(self, stream: Stream) -> None:
-        """Either end notices some time; what is under way may come late, or never."""
+        """Cut a link: each end notices later; messages on their way come late, or never."""
         stream.cut = True
 
     def host_agent_dies(self) -> None:
-        """The system call that it was in is finished by the kernel, some time."""
+        """Kill the host agent: the kernel finishes its current system call later."""
         if self.present_host.to_drop:
             self.predecessor = self.present_host.to_drop.pop()
         for stream in self.present_host.sessions.values():
@@ -212,12 +213,14 @@ class Sessions(RuleBasedStateMachine):
         self.host = None
 
     def another_says_hello_in_the_guests_name(self) -> None:
-        """Or the guest's own Hello of long ago comes once more."""
+        """Send a Hello as an impostor, which is also what a very late Hello of the guest looks
+        like."""
         self.streams.append(Agent(self.kernel, HintingCore()).connect())
         self.streams[-1].cut = True
 
     def guest_boots_again_in_good_order(self) -> None:
-        """As by kexec with nothing isolated: the host hears of it by the next Hello."""
+        """Boot again, as by kexec with nothing isolated: the host learns of it by the next
+        Hello."""
         for agent in list(self.agents):
             self.agent_dies(agent)
         contents = self.kernel.contents
@@ -225,7 +228,7 @@ class Sessions(RuleBasedStateMachine):
         self.kernel.contents = contents
 
     def guest_is_reset(self) -> None:
-        """Its memory is nobody's any more; the host hears of that later."""
+        """Reset the guest: its memory is not used any more; the host learns of it later."""
         self.reset = True
         for agent in list(self.agents):
             self.agent_dies(agent)
@@ -237,7 +240,7 @@ class Sessions(RuleBasedStateMachine):
     # What must hold
 
     def drop(self, chunk: int) -> None:
-        assert self.ram_is_open, "a hole punched in what is another file by now"
+        assert self.ram_is_open, "punched into a closed RAM file, which may be another file by now"
         if not self.reset or self.reset_keeps_the_ram:
             assert chunk not in self.kernel.in_use, "a chunk in use was dropped"
             assert chunk not in self.kernel.free, "I1: dropped, and not isolated any more"
@@ -247,10 +250,12 @@ class Sessions(RuleBasedStateMachine):
         assert self.kernel.in_use.items() <= self.kernel.contents.items()
         if len(self.agents) == 1:
             told = self.agents[0].core.still_isolated
-            assert told == pages(self.kernel.isolated), "I4: not all that is isolated is known"
+            assert told == pages(self.kernel.isolated), (
+                "I4: the agent does not know all that is isolated"
+            )
 
     def teardown(self) -> None:
-        """When the faults are over, the guest has all of its memory back."""
+        """Check that the guest has all of its memory back when the faults are over."""
         if self.reset or not self.comes_to_rest:
             return
         self.kernel.busy = False
@@ -264,10 +269,10 @@ class Sessions(RuleBasedStateMachine):
         assert not self.host or not self.host.unposted, "missing in the books"
 
     def necessary_events(self) -> list[Event]:
-        """Those that happen by themselves, if nothing befalls anybody."""
+        """Return the events that happen by themselves when there are no faults."""
         by_chance = {
             self.host_takes_its_turn_late,
-            *(agent.look for agent in self.agents),
+            *(agent.poll for agent in self.agents),
         }
         events = [*self.guest_events(), *self.host_events()]
         return [event for event in events if event not in by_chance]
@@ -394,9 +399,9 @@ MUTATIONS: dict[str, dict[str, object]] = {
             SkipsWithoutAWord,
         )
     },
-    # Those of what carries out the instructions:
+    # Mistakes in the code that carries out the instructions.
     "DeathReleases": {"death_releases": True},
-    # They would go on superseding each other.
+    # Two agents would supersede each other for ever.
     "AgentsShareTheIsolator": {"agents_share_the_isolator": True, "comes_to_rest": False},
     "NextHostAgentDoesNotWait": {"next_host_agent_waits": False},
     "ResetKeepsTheRam": {"reset_keeps_the_ram": True},
@@ -407,6 +412,6 @@ MUTATIONS: dict[str, dict[str, object]] = {
 def test_every_mutation_of_the_machines_is_found(mutation: str) -> None:
     mutated = type(mutation, (Sessions,), MUTATIONS[mutation])
     with pytest.raises((AssertionError, HintfleetError)) as found:
-        # The rarest takes 300 on average, 1,500 now and then; none is looked for any longer.
+        # The rarest mutation takes 300 examples on average, sometimes 1,500.
         run_state_machine_as_test(mutated, settings=settings(BUDGET, max_examples=6000))
     print(f"{mutation}: {found.value}")

@@ -1,4 +1,5 @@
-"""The session protocol checked exhaustively, within bounds (session.pml), and its mutations."""
+"""Spin checks the session protocol exhaustively, within bounds, and finds its mutations
+(session.pml)."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def check(folder: Path, **bounds: int) -> str:
-    """What Spin's checker says after it has seen every state, or an error."""
+    """Return the output of Spin's checker, after it has seen every state or an error."""
     defines = [f"-D{name}={value}" for name, value in bounds.items()]
     shutil.copy(MODEL, folder)
     run(folder, "spin", *defines, "-a", MODEL.name)
-    # Not optimised: for so few states that would take longer than it saves.
+    # Not optimised: with so few states, compiling would take longer than it saves.
     run(folder, "gcc", "-O0", "-DSAFETY", "-DCOLLAPSE", "-DMEMLIM=2048", "-o", "pan", "pan.c")
     said = run(folder, "./pan", "-m10000")
     assert "error: max search depth too small" not in said, said
@@ -38,7 +39,7 @@ def run(folder: Path, *command: str) -> str:
 
 
 def trail(folder: Path) -> str:
-    """The steps that led to an error."""
+    """Return the steps that led to an error."""
     return run(folder, "spin", "-DBATCHES=3", "-t", "-p", "-l", "-g", MODEL.name)[-20_000:]
 
 

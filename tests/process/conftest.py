@@ -23,6 +23,6 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 @pytest.fixture
 def cleaning_lab(tmp_path: Path) -> Iterator[Lab]:
-    """For what runs `doctor --clean`."""
+    """A lab for tests that run `doctor --clean`, which acts on the whole machine."""
     with on_this_machine(alone=True), made_lab(tmp_path) as made:
         yield made

@@ -1,4 +1,4 @@
-"""What a guest and its host agent make of a link that breaks or holds things back."""
+"""A guest and its host agent recover from a link that breaks or delays messages."""
 
 import asyncio
 import socket
@@ -18,14 +18,14 @@ from tests.support.relay import Address, Link, Relay
 
 @dataclass(kw_only=True)
 class BrokenLink:
-    """A host agent with one guest behind a relay, and the relay's event loop."""
+    """A host agent with one guest that connects through a relay, and the relay's event loop."""
 
     host: HostAgent
     relay: Relay
     loop: asyncio.AbstractEventLoop
 
     def links(self, act: Callable[[Link], None]) -> None:
-        """Do something to every link, on the relay's own loop."""
+        """Call a function with every link, on the relay's event loop."""
         done: Future[None] = Future()
 
         def run() -> None:
@@ -94,18 +94,18 @@ def test_a_cut_link_is_a_new_epoch_and_what_was_freed_comes_back(broken: BrokenL
 
 
 def test_a_hello_that_comes_late_ends_the_session_but_not_the_agent(broken: BrokenLink) -> None:
-    """A network may hold back a connection that its agent has long given up."""
+    """A network may delay a connection that its agent has long given up."""
     host, upstream = broken.host, broken.relay.upstream
     host.allocate(96 * MIB)
     host.free(96 * MIB)
     host.settle()
     assert upstream is not None
     said = bytes(broken.relay.links[0].recorded)
-    host.allocate(96 * MIB)  # the batches in what was said now name memory in use
+    host.allocate(96 * MIB)  # the memory that the recorded batches name is now in use
     before = broken.epoch
     with socket.create_connection((upstream.host, upstream.port)) as late:
         late.sendall(said)
-        # Once for the late session, once for the agent's next.
+        # Two new epochs: the late session's, and the agent's next.
         wait_until(lambda: broken.epoch > before, "the late session")
         stolen = broken.epoch
         wait_until(lambda: broken.epoch > stolen, "the agent to come again")
@@ -117,7 +117,7 @@ def test_a_hello_that_comes_late_ends_the_session_but_not_the_agent(broken: Brok
 
 
 def test_a_link_with_seconds_of_delay_is_slow_and_not_lost(broken: BrokenLink) -> None:
-    """As where guest or host have next to no CPU time: to connect takes several round trips."""
+    """This is as if guest or host had almost no CPU time: connecting takes several round trips."""
     before = broken.epoch
     broken.relay.delay_s = 1.5
     broken.links(Link.cut)

@@ -1,4 +1,4 @@
-"""An embedded guest end to end: what it frees leaves the host, and the books say so."""
+"""An embedded guest end to end: memory that it frees leaves the host, and the books agree."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def test_the_books_balance_over_many_rounds(host_agent: HostAgent) -> None:
         fates = books.reclaimed_total_bytes + books.absent_total_bytes
         assert books.hinted_total_bytes == fates + sum(books.skipped_total_bytes.values())
     assert books.reclaimed_total_bytes == 6 * HELD
-    assert books.refaulted_total_bytes > 0, "later rounds use again what was reclaimed"
+    assert books.refaulted_total_bytes > 0, "later rounds refault what was reclaimed"
 
 
 def test_a_sample_is_of_the_moment_and_after_a_verification_of_audited_books(
@@ -80,7 +80,7 @@ def test_a_sample_is_of_the_moment_and_after_a_verification_of_audited_books(
     host_agent.allocate(HELD)
     host_agent.verify()
     before = len(host_agent.samples)
-    # The one that is on its way may have been made before; the next was not.
+    # The next sample may be older than the verification; the one after it is not.
     wait_until(lambda: len(host_agent.samples) >= before + 2, "samples")
     books = host_agent.samples[before + 1].samples[0].ledger
     assert books.resident_bytes == HELD
@@ -88,7 +88,7 @@ def test_a_sample_is_of_the_moment_and_after_a_verification_of_audited_books(
     assert host_agent.samples[-1].observing_cpu_us > 0
 
 
-def test_samples_tell_the_same_story(host_agent: HostAgent) -> None:
+def test_samples_agree_with_the_books(host_agent: HostAgent) -> None:
     host_agent.watch()
     host_agent.create()
     began_s = time.time()
@@ -139,7 +139,7 @@ def test_guests_die_with_a_host_agent_that_is_killed(host_agent: HostAgent) -> N
     wait_until(lambda: not alive(pid), "the guest to notice")
 
 
-def test_a_guest_that_dies_is_reported_with_its_last_words(host_agent: HostAgent) -> None:
+def test_a_guest_that_dies_is_reported_with_the_end_of_its_output(host_agent: HostAgent) -> None:
     host_agent.watch()
     guest = host_agent.create()
     os.kill(guest.pid, signal.SIGKILL)
@@ -172,7 +172,7 @@ def test_destroying_returns_the_closed_books_and_the_memory(host_agent: HostAgen
         ("g", 1 << 62, grpc.StatusCode.FAILED_PRECONDITION, "4194304 TiB is more than"),
     ],
 )
-def test_guests_that_cannot_be(
+def test_impossible_guests_are_refused(
     host_agent: HostAgent, name: str, memory_bytes: int, code: grpc.StatusCode, said: str
 ) -> None:
     host_agent.watch()

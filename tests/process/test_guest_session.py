@@ -1,4 +1,4 @@
-"""The guest's end of a session against a host agent that does as each test says."""
+"""The guest's side of a session, with a host agent that each test scripts."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LIMITS = pb.Limits(ranges_per_batch=8, pages_per_batch=1 << 20, batches_in_fligh
 
 
 class ScriptedHost(HintingServiceServicer):
-    """Welcomes whoever comes, and acknowledges each batch.
+    """Welcomes every guest, and acknowledges each batch.
 
-    :ivar violate_in: sessions, counted from 1, in which it acknowledges what nobody sent.
-    :ivar say: to the guest, in the session that came last.
+    :ivar violate_in: sessions, counted from 1, in which it acknowledges a batch that was not sent.
+    :ivar say: sends a message to the guest, in the latest session.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class ScriptedHost(HintingServiceServicer):
         self.report_period_ms = 10
         self.say: Callable[[pb.HostMessage], Awaitable[None]]
 
-    # The stubs have handlers that yield only; gRPC takes one that writes, too.
+    # The stubs only declare handlers that yield; grpc.aio also accepts one that writes.
     async def Session(  # type: ignore[override]  # noqa: N802 - gRPC's
         self,
         requests: AsyncIterator[pb.GuestMessage],
@@ -68,7 +68,7 @@ class ScriptedHost(HintingServiceServicer):
 
 
 class CountingIsolator(EmbeddedIsolator):
-    """Counts how often it is asked whether there is something to do."""
+    """Counts how often the session polls it."""
 
     looks = 0
 
@@ -123,8 +123,8 @@ def run(scene: Callable[[ScriptedHost], Awaitable[None]]) -> None:
     asyncio.run(play())
 
 
-def test_a_host_that_breaks_the_protocol_is_left_and_tried_again() -> None:
-    """Not for good: the guest would be without an agent because of one odd message."""
+def test_a_session_with_a_host_that_breaks_the_protocol_ends_and_is_retried() -> None:
+    """The agent does not give up: the guest would have no agent because of one odd message."""
 
     async def scene(host: ScriptedHost) -> None:
         host.violate_in = {1, 2}
@@ -140,7 +140,7 @@ def test_finish_hints_no_more_and_waits_for_acks() -> None:
         async with in_session(host) as (session, allocator, _):
             await until(lambda: len(host.batches) == 1)
             before = allocator.free_page_count
-            assert before < CHUNK_COUNT * 512, "some are isolated"
+            assert before < CHUNK_COUNT * 512, "some chunks are isolated"
             finishing = asyncio.create_task(session.finish())
             await asyncio.sleep(0.2)
             assert not finishing.done(), "a batch is in flight"
@@ -154,8 +154,8 @@ def test_finish_hints_no_more_and_waits_for_acks() -> None:
     run(scene)
 
 
-def test_an_agent_stays_at_rest_while_next_to_nothing_happens() -> None:
-    """An idle guest, too, uses a chunk and frees it now and then: an agent that looked at its
+def test_an_agent_stays_at_rest_while_almost_nothing_happens() -> None:
+    """An idle guest, too, uses and frees a chunk from time to time. An agent that polled at its
     shortest period after each of them would never rest."""
 
     async def scene(host: ScriptedHost) -> None:
@@ -188,7 +188,7 @@ def test_an_agent_stays_at_rest_while_next_to_nothing_happens() -> None:
     run(scene)
 
 
-def test_a_guest_that_frees_all_the_time_is_heard_of() -> None:
+def test_a_guest_that_frees_all_the_time_sends_telemetry() -> None:
     async def scene(host: ScriptedHost) -> None:
         host.report_period_ms = 200
         async with in_session(host) as (_, allocator, _):
@@ -202,7 +202,7 @@ def test_a_guest_that_frees_all_the_time_is_heard_of() -> None:
 
 
 def test_a_poll_that_fails_ends_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The event loop logged it and went on: an agent that never hinted again looked alive."""
+    """The event loop would only log the error: an agent that never hints again would look alive."""
 
     async def scene(host: ScriptedHost) -> None:
         def fail(_: CountingIsolator) -> bool:

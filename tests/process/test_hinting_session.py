@@ -1,4 +1,4 @@
-"""The hinting protocol as a strange guest may speak it to a real host agent."""
+"""A real host agent answers a guest that misuses the hinting protocol."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ def host_agent() -> Iterator[InProcessHost]:
 
 @pytest.fixture
 def identity(host_agent: InProcessHost) -> tuple[str, str]:
-    """Uuid and token of a guest without hinting, whose session is free to be taken."""
+    """Return UUID and token of a guest without hinting, in whose name a test can open a session."""
     host_agent.watch()
     return host_agent.create(method=host_pb2.NONE).uuid, host_agent.token("g")
 
@@ -45,7 +45,7 @@ def test_a_batch_is_reclaimed_and_acknowledged(
     assert (ack.epoch, ack.seq) == (welcome.epoch, 1)
     assert ack.reclaimed_bytes == 96 * MIB
     assert ack.absent_bytes == 32 * MIB
-    # A guest that lies about what is free hurts itself, and its own workload sees it.
+    # A guest that lies about free memory harms only itself: its own workload finds wrong pages.
     assert host_agent.verify().wrong_pages == 96 * MIB // 4096
 
 
@@ -116,9 +116,7 @@ def test_the_newest_of_two_agents_wins(
     second.hello(*identity)
     assert second.next().welcome.epoch > first_epoch
     code, said = guest.refusal()
-    assert code is grpc.StatusCode.UNAVAILABLE, (
-        "it may try again: its Hello may only have been late"
-    )
+    assert code is grpc.StatusCode.UNAVAILABLE, "transient: its Hello may only have been late"
     assert "another agent" in said
     second.batch(second_epoch := host_agent.guests()["g"].epoch, 1, RangeSet([(0, 512)]))
     assert second.next().ack.epoch == second_epoch
@@ -126,12 +124,12 @@ def test_the_newest_of_two_agents_wins(
 
 
 def test_an_agent_that_was_superseded_comes_back(host_agent: InProcessHost, guest: Speaker) -> None:
-    """A Hello that is late on its way must not cost a guest its agent for good."""
+    """A Hello that the network delays must not end a guest's agent."""
     host_agent.watch()
     real = host_agent.create()
     guest.hello(real.uuid, host_agent.token("g"))
     assert guest.next().welcome.epoch > real.epoch
-    assert guest.refusal()[0] is grpc.StatusCode.UNAVAILABLE, "superseded in its turn"
+    assert guest.refusal()[0] is grpc.StatusCode.UNAVAILABLE, "superseded by the returning agent"
     wait_until(lambda: host_agent.guests()["g"].epoch > real.epoch + 1, "the agent's return")
     host_agent.allocate(32 * MIB)
     host_agent.free(32 * MIB)
@@ -139,7 +137,7 @@ def test_an_agent_that_was_superseded_comes_back(host_agent: InProcessHost, gues
     assert host_agent.guests()["g"].ledger.reclaimed_now_bytes == 32 * MIB
 
 
-def test_a_guest_door_serves_no_control_api(host_agent: InProcessHost) -> None:
+def test_the_address_for_guests_serves_no_control_api(host_agent: InProcessHost) -> None:
     from hintfleet.v1.host_pb2_grpc import HostServiceStub
 
     with grpc.insecure_channel(host_agent.guest_address) as channel:

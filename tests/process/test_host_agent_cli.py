@@ -1,4 +1,4 @@
-"""The host agent as an operator meets it: flags, errors, health, reflection, metrics."""
+"""The host agent as an operator uses it: flags, errors, health, reflection, metrics."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_wrong_usage_is_answered_with_what_to_do(
     assert "Traceback" not in done.stderr
 
 
-def test_an_address_in_use_is_said(host_agent: HostAgent) -> None:
+def test_an_address_in_use_is_an_error(host_agent: HostAgent) -> None:
     port = host_agent.guest_address.rpartition(":")[2]
     done = host_agent_command("--listen", f"127.0.0.1:{port}")
     assert done.returncode == 1
@@ -107,7 +107,7 @@ def test_a_socket_that_is_in_use_is_left_to_its_owner(host_agent: HostAgent) -> 
     assert host_agent.guests() == {}, "it can be reached as before"
 
 
-def test_only_the_end_of_the_lifeline_is_the_end(host_agent: HostAgent) -> None:
+def test_only_end_of_file_on_the_lifeline_ends_the_agent(host_agent: HostAgent) -> None:
     os.write(host_agent.lifeline_fd, b"still here")
     assert host_agent.guests() == {}
     assert host_agent.process.poll() is None

@@ -1,4 +1,4 @@
-"""A host agent with --state is killed and started again: its guests go on."""
+"""Guests live on when a host agent with --state is killed and started again."""
 
 import os
 import random
@@ -35,7 +35,7 @@ MAY_BE_RETRIED = (
 
 @dataclass(frozen=True)
 class Home:
-    """Where one host agent after the other runs, by the same addresses."""
+    """A place where one host agent after the other runs, at the same addresses."""
 
     folder: Path
 
@@ -53,7 +53,7 @@ class Home:
         return running_host_agent(*self.arguments, *arguments, stderr=stderr)
 
     def failure(self) -> str:
-        """What an agent says that cannot start here."""
+        """Return the error of an agent that cannot start here."""
         done = subprocess.run(
             [sys.executable, "-m", "host_agent", *self.arguments],
             capture_output=True,
@@ -121,7 +121,7 @@ def test_guests_go_on_under_the_next_host_agent(home: Home, number: int) -> None
         balances(after)
         assert after.resident_bytes == 0
         assert after.reclaimed_total_bytes == HELD
-    # Its lifeline was cut: nobody wants the guests any more.
+    # Its lifeline was closed, so the guests end with it.
     assert not alive(guest.pid)
     assert not home.guest_files()
 
@@ -145,7 +145,7 @@ def test_a_guest_is_as_large_as_it_was(home: Home) -> None:
 
 
 class Stepper:
-    """Allocates and frees for ever, like an orchestrator that retries what failed."""
+    """Allocates and frees without end, and retries what failed, like an orchestrator."""
 
     def __init__(self, listen: str) -> None:
         self.steps = 0
@@ -184,14 +184,14 @@ class Stepper:
                 time.sleep(0.02)
 
     def stop(self) -> None:
-        """:raises Exception: what ended it before."""
+        """:raises Exception: the error that ended it earlier."""
         self._stopping.set()
         self._running.result(HANG_S)
         self._pool.shutdown()
         self._channel.close()
 
 
-def test_killed_or_stopped_amid_batches_nothing_is_lost_nor_done_twice(home: Home) -> None:
+def test_killed_or_stopped_during_batches_nothing_is_lost_or_done_twice(home: Home) -> None:
     rounds = int(os.environ.get("HINTFLEET_TEST_KILLS", "5"))
     chance = random.Random(4)
     with home.agent() as agent:
@@ -265,7 +265,7 @@ def test_guests_that_nobody_watches_again_are_ended(home: Home, tmp_path: Path) 
     assert 0 < said.index("guest adopted") < said.index("guest ended")
 
 
-def test_a_damaged_state_is_said_with_what_to_do(home: Home) -> None:
+def test_a_damaged_state_is_an_error_that_says_what_to_do(home: Home) -> None:
     with home.agent() as agent:
         kill(agent)
     for path in home.boot_folder.glob("state.db*"):
@@ -275,7 +275,7 @@ def test_a_damaged_state_is_said_with_what_to_do(home: Home) -> None:
     assert f"remove the folder {home.boot_folder}" in said
 
 
-def test_a_door_that_somebody_else_took_is_said(home: Home) -> None:
+def test_an_address_that_another_process_took_is_an_error(home: Home) -> None:
     with home.agent() as agent:
         address = agent.guest_address
         kill(agent)

@@ -1,5 +1,5 @@
-"""Guests that lie, flood, stall or come without a name: told why, limited, dropped; and a
-neighbour that is served all the while."""
+"""Guests that lie, flood, stall or do not identify themselves are limited, told the reason and
+dropped, while a neighbour is served."""
 
 import contextlib
 import itertools
@@ -33,7 +33,7 @@ Identity = tuple[str, str]
 
 @pytest.fixture
 def host_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHost]:
-    """With shorter times, and less room, than outside of tests."""
+    """Run a host agent with shorter times and smaller limits than outside of tests."""
     monkeypatch.setattr(rate_limits, "FLOOD_S", 0.5)
     monkeypatch.setattr(rate_limits, "BATCHES", rate_limits.Rate(per_s=1e6, burst=1000))
     monkeypatch.setattr(rate_limits, "BANS_S", (3.0, 0.1, float("inf")))
@@ -50,13 +50,13 @@ def host_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHost]:
 
 @pytest.fixture
 def identity(host_agent: InProcessHost) -> Identity:
-    """Uuid and token of a guest whose session is free to be taken."""
+    """Return UUID and token of a guest in whose name a test can open a session."""
     return host_agent.create(method=host_pb2.NONE).uuid, host_agent.token("g")
 
 
 @pytest.fixture
 def speaker(host_agent: InProcessHost) -> Iterator[Callable[[], Speaker]]:
-    """Makes speakers, and closes them."""
+    """Make speakers; close them at the end."""
     with contextlib.ExitStack() as stack:
 
         def make() -> Speaker:
@@ -68,7 +68,7 @@ def speaker(host_agent: InProcessHost) -> Iterator[Callable[[], Speaker]]:
 
 
 def assert_served(host: InProcessHost, name: str = "neighbour") -> None:
-    """Another guest's memory comes back, end to end."""
+    """Check that another guest's memory comes back, end to end."""
     if name not in host.guests():
         host.create(name)
     before = host.guests()[name].ledger.reclaimed_total_bytes
@@ -79,7 +79,7 @@ def assert_served(host: InProcessHost, name: str = "neighbour") -> None:
 
 
 def misbehave(speaker: Speaker, identity: Identity) -> tuple[grpc.StatusCode, str]:
-    """Break a rule; what the host said to that, or to the Hello."""
+    """Break a rule; return how the host ended the session, or refused it."""
     speaker.hello(*identity)
     speaker.batch(1, 7, RangeSet())
     return speaker.refusal()
@@ -96,7 +96,7 @@ def misbehave(speaker: Speaker, identity: Identity) -> tuple[grpc.StatusCode, st
         ({"boot_id": "b" * 2000}, "length of boot_id is 2000"),
     ],
 )
-def test_a_hello_that_cannot_be(
+def test_an_impossible_hello_is_refused(
     speaker: Callable[[], Speaker], identity: Identity, hello: dict[str, Any], said: str
 ) -> None:
     one = speaker()
@@ -110,7 +110,7 @@ def test_a_hello_that_cannot_be(
     "telemetry",
     [{"free_bytes": 128 * MIB + 1}, {"agent_cpu_us": 1 << 60}, {"tracker_bytes": (1 << 64) - 1}],
 )
-def test_telemetry_that_cannot_be(
+def test_impossible_telemetry_is_refused(
     host_agent: InProcessHost,
     speaker: Callable[[], Speaker],
     identity: Identity,
@@ -127,7 +127,7 @@ def test_telemetry_that_cannot_be(
 
 
 class WorkloadSpeaker:
-    """Answers workload commands by hand."""
+    """Answers workload commands as a test tells it to."""
 
     def __init__(self, address: str, identity: Identity) -> None:
         self.channel = grpc.insecure_channel(address)
@@ -147,7 +147,7 @@ class WorkloadSpeaker:
 
 @pytest.fixture
 def workload(host_agent: InProcessHost, identity: Identity) -> Iterator[WorkloadSpeaker]:
-    """In the place of the guest's own, which is held still."""
+    """Take the place of the guest's own workload, which is suspended."""
     pid = host_agent.guests()["g"].pid
     os.kill(pid, signal.SIGSTOP)
     sessions = host_agent.registry.get("g").sessions
@@ -170,7 +170,9 @@ def workload(host_agent: InProcessHost, identity: Identity) -> Iterator[Workload
         {"error": "e" * 2000},
     ],
 )
-def test_work_that_cannot_have_been_done(workload: WorkloadSpeaker, done: dict[str, Any]) -> None:
+def test_impossible_answers_of_a_workload_are_refused(
+    workload: WorkloadSpeaker, done: dict[str, Any]
+) -> None:
     workload.done(command_id=1, **done)
     with pytest.raises(grpc.RpcError) as caught:
         next(iter(workload.call))
@@ -192,7 +194,7 @@ def test_answers_that_nobody_asked_for_are_dropped(
     assert host_agent.registry.get("g").sessions.conduct.violations == 0
 
 
-def test_a_guests_words_steer_no_terminal(
+def test_control_characters_of_a_guest_reach_no_terminal(
     host_agent: InProcessHost, workload: WorkloadSpeaker
 ) -> None:
     with ThreadPoolExecutor() as pool:
@@ -241,11 +243,11 @@ def test_a_flood_is_slowed_and_then_ended_with_the_reason(
 
 
 def fill_unread(host_agent: InProcessHost, one: Speaker) -> None:
-    """Send batches and read no ack, until the host ends the session."""
+    """Send batches and read no acks, until the host ends the session."""
     epoch = one.next().welcome.epoch
     guest = host_agent.registry.get("g")
     before = host_agent.guests()["g"].ledger.batches
-    # Outside of its RAM: each ack repeats all of the ranges.
+    # Ranges outside of its RAM, because the ack repeats skipped ranges.
     ranges = RangeSet(((1 << 30) + 1_000_001 * n, 1) for n in range(LIMITS.ranges_per_batch))
     for seq in range(1, 1000):
         if not guest.sessions._by_session:
@@ -258,17 +260,17 @@ def fill_unread(host_agent: InProcessHost, one: Speaker) -> None:
             ),
             f"batch {seq} to be dealt with",
         )
-    pytest.fail("acks pile up without a bound")
+    pytest.fail("acks queue up without limit")
 
 
-def test_one_who_never_reads_is_shown_out(
+def test_a_guest_that_never_reads_is_disconnected(
     host_agent: InProcessHost,
     speaker: Callable[[], Speaker],
     identity: Identity,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Acks pile up: first in the windows of the transport, then here, but only so many."""
-    monkeypatch.setattr(rate_limits, "STREAMS", 3)  # the workload's is one
+    """Acks queue up first in the windows of the transport, then here, but only a limited number."""
+    monkeypatch.setattr(rate_limits, "STREAMS", 3)  # one is the workload's
     unread = [speaker(), speaker()]
     for one in unread:
         one.hello(*identity)
@@ -284,7 +286,7 @@ def test_one_who_never_reads_is_shown_out(
     )
     another = speaker()
     another.hello(*identity)
-    assert another.next().welcome.epoch, "one was read to its end now"
+    assert another.next().welcome.epoch, "one was read to its end"
     assert_served(host_agent)
 
 
@@ -314,7 +316,7 @@ def test_sessions_in_a_loop_are_limited_with_the_reason(
 # Repeated violations
 
 
-def test_who_breaks_the_rules_again_and_again_is_kept_out_then_dropped(
+def test_a_guest_that_keeps_breaking_rules_is_banned_then_dropped(
     host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
 ) -> None:
     conduct = host_agent.registry.get("g").sessions.conduct
@@ -336,7 +338,7 @@ def test_who_breaks_the_rules_again_and_again_is_kept_out_then_dropped(
     assert_served(host_agent)
 
 
-def test_a_wrong_token_is_not_held_against_the_guest(
+def test_a_wrong_token_is_no_violation_of_the_guest(
     host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
 ) -> None:
     """Else anybody who knows a neighbour's UUID could have it kept out."""
@@ -350,17 +352,17 @@ def test_a_wrong_token_is_not_held_against_the_guest(
     assert one.next().welcome.epoch
 
 
-# Without a name
+# Without identity
 
 
-def test_streams_that_do_not_say_whose_they_are_make_room(
+def test_streams_without_identity_make_room_for_others(
     host_agent: InProcessHost, speaker: Callable[[], Speaker]
 ) -> None:
     silent = [speaker() for _ in range(12)]
     with ThreadPoolExecutor(len(silent)) as pool:
         refusals = as_completed([pool.submit(one.refusal) for one in silent], HANG_S)
         codes = [refused.result()[0] for refused in itertools.islice(refusals, 4)]
-        assert codes == [grpc.StatusCode.UNAVAILABLE] * 4, "long before their time was over"
+        assert codes == [grpc.StatusCode.UNAVAILABLE] * 4, "long before their deadline"
         assert_served(host_agent)
         for one in silent:
             one.close()

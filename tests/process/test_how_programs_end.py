@@ -1,4 +1,4 @@
-"""What users see when a program cannot go on: a message and an exit code, never a traceback."""
+"""A program that cannot go on gives a message and an exit code, never a traceback."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def ran(
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a file, a folder and a pipe that nobody writes to."""
+    """Make a current folder, with a file, a folder and a pipe that nobody writes to."""
     monkeypatch.chdir(tmp_path)
     Path("file").write_bytes(b"\xff")
     Path("folder").mkdir()
@@ -72,7 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("hintfleet-guest", "--config", "folder"), 2, "folder: Is a directory"),
     ],
 )
-def test_what_users_name(
+def test_mistakes_in_what_users_name(
     command: tuple[str, ...], code: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", "data")
@@ -110,7 +110,7 @@ def test_folders_of_somebody_else(folder: Path) -> None:
         ("hintfleet-host", "--listen", "unix:socket"),
         ("hintfleet-host", *ANYWHERE, "--state", "state"),
     ):
-        # Root without capabilities is held to permissions like others.
+        # Without capabilities, root is subject to permissions like other users.
         done = ran(*command, within=("setpriv", "--inh-caps=-all", "--bounding-set=-all"))
         assert done.returncode in (1, 2)
         assert "Permission denied" in done.stderr, command
@@ -146,7 +146,9 @@ def test_an_output_that_cannot_be_written(command: tuple[str, ...]) -> None:
     assert "stdout: Bad file descriptor" in closed.stderr
     shutil.rmtree("pki", ignore_errors=True)
     unread = ran(*command, redirect="| sleep 0; exit ${PIPESTATUS[0]}")
-    assert (unread.returncode in (0, 1), unread.stderr) == (True, ""), "as read before its end"
+    assert (unread.returncode in (0, 1), unread.stderr) == (True, ""), (
+        "0 if read before the reader ended"
+    )
 
 
 @pytest.mark.parametrize("where", ["2>/dev/full", "2>&-"])
@@ -155,7 +157,7 @@ def test_messages_that_cannot_be_written(where: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
-def test_a_descriptor_that_was_closed_is_no_databases() -> None:
+def test_a_closed_descriptor_is_not_reused_by_a_database() -> None:
     store_run(Path("store"))
     before = Path("store/hintfleet.sqlite").read_bytes()
     ran("hintfleet", "show", "--data-dir", "store", redirect="0>&- >&- 2>&-")
@@ -253,7 +255,7 @@ def test_a_module_that_is_not_installed() -> None:
     assert done.stderr.endswith("try: pip install 'hintfleet[orchestrator]'\n")
 
 
-def test_what_steers_a_terminal_is_not_printed() -> None:
+def test_control_characters_are_not_printed() -> None:
     done = ran("hintfleet", "show", "\x1b[31mred\x07", "--data-dir", ".")
     assert "\x1b" not in done.stderr
     done = ran("hintfleet", "run", "\x1b[31mred\x07/spec.yaml", "--data-dir", ".")

@@ -1,4 +1,4 @@
-"""What a crash left is found and removed, and nothing else is touched."""
+"""Leaks of a crash are found and removed, and nothing else."""
 
 import contextlib
 import fcntl
@@ -28,23 +28,23 @@ from tests.support.lab import Lab
 
 @pytest.fixture
 def dead_pid() -> int:
-    """A process id that was somebody's."""
+    """Return the id of a process that has ended."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     return ended.pid
 
 
 def doctor(lab: Lab, flag: str, code: int) -> dict[str, dict[str, Any]]:
-    """What is listed, by where it is."""
+    """Return what is listed, by its place."""
     done = lab.run("doctor", flag, "-o", "json")
     found = json.loads(done.stdout)["leaks"]
-    # Others on this machine may have left something, too.
+    # Other programs on this machine may have left something, too.
     assert done.returncode in (code, 1), done.stderr
     return {leak["where"].partition(":")[0]: leak for leak in found}
 
 
 def hang(host: HostAgent) -> list[int]:
-    """Have its owner die while a host agent and its guest cannot take notice of it."""
+    """Kill the owner of a host agent while that and its guest are suspended and cannot notice."""
     pids = [host.process.pid, *child_pids(host.process.pid)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -53,7 +53,7 @@ def hang(host: HostAgent) -> list[int]:
 
 
 def left_behind(lab: Lab, dead_pid: int) -> list[Path]:
-    """Files as processes leave them that are killed."""
+    """Make files such as killed processes leave."""
     runtime = lab.temporary / f"hf-{dead_pid}-abcdefgh"
     (runtime / "host1.1").mkdir(parents=True)
     guest = lab.temporary / f"hintfleet-guest-{dead_pid}-abcdefgh"
@@ -69,9 +69,9 @@ def left_behind(lab: Lab, dead_pid: int) -> list[Path]:
 
 @contextlib.contextmanager
 def held(lab: Lab, dead_pid: int) -> Iterator[list[Path]]:
-    """The same files of those that live: they bear the pid, or hold the lock."""
+    """Make the same files of living processes, which are named by the pid, or locked."""
     mine = lab.temporary / f"hf-{os.getpid()}-abcdefgh"
-    # A process id says little: it may be of another container.
+    # A process id alone proves nothing: it may be of another container.
     locked = [lab.temporary / f"{kind}-{dead_pid}-held" for kind in ("hf", "hintfleet-guest")]
     elsewhere = lab.temporary / f"hf-{dead_pid}-not"
     elsewhere.write_text("a file, no folder of ours")
@@ -91,7 +91,7 @@ def held(lab: Lab, dead_pid: int) -> Iterator[list[Path]]:
         yield [mine, *locked, elsewhere, run / "reserve"]
 
 
-def test_what_is_nobodys_is_removed_and_nothing_else(cleaning_lab: Lab, dead_pid: int) -> None:
+def test_only_what_has_no_owner_is_removed(cleaning_lab: Lab, dead_pid: int) -> None:
     lab = cleaning_lab
     files = left_behind(lab, dead_pid)
     with (
@@ -127,7 +127,7 @@ def test_what_is_nobodys_is_removed_and_nothing_else(cleaning_lab: Lab, dead_pid
         cleaned = doctor(lab, "--clean", 0)
         assert ours <= cleaned.keys()
         assert all(cleaned[where]["removed"] for where in ours)
-        wait_until(lambda: not any(map(alive, lost)), "the end of what hung")
+        wait_until(lambda: not any(map(alive, lost)), "the end of the suspended processes")
         assert not any(path.exists() for path in files)
         assert all(path.exists() for path in others)
         assert (files[2].parent / "000001.parquet").exists()
@@ -138,7 +138,7 @@ def test_what_is_nobodys_is_removed_and_nothing_else(cleaning_lab: Lab, dead_pid
             os.kill(pid, signal.SIGKILL)
     said = lab.run("doctor", "--leaks")
     assert said.returncode == 1
-    assert "unfinished file" in said.stdout, "whoever held the lock is gone now"
+    assert "unfinished file" in said.stdout, "the lock's holder is gone now"
     assert "hintfleet doctor --clean" in said.stderr
 
 
@@ -152,7 +152,7 @@ _UNSHARE = ("unshare", "--user", "--map-root-user", "--fork", "--kill-child")
 def test_processes_of_a_container_are_not_ours_to_end(
     lab: Lab, dead_pid: int, within: tuple[str, ...], listed: bool
 ) -> None:
-    """Its folders and process ids are others than those of the same names here."""
+    """Its folders and process ids are not those of the same name here."""
     if within and subprocess.run([*within, "true"], check=False).returncode:
         pytest.skip("this machine makes no namespaces")
     folder = f"{lab.temporary}/hf-{dead_pid}-abcdefgh/ray/session"

@@ -1,4 +1,4 @@
-"""What a reader of the logs needs at three in the morning, from agents that run."""
+"""Logs of running agents say what a person on call needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.speaker import Speaker
 
 
 def a_guest_that_is_killed(log: Path, *arguments: str) -> tuple[int, int]:
-    """One guest is made, used and killed; pids of host agent and guest."""
+    """Make, use and kill one guest; return the pids of the host agent and the guest."""
     with log.open("wb") as stderr, running_host_agent(*arguments, stderr=stderr) as host:
         host.watch()
         pid = host.create("g").pid
@@ -44,7 +44,7 @@ def a_guest_that_is_killed(log: Path, *arguments: str) -> tuple[int, int]:
         return host.process.pid, pid
 
 
-def test_a_guests_story_as_json(tmp_path: Path) -> None:
+def test_the_life_of_a_guest_as_json(tmp_path: Path) -> None:
     log = tmp_path / "log"
     _, pid = a_guest_that_is_killed(log, "--log-format", "json", "--name", "rack1")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -93,7 +93,7 @@ def test_journald_gets_priorities_and_no_time(
 
 
 def test_a_guests_agent_logs_its_sessions(tmp_path: Path) -> None:
-    """Its console, or its log, is what its host agent shows when it is lost."""
+    """The host agent shows the end of this log when the guest is lost."""
     with (tmp_path / "log").open("wb") as stderr, running_host_agent(stderr=stderr) as host:
         host.watch()
         guest = host.create("g")
@@ -110,7 +110,9 @@ def logged(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any
     return [fields_of(record) for record in caplog.records if record.getMessage() == message]
 
 
-def test_who_took_whose_session_and_what_was_skipped(caplog: pytest.LogCaptureFixture) -> None:
+def test_superseded_sessions_and_skipped_batches_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO, "hintfleet")
     with host_in_process() as host:
         host.watch()
@@ -137,10 +139,10 @@ def test_who_took_whose_session_and_what_was_skipped(caplog: pytest.LogCaptureFi
     assert broken["reason"] == ended[1]["reason"]
 
 
-def test_work_that_fails_loses_its_guest_and_nobody_elses(
+def test_work_that_fails_loses_only_its_own_guest(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A bug in a batch left it without an answer, for ever, and nobody knew."""
+    """Without this, a bug in a batch would leave it without an answer for ever."""
 
     async def fail(*_: object) -> None:
         raise KeyError("missing")
@@ -194,7 +196,7 @@ program.main()
 def test_a_loop_that_fails_ends_the_agent(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One without audits or allowances looked alive."""
+    """Without this, a host agent without audits or allowances would look alive."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     done = subprocess.run(
         [
@@ -212,7 +214,7 @@ def test_a_loop_that_fails_ends_the_agent(
 
 
 def test_an_experiment_logs_its_trials_on_stderr(tmp_path: Path) -> None:
-    """Not into the file that takes what Ray writes there; each line names its run."""
+    """Log lines do not go to the file for Ray's output; each line names its run."""
     spec = tmp_path / "spec.yaml"
     spec.write_text(
         "name: s\ndriver: embedded\nhosts: {count: 1, memory: 512MiB}\n"

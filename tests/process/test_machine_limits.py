@@ -1,4 +1,4 @@
-"""In a cgroup that is too small nothing is started; in one that is just large enough, all runs."""
+"""In a cgroup that is too small nothing starts; in one that is just large enough, all runs."""
 
 import json
 import os
@@ -17,13 +17,14 @@ from tests.support.lab import Lab, made_lab, result
 
 CGROUPS = Path("/sys/fs/cgroup")
 ENTER = ("sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"')
-# What the command has by the time that it looks, and what the kernel counts in batches.
+# The memory of the command itself when it checks, and what the kernel counts only in batches.
 AT_START_BYTES = 96 * MIB
 
 
 @contextmanager
 def cgroup(controller: str, **values: str) -> Iterator[Path]:
-    """A cgroup of the machine's own, of v1 or v2, with these values; removed when it is empty."""
+    """Make a cgroup, of v1 or v2 as on this machine, with these values; remove it when it is
+    empty."""
     v1 = CGROUPS / controller
     made = (v1 if v1.is_dir() else CGROUPS) / f"hintfleet-test-{uuid.uuid4().hex[:8]}"
     try:
@@ -97,5 +98,5 @@ def test_a_quota_of_processors(lab: Lab) -> None:
 
 
 def events_file(folder: Path) -> str:
-    """Where it says how many were killed for want of memory."""
+    """Return the file that counts the processes that were killed for lack of memory."""
     return "memory.events" if (folder / "memory.events").exists() else "memory.oom_control"

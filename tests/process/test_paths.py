@@ -1,4 +1,4 @@
-"""Folders and files with any name that a file system allows, through the real commands."""
+"""Real commands work with folders and files of any name that a file system allows."""
 
 import json
 import os
@@ -33,7 +33,7 @@ COMMANDS = {"hintfleet": "orchestrator", "hintfleet-host": "host_agent"}
 
 @pytest.fixture(params=list(NAMES.values()), ids=list(NAMES))
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with such a name, reached by a link of such a name."""
+    """Make a folder with such a name, and go there through a link with such a name."""
     name = os.fsdecode(request.param)
     (tmp_path / "real" / name).mkdir(parents=True)
     (tmp_path / name).symlink_to(tmp_path / "real" / name)
@@ -122,7 +122,7 @@ def test_sockets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
         try:
-            wait_until(lambda: Path(folder.name).is_socket(), "the socket under its name")
+            wait_until(lambda: Path(folder.name).is_socket(), "the socket with its name")
             rows = json.loads(ran("hintfleet", "savings", "--server", address, "-o", "json"))
             assert {row["arm"] for row in rows} == {"none", "bitmap"}
         finally:

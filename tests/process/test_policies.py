@@ -1,4 +1,4 @@
-"""Policies on real agents: when freed memory leaves the host."""
+"""Policies decide when freed memory leaves the host, with real agents."""
 
 import time
 
@@ -50,7 +50,7 @@ def test_without_pressure_memory_stays(host_agent: HostAgent) -> None:
     time.sleep(1.5)
     assert resident_bytes(host_agent) == HELD
     refusals = host_agent.samples[-1].samples[0].refusals
-    assert set(refusals) == {"no_pressure"}, "why nothing was allowed is recorded"
+    assert set(refusals) == {"no_pressure"}, "the reason why nothing was allowed is recorded"
 
 
 def test_under_pressure_as_much_comes_back_as_is_wanted() -> None:

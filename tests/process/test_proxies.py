@@ -1,5 +1,5 @@
-"""Proxies in the environment, as many a company's machine has them: everything of ours and of
-Ray's passes them by. They are closed ports: what tried to use one would fail."""
+"""hintfleet and Ray ignore proxies in the environment, which many companies' machines have. These
+proxies are closed ports: a connection through one would fail."""
 
 import asyncio
 import socket
@@ -43,13 +43,13 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 @pytest.fixture(autouse=True)
 def proxies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For this process and all that it starts."""
+    """Set proxies for this process and all that it starts."""
     with socket.socket() as bound:  # and never listening
         bound.bind(("127.0.0.1", 0))
         for name in PROXIES:
             for spelling in (name, name.upper()):
                 monkeypatch.setenv(spelling, f"http://127.0.0.1:{bound.getsockname()[1]}")
-        # Ray's own switch; on a cluster that is on loopback, and ours, it means nothing.
+        # Ray's own switch, which must have no effect on a cluster of ours on loopback.
         monkeypatch.setenv("RAY_grpc_enable_http_proxy", "1")
         yield
 

@@ -1,5 +1,5 @@
-"""Ray that is not there, is something else, or dies in a run: one error in time, and nothing of
-what Ray writes of it between our lines."""
+"""If Ray is missing, is another server, or dies in a run, there is one error in time, and none of
+Ray's output between our lines."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ arms:
 repetitions: 2
 """
 TOLD_WITHIN_S = 60
-"""Ray itself would try for minutes."""
+"""The error must come within this time; Ray itself would try for minutes."""
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_an_address_where_no_ray_cluster_answers(
     monkeypatch: pytest.MonkeyPatch,
     what: Callable[[], AbstractContextManager[int]],
 ) -> None:
-    # Else Ray takes loopback for an address that others can reach.
+    # Else Ray replaces loopback by an address that others can reach.
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     with what() as port:
         monkeypatch.setenv("RAY_ADDRESS", address := f"127.0.0.1:{port}")
@@ -93,7 +93,8 @@ def test_an_address_where_no_ray_cluster_answers(
 
 
 def check_said(lab: Lab, err: str, starts: tuple[str, ...]) -> None:
-    """All lines on stderr are ours, and what Ray said of it is in the file that they name."""
+    """Check that all lines on stderr are ours, and that Ray's output is in the file that they
+    name."""
     assert not [line for line in err.splitlines() if line and not line.startswith(starts)]
     (log,) = lab.folder.glob("hintfleet/logs/*.log")
     assert str(log) in err

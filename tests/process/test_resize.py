@@ -1,4 +1,4 @@
-"""Memory that comes to and leaves an embedded guest while hinting runs."""
+"""Memory of an embedded guest is plugged and unplugged while hinting runs."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ def check_balance(books: host_pb2.Ledger) -> None:
     assert books.hinted_total_bytes == fates + sum(books.skipped_total_bytes.values())
 
 
-def test_memory_comes_is_hinted_and_goes(resizable: HostAgent) -> None:
+def test_memory_is_plugged_hinted_and_unplugged(resizable: HostAgent) -> None:
     assert resizable.resize(MOST).ledger.provisioned_bytes == MOST
     resizable.allocate(300 * MIB)
     assert resizable.free(300 * MIB).wrong_pages == 0
@@ -60,7 +60,7 @@ def test_memory_comes_is_hinted_and_goes(resizable: HostAgent) -> None:
     check_balance(books)
 
 
-def test_memory_in_use_cannot_go(resizable: HostAgent) -> None:
+def test_memory_in_use_cannot_be_taken_away(resizable: HostAgent) -> None:
     resizable.resize(HALF)
     resizable.allocate(200 * MIB)
     with pytest.raises(grpc.RpcError, match="in use") as caught:
@@ -73,7 +73,7 @@ def test_memory_in_use_cannot_go(resizable: HostAgent) -> None:
     assert resizable.verify().wrong_pages == 0
 
 
-def test_memory_comes_and_goes_while_the_guest_works(resizable: HostAgent) -> None:
+def test_memory_is_plugged_and_unplugged_while_the_guest_works(resizable: HostAgent) -> None:
     with working(resizable):
         for _ in range(8):
             resizable.resize(HALF)
@@ -89,7 +89,7 @@ def test_memory_comes_and_goes_while_the_guest_works(resizable: HostAgent) -> No
 
 @contextmanager
 def working(host: HostAgent) -> Iterator[None]:
-    """Allocate and free, over and over, in a thread of its own."""
+    """Allocate and free again and again, in a thread of its own."""
     stop = threading.Event()
     wrong: list[int] = []
 
@@ -114,17 +114,17 @@ def check_settled_size(host: HostAgent, provisioned_bytes: int) -> None:
 
 
 def shrink_when_possible(host: HostAgent) -> None:
-    """What the workload uses just now cannot go; a moment later it can."""
+    """Unplug, and retry: memory that the workload uses at the moment cannot be unplugged."""
     for _ in range(200):
         with contextlib.suppress(grpc.RpcError):
             host.resize(START)
             return
         check_settled_size(host, HALF)
-    raise AssertionError("it was never possible")
+    raise AssertionError("unplugging was never possible")
 
 
-def test_the_memory_goes_with_the_hole(host_agent: HostAgent) -> None:
-    """Without hinting, so that nothing else takes it."""
+def test_unplugging_frees_the_memory(host_agent: HostAgent) -> None:
+    """There is no hinting, so that nothing else frees the memory."""
     host_agent.watch()
     host_agent.create(method=host_pb2.NONE, max_memory_bytes=HALF)
     host_agent.resize(HALF)
@@ -158,7 +158,7 @@ def test_a_retried_resize_is_answered_and_not_done_again(resizable: HostAgent) -
         (200 * MIB, grpc.StatusCode.INVALID_ARGUMENT, "75497472 bytes beyond .* 128 MiB"),
     ],
 )
-def test_sizes_that_cannot_be(
+def test_impossible_sizes_are_refused(
     host_agent: HostAgent, memory_bytes: int, code: grpc.StatusCode, said: str
 ) -> None:
     host_agent.watch()
@@ -177,7 +177,7 @@ def test_a_guest_of_fixed_size(host_agent: HostAgent) -> None:
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
-def test_a_maximum_that_cannot_be(host_agent: HostAgent) -> None:
+def test_an_impossible_maximum_is_refused(host_agent: HostAgent) -> None:
     host_agent.watch()
     with pytest.raises(grpc.RpcError, match="no multiple of 128 MiB"):
         host_agent.create(max_memory_bytes=200 * MIB)

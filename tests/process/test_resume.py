@@ -1,4 +1,4 @@
-"""Faults of what runs an experiment: real kills in the middle of small runs, which go on."""
+"""Runs go on after real kills of host agents, actors and the orchestrator."""
 
 import json
 import os
@@ -36,7 +36,7 @@ Part = tuple[str, int, int]
 
 
 def kill_one(lab: Lab, what: str) -> None:
-    """Kill a host agent, or the actor that speaks to it, when all guests are there."""
+    """Kill a host agent, or its actor, when all guests run."""
     wait_until(lambda: len(lab.agents("guest_agent")) == 2, "two guests")
     host_agent = min(lab.agents("host_agent"))
     os.kill(host_agent if what == "host agent" else parent_pid(host_agent), signal.SIGKILL)
@@ -49,7 +49,7 @@ def check_figures(data: dict[str, Any]) -> None:
         assert arm["undecided"] == ""
         assert arm["footprint"]["provisioned_bytes"] == 2 * 64 << 20
         assert arm["footprint"]["verified_pages"] == 2 * 2 * 40 * 256, (
-            "two attempts are never mixed"
+            "samples of two attempts are mixed"
         )
         assert arm["footprint"]["wrong_pages"] == 0
     assert data["arms"][1]["saved_bytes"]["pairs"] == 2
@@ -103,7 +103,7 @@ def test_lost_hosts_are_tried_again_and_then_the_run_can_go_on(lab: Lab) -> None
 
 
 def acknowledged(lab: Lab) -> set[Part]:
-    """The parts that the store says it has, asked from outside."""
+    """Return the parts that the store lists, read from outside."""
     with sqlite3.connect(
         f"file:{lab.folder}/hintfleet/hintfleet.sqlite?mode=ro", uri=True
     ) as store:
@@ -120,14 +120,14 @@ def check_readable(lab: Lab, parts: set[Part]) -> None:
 def killed_somewhere(
     lab: Lab, chance: random.Random, process: "subprocess.Popen[str]"
 ) -> set[Part]:
-    """Kill the orchestrator at some moment after a trial's start; what it had acknowledged."""
+    """Kill the orchestrator some time after a trial's start; return what it had acknowledged."""
     wait_for_line(process, "trial ")
     wait_until(lambda: bool(lab.agents("guest_agent")), "a guest")
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(chance.uniform(0.0, 2.5))
     before = acknowledged(lab)
     for pid in lab.find("log_monitor.py"):
-        os.kill(pid, signal.SIGSTOP)  # a helper of Ray that does not notice
+        os.kill(pid, signal.SIGSTOP)  # a helper process of Ray that does not notice
     process.kill()
     process.wait()
     wait_until(lambda: not lab.agents("host_agent", "guest_agent"), "the end of all agents")

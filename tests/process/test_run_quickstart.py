@@ -1,4 +1,4 @@
-"""Whole runs of the command line, small ones: real host agents, guests, gRPC, memfds and Ray."""
+"""Small but complete runs of the command line: real host agents, guests, gRPC, memfds and Ray."""
 
 import json
 import os
@@ -40,7 +40,7 @@ sample_period: 50ms
 
 
 def spec(**changed: str) -> str:
-    """The spec with other values for some keys."""
+    """Return the spec with other values for some keys."""
     text = SPEC
     for key, value in changed.items():
         text = re.sub(rf"\b{key}: [^,}}\n]+", f"{key}: {value}", text)
@@ -70,7 +70,7 @@ def test_memory_comes_back_and_nothing_is_left(finished: tuple[Lab, dict[str, An
         used = arm["footprint"]
         assert used["provisioned_bytes"] == 4 * 64 * MIB
         assert 4 * 40 * MIB <= used["peak_resident_bytes"] < 4 * 44 * MIB
-        # Freed pages are verified before they are freed, the rest at the end.
+        # Pages are verified before they are freed, the rest at the end.
         assert used["verified_pages"] == 2 * 4 * 40 * MIB // 4096
         assert used["wrong_pages"] == 0
         assert used["returned"]["freed_bytes"] == 2 * 4 * 30 * MIB
@@ -78,7 +78,7 @@ def test_memory_comes_back_and_nothing_is_left(finished: tuple[Lab, dict[str, An
     assert none["footprint"]["returned"]["share"] < 0.05
     assert bitmap["footprint"]["reclaimed_now_bytes"] >= 4 * 30 * MIB * 0.9
     assert bitmap["saved_bytes"]["pairs"] == 2, "two repetitions, whatever the hosts"
-    assert bitmap["saved_bytes"]["mean"] > 20 * MIB  # its interval is one of two pairs only
+    assert bitmap["saved_bytes"]["mean"] > 20 * MIB  # its interval is over only two pairs
     lab.check_nothing_is_left()
 
 
@@ -130,7 +130,7 @@ def test_the_service_answers_any_client_with_reflection(
 
 
 def ask_by_reflection(channel: grpc.Channel) -> Any:
-    """Call ListRuns knowing nothing but what the server says of itself."""
+    """Call ListRuns with only what the server's reflection says."""
     pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
     method = pool.FindServiceByName("hintfleet.v1.FleetService").FindMethodByName("ListRuns")
     request, response = map(
@@ -188,7 +188,7 @@ with Store(Path(sys.argv[2])) as store:
 
 
 def test_a_run_can_be_interrupted_while_nothing_is_heard_of_its_guests(lab: Lab) -> None:
-    # After the first sample the guests only wait, for longer than it takes to ask.
+    # After the first sample, the guests only wait, for longer than an interrupt may take.
     quiet = spec(count="1", sample_period="10s")
     command = [sys.executable, "-c", _UNHEARD, lab.spec(quiet), str(lab.folder)]
     done = subprocess.run(
@@ -210,7 +210,7 @@ def test_a_killed_run_leaves_no_agent(lab: Lab) -> None:
         wait_until(lambda: len(lab.agents("guest_agent")) == 4, "four guests")
         process.kill()
         process.wait()
-        # Helpers of Ray itself stay for up to a minute: they try to report its end.
+        # Helper processes of Ray stay for up to a minute: they try to report its end.
         wait_until(lambda: not lab.agents("host_agent", "guest_agent"), "the end of all agents")
     run = json.loads(lab.run("runs", "-o", "json").stdout)[0]
     assert (run["state"], run["reason"]) == (

@@ -1,4 +1,4 @@
-"""Encrypted doors: what opens them, and what does not."""
+"""Which certificates are accepted where, and which are refused."""
 
 import json
 import os
@@ -40,7 +40,7 @@ UUID, OTHER_UUID = "6f3c2b0e-5d0a-4c7e-9b52-0c4f4a1f2d10", "00000000-0000-4000-8
 
 @dataclass(frozen=True)
 class Folders:
-    """TLS folders of one authority."""
+    """The TLS folders that one authority has issued."""
 
     authority: Authority
     host: Path
@@ -74,8 +74,8 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="module")
 def host_agent(folders: Folders, metrics_port: int) -> Iterator[HostAgent]:
-    """A host agent whose doors are all encrypted. `stub` speaks in plain text, so it is of
-    no use here."""
+    """Run a host agent with TLS at all addresses. Its `stub` is plain text, so it cannot be used
+    here."""
     with running_host_agent(
         *("--listen", "127.0.0.1:0", "--metrics", f"127.0.0.1:{metrics_port}"),
         *("--tls", str(folders.host), "--guest-tls", str(folders.host)),
@@ -119,7 +119,7 @@ def test_a_guest_may_not_control(host_agent: HostAgent, folders: Folders) -> Non
     )
 
 
-def test_nor_may_it_watch_or_ask_for_health(host_agent: HostAgent, folders: Folders) -> None:
+def test_a_guest_may_not_watch_or_ask_for_health(host_agent: HostAgent, folders: Folders) -> None:
     credentials = folders.tls(Role.GUEST).for_client()
     with grpc.secure_channel(host_agent.control, credentials) as channel:
         watch = HostServiceStub(channel).Watch(
@@ -138,7 +138,7 @@ def test_nor_may_it_watch_or_ask_for_health(host_agent: HostAgent, folders: Fold
 
 
 def test_an_operator_sees_health_and_samples(host_agent: HostAgent, folders: Folders) -> None:
-    """Every kind of call passes through the check whole."""
+    """The check works for every kind of call, and does not change it."""
     credentials = folders.tls(Role.OPERATOR).for_client()
     with grpc.secure_channel(host_agent.control, credentials) as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -158,8 +158,10 @@ def test_an_operator_is_no_guest(host_agent: HostAgent, folders: Folders) -> Non
     assert "this service is for guests" in refusal(error)[1]
 
 
-def test_strangers_get_no_answer(host_agent: HostAgent, folders: Folders, tmp_path: Path) -> None:
-    """Neither without a certificate, nor with one of another authority, nor in plain text."""
+def test_clients_without_a_valid_certificate_get_no_answer(
+    host_agent: HostAgent, folders: Folders, tmp_path: Path
+) -> None:
+    """Clients without a certificate, with one of another authority, or in plain text."""
     ours = folders.tls(Role.OPERATOR)
     theirs = folders_of(tmp_path).tls(Role.OPERATOR)
     for credentials in (
@@ -180,7 +182,7 @@ def test_strangers_get_no_answer(host_agent: HostAgent, folders: Folders, tmp_pa
 
 
 def test_a_guest_cannot_play_the_host(folders: Folders) -> None:
-    """Its certificate is of the same authority, but not a server's."""
+    """Its certificate is of the same authority, but not one of a host."""
     from concurrent.futures import ThreadPoolExecutor
 
     server = grpc.server(ThreadPoolExecutor(1))
@@ -205,7 +207,7 @@ def test_metrics_are_for_operators(
     host_agent: HostAgent, folders: Folders, metrics_port: int
 ) -> None:
     ca = folders.operator / "ca.pem"
-    # A client that says nothing holds up nobody.
+    # A client that sends nothing does not block others.
     with socket.create_connection(("127.0.0.1", metrics_port)):
         assert "hintfleet_guest_resident_bytes" in scrape(metrics_port, folders.operator, ca)
     with pytest.raises(urllib.error.HTTPError) as error:
@@ -215,7 +217,7 @@ def test_metrics_are_for_operators(
         scrape(metrics_port, None, ca)
 
 
-# The guests' door, with tokens
+# The guests' service, with tokens
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +263,7 @@ def guest_agent_process(config: AgentConfig) -> subprocess.Popen[str]:
 
 
 def test_a_guest_agent_speaks_tls(door: InProcessHost, folders: Folders) -> None:
-    """The workload of a real guest takes the place of the embedded one, which is held still."""
+    """The workload of a real guest takes the place of the embedded one, which is suspended."""
     os.kill(door.guests()["mine"].pid, signal.SIGSTOP)
     config = AgentConfig(
         server=door.guest_address,
@@ -271,12 +273,12 @@ def test_a_guest_agent_speaks_tls(door: InProcessHost, folders: Folders) -> None
     )
     process = guest_agent_process(config)
     try:
-        # Asked of the one that is held still, and again of the other when it has come.
+        # The command goes to the suspended workload, and again to the other when that has attached.
         assert door.allocate(4 * MIB, "mine").held_bytes == 4 * MIB
         status = Path(f"/proc/{process.pid}/status").read_text()
         rss_kib = int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
-        assert rss_kib > 4 << 10, "it was this process that did it"
-        assert "THP_enabled:\t1\n" in status, "a workload has huge pages, if an agent has none"
+        assert rss_kib > 4 << 10, "another process did the step"
+        assert "THP_enabled:\t1\n" in status, "a workload may use huge pages, unlike an agent"
     finally:
         process.kill()
         process.communicate()

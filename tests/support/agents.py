@@ -1,4 +1,4 @@
-"""Real agents on loopback: a host agent, as a process or in this one, and its clients."""
+"""Real agents on loopback: a host agent, in its own process or in this one, and its clients."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from host_agent.server import Serving, Settings, serving
 TRIAL = "test-trial"
 
 HANG_S = 300.0
-"""Bounds what would hang. All that goes well takes less, on a machine that is busy too."""
+"""The longest wait for anything. What works takes less, even on a busy machine."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = HANG_S) -> None:
-    """Wait for a condition, bounded; says what it waited for."""
+    """Wait for a condition; fail after `timeout_s`, naming what was waited for."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"waited {timeout_s} s for: {what}"
@@ -81,7 +81,7 @@ class HostClient:
         max_memory_bytes: int = 0,
         uuid: str = "",
     ) -> host_pb2.Guest:
-        """An embedded guest of 128 MiB."""
+        """Create an embedded guest of 128 MiB."""
         spec = host_pb2.GuestSpec(
             driver=host_pb2.EMBEDDED,
             memory_bytes=128 * MIB,
@@ -128,7 +128,7 @@ class HostAgent(HostClient):
     lifeline_fd: int
 
     def cut_lifeline(self) -> None:
-        """What happens when whoever started the agent dies."""
+        """Do what happens when the process that started the agent dies."""
         if self.lifeline_fd >= 0:
             os.close(self.lifeline_fd)
             self.lifeline_fd = -1
@@ -136,7 +136,7 @@ class HostAgent(HostClient):
 
 @dataclass(kw_only=True)
 class InProcessHost(HostClient):
-    """A host agent that runs in a thread of the test, so that tokens can be had."""
+    """A host agent that runs in a thread of the test, which can so read the guests' tokens."""
 
     registry: Registry
 
@@ -146,7 +146,7 @@ class InProcessHost(HostClient):
 
 @contextlib.contextmanager
 def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
-    """The same servers as `hintfleet-host`, on an event loop of their own."""
+    """Run the same servers as `hintfleet-host`, on an event loop of their own."""
     started: queue.Queue[Serving] = queue.Queue()
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
@@ -165,7 +165,7 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
             await stop.wait()
 
     with tempfile.TemporaryDirectory(prefix="hf-test-") as folder:
-        # A daemon: whoever ends without leaving this block must not wait for it.
+        # A daemon thread, so that a test that does not leave this block can end all the same.
         thread = threading.Thread(
             target=lambda: loop.run_until_complete(serve(folder)), daemon=True
         )
@@ -183,7 +183,7 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
 
 @contextlib.contextmanager
 def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iterator[HostAgent]:
-    """A host agent that is stopped at the end, and must have left nothing."""
+    """Run a host agent; at the end, stop it and check that it left nothing."""
     ready_read, ready_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()
     with tempfile.TemporaryDirectory(prefix="hf-test-") as folder:
@@ -192,7 +192,7 @@ def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iter
             [
                 *(sys.executable, "-m", "host_agent", "--listen", address),
                 *("--ready-fd", str(ready_write), "--lifeline-fd", str(lifeline_read)),
-                *arguments,  # the last --listen counts
+                *arguments,  # of several --listen, the last is used
             ],
             pass_fds=(ready_write, lifeline_read),
             stderr=stderr,
@@ -201,7 +201,7 @@ def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iter
         os.close(lifeline_read)
         with open(ready_read) as ready:
             addresses = json.loads(ready.readline())
-        # Not the connection of a channel to an agent that was here before this one.
+        # A pool of its own: else gRPC reuses the connection to an earlier agent at this address.
         alone = (("grpc.use_local_subchannel_pool", 1),)
         channel = open_channel(addresses["control"], options=alone)
         agent = HostAgent(
@@ -226,7 +226,7 @@ def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iter
 
 
 def child_pids(pid: int) -> list[int]:
-    """Those that any of its threads has started."""
+    """Return the processes that any thread of `pid` has started."""
     found: list[int] = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The command line as a user runs it, and what it leaves behind."""
+"""Runs the command line as a user does, and finds what it leaves behind."""
 
 import fcntl
 import json
@@ -21,7 +21,7 @@ _MARK = "HINTFLEET_TEST_MARK"
 
 
 def processes_with(variable: str, value: str) -> dict[int, str]:
-    """All living processes in whose environment this is, and what they are."""
+    """Return all living processes with `mark` in their environment, and their command lines."""
     found = {}
     wanted = f"{variable}={value}".encode()
     for entry in Path("/proc").glob("[0-9]*"):
@@ -35,9 +35,9 @@ def processes_with(variable: str, value: str) -> dict[int, str]:
 
 @dataclass(kw_only=True)
 class Lab:
-    """A folder with a spec and results, and a mark on every process that is started in it.
+    """A folder for specs and results. Every process that is started in it carries a mark.
 
-    :ivar prefix: a command that starts the one that it is given.
+    :ivar prefix: words before each command, for a command that starts another one.
     """
 
     folder: Path
@@ -88,15 +88,15 @@ class Lab:
         return str(path)
 
     def processes(self) -> dict[int, str]:
-        """All living processes that bear the mark, and what they are."""
+        """Return all living processes with the mark, and their command lines."""
         return processes_with(_MARK, self.mark)
 
     def agents(self, *modules: str) -> list[int]:
-        """Process ids of these agents."""
+        """Return the process ids of the agents of these kinds."""
         return [pid for module in modules for pid in self.find(f"-m {module}")]
 
     def find(self, part: str) -> list[int]:
-        """Process ids of those with this in their command line."""
+        """Return the ids of processes with one of these texts in their command line."""
         return [pid for pid, command in self.processes().items() if part in command]
 
     def check_nothing_is_left(self, timeout_s: float = HANG_S) -> None:
@@ -107,14 +107,14 @@ class Lab:
 
 
 def wait_for_line(process: "subprocess.Popen[str]", start: str) -> str:
-    """The next line on stderr that begins so."""
+    """Return the next line on stderr that begins with `start`."""
     assert process.stderr is not None
     said = []
     for line in process.stderr:
         if line.startswith(start):
             return line
         said.append(line)
-    raise AssertionError(f"it ended without a line {start!r}: {''.join(said)}")
+    raise AssertionError(f"the command ended without a line {start!r}: {''.join(said)}")
 
 
 def parent_pid(pid: int) -> int:
@@ -124,9 +124,9 @@ def parent_pid(pid: int) -> int:
 
 @contextmanager
 def on_this_machine(*, alone: bool = False) -> Iterator[None]:
-    """Hold the machine together with other tests that run beside this one, or alone.
+    """Lock the machine: shared with other tests that run now, or exclusively.
 
-    `doctor --clean` looks at all of it: it would end what another test is about to.
+    `doctor --clean` acts on the whole machine: it would remove what another test needs.
     """
     lock = os.open(Path(__file__).parent, os.O_RDONLY)
     try:
@@ -138,7 +138,7 @@ def on_this_machine(*, alone: bool = False) -> Iterator[None]:
 
 @contextmanager
 def made_lab(folder: Path) -> Iterator[Lab]:
-    # Short: it is to be the folder for unix sockets.
+    # A short path, because unix sockets lie in it.
     with tempfile.TemporaryDirectory(prefix="hft-") as temporary:
         made = Lab(folder=folder, temporary=Path(temporary))
         try:

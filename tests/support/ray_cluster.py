@@ -1,4 +1,4 @@
-"""A Ray cluster as a user starts one: a head and more nodes, by `ray start` on this machine."""
+"""A Ray cluster as a user starts one: a head and more nodes, with `ray start` on this machine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _RAY = Path(sys.executable).with_name("ray")
 _ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "PYTHONUNBUFFERED": "1",  # so that what `ray start` says is seen when it says it
-    # Its nodes listen where others can reach them.
+    "PYTHONUNBUFFERED": "1",  # so that the output of `ray start` comes at once
+    # Its nodes listen at an address that others can reach.
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
 }
@@ -32,7 +32,7 @@ _NODE = (
 class RayCluster:
     """A running cluster.
 
-    :ivar environment: what its users have set.
+    :ivar environment: variables that its users set.
     :ivar raylets: process ids, the head's first.
     """
 
@@ -40,7 +40,8 @@ class RayCluster:
     raylets: list[int]
 
     def raylet_of_an_actor(self, lab: Lab, *, head: bool) -> int:
-        """The raylet of the head, or of another node; waits until an actor of ours is on it."""
+        """Wait until an actor of ours runs on the head, or on another node; return that node's
+        raylet."""
         wanted = self.raylets[:1] if head else self.raylets[1:]
 
         def found() -> list[int]:
@@ -53,7 +54,7 @@ class RayCluster:
 
 @contextmanager
 def ray_cluster(lab: Lab, nodes: int) -> Iterator[RayCluster]:
-    """A cluster until the block ends; its processes bear the lab's mark."""
+    """Run a cluster until the block ends; its processes carry the lab's mark."""
     port = _free_port()
     head: tuple[str, ...] = ("--head", f"--port={port}", f"--temp-dir={lab.temporary}/ray")
     head = (*head, "--include-dashboard=false", f"--ray-client-server-port={_free_port()}")

@@ -1,7 +1,8 @@
-"""A TCP relay between guests and their host agent that does what networks do.
+"""A TCP relay between guests and their host agent, which fails as networks do.
 
-It cuts, stalls and delays single connections, keeps what a guest said on them, and knows
-whose they are: a guest's identity goes over the link in plain text (hinting.proto).
+It cuts, stalls and delays single connections and records what a guest sends on them. It knows which
+guest a connection belongs to, because the identity goes over the link in plain text
+(hinting.proto).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _RECORDED_BYTES = 1 << 16
 _OLD_LINKS_KEPT = 8
 
 
-class Way(Enum):
-    """In which direction bytes go."""
+class Direction(Enum):
+    """The direction in which bytes go."""
 
     TO_HOST = "to host"
     TO_GUEST = "to guest"
@@ -35,7 +36,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """`HOST:PORT`."""
+        """Parse `HOST:PORT`."""
         host, _, port = text.rpartition(":")
         return cls(host=host, port=int(port))
 
@@ -48,51 +49,53 @@ class Link:
 
     def __init__(self, guest: asyncio.StreamWriter, host: asyncio.StreamWriter) -> None:
         self.guest_uuid = self.token = ""
-        """Empty until the guest has said who it is."""
+        """Empty until the guest has sent its identity."""
         self.recorded = bytearray()
-        """The first of what the guest said."""
+        """The first bytes that the guest sent."""
         self.delay_s = 0.0
-        """How long each piece is held back from now on."""
-        self._writers = {Way.TO_HOST: host, Way.TO_GUEST: guest}
+        """How long each piece is delayed from now on."""
+        self._writers = {Direction.TO_HOST: host, Direction.TO_GUEST: guest}
         self._flows = asyncio.Event()
         self._flows.set()
-        self._traps: dict[Way, list[Callable[[], None]]] = {way: [] for way in Way}
+        self._before_next: dict[Direction, list[Callable[[], None]]] = {
+            direction: [] for direction in Direction
+        }
 
     def cut(self) -> None:
-        """Both ends see a reset connection; what is on the way is lost."""
+        """Reset the connection at both ends; bytes on their way are lost."""
         for writer in self._writers.values():
             writer.transport.abort()
         self._flows.set()
 
     def stall(self) -> None:
-        """Nothing passes, and nobody is told."""
+        """Let nothing pass, and tell neither end."""
         self._flows.clear()
 
     def resume(self) -> None:
-        """What was stalled goes on."""
+        """Let bytes pass again after `stall`."""
         self._flows.set()
 
-    def before_next(self, way: Way, trap: Callable[[], None]) -> None:
-        """Call `trap` once, right before the next piece would be passed on."""
-        self._traps[way].append(trap)
+    def before_next(self, direction: Direction, act: Callable[[], None]) -> None:
+        """Call `act` once, right before the next piece is passed on."""
+        self._before_next[direction].append(act)
 
-    def forget(self, way: Way, trap: Callable[[], None]) -> bool:
-        """Whether `trap` still waited; it does no longer."""
+    def cancel_before_next(self, direction: Direction, act: Callable[[], None]) -> bool:
+        """Cancel `before_next`; return whether `act` had not been called yet."""
         with contextlib.suppress(ValueError):
-            self._traps[way].remove(trap)
+            self._before_next[direction].remove(act)
             return True
         return False
 
-    async def pump(self, way: Way, reader: asyncio.StreamReader) -> None:
-        """Pass bytes on in one direction until either end closes."""
-        writer = self._writers[way]
+    async def pump(self, direction: Direction, reader: asyncio.StreamReader) -> None:
+        """Pass bytes in one direction until either end closes."""
+        writer = self._writers[direction]
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(_CHUNK_BYTES):
-                if way is Way.TO_HOST:
+                if direction is Direction.TO_HOST:
                     self._note(data)
-                traps, self._traps[way] = self._traps[way], []
-                for trap in traps:
-                    trap()
+                acts, self._before_next[direction] = self._before_next[direction], []
+                for act in acts:
+                    act()
                 await self._flows.wait()
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
@@ -108,23 +111,23 @@ class Link:
 
 
 class Relay:
-    """Listens on a port of its own and connects each guest to `upstream`."""
+    """Listens on its own port and connects each guest to `upstream`."""
 
     def __init__(self) -> None:
         self.upstream: Address | None = None
-        """The host agent's door for guests; None while there is none."""
+        """Where the host agent listens for guests; None while there is none."""
         self.links: list[Link] = []
-        """Open now."""
+        """The open links."""
         self.closed: dict[str, list[Link]] = {}
-        """The last ones of each guest that are not."""
+        """The last closed links of each guest."""
         self.link_count = 0
         self.delay_s = 0.0
-        """Of links that are opened from now on."""
+        """The delay of links that are opened from now on."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Address]:
-        """Relay until the block ends; where it listens."""
+        """Relay until the block ends; yield the address that it listens at."""
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         try:
             yield Address(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
@@ -137,12 +140,12 @@ class Relay:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await server.wait_closed()
 
-    def of(self, guest_uuid: str) -> list[Link]:
-        """The open links of a guest."""
+    def links_of(self, guest_uuid: str) -> list[Link]:
+        """Return the open links of a guest."""
         return [link for link in self.links if link.guest_uuid == guest_uuid]
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Have a task of our own relay: `serving` ends it, and waits for that."""
+        """Relay in a task of our own, so that `serving` can end it and wait for its end."""
         task = asyncio.create_task(self._relay(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -165,7 +168,7 @@ class Relay:
         self.link_count += 1
         try:
             await asyncio.gather(
-                link.pump(Way.TO_HOST, from_guest), link.pump(Way.TO_GUEST, from_host)
+                link.pump(Direction.TO_HOST, from_guest), link.pump(Direction.TO_GUEST, from_host)
             )
         finally:
             self.links.remove(link)

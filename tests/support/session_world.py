@@ -1,9 +1,9 @@
-"""Both real state machines of the session protocol in a world that is played step by step.
+"""The real state machines of both sides of the session protocol, in a simulated world.
 
-`HintingCore` and `Gate` are the shipped ones; what carries out their instructions is played:
-a guest with a few chunks that have contents, streams that are in order while one is not with
-another, a host whose punches take time. Nothing happens by itself: a test takes the steps.
-What must hold at a step is asserted at that step.
+`HintingCore` and `Gate` are the shipped code. The simulation carries out their instructions: a
+guest with a few chunks that have contents; streams, each of which keeps its order while two streams
+keep none; a host whose punches take time. Nothing happens by itself: a test takes each step. Each
+step asserts what must hold there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Down = gate.Welcome | gate.Acknowledge
 
 @dataclass(eq=False)
 class Stream:
-    """Messages on their way; `cut` when it is over, which either end notices some time."""
+    """Messages on their way. `cut` means that the stream is over, which each end notices later."""
 
     to_host: deque[Up] = field(default_factory=deque)
     to_guest: deque[Down] = field(default_factory=deque)
@@ -49,12 +49,12 @@ class Stream:
     lossy: bool = False
 
     def send(self, message: Up) -> None:
-        """Towards the host. Behind what was lost nothing arrives: it is a byte stream."""
+        """Send to the host. After a loss nothing arrives any more, because it is a byte stream."""
         if not self.lossy:
             self.to_host.append(message)
 
     def lose(self) -> None:
-        """What is on its way to the host, once the stream is cut."""
+        """Lose what is on its way to the host, after the stream was cut."""
         self.lossy = True
         self.to_host.clear()
 
@@ -68,19 +68,19 @@ def pages(numbers: Iterable[int]) -> RangeSet:
 
 
 class GuestKernel:
-    """Chunks that are free, isolated or in use; what is in use was written to."""
+    """The guest's chunks, which are free, isolated or in use. Chunks in use have contents."""
 
     def __init__(self) -> None:
         self.free = list(range(CHUNK_COUNT))
         self.isolated: set[int] = set()
         self.reported: set[int] = set()
-        """Free and hinted: not to be hinted again before they were used."""
+        """Chunks that are free and hinted: they are hinted again only after they were used."""
         self.busy = True
-        """Whether the workload uses and frees at once what is released: so that there is
-        always something to hint."""
+        """Whether the workload at once uses and frees what is released, so that there is always
+        something to hint."""
         self.in_use: dict[int, int] = {}
         self.contents: dict[int, int] = {}
-        """What the host has behind a chunk; nothing once it was dropped."""
+        """What the host holds for a chunk; no entry after the chunk was dropped."""
         self._writes = 0
 
     def allocate(self) -> None:
@@ -96,7 +96,8 @@ class GuestKernel:
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
         taken = [n for n in self.free if n not in self.reported]
-        # Others than the workload would get next: the worst case for whoever is too late.
+        # Not the chunks that the workload gets next: the worst case for a batch that comes too
+        # late.
         taken = taken[-min(max_ranges, max_pages // CHUNK_PAGES) :]
         self.free = [n for n in self.free if n not in taken]
         self.isolated |= set(taken)
@@ -113,7 +114,7 @@ class GuestKernel:
 
 
 class Agent:
-    """A guest agent that holds the isolator; carries out what its core instructs."""
+    """A guest agent that holds the isolator, and carries out the instructions of its core."""
 
     def __init__(self, kernel: GuestKernel, core: HintingCore) -> None:
         self.kernel = kernel
@@ -126,7 +127,7 @@ class Agent:
         self.stream.to_host.append(Hello(self.core.still_isolated))
         return self.stream
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         assert self.stream is not None
         message = self.stream.to_guest.popleft()
         if isinstance(message, gate.Welcome):
@@ -134,7 +135,7 @@ class Agent:
         else:
             self._acknowledged(message)
 
-    def hear_late_ack(self) -> None:
+    def receive_late_ack(self) -> None:
         assert self.old_stream is not None
         message = self.old_stream.to_guest.popleft()
         if isinstance(message, gate.Acknowledge):
@@ -149,7 +150,7 @@ class Agent:
         self.old_stream, self.stream = self.stream, None
         self.carry_out(self.core.lost())
 
-    def look(self) -> None:
+    def poll(self) -> None:
         self.carry_out(self.core.period_passed(isolator_idle=self.kernel.idle()))
 
     def carry_out(self, instructions: Sequence[hinting.Instruction]) -> None:
@@ -167,19 +168,19 @@ class Agent:
 
 
 class Host:
-    """A host agent's end of it: one punch at a time, chunk by chunk."""
+    """The host agent's side: one punch at a time, chunk by chunk."""
 
     def __init__(self, new_gate: Gate) -> None:
         self.gate = new_gate
         self.sessions: dict[int, Stream] = {}
         self.unposted: list[gate.Batch] = []
-        """Arrived, and not in the books yet: these may run."""
+        """Batches that have arrived, and are not in the books yet: they may run."""
         self.running: gate.Batch | None = None
         self.to_drop: list[int] = []
         self.turn_asked = False
 
-    def hear(self, stream: Stream, now_s: float, next_session: int) -> None:
-        """Take the next message of a stream, however late it comes."""
+    def receive(self, stream: Stream, now_s: float, next_session: int) -> None:
+        """Receive the next message of a stream, even of a stream that is over."""
         message = stream.to_host.popleft()
         if isinstance(message, Hello):
             self.sessions[next_session] = stream
@@ -227,11 +228,13 @@ class Host:
                     assert self.running is None, "two punches at once"
                     self.running, self.to_drop = batch, chunks(batch.ranges)
                 case gate.Post(batch):
-                    self.unposted.remove(batch)  # once, and only what arrived
+                    self.unposted.remove(
+                        batch
+                    )  # fails for a second post, or for a batch that never arrived
                 case gate.Acknowledge(session, batch):
-                    assert batch not in self.unposted, "acknowledged before it was over"
+                    assert batch not in self.unposted, "acknowledged before it was posted"
                     self.sessions[session].to_guest.append(instruction)
 
     def _session_of(self, stream: Stream) -> int:
-        """Its number; 0 if it was never one here, or is none any more."""
+        """Return the number of the stream's session; 0 if it has none here, or none any more."""
         return next((n for n, one in self.sessions.items() if one is stream), 0)

@@ -1,4 +1,4 @@
-"""A guest's agent that says what a test wants it to, on the door that virtual machines use."""
+"""A guest agent that sends what a test tells it to, to the address that virtual machines use."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from tests.support.agents import HANG_S
 
 
 class Speaker:
-    """Speaks the protocol by hand, on the door that virtual machines use."""
+    """Sends protocol messages one by one, to the address that virtual machines use."""
 
     def __init__(self, address: str) -> None:
         options = (
-            # A connection of its own, as from a guest of its own.
+            # A connection of its own, as from another guest.
             ("grpc.use_local_subchannel_pool", 1),
-            # A window that does not grow: who does not read is soon sent no more.
+            # A window that does not grow, so that the host soon cannot send to a guest that does
+            # not read.
             ("grpc.http2.bdp_probe", 0),
         )
         self.channel = open_channel(address, options=options)
@@ -47,7 +48,7 @@ class Speaker:
         return next(iter(self.call))
 
     def refusal(self) -> tuple[grpc.StatusCode, str]:
-        """What the host ended the session with."""
+        """Return the status and the text with which the host ended the session."""
         with pytest.raises(grpc.RpcError) as caught:
             list(self.call)
         return caught.value.code(), str(caught.value.details())

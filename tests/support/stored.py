@@ -1,4 +1,4 @@
-"""A run in a store that no host has run: two phases, and less memory under arm `bitmap`."""
+"""Stores a made-up run: two phases, and less memory under arm `bitmap`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +44,7 @@ def store_trial(writer: RunWriter, trial: Trial, spec: Spec) -> None:
 
 def _records(trial: Trial, tasks: dict[str, HostTask]) -> Iterator[Record]:
     for host, task in tasks.items():
-        # The clock of the actor that announces phases is an hour ahead of its host's.
+        # The actor that announces phases has a clock that is an hour ahead of its host's.
         for title, said_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
             yield phase(title, said_s, host, trial.trial_id)
         names = [guest.name for guest in task.guests]
@@ -84,7 +84,7 @@ def _records(trial: Trial, tasks: dict[str, HostTask]) -> Iterator[Record]:
 
 
 def store_run(folder: Path, spec: Spec = QUICKSTART) -> None:
-    """Store a run "run1", whose words are not to be trusted."""
+    """Store a run "run1", whose texts try to inject markup."""
     header = RunHeader(
         run_id="run1",
         spec=spec,

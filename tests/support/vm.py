@@ -1,4 +1,4 @@
-"""Real guests through a real host agent, booted side by side."""
+"""Real guests under a real host agent, booted at the same time."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _BOOTS_AT_ONCE = 3
 
 
 def image_with(image: GuestImage, files: dict[str, Path], to: Path) -> Path:
-    """A directory of images, its one like `image` with more files in its initrd.
+    """Make a directory with one image: a copy of `image` with more files in its initrd.
 
-    The kernel unpacks one archive after the other.
+    This works because the kernel unpacks one cpio archive after the other.
     """
     made = to / "with-files"
     made.mkdir()
@@ -51,7 +51,7 @@ def spec(
     node_count: int = 0,
     balloon: host_pb2.BalloonSettings | None = None,
 ) -> host_pb2.GuestSpec:
-    """What a test wants of a real guest."""
+    """Return the spec of a real guest for a test."""
     return host_pb2.GuestSpec(
         driver=host_pb2.LIBVIRT,
         memory_bytes=memory_bytes,
@@ -69,8 +69,8 @@ _HOLES = "memmap=1248M$160M memmap=320M$1664M memmap=640M$4480M"
 
 
 def nodes_spec(isolator: str, parameters: str = "") -> host_pb2.GuestSpec:
-    """Two NUMA nodes that meet at 1.5 GiB, of which the second one goes on above 4 GiB, and
-    so little in them that a workload soon has some of each zone: the rest are holes."""
+    """Return a guest with two NUMA nodes, which meet at 1.5 GiB; the second one continues above 4
+    GiB. Most of it is holes, so that a small workload soon has memory of each zone."""
     return spec(
         isolator=isolator,
         parameters=f"{_HOLES} {parameters}",
@@ -81,7 +81,8 @@ def nodes_spec(isolator: str, parameters: str = "") -> host_pb2.GuestSpec:
 
 
 class Guests:
-    """Guests by name; each one is there, or failed to come, by the time it is asked for."""
+    """Guests by name, created at the same time. Asking for one waits until it is created or has
+    failed."""
 
     def __init__(self, host: HostAgent, specs: Mapping[str, host_pb2.GuestSpec]) -> None:
         self.host = host
@@ -97,14 +98,14 @@ class Guests:
         return self.host.stub.CreateGuest(request, timeout=HANG_S)
 
     def wait(self) -> None:
-        """Until no boot disturbs what a test measures."""
+        """Wait until all have booted, because a boot would disturb what a test measures."""
         self._pool.shutdown()
 
     def __getitem__(self, name: str) -> host_pb2.Guest:
         return self._made[name].result()
 
     def failure(self, name: str) -> str:
-        """What the user reads who asked for a guest that cannot be."""
+        """Return the error message for a guest that cannot be created."""
         error = self._made[name].exception()
         if not isinstance(error, grpc.RpcError):
             raise AssertionError(f"guest {name} came up")
@@ -114,7 +115,7 @@ class Guests:
         return self.host.guests()[name].ledger
 
     def resident(self, name: str, connection: Any) -> RangeSet:
-        """What is resident by the RAM files themselves."""
+        """Return the resident bytes, counted in the RAM files themselves."""
         ram = translate(connection.lookupByName(NAME_PREFIX + name))
         try:
             return ram.resident(ram.page_map).ranges()
@@ -122,14 +123,14 @@ class Guests:
             ram.close()
 
     def falls_to(self, name: str, resident_bytes: int) -> None:
-        """Wait until no more than so much is resident."""
+        """Wait until no more than `resident_bytes` are resident."""
         wait_until(
             lambda: self.ledger(name).resident_bytes <= resident_bytes,
             f"no more than {resident_bytes // MIB} MiB of {name} to be resident",
         )
 
     def balances(self, name: str, connection: Any) -> None:
-        """The books against the RAM file itself, while the guest stands still."""
+        """Compare the books with the RAM file, while the guest is suspended."""
         domain = connection.lookupByName(NAME_PREFIX + name)
         domain.suspend()
         try:
@@ -148,7 +149,7 @@ class Guests:
 
 
 def console(pid: int) -> str:
-    """What a guest has said so far; `pid` is its QEMU's."""
+    """Return the console output of a guest so far; `pid` is its QEMU's."""
     files = [
         Path(argument.removeprefix("name=opt/org.hintfleet/config,file="))
         for argument in Path(f"/proc/{pid}/cmdline").read_text().split("\0")

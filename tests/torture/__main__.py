@@ -1,4 +1,4 @@
-"""`make torture`: faults on guests at work, for as long as you like."""
+"""`make torture`: inject faults into guests at work, for as long as you like."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace, setting: Setting, seed: int) -> int:
 
 
 async def _or_sigterm(run: Coroutine[Any, Any, Report]) -> Report:
-    """SIGTERM ends it as Ctrl-C does: guests end, files are removed."""
+    """Have SIGTERM end the run as Ctrl-C does: guests end, files are removed."""
     task = asyncio.ensure_future(run)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await task
@@ -87,20 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--stress", action="store_true", help="run stress-ng in real guests, too")
     add("-o", "--output", choices=["table", "json"], default="table")
-    add("--host-module", default="tests.torture.patient_host", help=argparse.SUPPRESS)
+    add("--host-module", default="tests.torture.host_without_rate_limits", help=argparse.SUPPRESS)
     return parser
 
 
 def _setting(arguments: argparse.Namespace, seed: int) -> AbstractContextManager[Setting]:
     if arguments.driver == "embedded":
         return nullcontext(embedded.SETTING)
-    from tests.torture import real  # late: it needs libvirt
+    from tests.torture import real  # imported late, because it needs libvirt
 
     return real.setting(seed, stress=arguments.stress)
 
 
 class _Progress:
-    """Says on stderr how a run stands, every so often."""
+    """Prints the state of the run on stderr from time to time."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s = self._next_s = every_s

@@ -1,4 +1,4 @@
-"""Torture of embedded guests: many, small and quick."""
+"""Settings for torture of embedded guests: many, small and quick."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hintfleet.v1 import host_pb2
 from tests.support.relay import Relay
 from tests.torture import injectors
 from tests.torture.guest import Victim
-from tests.torture.place import Patience
+from tests.torture.place import Deadlines
 from tests.torture.plan import Kind, Pace
 from tests.torture.run import Setting
 
@@ -24,7 +24,7 @@ def _spec(number: int) -> host_pb2.GuestSpec:
         hinting=host_pb2.HintingSettings(
             tracker=("bitmap", "reported")[number % 2],
             chunk_order=(9, 9, 7)[number % 3],
-            # Hints as soon as anything is free, and never rests.
+            # Hints as soon as a chunk is free, and never rests.
             report_period_ms=20,
             threshold_chunks=2,
         ),
@@ -59,7 +59,7 @@ SETTING = Setting(
     host_kinds={Kind.HOST_AGENT_SUSPENDED: 12, Kind.HOST_AGENT_KILLED: 1},
     injectors=injectors.EMBEDDED,
     pace=Pace(pause_s=0.04, lag_s=0.005, hold_s=0.12),
-    patience=Patience(create_s=60, step_s=60, silence_s=120),
+    deadlines=Deadlines(create_s=60, step_s=60, silence_s=120),
     advertise=str,
     victim_of=_victim,
     longest_wait_s=0.1,

@@ -1,4 +1,4 @@
-"""A guest under torture, as what injects faults sees it."""
+"""A guest under torture, as the injectors of faults need it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.torture.report import Report
 
 @dataclass(kw_only=True)
 class Victim:
-    """One guest, from when it is ready until it is gone.
+    """One guest, from the moment when it is ready until it is gone.
 
     :ivar domain: a libvirt.virDomain; None for an embedded guest.
     :ivar is_grown: memory was plugged into it.
     :ivar answered_s: when it last answered a step of its workload.
-    :ivar doomed: a fault has ended it, or will; otherwise its end is a problem.
+    :ivar doomed: a fault has ended it, or will. The end of a guest that is not doomed is a problem.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Victim:
     _pidfd: int = field(init=False)
 
     def __post_init__(self) -> None:
-        # Not by number alone: that may be somebody else's by the time a fault strikes.
+        # Not just the number: another process may have it when a fault is injected.
         self._pidfd = os.pidfd_open(self.pid)
 
     def signal(self, number: int) -> None:
-        """Send a signal to its process.
+        """Send a signal to the guest's process.
 
         :raises ProcessLookupError: it is gone.
         """
@@ -51,30 +51,31 @@ class Victim:
 
     @property
     def links(self) -> list[Link]:
-        """Its open connections."""
-        return self.relay.of(self.uuid)
+        """Return the guest's open connections."""
+        return self.relay.links_of(self.uuid)
 
     @property
     def earlier_links(self) -> list[Link]:
-        """Its last connections that are closed."""
+        """Return the guest's last closed connections."""
         return self.relay.closed.get(self.uuid, [])
 
     async def stand_still(self) -> None:
-        """Have nothing change any more, so that its books can be looked at."""
+        """Stop all changes, so that the books can be checked."""
         if self.domain is not None:
             await asyncio.to_thread(self.domain.suspend)
 
-    def look(self, report: Report) -> None:
-        """Report what it says of itself; an embedded guest says nothing."""
+    def read_console(self, report: Report) -> None:
+        """Add to the report what the guest prints about itself; an embedded guest prints
+        nothing."""
 
     def evidence(self) -> str:
-        """The last of what it wrote, where that can be had."""
+        """Return the end of what the guest has printed, if that can be read."""
         return ""
 
     def forget(self) -> None:
-        """It is gone; faults that still hold it strike nothing."""
+        """Note that the guest is gone: faults that still hold it have no effect."""
         if self._pidfd >= 0:
-            # A guest that was stopped could not end.
+            # SIGCONT, because a stopped process could not end.
             with contextlib.suppress(ProcessLookupError):
                 self.signal(signal.SIGCONT)
             os.close(self._pidfd)

@@ -1,4 +1,4 @@
-"""A host agent that can be killed and started again under its guests."""
+"""A host agent that can be killed and started again while its guests live on."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _OPTIONS = (
 
 
 class HostAgent:
-    """One `hintfleet-host --state` after another, at the same addresses.
+    """Runs one `hintfleet-host --state` after another, at the same addresses.
 
-    :ivar module: what is run; a test runs one with a planted fault.
+    :ivar module: the module to run; a test runs one with a planted bug.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class HostAgent:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[HostServiceAsyncStub]:
-        """A host agent until the block ends, and a client of it that outlives its deaths."""
+        """Run a host agent until the block ends; yield a client that works across restarts."""
         await self.start()
         try:
             async with open_aio_channel(self.control, options=_OPTIONS) as channel:
@@ -68,7 +68,7 @@ class HostAgent:
             self._log.close()
 
     async def start(self) -> None:
-        """Start one and wait until it serves; where one was killed, the next."""
+        """Start a host agent, or the successor of a killed one, and wait until it serves."""
         ready_read, ready_write = os.pipe()
         lifeline_read, lifeline = os.pipe()
         try:
@@ -77,7 +77,8 @@ class HostAgent:
                 pass_fds=(ready_write, lifeline_read),
                 stderr=self._log,
                 env=self._environment,
-                # Ctrl-C is for us: under --state it would leave its guests behind.
+                # Its own session, so that Ctrl-C does not reach it: under --state it would leave
+                # its guests.
                 start_new_session=True,
             )
         finally:
@@ -101,28 +102,32 @@ class HostAgent:
         )
 
     def signal(self, number: int) -> None:
-        """:raises ProcessLookupError: it is dead."""
+        """Send a signal to the host agent.
+
+        :raises ProcessLookupError: it is dead.
+        """
         if self._process is None or self._process.returncode is not None:
             raise ProcessLookupError
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill -9; the lifeline stays open, so that this is no orderly end."""
+        """Kill -9. The lifeline stays open, so that the guests are not ended in order."""
         self.signal(signal.SIGKILL)
         self.deaths += 1
 
-    async def dead(self) -> None:
-        """Wait until a killed one is gone."""
+    async def wait_dead(self) -> None:
+        """Wait until a killed host agent is gone."""
         if self._process is not None:
             await self._process.wait()
 
     def log_tail(self) -> str:
-        """The end of what host agents wrote."""
+        """Return the end of the host agents' log."""
         text = (self._folder / "host.log").read_text(errors="replace")
         return "\n".join(text.splitlines()[-30:])
 
     def left_behind(self) -> list[str]:
-        """Processes that this agent and its guests consist of, as command lines."""
+        """Return the command lines of all processes of this agent and its guests that still
+        live."""
         return list(processes_with(_MARK, str(self._folder)).values())
 
     def _let_go(self) -> None:
@@ -131,7 +136,7 @@ class HostAgent:
             self._lifeline = -1
 
     async def _stop(self) -> None:
-        """By the lifeline, as when whoever started it dies: its guests end with it."""
+        """Stop it by its lifeline, as when its parent dies: its guests end with it."""
         self._let_go()
         if self._process is None:
             return

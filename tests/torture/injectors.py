@@ -1,4 +1,4 @@
-"""Faults, one small class each: begin, hold, end."""
+"""The faults, one small class for each: begin, hold, end."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hintfleet.v1 import hinting_pb2, host_pb2
 from tests.support.relay import Link
 from tests.torture.guest import Victim
 from tests.torture.host import HostAgent
+from tests.torture.impostors import hello_in, pretend, replay
 from tests.torture.plan import Fault, Kind
-from tests.torture.strangers import hello_in, pretend, replay
 
 if TYPE_CHECKING:  # it is in the stubs only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
@@ -29,38 +29,38 @@ _LONGEST_DELAY_S = 0.05
 
 
 class Missed(Exception):
-    """There is nothing, or no longer, that this fault could strike; or it was refused."""
+    """The fault was not injected: its target does not exist (any more), or the host refused it."""
 
 
 class Injector(Protocol):
-    """One fault. `end` is called once for every `begin`, also for one that missed."""
+    """One fault. `end` is called once for every `begin`, also if that raised Missed."""
 
     lasts: bool
-    """Whether it goes on until `end`, and not for as long as it takes."""
+    """Whether the fault lasts until `end` is called. If not, it takes as long as it takes."""
 
     def begin(self) -> None:
-        """Strike. Never waits: it may be called from within the relay, between two bytes.
+        """Inject the fault. Must not wait: the relay may call it between two bytes.
 
-        :raises Missed: nothing has happened.
+        :raises Missed: nothing was done.
         """
 
     async def end(self) -> None:
-        """Undo what can be undone, wait for what was begun.
+        """Undo what can be undone, and wait for what was begun.
 
-        :raises Missed: it turned out that nothing has happened.
+        :raises Missed: it turned out that nothing was done.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a fault may need: its victim, and who runs it."""
+    """What a fault may need: its victim, the host agent, and a client."""
 
     victim: Victim
     host: HostAgent
     stub: HostServiceAsyncStub
     fault: Fault
     refused: Callable[[], None]
-    """Called when the host refused a stranger."""
+    """Called when the host has refused an impostor."""
 
 
 class Kill:
@@ -76,11 +76,11 @@ class Kill:
         _signal(self._victim.signal, signal.SIGKILL)
 
     async def end(self) -> None:
-        """It stays dead."""
+        """Do nothing: the guest stays dead."""
 
 
 class Suspend:
-    """A process stands still for a while: a guest, or the host agent."""
+    """SIGSTOP of a process for a while: of a guest, or of the host agent."""
 
     lasts = True
 
@@ -96,7 +96,7 @@ class Suspend:
 
 
 class Cut:
-    """Every connection of the guest is reset."""
+    """Reset every connection of the guest."""
 
     lasts = False
 
@@ -108,11 +108,11 @@ class Cut:
             link.cut()
 
     async def end(self) -> None:
-        """The guest connects again."""
+        """Do nothing: the guest connects again."""
 
 
 class Stall:
-    """Nothing passes for a while, and nobody is told."""
+    """Let nothing pass on the guest's connections for a while, and tell neither end."""
 
     lasts = True
 
@@ -131,7 +131,7 @@ class Stall:
 
 
 class Delay:
-    """Every piece is held back a little, in both directions."""
+    """Delay every piece a little, in both directions."""
 
     lasts = True
 
@@ -151,7 +151,7 @@ class Delay:
 
 
 class _Task:
-    """A fault that takes its time: begun as a task, awaited at the end."""
+    """A fault that takes time: it begins as a task, which is awaited at the end."""
 
     lasts = False
 
@@ -166,8 +166,8 @@ class _Task:
             await self._task
 
 
-class Stranger(_Task):
-    """Somebody else speaks for the guest."""
+class Impostor(_Task):
+    """Another client acts as the guest."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Stranger(_Task):
             await speak
         except grpc.RpcError:
             self._scene.refused()
-        except OSError as error:  # the host agent is dead just now
+        except OSError as error:  # the host agent is dead at the moment
             raise Missed from error
 
     @property
@@ -190,8 +190,8 @@ class Stranger(_Task):
         raise Missed
 
 
-class Replay(Stranger):
-    """All that the guest said on a connection arrives a second time on another."""
+class Replay(Impostor):
+    """Send all that the guest sent on one connection a second time, on another."""
 
     def begin(self) -> None:
         victim, upstream = self._scene.victim, self._scene.victim.relay.upstream
@@ -202,8 +202,8 @@ class Replay(Stranger):
         self._start(self._let(replay(upstream, said, self._scene.fault.hold_s)))
 
 
-class SecondAgent(Stranger):
-    """Says the guest's own Hello, and holds on to the session."""
+class SecondAgent(Impostor):
+    """Send the guest's own Hello, and keep the session open."""
 
     def begin(self) -> None:
         upstream = self._scene.victim.relay.upstream
@@ -217,7 +217,7 @@ class SecondAgent(Stranger):
 
 
 class OtherBoot(SecondAgent):
-    """Says that the guest has booted again."""
+    """Send a Hello that says that the guest has booted again."""
 
     def _changed(self, hello: hinting_pb2.Hello) -> hinting_pb2.Hello:
         hello.boot_id = str(uuid.uuid4())
@@ -225,7 +225,7 @@ class OtherBoot(SecondAgent):
 
 
 class Reset(_Task):
-    """`virsh reset`: its RAM goes with it, for such a domain ends."""
+    """`virsh reset`. The domain ends by it, and its RAM is gone."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class Reset(_Task):
 
 
 class SuspendDomain(_Task):
-    """`virsh suspend`: the guest's CPUs stand still, QEMU does not."""
+    """`virsh suspend`: the guest's CPUs stop, QEMU does not."""
 
     lasts = True
 
@@ -268,7 +268,7 @@ class SuspendDomain(_Task):
 
 
 class Resize(_Task):
-    """Memory is plugged, or unplugged while it is in use."""
+    """Plug memory, or unplug it while it is in use."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class Resize(_Task):
 
 
 class KillHost:
-    """kill -9 of the host agent; another is started in its place."""
+    """kill -9 of the host agent; its successor is started at the end."""
 
     lasts = True
 
@@ -304,7 +304,7 @@ class KillHost:
 
     async def end(self) -> None:
         if self._killed:
-            await self._host.dead()
+            await self._host.wait_dead()
             await self._host.start()
 
 
@@ -341,12 +341,12 @@ EMBEDDED: Mapping[Kind, Callable[[Scene], Injector]] = {
     Kind.HOST_AGENT_SUSPENDED: lambda scene: Suspend(scene.host.signal),
     Kind.HOST_AGENT_KILLED: KillHost,
 }
-"""For each kind, what does it to an embedded guest."""
+"""The injector of each kind for embedded guests."""
 
 REAL: Mapping[Kind, Callable[[Scene], Injector]] = {
     **EMBEDDED,
     Kind.GUEST_RESET: Reset,
     Kind.GUEST_SUSPENDED: SuspendDomain,
 }
-"""The same for a virtual machine. What ends its agent (Kind.AGENT_KILLED,
-Kind.AGENT_STOPPED) happens inside it, by itself."""
+"""The injector of each kind for virtual machines. Kind.AGENT_KILLED and Kind.AGENT_STOPPED have
+none: agents in the guest end themselves (in_guest/sitecustomize.py)."""

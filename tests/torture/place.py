@@ -1,4 +1,4 @@
-"""Where one guest runs after the other, each kept at work until it is lost."""
+"""A place runs one guest after the other, and keeps each at work until it is lost."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _GONE = (grpc.StatusCode.ABORTED, grpc.StatusCode.NOT_FOUND)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long guests of one kind may take.
+class Deadlines:
+    """How long guests of one driver may take.
 
-    :ivar silence_s: without any answer to a step, however many faults there are.
+    :ivar silence_s: the longest time without any answer to a step, however many faults there are.
     """
 
     create_s: float
@@ -48,7 +48,7 @@ class Place:
         spec: host_pb2.GuestSpec,
         stub: HostServiceAsyncStub,
         report: Report,
-        patience: Patience,
+        deadlines: Deadlines,
         busy_share: float,
         seed: str,
         victim_of: Callable[[host_pb2.Guest], Awaitable[Victim]],
@@ -57,7 +57,7 @@ class Place:
         self.spec = spec
         self._stub = stub
         self._report = report
-        self._patience = patience
+        self._deadlines = deadlines
         self._most_bytes = int(spec.memory_bytes * busy_share)
         self._random = random.Random(seed)
         self._victim_of = victim_of
@@ -67,13 +67,13 @@ class Place:
         self._is_there = asyncio.Event()
 
     async def victim(self) -> Victim:
-        """The guest, as soon as there is one."""
+        """Return the guest, as soon as there is one."""
         while self._there is None:
             await self._is_there.wait()
         return self._there
 
     async def work(self, stop: asyncio.Event) -> None:
-        """Keep a guest at work, and make another when it is gone, until told to stop."""
+        """Keep a guest at work, and make another when it is gone, until `stop` is set."""
         while not stop.is_set():
             if self._there is None:
                 await self._make()
@@ -81,8 +81,8 @@ class Place:
                 await self._step(self._there)
 
     async def finish(self) -> None:
-        """With no fault any more: all memory can be used, is right, comes back, and the books
-        balance. What is not so is a problem in the report."""
+        """Check the guest when there are no more faults: all its memory can be used, has the right
+        contents and comes back, and the books balance. Report as a problem what does not hold."""
         try:
             while self._there is None:
                 await self._make()
@@ -94,10 +94,10 @@ class Place:
         except grpc.RpcError as error:
             self._report.problem(f"{self.name}, after the faults: {error.code()} {error.details()}")
 
-    def look(self) -> None:
-        """Note what the guest says of itself."""
+    def read_console(self) -> None:
+        """Add to the report what the guest prints about itself."""
         if self._there is not None:
-            self._there.look(self._report)
+            self._there.read_console(self._report)
 
     async def destroy(self) -> None:
         """End the guest."""
@@ -115,11 +115,11 @@ class Place:
         try:
             await self._sweep()
             guest = await self._stub.CreateGuest(
-                request, timeout=self._patience.create_s, wait_for_ready=True
+                request, timeout=self._deadlines.create_s, wait_for_ready=True
             )
             self._there = await self._victim_of(guest)
         except (grpc.RpcError, ProcessLookupError) as error:
-            # Only a host agent that dies meanwhile is a reason.
+            # A host agent that dies meanwhile is no problem; a guest that was lost (ABORTED) is.
             if isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.ABORTED:
                 self._report.problem(f"guest {name} did not come: {error.details()}")
             await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
@@ -129,16 +129,16 @@ class Place:
         self._is_there.set()
 
     async def _sweep(self) -> None:
-        """End what was made, or not ended, by a host agent that died over it."""
+        """End guests of this place whose creation or end a dying host agent did not finish."""
         listed = await self._stub.ListGuests(
-            host_pb2.ListGuestsRequest(), timeout=self._patience.step_s, wait_for_ready=True
+            host_pb2.ListGuestsRequest(), timeout=self._deadlines.step_s, wait_for_ready=True
         )
         for guest in listed.guests:
             if guest.name.startswith(f"{self.name}-"):
                 await self._destroy(guest.name)
 
     async def _lost(self, victim: Victim) -> None:
-        victim.look(self._report)
+        victim.read_console(self._report)
         self._there = None
         self._is_there.clear()
         victim.forget()
@@ -148,10 +148,10 @@ class Place:
         request = host_pb2.DestroyGuestRequest(name=name)
         try:
             closed = await self._stub.DestroyGuest(
-                request, timeout=self._patience.step_s, wait_for_ready=True
+                request, timeout=self._deadlines.step_s, wait_for_ready=True
             )
             self._report.books(name, closed.ledger)
-        except grpc.RpcError:  # it is gone, or goes with its trial
+        except grpc.RpcError:  # it is gone, or ends with its trial
             pass
 
     # Work
@@ -177,7 +177,7 @@ class Place:
             seed=self._random.getrandbits(32),
             **step,  # type: ignore[arg-type]
         )
-        done = await self._stub.RunStep(request, timeout=self._patience.step_s)
+        done = await self._stub.RunStep(request, timeout=self._deadlines.step_s)
         self._held_bytes, self._unsure = done.held_bytes, False
         victim.answered_s = time.monotonic()
         self._report.step_done(done, victim.name)
@@ -192,9 +192,9 @@ class Place:
             self._held_bytes = max(self._held_bytes, self._most_bytes)
         else:
             self._report.steps_without_answer += 1
-            self._unsure = True  # whether it was done: the next step is to say what is held
+            self._unsure = True  # whether the step was done; the next one asks
             silence_s = time.monotonic() - victim.answered_s
-            if silence_s > self._patience.silence_s:
+            if silence_s > self._deadlines.silence_s:
                 self._report.problem(
                     f"no answer for {silence_s:.0f} s: {said}\n{victim.evidence()}"
                 )
@@ -203,7 +203,8 @@ class Place:
             await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
 
     async def _fill(self, victim: Victim) -> None:
-        """Says first what is held: an answer may have been lost."""
+        """Allocate all that this place uses; first ask what is held, because an answer may be
+        lost."""
         await self._run_step(victim, verify=True)
         if (more_bytes := self._most_bytes - self._held_bytes) > 0:
             await self._run_step(victim, allocate_bytes=more_bytes)
@@ -215,11 +216,12 @@ class Place:
 
     async def _settle(self, victim: Victim) -> None:
         request = host_pb2.SettleRequest(guest_name=victim.name)
-        await self._stub.Settle(request, timeout=self._patience.step_s)
+        await self._stub.Settle(request, timeout=self._deadlines.step_s)
 
     async def _persist(self, do: Callable[[], Awaitable[None]]) -> None:
-        """Agents that die by themselves go on with that when there are no other faults."""
-        give_up_s = time.monotonic() + self._patience.silence_s
+        """Retry `do`: agents in the guest that kill themselves go on when there are no other
+        faults."""
+        give_up_s = time.monotonic() + self._deadlines.silence_s
         while True:
             try:
                 return await do()
@@ -232,7 +234,7 @@ class Place:
 
     async def _books(self, victim: Victim) -> host_pb2.Ledger:
         listed = await self._stub.ListGuests(
-            host_pb2.ListGuestsRequest(), timeout=self._patience.step_s
+            host_pb2.ListGuestsRequest(), timeout=self._deadlines.step_s
         )
         (ledger,) = (guest.ledger for guest in listed.guests if guest.name == victim.name)
         return ledger

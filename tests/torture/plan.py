@@ -1,4 +1,4 @@
-"""Which faults are injected, and when: a seed in, faults out. No clock, no process."""
+"""Decides which faults are injected, and when, from a seed. Pure: no clock, no process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _ONE_IN = 50
 
 
 class Kind(Enum):
-    """What is done to a guest, its link or its host agent."""
+    """The kind of a fault in a guest, its link or its host agent."""
 
     GUEST_KILLED = "guest killed"
-    """kill -9: of QEMU, or of an embedded guest, which is one process with its agent."""
+    """kill -9 of QEMU, or of an embedded guest, which is one process with its agent."""
     GUEST_RESET = "guest reset"
     GUEST_SUSPENDED = "guest suspended"
     AGENT_KILLED = "guest agent killed"
     """kill -9 of the agent alone, inside a real guest, at a step of the protocol."""
     AGENT_STOPPED = "guest agent stopped"
-    """The same by SIGTERM."""
+    """SIGTERM of the agent alone."""
     HOST_AGENT_KILLED = "host agent killed"
     HOST_AGENT_SUSPENDED = "host agent suspended"
     MEMORY_RESIZED = "memory hot-plugged or -unplugged"
@@ -28,30 +28,30 @@ class Kind(Enum):
     LINK_STALLED = "link stalled"
     LINK_DELAYED = "link delayed"
     SESSION_REPLAYED = "session replayed"
-    """What the guest said on an earlier connection arrives once more, from Hello on."""
+    """All that the guest sent on an earlier connection, from Hello on, is sent again."""
     SECOND_AGENT = "second agent"
-    """Another one says the same Hello and stays."""
+    """Another client sends the same Hello and keeps the session open."""
     BOOT_ID_CHANGED = "boot id changed"
-    """Another one says Hello for another boot of the guest."""
+    """Another client sends a Hello for another boot of the guest."""
 
 
 class Moment(Enum):
-    """What a fault waits for. There is always a bound on the wait."""
+    """What a fault waits for. The wait is always bounded."""
 
     AT_ONCE = "at once"
     GUEST_SPEAKS = "guest speaks"
-    """Something of the guest is about to reach the host: a batch, if it is hinting."""
+    """A message of the guest is about to reach the host: a batch, if the guest is hinting."""
     HOST_SPEAKS = "host speaks"
-    """Something of the host is about to reach the guest: an ack, if it is hinting."""
+    """A message of the host is about to reach the guest: an ack, if the guest is hinting."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """One fault.
 
-    :ivar pause_s: quiet time before it.
-    :ivar lag_s: how long after its moment it strikes; 0 for before anything passes.
-    :ivar hold_s: how long it lasts, where it is something that lasts.
+    :ivar pause_s: the pause before it.
+    :ivar lag_s: the delay between its moment and the fault; 0: before the message passes.
+    :ivar hold_s: how long it lasts, if it is a fault that lasts.
     """
 
     kind: Kind
@@ -63,10 +63,10 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How long things take at the most: an embedded guest lives faster than a real one.
+    """The longest times of faults; an embedded guest is faster than a real one.
 
-    :ivar longest_hold_s: for one fault in fifty, which outlasts keepalives and deadlines; 0
-        for none.
+    :ivar longest_hold_s: of one fault in fifty, which outlasts keepalives and deadlines; 0: of
+        none.
     """
 
     pause_s: float
@@ -75,17 +75,17 @@ class Pace:
     longest_hold_s: float = 0.0
 
     def hold(self, dealer: random.Random) -> float:
-        """How long one fault lasts."""
+        """Draw how long one fault lasts."""
         if self.longest_hold_s and not dealer.randrange(_ONE_IN):
             return dealer.uniform(self.hold_s, self.longest_hold_s)
         return dealer.uniform(self.hold_s / 10, self.hold_s)
 
 
 def faults(seed: str, weights: Mapping[Kind, int], pace: Pace) -> Iterator[Fault]:
-    """An endless sequence of faults, the same for the same arguments.
+    """Yield faults without end; the same ones for the same arguments.
 
-    Kinds are dealt like cards, each as often as its weight says before any comes again
-    more often: so all of them are met soon.
+    Kinds are dealt like cards: a deck has each kind as often as its weight says, and a new deck
+    begins when the old one is used up. So every kind comes soon.
     """
     dealer = random.Random(seed)
     deck = [kind for kind, weight in weights.items() for _ in range(weight)]

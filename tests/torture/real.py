@@ -1,4 +1,5 @@
-"""Torture of real guests: kmod and hugetlb side by side, agents that die in the guest."""
+"""Settings for torture of real guests: kmod and hugetlb side by side, agents that die in the
+guest."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from tests.support.relay import Relay
 from tests.support.vm import ROOT, console, image_with, spec
 from tests.torture import injectors
 from tests.torture.guest import Victim
-from tests.torture.place import Patience
+from tests.torture.place import Deadlines
 from tests.torture.plan import Kind, Pace
 from tests.torture.report import Report
 from tests.torture.run import Setting
@@ -52,11 +53,11 @@ _ENDS: Mapping[Kind, int] = {Kind.GUEST_KILLED: 1, Kind.GUEST_RESET: 1}
 
 @dataclass(kw_only=True)
 class RealVictim(Victim):
-    """A virtual machine, of which the console tells what happens inside."""
+    """A virtual machine, whose console shows what happens inside."""
 
     _said: Counter[str] = field(default_factory=Counter)
 
-    def look(self, report: Report) -> None:
+    def read_console(self, report: Report) -> None:
         with contextlib.suppress(OSError, IndexError):  # it is gone
             text = console(self.pid)
             for kind, words in _AGENT_ENDED.items():
@@ -80,9 +81,9 @@ class RealVictim(Victim):
 
 @contextmanager
 def setting(seed: int, *, short: bool = False, stress: bool = False) -> Iterator[Setting]:
-    """What to torture: a guest with each isolator, from an image whose agents die.
+    """Return what to torture: a guest with each isolator, from an image whose agents die.
 
-    :param short: every kind is met within a minute or two; else most guests live longer.
+    :param short: have every kind come within a minute or two; else most guests live longer.
     :param stress: run stress-ng in the guests, too.
     """
     libvirt, _ = modules()
@@ -102,7 +103,7 @@ def setting(seed: int, *, short: bool = False, stress: bool = False) -> Iterator
             host_kinds={Kind.HOST_AGENT_SUSPENDED: 4, Kind.HOST_AGENT_KILLED: 1},
             injectors=injectors.REAL,
             pace=Pace(pause_s=0.5, lag_s=0.02, hold_s=1.0, longest_hold_s=0 if short else 20),
-            patience=Patience(create_s=180, step_s=60, silence_s=120),
+            deadlines=Deadlines(create_s=180, step_s=60, silence_s=120),
             advertise=lambda address: f"10.0.2.2:{address.port}",
             victim_of=_taking_hold(connection),
             longest_wait_s=0.5,
@@ -134,7 +135,7 @@ def _taking_hold(connection: Any) -> Callable[[host_pb2.Guest, Relay], Victim]:
 
 
 def _build(to: Path, packages: list[str]) -> None:
-    """The guest image, with agents that die, in `to`."""
+    """Build the guest image, with agents that die, in `to`."""
     command = [sys.executable, str(ROOT / "deploy/image/build.py"), "--print-path"]
     for package in packages:
         command += ["--package", package]

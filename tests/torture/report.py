@@ -1,4 +1,4 @@
-"""What a run did and saw, and whether that is well."""
+"""Reports what a run did and found, and whether it passed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MOST_PROBLEMS = 50
 class Report:
     """Counts of a run.
 
-    :ivar problems: what must not be, said so that it can be looked into: a guest that ended
-        and nobody had killed it, books that do not balance, something left behind.
-    :ivar missed: faults that struck nothing (the victim was gone), or were refused (memory
-        that is in use cannot be unplugged); not counted as faults.
+    :ivar problems: what must not happen, with details for finding the cause: a guest that ended
+        though nobody had killed it, books that do not balance, a process that was left behind.
+    :ivar missed: faults that were not injected because the victim was gone, or were refused (memory
+        in use cannot be unplugged); not counted as faults.
     """
 
     driver: str
@@ -36,7 +36,7 @@ class Report:
     steps_without_answer: int = 0
     guests_made: int = 0
     connections: int = 0
-    strangers_refused: int = 0
+    impostors_refused: int = 0
     stress_rounds: int = 0
     problems: list[str] = field(default_factory=list)
     _books: dict[str, host_pb2.Ledger] = field(default_factory=dict)
@@ -50,7 +50,8 @@ class Report:
         return not self.wrong_pages and not self.problems
 
     def problem(self, text: str) -> None:
-        """Note what must not be, and say so; only so many, for one cause may have many effects."""
+        """Note and print a problem; only a limited number, because one cause may have many
+        effects."""
         if len(self.problems) < _MOST_PROBLEMS:
             self.problems.append(text)
             print(f"PROBLEM: {text}", file=sys.stderr, flush=True)
@@ -63,7 +64,7 @@ class Report:
             self.problem(f"guest {guest}: {done.wrong_pages} of {done.verified_pages} pages wrong")
 
     def books(self, guest: str, ledger: host_pb2.Ledger) -> None:
-        """The latest books of a guest; they replace what was known of them."""
+        """Store the latest books of a guest; they replace earlier ones."""
         known = self._books.get(guest)
         if known is None or known.batches <= ledger.batches:
             self._books[guest] = ledger
@@ -78,14 +79,14 @@ class Report:
 
     @property
     def skipped_bytes(self) -> Mapping[str, int]:
-        """What the host would not act on, by reason: WRONG_EPOCH and STALE are the fences."""
+        """Return what the host skipped, by reason; WRONG_EPOCH and STALE are the fences."""
         total: Counter[str] = Counter()
         for books in self._books.values():
             total.update(books.skipped_total_bytes)
         return total
 
     def as_dict(self) -> dict[str, object]:
-        """For programs."""
+        """Return the report for programs."""
         return {
             "driver": self.driver,
             "seed": self.seed,
@@ -100,7 +101,7 @@ class Report:
             "steps_without_answer": self.steps_without_answer,
             "guests_made": self.guests_made,
             "connections": self.connections,
-            "strangers_refused": self.strangers_refused,
+            "impostors_refused": self.impostors_refused,
             "stress_rounds": self.stress_rounds,
             "batches": self.batches,
             "reclaimed_bytes": self.reclaimed_bytes,
@@ -109,7 +110,7 @@ class Report:
         }
 
     def line(self) -> str:
-        """How it stands."""
+        """Return one line about the run so far."""
         return (
             f"{self.elapsed_s:6.0f} s  {self.fault_count} faults  "
             f"{self.verified_pages} pages verified, {self.wrong_pages} wrong  "
@@ -118,7 +119,7 @@ class Report:
         )
 
     def table(self) -> str:
-        """For people."""
+        """Return the report for people."""
         rows: list[tuple[str, object]] = [
             *((kind.value, count) for kind, count in self.faults.most_common()),
             ("faults", self.fault_count),
@@ -128,7 +129,7 @@ class Report:
             ("steps without an answer", self.steps_without_answer),
             ("guests made", self.guests_made),
             ("connections", self.connections),
-            ("strangers refused", self.strangers_refused),
+            ("impostors refused", self.impostors_refused),
             ("batches", self.batches),
             ("reclaimed", format_size(self.reclaimed_bytes)),
             *((f"skipped, {why}", format_size(n)) for why, n in self.skipped_bytes.items()),

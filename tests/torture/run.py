@@ -1,4 +1,4 @@
-"""A run: guests at work, faults on every one of them at once, and what came of it."""
+"""Runs guests at work, injects faults into all of them at once, and reports what happened."""
 
 from __future__ import annotations
 
@@ -17,37 +17,39 @@ from typing import TYPE_CHECKING
 import grpc
 
 from hintfleet.v1 import host_pb2
-from tests.support.relay import Address, Relay, Way
+from tests.support.relay import Address, Direction, Relay
 from tests.torture.guest import Victim
 from tests.torture.host import HostAgent
 from tests.torture.injectors import Injector, Missed, Scene
-from tests.torture.place import TRIAL, Patience, Place
+from tests.torture.place import TRIAL, Deadlines, Place
 from tests.torture.plan import Fault, Kind, Moment, Pace, faults
 from tests.torture.report import Report
 
 if TYPE_CHECKING:  # it is in the stubs only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
 
-_WAYS = {Moment.GUEST_SPEAKS: Way.TO_HOST, Moment.HOST_SPEAKS: Way.TO_GUEST}
+_DIRECTIONS = {Moment.GUEST_SPEAKS: Direction.TO_HOST, Moment.HOST_SPEAKS: Direction.TO_GUEST}
 _LOOK_S = 0.1
 _WATCH_PERIOD_MS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What kind of guests are tortured, and how.
+    """Which guests are tortured, and how.
 
-    :ivar guests: what is made, by the name of its place.
-    :ivar kinds: how often each kind of fault is dealt to a guest.
-    :ivar host_kinds: the same for their host agent.
-    :ivar injectors: what each kind does here.
-    :ivar advertise: how guests reach a relay that listens there.
-    :ivar victim_of: takes hold of a guest that was made.
-    :ivar longest_wait_s: for a fault's moment.
-    :ivar back_s: how long a guest is waited for after a fault, so that the next strikes one
-        that works. It is back when it is connected, or only when it has answered a step.
-    :ivar busy_share: how much of a guest's memory its workload uses.
-    :ivar environment: more for the host agent.
+    :ivar guests: the spec of each place's guests, by the name of the place.
+    :ivar kinds: the weight of each kind of fault in a guest.
+    :ivar host_kinds: the weight of each kind of fault in their host agent.
+    :ivar injectors: the injector of each kind.
+    :ivar advertise: turns the relay's address into one that guests can reach.
+    :ivar victim_of: makes the Victim of a new guest.
+    :ivar longest_wait_s: the longest wait for a fault's moment.
+    :ivar back_s: the longest wait after a fault until the guest is back, so that the next fault
+        meets a guest that works.
+    :ivar back_means_answered: whether a guest is back only when it has answered a step; else
+        when it is connected.
+    :ivar busy_share: the share of a guest's memory that its workload uses.
+    :ivar environment: more variables for the host agent.
     """
 
     driver: str
@@ -56,7 +58,7 @@ class Setting:
     host_kinds: Mapping[Kind, int]
     injectors: Mapping[Kind, Callable[[Scene], Injector]]
     pace: Pace
-    patience: Patience
+    deadlines: Deadlines
     advertise: Callable[[Address], str]
     victim_of: Callable[[host_pb2.Guest, Relay], Victim]
     longest_wait_s: float
@@ -68,8 +70,8 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Until:
-    """When to stop injecting: after so long, with so many faults if that is sooner, and at
-    the first wrong page, while what led to it is fresh."""
+    """When to stop injecting: after `seconds`, after `faults` faults, or at the first wrong page,
+    so that the cause is near the end of the logs."""
 
     seconds: float
     faults: float = float("inf")
@@ -88,12 +90,12 @@ async def torture(
     until: Until,
     *,
     progress: Callable[[Report], None] = lambda _: None,
-    host_module: str = "tests.torture.patient_host",
+    host_module: str = "tests.torture.host_without_rate_limits",
 ) -> Report:
-    """Run, and say what happened.
+    """Run, and return the report.
 
-    :param progress: called now and then.
-    :param host_module: what is run as the host agent.
+    :param progress: called from time to time.
+    :param host_module: the module to run as the host agent.
     """
     report = Report(driver=setting.driver, seed=seed, guest_count=len(setting.guests))
     relay = Relay()
@@ -140,7 +142,7 @@ class _Run:
             spec=spec,
             stub=self._stub,
             report=self._report,
-            patience=self._setting.patience,
+            deadlines=self._setting.deadlines,
             busy_share=self._setting.busy_share,
             seed=f"{self._seed} {name}",
             victim_of=victim_of,
@@ -154,7 +156,7 @@ class _Run:
                     workers.create_task(place.work(working))
                 await self._inject(until, progress)
                 working.set()
-            if self._report.is_well:  # else there is nothing to be shown any more
+            if self._report.is_well:  # after a problem, this would show nothing more
                 await asyncio.gather(*(place.finish() for place in self._places))
             await asyncio.gather(*(place.destroy() for place in self._places))
 
@@ -170,13 +172,13 @@ class _Run:
                 await asyncio.sleep(_LOOK_S)
                 self._report.elapsed_s = time.monotonic() - started_s
                 for place in self._places:
-                    place.look()
+                    place.read_console()
                 progress(self._report)
                 if until.reached(self._report):
                     self._stop.set()
 
     async def _lane(self, name: str, kinds: Mapping[Kind, int], places: Sequence[Place]) -> None:
-        """One fault after the other on one of these places."""
+        """Inject one fault after the other into one of these places."""
         for fault in faults(f"{self._seed} {name}", kinds, self._setting.pace):
             await asyncio.sleep(fault.pause_s)
             victim = await self._random.choice(places).victim()
@@ -187,59 +189,61 @@ class _Run:
                 host=self._host,
                 stub=self._stub,
                 fault=fault,
-                refused=self._stranger_refused,
+                refused=self._impostor_refused,
             )
-            await self._one(fault, victim, self._setting.injectors[fault.kind](scene))
+            await self._inject_one(fault, victim, self._setting.injectors[fault.kind](scene))
 
-    def _stranger_refused(self) -> None:
-        self._report.strangers_refused += 1
+    def _impostor_refused(self) -> None:
+        self._report.impostors_refused += 1
 
-    async def _one(self, fault: Fault, victim: Victim, injector: Injector) -> None:
+    async def _inject_one(self, fault: Fault, victim: Victim, injector: Injector) -> None:
         try:
             try:
-                await self._strike(fault, victim, injector.begin)
+                await self._begin_at_moment(fault, victim, injector.begin)
                 if injector.lasts:
                     await asyncio.sleep(fault.hold_s)
-            finally:  # an interrupted run, too, leaves nobody suspended
+            finally:  # so that an interrupted run leaves nobody suspended
                 await injector.end()
         except Missed:
             self._report.missed += 1
         else:
             self._report.faults[fault.kind] += 1
-        await self._back(victim)
+        await self._wait_until_back(victim)
 
-    async def _strike(self, fault: Fault, victim: Victim, begin: Callable[[], None]) -> None:
-        """Begin at the fault's moment, or when it has been waited for long enough."""
-        way = _WAYS.get(fault.moment)
+    async def _begin_at_moment(
+        self, fault: Fault, victim: Victim, begin: Callable[[], None]
+    ) -> None:
+        """Call `begin` at the fault's moment, or after the longest wait for it."""
+        direction = _DIRECTIONS.get(fault.moment)
         links = victim.links
-        if way is None or not links:
+        if direction is None or not links:
             begin()
             return
         loop = asyncio.get_running_loop()
-        struck: asyncio.Future[None] = loop.create_future()
+        begun: asyncio.Future[None] = loop.create_future()
 
-        def strike() -> None:
+        def begin_now() -> None:
             try:
                 begin()
             except Missed as error:
-                struck.set_exception(error)
+                begun.set_exception(error)
             else:
-                struck.set_result(None)
+                begun.set_result(None)
 
-        def trap() -> None:
+        def act() -> None:
             if fault.lag_s:
-                loop.call_later(fault.lag_s, strike)
+                loop.call_later(fault.lag_s, begin_now)
             else:
-                strike()
+                begin_now()
 
         link = self._random.choice(links)
-        link.before_next(way, trap)
-        await asyncio.wait([struck], timeout=self._setting.longest_wait_s)
-        if link.forget(way, trap):
-            strike()
-        await struck
+        link.before_next(direction, act)
+        await asyncio.wait([begun], timeout=self._setting.longest_wait_s)
+        if link.cancel_before_next(direction, act):
+            begin_now()
+        await begun
 
-    async def _back(self, victim: Victim) -> None:
+    async def _wait_until_back(self, victim: Victim) -> None:
         since_s = time.monotonic()
         answered = self._setting.back_means_answered
         with contextlib.suppress(TimeoutError):
@@ -251,7 +255,7 @@ class _Run:
 
     @asynccontextmanager
     async def _watching(self) -> AsyncIterator[None]:
-        """The guests live as long as their trial is watched."""
+        """Watch the trial while the block runs, because its guests end without a Watch."""
         task = asyncio.create_task(self._watch())
         try:
             yield
@@ -270,7 +274,7 @@ class _Run:
 
 
 def plan_of(setting: Setting, seed: int, count: int) -> Iterator[tuple[str, Fault]]:
-    """The first faults of each lane: what a run with this seed injects."""
+    """Yield the first faults of each lane, which a run with this seed injects."""
     lanes = dict.fromkeys(setting.guests, setting.kinds) | {"host": setting.host_kinds}
     for name, kinds in lanes.items():
         for fault in itertools.islice(faults(f"{seed} {name}", kinds, setting.pace), count):

@@ -1,4 +1,4 @@
-"""Torture of embedded guests, and that it would find what it looks for."""
+"""Torture of embedded guests finds no wrong page, and finds planted bugs."""
 
 import asyncio
 import itertools
@@ -14,7 +14,7 @@ from tests.torture.run import Until, torture
 
 FAULTS = 2000
 LONGEST_S = 800
-"""Bounds a hang."""
+"""The longest time for a run that hangs."""
 SEED = 4
 
 
@@ -28,12 +28,12 @@ def test_two_thousand_faults_and_no_wrong_page() -> None:
     assert set(report.faults) == {*setting.kinds, *setting.host_kinds}
     assert report.verified_pages > 1_000_000
     assert report.reclaimed_bytes > 1 << 30
-    # Batches of dead sessions arrived, in use again by then; the gate kept them from running.
+    # Batches of dead sessions arrived when their memory was in use again; the gate skipped them.
     assert report.skipped_bytes["wrong_epoch"] > 0
 
 
 @pytest.mark.parametrize("planted", ["no_fence", "early_release"])
-def test_a_planted_fault_is_found(planted: str) -> None:
+def test_a_planted_bug_is_found(planted: str) -> None:
     done = subprocess.run(
         [
             *(

@@ -1,4 +1,4 @@
-"""What the packaging promises the code."""
+"""The packaging provides what the code relies on."""
 
 import subprocess
 from pathlib import Path
@@ -18,14 +18,14 @@ MOUNT_NAMESPACE = (
 
 @pytest.mark.parametrize("option", MOUNT_NAMESPACE)
 def test_the_guest_agents_mounts_outlive_it(option: str) -> None:
-    """Its hugetlbfs holds the reservations of what is isolated: unmounted with a dead agent,
-    it would let others use chunks that the host may still drop (I4)."""
+    """The agent's hugetlbfs holds the reservations of isolated chunks. If it were unmounted with a
+    dead agent, others could use chunks that the host may still drop (I4)."""
     unit = (ROOT / "deploy/systemd/hintfleet-guest.service").read_text()
     assert not any(line.startswith(f"{option}=") for line in unit.splitlines())
 
 
 def install(folder: Path, user: int) -> list[str]:
-    """What deploy/system/install says and runs, where no package is there."""
+    """Run deploy/system/install where no package is installed; return what it prints and runs."""
     commands = {
         "id": f"echo {user}",
         "dpkg-query": "exit 1",

@@ -1,4 +1,4 @@
-"""The builder of the guest image, as far as it needs no tools."""
+"""The builder of the guest image, except for what needs tools."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ def test_images_that_were_used_last_are_kept(builder: Any, tmp_path: Path) -> No
     builder.prune(tmp_path)
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept[:-3] == [f"{age_s:016x}" for age_s in range(builder.KEPT_IMAGES)]
-    assert kept[-3] == oldest, "it is the current one"
+    assert kept[-3] == oldest, "it is the current image"
     assert kept[-2:] == ["current", "layers"]
 
 

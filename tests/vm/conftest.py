@@ -1,7 +1,7 @@
-"""Real guests: libvirt, the guest image and a driver.
+"""Fixtures for real guests: libvirt, the guest image and a driver.
 
-Where one of them cannot be had, the tests are skipped with the reason, or fail
-if HINTFLEET_REQUIRE_VM=1.
+If one of them is missing, the tests are skipped with the reason; with HINTFLEET_REQUIRE_VM=1, they
+fail.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def cannot_be_had(what: str) -> NoReturn:
 
 @pytest.fixture(scope="session")
 def libvirt_uri() -> str:
-    """A libvirt that answers; started by hand if this is root and nobody else did."""
+    """Return the URI of a libvirt that answers; start one if there is none and this is root."""
     pytest.importorskip("libvirt")
     if URI == "qemu:///system" and os.geteuid() == 0:
         started = subprocess.run([ROOT / "deploy/start-libvirt"], capture_output=True, text=True)
@@ -49,7 +49,7 @@ def libvirt_uri() -> str:
 
 @pytest.fixture(scope="session")
 def image() -> GuestImage:
-    """This tree's guest image, built if need be."""
+    """Build this tree's guest image, if it is not cached."""
     built = subprocess.run(
         [sys.executable, ROOT / "deploy/image/build.py"], capture_output=True, text=True
     )
@@ -60,7 +60,7 @@ def image() -> GuestImage:
 
 @pytest.fixture
 def driver(libvirt_uri: str, image: GuestImage) -> Iterator[LibvirtDriver]:
-    """A driver whose guests find no host agent."""
+    """Make a driver whose guests find no host agent."""
     made = LibvirtDriver(libvirt_uri, guest_server="10.0.2.2:9", images=image.directory.parent)
     state = made.state()
     if not state.usable:
@@ -71,7 +71,7 @@ def driver(libvirt_uri: str, image: GuestImage) -> Iterator[LibvirtDriver]:
 
 @pytest.fixture
 def readable_by_qemu() -> Iterator[Path]:
-    """A directory that QEMU's own user can look into, unlike pytest's."""
+    """Make a directory that QEMU's own user can enter, unlike pytest's."""
     directory = Path(tempfile.mkdtemp(prefix="hf-vm-"))
     directory.chmod(0o755)
     yield directory
@@ -80,11 +80,11 @@ def readable_by_qemu() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def connection(libvirt_uri: str) -> Iterator[Any]:
-    """libvirt, beside what the host agent has of it; open for as long as the tests run."""
+    """Open our own connection to libvirt, for as long as the tests run."""
     libvirt, _ = modules()
     opened = libvirt.open(libvirt_uri)
     yield opened
-    assert opened.isAlive(), "libvirtd cut it off: nobody answered its keepalives"
+    assert opened.isAlive(), "libvirtd closed the connection: keepalives were not answered"
     opened.close()
 
 
@@ -107,7 +107,7 @@ SPECS = {
         max_memory_bytes=768 * MIB,
     ),
     "reporting": spec(host_pb2.REPORTING, max_memory_bytes=GIB + 512 * MIB),
-    # Steps of half the memory: what is tested here is not how slow the default is.
+    # Steps of half the memory, because the slow default is not what is tested here.
     "balloon": spec(host_pb2.BALLOON, balloon=host_pb2.BalloonSettings(step_percent=50)),
     "nodes-kmod": nodes_spec("kmod"),
     "nodes-hugetlb": nodes_spec("hugetlb", "init_on_alloc=0"),
@@ -123,9 +123,10 @@ SPECS = {
 
 @pytest.fixture(scope="module")
 def guests(request: pytest.FixtureRequest, libvirt_uri: str, image: GuestImage) -> Iterator[Guests]:
-    """A host agent with those of SPECS that the module names in GUESTS; its tests share them.
+    """Run a host agent with the guests of SPECS that the module names in GUESTS; its tests share
+    them.
 
-    They end with the module: under TCG, one that is idle takes CPU time from all others.
+    They end with the module, because under TCG an idle guest takes CPU time from all others.
     """
     specs = {name: SPECS[name] for name in request.module.GUESTS}
     folder = Path(tempfile.mkdtemp(prefix="hf-vm-"))

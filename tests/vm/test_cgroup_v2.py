@@ -1,4 +1,4 @@
-"""Limits by a kernel whose cgroups are of v2, whatever the host's are."""
+"""Limits of cgroups v2 are found in a guest's kernel, even if the host has only v1."""
 
 import uuid
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Domains that a host agent left: found and ended; those of others are left alone."""
+"""Domains that a dead host agent left are found and ended; domains of others are not touched."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from tests.support.agents import HANG_S, wait_until
 
 
 def start_domain(connection: Any, name: str, console: Path | None) -> None:
-    """A domain that nothing ends, idle in its firmware."""
+    """Start a domain without autodestroy, which idles in its firmware."""
     serial = f"<serial type='file'><source path='{console}'/></serial>" if console else ""
     connection.createXML(
         f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>32</memory>"
@@ -27,7 +27,7 @@ def start_domain(connection: Any, name: str, console: Path | None) -> None:
 
 @pytest.fixture
 def dead_folder() -> Iterator[Path]:
-    """A guest's folder whose host agent is gone."""
+    """Make the folder of a guest whose host agent is gone."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     with tempfile.TemporaryDirectory() as base:
@@ -72,7 +72,7 @@ def test_a_domain_without_host_agent(connection: Any, libvirt_uri: str, dead_fol
         assert found["hintfleet-leak-lost"]["size_bytes"] > 0
         assert found["hintfleet-leak-lost"]["since_unix_s"] > 0
         assert host_agent("--clean", libvirt_uri)["hintfleet-leak-lost"]["removed"]
-        wait_until(lambda: running() == others, "the lost one to be gone, and no other")
+        wait_until(lambda: running() == others, "the leaked domain to end, and no other")
         assert set(consoles) & set(host_agent("--leaks", libvirt_uri)) == set()
     finally:
         for name in running():

@@ -1,4 +1,5 @@
-"""What others have: folders that keep QEMU's user out, and guests whose drivers are silent."""
+"""Machines unlike ours: folders that QEMU's user cannot enter, and guests whose drivers do not
+answer."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ NO_BALLOON = "kernel_parameters: module_blacklist=virtio_balloon"
 
 @pytest.fixture
 def lab(tmp_path: Path, libvirt_uri: str, image: GuestImage) -> Iterator[Lab]:
-    """Whose temporary folder is for its user alone, as libpam-tmpdir makes it."""
+    """A lab whose temporary folder only its user can enter, as libpam-tmpdir makes it."""
     with made_lab(tmp_path) as made:
         assert made.temporary.stat().st_mode & 0o777 == 0o700
         yield made
@@ -46,7 +47,7 @@ def lab(tmp_path: Path, libvirt_uri: str, image: GuestImage) -> Iterator[Lab]:
 
 @pytest.fixture
 def private(libvirt_uri: str) -> Iterator[Path]:
-    """A folder of this user's, where QEMU has another."""
+    """Make a folder that only this user can enter; skip if QEMU runs as this user."""
     if "system" not in libvirt_uri:
         pytest.skip("QEMU runs as this user here")
     with tempfile.TemporaryDirectory(prefix="hf-vm-") as folder:
@@ -99,7 +100,7 @@ def test_a_state_that_qemu_may_not_reach(
 
 
 def refused(driver: LibvirtDriver, barrier: Path) -> None:
-    """Both by what says what can be had, and where it is asked for all the same."""
+    """Check that `state` and `create` both name the folder that is in the way."""
     try:
         state = driver.state()
         with pytest.raises(Refused) as caught:
@@ -119,7 +120,7 @@ def refused(driver: LibvirtDriver, barrier: Path) -> None:
         ("reporting", "it has no driver for its balloon device"),
     ],
 )
-def test_a_peer_that_is_silent_is_undecided(lab: Lab, method: str, reason: str) -> None:
+def test_a_peer_that_does_not_answer_is_undecided(lab: Lab, method: str, reason: str) -> None:
     silent = SPEC.replace("method: none", f"method: {method}, {NO_BALLOON}")
     data = result(lab.run("run", lab.spec(silent), "-o", "json"), code=3)
     (trial,) = data["trials"]
@@ -128,10 +129,10 @@ def test_a_peer_that_is_silent_is_undecided(lab: Lab, method: str, reason: str) 
     lab.check_nothing_is_left()
 
 
-def test_a_balloon_that_falls_silent_is_lost_to_its_method(
+def test_a_guest_whose_balloon_stops_answering_is_lost(
     connection: Any, image: GuestImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A guest that is suspended says as little as one whose driver has gone."""
+    """The guest is suspended, so that its driver does not answer."""
     monkeypatch.setenv("HINTFLEET_IMAGE_DIR", str(image.directory.parent))
     with running_host_agent() as host:
         host.watch(timeout_s=300)

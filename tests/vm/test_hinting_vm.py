@@ -1,4 +1,4 @@
-"""Hinting on a real guest, through a real host agent."""
+"""Hinting works in real guests, through a real host agent."""
 
 import os
 import signal
@@ -52,8 +52,8 @@ def test_memory_used_and_freed_between_two_looks_leaves_nothing_behind(
     hinted_bytes = after.hinted_total_bytes - before.hinted_total_bytes
     absent_bytes = after.absent_total_bytes - before.absent_total_bytes
     assert hinted_bytes > 150 * MIB
-    if name == "hugetlb":  # the kernel reports what it merged and split again, too
-        assert absent_bytes < 0.1 * hinted_bytes, "hinted what was not resident"
+    if name == "hugetlb":  # the kernel also reports chunks that it has merged and split again
+        assert absent_bytes < 0.1 * hinted_bytes, "hinted chunks that were not resident"
     guests.balances(name, connection)
     assert host.verify(name).wrong_pages == 0
 
@@ -61,8 +61,8 @@ def test_memory_used_and_freed_between_two_looks_leaves_nothing_behind(
 def test_under_pressure_a_guest_gives_what_is_wanted_and_keeps_nothing_back(
     image: GuestImage, libvirt_uri: str
 ) -> None:
-    """The module shows up to 128 MiB at a time, and takes them back only as a whole: what is
-    left when an allowance is used up is hinted too, and then there is nothing to settle."""
+    """The module shows up to 128 MiB at a time, and takes them back only as a whole. So the rest of
+    a batch is hinted even if the allowance is used up; then there is nothing to settle."""
     threshold_bytes, held_bytes = 420 * MIB, 50 * MIB
 
     def free_bytes() -> int:
@@ -116,7 +116,7 @@ def test_a_killed_host_agent_leaves_no_domain(connection: Any, libvirt_uri: str)
 
         creating = threading.Thread(target=create)
         creating.start()
-        # Killed at the worst moment: the guest runs, and nobody was told of it yet.
+        # Killed at the worst moment: the guest runs, and CreateGuest has not returned yet.
         wait_until(lambda: bool(domains()), "the domain")
         uuid = domains()[0].UUIDString()
         pids = filter(str.isdecimal, os.listdir("/proc"))
@@ -137,7 +137,7 @@ def command_line(pid: str) -> str:
 
 
 class WithReporting(LibvirtDriver):
-    """Makes hinting guests whose balloon has free page reporting on, as others may."""
+    """Makes hinting guests whose balloon has free page reporting on."""
 
     def _domain_spec(self, *arguments: Any) -> DomainSpec:
         made = super()._domain_spec(*arguments)

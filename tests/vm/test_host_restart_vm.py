@@ -16,7 +16,7 @@ from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
 from tests.support.vm import Guests, spec
 
-# A sixteenth of the memory and the watermarks, which the hugetlb isolator leaves free.
+# The hugetlb isolator leaves free a sixteenth of the memory, and the watermarks.
 KEPT_BYTES = 60 * MIB
 SPECS = {
     "restart-kmod": spec(memory_bytes=512 * MIB),
@@ -27,7 +27,7 @@ SPECS = {
 
 
 def is_back(host: HostAgent, guest: host_pb2.Guest) -> bool:
-    """Whether a guest of an earlier host agent is in session with this one."""
+    """Return whether a guest of an earlier host agent is in session with this one."""
     return host.guests()[guest.name].epoch > guest.epoch
 
 
@@ -90,7 +90,7 @@ def test_real_guests_go_on_under_the_next_host_agent(
         assert domains() == {NAME_PREFIX + "restart-kmod"}
         second.process.kill()
         second.process.wait()
-    # Nobody comes back to it: it ends by itself.
+    # No host agent comes back, so the guest ends by itself.
     wait_until(lambda: not domains(), "the orphan to end")
 
     with running_host_agent(*arguments) as third:

@@ -1,4 +1,4 @@
-"""The hugetlb isolator on stock kernels: what it refuses, its spike, an agent's death."""
+"""The hugetlb isolator on stock kernels: refusals, peak memory use, the death of an agent."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -49,8 +49,8 @@ VIRTIO_MEM = """
 def test_a_guest_with_virtio_mem_is_refused(
     libvirt_uri: str, image: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CMA, refused for the same reason, cannot be had here: Debian's cloud kernel is built
-    without CONFIG_CMA, so that `cma=` is ignored (tests/unit has its refusal)."""
+    """CMA is refused for the same reason, but cannot be tested here: Debian's cloud kernel is built
+    without CONFIG_CMA and ignores `cma=` (tests/unit has its refusal)."""
 
     def with_virtio_mem(spec: DomainSpec) -> str:
         domain = ET.fromstring(domain_xml(spec))  # noqa: S314 - our own
@@ -83,8 +83,8 @@ def test_a_guest_with_virtio_mem_is_refused(
 
 @pytest.fixture
 def said_by_dying_agents(guests: Guests) -> str:
-    """By the guest in which an agent is killed in the middle of a pass, and then another is
-    asked to end (in_guest/dying_agent.py)."""
+    """Return the console of a guest in which an agent is killed in the middle of a pass, and the
+    next one is stopped (in_guest/dying_agent.py)."""
 
     def said() -> str:
         return console(guests["dying"].pid)
@@ -115,7 +115,7 @@ def test_what_a_dead_agent_isolated_stays_so_until_the_next_is_welcomed(
 
 
 def test_an_agent_that_is_stopped_gives_back_what_it_has(said_by_dying_agents: str) -> None:
-    """It waits for the acks of what is in flight, so that its guest is not short of that."""
+    """It waits for the acks of the batches in flight, so that its guest gets that memory back."""
     assert "the agent was stopped: starting it again" in said_by_dying_agents
     assert "PROBE left PoolState(total=0, free=0, reserved=0, surplus=0)" in said_by_dying_agents
 

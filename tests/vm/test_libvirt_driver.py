@@ -1,4 +1,4 @@
-"""Real guests under libvirt: what the driver makes, and what it refuses."""
+"""The libvirt driver makes real guests, and refuses others."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def a_request(gone: list[str], method: host_pb2.Method.ValueType = host_pb2.NONE
 
 
 def guest_memory(domain: Any, address: int) -> bytes:
-    """A page of guest physical memory, as QEMU itself reads it."""
+    """Return a page of guest physical memory, read by QEMU itself."""
     said = libvirt_qemu.qemuMonitorCommand(
         domain, f"xp /512gx {address:#x}", libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
     )
@@ -120,7 +120,7 @@ def test_the_module_over_an_agents_life_and_death(
     assert seen["taken_back"] == "EAGAIN"
     assert seen["still_wanted"]
     assert seen["pages_later"] * 4096 >= 0.7 * 128 * MIB
-    assert seen["longest_list_of_a_cpu"] < 512, "a list of a CPU can keep a whole chunk"
+    assert seen["longest_list_of_a_cpu"] < 512, "a per-CPU list can keep a whole chunk"
     assert seen["rmmod"] == ""
     assert "load the module" in seen["no_module"]
 
@@ -178,7 +178,7 @@ def test_a_guest_that_is_killed_while_it_is_adopted_is_lost(
             return translate(domain)
 
         monkeypatch.setattr("host_agent.guests.libvirt.driver.translate", translate_too_late)
-        with pytest.raises(GuestLost):  # libvirt or QEMU's monitor may be the first to know
+        with pytest.raises(GuestLost):  # libvirt or QEMU's monitor may be the first to notice
             driver.adopt(request, guest.handle)
     finally:
         guest.close()
@@ -201,7 +201,7 @@ def test_a_domain_without_shared_backing_is_refused(
         domain.destroy()
 
 
-def test_no_libvirt_there() -> None:
+def test_a_missing_libvirt_is_refused() -> None:
     driver = LibvirtDriver("qemu+unix:///system?socket=/nonexistent", guest_server="")
     with pytest.raises(Refused, match="cannot connect to libvirt"):
         driver._connection.get()
@@ -211,7 +211,7 @@ def test_no_libvirt_there() -> None:
     assert "/nonexistent" in state.detail
 
 
-def test_no_image_there(libvirt_uri: str, tmp_path: Path) -> None:
+def test_a_missing_image_is_refused(libvirt_uri: str, tmp_path: Path) -> None:
     driver = LibvirtDriver(libvirt_uri, guest_server="", images=tmp_path)
     with pytest.raises(Refused, match="make image"):
         driver.create(a_request([]))

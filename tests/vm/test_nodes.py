@@ -1,4 +1,4 @@
-"""Every zone and every NUMA node of a real guest: what is freed there leaves the host."""
+"""Memory that is freed in any zone or NUMA node of a real guest leaves the host."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ PARTS_MIB = {
     "node 1, Normal": [(4096, 4480)],
     "node 1, Movable": [(4608, 1 << 20)],
 }
-"""What tests/support/vm.py's NODES leaves of the guest's memory: nearly all of it is holes."""
+"""The guest's memory without the holes that nodes_spec of tests/support/vm.py makes."""
 
 
 def resident_mib(guests: Guests, name: str, connection: Any) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The peers on real guests, in the same books: free page reporting and the balloon."""
+"""The books account for the peers in real guests: free page reporting and the balloon."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ GUESTS = ("reporting", "balloon")
 FREED_BYTES = 300 * MIB
 
 
-# A balloon leaves the guest a reserve of a tenth, which is resident by then.
+# A balloon leaves the guest a reserve of a tenth, which is resident.
 @pytest.mark.parametrize(("name", "share"), [("reporting", 0.9), ("balloon", 0.6)])
 def test_what_a_peer_takes_back_is_in_the_books(
     guests: Guests, connection: Any, name: str, share: float

@@ -1,4 +1,4 @@
-"""DIMMs that come to and leave a real guest while hinting runs."""
+"""DIMMs of a real guest are plugged and unplugged while hinting runs."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ STAYS = 128 * MIB
 
 
 @pytest.mark.parametrize("name", ["kmod", "hugetlb"])
-def test_a_dimm_comes_is_hinted_and_goes(guests: Guests, connection: Any, name: str) -> None:
+def test_a_dimm_is_plugged_hinted_and_unplugged(guests: Guests, connection: Any, name: str) -> None:
     host = guests.host
     host.free(START, name)  # what an earlier test held
     at_first_bytes = host.settle(name).ledger.resident_bytes
@@ -30,16 +30,16 @@ def test_a_dimm_comes_is_hinted_and_goes(guests: Guests, connection: Any, name: 
     books = host.settle(name).ledger
     # The kernel has a struct page of 64 bytes for each page of the DIMM.
     grown_bytes = books.resident_bytes - at_first_bytes - STAYS - (MOST - START) // 64
-    assert grown_bytes < MORE_THAN_START // 10, "what was freed came back"
+    assert grown_bytes < MORE_THAN_START // 10, "what was freed is reclaimed"
     guests.balances(name, connection)
 
-    # What the workload holds there moves into what stays.
+    # The kernel moves the workload's pages out of the DIMM.
     assert host.resize(START, name).ledger.provisioned_bytes == START
     assert guests.ledger(name).unplugged_total_bytes > 0
     guests.balances(name, connection)
     assert host.verify(name).wrong_pages == 0
 
-    # The guest goes on, and what it remembers of the DIMM hides nothing from it.
+    # The guest works on, and state that it keeps of the DIMM hides no later free from it.
     before_bytes = host.settle(name).ledger.resident_bytes
     host.allocate(300 * MIB, name)
     assert host.free(300 * MIB + STAYS, name).wrong_pages == 0
@@ -48,7 +48,7 @@ def test_a_dimm_comes_is_hinted_and_goes(guests: Guests, connection: Any, name: 
     guests.balances(name, connection)
 
 
-def test_dimms_go_whole(guests: Guests) -> None:
+def test_dimms_are_unplugged_whole(guests: Guests) -> None:
     host = guests.host
     host.free(START, "kmod")
     host.resize(START + 128 * MIB, "kmod")
@@ -69,10 +69,8 @@ def test_a_peer_is_resized_too(guests: Guests, connection: Any) -> None:
     guests.balances("reporting", connection)
 
 
-def test_what_the_guest_uses_and_what_it_does_not_let_go_stays(
-    guests: Guests, connection: Any
-) -> None:
-    """Its kernel refuses to eject DIMMs, though the memory is offline by then."""
+def test_a_dimm_that_is_in_use_or_not_ejected_stays(guests: Guests, connection: Any) -> None:
+    """This guest's kernel refuses to eject DIMMs, after their memory was offlined."""
     host, most = guests.host, 768 * MIB
     host.resize(most, "zeroing")
     host.allocate(540 * MIB, "zeroing")

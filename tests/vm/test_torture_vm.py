@@ -8,9 +8,9 @@ from tests.torture.run import Until, torture
 
 FAULTS = 60
 LONGEST_S = 800
-"""Bounds a hang."""
+"""The longest time for a run that hangs."""
 SEED = 31
-"""One guest is reset and one is killed, neither at first: each boots once more."""
+"""With it, one guest is reset and one is killed, neither at the start: each boots once more."""
 
 
 def test_sixty_faults_on_real_guests_and_no_wrong_page(libvirt_uri: str, image: object) -> None:

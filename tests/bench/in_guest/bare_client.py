@@ -1,4 +1,4 @@
-"""Runs in a guest beside its agent: a gRPC client that holds a stream and does no more.
+"""Runs in a guest beside its agent: a gRPC client that only holds a stream.
 
 python3 bare_client.py aio|sync HOST:PORT
 """

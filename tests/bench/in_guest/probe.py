@@ -1,9 +1,9 @@
-"""Runs in a guest beside its agent: what the agent costs there, and what bare clients do.
+"""Runs in a guest beside its agent, and measures the agent and bare clients.
 
-    python3 probe.py HOST:PORT     where the bare clients hold their streams
+    python3 probe.py HOST:PORT     the host to which the bare clients hold streams
 
-Prints one line of JSON on the console for every _WINDOW_S. The benchmark takes the
-last one of a guest that was left alone.
+Prints one line of JSON on the console every _WINDOW_S seconds. The benchmark uses the last line of
+a guest that was at rest.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ _CLIENT = Path(__file__).with_name("bare_client.py")
 
 
 def main() -> None:
-    """Look, for as long as the guest runs."""
+    """Measure for as long as the guest runs."""
     ctypes.CDLL(None).mount(b"none", bytes(_TRACING), b"tracefs", ctypes.c_ulong(0), None)
     pids = {"agent": os.getppid()}
     for kind in ("aio", "sync"):
@@ -40,7 +40,8 @@ def main() -> None:
 
 
 def over_a_window(pids: Mapping[str, int]) -> dict[str, object]:
-    """CPU time of each, and the system calls of the agent's main thread by their numbers."""
+    """Return the CPU time of each process, and the system calls of the agent's main thread by
+    number."""
     trigger = f"hist:keys=id if common_pid == {pids['agent']}"
     (_SYS_ENTER / "trigger").write_text(trigger)
     before_ns = {name: cpu_ns(pid) for name, pid in pids.items()}
@@ -55,7 +56,7 @@ def over_a_window(pids: Mapping[str, int]) -> dict[str, object]:
 
 
 def cpu_ns(pid: int) -> int:
-    """User and system time, from the scheduler's own nanoseconds."""
+    """Return user and system time, from the scheduler's counter of nanoseconds."""
     return sum(
         int((task / "schedstat").read_text().split()[0])
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -63,13 +64,13 @@ def cpu_ns(pid: int) -> int:
 
 
 def memory_kib(pid: int) -> dict[str, int]:
-    """VmRSS of /proc/PID/status, Rss and Pss of smaps_rollup."""
+    """Return VmRSS of /proc/PID/status, and Rss and Pss of smaps_rollup."""
     said = "".join(Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "smaps_rollup"))
     return {k: int(kib) for k, kib in re.findall(r"^(VmRSS|Rss|Pss):\s+(\d+) kB", said, re.M)}
 
 
 def scan_ns() -> list[tuple[int, int]]:
-    """Rounds of a look at all page flags, and of bare reads in Python's fastest loop."""
+    """Return the times of rounds: (reading all page flags, bare reads in Python's fastest loop)."""
     spans = present_spans()
     step = 8 << _ORDER
     offsets = [at for s in spans for at in range(s.start * 8, s.stop * 8, step)]
@@ -94,7 +95,7 @@ def scan_ns() -> list[tuple[int, int]]:
 
 
 def look_ns() -> list[tuple[int, int]]:
-    """Rounds of a look at the free lists, and of a bare read."""
+    """Return the times of rounds: (reading the free lists, a bare read of the file)."""
     lists = FreeLists(_ORDER)
     fd = os.open("/proc/buddyinfo", os.O_RDONLY)
     rounds = [
@@ -110,7 +111,7 @@ def look_ns() -> list[tuple[int, int]]:
 
 
 def elapsed_ns(act: Callable[[], object]) -> int:
-    """CPU time that it took."""
+    """Return the CPU time of a call."""
     began_ns = time.process_time_ns()
     act()
     return time.process_time_ns() - began_ns

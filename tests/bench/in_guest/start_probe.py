@@ -1,4 +1,4 @@
-"""Runs in a guest as Python starts there: has a probe run beside the agent.
+"""Runs in a guest whenever Python starts there: starts a probe beside the agent.
 
 Only with hintfleet.bench=PORT on the kernel's command line, and only in the agent.
 """

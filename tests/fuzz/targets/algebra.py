@@ -1,4 +1,4 @@
-"""Operations on range sets, held against integers whose bits are the pages."""
+"""Operations on range sets, compared with integers whose bits are the pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _ranges(bits: int) -> RangeSet:
 
 
 def _bits(ranges: RangeSet) -> int:
-    """The pages as bits; the ranges must be sorted and must not touch."""
+    """Return the pages as bits; check that the ranges are sorted and do not touch."""
     bits, last_end = 0, -1
     for pfn, page_count in ranges:
         assert pfn > last_end

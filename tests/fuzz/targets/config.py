@@ -42,7 +42,7 @@ def try_input(data: bytes) -> None:
     assert config.threshold_chunks > 0
     assert 0 <= config.memory_bytes < 1 << 52
     for said in (config.server, config.guest_uuid, config.token):
-        said.encode()  # they go into messages
+        said.encode()  # else they could not be sent in messages
 
 
 TARGET = Target.of(

@@ -1,7 +1,7 @@
-"""The gate: any order of sessions, batches, turns and resets keeps what it promises.
+"""The gate keeps its guarantees in any order of sessions, batches, turns and resets.
 
-What it is held against here is not another gate but the promises themselves: I2, one
-batch at a time, one post for each batch, acks in order to who is welcome.
+The oracle is not another gate but the guarantees themselves: I2, one batch at a time, each batch
+posted once, acks in order to the welcome session.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _RANGES = (
 
 
 class _Guest:
-    """Carries out what the gate instructs, as host_agent/guest.py does, and watches it."""
+    """Carries out the gate's instructions, as host_agent/session/guest_sessions.py does, and checks
+    them."""
 
     def __init__(self) -> None:
         self.gate = gate.Gate()
@@ -75,7 +76,7 @@ class _Guest:
             self._carry_out(self.gate.finished(batch, Outcome(reclaimed=PageMap(batch.ranges))))
 
     def drain(self) -> None:
-        """Nothing more happens; then all that arrived is in the books, once."""
+        """Let all turns come; then every batch that arrived must be in the books, once."""
         while self._turn_asked or self._running is not None:
             self.take_turn()
             self.finish()
@@ -111,11 +112,12 @@ class _Guest:
             case gate.Acknowledge(session, batch, _):
                 assert (session, batch) in self._arrived
                 assert session == self.sessions[-1] not in self._left | self._ended
-                assert batch is self._posted[-1], "the books come first"
+                assert batch is self._posted[-1], "acknowledged before it was in the books"
                 self._acknowledged.append(batch)
 
     def _check_run(self, batch: gate.Batch) -> None:
-        """It may run: of the session that is welcome, in time, in order, and alone."""
+        """Check that the batch may run: it is of the welcome session, in time, in order, and
+        alone."""
         assert self._running is None
         assert not self.gone
         (session,) = {s for s, b in self._arrived if b is batch}

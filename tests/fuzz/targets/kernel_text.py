@@ -1,4 +1,4 @@
-"""/proc/zoneinfo, buddyinfo and meminfo: the kernel's numbers, or a refusal."""
+"""Parsers of /proc/zoneinfo, buddyinfo and meminfo: the kernel's numbers, or a refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel module shows as a batch, held against struct hintfleet_batch."""
+"""The parser of the kernel module's batches, compared with struct hintfleet_batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/proc/PID/maps, held against proc(5) read column by column."""
+"""The parser of /proc/PID/maps, compared with proc(5) read column by column."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _LINES = b"""\
 
 
 def _mapping(line: str) -> Mapping | None:
-    """A line as the kernel writes it (fs/proc/task_mmu.c, show_map_vma); else None."""
+    """Return the mapping of a line as the kernel writes it (fs/proc/task_mmu.c, show_map_vma); else
+    None."""
     columns = line.split(" ", 5)
     try:
         span, permissions, offset, device, inode = columns[:5]

@@ -1,4 +1,5 @@
-"""QEMU's memory tree: where a guest's RAM lies, or a refusal; never a wrong place."""
+"""The parser of QEMU's memory tree: the place of a guest's RAM, or a refusal; never a wrong
+place."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def try_input(data: bytes) -> None:
 
 
 def _covers_the_block(parts: list[RamRange], size_bytes: int) -> None:
-    """Each byte of the block has one address, and those that were seen keep theirs."""
+    """Check that each byte of the block has one address, and that visible bytes keep theirs."""
     try:
         whole = whole_block(parts, size_bytes)
     except Refused as error:

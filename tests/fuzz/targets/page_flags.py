@@ -1,4 +1,4 @@
-"""/proc/kpageflags: which chunks bear a flag, from a file that may end anywhere."""
+"""The reader of /proc/kpageflags: which chunks have a flag, from a file that may end anywhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENTRY = struct.Struct("=Q")
 
 
 def _flagged(entries: list[int], bit: int, spans: list[range], order: int) -> list[int]:
-    """Every whole aligned chunk in a span, in order, whose first page has the flag."""
+    """Return every whole aligned chunk in a span, in order, whose first page has the flag."""
     return [
         pfn
         for span in spans

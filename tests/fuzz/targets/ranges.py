@@ -1,4 +1,4 @@
-"""The range codec: bytes of a hostile guest, held against a slow and obvious decoder."""
+"""The range codec on bytes of a hostile guest, compared with a slow and obvious decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LONGEST_NUMBER_BYTES = 6
 
 
 def _numbers(packed: bytes) -> list[int]:
-    """The LEB128 numbers of a whole string; those that have no end are dropped."""
+    """Return the LEB128 numbers of a string; an unfinished one at the end is dropped."""
     numbers, bits = [], ""
     for byte in packed:
         bits = f"{byte & 0x7F:07b}{bits}"
@@ -27,7 +27,7 @@ def _leb128(number: int) -> bytes:
 
 
 def _spelling(shift: int, pairs: list[tuple[int, int]]) -> bytes:
-    """The header and the numbers of these (start, length) pairs, in units of 2**shift."""
+    """Encode (start, length) pairs, in units of 2**shift: header and numbers."""
     out, end = bytes([shift]), -1
     for start, length in pairs:
         out += _leb128(start - end - 1) + _leb128(length - 1)
@@ -36,8 +36,8 @@ def _spelling(shift: int, pairs: list[tuple[int, int]]) -> bytes:
 
 
 def reference(packed: bytes) -> list[tuple[int, int]] | None:
-    """The (pfn, page_count) pairs, None if the bytes are not the one spelling of a set:
-    read them in any spelling, then write them again in the only one."""
+    """Return the (pfn, page_count) pairs; None if the bytes are not the canonical encoding of a
+    set. It decodes any encoding, encodes the result canonically, and compares."""
     if not packed:
         return []
     shift, numbers = packed[0], _numbers(packed[1:])
@@ -66,7 +66,7 @@ def try_input(packed: bytes) -> None:
 
 
 def _has_bounded_work(ranges: RangeSet, packed: bytes) -> None:
-    """Operations on what was decoded stay within its number of ranges, whatever it spans."""
+    """Check that the cost of operations depends on the number of ranges, not on what they span."""
     assert RangeSet(ranges) == ranges | ranges == ranges & ranges == ranges
     assert ranges - ranges == EMPTY
     assert len(ranges.whole_chunks(9)) <= len(ranges)

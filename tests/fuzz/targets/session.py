@@ -1,8 +1,8 @@
-"""A hostile guest against the real service of guests: what it says, in any order.
+"""A hostile guest sends any messages in any order to the real guests' service.
 
-Everything behind the gRPC edge is the real thing: service, registry, guest, gate, books,
-and RAM in a memfd. The guest's RAM lies in two pieces of a larger file; beside it stand a
-file with the RAM of a neighbour and a session of that neighbour which must go on.
+Everything behind the gRPC edge is real: service, registry, guest, gate, books, and RAM in a memfd.
+The guest's RAM is two pieces of a larger file. A neighbour has another RAM file, and a session that
+must go on.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from host_agent.registry import Registry
 from host_agent.session.stream import Stream
 from tests.fuzz.source import Source
 from tests.fuzz.target import Target, TryInput
-from tests.support.patience import patience
+from tests.support.no_rate_limits import no_rate_limits
 
 _TRIAL = "fuzz"
 _FILE_PAGES = 64
-# Guest page -> page of the file; around and between the two pieces lie pages that are
-# nobody's.
+# Maps guest pages to pages of the file; pages around and between the two pieces belong to nobody.
 _PIECES = ((0, 24, 1), (40, 32, 28))
 _OFFSET = {pfn + i: at + i for pfn, page_count, at in _PIECES for i in range(page_count)}
 _DEVICE = Segment(pfn=56, page_count=16, fd=-1, offset_bytes=44 * PAGE_BYTES)
@@ -58,7 +57,7 @@ _REFUSALS = {
 
 
 class _Running:
-    """A guest without a process: RAM that the fuzzer writes in its stead."""
+    """A guest without a process: the fuzzer writes to its RAM."""
 
     pid = 0
     balloon = None
@@ -77,7 +76,7 @@ class _Running:
             self._write(page)
 
     def touch(self, pfns: RangeSet) -> None:
-        """The guest uses these pages."""
+        """Write to these pages, as the guest would."""
         for pfn in _OFFSET:
             if pfn in pfns & self.ram.pages:
                 self._write(_OFFSET[pfn])
@@ -87,7 +86,8 @@ class _Running:
         os.pwrite(self.fd, (page + 1).to_bytes(8, "little"), page * PAGE_BYTES)
 
     def lost(self) -> set[int]:
-        """Pages of the file, outside the guest's RAM too, that do not hold what was written."""
+        """Return pages of the file, also outside the guest's RAM, that do not hold what was
+        written."""
         written = {_OFFSET[pfn] for pfn in self.touched}
         written |= set(range(_FILE_PAGES)) - set(_OFFSET.values())
         return {p for p in written if os.pread(self.fd, 8, p * PAGE_BYTES)[0] != p + 1}
@@ -108,11 +108,11 @@ class _Driver:
 
 
 class _Ended(Exception):
-    """The call was aborted with this status."""
+    """Raised when the service aborts a call with a status."""
 
 
 class _Call:
-    """One call of Session, as gRPC makes it: an iterator of messages and a context."""
+    """One call of Session as gRPC makes it: an iterator of messages and a context."""
 
     def __init__(self, service: GuestService) -> None:
         self.outbox: asyncio.Queue[pb.GuestMessage | None] = asyncio.Queue()
@@ -140,7 +140,7 @@ class _Call:
         raise _Ended
 
     def auth_context(self) -> dict[str, list[bytes]]:
-        """A connection on loopback: no certificate."""
+        """Return the context of a connection on loopback, without certificate."""
         return {}
 
     def say(self, **kind: object) -> None:
@@ -152,7 +152,7 @@ class _Call:
         self.say(hello=pb.Hello(**fields))  # type: ignore[arg-type]
 
     def batch(self, epoch: int, seq: int, packed: bytes) -> RangeSet:
-        """Send a batch; what it hints, as far as that can be read."""
+        """Send a batch; note what it hints, if that can be decoded."""
         self.say(batch=pb.Batch(epoch=epoch, seq=seq, ranges=packed))
         try:
             hinted = decode(packed)
@@ -170,7 +170,7 @@ class _Call:
         return [m.ack for m in self.heard if m.WhichOneof("message") == "ack"]
 
     async def close(self, *, cancel: bool) -> None:
-        """Half-close it, or hang up; all that was said before is dealt with first."""
+        """Half-close the call, or cancel it, after all earlier messages were handled."""
         if cancel:
             self.task.cancel()
         self.outbox.put_nowait(None)
@@ -180,7 +180,8 @@ class _Call:
             raise error
 
     def check(self) -> None:
-        """Documented endings only; every ack accounts for every byte of its batch."""
+        """Check that the call ended as documented, and that each ack accounts for all bytes of its
+        batch."""
         assert self.ended_with is None or self.ended_with in _REFUSALS
         for ack in self.acks:
             skipped = sum(decode(s.ranges).page_count for s in ack.skipped) * PAGE_BYTES
@@ -191,7 +192,7 @@ class _Call:
 
 
 class _Host:
-    """A registry, its service, and the neighbour that must notice nothing."""
+    """A registry, its service, and the neighbour that must not be affected."""
 
     def __init__(self) -> None:
         self.registry = Registry({host_pb2.EMBEDDED: _Driver()})  # type: ignore[dict-item]
@@ -204,7 +205,7 @@ class _Host:
         self._epoch = self._call.epoch
 
     async def make(self, name: str) -> tuple[Guest, _Running, _Call]:
-        """A guest that is ready, all its RAM in use, and its session."""
+        """Make a ready guest with all of its RAM in use, and its session."""
         making = asyncio.create_task(self.registry.create(name, _TRIAL, _SPEC))
         while name not in {g.name for g in self.registry.guests if g.running is not None}:
             await asyncio.sleep(0)
@@ -219,15 +220,15 @@ class _Host:
         return guest, running, first
 
     async def quiet(self, guest: Guest) -> None:
-        """Let all that was said to come to its end: an audit waits for the turns before it,
-        and two batches may have to take theirs."""
+        """Wait until all messages are handled: an audit waits for the turns before it, and two
+        batches may still wait for theirs."""
         for _ in range(3):
             for _ in range(10):
                 await asyncio.sleep(0)
             await guest.audits.ledger()
 
     async def neighbour_goes_on(self) -> None:
-        """Its memory is as it was, and its next batch is reclaimed."""
+        """Check that the neighbour's memory is unchanged, and that its next batch is reclaimed."""
         assert not self._ram.lost()
         self._ram.touched.discard(0)
         async with asyncio.timeout(_DEADLINE_S):
@@ -246,12 +247,13 @@ class _Host:
 
 
 def _is_late(ack: pb.Ack) -> bool:
-    """Whether the machine was too busy for the batch: that is nobody's mistake."""
+    """Return whether the batch was skipped because the machine was too busy, which is no
+    finding."""
     return [skipped.reason for skipped in ack.skipped] == [pb.STALE]
 
 
 class _Play:
-    """One input: what one guest says and does, and what must hold afterwards."""
+    """Runs one input: what the guest sends and does, and what must hold afterwards."""
 
     def __init__(self, host: _Host, source: Source) -> None:
         self._host = host
@@ -311,7 +313,7 @@ class _Play:
         return RangeSet((source.number() % 80, source.number() % 16) for _ in range(number))
 
     async def _say_anything(self) -> None:
-        """A message of any kind, if the bytes are one."""
+        """Send a message of any kind, if the bytes are one."""
         try:
             message = pb.GuestMessage.FromString(self._source.short())
         except Exception:  # noqa: BLE001 - protobuf's DecodeError; gRPC ends such a call
@@ -324,7 +326,7 @@ class _Play:
         self._running.touch(self._some_pages())
 
     async def _audit(self) -> None:
-        """What is told to be in use again is."""
+        """Audit, and check that the pages that are reported as used again are in use."""
         await self._wait()
         before = {call: len(call.heard) for call in self._calls}
         await self._guest.audits.tell_refaults()
@@ -344,7 +346,7 @@ class _Play:
         call.say(settled=pb.Settled(request_id=request_id, batches=self._source.number(8)))
 
     async def _resize(self) -> None:
-        """A memory device goes, or comes back."""
+        """Unplug the memory device, or plug it again."""
         if self._running.ram.pages & _DEVICE_PAGES:
             await self._guest.unplugged(_DEVICE_PAGES)
             self._running.touched -= {pfn for pfn in _OFFSET if pfn in _DEVICE_PAGES}
@@ -397,7 +399,7 @@ def _balance(books: host_pb2.Ledger) -> None:
 
 @contextmanager
 def _opened() -> Iterator[TryInput]:
-    with patience(), asyncio.Runner() as runner:
+    with no_rate_limits(), asyncio.Runner() as runner:
         host = _Host()
         runner.run(host.start())
 

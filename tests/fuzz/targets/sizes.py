@@ -1,4 +1,4 @@
-"""Sizes and durations, held against exact fractions."""
+"""The parsers of sizes and durations, compared with exact fractions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The spec parser: any text is a frozen model, or an error that says where."""
+"""The spec parser: any text gives a frozen model, or an error that says where."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ timeouts: {connect: 1min}
 """
 
 
-# What mutations of a sound spec hardly ever become: each took the parser down once.
+# Inputs that mutations of a valid spec hardly ever reach; each once crashed the parser.
 _BOMBS = (
     _SMALL.replace(b"{repeat: 2}", b"{repeat: 10000}, {repeat: 10000}, {repeat: 10000}"),
     _SMALL.replace(b"seed: 1", b"seed: " + b"[" * 500),
@@ -62,7 +62,7 @@ def try_input(data: bytes) -> None:
 
 
 def _says_where(error: InvalidInput, text: str) -> None:
-    """It names the file, a line of it and a column, and can be printed."""
+    """Check that the error names the file, a line and a column, and can be printed."""
     str(error).encode()
     where = _WHERE.match(error.message)
     assert where, error.message
@@ -71,13 +71,14 @@ def _says_where(error: InvalidInput, text: str) -> None:
 
 
 def _can_be_used(spec: Spec) -> None:
-    """What was accepted is frozen, bounded and free of the problems that are checked."""
+    """Check that an accepted spec is frozen and bounded, and has no problem that the checks
+    find."""
     hash(spec)
     assert describe(spec).encode()
     assert len(expand(spec.workload)) <= _MOST_STEPS
     assert not list(spec_checks.problems(spec))
     assert spec_checks.could_become_resident_bytes(spec) > 0
-    with suppress(AttributeError, TypeError, ValueError):  # whatever pydantic says of it
+    with suppress(AttributeError, TypeError, ValueError):  # any exception of pydantic's will do
         spec.name = "changed"
         raise AssertionError("a spec can be changed")
 

@@ -1,7 +1,7 @@
-"""Bytes in place of messages, over gRPC, against the host agent's servers.
+"""Bytes instead of messages, over gRPC, to the host agent's servers.
 
-Each input is one call on the door for guests: any of its methods, any frames. It must end
-with a documented status while a real guest next door keeps its memory and its session.
+Each input is one call of the guests' service: any of its methods, any frames. It must end with a
+documented status, and a real neighbour must keep its memory and its session.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hintfleet.v1 import host_pb2
 from tests.fuzz.source import Source
 from tests.fuzz.target import Target, TryInput
 from tests.support.agents import InProcessHost, host_in_process, wait_until
-from tests.support.patience import patience
+from tests.support.no_rate_limits import no_rate_limits
 
 _SERVICE = "/hintfleet.v1.HintingService/"
 _METHODS = ("Session", "Workload", "Nothing")
@@ -39,8 +39,8 @@ _ENDINGS = {
 }
 
 
-class _Door:
-    """The guests' door of a host agent, where one guest speaks bytes."""
+class _GuestService:
+    """The guests' service of a host agent, to which one guest sends bytes."""
 
     def __init__(self, host: InProcessHost, channel: grpc.Channel) -> None:
         self._host = host
@@ -55,7 +55,7 @@ class _Door:
         method = _SERVICE + _METHODS[source.number() % 8 % len(_METHODS)]
         frames = list(self._frames(source))
         call = self._channel.stream_stream(method, None, None)(iter(frames), timeout=_DEADLINE_S)
-        with contextlib.suppress(grpc.RpcError):  # its code says all
+        with contextlib.suppress(grpc.RpcError):  # checked below, by its code
             for _ in call:
                 pass
         assert call.code() in _ENDINGS, (call.code(), call.details())
@@ -80,7 +80,8 @@ class _Door:
                     yield source.short()
 
     def neighbour_goes_on(self) -> None:
-        """It uses memory, frees it, and the host has it back; none of it was wrong."""
+        """Check that the neighbour can use memory with the right contents, and that it comes
+        back."""
         host = self._host
         host.allocate(_HELD_BYTES, "neighbour")
         assert host.verify("neighbour").wrong_pages == 0
@@ -98,12 +99,12 @@ class _Door:
 
 @contextmanager
 def _opened() -> Iterator[TryInput]:
-    with patience(), host_in_process() as host:
+    with no_rate_limits(), host_in_process() as host:
         watch = host.watch(timeout_s=24 * 3600)
         with open_channel(host.guest_address) as channel:
-            door = _Door(host, channel)
-            yield door.try_input
-            door.neighbour_goes_on()
+            service = _GuestService(host, channel)
+            yield service.try_input
+            service.neighbour_goes_on()
         watch.cancel()
 
 

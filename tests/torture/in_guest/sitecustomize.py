@@ -1,9 +1,8 @@
-"""Runs in a real guest as Python starts there, told by the kernel's command line.
+"""Runs in a real guest whenever Python starts there, and obeys the kernel's command line.
 
-hintfleet.torture=SEED has the agent kill itself (-9), or ask itself to end, at steps of the
-protocol, again and again: init starts the next. hintfleet.stress=SIZE has
-`stress-ng --vm --verify` run beside the workload, round after round; each round's end is said
-on the console.
+hintfleet.torture=SEED has the agent end itself, by SIGKILL or SIGTERM, at steps of the protocol,
+again and again; init starts the next one. hintfleet.stress=SIZE runs `stress-ng --vm --verify`
+beside the workload, in rounds; the end of each round is printed on the console.
 """
 
 import asyncio
@@ -33,8 +32,8 @@ def parameter(name: str) -> str:
 
 
 class Death:
-    """When this agent is to die, and how: so many steps after so long, at once or a little
-    later, by kill -9 or, one time in four, by SIGTERM."""
+    """When and how this agent dies: `steps` steps after `after_s`, at once or a little later, by
+    SIGKILL or, one time in four, by SIGTERM."""
 
     def __init__(self, seed: str) -> None:
         starts = int(STARTS.read_text()) if STARTS.exists() else 0
@@ -51,16 +50,16 @@ class Death:
         self.steps -= 1
         if self.steps == 0:
             if self.lag_s:
-                asyncio.get_running_loop().call_later(self.lag_s, self.strike)
+                asyncio.get_running_loop().call_later(self.lag_s, self.end_agent)
             else:
-                self.strike()
+                self.end_agent()
 
-    def strike(self) -> None:
+    def end_agent(self) -> None:
         os.kill(os.getpid(), self.signal)
 
 
 def with_steps(method: Callable[..., Any], death: Death) -> Callable[..., Any]:
-    """A step before the method and one after it."""
+    """Return the method with a step before it and one after it."""
 
     def stepping(*arguments: Any) -> Any:
         death.step()
@@ -71,8 +70,9 @@ def with_steps(method: Callable[..., Any], death: Death) -> Callable[..., Any]:
     return stepping
 
 
-def arm(seed: str) -> None:
-    """Each instruction that the agent carries out is a step, and each message that it hears."""
+def install(seed: str) -> None:
+    """Count as steps each instruction that the agent carries out, and each message that it
+    receives."""
     from guest_agent.session import HintingSession
 
     death = Death(seed)
@@ -82,6 +82,6 @@ def arm(seed: str) -> None:
 
 if "--workload-only" not in sys.orig_argv:
     if seed := parameter("torture"):
-        arm(seed)
+        install(seed)
 elif size := parameter("stress"):
     subprocess.Popen(["/bin/sh", "-c", STRESS.format(size=size)])

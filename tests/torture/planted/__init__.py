@@ -1,1 +1,1 @@
-"""Agents with a fault in them on purpose, which torture must find."""
+"""Agents with planted bugs, which torture must find."""

@@ -1,4 +1,4 @@
-"""A host agent that runs batches of earlier epochs, and such as waited too long (I2)."""
+"""A host agent that runs batches of earlier epochs, and batches that waited too long (I2)."""
 
 from host_agent.__main__ import main
 from host_agent.session.gate import Gate

@@ -24,7 +24,7 @@ def add(root: Path, number: int, state: str = "offline") -> Path:
     unseen, block = root / "unseen", root / f"memory{number}"
     unseen.mkdir()
     (unseen / "state").write_text(f"{state}\n")
-    unseen.rename(block)  # at once, as the kernel's come
+    unseen.rename(block)  # atomically, as the kernel does
     return block / "state"
 
 
@@ -46,7 +46,7 @@ def test_blocks_in_the_wanted_state_are_not_changed(root: Path) -> None:
 def test_all_blocks_go_offline_or_none(root: Path) -> None:
     other, held = add(root, 32, "online"), add(root, 33, "online")
     held.unlink()
-    held.symlink_to("/proc/version")  # nobody can write there, not even root
+    held.symlink_to("/proc/version")  # not writable, not even for root
     with pytest.raises(Refused, match=r"memory33 stays .* in use"):
         MemoryBlocks(root, timeout_s=0.5).offline(TWO_BLOCKS)
     assert other.read_text() == "online_movable\n"

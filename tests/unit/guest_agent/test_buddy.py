@@ -15,7 +15,7 @@ from tests.support.agents import HANG_S
 
 CHUNK_ORDER = 9
 CHUNK = 1 << CHUNK_ORDER
-# Two zones on two nodes, the second one sparse and with a ragged end.
+# Two zones on two nodes; the second one is sparse, and ends with a partial chunk.
 ZONES = (
     ZoneSpec(name="DMA32", present=RangeSet([(0, 16 * CHUNK)])),
     ZoneSpec(
@@ -52,7 +52,9 @@ class BuddyMachine(RuleBasedStateMachine):
         self.marked: list[int] = []
 
     def chunk_became_free(self, zone: Zone, pfn: int) -> None:
-        assert RangeSet([(pfn, CHUNK)]) - zone.present == RangeSet(), "hook told of absent pages"
+        assert RangeSet([(pfn, CHUNK)]) - zone.present == RangeSet(), (
+            "the hook was called with absent pages"
+        )
         self.marked.append(pfn)
 
     @rule(target=blocks, order=st.integers(0, MAX_ORDER))
@@ -79,7 +81,7 @@ class BuddyMachine(RuleBasedStateMachine):
         free = free_ranges(self.allocator)
         chunks = range(pfn & -CHUNK, pfn + (1 << order), CHUNK)
         whole = [c for c in chunks if not RangeSet([(c, CHUNK)]) - free]
-        assert self.marked == whole, "the hook hears of exactly the chunks that became free"
+        assert self.marked == whole, "the hook is called for exactly the chunks that became free"
 
     @rule(target=isolated, chunk=st.integers(0, 70))
     def isolate(self, chunk: int) -> int | None:

@@ -123,7 +123,7 @@ def test_a_zone_at_its_watermark_keeps_its_bits_for_later(
     held = RangeSet()
     while part := isolator.isolate(512, 1 << 20):
         held |= part
-    assert isolator.idle(), "nothing more can be isolated while those are out"
+    assert isolator.idle(), "no more can be isolated before those are released"
     assert chunks - held, "the watermark kept some back"
     isolator.release(held, hinted=True)
     assert not chunks - drain(isolator) - held

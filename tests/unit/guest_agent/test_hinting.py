@@ -1,4 +1,4 @@
-"""The hinting core keeps I1 under any sequence of events."""
+"""The hinting core keeps I1 in any sequence of events."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ LIMITS = Limits(ranges_per_batch=4, pages_per_batch=2048, batches_in_flight=2)
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """A guest with 64 chunks; the host acks, stays silent, vanishes and comes back."""
+    """A guest with 64 chunks; the host acknowledges, does not answer, vanishes and comes back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_settled_comes_after_a_pass_that_gave_nothing_and_the_last_ack() -> None
     core.acknowledged(1, 1, acted=True)
     again = core.isolated(EMPTY, isolator_idle=True)
     assert again == [ReportNow(thorough=True), Isolate(4, 2048)], (
-        "the pass gave something: look again"
+        "the pass gave chunks, so another one must follow"
     )
     settled = core.isolated(EMPTY, isolator_idle=True)
     assert settled == [SendSettled(request_id=9, batches=1, hinted_pages=512)]

@@ -1,4 +1,4 @@
-"""The hugetlb isolator on a model of the kernel's free list: last in, first out."""
+"""The hugetlb isolator on a model of the kernel's free list, which is last in, first out."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -159,7 +159,7 @@ def test_all_is_hinted_although_the_kernel_allocates_first_what_was_freed_last(
     for _ in range(3):
         kernel.allocate(150)
         host.tell_used()
-        for _ in range(10):  # freed bit by bit, a pass after each
+        for _ in range(10):  # freed in parts, with a pass after each
             kernel.release(15)
             host.run(asked=True)
         assert not kernel.resident & set(kernel.free)
@@ -211,7 +211,7 @@ def test_zeroing_makes_no_more_than_64_mib_or_a_64th_resident(
         assert not isolator.isolate(512, 1 << 20), "what was zeroed before is still resident"
         host.acknowledge(batch)
     assert most == bound
-    assert kernel.looks <= 64, "each step looks at all page flags"
+    assert kernel.looks <= 64, "each step reads all page flags"
     assert not kernel.pool
     assert not kernel.resident
 
@@ -222,8 +222,8 @@ def test_zeroing_needs_more_to_gain() -> None:
     host.run()
     kernel.allocate(30)
     kernel.release(30)
-    assert not host.run(), "30 chunks, at the price of zeroing 320 if it has to look for them"
-    assert host.run(asked=True) == 32, "they were where it looked first"
+    assert not host.run(), "30 chunks to gain, but finding them may zero 320"
+    assert host.run(asked=True) == 32, "they were at the head of the free list"
     assert not host.run(asked=True), "nothing was used meanwhile"
 
 
@@ -235,7 +235,7 @@ def test_a_batch_that_the_host_skipped_is_hinted_again() -> None:
     assert isolator.isolate(512, 1 << 20) == batch
     isolator.release(batch, hinted=False)
     assert not isolator.idle()
-    assert not kernel.pool, "nobody went on with the pass"
+    assert not kernel.pool, "the pass was not continued"
     assert host.run() == 14
 
 
@@ -249,7 +249,7 @@ def test_a_lost_host_leaves_the_reserve_to_the_guest() -> None:
     for _ in range(10):
         assert isolator.idle()
         assert len(kernel.pool) == held, "a batch is in flight: nothing may leave the pool"
-    isolator.release(batch, hinted=False)  # welcomed again
+    isolator.release(batch, hinted=False)  # as after a new Welcome
     kernel.release(5)
     host.run()
     assert not kernel.pool
@@ -368,7 +368,7 @@ def test_a_new_agent_hints_only_what_the_host_reports_as_resident() -> None:
     isolator = HugetlbIsolator(kernel, threshold_chunks=1, zeroing=False, clock=lambda: 0.0)
     isolator.start(lambda: None)
     isolator.report_now(thorough=False)
-    assert isolator.isolate(512, 1 << 20) == EMPTY, "it knows nothing yet"
+    assert isolator.isolate(512, 1 << 20) == EMPTY, "it does not know yet what is resident"
     assert isolator.idle()
     host = Host(kernel, isolator)
     host.tell_used()
@@ -399,9 +399,9 @@ def test_chunks_that_were_not_freed_last_are_found_too() -> None:
     host.run()
     kernel.allocate(300)
     isolator.idle()
-    kernel.free = kernel.used[:50] + kernel.free  # where the kernel looks last
+    kernel.free = kernel.used[:50] + kernel.free  # at the end of the kernel's free list
     del kernel.used[:50]
-    assert host.run() == 50 - RESERVE_CHUNKS, "the kernel looks at the reserve last"
+    assert host.run() == 50 - RESERVE_CHUNKS, "the reserve is at the end of the kernel's free list"
     assert not host.run()
 
 
@@ -420,7 +420,7 @@ def test_no_pass_begins_while_the_guest_allocates() -> None:
     kernel.release(20)
     isolator.idle()
     kernel.allocate(3)
-    assert host.run(asked=True) == 17, "who asks for it gets it"
+    assert host.run(asked=True) == 17, "a pass that is asked for begins"
 
 
 def test_a_pass_ends_with_the_acks_in_flight_if_the_guest_needs_memory() -> None:
@@ -438,11 +438,11 @@ def test_a_pass_ends_with_the_acks_in_flight_if_the_guest_needs_memory() -> None
     assert not isolator.isolate(10, 1 << 20)
     assert not kernel.pool
     kernel.release(7)
-    assert host.run() >= 100 - 8 - 42 - 20, "what it had to leave is not forgotten"
+    assert host.run() >= 100 - 8 - 42 - 20, "what it had to leave is hinted later"
 
 
 def test_a_pass_is_followed_by_a_rest() -> None:
-    """On real guests, passes that followed each other at once slowed the workload by 4."""
+    """In real guests, passes without a rest in between slowed the workload by a factor of 4."""
     kernel = ModelKernel(100, zeroing=False)
     isolator, host = started(kernel)
     kernel.growing_takes_s = 0.025

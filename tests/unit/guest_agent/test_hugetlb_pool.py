@@ -13,7 +13,7 @@ POOL = "kernel/mm/hugepages/hugepages-2048kB"
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Path:
-    """The /sys and /proc of a guest whose pool nobody uses."""
+    """Make /sys and /proc of a guest whose pool nobody uses."""
     pool = tmp_path / POOL
     pool.mkdir(parents=True)
     for name in ("nr", "free", "resv", "surplus", "nr_overcommit"):
@@ -42,7 +42,7 @@ def test_cma(kernel: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nr_hugepages", "nr_overcommit_hugepages"])
 def test_huge_pages_of_another_size(kernel: Path, name: str) -> None:
-    """Their page flags are the same, so that they would be punched while in use."""
+    """Their page flags are the same, so they would be punched while in use."""
     others = kernel / "kernel/mm/hugepages/hugepages-1048576kB"
     others.mkdir()
     (others / name).write_text("0\n")
@@ -110,4 +110,4 @@ def test_each_node_keeps_its_reserve(kernel: Path) -> None:
         for n in free_chunks
     ]
     assert asked == [0, 75]
-    assert (kernel / POOL / "nr_hugepages").read_text() == "0\n", "asked node by node only"
+    assert (kernel / POOL / "nr_hugepages").read_text() == "0\n", "only nodes are asked"

@@ -50,7 +50,7 @@ def test_free_lists_are_read_at_every_call(tmp_path: Path) -> None:
     try:
         for _ in range(2):
             assert lists.free_chunk_count() == free_chunk_count(counts, 9) > 0
-        # More nodes than one read of /proc/buddyinfo can tell of.
+        # More nodes than fit into one read of /proc/buddyinfo.
         line = "Node {}, zone   Normal" + 11 * " {:6}" + " \n"
         path.write_text("".join(line.format(node, *[node] * 11) for node in range(256)))
         assert lists.free_chunk_count() == 3 * sum(range(256))
@@ -128,7 +128,7 @@ def test_one_entry_a_chunk_is_read(tmp_path: Path) -> None:
 def test_only_present_chunks_of_a_sparse_guest_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """4 GiB over 1 TiB: 2048 reads, as in a guest that has them in one piece."""
+    """4 GiB spread over 1 TiB take 2048 reads, as in one piece."""
     memory_blocks(tmp_path, *range(0, 8192, 256))
     with (tmp_path / "kpageflags").open("wb") as file:
         file.truncate(8 << 28)
@@ -153,7 +153,7 @@ def test_only_present_chunks_of_a_sparse_guest_are_read(
 def test_memory_plugged_during_a_read_shifts_no_flag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk whose entry was not there yet must not be given the flags of the next one."""
+    """A chunk whose entry does not exist yet must not get the flags of the next one."""
     path = tmp_path / "kpageflags"
     path.write_bytes(b"".join(struct.pack("=Q", (pfn == 1024) << KPF_HUGE) for pfn in range(2048)))
     pread = os.pread

@@ -9,7 +9,7 @@ from hintfleet.errors import Refused
 
 
 def shown(range_count: int, flags: int = 0) -> bytes:
-    """A struct hintfleet_batch with 32 ranges of 512 pages, of which some are used."""
+    """Return a struct hintfleet_batch with room for 32 ranges; the first ones are used."""
     ranges = b"".join(struct.pack("=QQ", n << 9, 512) for n in range(32))
     return struct.pack("=QII", 7, range_count, flags) + ranges
 

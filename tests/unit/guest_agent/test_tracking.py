@@ -1,4 +1,4 @@
-"""The bitmap tracker, and the thread's bugs that it must not have."""
+"""The bitmap tracker does not have the bugs of v11, the kernel thread's version."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,7 +63,7 @@ def test_only_chunks_that_have_been_free_for_long_are_taken() -> None:
     assert tracker.waiting_count == 0
     now[0] = 5
     assert tracker.waiting_count == 1
-    tracker.mark(512)  # used and freed again: it is young once more
+    tracker.mark(512)  # used and freed again, so its time starts anew
     assert tracker.take(9) == []
     now[0] = 8
     assert tracker.take(9) == [1024]

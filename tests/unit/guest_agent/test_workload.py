@@ -110,7 +110,7 @@ def test_plugging_and_unplugging_keep_held_memory(ram: mmap.mmap) -> None:
     offline = pb.WorkloadCommand(command_id=5, offline=pb.Offline(ranges=packed))
 
     assert "out of memory" in workload.run(allocate(40 * MIB)).error
-    for _ in range(2):  # what is online already stays so
+    for _ in range(2):  # blocks that are online stay online
         assert workload.run(online).error == ""
     assert workload.run(allocate(20 * MIB)).error == ""
     done = workload.run(offline)

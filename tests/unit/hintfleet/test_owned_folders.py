@@ -35,7 +35,7 @@ def test_a_reused_process_id_owns_no_folder(tmp_path: Path, later: int) -> None:
     assert folders.abandoned() == [old]
     fd = os.open(old, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    assert folders.abandoned() == [], "its maker has another id here"
+    assert folders.abandoned() == [], "its owner has another process id here"
     os.close(fd)
     folders.make().remove()
     assert not old.exists()

@@ -1,4 +1,4 @@
-"""What a guest's spec asks of its agent: its defaults are those of a spec file."""
+"""The settings of a guest's agent follow its spec, with the defaults of a spec file."""
 
 from pathlib import Path
 from typing import Any

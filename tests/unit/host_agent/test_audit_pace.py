@@ -1,4 +1,4 @@
-"""A look at a guest's RAM is worth its price, or waits."""
+"""Audits of a guest's RAM are worth their cost, or wait."""
 
 import itertools
 
@@ -11,7 +11,7 @@ PACE = Pace(period_s=0.2, share=1 / 20)
 
 
 def looks(pace: AuditPace, moved_pages: int, took_s: float, until_s: float) -> list[float]:
-    """When it looks, if so many pages have moved at each check."""
+    """Return the times of audits, if these numbers of pages have moved at each check."""
     seen, now_s = [], 0.0
     while now_s < until_s:
         if pace.check(now_s, moved_pages):
@@ -25,21 +25,21 @@ def test_a_guest_in_which_nothing_moved_is_never_looked_at() -> None:
     assert looks(AuditPace(PACE), 0, 0.001, until_s=100) == []
 
 
-def test_moving_memory_is_looked_at_every_period() -> None:
+def test_moving_memory_is_audited_every_period() -> None:
     seen = looks(AuditPace(PACE), CALM_PAGES, 0.001, until_s=10)
     assert all(b - a < 0.3 for a, b in itertools.pairwise(seen))
     assert seen[-1] > 9
 
 
-def test_a_look_that_takes_a_while_costs_no_period() -> None:
-    """It ends after the check that began it, and the next check is a period after that one."""
+def test_a_slow_audit_costs_no_period() -> None:
+    """An audit ends after the check that began it; the next check is a period after that check."""
     pace = AuditPace(PACE)
     assert pace.check(10.0, CALM_PAGES)
     pace.looked(0.005)
     assert pace.check(pace.next_check_s, CALM_PAGES)
 
 
-def test_next_to_nothing_waits_and_is_found_all_the_same() -> None:
+def test_small_changes_wait_and_are_found_all_the_same() -> None:
     seen = looks(AuditPace(PACE), 1, 0.001, until_s=100)
     assert all(CALM_PERIOD_S <= b - a < CALM_PERIOD_S + 2 for a, b in itertools.pairwise(seen))
     assert len(seen) > 5
@@ -50,15 +50,17 @@ def test_next_to_nothing_waits_and_is_found_all_the_same() -> None:
     moved_pages=st.integers(1, 1 << 20),
     share=st.sampled_from([1 / 20, 1 / 100]),
 )
-def test_looks_take_no_more_than_their_share(took_s: float, moved_pages: int, share: float) -> None:
-    """However long one takes: memory may be large, and cut up as its guest likes."""
+def test_audits_take_no_more_than_their_share(
+    took_s: float, moved_pages: int, share: float
+) -> None:
+    """An audit may take long: memory may be large, and its guest may fragment it."""
     pace = AuditPace(Pace(period_s=0.2, share=share))
     seen = looks(pace, moved_pages, took_s, until_s=1000)
     assert len(seen) * took_s <= 1000 * share + took_s
 
 
 def test_a_check_of_a_guest_at_rest_is_at_the_moment_of_all_others() -> None:
-    """Waking costs more than a check."""
+    """All wake together, because waking costs more than a check."""
     one, other = AuditPace(PACE), AuditPace(Pace(period_s=0.1, share=1 / 20))
     for pace, began_s in ((one, 5.03), (other, 7.71)):
         pace.check(began_s, 0)

@@ -1,4 +1,4 @@
-"""All guests are looked after by one task, which no guest can stop."""
+"""One task audits all guests, and no guest can stop it."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ TOUCHED_PAGES = 512
 
 
 class Running:
-    """A guest that does nothing."""
+    """A guest without a process."""
 
     pid = 0
     balloon = reporting = None
@@ -30,7 +30,7 @@ class Running:
         self.ram = GuestRam([Segment(pfn=0, page_count=1024, fd=self.fd, offset_bytes=0)])
 
     def close(self) -> None:
-        """The driver's part of its end."""
+        """Do the driver's part of ending it."""
 
     def touch(self) -> None:
         os.pwrite(self.fd, bytes(TOUCHED_PAGES * PAGE_BYTES), 0)
@@ -43,7 +43,7 @@ def started(name: str, running: Running, observing: CpuMeter) -> Guest:
     return guest
 
 
-def test_what_comes_back_is_found_though_another_guests_ram_cannot_be_looked_at() -> None:
+def test_what_comes_back_is_found_though_another_guests_audit_fails() -> None:
     async def scenario() -> None:
         observing = CpuMeter()
         broken, whole = Running(), Running()
@@ -59,7 +59,7 @@ def test_what_comes_back_is_found_though_another_guests_ram_cannot_be_looked_at(
         with pytest.raises(GuestLost, match="cannot be looked at"):
             await guests[0].ready(HANG_S)
         assert observing.cpu_ns > 0
-        # It can be sampled and ended like any other.
+        # It can be sampled and ended like other guests.
         assert sample_set(guests, observing).samples[0].guest_name == "broken"
         await guests[0].close()
         auditing.cancel()

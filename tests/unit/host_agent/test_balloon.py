@@ -27,7 +27,7 @@ def test_the_target_falls_in_steps_and_rises_at_once() -> None:
 def test_a_guest_with_its_reserve_is_left_alone() -> None:
     assert RULE.next_target(stats(500, 102)) is None
     assert RULE.next_target(stats(500, 106)) is None
-    assert RULE.next_target(stats(1024, 90)) is None, "it has all of its memory"
+    assert RULE.next_target(stats(1024, 90)) is None, "the guest has all of its memory already"
 
 
 def test_settings() -> None:
@@ -70,7 +70,8 @@ def test_a_guest_that_follows_ends_with_what_it_uses_and_the_reserve(
 
 
 def heard(*looks: tuple[float, int, int | None]) -> str:
-    """What is found at the last of these looks: when, when the guest last spoke, unused MiB."""
+    """Return the finding at the last of these times: (now, time of the guest's last statistics,
+    unused MiB)."""
     silence = Silence(0.0)
     found = ""
     for now_s, last_update_s, unused in looks:
@@ -79,7 +80,7 @@ def heard(*looks: tuple[float, int, int | None]) -> str:
     return found
 
 
-def test_a_guest_that_cannot_be_followed() -> None:
+def test_a_guest_without_usable_statistics_cannot_be_followed() -> None:
     late_s = SILENT_AFTER_S + 1
     assert not heard((late_s - 2, 0, None)), "it may be slow"
     assert "no balloon driver sent statistics within 20 s" in heard((late_s, 0, None))

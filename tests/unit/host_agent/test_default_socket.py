@@ -1,4 +1,4 @@
-"""Where the default socket may lie."""
+"""Which folder may hold the default socket."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ def test_a_folder_of_ours_is_closed_to_others(tmp_path: Path) -> None:
     folder.mkdir(parents=True, mode=0o777)
     _refuse_if_not_ours(folder, tmp_path)
     assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent)} == {0o700}
-    assert tmp_path.stat().st_mode & 0o777 == 0o700, "pytest's own, as it was"
+    assert tmp_path.stat().st_mode & 0o777 == 0o700, "the mode of pytest's folder is unchanged"
 
 
 def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The domain of a guest: what hinting depends on is in its XML."""
+"""The XML of a guest's domain has what hinting depends on."""
 
 import xml.etree.ElementTree as ET
 from dataclasses import replace

@@ -123,20 +123,20 @@ def test_a_batch_that_waited_too_long_is_stale(running: Gate) -> None:
 def test_a_running_batch_delays_the_welcome(running: Gate) -> None:
     """I2: it cannot be called back, and what it punches the guest may not have yet."""
     instructions = list(running.connected(6))
-    assert skipped(batch(2), pb.WRONG_EPOCH) in instructions, "what waits never runs"
+    assert skipped(batch(2), pb.WRONG_EPOCH) in instructions, "the waiting batch never runs"
     assert ended(instructions) == {5: TransientError}
     assert Welcome(6) not in instructions
     assert running.finished(batch(1), DONE) == [Post(batch(1), DONE), Welcome(6)]
 
 
-def test_only_the_newest_of_those_who_wait_for_a_running_batch_is_welcomed(running: Gate) -> None:
+def test_only_the_newest_session_that_waits_for_a_running_batch_is_welcomed(running: Gate) -> None:
     running.connected(6)
     assert ended(list(running.connected(7))) == {6: TransientError}
     assert running.finished(batch(1), DONE)[-1] == Welcome(7)
     assert running.epoch == 7
 
 
-def test_one_who_leaves_while_it_waits_is_not_welcomed(running: Gate) -> None:
+def test_a_session_that_ends_while_it_waits_is_not_welcomed(running: Gate) -> None:
     running.connected(6)
     running.left(6)
     assert running.finished(batch(1), DONE) == [Post(batch(1), DONE)]
@@ -161,17 +161,17 @@ def test_the_end_of_a_superseded_session_changes_nothing(gate: Gate) -> None:
     assert gate.arrived(6, batch(1, epoch=6)) == [TakeTurn()]
 
 
-def test_what_a_superseded_session_still_says_never_runs(gate: Gate) -> None:
-    """Not even if it names the epoch that is open now."""
+def test_batches_of_a_superseded_session_never_run(gate: Gate) -> None:
+    """Not even if they name the epoch that is open now."""
     gate.connected(6)
     told = batch(1, epoch=6)
     assert gate.arrived(5, told) == [skipped(told, pb.WRONG_EPOCH)]
     assert gate.turn_came(0.0) == []
-    assert gate.arrived(6, told) == [TakeTurn()], "nor does it take a number in the sequence"
+    assert gate.arrived(6, told) == [TakeTurn()], "they do not use up a sequence number"
 
 
-def test_what_a_superseded_session_still_says_is_bounded(gate: Gate) -> None:
-    """It is entered into the books, and 4096 batches of 2**40 pages are 2**64 bytes."""
+def test_batches_of_a_superseded_session_are_bounded(gate: Gate) -> None:
+    """They enter the books, and 4096 batches of 2**40 pages are 2**64 bytes."""
     gate.connected(6)
     for ranges in (EMPTY, RangeSet([(0, LIMITS.pages_per_batch + 1)])):
         with pytest.raises(InvalidInput):
@@ -179,7 +179,7 @@ def test_what_a_superseded_session_still_says_is_bounded(gate: Gate) -> None:
 
 
 def test_batches_of_an_earlier_boot_are_skipped(running: Gate) -> None:
-    """A guest that boots again says Hello like any other agent, and that is enough."""
+    """A guest that boots again sends a Hello, which ends the earlier epoch like any other."""
     assert skipped(batch(2), pb.WRONG_EPOCH) in running.connected(6)
     assert running.finished(batch(1), DONE)[-1] == Welcome(6)
 

@@ -1,4 +1,4 @@
-"""What a guest is told of memory that goes and comes."""
+"""What a guest is told about memory that is unplugged, plugged and used."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ DEVICE = RangeSet([(4096, 1024)])
 
 
 class Running:
-    """A guest that does nothing."""
+    """A guest without a process."""
 
     pid = 0
     balloon = None
@@ -32,7 +32,7 @@ class Running:
 
 
 async def told_after_unplugging(ram: GuestRam, again: list[Segment]) -> object:
-    """What a guest in session is told next; None for nothing."""
+    """Unplug, and plug `again`, in a session; return what the guest is told next, or None."""
     spec = host_pb2.GuestSpec(method=host_pb2.HINTING)
     guest = Guest(name="g", uuid="u", token="t", trial_id="t", spec=spec)
     guest.started(Running(ram))  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ async def told_after_unplugging(ram: GuestRam, again: list[Segment]) -> object:
     return await stream.next()
 
 
-def test_absent_memory_that_was_unplugged_is_told(ram: GuestRam) -> None:
+def test_absent_memory_that_was_unplugged_is_reported(ram: GuestRam) -> None:
     message = asyncio.run(told_after_unplugging(ram, []))
     assert isinstance(message, hinting_pb2.HostMessage)
     assert decode(message.refaulted.ranges) == DEVICE
@@ -67,7 +67,7 @@ def started(ram: GuestRam) -> Guest:
 
 
 async def told_on_a_new_session(guest: Guest, epochs: Epochs) -> tuple[int, Stream, object]:
-    """Connect, and be told of what is used; the session, its stream, the message."""
+    """Connect; return the session, its stream, and the message about used memory."""
     stream = Stream()
     session = guest.sessions.connect_hinting(stream, epochs)
     await stream.next()  # the welcome
@@ -91,7 +91,7 @@ def test_refaults_told_on_a_link_that_was_cut_are_told_again(ram: GuestRam, ram_
     asyncio.run(scenario())
 
 
-def test_a_look_at_the_ram_is_waited_for_though_its_caller_is_gone(
+def test_an_audit_is_awaited_though_its_caller_is_gone(
     ram: GuestRam, ram_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looking, may_end = threading.Event(), threading.Event()
@@ -111,7 +111,7 @@ def test_a_look_at_the_ram_is_waited_for_though_its_caller_is_gone(
         asking.cancel()
         unplugging = asyncio.create_task(guest.unplugged(DEVICE))
         await asyncio.sleep(0.05)
-        assert not unplugging.done(), "the RAM changes under a thread that looks at it"
+        assert not unplugging.done(), "the RAM is changed while a thread audits it"
         may_end.set()
         await unplugging
 

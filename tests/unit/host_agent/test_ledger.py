@@ -1,4 +1,4 @@
-"""The books balance against a real RAM file after any history."""
+"""The books agree with a real RAM file after any history."""
 
 import os
 import random
@@ -23,14 +23,14 @@ runs = st.lists(st.tuples(st.integers(0, PAGES + 20), st.integers(1, 60)), min_s
 
 
 def segment(pfn: int, page_count: int) -> Segment:
-    """RAM in a file of its own, which begins with a page of somebody else's."""
+    """Return RAM in a file that begins with a page that is not the guest's."""
     fd = os.memfd_create("ledger")
     os.truncate(fd, (1 + page_count) * PAGE_BYTES)
     return Segment(pfn=pfn, page_count=page_count, fd=fd, offset_bytes=PAGE_BYTES)
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """A guest that touches and hints as it likes, audited now and then."""
+    """A guest that touches and hints anything, audited from time to time."""
 
     others_reclaim = False
 
@@ -64,7 +64,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def audit(self) -> None:
         unseen_pages = self.ledger.unseen_pages(self.ram.resident_bytes())
         used = self.ledger.audit(self.ram.resident(self.ledger.absent_pages))
-        assert self.others_reclaim or used.page_count == unseen_pages, "the sum said otherwise"
+        assert self.others_reclaim or used.page_count == unseen_pages, (
+            "the audit disagrees with the file's blocks"
+        )
         assert not self.ledger.unseen_pages(self.ram.resident_bytes())
 
     @rule(start_pfn=st.integers(0, 2 * PAGES))
@@ -110,11 +112,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 class UnauditedLedgerMachine(LedgerMachine):
-    """The same, but audited only when the history says so: nothing may be missed."""
+    """Like LedgerMachine, but audited only by steps of the history: nothing may be missed."""
 
     @invariant()
     def after_an_audit_the_file_agrees(self) -> None:
-        """Not after every step; `teardown` looks once, at the end."""
+        """Do not audit after every step; `teardown` audits once, at the end."""
 
     def teardown(self) -> None:
         LedgerMachine.after_an_audit_the_file_agrees(self)
@@ -122,13 +124,13 @@ class UnauditedLedgerMachine(LedgerMachine):
 
 
 class PeerLedgerMachine(LedgerMachine):
-    """Somebody else takes memory out of the file as well, as reporting and balloons do."""
+    """Others also free memory of the file, as reporting and balloons do."""
 
     others_reclaim = True
 
     @invariant()
     def every_hinted_byte_has_one_fate(self) -> None:
-        """Not here: what others took is among what was reclaimed."""
+        """Do not check this here: memory that others freed counts as reclaimed, too."""
 
     @rule(pages=runs)
     def somebody_else_reclaims(self, pages: list[tuple[int, int]]) -> None:
@@ -136,7 +138,7 @@ class PeerLedgerMachine(LedgerMachine):
 
 
 class RestartedLedgerMachine(LedgerMachine):
-    """The host agent is killed at any point and starts again from books of any age."""
+    """The host agent is killed at any point, and starts again with saved books of any age."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +165,9 @@ class RestartedLedgerMachine(LedgerMachine):
 
     @rule(pages=runs)
     def killed_in_the_middle_of_a_batch(self, pages: list[tuple[int, int]]) -> None:
-        first, *_ = RangeSet(pages)  # the rest of the batch is not punched, none of it entered
+        first, *_ = RangeSet(
+            pages
+        )  # the rest of the batch is not punched, and none of it is in the books
         self.ram.punch(RangeSet([first]) & self.ram.pages)
         self.killed_and_restarted()
 
@@ -243,7 +247,7 @@ def test_a_file_without_pages_of_the_ram_is_closed() -> None:
     ram.punch(RangeSet([(100, 4), (108, 2)]))
     ram.unplug(RangeSet([(100, 4), (108, 2)]))
     assert ram.pages == RangeSet([(0, 10), (104, 4)])
-    assert ram.resident_bytes() == 5 * PAGE_BYTES, "with the page that is nobody's RAM"
+    assert ram.resident_bytes() == 5 * PAGE_BYTES, "the page that is not the guest's counts, too"
     assert ram.resident(PageMap([(0, 200)])) == PageMap([(104, 4)])
     ram.unplug(RangeSet([(104, 4)]))
     assert ram.resident_bytes() == 0

@@ -1,4 +1,4 @@
-"""What a spec asks of a real guest, and what is refused before one is booted."""
+"""Which specs a real guest can have, and which are refused before it boots."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Limits on a guest: never too much, never too little for an honest one."""
+"""Rate limits stop a hostile guest and never slow an honest one."""
 
 import math
 
@@ -25,7 +25,7 @@ gaps = st.lists(st.floats(0, 0.5), min_size=1, max_size=200)
 
 
 @given(gaps, st.floats(1, 100), st.integers(1, 20))
-def test_one_who_waits_as_told_never_exceeds_the_rate(
+def test_a_guest_that_waits_as_told_never_exceeds_the_rate(
     gaps: list[float], per_s: float, burst: int
 ) -> None:
     pace, now_s, used = TokenBucket(Rate(per_s=per_s, burst=burst)), 0.0, []
@@ -40,7 +40,9 @@ def test_one_who_waits_as_told_never_exceeds_the_rate(
 
 
 @given(gaps, st.floats(2, 100), st.integers(1, 20))
-def test_one_who_keeps_to_the_rate_never_waits(gaps: list[float], per_s: float, burst: int) -> None:
+def test_a_guest_that_keeps_to_the_rate_never_waits(
+    gaps: list[float], per_s: float, burst: int
+) -> None:
     pace, now_s = TokenBucket(Rate(per_s=per_s, burst=burst)), 0.0
     for gap_s in gaps:
         assert pace.take(now_s) <= 1e-9
@@ -48,7 +50,7 @@ def test_one_who_keeps_to_the_rate_never_waits(gaps: list[float], per_s: float, 
 
 
 @given(gaps)
-def test_held_is_told_from_the_first_wait_on(gaps: list[float]) -> None:
+def test_held_time_counts_from_the_first_wait(gaps: list[float]) -> None:
     pace, now_s, since_s = TokenBucket(Rate(per_s=10, burst=3)), 0.0, math.inf
     for gap_s in gaps:
         now_s += gap_s

@@ -1,4 +1,4 @@
-"""The metrics of a host agent, as a user of Prometheus meets them."""
+"""The metrics of a host agent, as a user of Prometheus sees them."""
 
 import re
 from pathlib import Path

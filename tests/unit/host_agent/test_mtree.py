@@ -1,4 +1,4 @@
-"""`info mtree -f` of real guests (QEMU 7.2, q35) into RAM ranges."""
+"""`info mtree -f` of real guests (QEMU 7.2, q35) is parsed into RAM ranges."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ DATA = Path(__file__).parents[2] / "data"
 
 
 def captured(name: str) -> str:
-    # As bytes: the monitor's line ends are part of what must be understood.
+    # Read as bytes, because the parser must understand the monitor's line ends.
     return (DATA / name).read_bytes().decode()
 
 
@@ -51,7 +51,7 @@ def test_other_blocks_and_accelerators() -> None:
     ]
 
 
-def test_no_memory_there() -> None:
+def test_a_tree_without_guest_memory_is_refused() -> None:
     with pytest.raises(Refused, match='no address space "memory"'):
         parse('FlatView #0\r\n AS "I/O", root: io\r\n Root memory region: io\r\n')
 

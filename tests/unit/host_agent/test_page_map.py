@@ -1,4 +1,4 @@
-"""The books' sets of pages, held against plain sets."""
+"""PageMap behaves like a plain set of pages."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from hintfleet.ranges import Range, RangeSet
 from host_agent.memory.page_map import PageMap
 
 SECTION = 4096
-# Around the ends of sections, and whole ones.
+# Pages around the ends of sections, and whole sections.
 edges = st.sampled_from([0, SECTION, 2 * SECTION, 5 * SECTION])
 places = st.builds(lambda edge, by: max(0, edge + by), edges, st.integers(-6, 6))
 lengths = st.one_of(st.integers(1, 12), st.sampled_from([SECTION - 1, SECTION, 2 * SECTION + 1]))
@@ -70,11 +70,11 @@ def test_a_terabyte_takes_no_more_room_for_being_cut_up() -> None:
 @pytest.mark.parametrize(
     "packed", [b"\0", PageMap([(3, 9)]).pack()[:-1], b"\0\0\0\0\1\0\0", b"\xff\xff\xff\xff\0\0"]
 )
-def test_what_nobody_packed_is_refused(packed: bytes) -> None:
+def test_malformed_packed_maps_are_refused(packed: bytes) -> None:
     with pytest.raises(InvalidInput, match="packed pages"):
         PageMap.unpack(packed)
 
 
-def test_it_is_shown_as_ranges() -> None:
+def test_repr_shows_ranges() -> None:
     assert repr(PageMap([(4000, 200), (9, 1)])) == "PageMap([(9, 1), (4000, 200)])"
     assert list(PageMap([(4000, 200)])) == [Range(4000, 96), Range(4096, 104)]

@@ -1,4 +1,4 @@
-"""The pressure policy: who gives how much, and who is left alone."""
+"""The pressure policy decides which guests give memory, and how much."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def guest(
 
 
 def test_a_share_is_whole_chunks_or_nothing() -> None:
-    """A guest with the kernel module would take a batch and could not hint the end of it."""
+    """Else a guest with the kernel module would isolate a batch and could not hint its end."""
     both = [replace(guest("a", 100), chunk_bytes=4 * MIB), guest("b", 1)]
     suggestions, _ = suggest(host(810), both, {})
     assert [one.allowance_bytes // MIB for one in suggestions] == [8, 0]

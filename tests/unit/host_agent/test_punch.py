@@ -1,4 +1,4 @@
-"""Punching many holes: the loop in C, and the one for machines without a compiler."""
+"""Many holes are punched by the loop in C, or by the one for machines without a compiler."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What the kernel says of a process's mappings."""
+"""The mappings of a process are read from /proc/PID/maps."""
 
 import mmap
 import os
@@ -36,7 +36,7 @@ def test_only_whole_lines_are_mappings() -> None:
 
 
 def test_a_file_name_can_hold_anything_but_a_line_feed(tmp_path: Path) -> None:
-    """A carriage return must not begin a line, nor may bytes that are no text be fatal."""
+    """A carriage return begins no line, and bytes that are no text are accepted."""
     forged = b"7f0040000000-7f0080000000 rw-s 00000000 00:01 1029 memfd:pc.ram"
     path = os.path.join(os.fsencode(tmp_path), b"\xff\r" + forged)
     with open(path, "w+b") as file:

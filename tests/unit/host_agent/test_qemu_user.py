@@ -1,4 +1,4 @@
-"""Who may get at a file: modes and access lists, as the kernel itself decides."""
+"""Which user may reach a file: modes and access lists decide as in the kernel."""
 
 import os
 import struct
@@ -23,14 +23,14 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be anoth
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Which all may enter, unlike pytest's."""
+    """Make a folder that every user can enter, unlike pytest's."""
     with tempfile.TemporaryDirectory(prefix="hf-acl-", dir="/tmp") as made:
         Path(made).chmod(0o755)
         yield Path(made)
 
 
 def as_user(path: Path) -> bool:
-    """Whether the kernel lets that user in, or read."""
+    """Return whether the kernel lets the user enter, or read."""
     test = "-x" if path.is_dir() else "-r"
     command = ["test", test, str(path / ".") if path.is_dir() else str(path)]
     done = subprocess.run(command, user=UID, group=GID, extra_groups=[OTHER_GID], check=False)
@@ -88,7 +88,7 @@ RIGHTS = st.integers(0, 7)
     mask=RIGHTS,
     is_folder=st.booleans(),
 )
-# A list with an empty mask is not looked at.
+# The kernel ignores an access list with an empty mask.
 @example(mode=4, owner=0, group=0, users={}, groups={GID: 0}, mask=0, is_folder=False)
 def test_rights_are_as_the_kernel_says(
     mode: int,
@@ -127,12 +127,12 @@ DAC = "<secmodel><model>dac</model><baselabel type='kvm'>{}</baselabel></secmode
 @pytest.mark.parametrize(
     ("models", "uid"),
     [
-        ("", None),  # a session: whoever asks
+        ("", None),  # a session: the user who connects
         (DAC.format("+0:+0"), None),  # root, with or without its privileges
         (DAC.format("+64055:+107"), 64055),
     ],
 )
-def test_who_it_is(models: str, uid: int | None) -> None:
+def test_qemus_user_is_read_from_capabilities(models: str, uid: int | None) -> None:
     found = QemuUser.of(SECMODEL.format(models))
     assert (found.uid if found else None) == uid
     assert found is None or 107 in found.gids

@@ -1,4 +1,4 @@
-"""Reclaim punches exactly what was hinted and exists, and says what was there."""
+"""Reclaim punches exactly what was hinted and exists, and reports what was resident."""
 
 import os
 
@@ -21,7 +21,7 @@ on_real_memory = settings(
 
 
 def offset_bytes(pfn: int) -> int:
-    """Where the fixture's layout puts a page."""
+    """Return where the fixture's layout puts a page."""
     return (pfn if pfn < 1024 else pfn - 1024) * PAGE_BYTES
 
 
@@ -59,7 +59,7 @@ def test_what_was_not_hinted_keeps_its_contents(
             assert os.pread(ram_fd, 8, offset_bytes(page)) == page.to_bytes(8, "big")
 
 
-def test_memory_that_goes_while_it_is_looked_for_is_absent(
+def test_memory_that_is_dropped_during_an_audit_is_absent(
     ram: GuestRam, ram_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QEMU itself drops memory under free page reporting and for a balloon."""
@@ -69,7 +69,7 @@ def test_memory_that_goes_while_it_is_looked_for_is_absent(
     def lseek_in_a_race(fd: int, at: int, whence: int) -> int:
         nonlocal calls
         calls += 1
-        assert calls < 100, "it looks for ever"
+        assert calls < 100, "the audit does not end"
         found = lseek(fd, at, whence)
         if calls == 1:
             ram.punch(RangeSet([(0, 4)]))
@@ -79,21 +79,19 @@ def test_memory_that_goes_while_it_is_looked_for_is_absent(
     assert ram.resident(ram.page_map).ranges() == RangeSet([(8, 2)])
 
 
-def test_a_look_ends_with_what_it_was_sent_for(ram: GuestRam, ram_fd: int) -> None:
-    """And the next one begins there: memory comes back where it came back last."""
+def test_an_audit_ends_when_it_has_found_enough(ram: GuestRam, ram_fd: int) -> None:
+    """The next one begins there, because memory comes back where it came back last."""
     far = RangeSet([(4097, 2)])
     touch(ram_fd, far)
     touch(ram_fd, RangeSet([(8, 2)]))
     look = ram.look(ram.page_map, 4096, 2)
     assert look.resident.ranges() == far
     again = ram.look(ram.page_map - PageMap(far), look.next_pfn, 2)
-    assert again.resident.ranges() == RangeSet([(8, 2)]), "it goes round"
+    assert again.resident.ranges() == RangeSet([(8, 2)]), "the audit wraps around to the start"
 
 
-def test_a_look_whose_time_is_over_goes_on_behind_where_it_ended(
-    ram: GuestRam, ram_fd: int
-) -> None:
-    """Else it would begin with the same memory again and again, and never come to the rest."""
+def test_an_audit_that_ran_out_of_time_continues_where_it_ended(ram: GuestRam, ram_fd: int) -> None:
+    """Else it would begin with the same memory again and again, and never reach the rest."""
     touch(ram_fd, RangeSet([(8, 2), (4097, 2)]))
     first = ram.look(ram.page_map, 0, slice_s=0)
     assert first.resident.ranges() == RangeSet([(8, 2)])
@@ -101,8 +99,9 @@ def test_a_look_whose_time_is_over_goes_on_behind_where_it_ended(
     assert second.resident.ranges() == RangeSet([(4097, 2)])
 
 
-def test_a_look_at_little_does_not_walk_through_all_that_is_resident_behind_it() -> None:
-    """Else what an audit costs would follow how much a guest uses, not how much came back."""
+def test_a_small_audit_does_not_walk_through_resident_memory_behind_it() -> None:
+    """Else the cost of an audit would depend on how much a guest uses, not on how much came
+    back."""
     fd = os.memfd_create("sea")
     os.truncate(fd, 64 * MIB)
     os.pwrite(fd, bytes(64 * MIB - PAGE_BYTES), PAGE_BYTES)
@@ -125,10 +124,10 @@ def test_a_look_at_little_does_not_walk_through_all_that_is_resident_behind_it()
 
 @on_real_memory
 @given(touched=page_sets, within=page_sets, start_pfn=st.integers(0, 6000), counts=st.booleans())
-def test_a_look_finds_what_is_there(
+def test_an_audit_finds_what_is_resident(
     ram: GuestRam, ram_fd: int, touched: RangeSet, within: RangeSet, start_pfn: int, counts: bool
 ) -> None:
-    """From wherever it begins, and on kernels that do not count."""
+    """It does from any start, and on kernels without cachestat."""
     ram.punch(ram.pages)
     touch(ram_fd, touched & ram.pages)
     with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +137,7 @@ def test_a_look_finds_what_is_there(
     assert look.resident.ranges() == touched & within & ram.pages
 
 
-def test_a_punch_that_the_kernel_refuses_is_told_as_skipped() -> None:
+def test_a_punch_that_the_kernel_refuses_is_skipped_with_the_reason() -> None:
     writable = os.memfd_create("refusing", os.MFD_ALLOW_SEALING)
     os.pwrite(writable, b"\1" * (8 * PAGE_BYTES), 0)
     read_only = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY)

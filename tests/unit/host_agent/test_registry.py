@@ -1,4 +1,4 @@
-"""Guests that begin and end at the same time, with a driver that takes its time."""
+"""Guests that are made and ended at the same time, with a slow driver."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ SPEC = host_pb2.GuestSpec(driver=host_pb2.EMBEDDED, memory_bytes=MIB, method=hos
 
 
 class Running:
-    """RAM, and whether it was let go of."""
+    """RAM without a process, which knows whether it was closed."""
 
     pid = 0
     balloon = None
@@ -46,7 +46,7 @@ class Running:
 
 
 class Driver:
-    """Makes and ends guests when it is told to."""
+    """Makes and ends guests when the test tells it to."""
 
     def __init__(self) -> None:
         self.may_make, self.may_end = threading.Event(), threading.Event()
@@ -62,7 +62,7 @@ class Driver:
         return self.made[-1]
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: it holds nothing."""
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -76,7 +76,7 @@ def registry_with(driver: Driver) -> Registry:
 
 
 async def made(registry: Registry) -> None:
-    """A guest whose workload has attached."""
+    """Return a guest whose workload has attached."""
     creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
     while not registry.guests or registry.guests[0].running is None:
         await asyncio.sleep(0.01)
@@ -90,7 +90,7 @@ def test_a_guest_that_is_ended_while_it_is_made_leaves_nothing() -> None:
         registry = registry_with(driver)
         creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
         await asyncio.sleep(0.05)
-        registry.close_watch(TRIAL)  # whoever asked for it is gone
+        registry.close_watch(TRIAL)  # the caller is gone
         await asyncio.sleep(0.05)
         driver.may_make.set()
         with pytest.raises(GuestLost):
@@ -126,7 +126,7 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
     run(scenario())
 
 
-def test_what_the_machine_has_not_is_refused_and_may_be_asked_for_again() -> None:
+def test_a_creation_that_the_machine_refuses_can_be_retried() -> None:
     async def scenario() -> None:
         driver = Driver()
         driver.may_make.set()

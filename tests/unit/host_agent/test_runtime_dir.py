@@ -1,4 +1,4 @@
-"""A guest's files lie where QEMU's user can get at them."""
+"""A guest's files lie where QEMU's user can reach them."""
 
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ EVERYBODYS = Path("/tmp")  # noqa: S108
 
 @pytest.fixture
 def private(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A temporary folder for one user alone."""
+    """Make a temporary folder that only one user can enter."""
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", None)

@@ -1,4 +1,4 @@
-"""Samples that are left out are missed by nobody."""
+"""Samples that are left out would have added nothing."""
 
 import numpy as np
 from hypothesis import given
@@ -12,7 +12,7 @@ PERIOD_S = 0.5
 
 
 def made(n: int, resident_bytes: int, hinted_bytes: int = 0) -> host_pb2.SampleSet:
-    """The n-th sample of a guest."""
+    """Return the n-th sample of a guest."""
     ledger = host_pb2.Ledger(resident_bytes=resident_bytes, hinted_total_bytes=hinted_bytes)
     sample = host_pb2.Sample(guest_name="g", ledger=ledger)
     return host_pb2.SampleSet(at_unix_us=round(n * PERIOD_S * 1e6), samples=[sample])
@@ -23,14 +23,14 @@ def sent(sets: list[host_pb2.SampleSet]) -> list[host_pb2.SampleSet]:
     return [one for each in sets for one in sample_filter.to_send(each)]
 
 
-def test_of_a_guest_at_rest_every_fourth_is_sent() -> None:
+def test_every_fourth_sample_of_a_guest_at_rest_is_sent() -> None:
     numbers = [
         round(one.at_unix_us / 1e6 / PERIOD_S) for one in sent([made(n, 0) for n in range(9)])
     ]
     assert numbers == [0, 4, 8]
 
 
-def test_the_moment_before_a_change_is_sent_with_it() -> None:
+def test_the_sample_before_a_change_is_sent_with_it() -> None:
     seen = sent([made(0, 0), made(1, 0), made(2, 0), made(3, 64 * MIB)])
     assert [one.at_unix_us for one in seen] == [0, 1_000_000, 1_500_000]
 
@@ -46,14 +46,14 @@ def test_a_sample_is_sent_after_a_command() -> None:
     assert len(list(sample_filter.to_send(made(2, 0), commanded=True))) == 2
 
 
-def test_a_guest_that_is_new_is_sent_at_once() -> None:
+def test_a_new_guest_is_sent_at_once() -> None:
     two = made(1, 0)
     two.samples.append(host_pb2.Sample(guest_name="h"))
     assert len(sent([made(0, 0), two])) == 2
 
 
 @given(st.lists(st.integers(0, 4 * MIB), min_size=2, max_size=30))
-def test_a_line_through_what_was_sent_is_never_far_from_what_was(resident: list[int]) -> None:
+def test_interpolated_samples_are_never_far_from_the_real_ones(resident: list[int]) -> None:
     sets = [made(n, size_bytes) for n, size_bytes in enumerate(resident)]
     seen = sent(sets)
     last_us = seen[-1].at_unix_us

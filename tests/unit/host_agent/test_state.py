@@ -1,4 +1,4 @@
-"""What is stored for the next host agent, on a real file."""
+"""What is stored for the next host agent, in a real file."""
 
 import os
 import sqlite3
@@ -102,7 +102,7 @@ def test_a_state_that_cannot_be_used_is_refused(tmp_path: Path, change: str, sai
     with pytest.raises(Refused, match=said) as caught, opened(tmp_path) as state:
         state.guests()
     assert str(path.parent) in caught.value.hint
-    assert path.exists(), "a state that cannot be used is left for a closer look"
+    assert path.exists(), "a state that cannot be used is kept for inspection"
 
 
 PUNCHER = """

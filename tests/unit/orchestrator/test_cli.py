@@ -1,4 +1,4 @@
-"""The command line: bad input is told on stderr, with the right exit code, and costs nothing."""
+"""The command line reports bad input on stderr at once, with the right exit code."""
 
 import contextlib
 import json
@@ -110,7 +110,7 @@ def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run_command(["savings", "--data-dir", str(tmp_path)]) == 0
 
 
-def test_what_could_not_be_looked_at_is_not_nothing(
+def test_what_could_not_be_checked_for_leaks_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -148,7 +148,7 @@ def test_an_interrupt_whose_exception_was_lost_still_ends_the_run() -> None:
     try:
         interrupts = Interrupts()
         interrupts.check()
-        with contextlib.suppress(KeyboardInterrupt):  # as a destructor would
+        with contextlib.suppress(KeyboardInterrupt):  # as in a destructor
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             interrupts.check()

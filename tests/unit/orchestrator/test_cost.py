@@ -1,4 +1,4 @@
-"""Costs of trials and of arms, against values computed by hand."""
+"""Costs of trials and of arms agree with values computed by hand."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ S = 1_000_000
 
 
 def series(*points: tuple[float, int], **grown: int) -> Series:
-    """Resident MiB at these seconds; a counter grows by so much in each second."""
+    """Return samples with resident MiB at these seconds, and a counter that grows each second."""
     at_us = np.array([round(at * S) for at, _ in points], dtype=np.int64)
     return Series(
         at_unix_us=at_us,
@@ -92,10 +92,10 @@ def test_counters_are_of_the_window_and_of_all_guests() -> None:
     assert cost.agent_cpu_s == pytest.approx(2 * 8 * 1e-3)
     assert cost.process_cpu_s == pytest.approx(2 * 8 * 3e-3)
     assert cost.host_agent_cpu_s == pytest.approx(8 * 4e-3), "there is one for all guests"
-    assert cost.observing_cpu_s == pytest.approx(8 * 1e-3), "what measuring costs is told apart"
+    assert cost.observing_cpu_s == pytest.approx(8 * 1e-3), "the cost of measuring is separate"
     assert (cost.wire_bytes, cost.ranges) == (320, 160)
     assert cost.tracker_bytes == 10
-    assert cost.step_s == pytest.approx(2 * 1.5), "the read-back is not the workload's"
+    assert cost.step_s == pytest.approx(2 * 1.5), "the read-back is no part of the workload"
     assert cost.asked_settle_s == (0.25,)
 
 
@@ -169,7 +169,7 @@ def test_twice_as_slow_and_twice_as_fast_cancel_out() -> None:
 
 
 def test_hosts_of_one_trial_are_one_draw() -> None:
-    """What hosts differ in, all of them in each trial, is no uncertainty of the fleet."""
+    """Differences between hosts are the same in every trial, so they are no uncertainty."""
     found = rows()
     for i, process_cpu_s in ((1, 1.0), (3, 2.0), (5, 1.0), (7, 2.0)):
         found[i] = replace(found[i], cost=replace(HINTED, process_cpu_s=process_cpu_s))

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""How figures are printed for people."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Footprints of trials, against values computed by hand."""
+"""Footprints of trials agree with values computed by hand."""
 
 import numpy as np
 import pytest
@@ -108,7 +108,7 @@ def test_wrong_pages_are_counted() -> None:
 
 
 def test_a_host_is_the_sum_of_its_guests_at_each_time() -> None:
-    # One guest's peak is over when the other's begins: peaks must not be added up.
+    # One guest's peak ends when the other's begins, so peaks must not be added.
     a = series((0, 0), (1, 4 * G), (2, 4 * G), (3, 0), (4, 0), (9, 0))
     b = series((0, 0), (1, 0), (2, 0), (3, 4 * G), (4, 4 * G), (9, 4 * G))
     steps = [step("allocate", 1, 1), step("verify", 4, 5)]

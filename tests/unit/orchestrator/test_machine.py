@@ -1,4 +1,4 @@
-"""Folders for sockets: private, short, and swept when their process was killed."""
+"""Folders for sockets are private and short, and are removed after their process was killed."""
 
 import subprocess
 import sys
@@ -47,13 +47,13 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(base: Path) -> 
 
 def test_a_folder_in_use_stays_though_its_process_cannot_be_seen(base: Path) -> None:
     other = runtime_dirs().make()
-    # As a process of another container: its id means nothing here.
+    # Like a process of another container, whose id means nothing here.
     elsewhere = other.path.rename(base / "hf-999999999-x")
     runtime_dirs().make().remove()
     assert elsewhere.is_dir()
     other.remove()
     runtime_dirs().make().remove()
-    assert not elsewhere.exists(), "it was let go"
+    assert not elsewhere.exists(), "its lock was released"
 
 
 def test_a_long_temporary_folder_is_not_used(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

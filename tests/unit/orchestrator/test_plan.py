@@ -1,4 +1,4 @@
-"""Plans: arms pair, order is drawn, repeats are written out."""
+"""Plans: arms form pairs, their order is random, repeats are expanded."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def test_guests_do_the_same_in_every_arm_of_a_repetition(seed: int) -> None:
         for host in host_names(made):
             key = trial.repetition, host
             tasks.setdefault(key, set()).add(host_task(made, trial, host).guests)
-    assert all(len(guests) == 1 for guests in tasks.values()), "arms of a repetition pair"
+    assert all(len(guests) == 1 for guests in tasks.values()), "arms of a repetition form a pair"
     guests = [guest for group in tasks.values() for made_guests in group for guest in made_guests]
     seeds = [step_seed for guest in guests for step_seed in guest.step_seeds]
     assert len(set(seeds)) == len(seeds), "all guests, steps and repetitions differ"

@@ -1,4 +1,4 @@
-"""Reports: what is drawn and written, from a store with two arms."""
+"""Reports draw and write what a store with two arms has."""
 
 import itertools
 import json
@@ -58,7 +58,9 @@ def test_contents(stored: Path) -> None:
     last = [round(part[-1]) for part in (bitmap.low_bytes, bitmap.mean_bytes, bitmap.high_bytes)]
     assert last == [6 * 30 * MIB, 6 * 31 * MIB, 6 * 32 * MIB], "six guests, three repetitions"
     assert [mark.title for mark in contents.marks] == ["allocate 192 MiB", "free 75 %", "verify"]
-    assert [round(mark.at_s, 3) for mark in contents.marks] == [0, 1.6, 5], "by the hosts' clock"
+    assert [round(mark.at_s, 3) for mark in contents.marks] == [0, 1.6, 5], (
+        "times are of the hosts' clock"
+    )
     assert round(bitmap.mean_bytes[0]) == 6 * 100 * MIB, "nothing was freed yet"
 
 
@@ -74,7 +76,9 @@ def test_the_page_has_all_in_it_and_trusts_no_text(
     assert "name: &lt;/script&gt;&lt;b&gt;" in page
     assert "# run with --host &#x27;unix:/a &amp; b&#x27;\n" in page
     assert "Linux &amp; more" in page
-    assert not re.search(r"""(src|href)=["']?https?:""", page), "it loads nothing"
+    assert not re.search(r"""(src|href)=["']?https?:""", page), (
+        "the page loads nothing from elsewhere"
+    )
     found = re.search(r"Object\.entries\((\{.*\})\)\)", page)
     assert found
     charts = json.loads(found[1])
@@ -138,7 +142,7 @@ def test_samples_that_cannot_be_read_are_said(
     assert run_command(["report", "-o", str(path), "--data-dir", str(folder)]) == 1
     assert said in capsys.readouterr().err
     assert not path.exists()
-    assert run_command(["show", "--data-dir", str(folder)]) == 0, "its figures are there"
+    assert run_command(["show", "--data-dir", str(folder)]) == 0, "the figures are still there"
 
 
 def test_the_missing_extra_is_named(
@@ -159,4 +163,6 @@ def test_the_names_of_a_hundred_arms_stay_beside_the_plot() -> None:
     assert heights[0] >= 0
     assert heights[-1] == 624
     assert min(b - a for a, b in itertools.pairwise(heights)) == pytest.approx(6.24)
-    assert _spread({"a": 100.0, "b": 300.0}, 17, 624) == {"a": 100.0, "b": 300.0}, "they had room"
+    assert _spread({"a": 100.0, "b": 300.0}, 17, 624) == {"a": 100.0, "b": 300.0}, (
+        "the names fit beside the plot"
+    )

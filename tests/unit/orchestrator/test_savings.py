@@ -1,4 +1,4 @@
-"""Savings: what is a pair, how far intervals reach, and when there is no figure."""
+"""Savings: what is a pair, how wide intervals are, and when there is no figure."""
 
 import random
 
@@ -134,7 +134,7 @@ def test_one_repetition_has_no_interval_whatever_its_hosts(by: By) -> None:
 
 @pytest.mark.parametrize("hosts", ["a", "ab", "abcdef"])
 def test_intervals_hold_the_truth_as_often_as_they_say(hosts: str) -> None:
-    """Hosts of a trial share most of its noise: how busy the machine was then."""
+    """Hosts of a trial share most of its noise, such as how busy the machine was."""
     chance = random.Random(1)
     covered = 0
     for _ in range(1000):

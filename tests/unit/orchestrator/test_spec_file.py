@@ -1,4 +1,4 @@
-"""Spec files: what is wrong is said with file, line and column, and what to do."""
+"""Errors in spec files name file, line and column, and say what to do."""
 
 from pathlib import Path
 
@@ -110,10 +110,10 @@ def test_a_good_spec() -> None:
         ("name: mine", "name: My Lab", "1:1", "lower-case letters"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(
+def test_mistakes_are_reported_with_their_place(
     old: str, new: str, where: str | None, said: str
 ) -> None:
-    if where is None:  # an anchor that nothing refers to harms nobody
+    if where is None:  # an anchor without a reference is accepted
         assert spec_file.parse(GOOD.replace(old, new), "mine.yaml").spec.repetitions == 3
         return
     message = refusal(old, new)
@@ -121,7 +121,7 @@ def test_what_is_wrong_is_said_with_its_place(
     assert said in message
 
 
-def test_all_problems_are_said_at_once_in_the_order_of_the_file() -> None:
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file() -> None:
     with pytest.raises(InvalidInput) as caught:
         spec_file.parse(
             GOOD.replace("1GiB", "1G").replace("96MiB", "96").replace("repetitions", "repeat"),
@@ -138,7 +138,7 @@ def test_all_problems_are_said_at_once_in_the_order_of_the_file() -> None:
         *("a: \0\n", "a: [\n" * 1000, "[" * 100_000, 'a: "\\Uffffffff"\n'),
     ],
 )
-def test_what_is_no_spec_at_all(text: str) -> None:
+def test_a_file_that_is_no_spec_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput, match=r"^mine.yaml:\d+:\d+: "):
         spec_file.parse(text, "mine.yaml")
 
@@ -176,7 +176,7 @@ under:
 ).replace("arms:\n", "arms:\n  - {name: peer, method: reporting, drivers: [libvirt]}\n")
 
 
-def test_what_is_otherwise_under_a_driver() -> None:
+def test_the_part_of_a_driver_replaces_values() -> None:
     here = spec_file.parse(BOTH, "mine.yaml").spec
     assert [arm.name for arm in here.trial_arms] == ["none", "bitmap"]
     assert here.left_out == ("peer",)
@@ -188,7 +188,7 @@ def test_what_is_otherwise_under_a_driver() -> None:
     assert describe(there) == "libvirt, 2 hosts × 1 guest of 512 MiB, 2 arms, 2 repetitions"  # noqa: RUF001
 
 
-def test_what_is_wrong_under_a_driver_is_said_once_and_there() -> None:
+def test_mistakes_under_a_driver_are_reported_once_and_there() -> None:
     with pytest.raises(InvalidInput) as caught:
         spec_file.parse(BOTH.replace("512MiB", "2GiB"), "mine.yaml", {"driver": "libvirt"})
     assert str(caught.value).startswith("mine.yaml:18:27: under.libvirt.guests.memory: a guest of")
@@ -255,7 +255,7 @@ def test_more_memory_than_the_machine_has() -> None:
     assert "raise the memory limit of that cgroup" in problem.hint
 
 
-def test_what_runs_guests_elsewhere_needs_memory_here() -> None:
+def test_a_run_with_hosts_elsewhere_needs_memory_here() -> None:
     spec = spec_file.load("quickstart", {"hosts": {"agents": ("127.0.0.1:5",)}}).spec
     needed = spec_checks.needed_bytes(spec)
     assert spec_checks.machine_problem(spec, Bound(value=needed)) is None

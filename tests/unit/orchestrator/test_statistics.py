@@ -1,4 +1,4 @@
-"""Intervals, against tables and invariants."""
+"""Intervals agree with tables, and keep invariants."""
 
 import math
 from collections.abc import Hashable

@@ -1,4 +1,4 @@
-"""The store: what was acknowledged is there after a kill, and after the disk is full."""
+"""The store keeps what it acknowledged, after a kill and on a full disk."""
 
 import os
 import resource
@@ -41,7 +41,7 @@ from orchestrator.trial.records import Columns, GuestEnded, HostDone, Record, Sa
 S = 1_000_000
 _TIMEOUT_S = 60
 STORED_BEFORE = Path(__file__).parents[2] / "data/store-v3.sql"
-"""What the version wrote that stored figures as it decided them: a trial of each kind."""
+"""A store of the version that stored decided figures, with a trial of each kind."""
 End = tuple[TrialStatus, str]
 DONE: End = TrialStatus.DONE, ""
 
@@ -138,7 +138,7 @@ def write_trial(
 
 
 def measured_guests(store: Store) -> int:
-    """How many guests of arms have figures."""
+    """Return how many guests of arms have figures."""
     return sum(row.footprint is not None for row in ask_store(store, By.GUEST, "run1"))
 
 
@@ -281,7 +281,7 @@ def test_an_error_makes_the_run_failed_and_ctrl_c_interrupted(tmp_path: Path) ->
 
 
 def host_lost(writer: RunWriter, index: int, **lost: bool) -> End:
-    """A trial that comes to nothing on every host, through their loss or otherwise."""
+    """Write a trial that is undecided on every host, because the hosts were lost or otherwise."""
     trial, tasks = trial_of(header().spec, "run1", index)
     records: list[Record] = []
     for host in tasks:
@@ -305,7 +305,9 @@ def test_only_the_last_attempt_at_a_trial_counts(tmp_path: Path) -> None:
         assert store.find_run("run1").state == "done"
         first, *others = store.trials("run1")
         assert (first.lost, first.undecided, first.counted) == (True, "gone", False)
-        assert first.sample_count == others[-1].sample_count > 0, "what was stored stays"
+        assert first.sample_count == others[-1].sample_count > 0, (
+            "samples of earlier attempts stay stored"
+        )
         assert [trial.counted for trial in others] == [True] * 6
         for row in ask_store(store, By.FLEET, "run1"):
             assert (row.trials, row.undecided) == (3, "")
@@ -457,7 +459,7 @@ def test_an_unfinished_part_is_no_part(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MiB."""
+    """Mount a disk of 3 MiB."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root")
     mounted = subprocess.run(
@@ -472,7 +474,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def write_one_trial_and(folder: Path, fail: Callable[[RunWriter], object]) -> None:
-    """A run whose first trial is whole; `fail` is what happens in its second."""
+    """Write a run with one whole trial; `fail` is called in the second one."""
     with Store(folder) as store, RunWriter(store, header()) as writer:
         assert write_trial(writer, 0, 1 << 20) == DONE
         fail(writer)
@@ -578,7 +580,7 @@ def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
         Store(tmp_path)
 
 
-def test_who_reads_does_not_wait_for_who_writes(tmp_path: Path) -> None:
+def test_readers_do_not_wait_for_the_writer(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.database.execute("BEGIN IMMEDIATE")
         with Store(tmp_path) as other:
@@ -586,7 +588,7 @@ def test_who_reads_does_not_wait_for_who_writes(tmp_path: Path) -> None:
         store.database.execute("ROLLBACK")
 
 
-def test_what_is_no_store(tmp_path: Path) -> None:
+def test_a_folder_or_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hintfleet.sqlite").write_bytes(b"not a database at all" * 100)
     with pytest.raises(Refused, match="cannot use"):
         Store(tmp_path)

@@ -1,4 +1,4 @@
-"""Output of whatever kind goes into the file meanwhile, and ours to the terminal."""
+"""Output of any kind goes to the file, and ours to the terminal."""
 
 import subprocess
 import sys

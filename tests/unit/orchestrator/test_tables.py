@@ -1,4 +1,4 @@
-"""Tables: nothing that matters is cut, at 100 columns and at 80."""
+"""Tables cut nothing that matters, at 100 columns and at 80."""
 
 from dataclasses import replace
 
@@ -89,7 +89,7 @@ def test_a_summary_shows_every_figure(width: int) -> None:
         assert figure in shown
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= width
-    assert shown.count("guest lost") == 1, "a reason is said once"
+    assert shown.count("guest lost") == 1, "a reason is printed once"
     assert "last output" not in shown
 
 
@@ -151,7 +151,7 @@ def test_runs_and_trials() -> None:
     assert "cut off" in rendered(tables.trials([TRIAL]), 80)
 
 
-def test_what_others_wrote_is_no_markup() -> None:
+def test_text_of_others_is_not_interpreted_as_markup() -> None:
     said = "console: [/b] [red]x[/red] [link=file:///etc/passwd]y"
     trial = replace(TRIAL, ended_unix_us=1, undecided=said)
     assert said in rendered(tables.trials([trial]), 120)
@@ -172,7 +172,7 @@ def test_a_long_name_is_whole_and_leaves_the_figures_their_room() -> None:
         assert figure in shown
 
 
-def test_words_of_guests_do_not_steer_the_terminal() -> None:
+def test_control_characters_of_guests_reach_no_terminal() -> None:
     shown = rendered(tables.savings([replace(LOST, undecided="lost: \x1b[2J\x9b31m")]), 80)
     assert "lost: \N{REPLACEMENT CHARACTER}[2J" in shown
     assert not {"\x1b", "\x9b"} & set(shown)

@@ -1,4 +1,4 @@
-"""What a trial came to: which faults lose it, which decide it, and what is run again."""
+"""The outcome of a trial: which faults lose it, which decide it, and what is run again."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ DONE, UNDECIDED, LOST, CUT_OFF = TrialStatus
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One host's part of a trial, as its records say it."""
+    """One host's part of a trial, as its records give it."""
 
     task: HostTask
     events: Sequence[Event]
@@ -49,7 +49,7 @@ class Part:
 
 
 def whole(host: str) -> Part:
-    """All guests did their steps, were read back and ended."""
+    """Return a part in which all guests did their steps, were read back and ended."""
     task = host_task(SPEC, TRIAL, host)
     at_us = np.arange(0, 4 * S, S // 10, dtype=np.int64)
     series = Series(
@@ -93,7 +93,7 @@ def untouched(part: Part) -> Part:
 
 
 def actor_died(part: Part) -> Part:
-    """As `Fleet` says it, also after the host had said that it was through."""
+    """Add what `Fleet` reports, which may come after the host has reported its end."""
     return part.with_end(undecided=f"{part.task.host}: its actor died", lost=True)
 
 
@@ -128,7 +128,7 @@ def samples_with_a_gap(part: Part) -> Part:
 
 
 def wrong_pages(part: Part) -> Part:
-    """Which the last guest read back at the end."""
+    """Add wrong pages that the last guest read back at the end."""
     events = list(part.events)
     last = max(i for i, event in enumerate(events) if isinstance(event, StepDone))
     step = events[last]
@@ -181,7 +181,7 @@ def test_figures_are_those_of_the_guests_and_their_host() -> None:
         assert guest.footprint is not None
         assert guest.footprint.peak_resident_bytes == 10 * MIB
     assert host.cost is not None
-    assert host.cost.wire_bytes == 3 * 2 * S, "two seconds' worth of three guests"
+    assert host.cost.wire_bytes == 3 * 2 * S, "samples of three guests over two seconds"
 
 
 def of_trial(faults: Sequence[Fault]) -> TrialOutcome:

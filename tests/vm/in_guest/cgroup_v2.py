@@ -1,6 +1,6 @@
-"""Runs in a guest as Python starts there: says on the console what cgroups of v2 leave it.
+"""Runs in a guest whenever Python starts there: prints on the console what cgroups v2 leave to it.
 
-A host may have v1 alone; this kernel's v2 is free to be used.
+A host may have only v1; in the guest's kernel, v2 is always there.
 """
 
 import ctypes

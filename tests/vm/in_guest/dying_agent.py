@@ -1,8 +1,8 @@
-"""Runs in a guest as Python starts there, and does what the kernel's command line says.
+"""Runs in a guest whenever Python starts there, and obeys the kernel's command line.
 
-hintfleet.test=die: has its agent die while a batch is out; the next agent says on the
-console what it found, is asked to end while a batch is out, and says what it leaves.
-hintfleet.test=no-eject: has the kernel refuse to let go of DIMMs.
+hintfleet.test=die: the agent is killed while a batch is in flight. The next agent prints on the
+console what it found, is stopped while a batch is in flight, and prints what it leaves.
+hintfleet.test=no-eject: the kernel refuses to eject DIMMs.
 """
 
 import os
@@ -14,7 +14,7 @@ DIED = Path("/run/hintfleet-test-died")
 STOPPED = Path("/run/hintfleet-test-stopped")
 
 
-def arm() -> None:
+def install() -> None:
     from guest_agent.isolation.hugetlb import HugetlbIsolator
     from guest_agent.isolation.hugetlb_pool import HugetlbPool
     from hintfleet.errors import Refused
@@ -60,6 +60,6 @@ def arm() -> None:
 agent = "--workload-only" not in sys.orig_argv
 parameters = Path("/proc/cmdline").read_text().split()
 if agent and "hintfleet.test=die" in parameters:
-    arm()
+    install()
 if "hintfleet.test=no-eject" in parameters:
     Path("/sys/firmware/acpi/hotplug/memory/enabled").write_text("0")

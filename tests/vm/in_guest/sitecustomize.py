@@ -1,7 +1,7 @@
-"""Runs in a guest, in place of its agent: Python imports it when it starts.
+"""Runs in a guest instead of its agent: Python imports it when it starts.
 
-Drives /dev/hintfleet through what an agent's life and death bring, and prints
-what it saw as one line of JSON on the console.
+Uses /dev/hintfleet as agents that live and die do, and prints what it found as one line of JSON on
+the console.
 """
 
 import ctypes
@@ -117,7 +117,7 @@ def an_agent_that_does_not_read() -> dict[str, object]:
 
 
 def longest_list_of_a_cpu() -> int:
-    """Pages up to which a CPU keeps what is freed on its own lists, of all CPUs and zones."""
+    """Return how many freed pages a CPU keeps on its own lists at most, over all CPUs and zones."""
     with open("/proc/zoneinfo") as file:
         return max(int(high) for high in re.findall(r"count: +\d+\s+high: +(\d+)", file.read()))
 
@@ -135,4 +135,4 @@ if "--workload-only" not in sys.orig_argv:
         main()
     except BaseException:  # noqa: BLE001 - all of it is evidence
         traceback.print_exc()
-os._exit(1)  # there is no agent to go on to, and no workload: init ends the guest
+os._exit(1)  # do not start an agent or a workload: init ends the guest

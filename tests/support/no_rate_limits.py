@@ -1,4 +1,4 @@
-"""A host agent that holds nothing against a guest, for tests that break rules all the time."""
+"""A host agent without rate limits and bans, for tests that break rules all the time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _PLENTY = 1 << 30
 
 
 @contextlib.contextmanager
-def patience() -> Iterator[None]:
-    """Guests made meanwhile may break rules, and open streams, as often as they like."""
+def no_rate_limits() -> Iterator[None]:
+    """Let guests that are made in this block break rules, and open streams, without limit."""
     plenty = rate_limits.Rate(per_s=_PLENTY, burst=_PLENTY)
     with (
         mock.patch.multiple(rate_limits, VIOLATIONS_BEFORE_BAN=_PLENTY, STREAMS=_PLENTY),

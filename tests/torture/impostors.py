@@ -1,4 +1,4 @@
-"""Who else may speak for a guest: a connection that comes late, a second agent."""
+"""Clients that act as a guest: a connection that is replayed, a second agent."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from tests.support.relay import Address
 _PREFACE_BYTES = 24
 _FRAME_HEADER_BYTES = 9
 _DATA = 0
-# gRPC over HTTP/2: a flag and a length before each message.
+# gRPC over HTTP/2 puts a flag and a length before each message.
 _MESSAGE_HEADER_BYTES = 5
 
 
 def hello_in(recorded: bytes) -> pb.Hello | None:
-    """The Hello that a guest sent on a connection, if it sent one."""
+    """Return the Hello that a guest sent on a connection; None if it sent none."""
     for payload in _data_frames(recorded):
-        # Both streams of a guest begin so; an Attach has the fields of a Hello's first two.
+        # An Attach of the workload's stream parses as a Hello, too: it has the same first two
+        # fields. Only a real Hello has a page size.
         with contextlib.suppress(DecodeError):
             message = pb.GuestMessage.FromString(payload[_MESSAGE_HEADER_BYTES:])
             if message.HasField("hello") and message.hello.page_size_bytes:
@@ -45,9 +46,9 @@ def _data_frames(recorded: bytes) -> Iterator[bytes]:
 
 
 async def replay(to: Address, said: bytes, hold_s: float) -> None:
-    """Say once more what a guest has said, on a connection of its own, and listen for a while.
+    """Send again what a guest has sent, on a new connection, and read answers for a while.
 
-    :raises ConnectionError: nobody is there.
+    :raises ConnectionError: nobody listens there.
     """
     reader, writer = await asyncio.open_connection(to.host, to.port)
     try:
@@ -62,7 +63,7 @@ async def replay(to: Address, said: bytes, hold_s: float) -> None:
 
 
 async def pretend(to: Address, hello: pb.Hello, hold_s: float) -> None:
-    """Say Hello as somebody else's agent would, and stay for a while.
+    """Send a Hello as a second agent would, and keep the session open for `hold_s`.
 
     :raises grpc.RpcError: the host refused it, or had another session first.
     """
