@@ -155,7 +155,7 @@ def test_a_retried_resize_is_answered_and_not_done_again(resizable: HostAgent) -
     [
         (MOST + 128 * MIB, grpc.StatusCode.INVALID_ARGUMENT, "more than its maximum of 384 MiB"),
         (64 * MIB, grpc.StatusCode.INVALID_ARGUMENT, "64 MiB is less than the 128 MiB"),
-        (200 * MIB, grpc.StatusCode.INVALID_ARGUMENT, "75497472 bytes beyond .* 128 MiB"),
+        (200 * MIB, grpc.StatusCode.INVALID_ARGUMENT, "75497472 bytes more than .* 128 MiB"),
     ],
 )
 def test_impossible_sizes_are_refused(
