@@ -48,7 +48,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("hintfleet", "run", "pipe"), 2, "pipe:1:1: the file is empty"),
         (("hintfleet", "run", "/dev/zero"), 2, "larger than 1048576 bytes"),
         (("hintfleet", "run", "x" * 300), 2, "File name too long"),
-        (("hintfleet", "run", "quickstart", "--host", LONG), 2, "takes 107 bytes, and these"),
+        (
+            ("hintfleet", "run", "quickstart", "--host", LONG),
+            2,
+            "has 120 bytes, and the kernel allows 107",
+        ),
         (("hintfleet", "run", "quickstart", "--data-dir", "file/x"), 1, "Not a directory"),
         (("hintfleet", "runs", "--data-dir", "/proc/x"), 1, "cannot use /proc/x: No such"),
         (("hintfleet", "savings", "--server", LONG), 2, "has 120 bytes, and the kernel allows 107"),
