@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import grpc
 from grpc import aio
 
 from guest_agent.workload import Workload
 from hintfleet.errors import from_rpc_error
+from hintfleet.logs import LogRateLimit, fields
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
 _RECONNECT_PAUSE_S = 0.1
 _MOST_ANSWERS = 16
+
+_log = logging.getLogger("hintfleet.guest.workload")
 
 # The host will never accept this workload.
 _FINAL_CODES = frozenset(
@@ -36,6 +40,7 @@ async def serve_workload(
     :raises HintfleetError: the host refused this guest's identity.
     """
     answers: dict[int, pb.Done] = {}
+    ends = LogRateLimit()
     attach = pb.WorkloadEvent(attach=pb.Attach(identity=identity, boot_id=boot_id))
     stub = HintingServiceStub(channel)
     while True:
@@ -51,6 +56,9 @@ async def serve_workload(
         except grpc.RpcError as error:
             if error.code() in _FINAL_CODES:
                 raise from_rpc_error(error, "the host agent refused the workload") from error
+            if (left_out := ends.due()) is not None:
+                reason = error.details() or error.code().name
+                _log.info("workload stream ended", extra=fields(reason=reason, **left_out))
         except asyncio.InvalidStateError:
             # The stream ended while the command ran: grpc.aio raises this, not an RpcError, if
             # one writes to a finished call (grpc/aio/_call.py).

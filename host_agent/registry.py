@@ -7,8 +7,7 @@ import logging
 import secrets
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar, cast
+from collections.abc import Mapping, Sequence
 
 from hintfleet.errors import (
     GuestLost,
@@ -26,11 +25,10 @@ from host_agent.guest import Guest
 from host_agent.guests.driver import GuestDriver, GuestRequest
 from host_agent.persistence.database import Database, GuestRecord
 from host_agent.persistence.saver import Saver
+from host_agent.repeated_commands import RepeatedCommands
 from host_agent.resizing import check_maximum
 from host_agent.session.gate import Epochs
 from host_agent.threads import in_driver_thread
-
-_T = TypeVar("_T")
 
 _log = logging.getLogger("hintfleet.host.registry")
 
@@ -65,7 +63,7 @@ class Registry:
         """Whether this host agent ends: then the end of a Watch does not end its guests."""
         self._ending: set[asyncio.Task[None]] = set()
         # Answers stay until the trial ends: its client may retry a command at any time.
-        self._commands: dict[tuple[str, str, int], asyncio.Task[object]] = {}
+        self.commands = RepeatedCommands()
 
     @property
     def guests(self) -> tuple[Guest, ...]:
@@ -246,8 +244,7 @@ class Registry:
 
     async def _end_trial(self, trial_id: str) -> None:
         await self._destroy_all([g for g in self.guests if g.trial_id == trial_id])
-        for key in [key for key in self._commands if key[1] == trial_id]:
-            del self._commands[key]
+        self.commands.forget(trial_id)
 
     async def end_all(self) -> None:
         """Destroy every guest."""
@@ -278,33 +275,6 @@ class Registry:
                     "guest cannot be ended", extra=fields(guest=guest.name, reason=error.message)
                 )
 
-    # Commands
-
-    async def once(self, command: host_pb2.CommandId, do: Callable[[], Awaitable[_T]]) -> _T:
-        """Carry out a command and return its answer; a retry (same id) gets the same answer.
-
-        A command without an id is carried out each time. A command that failed is carried out
-        again by a retry, unless its guest was lost. That is safe: a workload answers a step that
-        it has done already from memory.
-        """
-        if not command.sequence:
-            return await do()
-        key = (command.run_id, command.trial_id, command.sequence)
-        task = self._commands.get(key)
-        if task is None:
-            task = self._commands[key] = asyncio.ensure_future(_as_coroutine(do))
-            # The caller may be gone when the command fails. `exception` marks the error as
-            # retrieved, else asyncio logs it.
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        try:
-            return cast(_T, await asyncio.shield(task))
-        except GuestLost:
-            raise
-        except Exception:
-            if self._commands.get(key) is task:
-                del self._commands[key]
-            raise
-
 
 def _request(guest: Guest) -> GuestRequest:
     """Return what a driver needs to make or adopt a guest."""
@@ -330,10 +300,6 @@ def _check_memory(name: str, spec: host_pb2.GuestSpec) -> None:
             f"{format_size(total.value)} {total.where}",
             hint="make the guest smaller" + total.or_raise,
         )
-
-
-async def _as_coroutine(do: Callable[[], Awaitable[object]]) -> object:
-    return await do()
 
 
 def _report_lost(loop: asyncio.AbstractEventLoop, guest: Guest, reason: str) -> None:

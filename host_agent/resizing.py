@@ -8,6 +8,7 @@ guest still uses, and hinting goes on meanwhile.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from hintfleet.errors import (
@@ -18,6 +19,7 @@ from hintfleet.errors import (
     Refused,
     TransientError,
 )
+from hintfleet.logs import fields
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2 as pb
@@ -29,6 +31,8 @@ from host_agent.threads import in_driver_thread
 # Linux adds and removes memory in sections of its sparse memory model: 2^27 bytes on x86-64
 # (SECTION_SIZE_BITS, arch/x86/include/asm/sparsemem.h).
 SECTION_BYTES = 128 * MIB
+
+_log = logging.getLogger("hintfleet.host.guest")
 
 
 def check_maximum(name: str, spec: host_pb2.GuestSpec) -> None:
@@ -98,7 +102,8 @@ async def _resize(guest: Guest, memory_bytes: int) -> None:
         # QEMU may release a DIMM after `unplug` gave up waiting: the books still have it.
         if gone := guest.memory.plugged_pages - there:
             await guest.unplugged(gone)
-        more_bytes = memory_bytes - guest.provisioned_bytes
+        before_bytes = guest.provisioned_bytes
+        more_bytes = memory_bytes - before_bytes
         if more_bytes > 0:
             await _grow(guest, more_bytes)
         elif more_bytes < 0:
@@ -107,6 +112,8 @@ async def _resize(guest: Guest, memory_bytes: int) -> None:
             # The size is right, but the answer to an earlier `online` may have been lost: the
             # guest may not use the memory yet.
             await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=encode(there))))
+    about = {"guest": guest.name, "before_bytes": before_bytes, "now_bytes": memory_bytes}
+    _log.info("guest resized", extra=fields(**about))
 
 
 async def _grow(guest: Guest, size_bytes: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from hintfleet import __version__
 from hintfleet.errors import HintfleetError, InvalidInput, OutcomeUnknown
+from hintfleet.logs import fields
 from hintfleet.settings import SHORTEST_SAMPLE_PERIOD_MS
 from hintfleet.system.machine_limits import processors
 from hintfleet.units import PAGE_BYTES
@@ -24,6 +26,8 @@ from host_agent.waking import WAKE_S, next_wake_s, sleep_until
 
 _DEFAULT_SETTLE_S = 30.0
 _T = TypeVar("_T")
+
+_log = logging.getLogger("hintfleet.host.api")
 
 
 class ControlService(HostServiceServicer):
@@ -61,7 +65,7 @@ class ControlService(HostServiceServicer):
             )
             return await guest.as_pb2()
 
-        return await self._once(request.command, create, context)
+        return await self._once("CreateGuest", request.command, create, context)
 
     async def ResizeGuest(
         self, request: host_pb2.ResizeGuestRequest, context: Context
@@ -73,7 +77,7 @@ class ControlService(HostServiceServicer):
             await resize(guest, request.memory_bytes)
             return await guest.as_pb2()
 
-        return await self._once(request.command, resized, context)
+        return await self._once("ResizeGuest", request.command, resized, context)
 
     async def DestroyGuest(
         self, request: host_pb2.DestroyGuestRequest, context: Context
@@ -83,7 +87,7 @@ class ControlService(HostServiceServicer):
         async def destroy() -> host_pb2.DestroyGuestResponse:
             return host_pb2.DestroyGuestResponse(ledger=await self._registry.destroy(request.name))
 
-        return await self._once(request.command, destroy, context)
+        return await self._once("DestroyGuest", request.command, destroy, context)
 
     async def ListGuests(
         self, request: host_pb2.ListGuestsRequest, context: Context
@@ -114,7 +118,7 @@ class ControlService(HostServiceServicer):
                 done_at_unix_us=time.time_ns() // 1000,
             )
 
-        return await self._once(request.command, run, context)
+        return await self._once("RunStep", request.command, run, context)
 
     async def Settle(
         self, request: host_pb2.SettleRequest, context: Context
@@ -177,13 +181,16 @@ class ControlService(HostServiceServicer):
 
     async def _once(
         self,
+        name: str,
         command: host_pb2.CommandId,
         do: Callable[[], Awaitable[_T]],
         context: Context,
     ) -> _T:
         try:
-            return await self._registry.once(command, do)
+            return await self._registry.commands.once(command, do)
         except HintfleetError as error:
+            about = {"command": name, "trial": command.trial_id, "reason": error.message}
+            _log.warning("command failed", extra=fields(**about))
             await abort(context, error)
         finally:
             self._answered += 1

@@ -27,7 +27,8 @@ from host_agent.memory.punch import punch
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of guest pages that lies in one piece in one file.
+    """A run of guest pages that lies in one piece in one file. The drivers make them: for a VM,
+    guests/libvirt/qemu_ram.py finds out where in which file a guest physical address lies.
 
     :ivar pfn: first page frame number, guest physical.
     :ivar fd: open for reading and writing; owned by the GuestRam.

@@ -1,6 +1,7 @@
 """Requests to a guest that it has not answered yet.
 
-A request fails with the stream that it was sent on, unless it is sent again on the next.
+A request fails with the stream that it was sent on, unless it is sent again on the next. (What
+the orchestrator asks for, and may ask for again: repeated_commands.py.)
 """
 
 from __future__ import annotations

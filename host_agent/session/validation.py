@@ -1,7 +1,8 @@
 """Checks that what a guest says of itself is possible. Pure.
 
 A guest may lie. What it says gets into samples, tables and sums of 64-bit integers, so it must at
-least be possible. What is printed must not control a terminal.
+least be possible. What is printed must not control a terminal. Which batches may run, and when
+one is stale, the gate decides (gate.py); how often a guest may speak: rate_limits.py.
 """
 
 from __future__ import annotations

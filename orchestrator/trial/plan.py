@@ -2,7 +2,8 @@
 
 A repetition is a block of one trial per arm, in an order drawn from the seed. So a drift of
 the machine affects all arms alike. The work of a guest in a repetition depends on the seed and
-not on the arm, so the trials of a repetition form pairs.
+not on the arm, so the trials of a repetition form pairs. `repeat` in a workload is expanded by
+spec/workload.py.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Trial:
     """One execution of an arm on all hosts.
 
     :ivar position: place in the run, from 0.
-    :ivar attempt: from 1. A trial that is run again gets the next number; only its last
-        attempt counts.
+    :ivar attempt: from 1. A trial that is run again (results/trial_outcome.py: when) gets the
+        next number; only its last attempt counts.
     """
 
     run_id: str

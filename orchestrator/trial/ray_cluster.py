@@ -1,4 +1,7 @@
-"""Finds the Ray cluster to use, and watches whether it is alive. Does not import Ray."""
+"""Finds the Ray cluster to use, and watches whether it is alive.
+
+Does not import Ray: ray_actors.py does, and starts or joins the cluster.
+"""
 
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ class HostDone:
     """A host has ended its part of a trial. This is its last record.
 
     :ivar undecided: why the trial does not count; empty if it counts.
-    :ivar lost: the trial does not count because the host agent or its actor was lost.
+    :ivar lost: the trial does not count because the host agent or its actor was lost. What
+        follows from that, results/trial_outcome.py decides.
     """
 
     host: str

@@ -1,6 +1,7 @@
 """Runs one host's part of a trial: creates, steps, verifies and ends guests, and takes samples.
 
-Does not know Ray, the store or a view.
+Does not know Ray, the store or a view. What follows when a host or a guest was lost, and whether
+the trial is run again, is decided in results/trial_outcome.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The outermost frame of every program: its exit code, and the messages to its user.
+"""The outermost frame of every program: its exit code (errors.py has the codes of errors), and
+the messages to its user.
 
 Whatever ends a program, its user reads a plain message, never a traceback. An error that we did
 not foresee is a bug of ours: the traceback goes to a file, and the message names the file.

@@ -35,7 +35,8 @@ def a_guest_that_is_killed(log: Path, *arguments: str) -> tuple[int, int]:
     """Make, use and kill one guest; return the pids of the host agent and the guest."""
     with log.open("wb") as stderr, running_host_agent(*arguments, stderr=stderr) as host:
         host.watch()
-        pid = host.create("g").pid
+        pid = host.create("g", max_memory_bytes=256 * MIB).pid
+        host.resize(256 * MIB, "g")
         host.allocate(8 * MIB)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(grpc.RpcError):
@@ -54,6 +55,10 @@ def test_the_life_of_a_guest_as_json(tmp_path: Path) -> None:
     assert story["guest made"] | {"guest": "g", "pid": pid, "trial": TRIAL} == story["guest made"]
     assert story["session welcomed"]["epoch"] > 0
     assert story["workload attached"]["guest"] == "g"
+    resized = story["guest resized"]
+    assert (resized["before_bytes"], resized["now_bytes"]) == (128 * MIB, 256 * MIB)
+    failed = story["command failed"]
+    assert (failed["command"], failed["level"]) == ("RunStep", "warning")
     lost = story["guest lost"]
     assert lost["level"] == "warning"
     assert lost["epoch"] == story["session welcomed"]["epoch"]
@@ -76,7 +81,8 @@ def test_text_has_time_level_and_fields(tmp_path: Path) -> None:
 def test_a_level_leaves_out_what_is_below(tmp_path: Path) -> None:
     log = tmp_path / "log"
     a_guest_that_is_killed(log, "--log-level", "warning")
-    assert [line.split()[1] for line in log.read_text().splitlines()] == ["WARNING"]
+    levels = {line.split()[1] for line in log.read_text().splitlines()}
+    assert levels == {"WARNING"}
 
 
 def test_journald_gets_priorities_and_no_time(

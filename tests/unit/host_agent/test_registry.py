@@ -138,9 +138,9 @@ def test_a_creation_that_the_machine_refuses_can_be_retried() -> None:
             return await registry.create("g", TRIAL, SPEC)
 
         with pytest.raises(Refused, match=r"guest g cannot be made: .*Too many open files"):
-            await registry.once(command, create)
+            await registry.commands.once(command, create)
         driver.fails = None
-        again = asyncio.create_task(registry.once(command, create))
+        again = asyncio.create_task(registry.commands.once(command, create))
         while not registry.guests or registry.guests[0].running is None:
             await asyncio.sleep(0.01)
         registry.get("g").sessions.attach_workload(Stream())
