@@ -134,7 +134,7 @@ class HintingSession:
         self._core = hinting.HintingCore(isolator.start(wake))
 
     async def run(self) -> None:
-        """Hold sessions until cancelled; then isolated ranges stay isolated.
+        """Hold sessions until cancelled. After that, isolated ranges are still isolated.
 
         :raises HintfleetError: the host will never accept this agent.
         """

@@ -253,7 +253,7 @@ async def _until_stopped(stop: asyncio.Event, failure: asyncio.Future[None]) -> 
 
 
 def _read_lifeline(fd: int, *events: asyncio.Event) -> None:
-    """Read from the lifeline, which is readable; at end of file, set all events."""
+    """Read from the lifeline, which has data or is at its end. At its end, set all events."""
     if not os.read(fd, 1024):
         # epoll reports end of file again and again until the descriptor is removed.
         asyncio.get_running_loop().remove_reader(fd)

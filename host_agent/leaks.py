@@ -34,8 +34,8 @@ def find(libvirt_uri: str) -> tuple[list[Removable], list[str]]:
 
 
 def _processes(seen: list[Process]) -> Iterator[Removable]:
-    """Yield host agents and embedded guests whose lifeline nobody holds the other end of, or
-    only processes that are leaked themselves."""
+    """Yield host agents and embedded guests that are leaked: nobody holds the other end of their
+    lifeline, or only leaked processes hold it."""
     links = {process: process.descriptor_targets() or {} for process in seen}
     lifelines = {
         process: links[process].get(fd, "")

@@ -46,8 +46,8 @@ from hintfleet.settings import IsolatorKind
 
 _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
-# Passes without a rest slowed a workload by a factor of 4. A rest of ten times the pass saved
-# less than it cost.
+# Without a rest between passes, a workload took 4 times as long. A rest ten times as long as the
+# pass saved less than it cost.
 _REST_FACTOR = 4
 # So that freed memory leaves the host within a second.
 _LONGEST_REST_S = 0.5

@@ -91,7 +91,7 @@ class HugetlbPool:
         """Take over the pool, and return the chunks that an earlier agent left in it.
 
         :raises Refused: somebody else, or the kernel, may use, move or replace free pages of
-            the pool; says why and what to do. No chunk was moved.
+            the pool. The error says why and what to do. No chunk was moved into the pool.
         :raises TransientError: somebody else has just begun to use the pool.
         """
         self._refuse_if_unsafe()

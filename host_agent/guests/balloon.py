@@ -83,7 +83,7 @@ class PollSchedule:
         self._still_periods = 0
 
     def is_due(self, moved: bool) -> bool:
-        """Return whether to ask in this period.
+        """Return whether to ask the hypervisor in this period.
 
         :param moved: whether the guest's resident memory has moved since the last period.
         """

@@ -224,7 +224,8 @@ class _Walk:
             if data >= end:
                 return
             if self._hole <= data:
-                # Count first: SEEK_HOLE walks through all that is resident behind `end`, too.
+                # First count what is resident before `end`: SEEK_HOLE does not stop at `end`, but
+                # walks on through all that is resident after it.
                 left = cached_bytes(fd, data, end - data) if left < 0 else left
                 self._hole = end if left == end - data else os.lseek(fd, data, os.SEEK_HOLE)
             at = min(end, self._hole)

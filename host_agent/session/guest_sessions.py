@@ -184,7 +184,8 @@ class GuestSessions:
     async def tell_refaults(self) -> None:
         """Tell the guest in which chunks it uses absent memory again. The caller holds the
         memory's lock."""
-        # Locked: else the ack of a batch that took those chunks could be sent first.
+        # Without the lock, a batch that takes these chunks could be acknowledged before this
+        # message is sent.
         used = self._memory.refaults_to_tell
         if not used or self._hinting is None:
             return

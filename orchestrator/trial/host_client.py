@@ -56,7 +56,8 @@ class HostClient:
     def __init__(self, address: str, timeouts: Timeouts, tls: Tls | None = None) -> None:
         """Open a channel, without waiting for a connection.
 
-        :raises InvalidInput: the address is on another machine, and there is no TLS.
+        :raises InvalidInput: the address is not valid; or there is no TLS, and the address is
+            neither a unix socket nor on loopback.
         """
         self._address = address
         self._timeouts = timeouts

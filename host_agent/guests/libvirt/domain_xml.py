@@ -24,7 +24,7 @@ class Memballoon(Enum):
     TARGET = "target"
 
 
-# Each time a guest grows takes one slot, until it shrinks.
+# A guest takes one slot each time that it grows, and gives it back when it shrinks.
 _DIMM_SLOTS = 32
 
 

@@ -39,7 +39,7 @@ class QemuUser:
         """Return the user by libvirt's capabilities (XML); None where QEMU runs as the user who
         starts it, or as root.
         """
-        # Of root nobody knows which privileges it keeps (qemu.conf: clear_emulator_capabilities).
+        # Nobody knows which privileges root keeps (qemu.conf: clear_emulator_capabilities).
         for model in ET.fromstring(capabilities).findall("host/secmodel"):  # noqa: S314 - libvirt's
             label = re.fullmatch(r"\+(\d{1,10}):\+(\d{1,10})", model.findtext("baselabel") or "")
             if model.findtext("model") == "dac" and label and int(label[1]):
