@@ -106,6 +106,7 @@ class Registry:
         if name in self._guests and self._ending:
             await asyncio.wait(self._ending)
         self._check_new(name, trial_id, spec)
+        # The guest gets it with its configuration: guests/agent_settings.py.
         token = secrets.token_hex(16)
         guest = self._add(name, self._checked_uuid(guest_uuid), token, trial_id, spec)
         guest.creation = asyncio.create_task(self._make(guest))

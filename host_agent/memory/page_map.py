@@ -1,4 +1,5 @@
-"""Sets of a guest's pages for the books: a bitmap for each section of RAM.
+"""Sets of a guest's pages for the books: a bitmap for each section of RAM. (Where a page lies in
+which file: ram.py, `Segment`.)
 
 A guest decides how its memory is cut up, so the host must not pay for each piece. Every
 operation on a `RangeSet` costs time for each range in it. A guest of 4 GiB that touches every

@@ -28,7 +28,8 @@ class Outcome:
 
 
 def skip(hinted: RangeSet, reason: pb.SkipReason.ValueType) -> Outcome:
-    """Return the outcome of a batch that is skipped as a whole."""
+    """Return the outcome of a batch that is skipped as a whole; why and when, the gate decides
+    (session/gate.py)."""
     return Outcome(skipped={reason: hinted})
 
 
