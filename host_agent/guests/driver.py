@@ -33,7 +33,7 @@ class GuestRequest:
     """What a driver needs to make a guest.
 
     :ivar name: unique on this host; letters, digits and `-`.
-    :ivar token: the secret that authenticates the guest's streams.
+    :ivar token: the secret that authenticates the guest's streams; made by registry.py.
     :ivar spec: driver, memory_bytes, method and hinting settings.
     :ivar on_gone: called once, from any thread, with a reason when the guest is gone or about
         to be (stopped, crashed, reset). Its epoch must end then.

@@ -3,7 +3,7 @@
 It decides which session of a guest is welcome, and which of its batches may run. This is the
 host's side of the session protocol (hinting.proto) as a pure state machine. `GuestSessions`
 carries out its instructions. It knows no socket, clock or lock. The guest's side is
-guest_agent/hinting.py.
+guest_agent/hinting.py. Violations are counted, and guests banned, in rate_limits.py.
 
 It keeps invariant I2: it returns `Welcome` only while nothing is `running`, and it has skipped
 what waited for an earlier epoch when that epoch ended. A punch cannot be cancelled, so a punch
