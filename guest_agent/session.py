@@ -259,8 +259,8 @@ class HintingSession:
         try:
             self._poll()
         except Exception as error:  # noqa: BLE001 - `_loop` raises it
-            # In a callback, asyncio would only log it, and no tick would come any more: the
-            # agent would look alive and hint nothing.
+            # An error that leaves this callback is only logged by asyncio, and no tick would come
+            # any more: the agent would look alive, but hint nothing.
             self._inbox.put_nowait(error)
 
     def _poll(self) -> None:

@@ -317,7 +317,7 @@ class HugetlbPool:
     def _mount(self) -> None:
         """Mount a hugetlbfs, if this is the first agent of this boot."""
         self._mount_point.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # The block size of a hugetlbfs is its huge page's (fs/hugetlbfs/inode.c: statfs).
+        # On a hugetlbfs, statfs returns the huge page size as block size (fs/hugetlbfs/inode.c).
         if os.statvfs(self._mount_point).f_bsize != CHUNK_BYTES:
             _mount_hugetlbfs(self._mount_point)
 

@@ -123,7 +123,7 @@ class PageMap:
     def __sub__(self, other: PageMap) -> PageMap:
         if not other._sections:
             return self
-        # Often so: a batch hints memory that is resident as a whole.
+        # The two are often equal: many batches hint only memory that is resident.
         if self._sections == other._sections:
             return NO_PAGES
         sections = dict(self._sections)

@@ -38,9 +38,9 @@ class Saver:
         self._state = state
         self._changed: dict[str, Saved] = {}
         self._has_changes = asyncio.Event()
-        # One write at a time: a save that began earlier must not store a guest again that was
-        # forgotten meanwhile. A thread that writes cannot be stopped, so a write goes on when
-        # its caller is cancelled.
+        # One write at a time: otherwise a save that began before a guest was forgotten could end
+        # after that, and store the guest again. A thread that writes cannot be stopped, so a
+        # write goes on when its caller is cancelled.
         self._write_lock = asyncio.Lock()
         self._writes: set[asyncio.Task[None]] = set()
 

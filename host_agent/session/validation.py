@@ -46,7 +46,7 @@ def check_done(done: pb.Done, memory_bytes: int) -> None:
 
 
 def printable(text: str) -> str:
-    """Return a guest's text without control characters; line feeds stay."""
+    """Return a guest's text with all unprintable characters replaced, except line feeds."""
     # Escape sequences from a guest could move the cursor or rewrite earlier lines.
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 

@@ -116,7 +116,8 @@ class _TrialRunner:
         return "", False
 
     async def _watch(self) -> None:
-        # Batches of 0.25 s: each record of an actor is an object of Ray's, with its own cost.
+        # Sent in batches of 0.25 s: each record that an actor yields becomes an object in Ray, and
+        # each object has a cost.
         stream = self._client.watch(self._trial.trial_id, self._spec.sample_period_s)
         buffered: list[host_pb2.SampleSet] = []
         flushed_at = time.monotonic()

@@ -44,8 +44,8 @@ class RamRange:
 def parse(text: str) -> list[RamRange]:
     """Return the RAM ranges of the guest's memory, in address order.
 
-    They include blocks that are not main memory, a video card's for example: only the file
-    behind a block tells which it is.
+    They include ranges of blocks that are not main memory, such as a video card's. Only the file
+    behind a block tells whether the block is main memory.
 
     :raises Refused: `text` has no flat view of the guest's memory, or ranges of it overlap.
     """
