@@ -107,7 +107,7 @@ class HintingSession:
         :raises Refused: the isolator cannot work here.
         """
         # An asyncio channel: gRPC's threaded client wakes up ten times a second for each open
-        # stream, which costs four times the CPU time at rest (docs/measurements.md).
+        # stream, and takes four times the CPU time at rest.
         self._stub = HintingServiceStub(channel)
         self._isolator = isolator
         self._facts = facts

@@ -58,8 +58,8 @@ class PartWriter:
         self._flushed_at_s = time.monotonic()
         buffered, self._buffered = self._buffered, []
         if buffered:
+            write_part(self._folder, self.part_count + 1, buffered)
             self.part_count += 1
-            write_part(self._folder, self.part_count, buffered)
         return sum(samples.row_count for samples in buffered)
 
 
