@@ -13,7 +13,7 @@ from collections.abc import Collection, Coroutine
 from typing import Any, Protocol
 
 from hintfleet.errors import TransientError
-from hintfleet.logs import fields
+from hintfleet.logs import LogRateLimit, fields
 from host_agent.persistence.database import Database, GuestRecord
 
 # The least time between two writes: many changes are stored at once.
@@ -35,6 +35,7 @@ class Saver:
     """Saves guests that have changed. Without a state it does nothing."""
 
     def __init__(self, state: Database | None) -> None:
+        self._failures = LogRateLimit()
         self._state = state
         self._changed: dict[str, Saved] = {}
         self._has_changes = asyncio.Event()
@@ -57,7 +58,9 @@ class Saver:
             try:
                 await self.save_changed()
             except TransientError as error:
-                _log.error("books cannot be saved", extra=fields(reason=error.message))
+                if (left_out := self._failures.due()) is not None:
+                    about = {"reason": error.message, **left_out}
+                    _log.error("books cannot be saved", extra=fields(**about))
             await asyncio.sleep(_MIN_PERIOD_S)
 
     async def save_changed(self) -> None:
