@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.agents import wait_until
+from tests.support.agents import HANG_S, wait_until
 from tests.support.lab import Lab, parent_pid
 
 _RAY = Path(sys.executable).with_name("ray")
@@ -26,6 +26,14 @@ _NODE = (
     *("--block", "--disable-usage-stats", "--num-cpus=1", "--object-store-memory=83886080"),
     *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
 )
+
+
+_WAIT_FOR_NODES = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+while ray.cluster_resources().get("CPU", 0) < int(sys.argv[2]):
+    time.sleep(0.1)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,10 @@ def ray_cluster(lab: Lab, nodes: int) -> Iterator[RayCluster]:
             log = lab.folder / f"ray-node-{len(raylets)}.log"
             stack.enter_context(_node(arguments, lab.environment | _ENVIRONMENT, log))
             raylets += set(lab.find("raylet/raylet ")) - set(raylets)
+        # A node that is up may be unknown to the head's scheduler still: all actors would go to
+        # the head, and a test that kills another node's actor would wait for it in vain.
+        counted = [sys.executable, "-c", _WAIT_FOR_NODES, f"127.0.0.1:{port}", str(nodes)]
+        subprocess.run(counted, env=lab.environment | _ENVIRONMENT, check=True, timeout=HANG_S)
         yield RayCluster(
             environment=_ENVIRONMENT | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, raylets=raylets
         )
