@@ -13,7 +13,9 @@ from host_agent.waking import next_wake_s, sleep_until
 
 # Checks that are due within this time of each other are done in one wake.
 _MIN_SLEEP_S = 0.02
-_GUESTS_PER_TURN = 64
+# An ack takes some five turns of the event loop, and waits for a part of the checks in each: with
+# 64 guests a turn, the 99th percentile among 1,000 silent sessions was 2.7 ms, with 8 it is 1.7.
+_GUESTS_PER_TURN = 8
 
 
 async def audit_when_due(guests: Callable[[], Sequence[Guest]], observing: CpuMeter) -> None:
@@ -24,12 +26,13 @@ async def audit_when_due(guests: Callable[[], Sequence[Guest]], observing: CpuMe
     while True:
         now_s = time.monotonic()
         everyone = guests()
+        # Wake once a second in any case: a guest made meanwhile is not in `everyone`.
+        next_s = next_wake_s(now_s)
         for first in range(0, len(everyone), _GUESTS_PER_TURN):
             with observing.running():
                 for guest in everyone[first : first + _GUESTS_PER_TURN]:
                     if guest.audits.next_check_s <= now_s:
                         guest.audits.check(now_s)
+                    next_s = min(next_s, guest.audits.next_check_s)
             await asyncio.sleep(0)  # else acks wait for the checks of all guests
-        # Wake once a second in any case: a guest made meanwhile is not in `everyone`.
-        next_s = min((next_wake_s(now_s), *(guest.audits.next_check_s for guest in everyone)))
         await sleep_until(max(next_s, now_s + _MIN_SLEEP_S))

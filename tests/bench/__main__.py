@@ -21,6 +21,7 @@ from tests.bench import (
     sparse,
     tracker,
 )
+from tests.support import agents
 
 _SUITES = {
     "host_path": host_path.run,
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("suite", nargs="*", choices=[[], *_SUITES], help="default: all")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/bench.json"))
     arguments = parser.parse_args()
+    agents.LOG_LEVEL = "warning"  # the figures are what is to be read here
     figures = []
     for name in arguments.suite or _SUITES:
         print(f"{name} ...", file=sys.stderr)

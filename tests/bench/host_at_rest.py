@@ -7,6 +7,7 @@ benchmark's own commands (measured with commands of zero bytes).
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -84,12 +85,16 @@ def _real(arm: str, wanted: host_pb2.GuestSpec, punch_s_per_byte: float) -> Iter
 
 
 def _embedded(punch_s_per_byte: float) -> Iterator[Figure]:
-    with running_host_agent() as host:
-        _watch(host)
-        names = [f"g{n}" for n in range(_EMBEDDED_GUESTS)]
-        Guests(host, dict.fromkeys(names, _EMBEDDED)).wait()
-        time.sleep(_CALM_DOWN_S)
-        yield from _rest_and_churn("an embedded guest", host, names, "<= 0.05", punch_s_per_byte)
+    # The rest of two hundred varies by more than what one guest's churn costs: that is measured
+    # with one guest.
+    for count, which in ((_EMBEDDED_GUESTS, 0), (1, 1)):
+        with running_host_agent() as host:
+            _watch(host)
+            names = [f"g{n}" for n in range(count)]
+            Guests(host, dict.fromkeys(names, _EMBEDDED)).wait()
+            time.sleep(_CALM_DOWN_S)
+            figures = _rest_and_churn("an embedded guest", host, names, "<= 0.05", punch_s_per_byte)
+            yield next(itertools.islice(figures, which, None))
 
 
 def _rest_and_churn(

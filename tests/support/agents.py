@@ -29,6 +29,9 @@ from host_agent.server import Serving, Settings, serving
 
 TRIAL = "test-trial"
 
+LOG_LEVEL = "info"
+"""Of the host agents that are started; a test that fails shows their logs."""
+
 HANG_S = 300.0
 """The longest wait for anything. What works takes less, even on a busy machine."""
 
@@ -192,7 +195,8 @@ def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iter
             [
                 *(sys.executable, "-m", "host_agent", "--listen", address),
                 *("--ready-fd", str(ready_write), "--lifeline-fd", str(lifeline_read)),
-                *arguments,  # of several --listen, the last is used
+                *("--log-level", LOG_LEVEL),
+                *arguments,  # of several equal options, the last is used
             ],
             pass_fds=(ready_write, lifeline_read),
             stderr=stderr,
