@@ -120,14 +120,13 @@ class Guest:
 
     def lost(self, reason: str) -> None:
         """Note that the guest is gone: end its epoch now, and give all waiters the reason."""
-        if self._lost is not None:
-            return
+        if self._lost is None:
+            about = {"epoch": self.sessions.epoch, "reason": reason}
+            _log.warning("guest lost", extra=self._fields(**about))
+            self._gone(reason)
+
+    def _gone(self, reason: str) -> None:
         self._lost = reason
-        _log.log(
-            logging.INFO if reason == _DESTROYED else logging.WARNING,
-            "guest ended" if reason == _DESTROYED else "guest lost",
-            extra=self._fields(epoch=self.sessions.epoch, reason=reason),
-        )
         self.sessions.end_all(GuestLost(f"guest {self.name}: {reason}"))
         self._ready.set()
 
@@ -167,7 +166,9 @@ class Guest:
         if self.creation is not None:
             await asyncio.wait([self.creation])
         await self.audits.ledger()
-        self.lost(_DESTROYED)
+        if self._lost is None:
+            _log.info("guest ended", extra=self._fields(epoch=self.sessions.epoch))
+            self._gone("destroyed")
         await self._peer.stop()
         async with self.resize_lock:
             await self.tasks.finish(self.memory.run_locked(self._end()))
@@ -296,6 +297,3 @@ class Guest:
 
     def _fields(self, **more: object) -> dict[str, dict[str, object]]:
         return fields(guest=self.name, trial=self.trial_id, **more)
-
-
-_DESTROYED = "destroyed"

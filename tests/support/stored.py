@@ -16,6 +16,7 @@ from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
 from orchestrator.trial.records import (
     Columns,
+    Event,
     GuestEnded,
     HostDone,
     PhaseStarted,
@@ -33,6 +34,44 @@ def phase(title: str, at_s: float, host: str = "h", trial_id: str = "t") -> Phas
     return PhaseStarted(
         host=host, trial_id=trial_id, at_unix_us=round(at_s * S), title=title, hold_s=0.0
     )
+
+
+def guest_records(task: HostTask) -> list[Event]:
+    """Return the events of a host whose guests did their steps, were read back and ended."""
+
+    def step(guest: str, kind: str, at_s: float) -> StepDone:
+        return StepDone(
+            host=task.host,
+            trial_id=task.trial.trial_id,
+            guest=guest,
+            at_unix_us=round(at_s * S),
+            kind=kind,
+            changed_bytes=0,
+            held_bytes=0,
+            verified_pages=1,
+            wrong_pages=0,
+            duration_us=0,
+        )
+
+    ended = [
+        GuestEnded(
+            host=task.host,
+            trial_id=task.trial.trial_id,
+            guest=guest.name,
+            at_unix_us=4 * S,
+            provisioned_bytes=1 << 28,
+            reclaimed_now_bytes=0,
+            refaulted_total_bytes=0,
+        )
+        for guest in task.guests
+    ]
+    steps = [
+        step(guest.name, kind, at_s)
+        for guest in task.guests
+        for kind, at_s in (("allocate", 1.0), ("verify", 3.0))
+    ]
+    done = HostDone(host=task.host, trial_id=task.trial.trial_id, at_unix_us=4 * S)
+    return [*steps, *ended, done]
 
 
 def store_trial(writer: RunWriter, trial: Trial, spec: Spec) -> None:

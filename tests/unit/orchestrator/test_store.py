@@ -36,7 +36,8 @@ from orchestrator.service.queries import ask_store
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
-from orchestrator.trial.records import Columns, GuestEnded, HostDone, Record, Samples, StepDone
+from orchestrator.trial.records import Columns, HostDone, Record, Samples, StepDone
+from tests.support.stored import guest_records
 
 S = 1_000_000
 _TIMEOUT_S = 60
@@ -74,42 +75,6 @@ def samples(task: HostTask, start_s: float, end_s: float, resident_bytes: int) -
         **{name: np.repeat(times, len(names)).astype(np.uint64) for name in COUNTERS},
     }
     return Samples(host=task.host, trial_id=task.trial.trial_id, columns=columns)
-
-
-def guest_records(task: HostTask) -> list[Record]:
-    def step(guest: str, kind: str, at_s: float) -> StepDone:
-        return StepDone(
-            host=task.host,
-            trial_id=task.trial.trial_id,
-            guest=guest,
-            at_unix_us=round(at_s * S),
-            kind=kind,
-            changed_bytes=0,
-            held_bytes=0,
-            verified_pages=1,
-            wrong_pages=0,
-            duration_us=0,
-        )
-
-    ended = [
-        GuestEnded(
-            host=task.host,
-            trial_id=task.trial.trial_id,
-            guest=guest.name,
-            at_unix_us=4 * S,
-            provisioned_bytes=1 << 28,
-            reclaimed_now_bytes=0,
-            refaulted_total_bytes=0,
-        )
-        for guest in task.guests
-    ]
-    steps = [
-        step(guest.name, kind, at_s)
-        for guest in task.guests
-        for kind, at_s in (("allocate", 1.0), ("verify", 3.0))
-    ]
-    done = HostDone(host=task.host, trial_id=task.trial.trial_id, at_unix_us=4 * S)
-    return [*steps, *ended, done]
 
 
 def whole_trial(

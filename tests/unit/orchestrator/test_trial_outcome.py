@@ -23,7 +23,8 @@ from orchestrator.results.trial_outcome import (
 )
 from orchestrator.spec import file as spec_file
 from orchestrator.trial.plan import HostTask, host_task, plan_trials
-from orchestrator.trial.records import Event, GuestEnded, HostDone, StepDone
+from orchestrator.trial.records import Event, HostDone, StepDone
+from tests.support.stored import guest_records
 
 S = 1_000_000
 SPEC = spec_file.load("quickstart").spec
@@ -57,35 +58,8 @@ def whole(host: str) -> Part:
         resident_bytes=np.full(len(at_us), 10 * MIB, dtype=np.uint64),
         counters={name: at_us.astype(np.uint64) for name in COUNTERS},
     )
-    common: dict[str, Any] = {"host": host, "trial_id": TRIAL.trial_id}
-    events: list[Event] = []
-    for guest in task.guests:
-        events += [
-            StepDone(
-                **common,
-                guest=guest.name,
-                at_unix_us=round(at_s * S),
-                kind=kind,
-                changed_bytes=0,
-                held_bytes=0,
-                verified_pages=1,
-                wrong_pages=0,
-                duration_us=0,
-            )
-            for kind, at_s in (("allocate", 1.0), ("verify", 3.0))
-        ]
-        events.append(
-            GuestEnded(
-                **common,
-                guest=guest.name,
-                at_unix_us=4 * S,
-                provisioned_bytes=256 * MIB,
-                reclaimed_now_bytes=0,
-                refaulted_total_bytes=0,
-            )
-        )
-    events.append(HostDone(**common, at_unix_us=4 * S))
-    return Part(task=task, events=events, series={guest.name: series for guest in task.guests})
+    series_of = {guest.name: series for guest in task.guests}
+    return Part(task=task, events=guest_records(task), series=series_of)
 
 
 def untouched(part: Part) -> Part:
