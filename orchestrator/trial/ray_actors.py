@@ -24,11 +24,13 @@ from orchestrator.machine import runtime_dirs
 from orchestrator.trial.host_session import HostPlace, HostSession
 from orchestrator.trial.plan import HostTask
 from orchestrator.trial.ray_cluster import (
+    RAY_ENVIRONMENT,
     ClusterWatch,
     cannot_join_error,
     check_answers,
     cluster_address,
     no_answer_error,
+    spread,
 )
 from orchestrator.trial.records import HostDone, Record
 from orchestrator.trial.signals import signals_ignored, sigterm_handler_kept
@@ -42,21 +44,8 @@ _OBJECT_STORE_BYTES = 80 << 20
 # Longer than a host agent may take to end (host_process.py: 25 s).
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.5
-
-# Ray reads some of these when it is imported, so they are set before. A value of the user wins.
-_RAY_ENVIRONMENT = {
-    # Ray's memory monitor watches the whole machine, and would kill our actors when guests fill
-    # its memory.
-    "RAY_memory_monitor_refresh_ms": "0",
-    # Nothing is sent to Ray's developers.
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Leaves CUDA_VISIBLE_DEVICES and the like alone: actors use no accelerator.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Under `uv run`, Ray would build an environment of its own for its workers
-    # (ray/_private/runtime_env/uv_runtime_env_hook.py).
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-}
-
+_MORE_STARTS = 3
+_START_AGAIN_AFTER_S = 1.0
 
 _log = logging.getLogger("hintfleet.ray")
 
@@ -78,6 +67,7 @@ class Fleet(AbstractContextManager["Fleet"]):
         self._runtime_dir: OwnedFolder | None = None  # of a private cluster
         self._cluster: ClusterWatch | None = None
         self._actors: dict[str, Any] = {}
+        self._nodes: dict[str, str] = {}  # the node that each host's actor was sent to
         self._actors_started: Counter[str] = Counter()
 
     def __enter__(self) -> Fleet:
@@ -164,25 +154,32 @@ class Fleet(AbstractContextManager["Fleet"]):
     def _start_actors(self, hosts: list[str]) -> None:
         """Start an actor for each host and wait until it has reached the host.
 
-        :raises HintfleetError: an actor cannot reach its host, or died twice.
+        :raises HintfleetError: an actor cannot reach its host, or died whenever it was started.
         """
-        # Once more for those that died: Ray may place an actor on a node that is dead already,
-        # before its GCS has noticed.
+        # Again for those that died: a node may be dead before the GCS has noticed, and a new node
+        # is known to the GCS before all other nodes know it.
         died = self._open_actors(hosts)
-        for host, error in self._open_actors(list(died)).items():
+        for _ in range(_MORE_STARTS):
+            if died:
+                time.sleep(_START_AGAIN_AFTER_S)
+                died = self._open_actors(list(died))
+        for host, error in died.items():
             raise TransientError(f"{host}: {_death_reason(error)}") from error
 
     def _open_actors(self, hosts: list[str]) -> dict[str, Exception]:
         """Start actors; return the hosts whose actor died, with Ray's error."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         # num_cpus=0: any number of hosts fits on a node. No restarts and no retries by Ray:
         # results/trial_outcome.py decides what is run again.
-        actor_class = ray.remote(
-            num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
-        )(_HostActor)
-        for host in hosts:
-            self._actors[host] = actor_class.remote(self._places[host], self._folder(host))
+        actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_HostActor)
+        for host, node in spread(hosts, self._nodes, _alive_nodes()).items():
+            self._nodes[host] = node
+            there = actor_class.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            )
+            self._actors[host] = there.remote(self._places[host], self._folder(host))
         opening = {self._actors[host].open.remote(): host for host in hosts}
         died: dict[str, Exception] = {}
         while opening:
@@ -191,7 +188,10 @@ class Fleet(AbstractContextManager["Fleet"]):
                 try:
                     _get(done)
                     _log.info("host reached", extra=fields(host=host))
-                except ray.exceptions.RayActorError as error:
+                except (
+                    ray.exceptions.RayActorError,
+                    ray.exceptions.ActorUnschedulableError,
+                ) as error:
                     _log.warning("actor died", extra=fields(host=host, reason=_first_line(error)))
                     died[host] = error
         return died
@@ -233,6 +233,15 @@ class Fleet(AbstractContextManager["Fleet"]):
         )
 
 
+def _alive_nodes() -> list[str]:
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node["NodeID"] for node in nodes if node["Alive"]]
+    # If none is alive, ClusterWatch is about to say so.
+    return sorted(alive) or [ray.get_runtime_context().get_node_id()]
+
+
 def _death_reason(error: Exception) -> str:
     return f"its actor died: {_first_line(error)}"
 
@@ -267,7 +276,7 @@ class _HostActor:
 
 
 def _init_ray(address: str, runtime_dir: Path | None) -> None:
-    for name, value in _RAY_ENVIRONMENT.items():
+    for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # log_to_driver would print the output of all actors on our stderr.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -361,6 +370,7 @@ def _get(ref: ObjectRef[Any]) -> Any:
 
     :raises HintfleetError: the actor raised it, or any other error; or Ray failed.
     :raises ray.exceptions.RayActorError: the actor is gone.
+    :raises ray.exceptions.ActorUnschedulableError: its node is unknown to Ray.
     :raises ray.exceptions.ObjectLostError: the value was on a node that is gone.
     """
     import ray
@@ -372,7 +382,11 @@ def _get(ref: ObjectRef[Any]) -> Any:
         if isinstance(error.cause, HintfleetError):
             raise error.cause from None
         raise HintfleetError(f"a host's actor failed: {error.cause!r}") from error
-    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
+    except (
+        ray.exceptions.RayActorError,
+        ray.exceptions.ActorUnschedulableError,
+        ray.exceptions.ObjectLostError,
+    ):
         raise
     except ray.exceptions.RayError as error:
         raise TransientError(f"Ray failed: {_first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Finds the Ray cluster to use, and watches whether it is alive.
+"""Finds the Ray cluster to use, spreads hosts over its nodes, and watches whether it is alive.
 
 Does not import Ray: ray_actors.py does, and starts or joins the cluster.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -22,6 +23,20 @@ _ASK_EVERY_S = 2.0
 # (gcs_rpc_server_reconnect_timeout_s in src/ray/common/ray_config_def.h, 2.60): the run has to
 # be stored before.
 _LOST_AFTER_S = 30.0
+
+# Ray reads some of these when it is imported, so they are set before. A value of the user wins.
+RAY_ENVIRONMENT = {
+    # Ray's memory monitor watches the whole machine, and would kill our actors when guests fill
+    # its memory.
+    "RAY_memory_monitor_refresh_ms": "0",
+    # Nothing is sent to Ray's developers.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Leaves CUDA_VISIBLE_DEVICES and the like alone: actors use no accelerator.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Under `uv run`, Ray would build an environment of its own for its workers
+    # (ray/_private/runtime_env/uv_runtime_env_hook.py).
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
 
 _UNSET_HINT = "unset RAY_ADDRESS to run on this machine alone"
 
@@ -140,6 +155,23 @@ class ClusterWatch:
         """Cancel the call in progress and close the channel."""
         self._call.cancel()
         self._channel.close()
+
+
+def spread(hosts: Sequence[str], nodes: Mapping[str, str], alive: Sequence[str]) -> dict[str, str]:
+    """Choose a node for each host: the one with the fewest hosts.
+
+    Ray's own strategy "SPREAD" sends actors that need no CPU to nodes at random: often all of
+    four to one of two.
+
+    :param nodes: where each host was until now.
+    :param alive: nodes to choose from, at least one.
+    """
+    counts = Counter(node for host, node in nodes.items() if host not in hosts)
+    chosen = {}
+    for host in hosts:
+        chosen[host] = min(alive, key=lambda node: counts[node])
+        counts[chosen[host]] += 1
+    return chosen
 
 
 def _status(error: Any) -> tuple[grpc.StatusCode, str]:

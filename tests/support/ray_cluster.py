@@ -47,17 +47,10 @@ class RayCluster:
     environment: dict[str, str]
     raylets: list[int]
 
-    def raylet_of_an_actor(self, lab: Lab, *, head: bool) -> int:
-        """Wait until an actor of ours runs on the head, or on another node; return that node's
-        raylet."""
-        wanted = self.raylets[:1] if head else self.raylets[1:]
-
-        def found() -> list[int]:
-            actors = lab.find("ray::_HostActor")
-            return [pid for pid in map(parent_pid, actors) if pid in wanted]
-
-        wait_until(lambda: bool(found()), "an actor on that node")
-        return found()[0]
+    def actors(self, lab: Lab) -> list[int]:
+        """Count our actors on each node, the head first."""
+        parents = list(map(parent_pid, lab.find("ray::_HostActor")))
+        return [parents.count(raylet) for raylet in self.raylets]
 
 
 @contextmanager
