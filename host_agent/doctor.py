@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
+from contextlib import closing
 
 from hintfleet.errors import HintfleetError
 from hintfleet.findings import Finding
@@ -44,7 +46,7 @@ def _punch_a_memfd() -> str:
     ram = GuestRam([Segment(pfn=0, page_count=pages, fd=fd, offset_bytes=0)])
     try:
         os.pwrite(fd, b"\1" * size_bytes, 0)
-        outcome = reclaim(ram, RangeSet([(0, pages)]), ram.page_map)
+        outcome = reclaim(ram, RangeSet([(0, pages)]), ram.page_map, ram.permit())
         left_bytes = ram.resident_bytes()
     finally:
         ram.close()
@@ -54,11 +56,12 @@ def _punch_a_memfd() -> str:
 
 
 def _libvirt_detail(uri: str) -> str:
-    driver = LibvirtDriver(uri, guest_server="")
-    try:
+    # It makes no guests, so the loop never runs.
+    with (
+        closing(asyncio.new_event_loop()) as loop,
+        closing(LibvirtDriver(uri, loop, guest_server="")) as driver,
+    ):
         state = driver.state()
-    finally:
-        driver.close()
     if not state.usable:
         raise HintfleetError(state.detail)
     return state.detail

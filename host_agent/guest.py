@@ -110,6 +110,8 @@ class Guest:
     def _take_over(self, running: RunningGuest) -> None:
         self.running = running
         self.saver.changed(self)
+        if running.door is not None:
+            running.door.watch(self.sessions.door_moved)
         self._peer.start(
             running,
             self.sessions.workload_is_there,

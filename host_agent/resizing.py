@@ -4,7 +4,7 @@ Plugging: the driver makes the memory, the RAM and the books take it in, and the
 told to use it. Unplugging goes the other way: the guest stops using the memory (it may refuse),
 the driver takes it, and the RAM and the books drop it. So the host never drops memory that a
 guest still uses, and hinting goes on meanwhile. How a DIMM gets into a VM:
-guests/libvirt/domain_ram.py.
+guests/libvirt/dimms.py.
 """
 
 from __future__ import annotations

@@ -224,10 +224,15 @@ def _drivers(
 ) -> dict[host_pb2.Driver.ValueType, GuestDriver]:
     survival = None
     if state is not None:
-        survival = Survival(folder=state.guests_folder, orphan_after_s=settings.orphan_after_s)
+        survival = Survival(
+            folder=state.guests_folder,
+            doors=state.doors_folder,
+            orphan_after_s=settings.orphan_after_s,
+        )
     advertised = settings.guest_advertise
     libvirt = LibvirtDriver(
         settings.libvirt_uri,
+        asyncio.get_running_loop(),
         guest_server=advertised or _address_in_guest(guest_address.address),
         guest_tls=settings.guest_tls is not None,
         survival=survival,

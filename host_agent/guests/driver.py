@@ -9,6 +9,7 @@ from typing import Protocol
 
 from hintfleet.ranges import RangeSet
 from hintfleet.v1 import host_pb2
+from host_agent.door.door import MemoryDoor
 from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.memory.ram import GuestRam, Segment
 
@@ -21,10 +22,12 @@ class Survival:
     """Settings for guests that outlive the host agent.
 
     :ivar folder: has a folder for each guest's files.
+    :ivar doors: folder for the sockets of memory doors; its path is short.
     :ivar orphan_after_s: after this time without a host agent a guest ends by itself.
     """
 
     folder: Path
+    doors: Path
     orphan_after_s: int
 
 
@@ -49,12 +52,14 @@ class GuestRequest:
 class RunningGuest(Protocol):
     """A running guest, owned by the caller of `create` or `adopt`.
 
+    :ivar door: through which the memory came; None if it may be punched at any time.
     :ivar balloon: its target is set by the owner; None unless the method is BALLOON.
     :ivar reporting: None unless the method is REPORTING.
     """
 
     pid: int
     ram: GuestRam
+    door: MemoryDoor | None
     balloon: Balloon | None
     reporting: Reporting | None
 

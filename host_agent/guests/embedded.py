@@ -27,6 +27,7 @@ from hintfleet.settings import Driver
 from hintfleet.system.processes import find_process
 from hintfleet.units import PAGE_BYTES, format_size
 from hintfleet.v1 import host_pb2
+from host_agent.door.door import MemoryDoor
 from host_agent.guests.agent_settings import agent_config
 from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.guests.driver import GuestRequest, Handle, Survival
@@ -111,6 +112,7 @@ class _Adopted:
 class EmbeddedGuest:
     """A running guest process."""
 
+    door: MemoryDoor | None = None
     balloon: Balloon | None = None
     reporting: Reporting | None = None
 

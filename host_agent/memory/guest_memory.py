@@ -17,6 +17,7 @@ from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.memory.audit_pace import CALM_PAGES
 from host_agent.memory.cache_count import CAN_COUNT
+from host_agent.memory.fence import FenceClosed
 from host_agent.memory.ledger import Books, Ledger
 from host_agent.memory.page_map import NO_PAGES, PageMap
 from host_agent.memory.ram import GuestRam, Look, Segment
@@ -54,6 +55,9 @@ class GuestMemory:
         """Absent memory that was found in use again, and that the guest was not told of yet."""
         self.plugged_pages = EMPTY
         """Memory that was plugged and is in the books."""
+        self._forgotten = NO_PAGES
+        """Pages that were unplugged: a guest that remembers which of its memory is absent must
+        forget them."""
         self.last_ledger = host_pb2.Ledger()
         """The books as `books_now` last returned them."""
         self._ledger_is_current = False
@@ -95,7 +99,7 @@ class GuestMemory:
         """Plan to tell the guest all that it uses: earlier messages may have been lost."""
         if self._open:
             ram, ledger = self._open
-            self.refaults_to_tell = ram.page_map - ledger.absent_pages
+            self.refaults_to_tell = (ram.page_map - ledger.absent_pages) | self._forgotten
 
     def _opened(self) -> tuple[GuestRam, Ledger]:
         if self._open is None:
@@ -110,14 +114,16 @@ class GuestMemory:
     # Batches
 
     async def reclaim(self, hinted: RangeSet) -> Outcome:
-        """Reclaim what a batch has hinted. Locked."""
+        """Reclaim what a batch has hinted, whose turn has just come. Locked."""
         if self._open is None:
             return skip(hinted, hinting_pb2.GUEST_GONE)
         ram, ledger = self._open
+        # Now, not in the thread: the guest may be stopped and go on before that begins.
+        permit = ram.permit()
         try:
             if self._is_light(hinted):
-                return reclaim(ram, hinted, ledger.absent_pages)
-            return await asyncio.to_thread(reclaim, ram, hinted, ledger.absent_pages)
+                return reclaim(ram, hinted, ledger.absent_pages, permit)
+            return await asyncio.to_thread(reclaim, ram, hinted, ledger.absent_pages, permit)
         except OSError:  # `reclaim` handles a failed punch: not even a look was possible
             return skip(hinted, hinting_pb2.HOST_ERROR)
 
@@ -161,6 +167,7 @@ class GuestMemory:
         ledger.plugged(PageMap(pages))
         self.plugged_pages |= pages
         # `unplugged` may have added these pages; now they are RAM and absent again.
+        self._forgotten -= PageMap(pages)
         self.refaults_to_tell -= PageMap(pages)
         self._books_changed()
         return pages
@@ -173,13 +180,13 @@ class GuestMemory:
         """
         ram, ledger = self._opened()
         try:
-            await asyncio.to_thread(ram.punch, pages)
-        except OSError as error:
+            await asyncio.to_thread(ram.punch, pages, ram.permit())
+        except (OSError, FenceClosed) as error:
             raise Refused(
                 f"guest {self._name}: unplugged memory cannot be dropped: {error}"
             ) from error
         ram.unplug(pages)
-        # A guest that remembers which of its memory is absent must forget these pages.
+        self._forgotten |= PageMap(pages)
         self.refaults_to_tell |= ledger.unplugged(PageMap(pages))
         self.plugged_pages -= pages
         self._books_changed()

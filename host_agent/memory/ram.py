@@ -21,14 +21,18 @@ from functools import cached_property
 from hintfleet.ranges import Range, RangeSet
 from hintfleet.units import PAGE_BYTES
 from host_agent.memory.cache_count import cached_bytes
+from host_agent.memory.fence import Fence
 from host_agent.memory.page_map import PageMap, first_pfn
 from host_agent.memory.punch import punch
+
+# So few pages are dropped in one slice that whoever closes the fence waits a few milliseconds.
+_SLICE_PAGES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of guest pages that lies in one piece in one file. The drivers make them: for a VM,
-    guests/libvirt/qemu_ram.py finds out where in which file a guest physical address lies.
+    """A run of guest pages that lies in one piece in one file. The drivers make them; for a VM,
+    QEMU says where in which file a guest physical address lies (door/protocol.py).
 
     :ivar pfn: first page frame number, guest physical.
     :ivar fd: open for reading and writing; owned by the GuestRam.
@@ -68,11 +72,20 @@ class Look:
     next_pfn: int
 
 
+def close_files(segments: Iterable[Segment]) -> None:
+    """Close the files of segments that no GuestRam owns."""
+    _close_all({segment.fd for segment in segments})
+
+
 class GuestRam:
     """All of a guest's RAM. Nothing else punches holes in it."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        """Take ownership of the segments' file descriptors; segments must not overlap."""
+    def __init__(self, segments: Sequence[Segment], fence: Fence | None = None) -> None:
+        """Take ownership of the segments' file descriptors; segments must not overlap.
+
+        :param fence: keeps punches out while it is closed.
+        """
+        self._fence = fence or Fence()
         self._segments: tuple[Segment, ...] = ()
         self.plug(segments)
 
@@ -131,15 +144,24 @@ class GuestRam:
                 break
         return Look(resident=PageMap.union(found), next_pfn=next_pfn)
 
-    def punch(self, ranges: RangeSet) -> None:
-        """Drop the memory behind `ranges`: one system call for each range and segment.
+    def permit(self) -> int:
+        """Return what `punch` needs. It is over when the guest is stopped or reset."""
+        return self._fence.permit()
 
+    def punch(self, ranges: RangeSet, permit: int) -> None:
+        """Drop the memory behind `ranges`, slice by slice: a system call for each range, or for
+        each piece of a long one.
+
+        :param permit: taken when it was decided that these ranges may be dropped.
         :raises OSError: the kernel refused a range; others may have been dropped.
+        :raises FenceClosed: the permit is over; a part may have been dropped.
         """
         for segment, parts in self._parts(ranges):
-            offsets = [segment.to_offset(pfn) for pfn, _ in parts]
-            lengths = [page_count * PAGE_BYTES for _, page_count in parts]
-            punch(segment.fd, offsets, lengths)
+            for pieces in _slices(parts):
+                offsets = [segment.to_offset(pfn) for pfn, _ in pieces]
+                lengths = [page_count * PAGE_BYTES for _, page_count in pieces]
+                with self._fence.slice(permit):
+                    punch(segment.fd, offsets, lengths)
 
     def plug(self, segments: Sequence[Segment]) -> None:
         """Add RAM, and take ownership of its files."""
@@ -187,6 +209,24 @@ class GuestRam:
     def _parts(self, ranges: RangeSet) -> Iterator[tuple[Segment, RangeSet]]:
         for segment in self._segments:
             yield segment, ranges & segment.pages
+
+
+def _slices(ranges: RangeSet) -> Iterator[list[Range]]:
+    """Yield all of `ranges` in order, in lists of at most _SLICE_PAGES pages."""
+    pieces: list[Range] = []
+    left = _SLICE_PAGES
+    for pfn, page_count in ranges:
+        end = pfn + page_count
+        while pfn < end:
+            piece = Range(pfn, min(left, end - pfn))
+            pieces.append(piece)
+            pfn += piece.page_count
+            left -= piece.page_count
+            if not left:
+                yield pieces
+                pieces, left = [], _SLICE_PAGES
+    if pieces:
+        yield pieces
 
 
 def _close_all(fds: Iterable[int]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from hintfleet.ranges import RangeSet
 from hintfleet.v1 import hinting_pb2 as pb
+from host_agent.memory.fence import FenceClosed
 from host_agent.memory.page_map import NO_PAGES, PageMap
 from host_agent.memory.ram import GuestRam
 
@@ -33,14 +34,16 @@ def skip(hinted: RangeSet, reason: pb.SkipReason.ValueType) -> Outcome:
     return Outcome(skipped={reason: hinted})
 
 
-def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap) -> Outcome:
+def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap, permit: int) -> Outcome:
     """Punch holes into those ranges of `hinted` that are in the guest's RAM (I3) and have a
     resident page. Adjacent ranges are merged: each run is one system call.
 
-    Pages outside the RAM are skipped, and pages that the host's kernel did not drop.
+    Pages outside the RAM are skipped, pages that the host's kernel did not drop, and those that
+    were not dropped yet when QEMU stopped the guest (I5).
 
     :param maybe_absent: pages that may be absent, from the ledger; every other page of the RAM
         is resident.
+    :param permit: of `GuestRam.permit`, taken when the batch's turn came.
     :raises OSError: the file does not say what is resident. Nothing or a part was dropped.
     """
     ours = hinted & ram.pages
@@ -51,13 +54,15 @@ def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap) -> Outcome:
     skipped: dict[pb.SkipReason.ValueType, RangeSet] = {}
     if outside := hinted - ours:
         skipped[pb.OUTSIDE_RAM] = outside
+    left = NO_PAGES
     try:
-        ram.punch(ours if resident == inside else _met(ours, resident))
-        left = NO_PAGES
-    except OSError:
-        # `punch` does not say which range the kernel refused; the file says what is left.
+        ram.punch(ours if resident == inside else _met(ours, resident), permit)
+    except (OSError, FenceClosed) as error:
+        # It does not say how far `punch` came; the file says what is left.
         left = ram.resident(inside)
-        skipped[pb.HOST_ERROR] = left.ranges()
+        reason = pb.GUEST_STOPPED if isinstance(error, FenceClosed) else pb.HOST_ERROR
+        if left:
+            skipped[reason] = left.ranges()
     return Outcome(reclaimed=resident - left, absent=inside - resident - left, skipped=skipped)
 
 

@@ -81,13 +81,17 @@ class Database:
     """An open state folder. Methods block, and may be called from any thread.
 
     :ivar guests_folder: has a folder for each guest's own files.
+    :ivar doors_folder: for the sockets of memory doors; empty at first.
     """
 
     def __init__(self, folder: Path) -> None:
         """Use `opened`, which holds the lock."""
         self._path = folder / "state.db"
         self.guests_folder = folder / "guests"
-        for made in (folder, self.guests_folder):
+        # Not in the boot's folder: the path of a socket has 107 bytes at most (unix(7)).
+        self.doors_folder = folder.parent / "doors"
+        shutil.rmtree(self.doors_folder, ignore_errors=True)
+        for made in (folder, self.guests_folder, self.doors_folder):
             made.mkdir(exist_ok=True)
             made.chmod(_FOLDER_MODE)  # mkdir's mode would be cut down by the umask
         # Before SQLite makes it: its journal files get the mode of the database file (os_unix.c:

@@ -7,7 +7,8 @@ guest_agent/hinting.py. Violations are counted, and guests banned, in rate_limit
 
 It keeps invariant I2: it returns `Welcome` only while nothing is `running`, and it has skipped
 what waited for an earlier epoch when that epoch ended. A punch cannot be cancelled, so a punch
-that runs delays the Welcome, whatever else happens.
+that runs delays the Welcome, whatever else happens. And it welcomes nobody while the guest's
+memory door is closed (I5); the door's fence (memory/fence.py) keeps out punches that run then.
 
 The gate knows of one process. Before the first `connected` it must be certain that a killed
 predecessor is gone, with the system call that it was in: who adopts guests holds a lock that
@@ -125,6 +126,8 @@ class Gate:
         self.state = State.CLOSED
         self.epoch = 0
         """The epoch of the last Welcome; 0 before the first."""
+        self.door_is_open = True
+        """Whether the guest's memory may be punched (I5)."""
         self.running: Batch | None = None
         """The batch of the last `Run` until `finished`; its epoch may be over."""
         self._session: int | None = None
@@ -159,6 +162,17 @@ class Gate:
         ended = self._end_session(error, pb.GUEST_GONE)
         self.state = State.GONE
         return ended
+
+    def door_closed(self, error: HintfleetError) -> Sequence[Instruction]:
+        """Take the end of access to the guest's memory: it was stopped or reset. The epoch ends,
+        and its session with `error`."""
+        self.door_is_open = False
+        return self._end_session(error, pb.GUEST_STOPPED)
+
+    def door_opened(self) -> Sequence[Instruction]:
+        """Take access to the guest's memory; welcome a session that waited for it."""
+        self.door_is_open = True
+        return self._welcome()
 
     def arrived(self, session: int, batch: Batch) -> Sequence[Instruction]:
         """Take a batch that came on a session.
@@ -211,8 +225,10 @@ class Gate:
         return None
 
     def _welcome(self) -> Sequence[Instruction]:
-        """Open the newest session's epoch, if no batch of an earlier one is running (I2)."""
-        if self.state is not State.CLOSED or self._session is None or self.running is not None:
+        """Open the newest session's epoch, if no batch of an earlier one is running (I2), and the
+        guest's memory may be punched (I5)."""
+        may_open = self.door_is_open and self.running is None
+        if self.state is not State.CLOSED or self._session is None or not may_open:
             return []
         self.state, self.epoch, self._next_seq = State.OPEN, self._session, 1
         return [Welcome(self.epoch)]

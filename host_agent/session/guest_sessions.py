@@ -35,6 +35,9 @@ _T = TypeVar("_T")
 
 # How long a command waits for a workload whose stream was cut to attach again.
 _RECONNECT_S = 1.0
+# How long Settle waits for a session. A guest that was suspended connects again when it goes on.
+_SESSION_S = 5.0
+_POLL_S = 0.05
 
 # To encode the chunks of so few sections takes less time than to hand them to a thread.
 _FEW_SECTIONS = 16
@@ -104,6 +107,15 @@ class GuestSessions:
             self._workload.end(error)
         self._requests.fail_all(error)
         self.workload_is_there.set()
+
+    def door_moved(self, why_closed: str | None) -> None:
+        """Take that the memory door has opened (None), or why it has closed: then the epoch ends.
+        The agent may connect again at once; it is welcomed when the door opens."""
+        if why_closed is None:
+            self._carry_out(self._gate.door_opened())
+        else:
+            error = TransientError(f"guest {self._name}: {why_closed}")
+            self._carry_out(self._gate.door_closed(error))
 
     # Hinting sessions
 
@@ -267,6 +279,9 @@ class GuestSessions:
 
         :raises GuestLost, TransientError, OutcomeUnknown: as run_step.
         """
+        deadline_s = time.monotonic() + _SESSION_S
+        while self._hinting is None and self._lost is None and time.monotonic() < deadline_s:
+            await asyncio.sleep(_POLL_S)
         return await self._request(
             self._hinting,
             "hinting session",

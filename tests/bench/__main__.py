@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.bench import (
     agent_in_guest,
     audit,
+    door,
     flood,
     guest_cost,
     host_at_rest,
@@ -26,6 +27,7 @@ from tests.support import agents
 _SUITES = {
     "host_path": host_path.run,
     "audit": audit.run,
+    "door": door.run,
     "tracker": tracker.run,
     "sparse": sparse.run,
     "guest_cost": guest_cost.run,

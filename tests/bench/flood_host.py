@@ -32,6 +32,7 @@ class _Guest:
 
     pid = 0
     handle = ""
+    door = None
     balloon = None
 
     def __init__(self, size_bytes: int) -> None:

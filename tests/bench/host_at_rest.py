@@ -178,7 +178,7 @@ def _punch_s_per_byte() -> float:
             time.sleep(_CHURN_PERIOD_S / 2)
             started_s = time.thread_time()
             for half in (chunks, rest):
-                ram.punch(half)
+                ram.punch(half, ram.permit())
             took_s += time.thread_time() - started_s
         writer.stdin.close()
     ram.close()

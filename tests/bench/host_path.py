@@ -129,7 +129,7 @@ def acknowledge(wire: bytes, ram: GuestRam, ledger: Ledger, gate: Gate) -> bytes
     gate.arrived(1, batch)
     for instruction in gate.turn_came(0.0):
         if isinstance(instruction, Run):
-            outcome = reclaim(ram, batch.ranges, ledger.absent_pages)
+            outcome = reclaim(ram, batch.ranges, ledger.absent_pages, ram.permit())
     for instruction in gate.finished(batch, outcome):
         if isinstance(instruction, Post):
             ledger.post(batch.ranges, outcome, batch.wire_bytes)

@@ -14,13 +14,12 @@ from hintfleet.errors import Refused
 from hintfleet.units import GIB, MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.libvirt.api import errors_as, modules
-from host_agent.guests.libvirt.domain_ram import translate
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
 from host_agent.guests.libvirt.image import find_image
 from host_agent.memory.ram import GuestRam
 from tests.bench.report import Figure, side_by_side
 from tests.support.agents import HostAgent, running_host_agent
-from tests.support.vm import Guests, spec
+from tests.support.vm import Guests, qemu_ram, spec
 
 _ROUNDS = 3
 _DIRTIED_BYTES = 700 * MIB
@@ -258,6 +257,6 @@ def _open_ram(name: str) -> GuestRam:
     with errors_as(f"looking for guest {name}"):
         connection = libvirt.open(os.environ.get("LIBVIRT_DEFAULT_URI", "qemu:///system"))
         try:
-            return translate(connection.lookupByName(NAME_PREFIX + name))
+            return qemu_ram(connection.lookupByName(NAME_PREFIX + name))
         finally:
             connection.close()

@@ -2,12 +2,14 @@
  * The session protocol: one guest, its agents, its host agent, the link between them.
  *
  * What must hold: the host never drops a chunk that the guest may be using. The words
- * and the invariants I1, I2 and I4 are those of ARCHITECTURE.md. The code is
+ * and the invariants I1, I2, I4 and I5 are those of ARCHITECTURE.md. The code is
  * guest_agent/hinting.py (Agent), and host_agent/session/gate.py with guest_sessions.py,
- * which carries out its instructions (Host). tests/model/test_session_model.py runs this.
+ * which carries out its instructions, and door/door.py with memory/fence.py (Host).
+ * tests/model/test_session_model.py runs this.
  *
  * There are FAULTS faults in all, at any point: the link is cut, an agent dies, the
- * host agent dies, the guest is reset. A message that was sent before a cut may still
+ * host agent dies, the guest is destroyed, QEMU stops it. A guest that was stopped goes on as
+ * it was, or is reset and keeps its RAM, or is put back to an older state. A message that was sent before a cut may still
  * arrive, at any later time, or be lost. Messages of one stream keep their order;
  * messages of two streams do not.
  *
@@ -21,7 +23,7 @@
  * - More than two chunks. All steps treat the chunks of a set alike, except for the
  *   punch, which drops one after the other. With two chunks, a set can be half dropped.
  *
- * The bounds below give half a million states. If you change the protocol, also run
+ * The bounds below give two million states. If you change the protocol, also run
  * -DFAULTS=3 -DBATCHES=2: four million states, one minute, no error.
  *
  * MUTATION=n makes the n-th mistake below. Each must end in a chunk that is dropped while
@@ -44,6 +46,10 @@
 #define ACK_BEFORE_THE_PUNCH		(MUTATION == 11)
 #define LOST_LINK_RELEASES		(MUTATION == 12)
 #define CLOSES_RAM_UNDER_A_PUNCH	(MUTATION == 13)
+#define ANSWERS_BEFORE_THE_PUNCH_IS_OVER (MUTATION == 14)
+#define PUNCHES_AFTER_THE_ANSWER	(MUTATION == 15)
+#define EPOCH_OUTLIVES_THE_STOP		(MUTATION == 16)
+#define GOES_ON_WHEN_THE_DOOR_OPENS	(MUTATION == 17)
 
 #define invariant(p)	assert(MUTATION || (p))
 
@@ -66,6 +72,7 @@
 
 mtype = { HELLO, BATCH, WELCOME, ACK };
 mtype = { CLOSED, OPEN, GONE };
+mtype = { RUNS, ASKS, STOPPED };
 
 byte faults = FAULTS;
 byte batches = BATCHES;
@@ -74,7 +81,11 @@ byte batches = BATCHES;
 byte isolated;
 bool isolator_taken;	/* an agent holds it: /dev/hintfleet, or the pool's lock */
 bool alive[2];	/* its two agents */
-bool reset;		/* the guest was reset: it was destroyed, nobody uses its RAM */
+bool reset;		/* the guest was destroyed: nobody uses its RAM */
+byte boot;		/* changes when the guest is reset and keeps its RAM */
+
+/* QEMU: the guest runs; or QEMU asks at the memory door to stop it, and waits; or it is stopped. */
+mtype qemu = RUNS;
 
 /* The link: a stream has a channel each way. */
 chan to_host[STREAMS] = [1 + IN_FLIGHT] of { mtype, byte, byte, byte };	/* epoch, seq, set */
@@ -93,6 +104,9 @@ byte next_epoch;	/* of the session that is not welcomed yet */
 chan waiting = [IN_FLIGHT] of { byte, byte, byte };	/* epoch, seq, set */
 bool running;
 byte running_epoch, running_seq, to_drop;
+byte slice;		/* the chunk that a system call is dropping */
+bool fence = true;	/* open */
+bool permit;		/* of the running batch: a slice of it may begin */
 bool ram_open = true;
 byte predecessor;	/* what the system call of a dead host agent will still drop */
 
@@ -110,7 +124,8 @@ inline drop(chunk)
 
 /* ---------------------------------------------------------------- the guest */
 
-#define lives	(alive[me] && !reset)
+/* QEMU halts the guest before it stops its devices (softmmu/cpus.c: do_vm_stop). */
+#define lives	(alive[me] && !reset && qemu == RUNS && my_boot == boot)
 
 inline release(set)
 {
@@ -164,12 +179,14 @@ proctype Agent(byte me)
 {
 	byte stream = NOBODY, unfenced, at_epoch, seq, e, q;
 	byte in_flight[IN_FLIGHT];
+	byte my_boot;
 	bool open;
 
 end:	do
 	:: atomic { !alive[me] && !reset &&
 		    (!isolator_taken || AGENTS_SHARE_THE_ISOLATOR) ->
 			alive[me] = true;
+			my_boot = boot;
 			isolator_taken = true;
 			/* I4: what an earlier agent left isolated waits for a Welcome. */
 			unfenced = isolated;
@@ -210,10 +227,10 @@ end:	do
 			forget_stream()
 		}
 	/* The agent dies, by a fault or with its guest. */
-	:: atomic { alive[me] && (faults || reset) ->
-			faults = (reset -> faults : faults - 1);
+	:: atomic { alive[me] && (faults || reset || my_boot != boot) ->
+			faults = (reset || my_boot != boot -> faults : faults - 1);
 			if
-			:: DEATH_RELEASES -> release(in_flight[0] | in_flight[1] | unfenced)
+			:: DEATH_RELEASES && my_boot == boot -> release(in_flight[0] | in_flight[1] | unfenced)
 			:: else
 			fi;
 			if
@@ -222,6 +239,7 @@ end:	do
 			fi;
 			unfenced = 0;
 			forget_stream();
+			my_boot = 0;
 			alive[me] = false;
 			isolator_taken = false
 		}
@@ -278,7 +296,7 @@ inline end_session()
 inline welcome_if_nothing_runs()
 {
 	if
-	:: state == CLOSED && session != NOBODY &&
+	:: state == CLOSED && session != NOBODY && fence &&
 	   (!running || WELCOMES_WHILE_A_BATCH_RUNS) ->
 		invariant(nothing_of_an_earlier_epoch_can_run);	/* I2 */
 		state = OPEN;
@@ -337,6 +355,18 @@ inline leave(s)
 	atomic { host_up && cut[s] && session == s -> session = NOBODY; close() }
 }
 
+/* The guest goes on as it was; or it was reset; or it was put back to a state in which anything
+ * was isolated, by an agent of then. */
+inline go_on()
+{
+	qemu = RUNS;
+	if
+	:: true
+	:: boot++; isolated = 0
+	:: boot++; isolated = 3
+	fi
+}
+
 proctype Host()
 {
 	byte q_epoch, q_seq, q_set, s;
@@ -352,6 +382,7 @@ end:	do
 			   WAITING_OUTLIVES_ITS_EPOCH ->
 				invariant(state == OPEN);
 				running = true;
+				permit = fence;
 				running_epoch = q_epoch;
 				running_seq = q_seq;
 				to_drop = q_set;
@@ -363,11 +394,16 @@ end:	do
 			fi;
 			q_epoch = 0; q_seq = 0; q_set = 0
 		}
-	:: atomic { host_up && running && to_drop ->
-			drop(lowest(to_drop));
-			to_drop = to_drop & ~lowest(to_drop)
+	:: atomic { host_up && running && to_drop && !slice &&
+		    (permit || PUNCHES_AFTER_THE_ANSWER ||
+		     (fence && GOES_ON_WHEN_THE_DOOR_OPENS)) ->
+			slice = lowest(to_drop);
+			to_drop = to_drop & ~slice
 		}
-	:: atomic { host_up && running && !to_drop ->
+	:: atomic { host_up && slice -> drop(slice); slice = 0 }
+	:: atomic { host_up && running && !slice && (!to_drop || !permit) ->
+			to_drop = 0;
+			permit = false;
 			running = false;
 			q_epoch = running_epoch;
 			q_seq = running_seq;
@@ -376,6 +412,25 @@ end:	do
 			acknowledge();
 			welcome_if_nothing_runs();
 			q_epoch = 0; q_seq = 0
+		}
+	/* QEMU asks to stop the guest: the epoch ends; QEMU is answered when no slice is inside. */
+	:: atomic { host_up && qemu == ASKS && fence ->
+			fence = false;
+			permit = false;
+			if
+			:: EPOCH_OUTLIVES_THE_STOP
+			:: else -> end_session()
+			fi
+		}
+	:: atomic { host_up && qemu == ASKS && !fence &&
+		    (!slice || ANSWERS_BEFORE_THE_PUNCH_IS_OVER) ->
+			qemu = STOPPED
+		}
+	/* The guest goes on: QEMU starts the device again. */
+	:: atomic { host_up && qemu == STOPPED ->
+			go_on();
+			fence = true;
+			welcome_if_nothing_runs()
 		}
 	/* The driver reports that the guest is gone; then its RAM is closed. */
 	:: atomic { host_up && reset && state != GONE ->
@@ -388,10 +443,9 @@ end:	do
 	:: atomic { host_up && faults ->
 			faults--;
 			host_up = false;
-			if
-			:: running -> predecessor = lowest(to_drop)
-			:: true
-			fi;
+			predecessor = slice;
+			slice = 0;
+			permit = false;
 			running = false; running_epoch = 0; running_seq = 0; to_drop = 0;
 			drain(waiting);
 			session = NOBODY;
@@ -406,6 +460,7 @@ end:	do
 	 * adopts the guest if that runs. */
 	:: atomic { !host_up && (!predecessor || NEXT_HOST_AGENT_DOES_NOT_WAIT) ->
 			state = (reset -> GONE : CLOSED);
+			fence = (qemu == RUNS);
 			host_up = true
 		}
 	od
@@ -428,8 +483,13 @@ proctype Link()
 end:	do
 	EACH(break_link)
 	EACH(lose)
-	/* A reset: no memory is isolated any more. All of it is gone, or (a mutation) none. */
+	/* The guest is destroyed, without being asked. All of its memory is gone, or (a mutation)
+	 * none, as if it had been reset without the memory door. */
 	:: atomic { faults && !reset -> faults--; reset = true; isolated = 0 }
+	:: atomic { faults && !reset && qemu == RUNS -> faults--; qemu = ASKS }
+	/* Nobody is at the door: the socket of a dead process is closed after its last system call. */
+	:: atomic { qemu == ASKS && !host_up && !predecessor -> qemu = STOPPED }
+	:: atomic { qemu == STOPPED && !host_up -> go_on() }
 	od
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from guest_agent.hinting import HintingCore
 from hintfleet.errors import HintfleetError
 from hintfleet.ranges import RangeSet
 from hintfleet.v1 import hinting_pb2 as pb
+from host_agent.memory.fence import Fence
 from host_agent.memory.reclaim import Outcome
 from host_agent.session import gate
 from host_agent.session.gate import OLDEST_BATCH_S, Gate
@@ -40,6 +42,7 @@ class Sessions(RuleBasedStateMachine):
 
     core: type[HintingCore] = HintingCore
     gate: type[Gate] = Gate
+    fence: type[Fence] = Fence
     death_releases = False
     agents_share_the_isolator = False
     next_host_agent_waits = True
@@ -51,13 +54,19 @@ class Sessions(RuleBasedStateMachine):
         self.kernel = GuestKernel()
         self.agents: list[Agent] = []
         self.streams: list[Stream] = []
-        self.host: Host | None = Host(self.gate())
+        self.host: Host | None = self.new_host()
         self.predecessor: int | None = None
         """The chunk that the system call of a dead host agent will still drop."""
         self.sessions = self.steps = 0
         self.now_s = 0.0
         self.reset = False
+        self.is_stopped = False
+        """Whether QEMU has stopped the guest at the memory door."""
+        self.asks_to_stop = False
         self.ram_is_open = True
+
+    def new_host(self) -> Host:
+        return Host(self.gate(), self.fence())
 
     @rule(choices=st.lists(st.integers(0, 999), min_size=2, max_size=7))
     def goes_on(self, choices: list[int]) -> None:
@@ -80,6 +89,8 @@ class Sessions(RuleBasedStateMachine):
     # What the guest does
 
     def guest_events(self) -> Iterator[Event]:
+        if self.is_stopped or self.asks_to_stop:
+            return
         if not self.reset and len(self.agents) <= self.agents_share_the_isolator:
             yield self.agent_starts
         for agent in self.agents:
@@ -87,6 +98,8 @@ class Sessions(RuleBasedStateMachine):
 
     def workload_goes_on(self) -> None:
         """Use what is free, up to a third of all chunks; else free some."""
+        if self.is_stopped or self.asks_to_stop:
+            return
         if self.kernel.free and len(self.kernel.in_use) < CHUNK_COUNT // 3:
             self.kernel.allocate()
         elif self.kernel.in_use:
@@ -113,6 +126,10 @@ class Sessions(RuleBasedStateMachine):
     # What the host does
 
     def host_events(self) -> Iterator[Event]:
+        if self.asks_to_stop and self.host is None and self.predecessor is None:
+            yield self.qemu_has_stopped_the_guest
+        if self.is_stopped:
+            yield self.guest_goes_on
         if self.host is not None:
             yield from self.host_agent_events(self.host)
         elif not self.reset and (self.predecessor is None or not self.next_host_agent_waits):
@@ -152,10 +169,23 @@ class Sessions(RuleBasedStateMachine):
 
     def host_punches(self) -> None:
         """Drop one chunk after the other, then finish; the ack comes only then."""
-        if self.present_host.to_drop:
-            self.drop(self.present_host.to_drop.pop())
+        host = self.present_host
+        if host.slice is not None:
+            self.drop(host.slice)
+            host.end_slice()
+        elif host.to_drop:
+            host.begin_slice()
         else:
-            self.present_host.finish()
+            host.finish()
+
+    def qemu_has_stopped_the_guest(self) -> None:
+        self.asks_to_stop, self.is_stopped = False, True
+
+    def guest_goes_on(self) -> None:
+        """Let the guest go on as it was."""
+        self.is_stopped = False
+        if self.host is not None:
+            self.host.qemu_starts_again()
 
     def kernel_finishes_a_dead_host_agents_punch(self) -> None:
         chunk, self.predecessor = self.predecessor, None
@@ -163,7 +193,10 @@ class Sessions(RuleBasedStateMachine):
         self.drop(chunk)
 
     def next_host_agent_adopts_the_guest(self) -> None:
-        self.host = Host(self.gate())
+        self.host = self.new_host()
+        if self.asks_to_stop or self.is_stopped:
+            self.asks_to_stop, self.is_stopped = False, True
+            self.host.qemu_asks_to_stop(lambda: None)
 
     def host_hears_of_the_reset(self) -> None:
         """End the guest; its RAM is closed when nothing runs."""
@@ -187,8 +220,16 @@ class Sessions(RuleBasedStateMachine):
         if self.host is not None:
             yield from (self.host_agent_dies,) * (2 if self.host.to_drop else 1)
             yield self.another_says_hello_in_the_guests_name
+        yield from self.faults_of_the_guest()
+
+    def faults_of_the_guest(self) -> Iterator[Event]:
         if self.agents and not self.kernel.isolated:
             yield self.guest_boots_again_in_good_order
+        if not self.reset and not self.is_stopped and not self.asks_to_stop:
+            yield from (self.qemu_stops_the_guest,) * (2 if self.host and self.host.running else 1)
+        if self.is_stopped and not self.reset:
+            yield self.guest_is_reset_and_keeps_its_ram
+            yield self.guest_is_put_back
         if not self.reset and self.host is not None and self.steps > LATE_STEP:
             yield from (self.guest_is_reset,) * (2 if self.host.turn_asked else 1)
 
@@ -205,8 +246,7 @@ class Sessions(RuleBasedStateMachine):
 
     def host_agent_dies(self) -> None:
         """Kill the host agent: the kernel finishes its current system call later."""
-        if self.present_host.to_drop:
-            self.predecessor = self.present_host.to_drop.pop()
+        self.predecessor = self.present_host.slice
         for stream in self.present_host.sessions.values():
             stream.cut = True
             stream.lose()
@@ -226,6 +266,34 @@ class Sessions(RuleBasedStateMachine):
         contents = self.kernel.contents
         self.kernel = GuestKernel()
         self.kernel.contents = contents
+
+    def qemu_stops_the_guest(self) -> None:
+        """Have QEMU stop the guest; it waits for its answer, if anybody is at the door."""
+        self.asks_to_stop = True
+        if self.host is not None:
+            self.host.qemu_asks_to_stop(partial(self.qemu_is_answered, self.host))
+
+    def qemu_is_answered(self, host: Host) -> None:
+        if host is self.host:  # a dead one answers nobody
+            self.qemu_has_stopped_the_guest()
+
+    def guest_is_reset_and_keeps_its_ram(self) -> None:
+        """Boot again in the same RAM: all of it may be in use."""
+        self.guest_begins_anew(GuestKernel())
+
+    def guest_is_put_back(self) -> None:
+        """Revert to an older state, in which some chunks were isolated by an agent of then."""
+        kernel = GuestKernel()
+        kernel.isolate(3, 3 * 512)
+        self.guest_begins_anew(kernel)
+
+    def guest_begins_anew(self, kernel: GuestKernel) -> None:
+        for agent in list(self.agents):
+            self.agent_dies(agent)
+        self.kernel = kernel
+        while len(self.kernel.free) > CHUNK_COUNT // 2:
+            self.kernel.allocate()
+        self.guest_goes_on()
 
     def guest_is_reset(self) -> None:
         """Reset the guest: its memory is not used any more; the host learns of it later."""
@@ -377,13 +445,44 @@ class RunsAfterAReset(Gate):
         return []
 
 
+class EpochOutlivesTheStop(Gate):
+    def door_closed(self, error: HintfleetError) -> Sequence[gate.Instruction]:
+        return []
+
+
 class SkipsWithoutAWord(Gate):
     def _done(self, batch: gate.Batch, outcome: Outcome) -> Sequence[gate.Instruction]:
         instructions = super()._done(batch, outcome)
         return instructions[:1] if outcome.skipped else instructions
 
 
+class AnswersBeforeThePunchIsOver(Fence):
+    def close(self, when_empty: Callable[[], object]) -> None:
+        super().close(lambda: None)
+        when_empty()
+
+
+class GoesOnWhenTheDoorOpens(Fence):
+    def permit(self) -> int:
+        return 0
+
+    @contextmanager
+    def slice(self, permit: int) -> Iterator[None]:
+        with super().slice(super().permit()):
+            yield
+
+
+class PunchesAfterTheAnswer(GoesOnWhenTheDoorOpens):
+    def close(self, when_empty: Callable[[], object]) -> None:
+        super().close(when_empty)
+        self.open()
+
+
 MUTATIONS: dict[str, dict[str, object]] = {
+    **{
+        fence.__name__: {"fence": fence}
+        for fence in (AnswersBeforeThePunchIsOver, GoesOnWhenTheDoorOpens, PunchesAfterTheAnswer)
+    },
     **{
         core.__name__: {"core": core}
         for core in (ReleasesBeforeAck, LostLinkReleases, TakesAcksOfOldEpochs, ForgetsWhatWasLeft)
@@ -396,6 +495,7 @@ MUTATIONS: dict[str, dict[str, object]] = {
             TakesBatchesOfOldSessions,
             AcknowledgesBeforeThePunch,
             RunsAfterAReset,
+            EpochOutlivesTheStop,
             SkipsWithoutAWord,
         )
     },

@@ -8,14 +8,16 @@ step asserts what must hold there.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from guest_agent import hinting
 from guest_agent.hinting import HintingCore
-from hintfleet.errors import GuestLost
+from hintfleet.errors import GuestLost, TransientError
 from hintfleet.ranges import RangeSet
+from host_agent.memory.fence import Fence, FenceClosed
 from host_agent.memory.page_map import PageMap
 from host_agent.memory.reclaim import Outcome
 from host_agent.session import gate
@@ -168,15 +170,20 @@ class Agent:
 
 
 class Host:
-    """The host agent's side: one punch at a time, chunk by chunk."""
+    """The host agent's side: one punch at a time, chunk by chunk, each in a slice of its own."""
 
-    def __init__(self, new_gate: Gate) -> None:
+    def __init__(self, new_gate: Gate, fence: Fence) -> None:
         self.gate = new_gate
         self.sessions: dict[int, Stream] = {}
         self.unposted: list[gate.Batch] = []
         """Batches that have arrived, and are not in the books yet: they may run."""
         self.running: gate.Batch | None = None
         self.to_drop: list[int] = []
+        self.slice: int | None = None
+        """The chunk that a system call is dropping."""
+        self.fence = fence
+        self._entered = contextlib.ExitStack()
+        self._permit = 0
         self.turn_asked = False
 
     def receive(self, stream: Stream, now_s: float, next_session: int) -> None:
@@ -203,6 +210,27 @@ class Host:
         self.turn_asked = False
         self.carry_out(self.gate.turn_came(now_s))
 
+    def begin_slice(self) -> None:
+        """Let the running batch's next system call begin, or give the batch up."""
+        try:
+            self._entered.enter_context(self.fence.slice(self._permit))
+            self.slice = self.to_drop.pop()
+        except FenceClosed:
+            self.to_drop.clear()
+
+    def end_slice(self) -> None:
+        self.slice = None
+        self._entered.close()
+
+    def qemu_asks_to_stop(self, when_stopped: Callable[[], None]) -> None:
+        """Close the door, as host_agent/door/door.py does."""
+        self.carry_out(self.gate.door_closed(TransientError("stopped")))
+        self.fence.close(when_stopped)
+
+    def qemu_starts_again(self) -> None:
+        self.fence.open()
+        self.carry_out(self.gate.door_opened())
+
     def finish(self) -> None:
         batch, self.running = self.running, None
         assert batch is not None
@@ -217,6 +245,7 @@ class Host:
             match instruction:
                 case gate.Welcome(session):
                     assert self.running is None, "I2: a batch is running"
+                    assert self.gate.door_is_open, "I5: the door is closed"
                     assert not self.unposted, "I2: a batch may run yet"
                     self.sessions[session].to_guest.append(instruction)
                 case gate.EndSession(session):
@@ -227,6 +256,7 @@ class Host:
                 case gate.Run(batch):
                     assert self.running is None, "two punches at once"
                     self.running, self.to_drop = batch, chunks(batch.ranges)
+                    self._permit = self.fence.permit()
                 case gate.Post(batch):
                     self.unposted.remove(
                         batch

@@ -6,6 +6,7 @@ fail.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any, NoReturn
 
 import pytest
@@ -58,10 +60,25 @@ def image() -> GuestImage:
     return find_image()
 
 
+@pytest.fixture(scope="session")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """Run an event loop in a thread, as a host agent has one."""
+    made = asyncio.new_event_loop()
+    thread = Thread(target=made.run_forever)
+    thread.start()
+    yield made
+    made.call_soon_threadsafe(made.stop)
+    thread.join()
+    made.close()
+
+
 @pytest.fixture
-def driver(libvirt_uri: str, image: GuestImage) -> Iterator[LibvirtDriver]:
+def driver(
+    libvirt_uri: str, loop: asyncio.AbstractEventLoop, image: GuestImage
+) -> Iterator[LibvirtDriver]:
     """Make a driver whose guests find no host agent."""
-    made = LibvirtDriver(libvirt_uri, guest_server="10.0.2.2:9", images=image.directory.parent)
+    images = image.directory.parent
+    made = LibvirtDriver(libvirt_uri, loop, guest_server="10.0.2.2:9", images=images)
     state = made.state()
     if not state.usable:
         cannot_be_had(state.detail)

@@ -1,5 +1,6 @@
 """Limits of cgroups v2 are found in a guest's kernel, even if the host has only v1."""
 
+import asyncio
 import uuid
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from tests.support.agents import wait_until
 from tests.support.vm import image_with, spec
 
 
-def test_cgroups_of_v2_limit(libvirt_uri: str, image: GuestImage, readable_by_qemu: Path) -> None:
+def test_cgroups_of_v2_limit(
+    libvirt_uri: str, loop: asyncio.AbstractEventLoop, image: GuestImage, readable_by_qemu: Path
+) -> None:
     probe = Path(__file__).parent / "in_guest/cgroup_v2.py"
     images = image_with(image, {"hintfleet/sitecustomize.py": probe}, readable_by_qemu)
     identity = uuid.uuid4()
@@ -23,7 +26,7 @@ def test_cgroups_of_v2_limit(libvirt_uri: str, image: GuestImage, readable_by_qe
         spec=spec(host_pb2.NONE, memory_bytes=384 * MIB),
         on_gone=lambda _: None,
     )
-    driver = LibvirtDriver(libvirt_uri, guest_server="10.0.2.2:9", images=images)
+    driver = LibvirtDriver(libvirt_uri, loop, guest_server="10.0.2.2:9", images=images)
     guest = driver.create(request)
     try:
         wait_until(lambda: guest.evidence().count("PROBE processors") == 2, "the limits")

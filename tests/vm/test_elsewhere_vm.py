@@ -3,6 +3,7 @@ answer."""
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
 import uuid
@@ -80,23 +81,25 @@ def test_a_temporary_folder_that_qemu_may_not_enter(lab: Lab) -> None:
 
 
 def test_an_image_that_qemu_may_not_reach(
-    libvirt_uri: str, image: GuestImage, private: Path
+    libvirt_uri: str, loop: asyncio.AbstractEventLoop, image: GuestImage, private: Path
 ) -> None:
     copy = Path(shutil.copytree(image.directory, private / "home/cache/one"))
     (private / "home/cache/current").symlink_to(copy)
     private.chmod(0o755)
     (private / "home").chmod(0o700)
-    refused(LibvirtDriver(libvirt_uri, guest_server="", images=copy.parent), private / "home")
+    refused(LibvirtDriver(libvirt_uri, loop, guest_server="", images=copy.parent), private / "home")
 
 
 def test_a_state_that_qemu_may_not_reach(
-    libvirt_uri: str, image: GuestImage, private: Path
+    libvirt_uri: str, loop: asyncio.AbstractEventLoop, image: GuestImage, private: Path
 ) -> None:
     folder = private / "state/guests"
     folder.mkdir(parents=True)
-    survival = Survival(folder=folder, orphan_after_s=60)
+    survival = Survival(folder=folder, doors=folder, orphan_after_s=60)
     images = image.directory.parent
-    refused(LibvirtDriver(libvirt_uri, guest_server="", images=images, survival=survival), private)
+    refused(
+        LibvirtDriver(libvirt_uri, loop, guest_server="", images=images, survival=survival), private
+    )
 
 
 def refused(driver: LibvirtDriver, barrier: Path) -> None:

@@ -1,5 +1,6 @@
 """Hinting works in real guests, through a real host agent."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ import pytest
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import GuestRequest
-from host_agent.guests.libvirt.domain_xml import DomainSpec, Memballoon
+from host_agent.guests.libvirt.domain_xml import NAME_PREFIX, DomainSpec, Memballoon
 from host_agent.guests.libvirt.driver import LibvirtDriver
 from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S, TRIAL, alive, running_host_agent, wait_until
@@ -34,6 +35,24 @@ def test_what_is_freed_leaves_the_host(guests: Guests, connection: Any, name: st
     settled = host.settle(name)
     assert settled.ledger.reclaimed_now_bytes > 0.9 * FREED_BYTES
     guests.balances(name, connection)
+    assert host.verify(name).wrong_pages == 0
+
+
+@pytest.mark.parametrize("name", GUESTS)
+def test_a_suspended_guest_goes_on_in_a_new_epoch(
+    guests: Guests, connection: Any, name: str
+) -> None:
+    host = guests.host
+    host.allocate(FREED_BYTES, name)
+    epoch = host.guests()[name].epoch
+    domain = connection.lookupByName(NAME_PREFIX + name)
+    domain.suspend()
+    before_bytes = guests.ledger(name).resident_bytes
+    domain.resume()
+    host.free(FREED_BYTES, name)
+    host.settle(name)
+    assert host.guests()[name].epoch > epoch
+    guests.falls_to(name, before_bytes - int(0.9 * FREED_BYTES))
     assert host.verify(name).wrong_pages == 0
 
 
@@ -144,8 +163,10 @@ class WithReporting(LibvirtDriver):
         return DomainSpec(**(vars(made) | {"memballoon": Memballoon.REPORTING}))
 
 
-def test_reporting_that_is_registered_already_is_said(libvirt_uri: str, image: object) -> None:
-    driver = WithReporting(libvirt_uri, guest_server="10.0.2.2:9")
+def test_reporting_that_is_registered_already_is_said(
+    libvirt_uri: str, loop: asyncio.AbstractEventLoop, image: object
+) -> None:
+    driver = WithReporting(libvirt_uri, loop, guest_server="10.0.2.2:9")
     gone: list[str] = []
     guest = driver.create(
         GuestRequest(

@@ -1,5 +1,6 @@
 """The hugetlb isolator on stock kernels: refusals, peak memory use, the death of an agent."""
 
+import asyncio
 import re
 import xml.etree.ElementTree as ET
 from typing import Any
@@ -47,7 +48,10 @@ VIRTIO_MEM = """
 
 
 def test_a_guest_with_virtio_mem_is_refused(
-    libvirt_uri: str, image: object, monkeypatch: pytest.MonkeyPatch
+    libvirt_uri: str,
+    loop: asyncio.AbstractEventLoop,
+    image: object,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """CMA is refused for the same reason, but cannot be tested here: Debian's cloud kernel is built
     without CONFIG_CMA and ignores `cma=` (tests/unit has its refusal)."""
@@ -60,7 +64,7 @@ def test_a_guest_with_virtio_mem_is_refused(
         return ET.tostring(domain, encoding="unicode")
 
     monkeypatch.setattr("host_agent.guests.libvirt.driver.domain_xml", with_virtio_mem)
-    driver = LibvirtDriver(libvirt_uri, guest_server="10.0.2.2:9")
+    driver = LibvirtDriver(libvirt_uri, loop, guest_server="10.0.2.2:9")
     gone: list[str] = []
     guest = driver.create(
         GuestRequest(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
 import tempfile
 import uuid
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import GuestRequest
 from host_agent.guests.libvirt import kvm_probe
-from host_agent.guests.libvirt.domain_ram import translate
-from host_agent.guests.libvirt.domain_xml import NAME_PREFIX, DomainSpec, domain_xml
+from host_agent.guests.libvirt.domain_xml import NAME_PREFIX, DomainSpec
+from host_agent.guests.libvirt.door_device import plug_door
 from host_agent.guests.libvirt.driver import LibvirtDriver, _start
 from host_agent.guests.libvirt.image import GuestImage
-from host_agent.memory.ram import GuestRam
 from tests.support.agents import alive, wait_until
 from tests.support.vm import image_with
 
@@ -77,8 +76,6 @@ def test_a_guest_and_its_memory(driver: LibvirtDriver, connection: Any) -> None:
         assert not gone
         domain.destroy()
         wait_until(lambda: bool(gone), "on_gone after the domain was destroyed")
-        with pytest.raises(GuestLost):
-            translate(domain)
     finally:
         guest.close()
     guest.close()
@@ -89,11 +86,11 @@ def test_a_guest_and_its_memory(driver: LibvirtDriver, connection: Any) -> None:
 
 
 def test_the_module_over_an_agents_life_and_death(
-    libvirt_uri: str, image: GuestImage, readable_by_qemu: Path
+    libvirt_uri: str, loop: asyncio.AbstractEventLoop, image: GuestImage, readable_by_qemu: Path
 ) -> None:
     probe = {"hintfleet/sitecustomize.py": Path(__file__).parent / "in_guest/sitecustomize.py"}
     images = image_with(image, probe, readable_by_qemu)
-    driver = LibvirtDriver(libvirt_uri, guest_server="10.0.2.2:9", images=images)
+    driver = LibvirtDriver(libvirt_uri, loop, guest_server="10.0.2.2:9", images=images)
     gone: list[str] = []
     guest = driver.create(a_request(gone, host_pb2.HINTING))
     try:
@@ -125,29 +122,6 @@ def test_the_module_over_an_agents_life_and_death(
     assert "load the module" in seen["no_module"]
 
 
-def paused_domain(
-    connection: Any, image: GuestImage, console: Path, backing: ET.Element | None
-) -> Any:
-    identity = uuid.uuid4()
-    spec = DomainSpec(
-        name=f"test-{identity.hex[:8]}",
-        uuid=str(identity),
-        accelerator="qemu",
-        memory_bytes=MEMORY_BYTES,
-        image=image,
-        console=console,
-        config=None,
-    )
-    domain = ET.fromstring(domain_xml(spec))  # noqa: S314 - our own
-    old = domain.find("memoryBacking")
-    assert old is not None
-    domain.remove(old)
-    if backing is not None:
-        domain.append(backing)
-    flags = libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_PAUSED
-    return connection.createXML(ET.tostring(domain, encoding="unicode"), flags)
-
-
 def test_kvm_that_starts_no_guest_is_tried_once(
     driver: LibvirtDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,36 +147,19 @@ def test_a_guest_that_is_killed_while_it_is_adopted_is_lost(
     guest = driver.create(request)
     try:
 
-        def translate_too_late(domain: Any) -> GuestRam:
+        def plug_too_late(domain: Any, socket: Path) -> None:
+            plug_door(domain, socket)
             os.kill(guest.pid, signal.SIGKILL)
-            return translate(domain)
 
-        monkeypatch.setattr("host_agent.guests.libvirt.driver.translate", translate_too_late)
-        with pytest.raises(GuestLost):  # libvirt or QEMU's monitor may be the first to notice
+        monkeypatch.setattr("host_agent.guests.libvirt.driver.plug_door", plug_too_late)
+        with pytest.raises(GuestLost):
             driver.adopt(request, guest.handle)
     finally:
         guest.close()
 
 
-@pytest.mark.parametrize(
-    "backing",
-    [None, "<memoryBacking><source type='memfd'/><access mode='private'/></memoryBacking>"],
-    ids=["anonymous", "private"],
-)
-def test_a_domain_without_shared_backing_is_refused(
-    connection: Any, image: GuestImage, readable_by_qemu: Path, backing: str | None
-) -> None:
-    element = ET.fromstring(backing) if backing else None  # noqa: S314 - our own
-    domain = paused_domain(connection, image, readable_by_qemu / "console", element)
-    try:
-        with pytest.raises(Refused, match="<access mode='shared'/>"):
-            translate(domain)
-    finally:
-        domain.destroy()
-
-
-def test_a_missing_libvirt_is_refused() -> None:
-    driver = LibvirtDriver("qemu+unix:///system?socket=/nonexistent", guest_server="")
+def test_a_missing_libvirt_is_refused(loop: asyncio.AbstractEventLoop) -> None:
+    driver = LibvirtDriver("qemu+unix:///system?socket=/nonexistent", loop, guest_server="")
     with pytest.raises(Refused, match="cannot connect to libvirt"):
         driver._connection.get()
     state = driver.state()
@@ -211,19 +168,25 @@ def test_a_missing_libvirt_is_refused() -> None:
     assert "/nonexistent" in state.detail
 
 
-def test_a_missing_image_is_refused(libvirt_uri: str, tmp_path: Path) -> None:
-    driver = LibvirtDriver(libvirt_uri, guest_server="", images=tmp_path)
+def test_a_missing_image_is_refused(
+    libvirt_uri: str, loop: asyncio.AbstractEventLoop, tmp_path: Path
+) -> None:
+    driver = LibvirtDriver(libvirt_uri, loop, guest_server="", images=tmp_path)
     with pytest.raises(Refused, match="make image"):
         driver.create(a_request([]))
     driver.close()
 
 
 def test_an_image_that_qemu_cannot_read(
-    libvirt_uri: str, image: GuestImage, readable_by_qemu: Path, connection: Any
+    libvirt_uri: str,
+    loop: asyncio.AbstractEventLoop,
+    image: GuestImage,
+    readable_by_qemu: Path,
+    connection: Any,
 ) -> None:
     images = image_with(image, {}, readable_by_qemu)
     readable_by_qemu.chmod(0o700)
-    driver = LibvirtDriver(libvirt_uri, guest_server="", images=images)
+    driver = LibvirtDriver(libvirt_uri, loop, guest_server="", images=images)
     gone: list[str] = []
     if "system" not in libvirt_uri:
         pytest.skip("QEMU runs as this user here")

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 
 from hintfleet.ranges import RangeSet
+from host_agent.door.door import MemoryDoor
 from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.guests.driver import Handle
-from host_agent.guests.libvirt.domain_ram import Dimms
+from host_agent.guests.libvirt.dimms import Dimms
 from host_agent.guests.libvirt.runtime_dir import RuntimeDir
 from host_agent.memory.ram import GuestRam, Segment
 
@@ -48,8 +49,8 @@ class LibvirtGuest:
     def __init__(
         self,
         *,
-        pid: int,
         ram: GuestRam,
+        door: MemoryDoor,
         balloon: Balloon | None,
         reporting: Reporting | None,
         dimms: Dimms,
@@ -58,13 +59,15 @@ class LibvirtGuest:
         forget: Callable[[], None],
         end: Callable[[], None],
     ) -> None:
-        """Take ownership of RAM and files.
+        """Take ownership of RAM, door and files.
 
         :param forget: stops watching the domain.
         :param end: ends the domain, which may be gone already.
         """
-        self.pid = pid
+        self.pid = door.pid
         self.ram = ram
+        self.door: MemoryDoor | None = door
+        self._end_door = door.close
         self.balloon = balloon
         self.reporting = reporting
         self._dimms = dimms
@@ -93,5 +96,6 @@ class LibvirtGuest:
         self._end_notice.silence()
         self._end()
         self._forget()
+        self._end_door()
         self.ram.close()
         self._files.remove()

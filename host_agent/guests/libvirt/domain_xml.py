@@ -11,6 +11,7 @@ from pathlib import Path
 from hintfleet.agent_config import FW_CFG_NAME
 from hintfleet.units import KIB, MIB
 from host_agent.guests.balloon import PERIOD_S
+from host_agent.guests.libvirt.door_device import door_element
 from host_agent.guests.libvirt.image import GuestImage
 
 NAME_PREFIX = "hintfleet-"
@@ -36,6 +37,7 @@ class DomainSpec:
     :ivar console: file that the guest's serial console is written to.
     :ivar config: file that the agent reads as FW_CFG_NAME; None for a guest without agent, which
         ends as soon as it has booted.
+    :ivar door: socket of the memory door; None for a guest whose memory nobody needs.
     :ivar max_memory_bytes: size that the guest may reach with DIMMs; 0 for no slots.
     :ivar node_count: number of NUMA nodes; the memory is spread over them evenly.
     :ivar parameters: added to the kernel's command line; hintfleet.* is for the guest's init
@@ -49,6 +51,7 @@ class DomainSpec:
     image: GuestImage
     console: Path
     config: Path | None
+    door: Path | None
     parameters: Sequence[str] = ()
     memballoon: Memballoon = Memballoon.NONE
     vcpu_count: int = 1
@@ -82,7 +85,7 @@ def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:
 
 
 def _memory_backing(domain: ET.Element) -> None:
-    # A shared memfd: the host agent opens the same file and punches holes in it.
+    # A shared memfd: QEMU hands it over at the memory door, and the host agent punches holes in it.
     backing = ET.SubElement(domain, "memoryBacking")
     ET.SubElement(backing, "source", type="memfd")
     ET.SubElement(backing, "access", mode="shared")
@@ -156,6 +159,8 @@ def _devices(domain: ET.Element, spec: DomainSpec) -> None:
     serial = ET.SubElement(devices, "serial", type="file")
     ET.SubElement(serial, "source", path=str(spec.console))
     ET.SubElement(devices, "controller", type="usb", model="none")
+    if spec.door:
+        devices.append(door_element(spec.door))
     _balloon(devices, spec.memballoon)
 
 

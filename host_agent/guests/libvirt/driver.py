@@ -2,12 +2,14 @@
 
 A domain is bound to this driver's connection (VIR_DOMAIN_START_AUTODESTROY): when a host agent
 dies, libvirt ends all its guests. Under Survival a domain is not bound. The next host agent finds
-it by its UUID, and finds the files of its RAM again.
+it by its UUID, and plugs a memory door of its own in.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import time
 import uuid
 from dataclasses import replace
@@ -20,23 +22,27 @@ from hintfleet.errors import GuestLost, HintfleetError, Refused
 from hintfleet.settings import Driver, IsolatorKind, Method
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
+from host_agent.door.door import MemoryDoor
 from host_agent.guests.agent_settings import agent_config
 from host_agent.guests.driver import GuestRequest, Handle, Survival
 from host_agent.guests.libvirt import kvm_probe
 from host_agent.guests.libvirt.api import errors_as, modules
 from host_agent.guests.libvirt.connection import Connection
+from host_agent.guests.libvirt.dimms import Dimms
 from host_agent.guests.libvirt.domain_balloon import LibvirtBalloon, LibvirtReporting
 from host_agent.guests.libvirt.domain_guest import EndNotice, LibvirtGuest
-from host_agent.guests.libvirt.domain_ram import Dimms, qemu_pid, translate
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX, DomainSpec, Memballoon, domain_xml
+from host_agent.guests.libvirt.door_device import plug_door, unplug_door
 from host_agent.guests.libvirt.image import GuestImage, find_image
 from host_agent.guests.libvirt.runtime_dir import RuntimeDir
+from host_agent.memory.ram import GuestRam
 
 _GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
+_EVIDENCE_LINES = 40
 _PROBE_MEMORY_BYTES = 256 * MIB
-# How long after QEMU's monitor broke libvirt may still call the domain active.
-_END_TIMEOUT_S = 2.0
-_POLL_S = 0.05
+# How long a guest may take to boot until its kernel binds the device of the memory door.
+_OPEN_TIMEOUT_S = 120.0
+_POLL_S = 0.2
 
 _MEMBALLOONS = {
     host_pb2.REPORTING: Memballoon.REPORTING,
@@ -50,6 +56,7 @@ class LibvirtDriver:
     def __init__(
         self,
         uri: str,
+        loop: asyncio.AbstractEventLoop,
         *,
         guest_server: str,
         guest_tls: bool = False,
@@ -58,12 +65,14 @@ class LibvirtDriver:
     ) -> None:
         """Store settings; the connection is opened when it is first needed.
 
+        :param loop: serves the guests' memory doors.
         :param guest_server: address at which guests find the host agent: `10.0.2.2:PORT` for one
             that listens on the host's loopback.
         :param guest_tls: whether guests must use TLS; the guest's image has its certificate then.
         :param images: directory of guest images; None for the default one.
         """
         self._connection = Connection(uri)
+        self._loop = loop
         self._guest_server = guest_server
         self._guest_tls = guest_tls
         self._images = images
@@ -97,11 +106,16 @@ class LibvirtDriver:
         files = self._files(request.name)
         with contextlib.ExitStack() as undo:
             undo.callback(files.remove)
-            spec = self._domain_spec(request, image, accelerator, files, config)
+            door = self._door(request, files, undo)
+            spec = self._domain_spec(request, image, accelerator, files, config, door)
             end_notice = self._connection.watch(request.uuid, request.on_gone, undo)
             domain = _start(connection, spec, lasting=self._survival is not None)
             undo.callback(self._connection.destroy, request.uuid)
-            return self._take_over(request, domain, files, end_notice, undo)
+            try:
+                return self._take_over(request, domain, files, door, end_notice, undo)
+            except GuestLost as error:
+                said = files.console_tail(_EVIDENCE_LINES)
+                raise GuestLost(f"{error.message}; its last output:\n{said}") from error
 
     def adopt(self, request: GuestRequest, handle: Handle) -> LibvirtGuest:  # noqa: ARG002
         connection = self._connection.get()
@@ -109,12 +123,28 @@ class LibvirtDriver:
             end_notice = self._connection.watch(request.uuid, request.on_gone, undo)
             with errors_as("while there was no host agent"):
                 domain = connection.lookupByUUIDString(request.uuid)
-            return self._take_over(request, domain, self._files(request.name), end_notice, undo)
+            # The door of the host agent before leads nowhere.
+            unplug_door(domain)
+            files = self._files(request.name)
+            door = self._door(request, files, undo)
+            plug_door(domain, door.path)
+            return self._take_over(request, domain, files, door, end_notice, undo)
 
     def _files(self, name: str) -> RuntimeDir:
         if self._survival:
             return RuntimeDir.at(self._survival.folder / name)
         return RuntimeDir.make(self._connection.qemu_user)
+
+    def _door(
+        self, request: GuestRequest, files: RuntimeDir, undo: contextlib.ExitStack
+    ) -> MemoryDoor:
+        """Listen for the guest's QEMU."""
+        user = self._connection.qemu_user
+        path = self._survival.doors / f"{request.uuid}.sock" if self._survival else files.door
+        uids = {0, os.geteuid()} | ({user.uid} if user else set())
+        door = MemoryDoor.listening(self._loop, path, uids, request.name)
+        undo.callback(door.close)
+        return door
 
     def _check_reach(self, image: GuestImage) -> None:
         """Check that QEMU's user can read image and state folder.
@@ -135,28 +165,24 @@ class LibvirtDriver:
         request: GuestRequest,
         domain: Any,
         files: RuntimeDir,
+        door: MemoryDoor,
         end_notice: EndNotice,
         undo: contextlib.ExitStack,
     ) -> LibvirtGuest:
         """Return a running domain as a guest, which takes over what `undo` would undo.
 
-        :raises GuestLost: the domain has ended meanwhile.
+        :raises GuestLost: the domain has ended meanwhile, or did not open the door in time.
         """
-        try:
-            ram = translate(domain)
-        except Refused as error:
-            # When QEMU ends, its monitor breaks before libvirt reports the domain as gone.
-            if _has_ended(domain):
-                raise GuestLost(f"it ended just now: {error.message}") from error
-            raise
+        _wait_until_open(door, domain)
+        ram = GuestRam(door.segments(), door.fence)
         undo.callback(ram.close)
         method = request.spec.method
         guest = LibvirtGuest(
-            pid=qemu_pid(domain),
             ram=ram,
+            door=door,
             balloon=LibvirtBalloon(domain) if method == host_pb2.BALLOON else None,
             reporting=LibvirtReporting(domain) if method == host_pb2.REPORTING else None,
-            dimms=Dimms(domain, node=(request.spec.node_count or 1) - 1),
+            dimms=Dimms(domain, door, node=(request.spec.node_count or 1) - 1),
             files=files,
             end_notice=end_notice,
             forget=lambda: self._connection.forget(request.uuid),
@@ -175,6 +201,7 @@ class LibvirtDriver:
         accelerator: str,
         files: RuntimeDir,
         config: AgentConfig,
+        door: MemoryDoor,
     ) -> DomainSpec:
         files.write_config(config.to_json())
         return DomainSpec(
@@ -187,6 +214,7 @@ class LibvirtDriver:
             image=image,
             console=files.console,
             config=files.config,
+            door=door.path,
             parameters=_kernel_parameters(request.spec, config),
             memballoon=_MEMBALLOONS.get(request.spec.method, Memballoon.NONE),
         )
@@ -223,6 +251,7 @@ class LibvirtDriver:
             image=image,
             console=files.console,
             config=None,
+            door=None,
         )
         try:
             _start(connection, spec)
@@ -277,17 +306,24 @@ def _start(connection: Any, spec: DomainSpec, *, lasting: bool = False) -> Any:
         return connection.createXML(domain_xml(spec), flags)
 
 
-def _has_ended(domain: Any) -> bool:
-    """Return whether a domain is gone, or is gone a moment later."""
+def _wait_until_open(door: MemoryDoor, domain: Any) -> None:
+    """Wait until the guest's kernel has bound the door's device.
+
+    :raises GuestLost: the domain has ended, or does not bind it in time.
+    """
     libvirt, _ = modules()
-    deadline_s = time.monotonic() + _END_TIMEOUT_S
-    # isActive raises when a transient domain is gone: libvirt has nothing left of it.
-    with contextlib.suppress(libvirt.libvirtError):
-        while domain.isActive():
-            if time.monotonic() > deadline_s:
-                return False
-            time.sleep(_POLL_S)
-    return True
+    deadline_s = time.monotonic() + _OPEN_TIMEOUT_S
+    while not door.wait_until_open(_POLL_S):
+        # isActive raises when a transient domain is gone: libvirt has nothing left of it.
+        with contextlib.suppress(libvirt.libvirtError):
+            if domain.isActive():
+                if time.monotonic() < deadline_s:
+                    continue
+                raise GuestLost(
+                    f"its kernel did not open the memory door within {_OPEN_TIMEOUT_S:g} s:"
+                    " it needs the driver virtiofs"
+                )
+        raise GuestLost("it ended before its kernel opened the memory door")
 
 
 def _version(number: int) -> str:

@@ -62,6 +62,11 @@ class RuntimeDir:
         # libvirt makes the file readable for QEMU's user when it starts the domain.
         return self.path / "config.json"
 
+    @property
+    def door(self) -> Path:
+        """The socket of the guest's memory door."""
+        return self.path / "door.sock"
+
     def write_config(self, text: str) -> None:
         """Write the agent's configuration; no other user can read it."""
         self.config.touch(mode=0o600)

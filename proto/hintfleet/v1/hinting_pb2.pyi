@@ -44,6 +44,8 @@ class _SkipReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SkipReason
     """The host's kernel refused the punch."""
     GUEST_GONE: _SkipReason.ValueType  # 6
     """The guest was reset, stopped or destroyed meanwhile."""
+    GUEST_STOPPED: _SkipReason.ValueType  # 7
+    """The guest was stopped or reset while the batch waited or ran."""
 
 class SkipReason(_SkipReason, metaclass=_SkipReasonEnumTypeWrapper): ...
 
@@ -58,6 +60,8 @@ HOST_ERROR: SkipReason.ValueType  # 5
 """The host's kernel refused the punch."""
 GUEST_GONE: SkipReason.ValueType  # 6
 """The guest was reset, stopped or destroyed meanwhile."""
+GUEST_STOPPED: SkipReason.ValueType  # 7
+"""The guest was stopped or reset while the batch waited or ran."""
 Global___SkipReason: _TypeAlias = SkipReason  # noqa: Y015
 
 @_typing.final

@@ -60,6 +60,7 @@ class _Running:
     """A guest without a process: the fuzzer writes to its RAM."""
 
     pid = 0
+    door = None
     balloon = None
 
     def __init__(self) -> None:

@@ -31,7 +31,7 @@ def test_what_a_guest_is_not_told_is_the_default_of_spec_files() -> None:
 
 
 def test_what_a_guest_is_told() -> None:
-    survival = Survival(folder=Path("/nowhere"), orphan_after_s=7)
+    survival = Survival(folder=Path("/nowhere"), doors=Path("/nowhere"), orphan_after_s=7)
     asked = request(host_pb2.HINTING, chunk_order=8, threshold_chunks=1 << 20, tracker="reported")
     config = agent_config(Driver.EMBEDDED, asked, "unix:/x", survival)
     assert (config.isolator, config.tracker) == ("embedded", "reported")

@@ -22,7 +22,7 @@ class Running:
     """A guest without a process."""
 
     pid = 0
-    balloon = reporting = None
+    door = balloon = reporting = None
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("ram")

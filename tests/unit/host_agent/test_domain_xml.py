@@ -19,6 +19,7 @@ SPEC = DomainSpec(
     image=GuestImage(directory=Path("/images/<1>"), kernel_release="6.1.0"),
     console=Path("/run/g1/console.log"),
     config=Path("/run/g1/config.json"),
+    door=Path("/run/g1/door.sock"),
     parameters=("hintfleet.isolator=kmod", "hintfleet.order=9"),
 )
 

@@ -24,6 +24,7 @@ class Running:
     """A guest without a process."""
 
     pid = 0
+    door = None
     balloon = None
     reporting = None
 
@@ -85,6 +86,22 @@ def test_refaults_told_on_a_link_that_was_cut_are_told_again(ram: GuestRam, ram_
             session, stream, message = await told_on_a_new_session(guest, epochs)
             assert isinstance(message, hinting_pb2.HostMessage)
             assert decode(message.refaulted.ranges) == RangeSet([(0, 512)])
+            stream.end()
+            guest.sessions.leave_hinting(session)
+
+    asyncio.run(scenario())
+
+
+def test_unplugged_memory_is_told_again_in_the_next_session(ram: GuestRam) -> None:
+    """Else a guest whose session ended right after it was unplugged would count it as absent."""
+
+    async def scenario() -> None:
+        guest, epochs = started(ram), Epochs()
+        await guest.unplugged(DEVICE)
+        for _ in range(2):
+            session, stream, message = await told_on_a_new_session(guest, epochs)
+            assert isinstance(message, hinting_pb2.HostMessage)
+            assert decode(message.refaulted.ranges) == DEVICE
             stream.end()
             guest.sessions.leave_hinting(session)
 

@@ -53,7 +53,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(pages=runs)
     def guest_hints(self, pages: list[tuple[int, int]]) -> None:
         hinted = RangeSet(pages)
-        self.ledger.post(hinted, reclaim(self.ram, hinted, self.ledger.absent_pages), wire_bytes=3)
+        self.ledger.post(
+            hinted,
+            reclaim(self.ram, hinted, self.ledger.absent_pages, self.ram.permit()),
+            wire_bytes=3,
+        )
 
     @rule(pages=runs)
     def batch_is_stale(self, pages: list[tuple[int, int]]) -> None:
@@ -83,7 +87,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(pages=runs)
     def memory_is_unplugged(self, pages: list[tuple[int, int]]) -> None:
         gone = RangeSet(pages) & self.ram.pages
-        self.ram.punch(gone)
+        self.ram.punch(gone, self.ram.permit())
         self.ram.unplug(gone)
         self.ledger.unplugged(PageMap(gone))
 
@@ -134,7 +138,7 @@ class PeerLedgerMachine(LedgerMachine):
 
     @rule(pages=runs)
     def somebody_else_reclaims(self, pages: list[tuple[int, int]]) -> None:
-        self.ram.punch(RangeSet(pages) & self.ram.pages)
+        self.ram.punch(RangeSet(pages) & self.ram.pages, self.ram.permit())
 
 
 class RestartedLedgerMachine(LedgerMachine):
@@ -168,7 +172,7 @@ class RestartedLedgerMachine(LedgerMachine):
         first, *_ = RangeSet(
             pages
         )  # the rest of the batch is not punched, and none of it is in the books
-        self.ram.punch(RangeSet([first]) & self.ram.pages)
+        self.ram.punch(RangeSet([first]) & self.ram.pages, self.ram.permit())
         self.killed_and_restarted()
 
 
@@ -244,7 +248,7 @@ def test_a_file_without_pages_of_the_ram_is_closed() -> None:
     dimm = segment(100, 10)
     ram.plug([dimm])
     os.pwrite(dimm.fd, b"x" * 11 * PAGE_BYTES, 0)
-    ram.punch(RangeSet([(100, 4), (108, 2)]))
+    ram.punch(RangeSet([(100, 4), (108, 2)]), ram.permit())
     ram.unplug(RangeSet([(100, 4), (108, 2)]))
     assert ram.pages == RangeSet([(0, 10), (104, 4)])
     assert ram.resident_bytes() == 5 * PAGE_BYTES, "the page that is not the guest's counts, too"

@@ -36,9 +36,9 @@ def touch(fd: int, pages: RangeSet) -> None:
 def test_every_hinted_page_has_one_outcome(
     ram: GuestRam, ram_fd: int, touched: RangeSet, hinted: RangeSet
 ) -> None:
-    ram.punch(ram.pages)
+    ram.punch(ram.pages, ram.permit())
     touch(ram_fd, touched & ram.pages)
-    outcome = reclaim(ram, hinted, ram.page_map)
+    outcome = reclaim(ram, hinted, ram.page_map, ram.permit())
     assert outcome.reclaimed.ranges() == touched & hinted & ram.pages
     assert outcome.absent.ranges() == (hinted & ram.pages) - touched
     assert outcome.skipped.get(pb.OUTSIDE_RAM, RangeSet()) == hinted - ram.pages
@@ -53,7 +53,7 @@ def test_what_was_not_hinted_keeps_its_contents(
     ram: GuestRam, ram_fd: int, touched: RangeSet, hinted: RangeSet
 ) -> None:
     touch(ram_fd, touched & ram.pages)
-    reclaim(ram, hinted, ram.page_map)
+    reclaim(ram, hinted, ram.page_map, ram.permit())
     for pfn, count in (touched & ram.pages) - hinted:
         for page in (pfn, pfn + count - 1):
             assert os.pread(ram_fd, 8, offset_bytes(page)) == page.to_bytes(8, "big")
@@ -72,7 +72,7 @@ def test_memory_that_is_dropped_during_an_audit_is_absent(
         assert calls < 100, "the audit does not end"
         found = lseek(fd, at, whence)
         if calls == 1:
-            ram.punch(RangeSet([(0, 4)]))
+            ram.punch(RangeSet([(0, 4)]), ram.permit())
         return found
 
     monkeypatch.setattr(os, "lseek", lseek_in_a_race)
@@ -128,7 +128,7 @@ def test_an_audit_finds_what_is_resident(
     ram: GuestRam, ram_fd: int, touched: RangeSet, within: RangeSet, start_pfn: int, counts: bool
 ) -> None:
     """It does from any start, and on kernels without cachestat."""
-    ram.punch(ram.pages)
+    ram.punch(ram.pages, ram.permit())
     touch(ram_fd, touched & ram.pages)
     with pytest.MonkeyPatch.context() as patch:
         if not counts:
@@ -143,7 +143,7 @@ def test_a_punch_that_the_kernel_refuses_is_skipped_with_the_reason() -> None:
     read_only = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY)
     ram = GuestRam([Segment(pfn=0, page_count=8, fd=read_only, offset_bytes=0)])
     hinted = RangeSet([(2, 4)])
-    outcome = reclaim(ram, hinted, ram.page_map)
+    outcome = reclaim(ram, hinted, ram.page_map, ram.permit())
     assert outcome.skipped == {pb.HOST_ERROR: hinted}
     assert not outcome.reclaimed
     assert not outcome.absent

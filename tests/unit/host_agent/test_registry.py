@@ -25,6 +25,7 @@ class Running:
     """RAM without a process, which knows whether it was closed."""
 
     pid = 0
+    door = None
     balloon = None
     reporting = None
     handle: dict[str, int] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hintfleet.errors import Refused
-from hintfleet.units import MIB, PAGE_BYTES
+from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.memory.ledger import Books
 from host_agent.memory.page_map import PageMap
@@ -73,7 +73,7 @@ def test_a_forgotten_guest_has_no_files(tmp_path: Path) -> None:
 def test_what_another_boot_of_the_host_left_is_not_read(tmp_path: Path) -> None:
     with opened(tmp_path) as state:
         state.save([a_guest()])
-        (boot,) = (path for path in tmp_path.iterdir() if path.is_dir())
+        boot = state.guests_folder.parent
     earlier = boot.rename(tmp_path / "an-earlier-boot")
     (earlier / "state.db").write_text("torn by a power failure")
     with opened(tmp_path) as state:
@@ -108,14 +108,12 @@ def test_a_state_that_cannot_be_used_is_refused(tmp_path: Path, change: str, sai
 PUNCHER = """
 import os, sys, threading, time
 from pathlib import Path
-from hintfleet.ranges import RangeSet
-from host_agent.memory.ram import GuestRam, Segment
+from host_agent.memory.punch import punch
 from host_agent.persistence.database import opened
 
-fd, pages = int(sys.argv[2]), int(sys.argv[3])
+fd, size_bytes = int(sys.argv[2]), int(sys.argv[3])
 with opened(Path(sys.argv[1])):
-    ram = GuestRam([Segment(pfn=0, page_count=pages, fd=fd, offset_bytes=0)])
-    threading.Thread(target=ram.punch, args=[RangeSet([(0, pages)])]).start()
+    threading.Thread(target=punch, args=[fd, [0], [size_bytes]]).start()
     time.sleep(60)
 """
 
@@ -129,7 +127,7 @@ def test_the_lock_is_held_until_a_punch_of_a_killed_process_is_over(tmp_path: Pa
     def resident_bytes() -> int:
         return os.fstat(fd).st_blocks * 512
 
-    arguments = (str(tmp_path), str(fd), str(size_bytes // PAGE_BYTES))
+    arguments = (str(tmp_path), str(fd), str(size_bytes))
     with subprocess.Popen([sys.executable, "-c", PUNCHER, *arguments], pass_fds=[fd]) as process:
         while resident_bytes() == size_bytes:  # bounded by the test's timeout
             assert process.poll() is None

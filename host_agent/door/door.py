@@ -1,0 +1,343 @@
+"""A guest's memory door: the socket on which QEMU hands over the guest's RAM, and waits.
+
+The host agent is the vhost-user back end of a virtiofs device that nobody mounts. What the
+messages mean, `protocol.Backend` says; this is the socket, on the host agent's event loop.
+
+A door is open while punches may run: from the start of the device until QEMU stops it, which it
+does before it suspends or resets the guest, loads a state into it, or lets go of the device. QEMU
+stands still until it has the answer. When this process dies, the kernel closes the socket after
+the last of its threads has left the kernel (kernel/exit.c: exit_files). So QEMU does not go on
+before a punch of a killed host agent is over either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from pathlib import Path
+from threading import Condition
+
+from hintfleet.errors import InvalidInput, Refused
+from hintfleet.logs import fields
+from hintfleet.ranges import EMPTY, RangeSet
+from hintfleet.units import PAGE_BYTES, format_size
+from host_agent.door.protocol import (
+    HEADER,
+    MAX_DESCRIPTORS,
+    Action,
+    Backend,
+    Drop,
+    Region,
+    Reply,
+    Start,
+    Stop,
+    Table,
+    check_size,
+)
+from host_agent.memory.fence import Fence
+from host_agent.memory.ram import Segment
+
+# struct ucred of SO_PEERCRED (unix(7)): process id, user id, group id.
+_UCRED = struct.Struct("=iII")
+_BACKLOG = 1
+
+BACKING_HINT = (
+    "give the domain shared memory of its own: <memoryBacking><source type='memfd'/>"
+    "<access mode='shared'/></memoryBacking>"
+)
+
+_log = logging.getLogger("hintfleet.host.door")
+
+
+class MemoryDoor:
+    """The door of one guest. Made by any thread with `listening`; owned by the caller.
+
+    :ivar fence: closed while the door is.
+    :ivar pid: QEMU's process id; 0 before it has connected.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        listener: socket.socket,
+        path: Path,
+        uids: Collection[int],
+        guest: str,
+    ) -> None:
+        """Use `listening`."""
+        self.fence = Fence()
+        self.fence.close(_nothing)
+        self.path = path
+        self.pid = 0
+        self._loop = loop
+        self._guest = guest
+        self._uids = uids
+        self._listener = listener
+        self._changed = Condition()
+        """Held while `_regions` are changed, and while their files are opened again."""
+        self._regions: tuple[Region, ...] = ()
+        self._is_open = False
+        self._moved: Callable[[str | None], None] = _ignore
+        self._serving: asyncio.Task[None] | None = None
+        loop.call_soon_threadsafe(self._begin)
+
+    @classmethod
+    def listening(
+        cls, loop: asyncio.AbstractEventLoop, path: Path, uids: Collection[int], guest: str
+    ) -> MemoryDoor:
+        """Listen at `path`, for one QEMU at a time; what is there is replaced.
+
+        :param loop: runs in another thread than the caller's.
+        :param uids: the users who may connect.
+        :param guest: the guest's name, for logs.
+        :raises Refused: nobody can listen there.
+        """
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            path.unlink(missing_ok=True)
+            listener.bind(os.fspath(path))
+            # QEMU's user must be able to connect; the folder decides who comes this far.
+            path.chmod(0o666)
+            listener.listen(_BACKLOG)
+            listener.setblocking(False)
+        except OSError as error:
+            listener.close()
+            raise Refused(
+                f"cannot listen at {path}: {error.strerror or error}",
+                hint="choose another --state DIR, or another TMPDIR without it",
+            ) from error
+        return cls(loop, listener, path, uids, guest)
+
+    # For the guest's owner, on the event loop
+
+    def watch(self, moved: Callable[[str | None], None]) -> None:
+        """Call `moved` now, and whenever the door opens (with None) or closes (with the reason)."""
+        self._moved = moved
+        moved(None if self._is_open else "its memory door is not open")
+
+    # For drivers, from other threads
+
+    def wait_until_open(self, timeout_s: float) -> bool:
+        """Wait until the door is open; return whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_open, timeout_s)
+
+    def segments(self, besides: RangeSet = EMPTY) -> list[Segment]:
+        """Return the guest's RAM. The caller owns the files.
+
+        :param besides: RAM that is known already, and left out.
+        :raises Refused: a part of it is no shared memfd with small pages.
+        """
+        # QEMU sends the same file with each of its regions, each time as another descriptor.
+        opened: dict[int, int] = {}
+        segments = []
+        with self._changed, contextlib.ExitStack() as undo:
+            for region in self._regions:
+                pfn, page_count = region.address // PAGE_BYTES, region.size_bytes // PAGE_BYTES
+                if besides & RangeSet([(pfn, page_count)]):
+                    continue
+                _check_file(region)
+                inode = os.fstat(region.fd).st_ino
+                if inode not in opened:
+                    opened[inode] = os.dup(region.fd)
+                    undo.callback(os.close, opened[inode])
+                segments.append(
+                    Segment(
+                        pfn=pfn,
+                        page_count=page_count,
+                        fd=opened[inode],
+                        offset_bytes=region.offset_bytes,
+                    )
+                )
+            undo.pop_all()
+        return segments
+
+    def close(self) -> None:
+        """Hang up and stop listening, once no punch runs. May be called twice."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
+
+    # The socket
+
+    def _begin(self) -> None:
+        self._serving = self._loop.create_task(self._serve())
+
+    async def _end(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.wait([self._serving])
+
+    async def _serve(self) -> None:
+        while True:
+            connection, _ = await self._loop.sock_accept(self._listener)
+            with connection:
+                connection.setblocking(False)
+                pid, uid, _ = _UCRED.unpack(
+                    connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+                )
+                if uid in self._uids:
+                    await self._serve_one(connection, pid)
+                else:
+                    _log.warning("door refused a stranger", extra=self._fields(pid=pid, uid=uid))
+
+    async def _serve_one(self, connection: socket.socket, pid: int) -> None:
+        self.pid = pid
+        _log.info("door connected", extra=self._fields(pid=pid))
+        reason = "QEMU let go of it"
+        backend = Backend()
+        try:
+            await self._talk(connection, backend)
+        except (InvalidInput, OSError) as error:
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001 - a bug: only this guest is not hinted any more
+            reason = f"{type(error).__name__}: {error}"
+            _log.error("door failed", extra=self._fields(), exc_info=error)
+        finally:
+            # Before the socket is closed: QEMU goes on then.
+            await self._stop(reason)
+            regions = backend.regions
+            self._set_regions(())
+            _close_all(region.fd for region in regions)
+            _log.info("door disconnected", extra=self._fields(pid=pid, reason=reason))
+
+    async def _talk(self, connection: socket.socket, backend: Backend) -> None:
+        while message := await _receive(connection):
+            request, flags, payload, fds = message
+            try:
+                actions = backend.received(request, flags, payload, fds)
+            except InvalidInput:
+                _close_all(fds)
+                raise
+            for action in actions:
+                await self._carry_out(action, connection)
+
+    async def _carry_out(self, action: Action, connection: socket.socket) -> None:
+        match action:
+            case Stop():
+                await self._stop("QEMU stopped the device: the guest was stopped or reset")
+            case Start():
+                self._start()
+            case Table(regions):
+                self._set_regions(regions)
+            case Drop(fds):
+                _close_all(fds)
+            case Reply(message):
+                await self._loop.sock_sendall(connection, message)
+
+    def _start(self) -> None:
+        self.fence.open()
+        with self._changed:
+            self._is_open = True
+            self._changed.notify_all()
+        _log.info("door opened", extra=self._fields(regions=len(self._regions)))
+        self._moved(None)
+
+    async def _stop(self, reason: str) -> None:
+        """Close the fence and wait until no slice is inside. Also when it is closed already: an
+        earlier wait may have been cancelled."""
+        if self._is_open:
+            with self._changed:
+                self._is_open = False
+            _log.info("door closed", extra=self._fields(reason=reason))
+            self._moved(reason)
+        empty = asyncio.Event()
+        self.fence.close(partial(self._loop.call_soon_threadsafe, empty.set))
+        await empty.wait()
+
+    def _set_regions(self, regions: tuple[Region, ...]) -> None:
+        with self._changed:
+            self._regions = regions
+
+    def _fields(self, **more: object) -> dict[str, dict[str, object]]:
+        return fields(guest=self._guest, **more)
+
+
+async def _receive(connection: socket.socket) -> tuple[int, int, bytes, list[int]] | None:
+    """Return the next message: request, flags, payload and descriptors, which the caller owns;
+    None at the end of the stream.
+
+    :raises InvalidInput: it is longer than any message.
+    """
+    fds: list[int] = []
+    try:
+        header = await _receive_bytes(connection, HEADER.size, fds)
+        if header is None:
+            return None
+        request, flags, size_bytes = HEADER.unpack(header)
+        check_size(size_bytes)
+        payload = await _receive_bytes(connection, size_bytes, fds)
+        if payload is None:
+            return None
+        owned, fds = fds, []
+        return request, flags, payload, owned
+    finally:
+        _close_all(fds)
+
+
+async def _receive_bytes(
+    connection: socket.socket, size_bytes: int, fds: list[int]
+) -> bytes | None:
+    """Return so many bytes, and append the descriptors that come with them to `fds`; None at the
+    end of the stream."""
+    data = b""
+    while len(data) < size_bytes:
+        try:
+            # One more than may come, so that one too many is seen.
+            more, received, _, _ = socket.recv_fds(
+                connection, size_bytes - len(data), MAX_DESCRIPTORS + 1, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            await _readable(connection)
+            continue
+        fds += received
+        if len(fds) > MAX_DESCRIPTORS:
+            raise InvalidInput(f"a vhost-user message with more than {MAX_DESCRIPTORS} descriptors")
+        if not more:
+            return None
+        data += more
+    return data
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(connection, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(connection)
+
+
+def _check_file(region: Region) -> None:
+    """Check that holes can be punched into a region's file page by page.
+
+    :raises Refused: says what to change.
+    """
+    # hugetlbfs has the size of its huge pages as block size here.
+    is_memfd = os.readlink(f"/proc/self/fd/{region.fd}").startswith("/memfd:")
+    if not is_memfd or os.fstatvfs(region.fd).f_bsize != PAGE_BYTES:
+        raise Refused(
+            f"{format_size(region.size_bytes)} of the guest's memory at {region.address:#x} are in"
+            " no shared memfd with small pages",
+            hint=BACKING_HINT,
+        )
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ignore(_: str | None) -> None:
+    pass
