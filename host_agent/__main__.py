@@ -97,10 +97,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_addresses(add: Callable[..., argparse.Action]) -> None:
+    from hintfleet.net.addresses import default_control_address
+
     add("--name", default=platform.node(), help="name of this host (default: %(default)s)")
     add(
         "--listen",
-        default=_default_socket(),
+        default=default_control_address(),
         metavar="ADDR",
         help="control API (default: %(default)s)",
     )
@@ -168,13 +170,6 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _default_socket() -> str:
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or (
-        "/run" if os.geteuid() == 0 else f"/tmp/hintfleet-{os.geteuid()}"  # noqa: S108
-    )
-    return f"unix:{Path(runtime) / 'hintfleet' / 'host.sock'}"
-
-
 def _leaks(arguments: argparse.Namespace) -> dict[str, Any]:
     from hintfleet.leaks import remove_all
     from host_agent.leaks import find
@@ -186,7 +181,7 @@ def _leaks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 async def _serve(arguments: argparse.Namespace) -> None:
     from hintfleet.errors import Refused
-    from hintfleet.net.addresses import socket_path
+    from hintfleet.net.addresses import default_control_address, socket_path
     from hintfleet.net.tls import Tls
     from hintfleet.system.machine_limits import total_memory
     from host_agent.api.metrics import serve_metrics
@@ -202,7 +197,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
                 f"cannot make the socket's folder {folder}: {error.strerror}",
                 hint="choose another --listen unix:PATH",
             ) from error
-        if arguments.listen == _default_socket():
+        if arguments.listen == default_control_address():
             _refuse_if_not_ours(folder, Path(tempfile.gettempdir()))
     keep_latency_steady()
     # Each guest and each connection takes a few descriptors. The soft limit is 1024 by default,

@@ -137,11 +137,12 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
     if socket_file := socket_path(check_address(settings.listen)):
         _refuse_if_taken(socket_file)
     control_address = listen(control_server, settings.listen, settings.tls)
-    registry = Registry(_drivers(settings, guest_address, state), state)
+    libvirt, drivers = _drivers(settings, guest_address, state)
+    registry = Registry(drivers, state)
     # Adopted before the servers start: a guest that found no record of itself would be refused.
     if state is not None:
         await registry.adopt(state.guests(), settings.watch_grace_s)
-    control = ControlService(registry, settings.name, settings.memory_budget_bytes)
+    control = ControlService(registry, settings.name, settings.memory_budget_bytes, libvirt.domains)
     add_HintingServiceServicer_to_server(GuestService(registry), guest_server)
     await _add_control(control_server, control)
     await guest_server.start()
@@ -221,7 +222,7 @@ def _open_guest_address(
 
 def _drivers(
     settings: Settings, guest_address: GuestAddress, state: Database | None
-) -> dict[host_pb2.Driver.ValueType, GuestDriver]:
+) -> tuple[LibvirtDriver, dict[host_pb2.Driver.ValueType, GuestDriver]]:
     survival = None
     if state is not None:
         survival = Survival(
@@ -238,7 +239,7 @@ def _drivers(
         survival=survival,
     )
     embedded = EmbeddedDriver(advertised or guest_address.socket, survival)
-    return {host_pb2.EMBEDDED: embedded, host_pb2.LIBVIRT: libvirt}
+    return libvirt, {host_pb2.EMBEDDED: embedded, host_pb2.LIBVIRT: libvirt}
 
 
 def _address_in_guest(address: str) -> str:

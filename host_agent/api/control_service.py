@@ -33,8 +33,16 @@ _log = logging.getLogger("hintfleet.host.api")
 class ControlService(HostServiceServicer):
     """Serves one host's registry; see host.proto."""
 
-    def __init__(self, registry: Registry, name: str, memory_budget_bytes: int) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        name: str,
+        memory_budget_bytes: int,
+        domains: Callable[[], list[host_pb2.Domain]],
+    ) -> None:
+        """:param domains: returns all domains of this host's libvirt; blocks."""
         self._registry = registry
+        self._domains = domains
         self._name = name
         self._memory_budget_bytes = memory_budget_bytes
         self._answered = 0
@@ -95,6 +103,15 @@ class ControlService(HostServiceServicer):
         """Return all guests with their books, which are audited first."""
         guests = await asyncio.gather(*(g.as_pb2() for g in self._registry.guests))
         return host_pb2.ListGuestsResponse(guests=guests)
+
+    async def ListDomains(
+        self, request: host_pb2.ListDomainsRequest, context: Context
+    ) -> host_pb2.ListDomainsResponse:
+        """Return what keeps each domain of this host's libvirt from being hinted."""
+        try:
+            return host_pb2.ListDomainsResponse(domains=await in_driver_thread(self._domains))
+        except HintfleetError as error:
+            await abort(context, error)
 
     async def RunStep(
         self, request: host_pb2.RunStepRequest, context: Context

@@ -80,6 +80,12 @@ class HostClient:
         call = self._stub.GetHost(request, timeout=self._timeouts.connect_s, wait_for_ready=wait)
         return await self._answer(call, "GetHost")
 
+    async def list_domains(self) -> list[host_pb2.Domain]:
+        """Ask what keeps each domain of the host's libvirt from being hinted. Sorted by name."""
+        request = host_pb2.ListDomainsRequest()
+        call = self._stub.ListDomains(request, timeout=self._timeouts.connect_s)
+        return list((await self._answer(call, "listing domains")).domains)
+
     async def create_guest(self, request: host_pb2.CreateGuestRequest) -> host_pb2.Guest:
         """Create a guest; return when it can run steps."""
         call = self._stub.CreateGuest(request, timeout=self._timeouts.create_s)
@@ -125,3 +131,12 @@ class HostClient:
             return await call
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, f"{self._address}: {action}") from error
+
+
+async def list_domains(address: str, tls: Tls | None) -> list[host_pb2.Domain]:
+    """Ask one host agent, as `HostClient.list_domains`."""
+    client = HostClient(address, Timeouts(), tls)
+    try:
+        return await client.list_domains()
+    finally:
+        await client.aclose()

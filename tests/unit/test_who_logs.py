@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 SILENT = {
     "pure: takes values and returns values, and its caller logs what follows": (
         "host_agent/door/protocol.py",
+        "host_agent/guests/libvirt/attachable.py",
         "guest_agent/hinting.py",
         "guest_agent/tracking.py",
         "host_agent/guests/agent_settings.py",
@@ -37,12 +38,11 @@ SILENT = {
         "host_agent/guests/libvirt/api.py",
         "host_agent/guests/libvirt/dimms.py",
         "host_agent/guests/libvirt/domain_*.py",
-        "host_agent/guests/libvirt/door_device.py",
+        "host_agent/guests/libvirt/devices.py",
         "host_agent/guests/libvirt/driver.py",
         "host_agent/guests/libvirt/image.py",
         "host_agent/guests/libvirt/kvm_probe.py",
         "host_agent/guests/libvirt/qemu_*.py",
-        "host_agent/guests/libvirt/removal.py",
         "host_agent/guests/libvirt/runtime_dir.py",
         "host_agent/memory/cache_count.py",
         "host_agent/memory/fence.py",

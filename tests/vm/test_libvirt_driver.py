@@ -19,8 +19,8 @@ from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import GuestRequest
 from host_agent.guests.libvirt import kvm_probe
+from host_agent.guests.libvirt.devices import plug_door
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX, DomainSpec
-from host_agent.guests.libvirt.door_device import plug_door
 from host_agent.guests.libvirt.driver import LibvirtDriver, _start
 from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import alive, wait_until

@@ -9,8 +9,8 @@ from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES, format_size
 from host_agent.door.door import MemoryDoor
 from host_agent.guests.libvirt.api import errors_as, modules
+from host_agent.guests.libvirt.devices import detach
 from host_agent.guests.libvirt.dimm_xml import Dimm, dimm_xml, dimms_of
-from host_agent.guests.libvirt.removal import detach
 from host_agent.memory.ram import Segment, close_files
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from hintfleet.agent_config import FW_CFG_NAME
 from hintfleet.units import KIB, MIB
 from host_agent.guests.balloon import PERIOD_S
-from host_agent.guests.libvirt.door_device import door_element
+from host_agent.guests.libvirt.devices import door_element
 from host_agent.guests.libvirt.image import GuestImage
 
 NAME_PREFIX = "hintfleet-"

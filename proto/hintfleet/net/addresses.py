@@ -92,3 +92,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def default_control_address() -> str:
+    """Return where a host agent of this user serves its control API by default."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or (
+        "/run" if os.geteuid() == 0 else f"/tmp/hintfleet-{os.geteuid()}"  # noqa: S108
+    )
+    return f"unix:{Path(runtime) / 'hintfleet' / 'host.sock'}"

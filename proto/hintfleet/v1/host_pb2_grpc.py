@@ -59,6 +59,11 @@ class HostServiceStub:
                 request_serializer=hintfleet_dot_v1_dot_host__pb2.ResizeGuestRequest.SerializeToString,
                 response_deserializer=hintfleet_dot_v1_dot_host__pb2.Guest.FromString,
                 _registered_method=True)
+        self.ListDomains = channel.unary_unary(
+                '/hintfleet.v1.HostService/ListDomains',
+                request_serializer=hintfleet_dot_v1_dot_host__pb2.ListDomainsRequest.SerializeToString,
+                response_deserializer=hintfleet_dot_v1_dot_host__pb2.ListDomainsResponse.FromString,
+                _registered_method=True)
         self.RunStep = channel.unary_unary(
                 '/hintfleet.v1.HostService/RunStep',
                 request_serializer=hintfleet_dot_v1_dot_host__pb2.RunStepRequest.SerializeToString,
@@ -122,6 +127,14 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDomains(self, request, context):
+        """Say for each domain of this host's libvirt whether free memory could be hinted in it, and
+        what to change if not. Changes nothing. FAILED_PRECONDITION if libvirt does not answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RunStep(self, request, context):
         """Run one workload step on one guest; returns when the guest has done it.
         """
@@ -178,6 +191,11 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.ResizeGuest,
                     request_deserializer=hintfleet_dot_v1_dot_host__pb2.ResizeGuestRequest.FromString,
                     response_serializer=hintfleet_dot_v1_dot_host__pb2.Guest.SerializeToString,
+            ),
+            'ListDomains': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDomains,
+                    request_deserializer=hintfleet_dot_v1_dot_host__pb2.ListDomainsRequest.FromString,
+                    response_serializer=hintfleet_dot_v1_dot_host__pb2.ListDomainsResponse.SerializeToString,
             ),
             'RunStep': grpc.unary_unary_rpc_method_handler(
                     servicer.RunStep,
@@ -330,6 +348,33 @@ class HostService:
             '/hintfleet.v1.HostService/ResizeGuest',
             hintfleet_dot_v1_dot_host__pb2.ResizeGuestRequest.SerializeToString,
             hintfleet_dot_v1_dot_host__pb2.Guest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDomains(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hintfleet.v1.HostService/ListDomains',
+            hintfleet_dot_v1_dot_host__pb2.ListDomainsRequest.SerializeToString,
+            hintfleet_dot_v1_dot_host__pb2.ListDomainsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,10 @@ class HostServiceStub:
     resized, or the memory to unplug is in use. In the last case, DIMMs that were unplugged
     before stay unplugged; Guest says how much memory is left.
     """
+    ListDomains: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]
+    """Say for each domain of this host's libvirt whether free memory could be hinted in it, and
+    what to change if not. Changes nothing. FAILED_PRECONDITION if libvirt does not answer.
+    """
     RunStep: _grpc.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]
     """Run one workload step on one guest; returns when the guest has done it."""
     Settle: _grpc.UnaryUnaryMultiCallable[_host_pb2.SettleRequest, _host_pb2.SettleResponse]
@@ -90,6 +94,10 @@ class HostServiceAsyncStub(HostServiceStub):
     start size, or more than the maximum. FAILED_PRECONDITION: the guest was not made to be
     resized, or the memory to unplug is in use. In the last case, DIMMs that were unplugged
     before stay unplugged; Guest says how much memory is left.
+    """
+    ListDomains: _aio.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]  # type: ignore[assignment]
+    """Say for each domain of this host's libvirt whether free memory could be hinted in it, and
+    what to change if not. Changes nothing. FAILED_PRECONDITION if libvirt does not answer.
     """
     RunStep: _aio.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]  # type: ignore[assignment]
     """Run one workload step on one guest; returns when the guest has done it."""
@@ -157,6 +165,16 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         start size, or more than the maximum. FAILED_PRECONDITION: the guest was not made to be
         resized, or the memory to unplug is in use. In the last case, DIMMs that were unplugged
         before stay unplugged; Guest says how much memory is left.
+        """
+
+    @_abc_1.abstractmethod
+    def ListDomains(
+        self,
+        request: _host_pb2.ListDomainsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.ListDomainsResponse, _abc.Awaitable[_host_pb2.ListDomainsResponse]]:
+        """Say for each domain of this host's libvirt whether free memory could be hinted in it, and
+        what to change if not. Changes nothing. FAILED_PRECONDITION if libvirt does not answer.
         """
 
     @_abc_1.abstractmethod

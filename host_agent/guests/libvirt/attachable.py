@@ -1,0 +1,113 @@
+"""Says what keeps a domain, which somebody else made, from having its free memory hinted. Pure.
+
+Each obstacle comes with what to change. Where nothing is said, QEMU would hand over the memory at
+the memory door, and the host can drop it page by page.
+"""
+
+from __future__ import annotations
+
+import shlex
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+
+from hintfleet.v1 import host_pb2
+from host_agent.door.door import BACKING_HINT
+from host_agent.guests.libvirt.devices import TAG
+from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
+
+_COLD = ", then shut the domain down and start it again"
+
+
+def obstacles(domain_xml: str, *, is_running: bool) -> list[host_pb2.Obstacle]:
+    """Return what stands in the way, the most basic first; nothing if the door can be plugged in.
+
+    :param domain_xml: the live XML of a domain, or its persistent one if it does not run.
+    """
+    domain = ET.fromstring(domain_xml)  # noqa: S314 - libvirt's own
+    found = [host_pb2.Obstacle(what=what, change=change) for what, change in _obstacles(domain)]
+    if not is_running:
+        start = f"virsh start {shlex.quote(domain.findtext('name') or '')}"
+        found.append(host_pb2.Obstacle(what="it does not run", change=start))
+    return found
+
+
+def _obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
+    if (domain.findtext("name") or "").startswith(NAME_PREFIX):
+        yield "a host agent made it, and hints in it", "nothing"
+        return
+    if _has_door(domain):
+        yield "another host agent is attached to it", "detach it there"
+    yield from _memory_obstacles(domain)
+    yield from _device_obstacles(domain)
+
+
+def _memory_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
+    if domain.find("memoryBacking/hugepages") is not None:
+        yield (
+            "its memory is in huge pages, which cannot be dropped in part",
+            f"remove <hugepages> from <memoryBacking>{_COLD}",
+        )
+    if domain.find("memoryBacking/locked") is not None:
+        yield "its memory is locked", f"remove <locked/> from <memoryBacking>{_COLD}"
+    source = domain.find("memoryBacking/source")
+    if source is None or source.get("type") != "memfd" or not _is_shared(domain):
+        yield "its memory is not in a shared memfd", BACKING_HINT + _COLD
+    if domain.find("launchSecurity") is not None:
+        yield "its memory is encrypted (<launchSecurity>)", f"remove <launchSecurity>{_COLD}"
+
+
+def _is_shared(domain: ET.Element) -> bool:
+    """Return whether all memory is shared: a NUMA cell may say otherwise than the domain."""
+    access = domain.find("memoryBacking/access")
+    by_default = access is not None and access.get("mode") == "shared"
+    cells = domain.findall("cpu/numa/cell")
+    if not cells:
+        return by_default
+    return all(
+        (cell.get("memAccess") == "shared") or (cell.get("memAccess") is None and by_default)
+        for cell in cells
+    )
+
+
+def _device_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
+    assigned = [
+        *domain.findall("devices/hostdev[@type='pci']"),
+        *domain.findall("devices/hostdev[@type='mdev']"),
+        *domain.findall("devices/interface[@type='hostdev']"),
+        *domain.findall("devices/interface[@type='vdpa']"),
+    ]
+    if assigned:
+        yield (
+            "a device is assigned to it (VFIO): the IOMMU goes on writing to the pages of before",
+            "detach the device",
+        )
+    balloon = domain.find("devices/memballoon")
+    if balloon is not None and balloon.get("freePageReporting") == "on":
+        yield (
+            "its balloon has free page reporting on, and a kernel has room for one reporter",
+            f"remove freePageReporting='on' from <memballoon>{_COLD}",
+        )
+    if not _has_free_port(domain):
+        yield (
+            "it has no free PCIe port",
+            f"add <controller type='pci' model='pcie-root-port'/>{_COLD}",
+        )
+
+
+def _has_door(domain: ET.Element) -> bool:
+    targets = domain.iterfind("devices/filesystem/target")
+    return any(target.get("dir") == TAG for target in targets)
+
+
+def _has_free_port(domain: ET.Element) -> bool:
+    """Return whether a device can be plugged in: on a bus that is not PCIe, or in a root port."""
+    controllers = domain.findall("devices/controller[@type='pci']")
+    if not any(one.get("model") == "pcie-root" for one in controllers):
+        return True  # i440FX: its bus has 31 slots
+    ports = {
+        one.get("index")
+        for one in controllers
+        if one.get("model") in ("pcie-root-port", "pcie-switch-downstream-port")
+    }
+    buses = (int(one.get("bus", "0"), 0) for one in domain.iterfind(".//address[@type='pci']"))
+    return bool(ports - {str(bus) for bus in buses})

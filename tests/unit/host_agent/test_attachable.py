@@ -1,0 +1,90 @@
+"""What keeps a domain of somebody else's from being hinted, by its XML."""
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from host_agent.guests.libvirt.attachable import obstacles
+
+BACKING = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+PORTS = (
+    "<controller type='pci' index='0' model='pcie-root'/>"
+    "<controller type='pci' index='1' model='pcie-root-port'>"
+    "<address type='pci' bus='0x00' slot='0x01'/></controller>"
+    "<controller type='pci' index='2' model='pcie-root-port'>"
+    "<address type='pci' bus='0x00' slot='0x02'/></controller>"
+)
+DISK = "<disk type='file'><address type='pci' bus='0x01' slot='0x00'/></disk>"
+
+
+def domain(
+    *, name: str = "db1", backing: str = BACKING, more: str = "", devices: str = PORTS + DISK
+) -> str:
+    inside = f"<name>{name}</name>{backing}{more}<devices>{devices}</devices>"
+    xml = f"<domain type='kvm'>{inside}</domain>"
+    assert ET.fromstring(xml) is not None  # noqa: S314 - our own
+    return xml
+
+
+def said(xml: str, *, is_running: bool = True) -> list[str]:
+    found = obstacles(xml, is_running=is_running)
+    assert all(one.change for one in found), "each says what to change"
+    return [one.what for one in found]
+
+
+def test_a_domain_with_shared_memory_and_a_free_port_can_be_hinted() -> None:
+    assert said(domain()) == []
+
+
+def test_a_domain_without_pcie_needs_no_port() -> None:
+    assert said(domain(devices="<controller type='pci' index='0' model='pci-root'/>")) == []
+
+
+@pytest.mark.parametrize(
+    ("backing", "more", "devices", "what"),
+    [
+        ("", "", "", "not in a shared memfd"),
+        ("<memoryBacking><source type='memfd'/></memoryBacking>", "", "", "not in a shared memfd"),
+        (BACKING.replace("shared", "private"), "", "", "not in a shared memfd"),
+        (BACKING.replace("memfd", "file"), "", "", "not in a shared memfd"),
+        (
+            BACKING,
+            "<cpu><numa><cell id='0'/><cell id='1' memAccess='private'/></numa></cpu>",
+            "",
+            "not in a shared memfd",
+        ),
+        (BACKING.replace("<source", "<hugepages/><source"), "", "", "huge pages"),
+        (BACKING.replace("<source", "<locked/><source"), "", "", "locked"),
+        (BACKING, "<launchSecurity type='sev'/>", "", "encrypted"),
+        (BACKING, "", "<hostdev mode='subsystem' type='pci'/>", "VFIO"),
+        (BACKING, "", "<hostdev mode='subsystem' type='mdev'/>", "VFIO"),
+        (BACKING, "", "<interface type='hostdev'/>", "VFIO"),
+        (BACKING, "", "<memballoon model='virtio' freePageReporting='on'/>", "one reporter"),
+        (
+            BACKING,
+            "",
+            "<interface type='user'><address type='pci' bus='0x02' slot='0x00'/></interface>",
+            "no free PCIe port",
+        ),
+        (BACKING, "", "<filesystem><target dir='hintfleet'/></filesystem>", "another host agent"),
+    ],
+)
+def test_each_obstacle_is_said_alone(backing: str, more: str, devices: str, what: str) -> None:
+    (found,) = said(domain(backing=backing, more=more, devices=PORTS + DISK + devices))
+    assert what in found
+
+
+def test_a_domain_whose_cells_are_shared_one_by_one() -> None:
+    backing = "<memoryBacking><source type='memfd'/></memoryBacking>"
+    cells = "<cpu><numa><cell id='0' memAccess='shared'/></numa></cpu>"
+    assert said(domain(backing=backing, more=cells)) == []
+
+
+def test_a_domain_that_does_not_run_is_told_how_to_start() -> None:
+    (found,) = obstacles(domain(name="db 1"), is_running=False)
+    assert found.change == "virsh start 'db 1'"
+
+
+def test_a_domain_of_a_host_agent_has_one_row() -> None:
+    (found,) = said(domain(name="hintfleet-g0", backing=""))
+    assert "a host agent made it" in found
