@@ -67,7 +67,7 @@ class Home:
 
     @property
     def boot_folder(self) -> Path:
-        (found,) = (p for p in (self.folder / "state").iterdir() if p.is_dir())
+        (found,) = (p.parent for p in (self.folder / "state").glob("*/state.db"))
         return found
 
     def guest_files(self) -> list[str]:
