@@ -84,7 +84,10 @@ class Place:
         """Check the guest when there are no more faults: all its memory can be used, has the right
         contents and comes back, and the books balance. Report as a problem what does not hold."""
         try:
-            while self._there is None:
+            # The last fault may have ended the guest, and no step has noticed it yet.
+            while self._there is None or self._there.doomed:
+                if self._there is not None:
+                    await self._lost(self._there)
                 await self._make()
             victim = self._there
             for step in (self._fill, self._empty, self._settle):
