@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hintfleet.errors import Refused
+from hintfleet.errors import GuestLost, Refused
 from hintfleet.leaks import Leak, Removable
 from host_agent.guests.libvirt.api import errors_as, modules
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
@@ -40,19 +40,20 @@ def abandoned_domains(uri: str) -> list[Removable]:
 def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
     libvirt, _ = modules()
     for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-        folder = _folder_of(domain.XMLDesc())
-        if not domain.name().startswith(NAME_PREFIX) or folder is None:
-            continue
-        # Any of runtime_dirs() can tell: they differ only in where they make folders.
-        if runtime_dirs()[0].is_abandoned(folder):
-            leak = Leak(
-                what="domain",
-                where=domain.name(),
-                since_unix_s=round(folder.lstat().st_mtime) if folder.exists() else 0,
-                size_bytes=domain.memoryStats().get("rss", 0) * 1024,
-                why="the host agent that made it is gone",
-            )
-            yield leak, _destroyer(uri, domain.UUIDString())
+        with suppress(GuestLost), errors_as("looking at a domain"):  # it may end meanwhile
+            folder = _folder_of(domain.XMLDesc())
+            if not domain.name().startswith(NAME_PREFIX) or folder is None:
+                continue
+            # Any of runtime_dirs() can tell: they differ only in where they make folders.
+            if runtime_dirs()[0].is_abandoned(folder):
+                leak = Leak(
+                    what="domain",
+                    where=domain.name(),
+                    since_unix_s=round(folder.lstat().st_mtime) if folder.exists() else 0,
+                    size_bytes=domain.memoryStats().get("rss", 0) * 1024,
+                    why="the host agent that made it is gone",
+                )
+                yield leak, _destroyer(uri, domain.UUIDString())
 
 
 def _folder_of(domain_xml: str) -> Path | None:
