@@ -11,17 +11,19 @@ from threading import Thread
 from typing import NoReturn
 
 from hintfleet import __version__, logs, program
+from hintfleet.settings import ATTACHED_CONFIG_PATH
 
 _PR_SET_THP_DISABLE = 41  # include/uapi/linux/prctl.h
 
 _DESCRIPTION = """\
 Find free memory of this guest, isolate it, and hint it to the host agent, which takes it back.
-The host agent writes the configuration when it makes the guest.
+The host agent writes the configuration when it makes the guest; `hintfleet attach` gives it for a
+domain that was there before.
 """
 
 _EPILOG = """\
 examples:
-  hintfleet-guest --config /sys/firmware/qemu_fw_cfg/by_name/opt/org.hintfleet/config/raw
+  hintfleet-guest
   hintfleet-guest --config -     the first line of stdin; ends when stdin is closed,
                                  unless the configuration has orphan_after_s
 
@@ -45,7 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="PATH", help="JSON; - for stdin")
+    parser.add_argument(
+        "--config",
+        metavar="PATH",
+        help="JSON; - for stdin (default: what the host agent passed when it made the guest, else"
+        f" {ATTACHED_CONFIG_PATH})",
+    )
     parser.add_argument(
         "--workload-only",
         action="store_true",
@@ -70,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from guest_agent import agent, config
 
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    settings = config.read(arguments.config)
+    settings = config.read(arguments.config or config.default_path())
     logs.configure(arguments.log_level, arguments.log_format, guest=settings.guest_uuid)
     if arguments.config == "-" and not settings.orphan_after_s:
         Thread(target=_end_with_stdin, name="lifeline", daemon=True).start()

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from hintfleet.agent_config import MOST_JSON_BYTES, AgentConfig
+from hintfleet.agent_config import FW_CFG_NAME, MOST_JSON_BYTES, AgentConfig
 from hintfleet.errors import InvalidInput
+from hintfleet.settings import ATTACHED_CONFIG_PATH
 from hintfleet.system.files import read_at_most
+
+_FW_CFG = Path("/sys/firmware/qemu_fw_cfg/by_name") / FW_CFG_NAME / "raw"
+
+
+def default_path() -> str:
+    """Return where the configuration is: passed when the guest was made, or put there later."""
+    return str(_FW_CFG) if _FW_CFG.exists() else ATTACHED_CONFIG_PATH
 
 
 def read(path: str) -> AgentConfig:

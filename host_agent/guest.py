@@ -63,6 +63,8 @@ class Guest:
         self.token = token
         self.trial_id = trial_id
         self.spec = spec
+        self.is_attached = spec.driver == host_pb2.ATTACHED
+        """Whether its domain is somebody else's."""
         self.saver = saver or Saver(None)
         self.running: RunningGuest | None = None
         self.creation: asyncio.Task[None] | None = None

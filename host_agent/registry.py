@@ -7,7 +7,8 @@ import logging
 import secrets
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from hintfleet.errors import (
     GuestLost,
@@ -50,9 +51,12 @@ class Registry:
         self,
         drivers: Mapping[host_pb2.Driver.ValueType, GuestDriver],
         state: Database | None = None,
+        attached: GuestDriver | None = None,
     ) -> None:
-        """:param state: stores the guests that outlive this process; None: none do."""
+        """:param attached: the driver of attached guests; None: there are none.
+        :param state: stores the guests that outlive this process; None: none do."""
         self.drivers = drivers
+        self._attached = attached
         self.saver = Saver(state)
         self.epochs = Epochs()
         self.observing = CpuMeter()
@@ -108,24 +112,24 @@ class Registry:
         self._check_new(name, trial_id, spec)
         # The guest gets it with its configuration: guests/agent_settings.py.
         token = secrets.token_hex(16)
-        guest = self._add(name, self._checked_uuid(guest_uuid), token, trial_id, spec)
-        guest.creation = asyncio.create_task(self._make(guest))
+        guest = self.add(name, self.checked_uuid(guest_uuid), token, trial_id, spec)
+        guest.creation = asyncio.create_task(self.make(guest))
         try:
             # Shielded: libvirt's createXML cannot be cancelled, so the guest must be waited for.
             await asyncio.shield(guest.creation)
             await guest.ready(READY_TIMEOUT_S[spec.driver])
         except GuestLost as error:
             evidence = guest.evidence()
-            await self._end(guest)
+            await self.end(guest)
             if evidence in error.message:
                 raise
             raise GuestLost(f"{error.message}; its last output:\n{evidence}") from error
         except BaseException:
-            await self._end(guest)
+            await self.end(guest)
             raise
         return guest
 
-    def _add(
+    def add(
         self, name: str, uuid_text: str, token: str, trial_id: str, spec: host_pb2.GuestSpec
     ) -> Guest:
         guest = self._guests[name] = Guest(
@@ -140,7 +144,7 @@ class Registry:
         return guest
 
     def _check_new(self, name: str, trial_id: str, spec: host_pb2.GuestSpec) -> None:
-        if not name or len(name) > _MAX_NAME_LENGTH or not set(name) <= _NAME_CHARACTERS:
+        if not is_guest_name(name):
             raise InvalidInput(f"guest name {name!r}: 1 to 64 letters, digits and '-'")
         if name in self._guests:
             raise Refused(f"there is a guest {name!r} on this host already")
@@ -152,7 +156,7 @@ class Registry:
         if spec.method == host_pb2.METHOD_UNSPECIFIED:
             raise InvalidInput(f"guest {name}: its spec names no method")
 
-    def _checked_uuid(self, asked: str) -> str:
+    def checked_uuid(self, asked: str) -> str:
         try:
             found = str(uuid.UUID(asked) if asked else uuid.uuid4())
         except ValueError:
@@ -161,14 +165,31 @@ class Registry:
             raise Refused(f"there is a guest with UUID {found} on this host already")
         return found
 
-    async def _make(self, guest: Guest) -> None:
-        driver = self.drivers[guest.spec.driver]
+    async def make(self, guest: Guest) -> None:
+        driver = self._driver_of(guest)
         try:
-            running = await in_driver_thread(driver.create, _request(guest))
+            running = await in_driver_thread(driver.create, self.request(guest))
         except OSError as error:  # no descriptors, no processes, no room
             raise Refused(f"guest {guest.name} cannot be made: {error}") from error
         guest.started(running)
         await self.saver.save(guest)
+
+    def request(self, guest: Guest) -> GuestRequest:
+        """Return what a driver needs to make, attach or adopt a guest."""
+        loop = asyncio.get_running_loop()
+        lost = self._attached_lost if guest.is_attached else Guest.lost
+        return GuestRequest(
+            name=guest.name,
+            uuid=guest.uuid,
+            token=guest.token,
+            spec=guest.spec,
+            on_gone=lambda reason: _report_lost(loop, partial(lost, guest, reason)),
+        )
+
+    def _driver_of(self, guest: Guest) -> GuestDriver:
+        if guest.is_attached and self._attached is not None:
+            return self._attached
+        return self.drivers[guest.spec.driver]
 
     async def destroy(self, name: str) -> host_pb2.Ledger:
         """End a guest and return its closed books.
@@ -177,15 +198,22 @@ class Registry:
         :raises HintfleetError: the driver could not end it; it stays, so that this can be
             tried again.
         """
-        return await self._end(self.get(name))
+        return await self.end(self.get(name))
 
-    async def _end(self, guest: Guest) -> host_pb2.Ledger:
+    async def end(self, guest: Guest) -> host_pb2.Ledger:
         ledger = await guest.close()
         # Two callers may end a guest at once, and its name may be in use again by now.
         if self._guests.get(guest.name) is guest:
             del self._guests[guest.name]
             await self.saver.forget(guest)
         return ledger
+
+    def _attached_lost(self, guest: Guest, reason: str) -> None:
+        """End a guest whose domain is gone, or whose memory door somebody took out."""
+        guest.lost(reason)
+        task = asyncio.create_task(self._destroy_all([guest]))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     # Guests of an earlier host agent
 
@@ -202,15 +230,15 @@ class Registry:
         for task in adopting:
             task.result()
         loop = asyncio.get_running_loop()
-        for trial_id in {record.trial_id for record in records}:
+        for trial_id in {record.trial_id for record in records if record.trial_id}:
             loop.call_later(grace_s, self._end_unwatched, trial_id)
 
     async def _adopt(self, record: GuestRecord) -> None:
         self.epochs.after(record.epoch)
-        guest = self._add(record.name, record.uuid, record.token, record.trial_id, record.spec)
-        driver = self.drivers[record.spec.driver]
+        guest = self.add(record.name, record.uuid, record.token, record.trial_id, record.spec)
+        driver = self._driver_of(guest)
         try:
-            running = await in_driver_thread(driver.adopt, _request(guest), record.handle)
+            running = await in_driver_thread(driver.adopt, self.request(guest), record.handle)
         except GuestLost as error:
             guest.memory.last_ledger = record.books.totals
             guest.lost(error.message)
@@ -265,11 +293,11 @@ class Registry:
 
     async def close(self) -> None:
         """Close the drivers; call it after `end_all` or `leave`."""
-        for driver in self.drivers.values():
+        for driver in (*self.drivers.values(), *([self._attached] if self._attached else [])):
             await in_driver_thread(driver.close)
 
     async def _destroy_all(self, guests: tuple[Guest, ...] | list[Guest]) -> None:
-        ended = await asyncio.gather(*(self._end(g) for g in guests), return_exceptions=True)
+        ended = await asyncio.gather(*(self.end(g) for g in guests), return_exceptions=True)
         for guest, error in zip(guests, ended, strict=True):
             if isinstance(error, HintfleetError):
                 _log.error(
@@ -277,16 +305,9 @@ class Registry:
                 )
 
 
-def _request(guest: Guest) -> GuestRequest:
-    """Return what a driver needs to make or adopt a guest."""
-    loop = asyncio.get_running_loop()
-    return GuestRequest(
-        name=guest.name,
-        uuid=guest.uuid,
-        token=guest.token,
-        spec=guest.spec,
-        on_gone=lambda reason: _report_lost(loop, guest, reason),
-    )
+def is_guest_name(name: str) -> bool:
+    """Return whether a guest can have this name."""
+    return 0 < len(name) <= _MAX_NAME_LENGTH and set(name) <= _NAME_CHARACTERS
 
 
 def _check_memory(name: str, spec: host_pb2.GuestSpec) -> None:
@@ -303,8 +324,8 @@ def _check_memory(name: str, spec: host_pb2.GuestSpec) -> None:
         )
 
 
-def _report_lost(loop: asyncio.AbstractEventLoop, guest: Guest, reason: str) -> None:
+def _report_lost(loop: asyncio.AbstractEventLoop, report: Callable[[], object]) -> None:
     # Drivers call from their own threads, and call_soon_threadsafe raises RuntimeError once the
     # loop is closed: a guest's process may end after it.
     if not loop.is_closed():
-        loop.call_soon_threadsafe(guest.lost, reason)
+        loop.call_soon_threadsafe(report)

@@ -38,6 +38,7 @@ from host_agent.api.control_service import ControlService
 from host_agent.api.grpc_calls import OperatorsOnly
 from host_agent.api.guest_service import GuestService
 from host_agent.auditor import audit_when_due
+from host_agent.guests.attached.driver import AttachedDriver
 from host_agent.guests.driver import GuestDriver, Survival
 from host_agent.guests.embedded import EmbeddedDriver
 from host_agent.guests.libvirt.driver import LibvirtDriver
@@ -137,12 +138,12 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
     if socket_file := socket_path(check_address(settings.listen)):
         _refuse_if_taken(socket_file)
     control_address = listen(control_server, settings.listen, settings.tls)
-    libvirt, drivers = _drivers(settings, guest_address, state)
-    registry = Registry(drivers, state)
+    attached, drivers = _drivers(settings, guest_address, state)
+    registry = Registry(drivers, state, attached)
     # Adopted before the servers start: a guest that found no record of itself would be refused.
     if state is not None:
         await registry.adopt(state.guests(), settings.watch_grace_s)
-    control = ControlService(registry, settings.name, settings.memory_budget_bytes, libvirt.domains)
+    control = ControlService(registry, settings.name, settings.memory_budget_bytes, attached)
     add_HintingServiceServicer_to_server(GuestService(registry), guest_server)
     await _add_control(control_server, control)
     await guest_server.start()
@@ -222,7 +223,7 @@ def _open_guest_address(
 
 def _drivers(
     settings: Settings, guest_address: GuestAddress, state: Database | None
-) -> tuple[LibvirtDriver, dict[host_pb2.Driver.ValueType, GuestDriver]]:
+) -> tuple[AttachedDriver, dict[host_pb2.Driver.ValueType, GuestDriver]]:
     survival = None
     if state is not None:
         survival = Survival(
@@ -239,7 +240,14 @@ def _drivers(
         survival=survival,
     )
     embedded = EmbeddedDriver(advertised or guest_address.socket, survival)
-    return libvirt, {host_pb2.EMBEDDED: embedded, host_pb2.LIBVIRT: libvirt}
+    attached = AttachedDriver(
+        settings.libvirt_uri,
+        asyncio.get_running_loop(),
+        guest_server=advertised or _address_in_guest(guest_address.address),
+        guest_tls=settings.guest_tls is not None,
+        survival=survival,
+    )
+    return attached, {host_pb2.EMBEDDED: embedded, host_pb2.LIBVIRT: libvirt}
 
 
 def _address_in_guest(address: str) -> str:

@@ -13,7 +13,7 @@ import click
 
 from hintfleet import logs, program
 from orchestrator.commands.doctor import doctor
-from orchestrator.commands.domains import domains
+from orchestrator.commands.domains import attach, detach, domains, guests
 from orchestrator.commands.experiments import experiments
 from orchestrator.commands.pki import pki
 from orchestrator.commands.report import report
@@ -80,7 +80,21 @@ def cli(context: click.Context, log_level: str | None, log_format: str) -> None:
         click.echo(context.get_help())
 
 
-for command in (doctor, domains, experiments, pki, report, run, runs, show, savings, serve):
+for command in (
+    attach,
+    detach,
+    doctor,
+    domains,
+    experiments,
+    guests,
+    pki,
+    report,
+    run,
+    runs,
+    show,
+    savings,
+    serve,
+):
     cli.add_command(command)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 from hintfleet import __version__
@@ -17,8 +18,10 @@ from hintfleet.system.machine_limits import processors
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceServicer
+from host_agent.api.attaching import attach, detach
 from host_agent.api.grpc_calls import Context, abort
 from host_agent.api.sampling import SampleFilter, sample_set
+from host_agent.guests.attached.driver import AttachedDriver
 from host_agent.registry import Registry
 from host_agent.resizing import resize
 from host_agent.threads import in_driver_thread
@@ -38,11 +41,10 @@ class ControlService(HostServiceServicer):
         registry: Registry,
         name: str,
         memory_budget_bytes: int,
-        domains: Callable[[], list[host_pb2.Domain]],
+        attached: AttachedDriver,
     ) -> None:
-        """:param domains: returns all domains of this host's libvirt; blocks."""
         self._registry = registry
-        self._domains = domains
+        self._attached = attached
         self._name = name
         self._memory_budget_bytes = memory_budget_bytes
         self._answered = 0
@@ -109,9 +111,25 @@ class ControlService(HostServiceServicer):
     ) -> host_pb2.ListDomainsResponse:
         """Return what keeps each domain of this host's libvirt from being hinted."""
         try:
-            return host_pb2.ListDomainsResponse(domains=await in_driver_thread(self._domains))
+            return host_pb2.ListDomainsResponse(
+                domains=await in_driver_thread(self._attached.domains)
+            )
         except HintfleetError as error:
             await abort(context, error)
+
+    async def AttachGuest(
+        self, request: host_pb2.AttachGuestRequest, context: Context
+    ) -> host_pb2.AttachGuestResponse:
+        """Plug the memory door into a domain."""
+        attaching = partial(attach, self._registry, self._attached, request)
+        return await self._once("AttachGuest", request.command, attaching, context)
+
+    async def DetachGuest(
+        self, request: host_pb2.DetachGuestRequest, context: Context
+    ) -> host_pb2.DetachGuestResponse:
+        """Take the memory door out of a domain."""
+        detaching = partial(detach, self._registry, self._attached, request)
+        return await self._once("DetachGuest", request.command, detaching, context)
 
     async def RunStep(
         self, request: host_pb2.RunStepRequest, context: Context

@@ -82,8 +82,9 @@ class MemoryDoor:
         self._changed = Condition()
         """Held while `_regions` are changed, and while their files are opened again."""
         self._regions: tuple[Region, ...] = ()
-        self._is_open = False
+        self._is_open = self._is_connected = False
         self._moved: Callable[[str | None], None] = _ignore
+        self._disconnected: Callable[[str], None] = _ignore
         self._serving: asyncio.Task[None] | None = None
         loop.call_soon_threadsafe(self._begin)
 
@@ -158,6 +159,16 @@ class MemoryDoor:
             undo.pop_all()
         return segments
 
+    def when_disconnected(self, call: Callable[[str], None]) -> None:
+        """Call this with the reason, from the event loop, when QEMU hangs up, or has already."""
+
+        def begin() -> None:
+            self._disconnected = call
+            if not self._is_connected:
+                call("QEMU has hung up already")
+
+        self._loop.call_soon_threadsafe(begin)
+
     def close(self) -> None:
         """Hang up and stop listening, once no punch runs. May be called twice."""
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
@@ -188,7 +199,7 @@ class MemoryDoor:
                     _log.warning("door refused a stranger", extra=self._fields(pid=pid, uid=uid))
 
     async def _serve_one(self, connection: socket.socket, pid: int) -> None:
-        self.pid = pid
+        self.pid, self._is_connected = pid, True
         _log.info("door connected", extra=self._fields(pid=pid))
         reason = "QEMU let go of it"
         backend = Backend()
@@ -205,7 +216,9 @@ class MemoryDoor:
             regions = backend.regions
             self._set_regions(())
             _close_all(region.fd for region in regions)
+            self._is_connected = False
             _log.info("door disconnected", extra=self._fields(pid=pid, reason=reason))
+        self._disconnected(reason)
 
     async def _talk(self, connection: socket.socket, backend: Backend) -> None:
         while message := await _receive(connection):

@@ -22,6 +22,9 @@ from hintfleet.settings import (
 from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import GuestRequest, Survival
 
+GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
+"""Where a guest has its certificate, if it needs one."""
+
 _A_GUEST = {Driver.EMBEDDED: "an embedded guest", Driver.LIBVIRT: "a libvirt guest"}
 
 

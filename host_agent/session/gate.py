@@ -133,6 +133,7 @@ class Gate:
         self._session: int | None = None
         self._waiting: deque[Batch] = deque()
         self._next_seq = 1
+        self._last_batch_s = 0.0
         self._asked_for_turn = False
         self._gone: HintfleetError | None = None
 
@@ -187,7 +188,12 @@ class Gate:
         self._check(batch)
         self._next_seq += batch.epoch == self.epoch
         self._waiting.append(batch)
+        self._last_batch_s = batch.received_s
         return self._ask_for_turn()
+
+    def idle_s(self, now_s: float) -> float:
+        """Return for how long no batch arrived or ran."""
+        return 0.0 if self.running is not None or self._waiting else now_s - self._last_batch_s
 
     def turn_came(self, now_s: float) -> Sequence[Instruction]:
         """Take the lock on the guest's RAM: run the oldest batch that is not too old."""

@@ -38,6 +38,9 @@ _RECONNECT_S = 1.0
 # How long Settle waits for a session. A guest that was suspended connects again when it goes on.
 _SESSION_S = 5.0
 _POLL_S = 0.05
+# When a guest that was told to rest has sent nothing for so long, it has nothing in flight.
+_QUIET_S = 0.3
+_REST_S = 2.0
 
 # To encode the chunks of so few sections takes less time than to hand them to a thread.
 _FEW_SECTIONS = 16
@@ -68,6 +71,8 @@ class GuestSessions:
         for a lost guest."""
         self._name = guest_name
         self._settings = settings
+        self.chunk_order = settings.chunk_order or DEFAULT_CHUNK_ORDER
+        """The order of the chunks that the guest hints."""
         self._memory = memory
         self._tasks = tasks
         self._opened = opened
@@ -93,11 +98,6 @@ class GuestSessions:
     def has_workload(self) -> bool:
         """Whether a workload is attached."""
         return self._workload is not None
-
-    @property
-    def chunk_order(self) -> int:
-        """The order of the chunks that the guest hints."""
-        return self._settings.chunk_order or DEFAULT_CHUNK_ORDER
 
     def end_all(self, error: GuestLost) -> None:
         """End all streams of a guest that is gone; all requests to it fail with `error`."""
@@ -226,6 +226,17 @@ class GuestSessions:
         if self._hinting is not None and not nothing_again:
             self._allowed_something = bool(policy.allowance_pages)
             self._hinting.send(hinting_pb2.HostMessage(policy=policy))
+
+    async def rest(self) -> None:
+        """Have the guest hint no more, and wait until it has nothing in flight: two seconds at
+        most. Without a session, do nothing."""
+        deadline_s = time.monotonic() + _REST_S
+        if self._hinting is not None:
+            policy = policy_of(self._settings)
+            policy.kind = hinting_pb2.Policy.PRESSURE  # and no allowance
+            self._hinting.send(hinting_pb2.HostMessage(policy=policy))
+        while self._gate.idle_s(time.monotonic()) < _QUIET_S and time.monotonic() < deadline_s:
+            await asyncio.sleep(_POLL_S)
 
     # The workload
 

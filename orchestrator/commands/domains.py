@@ -1,16 +1,16 @@
-"""The command `hintfleet domains`."""
+"""The commands for domains that were there before: `domains`, `attach`, `detach`, `guests`."""
 
 from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator.commands.options import output_option, tls_option, tls_or_none
 
-_EPILOG = """\b
-Examples:
-  hintfleet domains
-  hintfleet domains --host h1.example.org:7070 --tls ~/operator-alice -o json
-"""
+if TYPE_CHECKING:
+    from hintfleet.v1 import host_pb2
 
 
 def _this_machine() -> str:
@@ -19,8 +19,7 @@ def _this_machine() -> str:
     return default_control_address()
 
 
-@click.command(epilog=_EPILOG)
-@click.option(
+_host_option = click.option(
     "--host",
     "address",
     default=_this_machine,
@@ -28,27 +27,185 @@ def _this_machine() -> str:
     metavar="ADDR",
     help="A running host agent: unix:PATH, or HOST:PORT; off loopback, --tls is required.",
 )
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  hintfleet domains
+  hintfleet domains --host h1.example.org:7070 --tls ~/operator-alice -o json
+"""
+)
+@_host_option
 @tls_option
 @output_option
 def domains(address: str, tls_folder: str, output_format: str) -> int:
     """Show for each libvirt domain of a host whether its free memory could be hinted, and
     what to change if not. Changes nothing."""
-    import asyncio
-
     from orchestrator.commands.output import emit
-    from orchestrator.trial.host_client import list_domains
-    from orchestrator.view.domain_table import domain_table
+    from orchestrator.trial.host_client import connected
+    from orchestrator.view.domain_tables import domain_table
 
-    found = asyncio.run(list_domains(address, tls_or_none(tls_folder)))
-    data = [
-        {
-            "name": domain.name,
-            "uuid": domain.uuid,
-            "running": domain.running,
-            "memory_bytes": domain.memory_bytes,
-            "obstacles": [{"what": one.what, "change": one.change} for one in domain.obstacles],
-        }
-        for domain in found
-    ]
-    emit(data, output_format, lambda: domain_table(found))
+    async def ask() -> list[host_pb2.Domain]:
+        async with connected(address, tls_or_none(tls_folder)) as client:
+            return await client.list_domains()
+
+    found = asyncio.run(ask())
+    emit([_as_data(domain) for domain in found], output_format, lambda: domain_table(found))
     return 0
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  hintfleet attach db1 --dry-run          only say what is in the way
+  hintfleet attach db1 > guest.json       then put it into the guest as /etc/hintfleet/guest.json
+                                          and start the service hintfleet-guest there
+  hintfleet attach db1 --via guest-agent  the same, through the QEMU guest agent
+  hintfleet attach db1 --isolator kmod --server 192.0.2.7:7071
+"""
+)
+@click.argument("domain")
+@_host_option
+@click.option("--dry-run", is_flag=True, help="Only look for what is in the way.")
+@click.option(
+    "--via",
+    type=click.Choice(("guest-agent",)),
+    help="Put the configuration into the guest and start its agent, through the QEMU guest agent.",
+)
+@click.option(
+    "--server",
+    default="",
+    metavar="HOST:PORT",
+    help="Where the guest reaches the host agent.  [default: for user-mode networking]",
+)
+@click.option(
+    "--isolator",
+    type=click.Choice(("hugetlb", "kmod")),
+    default="hugetlb",
+    show_default=True,
+    help="How the guest makes free memory safe; kmod needs the module hintfleet_kmod in it.",
+)
+@tls_option
+def attach(
+    domain: str,
+    address: str,
+    dry_run: bool,
+    via: str | None,
+    server: str,
+    isolator: str,
+    tls_folder: str,
+) -> int:
+    """Begin to hint in a running DOMAIN (name or UUID), which was there before.
+
+    A device is plugged into it, through which QEMU hands over its memory; `detach` takes it
+    out. Prints the configuration of the guest's agent, unless --via puts it there.
+    """
+    from hintfleet.errors import Refused
+    from hintfleet.v1 import host_pb2
+    from orchestrator.trial.host_client import connected
+    from orchestrator.view.domain_tables import print_domain
+
+    request = host_pb2.AttachGuestRequest(
+        domain=domain,
+        dry_run=dry_run,
+        server=server,
+        through_guest_agent=via is not None,
+        hinting=host_pb2.HintingSettings(isolator=isolator),
+    )
+
+    async def ask() -> host_pb2.AttachGuestResponse:
+        async with connected(address, tls_or_none(tls_folder)) as client:
+            return await client.attach_guest(request)
+
+    answer = asyncio.run(ask())
+    if dry_run:
+        print_domain(answer.domain)
+        if answer.domain.obstacles:
+            raise Refused(f"domain {answer.domain.name} cannot be attached")
+        return 0
+    click.echo(f"attached {answer.domain.name} as guest {answer.guest.name}", err=True)
+    if via is None:
+        click.echo(answer.agent_config)
+        click.echo(
+            "next: put this into the guest as /etc/hintfleet/guest.json (mode 0600), then\n"
+            "      systemctl start hintfleet-guest",
+            err=True,
+        )
+    return 0
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  hintfleet detach db1
+  hintfleet detach db1 --via guest-agent    and stop the agent in the guest
+"""
+)
+@click.argument("domain")
+@_host_option
+@click.option(
+    "--via",
+    type=click.Choice(("guest-agent",)),
+    help="First stop the agent in the guest and remove its configuration, through the QEMU guest"
+    " agent.",
+)
+@tls_option
+def detach(domain: str, address: str, via: str | None, tls_folder: str) -> int:
+    """Stop hinting in an attached DOMAIN, and take the device out of it again.
+
+    Needed before the domain can be saved, snapshotted or migrated: QEMU refuses that while
+    the device is there.
+    """
+    from hintfleet.units import format_size
+    from hintfleet.v1 import host_pb2
+    from orchestrator.trial.host_client import connected
+
+    request = host_pb2.DetachGuestRequest(name=domain, through_guest_agent=via is not None)
+
+    async def ask() -> host_pb2.DetachGuestResponse:
+        async with connected(address, tls_or_none(tls_folder)) as client:
+            return await client.detach_guest(request)
+
+    books = asyncio.run(ask()).ledger
+    click.echo(
+        f"detached {domain}: {format_size(books.reclaimed_total_bytes)} were reclaimed in all,"
+        f" {format_size(books.refaulted_total_bytes)} of them used again",
+        err=True,
+    )
+    return 0
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  hintfleet guests
+  hintfleet guests -o json
+"""
+)
+@_host_option
+@tls_option
+@output_option
+def guests(address: str, tls_folder: str, output_format: str) -> int:
+    """Show the guests of a host agent, made and attached, with their books."""
+    from orchestrator.commands.output import emit
+    from orchestrator.trial.host_client import connected
+    from orchestrator.view.domain_tables import guest_as_data, guest_table
+
+    async def ask() -> list[host_pb2.Guest]:
+        async with connected(address, tls_or_none(tls_folder)) as client:
+            return await client.list_guests()
+
+    found = asyncio.run(ask())
+    emit([guest_as_data(guest) for guest in found], output_format, lambda: guest_table(found))
+    return 0
+
+
+def _as_data(domain: host_pb2.Domain) -> dict[str, object]:
+    return {
+        "name": domain.name,
+        "uuid": domain.uuid,
+        "running": domain.running,
+        "memory_bytes": domain.memory_bytes,
+        "obstacles": [{"what": one.what, "change": one.change} for one in domain.obstacles],
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import grpc
@@ -86,6 +87,26 @@ class HostClient:
         call = self._stub.ListDomains(request, timeout=self._timeouts.connect_s)
         return list((await self._answer(call, "listing domains")).domains)
 
+    async def list_guests(self) -> list[host_pb2.Guest]:
+        """Ask for all guests with their books, which are audited first."""
+        request = host_pb2.ListGuestsRequest()
+        call = self._stub.ListGuests(request, timeout=self._timeouts.connect_s)
+        return list((await self._answer(call, "listing guests")).guests)
+
+    async def attach_guest(
+        self, request: host_pb2.AttachGuestRequest
+    ) -> host_pb2.AttachGuestResponse:
+        """Attach a running domain, or look for what is in the way."""
+        call = self._stub.AttachGuest(request, timeout=self._timeouts.create_s)
+        return await self._answer(call, f"attaching {request.domain}")
+
+    async def detach_guest(
+        self, request: host_pb2.DetachGuestRequest
+    ) -> host_pb2.DetachGuestResponse:
+        """Detach a guest; return its final books."""
+        call = self._stub.DetachGuest(request, timeout=self._timeouts.destroy_s)
+        return await self._answer(call, f"detaching {request.name}")
+
     async def create_guest(self, request: host_pb2.CreateGuestRequest) -> host_pb2.Guest:
         """Create a guest; return when it can run steps."""
         call = self._stub.CreateGuest(request, timeout=self._timeouts.create_s)
@@ -133,10 +154,11 @@ class HostClient:
             raise from_rpc_error(error, f"{self._address}: {action}") from error
 
 
-async def list_domains(address: str, tls: Tls | None) -> list[host_pb2.Domain]:
-    """Ask one host agent, as `HostClient.list_domains`."""
+@asynccontextmanager
+async def connected(address: str, tls: Tls | None) -> AsyncIterator[HostClient]:
+    """Use one host agent with the default deadlines until the block ends."""
     client = HostClient(address, Timeouts(), tls)
     try:
-        return await client.list_domains()
+        yield client
     finally:
         await client.aclose()

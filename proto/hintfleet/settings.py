@@ -124,3 +124,7 @@ def hinting_parts(driver: Driver, isolator: str = "", tracker: str = "") -> Hint
 def policies_of(parts: HintingParts) -> tuple[Policy, ...]:
     """Return the policies that this isolator and tracker can follow."""
     return tuple(p for p in Policy if p is not Policy.COLD or parts == COLD_PARTS)
+
+
+ATTACHED_CONFIG_PATH = "/etc/hintfleet/guest.json"
+"""Where the agent's configuration is in a guest whose domain was there before."""

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 SILENT = {
     "pure: takes values and returns values, and its caller logs what follows": (
         "host_agent/door/protocol.py",
-        "host_agent/guests/libvirt/attachable.py",
+        "host_agent/guests/attached/obstacles.py",
         "guest_agent/hinting.py",
         "guest_agent/tracking.py",
         "host_agent/guests/agent_settings.py",
@@ -34,6 +34,8 @@ SILENT = {
         "guest_agent/procfs.py",
         "guest_agent/workload.py",
         "guest_agent/workload_memory.py",
+        "host_agent/api/attaching.py",
+        "host_agent/guests/attached/*.py",
         "host_agent/guests/balloon_loop.py",
         "host_agent/guests/libvirt/api.py",
         "host_agent/guests/libvirt/dimms.py",

@@ -113,6 +113,15 @@ class Connection:
         """Stop watching a domain."""
         self._watched.pop(uuid_text, None)
 
+    def domain(self, uuid_text: str) -> Any:
+        """Return a domain.
+
+        :raises GuestLost: there is none.
+        :raises Refused: libvirt does not answer.
+        """
+        with errors_as(f"looking for domain {uuid_text}"):
+            return self.get().lookupByUUIDString(uuid_text)
+
     def destroy(self, uuid_text: str) -> None:
         """End a domain; it may be gone already.
 

@@ -20,14 +20,13 @@ from typing import Any
 from hintfleet.agent_config import AgentConfig
 from hintfleet.errors import GuestLost, HintfleetError, Refused
 from hintfleet.settings import Driver, IsolatorKind, Method
-from hintfleet.units import KIB, MIB
+from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import MemoryDoor
-from host_agent.guests.agent_settings import agent_config
+from host_agent.guests.agent_settings import GUEST_TLS_FOLDER, agent_config
 from host_agent.guests.driver import GuestRequest, Handle, Survival
 from host_agent.guests.libvirt import kvm_probe
 from host_agent.guests.libvirt.api import errors_as, modules
-from host_agent.guests.libvirt.attachable import obstacles
 from host_agent.guests.libvirt.connection import Connection
 from host_agent.guests.libvirt.devices import plug_door, unplug_door
 from host_agent.guests.libvirt.dimms import Dimms
@@ -38,7 +37,6 @@ from host_agent.guests.libvirt.image import GuestImage, find_image
 from host_agent.guests.libvirt.runtime_dir import RuntimeDir
 from host_agent.memory.ram import GuestRam
 
-_GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
 _EVIDENCE_LINES = 40
 _PROBE_MEMORY_BYTES = 256 * MIB
 # How long a guest may take to boot until its kernel binds the device of the memory door.
@@ -96,16 +94,6 @@ class LibvirtDriver:
         boots = {True: "KVM", False: "TCG (KVM does not boot here)", None: "KVM not probed yet"}
         detail += f", {boots[kvm_probe.cached(image)]}"
         return host_pb2.DriverState(driver=host_pb2.LIBVIRT, usable=True, detail=detail)
-
-    def domains(self) -> list[host_pb2.Domain]:
-        """Return all domains, by name, with what keeps each from being hinted.
-
-        :raises Refused: libvirt does not answer.
-        """
-        with errors_as("listing the domains"):
-            found = self._connection.get().listAllDomains()
-        described = (describe(domain) for domain in found)
-        return sorted((one for one in described if one), key=lambda one: one.name)
 
     def create(self, request: GuestRequest) -> LibvirtGuest:
         config = self._agent_config(request)
@@ -233,7 +221,7 @@ class LibvirtDriver:
     def _agent_config(self, request: GuestRequest) -> AgentConfig:
         return replace(
             agent_config(Driver.LIBVIRT, request, self._guest_server, self._survival),
-            tls_folder=_GUEST_TLS_FOLDER if self._guest_tls else "",
+            tls_folder=GUEST_TLS_FOLDER if self._guest_tls else "",
         )
 
     def _accelerator(self, connection: Any, image: GuestImage) -> str:
@@ -335,20 +323,6 @@ def _wait_until_open(door: MemoryDoor, domain: Any) -> None:
                     " it needs the driver virtiofs"
                 )
         raise GuestLost("it ended before its kernel opened the memory door")
-
-
-def describe(domain: Any) -> host_pb2.Domain | None:
-    """Return a domain as the control API has it; None if it is gone."""
-    with contextlib.suppress(GuestLost), errors_as("looking at a domain"):
-        is_running = bool(domain.isActive())
-        return host_pb2.Domain(
-            name=domain.name(),
-            uuid=domain.UUIDString(),
-            running=is_running,
-            memory_bytes=domain.maxMemory() * KIB,
-            obstacles=obstacles(domain.XMLDesc(), is_running=is_running),
-        )
-    return None
 
 
 def _version(number: int) -> str:

@@ -28,12 +28,16 @@ class _DriverEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Driver.ValueTy
     DRIVER_UNSPECIFIED: _Driver.ValueType  # 0
     EMBEDDED: _Driver.ValueType  # 1
     LIBVIRT: _Driver.ValueType  # 2
+    ATTACHED: _Driver.ValueType  # 3
+    """A libvirt domain that was there before (AttachGuest); not for CreateGuest."""
 
 class Driver(_Driver, metaclass=_DriverEnumTypeWrapper): ...
 
 DRIVER_UNSPECIFIED: Driver.ValueType  # 0
 EMBEDDED: Driver.ValueType  # 1
 LIBVIRT: Driver.ValueType  # 2
+ATTACHED: Driver.ValueType  # 3
+"""A libvirt domain that was there before (AttachGuest); not for CreateGuest."""
 Global___Driver: _TypeAlias = Driver  # noqa: Y015
 
 class _Method:
@@ -586,6 +590,134 @@ class Obstacle(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Obstacle: _TypeAlias = Obstacle  # noqa: Y015
+
+@_typing.final
+class AttachGuestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMAND_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    HINTING_FIELD_NUMBER: _builtins.int
+    SERVER_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    THROUGH_GUEST_AGENT_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    """Name or UUID of a domain."""
+    server: _builtins.str
+    """HOST:PORT at which the guest reaches this host agent; empty: as for guests that it makes,
+    which are on user-mode networking.
+    """
+    dry_run: _builtins.bool
+    """Only look for obstacles."""
+    through_guest_agent: _builtins.bool
+    """Write the configuration into the guest, and start the service hintfleet-guest, through the
+    QEMU guest agent.
+    """
+    @_builtins.property
+    def command(self) -> Global___CommandId: ...
+    @_builtins.property
+    def hinting(self) -> Global___HintingSettings:
+        """Isolator: "hugetlb" if empty."""
+
+    def __init__(
+        self,
+        *,
+        command: Global___CommandId | None = ...,
+        domain: _builtins.str = ...,
+        hinting: Global___HintingSettings | None = ...,
+        server: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+        through_guest_agent: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "hinting", b"hinting"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "domain", b"domain", "dry_run", b"dry_run", "hinting", b"hinting", "server", b"server", "through_guest_agent", b"through_guest_agent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachGuestRequest: _TypeAlias = AttachGuestRequest  # noqa: Y015
+
+@_typing.final
+class AttachGuestResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    GUEST_FIELD_NUMBER: _builtins.int
+    AGENT_CONFIG_FIELD_NUMBER: _builtins.int
+    agent_config: _builtins.str
+    """The agent's configuration, JSON with the guest's token: for /etc/hintfleet/guest.json."""
+    @_builtins.property
+    def domain(self) -> Global___Domain: ...
+    @_builtins.property
+    def guest(self) -> Global___Guest:
+        """Unless dry_run."""
+
+    def __init__(
+        self,
+        *,
+        domain: Global___Domain | None = ...,
+        guest: Global___Guest | None = ...,
+        agent_config: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "guest", b"guest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_config", b"agent_config", "domain", b"domain", "guest", b"guest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachGuestResponse: _TypeAlias = AttachGuestResponse  # noqa: Y015
+
+@_typing.final
+class DetachGuestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMAND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    THROUGH_GUEST_AGENT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the guest, or UUID of its domain."""
+    through_guest_agent: _builtins.bool
+    """First stop the service hintfleet-guest and remove its configuration, through the QEMU guest
+    agent.
+    """
+    @_builtins.property
+    def command(self) -> Global___CommandId: ...
+    def __init__(
+        self,
+        *,
+        command: Global___CommandId | None = ...,
+        name: _builtins.str = ...,
+        through_guest_agent: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "name", b"name", "through_guest_agent", b"through_guest_agent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetachGuestRequest: _TypeAlias = DetachGuestRequest  # noqa: Y015
+
+@_typing.final
+class DetachGuestResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEDGER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ledger(self) -> Global___Ledger:
+        """The final books."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Global___Ledger | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetachGuestResponse: _TypeAlias = DetachGuestResponse  # noqa: Y015
 
 @_typing.final
 class RunStepRequest(_message.Message):

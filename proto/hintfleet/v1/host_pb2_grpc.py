@@ -64,6 +64,16 @@ class HostServiceStub:
                 request_serializer=hintfleet_dot_v1_dot_host__pb2.ListDomainsRequest.SerializeToString,
                 response_deserializer=hintfleet_dot_v1_dot_host__pb2.ListDomainsResponse.FromString,
                 _registered_method=True)
+        self.AttachGuest = channel.unary_unary(
+                '/hintfleet.v1.HostService/AttachGuest',
+                request_serializer=hintfleet_dot_v1_dot_host__pb2.AttachGuestRequest.SerializeToString,
+                response_deserializer=hintfleet_dot_v1_dot_host__pb2.AttachGuestResponse.FromString,
+                _registered_method=True)
+        self.DetachGuest = channel.unary_unary(
+                '/hintfleet.v1.HostService/DetachGuest',
+                request_serializer=hintfleet_dot_v1_dot_host__pb2.DetachGuestRequest.SerializeToString,
+                response_deserializer=hintfleet_dot_v1_dot_host__pb2.DetachGuestResponse.FromString,
+                _registered_method=True)
         self.RunStep = channel.unary_unary(
                 '/hintfleet.v1.HostService/RunStep',
                 request_serializer=hintfleet_dot_v1_dot_host__pb2.RunStepRequest.SerializeToString,
@@ -135,6 +145,24 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AttachGuest(self, request, context):
+        """Plug the memory door into a running domain of somebody else, so that its free memory can be
+        hinted. The guest is kept until DetachGuest, or until its domain ends; nothing else about
+        the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
+        NOT_FOUND if there is no such domain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DetachGuest(self, request, context):
+        """Take the memory door out of an attached guest, once the guest has nothing isolated. The
+        domain is as it was before. NOT_FOUND if there is no such guest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RunStep(self, request, context):
         """Run one workload step on one guest; returns when the guest has done it.
         """
@@ -196,6 +224,16 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.ListDomains,
                     request_deserializer=hintfleet_dot_v1_dot_host__pb2.ListDomainsRequest.FromString,
                     response_serializer=hintfleet_dot_v1_dot_host__pb2.ListDomainsResponse.SerializeToString,
+            ),
+            'AttachGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.AttachGuest,
+                    request_deserializer=hintfleet_dot_v1_dot_host__pb2.AttachGuestRequest.FromString,
+                    response_serializer=hintfleet_dot_v1_dot_host__pb2.AttachGuestResponse.SerializeToString,
+            ),
+            'DetachGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.DetachGuest,
+                    request_deserializer=hintfleet_dot_v1_dot_host__pb2.DetachGuestRequest.FromString,
+                    response_serializer=hintfleet_dot_v1_dot_host__pb2.DetachGuestResponse.SerializeToString,
             ),
             'RunStep': grpc.unary_unary_rpc_method_handler(
                     servicer.RunStep,
@@ -375,6 +413,60 @@ class HostService:
             '/hintfleet.v1.HostService/ListDomains',
             hintfleet_dot_v1_dot_host__pb2.ListDomainsRequest.SerializeToString,
             hintfleet_dot_v1_dot_host__pb2.ListDomainsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttachGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hintfleet.v1.HostService/AttachGuest',
+            hintfleet_dot_v1_dot_host__pb2.AttachGuestRequest.SerializeToString,
+            hintfleet_dot_v1_dot_host__pb2.AttachGuestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DetachGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hintfleet.v1.HostService/DetachGuest',
+            hintfleet_dot_v1_dot_host__pb2.DetachGuestRequest.SerializeToString,
+            hintfleet_dot_v1_dot_host__pb2.DetachGuestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,16 @@ class HostServiceStub:
     """Say for each domain of this host's libvirt whether free memory could be hinted in it, and
     what to change if not. Changes nothing. FAILED_PRECONDITION if libvirt does not answer.
     """
+    AttachGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.AttachGuestRequest, _host_pb2.AttachGuestResponse]
+    """Plug the memory door into a running domain of somebody else, so that its free memory can be
+    hinted. The guest is kept until DetachGuest, or until its domain ends; nothing else about
+    the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
+    NOT_FOUND if there is no such domain.
+    """
+    DetachGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.DetachGuestRequest, _host_pb2.DetachGuestResponse]
+    """Take the memory door out of an attached guest, once the guest has nothing isolated. The
+    domain is as it was before. NOT_FOUND if there is no such guest.
+    """
     RunStep: _grpc.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]
     """Run one workload step on one guest; returns when the guest has done it."""
     Settle: _grpc.UnaryUnaryMultiCallable[_host_pb2.SettleRequest, _host_pb2.SettleResponse]
@@ -98,6 +108,16 @@ class HostServiceAsyncStub(HostServiceStub):
     ListDomains: _aio.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]  # type: ignore[assignment]
     """Say for each domain of this host's libvirt whether free memory could be hinted in it, and
     what to change if not. Changes nothing. FAILED_PRECONDITION if libvirt does not answer.
+    """
+    AttachGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.AttachGuestRequest, _host_pb2.AttachGuestResponse]  # type: ignore[assignment]
+    """Plug the memory door into a running domain of somebody else, so that its free memory can be
+    hinted. The guest is kept until DetachGuest, or until its domain ends; nothing else about
+    the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
+    NOT_FOUND if there is no such domain.
+    """
+    DetachGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.DetachGuestRequest, _host_pb2.DetachGuestResponse]  # type: ignore[assignment]
+    """Take the memory door out of an attached guest, once the guest has nothing isolated. The
+    domain is as it was before. NOT_FOUND if there is no such guest.
     """
     RunStep: _aio.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]  # type: ignore[assignment]
     """Run one workload step on one guest; returns when the guest has done it."""
@@ -175,6 +195,28 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_host_pb2.ListDomainsResponse, _abc.Awaitable[_host_pb2.ListDomainsResponse]]:
         """Say for each domain of this host's libvirt whether free memory could be hinted in it, and
         what to change if not. Changes nothing. FAILED_PRECONDITION if libvirt does not answer.
+        """
+
+    @_abc_1.abstractmethod
+    def AttachGuest(
+        self,
+        request: _host_pb2.AttachGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.AttachGuestResponse, _abc.Awaitable[_host_pb2.AttachGuestResponse]]:
+        """Plug the memory door into a running domain of somebody else, so that its free memory can be
+        hinted. The guest is kept until DetachGuest, or until its domain ends; nothing else about
+        the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
+        NOT_FOUND if there is no such domain.
+        """
+
+    @_abc_1.abstractmethod
+    def DetachGuest(
+        self,
+        request: _host_pb2.DetachGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.DetachGuestResponse, _abc.Awaitable[_host_pb2.DetachGuestResponse]]:
+        """Take the memory door out of an attached guest, once the guest has nothing isolated. The
+        domain is as it was before. NOT_FOUND if there is no such guest.
         """
 
     @_abc_1.abstractmethod

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import guest_agent.config
 from hintfleet.agent_config import FW_CFG_NAME, AgentConfig, Memory
 from hintfleet.errors import InvalidInput
 from hintfleet.settings import HUGE_PAGE_ORDER, PARTS, IsolatorKind, Method, TrackerKind
@@ -75,11 +76,12 @@ def test_init_reads_the_method_with_sed(method: Method, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "reader",
-    ["deploy/image/init", "deploy/systemd/hintfleet-guest.service", "guest_agent/__main__.py"],
+    ["deploy/image/init", "deploy/systemd/hintfleet-guest.service"],
 )
 def test_all_readers_use_the_same_fw_cfg_file(reader: str) -> None:
     path = f"/sys/firmware/qemu_fw_cfg/by_name/{FW_CFG_NAME}/raw"
     assert path in (ROOT / reader).read_text()
+    assert str(guest_agent.config._FW_CFG) == path
 
 
 @pytest.mark.parametrize(

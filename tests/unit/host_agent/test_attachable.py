@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from host_agent.guests.libvirt.attachable import obstacles
+from host_agent.guests.attached.obstacles import obstacles
 
 BACKING = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
 PORTS = (

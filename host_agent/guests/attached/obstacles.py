@@ -1,4 +1,4 @@
-"""Says what keeps a domain, which somebody else made, from having its free memory hinted. Pure.
+"""Says what keeps a domain, which somebody else made, from having its free memory hinted.
 
 Each obstacle comes with what to change. Where nothing is said, QEMU would hand over the memory at
 the memory door, and the host can drop it page by page.
@@ -9,9 +9,14 @@ from __future__ import annotations
 import shlex
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
+from hintfleet.errors import GuestLost
+from hintfleet.units import KIB
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import BACKING_HINT
+from host_agent.guests.libvirt.api import errors_as
 from host_agent.guests.libvirt.devices import TAG
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
 
@@ -111,3 +116,17 @@ def _has_free_port(domain: ET.Element) -> bool:
     }
     buses = (int(one.get("bus", "0"), 0) for one in domain.iterfind(".//address[@type='pci']"))
     return bool(ports - {str(bus) for bus in buses})
+
+
+def described(domain: Any) -> host_pb2.Domain | None:
+    """Return a domain as the control API has it; None if it is gone."""
+    with suppress(GuestLost), errors_as("looking at a domain"):
+        is_running = bool(domain.isActive())
+        return host_pb2.Domain(
+            name=domain.name(),
+            uuid=domain.UUIDString(),
+            running=is_running,
+            memory_bytes=domain.maxMemory() * KIB,
+            obstacles=obstacles(domain.XMLDesc(), is_running=is_running),
+        )
+    return None

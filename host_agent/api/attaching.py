@@ -1,0 +1,89 @@
+"""Attaches running domains of somebody else, and lets them go.
+
+An attached guest belongs to no trial: it is kept until it is detached, until its domain ends, or
+until the host agent ends, unless that keeps a state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+from hintfleet.errors import HintfleetError, NotFound, Refused
+from hintfleet.settings import IsolatorKind
+from hintfleet.v1 import host_pb2
+from host_agent.guest import Guest
+from host_agent.guests.attached.driver import AttachedDriver
+from host_agent.registry import Registry, is_guest_name
+from host_agent.threads import in_driver_thread
+
+
+async def attach(
+    registry: Registry, driver: AttachedDriver, request: host_pb2.AttachGuestRequest
+) -> host_pb2.AttachGuestResponse:
+    """Attach a domain, or look for what is in the way; see host.proto.
+
+    :raises NotFound: there is no such domain.
+    :raises Refused: it cannot be attached; says why. The domain is as it was before.
+    :raises GuestLost: the domain is gone.
+    """
+    domain = await in_driver_thread(driver.find, request.domain)
+    if request.dry_run:
+        return host_pb2.AttachGuestResponse(domain=domain)
+    if domain.obstacles:
+        what = "; ".join(one.what for one in domain.obstacles)
+        raise Refused(
+            f"domain {domain.name} cannot be attached: {what}", hint=domain.obstacles[0].change
+        )
+    guest = await _attached(registry, domain, request.hinting)
+    try:
+        config = driver.agent_config(registry.request(guest), request.server)
+        if request.through_guest_agent:
+            await in_driver_thread(driver.start_agent, guest.uuid, config)
+    except HintfleetError:
+        await registry.end(guest)
+        raise
+    return host_pb2.AttachGuestResponse(
+        domain=domain, guest=await guest.as_pb2(), agent_config=config
+    )
+
+
+async def _attached(
+    registry: Registry, domain: host_pb2.Domain, hinting: host_pb2.HintingSettings
+) -> Guest:
+    hinting.isolator = hinting.isolator or IsolatorKind.HUGETLB  # any kernel has it
+    spec = host_pb2.GuestSpec(
+        driver=host_pb2.ATTACHED,
+        memory_bytes=domain.memory_bytes,
+        method=host_pb2.HINTING,
+        hinting=hinting,
+    )
+    is_free = is_guest_name(domain.name) and domain.name not in [g.name for g in registry.guests]
+    name = domain.name if is_free else domain.uuid
+    uuid_text = registry.checked_uuid(domain.uuid)
+    guest = registry.add(name, uuid_text, secrets.token_hex(16), "", spec)
+    try:
+        guest.creation = asyncio.create_task(registry.make(guest))
+        await asyncio.shield(guest.creation)
+    except BaseException:
+        await registry.end(guest)
+        raise
+    return guest
+
+
+async def detach(
+    registry: Registry, driver: AttachedDriver, request: host_pb2.DetachGuestRequest
+) -> host_pb2.DetachGuestResponse:
+    """Let a domain go, once its agent has nothing isolated.
+
+    :raises NotFound: no such domain is attached.
+    :raises HintfleetError: the guest did not release the device, or its agent could not be
+        stopped; it stays attached, so that this can be tried again.
+    """
+    found = [g for g in registry.guests if g.is_attached and request.name in (g.name, g.uuid)]
+    if not found:
+        raise NotFound(f"no attached guest {request.name!r} on this host")
+    if request.through_guest_agent:
+        await in_driver_thread(driver.stop_agent, found[0].uuid)
+    await found[0].sessions.rest()
+    return host_pb2.DetachGuestResponse(ledger=await registry.end(found[0]))

@@ -1,0 +1,1 @@
+"""Guests that were there before: running domains of somebody else."""

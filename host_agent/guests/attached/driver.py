@@ -1,0 +1,213 @@
+"""Guests that were there before: running domains of somebody else.
+
+All that changes on such a domain is one device, the memory door, in its live configuration. It is
+never ended, suspended, reset or resized from here. The calls that are made on it are in this file,
+obstacles.py and libvirt/devices.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hintfleet.errors import GuestLost, NotFound, Refused
+from hintfleet.ranges import EMPTY, RangeSet
+from hintfleet.settings import ATTACHED_CONFIG_PATH, Driver
+from hintfleet.v1 import host_pb2
+from host_agent.door.door import MemoryDoor
+from host_agent.guests.agent_settings import GUEST_TLS_FOLDER, agent_config
+from host_agent.guests.attached.obstacles import described
+from host_agent.guests.attached.qemu_guest_agent import QemuGuestAgent
+from host_agent.guests.balloon import Balloon, Reporting
+from host_agent.guests.driver import GuestRequest, Handle, Survival
+from host_agent.guests.libvirt.api import errors_as
+from host_agent.guests.libvirt.connection import Connection
+from host_agent.guests.libvirt.devices import plug_door, unplug_door
+from host_agent.guests.libvirt.runtime_dir import RuntimeDir
+from host_agent.memory.ram import GuestRam, Segment
+
+# How long a running kernel may take to bind the device of the memory door.
+_OPEN_TIMEOUT_S = 15.0
+
+_SERVICE = "hintfleet-guest"
+
+_NOT_OURS = "the guest's domain is somebody else's: its memory is not resized from here"
+
+
+class AttachedGuest:
+    """A domain with the memory door in it."""
+
+    balloon: Balloon | None = None
+    reporting: Reporting | None = None
+    handle: Handle = {}
+    """Empty: libvirt finds the domain by its UUID."""
+
+    def __init__(self, connection: Connection, uuid_text: str, door: MemoryDoor) -> None:
+        """Take ownership of an open door, and of the RAM behind it."""
+        self.pid = door.pid
+        self.ram = GuestRam(door.segments(), door.fence)
+        self.door: MemoryDoor | None = door
+        self._connection = connection
+        self._uuid = uuid_text
+        self._end_door = door.close
+
+    def plugged(self) -> RangeSet:
+        return EMPTY
+
+    def plug(self, size_bytes: int) -> Sequence[Segment]:  # noqa: ARG002
+        raise Refused(_NOT_OURS)
+
+    def to_unplug(self, size_bytes: int) -> Sequence[RangeSet]:  # noqa: ARG002
+        raise Refused(_NOT_OURS)
+
+    def unplug(self, pages: RangeSet) -> None:  # noqa: ARG002
+        raise Refused(_NOT_OURS)
+
+    def evidence(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        """Take the door out; the domain goes on. May be called twice."""
+        with contextlib.suppress(GuestLost):
+            unplug_door(self._connection.domain(self._uuid))
+        self._end_door()
+        self.ram.close()
+
+
+class AttachedDriver:
+    """Plugs the memory door into domains, and takes it out."""
+
+    def __init__(
+        self,
+        uri: str,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        guest_server: str,
+        guest_tls: bool = False,
+        survival: Survival | None = None,
+    ) -> None:
+        """Store settings; the connection is opened when it is first needed.
+
+        :param loop: serves the doors.
+        :param guest_server: address at which guests on user-mode networking find the host agent.
+        :param guest_tls: whether guests must use TLS.
+        """
+        self._guest_server = guest_server
+        self._guest_tls = guest_tls
+        self._connection = Connection(uri)
+        self._loop = loop
+        self._survival = survival
+
+    def state(self) -> host_pb2.DriverState:
+        return host_pb2.DriverState(driver=host_pb2.ATTACHED, usable=True)
+
+    def domains(self) -> list[host_pb2.Domain]:
+        """Return all domains, by name, with what keeps each from being hinted.
+
+        :raises Refused: libvirt does not answer.
+        """
+        with errors_as("listing the domains"):
+            found = self._connection.get().listAllDomains()
+        return sorted(filter(None, map(described, found)), key=lambda one: one.name)
+
+    def find(self, name: str) -> host_pb2.Domain:
+        """Return the domain with this name or UUID.
+
+        :raises NotFound: there is none.
+        """
+        connection = self._connection.get()
+        for lookup in (connection.lookupByName, connection.lookupByUUIDString):
+            with contextlib.suppress(Refused, GuestLost), errors_as("looking for the domain"):
+                if domain := described(lookup(name)):
+                    return domain
+        raise NotFound(f"no domain {name!r} on this host")
+
+    def agent_config(self, request: GuestRequest, server: str = "") -> str:
+        """Return the configuration of the guest's agent, JSON.
+
+        :param server: address at which the guest finds the host agent, if it is not on user-mode
+            networking.
+        :raises Refused: a setting that no such guest has.
+        :raises InvalidInput: a setting is out of its bounds.
+        """
+        # Without survival: the agent must not end a guest that is somebody else's.
+        config = agent_config(Driver.LIBVIRT, request, server or self._guest_server, None)
+        tls_folder = GUEST_TLS_FOLDER if self._guest_tls else ""
+        return replace(config, tls_folder=tls_folder).to_json()
+
+    def start_agent(self, uuid_text: str, config: str) -> None:
+        """Put the agent's configuration into the guest and start its service, through the QEMU
+        guest agent.
+
+        :raises Refused: no guest agent answers, or the service does not start; says what to do.
+        """
+        guest_agent = QemuGuestAgent(self._connection.domain(uuid_text))
+        guest_agent.write(ATTACHED_CONFIG_PATH, config)
+        guest_agent.run("systemctl", "enable", _SERVICE)
+        guest_agent.run("systemctl", "restart", _SERVICE)
+
+    def stop_agent(self, uuid_text: str) -> None:
+        """Stop the agent's service and remove its configuration, through the QEMU guest agent.
+
+        :raises Refused: no guest agent answers.
+        """
+        guest_agent = QemuGuestAgent(self._connection.domain(uuid_text))
+        guest_agent.run("systemctl", "disable", "--now", _SERVICE)
+        guest_agent.run("rm", "-f", ATTACHED_CONFIG_PATH)
+
+    def create(self, request: GuestRequest) -> AttachedGuest:
+        """Plug the door into the domain with the request's UUID.
+
+        :raises Refused: libvirt refused, or the guest's kernel does not bind the device; the
+            domain is as it was before.
+        :raises GuestLost: the domain is gone.
+        """
+        return self._attach(request)
+
+    def adopt(self, request: GuestRequest, handle: Handle) -> AttachedGuest:  # noqa: ARG002
+        # The door of the host agent before leads nowhere.
+        unplug_door(self._connection.domain(request.uuid))
+        return self._attach(request)
+
+    def _attach(self, request: GuestRequest) -> AttachedGuest:
+        domain = self._connection.domain(request.uuid)
+        with contextlib.ExitStack() as undo:
+            door = self._door(request, undo)
+            plug_door(domain, door.path)
+            undo.callback(_unplug_quietly, domain)
+            if not door.wait_until_open(_OPEN_TIMEOUT_S):
+                raise Refused(
+                    f"the guest's kernel did not bind the memory door within {_OPEN_TIMEOUT_S:g} s",
+                    hint="it needs the driver virtiofs: `modprobe virtiofs` in the guest",
+                )
+            guest = AttachedGuest(self._connection, request.uuid, door)
+            undo.pop_all()
+        door.when_disconnected(request.on_gone)
+        return guest
+
+    def _door(self, request: GuestRequest, undo: contextlib.ExitStack) -> MemoryDoor:
+        self._connection.get()
+        user = self._connection.qemu_user
+        if self._survival:
+            path: Path = self._survival.doors / f"{request.uuid}.sock"
+        else:
+            folder = RuntimeDir.make(user)
+            undo.callback(folder.remove)
+            path = folder.door
+        uids = {0, os.geteuid()} | ({user.uid} if user else set())
+        door = MemoryDoor.listening(self._loop, path, uids, request.name)
+        undo.callback(door.close)
+        return door
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _unplug_quietly(domain: Any) -> None:
+    with contextlib.suppress(Refused, GuestLost):
+        unplug_door(domain)

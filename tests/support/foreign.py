@@ -1,0 +1,181 @@
+"""A guest that somebody else could have made: Debian with systemd, the QEMU guest agent and its
+stock kernel; hintfleet's agent is installed. Needs root."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from host_agent.guests.libvirt.api import modules
+from host_agent.guests.libvirt.image import GuestImage
+from tests.support.agents import HANG_S
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "deploy/image"))
+
+import common  # noqa: E402
+import rootfs  # noqa: E402
+
+_PACKAGES = (
+    *("systemd-sysv", "udev", "kmod", "python3", "libstdc++6", "qemu-guest-agent"),
+    *("linux-image-cloud-amd64", "initramfs-tools"),
+)
+_SITE = "/usr/local/lib/python3.11/dist-packages"
+_NETWORK = "[Match]\\nName=en*\\n[Network]\\nDHCP=yes\\n"
+_FINISH = f"""
+set -eu
+printf '{_NETWORK}' >"$1/etc/systemd/network/10-en.network"
+chroot "$1" systemctl enable systemd-networkd
+chroot "$1" python3 -c 'import grpc, google.protobuf.message'
+mv "$1"/boot/vmlinuz-* "$1/tmp/vmlinuz"
+mv "$1"/boot/initrd.img-* "$1/tmp/initrd.img"
+"""
+_START_AGENT = """#!/usr/bin/python3
+from guest_agent.__main__ import main
+
+main()
+"""
+_MEMORY_MIB = 1536
+
+
+def foreign_layer(image: GuestImage) -> Path:
+    """Return the folder with root.tar, vmlinuz and initrd.img, built beside the image's layers if
+    need be."""
+    wheels = rootfs.pins((ROOT / "constraints.txt").read_text())
+    key = common.digest([common.SUITE, *_PACKAGES, *wheels, Path(__file__)])
+    layers = image.directory.parent.resolve() / "layers"
+    return common.build_once(layers / f"foreign-{key}", "initrd.img", lambda to: _build(to, wheels))
+
+
+def _build(to: Path, wheels: list[str]) -> None:
+    rootfs._install_wheels(to / "site", wheels)
+    hooks = [
+        ("customize", f'mkdir -p "$1{_SITE}"'),
+        ("customize", f"sync-in {to / 'site'} {_SITE}"),
+        ("customize", _FINISH),
+        *(("customize", f"copy-out /tmp/{file} {to}") for file in ("vmlinuz", "initrd.img")),
+        (
+            "customize",
+            'rm -rf "$1"/tmp/* "$1/var/cache" "$1/var/lib/apt"',
+        ),
+    ]
+    common.mmdebstrap(to / "root.tar", _PACKAGES, hooks, "minbase")
+    shutil.rmtree(to / "site")
+    for file in ("vmlinuz", "initrd.img"):
+        (to / file).chmod(0o644)
+
+
+@dataclass
+class ForeignDomain:
+    """A running domain that knows nothing of hintfleet."""
+
+    domain: Any
+    console: Path
+
+    def run(self, *command: str) -> str:
+        """Run a program in the guest; return its output."""
+        started = self._ask("guest-exec", path=command[0], arg=command[1:], **_CAPTURE)
+        deadline_s = time.monotonic() + HANG_S
+        while not (status := self._ask("guest-exec-status", pid=started["pid"]))["exited"]:
+            assert time.monotonic() < deadline_s, command
+            time.sleep(0.2)
+        assert not status.get("exitcode"), (command, status)
+        return base64.b64decode(status.get("out-data", "")).decode()
+
+    def wait_for_boot(self) -> None:
+        """Wait until the guest's own agent answers."""
+        libvirt, _ = modules()
+        deadline_s = time.monotonic() + HANG_S
+        while True:
+            try:
+                self._ask("guest-ping")
+                return
+            except libvirt.libvirtError:
+                said = self.console.read_text(errors="replace")[-1000:]
+                assert time.monotonic() < deadline_s, said
+                time.sleep(1)
+
+    def _ask(self, command: str, **arguments: object) -> Any:
+        _, libvirt_qemu = modules()
+        query = json.dumps({"execute": command, "arguments": arguments})
+        return json.loads(libvirt_qemu.qemuAgentCommand(self.domain, query, 5, 0))["return"]
+
+
+_CAPTURE = {"capture-output": True}
+
+
+@contextmanager
+def foreign_domain(connection: Any, image: GuestImage) -> Iterator[ForeignDomain]:
+    """Boot a domain with plain XML; end it after the block."""
+    libvirt, _ = modules()
+    layer = foreign_layer(image)
+    folder = Path(tempfile.mkdtemp(prefix="hf-foreign-"))
+    folder.chmod(0o755)
+    try:
+        disk = _make_disk(layer / "root.tar", folder)
+        console = folder / "console.log"
+        domain = connection.createXML(
+            _xml(layer, disk, console), libvirt.VIR_DOMAIN_START_AUTODESTROY
+        )
+        try:
+            made = ForeignDomain(domain, console)
+            made.wait_for_boot()
+            yield made
+        finally:
+            domain.destroy()
+    finally:
+        shutil.rmtree(folder)
+
+
+def _make_disk(tar: Path, folder: Path) -> Path:
+    """Make a disk with the guest's files and this tree's agent, as a package would install it."""
+    tree, disk = folder / "tree", folder / "root.img"
+    tree.mkdir()
+    subprocess.run(["tar", "-x", "-f", tar, "-C", tree, "--exclude=./dev/*"], check=True)
+    for package in (ROOT / "proto/hintfleet", ROOT / "guest_agent"):
+        shutil.copytree(package, tree / _SITE.lstrip("/") / package.name)
+    program = tree / "usr/bin/hintfleet-guest"
+    program.write_text(_START_AGENT)
+    program.chmod(0o755)
+    shutil.copy(ROOT / "deploy/systemd/hintfleet-guest.service", tree / "etc/systemd/system")
+    subprocess.run(["/sbin/mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "2G"], check=True)
+    shutil.rmtree(tree)
+    disk.chmod(0o666)
+    return disk
+
+
+def _xml(layer: Path, disk: Path, console: Path) -> str:
+    identity = uuid.uuid4()
+    ports = "".join(
+        f"<controller type='pci' index='{index}' model='pcie-root-port'/>" for index in range(1, 7)
+    )
+    return f"""
+<domain type='qemu'><name>db-{identity.hex[:8]}</name><uuid>{identity}</uuid>
+ <memory unit='MiB'>{_MEMORY_MIB}</memory><vcpu>1</vcpu>
+ <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
+ <os><type arch='x86_64' machine='q35'>hvm</type>
+  <kernel>{layer}/vmlinuz</kernel><initrd>{layer}/initrd.img</initrd>
+  <cmdline>root=/dev/vda rw console=ttyS0 init_on_alloc=0 no_timer_check</cmdline></os>
+ <features><acpi/></features>
+ <devices>
+  <memballoon model='none'/>
+  <controller type='pci' index='0' model='pcie-root'/>{ports}
+  <disk type='file' device='disk'><driver name='qemu' type='raw'/>
+   <source file='{disk}'><seclabel model='dac' relabel='no'/></source>
+   <target dev='vda' bus='virtio'/></disk>
+  <interface type='user'><model type='virtio'/></interface>
+  <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+  <serial type='file'><source path='{console}'/></serial>
+ </devices>
+</domain>"""

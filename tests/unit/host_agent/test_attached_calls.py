@@ -1,0 +1,32 @@
+"""Which calls the host agent makes on a domain of somebody else. None of them ends, suspends,
+resets or resizes it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+libvirt = pytest.importorskip("libvirt")
+
+ROOT = Path(__file__).parents[3]
+FILES = (
+    *sorted((ROOT / "host_agent/guests/attached").glob("*.py")),
+    ROOT / "host_agent/guests/libvirt/devices.py",
+    ROOT / "host_agent/api/attaching.py",
+)
+ALLOWED = {
+    *("UUIDString", "XMLDesc", "connect", "isActive", "maxMemory", "name"),  # reading
+    *("attachDeviceFlags", "detachDeviceFlags"),  # the memory door
+}
+
+
+def test_only_these_calls_are_made_on_an_attached_domain() -> None:
+    of_a_domain = {name for name in dir(libvirt.virDomain) if not name.startswith("_")}
+    made = {
+        node.attr
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    assert made & of_a_domain <= ALLOWED
+    assert "detachDeviceFlags" in made

@@ -1,0 +1,95 @@
+"""A domain of somebody else, which ran before, is attached, hinted and detached: nothing of it is
+left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
+from host_agent.guests.libvirt.image import GuestImage
+from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
+from tests.support.foreign import ForeignDomain, foreign_domain
+
+FREED_MIB = 700
+# Dirties memory page by page, holds it for a while, and ends.
+DIRTY = (
+    f"b = bytearray({FREED_MIB} << 20); b[::4096] = b'1' * (len(b) // 4096);"
+    "import time; time.sleep(2)"
+)
+
+
+@pytest.fixture(scope="module")
+def foreign(connection: Any, image: GuestImage) -> Iterator[ForeignDomain]:
+    with foreign_domain(connection, image) as made:
+        yield made
+
+
+def attach(host: HostAgent, foreign: ForeignDomain) -> host_pb2.AttachGuestResponse:
+    request = host_pb2.AttachGuestRequest(domain=foreign.domain.name(), through_guest_agent=True)
+    return host.stub.AttachGuest(request, timeout=HANG_S)
+
+
+def test_a_running_domain_is_attached_hinted_and_detached(foreign: ForeignDomain) -> None:
+    name = foreign.domain.name()
+    xml, devices = foreign.domain.XMLDesc(), foreign.run("/bin/ls", "/sys/bus/pci/devices")
+    with running_host_agent() as host:
+        assert attach(host, foreign).guest.name == name
+        wait_until(lambda: bool(host.guests()[name].epoch), "its agent")
+        with pytest.raises(grpc.RpcError, match="another host agent"):
+            attach(host, foreign)
+
+        before = host.guests()[name].ledger
+        foreign.run("/usr/bin/python3", "-c", DIRTY)
+
+        def back_bytes() -> int:
+            now = host.guests()[name].ledger
+            return now.reclaimed_total_bytes - before.reclaimed_total_bytes
+
+        wait_until(lambda: back_bytes() >= 0.95 * FREED_MIB * MIB, "what it freed")
+
+        # Reset by the operator: it boots again in the same memory, in a new epoch.
+        epoch = host.guests()[name].epoch
+        foreign.domain.reset()
+        wait_until(lambda: host.guests()[name].epoch > epoch, "the agent of the next boot")
+        foreign.wait_for_boot()
+
+        detach = host_pb2.DetachGuestRequest(name=name, through_guest_agent=True)
+        began_s = time.monotonic()
+        books = host.stub.DetachGuest(detach, timeout=HANG_S).ledger
+        print(f"detached in {time.monotonic() - began_s:.2f} s")
+        assert books.provisioned_bytes == (
+            books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
+        )
+        assert name not in host.guests()
+    assert foreign.domain.isActive()
+    assert foreign.domain.XMLDesc() == xml
+    assert foreign.run("/bin/ls", "/sys/bus/pci/devices") == devices
+    assert "HugePages_Total:       0" in foreign.run("/bin/cat", "/proc/meminfo")
+
+
+def test_a_domain_whose_host_agent_ends_is_let_go(foreign: ForeignDomain) -> None:
+    xml = foreign.domain.XMLDesc()
+    with running_host_agent() as host:
+        attach(host, foreign)
+    assert foreign.domain.isActive()
+    assert foreign.domain.XMLDesc() == xml
+
+
+def test_a_door_that_somebody_takes_out_ends_the_guest(
+    foreign: ForeignDomain, connection: Any
+) -> None:
+    del connection
+    name = foreign.domain.name()
+    with running_host_agent() as host:
+        attach(host, foreign)
+        start = foreign.domain.XMLDesc().index("<filesystem")
+        end = foreign.domain.XMLDesc().index("</filesystem>") + len("</filesystem>")
+        foreign.domain.detachDeviceFlags(foreign.domain.XMLDesc()[start:end])
+        wait_until(lambda: name not in host.guests(), "the guest to be forgotten")
+        assert foreign.domain.isActive()
