@@ -27,7 +27,7 @@ from host_agent.guests.driver import GuestDriver, GuestRequest
 from host_agent.persistence.database import Database, GuestRecord
 from host_agent.persistence.saver import Saver
 from host_agent.repeated_commands import RepeatedCommands
-from host_agent.resizing import check_maximum
+from host_agent.resizing import check_maximum, follow_table
 from host_agent.session.gate import Epochs
 from host_agent.threads import in_driver_thread
 
@@ -172,6 +172,7 @@ class Registry:
         except OSError as error:  # no descriptors, no processes, no room
             raise Refused(f"guest {guest.name} cannot be made: {error}") from error
         guest.started(running)
+        follow_table(guest)
         await self.saver.save(guest)
 
     def request(self, guest: Guest) -> GuestRequest:
@@ -242,8 +243,11 @@ class Registry:
         except GuestLost as error:
             guest.memory.last_ledger = record.books.totals
             guest.lost(error.message)
+            if guest.is_attached:  # no trial ends it
+                await self.end(guest)
         else:
             await guest.adopted(running, record.books)
+            follow_table(guest)
 
     # Trials
 

@@ -81,6 +81,27 @@ def _check_step(name: str, spec: host_pb2.GuestSpec, memory_bytes: int) -> None:
         )
 
 
+def follow_table(guest: Guest) -> None:
+    """Keep the RAM and the books of an attached guest as its memory door has them: somebody else
+    plugs and unplugs its memory."""
+    door = guest.running.door if guest.running else None
+    if guest.is_attached and door is not None:
+        door.when_table_changes(lambda: guest.tasks.begin(_follow(guest)))
+
+
+async def _follow(guest: Guest) -> None:
+    async with guest.memory.lock:
+        if guest.running is None or (door := guest.running.door) is None:
+            return
+        ram = guest.running.ram
+        if gone := ram.pages - door.pages():
+            guest.memory.taken_out(gone)
+        if new := door.segments(besides=ram.pages):
+            guest.memory.plugged(new)
+    about = {"guest": guest.name, "now_bytes": guest.provisioned_bytes}
+    _log.info("memory changed", extra=fields(**about))
+
+
 async def resize(guest: Guest, memory_bytes: int) -> None:
     """Plug or unplug memory until the guest has `memory_bytes`. The work goes on if the caller is
     cancelled, so that it is never left half done.

@@ -85,6 +85,7 @@ class MemoryDoor:
         self._is_open = self._is_connected = False
         self._moved: Callable[[str | None], None] = _ignore
         self._disconnected: Callable[[str], None] = _ignore
+        self._table_changed: Callable[[], object] = _nothing
         self._serving: asyncio.Task[None] | None = None
         loop.call_soon_threadsafe(self._begin)
 
@@ -169,6 +170,18 @@ class MemoryDoor:
 
         self._loop.call_soon_threadsafe(begin)
 
+    def when_table_changes(self, call: Callable[[], object]) -> None:
+        """Call this from the event loop when memory comes or goes from now on."""
+        self._table_changed = call
+
+    def pages(self) -> RangeSet:
+        """Return all pages that QEMU has handed over."""
+        with self._changed:
+            regions = self._regions
+        return RangeSet(
+            (region.address // PAGE_BYTES, region.size_bytes // PAGE_BYTES) for region in regions
+        )
+
     def close(self) -> None:
         """Hang up and stop listening, once no punch runs. May be called twice."""
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
@@ -239,6 +252,7 @@ class MemoryDoor:
                 self._start()
             case Table(regions):
                 self._set_regions(regions)
+                self._table_changed()
             case Drop(fds):
                 _close_all(fds)
             case Reply(message):

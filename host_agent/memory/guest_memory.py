@@ -178,14 +178,23 @@ class GuestMemory:
         :raises GuestLost: the guest does not run.
         :raises Refused: the host's kernel did not drop it; it is still in the books.
         """
-        ram, ledger = self._opened()
+        ram, _ = self._opened()
         try:
             await asyncio.to_thread(ram.punch, pages, ram.permit())
         except (OSError, FenceClosed) as error:
             raise Refused(
                 f"guest {self._name}: unplugged memory cannot be dropped: {error}"
             ) from error
+        self.taken_out(pages)
+
+    def taken_out(self, pages: RangeSet) -> None:
+        """Remove memory from the RAM and the books that is the guest's no more. Locked.
+
+        :raises GuestLost: the guest does not run.
+        """
+        ram, ledger = self._opened()
         ram.unplug(pages)
+        # A guest that remembers which of its memory is absent must forget these pages.
         self._forgotten |= PageMap(pages)
         self.refaults_to_tell |= ledger.unplugged(PageMap(pages))
         self.plugged_pages -= pages

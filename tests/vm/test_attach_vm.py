@@ -3,8 +3,10 @@ left."""
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -75,9 +77,30 @@ def test_a_running_domain_is_attached_hinted_and_detached(foreign: ForeignDomain
 
 def test_a_domain_whose_host_agent_ends_is_let_go(foreign: ForeignDomain) -> None:
     xml = foreign.domain.XMLDesc()
+    folders = set(Path(tempfile.gettempdir()).glob("hintfleet-guest-*"))
     with running_host_agent() as host:
         attach(host, foreign)
+    assert set(Path(tempfile.gettempdir()).glob("hintfleet-guest-*")) <= folders
     assert foreign.domain.isActive()
+    assert foreign.domain.XMLDesc() == xml
+
+
+def test_the_next_host_agent_goes_on_with_it(
+    foreign: ForeignDomain, readable_by_qemu: Path
+) -> None:
+    name, xml = foreign.domain.name(), foreign.domain.XMLDesc()
+    state = ("--state", str(readable_by_qemu / "state"))
+    with running_host_agent(*state) as host:
+        attach(host, foreign)
+        wait_until(lambda: bool(host.guests()[name].epoch), "its agent")
+        epoch = host.guests()[name].epoch
+        host.process.kill()
+        host.process.wait()
+    with running_host_agent(*state) as host:
+        wait_until(lambda: host.guests()[name].epoch > epoch, "its agent again")
+        host.settle(name)
+        detach = host_pb2.DetachGuestRequest(name=name, through_guest_agent=True)
+        host.stub.DetachGuest(detach, timeout=HANG_S)
     assert foreign.domain.XMLDesc() == xml
 
 

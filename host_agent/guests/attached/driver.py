@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hintfleet.errors import GuestLost, NotFound, Refused
+from hintfleet.errors import GuestLost, NotFound, OutcomeUnknown, Refused
 from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.settings import ATTACHED_CONFIG_PATH, Driver
 from hintfleet.v1 import host_pb2
@@ -47,14 +47,21 @@ class AttachedGuest:
     handle: Handle = {}
     """Empty: libvirt finds the domain by its UUID."""
 
-    def __init__(self, connection: Connection, uuid_text: str, door: MemoryDoor) -> None:
-        """Take ownership of an open door, and of the RAM behind it."""
+    def __init__(
+        self,
+        connection: Connection,
+        uuid_text: str,
+        door: MemoryDoor,
+        ram: GuestRam,
+        owned: contextlib.ExitStack,
+    ) -> None:
+        """:param owned: closes door and RAM, and removes what they need."""
         self.pid = door.pid
-        self.ram = GuestRam(door.segments(), door.fence)
+        self.ram = ram
         self.door: MemoryDoor | None = door
         self._connection = connection
         self._uuid = uuid_text
-        self._end_door = door.close
+        self._owned = owned
 
     def plugged(self) -> RangeSet:
         return EMPTY
@@ -75,8 +82,7 @@ class AttachedGuest:
         """Take the door out; the domain goes on. May be called twice."""
         with contextlib.suppress(GuestLost):
             unplug_door(self._connection.domain(self._uuid))
-        self._end_door()
-        self.ram.close()
+        self._owned.close()
 
 
 class AttachedDriver:
@@ -170,38 +176,46 @@ class AttachedDriver:
         return self._attach(request)
 
     def adopt(self, request: GuestRequest, handle: Handle) -> AttachedGuest:  # noqa: ARG002
-        # The door of the host agent before leads nowhere.
-        unplug_door(self._connection.domain(request.uuid))
-        return self._attach(request)
+        try:
+            # The door of the host agent before leads nowhere.
+            unplug_door(self._connection.domain(request.uuid))
+            return self._attach(request)
+        except (Refused, OutcomeUnknown) as error:
+            # A suspended guest releases no device, for example. All other guests go on.
+            raise GuestLost(f"it cannot be attached again: {error.message}") from error
 
     def _attach(self, request: GuestRequest) -> AttachedGuest:
         domain = self._connection.domain(request.uuid)
-        with contextlib.ExitStack() as undo:
-            door = self._door(request, undo)
+        with contextlib.ExitStack() as owned:
+            door = self._door(request, owned)
             plug_door(domain, door.path)
-            undo.callback(_unplug_quietly, domain)
-            if not door.wait_until_open(_OPEN_TIMEOUT_S):
-                raise Refused(
-                    f"the guest's kernel did not bind the memory door within {_OPEN_TIMEOUT_S:g} s",
-                    hint="it needs the driver virtiofs: `modprobe virtiofs` in the guest",
-                )
-            guest = AttachedGuest(self._connection, request.uuid, door)
-            undo.pop_all()
+            with contextlib.ExitStack() as undo:
+                undo.callback(_unplug_quietly, domain)
+                if not door.wait_until_open(_OPEN_TIMEOUT_S):
+                    raise Refused(
+                        "the guest's kernel did not bind the memory door within"
+                        f" {_OPEN_TIMEOUT_S:g} s",
+                        hint="it needs the driver virtiofs: `modprobe virtiofs` in the guest",
+                    )
+                ram = GuestRam(door.segments(), door.fence)
+                undo.pop_all()
+            owned.callback(ram.close)
+            guest = AttachedGuest(self._connection, request.uuid, door, ram, owned.pop_all())
         door.when_disconnected(request.on_gone)
         return guest
 
-    def _door(self, request: GuestRequest, undo: contextlib.ExitStack) -> MemoryDoor:
+    def _door(self, request: GuestRequest, owned: contextlib.ExitStack) -> MemoryDoor:
         self._connection.get()
         user = self._connection.qemu_user
         if self._survival:
             path: Path = self._survival.doors / f"{request.uuid}.sock"
         else:
             folder = RuntimeDir.make(user)
-            undo.callback(folder.remove)
+            owned.callback(folder.remove)
             path = folder.door
         uids = {0, os.geteuid()} | ({user.uid} if user else set())
         door = MemoryDoor.listening(self._loop, path, uids, request.name)
-        undo.callback(door.close)
+        owned.callback(door.close)
         return door
 
     def close(self) -> None:
@@ -209,5 +223,5 @@ class AttachedDriver:
 
 
 def _unplug_quietly(domain: Any) -> None:
-    with contextlib.suppress(Refused, GuestLost):
+    with contextlib.suppress(Refused, GuestLost, OutcomeUnknown):
         unplug_door(domain)

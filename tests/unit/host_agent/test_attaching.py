@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hintfleet.errors import NotFound, Refused
+from hintfleet.errors import GuestLost, NotFound, Refused
+from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from host_agent.api.attaching import attach, detach
@@ -18,19 +19,46 @@ from host_agent.registry import Registry
 UUID = "3e1b4b5e-6b1f-4c6e-9f0c-0000000000aa"
 
 
+class Door:
+    """A door whose table changes as a test says. Each region has 1024 pages."""
+
+    def __init__(self, *pfns: int) -> None:
+        self.pfns = list(pfns)
+        self.table_changed: Callable[[], object] = lambda: None
+
+    def watch(self, moved: Callable[[str | None], None]) -> None:
+        moved(None)
+
+    def when_table_changes(self, call: Callable[[], object]) -> None:
+        self.table_changed = call
+
+    def pages(self) -> RangeSet:
+        return RangeSet((pfn, 1024) for pfn in self.pfns)
+
+    def segments(self, besides: RangeSet = EMPTY) -> list[Segment]:
+        new = [pfn for pfn in self.pfns if pfn not in besides]
+        return [Segment(pfn=pfn, page_count=1024, fd=ram_file(), offset_bytes=0) for pfn in new]
+
+
+def ram_file() -> int:
+    fd = os.memfd_create("ram")
+    os.pwrite(fd, b"x", 0)
+    os.truncate(fd, 1024 * PAGE_BYTES)
+    return fd
+
+
 class Running:
     """A domain without QEMU."""
 
     pid = 0
-    door = balloon = reporting = None
+    balloon = reporting = None
     handle: dict[str, int] = {}
 
     def __init__(self, request: GuestRequest) -> None:
         self.request = request
         self.closed = 0
-        fd = os.memfd_create("ram")
-        os.truncate(fd, 1024 * PAGE_BYTES)
-        self.ram = GuestRam([Segment(pfn=0, page_count=1024, fd=fd, offset_bytes=0)])
+        self.door = Door(0)
+        self.ram = GuestRam(self.door.segments())
 
     def evidence(self) -> str:
         return ""
@@ -60,6 +88,11 @@ class Driver:
 
     def agent_config(self, request: GuestRequest, server: str) -> str:
         return f"{request.uuid} {request.spec.hinting.isolator} {server}"
+
+
+class Unwilling(Driver):
+    def adopt(self, _request: GuestRequest, _handle: object) -> Running:
+        raise GuestLost("it is suspended")
 
 
 def run(scenario: Callable[[Registry, Any], Any], driver: Driver) -> None:
@@ -131,5 +164,44 @@ def test_a_guest_whose_door_is_gone_is_forgotten() -> None:
             while registry.guests:
                 await asyncio.sleep(0.01)
         assert driver.made[0].closed == 1
+
+    run(scenario, Driver())
+
+
+def test_memory_that_somebody_plugs_and_unplugs_is_in_the_books() -> None:
+    async def scenario(registry: Registry, driver: Any) -> None:
+        await attach(registry, driver, asked())
+        (guest,) = registry.guests
+        door = driver.made[0].door
+
+        async def books() -> host_pb2.Ledger:
+            door.table_changed()
+            await asyncio.sleep(0.05)
+            return await guest.audits.ledger()
+
+        door.pfns.append(1 << 20)
+        assert (await books()).provisioned_bytes == 8 * MIB
+        door.pfns.remove(1 << 20)
+        door.pfns.append(1 << 21)
+        after = await books()
+        assert after.provisioned_bytes == 8 * MIB
+        assert after.resident_bytes == 2 * PAGE_BYTES, "the file of what went is closed"
+        assert after.provisioned_bytes == (
+            after.resident_bytes + after.reclaimed_now_bytes + after.untouched_bytes
+        )
+        assert guest.provisioned_bytes == 8 * MIB
+
+    run(scenario, Driver())
+
+
+def test_a_domain_that_cannot_be_attached_again_is_forgotten_and_others_go_on() -> None:
+    async def scenario(registry: Registry, driver: Any) -> None:
+        await attach(registry, driver, asked())
+        (guest,) = registry.guests
+        record = guest.record()
+        assert record is not None
+        later = Registry({}, attached=Unwilling())  # type: ignore[arg-type]
+        await later.adopt([record], grace_s=0)
+        assert not later.guests
 
     run(scenario, Driver())
