@@ -57,6 +57,8 @@ def check(name: str, spec: host_pb2.GuestSpec, memory_bytes: int) -> None:
     :raises Refused: its size is fixed.
     :raises InvalidInput: below the start size, beyond the maximum or between two sections.
     """
+    if spec.driver == host_pb2.ATTACHED:
+        raise Refused(f"guest {name} is somebody else's domain: it is not resized from here")
     if not spec.max_memory_bytes:
         raise Refused(f"guest {name} cannot be resized", hint="create it with max_memory_bytes")
     if memory_bytes > spec.max_memory_bytes:
@@ -87,6 +89,7 @@ def follow_table(guest: Guest) -> None:
     door = guest.running.door if guest.running else None
     if guest.is_attached and door is not None:
         door.when_table_changes(lambda: guest.tasks.begin(_follow(guest)))
+        guest.tasks.begin(_follow(guest))  # it may have changed since the guest was attached
 
 
 async def _follow(guest: Guest) -> None:
@@ -94,12 +97,18 @@ async def _follow(guest: Guest) -> None:
         if guest.running is None or (door := guest.running.door) is None:
             return
         ram = guest.running.ram
-        if gone := ram.pages - door.pages():
-            guest.memory.taken_out(gone)
-        if new := door.segments(besides=ram.pages):
-            guest.memory.plugged(new)
-    about = {"guest": guest.name, "now_bytes": guest.provisioned_bytes}
-    _log.info("memory changed", extra=fields(**about))
+        if not (gone := ram.pages - door.pages()) and not door.pages() - ram.pages:
+            return
+        try:
+            if gone:
+                guest.memory.taken_out(gone)
+            guest.memory.plugged(door.segments(besides=ram.pages))
+        except HintfleetError as error:  # memory that cannot be hinted, or the guest is gone
+            about = {"guest": guest.name, "reason": error.message}
+            _log.warning("memory cannot be followed", extra=fields(**about))
+            return
+    now_bytes = guest.provisioned_bytes
+    _log.info("memory changed", extra=fields(guest=guest.name, now_bytes=now_bytes))
 
 
 async def resize(guest: Guest, memory_bytes: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 
-from hintfleet.errors import HintfleetError, NotFound, Refused
+from hintfleet.errors import NotFound, Refused
 from hintfleet.settings import IsolatorKind
 from hintfleet.v1 import host_pb2
 from host_agent.guest import Guest
@@ -40,7 +40,7 @@ async def attach(
         config = driver.agent_config(registry.request(guest), request.server)
         if request.through_guest_agent:
             await in_driver_thread(driver.start_agent, guest.uuid, config)
-    except HintfleetError:
+    except BaseException:
         await registry.end(guest)
         raise
     return host_pb2.AttachGuestResponse(

@@ -141,22 +141,24 @@ class MemoryDoor:
         segments = []
         with self._changed, contextlib.ExitStack() as undo:
             for region in self._regions:
-                pfn, page_count = region.address // PAGE_BYTES, region.size_bytes // PAGE_BYTES
-                if besides & RangeSet([(pfn, page_count)]):
+                first = region.address // PAGE_BYTES
+                new = RangeSet([(first, region.size_bytes // PAGE_BYTES)]) - besides
+                if not new:
                     continue
                 _check_file(region)
                 inode = os.fstat(region.fd).st_ino
                 if inode not in opened:
                     opened[inode] = os.dup(region.fd)
                     undo.callback(os.close, opened[inode])
-                segments.append(
+                segments += [
                     Segment(
                         pfn=pfn,
                         page_count=page_count,
                         fd=opened[inode],
-                        offset_bytes=region.offset_bytes,
+                        offset_bytes=region.offset_bytes + (pfn - first) * PAGE_BYTES,
                     )
-                )
+                    for pfn, page_count in new
+                ]
             undo.pop_all()
         return segments
 
@@ -200,7 +202,13 @@ class MemoryDoor:
 
     async def _serve(self) -> None:
         while True:
-            connection, _ = await self._loop.sock_accept(self._listener)
+            try:
+                connection, _ = await self._loop.sock_accept(self._listener)
+            except OSError as error:  # no descriptors, for example
+                _log.warning("door cannot be served", extra=self._fields(reason=error.strerror))
+                # QEMU waits for an answer, and its whole guest with it: turn it away.
+                self._listener.close()
+                return
             with connection:
                 connection.setblocking(False)
                 pid, uid, _ = _UCRED.unpack(

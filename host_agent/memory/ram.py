@@ -105,9 +105,11 @@ class GuestRam:
         return self.pages.page_count * PAGE_BYTES
 
     def resident_bytes(self) -> int:
-        """Return how much of the RAM files is resident: one system call for each file."""
+        """Return how much of the RAM files is resident: one system call for each descriptor."""
+        # By inode: memory that was plugged may be in a file that was open before.
+        files = {status.st_ino: status for status in map(os.fstat, self._fds)}
         # st_blocks counts units of 512 bytes, whatever the file system's block (stat(2)).
-        return sum(os.fstat(fd).st_blocks * 512 for fd in self._fds)
+        return sum(status.st_blocks * 512 for status in files.values())
 
     def resident(self, within: PageMap) -> PageMap:
         """Return the pages of `within` that are resident. Pages outside the RAM never are."""

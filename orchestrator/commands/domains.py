@@ -30,11 +30,12 @@ _host_option = click.option(
 
 
 @click.command(
+    short_help="Show which libvirt domains of a host can be attached, and what is in the way.",
     epilog="""\b
 Examples:
   hintfleet domains
   hintfleet domains --host h1.example.org:7070 --tls ~/operator-alice -o json
-"""
+""",
 )
 @_host_option
 @tls_option
@@ -60,7 +61,7 @@ def domains(address: str, tls_folder: str, output_format: str) -> int:
 Examples:
   hintfleet attach db1 --dry-run          only say what is in the way
   hintfleet attach db1 > guest.json       then put it into the guest as /etc/hintfleet/guest.json
-                                          and start the service hintfleet-guest there
+                                          and enable the service hintfleet-guest there
   hintfleet attach db1 --via guest-agent  the same, through the QEMU guest agent
   hintfleet attach db1 --isolator kmod --server 192.0.2.7:7071
 """
@@ -129,7 +130,7 @@ def attach(
         click.echo(answer.agent_config)
         click.echo(
             "next: put this into the guest as /etc/hintfleet/guest.json (mode 0600), then\n"
-            "      systemctl start hintfleet-guest",
+            "      systemctl enable --now hintfleet-guest",
             err=True,
         )
     return 0

@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,8 @@ def foreign_domain(connection: Any, image: GuestImage) -> Iterator[ForeignDomain
             made.wait_for_boot()
             yield made
         finally:
-            domain.destroy()
+            with suppress(libvirt.libvirtError):  # a test has ended it
+                domain.destroy()
     finally:
         shutil.rmtree(folder)
 

@@ -116,3 +116,15 @@ def test_a_door_that_somebody_takes_out_ends_the_guest(
         foreign.domain.detachDeviceFlags(foreign.domain.XMLDesc()[start:end])
         wait_until(lambda: name not in host.guests(), "the guest to be forgotten")
         assert foreign.domain.isActive()
+
+
+def test_a_suspended_domain_is_refused_and_an_ended_one_forgotten(foreign: ForeignDomain) -> None:
+    name = foreign.domain.name()
+    with running_host_agent() as host:
+        foreign.domain.suspend()
+        with pytest.raises(grpc.RpcError, match="it is suspended"):
+            attach(host, foreign)
+        foreign.domain.resume()
+        attach(host, foreign)
+        foreign.domain.destroy()
+        wait_until(lambda: name not in host.guests(), "the guest to be forgotten")

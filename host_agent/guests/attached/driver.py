@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hintfleet.errors import GuestLost, NotFound, OutcomeUnknown, Refused
+from hintfleet.errors import GuestLost, HintfleetError, NotFound, OutcomeUnknown, Refused
 from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.settings import ATTACHED_CONFIG_PATH, Driver
 from hintfleet.v1 import host_pb2
@@ -153,9 +153,16 @@ class AttachedDriver:
         :raises Refused: no guest agent answers, or the service does not start; says what to do.
         """
         guest_agent = QemuGuestAgent(self._connection.domain(uuid_text))
-        guest_agent.write(ATTACHED_CONFIG_PATH, config)
-        guest_agent.run("systemctl", "enable", _SERVICE)
-        guest_agent.run("systemctl", "restart", _SERVICE)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._stop_agent_quietly, uuid_text)
+            guest_agent.write(ATTACHED_CONFIG_PATH, config)
+            guest_agent.run("systemctl", "enable", _SERVICE)
+            guest_agent.run("systemctl", "restart", _SERVICE)
+            undo.pop_all()
+
+    def _stop_agent_quietly(self, uuid_text: str) -> None:
+        with contextlib.suppress(HintfleetError):
+            self.stop_agent(uuid_text)
 
     def stop_agent(self, uuid_text: str) -> None:
         """Stop the agent's service and remove its configuration, through the QEMU guest agent.
@@ -176,9 +183,10 @@ class AttachedDriver:
         return self._attach(request)
 
     def adopt(self, request: GuestRequest, handle: Handle) -> AttachedGuest:  # noqa: ARG002
+        domain = self._connection.domain(request.uuid)
         try:
             # The door of the host agent before leads nowhere.
-            unplug_door(self._connection.domain(request.uuid))
+            unplug_door(domain)
             return self._attach(request)
         except (Refused, OutcomeUnknown) as error:
             # A suspended guest releases no device, for example. All other guests go on.
@@ -188,9 +196,10 @@ class AttachedDriver:
         domain = self._connection.domain(request.uuid)
         with contextlib.ExitStack() as owned:
             door = self._door(request, owned)
-            plug_door(domain, door.path)
             with contextlib.ExitStack() as undo:
+                # Before it is plugged in: libvirt may fail after it has done so.
                 undo.callback(_unplug_quietly, domain)
+                plug_door(domain, door.path)
                 if not door.wait_until_open(_OPEN_TIMEOUT_S):
                     raise Refused(
                         "the guest's kernel did not bind the memory door within"

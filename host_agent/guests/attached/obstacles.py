@@ -16,23 +16,27 @@ from hintfleet.errors import GuestLost
 from hintfleet.units import KIB
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import BACKING_HINT
-from host_agent.guests.libvirt.api import errors_as
+from host_agent.guests.libvirt.api import errors_as, modules
 from host_agent.guests.libvirt.devices import TAG
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
 
 _COLD = ", then shut the domain down and start it again"
 
 
-def obstacles(domain_xml: str, *, is_running: bool) -> list[host_pb2.Obstacle]:
+def obstacles(
+    domain_xml: str, *, is_running: bool, is_suspended: bool = False
+) -> list[host_pb2.Obstacle]:
     """Return what stands in the way, the most basic first; nothing if the door can be plugged in.
 
     :param domain_xml: the live XML of a domain, or its persistent one if it does not run.
     """
     domain = ET.fromstring(domain_xml)  # noqa: S314 - libvirt's own
     found = [host_pb2.Obstacle(what=what, change=change) for what, change in _obstacles(domain)]
+    name = shlex.quote(domain.findtext("name") or "")
     if not is_running:
-        start = f"virsh start {shlex.quote(domain.findtext('name') or '')}"
-        found.append(host_pb2.Obstacle(what="it does not run", change=start))
+        found.append(host_pb2.Obstacle(what="it does not run", change=f"virsh start {name}"))
+    elif is_suspended:
+        found.append(host_pb2.Obstacle(what="it is suspended", change=f"virsh resume {name}"))
     return found
 
 
@@ -41,7 +45,10 @@ def _obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
         yield "a host agent made it, and hints in it", "nothing"
         return
     if _has_door(domain):
-        yield "another host agent is attached to it", "detach it there"
+        yield (
+            "another host agent is attached to it, or left its device behind",
+            "detach it there; if no host agent runs: virsh detach-device, see docs/attach.md",
+        )
     yield from _memory_obstacles(domain)
     yield from _device_obstacles(domain)
 
@@ -120,6 +127,7 @@ def _has_free_port(domain: ET.Element) -> bool:
 
 def described(domain: Any) -> host_pb2.Domain | None:
     """Return a domain as the control API has it; None if it is gone."""
+    libvirt, _ = modules()
     with suppress(GuestLost), errors_as("looking at a domain"):
         is_running = bool(domain.isActive())
         return host_pb2.Domain(
@@ -127,6 +135,10 @@ def described(domain: Any) -> host_pb2.Domain | None:
             uuid=domain.UUIDString(),
             running=is_running,
             memory_bytes=domain.maxMemory() * KIB,
-            obstacles=obstacles(domain.XMLDesc(), is_running=is_running),
+            obstacles=obstacles(
+                domain.XMLDesc(),
+                is_running=is_running,
+                is_suspended=domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED,
+            ),
         )
     return None

@@ -54,9 +54,9 @@ class QemuGuestAgent:
             if time.monotonic() > deadline_s:
                 raise Refused(f"`{program}` in the guest does not end")
             time.sleep(_POLL_S)
-        if status.get("exitcode"):
+        if status.get("exitcode") or "signal" in status:
             said = base64.b64decode(status.get("err-data", "")).decode(errors="replace").strip()
-            line = (said.splitlines() or [f"exit code {status['exitcode']}"])[-1]
+            line = (said.splitlines() or [f"exit code {status.get('exitcode')}"])[-1]
             raise Refused(f"`{' '.join((program, *arguments))}` failed in the guest: {line}")
 
     def _ask(self, command: str, **arguments: object) -> Any:

@@ -51,14 +51,23 @@ def unplug_door(domain: Any) -> None:
     :raises OutcomeUnknown: the guest did not answer in time.
     :raises GuestLost: the domain is gone.
     """
-    with errors_as("looking for the memory door"):
-        devices = ET.fromstring(domain.XMLDesc()).iterfind("devices/filesystem")  # noqa: S314
-    for device in devices:
-        target = device.find("target")
-        if target is not None and target.get("dir") == TAG:
-            alias = device.find("alias")
-            name = alias.attrib["name"] if alias is not None else TAG
+    for device in _doors(domain):
+        alias = device.find("alias")
+        name = alias.attrib["name"] if alias is not None else TAG
+        try:
             detach(domain, name, ET.tostring(device, encoding="unicode"))
+        except (Refused, OutcomeUnknown):
+            # The domain may end meanwhile, or somebody else may have taken the device out.
+            if _doors(domain):
+                raise
+
+
+def _doors(domain: Any) -> list[ET.Element]:
+    with errors_as("looking for the memory door"):
+        if not domain.isActive():
+            return []
+        devices = ET.fromstring(domain.XMLDesc()).findall("devices/filesystem")  # noqa: S314
+    return [one for one in devices if (t := one.find("target")) is not None and t.get("dir") == TAG]
 
 
 def detach(domain: Any, alias: str, xml: str) -> None:

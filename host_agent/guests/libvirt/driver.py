@@ -18,7 +18,7 @@ from threading import Lock
 from typing import Any
 
 from hintfleet.agent_config import AgentConfig
-from hintfleet.errors import GuestLost, HintfleetError, Refused
+from hintfleet.errors import GuestLost, HintfleetError, OutcomeUnknown, Refused
 from hintfleet.settings import Driver, IsolatorKind, Method
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
@@ -122,11 +122,15 @@ class LibvirtDriver:
             end_notice = self._connection.watch(request.uuid, request.on_gone, undo)
             with errors_as("while there was no host agent"):
                 domain = connection.lookupByUUIDString(request.uuid)
-            # The door of the host agent before leads nowhere.
-            unplug_door(domain)
             files = self._files(request.name)
             door = self._door(request, files, undo)
-            plug_door(domain, door.path)
+            try:
+                # The door of the host agent before leads nowhere.
+                unplug_door(domain)
+                plug_door(domain, door.path)
+            except (Refused, OutcomeUnknown) as error:
+                # A suspended guest releases no device, for example. All other guests go on.
+                raise GuestLost(f"it cannot be adopted: {error.message}") from error
             return self._take_over(request, domain, files, door, end_notice, undo)
 
     def _files(self, name: str) -> RuntimeDir:

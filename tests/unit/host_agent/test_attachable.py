@@ -85,6 +85,11 @@ def test_a_domain_that_does_not_run_is_told_how_to_start() -> None:
     assert found.change == "virsh start 'db 1'"
 
 
+def test_a_suspended_domain_could_not_open_the_door() -> None:
+    (found,) = obstacles(domain(), is_running=True, is_suspended=True)
+    assert (found.what, found.change) == ("it is suspended", "virsh resume db1")
+
+
 def test_a_domain_of_a_host_agent_has_one_row() -> None:
     (found,) = said(domain(name="hintfleet-g0", backing=""))
     assert "a host agent made it" in found

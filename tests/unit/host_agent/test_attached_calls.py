@@ -15,7 +15,7 @@ FILES = (
     ROOT / "host_agent/api/attaching.py",
 )
 ALLOWED = {
-    *("UUIDString", "XMLDesc", "connect", "isActive", "maxMemory", "name"),  # reading
+    *("UUIDString", "XMLDesc", "connect", "isActive", "maxMemory", "name", "state"),  # reading
     *("attachDeviceFlags", "detachDeviceFlags"),  # the memory door
 }
 

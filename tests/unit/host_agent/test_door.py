@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -93,6 +94,14 @@ def test_a_file_with_two_regions_is_counted_once(door: MemoryDoor) -> None:
         qemu.add(1 << 32, SIZE, fd, offset=SIZE)
         with closing(GuestRam(door.segments())) as ram:
             assert ram.resident_bytes() == 4096
+        with closing(GuestRam(door.segments(besides=RangeSet([(1 << 20, PAGES)])))) as ram:
+            ram.plug(door.segments(besides=ram.pages))
+            assert ram.resident_bytes() == 4096, "by another descriptor, but the same file"
+        half = RangeSet([(0, PAGES), (1 << 20, PAGES // 2)])
+        (grown,) = door.segments(besides=half)
+        assert (grown.pfn, grown.page_count) == ((1 << 20) + PAGES // 2, PAGES // 2)
+        assert grown.offset_bytes == SIZE + SIZE // 2
+        os.close(grown.fd)
         (high,) = door.segments(besides=RangeSet([(0, PAGES)]))
         assert (high.pfn, high.offset_bytes) == (1 << 20, SIZE)
         os.close(high.fd)
@@ -230,3 +239,19 @@ def test_memory_that_is_no_memfd_is_refused(door: MemoryDoor, tmp_path: Path) ->
         file.truncate(SIZE)
         with started(door, file.fileno()), pytest.raises(Refused, match="memfd"):
             door.segments()
+
+
+def test_a_host_agent_without_descriptors_turns_qemu_away(
+    door: MemoryDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else QEMU would wait for an answer, and its guest with it."""
+
+    async def no_descriptors(_listener: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with closing(FrontEnd(door.path)) as first:
+        first.negotiate()  # so that the loop accepts the next connection after this one
+        monkeypatch.setattr(door._loop, "sock_accept", no_descriptors)
+    wait_until(lambda: door._listener.fileno() < 0, "the door to stop listening")
+    with pytest.raises(ConnectionRefusedError):
+        FrontEnd(door.path)
