@@ -28,7 +28,7 @@ def foreign_domain(connection: Any, backing: str, devices: str) -> Iterator[Any]
         f"<memory unit='MiB'>256</memory>{backing}<vcpu>1</vcpu>"
         "<os><type arch='x86_64' machine='q35'>hvm</type></os>"
         f"<devices>{PORTS}{devices}</devices></domain>",
-        libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY,
+        libvirt.VIR_DOMAIN_START_AUTODESTROY,
     )
     try:
         yield domain
@@ -43,8 +43,10 @@ def test_each_domain_is_told_what_is_in_the_way(connection: Any) -> None:
         foreign_domain(connection, SHARED, none) as ready,
         foreign_domain(connection, SHARED.replace("shared", "private"), none) as private,
         foreign_domain(connection, SHARED, reporting) as taken,
+        foreign_domain(connection, SHARED, none) as suspended,
         running_host_agent() as host,
     ):
+        suspended.suspend()
         before = ready.XMLDesc()
         answer = host.stub.ListDomains(host_pb2.ListDomainsRequest(), timeout=HANG_S)
         found = {domain.uuid: domain for domain in answer.domains}
@@ -55,6 +57,7 @@ def test_each_domain_is_told_what_is_in_the_way(connection: Any) -> None:
             return [one.what for one in found[domain.UUIDString()].obstacles]
 
         assert said(ready) == []
+        assert said(suspended) == ["it is suspended"]
         assert said(private) == ["its memory is not in a shared memfd"]
         (reporter,) = said(taken)
         assert "one reporter" in reporter
