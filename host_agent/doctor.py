@@ -1,4 +1,4 @@
-"""Finds out what this host can run, by trying it."""
+"""Finds out what this host can run, by trying it. The rest is in orchestrator/doctor.py."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
-from host_agent.guests.driver import GuestDriver, GuestRequest
+from host_agent.guests.driver import GuestDriver, GuestMaker, GuestRequest
 from host_agent.persistence.database import Database, GuestRecord
 from host_agent.persistence.saver import Saver
 from host_agent.repeated_commands import RepeatedCommands
@@ -51,7 +51,7 @@ class Registry:
         self,
         drivers: Mapping[host_pb2.Driver.ValueType, GuestDriver],
         state: Database | None = None,
-        attached: GuestDriver | None = None,
+        attached: GuestMaker | None = None,
     ) -> None:
         """:param attached: the driver of attached guests; None: there are none.
         :param state: stores the guests that outlive this process; None: none do."""
@@ -110,9 +110,7 @@ class Registry:
         if name in self._guests and self._ending:
             await asyncio.wait(self._ending)
         self._check_new(name, trial_id, spec)
-        # The guest gets it with its configuration: guests/agent_settings.py.
-        token = secrets.token_hex(16)
-        guest = self.add(name, self.checked_uuid(guest_uuid), token, trial_id, spec)
+        guest = self.add(name, self.checked_uuid(guest_uuid), trial_id, spec)
         guest.creation = asyncio.create_task(self.make(guest))
         try:
             # Shielded: libvirt's createXML cannot be cancelled, so the guest must be waited for.
@@ -130,12 +128,22 @@ class Registry:
         return guest
 
     def add(
-        self, name: str, uuid_text: str, token: str, trial_id: str, spec: host_pb2.GuestSpec
+        self,
+        name: str,
+        uuid_text: str,
+        trial_id: str,
+        spec: host_pb2.GuestSpec,
+        token: str | None = None,
     ) -> Guest:
+        """Enter a guest that does not run yet; `make` starts it, `end` removes it.
+
+        :param token: that of a guest that is adopted; None for a new one.
+        """
         guest = self._guests[name] = Guest(
             name=name,
             uuid=uuid_text,
-            token=token,
+            # The guest gets it with its configuration: guests/agent_settings.py.
+            token=token or secrets.token_hex(16),
             trial_id=trial_id,
             spec=spec,
             saver=self.saver,
@@ -157,6 +165,11 @@ class Registry:
             raise InvalidInput(f"guest {name}: its spec names no method")
 
     def checked_uuid(self, asked: str) -> str:
+        """Return a UUID as text, or a new one if none is asked for.
+
+        :raises InvalidInput: it is none.
+        :raises Refused: another guest of this host has it.
+        """
         try:
             found = str(uuid.UUID(asked) if asked else uuid.uuid4())
         except ValueError:
@@ -166,6 +179,11 @@ class Registry:
         return found
 
     async def make(self, guest: Guest) -> None:
+        """Have a guest's driver make or attach it.
+
+        :raises Refused: the driver cannot.
+        :raises GuestLost: the domain to attach is gone.
+        """
         driver = self._driver_of(guest)
         try:
             running = await in_driver_thread(driver.create, self.request(guest))
@@ -187,7 +205,7 @@ class Registry:
             on_gone=lambda reason: _report_lost(loop, partial(lost, guest, reason)),
         )
 
-    def _driver_of(self, guest: Guest) -> GuestDriver:
+    def _driver_of(self, guest: Guest) -> GuestMaker:
         if guest.is_attached and self._attached is not None:
             return self._attached
         return self.drivers[guest.spec.driver]
@@ -202,6 +220,10 @@ class Registry:
         return await self.end(self.get(name))
 
     async def end(self, guest: Guest) -> host_pb2.Ledger:
+        """End a guest, or let its domain go, and return its closed books. Repeatable.
+
+        :raises HintfleetError: as `destroy`.
+        """
         ledger = await guest.close()
         # Two callers may end a guest at once, and its name may be in use again by now.
         if self._guests.get(guest.name) is guest:
@@ -236,14 +258,14 @@ class Registry:
 
     async def _adopt(self, record: GuestRecord) -> None:
         self.epochs.after(record.epoch)
-        guest = self.add(record.name, record.uuid, record.token, record.trial_id, record.spec)
+        guest = self.add(record.name, record.uuid, record.trial_id, record.spec, record.token)
         driver = self._driver_of(guest)
         try:
             running = await in_driver_thread(driver.adopt, self.request(guest), record.handle)
         except GuestLost as error:
             guest.memory.last_ledger = record.books.totals
             guest.lost(error.message)
-            if guest.is_attached:  # no trial ends it
+            if guest.is_attached:  # it belongs to no trial, so nothing else would end it
                 await self.end(guest)
         else:
             await guest.adopted(running, record.books)

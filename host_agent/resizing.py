@@ -84,12 +84,13 @@ def _check_step(name: str, spec: host_pb2.GuestSpec, memory_bytes: int) -> None:
 
 
 def follow_table(guest: Guest) -> None:
-    """Keep the RAM and the books of an attached guest as its memory door has them: somebody else
-    plugs and unplugs its memory."""
+    """Change the RAM and the books of an attached guest whenever its memory door's table changes:
+    its operator plugs and unplugs memory."""
     door = guest.running.door if guest.running else None
     if guest.is_attached and door is not None:
         door.when_table_changes(lambda: guest.tasks.begin(_follow(guest)))
-        guest.tasks.begin(_follow(guest))  # it may have changed since the guest was attached
+        # The table may have changed between the attach and the line above.
+        guest.tasks.begin(_follow(guest))
 
 
 async def _follow(guest: Guest) -> None:

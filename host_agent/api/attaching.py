@@ -7,7 +7,6 @@ until the host agent ends, unless that keeps a state.
 from __future__ import annotations
 
 import asyncio
-import secrets
 
 from hintfleet.errors import NotFound, Refused
 from hintfleet.settings import IsolatorKind
@@ -35,9 +34,12 @@ async def attach(
         raise Refused(
             f"domain {domain.name} cannot be attached: {what}", hint=domain.obstacles[0].change
         )
-    guest = await _attached(registry, domain, request.hinting)
+    guest = _added(registry, domain, request.hinting)
     try:
+        # First, so that wrong settings plug nothing in.
         config = driver.agent_config(registry.request(guest), request.server)
+        guest.creation = asyncio.create_task(registry.make(guest))
+        await asyncio.shield(guest.creation)
         if request.through_guest_agent:
             await in_driver_thread(driver.start_agent, guest.uuid, config)
     except BaseException:
@@ -48,27 +50,18 @@ async def attach(
     )
 
 
-async def _attached(
-    registry: Registry, domain: host_pb2.Domain, hinting: host_pb2.HintingSettings
-) -> Guest:
-    hinting.isolator = hinting.isolator or IsolatorKind.HUGETLB  # any kernel has it
+def _added(registry: Registry, domain: host_pb2.Domain, hinting: host_pb2.HintingSettings) -> Guest:
     spec = host_pb2.GuestSpec(
         driver=host_pb2.ATTACHED,
         memory_bytes=domain.memory_bytes,
         method=host_pb2.HINTING,
         hinting=hinting,
     )
-    is_free = is_guest_name(domain.name) and domain.name not in [g.name for g in registry.guests]
-    name = domain.name if is_free else domain.uuid
+    spec.hinting.isolator = hinting.isolator or IsolatorKind.HUGETLB  # any kernel has it
     uuid_text = registry.checked_uuid(domain.uuid)
-    guest = registry.add(name, uuid_text, secrets.token_hex(16), "", spec)
-    try:
-        guest.creation = asyncio.create_task(registry.make(guest))
-        await asyncio.shield(guest.creation)
-    except BaseException:
-        await registry.end(guest)
-        raise
-    return guest
+    is_free = is_guest_name(domain.name) and domain.name not in [g.name for g in registry.guests]
+    name = domain.name if is_free else uuid_text
+    return registry.add(name, uuid_text, "", spec)
 
 
 async def detach(
@@ -77,8 +70,8 @@ async def detach(
     """Let a domain go, once its agent has nothing isolated.
 
     :raises NotFound: no such domain is attached.
-    :raises HintfleetError: the guest did not release the device, or its agent could not be
-        stopped; it stays attached, so that this can be tried again.
+    :raises HintfleetError: its agent could not be stopped: it stays attached. Or the guest did
+        not release the device: it stays in the list without hints. Both can be tried again.
     """
     found = [g for g in registry.guests if g.is_attached and request.name in (g.name, g.uuid)]
     if not found:

@@ -1,13 +1,14 @@
-"""A guest's memory door: the socket on which QEMU hands over the guest's RAM, and waits.
+"""A guest's memory door: the socket on which QEMU hands over the guest's RAM, and waits for an
+answer before it stops the guest.
 
-The host agent is the vhost-user back end of a virtiofs device that nobody mounts. What the
-messages mean, `protocol.Backend` says; this is the socket, on the host agent's event loop.
+The host agent is the vhost-user back end of a virtiofs device that nobody mounts. The messages are
+handled in `protocol.Backend`; here is the socket, on the host agent's event loop.
 
-A door is open while punches may run: from the start of the device until QEMU stops it, which it
-does before it suspends or resets the guest, loads a state into it, or lets go of the device. QEMU
-stands still until it has the answer. When this process dies, the kernel closes the socket after
-the last of its threads has left the kernel (kernel/exit.c: exit_files). So QEMU does not go on
-before a punch of a killed host agent is over either.
+A door is open while punches may run: from the start of the device until QEMU stops the device. QEMU
+does that before it suspends or resets the guest, loads a state into it, or removes the device, and
+stands still until it has the answer. If the host agent is killed, the kernel closes its socket only
+after the last of its threads has left the kernel (kernel/exit.c: exit_files). So even then QEMU
+cannot go on before the last punch has ended.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ class MemoryDoor:
     def segments(self, besides: RangeSet = EMPTY) -> list[Segment]:
         """Return the guest's RAM. The caller owns the files.
 
-        :param besides: RAM that is known already, and left out.
-        :raises Refused: a part of it is no shared memfd with small pages.
+        :param besides: known RAM, which is left out.
+        :raises Refused: some of the RAM is not in a shared memfd with small pages.
         """
         # QEMU sends the same file with each of its regions, each time as another descriptor.
         opened: dict[int, int] = {}
@@ -163,7 +164,7 @@ class MemoryDoor:
         return segments
 
     def when_disconnected(self, call: Callable[[str], None]) -> None:
-        """Call this with the reason, from the event loop, when QEMU hangs up, or has already."""
+        """Call `call` with the reason, on the event loop, when QEMU hangs up; at once if it has."""
 
         def begin() -> None:
             self._disconnected = call
@@ -173,7 +174,7 @@ class MemoryDoor:
         self._loop.call_soon_threadsafe(begin)
 
     def when_table_changes(self, call: Callable[[], object]) -> None:
-        """Call this from the event loop when memory comes or goes from now on."""
+        """Call `call` on the event loop whenever QEMU hands over memory or takes it back."""
         self._table_changed = call
 
     def pages(self) -> RangeSet:
@@ -222,7 +223,7 @@ class MemoryDoor:
     async def _serve_one(self, connection: socket.socket, pid: int) -> None:
         self.pid, self._is_connected = pid, True
         _log.info("door connected", extra=self._fields(pid=pid))
-        reason = "QEMU let go of it"
+        reason = "QEMU hung up"
         backend = Backend()
         try:
             await self._talk(connection, backend)
@@ -275,7 +276,7 @@ class MemoryDoor:
         self._moved(None)
 
     async def _stop(self, reason: str) -> None:
-        """Close the fence and wait until no slice is inside. Also when it is closed already: an
+        """Close the fence and wait until no slice is inside. Wait also if the door is closed: an
         earlier wait may have been cancelled."""
         if self._is_open:
             with self._changed:
@@ -324,7 +325,7 @@ async def _receive_bytes(
     data = b""
     while len(data) < size_bytes:
         try:
-            # One more than may come, so that one too many is seen.
+            # Ask for one more than the limit, so that a message with too many is detected.
             more, received, _, _ = socket.recv_fds(
                 connection, size_bytes - len(data), MAX_DESCRIPTORS + 1, socket.MSG_CMSG_CLOEXEC
             )
@@ -355,12 +356,12 @@ def _check_file(region: Region) -> None:
 
     :raises Refused: says what to change.
     """
-    # hugetlbfs has the size of its huge pages as block size here.
+    # For a file on hugetlbfs, f_bsize is the size of a huge page.
     is_memfd = os.readlink(f"/proc/self/fd/{region.fd}").startswith("/memfd:")
     if not is_memfd or os.fstatvfs(region.fd).f_bsize != PAGE_BYTES:
         raise Refused(
-            f"{format_size(region.size_bytes)} of the guest's memory at {region.address:#x} are in"
-            " no shared memfd with small pages",
+            f"{format_size(region.size_bytes)} of the guest's memory at {region.address:#x} are"
+            " not in a shared memfd with small pages",
             hint=BACKING_HINT,
         )
 

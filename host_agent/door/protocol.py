@@ -1,10 +1,10 @@
 """The back end's side of vhost-user, for a device that nobody uses. Pure: messages and
 descriptors in, actions out.
 
-QEMU is the front end. It tells where the guest's RAM lies (the table), and starts the device's
-queues when the guest's driver is ready. Before it stops or resets the guest, or lets go of the
-device, it stops the queues, and waits for the answer: that is what the device is for. The queues
-themselves are never looked at. Source: docs/interop/vhost-user.rst and hw/virtio/vhost-user.c of
+QEMU is the front end. It says where the guest's RAM is (the table), and starts the device's queues
+when the guest's driver is ready. Before it stops or resets the guest, or removes the device, it
+stops the queues and waits for the answer. The device is there for this wait alone: its queues are
+never processed. Source: docs/interop/vhost-user.rst and hw/virtio/vhost-user.c of
 QEMU.
 """
 
@@ -89,9 +89,10 @@ class Region:
     """A part of the guest's RAM that lies in one piece in one file.
 
     :ivar address: address of the first byte, guest physical.
-    :ivar user_address: where QEMU has it; only told, never used.
+    :ivar user_address: its address in QEMU's own memory; identifies it when it is removed.
     :ivar offset_bytes: offset of the first byte in the file.
-    :ivar fd: the file; owned by the caller of `Backend.received`, who gets it back by `Drop`.
+    :ivar fd: the file. Whoever called `Backend.received` owns it, and closes it when a `Drop` names
+        it.
     """
 
     address: int
@@ -108,7 +109,8 @@ class Region:
 
 @dataclass(frozen=True)
 class Stop:
-    """Let no punch begin, end the epoch, and wait until none runs: only then do what follows."""
+    """Let no punch begin, end the epoch, and wait until no punch runs. The actions behind this one,
+    the reply to QEMU among them, are carried out only after that."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Backend:
     def received(
         self, request: int, flags: int, payload: bytes, fds: Sequence[int]
     ) -> Sequence[Action]:
-        """Take one message.
+        """Handle one message.
 
         :param fds: the descriptors that came with it. Each of them is in a region of `Table`, or
             in a `Drop`; after an error, all are the caller's.
@@ -184,12 +186,12 @@ class Backend:
         if request in _ANSWERS:
             return _U64.pack(_ANSWERS[request])
         if request == Request.GET_VRING_BASE:
-            # Where the queue stands: at its start, for nothing was ever taken from it.
+            # How far the queue was processed: not at all, because nobody processes it.
             return _RING_STATE.pack(_unpacked(_RING_STATE, payload)[0], 0)
         return _U64.pack(0) if must_acknowledge and self._acknowledges else None
 
     def _memory(self, request: int, payload: bytes, fds: Sequence[int]) -> list[Action]:
-        """Take a message about the table, with its descriptors; return nothing for others."""
+        """Handle a message about the table, with its descriptors; return nothing for others."""
         match request:
             case Request.SET_MEM_TABLE:
                 return self._table(_table(payload, fds))
@@ -198,13 +200,14 @@ class Backend:
                     raise InvalidInput(f"a memory region came with {len(fds)} descriptors")
                 return self._table((*self.regions, _region(payload, fds[0])))
             case Request.REM_MEM_REG:
-                # The specification allows a descriptor here, which is not needed.
+                # The specification allows a descriptor here. It is not needed, and closed.
                 actions = self._table(self._without(_region(payload, _NO_FD)))
                 return [*actions, Drop(tuple(fds))] if fds else actions
         return []
 
     def _queues(self, request: int, payload: bytes) -> list[Action]:
-        """Take a message that may stop or start the device."""
+        """Handle a message about the queues, which may stop or start the device; return nothing for
+        others."""
         match request:
             case Request.SET_VRING_KICK:
                 (value,) = _unpacked(_U64, payload)

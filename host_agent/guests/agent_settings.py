@@ -22,8 +22,7 @@ from hintfleet.settings import (
 from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import GuestRequest, Survival
 
-GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
-"""Where a guest has its certificate, if it needs one."""
+_GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
 
 _A_GUEST = {Driver.EMBEDDED: "an embedded guest", Driver.LIBVIRT: "a libvirt guest"}
 
@@ -55,11 +54,17 @@ def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingPar
 
 
 def agent_config(
-    driver: Driver, request: GuestRequest, server: str, survival: Survival | None
+    driver: Driver,
+    request: GuestRequest,
+    server: str,
+    survival: Survival | None,
+    *,
+    tls: bool = False,
 ) -> AgentConfig:
-    """Return the part of an agent's configuration that is the same for both drivers.
+    """Return the part of an agent's configuration that is the same for all drivers.
 
     :param server: address at which the guest finds the host agent.
+    :param tls: whether the guest must use TLS; it has its certificate already.
     :raises Refused: as `check_hinting`.
     :raises InvalidInput: a setting is out of its bounds.
     """
@@ -76,6 +81,7 @@ def agent_config(
         chunk_order=hinting.chunk_order or DEFAULT_CHUNK_ORDER,
         threshold_chunks=hinting.threshold_chunks or DEFAULT_THRESHOLD_CHUNKS,
         max_memory_bytes=spec.max_memory_bytes,
+        tls_folder=_GUEST_TLS_FOLDER if tls else "",
         # 0: the driver ends the guest with the host agent; the agent need not watch for that.
         orphan_after_s=survival.orphan_after_s if survival else 0,
     )

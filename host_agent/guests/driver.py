@@ -30,13 +30,17 @@ class Survival:
     doors: Path
     orphan_after_s: int
 
+    def door(self, guest_uuid: str) -> Path:
+        """Return where the socket of a guest's memory door is."""
+        return self.doors / f"{guest_uuid}.sock"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuestRequest:
     """What a driver needs to make a guest.
 
     :ivar name: unique on this host; letters, digits and `-`.
-    :ivar token: the secret that authenticates the guest's streams; made by registry.py.
+    :ivar token: the secret that authenticates the guest's streams; made in registry.py: `add`.
     :ivar spec: driver, memory_bytes, method and hinting settings.
     :ivar on_gone: called once, from any thread, with a reason when the guest is gone or about
         to be (stopped, crashed, reset). Its epoch must end then.
@@ -102,11 +106,9 @@ class RunningGuest(Protocol):
         """
 
 
-class GuestDriver(Protocol):
-    """Makes guests of one kind. Methods may block; they are called from worker threads."""
-
-    def state(self) -> host_pb2.DriverState:
-        """Return whether this host can run such guests, and with which versions, or why not."""
+class GuestMaker(Protocol):
+    """Makes or attaches guests of one kind. Methods may block; they are called from worker
+    threads."""
 
     def create(self, request: GuestRequest) -> RunningGuest:
         """Start a guest; its agent connects by itself later. Nothing is left after a failure.
@@ -126,3 +128,10 @@ class GuestDriver(Protocol):
 
     def close(self) -> None:
         """Close connections. All guests must be closed before, or meant to survive."""
+
+
+class GuestDriver(GuestMaker, Protocol):
+    """Makes guests for trials."""
+
+    def state(self) -> host_pb2.DriverState:
+        """Return whether this host can run such guests, and with which versions, or why not."""

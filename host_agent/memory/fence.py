@@ -1,8 +1,9 @@
-"""Keeps punches out while a guest may not be punched, without making anybody wait for long.
+"""Keeps punches out while a guest may not be punched, and makes nobody wait for long.
 
-A batch gets a permit when it begins, and enters the fence with it slice by slice. Who closes the
-fence waits for the slice that is inside, not for the batch. A permit is over when the fence is
-closed: if it was opened again meanwhile, then for another epoch.
+A batch gets a permit when its turn comes. With this permit it enters the fence again and again, for
+one slice of its punches each time. Whoever closes the fence waits for the slice that is inside, not
+for the whole batch. Closing the fence also ends all permits: after it is opened again, another
+epoch has begun, in which the rest of an old batch must not run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class FenceClosed(Exception):
 
 
 class Fence:
-    """Open or closed; new ones are open. Methods may be called from any thread."""
+    """A fence is open or closed; a new fence is open. Methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = Lock()

@@ -118,7 +118,8 @@ class GuestMemory:
         if self._open is None:
             return skip(hinted, hinting_pb2.GUEST_GONE)
         ram, ledger = self._open
-        # Now, not in the thread: the guest may be stopped and go on before that begins.
+        # The permit is taken here, not in the thread: before that begins, the guest may be stopped
+        # and go on, and a permit of then would be valid again.
         permit = ram.permit()
         try:
             if self._is_light(hinted):
@@ -182,7 +183,7 @@ class GuestMemory:
         try:
             await asyncio.to_thread(ram.punch, pages, ram.permit())
         except FenceClosed:
-            pass  # QEMU has the device no more: its memory goes with its file
+            pass  # QEMU has removed the device: its memory is freed with its file
         except OSError as error:
             raise Refused(
                 f"guest {self._name}: unplugged memory cannot be dropped: {error}"
@@ -190,7 +191,7 @@ class GuestMemory:
         self.taken_out(pages)
 
     def taken_out(self, pages: RangeSet) -> None:
-        """Remove memory from the RAM and the books that is the guest's no more. Locked.
+        """Remove memory that the guest does not have any more from the RAM and the books. Locked.
 
         :raises GuestLost: the guest does not run.
         """

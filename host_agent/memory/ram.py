@@ -105,11 +105,9 @@ class GuestRam:
         return self.pages.page_count * PAGE_BYTES
 
     def resident_bytes(self) -> int:
-        """Return how much of the RAM files is resident: one system call for each descriptor."""
-        # By inode: memory that was plugged may be in a file that was open before.
-        files = {status.st_ino: status for status in map(os.fstat, self._fds)}
+        """Return how much of the RAM files is resident: one system call for each file."""
         # st_blocks counts units of 512 bytes, whatever the file system's block (stat(2)).
-        return sum(status.st_blocks * 512 for status in files.values())
+        return sum(os.fstat(fd).st_blocks * 512 for fd in self._files)
 
     def resident(self, within: PageMap) -> PageMap:
         """Return the pages of `within` that are resident. Pages outside the RAM never are."""
@@ -147,7 +145,7 @@ class GuestRam:
         return Look(resident=PageMap.union(found), next_pfn=next_pfn)
 
     def permit(self) -> int:
-        """Return what `punch` needs. It is over when the guest is stopped or reset."""
+        """Return a permit for `punch`. It ends when the guest is stopped or reset."""
         return self._fence.permit()
 
     def punch(self, ranges: RangeSet, permit: int) -> None:
@@ -207,6 +205,8 @@ class GuestRam:
         self._segments = tuple(sorted(segments, key=lambda s: s.pfn))
         self._pages = RangeSet((s.pfn, s.page_count) for s in self._segments)
         self._page_map = PageMap(self._pages)
+        # One descriptor of each: memory that was plugged may be in a file that was open before.
+        self._files = {os.fstat(fd).st_ino: fd for fd in self._fds}.values()
 
     def _parts(self, ranges: RangeSet) -> Iterator[tuple[Segment, RangeSet]]:
         for segment in self._segments:

@@ -109,7 +109,7 @@ class GuestSessions:
         self.workload_is_there.set()
 
     def door_moved(self, why_closed: str | None) -> None:
-        """Take that the memory door has opened (None), or why it has closed: then the epoch ends.
+        """Note that the memory door has opened (None), or why it has closed: then the epoch ends.
         The agent may connect again at once; it is welcomed when the door opens."""
         if why_closed is None:
             self._carry_out(self._gate.door_opened())

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from orchestrator.commands.options import output_option, tls_option, tls_or_none
 
 if TYPE_CHECKING:
-    from hintfleet.v1 import host_pb2
+    from orchestrator.trial.host_client import HostClient
+
+_Answer = TypeVar("_Answer")
 
 
 def _this_machine() -> str:
     from hintfleet.net.addresses import default_control_address
 
     return default_control_address()
+
+
+def _ask(
+    address: str, tls_folder: str, call: Callable[[HostClient], Awaitable[_Answer]]
+) -> _Answer:
+    """Return what one call to the host agent at this address returns."""
+    from orchestrator.trial.host_client import connected
+
+    async def ask() -> _Answer:
+        async with connected(address, tls_or_none(tls_folder)) as host:
+            return await call(host)
+
+    return asyncio.run(ask())
 
 
 _host_option = click.option(
@@ -44,15 +60,11 @@ def domains(address: str, tls_folder: str, output_format: str) -> int:
     """Show for each libvirt domain of a host whether its free memory could be hinted, and
     what to change if not. Changes nothing."""
     from orchestrator.commands.output import emit
-    from orchestrator.trial.host_client import connected
-    from orchestrator.view.domain_tables import domain_table
+    from orchestrator.trial.host_client import HostClient
+    from orchestrator.view.domain_tables import domain_as_data, domain_table
 
-    async def ask() -> list[host_pb2.Domain]:
-        async with connected(address, tls_or_none(tls_folder)) as client:
-            return await client.list_domains()
-
-    found = asyncio.run(ask())
-    emit([_as_data(domain) for domain in found], output_format, lambda: domain_table(found))
+    found = _ask(address, tls_folder, HostClient.list_domains)
+    emit([domain_as_data(one) for one in found], output_format, lambda: domain_table(found))
     return 0
 
 
@@ -104,7 +116,6 @@ def attach(
     """
     from hintfleet.errors import Refused
     from hintfleet.v1 import host_pb2
-    from orchestrator.trial.host_client import connected
     from orchestrator.view.domain_tables import print_domain
 
     request = host_pb2.AttachGuestRequest(
@@ -115,11 +126,7 @@ def attach(
         hinting=host_pb2.HintingSettings(isolator=isolator),
     )
 
-    async def ask() -> host_pb2.AttachGuestResponse:
-        async with connected(address, tls_or_none(tls_folder)) as client:
-            return await client.attach_guest(request)
-
-    answer = asyncio.run(ask())
+    answer = _ask(address, tls_folder, lambda host: host.attach_guest(request))
     if dry_run:
         print_domain(answer.domain)
         if answer.domain.obstacles:
@@ -160,15 +167,10 @@ def detach(domain: str, address: str, via: str | None, tls_folder: str) -> int:
     """
     from hintfleet.units import format_size
     from hintfleet.v1 import host_pb2
-    from orchestrator.trial.host_client import connected
 
     request = host_pb2.DetachGuestRequest(name=domain, through_guest_agent=via is not None)
 
-    async def ask() -> host_pb2.DetachGuestResponse:
-        async with connected(address, tls_or_none(tls_folder)) as client:
-            return await client.detach_guest(request)
-
-    books = asyncio.run(ask()).ledger
+    books = _ask(address, tls_folder, lambda host: host.detach_guest(request)).ledger
     click.echo(
         f"detached {domain}: {format_size(books.reclaimed_total_bytes)} were reclaimed in all,"
         f" {format_size(books.refaulted_total_bytes)} of them used again",
@@ -178,35 +180,23 @@ def detach(domain: str, address: str, via: str | None, tls_folder: str) -> int:
 
 
 @click.command(
+    short_help="Show the guests of a host agent, and how much memory each has given back.",
     epilog="""\b
 Examples:
   hintfleet guests
   hintfleet guests -o json
-"""
+""",
 )
 @_host_option
 @tls_option
 @output_option
 def guests(address: str, tls_folder: str, output_format: str) -> int:
-    """Show the guests of a host agent, made and attached, with their books."""
+    """Show the guests of a host agent, those that it made and those that it attached, and how much
+    memory each has, uses, has given back and used again."""
     from orchestrator.commands.output import emit
-    from orchestrator.trial.host_client import connected
+    from orchestrator.trial.host_client import HostClient
     from orchestrator.view.domain_tables import guest_as_data, guest_table
 
-    async def ask() -> list[host_pb2.Guest]:
-        async with connected(address, tls_or_none(tls_folder)) as client:
-            return await client.list_guests()
-
-    found = asyncio.run(ask())
+    found = _ask(address, tls_folder, HostClient.list_guests)
     emit([guest_as_data(guest) for guest in found], output_format, lambda: guest_table(found))
     return 0
-
-
-def _as_data(domain: host_pb2.Domain) -> dict[str, object]:
-    return {
-        "name": domain.name,
-        "uuid": domain.uuid,
-        "running": domain.running,
-        "memory_bytes": domain.memory_bytes,
-        "obstacles": [{"what": one.what, "change": one.change} for one in domain.obstacles],
-    }

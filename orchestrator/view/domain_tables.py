@@ -31,6 +31,17 @@ def domain_table(domains: Sequence[host_pb2.Domain]) -> RenderableType:
     return shown
 
 
+def domain_as_data(domain: host_pb2.Domain) -> dict[str, object]:
+    """Return a domain as plain data; bytes are whole numbers."""
+    return {
+        "name": domain.name,
+        "uuid": domain.uuid,
+        "running": domain.running,
+        "memory_bytes": domain.memory_bytes,
+        "obstacles": [{"what": one.what, "change": one.change} for one in domain.obstacles],
+    }
+
+
 def print_domain(domain: host_pb2.Domain) -> None:
     """Print the table of one domain on stdout."""
     Console().print(domain_table([domain]))

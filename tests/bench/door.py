@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from threading import Event, Thread
 
@@ -28,6 +28,7 @@ from host_agent.memory.fence import FenceClosed
 from host_agent.memory.ram import GuestRam
 from host_agent.steady import keep_latency_steady
 from tests.bench.report import Figure, side_by_side
+from tests.support.loops import running_loop
 
 _ROUNDS = 5
 _STOPS = 100
@@ -57,7 +58,7 @@ def run() -> Iterator[Figure]:
     keep_latency_steady()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        loop = stack.enter_context(_running_loop())
+        loop = stack.enter_context(running_loop())
         punching, bare = [], []
         for number in range(_ROUNDS):
             punching.append(_while_punching(loop, folder / f"door-{number}"))
@@ -145,16 +146,3 @@ def _waits(process: subprocess.Popen[str]) -> list[float]:
     if process.returncode:
         raise RuntimeError(f"the front end ended with status {process.returncode}")
     return [float(line) for line in out.split()]
-
-
-@contextmanager
-def _running_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = asyncio.new_event_loop()
-    thread = Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield loop
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()

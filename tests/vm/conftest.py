@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
 from typing import Any, NoReturn
 
 import pytest
@@ -26,6 +25,7 @@ from host_agent.guests.libvirt.api import modules
 from host_agent.guests.libvirt.driver import LibvirtDriver
 from host_agent.guests.libvirt.image import GuestImage, find_image
 from tests.support.agents import running_host_agent
+from tests.support.loops import running_loop
 from tests.support.vm import Guests, image_with, nodes_spec, spec
 
 ROOT = Path(__file__).parents[2]
@@ -62,14 +62,9 @@ def image() -> GuestImage:
 
 @pytest.fixture(scope="session")
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """Run an event loop in a thread, as a host agent has one."""
-    made = asyncio.new_event_loop()
-    thread = Thread(target=made.run_forever)
-    thread.start()
-    yield made
-    made.call_soon_threadsafe(made.stop)
-    thread.join()
-    made.close()
+    """Run the event loop that serves the memory doors of drivers' guests."""
+    with running_loop() as made:
+        yield made
 
 
 @pytest.fixture

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from hintfleet.errors import GuestLost, HintfleetError, NotFound, OutcomeUnknown, Refused
@@ -20,7 +17,7 @@ from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.settings import ATTACHED_CONFIG_PATH, Driver
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import MemoryDoor
-from host_agent.guests.agent_settings import GUEST_TLS_FOLDER, agent_config
+from host_agent.guests.agent_settings import agent_config
 from host_agent.guests.attached.obstacles import described
 from host_agent.guests.attached.qemu_guest_agent import QemuGuestAgent
 from host_agent.guests.balloon import Balloon, Reporting
@@ -55,7 +52,7 @@ class AttachedGuest:
         ram: GuestRam,
         owned: contextlib.ExitStack,
     ) -> None:
-        """:param owned: closes door and RAM, and removes what they need."""
+        """:param owned: closes RAM and door, and removes the folder of the door's socket."""
         self.pid = door.pid
         self.ram = ram
         self.door: MemoryDoor | None = door
@@ -86,7 +83,7 @@ class AttachedGuest:
 
 
 class AttachedDriver:
-    """Plugs the memory door into domains, and takes it out."""
+    """Plugs the memory door into domains, and takes it out again."""
 
     def __init__(
         self,
@@ -108,9 +105,6 @@ class AttachedDriver:
         self._connection = Connection(uri)
         self._loop = loop
         self._survival = survival
-
-    def state(self) -> host_pb2.DriverState:
-        return host_pb2.DriverState(driver=host_pb2.ATTACHED, usable=True)
 
     def domains(self) -> list[host_pb2.Domain]:
         """Return all domains, by name, with what keeps each from being hinted.
@@ -142,9 +136,9 @@ class AttachedDriver:
         :raises InvalidInput: a setting is out of its bounds.
         """
         # Without survival: the agent must not end a guest that is somebody else's.
-        config = agent_config(Driver.LIBVIRT, request, server or self._guest_server, None)
-        tls_folder = GUEST_TLS_FOLDER if self._guest_tls else ""
-        return replace(config, tls_folder=tls_folder).to_json()
+        server = server or self._guest_server
+        config = agent_config(Driver.LIBVIRT, request, server, None, tls=self._guest_tls)
+        return config.to_json()
 
     def start_agent(self, uuid_text: str, config: str) -> None:
         """Put the agent's configuration into the guest and start its service, through the QEMU
@@ -214,16 +208,14 @@ class AttachedDriver:
         return guest
 
     def _door(self, request: GuestRequest, owned: contextlib.ExitStack) -> MemoryDoor:
-        self._connection.get()
-        user = self._connection.qemu_user
+        self._connection.get()  # which finds out QEMU's user
         if self._survival:
-            path: Path = self._survival.doors / f"{request.uuid}.sock"
+            path = self._survival.door(request.uuid)
         else:
-            folder = RuntimeDir.make(user)
+            folder = RuntimeDir.make(self._connection.qemu_user)
             owned.callback(folder.remove)
             path = folder.door
-        uids = {0, os.geteuid()} | ({user.uid} if user else set())
-        door = MemoryDoor.listening(self._loop, path, uids, request.name)
+        door = self._connection.listen_for_qemu(self._loop, path, request.name)
         owned.callback(door.close)
         return door
 

@@ -17,7 +17,7 @@ from hintfleet.units import KIB
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import BACKING_HINT
 from host_agent.guests.libvirt.api import errors_as, modules
-from host_agent.guests.libvirt.devices import TAG
+from host_agent.guests.libvirt.devices import doors_in
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
 
 _COLD = ", then shut the domain down and start it again"
@@ -44,7 +44,7 @@ def _obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
     if (domain.findtext("name") or "").startswith(NAME_PREFIX):
         yield "a host agent made it, and hints in it", "nothing"
         return
-    if _has_door(domain):
+    if doors_in(domain):
         yield (
             "another host agent is attached to it, or left its device behind",
             "detach it there; if no host agent runs: virsh detach-device, see docs/attach.md",
@@ -90,7 +90,7 @@ def _device_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
     ]
     if assigned:
         yield (
-            "a device is assigned to it (VFIO): the IOMMU goes on writing to the pages of before",
+            "a device is assigned to it (VFIO), which goes on writing to memory that was dropped",
             "detach the device",
         )
     balloon = domain.find("devices/memballoon")
@@ -104,11 +104,6 @@ def _device_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
             "it has no free PCIe port",
             f"add <controller type='pci' model='pcie-root-port'/>{_COLD}",
         )
-
-
-def _has_door(domain: ET.Element) -> bool:
-    targets = domain.iterfind("devices/filesystem/target")
-    return any(target.get("dir") == TAG for target in targets)
 
 
 def _has_free_port(domain: ET.Element) -> bool:

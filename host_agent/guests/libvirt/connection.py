@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from threading import Lock
 from types import ModuleType
 from typing import Any
 
 from hintfleet.errors import GuestLost
 from hintfleet.logs import fields
+from host_agent.door.door import MemoryDoor
 from host_agent.guests.libvirt.api import errors_as, modules
 from host_agent.guests.libvirt.domain_guest import EndNotice
 from host_agent.guests.libvirt.qemu_user import QemuUser
@@ -121,6 +125,13 @@ class Connection:
         """
         with errors_as(f"looking for domain {uuid_text}"):
             return self.get().lookupByUUIDString(uuid_text)
+
+    def listen_for_qemu(
+        self, loop: asyncio.AbstractEventLoop, path: Path, guest: str
+    ) -> MemoryDoor:
+        """Listen at `path`, as `MemoryDoor.listening`. QEMU runs as its own user, ours, or root."""
+        uids = {0, os.geteuid()} | ({self.qemu_user.uid} if self.qemu_user else set())
+        return MemoryDoor.listening(loop, path, uids, guest)
 
     def destroy(self, uuid_text: str) -> None:
         """End a domain; it may be gone already.

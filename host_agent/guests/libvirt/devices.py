@@ -1,5 +1,5 @@
-"""Devices that are plugged into running domains and taken out: how QEMU says that one is gone; and
-the one behind which the memory door is (door/door.py): a virtiofs device that nobody mounts."""
+"""Takes a device out of a running domain, and waits until QEMU has removed it. Also has the device
+of the memory door (door/door.py): a virtiofs device that nobody mounts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from typing import Any
 from hintfleet.errors import OutcomeUnknown, Refused
 from host_agent.guests.libvirt.api import errors_as, modules
 
-TAG = "hintfleet"
-"""The name under which the guest could mount it; marks the device as ours."""
-
+# The name under which the guest could mount it; marks the device as ours.
+_TAG = "hintfleet"
 # libvirt's default for virtiofs (src/qemu/qemu_command.c); the queue is never used.
 _QUEUE_SIZE = "1024"
 
-# The guest's kernel needs some milliseconds, if it runs.
+# A running guest releases a device within milliseconds; a suspended one never does.
 _REMOVAL_S = 20.0
 
 
@@ -28,8 +27,13 @@ def door_element(socket: Path) -> ET.Element:
     filesystem = ET.Element("filesystem", type="mount")
     ET.SubElement(filesystem, "driver", type="virtiofs", queue=_QUEUE_SIZE)
     ET.SubElement(filesystem, "source", socket=str(socket))
-    ET.SubElement(filesystem, "target", dir=TAG)
+    ET.SubElement(filesystem, "target", dir=_TAG)
     return filesystem
+
+
+def doors_in(domain: ET.Element) -> list[ET.Element]:
+    """Return the devices of this kind in a domain's XML."""
+    return domain.findall(f"devices/filesystem/target[@dir='{_TAG}']/..")
 
 
 def plug_door(domain: Any, socket: Path) -> None:
@@ -53,7 +57,7 @@ def unplug_door(domain: Any) -> None:
     """
     for device in _doors(domain):
         alias = device.find("alias")
-        name = alias.attrib["name"] if alias is not None else TAG
+        name = alias.attrib["name"] if alias is not None else _TAG
         try:
             detach(domain, name, ET.tostring(device, encoding="unicode"))
         except (Refused, OutcomeUnknown):
@@ -66,8 +70,7 @@ def _doors(domain: Any) -> list[ET.Element]:
     with errors_as("looking for the memory door"):
         if not domain.isActive():
             return []
-        devices = ET.fromstring(domain.XMLDesc()).findall("devices/filesystem")  # noqa: S314
-    return [one for one in devices if (t := one.find("target")) is not None and t.get("dir") == TAG]
+        return doors_in(ET.fromstring(domain.XMLDesc()))  # noqa: S314 - libvirt's own
 
 
 def detach(domain: Any, alias: str, xml: str) -> None:

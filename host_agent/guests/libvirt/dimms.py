@@ -1,4 +1,4 @@
-"""The DIMMs of a running libvirt domain: plugs and unplugs them."""
+"""The DIMMs of a running libvirt domain: plugs and unplugs them, for host_agent/resizing.py."""
 
 from __future__ import annotations
 

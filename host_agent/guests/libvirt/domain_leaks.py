@@ -44,7 +44,7 @@ def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
             folder = _folder_of(domain.XMLDesc())
             if not domain.name().startswith(NAME_PREFIX) or folder is None:
                 continue
-            # Any of runtime_dirs() can tell: they differ only in where they make folders.
+            # Any entry of runtime_dirs() will do: they differ only in where they make folders.
             if runtime_dirs()[0].is_abandoned(folder):
                 leak = Leak(
                     what="domain",

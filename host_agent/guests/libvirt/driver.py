@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 import uuid
-from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -23,7 +21,7 @@ from hintfleet.settings import Driver, IsolatorKind, Method
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import MemoryDoor
-from host_agent.guests.agent_settings import GUEST_TLS_FOLDER, agent_config
+from host_agent.guests.agent_settings import agent_config
 from host_agent.guests.driver import GuestRequest, Handle, Survival
 from host_agent.guests.libvirt import kvm_probe
 from host_agent.guests.libvirt.api import errors_as, modules
@@ -141,11 +139,8 @@ class LibvirtDriver:
     def _door(
         self, request: GuestRequest, files: RuntimeDir, undo: contextlib.ExitStack
     ) -> MemoryDoor:
-        """Listen for the guest's QEMU."""
-        user = self._connection.qemu_user
-        path = self._survival.doors / f"{request.uuid}.sock" if self._survival else files.door
-        uids = {0, os.geteuid()} | ({user.uid} if user else set())
-        door = MemoryDoor.listening(self._loop, path, uids, request.name)
+        path = self._survival.door(request.uuid) if self._survival else files.door
+        door = self._connection.listen_for_qemu(self._loop, path, request.name)
         undo.callback(door.close)
         return door
 
@@ -223,9 +218,8 @@ class LibvirtDriver:
         )
 
     def _agent_config(self, request: GuestRequest) -> AgentConfig:
-        return replace(
-            agent_config(Driver.LIBVIRT, request, self._guest_server, self._survival),
-            tls_folder=GUEST_TLS_FOLDER if self._guest_tls else "",
+        return agent_config(
+            Driver.LIBVIRT, request, self._guest_server, self._survival, tls=self._guest_tls
         )
 
     def _accelerator(self, connection: Any, image: GuestImage) -> str:

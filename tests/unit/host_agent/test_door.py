@@ -23,6 +23,7 @@ from host_agent.memory.punch import punch
 from host_agent.memory.ram import GuestRam
 from tests.support.agents import wait_until
 from tests.support.front_end import FrontEnd
+from tests.support.loops import running_loop
 
 SIZE = 64 * MIB
 PAGES = SIZE // 4096
@@ -30,13 +31,8 @@ PAGES = SIZE // 4096
 
 @pytest.fixture
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    made = asyncio.new_event_loop()
-    thread = Thread(target=made.run_forever)
-    thread.start()
-    yield made
-    made.call_soon_threadsafe(made.stop)
-    thread.join()
-    made.close()
+    with running_loop() as made:
+        yield made
 
 
 @pytest.fixture
