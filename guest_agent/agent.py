@@ -52,12 +52,13 @@ _CHANNEL_OPTIONS = (
 
 
 def run(config: AgentConfig) -> None:
-    """Run the agent until it is stopped or refused.
+    """Run the agent until it is stopped or refused, or finds no host agent for `orphan_after_s`.
 
-    On SIGTERM, the agent of a real guest hints nothing more and waits a second for the acks in
-    flight. Ranges without an ack stay isolated, for the next agent (I4).
+    On SIGTERM, the agent of a real guest begins no new batch and waits for the acks in flight, a
+    second at most. Ranges without an ack stay isolated, for the next agent (I4).
 
-    :raises HintfleetError: isolation is not possible here, or the host refused this agent.
+    :raises HintfleetError: isolation is not possible here, the host refused this agent, or there
+        was no host agent for too long.
     """
     with contextlib.suppress(_Terminated):
         embedded = config.memory is Memory.EMBEDDED

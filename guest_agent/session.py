@@ -1,8 +1,9 @@
 """The guest's end of a hinting session: gRPC outside, `HintingCore` inside.
 
-Everything runs on one event loop: only its tasks use the core and the isolator. The isolator's
-wake callback and the stream's reader put events into an inbox. A lost stream is opened again
-for as long as the agent lives, with a pause that grows until a Welcome.
+Everything runs on one event loop: nothing else uses the core and the isolator. The isolator's wake
+callback and the stream's reader put events into an inbox. A lost stream is opened again, after a
+pause that grows with each try; a Welcome makes it short again. Only if the host refuses the guest
+for good does the agent end.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ class HintingSession:
             self._isolator.close()
 
     async def finish(self) -> None:
-        """Hint nothing more; return when no range is isolated any more.
+        """Begin no new batch, and return when no range is isolated any more. What is left of a
+        batch of the kernel module is still hinted.
 
         Waits for all acks, so for ever if there is no host agent. `run` must be running until
         this returns.

@@ -36,13 +36,13 @@ class Source(Protocol):
         """
 
     def write(self, extent: int, data: memoryview) -> None:
-        """Fill an extent; `data` has EXTENT_BYTES bytes."""
+        """Fill the extent with this number; `data` has EXTENT_BYTES bytes."""
 
     def read(self, extent: int) -> bytes:
-        """Return all bytes of an extent."""
+        """Return all EXTENT_BYTES bytes of the extent with this number."""
 
     def free(self, extent: int) -> None:
-        """Free an extent."""
+        """Free the extent with this number."""
 
 
 class Plugs(Protocol):

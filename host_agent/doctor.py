@@ -1,4 +1,5 @@
-"""Finds out what this host can run, by trying it. The rest is in orchestrator/doctor.py."""
+"""Finds out what this host can run, by trying it. More checks, and what starts these, are in
+orchestrator/doctor.py."""
 
 from __future__ import annotations
 

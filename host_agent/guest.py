@@ -145,10 +145,11 @@ class Guest:
             self._ready.set()
 
     async def ready(self, timeout_s: float) -> None:
-        """Wait until the guest's agent is attached and the guest's method works. Hinting works
-        once a session is welcomed; a peer works once the hypervisor says so.
+        """Wait until the guest's workload is connected and its method works: hinting, once a
+        session is welcomed; reporting, once no problem is found; the balloon, with the first
+        statistics that can be used.
 
-        :raises GuestLost: the guest ended, did not attach in time, or its method cannot work.
+        :raises GuestLost: the guest ended, did not connect in time, or its method cannot work.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -224,7 +225,7 @@ class Guest:
 
     @property
     def provisioned_bytes(self) -> int:
-        """How much memory the guest has now; before it runs, what it will start with."""
+        """Size of the guest's RAM now, resident or not; before it runs, what it will start with."""
         return self.running.ram.provisioned_bytes if self.running else self.spec.memory_bytes
 
     def evidence(self) -> str:

@@ -214,10 +214,17 @@ class Registry:
         """End a guest and return its closed books.
 
         :raises NotFound: there is none.
+        :raises Refused: it is an attached guest, which is detached instead.
         :raises HintfleetError: the driver could not end it; it stays, so that this can be
             tried again.
         """
-        return await self.end(self.get(name))
+        guest = self.get(name)
+        if guest.is_attached:
+            raise Refused(
+                f"guest {name} is somebody else's domain, and is not destroyed from here",
+                hint=f"hintfleet detach {name}",
+            )
+        return await self.end(guest)
 
     async def end(self, guest: Guest) -> host_pb2.Ledger:
         """End a guest, or let its domain go, and return its closed books. Repeatable.

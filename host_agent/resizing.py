@@ -89,7 +89,7 @@ def follow_table(guest: Guest) -> None:
     door = guest.running.door if guest.running else None
     if guest.is_attached and door is not None:
         door.when_table_changes(lambda: guest.tasks.begin(_follow(guest)))
-        # The table may have changed between the attach and the line above.
+        # QEMU may have changed its table before the line above, so compare once now.
         guest.tasks.begin(_follow(guest))
 
 

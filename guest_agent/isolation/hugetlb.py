@@ -1,16 +1,18 @@
 """Isolation on a stock kernel: free chunks are moved into the hugetlb pool.
 
-A pass moves free chunks into the pool, step by step. It ends when it has found as many new
-chunks as there are, or when only the reserve is left. All moved chunks stay in the pool until
-the pass ends. Each step moves twice as many chunks as the step before, and begins only when
-the host has acknowledged all of that step.
+A pass moves free chunks into the pool, step by step. Free chunks that are not absent are new. A
+pass counts the new chunks when it begins, and ends when it has found that many, or when only
+the reserve is left. All moved chunks stay in the pool until the pass ends. Each step moves twice
+as many chunks as the step before, and begins only when the host has acknowledged all that the step
+before has hinted.
 
 With `init_on_alloc` the kernel zeroes each chunk that it moves: absent memory becomes
 resident until it is punched. Such a pass moves 32 chunks at a time, or a 64th of the memory if
-that is more and fits a batch, and hints all of them. So at most one step of memory is resident
-for this reason. The pass may have to zero all free memory, so it must find at least an eighth
-of it, unless it was requested. An allowance (policy pressure) smaller than all free memory
-gains nothing there.
+that is more, but never more than a batch may hold, and hints all of them. So at most one step of
+memory is resident for this reason. The pass may have to zero all free memory, so it begins only if
+the new chunks are at least an eighth of the free memory beyond the reserve, or if it was requested.
+An allowance (policy pressure) smaller than all free memory may gain nothing: it is spent on absent
+chunks, too.
 
 Tracking: a chunk is absent from the host's ack until the host reports a refault. A new agent
 waits until the host reports what is resident; all other free chunks are absent. A pass is
@@ -22,12 +24,12 @@ A guest that allocates while a pass holds memory may run out of memory. So no pa
 while free memory falls, unless one is requested. When the guest has used half of the reserve,
 no more chunks are hinted, and the pass ends with the acks in flight.
 
-If the host is lost during a pass, the pool stays as it is until the next Welcome. The kernel
-does not let us choose which pages leave the pool, so the chunks of a batch in flight cannot
-be kept alone. The effect on the guest is bounded: a pass is short (a few tenths of a second
-for 700 MiB) and holds little more than what was freed lately; a pass without a batch in flight
-ends by itself; and the reserve (a sixteenth of the memory and the low watermarks) stays free
-for the guest, besides what its kernel can reclaim.
+If the host is lost while a batch is in flight, the pool stays as it is until the next Welcome;
+without one in flight, the pass ends by itself. The kernel does not let us choose which pages
+leave the pool, so the chunks of a batch in flight cannot be kept alone. The effect on the
+guest is bounded: a pass is short (a few tenths of a second for 700 MiB) and holds little more
+than what was freed lately; and the reserve (a sixteenth of the memory and the low watermarks)
+stays free for the guest, besides what its kernel can reclaim.
 """
 
 from __future__ import annotations

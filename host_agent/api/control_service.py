@@ -232,7 +232,8 @@ class ControlService(HostServiceServicer):
 
 
 def _number_of(command: host_pb2.CommandId) -> int:
-    """Return the id of a step in its guest's workload; 0 for a command without an id."""
+    """Derive the id under which a guest's workload gets a command: the same for each retry; 0 if
+    the command has no sequence number, and a new id is chosen later."""
     if not command.sequence:
         return 0
     # A hash, not a counter: a retry may come to another host agent, and must get the same id, so

@@ -129,7 +129,8 @@ class GuestService(HintingServiceServicer):
             if (left_out := self._refusals.due()) is not None:
                 about = {"uuid": identity.guest_uuid[:_UUID_LENGTH], "reason": error.message}
                 _log.warning("stream refused", extra=fields(**about, **left_out))
-            # A stream that is being refused counts as pending: their number is limited, too.
+            # While it is refused, a stream takes one of the limited places for pending streams. If
+            # another stream needs the place, this pause ends early, with TimeoutError.
             with contextlib.suppress(TimeoutError):
                 async with self._pending_streams.place():
                     await asyncio.sleep(_REFUSAL_S)

@@ -178,7 +178,7 @@ class MemoryDoor:
         self._table_changed = call
 
     def pages(self) -> RangeSet:
-        """Return all pages that QEMU has handed over."""
+        """Return all pages of RAM that QEMU shares with us now; none after it has hung up."""
         with self._changed:
             regions = self._regions
         return RangeSet(
@@ -233,7 +233,7 @@ class MemoryDoor:
             reason = f"{type(error).__name__}: {error}"
             _log.error("door failed", extra=self._fields(), exc_info=error)
         finally:
-            # Before the socket is closed: QEMU goes on then.
+            # Before the socket is closed, because QEMU goes on when it is.
             await self._stop(reason)
             regions = backend.regions
             self._set_regions(())

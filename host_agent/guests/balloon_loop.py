@@ -29,8 +29,9 @@ async def follow(
     """Read the statistics once per period (at rest less often) and move the target, until
     cancelled.
 
-    :param works: called each time that the guest has sent what the rule needs.
-    :param has_moved: returns whether the guest's resident memory has moved since the last call.
+    :param works: called after each read that had what the rule needs.
+    :param has_moved: returns whether the guest's resident memory has moved by 1 MiB or more since
+        it last returned true.
     :raises hintfleet.errors.GuestLost: the guest is gone.
     :raises hintfleet.errors.Refused: the guest sends no statistics, or the hypervisor refused.
     """

@@ -65,7 +65,8 @@ class _Child:
 
     def close(self) -> None:
         if self._popen.stdin is not None:
-            # close() flushes what is buffered, and a process that died early has not read it.
+            # close() writes what is still buffered. That fails if the process died early, which
+            # is no error here.
             with contextlib.suppress(BrokenPipeError):
                 self._popen.stdin.close()
 

@@ -101,7 +101,7 @@ class GuestRam:
 
     @property
     def provisioned_bytes(self) -> int:
-        """How much memory the guest has now."""
+        """Size of the guest's RAM now, with what is plugged; resident or not."""
         return self.pages.page_count * PAGE_BYTES
 
     def resident_bytes(self) -> int:

@@ -32,7 +32,8 @@ class Saved(Protocol):
 
 
 class Saver:
-    """Saves guests that have changed. Without a state it does nothing."""
+    """Saves guests that have changed. Without a state folder (--state) it
+    does nothing."""
 
     def __init__(self, state: Database | None) -> None:
         self._failures = LogRateLimit()
@@ -73,7 +74,7 @@ class Saver:
             self._has_changes.clear()
 
     async def save(self, guest: Saved) -> None:
-        """Save one guest now.
+        """Save one guest, and return when that is done.
 
         :raises TransientError: it cannot be written.
         """

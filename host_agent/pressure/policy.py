@@ -55,9 +55,11 @@ class GuestView:
 
 @dataclass(frozen=True, kw_only=True)
 class Hold:
-    """Back-off of one guest: its totals when it was last seen, and until when it is held.
+    """Back-off of one guest: until when it is held, and its totals at the last decision outside of
+    a hold.
 
-    :ivar length_s: length of the present or last hold; doubles with each oscillation.
+    :ivar length_s: length of the present or last hold. Each oscillation doubles it, up to a limit;
+        it is halved when the guest gave memory without one.
     """
 
     until_s: float = 0.0

@@ -8,11 +8,12 @@ guest_agent/hinting.py. Violations are counted, and guests banned, in rate_limit
 It keeps invariant I2: it returns `Welcome` only while nothing is `running`, and it has skipped
 what waited for an earlier epoch when that epoch ended. A punch cannot be cancelled, so a punch
 that runs delays the Welcome, whatever else happens. And it welcomes nobody while the guest's
-memory door is closed (I5); the door's fence (memory/fence.py) keeps out punches that run then.
+memory door is closed (I5). What is left of a batch that runs when the door closes is kept out by
+the door's fence (memory/fence.py).
 
-The gate knows of one process. Before the first `connected` it must be certain that a killed
-predecessor is gone, with the system call that it was in: who adopts guests holds a lock that
-the kernel releases only then (flock(2), persistence/database.py).
+The gate knows the batches of its own process only. A host agent that was killed may still punch,
+until its last system call ends. So a host agent that adopts guests first takes a lock that the
+killed one held: the kernel releases it only after that call (flock(2), persistence/database.py).
 """
 
 from __future__ import annotations
@@ -269,7 +270,7 @@ class Gate:
 
 
 def _check_size(batch: Batch) -> None:
-    # Checked even if the batch will be skipped: its pages are entered into the books.
+    # The size is checked even if the batch will be skipped: a skipped batch enters the books, too.
     if not batch.ranges:
         raise InvalidInput(f"batch {batch.seq} is empty")
     if batch.ranges.page_count > LIMITS.pages_per_batch:

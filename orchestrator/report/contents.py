@@ -73,8 +73,8 @@ def _phases(
 ) -> dict[str, dict[str, list[PhaseStarted]]]:
     """Return the phases of each host, by trial and host, in the time of the host's clock."""
     # A PhaseStarted has the time of the actor's clock, but samples have the host's, which may
-    # be another machine. So a phase is taken to begin with the first guest's step: StepDone has
-    # the host's time (trial/records.py).
+    # be another machine. StepDone has the host's time (trial/records.py). So a phase is taken to
+    # begin when the earliest of the host's guests begins its step of that phase.
     steps: dict[tuple[str, str], dict[str, list[int]]] = {}
     for done in store.events(run.run_id, StepDone):
         guests = steps.setdefault((done.trial_id, done.host), {})

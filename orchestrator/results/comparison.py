@@ -38,7 +38,9 @@ class CostRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmCost:
-    """The cost of an arm. All hosts are summed unless stated otherwise.
+    """The cost of an arm. `slowdown_percent`, `guest_cpu_s` and `host_cpu_s` are compared with the
+    control: hosts are summed in each trial, then the mean over pairs of trials is taken. All other
+    values are the arm's own.
 
     :ivar settle_s: time until 95 % of the memory that came back was back: the mean over
         guests and free steps; None if nothing came back.
@@ -46,7 +48,8 @@ class ArmCost:
     :ivar asked_settle_s: mean time that a Settle call took; None if there was none.
     :ivar slowdown_percent: how much longer the workload's steps took than under the
         control; a geometric mean.
-    :ivar guest_cpu_s: CPU time in the guests, minus that under the control.
+    :ivar guest_cpu_s: CPU time of the guests' agents (embedded: of the whole guest process), minus
+        that under the control.
     :ivar host_cpu_s: CPU time of the guests' processes and the host agents, minus that
         under the control. Includes `guest_cpu_s`.
     :ivar observing_cpu_s: mean CPU time that a trial spent on measuring; not included in

@@ -22,7 +22,7 @@ def run_outcome(error: BaseException | None, undecided: Sequence[str]) -> RunOut
     """Return the outcome of a run that has ended.
 
     :param error: the exception that ended it; None if all trials ran.
-    :param undecided: why trials do not count, from their last attempts.
+    :param undecided: why trials are undecided or lost, by their last attempts.
     """
     if isinstance(error, KeyboardInterrupt):
         return RunOutcome(state="interrupted", reason="interrupted by the user")

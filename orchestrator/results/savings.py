@@ -73,7 +73,8 @@ class Savings:
 
 
 def aggregate(rows: Iterable[FootprintRow], by: By) -> list[Savings]:
-    """Return rows of savings, in the order in which their runs and arms first appear."""
+    """Return the savings of each group: a run, a host or guest of it, or all runs of a spec, as
+    `by` says. Groups, and the arms in each, are in the order in which they first appear."""
     groups: dict[tuple[str, str, str], list[FootprintRow]] = {}
     for row in rows:
         if bool(row.guest) == (by is By.GUEST):

@@ -91,9 +91,9 @@ class HostOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialOutcome:
-    """The outcome of an attempt at a trial that has ended, so never CUT_OFF.
+    """The outcome of one attempt at a trial. The attempt has ended, so the status is never CUT_OFF.
 
-    :ivar reason: why it does not count; empty if it is done.
+    :ivar reason: why the attempt is not done; empty if it is.
     :ivar figures: of all hosts and guests.
     """
 
@@ -210,7 +210,7 @@ def _no_figures(task: HostTask, reason: str) -> tuple[TrialFigures, ...]:
 
 
 def _wrong_pages(events: Sequence[Event]) -> str:
-    """Return which guest read back wrong pages, and how many; empty if none did."""
+    """Name the first guest that read back wrong pages, and how many pages; empty if none did."""
     counts: dict[str, int] = {}
     for step in _of_kind(events, StepDone):
         counts[step.guest] = counts.get(step.guest, 0) + step.wrong_pages

@@ -1,4 +1,5 @@
-"""Reads a spec file into the model. Each error names file, line and column."""
+"""Reads a spec file into the model. Each error in the text names file, line
+and column."""
 
 from __future__ import annotations
 

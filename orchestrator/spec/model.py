@@ -260,7 +260,7 @@ class Spec(Part):
 
     @property
     def control(self) -> str | None:
-        """The name of the arm with method none; None if there is no such arm."""
+        """The name of the arm with method none under this driver; None if there is no such arm."""
         return next((arm.name for arm in self.trial_arms if arm.method is Method.NONE), None)
 
     @property

@@ -59,7 +59,7 @@ class HostProcess:
     async def start(cls, host: LogicalHost, folder: Path) -> HostProcess:
         """Start a host agent and wait until it serves.
 
-        After a failure no process and no folder is left.
+        After a failure the host agent has ended, and the folder is removed.
 
         :param folder: created here and removed by `stop`; short enough for unix sockets.
         :raises Refused: the host agent ended at start; the hint has the end of its log.

@@ -53,7 +53,8 @@ class HostSession:
     async def open(self, wait: bool = False) -> None:
         """Reach the host, and check that it can run the guests.
 
-        After a failure the session is closed: no process and no folder is left.
+        After a failure the session is closed: a logical host that was started is stopped, and its
+        folder is removed.
 
         :param wait: wait for a host agent that does not listen yet.
         :raises Refused: the host cannot run the guests; says why and what to do.

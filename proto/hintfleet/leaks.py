@@ -48,7 +48,8 @@ Removable = tuple[Leak, Callable[[], None]]
 
 
 def remove_all(found: Iterable[Removable]) -> list[Leak]:
-    """Remove leaks; where one cannot be removed, `kept` of the result says why."""
+    """Remove all leaks but those with `kept` set, and return all. `kept` of a leak that cannot be
+    removed says why."""
     return [_removed(leak, remove) for leak, remove in found]
 
 

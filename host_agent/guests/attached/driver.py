@@ -28,7 +28,7 @@ from host_agent.guests.libvirt.devices import plug_door, unplug_door
 from host_agent.guests.libvirt.runtime_dir import RuntimeDir
 from host_agent.memory.ram import GuestRam, Segment
 
-# How long a running kernel may take to bind the device of the memory door.
+# How long the kernel of a guest that has booted may take to bind the device of the memory door.
 _OPEN_TIMEOUT_S = 15.0
 
 _SERVICE = "hintfleet-guest"

@@ -42,9 +42,10 @@ class QemuGuestAgent:
             self._ask("guest-file-close", handle=handle)
 
     def run(self, program: str, *arguments: str) -> None:
-        """Run a program and wait for its end.
+        """Run a program and wait for its end, 30 s at most.
 
-        :raises Refused: no guest agent answers; or the program fails: with its last output.
+        :raises Refused: no guest agent answers; the program does not end in time, and runs on; or
+            it fails: says the last line of its stderr, or its exit code.
         """
         started = self._ask(
             "guest-exec", path=program, arg=list(arguments), **{"capture-output": True}

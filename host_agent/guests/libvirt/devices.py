@@ -18,7 +18,8 @@ _TAG = "hintfleet"
 # libvirt's default for virtiofs (src/qemu/qemu_command.c); the queue is never used.
 _QUEUE_SIZE = "1024"
 
-# A running guest releases a device within milliseconds; a suspended one never does.
+# How long to wait for a guest to release a device. A running guest needs milliseconds; a suspended
+# one does not answer, however long one waits.
 _REMOVAL_S = 20.0
 
 

@@ -147,8 +147,8 @@ def _devices(domain: ET.Element, spec: DomainSpec) -> None:
     devices = ET.SubElement(domain, "devices")
     disk = ET.SubElement(devices, "disk", type="file", device="disk")
     ET.SubElement(disk, "driver", name="qemu", type="raw")
-    # All guests share this file. libvirt would change its owner for one guest, and change it back
-    # when that guest ends, while others use it.
+    # relabel=no: all guests share this file. Else libvirt would change its owner for one guest, and
+    # change it back when that guest ends, while others use it.
     source = ET.SubElement(disk, "source", file=str(spec.image.root_disk))
     ET.SubElement(source, "seclabel", model="dac", relabel="no")
     ET.SubElement(disk, "target", dev="vda", bus="virtio")

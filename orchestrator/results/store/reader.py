@@ -97,7 +97,7 @@ class StoredTrial:
 
     @property
     def status(self) -> TrialStatus:
-        """The status that the attempt was stored with."""
+        """The status that follows from the other fields; CUT_OFF until the attempt has ended."""
         if not self.ended_unix_us:
             return TrialStatus.CUT_OFF
         if self.lost:

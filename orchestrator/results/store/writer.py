@@ -178,7 +178,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             )
 
     def _undecided(self) -> list[str]:
-        """Return the reasons why trials do not count, in the order of the trials."""
+        """Return why trials are undecided or lost, by their last attempts: each reason once, in the
+        order of the trials."""
         with errors_mapped(self._store.path):
             rows = self._store.database.execute(
                 "SELECT DISTINCT undecided FROM counted_trials "

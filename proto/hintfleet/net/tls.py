@@ -155,7 +155,7 @@ class Tls:
 def client_credentials(address: str, tls: Tls | None) -> grpc.ChannelCredentials | None:
     """Return the credentials for connecting to `address`; None for plain text.
 
-    :raises InvalidInput: it is no address, or, without TLS, not an address of this machine.
+    :raises InvalidInput: it is no address; or, without TLS, neither loopback nor a unix socket.
     """
     check_address(address) if tls else check_plain_text(address)
     return None if tls is None or is_unix(address) else tls.for_client()
@@ -172,7 +172,7 @@ class _Server(Protocol):
 def listen(server: _Server, address: str, tls: Tls | None) -> str:
     """Make a server listen; return the address, with the actual port.
 
-    :raises InvalidInput: it is no address, or, without TLS, not an address of this machine.
+    :raises InvalidInput: it is no address; or, without TLS, neither loopback nor a unix socket.
     :raises Refused: it cannot be bound.
     """
     check_address(address) if tls else check_plain_text(address)

@@ -17,7 +17,8 @@ _POLL_S = 0.05
 
 
 def lock_file(path: Path) -> int | None:
-    """Lock a file, and return the descriptor that holds the lock; None if another one holds it.
+    """Lock a file, and return the descriptor that holds the lock; None if it is locked
+    already, by another process or through another descriptor of this one.
 
     Makes the file if it is not there.
 
@@ -27,7 +28,8 @@ def lock_file(path: Path) -> int | None:
 
 
 def lock_folder(path: Path) -> int | None:
-    """Lock a folder, and return the descriptor that holds the lock; None if another one holds it.
+    """Lock a folder, and return the descriptor that holds the lock; None if it is locked
+    already, by another process or through another descriptor of this one.
 
     :raises OSError: there is no such folder, or we may not open it.
     """

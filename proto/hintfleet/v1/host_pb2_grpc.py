@@ -112,7 +112,8 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DestroyGuest(self, request, context):
-        """End a guest and free all its memory. NOT_FOUND if there is no such guest.
+        """End a guest and free all its memory. NOT_FOUND if there is no such guest,
+        FAILED_PRECONDITION if it is attached: that one is detached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

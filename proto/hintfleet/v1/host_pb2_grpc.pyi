@@ -40,7 +40,9 @@ class HostServiceStub:
     FAILED_PRECONDITION unless a Watch of the same trial is open.
     """
     DestroyGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.DestroyGuestRequest, _host_pb2.DestroyGuestResponse]
-    """End a guest and free all its memory. NOT_FOUND if there is no such guest."""
+    """End a guest and free all its memory. NOT_FOUND if there is no such guest,
+    FAILED_PRECONDITION if it is attached: that one is detached.
+    """
     ListGuests: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListGuestsRequest, _host_pb2.ListGuestsResponse]
     ResizeGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.ResizeGuestRequest, _host_pb2.Guest]
     """Plug or unplug memory of a running guest until it has memory_bytes. Returns when the
@@ -94,7 +96,9 @@ class HostServiceAsyncStub(HostServiceStub):
     FAILED_PRECONDITION unless a Watch of the same trial is open.
     """
     DestroyGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.DestroyGuestRequest, _host_pb2.DestroyGuestResponse]  # type: ignore[assignment]
-    """End a guest and free all its memory. NOT_FOUND if there is no such guest."""
+    """End a guest and free all its memory. NOT_FOUND if there is no such guest,
+    FAILED_PRECONDITION if it is attached: that one is detached.
+    """
     ListGuests: _aio.UnaryUnaryMultiCallable[_host_pb2.ListGuestsRequest, _host_pb2.ListGuestsResponse]  # type: ignore[assignment]
     ResizeGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.ResizeGuestRequest, _host_pb2.Guest]  # type: ignore[assignment]
     """Plug or unplug memory of a running guest until it has memory_bytes. Returns when the
@@ -163,7 +167,9 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.DestroyGuestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.DestroyGuestResponse, _abc.Awaitable[_host_pb2.DestroyGuestResponse]]:
-        """End a guest and free all its memory. NOT_FOUND if there is no such guest."""
+        """End a guest and free all its memory. NOT_FOUND if there is no such guest,
+        FAILED_PRECONDITION if it is attached: that one is detached.
+        """
 
     @_abc_1.abstractmethod
     def ListGuests(

@@ -134,6 +134,8 @@ def test_an_attached_guest_stays_until_it_is_detached(tmp_path: Path) -> None:
         registry.close_watch("t")
         await asyncio.sleep(0)
         assert registry.guests
+        with pytest.raises(Refused, match="not destroyed from here"):
+            await registry.destroy(UUID)
         with pytest.raises(NotFound):
             await detach(registry, driver, host_pb2.DetachGuestRequest(name="other"))
         done = await detach(registry, driver, host_pb2.DetachGuestRequest(name=UUID))
