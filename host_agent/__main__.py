@@ -42,9 +42,10 @@ exit codes: 0 stopped, 1 failed, 2 wrong usage, 130 interrupted before it served
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Serve until SIGTERM, SIGINT or end of file on --lifeline-fd.
+    """Run the command line, and exit with its exit code.
 
-    With --state, guests survive SIGTERM and SIGINT. At end of file they are destroyed.
+    Without --doctor, --leaks and --clean: serve until SIGTERM, SIGINT or end of file on
+    --lifeline-fd. With --state, guests survive SIGTERM and SIGINT; at end of file they are ended.
     """
     tell = program.prepare("hintfleet-host")
     sys.exit(program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet[host]"))
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.doctor:
-        # Imported here, so that `program.run` reports what cannot be imported.
+        # Imported here, so that `program.run` reports a module that cannot be imported.
         from host_agent.doctor import examine
 
         findings = [finding.as_json() for finding in examine(arguments.libvirt_uri)]
@@ -200,8 +201,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
         if arguments.listen == default_control_address():
             _refuse_if_not_ours(folder, Path(tempfile.gettempdir()))
     keep_latency_steady()
-    # Each guest and each connection takes a few descriptors. The soft limit is 1024 by default,
-    # for programs that use select(2); this process uses epoll and poll only.
+    # Raise the soft limit of open files: each guest and each connection takes a few descriptors.
+    # It is 1024 by default for programs that use select(2); this one uses epoll and poll only.
     hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     stop = asyncio.Event()
@@ -235,7 +236,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
             addresses = {"control": served.control, "guests_at": served.guest}
             _log.info("serving", extra=logs.fields(**addresses, version=__version__))
             await _until_stopped(stop, served.failure)
-            # The parent asked for the guests. It is gone, so nobody would adopt them.
+            # The guests were made for the parent. The parent is gone, so nobody needs them any
+            # more: end them even with --state.
             if parent_gone.is_set():
                 await served.registry.end_all()
 
@@ -248,7 +250,7 @@ async def _until_stopped(stop: asyncio.Event, failure: asyncio.Future[None]) -> 
 
 
 def _read_lifeline(fd: int, *events: asyncio.Event) -> None:
-    """Read from the lifeline, which has data or is at its end. At its end, set all events."""
+    """Read from the lifeline, which has data or is at end of file. At end of file, set `events`."""
     if not os.read(fd, 1024):
         # epoll reports end of file again and again until the descriptor is removed.
         asyncio.get_running_loop().remove_reader(fd)
@@ -257,17 +259,19 @@ def _read_lifeline(fd: int, *events: asyncio.Event) -> None:
 
 
 def _refuse_if_not_ours(folder: Path, shared: Path) -> None:
-    """Refuse a socket folder of another user, who could replace the socket in it.
+    """Refuse a socket folder of another user, who could replace the socket in it. Deny other users
+    access to the folder (mode 0700).
 
-    :param shared: a folder where every user may make folders; only folders below it are checked.
-    :raises Refused: the folder, or one above it, belongs to another user or is no folder.
+    :param shared: a folder where every user may make folders. `folder` and the folders above it
+        are checked only as far as they are below `shared`.
+    :raises Refused: one of them belongs to another user or is not a folder.
     """
     from hintfleet.errors import Refused
 
     for path in (folder, *folder.parents):
         if shared not in path.parents:
             return
-        status = path.lstat()  # a link's owner can let it point elsewhere later
+        status = path.lstat()  # refuses a link: its owner could change its target
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise Refused(
                 f"{path} is not a folder of this user", hint="choose another --listen unix:PATH"

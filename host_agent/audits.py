@@ -1,4 +1,4 @@
-"""Audits one guest's RAM when that is due or asked for, and tells the guest of its refaults."""
+"""Audits one guest's RAM when an audit is due or asked for, and tells the guest its refaults."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from host_agent.memory.guest_memory import GuestMemory
 from host_agent.session.guest_sessions import GuestSessions
 from host_agent.tasks import LastingTasks
 
-# Audits that serve samples and metrics only: at most 1 % of one processor.
+# Audits of a guest that does not hint serve samples and metrics only: at most 1 % of a processor.
 _OBSERVING = Pace(period_s=1.0, share=1 / 100)
 
-# Audits whose result a guest's agent waits for may take more.
+# Audits of a hinting guest may take more: the guest is told what they find.
 _TELLING_SHARE = 1 / 20
 
 
@@ -30,9 +30,10 @@ class Audits:
         report_period_s: float | None,
         observing: CpuMeter,
     ) -> None:
-        """:param report_period_s: how often the guest is told of its refaults; None for a guest
+        """:param report_period_s: how often `check` tells the guest its refaults; None for a guest
             that does not hint.
-        :param observing: counts the processor time of audits for samples and metrics only.
+        :param observing: counts the processor time of the audits that `check` starts for a guest
+            that does not hint: they serve samples and metrics only.
         """
         self._memory = memory
         self._sessions = sessions
@@ -48,13 +49,15 @@ class Audits:
 
     @property
     def next_check_s(self) -> float:
-        """No `check` is due before this time of the monotonic clock."""
+        """The time of the monotonic clock at which the next `check` is due."""
         return self._pace.next_check_s
 
     def check(self, now_s: float) -> None:
-        """Start an audit, and a message about refaults to the guest, if they are due."""
+        """Start an audit, a message about refaults to the guest, or both, if they are due; neither
+        while the work of an earlier check runs. Set `next_check_s`."""
         busy = self._task is not None and not self._task.done()
-        # While an audit runs, say that nothing has moved: `check` would count a look as begun.
+        # While an audit runs, report no moved pages: else the pace could note a look as begun now,
+        # though none begins.
         look = self._pace.check(now_s, 0 if busy else self._memory.moved_pages())
         tell = self._sessions.has_refaults_to_tell and now_s >= self._next_tell_s
         if (look or tell) and not busy:
@@ -71,7 +74,7 @@ class Audits:
             await self._sessions.tell_refaults()
 
     async def ledger(self) -> host_pb2.Ledger:
-        """Audit in full against the RAM files and return the books."""
+        """Audit in full: enter all that the RAM files show. Return the books."""
         return await self._tasks.finish(self._memory.run_locked(self._memory.audit()))
 
     async def tell_refaults(self) -> None:

@@ -17,13 +17,14 @@ class CpuMeter:
         self.cpu_ns = 0
 
     def add(self, cpu_s: float) -> None:
-        """Add the processor time that another thread has spent."""
+        """Add processor time that another thread has spent, in seconds."""
         self.cpu_ns += round(cpu_s * 1e9)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count the block. It must not await: other tasks would run and be counted."""
-        # thread_time: the process's clock would count gRPC's threads and the workers, too.
+        """Count the processor time of the block. The block must not await: other tasks would run
+        then, and their time would be counted, too."""
+        # The clock of this thread: the process's clock would also count gRPC's and worker threads.
         started_ns = time.thread_time_ns()
         try:
             yield

@@ -1,5 +1,7 @@
-"""Finds out what this host can run, by trying it. More checks, and what starts these, are in
-orchestrator/doctor.py."""
+"""Finds out what this host can run, by trying it: `hintfleet-host --doctor`.
+
+orchestrator/doctor.py runs that command, and has more checks.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from host_agent.memory.reclaim import reclaim
 
 
 def examine(libvirt_uri: str) -> list[Finding]:
-    """Return all findings, in the order in which to solve them."""
+    """Run all checks; return their findings in the order in which to solve problems."""
     return [
         _try("hole punch on a memfd", Driver.EMBEDDED, _punch_a_memfd),
         _try("guest image", Driver.LIBVIRT, lambda: f"kernel {find_image().kernel_release}"),
@@ -57,7 +59,7 @@ def _punch_a_memfd() -> str:
 
 
 def _libvirt_detail(uri: str) -> str:
-    # It makes no guests, so the loop never runs.
+    # The driver makes no guests here, so it needs no loop that runs.
     with (
         closing(asyncio.new_event_loop()) as loop,
         closing(LibvirtDriver(uri, loop, guest_server="")) as driver,

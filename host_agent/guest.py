@@ -1,7 +1,8 @@
 """One guest of this host, from the request for it until its books are closed.
 
-`memory` has its RAM, books and audits. `sessions` has the streams of its agent. This module has
-its life, and what needs both. Everything runs on the host agent's event loop.
+A `Guest` has its RAM and books in `memory`, the streams of its agent in `sessions`, and its audits
+in `audits`. This module has how a guest begins and ends, and the work that needs both `memory` and
+`sessions`. All methods are called on the host agent's event loop.
 """
 
 from __future__ import annotations
@@ -31,18 +32,20 @@ from host_agent.session.validation import printable
 from host_agent.tasks import LastingTasks
 from host_agent.threads import in_driver_thread
 
-# Free page reporting waits 2 s between its passes (PAGE_REPORTING_DELAY, mm/page_reporting.c),
-# and a step of the balloon takes about as long. Two of them without effect: it is over.
+# A peer has finished if no memory leaves the RAM for this time, a little more than two of its
+# steps: free page reporting waits 2 s between its passes (PAGE_REPORTING_DELAY,
+# mm/page_reporting.c), and a step of the balloon takes about as long.
 _QUIET_S = 4.5
 _QUIET_POLL_S = 0.1
-# A guest at rest frees and uses some memory all the time; less than 1 MiB is no progress.
+# A guest at rest frees and uses some memory all the time: up to 1 MiB less is not counted as
+# memory that has left the RAM.
 _NOISE_BYTES = 1 << 20
 
 _log = logging.getLogger("hintfleet.host.guest")
 
 
 class Guest:
-    """A guest; begins to run with `started` or `adopted`, ends with `close` or `leave`."""
+    """A guest. It begins with `started` or `adopted`; `close` ends it, or `leave` releases it."""
 
     def __init__(
         self,
@@ -55,7 +58,8 @@ class Guest:
         saver: Saver | None = None,
         observing: CpuMeter | None = None,
     ) -> None:
-        """:param saver: is told of each change of what `record` returns.
+        """:param saver: stores what `record` returns, soon after each change of the books. None:
+            nothing is stored.
         :param observing: counts the processor time of audits for samples and metrics only.
         """
         self.name = name
@@ -103,7 +107,7 @@ class Guest:
         _log.info("guest made", extra=self._fields(pid=running.pid))
 
     async def adopted(self, running: RunningGuest, books: Books) -> None:
-        """Take over a guest of an earlier host agent, with the books that this one stored."""
+        """Take over a guest of an earlier host agent, with the books that that agent stored."""
         self.memory.plugged_pages = await in_driver_thread(running.plugged)
         await asyncio.to_thread(self.memory.recovered, running.ram, books)
         self._take_over(running)
@@ -123,7 +127,8 @@ class Guest:
         )
 
     def lost(self, reason: str) -> None:
-        """Note that the guest is gone: end its epoch now, and give all waiters the reason."""
+        """Note that the guest is gone: end its epoch and its streams now, and fail all requests
+        that wait for it, with the reason. Later calls do nothing."""
         if self._lost is None:
             about = {"epoch": self.sessions.epoch, "reason": reason}
             _log.warning("guest lost", extra=self._fields(**about))
@@ -135,7 +140,7 @@ class Guest:
         self._ready.set()
 
     def _failed(self, error: BaseException) -> None:
-        """Give up a guest after a bug in the work on its memory or sessions."""
+        """Log a bug in the work on the guest's memory or sessions, and treat the guest as lost."""
         _log.error("work on a guest failed", extra=self._fields(), exc_info=error)
         self.lost(f"the host agent failed while working on it: {type(error).__name__}: {error}")
 
@@ -147,9 +152,10 @@ class Guest:
     async def ready(self, timeout_s: float) -> None:
         """Wait until the guest's workload is connected and its method works: hinting, once a
         session is welcomed; reporting, once no problem is found; the balloon, with the first
-        statistics that can be used.
+        statistics that can be used. Method none works at once.
 
-        :raises GuestLost: the guest ended, did not connect in time, or its method cannot work.
+        :raises GuestLost: the guest is gone, its method cannot work, or the wait took longer than
+            `timeout_s`.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -163,11 +169,14 @@ class Guest:
         self._check_alive()
 
     async def close(self) -> host_pb2.Ledger:
-        """End the guest, free all that it held, and return its closed books. Repeatable.
+        """End the guest, free all that it held, and return its closed books. An attached domain
+        lives on: only its memory door is unplugged. May be called again.
 
-        :raises HintfleetError: the driver could not end it. It is `lost` all the same.
+        :raises HintfleetError: the driver could not end the guest. Its streams are ended all the
+            same.
         """
-        # A driver's thread that makes a guest cannot be cancelled; what it makes must be closed.
+        # A driver's thread that makes a guest cannot be cancelled, so wait until it has ended: a
+        # guest that it makes must be closed.
         if self.creation is not None:
             await asyncio.wait([self.creation])
         await self.audits.ledger()
@@ -186,13 +195,14 @@ class Guest:
             self.running = None
 
     async def leave(self) -> None:
-        """Release the guest, which lives on, after all work on its RAM has ended.
+        """Wait until the work on the guest's RAM has ended, save the guest, and release it: it
+        lives on, but this host agent does not use it any more.
 
         :raises TransientError: the state cannot be written; the guest is released all the same.
         """
         await self._peer.stop()
         # I2: the next host agent may begin as soon as this process ends. So wait for a punch
-        # that runs; `closed` keeps later ones from running.
+        # that runs (it holds the lock), and prevent later punches by `closed`.
         async with self.resize_lock, self.memory.lock:
             try:
                 await self.saver.save(self)
@@ -201,7 +211,8 @@ class Guest:
                 self.running = None
 
     def misbehaved(self, error: HintfleetError) -> None:
-        """Count a violation of the protocol. After too many of them the guest is lost."""
+        """Log and count a violation of the protocol. Many violations ban the guest for a while;
+        after too many bans it is treated as lost."""
         conduct = self.sessions.conduct
         _log.warning("guest broke the protocol", extra=self._fields(reason=error.message))
         if conduct.count_violation(error, time.monotonic()):
@@ -215,26 +226,28 @@ class Guest:
 
     def accepts(self, token: str) -> bool:
         """Return whether this is the guest's token."""
-        # compare_digest: how long == takes tells how much of a guess was right.
+        # Not ==: how long it takes would show how much of a guessed token is right.
         return hmac.compare_digest(token.encode(), self.token.encode())
 
     @property
     def largest_memory_bytes(self) -> int:
-        """How much memory the guest has when all that can be plugged is plugged."""
+        """How much memory the guest has when as much as possible is plugged."""
         return max(self.spec.memory_bytes, self.spec.max_memory_bytes)
 
     @property
     def provisioned_bytes(self) -> int:
-        """Size of the guest's RAM now, resident or not; before it runs, what it will start with."""
+        """Size of the guest's RAM now, resident or not; while it does not run, the start size."""
         return self.running.ram.provisioned_bytes if self.running else self.spec.memory_bytes
 
     def evidence(self) -> str:
-        """Return the last lines of the guest's console or log, and how it behaved."""
+        """Return the last lines of a running guest's console or log, and a summary of its
+        violations of the protocol. Either may be empty."""
         output = printable(self.running.evidence()) if self.running else ""
         return "\n".join(filter(None, (output, str(self.sessions.conduct))))
 
     def record(self) -> GuestRecord | None:
-        """Return what the next host agent needs to adopt the guest; None if it does not run."""
+        """Return what the next host agent needs to adopt the guest; None if the guest does not
+        run or its books are closed."""
         books = self.memory.books()
         if self.running is None or books is None:
             return None
@@ -250,7 +263,7 @@ class Guest:
         )
 
     async def as_pb2(self) -> host_pb2.Guest:
-        """Return the guest as the control API has it; its books are audited first."""
+        """Return the guest as a message of the control API; its books are audited first."""
         return host_pb2.Guest(
             name=self.name,
             uuid=self.uuid,
@@ -264,25 +277,30 @@ class Guest:
     # Memory
 
     async def plugged(self, segments: Sequence[Segment]) -> RangeSet:
-        """Enter memory that the driver has plugged into the books; return its pages."""
+        """Add memory that the driver has plugged to the RAM and the books; return its pages.
+
+        :raises GuestLost: the guest does not run.
+        """
         async with self.memory.lock:
             return self.memory.plugged(segments)
 
     async def unplugged(self, pages: RangeSet) -> None:
-        """Drop memory that the driver has unplugged, and remove it from the books. Batches that
-        name it later skip it as OUTSIDE_RAM (I3).
+        """Free memory that the driver has unplugged, and remove it from the RAM and the books. If
+        a later batch hints this memory, it is skipped as OUTSIDE_RAM (I3).
 
-        :raises Refused: the host's kernel did not drop it; it is still in the books.
+        :raises GuestLost: the guest does not run.
+        :raises Refused: the host's kernel did not free it; it is still in the books.
         """
         await self.tasks.finish(self.memory.run_locked(self.memory.unplugged(pages)))
 
     async def settle(self) -> hinting_pb2.Settled:
         """Ask the guest to hint now; return when all that it can hint is acknowledged.
 
-        Under a peer, which cannot be asked, return when no memory leaves the RAM any more.
+        A peer cannot be asked: return when no memory has left the RAM for some seconds.
 
         :raises GuestLost: the guest is gone.
-        :raises TransientError: it has no hinting session now.
+        :raises TransientError: no hinting session was open within some seconds, or it ended.
+        :raises OutcomeUnknown: the guest answered with a message of another kind.
         """
         if self.spec.method in PEERS:
             await self._wait_until_quiet()

@@ -1,8 +1,10 @@
 """Finds what killed host agents left on this host: processes, domains, files.
 
-Each of them has a lifeline (pipe) or a lock that the kernel releases when its owner dies. So
-what has neither belongs to nobody. Guests that outlive their host agent (--state) are not
-examined: each ends by itself after --orphan-after.
+Each process has a lifeline, a pipe; each folder has a lock, and a domain has the folder of its
+console. When the owner dies, the kernel closes the other end of the pipe or releases the lock. So
+a process whose lifeline has no other end is a leak, and so is a folder whose lock is free. Guests
+that outlive their host agent (--state) are not examined: each ends by itself after
+--orphan-after.
 """
 
 from __future__ import annotations
@@ -62,13 +64,14 @@ def _processes(seen: list[Process]) -> Iterator[Removable]:
 
 
 def _lifeline_fd(process: Process) -> int | None:
-    """Return the descriptor of the process's lifeline; None if it is not ours or has none."""
+    """Return the descriptor of a process's lifeline; None if the process has none, or is neither
+    a host agent nor an embedded guest."""
     argv = process.argv
     if _is_host_agent(process) and "--lifeline-fd" in argv[:-1]:
         number = argv[argv.index("--lifeline-fd") + 1]
         return int(number) if number.isdecimal() else None
-    # An embedded guest that leads its own session was started under --state (embedded.py:
-    # start_new_session) and must outlive its host agent.
+    # An embedded guest that leads a session of its own was started under --state (embedded.py:
+    # start_new_session) and must outlive its host agent: the pipe at 0 is not its lifeline.
     if argv[-4:] == ("-m", "guest_agent", "--config", "-") and process.session != process.pid:
         return 0
     return None
@@ -82,7 +85,7 @@ def _is_host_agent(process: Process) -> bool:
 
 
 def _holders(pipe: str, process: Process, links: dict[Process, dict[int, str]]) -> set[Process]:
-    """Return the other processes that can write to this pipe."""
+    """Return the processes, except `process` itself, that can write to this pipe."""
     return {
         other
         for other, open_files in links.items()
@@ -93,15 +96,17 @@ def _holders(pipe: str, process: Process, links: dict[Process, dict[int, str]]) 
 
 
 def _parent_is_hidden(process: Process, links: dict[Process, dict[int, str]]) -> bool:
-    """Return whether the parent may hold the other end, but its files cannot be read."""
-    # /proc/PID/fd of another user's process (sudo, setuid) is closed to all but root.
+    """Return whether the parent (except pid 1) may hold the other end of the lifeline, but we
+    cannot read which files it has open."""
+    # Only root may read /proc/PID/fd of another user's process (sudo, setuid).
     if process.parent_pid == 1 or os.geteuid() == 0:
         return False
     return not any(p.pid == process.parent_pid and found for p, found in links.items())
 
 
 def _memfd_bytes(process: Process, open_files: dict[int, str], counted: set[str]) -> int:
-    """Return the size of the RAM files that the process holds and that are not `counted` yet."""
+    """Return how much memory the RAM files take that the process has open and that are not in
+    `counted` yet; add these files to `counted`."""
     size_bytes = 0
     for fd, link in open_files.items():
         if link.startswith(_MEMFD):
@@ -110,7 +115,7 @@ def _memfd_bytes(process: Process, open_files: dict[int, str], counted: set[str]
             except OSError:
                 continue
             file = f"{status.st_dev}:{status.st_ino}"
-            # st_blocks counts units of 512 bytes, whatever the file system's block (stat(2)).
+            # st_blocks counts units of 512 bytes for every block size of the file system (stat(2)).
             size_bytes += 0 if file in counted else status.st_blocks * 512
             counted.add(file)
     return size_bytes

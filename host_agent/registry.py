@@ -1,4 +1,4 @@
-"""All guests of this host, by name and by trial; a trial's guests live as long as its Watch."""
+"""All guests of this host. A trial's guests are ended when its last Watch ends."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from host_agent.threads import in_driver_thread
 
 _log = logging.getLogger("hintfleet.host.registry")
 
-# How long a guest may take to boot and attach. A virtual machine may run under TCG, which is
-# many times slower than KVM.
+# How long a guest's agent may take to be ready after the driver has made the guest. A virtual
+# machine may run under TCG, which is many times slower than KVM.
 READY_TIMEOUT_S: Mapping[host_pb2.Driver.ValueType, float] = {
     host_pb2.EMBEDDED: 30.0,
     host_pb2.LIBVIRT: 120.0,
@@ -53,8 +53,10 @@ class Registry:
         state: Database | None = None,
         attached: GuestMaker | None = None,
     ) -> None:
-        """:param attached: the driver of attached guests; None: there are none.
-        :param state: stores the guests that outlive this process; None: none do."""
+        """:param drivers: make guests for `create` and adopt them, by the driver that a spec names.
+        :param state: stores the guests, which outlive this process then; None: they end with it.
+        :param attached: the driver of attached guests; None: no guest can be attached.
+        """
         self.drivers = drivers
         self._attached = attached
         self.saver = Saver(state)
@@ -66,12 +68,12 @@ class Registry:
         self.shutting_down = False
         """Whether this host agent ends: then the end of a Watch does not end its guests."""
         self._ending: set[asyncio.Task[None]] = set()
-        # Answers stay until the trial ends: its client may retry a command at any time.
+        # A trial's answers stay until the trial ends: its client may retry a command at any time.
         self.commands = RepeatedCommands()
 
     @property
     def guests(self) -> tuple[Guest, ...]:
-        """All guests, from the request for one until it is destroyed."""
+        """All guests, including those that are still being made or ended."""
         return tuple(self._guests.values())
 
     def get(self, name: str) -> Guest:
@@ -86,7 +88,7 @@ class Registry:
     def authenticate(self, identity: hinting_pb2.Identity) -> Guest:
         """Return the guest of this UUID and token.
 
-        :raises Refused: no such guest, or not its token. The answer is the same for both, so
+        :raises Refused: no such guest, or not its token. The error is the same for both, so
             that nobody learns which UUIDs exist.
         """
         for guest in self.guests:
@@ -99,21 +101,22 @@ class Registry:
     async def create(
         self, name: str, trial_id: str, spec: host_pb2.GuestSpec, guest_uuid: str = ""
     ) -> Guest:
-        """Make a guest and wait until its agent is ready. Nothing is left after a failure.
+        """Make a guest and wait until it is ready. If this fails, end the guest.
 
         :raises InvalidInput: the name, the UUID or the spec is invalid.
         :raises Refused: no Watch of the trial is open, the name or UUID is taken, or the driver
             cannot make the guest.
-        :raises GuestLost: it ended or did not attach in time; with its last output.
+        :raises GuestLost: it ended or was not ready in time; with its last output.
         """
-        # A guest of an earlier trial may still be ending: `close_watch` does not wait for it.
+        # An earlier guest with this name may still be ending: `close_watch` does not wait for it.
         if name in self._guests and self._ending:
             await asyncio.wait(self._ending)
         self._check_new(name, trial_id, spec)
         guest = self.add(name, self.checked_uuid(guest_uuid), trial_id, spec)
         guest.creation = asyncio.create_task(self.make(guest))
         try:
-            # Shielded: libvirt's createXML cannot be cancelled, so the guest must be waited for.
+            # Shielded: libvirt's createXML cannot be cancelled. So if the caller is cancelled, the
+            # task continues, and `end` waits for it.
             await asyncio.shield(guest.creation)
             await guest.ready(READY_TIMEOUT_S[spec.driver])
         except GuestLost as error:
@@ -137,12 +140,13 @@ class Registry:
     ) -> Guest:
         """Enter a guest that does not run yet; `make` starts it, `end` removes it.
 
-        :param token: that of a guest that is adopted; None for a new one.
+        :param token: the token of a guest that is adopted; None: make a new token.
         """
         guest = self._guests[name] = Guest(
             name=name,
             uuid=uuid_text,
-            # The guest gets it with its configuration: guests/agent_settings.py.
+            # The driver puts the token into the configuration of the guest's agent:
+            # guests/agent_settings.py.
             token=token or secrets.token_hex(16),
             trial_id=trial_id,
             spec=spec,
@@ -165,10 +169,10 @@ class Registry:
             raise InvalidInput(f"guest {name}: its spec names no method")
 
     def checked_uuid(self, asked: str) -> str:
-        """Return a UUID as text, or a new one if none is asked for.
+        """Return `asked` in the usual form of a UUID, or a new UUID if `asked` is empty.
 
-        :raises InvalidInput: it is none.
-        :raises Refused: another guest of this host has it.
+        :raises InvalidInput: `asked` is not a UUID.
+        :raises Refused: a guest of this host has this UUID already.
         """
         try:
             found = str(uuid.UUID(asked) if asked else uuid.uuid4())
@@ -179,15 +183,17 @@ class Registry:
         return found
 
     async def make(self, guest: Guest) -> None:
-        """Have a guest's driver make or attach it.
+        """Have a guest's driver make or attach it, open its books, and save it.
 
-        :raises Refused: the driver cannot.
-        :raises GuestLost: the domain to attach is gone.
+        :raises InvalidInput: a setting is out of its bounds.
+        :raises Refused: the driver cannot make or attach it.
+        :raises GuestLost: the guest ended meanwhile, or the domain to attach is gone.
+        :raises TransientError: the state cannot be written.
         """
         driver = self._driver_of(guest)
         try:
             running = await in_driver_thread(driver.create, self.request(guest))
-        except OSError as error:  # no descriptors, no processes, no room
+        except OSError as error:  # no free descriptor, process or room
             raise Refused(f"guest {guest.name} cannot be made: {error}") from error
         guest.started(running)
         follow_table(guest)
@@ -214,9 +220,10 @@ class Registry:
         """End a guest and return its closed books.
 
         :raises NotFound: there is none.
-        :raises Refused: it is an attached guest, which is detached instead.
-        :raises HintfleetError: the driver could not end it; it stays, so that this can be
-            tried again.
+        :raises Refused: it is an attached guest, which must be detached instead.
+        :raises HintfleetError: the driver could not end it; it stays registered, so that
+            `destroy` can be called again.
+        :raises TransientError: it is ended, but the state cannot be written.
         """
         guest = self.get(name)
         if guest.is_attached:
@@ -227,19 +234,20 @@ class Registry:
         return await self.end(guest)
 
     async def end(self, guest: Guest) -> host_pb2.Ledger:
-        """End a guest, or let its domain go, and return its closed books. Repeatable.
+        """End a guest, or detach its domain if it is attached; return its closed books. May be
+        called again.
 
         :raises HintfleetError: as `destroy`.
         """
         ledger = await guest.close()
-        # Two callers may end a guest at once, and its name may be in use again by now.
+        # Two callers may end a guest at once, and another guest may have its name by now.
         if self._guests.get(guest.name) is guest:
             del self._guests[guest.name]
             await self.saver.forget(guest)
         return ledger
 
     def _attached_lost(self, guest: Guest, reason: str) -> None:
-        """End a guest whose domain is gone, or whose memory door somebody took out."""
+        """End an attached guest: its domain is gone, or somebody has unplugged its memory door."""
         guest.lost(reason)
         task = asyncio.create_task(self._destroy_all([guest]))
         self._ending.add(task)
@@ -248,15 +256,17 @@ class Registry:
     # Guests of an earlier host agent
 
     async def adopt(self, records: Sequence[GuestRecord], grace_s: float) -> None:
-        """Take over these guests. A guest that is gone is `lost`.
+        """Take over the guests of an earlier host agent. A guest that is gone stays registered as
+        lost; an attached one is removed.
 
-        :param grace_s: how long a trial's guests live on without a Watch.
-        :raises Refused: a driver cannot tell whether a guest is gone; no guest is ended.
+        :param grace_s: guests whose trial has no Watch after this time are ended.
+        :raises Refused: a driver cannot find out whether a guest is gone, or cannot use it. No
+            running guest is ended.
         """
         adopting = [asyncio.create_task(self._adopt(record)) for record in records]
         if adopting:
             await asyncio.wait(adopting)
-        # Not gather: it raises at the first error, while other adoptions go on.
+        # Not gather: it raises at the first error, while other adoptions still run.
         for task in adopting:
             task.result()
         loop = asyncio.get_running_loop()
@@ -281,14 +291,15 @@ class Registry:
     # Trials
 
     def open_watch(self, trial_id: str) -> None:
-        """Count one more Watch of this trial; its guests live while there is one."""
+        """Count one more open Watch of this trial; its guests live while at least one is open."""
         _log.info("watch opened", extra=fields(trial=trial_id))
         self._watches[trial_id] += 1
 
     def close_watch(self, trial_id: str) -> None:
-        """Count one Watch less; after the last one, begin to end the trial's guests.
+        """Count one open Watch less. If it was the last one, begin to end the trial's guests,
+        unless this host agent is ending.
 
-        Not a coroutine: the handler of a stream that was cancelled cannot await one.
+        Not a coroutine: the handler of a cancelled stream cannot await.
         """
         _log.info("watch closed", extra=fields(trial=trial_id))
         self._watches[trial_id] -= 1
@@ -309,14 +320,15 @@ class Registry:
         self.commands.forget(trial_id)
 
     async def end_all(self) -> None:
-        """Destroy every guest."""
+        """End every guest; detach the attached ones. If a guest cannot be ended, log that."""
         await asyncio.gather(*self._ending)
         await self._destroy_all(self.guests)
 
     async def leave(self) -> None:
-        """Release the guests, which live on, for the next host agent to adopt.
+        """Save and release all guests. They live on, and the next host agent can adopt them.
 
-        :raises TransientError: the state cannot be written; it has older books.
+        :raises TransientError: the state cannot be written: it has older books of some guests.
+            All are released all the same.
         """
         await asyncio.gather(*self._ending)
         left = await asyncio.gather(*(g.leave() for g in self.guests), return_exceptions=True)
@@ -339,7 +351,7 @@ class Registry:
 
 
 def is_guest_name(name: str) -> bool:
-    """Return whether a guest can have this name."""
+    """Return whether a guest can have this name: 1 to 64 ASCII letters, digits and `-`."""
     return 0 < len(name) <= _MAX_NAME_LENGTH and set(name) <= _NAME_CHARACTERS
 
 
@@ -358,7 +370,7 @@ def _check_memory(name: str, spec: host_pb2.GuestSpec) -> None:
 
 
 def _report_lost(loop: asyncio.AbstractEventLoop, report: Callable[[], object]) -> None:
-    # Drivers call from their own threads, and call_soon_threadsafe raises RuntimeError once the
-    # loop is closed: a guest's process may end after it.
+    # Drivers call this from their own threads. A guest's process may end after the loop was
+    # closed; then call_soon_threadsafe would raise RuntimeError.
     if not loop.is_closed():
         loop.call_soon_threadsafe(report)

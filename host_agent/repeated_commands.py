@@ -1,7 +1,9 @@
-"""Commands of the control API that are asked for again: carried out once, answered each time.
+"""Carries out a command of the control API once, even if the client sends it again, and answers
+it each time.
 
-Their ids are those of the orchestrator (trial/runner.py). A step that reached the guest is
-answered from memory there as well, whichever host agent asks (guest_agent/workload_client.py).
+The orchestrator chooses the commands' ids (orchestrator/trial/runner.py). The guest remembers its
+last answers as well: a step that it has done is not done twice, even if another host agent sends
+the step again (guest_agent/workload_client.py).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ _T = TypeVar("_T")
 
 
 class RepeatedCommands:
-    """The commands of all trials, with the answers that they were given."""
+    """The commands of all trials by id, with their answers."""
 
     def __init__(self) -> None:
         self._answers: dict[tuple[str, str, int], asyncio.Task[object]] = {}
@@ -25,9 +27,10 @@ class RepeatedCommands:
     async def once(self, command: host_pb2.CommandId, do: Callable[[], Awaitable[_T]]) -> _T:
         """Carry out a command and return its answer; a retry (same id) gets the same answer.
 
-        A command without an id is carried out each time. A command that failed is carried out
-        again by a retry, unless its guest was lost. That is safe: a workload answers a step that
-        it has done already from memory.
+        A command without a sequence number is carried out each time. If a command fails, all
+        callers that wait for it get the error, and a later retry carries it out again. This is
+        safe: if the guest's workload has done a step already, it answers from memory. Only
+        GuestLost stays the answer to all retries.
         """
         if not command.sequence:
             return await do()

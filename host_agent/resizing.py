@@ -1,10 +1,10 @@
 """Memory hotplug: a running guest gets more memory, or gives some of it back.
 
-Plugging: the driver makes the memory, the RAM and the books take it in, and then the guest is
-told to use it. Unplugging goes the other way: the guest stops using the memory (it may refuse),
-the driver takes it, and the RAM and the books drop it. So the host never drops memory that a
-guest still uses, and hinting goes on meanwhile. How a DIMM gets into a VM:
-guests/libvirt/dimms.py.
+Plugging: the driver plugs the memory, it is added to the RAM and the books, and then the guest is
+told to use it. Unplugging is the reverse: the guest stops using the memory (it may refuse), the
+driver unplugs it, and then it is freed and removed from the RAM and the books. So the host never
+frees memory that a guest still uses. Hinting continues meanwhile. guests/libvirt/dimms.py plugs a
+DIMM into a VM. The operator of an attached guest resizes it: `follow_table`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _log = logging.getLogger("hintfleet.host.guest")
 
 
 def check_maximum(name: str, spec: host_pb2.GuestSpec) -> None:
-    """Refuse a maximum that could never be reached.
+    """Check that a guest's maximum size can be reached; without a maximum, do nothing.
 
-    :raises InvalidInput: says why.
+    :raises InvalidInput: it cannot be reached, or the method is the balloon; says why.
     """
     if not spec.max_memory_bytes:
         return
@@ -52,10 +52,11 @@ def check_maximum(name: str, spec: host_pb2.GuestSpec) -> None:
 
 
 def check(name: str, spec: host_pb2.GuestSpec, memory_bytes: int) -> None:
-    """Refuse a size that a guest cannot have.
+    """Check that a guest can be resized to `memory_bytes`.
 
-    :raises Refused: its size is fixed.
-    :raises InvalidInput: below the start size, beyond the maximum or between two sections.
+    :raises Refused: its size is fixed, or it is an attached guest.
+    :raises InvalidInput: less than the start size, more than the maximum, or not the start size
+        plus whole sections.
     """
     if spec.driver == host_pb2.ATTACHED:
         raise Refused(f"guest {name} is somebody else's domain: it is not resized from here")
@@ -84,8 +85,8 @@ def _check_step(name: str, spec: host_pb2.GuestSpec, memory_bytes: int) -> None:
 
 
 def follow_table(guest: Guest) -> None:
-    """Change the RAM and the books of an attached guest whenever its memory door's table changes:
-    its operator plugs and unplugs memory."""
+    """From now on, change the RAM and the books of an attached guest whenever its memory door's
+    table changes: its operator may plug and unplug memory. Do nothing for other guests."""
     door = guest.running.door if guest.running else None
     if guest.is_attached and door is not None:
         door.when_table_changes(lambda: guest.tasks.begin(_follow(guest)))
@@ -104,7 +105,7 @@ async def _follow(guest: Guest) -> None:
             if gone:
                 guest.memory.taken_out(gone)
             guest.memory.plugged(door.segments(besides=ram.pages))
-        except HintfleetError as error:  # memory that cannot be hinted, or the guest is gone
+        except HintfleetError as error:  # memory that cannot be punched, or a lost guest
             about = {"guest": guest.name, "reason": error.message}
             _log.warning("memory cannot be followed", extra=fields(**about))
             return
@@ -113,16 +114,17 @@ async def _follow(guest: Guest) -> None:
 
 
 async def resize(guest: Guest, memory_bytes: int) -> None:
-    """Plug or unplug memory until the guest has `memory_bytes`. The work goes on if the caller is
-    cancelled, so that it is never left half done.
+    """Plug or unplug memory until the guest has `memory_bytes`. The work continues if the caller
+    is cancelled, so that it is never left half done.
 
     :raises InvalidInput: as `check`.
     :raises Refused: as `check`; or the guest still uses the memory, or the driver cannot plug
         or unplug this size. The guest has what it had before, less the devices that were
         unplugged before a later one was refused.
     :raises GuestLost: the guest is gone.
-    :raises TransientError: its agent is not connected now; it has what it had before.
-    :raises OutcomeUnknown: its agent did not answer; it is safe to ask again.
+    :raises TransientError: its agent is not connected now, or the state cannot be written; the
+        guest has what it had before.
+    :raises OutcomeUnknown: the guest did not answer; it is safe to call `resize` again.
     """
     check(guest.name, guest.spec, memory_bytes)
     await guest.tasks.finish(_resize(guest, memory_bytes))
@@ -131,7 +133,8 @@ async def resize(guest: Guest, memory_bytes: int) -> None:
 async def _resize(guest: Guest, memory_bytes: int) -> None:
     async with guest.resize_lock:
         there = await in_driver_thread(_running(guest).plugged)
-        # QEMU may release a DIMM after `unplug` gave up waiting: the books still have it.
+        # The guest may release a DIMM after an earlier `unplug` has given up waiting. Then the
+        # books still have the DIMM's pages: remove them.
         if gone := guest.memory.plugged_pages - there:
             await guest.unplugged(gone)
         before_bytes = guest.provisioned_bytes
@@ -141,8 +144,8 @@ async def _resize(guest: Guest, memory_bytes: int) -> None:
         elif more_bytes < 0:
             await _shrink(guest, -more_bytes)
         elif there:
-            # The size is right, but the answer to an earlier `online` may have been lost: the
-            # guest may not use the memory yet.
+            # The size is right, but an earlier `online` may have been lost, so that the guest does
+            # not use the memory yet: send it again.
             await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=encode(there))))
     about = {"guest": guest.name, "before_bytes": before_bytes, "now_bytes": memory_bytes}
     _log.info("guest resized", extra=fields(**about))
@@ -152,11 +155,13 @@ async def _grow(guest: Guest, size_bytes: int) -> None:
     running = _running(guest)
     pages = await guest.plugged(await in_driver_thread(running.plug, size_bytes))
     try:
-        # Saved before the guest uses it: an adopting host agent must have it in the books.
+        # Save before the guest uses the memory: a host agent that adopts the guest later must
+        # find this memory in the books.
         await guest.saver.save(guest)
         await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=encode(pages))))
     except (Refused, TransientError):
-        # Only after these two errors is it certain that the guest does not use the memory.
+        # After these two errors it is certain that the guest does not use the memory. After
+        # others it is not, so the memory stays plugged.
         await _take(guest, running, pages)
         raise
     except OutcomeUnknown as error:

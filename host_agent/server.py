@@ -55,11 +55,12 @@ _OPTIONS = (
     # the kernel would give each of them half of the connections.
     ("grpc.so_reuseport", 0),
     # Without probes gRPC keeps the window of a stream at 64 KiB. So a stream that this side does
-    # not read holds no more memory than that.
+    # not read takes at most 64 KiB of memory.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),
-    # Guests ping idle streams every 10 s to notice a lost link. By default a gRPC server answers
-    # pings that come more often than every 5 min with GOAWAY (gRPC's doc/keepalive.md).
+    # Guests ping idle streams every 10 s to notice a lost link. By default a gRPC server closes a
+    # connection with GOAWAY if pings arrive more often than every 5 min (gRPC's
+    # doc/keepalive.md).
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
 _CONTROL_OPTIONS = (*_OPTIONS, ("grpc.max_receive_message_length", 1 << 20))
@@ -67,7 +68,7 @@ GUEST_OPTIONS = (
     *_OPTIONS,
     # Enough for a Hello with 100,000 isolated ranges; a batch takes 2 KiB at most.
     ("grpc.max_receive_message_length", 256 << 10),
-    # A guest needs two streams, and two more while earlier ones are ending.
+    # On each connection: a guest needs two streams, and two more while earlier ones are ending.
     ("grpc.max_concurrent_streams", 8),
     ("grpc.max_allowed_incoming_connections", 8192),
     ("grpc.max_connection_idle_ms", 60_000),
@@ -80,12 +81,12 @@ class Settings:
 
     :ivar listen: address of the control API: `unix:PATH` or `HOST:PORT`.
     :ivar guest_listen: `HOST:PORT` at which virtual machines reach the agent.
-    :ivar guest_advertise: address that guests are told; empty: the one that the agent listens at.
+    :ivar guest_advertise: address that guests are told; empty: one that the agent listens at.
     :ivar tls, guest_tls: certificates for TCP at the control API and the guests' address; None
         for plain text, which is allowed on loopback only.
-    :ivar state: folder with what guests need to outlive the agent; None: they end with it.
+    :ivar state: folder with what guests need to outlive the agent; None: guests end with it.
     :ivar orphan_after_s: after this time without an agent a surviving guest ends by itself.
-    :ivar watch_grace_s: after this time without a Watch of their trial adopted guests end.
+    :ivar watch_grace_s: adopted guests end if no Watch of their trial is open after this time.
     """
 
     name: str
@@ -105,8 +106,8 @@ class Settings:
 class Serving:
     """The addresses of a started agent, and its registry.
 
-    :ivar failure: gets the error that ended one of the agent's loops. That is a bug: the agent
-        must not go on.
+    :ivar failure: gets the error that ended one of the agent's loops. Such an error is a bug: the
+        agent must end then.
     """
 
     control: str
@@ -117,13 +118,13 @@ class Serving:
 
 @asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[Serving]:
-    """Serve until the block ends; then destroy every guest and close the sockets.
+    """Serve until the block ends; then end every guest and close the sockets.
 
-    With a state, first adopt the guests of an earlier agent, and at the end leave all guests to
-    the next one.
+    With a state folder, first adopt the guests of an earlier host agent. Then, at the end, all
+    guests live on for the next host agent.
 
     :raises Refused: an address cannot be bound, or the state cannot be used.
-    :raises InvalidInput: an address needs TLS.
+    :raises InvalidInput: an address is not valid, or needs TLS.
     """
     with opened(settings.state) if settings.state else nullcontext() as state:
         async with _serving(settings, state) as served:
@@ -140,7 +141,7 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
     control_address = listen(control_server, settings.listen, settings.tls)
     attached, drivers = _drivers(settings, guest_address, state)
     registry = Registry(drivers, state, attached)
-    # Adopted before the servers start: a guest that found no record of itself would be refused.
+    # Before the servers start: a guest that connected before its adoption would be refused.
     if state is not None:
         await registry.adopt(state.guests(), settings.watch_grace_s)
     control = ControlService(registry, settings.name, settings.memory_budget_bytes, attached)
@@ -169,7 +170,8 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
             await registry.end_all()
         registry.shutting_down = True
         await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
-        # Before the state's lock is released: the next host agent must meet no punch of ours.
+        # I2: `leave` waits for punches that run. It must return before the lock of the state is
+        # released, because then the next host agent may begin.
         await registry.leave()
         await registry.close()
         if socket_file is not None:
@@ -180,9 +182,10 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
 def _refuse_if_taken(path: Path) -> None:
     """Check that nobody listens on this unix socket.
 
-    :raises Refused: somebody does, or it cannot be found out.
+    :raises Refused: somebody listens on it, or whether somebody does cannot be found out.
     """
-    # gRPC unlinks a socket file before it binds, even one that another process listens on
+    # Without this check gRPC would replace the socket of another host agent: it unlinks a socket
+    # file before it binds, even if another process listens on it
     # (src/core/lib/iomgr/unix_sockets_posix.cc: grpc_unlink_if_unix_domain_socket).
     try:
         with socket(AF_UNIX) as probe:
@@ -201,12 +204,12 @@ def _refuse_if_taken(path: Path) -> None:
 
 
 def _tell_failure(failure: asyncio.Future[None], task: asyncio.Task[None]) -> None:
-    """Pass on the error of a loop, so that the agent ends. It must not go on without audits,
-    allowances or saved books."""
+    """Give `failure` the error that ended a loop, so that the host agent ends: it must not continue
+    without audits, allowances or saved books. Do nothing for a cancelled loop."""
     if task.cancelled() or failure.done():
         return
     failure.set_exception(task.exception() or RuntimeError(f"{task.get_name()} has returned"))
-    # Mark it as retrieved: else asyncio logs "exception was never retrieved" at the end.
+    # Mark the error as retrieved: else asyncio may log "exception was never retrieved".
     failure.exception()
 
 

@@ -1,7 +1,7 @@
-"""Sets up CPython so that one guest's load does not delay the acks of all others.
+"""Sets up CPython so that the load of one guest delays the acks of other guests less.
 
-Both settings lower the 99th percentile of ack latency while one guest floods
-(tests/bench/flood.py).
+It sets the threads' switch interval and the garbage collector. Both settings lower the 99th
+percentile of ack latency while one guest floods (tests/bench/flood.py).
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import gc
 import sys
 
 _SWITCH_INTERVAL_S = 0.0005
-# CPython 3.11's defaults are (700, 10, 10). After freeze() there is little to collect.
+# CPython 3.11's defaults are (700, 10, 10). After freeze() there is little garbage to find, so
+# collections may be rarer.
 _GC_THRESHOLDS = (10_000, 20, 20)
 
 
 def keep_latency_steady() -> None:
-    """Set switch interval and garbage collection; call once, when all modules are imported."""
-    # By default a thread that computes keeps the interpreter lock for 5 ms while the event
-    # loop waits for it.
+    """Set switch interval and garbage collection; call once, after all modules are imported."""
+    # By default a thread that computes keeps the interpreter lock for 5 ms, even if the event
+    # loop waits for the lock.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    # A full collection walks all objects: 33 ms with little more than the modules loaded, and
-    # a flood of ranges causes one every few seconds. Modules are never garbage: freeze them.
+    # A full collection walks all objects. That takes 33 ms even if there is little more than the
+    # modules, and a flood of ranges causes a collection every few seconds. Modules are never
+    # garbage, so freeze them: collections skip frozen objects.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)

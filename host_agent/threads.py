@@ -1,7 +1,8 @@
-"""Threads for the blocking calls of drivers, so that slow calls do not delay batches.
+"""A thread pool of its own for the blocking calls of drivers, so that they do not delay batches.
 
 A driver's call may take seconds: libvirt makes a domain, or a guest releases a DIMM. Punches,
-looks at RAM files and writes of books use the event loop's default threads instead.
+looks at RAM files and writes of books use the event loop's default thread pool. If drivers used
+that pool too, slow calls could take all of its threads.
 """
 
 from __future__ import annotations
@@ -19,5 +20,5 @@ _drivers = ThreadPoolExecutor(max_workers=16, thread_name_prefix="driver")
 
 
 async def in_driver_thread(do: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Run a driver's blocking call in one of the drivers' threads, as `asyncio.to_thread`."""
+    """Run a driver's blocking call in a thread of the drivers' pool, and return its result."""
     return await asyncio.get_running_loop().run_in_executor(_drivers, partial(do, *args, **kwargs))

@@ -1,4 +1,4 @@
-"""Wakes tasks that do little at the same moments: to wake costs more than what they do."""
+"""Common wake times for tasks that do little: waking the process costs more than their work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WAKE_S = 1.0
 
 
 def next_wake_s(now_s: float) -> float:
-    """Return the next whole second of the monotonic clock, the same for all tasks."""
+    """Return the next whole second of the monotonic clock: the same wake time for all tasks."""
     return math.floor(now_s + WAKE_S)
 
 

@@ -1,4 +1,4 @@
-"""The entry point of `hintfleet`, and `python -m orchestrator`."""
+"""The entry point of `hintfleet` and of `python -m orchestrator`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hintfleet import program
 
 def main() -> NoReturn:
     """Run a command and end the process with its exit code."""
-    # Before any import that can fail: it makes stdout and stderr usable.
+    # Before any import that can fail: `prepare` makes stdout and stderr usable.
     tell = program.prepare("hintfleet")
     sys.exit(program.run(_command, tell, "hintfleet[orchestrator]"))
 
 
 def _command() -> int:
-    from orchestrator.cli import run_command  # imports packages that may be missing
+    from orchestrator.cli import run_command  # here: it imports packages that may be missing
 
     return run_command(sys.argv[1:])
 

@@ -73,8 +73,8 @@ def cli(context: click.Context, log_level: str | None, log_format: str) -> None:
     if log_level is not None:
         logs.configure(log_level, log_format)
     else:
-        # Records that meet no handler go to logging.lastResort, where hintfleet/program.py
-        # reports them as bugs.
+        # A record without a handler goes to logging.lastResort, where hintfleet/program.py would
+        # print it.
         logging.getLogger("hintfleet").addHandler(logging.NullHandler())
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -105,13 +105,13 @@ def run_command(arguments: list[str]) -> int:
 
 def _invoke(arguments: list[str]) -> int:
     try:
-        # Standalone, click would call sys.exit() and swallow what a command returns; the
-        # commands return their exit codes.
+        # In standalone mode, click would call sys.exit() and ignore what a command returns, which
+        # is its exit code.
         return int(cli.main(arguments, prog_name="hintfleet", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort as error:  # click's own name for Ctrl-C and for an end of input
+    except click.Abort as error:  # click raises it for KeyboardInterrupt and EOFError
         raise KeyboardInterrupt from error
 
 

@@ -1,7 +1,7 @@
-"""Checks what this machine can run, by trying it.
+"""Checks what this machine can run.
 
-The host agent checks libvirt, the guest image and a hole punch in its own process: neither it
-nor libvirt is imported here.
+The host agent checks libvirt, the guest image and a hole punch in its own process: neither the host
+agent nor libvirt is imported here.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _memfd() -> Finding:
 
 
 def _importable(module: str, needed_for: Driver, hint: str) -> Finding:
-    # Looked up, not imported: libvirt is imported by the host agent only, and Ray takes long.
+    # Looked up, not imported: only the host agent imports libvirt, and importing Ray takes long.
     installed = importlib.util.find_spec(module) is not None
     return Finding(
         name=f"{module} (Python)",
@@ -115,10 +115,10 @@ def _host_agent(libvirt_uri: str) -> Iterator[Finding]:
 
 
 def ask_host_agent(libvirt_uri: str, question: str) -> str:
-    """Run `hintfleet-host` with this flag; return its output.
+    """Run a host agent (`hintfleet-host`) with the flag `question`; return its stdout.
 
-    :raises Refused: it cannot be run, or it failed.
-    :raises TransientError: it did not end within two minutes.
+    :raises Refused: the host agent failed.
+    :raises TransientError: the host agent did not end within two minutes.
     """
     command = [sys.executable, "-m", "host_agent", question]
     if libvirt_uri:

@@ -1,4 +1,5 @@
-"""Runs an experiment: connects the plan, the fleet, the store and the view."""
+"""Prepares an experiment and runs its trials: connects the plan, the fleet, the store and the
+view."""
 
 from __future__ import annotations
 
@@ -59,12 +60,12 @@ class View(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A run that can be started.
+    """A run that is new, or stored and to be resumed.
 
     :ivar trials: all trials of the plan.
     :ivar to_run: the trials that have no result yet, each as its next attempt.
     :ivar is_resumed: the run is stored already.
-    :ivar is_over: the run has ended, and no trial is left to run.
+    :ivar is_over: the run has ended and was not cut off, and no trial is left to run.
     """
 
     loaded: LoadedSpec
@@ -78,15 +79,15 @@ class Experiment:
 def new_experiment(
     name_or_path: str, overrides: Mapping[str, Any], libvirt_uri: str = ""
 ) -> Experiment:
-    """Return a new run.
+    """Return a new run. Stores and starts nothing.
 
-    :param overrides: top-level keys that replace what the spec says.
+    :param overrides: top-level keys and values that replace those in the spec.
     :raises InvalidInput: there is no such spec, or it is not valid.
     """
     loaded = spec_file.load(name_or_path, dict(overrides))
     header = RunHeader(
-        # A ULID begins with the time, so folders of samples sort by it. In lower case, as
-        # `Store.find_run` compares.
+        # A ULID begins with the time, so folders of samples sort by time. In lower case, because
+        # `Store.find_run` converts the name that it looks for to lower case.
         run_id=str(ULID()).lower(),
         spec=loaded.spec,
         spec_text=loaded.document.text,
@@ -103,8 +104,8 @@ def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experime
     """Return a stored run, to be resumed with its own spec and so with the same seeds.
 
     :param libvirt_uri: replaces the stored one; empty keeps it.
-    :raises Refused: another process runs it now, or this version cannot read its spec, or
-        the spec means something else in this version.
+    :raises Refused: another process runs this run now, or this version cannot read the spec, or
+        the same text has another meaning in this version.
     """
     if run.state == "running":
         raise busy_error(run.run_id)
@@ -143,7 +144,8 @@ def _spec_of(run: Run) -> LoadedSpec:
             f"{error.message}",
             hint=hint,
         ) from error
-    # A default may have changed between versions: the trials would no longer be comparable.
+    # A default may differ between versions: the trials of both parts of the run would not be
+    # comparable.
     if spec_hash(loaded.spec) != run.spec_hash:
         raise Refused(
             f"run {run.run_id} cannot be resumed; this version reads its spec differently",
@@ -161,7 +163,7 @@ def _with_history(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str
 
 
 def _appended(history: str, value: str) -> str:
-    # The whole last value is compared: "4 GiB" is also the end of "24 GiB".
+    # Compare whole values, not the ends of texts: "24 GiB" ends with "4 GiB".
     return history if history.split(_THEN)[-1] == value else f"{history}{_THEN}{value}"
 
 
@@ -188,20 +190,20 @@ def run_experiment(
     tls_folder: str = "",
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the trials that have no result, and then retry those that were lost.
+    """Run the trials that have no result; then run again those that were lost.
 
-    :param retries: how often a trial that was lost with its host is run again.
+    :param retries: how often each trial that was lost is run again in this call.
     :param check: called several times a second; an exception that it raises ends the run.
     :raises InvalidInput: this machine has too little memory, a host's address needs TLS,
         or RAY_ADDRESS is malformed. Nothing was started.
     :raises HintfleetError: a host cannot be reached or used, or results cannot be
-        stored. The run is stored as failed if it had begun; all guests and processes
-        are gone.
+        stored. If a trial had begun, the run is stored as failed. All guests and processes of
+        the run have ended.
     """
     spec, header = experiment.header.spec, experiment.header
     to_run = list(experiment.to_run)
     if not to_run:
-        # The run was cut off after its last trial: only its end is missing in the store.
+        # The run was cut off after its last trial. RunWriter stores the end of the run.
         with RunWriter(store, header, resume=True):
             return
     problem = machine_problem(spec, available_memory())
@@ -212,8 +214,8 @@ def run_experiment(
     view.starting(header, experiment.trials, kept)
     about = {"run": header.run_id, "spec": spec.name, "hosts": len(host_names(spec))}
     _log.info("run begun", extra=fields(**about, trials=len(to_run), kept=len(kept)))
-    # In this order: the end of the run is stored before the fleet is closed, because closing
-    # can take half a minute, in which this process may be killed.
+    # In this order, RunWriter stores the end of the run before the fleet is closed: closing can
+    # take half a minute, in which this process may be killed.
     with (
         fleet,
         RunWriter(store, header, experiment.is_resumed) as writer,
@@ -256,9 +258,10 @@ def store_records(
     records: Iterable[Record],
     seen: Callable[[Record], None] = lambda _: None,
 ) -> TrialOutcome:
-    """Store the records of the open trial, judge it, and store its outcome.
+    """Store the records of the open trial; compute, store and return its outcome.
 
-    :param records: of all hosts; the trial has ended when they end.
+    :param writer: has an open trial (`begin_trial`).
+    :param records: of all hosts; the trial has ended when this iterable ends.
     :param seen: called with each record after it was stored.
     """
     events: defaultdict[str, list[Event]] = defaultdict(list)
@@ -300,7 +303,8 @@ def _logical(spec: Spec, name: str, libvirt_uri: str) -> LogicalHost | None:
 
 
 def overrides(driver: str | None, agents: tuple[str, ...]) -> dict[str, object]:
-    """Return the top-level keys of a spec that options of the command line replace."""
+    """Return the top-level keys of a spec that options of the command line replace, with the
+    new values."""
     keys: dict[str, object] = {}
     if driver:
         keys["driver"] = driver

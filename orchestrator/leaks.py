@@ -1,8 +1,8 @@
 """Finds and removes what killed runs left on this machine.
 
-This module finds Ray's processes, runtime folders, and unfinished files in the store. The host
-agent finds what it created itself, in its own process. Nothing is removed that a living process
-owns, or that may not be ours.
+This module finds Ray's processes, runtime folders, unfinished files in the store and, in a guest,
+isolated huge pages. What host agents created, a host agent finds in its own process. Nothing is
+removed that a living process owns, or that may not be ours.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from orchestrator.results.store.lock import try_lock
 from orchestrator.results.store.samples import UNFINISHED
 from orchestrator.results.store.writer import RESERVE
 
-# The reservation of guest_agent/isolation/hugetlb_pool.py, if this machine is a guest.
+# The file that reserves the isolated huge pages (guest_agent/isolation/hugetlb_pool.py). It exists
+# only if this machine is a guest.
 _HUGETLB_FILE = Path("/run/hintfleet-hugetlb/isolated")
 _RUNTIME_FOLDER = re.compile(r"(/[^\0 =]*/hf-[0-9]+-[a-z0-9_]+)/ray(?:/|$)")
 _RAY_PROGRAM = re.compile(r"/ray/(?:core/src|autoscaler|dashboard|_private)/")
@@ -33,17 +34,23 @@ _RAY_PROGRAM = re.compile(r"/ray/(?:core/src|autoscaler|dashboard|_private)/")
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The leaks, and what could not be checked."""
+    """The leaks.
+
+    :ivar not_looked_at: what could not be checked, and why.
+    """
 
     leaks: list[Leak]
     not_looked_at: list[str]
 
 
 def look_for_leaks(data_dir: Path, libvirt_uri: str = "", clean: bool = False) -> Found:
-    """Return all leaks; with `clean`, remove them first and return what became of each."""
+    """Return all leaks; with `clean`, try to remove each.
+
+    Then `removed` or `kept` of each leak tells the result.
+    """
     act = remove_all if clean else _only_listed
-    # Ray's processes first: when an actor that hangs is ended, its lifeline closes, and its host
-    # agents may end by themselves.
+    # Ray's processes first: when an actor that hangs is ended, its end of the lifeline closes, and
+    # then its host agent may end by itself.
     leaks = act(_ray_processes())
     of_host_agent, unseen = _of_host_agent(libvirt_uri, clean)
     leaks += of_host_agent
@@ -81,8 +88,8 @@ def _ray_processes() -> Iterator[Removable]:
 
 def _shares_namespaces(process: Process) -> bool:
     """Return whether a process is in our pid and mount namespaces."""
-    # A path on the command line of a process in a container is not a path here: its run may be
-    # alive although the folder of that name here is not in use.
+    # A path on the command line of a process in a container names another folder than here: the
+    # run may be alive in the container although nobody uses the folder of that name here.
     try:
         return all(
             os.readlink(f"/proc/{process.pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
@@ -95,8 +102,8 @@ def _shares_namespaces(process: Process) -> bool:
 def _runtime_folder(process: Process) -> Path | None:
     """Return the runtime folder of a Ray process; None if the process is not Ray's."""
     words = "\0".join(process.argv)
-    # Ray's workers overwrite their command line with a title (setproctitle), `ray::NAME`. Their
-    # log files are open, and are in the folder, too.
+    # Ray's workers overwrite their command line with a title (setproctitle), `ray::NAME`. So search
+    # their open files: their logs are in the runtime folder.
     if words.startswith("ray::"):
         words = "\0".join((process.descriptor_targets() or {}).values())
     elif not _RAY_PROGRAM.search(words):
@@ -134,10 +141,13 @@ def _is_unlocked(run_folder: Path) -> bool:
 
 
 def _unlink(path: Path) -> Callable[[], None]:
-    """Return a function that removes an unfinished file of a run, unless the run goes on."""
+    """Return a function that removes an unfinished file of a run.
+
+    The function raises BlockingIOError if the run goes on.
+    """
 
     def unlink() -> None:
-        # Under the lock: the run may be resumed between the listing and the removal.
+        # Take the lock again: the run may have been resumed since the file was listed.
         run_folder = path.parent if path.name == RESERVE else path.parent.parent
         fd = try_lock(run_folder)
         if fd is None:
@@ -149,8 +159,11 @@ def _unlink(path: Path) -> Callable[[], None]:
 
 
 def _huge_pages() -> Iterator[Removable]:
-    """Yield the huge pages of a guest agent that is gone, if this machine is a guest."""
-    # A living guest agent holds the lock.
+    """Yield the huge pages of a guest agent that is gone, if this machine is a guest.
+
+    They are only listed: `kept` is always set.
+    """
+    # A running guest agent with isolator hugetlb holds this lock.
     if _HUGETLB_FILE.exists() and not is_held(_HUGETLB_FILE.parent.with_suffix(".lock")):
         kept = (
             "the host may still be punching them; start hintfleet-guest again: it gives them "

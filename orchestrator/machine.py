@@ -1,4 +1,4 @@
-"""Facts about the machine that the orchestrator runs on."""
+"""Facts about the machine that the orchestrator runs on, and where its private folders are."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from hintfleet.system.machine_limits import processors, total_memory
 from hintfleet.system.owned_folders import OwnedFolders
 from hintfleet.units import format_size
 
-# sun_path of sockaddr_un holds 107 characters (unix(7)); the sockets below need about 75.
+# The path of a unix socket has at most 107 bytes (unix(7)). The sockets in a private folder add
+# about 75 to the length of the base folder.
 _MAX_BASE_LENGTH = 30
 
 
 def runtime_dirs() -> OwnedFolders:
-    """Return the maker of private folders; their paths are short enough for unix sockets."""
+    """Return the private folders of runs; the paths of unix sockets in them are short enough."""
     base = Path(tempfile.gettempdir())
     short = base if len(str(base)) <= _MAX_BASE_LENGTH else Path("/tmp")  # noqa: S108
     return OwnedFolders(base=short, prefix="hf-")
@@ -36,7 +37,7 @@ def environment() -> dict[str, str]:
 
 
 def _processor() -> str:
-    # platform.processor() gives at most the architecture on Linux (it asks `uname -p`).
+    # On Linux, platform.processor() returns at most the architecture (it runs `uname -p`).
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "model name":

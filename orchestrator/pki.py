@@ -42,7 +42,7 @@ from hintfleet.system.files import read_at_most
 
 CA_KEY_FILE = "ca.key"
 _ISSUED = "issued"
-# Certificates begin this much earlier, because the clock of another machine may be behind.
+# A certificate is valid from this long before it is made: another machine's clock may be behind.
 _CLOCK_SKEW = timedelta(minutes=5)
 # A common name has at most 64 characters (ub-common-name, RFC 5280).
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
@@ -54,8 +54,9 @@ _Key = ec.EllipticCurvePrivateKey
 class Certificate:
     """The contents of a certificate.
 
-    :ivar role: `authority`, a `Role`'s value, or empty.
+    :ivar role: `authority` for a file ca.pem; else a `Role`'s value, or empty if it names none.
     :ivar subjects: its subject alternative names: DNS names, addresses and URIs.
+    :ivar not_before, not_after: when it is valid, ISO 8601.
     :ivar fingerprint: SHA-256, in hexadecimal.
     :ivar state: `valid`, `expired`, `not yet valid`, or `foreign` (from another authority).
     """
@@ -74,9 +75,9 @@ class Authority:
     """A certificate authority in a folder; `init` creates one."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the authority.
+        """Read the authority's certificate and key.
 
-        :raises InvalidInput: the folder has no authority, or it cannot be read.
+        :raises InvalidInput: one of the two files is missing, cannot be read or is not valid.
         """
         self._folder = folder
         self._cert = _read_certificate(folder / CA_FILE)
@@ -88,13 +89,14 @@ class Authority:
 
         :raises InvalidInput: the name is not valid.
         :raises Refused: the folder has an authority already, other users may enter it, or it
-            cannot be written to. Nothing was created except the folder; nothing was changed.
+            cannot be written to. No existing file was changed. The folder may have been created,
+            and after a failed write one of the new files may be left.
         """
         subject = _common_name(_checked(name))
         key = ec.generate_private_key(ec.SECP256R1())
         builder = (
             _builder(subject, subject, key, key, _validity(days, now))
-            # path_length 0: what it signs cannot sign further certificates.
+            # path_length 0: a certificate that the authority signs cannot sign others.
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(signs_certificates=True), critical=True)
         )
@@ -102,8 +104,8 @@ class Authority:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_private(folder)
-            # Check both before writing one: a new key beside an old certificate would be no
-            # authority any more.
+            # Check both before writing one: a new key beside an old certificate would not match
+            # that certificate.
             for file in files:
                 if (folder / file).exists():
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder / file)
@@ -130,11 +132,11 @@ class Authority:
     ) -> Path:
         """Create a certificate with its key in a new TLS folder; return the folder.
 
-        :param name: for a guest its UUID.
+        :param name: the common name; for a guest, its UUID.
         :param hosts: DNS names and IP addresses at which a host is reached.
         :param out: the folder to create; default issued/ROLE-NAME in the authority's folder.
-        :raises InvalidInput: the name is not valid, or the certificate would outlive the
-            authority.
+        :raises InvalidInput: `name` or one of `hosts` is not valid, or the certificate would be
+            valid longer than the authority.
         :raises Refused: the folder exists already, or it cannot be written.
         """
         name = _checked_name(role, name)
@@ -145,7 +147,7 @@ class Authority:
                 f"the authority itself is valid until {self._cert.not_valid_after_utc:%Y-%m-%d}",
                 hint="choose fewer --days",
             )
-        # Only a host gets SERVER_AUTH: no other role can pose as one.
+        # Only a host gets SERVER_AUTH, so that no other role can pose as a host.
         purpose = (
             ExtendedKeyUsageOID.SERVER_AUTH
             if role is Role.HOST
@@ -177,11 +179,12 @@ class Authority:
 
 
 def read_certificates(path: Path) -> Iterator[Certificate]:
-    """Yield the certificates at `path`: of a file, a TLS folder, or an authority.
+    """Yield the certificates at `path`: a file, a TLS folder, or an authority's folder.
 
-    An authority is followed by the certificates in its folder `issued`.
+    For an authority, yield its own certificate, then those in its folder `issued`.
 
-    :raises InvalidInput: there is no certificate, or one cannot be read.
+    :raises InvalidInput: there is no certificate, or one cannot be read; or the authority's,
+        ca.pem in the same folder, is missing.
     """
     if not path.is_dir():
         yield _describe(path, path.parent / CA_FILE)
@@ -247,8 +250,8 @@ def _checked(name: str) -> str:
 
 
 def _check_private(folder: Path) -> None:
-    # Only checked, not changed: the folder may have existed before, with a mode that its owner
-    # chose.
+    # The mode is only checked, not changed: the folder may have existed before, with a mode that
+    # its owner chose.
     status = folder.stat()
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise Refused(
@@ -346,8 +349,8 @@ def _write_folder(target: Path, files: dict[str, bytes]) -> None:
     """Create `target` with these files in it: all of them or nothing."""
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # mkdtemp makes it with mode 0700. In the same parent, because rename(2) does not cross
-        # file systems.
+        # mkdtemp gives the new folder mode 0700. It has the same parent as `target`, because
+        # rename(2) does not cross file systems.
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
         try:
             for file, content in files.items():
@@ -366,7 +369,7 @@ def _write_folder(target: Path, files: dict[str, bytes]) -> None:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    # With its mode from the start: after a later chmod another user could already have it open.
+    # Create the file with mode 0600: before a later chmod, another user could open it.
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(content)

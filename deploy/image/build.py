@@ -8,14 +8,14 @@ while they do not change. The base directory is HINTFLEET_IMAGE_DIR; by default
 /var/cache/hintfleet/images for root (QEMU runs as another user and must be able to read it) and
 the XDG cache directory for others.
 
-    DIR/layers/kit-HASH/     kernel, modules, shell       minutes, when the module changes
-    DIR/layers/root-HASH/    root disk                    minutes, when a wheel changes
+    DIR/layers/kit-HASH/     kernel, modules, shell; built (minutes) when the module changes
+    DIR/layers/root-HASH/    root disk; built (minutes) when a wheel changes
     DIR/HASH/                the image: root.img vmlinuz initrd.img image.json
-    DIR/current              a link to the image built last
+    DIR/current              a link to the image of the last build without --package
 
-The images that were used last are kept, older ones are removed. Layers that no image uses are
-removed after a day. A guest whose image is removed runs on: QEMU has its disk open, and has read
-the other files.
+The KEPT_IMAGES images that builds used last are kept, older ones are removed. Layers that no image
+uses are removed after a day. A guest runs on if its image is removed: QEMU has the disk open, and
+has read the other files.
 """
 
 from __future__ import annotations
@@ -70,15 +70,16 @@ def build(images: Path, packages: Sequence[str] = ()) -> Path:
     image = build_once(images / key, "image.json", lambda to: _assemble(to, key, *layers))
     if not packages:
         _point(images / "current", key)
-    os.utime(image)  # `prune` removes the images that were not used for the longest time
+    os.utime(image)  # time of use: `prune` keeps the images that were used last
     prune(images)
     return image
 
 
 def prune(images: Path) -> None:
-    """Remove all images but `current` and those that were used last, and old layers of no image.
+    """Remove all images except `current` and the KEPT_IMAGES others that builds used last. Also
+    remove layers that no image uses and that are older than KEPT_LAYERS_S.
 
-    Keeps layers of the last day: another builder may be about to use one for its first image.
+    Younger layers are kept, because another builder may be about to use one for its first image.
     """
     there = [path.parent for path in images.glob("*/image.json")]
     current = (images / "current").resolve()
@@ -87,7 +88,7 @@ def prune(images: Path) -> None:
     for image in ours[KEPT_IMAGES:]:
         shutil.rmtree(image, ignore_errors=True)
     for layer in images.glob("layers/*-*"):
-        # Images hold hard links to the files of their layers.
+        # An image that uses a layer has hard links to files of that layer.
         is_used = any(file.stat().st_nlink > 1 for file in layer.iterdir() if file.is_file())
         if not is_used and time.time() - layer.stat().st_mtime > KEPT_LAYERS_S:
             shutil.rmtree(layer, ignore_errors=True)
@@ -122,10 +123,12 @@ def _assemble(to: Path, key: str, kit_layer: Path, root_layer: Path) -> None:
 
 
 def _stage_agent(to: Path, compiled: bool) -> None:
-    """Copy the agent's packages, with .pyc files if this Python's format is the guest's.
+    """Copy the agent's packages to `to`.
 
-    The guest's Python does not check them against the sources: nobody edits those in the guest,
-    and its clock does not tell which file is newer.
+    :param compiled: whether to add .pyc files; they must have the format of the guest's Python.
+        That Python uses them without a look at the sources (UNCHECKED_HASH): nobody edits sources
+        in the guest, and in the initrd (cpio.py) all files have the time 0, so that .pyc files
+        checked by time would be rejected.
     """
     for name, package in PACKAGES:
         for source in _sources(package):
@@ -166,7 +169,7 @@ def _point(link: Path, target: str) -> None:
 
 
 def main() -> int:
-    """Build the image, and print where it is."""
+    """Build the image, and print where it is; return the exit code."""
     parser = argparse.ArgumentParser(description="build the guest image")
     parser.add_argument("--print-path", action="store_true", help="print the image's directory")
     parser.add_argument(

@@ -25,7 +25,7 @@ _INSTALL = {
 
 
 class BuildError(Exception):
-    """The image cannot be built; says what failed and what to try."""
+    """A build failed; the message names what failed and, if known, what to try."""
 
 
 def require_tools() -> None:
@@ -45,7 +45,7 @@ def require_tools() -> None:
 def run(command: Sequence[str | Path]) -> None:
     """Run a command without printing its output.
 
-    :raises BuildError: it failed; contains the end of its output.
+    :raises BuildError: it failed; the message has the last lines of its output.
     """
     env = os.environ | {"PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"}
     done = subprocess.run(
@@ -62,11 +62,14 @@ def mmdebstrap(
     hooks: Sequence[tuple[str, str]],
     variant: str,
 ) -> None:
-    """Make a Debian tree with `packages`, as a tar file or (target None) for its hooks only.
+    """Make a Debian tree with `packages`, and run `hooks` on it.
 
-    Needs no mounts and no privileges: files of a root file system have several owners, which
-    an ordinary user gets from a user namespace.
+    Needs no mounts and no privileges: the files of a root file system have several owners, and a
+    user namespace lets an ordinary user make such files.
 
+    :param target: tar file to write the tree to; None to drop the tree after the hooks.
+    :param hooks: stage of mmdebstrap and command, for each hook.
+    :param variant: which packages besides `packages`: see mmdebstrap's --variant.
     :raises BuildError: mmdebstrap failed.
     """
     run(
@@ -88,7 +91,7 @@ def mmdebstrap(
 
 
 def digest(parts: Iterable[str | Path]) -> str:
-    """Return a hash of strings and of files (name and content), in this order."""
+    """Return a hash of `parts` in their order: strings, and files by name and content."""
     total = hashlib.sha256()
     for part in parts:
         data = f"{part.name}\0".encode() + part.read_bytes() if isinstance(part, Path) else part
@@ -97,10 +100,10 @@ def digest(parts: Iterable[str | Path]) -> str:
 
 
 def build_once(directory: Path, marker: str, build: Callable[[Path], None]) -> Path:
-    """Make `directory` by `build` if its `marker` file is not there; return `directory`.
+    """Make `directory` by `build` if it has no file `marker`; return `directory`.
 
-    It is built in another directory and renamed. So a directory that is there is complete, and
-    two builders may run at once.
+    `build` fills another directory, which is then renamed. So `directory` is complete if it exists,
+    and two builders may run at once.
     """
     if (directory / marker).exists():
         return directory

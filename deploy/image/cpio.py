@@ -43,7 +43,7 @@ def symlink(path: str, target: str) -> Entry:
 
 
 def tree(source: Path, under: str) -> Iterator[Entry]:
-    """Yield entries for all directories and files below `source`, with paths below `under`."""
+    """Yield entries for `under` and for all that is below `source`, with paths below `under`."""
     yield directory(under)
     for path in sorted(source.rglob("*")):
         name = str(PurePosixPath(under, path.relative_to(source).as_posix()))
@@ -63,7 +63,7 @@ def _append(out: bytearray, number: int, entry: Entry) -> None:
     name = entry.path.encode() + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
     fields = (
-        *(number, entry.mode, 0, 0, links, 0, len(entry.data)),  # inode .. file size
+        *(number, entry.mode, 0, 0, links, 0, len(entry.data)),  # inode to file size, see "newc"
         *(0, 0, *entry.device, len(name), 0),  # containing device, device, name size, checksum
     )
     out += b"070701" + b"".join(b"%08x" % field for field in fields) + name

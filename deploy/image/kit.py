@@ -1,6 +1,6 @@
-"""The first layer: a Debian kernel, our module built for it, and a static shell.
+"""The image's first layer: a Debian kernel, our module built for it, and a static shell.
 
-They come out of a throwaway tree that has the kernel's headers and a compiler.
+All of them are copied from a throwaway tree that has the kernel's headers and a compiler.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ echo $release > "$1/tmp/kit/release"
 
 
 def kit(layers: Path) -> Path:
-    """The directory with vmlinuz, busybox, modules/ and kit.json, built if need be.
+    """Return the directory with vmlinuz, busybox, modules/ and kit.json; build it if it is not
+    there.
 
-    kit.json: `kernel` (release), `kernel_package` (Debian version) and `load`,
-    the files in modules/ in the order in which they must be loaded.
+    kit.json has `kernel` (release), `kernel_package` (Debian version) and `load`: the files in
+    modules/ that the guest loads before it runs the agent, in loading order.
 
     :raises BuildError: a step failed.
     """
@@ -69,7 +70,7 @@ def _build(to: Path) -> None:
 
 
 def _keep(made: Path, to: Path) -> None:
-    """Move what the image needs from `made` to `to`."""
+    """Move or copy what the image needs from `made` to `to`, and write kit.json."""
     load = module_files(
         DRIVERS, (made / "modules.dep").read_text(), (made / "modules.builtin").read_text()
     )
@@ -90,10 +91,12 @@ def _keep(made: Path, to: Path) -> None:
 
 
 def module_files(names: tuple[str, ...], dep: str, builtin: str) -> list[str]:
-    """Files of the named modules and of all that they need, in loading order.
+    """Return the files of the named modules and of all that they need, in loading order. Named
+    modules that are built into the kernel are left out.
 
-    :param dep: modules.dep: `file: needed file ...`, a file's needs nearest first.
-    :param builtin: modules.builtin: the files that are in the kernel itself.
+    :param dep: text of modules.dep: lines of `file: needed file ...`, where the needed files are in
+        the reverse of their loading order.
+    :param builtin: text of modules.builtin: the files of modules that are built into the kernel.
     :raises BuildError: the kernel has no such module.
     """
     needs = dict(line.split(":", 1) for line in dep.splitlines())

@@ -1,7 +1,7 @@
-"""The second layer: a read-only root file system with Python and gRPC.
+"""The image's second layer: a read-only root file system with Python and gRPC.
 
-It is shared by all guests of a host, and does not hold the agent itself: that is
-in the initrd, so that a change to the agent needs no new disk.
+All guests of a host share it. It does not contain the agent itself, which is in the initrd: so a
+change to the agent needs no new disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AGENT_PATH = "/opt/hintfleet"
 _SITE = f"/usr/local/lib/python{PYTHON[0]}.{PYTHON[1]}/dist-packages"
 _SPARE_BYTES = 16 << 20
 
-# $1 is the tree. The import shows that the wheels fit this Python and its libraries.
+# $1 is the tree. The import fails if the wheels do not fit the tree's Python and libraries.
 _FINISH = f"""
 set -eu
 chroot "$1" python3 -m compileall -q {_SITE}
@@ -37,7 +37,7 @@ mkdir -p "$1{AGENT_PATH}"
 
 
 def pins(constraints: str) -> list[str]:
-    """`name==version` of each of WHEELS, from the text of a pip constraints file.
+    """Return `name==version` for each of WHEELS, from the text of a pip constraints file.
 
     :raises BuildError: one is not pinned there.
     """
@@ -52,11 +52,12 @@ def pins(constraints: str) -> list[str]:
 
 
 def rootfs(layers: Path, more_packages: Sequence[str] = ()) -> Path:
-    """The directory with root.img and root.json, built if need be.
+    """Return the directory with root.img and root.json; build it if it is not there.
 
-    root.json: `magic`, the guest's Python's .pyc magic number in hex, and
-    `wheels`, what was installed.
+    root.json has `magic`, the magic number of .pyc files of the guest's Python in hex, and
+    `wheels`, the `name==version` of what was installed.
 
+    :param more_packages: Debian packages to install besides PACKAGES.
     :raises BuildError: a step failed.
     """
     wheels = pins((TREE / "constraints.txt").read_text())
@@ -85,7 +86,7 @@ def _build(to: Path, packages: Sequence[str], wheels: Sequence[str]) -> None:
 
 
 def _install_wheels(site: Path, wheels: Sequence[str]) -> None:
-    """Wheels for the guest's Python, whatever Python runs this."""
+    """Install wheels for the guest's Python into `site`, whatever Python runs this."""
     platforms = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_28_x86_64")
     run(
         [
@@ -99,10 +100,10 @@ def _install_wheels(site: Path, wheels: Sequence[str]) -> None:
 
 
 def _make_disk(tar: Path, disk: Path) -> None:
-    """An ext4 file system with what is in `tar`, made without mounting it.
+    """Make an ext4 file system of what is in `tar`, except the files in /dev, without mounting it.
 
-    Not root: all files belong to the caller instead of root, which only root
-    uses and which is read-only anyway.
+    If the caller is not root, the files belong to the caller's user instead of root. That does not
+    matter: in the guest only root uses them, and the file system is read-only.
     """
     tree = disk.with_suffix(".tree")
     tree.mkdir()
@@ -120,7 +121,7 @@ def _make_disk(tar: Path, disk: Path) -> None:
 
 
 def _remove(tree: Path) -> None:
-    """Remove an extracted tree, which may hold directories without write permission."""
+    """Remove an extracted tree, which may contain directories without write permission."""
     for parent, names, _ in os.walk(tree):
         for name in names:
             path = Path(parent, name)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Build the module against every kernel that Debian offers for this release, warnings as errors.
+"""Build the kernel module for every kernel that Debian offers for SUITE, with warnings as errors.
 
-The headers of the release's own kernels and of its backports go into a throwaway tree
-(as for the guest image, deploy/image). Prints a line for each kernel; exits with 1 if
-one does not build.
+The headers of the release's own kernels and of its backports go into a throwaway tree (as for the
+guest image, deploy/image). Prints a line for each kernel, and the log of a build that fails. Exits
+with 1 if a build fails, or if nothing was built.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kit import KMOD, KMOD_SOURCES
 
 FLAVOURS = ("cloud-amd64", "amd64", "rt-amd64")
 
-# $1 is the tree. The backports come from where the release itself comes from.
+# $1 is the tree. The backports are fetched from the same servers as the release.
 _BACKPORTS = f"""
 set -eu
 sed -n 's/ {SUITE} / {SUITE}-backports /p' "$1/etc/apt/sources.list" \
@@ -48,7 +48,7 @@ done > "$1/tmp/results"
 
 
 def main() -> int:
-    """Build for all kernels; return 0 if all builds succeed."""
+    """Build for all kernels; return the exit code, 0 if all builds succeed."""
     with tempfile.TemporaryDirectory() as folder:
         kmod = Path(folder) / "kmod"
         kmod.mkdir()

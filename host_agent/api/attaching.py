@@ -1,7 +1,8 @@
-"""Attaches running domains of somebody else, and lets them go.
+"""Attaches running domains of somebody else, and detaches them.
 
-An attached guest belongs to no trial: it is kept until it is detached, until its domain ends, or
-until the host agent ends, unless that keeps a state.
+An attached guest belongs to no trial. It is kept until it is detached or its domain ends. When the
+host agent ends, it detaches the guest; with --state it does not, and the next host agent adopts the
+guest.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from host_agent.threads import in_driver_thread
 async def attach(
     registry: Registry, driver: AttachedDriver, request: host_pb2.AttachGuestRequest
 ) -> host_pb2.AttachGuestResponse:
-    """Attach a domain, or look for what is in the way; see host.proto.
+    """Attach a domain; with dry_run, only return its obstacles. See host.proto.
 
     :raises NotFound: there is no such domain.
     :raises Refused: it cannot be attached; says why. The domain is as it was before.
+    :raises InvalidInput: a setting is out of its bounds.
     :raises GuestLost: the domain is gone.
     """
     domain = await in_driver_thread(driver.find, request.domain)
@@ -36,7 +38,7 @@ async def attach(
         )
     guest = _added(registry, domain, request.hinting)
     try:
-        # First, so that wrong settings plug nothing in.
+        # Before the door is plugged: wrong settings must change nothing in the domain.
         config = driver.agent_config(registry.request(guest), request.server)
         guest.creation = asyncio.create_task(registry.make(guest))
         await asyncio.shield(guest.creation)
@@ -57,7 +59,7 @@ def _added(registry: Registry, domain: host_pb2.Domain, hinting: host_pb2.Hintin
         method=host_pb2.HINTING,
         hinting=hinting,
     )
-    spec.hinting.isolator = hinting.isolator or IsolatorKind.HUGETLB  # any kernel has it
+    spec.hinting.isolator = hinting.isolator or IsolatorKind.HUGETLB  # HUGETLB needs no module
     uuid_text = registry.checked_uuid(domain.uuid)
     is_free = is_guest_name(domain.name) and domain.name not in [g.name for g in registry.guests]
     name = domain.name if is_free else uuid_text
@@ -67,11 +69,13 @@ def _added(registry: Registry, domain: host_pb2.Domain, hinting: host_pb2.Hintin
 async def detach(
     registry: Registry, driver: AttachedDriver, request: host_pb2.DetachGuestRequest
 ) -> host_pb2.DetachGuestResponse:
-    """Let a domain go, once its agent has nothing isolated.
+    """Make the guest stop hinting, wait until it has nothing in flight (two seconds at most), and
+    unplug its memory door.
 
     :raises NotFound: no such domain is attached.
     :raises HintfleetError: its agent could not be stopped: it stays attached. Or the guest did
-        not release the device: it stays in the list without hints. Both can be tried again.
+        not release the door: it stays in the list of guests, but is not hinted any more. In both
+        cases `detach` can be called again.
     """
     found = [g for g in registry.guests if g.is_attached and request.name in (g.name, g.uuid)]
     if not found:

@@ -1,4 +1,4 @@
-"""The control API, through which an orchestrator uses this host."""
+"""The control API, through which orchestrators and the CLI use this host."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ControlService(HostServiceServicer):
     async def CreateGuest(
         self, request: host_pb2.CreateGuestRequest, context: Context
     ) -> host_pb2.Guest:
-        """Make a guest and wait until it is ready."""
+        """Make a guest for a trial and wait until it is ready."""
 
         async def create() -> host_pb2.Guest:
             guest = await self._registry.create(
@@ -80,7 +80,7 @@ class ControlService(HostServiceServicer):
     async def ResizeGuest(
         self, request: host_pb2.ResizeGuestRequest, context: Context
     ) -> host_pb2.Guest:
-        """Plug or unplug memory."""
+        """Plug or unplug memory until the guest has the requested size."""
 
         async def resized() -> host_pb2.Guest:
             guest = self._registry.get(request.name)
@@ -92,7 +92,7 @@ class ControlService(HostServiceServicer):
     async def DestroyGuest(
         self, request: host_pb2.DestroyGuestRequest, context: Context
     ) -> host_pb2.DestroyGuestResponse:
-        """End a guest and close its books."""
+        """End a guest and return its closed books."""
 
         async def destroy() -> host_pb2.DestroyGuestResponse:
             return host_pb2.DestroyGuestResponse(ledger=await self._registry.destroy(request.name))
@@ -109,7 +109,7 @@ class ControlService(HostServiceServicer):
     async def ListDomains(
         self, request: host_pb2.ListDomainsRequest, context: Context
     ) -> host_pb2.ListDomainsResponse:
-        """Return what keeps each domain of this host's libvirt from being hinted."""
+        """Return all domains of this host's libvirt, each with its obstacles to being hinted."""
         try:
             return host_pb2.ListDomainsResponse(
                 domains=await in_driver_thread(self._attached.domains)
@@ -120,14 +120,14 @@ class ControlService(HostServiceServicer):
     async def AttachGuest(
         self, request: host_pb2.AttachGuestRequest, context: Context
     ) -> host_pb2.AttachGuestResponse:
-        """Plug the memory door into a domain."""
+        """Plug the memory door into a domain; with dry_run, only look for obstacles."""
         attaching = partial(attach, self._registry, self._attached, request)
         return await self._once("AttachGuest", request.command, attaching, context)
 
     async def DetachGuest(
         self, request: host_pb2.DetachGuestRequest, context: Context
     ) -> host_pb2.DetachGuestResponse:
-        """Take the memory door out of a domain."""
+        """Unplug the memory door from an attached domain; return the closed books."""
         detaching = partial(detach, self._registry, self._attached, request)
         return await self._once("DetachGuest", request.command, detaching, context)
 
@@ -141,7 +141,7 @@ class ControlService(HostServiceServicer):
             done = await guest.sessions.run_step(
                 lambda number: _command(request, number), command_id=_number_of(request.command)
             )
-            # Audit: samples that follow a verified step must have exact books.
+            # After the step `verify`, audit: the samples that follow it must have exact books.
             if request.verify:
                 await guest.audits.ledger()
             return host_pb2.RunStepResponse(
@@ -158,15 +158,18 @@ class ControlService(HostServiceServicer):
     async def Settle(
         self, request: host_pb2.SettleRequest, context: Context
     ) -> host_pb2.SettleResponse:
-        """Let one guest hint now, and return when all that can be reclaimed is reclaimed."""
+        """Have one guest hint now, and return when all that can be reclaimed is reclaimed.
+
+        Under a peer, wait until no memory leaves the RAM file for some seconds.
+        """
         timeout_s = request.timeout_ms / 1000 or _DEFAULT_SETTLE_S
         try:
             guest = self._registry.get(request.guest_name)
             async with asyncio.timeout(timeout_s):
                 settled = await guest.settle()
             ledger = await guest.audits.ledger()
-            # Saved before it is answered: an experiment computes with this ledger, and a restart
-            # of the host agent must not undo a part of it.
+            # Save before the answer is sent: an experiment computes with this ledger, and a restart
+            # of the host agent must not undo a part of the ledger.
             await guest.saver.save(guest)
             return host_pb2.SettleResponse(
                 batches=settled.batches,
@@ -186,7 +189,8 @@ class ControlService(HostServiceServicer):
     async def Watch(
         self, request: host_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[host_pb2.SampleSet]:
-        """Stream samples of a trial's guests. The guests live as long as the stream."""
+        """Stream samples of a trial's guests until cancelled. When the last stream of the trial
+        ends, its guests are ended."""
         if not request.trial_id or request.period_ms < SHORTEST_SAMPLE_PERIOD_MS:
             await abort(
                 context,
@@ -199,7 +203,9 @@ class ControlService(HostServiceServicer):
         sample_filter, answered = SampleFilter(), self._answered
         try:
             next_s = time.monotonic()
-            # The first sample is sent at once; all later ones at the common wake times.
+            # The first sample is made at once. If the period is a second or more, the second one
+            # is made at the next common wake time, and each later one a period after the one
+            # before.
             if period_s >= WAKE_S:
                 next_s = next_wake_s(next_s) - period_s
             while True:
@@ -208,7 +214,8 @@ class ControlService(HostServiceServicer):
                 current = sample_set(guests, self._registry.observing)
                 for samples in sample_filter.to_send(current, commanded=answered != before):
                     yield samples
-                # After a sample that took longer than the period, the missed ones are left out.
+                # If a sample took longer than the period, those that were due meanwhile are left
+                # out.
                 next_s = max(next_s + period_s, time.monotonic())
                 await sleep_until(next_s)
         finally:
@@ -232,12 +239,12 @@ class ControlService(HostServiceServicer):
 
 
 def _number_of(command: host_pb2.CommandId) -> int:
-    """Derive the id under which a guest's workload gets a command: the same for each retry; 0 if
-    the command has no sequence number, and a new id is chosen later."""
+    """Return the id under which a guest's workload gets a command: the same id for each retry. 0
+    if the command has no sequence number: `run_step` then chooses a new id."""
     if not command.sequence:
         return 0
-    # A hash, not a counter: a retry may come to another host agent, and must get the same id, so
-    # that the workload answers from memory instead of doing the step twice.
+    # A hash, not a counter: a retry may be sent to another host agent. With the same id there, the
+    # workload answers from memory, and does not do the step twice.
     digest = hashlib.blake2b(command.SerializeToString(deterministic=True), digest_size=8)
     return int.from_bytes(digest.digest())
 

@@ -1,4 +1,4 @@
-"""Errors, streams and certificates in terms of gRPC, for both services."""
+"""Helpers for both gRPC services: error statuses, the ends of streams, client certificates."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ _log = logging.getLogger("hintfleet.host.api")
 
 
 async def abort(context: Context, error: HintfleetError) -> NoReturn:
-    """End the call with the status for `error`. Never returns."""
+    """End the call with the status for `error`. Always raises."""
     code, details, metadata = to_status(error)
     await context.abort(code, details, metadata)
     raise error  # not reached: abort raises
 
 
 class OperatorsOnly(aio.ServerInterceptor):  # type: ignore[type-arg] # generic in stubs only
-    """Refuses every call without an operator's certificate, those to the health and reflection
-    services included. Without TLS it allows all: the socket's permissions decide there."""
+    """Refuses every call without an operator's certificate, also calls to the health and reflection
+    services. On a connection without TLS it allows every call: there, the unix socket's permissions
+    or the loopback address limit who can connect."""
 
     async def intercept_service(
         self,
@@ -41,7 +42,7 @@ class OperatorsOnly(aio.ServerInterceptor):  # type: ignore[type-arg] # generic 
         ],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Wrap the handler of the call, if there is one, in the check."""
+        """Return the call's handler, wrapped in the check; None if there is no handler."""
         handler = await continuation(handler_call_details)
         return _for_operators_only(handler) if handler else handler
 
@@ -67,17 +68,18 @@ def _for_operators_only(handler: Any) -> Any:
         async for one in inner(request, context):
             yield one
 
-    # A handler with a stream of answers is a generator, or writes to its context, as Watch of
-    # grpc_health does. grpc.aio treats the two differently, so the wrapper must be of the same
-    # kind.
+    # A handler with a stream of answers is an async generator, or a coroutine that writes to its
+    # context (Watch of grpc_health). grpc.aio treats the two differently, so the wrapper must be of
+    # the same kind as the handler.
     guarded = answers if inspect.isasyncgenfunction(inner) else answer
     make = getattr(grpc, f"{streams}_rpc_method_handler")
     return make(guarded, handler.request_deserializer, handler.response_serializer)
 
 
 async def force_close(context: Context, error: HintfleetError) -> None:
-    """End the call from another task than its own. Raises nothing."""
-    # `abort` raises in any case, and aio.BaseError if the call has ended already.
+    """End the call with the status for `error`, from another task than the call's own. Raises
+    nothing, even if the call has ended already."""
+    # `abort` always raises: aio.BaseError, whether it ends the call or the call has ended already.
     with suppress(aio.BaseError, HintfleetError):
         await abort(context, error)
 
@@ -85,10 +87,10 @@ async def force_close(context: Context, error: HintfleetError) -> None:
 async def received(messages: AsyncIterator[_M]) -> AsyncIterator[_M]:
     """Yield the messages that the other side of a call sends.
 
-    :raises InvalidInput: it sent bytes that are no message.
+    :raises InvalidInput: the other side sent bytes that are not a valid message.
     """
-    # Else gRPC ends the call with status UNKNOWN, as if this side had failed, and logs a
-    # traceback for what anybody may send.
+    # If a handler raises DecodeError, gRPC ends the call with status UNKNOWN, as if this side had
+    # failed, and logs a traceback, which any client could cause.
     try:
         async for message in messages:
             yield message
@@ -98,15 +100,16 @@ async def received(messages: AsyncIterator[_M]) -> AsyncIterator[_M]:
 
 @asynccontextmanager
 async def ended_by(stream: Stream, reader: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `reader` during the block. When it ends, end `stream` with the same error, if any."""
+    """Run `reader` during the block. If it ends first, end `stream`, with the error that `reader`
+    raised, if any."""
     task = asyncio.create_task(_read_then_end(stream, reader))
     try:
         yield
     finally:
         task.cancel()
         await asyncio.wait([task])
-        # A task that is cancelled before its first step never awaits `reader`, and Python warns
-        # of a coroutine that was never awaited.
+        # A task that is cancelled before its first step never awaits `reader`. Without `close`,
+        # Python would warn that the coroutine was never awaited.
         reader.close()
 
 
@@ -116,7 +119,7 @@ async def _read_then_end(stream: Stream, reader: Coroutine[object, object, None]
     except HintfleetError as error:
         stream.end(error)
     except Exception as error:  # noqa: BLE001 - the guest must hear of every error
-        # Else nobody would read the stream, but to its guest it would look alive.
+        # End the stream: nobody reads it any more, but to its guest it would look alive.
         _log.error("reading a stream failed", exc_info=error)
         stream.end(TransientError(f"the host agent failed: {type(error).__name__}"))
     else:

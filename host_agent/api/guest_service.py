@@ -30,7 +30,7 @@ from host_agent.session.validation import check_done, check_hello, check_telemet
 
 _FIRST_MESSAGE_S = 10.0
 _MAX_PENDING_STREAMS = 256
-# A refusal is sent after this pause, so that a client which tries again and again costs little.
+# A stream is refused only after this pause, so that a client which retries for ever costs little.
 _REFUSAL_S = 0.5
 _UUID_LENGTH = 36
 _M = TypeVar("_M")
@@ -59,8 +59,8 @@ class GuestService(HintingServiceServicer):
                 session = guest.sessions.connect_hinting(stream, self._registry.epochs)
                 try:
                     welcome = await stream.next()
-                    # The next host agent must choose a later epoch (I2), even if this one is
-                    # killed right after the Welcome.
+                    # Save the epoch before the Welcome is sent: the next host agent must choose a
+                    # later epoch (I2), even if this host agent is killed right after the Welcome.
                     await guest.saver.save(guest)
                     yield welcome  # type: ignore[misc]
                     async with ended_by(stream, _read_session(guest, session, messages)):
@@ -74,7 +74,7 @@ class GuestService(HintingServiceServicer):
     async def Workload(
         self, request_iterator: AsyncIterator[pb.WorkloadEvent], context: Context
     ) -> AsyncIterator[pb.WorkloadCommand]:
-        """Send commands to the guest's workload and take its answers; see hinting.proto."""
+        """Send commands to the guest's workload and receive its answers; see hinting.proto."""
         events = received(request_iterator)
         try:
             attach = (await self._first(events, "attach")).attach
@@ -93,14 +93,14 @@ class GuestService(HintingServiceServicer):
     async def _first(self, messages: AsyncIterator[_M], kind: str) -> _M:
         """Wait for the first message of a stream and return it.
 
-        :raises TransientError: it did not come in time.
-        :raises InvalidInput: it is of another kind, or the stream has ended.
+        :raises TransientError: it did not arrive in time, or other streams needed the place.
+        :raises InvalidInput: it is not of this kind, or the stream has ended.
         """
         try:
             async with self._pending_streams.place():
                 first = await anext(messages)
-        # Transient, so that the agent tries again: a slow link or too many streams of others may
-        # be the cause.
+        # Transient, so that the guest's agent tries again: the cause may be a slow link, or too
+        # many streams of others.
         except TimeoutError:
             raise TransientError(
                 f"no {kind} came within {_FIRST_MESSAGE_S:.0f} s, or too many streams wait"
@@ -113,11 +113,11 @@ class GuestService(HintingServiceServicer):
         return first
 
     async def _authenticated(self, identity: pb.Identity, context: Context) -> Guest:
-        """Return the guest of this identity: its token must be right, and its certificate, if it
-        shows one.
+        """Return the guest with this identity. Its token must be right, and under TLS its
+        certificate, too.
 
-        :raises HintfleetError: it is no guest of this host, or it may not open a stream now.
-            Raised after a pause.
+        :raises HintfleetError: there is no such guest on this host, or it may not open a stream
+            now. Raised after a pause.
         """
         try:
             peer = check_role(context.auth_context(), Role.GUEST)
@@ -129,8 +129,8 @@ class GuestService(HintingServiceServicer):
             if (left_out := self._refusals.due()) is not None:
                 about = {"uuid": identity.guest_uuid[:_UUID_LENGTH], "reason": error.message}
                 _log.warning("stream refused", extra=fields(**about, **left_out))
-            # While it is refused, a stream takes one of the limited places for pending streams. If
-            # another stream needs the place, this pause ends early, with TimeoutError.
+            # During the pause, the refused stream takes one of the limited places for pending
+            # streams. If another stream needs the place, the pause ends early, with TimeoutError.
             with contextlib.suppress(TimeoutError):
                 async with self._pending_streams.place():
                     await asyncio.sleep(_REFUSAL_S)
@@ -144,7 +144,7 @@ def _stream(guest: Guest, context: Context) -> Stream:
 
 @contextlib.contextmanager
 def _counting_violations(guest: Guest) -> Iterator[None]:
-    """Count a violation for the guest if the block raises one."""
+    """If the block raises InvalidInput or LimitExceeded, count a violation for the guest."""
     try:
         yield
     except (InvalidInput, LimitExceeded) as error:
@@ -169,9 +169,12 @@ async def _read_session(
 
 
 async def _paced(guest: Guest, messages: AsyncIterator[_M]) -> AsyncIterator[_M]:
-    """Yield messages, but read them only as fast as the guest's rate limits allow."""
-    # gRPC's flow control does the rest: what is not read fills the stream's window (64 KiB), and
-    # then the guest has to wait. A flood costs no memory here, and little time.
+    """Yield messages, but read them only as fast as the guest's rate limits allow.
+
+    :raises LimitExceeded: the guest floods.
+    """
+    # Messages that are not read yet fill the stream's window (64 KiB). Then gRPC's flow control
+    # makes the guest wait. So a flood costs little memory and time here.
     async for message in messages:
         now_s = time.monotonic()
         if isinstance(message, pb.GuestMessage) and message.HasField("batch"):

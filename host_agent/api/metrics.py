@@ -1,7 +1,7 @@
-"""The books as Prometheus metrics.
+"""The guests' books and violations of the protocol, as Prometheus metrics.
 
-A scrape reads the books as they last were; it audits nothing, so it cannot delay a guest's
-batches.
+A scrape reads the books that were computed last for each guest (`last_ledger`). It does not look at
+RAM files, so it cannot delay a guest's batches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from hintfleet.net.addresses import address_problem, check_plain_text, is_unix
 from hintfleet.net.tls import Peer, Role, Tls
 from host_agent.registry import Registry
 
-# Fields of the ledger, by the names that are served: written out, so that grep finds them.
+# Fields of the ledger, by the names of their metrics. The names are written out, so that grep
+# finds them.
 _GAUGES = {
     "hintfleet_guest_provisioned_bytes": (
         "provisioned_bytes",
@@ -60,7 +61,8 @@ _COUNTERS = {
     "hintfleet_guest_batches_total": ("batches", "Batches received"),
 }
 
-# Connections at a time: each takes a thread, and everybody who reaches the port can open one.
+# The most connections at a time: each takes a thread, and everybody who can reach the port can
+# open one.
 _MAX_CONNECTIONS = 16
 
 
@@ -71,7 +73,8 @@ class LedgerCollector(Collector):
         self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
-        """Yield one family for each field of the ledger, labelled by guest and trial."""
+        """Yield all metric families, labelled by guest and trial: fields of the ledger, violations,
+        bans, and skipped bytes by reason."""
         books = [(g.name, g.trial_id, g.memory.last_ledger) for g in self._registry.guests]
         families = [(GaugeMetricFamily, *one) for one in _GAUGES.items()] + [
             (CounterMetricFamily, *one) for one in _COUNTERS.items()
@@ -144,8 +147,8 @@ def _make_server(address: str, tls: Tls | None) -> _Server:
     kind = _Server6 if host.startswith("[") else _Server
     server = kind((host.strip("[]"), int(port)), _Handler)
     if tls is not None:
-        # The handshake is done by the first read, in the connection's own thread: `accept` would
-        # do it in the only thread that accepts, and a client that stalls would stall all.
+        # Not on connect: `accept` would do the handshake in the only thread that accepts, where one
+        # client that stalls would stall all. The first read does it, in the connection's thread.
         server.socket = tls.server_context().wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False
         )
@@ -172,7 +175,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Ignore the error: the client hung up, stalled or showed no certificate."""
-        # socketserver's own prints a traceback.
+        # The method of socketserver would print a traceback.
 
 
 class _Server6(_Server):
@@ -183,7 +186,8 @@ class _Handler(WSGIRequestHandler):
     timeout = 10.0
 
     def parse_request(self) -> bool:
-        """Read the request; refuse it if it does not come from an operator."""
+        """Read the request; return whether to serve it. Under TLS, refuse it without an operator's
+        certificate."""
         if not super().parse_request():
             return False
         if isinstance(self.connection, ssl.SSLSocket):

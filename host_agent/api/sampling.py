@@ -12,14 +12,15 @@ from host_agent.guest import Guest
 from host_agent.memory.audit_pace import CALM_PAGES
 
 _CALM_BYTES = CALM_PAGES * PAGE_BYTES
-# In a row, as host.proto promises of Watch.
+# The most samples that are left out in a row: host.proto promises it for Watch.
 _MAX_LEFT_OUT = 3
 
 
 def sample_set(guests: Iterable[Guest], observing: CpuMeter) -> host_pb2.SampleSet:
-    """Return one sample of each of these guests that runs.
+    """Return a sample of each running guest among `guests`.
 
-    :param observing: counts the processor time of samples, this one included.
+    :param observing: the processor time of making the samples is added to it, and its sum is
+        returned with them.
     """
     with observing.running():
         samples = [_sample(guest) for guest in guests if guest.running]
@@ -45,8 +46,8 @@ def _sample(guest: Guest) -> host_pb2.Sample:
 
 def _cpu_us(pid: int) -> int:
     """Return the CPU time of a process in microseconds; 0 if it is gone."""
-    # What clock_getcpuclockid(3) returns (include/linux/posix-timers.h: CPUCLOCK_SCHED is 2).
-    # Python has it for threads only.
+    # The clock that clock_getcpuclockid(3) returns for the process (include/linux/posix-timers.h:
+    # CPUCLOCK_SCHED is 2). Python has such a function for threads only.
     clock = (~pid << 3) | 2
     try:
         return time.clock_gettime_ns(clock) // 1000
@@ -55,9 +56,9 @@ def _cpu_us(pid: int) -> int:
 
 
 class SampleFilter:
-    """Leaves out samples that hardly differ from the last one sent: to send a sample costs more
-    than to make it. Before a sample that differs, the last one that was left out is sent. So a line
-    drawn through the samples is never far from the truth."""
+    """Leaves out samples that hardly differ from the last one sent, at most three in a row: sending
+    a sample costs more than making it. Before a sample that differs, the last one that was left out
+    is sent. So a line drawn through the samples is never far from the truth."""
 
     def __init__(self) -> None:
         self._sent: host_pb2.SampleSet | None = None

@@ -1,14 +1,14 @@
-"""A guest's memory door: the socket on which QEMU hands over the guest's RAM, and waits for an
-answer before it stops the guest.
+"""A guest's memory door: the socket on which QEMU hands over the guest's RAM, and waits for the
+host agent's answer before it stops the guest.
 
-The host agent is the vhost-user back end of a virtiofs device that nobody mounts. The messages are
-handled in `protocol.Backend`; here is the socket, on the host agent's event loop.
+The host agent is the vhost-user back end of a virtiofs device that nobody mounts. Messages are
+handled in `protocol.Backend`; this module serves the socket, on the host agent's event loop.
 
 A door is open while punches may run: from the start of the device until QEMU stops the device. QEMU
-does that before it suspends or resets the guest, loads a state into it, or removes the device, and
-stands still until it has the answer. If the host agent is killed, the kernel closes its socket only
-after the last of its threads has left the kernel (kernel/exit.c: exit_files). So even then QEMU
-cannot go on before the last punch has ended.
+stops it before it suspends or resets the guest, loads a state into the guest, or removes the
+device, and does nothing else until it has the answer. If the host agent is killed, the kernel
+closes the socket only after the last thread of the host agent has left the kernel (kernel/exit.c:
+exit_files). So even then QEMU cannot continue before the last punch has ended.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ _log = logging.getLogger("hintfleet.host.door")
 
 
 class MemoryDoor:
-    """The door of one guest. Made by any thread with `listening`; owned by the caller.
+    """The door of one guest. Whoever calls `listening` owns the door, and must close it.
 
-    :ivar fence: closed while the door is.
-    :ivar pid: QEMU's process id; 0 before it has connected.
+    :ivar fence: closed while the door is closed.
+    :ivar pid: process id of the QEMU that connected last; 0 before the first.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class MemoryDoor:
         uids: Collection[int],
         guest: str,
     ) -> None:
-        """Use `listening`."""
+        """Call `listening` instead: it makes the listener."""
         self.fence = Fence()
         self.fence.close(_nothing)
         self.path = path
@@ -94,18 +94,20 @@ class MemoryDoor:
     def listening(
         cls, loop: asyncio.AbstractEventLoop, path: Path, uids: Collection[int], guest: str
     ) -> MemoryDoor:
-        """Listen at `path`, for one QEMU at a time; what is there is replaced.
+        """Listen on a socket at `path`, for one QEMU at a time; return the door. A file that is at
+        `path` already is replaced.
 
-        :param loop: runs in another thread than the caller's.
-        :param uids: the users who may connect.
+        :param loop: serves the socket; runs in another thread than the caller's.
+        :param uids: the users who may connect; others are disconnected at once.
         :param guest: the guest's name, for logs.
-        :raises Refused: nobody can listen there.
+        :raises Refused: the socket cannot be made there.
         """
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             path.unlink(missing_ok=True)
             listener.bind(os.fspath(path))
-            # QEMU's user must be able to connect; the folder decides who comes this far.
+            # QEMU's user must be able to connect. The permissions of the folder limit who can reach
+            # the socket at all.
             path.chmod(0o666)
             listener.listen(_BACKLOG)
             listener.setblocking(False)
@@ -120,24 +122,26 @@ class MemoryDoor:
     # For the guest's owner, on the event loop
 
     def watch(self, moved: Callable[[str | None], None]) -> None:
-        """Call `moved` now, and whenever the door opens (with None) or closes (with the reason)."""
+        """Call `moved` now and whenever the door opens or closes: with None if the door is open,
+        with the reason if it is closed."""
         self._moved = moved
         moved(None if self._is_open else "its memory door is not open")
 
-    # For drivers, from other threads
+    # From any thread, except that `wait_until_open` and `close` block: not on the event loop
 
     def wait_until_open(self, timeout_s: float) -> bool:
-        """Wait until the door is open; return whether it is."""
+        """Wait until the door is open, at most for `timeout_s`; return whether it is open."""
         with self._changed:
             return self._changed.wait_for(lambda: self._is_open, timeout_s)
 
     def segments(self, besides: RangeSet = EMPTY) -> list[Segment]:
-        """Return the guest's RAM. The caller owns the files.
+        """Return where the guest's RAM is. The caller must close the segments' files.
 
-        :param besides: known RAM, which is left out.
+        :param besides: RAM to leave out.
         :raises Refused: some of the RAM is not in a shared memfd with small pages.
         """
-        # QEMU sends the same file with each of its regions, each time as another descriptor.
+        # QEMU sends a file again with each region in it, each time as another descriptor. The
+        # segments share one descriptor for each file.
         opened: dict[int, int] = {}
         segments = []
         with self._changed, contextlib.ExitStack() as undo:
@@ -164,7 +168,8 @@ class MemoryDoor:
         return segments
 
     def when_disconnected(self, call: Callable[[str], None]) -> None:
-        """Call `call` with the reason, on the event loop, when QEMU hangs up; at once if it has."""
+        """Call `call` with the reason, on the event loop, when the connection to QEMU ends; at once
+        if there is none now. Replaces an earlier `call`."""
 
         def begin() -> None:
             self._disconnected = call
@@ -174,7 +179,8 @@ class MemoryDoor:
         self._loop.call_soon_threadsafe(begin)
 
     def when_table_changes(self, call: Callable[[], object]) -> None:
-        """Call `call` on the event loop whenever QEMU hands over memory or takes it back."""
+        """Call `call` on the event loop whenever QEMU adds RAM to its table or removes some; not
+        when it hangs up."""
         self._table_changed = call
 
     def pages(self) -> RangeSet:
@@ -186,7 +192,8 @@ class MemoryDoor:
         )
 
     def close(self) -> None:
-        """Hang up and stop listening, once no punch runs. May be called twice."""
+        """Let no punch begin, wait until none runs, hang up, and remove the socket. May be called
+        twice."""
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._listener.close()
         self.path.unlink(missing_ok=True)
@@ -205,9 +212,10 @@ class MemoryDoor:
         while True:
             try:
                 connection, _ = await self._loop.sock_accept(self._listener)
-            except OSError as error:  # no descriptors, for example
+            except OSError as error:  # no free descriptors, for example
                 _log.warning("door cannot be served", extra=self._fields(reason=error.strerror))
-                # QEMU waits for an answer, and its whole guest with it: turn it away.
+                # QEMU and its guest stand still until QEMU has an answer: closing the listener
+                # ends the connection that waits to be accepted.
                 self._listener.close()
                 return
             with connection:
@@ -233,7 +241,7 @@ class MemoryDoor:
             reason = f"{type(error).__name__}: {error}"
             _log.error("door failed", extra=self._fields(), exc_info=error)
         finally:
-            # Before the socket is closed, because QEMU goes on when it is.
+            # Wait for punches before the socket is closed: then QEMU continues.
             await self._stop(reason)
             regions = backend.regions
             self._set_regions(())
@@ -276,8 +284,8 @@ class MemoryDoor:
         self._moved(None)
 
     async def _stop(self, reason: str) -> None:
-        """Close the fence and wait until no slice is inside. Wait also if the door is closed: an
-        earlier wait may have been cancelled."""
+        """Close the door and its fence, and wait until no slice of a punch is inside the fence. If
+        the door is closed already, wait all the same: an earlier wait may have been cancelled."""
         if self._is_open:
             with self._changed:
                 self._is_open = False
@@ -296,10 +304,10 @@ class MemoryDoor:
 
 
 async def _receive(connection: socket.socket) -> tuple[int, int, bytes, list[int]] | None:
-    """Return the next message: request, flags, payload and descriptors, which the caller owns;
-    None at the end of the stream.
+    """Return the next message: request, flags, payload and descriptors; None at the end of the
+    stream. The caller owns the descriptors.
 
-    :raises InvalidInput: it is longer than any message.
+    :raises InvalidInput: it is too long, or has too many descriptors.
     """
     fds: list[int] = []
     try:
@@ -320,12 +328,15 @@ async def _receive(connection: socket.socket) -> tuple[int, int, bytes, list[int
 async def _receive_bytes(
     connection: socket.socket, size_bytes: int, fds: list[int]
 ) -> bytes | None:
-    """Return so many bytes, and append the descriptors that come with them to `fds`; None at the
-    end of the stream."""
+    """Return the next `size_bytes` bytes; None if the stream ends before. Append all descriptors
+    that arrive with them to `fds`.
+
+    :raises InvalidInput: `fds` has more than MAX_DESCRIPTORS descriptors then.
+    """
     data = b""
     while len(data) < size_bytes:
         try:
-            # Ask for one more than the limit, so that a message with too many is detected.
+            # One descriptor more than the limit, so that a message with too many is detected.
             more, received, _, _ = socket.recv_fds(
                 connection, size_bytes - len(data), MAX_DESCRIPTORS + 1, socket.MSG_CMSG_CLOEXEC
             )
@@ -354,7 +365,7 @@ async def _readable(connection: socket.socket) -> None:
 def _check_file(region: Region) -> None:
     """Check that holes can be punched into a region's file page by page.
 
-    :raises Refused: says what to change.
+    :raises Refused: they cannot; says what to change.
     """
     # For a file on hugetlbfs, f_bsize is the size of a huge page.
     is_memfd = os.readlink(f"/proc/self/fd/{region.fd}").startswith("/memfd:")

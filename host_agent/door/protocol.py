@@ -1,11 +1,10 @@
 """The back end's side of vhost-user, for a device that nobody uses. Pure: messages and
 descriptors in, actions out.
 
-QEMU is the front end. It says where the guest's RAM is (the table), and starts the device's queues
+QEMU is the front end. It sends where the guest's RAM is (the table), and starts the device's queues
 when the guest's driver is ready. Before it stops or resets the guest, or removes the device, it
-stops the queues and waits for the answer. The device is there for this wait alone: its queues are
-never processed. Source: docs/interop/vhost-user.rst and hw/virtio/vhost-user.c of
-QEMU.
+stops the queues and waits for the answer. The device exists only for the table and this wait: its
+queues are never processed. Source: docs/interop/vhost-user.rst and hw/virtio/vhost-user.c of QEMU.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ MAX_PAYLOAD_BYTES = 1024
 MAX_DESCRIPTORS = 8
 """What one message may carry: a table has eight regions at most."""
 
-# As QEMU allows: VHOST_USER_MAX_RAM_SLOTS. Fewer would keep operators from plugging memory.
+# As many as QEMU allows (VHOST_USER_MAX_RAM_SLOTS): with fewer, QEMU would refuse to plug more
+# memory into a guest.
 MAX_REGIONS = 512
-# Guest physical addresses have 52 bits at most (x86-64).
+# Guest physical addresses have 52 bits at most (x86-64). The bound for offsets in files, too.
 _MAX_ADDRESS = 1 << 52
 _MAX_QUEUES = 256
 
@@ -39,7 +39,7 @@ _NEEDS_REPLY = 1 << 3
 # Virtio feature bits: VHOST_USER_F_PROTOCOL_FEATURES and VIRTIO_F_VERSION_1.
 _FEATURES = 1 << 30 | 1 << 32
 _REPLY_ACK = 1 << 3
-# The table comes region by region (ADD_MEM_REG), as many as MAX_REGIONS.
+# Lets QEMU send the table region by region (ADD_MEM_REG), up to MAX_REGIONS.
 _CONFIGURE_MEM_SLOTS = 1 << 15
 _PROTOCOL_FEATURES = _REPLY_ACK | _CONFIGURE_MEM_SLOTS
 
@@ -51,7 +51,7 @@ _NO_FD = -1
 
 
 class Request(IntEnum):
-    """The requests that are more than noted."""
+    """The requests that this back end acts on or answers. It ignores most others."""
 
     GET_FEATURES = 1
     RESET_OWNER = 4
@@ -72,8 +72,8 @@ _ANSWERS: dict[int, int] = {
     Request.GET_PROTOCOL_FEATURES: _PROTOCOL_FEATURES,
     Request.GET_MAX_MEM_SLOTS: MAX_REGIONS,
 }
-# Requests with an answer of their own that this back end cannot give: it offers none of the
-# features that they belong to.
+# Requests that this back end refuses, because it cannot give their answers. They belong to features
+# that it does not offer.
 _UNANSWERABLE = {
     17: "GET_QUEUE_NUM",
     24: "GET_CONFIG",
@@ -89,7 +89,8 @@ class Region:
     """A part of the guest's RAM that lies in one piece in one file.
 
     :ivar address: address of the first byte, guest physical.
-    :ivar user_address: its address in QEMU's own memory; identifies it when it is removed.
+    :ivar user_address: the region's address in QEMU's own memory. With `address` and `size_bytes`,
+        it identifies the region that QEMU removes.
     :ivar offset_bytes: offset of the first byte in the file.
     :ivar fd: the file. Whoever called `Backend.received` owns it, and closes it when a `Drop` names
         it.
@@ -103,14 +104,14 @@ class Region:
 
     @property
     def end(self) -> int:
-        """The address behind the last byte."""
+        """The guest physical address after the last byte."""
         return self.address + self.size_bytes
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Let no punch begin, end the epoch, and wait until no punch runs. The actions behind this one,
-    the reply to QEMU among them, are carried out only after that."""
+    """Let no punch begin, end the epoch, and wait until no punch runs. Only after that carry out
+    the actions that follow this one, such as the reply to QEMU."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Table:
-    """The RAM of the guest is this now."""
+    """All RAM of the guest from now on; replaces the last table."""
 
     regions: tuple[Region, ...]
 
@@ -156,11 +157,11 @@ class Backend:
     def received(
         self, request: int, flags: int, payload: bytes, fds: Sequence[int]
     ) -> Sequence[Action]:
-        """Handle one message.
+        """Handle one message; return the actions to carry out, in this order.
 
-        :param fds: the descriptors that came with it. Each of them is in a region of `Table`, or
-            in a `Drop`; after an error, all are the caller's.
-        :raises InvalidInput: it is no valid message. The connection must be closed.
+        :param fds: the descriptors that came with it. Each of them is in a region of the returned
+            `Table`, or in a returned `Drop`. After an error, the caller must close all of them.
+        :raises InvalidInput: the message is not valid. The connection must be closed.
         """
         if flags & _VERSION_MASK != _VERSION or flags & _IS_REPLY:
             raise InvalidInput(f"vhost-user request {request} has flags {flags:#x}")
@@ -186,12 +187,12 @@ class Backend:
         if request in _ANSWERS:
             return _U64.pack(_ANSWERS[request])
         if request == Request.GET_VRING_BASE:
-            # How far the queue was processed: not at all, because nobody processes it.
+            # Answer with how far the queue was processed: 0, because nobody processes it.
             return _RING_STATE.pack(_unpacked(_RING_STATE, payload)[0], 0)
         return _U64.pack(0) if must_acknowledge and self._acknowledges else None
 
     def _memory(self, request: int, payload: bytes, fds: Sequence[int]) -> list[Action]:
-        """Handle a message about the table, with its descriptors; return nothing for others."""
+        """Handle a message about the table, with its descriptors. Return no action for others."""
         match request:
             case Request.SET_MEM_TABLE:
                 return self._table(_table(payload, fds))
@@ -200,14 +201,14 @@ class Backend:
                     raise InvalidInput(f"a memory region came with {len(fds)} descriptors")
                 return self._table((*self.regions, _region(payload, fds[0])))
             case Request.REM_MEM_REG:
-                # The specification allows a descriptor here. It is not needed, and closed.
+                # The specification allows a descriptor in this message. It is not needed: close it.
                 actions = self._table(self._without(_region(payload, _NO_FD)))
                 return [*actions, Drop(tuple(fds))] if fds else actions
         return []
 
     def _queues(self, request: int, payload: bytes) -> list[Action]:
-        """Handle a message about the queues, which may stop or start the device; return nothing for
-        others."""
+        """Handle a message about the queues; return `Stop` if it stops the device. `_started`
+        returns `Start`. Return no action for other messages."""
         match request:
             case Request.SET_VRING_KICK:
                 (value,) = _unpacked(_U64, payload)
@@ -236,7 +237,7 @@ class Backend:
     def _stopped(self) -> list[Action]:
         if not self.is_running:
             return []
-        # All queues at once: whatever stops one of them stops the device.
+        # A message that stops one queue stops the device, and so all of its queues.
         self.is_running = False
         self._kicked.clear()
         return [Stop()]
@@ -259,7 +260,7 @@ class Backend:
 def check_size(size_bytes: int) -> None:
     """Check the size of a payload before it is read.
 
-    :raises InvalidInput: no message is that long.
+    :raises InvalidInput: it is larger than any payload may be.
     """
     if size_bytes > MAX_PAYLOAD_BYTES:
         raise InvalidInput(f"a vhost-user message of {size_bytes} bytes")
@@ -278,14 +279,14 @@ def _queue(index: int) -> int:
 
 
 def _region(payload: bytes, fd: int) -> Region:
-    # Eight bytes of padding stand before it.
+    # The payload is eight bytes of padding, then the region.
     if len(payload) != 8 + _REGION.size:
         raise InvalidInput(f"a memory region of {len(payload)} bytes")
     return _make_region(payload, 8, fd)
 
 
 def _table(payload: bytes, fds: Sequence[int]) -> tuple[Region, ...]:
-    # Their number, four bytes of padding, the regions.
+    # The payload is the number of regions, four bytes of padding, then the regions.
     if len(payload) != 8 + len(fds) * _REGION.size or payload[:4] != struct.pack("=I", len(fds)):
         raise InvalidInput(f"a memory table of {len(payload)} bytes and {len(fds)} descriptors")
     return tuple(_make_region(payload, 8 + i * _REGION.size, fd) for i, fd in enumerate(fds))

@@ -1,1 +1,1 @@
-"""Guests on this host: the driver protocol, its two drivers, and the peers of hinting."""
+"""Guests on this host: the interface of drivers, the drivers, and the peers of hinting."""

@@ -1,4 +1,4 @@
-"""Checks what a guest's spec asks of its agent, and puts it into the agent's configuration."""
+"""Checks a spec's settings for a guest's agent, and makes the agent's configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _A_GUEST = {Driver.EMBEDDED: "an embedded guest", Driver.LIBVIRT: "a libvirt gue
 def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingParts:
     """Return the isolator and the tracker of a guest with these settings.
 
-    :raises Refused: the driver does not have what is asked for; says what it has.
+    :raises Refused: the driver has no such isolator or tracker, or the two do not fit together or
+        to the policy or the chunk order. The hint lists what is possible.
     """
     isolators, trackers = zip(*PARTS[driver], strict=True)
     for what, value, there in (
@@ -64,7 +65,8 @@ def agent_config(
     """Return the part of an agent's configuration that is the same for all drivers.
 
     :param server: address at which the guest finds the host agent.
-    :param tls: whether the guest must use TLS; it has its certificate already.
+    :param tls: whether the guest must use TLS; its certificate must be in the guest already, in
+        /etc/hintfleet/tls.
     :raises Refused: as `check_hinting`.
     :raises InvalidInput: a setting is out of its bounds.
     """
@@ -74,7 +76,7 @@ def agent_config(
         server=server,
         guest_uuid=request.uuid,
         token=request.token,
-        # Under the peers there is nothing for an agent to do but run the workload.
+        # Under a peer, as under method none, the agent only runs the workload.
         method=Method.HINTING if spec.method == host_pb2.HINTING else Method.NONE,
         isolator=parts.isolator,
         tracker=parts.tracker,
@@ -82,7 +84,8 @@ def agent_config(
         threshold_chunks=hinting.threshold_chunks or DEFAULT_THRESHOLD_CHUNKS,
         max_memory_bytes=spec.max_memory_bytes,
         tls_folder=_GUEST_TLS_FOLDER if tls else "",
-        # 0: the driver ends the guest with the host agent; the agent need not watch for that.
+        # 0 is never: without Survival, the driver ends its guests when the host agent ends, and
+        # the agent of an attached guest waits for a host agent without limit.
         orphan_after_s=survival.orphan_after_s if survival else 0,
     )
 

@@ -1,12 +1,12 @@
 """The balloon as a peer of hinting: the rule for a guest's memory target. Pure.
 
-One rule, after oVirt's MOM (doc: momd balloon.rules): the guest keeps what it uses and a reserve.
+One rule, after oVirt's MOM (its doc/balloon.rules): the guest keeps what it uses and a reserve.
 The target falls in bounded steps, because a guest may be about to use what it has. It rises at
-once, because a guest that needs memory needs it now. A change within the dead band is not worth
-the guest's work.
+once, because a guest that needs memory needs it now. A change within the dead band is not made: it
+is not worth the guest's work.
 
-A guest uses its balloon's size less its free memory (MemFree). A cache counts as used, as it does
-for hinting and reporting.
+What a guest uses is its memory outside the balloon less its free memory (MemFree). The page cache
+counts as used, as it does under hinting and reporting.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from hintfleet.settings import DEFAULT_RESERVE_PERCENT, DEFAULT_STEP_PERCENT
 from hintfleet.units import KIB, MIB
 from hintfleet.v1 import host_pb2
 
-# How often the guest's driver sends statistics, and how often they are read (less often at rest).
+# Once per period the guest's balloon driver sends statistics, and the host agent reads them (less
+# often at rest).
 PERIOD_S = 1.0
 
-# After 12 periods in which nothing moved, only every fourth is used: to read the statistics was
-# half of what three resting guests with balloons cost a host agent.
+# After 12 periods without a move of resident memory, statistics are read in every fourth period
+# only: reading them took half of the processor time that three resting guests with balloons cost.
 _PERIODS_BEFORE_REST, _PERIODS_AT_REST = 12, 4
 
 # Twenty periods: even a guest under TCG on a busy host sends statistics within this time.
@@ -52,40 +53,44 @@ class Balloon(Protocol):
     """A running guest's balloon. Methods may block; they are called from worker threads."""
 
     def stats(self) -> BalloonStats:
-        """Return the statistics that are known now.
+        """Return the latest statistics; do not wait for new ones.
 
         :raises hintfleet.errors.GuestLost: the guest is gone.
+        :raises hintfleet.errors.Refused: the hypervisor failed.
         """
 
     def set_target(self, size_bytes: int) -> None:
         """Ask the guest to take or give memory until it has this size, a multiple of 1 KiB.
-        Return before it has.
+        Return without waiting for that.
 
         :raises hintfleet.errors.GuestLost: the guest is gone.
+        :raises hintfleet.errors.Refused: the hypervisor failed.
         """
 
 
 class Reporting(Protocol):
-    """A running guest's free page reporting. May block; called from worker threads."""
+    """A running guest's free page reporting. `problem` may block; call it from a worker thread."""
 
     def problem(self) -> str:
-        """Return why the guest does not report; empty if it does, or if that is not known.
+        """Return why the guest does not report free pages; empty if it does, or if that cannot be
+        found out.
 
         :raises hintfleet.errors.GuestLost: the guest is gone.
         """
 
 
 class PollSchedule:
-    """Decides in which periods to ask the hypervisor: each time takes a round trip through
-    libvirt."""
+    """Decides in which periods to read the statistics: in fewer while the guest rests, because each
+    read is a round trip through libvirt."""
 
     def __init__(self) -> None:
         self._still_periods = 0
 
     def is_due(self, moved: bool) -> bool:
-        """Return whether to ask the hypervisor in this period.
+        """Return whether to read the statistics in this period. Call it once per period: it counts
+        the periods.
 
-        :param moved: whether the guest's resident memory has moved since the last period.
+        :param moved: whether the guest's resident memory has moved: `GuestMemory.has_moved`.
         """
         self._still_periods = 0 if moved else self._still_periods + 1
         if self._still_periods < _PERIODS_BEFORE_REST:
@@ -94,17 +99,18 @@ class PollSchedule:
 
 
 class Silence:
-    """Measures for how long a guest's balloon driver has sent nothing that the rule can use."""
+    """Measures how long ago a guest's balloon driver sent statistics that the rule can use."""
 
     def __init__(self, now_s: float) -> None:
-        """:param now_s: now, on the monotonic clock of `problem`."""
+        """:param now_s: present time, on the same monotonic clock as in `problem`."""
         self._since_s = now_s
         self._last_update_s = 0
 
     def problem(self, stats: BalloonStats, now_s: float) -> str:
-        """Take statistics; return why the rule cannot work. Empty while it can, or while the
-        guest may only be slow."""
-        # Unequal, not later: the host's wall clock may be set back.
+        """Note these statistics, and return why the rule cannot work. Return an empty text until
+        SILENT_AFTER_S have passed without usable statistics: the guest may only be slow."""
+        # Compared by !=, not by >: after the host's wall clock was set back, new statistics have
+        # an earlier time.
         if stats.last_update_s != self._last_update_s and stats.unused_bytes is not None:
             self._since_s, self._last_update_s = now_s, stats.last_update_s
         if now_s - self._since_s < SILENT_AFTER_S:
@@ -118,7 +124,7 @@ class Silence:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One guest's settings, in bytes."""
+    """The rule with the settings of one guest."""
 
     memory_bytes: int
     reserve_bytes: int
@@ -136,7 +142,7 @@ class Rule:
         )
 
     def next_target(self, stats: BalloonStats) -> int | None:
-        """Return the size in bytes that the guest should have; None to leave it as it is."""
+        """Return the new target of the guest, in bytes; None to leave the target as it is."""
         if stats.unused_bytes is None:
             return None
         used_bytes = stats.size_bytes - stats.unused_bytes

@@ -33,7 +33,8 @@ async def follow(
     :param has_moved: returns whether the guest's resident memory has moved by 1 MiB or more since
         it last returned true.
     :raises hintfleet.errors.GuestLost: the guest is gone.
-    :raises hintfleet.errors.Refused: the guest sends no statistics, or the hypervisor refused.
+    :raises hintfleet.errors.Refused: the guest has sent no usable statistics for SILENT_AFTER_S,
+        or the hypervisor failed.
     """
     moved_at_s = 0.0
     silence, schedule = Silence(time.monotonic()), PollSchedule()
@@ -44,8 +45,8 @@ async def follow(
         stats = await asyncio.to_thread(balloon.stats)
         if problem := silence.problem(stats, time.monotonic()):
             raise Refused(problem)
-        # The size is of now, the rest of the last update: if the target moved in between, they
-        # do not belong together.
+        # `size_bytes` is of now, `unused_bytes` of the last update: if the target has moved since
+        # that update, their difference is not what the guest uses. So wait for the next update.
         if stats.unused_bytes is None or stats.last_update_s <= moved_at_s:
             continue
         works()
@@ -56,10 +57,10 @@ async def follow(
 
 
 async def wait_reporting(reporting: Reporting) -> None:
-    """Return once the guest reports free pages, as far as that can be known.
+    """Return once the guest reports free pages, or if nobody can find out whether it does.
 
     :raises hintfleet.errors.GuestLost: the guest is gone.
-    :raises hintfleet.errors.Refused: it does not report; says why.
+    :raises hintfleet.errors.Refused: it does not report within SILENT_AFTER_S; says why.
     """
     deadline_s = time.monotonic() + SILENT_AFTER_S
     while problem := await asyncio.to_thread(reporting.problem):

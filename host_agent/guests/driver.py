@@ -21,8 +21,9 @@ Handle = Mapping[str, int]
 class Survival:
     """Settings for guests that outlive the host agent.
 
-    :ivar folder: has a folder for each guest's files.
-    :ivar doors: folder for the sockets of memory doors; its path is short.
+    :ivar folder: contains a folder for each guest's files.
+    :ivar doors: folder for the sockets of memory doors; its path is kept short, because a socket's
+        path has 107 bytes at most (unix(7)).
     :ivar orphan_after_s: after this time without a host agent a guest ends by itself.
     """
 
@@ -31,19 +32,20 @@ class Survival:
     orphan_after_s: int
 
     def door(self, guest_uuid: str) -> Path:
-        """Return where the socket of a guest's memory door is."""
+        """Return the path of the socket of a guest's memory door."""
         return self.doors / f"{guest_uuid}.sock"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestRequest:
-    """What a driver needs to make a guest.
+    """What a driver needs to make, attach or adopt a guest.
 
     :ivar name: unique on this host; letters, digits and `-`.
     :ivar token: the secret that authenticates the guest's streams; made in registry.py: `add`.
-    :ivar spec: driver, memory_bytes, method and hinting settings.
-    :ivar on_gone: called once, from any thread, with a reason when the guest is gone or about
-        to be (stopped, crashed, reset). Its epoch must end then.
+    :ivar spec: the guest's driver, sizes, method and settings (host.proto).
+    :ivar on_gone: ends the guest's epoch. The driver calls it, from any thread, with the reason,
+        when the guest is gone or about to be (stopped, crashed, reset), or when its memory door
+        was taken out. It may also be called again, and after `close`.
     """
 
     name: str
@@ -56,8 +58,9 @@ class GuestRequest:
 class RunningGuest(Protocol):
     """A running guest, owned by the caller of `create` or `adopt`.
 
-    :ivar door: through which the memory came; None if it may be punched at any time.
-    :ivar balloon: its target is set by the owner; None unless the method is BALLOON.
+    :ivar door: the memory door at which QEMU handed over the RAM; None for RAM that may be
+        punched at any time.
+    :ivar balloon: the owner sets its target; None unless the method is BALLOON.
     :ivar reporting: None unless the method is REPORTING.
     """
 
@@ -72,37 +75,43 @@ class RunningGuest(Protocol):
         """What another host agent needs for `adopt`."""
 
     def plugged(self) -> RangeSet:
-        """Return the plugged memory that is there now."""
+        """Return the pages that `plug` has added, and that are not unplugged yet."""
 
     def plug(self, size_bytes: int) -> Sequence[Segment]:
         """Plug memory and return its segments, which the caller then owns. The guest does not
-        use the memory before it is told to. `ram` is not changed.
+        use the memory before its agent onlines it. `ram` is not changed.
 
         :raises hintfleet.errors.Refused: the memory cannot be plugged; nothing has changed.
         """
 
     def to_unplug(self, size_bytes: int) -> Sequence[RangeSet]:
-        """Return which pages to unplug for this size, device by device.
+        """Return the pages to unplug to make the guest smaller by this size: one set for each
+        memory device.
 
-        :raises hintfleet.errors.Refused: no set of memory devices has this size; says what can
-            be unplugged.
+        :raises hintfleet.errors.Refused: no memory devices have this size together; the message
+            lists what can be unplugged.
         """
 
     def unplug(self, pages: RangeSet) -> None:
-        """Unplug a device that `to_unplug` named and that the guest does not use any more.
-        `ram` is not changed.
+        """Unplug one memory device: `pages` is one of the sets that `to_unplug` returned, and the
+        guest does not use it any more. `ram` is not changed.
 
         :raises hintfleet.errors.Refused: the guest did not release it; nothing has changed.
-        :raises hintfleet.errors.OutcomeUnknown: the guest did not answer in time.
+        :raises hintfleet.errors.OutcomeUnknown: the guest did not answer in time, and may still
+            release it.
         """
 
     def evidence(self) -> str:
-        """Return the last lines of the guest's console or its process's log."""
+        """Return the last lines of the guest's console or log; empty if it has neither."""
 
     def close(self) -> None:
-        """End the guest and free all that it held: process, domain, memory, files.
+        """End the guest and free all that it held: process, domain, memory, files. The domain of
+        an attached guest is not ended: only the memory door is taken out of it.
 
-        May be called twice. A guest that is gone already is no error.
+        May be called twice, and after the guest has ended by itself.
+
+        :raises hintfleet.errors.HintfleetError: the guest could not be ended, or the door not be
+            taken out. Nothing is freed then.
         """
 
 
@@ -111,23 +120,27 @@ class GuestMaker(Protocol):
     threads."""
 
     def create(self, request: GuestRequest) -> RunningGuest:
-        """Start a guest; its agent connects by itself later. Nothing is left after a failure.
+        """Start or attach a guest; its agent connects by itself later. After a failure nothing is
+        left, except a memory door that an attached guest did not release.
 
         :raises hintfleet.errors.Refused: this host cannot run it; says why.
+        :raises hintfleet.errors.InvalidInput: a setting is out of its bounds.
+        :raises hintfleet.errors.GuestLost: it ended before it could be used.
         """
 
     def adopt(self, request: GuestRequest, handle: Handle) -> RunningGuest:
-        """Take over a guest that an earlier host agent made from this request. A failure changes
-        nothing.
+        """Take over a guest that an earlier host agent made from this request. A failure does not
+        end the guest.
 
-        Only under Survival, and only if no other host agent can work on the guest.
+        Call it only under Survival, and only if no other host agent can work on the guest.
 
-        :raises hintfleet.errors.GuestLost: it is gone.
-        :raises hintfleet.errors.Refused: whether it is gone is not known, or it cannot be used.
+        :raises hintfleet.errors.GuestLost: it is gone, or it does not accept a new memory door.
+        :raises hintfleet.errors.Refused: this host agent cannot find out whether it is gone, or
+            cannot open the guest's memory, log or sockets.
         """
 
     def close(self) -> None:
-        """Close connections. All guests must be closed before, or meant to survive."""
+        """Close connections. Before, close all guests except those that survive the host agent."""
 
 
 class GuestDriver(GuestMaker, Protocol):

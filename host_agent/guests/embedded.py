@@ -1,11 +1,12 @@
 """Embedded guests: each is a process, and its RAM is a memfd of this host.
 
-The host agent makes the memfd and keeps a descriptor of it, as it has one of QEMU's. So reclaim
-and accounting are the same as for a virtual machine.
+The host agent makes the memfd and keeps a descriptor of it. It has a descriptor of a virtual
+machine's RAM, too: so reclaim and accounting are the same for both.
 
-By default a guest ends with its host agent: it watches a pipe from it. Under Survival it ends
-when it had no host agent for `orphan_after_s`. The next host agent finds its process by pid and
-start time, and its RAM among the open files of the process.
+By default a guest ends with its host agent: its stdin is a pipe from the host agent, and it ends at
+end of file. Under Survival a guest ends when it has had no host agent for `orphan_after_s`. The
+next host agent finds the guest's process by pid and start time, and the guest's RAM among the open
+files of that process.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class _Process(Protocol):
     pid: int
 
     def wait(self) -> str:
-        """Wait until the process has ended; return how."""
+        """Wait until the process has ended; return how it ended, for a message."""
 
     def kill(self) -> None:
-        """Kill the process, if it is not gone; `wait` returns soon after."""
+        """Kill the process, if it has not ended; `wait` returns soon after."""
 
     def close(self) -> None:
         """Close descriptors; call it after `wait`."""
@@ -65,8 +66,8 @@ class _Child:
 
     def close(self) -> None:
         if self._popen.stdin is not None:
-            # close() writes what is still buffered. That fails if the process died early, which
-            # is no error here.
+            # close() first writes what is still buffered. That fails if the process has ended;
+            # then nobody needs it.
             with contextlib.suppress(BrokenPipeError):
                 self._popen.stdin.close()
 
@@ -81,8 +82,9 @@ class _Adopted:
             self._fd = os.pidfd_open(self.pid)
         except ProcessLookupError:
             raise self.lost() from None
-        # Compare after opening: the descriptor keeps the process, while its pid may be given to
-        # another one at any time. If the start time fits now, both are the guest's.
+        # Compare start times after opening: the descriptor stays with one process, but a pid may
+        # be given to another process at any time. If the start time of the process that has the
+        # pid now is the guest's, the descriptor is the guest's too.
         found = find_process(self.pid)
         if found is None or found.start_ticks != handle["start_ticks"]:
             self.close()
@@ -97,8 +99,8 @@ class _Adopted:
         return bool(poll.poll(timeout_ms))
 
     def wait(self) -> str:
-        # A pidfd is readable once the process has ended (pidfd_open(2)). Only a parent may
-        # wait(2) for the exit status.
+        # A pidfd is readable once the process has ended (pidfd_open(2)). The exit status is not
+        # known: only a parent may wait(2) for it.
         self.has_ended(timeout_ms=None)
         return "ended"
 
@@ -122,7 +124,7 @@ class EmbeddedGuest:
     ) -> None:
         """Take ownership of process, RAM and log.
 
-        :param handle: identifies the process, and the descriptor of the RAM in it.
+        :param handle: identifies the process, and the RAM by its descriptor in that process.
         """
         self.pid = process.pid
         self.ram = ram
@@ -142,20 +144,20 @@ class EmbeddedGuest:
     @property
     def handle(self) -> Handle:
         """Identifies the process and its RAM."""
-        # With the size, which cannot be read anywhere else: the RAM file has the maximum's size.
+        # The size of the RAM is stored, because the RAM file always has the maximum size.
         return {**self._handle, "memory_bytes": self.ram.provisioned_bytes}
 
     def plugged(self) -> RangeSet:
-        """Return all memory behind what the guest started with."""
+        """Return all pages after those that the guest started with."""
         return self.ram.pages - self._first
 
     def plug(self, size_bytes: int) -> list[Segment]:
-        """Return the next part of the RAM file."""
+        """Return the part of the RAM file that follows the present RAM, as one segment."""
         (ram,) = self.ram.pages
         return [_segment(ram.end_pfn, size_bytes, self.ram.only_fd())]
 
     def to_unplug(self, size_bytes: int) -> list[RangeSet]:
-        """Return the end of the RAM."""
+        """Return the last pages of the RAM, as one device."""
         (ram,) = self.ram.pages
         page_count = size_bytes // PAGE_BYTES
         return [RangeSet([(ram.end_pfn - page_count, page_count)])]
@@ -181,7 +183,8 @@ class EmbeddedGuest:
 
 def _make_ram(request: GuestRequest) -> GuestRam:
     spec = request.spec
-    size_bytes = max(spec.memory_bytes, spec.max_memory_bytes)  # a hole costs no memory
+    # Memory that is not plugged yet is a hole in the file, which costs nothing.
+    size_bytes = max(spec.memory_bytes, spec.max_memory_bytes)
     fd = os.memfd_create(f"hintfleet-{request.name}", os.MFD_CLOEXEC)
     try:
         os.truncate(fd, size_bytes)
@@ -201,12 +204,13 @@ def _segment(pfn: int, size_bytes: int, fd: int) -> Segment:
 
 
 def _open_ram(request: GuestRequest, handle: Handle, process: _Adopted) -> GuestRam:
-    """Return the RAM of a running guest.
+    """Return the RAM of a guest that is being adopted.
 
     :raises GuestLost: the process has ended.
-    :raises Refused: its files cannot be opened.
+    :raises Refused: the RAM file cannot be opened.
     """
-    # A memfd has no name: the link in /proc opens the file of the process itself (proc(5)).
+    # A memfd has no path of its own. The link in /proc opens the file that the process has open
+    # (proc(5)).
     path = f"/proc/{process.pid}/fd/{handle['ram_fd']}"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -237,7 +241,7 @@ class EmbeddedDriver:
     def create(self, request: GuestRequest) -> EmbeddedGuest:
         """Start a guest process.
 
-        :raises Refused: an unknown setting, or the kernel refused the RAM file.
+        :raises Refused: no embedded guest has such settings, or the kernel refused the RAM file.
         :raises InvalidInput: a setting is out of its bounds.
         """
         _check_settings(request.spec)
@@ -264,8 +268,8 @@ class EmbeddedDriver:
     def adopt(self, request: GuestRequest, handle: Handle) -> EmbeddedGuest:
         """Find the process and its RAM again.
 
-        :raises GuestLost: it has ended.
-        :raises Refused: its files cannot be opened.
+        :raises GuestLost: the process has ended.
+        :raises Refused: the RAM file cannot be opened.
         """
         with contextlib.ExitStack() as undo:
             log = self._log(request)
@@ -292,12 +296,12 @@ class EmbeddedDriver:
             stdout=log.file,
             stderr=subprocess.STDOUT,
             pass_fds=(config.ram_fd,),
-            # The terminal sends Ctrl-C to the whole process group. It must not end guests that
-            # are meant to survive the host agent.
+            # The terminal sends Ctrl-C to the host agent's whole process group. Guests that
+            # survive the host agent get a session of their own, so that Ctrl-C does not end them.
             start_new_session=self._survival is not None,
         )
-        if process.stdin is not None:  # always: Popen was asked for a pipe
-            # If the process died at once, the waiter thread reports it.
+        if process.stdin is not None:  # always true: stdin=PIPE
+            # The write fails if the process has ended at once; the waiter thread reports that.
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(config.to_json().encode() + b"\n")
                 process.stdin.flush()

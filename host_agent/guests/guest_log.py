@@ -16,7 +16,7 @@ class GuestLog:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """:param folder: has the file, and is made if it is missing; None for no name."""
+        """:param folder: where to open the file `log`; made if it is missing. None for no name."""
         if folder is None:
             self.file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         else:
@@ -24,10 +24,10 @@ class GuestLog:
             self.file = (folder / "log").open("a+b")
 
     def tail(self) -> str:
-        """Return the end of the log; empty after `close`."""
+        """Return the last 4 KiB of the log, or a note that it is empty; "" after `close`."""
         if self.file.closed:
             return ""
-        # pread: the process writes through the same open file, and so shares its position.
+        # pread, because the process shares this file's position: a seek could move where it writes.
         size = os.fstat(self.file.fileno()).st_size
         start = max(0, size - _TAIL_BYTES)
         text = os.pread(self.file.fileno(), _TAIL_BYTES, start).decode(errors="replace")

@@ -1,4 +1,5 @@
-"""Peers: methods that take memory out of a guest without hints, QEMU's reporting and balloon."""
+"""Peers: the methods that take memory out of a guest without hints. These are QEMU's free page
+reporting and its balloon."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ PEERS = frozenset({host_pb2.REPORTING, host_pb2.BALLOON})
 
 
 class Peer:
-    """A peer at work on one guest. Under other methods it does nothing.
+    """Runs the peer of one guest; does nothing if the guest's method is not a peer.
 
-    :ivar works: whether the guest is known to have what its method needs; true without a peer.
+    :ivar works: whether the peer works in the guest, as far as that can be found out; true from
+        the start if the method is not a peer.
     """
 
     def __init__(self, spec: host_pb2.GuestSpec) -> None:
@@ -34,11 +36,11 @@ class Peer:
         has_moved: Callable[[], bool],
         failed: Callable[[str], None],
     ) -> None:
-        """Begin once the guest has booted.
+        """Start a task that runs the peer once `booted` is set.
 
-        :param on_works: called when `works` has become true.
-        :param has_moved: returns whether the guest's resident memory has moved since the last
-            call.
+        :param on_works: called whenever the peer is found to work; `works` is true then.
+        :param has_moved: returns whether the guest's resident memory has moved by 1 MiB or more
+            since it last returned true.
         :param failed: called with the reason when the method cannot work.
         """
         if self.works:
@@ -49,7 +51,7 @@ class Peer:
             on_works()
 
         async def run() -> None:
-            # A guest that boots has no balloon driver yet, and would count as silent.
+            # A guest that still boots has no balloon driver yet, and would count as silent.
             await booted.wait()
             try:
                 if running.reporting is not None:
@@ -57,7 +59,7 @@ class Peer:
                     works()
                 if running.balloon is not None:
                     await follow(running.balloon, Rule.of(self._spec), works, has_moved)
-            except GuestLost:  # the driver reports the reason
+            except GuestLost:  # the driver calls `on_gone` with the reason
                 pass
             except HintfleetError as error:
                 name = host_pb2.Method.Name(self._spec.method).lower()
@@ -66,7 +68,8 @@ class Peer:
         self._task = asyncio.create_task(run())
 
     async def stop(self) -> None:
-        """Stop, and wait until no more is done."""
+        """Cancel the task, and wait until it has ended. A call to the hypervisor that is running in
+        a thread is not waited for."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])

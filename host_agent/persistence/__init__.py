@@ -1,1 +1,1 @@
-"""The state that outlives a host agent that is killed."""
+"""The state that outlives a host agent, even one that is killed."""

@@ -1,14 +1,14 @@
 """The state that outlives the host agent's process: its guests' books and how to find the guests.
 
-One SQLite file, for one host agent at a time. The process holds a lock (flock) for as long as it
-lives. The lock makes I2 hold over a restart: who holds it knows that no batch of the agent
-before is running or can ever run.
+It is one SQLite file, for one host agent at a time. The process holds a lock (flock) while it uses
+the state. The lock makes I2 hold over a restart: the process that holds the lock knows that no
+batch of an earlier host agent is running or can ever run.
 
-What was written must outlive the process, not a power failure: that ends the guests as well. So
-each boot of the host has its own folder, and folders of earlier boots are removed unread.
+The file must outlive the process, but not a power failure, which ends the guests as well. So each
+boot of the host has its own folder, and folders of earlier boots are removed unread.
 
-The folders hold tokens: files are for their owner only. Folders can be entered but not listed,
-because QEMU's user must reach the console file.
+The files contain tokens, so only their owner can read them. Other users can enter the folders but
+not list them: QEMU's user must reach the console file.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from host_agent.session.guest_address import GuestAddress
 # How long to wait for the lock while its holder lives: the holder may be about to end.
 _LOCK_TIMEOUT_S = 1.0
 
-# How long to wait after its holder was killed: one of its threads may still be in the kernel,
-# punching a hole. 4 GiB take seconds on a busy host.
+# How long to wait for the lock after its holder was killed: one of the holder's threads may still
+# be in the kernel, punching a hole. 4 GiB take seconds on a busy host.
 _DEATH_TIMEOUT_S = 60.0
 
 _FOLDER_MODE = 0o711
@@ -85,27 +85,29 @@ class Database:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Use `opened`, which holds the lock."""
+        """Call `opened` instead: it holds the lock on the state."""
         self._path = folder / "state.db"
         self.guests_folder = folder / "guests"
-        # Not in the boot's folder: the path of a socket has 107 bytes at most (unix(7)).
+        # Not in the folder of the boot, whose name is long: the path of a socket has 107 bytes at
+        # most (unix(7)).
         self.doors_folder = folder.parent / "doors"
         shutil.rmtree(self.doors_folder, ignore_errors=True)
         for made in (folder, self.guests_folder, self.doors_folder):
             made.mkdir(exist_ok=True)
-            made.chmod(_FOLDER_MODE)  # mkdir's mode would be cut down by the umask
-        # Before SQLite makes it: its journal files get the mode of the database file (os_unix.c:
-        # findCreateFileMode).
+            made.chmod(_FOLDER_MODE)  # not by mkdir, whose mode is cut down by the umask
+        # Make the file before SQLite does, for its owner only. SQLite gives its journal files the
+        # same mode (os_unix.c: findCreateFileMode).
         self._path.touch(mode=0o600)
         self._lock = Lock()
         with self._refusing_damage():
-            # `asyncio.to_thread` uses any of its threads; `_lock` keeps them apart.
+            # `asyncio.to_thread` may call from another thread each time; under `_lock` one thread
+            # writes at a time.
             self._db = sqlite3.connect(self._path, check_same_thread=False)
             self._set_up()
 
     def _set_up(self) -> None:
-        # WAL without fsync: under synchronous=OFF data survive a crash of the program, but not of
-        # the machine (sqlite.org/pragma.html). That is enough here.
+        # WAL without fsync: with synchronous=OFF data survive a crash of the program, but maybe not
+        # of the machine (sqlite.org/pragma.html). Guests do not survive a crash of the machine.
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = OFF")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -118,7 +120,8 @@ class Database:
             raise self._unusable(f"is damaged: {verdict}")
 
     def guest_address(self) -> GuestAddress | None:
-        """Return where guests of an earlier host agent look for it; None if there was none.
+        """Return where guests of an earlier host agent look for a host agent; None if there was no
+        earlier one.
 
         :raises Refused: the file is damaged.
         """
@@ -137,7 +140,7 @@ class Database:
     def set_guest_address(self, guest_address: GuestAddress) -> None:
         """Store where guests find the host agent from now on.
 
-        :raises TransientError: it cannot be written: the disk is full, for example.
+        :raises TransientError: the file cannot be written: the disk is full, for example.
         """
         row = (guest_address.socket, guest_address.address)
         with self._writing() as db:
@@ -145,16 +148,16 @@ class Database:
             db.execute("INSERT INTO door VALUES (?, ?)", row)
 
     def save(self, records: Sequence[GuestRecord]) -> None:
-        """Store these guests and replace what was stored of them; all or none.
+        """Store these guests, and replace their records if there are any. Store all or none.
 
-        :raises TransientError: they cannot be written.
+        :raises TransientError: the file cannot be written.
         """
         rows = [_row(record) for record in records]
         with self._writing() as db:
             db.executemany(_SAVE, rows)
 
     def forget(self, name: str) -> None:
-        """Remove a guest that has ended, with its files.
+        """Remove the record of a guest that has ended, and the guest's files.
 
         :raises TransientError: the file cannot be written; nothing is removed.
         """
@@ -169,7 +172,10 @@ class Database:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """Run the block as one transaction."""
+        """Run the block as one transaction; no other thread writes meanwhile.
+
+        :raises TransientError: the file cannot be written; nothing was stored.
+        """
         try:
             with self._lock, self._db:
                 yield self._db
@@ -193,10 +199,10 @@ class Database:
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Database]:
-    """Open the state in `folder`, for this process only until the block ends. A missing folder is
-    made.
+    """Open the state in `folder` until the block ends; no other process can open it meanwhile. Make
+    a missing folder, and remove the state of earlier boots.
 
-    :raises Refused: another host agent has it, it is damaged, or it cannot be made.
+    :raises Refused: another host agent has the state open, or it is damaged or cannot be made.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with contextlib.ExitStack() as stack:
@@ -218,9 +224,10 @@ def opened(folder: Path) -> Iterator[Database]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # When a process is killed, the kernel finishes the punch that a thread of it is in, and
-    # releases the lock only when the last thread has ended: threads share one table of files
-    # (kernel/exit.c: exit_files). An fcntl(2) lock is released by any close of the file instead.
+    # flock(2): when a process is killed, the kernel finishes a punch that one of its threads is in,
+    # and releases the lock only when the last thread has ended, because threads share one table of
+    # files (kernel/exit.c: exit_files). Not fcntl(2): the process would lose that lock whenever it
+    # closes any descriptor of the file.
     fd = wait_for(lambda: lock_file(path), lambda: _lock_timeout_s(path))
     if fd is None:
         raise Refused(
@@ -236,19 +243,21 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
-    """Return the process id that the holder of the lock has written into the file."""
+    """Return what the last holder of the lock has written into the file: its process id; empty if
+    nobody has written yet."""
     return path.read_text()[:20]
 
 
 def _lock_timeout_s(path: Path) -> float:
     holder = _holder(path)
-    # Locked by a process that is gone: one of its threads is still in the kernel.
+    # If the holder is gone, but the file is still locked, one of the holder's threads is still in
+    # the kernel.
     is_dying = holder.isdecimal() and find_process(int(holder)) is None
     return _DEATH_TIMEOUT_S if is_dying else _LOCK_TIMEOUT_S
 
 
 def _remove_all_but(boot: str, folder: Path) -> None:
-    """Remove the state of earlier boots: their guests are gone."""
+    """Remove the state of all boots except `boot`: the guests of earlier boots are gone."""
     for path in folder.iterdir():
         if path.is_dir() and path.name != boot and (path / "state.db").exists():
             shutil.rmtree(path, ignore_errors=True)

@@ -1,8 +1,8 @@
 """Saves the guests' books in the background, so that no guest waits for the disk.
 
 A batch is acknowledged before its books are saved. What happened between the last save and the
-end of the process is derived from the RAM file (`Ledger.recover`). Only an epoch is saved before
-its Welcome: it cannot be derived from anything else.
+end of the process is derived from the RAM file (`Ledger.recover`). An epoch cannot be derived from
+anything, so it is saved before its Welcome is sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hintfleet.errors import TransientError
 from hintfleet.logs import LogRateLimit, fields
 from host_agent.persistence.database import Database, GuestRecord
 
-# The least time between two writes: many changes are stored at once.
+# How long `run` pauses after each write: all changes of this time are stored by one write.
 _MIN_PERIOD_S = 0.1
 
 _log = logging.getLogger("hintfleet.host.persistence")
@@ -28,21 +28,20 @@ class Saved(Protocol):
     name: str
 
     def record(self) -> GuestRecord | None:
-        """Return what the next host agent needs to adopt it; None if it does not run."""
+        """Return what the next host agent needs to adopt the guest; None if it does not run."""
 
 
 class Saver:
-    """Saves guests that have changed. Without a state folder (--state) it
-    does nothing."""
+    """Saves guests that have changed. Without a state folder (--state) it does nothing."""
 
     def __init__(self, state: Database | None) -> None:
         self._failures = LogRateLimit()
         self._state = state
         self._changed: dict[str, Saved] = {}
         self._has_changes = asyncio.Event()
-        # One write at a time: otherwise a save that began before a guest was forgotten could end
-        # after that, and store the guest again. A thread that writes cannot be stopped, so a
-        # write goes on when its caller is cancelled.
+        # One write at a time: otherwise a save that began before `forget` could end after it, and
+        # store the guest again. A thread that writes cannot be stopped, so a write is a task that
+        # continues when its caller is cancelled.
         self._write_lock = asyncio.Lock()
         self._writes: set[asyncio.Task[None]] = set()
 
@@ -53,7 +52,8 @@ class Saver:
             self._has_changes.set()
 
     async def run(self) -> None:
-        """Save what has changed, until cancelled. Log a failure and try again."""
+        """Save guests soon after they have changed, until cancelled. If that fails, log it and try
+        again."""
         while True:
             await self._has_changes.wait()
             try:
@@ -65,26 +65,26 @@ class Saver:
             await asyncio.sleep(_MIN_PERIOD_S)
 
     async def save_changed(self) -> None:
-        """Save all that has changed.
+        """Save all guests that have changed.
 
-        :raises TransientError: it cannot be written; the guests still count as changed.
+        :raises TransientError: the state cannot be written; the guests still count as changed.
         """
         await self._save(tuple(self._changed.values()))
         if not self._changed:
             self._has_changes.clear()
 
     async def save(self, guest: Saved) -> None:
-        """Save one guest, and return when that is done.
+        """Save one guest, and return when it is written. Do nothing if it does not run.
 
-        :raises TransientError: it cannot be written.
+        :raises TransientError: the state cannot be written.
         """
         await self._save((guest,))
 
     async def forget(self, guest: Saved) -> None:
         """Remove a guest that has ended from the state.
 
-        :raises TransientError: it cannot be written. The next host agent will find the guest
-            gone when it adopts it.
+        :raises TransientError: the state cannot be written; the guest stays in it. The next host
+            agent will find that the guest is gone.
         """
         if self._state is not None:
             await self._write(self._forget(self._state, guest.name))
@@ -98,7 +98,7 @@ class Saver:
             await self._write(self._save_all(self._state, guests))
 
     async def _save_all(self, state: Database, guests: Collection[Saved]) -> None:
-        # Before the write, not after it: a change that comes meanwhile must be saved again.
+        # Before the write, not after it: a guest that changes meanwhile must be saved again.
         for guest in guests:
             self._changed.pop(guest.name, None)
         records = [record for guest in guests if (record := guest.record()) is not None]

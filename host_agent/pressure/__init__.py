@@ -1,1 +1,1 @@
-"""Policy `pressure`: which guests give memory when the host is short of it."""
+"""Policy `pressure`: how much memory each guest may hint when the host is short of memory."""

@@ -1,4 +1,4 @@
-"""Carries out policy `pressure`: a loop that asks `policy.suggest` and tells the guests."""
+"""Carries out policy `pressure`: a loop that calls `policy.suggest` and sends allowances."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PERIOD_S = 0.5
 
 
 class Pressure:
-    """Watches all guests and gives allowances to those under policy `pressure`."""
+    """Reads the books of all guests, and sends allowances to those under policy `pressure`."""
 
     def __init__(self, guests: Callable[[], Sequence[Guest]], budget_bytes: int) -> None:
         """:param budget_bytes: how much memory all guests of this host may use together."""
@@ -26,21 +26,21 @@ class Pressure:
         self._any_under_policy = False
 
     async def run(self) -> None:
-        """Act once per period until cancelled; once a second if no guest has the policy."""
+        """Call `act` every PERIOD_S until cancelled; every second while no guest has the policy."""
         while True:
             now_s = time.monotonic()
             await sleep_until(now_s + PERIOD_S if self._any_under_policy else next_wake_s(now_s))
             self.act()
 
     def act(self) -> None:
-        """Look at the host once, and give allowances."""
+        """Compute the present allowance of each guest under the policy, and send it."""
         guests = {g.name: g for g in self._guests() if g.running is not None}
         ruled = [g for g in guests.values() if _is_under_policy(g)]
         self._any_under_policy = bool(ruled)
         if not ruled:
             self._holds = {}
             return
-        # Of all guests, not only those under the policy: they share the budget.
+        # The books of all running guests, not only of those under the policy: all share the budget.
         books = {name: guest.memory.books_now() for name, guest in guests.items()}
         percent = min(g.spec.hinting.pressure_percent or DEFAULT_PRESSURE_PERCENT for g in ruled)
         host = HostView(
@@ -63,7 +63,7 @@ def _view(guest: Guest, ledger: host_pb2.Ledger) -> GuestView:
     absent_bytes = ledger.reclaimed_now_bytes + ledger.untouched_bytes
     return GuestView(
         name=guest.name,
-        # What is absent is free in the guest; the rest of its free memory is resident.
+        # Absent memory is free in the guest; all other free memory of the guest is resident.
         can_give_bytes=max(0, guest.sessions.telemetry.free_bytes - absent_bytes),
         chunk_bytes=PAGE_BYTES << guest.sessions.chunk_order,
         reclaimed_total_bytes=ledger.reclaimed_total_bytes,

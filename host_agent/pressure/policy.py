@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-# A guest that used more than this share of what it gave again oscillates, and is held.
+# A guest oscillates if it takes back more than this share of what it gave: it is held, and may
+# hint nothing for a while.
 OSCILLATION_SHARE = 0.5
 
 SHORTEST_HOLD_S = 1.0
@@ -19,10 +20,11 @@ LONGEST_HOLD_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class HostView:
-    """What the policy knows of the host.
+    """The facts about the host that the policy uses.
 
+    :ivar now_s: present time of the monotonic clock.
     :ivar resident_bytes: resident memory of all guests together.
-    :ivar budget_bytes: how much memory they may use together.
+    :ivar budget_bytes: how much memory all guests may use together.
     :ivar threshold: share of the budget above which memory is wanted back, 0 to 1.
     """
 
@@ -33,17 +35,17 @@ class HostView:
 
     @property
     def excess_bytes(self) -> int:
-        """How much memory should come back now; 0 without pressure."""
+        """How much is resident above the threshold, and should come back; 0 if nothing is."""
         return max(0, self.resident_bytes - int(self.budget_bytes * self.threshold))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestView:
-    """What the policy knows of one guest.
+    """The facts about one guest that the policy uses.
 
     :ivar can_give_bytes: memory that is free in the guest and resident on the host.
-    :ivar chunk_bytes: size of a chunk: a guest hints whole chunks.
-    :ivar reclaimed_total_bytes, refaulted_total_bytes: from its ledger.
+    :ivar chunk_bytes: size of the guest's chunks; it hints whole chunks only.
+    :ivar reclaimed_total_bytes, refaulted_total_bytes: from the guest's ledger.
     """
 
     name: str
@@ -55,11 +57,13 @@ class GuestView:
 
 @dataclass(frozen=True, kw_only=True)
 class Hold:
-    """Back-off of one guest: until when it is held, and its totals at the last decision outside of
-    a hold.
+    """Back-off of one guest: during a hold, the guest may hint nothing.
 
-    :ivar length_s: length of the present or last hold. Each oscillation doubles it, up to a limit;
-        it is halved when the guest gave memory without one.
+    :ivar until_s: when the hold ends, exclusive; a time in the past if there is no hold.
+    :ivar length_s: length of the present or last hold. Each oscillation doubles it, within
+        SHORTEST_HOLD_S and LONGEST_HOLD_S. Giving memory without oscillating halves it.
+    :ivar reclaimed_total_bytes, refaulted_total_bytes: the guest's totals at the last call of
+        `suggest` that was not during a hold.
     """
 
     until_s: float = 0.0
@@ -78,7 +82,7 @@ class Reason(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """How much one guest may hint until the next suggestion; a reason comes with 0."""
+    """How much one guest may hint until the next suggestion; if nothing, `reason` is set."""
 
     name: str
     allowance_bytes: int
@@ -88,12 +92,12 @@ class Suggestion:
 def suggest(
     host: HostView, guests: Sequence[GuestView], holds: Mapping[str, Hold]
 ) -> tuple[list[Suggestion], dict[str, Hold]]:
-    """Share the host's excess among its guests in proportion to what each can give.
+    """Share the host's excess among guests in proportion to what each can give; held guests get 0.
 
     :param holds: back-off state as returned last time; empty at first.
     :returns: a suggestion for each guest, and the state for the next call. The sum of all
-        allowances is at most the excess. Each is at most what its guest can give, in whole
-        chunks.
+        allowances is at most the excess. Each allowance is a number of whole chunks, and at most
+        what its guest can give.
     """
     new_holds = {g.name: _next_hold(host.now_s, g, holds.get(g.name)) for g in guests}
     givers = {g.name: g.can_give_bytes for g in guests if new_holds[g.name].until_s <= host.now_s}
@@ -117,7 +121,8 @@ def _why_nothing(host: HostView, may_give: bool) -> Reason:
 
 
 def _next_hold(now_s: float, guest: GuestView, before: Hold | None) -> Hold:
-    """Return a hold that is longer each time the guest takes back what it gave."""
+    """Return the guest's back-off now: `before` while that hold lasts; a new hold if the guest has
+    oscillated since `before`; else no hold."""
     seen = Hold(
         reclaimed_total_bytes=guest.reclaimed_total_bytes,
         refaulted_total_bytes=guest.refaulted_total_bytes,
@@ -131,7 +136,7 @@ def _next_hold(now_s: float, guest: GuestView, before: Hold | None) -> Hold:
     if took_bytes and took_bytes > OSCILLATION_SHARE * gave_bytes:
         length_s = min(max(SHORTEST_HOLD_S, 2 * before.length_s), LONGEST_HOLD_S)
         return replace(seen, until_s=now_s + length_s, length_s=length_s)
-    # A guest takes memory back some time after it gave it, so an oscillation may show later than
-    # this call. So the length is kept while the guest gives nothing, and halved, not set to 0,
-    # when it gave without oscillating.
+    # A guest takes memory back some time after it gave it, so an oscillation may show only at a
+    # later call. So the length is not set to 0: it is halved if the guest gave memory, and kept if
+    # it gave nothing.
     return replace(seen, length_s=before.length_s / 2 if gave_bytes else before.length_s)

@@ -1,1 +1,1 @@
-"""The commands of `hintfleet`, one module each."""
+"""The commands of `hintfleet`, and what they share: options, output, the summary of a run."""

@@ -1,4 +1,5 @@
-"""The commands for domains that were there before: `domains`, `attach`, `detach`, `guests`."""
+"""The commands `domains`, `attach` and `detach`, for domains that no host agent created, and
+`guests`."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def _this_machine() -> str:
 def _ask(
     address: str, tls_folder: str, call: Callable[[HostClient], Awaitable[_Answer]]
 ) -> _Answer:
-    """Return what one call to the host agent at this address returns."""
+    """Connect to the host agent at `address`, and return what `call` returns."""
     from orchestrator.trial.host_client import connected
 
     async def ask() -> _Answer:

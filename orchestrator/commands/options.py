@@ -56,9 +56,9 @@ def data_dir_or_default(chosen: Path | None) -> Path:
 
 
 def tls_or_none(folder: str, *, server: bool = False) -> Tls | None:
-    """Read the TLS folder; None if none was given.
+    """Read the TLS folder; return None if `folder` is empty.
 
-    :param server: whether the certificate must be one for a server.
+    :param server: whether the certificate must be one for a server; else for a client.
     :raises InvalidInput: the folder cannot be used.
     """
     if not folder:

@@ -31,8 +31,9 @@ def emit(data: Any, output_format: str, table: Callable[[], RenderableType]) -> 
 def _json(data: Any) -> str:
     text = json.dumps(data, indent=2, ensure_ascii=False)
     try:
-        # A file name need not be UTF-8: Python reads its other bytes as lone surrogates (PEP
-        # 383), which no encoding of stdout can write. Escaped as \udcXX they can be written.
+        # Not every text can be encoded: Python reads bytes of a file name that are not UTF-8 as
+        # lone surrogates (PEP 383), and stdout may have another encoding than UTF-8. Then all
+        # characters that are not ASCII are written as JSON's escapes (\udcXX).
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         return json.dumps(data, indent=2)
@@ -42,8 +43,8 @@ def _json(data: Any) -> str:
 def savings_as_data(row: Savings) -> dict[str, Any]:
     """Return a row as plain data.
 
-    Bytes are whole numbers; `returned.share` is the share of the freed bytes that left the
-    host's memory.
+    The bytes in its footprint are rounded to whole numbers. `returned.share` is the share of the
+    freed bytes that left the host's memory.
     """
     data = asdict(row)
     footprint = data["footprint"]
@@ -62,6 +63,6 @@ def _yaml(data: Any) -> None:
 
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
-    # ruamel.yaml sorts the keys of a dict by default; ours have an order of their own.
+    # By default, ruamel.yaml sorts the keys of a dict. Keep the order of ours.
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     writer.dump(data, sys.stdout)

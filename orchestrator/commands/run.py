@@ -105,8 +105,8 @@ def run(
         )
     if spec is not None:
         experiment = new_experiment(spec, overrides(driver, agents), libvirt_uri)
-    # The actors read the folder again, on their own nodes; a bad one has to be found before
-    # anything is started.
+    # Read here only to find a bad folder before anything is started: the actors read the folder of
+    # this name on their own nodes.
     tls_or_none(tls_folder)
     _check_names()
     interrupts = Interrupts()
@@ -134,7 +134,7 @@ def _check_names() -> None:
         folder = os.getcwd()
     except FileNotFoundError:
         raise Refused("the current folder was removed", hint="change to another one (cd)") from None
-    # Ray sends both to its GCS as text: `connect` in ray/_private/worker.py (2.60).
+    # Ray sends these names to its GCS as text: `connect` in ray/_private/worker.py (2.60).
     for name in (*sys.argv, folder):
         try:
             name.encode()
@@ -148,9 +148,9 @@ def _check_names() -> None:
 def _run(
     experiment: Experiment, store: Store, retries: int, tls_folder: str, interrupts: Interrupts
 ) -> bool:
-    """Run an experiment; if it is cut off, say how to resume it.
+    """Run an experiment, if it has trials left; if it is cut off, say how to resume it.
 
-    :returns: whether Ray wrote anything into the run's log.
+    :returns: whether Ray wrote anything into the run's log during this call.
     """
     from hintfleet.errors import HintfleetError
     from orchestrator.commands.show_run import print_resume_hint
@@ -173,7 +173,7 @@ def _run(
     except HintfleetError as error:
         if _size(log) > size_before:
             error.hint += f"{'; ' if error.hint else ''}read Ray's log: {log}"
-        # An error before the first trial may come before the run is stored.
+        # If the error was raised before the run was stored, there is nothing to resume.
         if store.has_run(run_id):
             resume = f"hintfleet run --resume {run_id[-6:]}"
             error.hint += f"; then {resume}" if error.hint else resume
@@ -190,7 +190,8 @@ def _size(path: Path) -> int:
 
 
 def _log(run_id: str, folder: Path) -> Path:
-    """Return the file that gets Ray's output during a run; it exists only if Ray wrote any."""
+    """Return the path of the file that gets Ray's output; after a run it exists only if Ray wrote
+    any."""
     return folder / "logs" / f"{run_id}.log"
 
 
@@ -222,7 +223,8 @@ class Interrupts:
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         # Both a flag and an exception. The exception ends a wait at once, but Python drops it
         # when the handler happens to run in a destructor ("Exception ignored in __del__") or
-        # in a callback of Ray's Cython code. Then the next `check` raises it.
+        # in a callback of Ray's Cython code. In that case, the next `check` sees the flag and
+        # raises KeyboardInterrupt.
         self._received = True
         raise KeyboardInterrupt
 
@@ -234,7 +236,8 @@ def _view(terminal: TextIO) -> Iterator[View]:
     from orchestrator.view.live import LiveView, PlainView
 
     console = Console(file=terminal)
-    # Rich redraws by moving the cursor up; log lines between two frames would be overwritten.
+    # Rich redraws by moving the cursor up, and would overwrite log lines between two frames. So
+    # with logs, lines are printed and nothing is redrawn.
     if terminal.isatty() and not logs.are_configured():
         with closing(LiveView(console)) as live:
             yield live

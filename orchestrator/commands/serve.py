@@ -42,6 +42,6 @@ def serve(listen: str, tls_folder: str, data_dir: Path | None) -> None:
     def ready(address: str) -> None:
         click.echo(f"serving on {address}", err=True)
 
-    # A server's: a certificate for clients is refused here, not by every client later.
+    # `server=True` refuses a certificate for clients here; else every client would refuse it later.
     tls = tls_or_none(tls_folder, server=True)
     server.serve(listen, data_dir_or_default(data_dir), ready, tls)

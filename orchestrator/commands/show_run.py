@@ -17,7 +17,13 @@ from orchestrator.results.trial_outcome import TrialStatus
 
 
 def print_run(store: Store, run: Run, output_format: str, with_trials: bool = False) -> int:
-    """Print a run's summary on stdout and return the exit code for its state."""
+    """Print a run on stdout; return the exit code for its state.
+
+    Also print on stderr how to resume the run, if trials may be left to run; and with JSON and
+    YAML, why the run is undecided.
+
+    :param with_trials: also print a table of trials; JSON and YAML contain them in any case.
+    """
     rows = aggregate(store.footprint_rows(run.run_id), By.FLEET)
     emit(
         run_as_data(store, run, rows), output_format, lambda: _tables(store, run, rows, with_trials)
@@ -26,7 +32,8 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
     trials = [trial for trial in store.trials(run.run_id) if trial.counted]
     if run.was_cut_off or any(trial.status is TrialStatus.LOST for trial in trials):
         print_resume_hint([run.run_id])
-    # The table has the reasons in it; JSON goes to a program, and a person may watch stderr.
+    # The table contains the reasons. JSON and YAML go to a program, so also print the reasons for a
+    # person who watches stderr.
     if code is ExitCode.UNDECIDED and output_format != "table":
         for reason in dict.fromkeys(row.undecided for row in rows if row.undecided):
             click.echo(f"undecided: {reason}", err=True)
@@ -35,13 +42,13 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
 
 def print_resume_hint(run_ids: Sequence[str]) -> None:
     """Print on stderr how to resume the first of these runs; nothing if there is none."""
-    # The last 6 characters: a ULID begins with the time, so ids of one day begin alike.
+    # The last 6 characters: a ULID begins with the time, so ids of one day have the same start.
     if run_ids:
         click.echo(f"to resume: hintfleet run --resume {run_ids[0][-6:]}", err=True)
 
 
 def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
-    """Return a run as plain data: its header, a row per arm, and its trials."""
+    """Return a run as plain data: its header without the spec, a row per arm, and its trials."""
     header = asdict(run)
     del header["spec_text"]
     arms = [savings_as_data(row) for row in rows]

@@ -1,4 +1,4 @@
-"""Builds the charts of a report with Altair, as Vega-Lite."""
+"""Builds the charts of a report with Altair; each is a Vega-Lite spec, as a dict."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ VegaLite = dict[str, Any]
 _WIDTH, _HEIGHT = 760, 360
 _FONT = "Helvetica, Arial, Liberation Sans, sans-serif"
 _INK, _FAINT, _AXIS, _GRID = "#24292f", "#6e7781", "#d0d7de", "#eaeef2"
-# The control is grey. The others begin with the palette of Okabe and Ito, which colour-blind
-# people can tell apart.
+# The control arm is grey. The first six colours of the other arms are those of Okabe and Ito,
+# which colour-blind people can tell apart.
 _CONTROL_COLOUR = "#8c959f"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#003f5c")
 _LABEL_PX = 17  # the distance between two lines of text
-# The width of an average character at size 11. Labels are placed before anything is rendered,
-# so nobody can measure them.
+# The estimated width of an average character at font size 11. Labels are placed before they are
+# rendered, so their width cannot be measured.
 _CHARACTER_PX = 6.0
 # Keeps the highest line off the upper edge of the plot.
 _HEADROOM = 1.04
 
 
 def resident_chart(contents: Contents) -> VegaLite:
-    """Return the chart of resident memory over time: mean and band per arm, and the phases."""
+    """Return the chart of resident memory over time.
+
+    Each arm has a line (the mean of its trials), a band (from the lowest to the highest trial)
+    and its name. A vertical rule marks the start of each phase.
+    """
     top = max(float(c.high_bytes.max()) for c in contents.curves)
     unit_bytes, unit = (GIB, "GiB") if top >= 2 * GIB else (MIB, "MiB")
     end_s = contents.marks[-1].at_s
@@ -55,7 +59,7 @@ def resident_chart(contents: Contents) -> VegaLite:
 def _lines(
     contents: Contents, x: alt.X, top: float, unit_bytes: int, unit: str
 ) -> tuple[alt.Chart, alt.Chart]:
-    """Return the bands and the mean lines of all arms."""
+    """Return two charts with all arms in each: their bands, and their mean lines."""
     y_scale = alt.Scale(domain=[0, top], nice=False)
     y = alt.Y(
         "mean:Q",
@@ -79,7 +83,10 @@ def _lines(
 
 
 def savings_chart(contents: Contents) -> VegaLite | None:
-    """Return the chart of each arm's savings with its interval; None if no arm has any."""
+    """Return the chart of the arms' savings with their 95 % intervals.
+
+    Arms without savings are left out. None if no arm has savings.
+    """
     values = [
         {
             "arm": row.arm,
@@ -150,7 +157,10 @@ def _title(contents: Contents) -> alt.TitleParams:
 
 
 def _phases(marks: Sequence[Mark], end_s: float, x: alt.X) -> list[alt.Chart]:
-    """Return a rule at the start of each phase except the read-back, and its title above."""
+    """Return a vertical rule at the start of each phase, and each phase's title above its rule.
+
+    The read-back, which is the last mark, has neither.
+    """
     placed = marks[:-1]
     rows = _rows([(mark.at_s / end_s * _WIDTH, len(mark.title)) for mark in placed])
     values = [{"at_s": mark.at_s, "title": mark.title} for mark in placed]
@@ -165,10 +175,11 @@ def _phases(marks: Sequence[Mark], end_s: float, x: alt.X) -> list[alt.Chart]:
 
 
 def _rows(labels: Sequence[tuple[float, int]]) -> list[int]:
-    """Place labels in rows, so that none overlaps the one before it in its row.
+    """Place labels in rows, so that no label overlaps the previous label of the same row.
 
-    :param labels: the first pixel of each label, and its number of characters.
-    :returns: the row of each label, from 0.
+    :param labels: the left edge in pixels and the number of characters of each label, from left
+        to right.
+    :returns: the row of each label, counted from 0.
     """
     ends: list[float] = []
     rows = []
@@ -180,7 +191,7 @@ def _rows(labels: Sequence[tuple[float, int]]) -> list[int]:
 
 
 def _names(contents: Contents, unit_bytes: int, end_s: float) -> alt.Chart:
-    """Return each arm's name and savings, at the end of its line."""
+    """Return labels with each arm's name and savings, to the right of the end of its line."""
     saved = {row.arm: row.saved_bytes for row in contents.rows}
     top = max(float(c.high_bytes.max()) for c in contents.curves) * _HEADROOM
     ends = {c.arm: float(c.mean_bytes[-1]) for c in contents.curves}
@@ -209,14 +220,15 @@ def _name(arm: str, saved: Any) -> str:
 
 
 def _height(contents: Contents) -> int:
-    """Return the height of the plot in pixels; it fits the name of each arm beside it."""
+    """Return the height of the plot in pixels: enough for one line of text for each arm."""
     return max(_HEIGHT, len(contents.curves) * _LABEL_PX)
 
 
 def _spread(wanted: dict[str, float], distance: float, highest: float) -> dict[str, float]:
-    """Move heights apart until they are `distance` from each other.
+    """Return the wanted heights, moved apart until any two differ by at least `distance`.
 
-    They stay between 0 and `highest` if all fit there, and near the wanted heights.
+    All results are near the wanted heights and at most `highest`. They are at least 0, except if
+    so many heights do not fit between 0 and `highest`.
     """
     placed: dict[str, float] = {}
     lowest = 0.0

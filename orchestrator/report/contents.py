@@ -20,7 +20,10 @@ from orchestrator.trial.records import PhaseStarted, StepDone
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """The contents of a report on one run. Arms are in the order of `rows`."""
+    """The contents of a report on one run.
+
+    `costs` and `curves` have their arms in the order of `rows`, but may lack some of them.
+    """
 
     run: Run
     rows: Sequence[Savings]
@@ -71,10 +74,10 @@ def _series(folder: Path, host: str) -> Iterable[Series]:
 def _phases(
     store: Store, run: Run, trial_ids: set[str]
 ) -> dict[str, dict[str, list[PhaseStarted]]]:
-    """Return the phases of each host, by trial and host, in the time of the host's clock."""
-    # A PhaseStarted has the time of the actor's clock, but samples have the host's, which may
-    # be another machine. StepDone has the host's time (trial/records.py). So a phase is taken to
-    # begin when the earliest of the host's guests begins its step of that phase.
+    """Return the phases in the given trials, by trial and host, with times of the host's clock."""
+    # A PhaseStarted has the time of the actor's clock. Samples and StepDone have the time of the
+    # host's clock, and the host may be another machine (trial/records.py). So the start of a
+    # phase is replaced by the time when the first guest of the host began its step of that phase.
     steps: dict[tuple[str, str], dict[str, list[int]]] = {}
     for done in store.events(run.run_id, StepDone):
         guests = steps.setdefault((done.trial_id, done.host), {})

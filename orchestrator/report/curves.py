@@ -1,7 +1,8 @@
 """Computes resident memory over time for each arm, from all of its trials. Pure.
 
-Steps do not take the same time in every trial. To average the same phase of all trials, the
-time of each trial is stretched, piece by piece, until its phases begin at their mean times.
+A step takes more time in some trials than in others. So the time of each trial is stretched or
+shrunk, phase by phase, until each phase begins at its mean time over all trials. Then the same
+phase of all trials can be averaged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _US_PER_S = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """The mean time at which a phase begins, over all trials. The last phase is the read-back.
+    """The mean time at which a phase begins, over all hosts and trials.
+
+    The mark of the read-back is the last one.
 
     :ivar at_s: seconds since the workload began.
     """
@@ -31,7 +34,10 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Resident memory of an arm over time: mean, minimum and maximum over its trials."""
+    """Resident memory of an arm over time: mean, minimum and maximum over its trials at each time.
+
+    :ivar at_s: seconds since the workload began.
+    """
 
     arm: str
     at_s: Numbers
@@ -61,7 +67,7 @@ def resident_in_trial(
     """Return resident bytes of all guests together in one trial, at the times of `times_s`.
 
     :param guests: the series of each host's guests.
-    :param phases: the phases of each host, in the time of its samples.
+    :param phases: the phases of each host, with times of the same clock as its samples.
     """
     total = np.zeros(_POINTS)
     for host, series in guests.items():
@@ -73,12 +79,15 @@ def resident_in_trial(
 
 
 def times_s(marks: Sequence[Mark]) -> Numbers:
-    """Return the times of a curve's points, evenly from the first mark to the last."""
+    """Return the times of a curve's points in seconds: evenly spaced from 0 to the last mark."""
     return np.linspace(0.0, marks[-1].at_s, _POINTS)
 
 
 def arm_curve(arm: str, trials: Sequence[Numbers], marks: Sequence[Mark]) -> Curve:
-    """Combine the trials of an arm, each from `resident_in_trial`."""
+    """Return the curve of an arm.
+
+    :param trials: the result of `resident_in_trial` for each trial of the arm; not empty.
+    """
     stacked = np.stack(trials)
     return Curve(
         arm=arm,

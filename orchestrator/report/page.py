@@ -1,4 +1,4 @@
-"""Writes the report as one HTML file that needs no other file."""
+"""Builds the report as one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def page(contents: Contents) -> str:
         environment=_html_table(_environment(run.environment)),
         version=__version__,
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
-        # A text such as `</script>` in the data would end the script element: HTML looks for it
-        # inside of strings, too.
+        # `<` is escaped: `</script>` in the data would end the script element, because an HTML
+        # parser looks for that text inside JavaScript strings, too.
         charts=json.dumps(charts).replace("<", "\\u003c"),
     )
 

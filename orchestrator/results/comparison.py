@@ -1,7 +1,7 @@
 """Computes what each arm of a run cost, compared with the control. Pure.
 
-Pairs are the same as in `savings`: one pair per repetition, its hosts summed first. An arm
-with an undecided trial has no figures here either.
+As in `savings`, each repetition is one pair: the arm's trial and the control's, each summed over
+its hosts. An arm has no figures if one of its trials is undecided, lost or was cut off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class CostRow:
     """The cost of one host in one trial.
 
     :ivar cost: None if the host was not measured, or the trial was cut off.
-    :ivar undecided: why the trial does not count, for example wrong pages; empty if it counts.
+    :ivar undecided: why the trial does not count, for example wrong pages; empty if it counts
+        or was cut off.
     """
 
     arm: str
@@ -38,14 +39,16 @@ class CostRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmCost:
-    """The cost of an arm. `slowdown_percent`, `guest_cpu_s` and `host_cpu_s` are compared with the
-    control: hosts are summed in each trial, then the mean over pairs of trials is taken. All other
-    values are the arm's own.
+    """The cost of an arm.
 
-    :ivar settle_s: time until 95 % of the memory that came back was back: the mean over
-        guests and free steps; None if nothing came back.
-    :ivar slowest_settle_s: the longest of these times.
-    :ivar asked_settle_s: mean time that a Settle call took; None if there was none.
+    `slowdown_percent`, `guest_cpu_s` and `host_cpu_s` are comparisons with the control: hosts
+    are summed in each trial, then the mean over pairs of trials is taken. They are None if there
+    are fewer than two pairs. All other values are about the arm alone.
+
+    :ivar settle_s: the mean of all times in `Cost.settle_s`: how long after a free step 95 % of
+        the memory that came back to the host was back. None if there are no such times.
+    :ivar slowest_settle_s: the longest of these times; None if there are none.
+    :ivar asked_settle_s: mean time that a Settle call took; None if there was no call.
     :ivar slowdown_percent: how much longer the workload's steps took than under the
         control; a geometric mean.
     :ivar guest_cpu_s: CPU time of the guests' agents (embedded: of the whole guest process), minus
@@ -71,9 +74,10 @@ class ArmCost:
 
 
 def compare(rows: Sequence[CostRow], driver: str) -> list[ArmCost]:
-    """Return the cost of each arm whose trials all count, without the control.
+    """Return the cost of each arm whose trials all count, except the control.
 
-    Arms are in the order of `rows`.
+    Arms are in the order of `rows`. If a trial of the control does not count, all comparisons
+    with the control are None.
     """
     arms: dict[str, list[CostRow]] = {}
     for row in rows:
@@ -88,8 +92,8 @@ def _arm_cost(arm: Sequence[CostRow], control: Sequence[CostRow], driver: str) -
     settled = [s for cost in costs for s in cost.settle_s]
     asked = [s for cost in costs for s in cost.asked_settle_s]
     ranges = sum(cost.ranges for cost in costs)
-    # Under method none an embedded guest's agent reports no CPU time. But the guest is one
-    # process, so that process's time is the time in the guest.
+    # The agent of an embedded guest reports no CPU time under method none, so there would be
+    # nothing to compare with. The CPU time of the guest's only process is used instead.
     embedded = driver == Driver.EMBEDDED
     return ArmCost(
         arm=arm[0].arm,
@@ -110,7 +114,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _by_trial(rows: Sequence[CostRow], value: Callable[[Cost], float]) -> dict[Hashable, float]:
-    """Sum over the hosts of each trial."""
+    """Return the sum of `value` over the hosts of each trial, by repetition."""
     sums: dict[Hashable, float] = {}
     for row in rows:
         if row.cost:

@@ -1,7 +1,7 @@
 """Computes what a method cost one host in one trial, from its samples and steps. Pure.
 
-CPU time is counted over the measured window (see `footprint`): from the last sample before
-it to the last sample in it.
+CPU time, wire bytes and ranges are counted over the measured window (see `footprint`): from the
+last sample at or before its start to the last sample at or before its end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from orchestrator.results.footprint import Series, Window, last_index, window_of
 from orchestrator.trial.records import GuestSettled, StepDone
 
 SETTLED_SHARE = 0.95
-# A smaller share of the freed bytes is noise: other memory of the guest that comes and goes.
+# If a smaller share of the freed bytes came back, the step has no settle time: so small a change
+# may be other memory of the guest.
 _MIN_CAME_BACK_SHARE = 0.05
 _US_PER_S = 1_000_000
 
@@ -37,19 +38,19 @@ COUNTERS = (
 class Cost:
     """What a host and its guests spent in a trial.
 
-    :ivar settle_s: one value per free step after which memory came back: time from the end
-        of the step until 95 % of that memory was back.
+    :ivar settle_s: one value for each guest and free step after which memory came back to the
+        host: time from the end of the step until 95 % of that memory was back.
     :ivar asked_settle_s: how long each Settle call took.
     :ivar step_s: total time of all allocate and free steps of all guests.
-    :ivar agent_cpu_s: CPU time of the guests' agents. An embedded guest's agent is the
-        whole guest; it reports nothing under method none.
+    :ivar agent_cpu_s: CPU time of the guests' agents. For an embedded guest this is the whole
+        guest process, but 0 under method none.
     :ivar process_cpu_s: CPU time of the guests' processes on the host (embedded process,
         QEMU).
     :ivar host_agent_cpu_s: CPU time of the host agent, which serves all guests, without
         `observing_cpu_s`.
     :ivar observing_cpu_s: CPU time of the host agent for samples, and for audits that serve
-        nothing else: the price of measuring, not of the method.
-    :ivar tracker_bytes: the maximum over all guests.
+        only samples: the price of measuring, not of the method.
+    :ivar tracker_bytes: the maximum over all guests and samples.
     """
 
     settle_s: tuple[float, ...]
@@ -80,8 +81,8 @@ def host_cost(
     def spent(counter: str) -> list[int]:
         return [_increase(part, counter, windows[guest]) for guest, part in series.items()]
 
-    # The host agent's counters stand in the series of every guest, so they are not summed.
-    # Windows differ a little; the longest one counts.
+    # The series of every guest has the same counters of the host agent, so their increases are
+    # not summed. The windows of the guests differ a little: the largest increase is taken.
     observing_s = max(spent("observing_cpu_us")) / _US_PER_S
     return Cost(
         settle_s=tuple(s for guest, part in series.items() for s in _settle_s(part, steps[guest])),
@@ -104,7 +105,11 @@ def _increase(series: Series, counter: str, window: Window) -> int:
 
 
 def _settle_s(series: Series, steps: Sequence[StepDone]) -> Iterator[float]:
-    """Yield the settle time of each free step that returned memory before the next step."""
+    """Yield the settle times of one guest in seconds.
+
+    There is one for each free step after which at least 5 % of the freed bytes came back to the
+    host before the next step. See `Cost.settle_s`.
+    """
     for step, following in pairwise(steps):
         if step.kind != "free":
             continue
@@ -116,7 +121,8 @@ def _settle_s(series: Series, steps: Sequence[StepDone]) -> Iterator[float]:
         if came_back < _MIN_CAME_BACK_SHARE * max(step.changed_bytes, 1):
             continue
         enough = before - SETTLED_SHARE * came_back
-        # An agent hints while the step still frees, so all may have left before it ended.
+        # The agent hints while the step is still freeing memory, so 95 % may be back before the
+        # step ends.
         if _at(series, first - 1) <= enough:
             yield 0.0
         else:

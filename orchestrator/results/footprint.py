@@ -18,7 +18,8 @@ from hintfleet.units import GIB
 from orchestrator.trial.records import GuestEnded, StepDone
 
 RETURNED_AFTER_S = 3.0
-# In a longer gap between two samples, memory may have risen and fallen unseen.
+# In sample periods. With a longer gap between two samples there is no footprint: memory may have
+# risen and fallen unseen.
 MAX_GAP_PERIODS = 10
 _US_PER_S = 1_000_000
 _BYTE_S_PER_GIB_MIN = GIB * 60
@@ -28,9 +29,9 @@ Numbers = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Resident bytes over time.
+    """Resident bytes over time, one value per sample.
 
-    :ivar at_unix_us: strictly increasing.
+    :ivar at_unix_us: the times of the samples; strictly increasing.
     :ivar counters: other columns of the same samples, by column name.
     """
 
@@ -41,7 +42,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A span of time, both ends included."""
+    """A span of time in microseconds since 1970, both ends included."""
 
     start_us: int
     end_us: int
@@ -49,10 +50,12 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Returned:
-    """Memory that left the host after free steps.
+    """Memory that left guests for their host after free steps.
 
+    :ivar freed_bytes: the bytes that the workload freed in these steps.
     :ivar left_bytes: by how much resident bytes fell; negative if they rose.
-    :ivar after_s: how long after a step this was measured; the shortest of all steps.
+    :ivar after_s: how long after the end of a step resident bytes were read; the shortest time of
+        all steps.
     """
 
     freed_bytes: int
@@ -61,13 +64,17 @@ class Returned:
 
     @property
     def share(self) -> float:
-        """Bytes that left per freed byte."""
+        """`left_bytes` divided by `freed_bytes`; negative if resident bytes rose."""
         return self.left_bytes / self.freed_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """The memory that a guest, or all guests of a host, used in a trial."""
+    """The memory that a guest, or several guests together, used in a trial.
+
+    :ivar resident_gib_min: the integral of resident memory over the window, in GiB times minutes.
+    :ivar returned: None if the workload freed nothing.
+    """
 
     provisioned_bytes: int
     peak_resident_bytes: float
@@ -90,9 +97,9 @@ def guest_footprint(
     """Compute the footprint of one guest.
 
     :param steps: of this guest, in order; the last one is the read-back.
-    :param ended: None if the guest was not destroyed in order.
-    :param period_s: how often a sample was asked for.
-    :raises Undecided: samples are missing, or the guest was not read back.
+    :param ended: the guest's final books; None if the trial ended before they were read.
+    :param period_s: the time between two samples that was asked for.
+    :raises Undecided: samples are missing, the guest was not read back, or `ended` is None.
     """
     window = window_of(guest, steps)
     if ended is None:
@@ -118,8 +125,8 @@ def host_footprint(
 
     :param guests: the result of `guest_footprint` for each guest.
     """
-    # Measured anew on the sum of the series: guests peak at different moments, so the sum of
-    # their peaks would be too high.
+    # Measured on the sum of the series, not summed from the footprints of the guests: guests peak
+    # at different moments, so the sum of their peaks would be too high.
     windows = [window_of(guest, steps[guest]) for guest in series]
     together = Window(
         start_us=min(w.start_us for w in windows), end_us=max(w.end_us for w in windows)
@@ -136,7 +143,7 @@ def host_footprint(
 
 
 def sum_returned(parts: Sequence[Returned | None]) -> Returned | None:
-    """Sum the parts; None if nothing was freed."""
+    """Return the sum of the parts, with the shortest `after_s`; None if all parts are None."""
     known = [part for part in parts if part is not None]
     if not known:
         return None
@@ -159,7 +166,8 @@ def window_of(guest: str, steps: Sequence[StepDone]) -> Window:
 
 def _check_gaps(guest: str, series: Series, window: Window, period_s: float) -> None:
     at = series.at_unix_us
-    # The samples around the window count as well: the footprint is interpolated at its ends.
+    # The nearest samples outside the window are included: the values at the ends of the window
+    # are interpolated from them.
     first = int(np.searchsorted(at, window.start_us, side="right")) - 1
     last = int(np.searchsorted(at, window.end_us, side="left"))
     if first < 0 or last >= len(at):
@@ -189,7 +197,8 @@ def _measure(series: Series, window: Window) -> Footprint:
 
 
 def _cut(series: Series, window: Window) -> tuple[Numbers, Numbers]:
-    """Return the samples inside the window, and interpolated ones at its ends."""
+    """Return times and resident bytes: the samples inside the window, between two values that are
+    interpolated at its ends."""
     at, resident = series.at_unix_us, series.resident_bytes
     ends = np.array([window.start_us, window.end_us])
     inside = (at > window.start_us) & (at < window.end_us)
@@ -200,7 +209,7 @@ def _cut(series: Series, window: Window) -> tuple[Numbers, Numbers]:
 
 
 def _sum(parts: Sequence[Series]) -> Series:
-    """Sum series at the times that all of them have."""
+    """Return the sum of the resident bytes, at the times that all series have."""
     at = parts[0].at_unix_us
     for part in parts[1:]:
         at = np.intersect1d(at, part.at_unix_us, assume_unique=True)
@@ -211,7 +220,11 @@ def _sum(parts: Sequence[Series]) -> Series:
 
 
 def _returned(series: Series, steps: Sequence[StepDone]) -> Returned | None:
-    """Compare resident memory before each free step and some time after it."""
+    """Return how much memory left one guest after its free steps; None if it freed nothing.
+
+    Resident memory at the start of a free step is compared with that 3 s after its end, or at the
+    start of the next step if that is earlier.
+    """
     parts = []
     for step, following in pairwise(steps):
         if step.kind != "free" or not step.changed_bytes:
@@ -227,9 +240,9 @@ def _returned(series: Series, steps: Sequence[StepDone]) -> Returned | None:
 
 
 def _last_seen(series: Series, at_us: int) -> float:
-    """Return resident bytes in the last sample at or before `at_us`."""
-    # Not interpolated: memory leaves within milliseconds, so a sample after the start of a step
-    # would already change the value before it.
+    """Return resident bytes in the last sample at or before `at_us`; if none, in the first."""
+    # Not interpolated: memory leaves within milliseconds, so the first sample after the start of
+    # a step may already be without it, and would falsify the value at the start.
     return float(series.resident_bytes[last_index(series, at_us)])
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 class RunOutcome:
     """How a run ended.
 
-    :ivar state: done, undecided, failed or interrupted. The last two can be resumed.
-    :ivar reason: why it is not done; empty if it is done.
+    :ivar state: done, undecided, failed or interrupted. A failed or interrupted run can be
+        resumed, and so can an undecided run that has lost trials.
+    :ivar reason: why the run is not done; empty if it is done.
     """
 
     state: str
@@ -21,8 +22,8 @@ class RunOutcome:
 def run_outcome(error: BaseException | None, undecided: Sequence[str]) -> RunOutcome:
     """Return the outcome of a run that has ended.
 
-    :param error: the exception that ended it; None if all trials ran.
-    :param undecided: why trials are undecided or lost, by their last attempts.
+    :param error: the exception that ended the run; None if all trials ran.
+    :param undecided: the reasons of the trials whose last attempts are undecided or lost.
     """
     if isinstance(error, KeyboardInterrupt):
         return RunOutcome(state="interrupted", reason="interrupted by the user")

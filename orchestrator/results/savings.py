@@ -1,8 +1,10 @@
-"""Computes what arms used and saved. The summary, `savings` and the service share this query.
+"""Computes what arms used and saved. The summary of a run, the command `savings` and the fleet
+service all use this module.
 
 Controlled savings compare an arm with the control of the same run, pair by pair. A pair is
-one repetition (so the same seeds) of the whole fleet, of a host or of a guest, as the row
-says. If any trial of an arm is undecided, the arm is undecided too.
+one repetition (so the same seeds) of the whole fleet, of a host or of a guest, depending on what
+the row covers. A row is undecided if a trial of its arm or of the control was cut off, or was
+undecided or lost in the part that the row covers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from orchestrator.results.statistics import Interval, mean_interval, paired_diff
 
 
 class By(StrEnum):
-    """What one row of an answer covers. ARM pools all runs of the same spec."""
+    """What one row of an answer covers: one arm, and the fleet, a host or a guest of one run.
+
+    With ARM it covers one arm, and the fleet in all runs of the same spec.
+    """
 
     FLEET = "fleet"
     HOST = "host"
@@ -31,7 +36,7 @@ class FootprintRow:
 
     :ivar spec_hash: equal for runs of the same spec.
     :ivar guest: empty for all guests of the host together.
-    :ivar footprint: None if the trial is undecided or was cut off.
+    :ivar footprint: None if the host was not measured to the end, or the trial was cut off.
     :ivar undecided: why there is no footprint; empty if there is one, or if the trial was
         cut off.
     """
@@ -50,15 +55,17 @@ class FootprintRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
-    """One row of an answer.
+    """One row of an answer: what one arm used and saved.
 
     :ivar run_id: empty by arm, because runs of the same spec are pooled.
     :ivar key: the host's or guest's name; empty by fleet and by arm.
-    :ivar footprint: means over trials, but the peak is the maximum and pages are the sum.
+    :ivar footprint: means over trials, with three exceptions: the peak is the highest of all
+        trials (of several hosts, the sum of their peaks), pages and `returned` are sums.
         None if a trial of the arm has no footprint.
-    :ivar saved_bytes: mean resident memory saved; None for the control and where
-        `undecided` is set.
-    :ivar undecided: why there is no figure; empty if there is one.
+    :ivar saved_bytes: mean resident memory saved; None for the control, without a control, and
+        where `undecided` is set.
+    :ivar undecided: why figures are missing or do not count, for example wrong pages or only one
+        pair of trials; empty otherwise.
     """
 
     experiment: str
@@ -73,8 +80,11 @@ class Savings:
 
 
 def aggregate(rows: Iterable[FootprintRow], by: By) -> list[Savings]:
-    """Return the savings of each group: a run, a host or guest of it, or all runs of a spec, as
-    `by` says. Groups, and the arms in each, are in the order in which they first appear."""
+    """Return a row for each arm of each group.
+
+    Depending on `by`, a group is a run, a host of a run, a guest of a run, or all runs of a spec.
+    Groups, and the arms in each, are in the order in which they first appear in `rows`.
+    """
     groups: dict[tuple[str, str, str], list[FootprintRow]] = {}
     for row in rows:
         if bool(row.guest) == (by is By.GUEST):
@@ -83,7 +93,10 @@ def aggregate(rows: Iterable[FootprintRow], by: By) -> list[Savings]:
 
 
 def _group(row: FootprintRow, by: By) -> tuple[str, str, str]:
-    """Return the group of a row: spec hash, run and key. Rows of a group are compared."""
+    """Return the group of a row: spec hash, run id (empty by arm), and key as in `Savings`.
+
+    Arms are compared only within a group.
+    """
     key = {By.HOST: row.host, By.GUEST: row.guest}.get(by, "")
     return row.spec_hash, "" if by is By.ARM else row.run_id, key
 
@@ -100,7 +113,8 @@ def _arm(
     group: tuple[str, str, str], rows: Sequence[FootprintRow], control: Sequence[FootprintRow]
 ) -> Savings:
     _, run_id, key = group
-    # To leave out only the trials that went wrong would favour whatever made them go wrong.
+    # One bad trial makes the arm undecided: leaving out only the trials that went wrong would
+    # favour an arm that makes trials go wrong.
     undecided = _first_undecided(rows) or _wrong_pages(rows)
     saved_bytes = saved_gib_min = None
     if not undecided and not rows[0].is_control and control:
@@ -156,9 +170,9 @@ def _saved(
 def _by_trial(
     arm: Sequence[FootprintRow], value: Callable[[Footprint], float]
 ) -> dict[Hashable, float]:
-    """Sum over the hosts or guests of each trial."""
-    # Hosts of one trial share its noise. As pairs of their own they would count one draw as
-    # many, and the interval would be too narrow.
+    """Return the sum of `value` over the rows of each trial, by run id and repetition."""
+    # Hosts of one trial share its noise. If each host were a pair of its own, one random draw
+    # would count several times, and the interval would be too narrow.
     sums: dict[Hashable, float] = {}
     for row in arm:
         if row.footprint is not None:

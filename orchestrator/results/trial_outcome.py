@@ -7,9 +7,9 @@ From the fault to the next attempt, in the order of this file:
    (`trial/ray_actors.py`).
 2. `host_outcome` computes one host's figures from its records, or says why there are none.
 3. `trial_outcome` combines the hosts: done, undecided or lost.
-4. `next_attempt` decides whether the trial is run again. A lost trial is run again, up to
-   `--retries` times at the end of the same run, and with every `run --resume`. So is a trial
-   that was cut off. An undecided trial is not.
+4. `next_attempt` decides whether the trial is run again. A lost trial is run again: up to
+   `--retries` times at the end of the same run, and with every `run --resume`. A trial that was
+   cut off is run again with `run --resume`. An undecided trial is never run again.
 
 Only the last attempt at a trial counts in figures (view `counted_trials` in
 `store/database.py`). The other attempts stay stored.
@@ -53,7 +53,7 @@ class TrialStatus(StrEnum):
 
     @property
     def has_result(self) -> bool:
-        """Whether the trial has a result, which is final."""
+        """Whether the trial has a result. A trial with a result is not run again."""
         return self in (TrialStatus.DONE, TrialStatus.UNDECIDED)
 
 
@@ -61,9 +61,9 @@ class TrialStatus(StrEnum):
 class TrialFigures:
     """The figures of one guest, or of all guests of a host together (guest ""), in a trial.
 
-    :ivar footprint: None if there is none.
-    :ivar cost: of a host with a footprint; None for a guest.
-    :ivar undecided: why there is no footprint.
+    :ivar footprint: None if the host's part of the trial was not measured to the end.
+    :ivar cost: set for a host with a footprint; None for a guest.
+    :ivar undecided: why there is no footprint; empty if there is one.
     """
 
     host: str
@@ -77,10 +77,10 @@ class TrialFigures:
 class HostOutcome:
     """The outcome of one host's part of a trial.
 
-    :ivar reason: why it is not done; empty if it is done.
-    :ivar figures: of the host, then of each of its guests.
-    :ivar has_wrong_pages: a guest read back other data than it had written. Such a host is
-        undecided, and has figures if it was measured.
+    :ivar reason: why the part is not done; empty if it is done.
+    :ivar figures: those of the host, then those of each of its guests.
+    :ivar has_wrong_pages: whether a guest read back other data than it had written. If so, the
+        host is undecided, but `figures` has footprints if the host was measured to the end.
     """
 
     status: TrialStatus
@@ -105,10 +105,11 @@ class TrialOutcome:
 def host_outcome(
     task: HostTask, events: Sequence[Event], series: Mapping[str, Series]
 ) -> HostOutcome:
-    """Compute the figures of one host's part of a trial, or say why there are none.
+    """Return the outcome of one host's part of a trial: its figures, or why there are none.
 
-    :param events: of this host, in the order in which they arrived.
-    :param series: of each of its guests that has samples, with cost.COUNTERS.
+    :param events: those of this host, in the order in which they arrived.
+    :param series: the samples of the host's guests by name, with cost.COUNTERS; without the
+        guests that have no samples.
     """
     # If the actor dies after the host was done, there are two HostDone: the last one counts.
     done = next((e for e in reversed(events) if isinstance(e, HostDone)), None)
@@ -119,7 +120,7 @@ def host_outcome(
             figures = _measured(task, events, series)
         except Undecided as undecided:
             reason = str(undecided)
-    # Wrong pages are a result even if the host was lost later.
+    # Wrong pages are a result: with them, the host is undecided even if it was lost later.
     wrong_pages = _wrong_pages(events)
     reason = wrong_pages or reason
     if not reason:
@@ -164,8 +165,8 @@ def next_attempt(trial: Trial, status: TrialStatus, retries_left: int = 1) -> Tr
     :param status: how the last attempt ended.
     :param retries_left: how often this trial may still be run again.
     """
-    # An undecided trial stays undecided: to run it until it ends well would favour the arm that
-    # made it go wrong.
+    # An undecided trial stays undecided: running it until it ends well would favour an arm that
+    # makes trials go wrong.
     if status.has_result or retries_left < 1:
         return None
     return replace(trial, attempt=trial.attempt + 1)
@@ -176,7 +177,7 @@ def _measured(
 ) -> tuple[TrialFigures, ...]:
     """Return the figures of a host, then of its guests.
 
-    :raises Undecided: samples or steps of a guest are missing.
+    :raises Undecided: samples, steps or the final books of a guest are missing.
     """
     names = [guest.name for guest in task.guests]
     missing = [name for name in names if name not in series]
@@ -210,7 +211,8 @@ def _no_figures(task: HostTask, reason: str) -> tuple[TrialFigures, ...]:
 
 
 def _wrong_pages(events: Sequence[Event]) -> str:
-    """Name the first guest that read back wrong pages, and how many pages; empty if none did."""
+    """Return a text that names the first guest with wrong pages and their number; empty if no guest
+    read back wrong pages."""
     counts: dict[str, int] = {}
     for step in _of_kind(events, StepDone):
         counts[step.guest] = counts.get(step.guest, 0) + step.wrong_pages

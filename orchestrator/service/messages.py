@@ -1,4 +1,4 @@
-"""Converts runs and savings into the fleet service's messages, and back."""
+"""Converts runs and savings into the fleet service's messages, and savings back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run_as_pb2(run: Run) -> fleet_pb2.Run:
 
 
 def savings_as_pb2(row: Savings) -> fleet_pb2.Savings:
-    """Convert a row of savings into its message; bytes become whole numbers."""
+    """Convert a row of savings into its message; bytes in the footprint become whole numbers."""
     return fleet_pb2.Savings(
         experiment=row.experiment,
         run_id=row.run_id,
@@ -46,7 +46,8 @@ def savings_as_pb2(row: Savings) -> fleet_pb2.Savings:
 
 def savings_from_pb2(message: fleet_pb2.Savings) -> Savings:
     """Convert a message back into a row of savings."""
-    # HasField: proto3 reads a sub-message that is not set as one full of zeros.
+    # Checked with HasField: for a sub-message that is not set, proto3 returns one full of zeros,
+    # not None.
     return Savings(
         experiment=message.experiment,
         run_id=message.run_id,

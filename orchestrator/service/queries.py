@@ -24,7 +24,7 @@ def ask_store(store: Store, by: By, run: str = "", since_unix_s: int = 0) -> lis
 
     :param run: only this run: an id, a unique part of an id, or `latest`; empty for all.
     :param since_unix_s: only runs that started at or after this time; 0 for all.
-    :raises InvalidInput: there is no such run.
+    :raises InvalidInput: there is no such run, or more than one.
     """
     run_id = store.find_run(run).run_id if run else ""
     return aggregate(store.footprint_rows(run_id, since_unix_s), by)
@@ -37,9 +37,10 @@ def ask_server(
 
     Parameters are as in `ask_store`.
 
-    :raises InvalidInput: there is no such run.
-    :raises TransientError: no service answers at the address.
-    :raises InvalidInput: the address needs TLS.
+    :raises InvalidInput: there is no such run or more than one, the address is not valid, or it
+        needs TLS.
+    :raises TransientError: no service can be reached at the address.
+    :raises OutcomeUnknown: the service did not answer within 30 s.
     """
     request = fleet_pb2.QuerySavingsRequest(by=BY_PB2[by], run_id=run, since_unix_s=since_unix_s)
     with _service(address, tls) as service:
@@ -48,12 +49,15 @@ def ask_server(
 
 
 def store_runs(store: Store) -> list[fleet_pb2.Run]:
-    """Return the runs of the store, newest first."""
+    """Return the newest 10,000 runs of the store, newest first."""
     return [run_as_pb2(run) for run in store.runs(_MOST_RUNS)]
 
 
 def server_runs(address: str, tls: Tls | None = None) -> list[fleet_pb2.Run]:
-    """Return the runs of the fleet service at `address`; raises what `ask_server` raises."""
+    """Return the newest 10,000 runs of the fleet service at `address`, newest first.
+
+    Raises the errors of `ask_server`, except those about a run.
+    """
     with _service(address, tls) as service:
         request = fleet_pb2.ListRunsRequest(limit=_MOST_RUNS)
         return list(service.ListRuns(request, timeout=_TIMEOUT_S).runs)
@@ -65,8 +69,8 @@ def not_done(
     """Return the runs that a savings query covers and whose state is not done. Pure.
 
     :param runs: newest first.
-    :param run: as in the query.
-    :param since_unix_s: as in the query.
+    :param run: as in `ask_store`.
+    :param since_unix_s: as in `ask_store`.
     """
     asked = [found for found in runs if run in ("", LATEST) or run.lower() in found.run_id]
     return [

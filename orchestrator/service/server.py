@@ -38,7 +38,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     def ListRuns(
         self, request: fleet_pb2.ListRunsRequest, context: grpc.ServicerContext
     ) -> fleet_pb2.ListRunsResponse:
-        """Return the newest runs first."""
+        """Return runs, newest first: at most `limit` (100 if it is 0), and at most 10,000."""
         limit = min(request.limit or _DEFAULT_LIMIT, _MAX_LIMIT)
         runs = self._ask(lambda store: store.runs(limit), context)
         return fleet_pb2.ListRunsResponse(runs=map(run_as_pb2, runs))
@@ -56,7 +56,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         try:
             check_role(context.auth_context(), Role.OPERATOR)
             # Opened for each call: a connection of sqlite3 belongs to the thread that made it,
-            # and opening it also finds runs that were abandoned meanwhile.
+            # and opening the store also finds runs that were abandoned since the last call.
             with Store(self._data_dir) as store:
                 return question(store)
         except HintfleetError as error:
@@ -81,7 +81,8 @@ def serve(
     :raises InvalidInput: the address needs TLS.
     :raises Refused: the address cannot be bound, or the store cannot be used.
     """
-    # A store that cannot be used is an error now, not at the first call.
+    # Opened once now, so that a store that cannot be used is an error at the start, not at the
+    # first call.
     Store(data_dir).close()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,13 +95,14 @@ def serve(
 
 
 def _bind(address: str, service: FleetService, tls: Tls | None) -> tuple[grpc.Server, str]:
-    # gRPC sets SO_REUSEPORT by default on Linux, and a second server at the same address would
-    # then take half of the calls. Without it, the second bind is an error.
+    # gRPC sets SO_REUSEPORT by default on Linux: a second server could then bind the same address
+    # and would get half of the calls. Without SO_REUSEPORT, the second bind is an error.
     server = grpc.server(ThreadPoolExecutor(_WORKERS), options=(("grpc.so_reuseport", 0),))
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
-    # "" is the server as a whole, which probes ask for (grpc/doc/health-checking.md).
+    # The name "" means the server as a whole; health probes ask for it
+    # (grpc/doc/health-checking.md).
     for name in ("", SERVICE_NAME):
         state.set(name, health_pb2.HealthCheckResponse.SERVING)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

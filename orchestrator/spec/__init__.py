@@ -1,1 +1,1 @@
-"""Experiment specs: reads, checks and freezes them."""
+"""Reads and checks experiment specs; a checked spec is a frozen model."""

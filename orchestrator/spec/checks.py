@@ -30,7 +30,7 @@ _FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload
 
 _EMBEDDED_PROCESS_BYTES = 48 * MIB  # a guest process apart from its RAM: Python and gRPC
 _QEMU_PROCESS_BYTES = 96 * MIB  # QEMU apart from the guest's RAM, TCG's translations included
-# Measured in a memory cgroup of their own, including the program text that they always need.
+# The next three were measured in memory cgroups, and include the program text that is in use.
 _FLEET_BYTES = 480 * MIB  # the command itself and a private Ray cluster
 _ACTOR_BYTES = 64 * MIB  # the Ray actor of one host
 _HOST_AGENT_BYTES = 32 * MIB
@@ -49,26 +49,33 @@ class Problem:
 
 
 def problems(spec: Spec) -> Iterator[Problem]:
-    """Yield all mistakes between the values of a spec; none if it can run."""
+    """Yield the problems of a spec that the model does not find; nothing if there are none.
+
+    Of the steps of the workload, only the first with a problem is reported.
+    """
     yield from _arm_problems(spec)
     yield from _host_problems(spec)
     yield from _workload_problems(spec)
 
 
 def usable_bytes(driver: Driver, memory_bytes: int) -> int:
-    """Return the bytes that a workload may hold in a guest of this size."""
+    """Return the bytes that a workload may hold in a guest of this size.
+
+    Negative if a real guest is too small for its own kernel.
+    """
     if driver is Driver.EMBEDDED:
-        # The embedded allocator keeps its watermarks free.
+        # Subtracted: the watermarks, which the embedded allocator keeps free, and a margin.
         return memory_bytes - max(4 * MIB, memory_bytes // 32)
-    # The guest's kernel (its struct pages take 1/64 of the memory), its services and the agent.
+    # Subtracted: the guest's kernel (its struct pages take 1/64 of the memory), its services and
+    # the agent.
     return memory_bytes - 128 * MIB - memory_bytes // 32
 
 
 def needed_bytes(spec: Spec) -> int:
-    """Return the most memory that a run can use on this machine at once.
+    """Return the most bytes of memory that a run can use on this machine at once.
 
-    That is the command, Ray and its actors; and the guests and logical hosts, unless the spec
-    names host agents.
+    Counted are the command, Ray and its actors. Unless the spec names host agents, the guests
+    and the host agents of the logical hosts are counted, too.
     """
     fleet_bytes = _FLEET_BYTES + spec.hosts.number * _ACTOR_BYTES
     if spec.hosts.agents:
@@ -78,9 +85,11 @@ def needed_bytes(spec: Spec) -> int:
 
 
 def could_become_resident_bytes(spec: Spec) -> int:
-    """Return the most host memory that all guests of one trial can use at once."""
-    # A guest under `none` keeps each page that it once touched, and the allocator may touch
-    # other pages in each phase. So all allocations count, up to the guest's memory.
+    """Return the most bytes of host memory that all guests of one trial, with their processes, can
+    use at once."""
+    # An embedded guest under `none` keeps each page that it has touched resident, and each
+    # allocation may touch other pages. So the sum of all allocations counts, up to the guest's
+    # memory. For a real guest, all of its memory counts.
     memory_bytes = spec.guests.memory_bytes
     if spec.driver is Driver.LIBVIRT:
         per_guest = memory_bytes + _QEMU_PROCESS_BYTES
@@ -91,7 +100,7 @@ def could_become_resident_bytes(spec: Spec) -> int:
 
 
 def machine_problem(spec: Spec, available: Bound[int]) -> Problem | None:
-    """Return the problem if the available memory is not enough to run the spec from here."""
+    """Return the problem if the available memory is not enough to run the spec; else None."""
     needed = needed_bytes(spec)
     if needed <= available.value:
         return None
@@ -107,7 +116,12 @@ def machine_problem(spec: Spec, available: Bound[int]) -> Problem | None:
 
 
 def hosts_problem(spec: Spec, *, encrypted: bool) -> Problem | None:
-    """Return the problem if a host is on another machine and there is no TLS."""
+    """Return the problem of the first host agent that needs TLS, if there is no TLS; else None.
+
+    A host agent needs TLS if its address is neither a unix socket nor on loopback.
+
+    :param encrypted: whether there is TLS.
+    """
     for i, address in enumerate(spec.hosts.agents):
         if not encrypted and (problem := plain_text_problem(address)):
             return Problem(path=("hosts", "agents", i), message=problem, hint=ENCRYPT_HINT)
@@ -232,7 +246,8 @@ def _workload_problems(spec: Spec) -> Iterator[Problem]:
     if phases[0].repeat is not None:
         yield Problem(path=("workload", "phases", 0), message="there is no phase to repeat")
         return
-    # Before `expand`: a few nested repeats of 10000 would make a list without end.
+    # Checked before `expand` is called: with a few repeats of 10000 in a row, the steps would not
+    # fit into memory.
     if step_count(spec.workload) > _MAX_STEPS:
         yield Problem(
             path=("workload", "phases"),

@@ -1,5 +1,4 @@
-"""Reads a spec file into the model. Each error in the text names file, line
-and column."""
+"""Reads a spec file into the model. Errors about the text name file, line and column."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ from orchestrator.spec.yaml_reader import Path as Keys
 
 _MAX_FILE_BYTES = 1 << 20
 
-# The part of the model at each path, without indexes.
+# The class of the model at each path. Indexes of lists are left out of the paths.
 _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
     (): Spec,
     ("hosts",): Hosts,
@@ -64,10 +63,11 @@ class LoadedSpec:
 
 
 def load(name_or_path: str, overrides: dict[str, Any] | None = None) -> LoadedSpec:
-    """Read a spec file, or an experiment of the catalogue.
+    """Read an experiment of the catalogue, or, if none has this name, a spec file.
 
     :param overrides: top-level keys that replace those in the file.
-    :raises InvalidInput: there is no such file, or it is not valid; names the lines.
+    :raises InvalidInput: there is no such file, it cannot be read, or the spec is not valid (the
+        message has the problems with their lines).
     """
     text, source = _read(name_or_path)
     return parse(text, source, overrides)
@@ -78,7 +78,7 @@ def parse(text: str, source: str, overrides: dict[str, Any] | None = None) -> Lo
 
     :param source: the file's name, for messages.
     :param overrides: top-level keys that replace those in the text.
-    :raises InvalidInput: the spec is not valid; names all problems with their lines.
+    :raises InvalidInput: the spec is not valid; the message has the problems with their lines.
     """
     document = read_yaml(text, source)
     if not isinstance(document.data, dict):
@@ -102,8 +102,11 @@ def parse(text: str, source: str, overrides: dict[str, Any] | None = None) -> Lo
 
 
 def _driver_section(data: dict[str, Any], driver: Any) -> dict[str, Any]:
-    """Return the keys in `under` that replace others under this driver."""
-    # Anything of the wrong type is passed over here: validating the spec reports it.
+    """Return the keys in `under` that replace top-level keys under this driver, with their values.
+
+    Empty if there are none.
+    """
+    # Unknown keys and values of a wrong type are ignored here: validating the spec reports them.
     sections = data.get("under")
     if not isinstance(sections, dict) or not isinstance(driver, str):
         return {}
@@ -143,8 +146,8 @@ def _problems(error: ValidationError) -> list[Problem]:
     misspelt = {
         (*e["loc"][:-1], _near(e["loc"])) for e in details if e["type"] == "extra_forbidden"
     }
-    # Pydantic also reports what only follows from another problem: a sequence with an invalid
-    # item is one item too short, and the right name of a misspelt key is missing.
+    # Left out: errors that pydantic reports only because of another error. A sequence with an
+    # invalid item is reported as too short, and the right name of a misspelt key as missing.
     implied = {"too_short": around, "missing": misspelt}
     return [_problem(e) for e in details if e["loc"] not in implied.get(e["type"], ())]
 
@@ -167,7 +170,7 @@ def _problem(error: Any) -> Problem:
             hint="use lower-case letters, digits and '-', for example bitmap-eager",
         )
     shown = repr(error["input"])
-    # Pydantic's messages begin "Input should be ..."; the value itself says more than "Input".
+    # Pydantic's messages begin "Input should be ...". "Input" is replaced by the value.
     _, _, text = error["msg"].partition(" should ")
     return Problem(path=path, message=f"{shown[:60]} should {text or error['msg']}")
 
@@ -179,21 +182,21 @@ def _unknown_key(path: tuple[Hashable, ...]) -> Problem:
 
 
 def _known(path: tuple[Hashable, ...]) -> tuple[str, ...]:
-    """Return the keys that are allowed where the last key of `path` is."""
+    """Return the keys that are allowed in place of the last key of `path`."""
     around = tuple(step for step in path[:-1] if not isinstance(step, int))
     return keys_of(_PARTS[around]) if around in _PARTS else ()
 
 
 def _near(path: tuple[Hashable, ...]) -> str:
-    """Return the allowed key that is most like the last one of `path`; empty if none is."""
+    """Return the allowed key that is most like the last key of `path`; empty if none is similar."""
     return next(iter(difflib.get_close_matches(str(path[-1]), _known(path), 1)), "")
 
 
 def _error(
     document: Document, moved: Mapping[Hashable, Keys], problems: Iterable[Problem]
 ) -> InvalidInput:
-    # A mistake in `under` is found twice, there and in the merged spec. With the path in the
-    # document both are equal, and `fromkeys` keeps one.
+    # A mistake in `under` is found twice: at its path in `under`, and at its path in the merged
+    # spec. The second path is replaced by the first: both are then equal, and `fromkeys` keeps one.
     unique = dict.fromkeys(
         replace(problem, path=(*moved.get(problem.path[0], problem.path[:1]), *problem.path[1:]))
         if problem.path

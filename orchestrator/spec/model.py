@@ -1,8 +1,8 @@
-"""The frozen model of an experiment, behind a spec file.
+"""The frozen model of an experiment; spec files are read into it.
 
-Values are checked here one at a time. `spec/checks.py` checks several values against each
-other, and `spec/file.py` adds lines and columns to errors. Sizes are integer bytes, durations
-are seconds.
+Each part of a spec is checked here on its own. `spec/checks.py` checks parts against each other,
+and `spec/file.py` adds lines and columns to errors. Sizes are integer bytes, durations are
+seconds.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Guests(Part):
 
 
 class Phase(Part):
-    """One step of the workload on all guests, and the time to hold after it.
+    """One step of the workload on all guests, and the time to hold after it; or a repeat.
 
     Exactly one of three is set: `allocate` (a percentage of the guest's memory, or a size),
     `free` (a percentage of the memory that the workload holds, or a size), or `repeat` (how
@@ -125,13 +125,14 @@ class Arm(Part):
 
     :ivar drivers: the drivers under which the arm runs; empty for all.
     :ivar tracker, isolator: empty for the default; see `hintfleet.settings.PARTS`.
-    :ivar cold_after_s: policy cold: how long a chunk must have been free.
+    :ivar cold_after_s: policy cold: how long a chunk must have been free before it is hinted.
     :ivar pressure_above_percent: policy pressure: the share of the host's memory
-        budget above which it wants memory back.
+        budget above which the host wants memory back.
     :ivar report_period_s: how often a guest hints even below the threshold.
     :ivar threshold_chunks: the number of free chunks at which a guest hints at once.
     :ivar reserve_percent: method balloon: the share of its memory that a guest keeps free.
-    :ivar step_percent: method balloon: the share of its memory that a guest loses at a time.
+    :ivar step_percent: method balloon: the largest share of its memory that a guest loses at a
+        time.
     :ivar kernel_parameters: added to the kernel command line of a real guest.
     """
 
@@ -155,7 +156,8 @@ class Arm(Part):
     chunk_order: int = Field(default=DEFAULT_CHUNK_ORDER, ge=1, le=MAX_ORDER)
     reserve_percent: WholePercent = Field(default=DEFAULT_RESERVE_PERCENT, alias="reserve")
     step_percent: WholePercent = Field(default=DEFAULT_STEP_PERCENT, alias="step")
-    # Printable ASCII: it becomes a line of the domain's XML and of the kernel's command line.
+    # Printable ASCII only: the text becomes part of the domain's XML and of the guest kernel's
+    # command line.
     kernel_parameters: str = Field(default="", max_length=500, pattern=r"^[ -~]*$")
 
     @model_validator(mode="after")
@@ -198,7 +200,7 @@ _SETTINGS_OF: dict[Method, set[str]] = {
 
 
 class Timeouts(Part):
-    """Deadlines for the calls to a host agent."""
+    """Deadlines for starting or reaching a host agent, and for the calls to it."""
 
     connect_s: PositiveDurationS = Field(default=30.0, alias="connect")
     create_s: PositiveDurationS = Field(default=180.0, alias="create")
@@ -208,7 +210,7 @@ class Timeouts(Part):
 
 
 class UnderDriver(Part):
-    """Keys that replace those of the spec under one driver."""
+    """Keys that replace those of the spec under one driver; a key that is None replaces nothing."""
 
     hosts: Hosts | None = None
     guests: Guests | None = None
@@ -219,7 +221,7 @@ class UnderDriver(Part):
 
 
 class Under(Part):
-    """Keys that replace those of the spec, for each driver."""
+    """For each driver, the keys that replace those of the spec."""
 
     embedded: UnderDriver | None = None
     libvirt: UnderDriver | None = None
@@ -229,12 +231,12 @@ class Spec(Part):
     """An experiment under one driver.
 
     :ivar arms: all arms, also those that do not run under this driver.
-    :ivar under: merged into the other fields already, for this driver.
+    :ivar under: as in the file. The part for this driver is merged into the other fields already.
     """
 
     name: Name
     description: str = ""
-    # strict=False: in strict mode pydantic takes no str for an enum.
+    # strict=False: in strict mode pydantic rejects a str in place of an enum.
     driver: Annotated[Driver, Field(strict=False)]
     hosts: Hosts
     guests: Guests
@@ -253,8 +255,11 @@ class Spec(Part):
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The names of arms of which none runs under this driver."""
-        # Two arms may share a name if each runs under another driver (methods.yaml: bitmap).
+        """The names of the arms that do not run under this driver.
+
+        A name is not among them if another arm with the same name runs.
+        """
+        # Two arms may share a name if they run under different drivers (methods.yaml: bitmap).
         running = {arm.name for arm in self.trial_arms}
         return tuple(arm.name for arm in self.arms if arm.name not in running)
 
@@ -280,7 +285,10 @@ def keys_of(part: type[BaseModel]) -> tuple[str, ...]:
 
 
 def describe(spec: Spec) -> str:
-    """Return the size as text: `embedded, 2 hosts x 3 guests of 256 MiB, 2 arms, ...`."""
+    """Return the size of an experiment as text, in one line.
+
+    For example `embedded, 2 hosts x 3 guests of 256 MiB, 2 arms, 3 repetitions`.
+    """
     return (
         f"{spec.driver}, {_count(spec.hosts.number, 'host')} × "  # noqa: RUF001
         f"{_count(spec.guests.per_host, 'guest')} of {format_size(spec.guests.memory_bytes)}, "

@@ -19,8 +19,9 @@ NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 
 def invalid_value(message: str, hint: str = "") -> PydanticCustomError:
     """Return an error with a hint, to be raised in a validator."""
-    # Of a ValueError pydantic keeps the text alone. The context of a custom error comes back in
-    # `ValidationError.errors()`; the message is a template, so it must be "{message}".
+    # Not a ValueError: pydantic keeps only its text, without the hint. The context of a custom
+    # error (the third argument) is in `ValidationError.errors()`. The second argument is a
+    # template: a message with braces in it would be misread there.
     return PydanticCustomError("hintfleet", "{message}", {"message": message, "hint": hint})
 
 
@@ -81,7 +82,7 @@ class Part(BaseModel):
 
 
 class Amount(Part):
-    """A size in bytes, or a percentage of a whole that is known later."""
+    """Either a size in bytes, or a percentage of a whole that is known later."""
 
     size_bytes: int | None = None
     percent: float | None = None
@@ -101,7 +102,8 @@ class Amount(Part):
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 DurationS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0, le=7 * 86400)]
 PositiveDurationS = Annotated[float, BeforeValidator(_duration_s), Field(gt=0, le=7 * 86400)]
-# At least a millisecond: on the wire both are whole milliseconds, and 0 means the default.
+# ReportPeriodS and ColdAfterS are at least a millisecond: on the wire they are whole milliseconds,
+# and 0 means the default.
 ReportPeriodS = Annotated[
     float, BeforeValidator(_duration_s), Field(ge=SHORTEST_REPORT_PERIOD_MS / 1000, le=7 * 86400)
 ]

@@ -14,7 +14,8 @@ class Step:
 
     :ivar phase_index: the index of its phase in the spec.
     :ivar hold_s: how long to wait after the step.
-    :ivar settle: whether the guest gives back all that it can before the hold.
+    :ivar settle: whether the guest gives back all that it can before the hold; ignored under
+        method none.
     """
 
     phase_index: int
@@ -71,7 +72,7 @@ def held_after(step: Step, held_bytes: int, memory_bytes: int) -> int:
 
 
 def total_allocated_bytes(workload: Workload, memory_bytes: int) -> int:
-    """Return the sum of all allocations, whatever the steps free in between."""
+    """Return the bytes of all allocations of one guest; what the steps free is not subtracted."""
     return sum(
         step.size_bytes(0, memory_bytes) for step in expand(workload) if step.allocate is not None
     )

@@ -1,6 +1,7 @@
-"""Reads YAML into plain values, and keeps the line of each value.
+"""Reads YAML into plain values, and keeps the position of each value.
 
-Accepts a strict subset: no aliases, no tags, no duplicate keys, no deep nesting, one document.
+Accepts a subset: no aliases, no duplicate keys, no deep nesting, one document. Tags are allowed:
+`!!int`, `!!str` and the like decide the type of a scalar, and all other tags are ignored.
 Sequences become tuples, because the spec model is frozen.
 """
 
@@ -20,7 +21,8 @@ from hintfleet.errors import InvalidInput
 
 Path = tuple[Hashable, ...]
 _MAX_DEPTH = 20
-# Longer ones stay text: int() takes quadratic time, and refuses more than 4300 digits.
+# In characters. A longer number stays text: int() takes quadratic time, and rejects more than
+# 4300 digits.
 _LONGEST_NUMBER = 40
 
 
@@ -37,7 +39,8 @@ class Document:
     """The contents of a file, with positions.
 
     :ivar source: the file's name, for messages.
-    :ivar positions: the position of every value, by the keys and indexes that lead to it.
+    :ivar positions: the position of every value, by the keys and indexes that lead to it; for a
+        value in a mapping, the position of its key.
     """
 
     source: str
@@ -62,9 +65,10 @@ class Document:
 def read_yaml(text: str, source: str) -> Document:
     """Parse one YAML document.
 
-    :raises InvalidInput: not YAML, or outside of the subset; names file, line and column.
+    :raises InvalidInput: the text is empty, not YAML, or outside of the subset; the message names
+        file, line and column.
     """
-    # pure: only the composer in Python knows `max_depth` (ruamel/yaml/composer.py).
+    # pure: only the composer that is written in Python has `max_depth` (ruamel/yaml/composer.py).
     yaml = YAML(typ="safe", pure=True)
     yaml.max_depth = _MAX_DEPTH
     try:
@@ -75,8 +79,8 @@ def read_yaml(text: str, source: str) -> Document:
         before = text[: error.position].split("\n")
         where = f"{source}:{len(before)}:{len(before[-1]) + 1}"
         raise InvalidInput(f"{where}: not YAML: a control character") from error
-    # chr() within ruamel.yaml raises these for an escape such as "\U00110000". They have no
-    # position, so the line is found by scanning once more.
+    # chr() within ruamel.yaml raises ValueError or OverflowError for an escape such as
+    # "\U00110000". These errors have no position, so the line is found by scanning once more.
     except (ValueError, OverflowError) as error:
         where = f"{source}:{_lines_scanned(text)}:1"
         raise InvalidInput(f"{where}: not YAML: an escape that is not a character") from error
@@ -88,7 +92,7 @@ def read_yaml(text: str, source: str) -> Document:
 
 
 def _lines_scanned(text: str) -> int:
-    """Return the line on which the last token ends that can be scanned."""
+    """Return the line, counted from 1, on which the last token before the scan error ends."""
     line = 1
     try:
         for token in YAML(typ="safe", pure=True).scan(text):
@@ -150,7 +154,7 @@ class _Reader:
                 return float(text)
         except ValueError:
             return text
-        # YAML 1.2 has no other booleans; `yes` and `on` are strings.
+        # YAML 1.2 has only the booleans true and false; `yes` and `on` are strings.
         if kind == "bool":
             return text.lower() == "true"
         return None if kind == "null" else text

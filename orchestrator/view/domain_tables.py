@@ -15,7 +15,7 @@ from orchestrator.view.tables import table
 
 def domain_table(domains: Sequence[host_pb2.Domain]) -> RenderableType:
     """Return a table with a row for each obstacle of each domain, or a sentence if there is no
-    domain."""
+    domain. A domain without obstacles has one row."""
     if not domains:
         return Text("this host's libvirt has no domains")
     shown = table(("domain", "in the way", "change"), ("memory",))

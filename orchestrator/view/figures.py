@@ -34,7 +34,7 @@ def number_interval(interval: Interval) -> str:
 
 
 def percent_interval(interval: Interval | None) -> str:
-    """Return `+3.1 %`, and in a second line `[-0.4, 6.7]`."""
+    """Return `+3.1 %`, and in a second line `[-0.4, 6.7]`; `-` for None."""
     if interval is None:
         return NO_FIGURE
     digits = 0 if max(abs(interval.low), abs(interval.high)) >= 10 else 1
@@ -43,7 +43,7 @@ def percent_interval(interval: Interval | None) -> str:
 
 
 def seconds_interval(interval: Interval | None) -> str:
-    """Return `0.31 s`, and in a second line `[0.25, 0.37]`."""
+    """Return `0.31 s`, and in a second line `[0.25, 0.37]`; `-` for None."""
     if interval is None:
         return NO_FIGURE
     digits = min(2, decimals(max(abs(interval.low), abs(interval.high))))
@@ -52,7 +52,7 @@ def seconds_interval(interval: Interval | None) -> str:
 
 
 def settle_time(cost: ArmCost) -> str:
-    """Return `0.12 s`, and in a second line the slowest, `max 0.16 s`."""
+    """Return `0.12 s`, and in a second line the slowest, `max 0.16 s`; `-` if there is none."""
     if cost.settle_s is None or cost.slowest_settle_s is None:
         return NO_FIGURE
     digits = min(2, decimals(cost.slowest_settle_s))
@@ -69,7 +69,7 @@ def _rounded(interval: Interval, digits: int) -> tuple[str, str, str]:
 
 
 def decimals(largest: float) -> int:
-    """Return how many decimals show about three digits of a value of this size."""
+    """Return how many decimals to print, so that a value of this size has about three digits."""
     return (
         0
         if largest >= 100
@@ -84,7 +84,8 @@ def decimals(largest: float) -> int:
 
 
 def returned(part: Returned | None) -> str:
-    """Return `97 % in 2 s`: the share of the freed bytes that left, and how soon."""
+    """Return `97 % in 2 s`: the share of the freed bytes that left the guests, and how long after
+    the free steps this was measured; `-` for None."""
     if part is None:
         return NO_FIGURE
     return f"{part.share * 100:z.0f} % in {part.after_s:.2g} s"
@@ -98,8 +99,11 @@ def pages(verified: int, wrong: int) -> str:
 
 
 def first_line(text: str) -> str:
-    """Return the first line of a reason, for a table; JSON output has the whole text."""
-    # A reason may quote a guest's console, whose control characters a terminal would obey.
+    """Return the first line of a reason, for a table, with control characters replaced.
+
+    JSON output has the whole text.
+    """
+    # A reason may quote a guest's console, and a terminal would obey the control characters in it.
     return printable(text.split("\n", 1)[0])
 
 
@@ -116,7 +120,10 @@ def when(unix_us: int) -> str:
 
 
 def sparkline(values: list[int], top: int, width: int) -> str:
-    """Return the last `width` values as bars; `top` is a full bar and 0 a blank."""
+    """Return the last `width` values as bars; `top` or more is a full bar, and 0 is a blank.
+
+    Fewer values have blanks before them.
+    """
     shown = values[-width:]
     return "".join(
         _BARS[min(len(_BARS) - 1, value * len(_BARS) // top)] if value and top else " "

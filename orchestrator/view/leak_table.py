@@ -16,8 +16,8 @@ from orchestrator.view.tables import table
 def leak_table(leaks: Sequence[Leak], *, all_looked_at: bool) -> RenderableType:
     """Return a table with a row per leak, or a sentence if there is none.
 
-    The line below a leak's place says that it was removed, or why it was kept. Otherwise it says
-    how we know that nobody owns it.
+    A second line below a leak's place says that the leak was removed, or why it was not or must
+    not be removed. For any other leak it says how we know that nobody owns the leak.
 
     :param all_looked_at: False if something could not be checked.
     """

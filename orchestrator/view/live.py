@@ -1,6 +1,6 @@
-"""Shows a run while it runs: redrawn on a terminal, else a line now and then.
+"""Shows a run while it runs: LiveView redraws a few lines, PlainView prints line after line.
 
-A view writes to the console that it is given.
+Both write to the console that they are given.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class LiveView:
             console=console,
             refresh_per_second=_FRAMES_PER_S,
             transient=True,
-            # Rich would replace sys.stdout and sys.stderr, but these go to a file during a run
-            # (orchestrator/trial/stray_output.py): nothing else writes to this terminal.
+            # By default Rich replaces sys.stdout and sys.stderr. That is not needed: during a run
+            # both go to a file (orchestrator/trial/stray_output.py), and nothing else writes to
+            # this terminal.
             redirect_stdout=False,
             redirect_stderr=False,
             get_renderable=self._render,
@@ -86,7 +87,7 @@ class LiveView:
 
 
 class PlainView:
-    """Prints a line when a trial starts or has no result: for logs and pipes."""
+    """Prints a line when a trial starts, and when it ends undecided or lost: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -163,7 +164,7 @@ def _arms(progress: Progress) -> Table:
 def _hosts(progress: Progress, width: int) -> Table:
     grid = Table.grid(padding=(0, 2))
     line_width = max(10, min(60, width - 52))
-    # By length first: host10 comes after host9.
+    # Sorted by length first, so that host10 is after host9.
     by_number = sorted(progress.hosts.items(), key=lambda item: (len(item[0]), item[0]))
     for name, host in by_number[:_MAX_HOSTS]:
         grid.add_row(Text(name), *_host_cells(host, line_width))

@@ -29,7 +29,11 @@ class HostProgress:
 
 @dataclass(kw_only=True)
 class ArmProgress:
-    """The number of trials of an arm."""
+    """The numbers of trials of an arm.
+
+    :ivar ended: includes the trials that already had a result when the run was resumed.
+    :ivar undecided: the trials that ended undecided or lost in this process.
+    """
 
     total: int = 0
     ended: int = 0
@@ -52,7 +56,7 @@ class Progress:
 
     @property
     def arms(self) -> dict[str, ArmProgress]:
-        """The trials of each arm, the control first."""
+        """The numbers of trials of each arm, by name; the control is first."""
         arms: dict[str, ArmProgress] = {}
         controls_first = sorted(
             self.trials, key=lambda trial: (trial.arm.method is not Method.NONE, trial.position)
@@ -68,7 +72,7 @@ class Progress:
         if self.trial is None:
             self._first_trial_s = now_s
         self.trial = trial
-        self._undecided_by_position.pop(trial.position, None)  # it may be run again
+        self._undecided_by_position.pop(trial.position, None)  # set if this is another attempt
         for host in self.hosts.values():
             host.phase = "starting guests"
 
@@ -86,11 +90,11 @@ class Progress:
 
     @property
     def ended_count(self) -> int:
-        """The number of trials that have ended."""
+        """The number of trials that have ended, including those that had a result at the start."""
         return len(self._undecided_by_position)
 
     def remaining_s(self, now_s: float) -> float | None:
-        """Return the estimated time left; None before the first trial has ended."""
+        """Return the estimated seconds left; None until a trial has ended in this process."""
         if not self._runs_ended:
             return None
         per_trial_s = (self._last_end_s - self._first_trial_s) / self._runs_ended

@@ -44,7 +44,7 @@ _STATE_STYLES = {
     "failed": "red",
     "interrupted": "yellow",
 }
-# Columns that tell rows apart; they are never cut.
+# Columns that tell rows apart. Rich does not wrap them, and shrinks all other columns first.
 _NAMES = ("experiment", "run", "of", "arm", "trial")
 _NAME_WIDTH = 16
 _NONE = Text(NO_FIGURE, style="dim")
@@ -71,14 +71,17 @@ def table(left: Sequence[str], right: Sequence[str] = (), title: str = "") -> Ta
     for column in left:
         result.add_column(column, no_wrap=column in _NAMES)
     for column in right:
-        # Folded: Rich would else cut a figure that does not fit, and a figure that is cut is
+        # Folded: otherwise Rich would cut a figure that does not fit, and people would read
         # another figure.
         result.add_column(column, justify="right", overflow="fold")
     return result
 
 
 def summary(run: Run, rows: Sequence[Savings], costs: Sequence[ArmCost]) -> RenderableType:
-    """Return the summary of a run: its state, and what its arms saved and cost."""
+    """Return the summary of a run: its state, and what its arms saved and cost.
+
+    While the run runs, the summary has only its state.
+    """
     heading = Text.assemble(
         (run.name, "bold"), f": {run.summary}\n", (f"run {run.run_id}, ", "dim"), _state(run)
     )
@@ -91,7 +94,10 @@ def summary(run: Run, rows: Sequence[Savings], costs: Sequence[ArmCost]) -> Rend
 
 
 def savings(rows: Sequence[Savings]) -> RenderableType:
-    """Return the tables of savings: memory used and returned, and why figures are missing."""
+    """Return the tables of savings: memory used and returned, and why rows are undecided.
+
+    Without rows, return a sentence.
+    """
     if not rows:
         return Text("no trials have ended")
     reasons = [
@@ -122,7 +128,7 @@ def _name_cells(names: Sequence[str], row: Savings) -> list[Text]:
 
 
 def _name(name: str) -> Text:
-    """Return a whole name, wrapped."""
+    """Return a whole name, wrapped into lines of at most 16 characters."""
     # An arm's name may have 40 characters: on one line it would leave no space for figures.
     return Text(textwrap.fill(printable(name), _NAME_WIDTH))
 
@@ -231,7 +237,7 @@ def cost_table(costs: Sequence[ArmCost]) -> Table:
 
 
 def runs(found: Sequence[Run]) -> RenderableType:
-    """Return the table of stored runs."""
+    """Return the table of stored runs, or a sentence if there are none."""
     if not found:
         return Text("no runs yet; start one with `hintfleet run quickstart`")
     result = table(("run", "experiment", "started"), ("took",))
@@ -244,7 +250,7 @@ def runs(found: Sequence[Run]) -> RenderableType:
 
 
 def trials(found: Sequence[StoredTrial]) -> RenderableType:
-    """Return the table of a run's trials, in the order in which they ran."""
+    """Return the table of the attempts at a run's trials, in the order of `found`."""
     result = table(("trial", "arm"), ("repetition", "took"))
     result.add_column("state", overflow="fold")
     for trial in found:
@@ -294,7 +300,8 @@ def _detail(finding: Finding) -> str:
 
 def certificates(found: Sequence[Certificate]) -> RenderableType:
     """Return the contents of certificates, a block of lines each."""
-    # Not a table: a narrow column would cut the fingerprint, and a part of it proves nothing.
+    # Not a table: a narrow column would cut a fingerprint, and a part of a fingerprint proves
+    # nothing.
     return Group(*(line for one in found for line in _certificate(one)))
 
 

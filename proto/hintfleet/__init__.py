@@ -1,7 +1,7 @@
-"""The contract that guest agent, host agent and orchestrator share.
+"""What guest agent, host agent and orchestrator share; none of the three imports another.
 
-Generated stubs (`hintfleet.v1`), the range codec, units and the error tree. The three parts
-share only this package; none of them imports another.
+The contract (the generated stubs in `v1`, settings, the range codec, units, the error tree), and
+tools for every program: logs, messages to users, `net` and `system`.
 """
 
 __version__ = "0.1.0"

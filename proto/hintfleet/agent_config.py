@@ -1,7 +1,8 @@
-"""The guest agent's configuration: one JSON object that the host agent puts into the guest.
+"""The guest agent's configuration: one JSON object that the host agent makes.
 
-Both drivers build an `AgentConfig` and write it with `to_json`; the agent reads it with
-`from_json`.
+Each driver builds an `AgentConfig` and writes it with `to_json`; the agent reads it with
+`from_json`. For an attached domain, `hintfleet attach` may print the JSON instead, and a person
+puts it into the guest.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ class Memory(StrEnum):
     """The memory that a guest agent hints."""
 
     KERNEL = "kernel"
-    """The memory of the machine that it runs on."""
+    """The memory of the machine that the agent runs on."""
     EMBEDDED = "embedded"
-    """A RAM file, with its own allocator."""
+    """A RAM file, whose pages the agent's own buddy allocator manages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
     """The configuration of a guest agent.
 
-    :ivar server: the host agent's address in gRPC's form: `HOST:PORT` or `unix:PATH`, where
-        PATH is percent-encoded.
+    :ivar server: the host agent's address, as users write it: `HOST:PORT`, `unix:PATH` or
+        `unix-abstract:NAME`.
     :ivar tls_folder: the folder with ca.pem, cert.pem and key.pem for a server with TLS; empty
         for plain text.
     :ivar method: HINTING, or NONE for a guest that only runs workloads.
     :ivar isolator, tracker: a pair of `settings.PARTS`.
     :ivar chunk_order: log2 of the pages in a chunk.
-    :ivar threshold_chunks: free chunks that make the agent hint at once.
-    :ivar ram_fd, memory_bytes: the RAM file of an embedded guest, and how much of it is
-        RAM at the start.
+    :ivar threshold_chunks: how many free chunks that wait make the agent hint at once.
+    :ivar ram_fd, memory_bytes: for an embedded guest only: the descriptor of its RAM file, and
+        the size of the RAM at the start.
     :ivar max_memory_bytes: the size up to which the guest may be resized; 0 if it may not.
-    :ivar orphan_after_s: end if there is no host agent for so long; 0 for never.
+    :ivar orphan_after_s: the agent ends after so long without a host agent; 0 for never.
     """
 
     server: str
@@ -76,7 +77,7 @@ class AgentConfig:
     orphan_after_s: int = 0
 
     def __post_init__(self) -> None:
-        """:raises InvalidInput: a value is out of its bounds, or does not fit to another one."""
+        """:raises InvalidInput: a value is out of its bounds, or the isolator does not allow it."""
         for name, allowed in _ALLOWED.items():
             _check(name, getattr(self, name), allowed)
         _check("tracker", self.tracker, _trackers_of(self.isolator))
@@ -93,12 +94,13 @@ class AgentConfig:
     def from_json(cls, text: str, source: str) -> AgentConfig:
         """Read a configuration.
 
-        A missing key has its default. A missing or empty tracker is the first one that fits to
-        the isolator.
+        A missing key has its default; `server`, `guest_uuid` and `token` must be there. If
+        `tracker` is missing or empty, it is the first one in `settings.PARTS` for the isolator.
 
         :param source: where the text comes from, for messages: `agent configuration FILE: ...`.
-        :raises InvalidInput: no JSON object, an unknown or a missing key, or a value of the
-            wrong type or out of its bounds; names the key and the source.
+        :raises InvalidInput: not a JSON object, an unknown key, a required key that is missing, or
+            a value of the wrong type or out of its bounds; names the source, and the key if one
+            is wrong.
         """
         try:
             return cls(**_values(_object(text)))
@@ -124,8 +126,8 @@ _ALLOWED: Mapping[str, Collection[object]] = {
 def _object(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
-        # JSON allows "\ud800", half of a UTF-16 pair, which cannot be encoded as UTF-8: gRPC's
-        # string fields would refuse it later.
+        # JSON allows "\ud800", half of a UTF-16 pair, which cannot be encoded as UTF-8: a string
+        # field of a gRPC message would refuse it later, so refuse it here.
         json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"it is not JSON: {error}") from error
@@ -149,7 +151,7 @@ def _value(name: str, in_json: object) -> Any:
     """Convert a field's value from JSON, where enums are text."""
     field_type = _TYPES[name]
     json_type = str if issubclass(field_type, StrEnum) else field_type
-    # Not isinstance: True is an int in Python, and no number of pages.
+    # Not isinstance: in Python True is an int, but `true` in JSON is not a number.
     if type(in_json) is not json_type:
         raise InvalidInput(f"{name} must be {json_type.__name__}, not {in_json!r}")
     if name in _ALLOWED:

@@ -77,11 +77,11 @@ class InvalidInput(StableError):
 
 
 class Refused(StableError):
-    """This machine, host or guest cannot do it as it is."""
+    """This machine, host or guest, in its present state, cannot do what was asked."""
 
 
 class NotFound(StableError):
-    """There is no such guest or host."""
+    """There is no such guest or domain."""
 
     code = grpc.StatusCode.NOT_FOUND
 
@@ -93,7 +93,7 @@ class LimitExceeded(HintfleetError):
 
 
 class GuestLost(HintfleetError):
-    """The guest vanished while it was needed; not the fault of what was asked."""
+    """The guest vanished while it was needed; the request was not wrong."""
 
     code = grpc.StatusCode.ABORTED
 
@@ -123,7 +123,7 @@ _BY_CODE: dict[grpc.StatusCode, type[HintfleetError]] = {
 
 _HINT_KEY = "hintfleet-hint-bin"
 _MOST_DETAILS_BYTES = 4096
-"""In percent-encoded form, as gRPC sends them."""
+"""The most bytes of a status's details, counted in the percent-encoded form that gRPC sends."""
 _MOST_HINT_BYTES = 1024
 
 
@@ -141,9 +141,9 @@ def to_status(
 
 
 def _shortened(message: str) -> str:
-    """Leave out the middle of a long message."""
-    # The start says what failed, the end may be the last lines of a log.
-    from urllib.parse import quote  # late: most guests do without, and save memory
+    """Return `message`; if it is too long, without its middle."""
+    # Both ends are kept: the start says what failed, the end may be the last lines of a log.
+    from urllib.parse import quote
 
     if len(quote(message)) <= _MOST_DETAILS_BYTES:
         return message
@@ -156,7 +156,11 @@ def _shortened(message: str) -> str:
 def from_status(
     code: grpc.StatusCode, details: str, metadata: Sequence[tuple[str, str | bytes]] = ()
 ) -> HintfleetError:
-    """Return the error that `to_status` converted; the base class for unknown codes."""
+    """Return the error that `to_status` converted.
+
+    DEADLINE_EXCEEDED and CANCELLED, which gRPC itself sets, become OutcomeUnknown; every other code
+    that `to_status` never returns becomes the base class, HintfleetError.
+    """
     hint = b"".join(
         v if isinstance(v, bytes) else v.encode() for k, v in metadata if k == _HINT_KEY
     )
@@ -164,11 +168,13 @@ def from_status(
 
 
 def from_rpc_error(error: grpc.RpcError, what: str) -> HintfleetError:
-    """Return the error of a failed call.
+    """Return the error for a failed call.
 
-    :param what: names the call and its target; starts the message.
+    An UNAVAILABLE without a hint gets a hint to check the server and its address.
+
+    :param what: the call and its target, as words; the message starts with them.
     """
-    # Not every grpc.RpcError has these methods: the base class has none.
+    # grpc.RpcError itself has no code(), details() and trailing_metadata(); most subclasses have.
     code = error.code() if callable(getattr(error, "code", None)) else grpc.StatusCode.UNKNOWN
     details = error.details() if callable(getattr(error, "details", None)) else str(error)
     trailing = getattr(error, "trailing_metadata", None)

@@ -1,4 +1,4 @@
-"""What a doctor finds, in the words that the host agent's and the orchestrator's share."""
+"""`Finding`, which the host agent's doctor and the orchestrator's doctor share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from hintfleet.settings import Driver
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that a doctor has looked at.
+    """The result of one check by a doctor.
 
-    :ivar detail: what was found; where it is not ok, what is wrong.
-    :ivar hint: what to do where it is not ok; may be empty.
-    :ivar needed_for: the driver that cannot do without: EMBEDDED stands for every driver.
+    :ivar name: what was checked.
+    :ivar detail: what was found; if not `ok`, what is wrong.
+    :ivar hint: what to do if not `ok`; may be empty.
+    :ivar needed_for: the driver whose guests need it; EMBEDDED means that all guests need it.
     """
 
     name: str
@@ -24,7 +25,7 @@ class Finding:
     needed_for: Driver = Driver.EMBEDDED
 
     def needed_by(self, driver: Driver) -> bool:
-        """Return whether guests of this driver need it."""
+        """Return whether guests of this driver need what was checked."""
         return self.needed_for in (Driver.EMBEDDED, driver)
 
     def as_json(self) -> dict[str, Any]:
@@ -33,9 +34,9 @@ class Finding:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Return the finding that `as_json` made this of.
+        """Return the finding that `as_json` converted to `data`.
 
-        :raises TypeError: a field is missing or unknown.
-        :raises ValueError: there is no such driver, or none is named.
+        :raises TypeError: `name`, `ok` or `detail` is missing, or a field is unknown.
+        :raises ValueError: `needed_for` is missing or not a driver.
         """
         return cls(**data | {"needed_for": Driver(data.get("needed_for", ""))})

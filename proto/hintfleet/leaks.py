@@ -18,7 +18,7 @@ class Leak:
     :ivar since_unix_s: when it was made, or last changed; 0 if unknown.
     :ivar size_bytes: memory or disk that it uses, as far as known.
     :ivar why: how we know that nobody owns it.
-    :ivar kept: why it was not, or must not be, removed; empty if it may be.
+    :ivar kept: why it was not removed or must not be removed; otherwise empty.
     :ivar removed: whether it was removed.
     """
 
@@ -36,20 +36,23 @@ class Leak:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Return the leak that `as_json` made this of.
+        """Return the leak that `as_json` converted to `data`.
 
-        :raises TypeError: a field is missing or unknown.
+        :raises TypeError: a field without a default is missing, or a field is unknown.
         """
         return cls(**data)
 
 
 Removable = tuple[Leak, Callable[[], None]]
-"""A leak, and the function that removes it, or raises HintfleetError or OSError."""
+"""A leak, and the function that removes it; it raises HintfleetError or OSError if it cannot."""
 
 
 def remove_all(found: Iterable[Removable]) -> list[Leak]:
-    """Remove all leaks but those with `kept` set, and return all. `kept` of a leak that cannot be
-    removed says why."""
+    """Remove all leaks except those that have `kept` set; return all of them, in the same order.
+
+    Each leak that was removed has `removed` set. If the removal of a leak failed, its `kept` is the
+    reason.
+    """
     return [_removed(leak, remove) for leak, remove in found]
 
 

@@ -53,8 +53,9 @@ def configure(level: str, style: str, **constant: object) -> None:
     """Write all log lines of this process to stderr, those of libraries included.
 
     :param level: one of LEVELS, for our loggers; libraries log warnings and errors.
-    :param style: one of FORMATS. Text lines for journald have its priorities and no time.
-    :param constant: fields of every line; empty ones are left out.
+    :param style: one of FORMATS. If journald reads stderr, text lines have its priority prefix
+        instead of time and level.
+    :param constant: fields of every line; those whose value is "" are left out.
     """
     handler = _Handler(sys.stderr)
     handler.setFormatter(_Formatter(_style_of(style), constant))
@@ -85,7 +86,7 @@ def _handlers() -> list[_Handler]:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Our handler; its class tells it from those that libraries and test runners add."""
+    """The handler of `configure`; its class distinguishes it from handlers that others add."""
 
 
 _Style = Callable[[logging.LogRecord, str, dict[str, Any]], str]
@@ -109,7 +110,7 @@ class _Formatter(logging.Formatter):
 
 def _text(record: logging.LogRecord, message: str, values: dict[str, Any]) -> str:
     pairs = "".join(f" {name}={_quoted(value)}" for name, value in values.items())
-    # Values may come from a guest: no control characters to the operator's terminal.
+    # Values may come from a guest, and the operator's terminal would act on control characters.
     return program.printable(f"{record.name}: {message}{pairs}")
 
 
@@ -161,7 +162,7 @@ def _is_journal() -> bool:
 
 
 class LogRateLimit:
-    """Limits how often an event is logged, and counts those that are not logged."""
+    """Limits an event to one log line per period, and counts the events that are not logged."""
 
     def __init__(self, period_s: float = 10.0) -> None:
         self._period_s = period_s
@@ -169,9 +170,10 @@ class LogRateLimit:
         self._left_out = 0
 
     def due(self) -> dict[str, int] | None:
-        """Return None if this event is not to be logged.
+        """Call for each event: return None if it must not be logged.
 
-        Else a field with the number of events that were not logged; empty if there were none.
+        Otherwise return fields for its log line: `more_not_logged`, the number of events that were
+        not logged since the last line; {} if there were none.
         """
         now_s = time.monotonic()
         if now_s < self._next_s:

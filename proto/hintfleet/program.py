@@ -1,10 +1,12 @@
 """The outermost frame of every program: its exit code (errors.py has the codes of errors), and
 the messages to its user.
 
-Whatever ends a program, its user reads a plain message, never a traceback. An error that we did
-not foresee is a bug of ours: the traceback goes to a file, and the message names the file.
+Every error that ends a program is reported as a plain message. An error that we did not foresee is
+a bug of ours: its traceback is written to a file, and the message names the file. Only if no file
+can be written, the message contains the traceback.
 
-Imports only the standard library, so that it can also report a package that is not installed.
+When it is loaded, this module imports only the standard library, so that it can also report a
+package that is not installed.
 """
 
 from __future__ import annotations
@@ -22,22 +24,25 @@ _STDOUT = "stdout"
 _FAILED = 1
 _INTERRUPTED = 130
 _MOST_REPORTS = 20
-"""A daemon may hit the same bug again and again."""
+"""Limits the bug reports of one process: a daemon may hit the same bug again and again."""
 
 _CONTROL_CHARACTERS = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0)))) - {"\n", "\t"}
-"""C0 and C1 control characters, which terminals take as commands."""
+"""C0 and C1 control characters and DEL, except newline and tab: terminals act on them."""
 
 Tell = Callable[[str], None]
 
 
 def run(command: Callable[[], int | None], tell: Tell, needs: str) -> int:
-    """Run a program's `command`; return its exit code. Errors are told by `tell`.
+    """Run a program's `command`; return the exit code. Raises nothing: `tell` prints errors.
 
-    :param needs: what to install if a module is missing.
+    :param command: returns an exit code; None means 0.
+    :param tell: prints a message to the user.
+    :param needs: the package to install with pip if a module is missing.
     """
     try:
         code = _code_of(command)
-        # The interpreter would flush it as it ends, and print an error as "Exception ignored in".
+        # Otherwise the interpreter would flush stdout as it ends, and print an error of that as
+        # "Exception ignored in".
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the outermost frame of the program
         _drop_stdout()
@@ -48,10 +53,10 @@ def run(command: Callable[[], int | None], tell: Tell, needs: str) -> int:
 def prepare(program: str) -> Tell:
     """Prepare this process for `run`; return the function that prints messages on stderr.
 
-    Afterwards descriptors 0 to 2 are open, and errors in background threads, callbacks and gRPC's
-    handlers are reported like others.
+    Afterwards descriptors 0 to 2 are open, and an unforeseen error in a background thread, a
+    callback or a gRPC handler is reported as a bug, too.
     """
-    # Otherwise gRPC's core also prints on stderr what it returns as an error.
+    # Otherwise gRPC's core prints its errors on stderr, besides returning them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     _open_missing_descriptors()
     sys.stdout, sys.stderr = (
@@ -69,7 +74,10 @@ def prepare(program: str) -> Tell:
 
 
 def say(message: str) -> None:
-    """Print on stderr; do nothing if stderr cannot be written to any more."""
+    """Print on stderr, with control characters replaced.
+
+    If stderr cannot be written to, redirect it to /dev/null.
+    """
     try:
         print(printable(message), file=sys.stderr, flush=True)
     except (OSError, ValueError):
@@ -78,7 +86,7 @@ def say(message: str) -> None:
 
 def printable(text: str) -> str:
     """Return `text` with all control characters replaced, except newlines and tabs."""
-    # A path or a guest's message may contain them.
+    # A path or a guest's message may contain some, and a terminal would act on them.
     return "".join("\N{REPLACEMENT CHARACTER}" if c in _CONTROL_CHARACTERS else c for c in text)
 
 
@@ -90,7 +98,10 @@ def _code_of(command: Callable[[], int | None]) -> int:
 
 
 def _explain(error: BaseException, tell: Tell, needs: str) -> int:
-    """Tell what ended the program; return the exit code."""
+    """Print the error that ended the program; return the exit code.
+
+    Prints nothing if the reader of stdout has closed it.
+    """
     if isinstance(error, BrokenPipeError) and error.filename == _STDOUT:
         return _FAILED  # the reader of our output closed it on purpose, as `head` does
     if isinstance(error, KeyboardInterrupt):
@@ -99,7 +110,7 @@ def _explain(error: BaseException, tell: Tell, needs: str) -> int:
     if isinstance(error, ImportError) and not _is_ours(error.name):
         tell(f"{error}\n  try: pip install '{needs}'")
         return _FAILED
-    from hintfleet.errors import HintfleetError  # late: it needs gRPC
+    from hintfleet.errors import HintfleetError  # here: it needs gRPC, which may be missing
 
     if isinstance(error, HintfleetError):
         tell(str(error))
@@ -119,13 +130,13 @@ def _is_ours(module: str | None) -> bool:
 
 
 _report_paths: list[str] = []
-"""For each bug of this process, the path of its report; empty if it could not be written."""
+"""For each bug reported by this process, the report's path; empty if it could not be written."""
 
 
 def _tell_bug(error: BaseException, tell: Tell, *, fatal: bool = False) -> None:
-    """Tell a bug, unless there were too many.
+    """Print a message about a bug; do nothing after _MOST_REPORTS reports.
 
-    :param fatal: the bug ends the program; it is told even after many others.
+    :param fatal: the bug ends the program, so it is printed in any case.
     """
     if len(_report_paths) >= _MOST_REPORTS and not fatal:
         return
@@ -140,10 +151,11 @@ def _tell_bug(error: BaseException, tell: Tell, *, fatal: bool = False) -> None:
 
 
 def bug_fields(error: BaseException) -> dict[str, str]:
-    """Write a report of a bug to a file, and return its log fields.
+    """Write a report of a bug to this process's report file; return fields for a log line.
 
-    `bug` is the error, `details` the file with its traceback. If no file can be written, `trace`
-    is the report itself.
+    `bug` is the error, `details` the path of the file. If the file cannot be written, `trace` is
+    the report itself, instead of `details`. After more than _MOST_REPORTS reports, no report is
+    written, and `details` is the path of the last one.
     """
     import traceback
 
@@ -182,7 +194,8 @@ def _append(report: str) -> str:
     import tempfile
 
     path = _report_paths[-1] if _report_paths else ""
-    # The temporary folder is everybody's: do not follow a symbolic link that replaced our file.
+    # Every user can write to the temporary folder: do not follow a symbolic link that somebody put
+    # in the place of our file.
     if os.path.lexists(path):
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
     else:  # the first report, or somebody has cleaned the temporary folder
@@ -193,7 +206,10 @@ def _append(report: str) -> str:
 
 
 class _LoggedBugs(logging.Handler):
-    """Handles log records that no other handler takes: bugs that asyncio and gRPC log."""
+    """Prints warnings and errors that are logged without a configured handler.
+
+    A record with an exception is a bug that asyncio or gRPC has caught: it is reported as one.
+    """
 
     def __init__(self, tell: Tell) -> None:
         super().__init__(logging.WARNING)
@@ -208,7 +224,7 @@ class _LoggedBugs(logging.Handler):
 
 
 class _Stream(FileIO):
-    """Stdout or stderr; `filename` of its errors says which of them."""
+    """Stdout or stderr; an error of `write` has its name as `filename`."""
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd, "w", closefd=False)
@@ -223,7 +239,7 @@ class _Stream(FileIO):
 
 
 def _text(stream: _Stream) -> TextIOWrapper:
-    """Wrap a stream for text."""
+    """Wrap a stream for text, in the encoding of sys.stdout."""
     encoding = getattr(sys.stdout or sys.stderr, "encoding", "utf-8")
     utf8 = encoding.lower().replace("-", "") == "utf8"
     # File names may be any bytes, which Python decodes with surrogateescape (PEP 383): print the
@@ -244,14 +260,14 @@ def _open_missing_descriptors() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            # Stdout is read-only: as in other programs, lost output is an error. open() returns
-            # the lowest free descriptor (open(2)), which is `fd`.
+            # Descriptor 1 is opened read-only, so that printing fails: as in other programs, lost
+            # output is an error. open() returns the lowest free descriptor (open(2)): `fd`.
             os.open(os.devnull, os.O_RDWR if fd == 2 else os.O_RDONLY)
 
 
 def _drop_stdout() -> None:
-    """Discard output that stdout does not take."""
-    # The interpreter flushes stdout once more when it ends, and would print a second error.
+    """Flush stdout; if that fails, redirect it to /dev/null, and so discard the output."""
+    # Otherwise the interpreter, which flushes stdout when it ends, would print a second error.
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

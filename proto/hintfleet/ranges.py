@@ -3,14 +3,15 @@
 Isolators, batches, ledgers and reclaim exchange sets of pages as `RangeSet`. `encode` and
 `decode` convert it to and from its wire format:
 
-    byte    shift: common alignment of all starts and lengths, as a power of two
+    byte    shift: log2 of the largest common alignment of all starts and lengths, in pages
     varint  gap    from the end of the range before (first range: from pfn 0)
     varint  length
     ...
 
 Gaps and lengths count units of 2**shift pages. A length is stored minus 1, and so is a gap
 between two ranges, since neither can be 0. So every set has exactly one encoding, and a typical
-range of a batch (aligned to a chunk, less than 128 chunks after the one before) costs two bytes.
+range of a batch (whole chunks, at most 128, and at most 128 chunks after the range before) costs
+two bytes.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class RangeSet:
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
         """Make a set from (pfn, page_count) pairs in any order.
 
-        :raises InvalidInput: a pfn or a page count is negative, or beyond MAX_PFN.
+        :raises InvalidInput: a pfn or a page count is negative, or a range ends beyond MAX_PFN.
         """
         merged: list[Range] = []
         for pfn, page_count in sorted(ranges):
@@ -73,9 +74,10 @@ class RangeSet:
 
     @classmethod
     def _of(cls, ranges: Iterable[Range]) -> RangeSet:
-        """Wrap ranges that are sorted and not empty and do not touch."""
-        # Skips the sorting, merging and checks of __init__, which results of set operations do
-        # not need.
+        """Make a set from ranges that are sorted and not empty and do not touch.
+
+        Unlike __init__, does not sort, merge or check them.
+        """
         made = cls.__new__(cls)
         made._ranges = tuple(ranges)
         return made
@@ -106,7 +108,7 @@ class RangeSet:
         return at >= 0 and pfn < self._ranges[at].end_pfn
 
     def whole_chunks(self, order: int) -> RangeSet:
-        """Return all chunks of 2**order pages that contain a page of this set."""
+        """Return all aligned chunks of 2**order pages that contain a page of this set."""
         chunk = 1 << order
         return RangeSet(
             (start, -(-r.end_pfn // chunk) * chunk - start)
@@ -137,7 +139,7 @@ class RangeSet:
         return RangeSet._of(found)
 
     def _holds_all_of(self, other: RangeSet) -> bool:
-        """Return whether one range of this set spans all of `other`."""
+        """Return whether one range of this set contains all of `other`, which may be empty."""
         if not other._ranges:
             return True
         first, last = other._ranges[0], other._ranges[-1]
@@ -179,7 +181,7 @@ def encode(ranges: RangeSet) -> bytes:
     """Pack a set for the wire; the empty set is b""."""
     if not ranges:
         return b""
-    # The lowest bit that is set in any start or length is their common alignment.
+    # The lowest bit that is set in any start or length is the common alignment of all.
     bits = 0
     for pfn, page_count in ranges:
         bits |= pfn | page_count
@@ -196,12 +198,12 @@ def encode(ranges: RangeSet) -> bytes:
 
 
 def decode(packed: bytes, max_ranges: int = 1 << 20) -> RangeSet:
-    """Unpack a set. Accepts only what `encode` returns: `encode(decode(b)) == b`.
+    """Unpack a set. Accepts only what `encode` returns, so that `encode(decode(b)) == b`.
 
     Takes time linear in the length of `packed`, whatever it contains.
 
-    :raises InvalidInput: truncated, not canonical, beyond MAX_PFN, or more than
-        `max_ranges` ranges.
+    :raises InvalidInput: `packed` is truncated or not what `encode` returns, a range ends beyond
+        MAX_PFN, or there are more than `max_ranges` ranges.
     """
     if not packed:
         return EMPTY
@@ -229,8 +231,11 @@ def decode(packed: bytes, max_ranges: int = 1 << 20) -> RangeSet:
 
 
 def _varints(packed: bytes) -> Sequence[int]:
-    """Return all numbers of up to 42 bits; a byte holds seven bits, the lowest come first."""
-    # A byte below 128 is a whole number, as nearly all are: then this one call is enough.
+    """Unpack all numbers. A byte holds seven bits of a number; the lowest bits are first.
+
+    :raises InvalidInput: a number has more than 42 bits, is truncated, or has a needless byte.
+    """
+    # A byte below 128 is a whole number. If all bytes are, as is usual, the bytes are the numbers.
     if packed.isascii():
         return packed
     numbers: list[int] = []
@@ -242,7 +247,7 @@ def _varints(packed: bytes) -> Sequence[int]:
             if shift == 7 * _MAX_VARINT_BYTES:
                 raise InvalidInput("packed ranges: number too long")
             continue
-        if byte == 0 and shift:  # a last byte of 0 adds nothing: a shorter spelling exists
+        if byte == 0 and shift:  # the same number without this byte is shorter
             raise InvalidInput("packed ranges: not canonical (overlong number)")
         numbers.append(value)
         value = shift = 0

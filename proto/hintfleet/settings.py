@@ -1,7 +1,8 @@
 """Names, defaults and bounds that spec files, host agents and guest agents share.
 
-GuestSpec (host.proto), spec files and the guest agent's configuration use these names as text.
-In a GuestSpec, an empty or 0 setting means the default.
+Spec files, the guest agent's configuration and, for isolator, tracker and policy, GuestSpec
+(host.proto) contain the values of these enums as text. In the hinting and balloon settings of a
+GuestSpec, empty or 0 means the default.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Driver(StrEnum):
 
 
 class Method(StrEnum):
-    """How freed memory comes back to the host."""
+    """How the host gets back memory that a guest has freed."""
 
     NONE = "none"
     HINTING = "hinting"
@@ -28,7 +29,7 @@ class Method(StrEnum):
 
 
 class Policy(StrEnum):
-    """When freed memory comes back to the host."""
+    """When the host takes back memory that a guest has freed."""
 
     EAGER = "eager"
     COLD = "cold"
@@ -44,14 +45,14 @@ class IsolatorKind(StrEnum):
 
 
 class TrackerKind(StrEnum):
-    """The part that knows which free chunks are new."""
+    """The part that records which free chunks have not been hinted yet."""
 
     BITMAP = "bitmap"
     REPORTED = "reported"
 
 
 class HintingParts(NamedTuple):
-    """An isolator and the tracker that feeds it."""
+    """An isolator and the tracker that it works with."""
 
     isolator: IsolatorKind
     tracker: TrackerKind
@@ -69,23 +70,23 @@ PARTS: Mapping[Driver, tuple[HintingParts, ...]] = {
 }
 """The pairs that each driver can run; the first is the default.
 
-Not all pairs are possible. The hugetlb pool knows nothing of the buddy allocator, so its tracker
-reads the kernel's page flags into a bitmap. The kernel itself calls the module, and marks the
-chunks that it has reported."""
+In a real guest, the isolator decides which tracker is used: KMOD is called by the kernel's page
+reporting, which itself marks the blocks that it has reported; HUGETLB keeps its own record of the
+chunks that it has hinted."""
 
 COLD_PARTS = HintingParts(IsolatorKind.EMBEDDED, TrackerKind.BITMAP)
-"""The only pair that knows how long a chunk has been free."""
+"""The only pair that records how long a chunk has been free, which policy COLD needs."""
 
 DEFAULT_POLICY = Policy.EAGER
 
-# The largest order of the kernel's buddy allocator on x86-64: blocks of 4 MiB. The kernel's own
-# MAX_ORDER means this since Linux 6.4; before, it was one more.
+# The largest order of the kernel's buddy allocator on x86-64: blocks of 4 MiB. Before Linux 6.4,
+# the kernel's own MAX_ORDER was one more than this (11).
 MAX_ORDER = 10
 
 HUGE_PAGE_ORDER = 9
 """The order of the 2 MiB pages that isolator hugetlb uses."""
 
-# pageblock_order on x86-64, which the kernel's page reporting uses, too
+# pageblock_order on x86-64: the smallest order that the kernel's page reporting reports
 # (mm/page_reporting.h: PAGE_REPORTING_MIN_ORDER).
 DEFAULT_CHUNK_ORDER = 9
 
@@ -94,7 +95,7 @@ MOST_THRESHOLD_CHUNKS = 1 << 20
 
 DEFAULT_REPORT_PERIOD_MS = 100
 SHORTEST_REPORT_PERIOD_MS = 10
-"""A guest uses this one if it is told a shorter one."""
+"""A guest that is given a shorter period uses this one."""
 
 DEFAULT_COLD_AFTER_MS = 5000
 DEFAULT_PRESSURE_PERCENT = 80
@@ -106,8 +107,10 @@ SHORTEST_SAMPLE_PERIOD_MS = 10
 
 DEFAULT_ORPHAN_AFTER_S = 60
 DEFAULT_WATCH_GRACE_S = 30
-"""Both for a host agent with --state. A guest without a host agent ends after the first one; a
-guest that was adopted and that no trial watches ends after the second one."""
+"""Seconds after which an adopted guest is ended if nobody watches its trial.
+
+DEFAULT_ORPHAN_AFTER_S: seconds after which a guest that has no host agent ends by itself. Both are
+for the guests of a host agent with --state."""
 
 
 def hinting_parts(driver: Driver, isolator: str = "", tracker: str = "") -> HintingParts | None:
@@ -127,4 +130,4 @@ def policies_of(parts: HintingParts) -> tuple[Policy, ...]:
 
 
 ATTACHED_CONFIG_PATH = "/etc/hintfleet/guest.json"
-"""Where the agent's configuration is in a guest whose domain was there before."""
+"""The file in an attached guest that has its agent's configuration."""

@@ -1,6 +1,6 @@
-"""Parses and formats sizes and durations for people.
+"""Parses sizes and durations that people write, and formats sizes for people.
 
-A size needs a unit that is clearly binary (`512MiB`) or decimal (`512MB`).
+A size must have a unit. `512MiB` (binary) and `512MB` (decimal) are accepted, `512M` is not.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _SIZE_LIMIT_BYTES = 1 << 63
 def parse_size(text: str) -> int:
     """Return the bytes of a size, for example `384MiB`, `1.5GiB` or `2GB`.
 
-    :raises InvalidInput: no number, no unit, a bare letter, not a whole number of bytes, or
-        8 EiB and more.
+    :raises InvalidInput: no number, no unit, an unknown unit, an ambiguous one (`4G`), not a
+        whole number of bytes, or 8 EiB and more.
     """
     number, unit = _split(text, "size", "384MiB")
     # `4G` is 4 GiB for virsh and 4 * 10**9 for others: do not guess.
@@ -82,11 +82,14 @@ def _split(text: str, what: str, example: str) -> tuple[str, str]:
 
 
 def format_size(size_bytes: float) -> str:
-    """Format a size for people, in binary units with three significant digits: `384 MiB`."""
+    """Format a size for people, in binary units: `1.25 GiB`, `12.5 GiB`, `384 MiB`.
+
+    Two decimals below 10, one below 100, none from 100 on; none if the number is whole.
+    """
     sign = "-" if size_bytes < 0 else ""
     size = abs(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1023.5:  # more would be rounded to 1024
+        if size < 1023.5:  # from 1023.5 on, it would be printed as 1024
             return f"{sign}{_three_digits(size)} {unit}"
         size /= 1024
     return f"{sign}{_three_digits(size)} TiB"

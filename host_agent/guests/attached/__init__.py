@@ -1,1 +1,1 @@
-"""Guests that were there before: running domains of somebody else."""
+"""Attached guests: running domains that somebody else made."""

@@ -1,8 +1,9 @@
-"""Guests that were there before: running domains of somebody else.
+"""Attached guests: running domains that somebody else made.
 
-All that changes on such a domain is one device, the memory door, in its live configuration. It is
-never ended, suspended, reset or resized from here. The calls that are made on it are in this file,
-obstacles.py and libvirt/devices.py.
+All that changes on such a domain is one device, the memory door, in its live configuration. The
+domain is never ended, suspended, reset or resized from here. The libvirt calls on it are in this
+folder and in libvirt/devices.py. Inside the guest, `start_agent` and `stop_agent` change the
+agent's configuration and service.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class AttachedGuest:
         ram: GuestRam,
         owned: contextlib.ExitStack,
     ) -> None:
-        """:param owned: closes RAM and door, and removes the folder of the door's socket."""
+        """:param owned: closes RAM and door, and removes the folder made for the door's socket."""
         self.pid = door.pid
         self.ram = ram
         self.door: MemoryDoor | None = door
@@ -76,7 +77,12 @@ class AttachedGuest:
         return ""
 
     def close(self) -> None:
-        """Take the door out; the domain goes on. May be called twice."""
+        """Take the door out of the domain, which runs on, and free RAM and door. May be called
+        twice.
+
+        :raises Refused: the guest did not release the door; nothing is freed.
+        :raises OutcomeUnknown: the guest did not answer in time; nothing is freed.
+        """
         with contextlib.suppress(GuestLost):
             unplug_door(self._connection.domain(self._uuid))
         self._owned.close()
@@ -107,7 +113,7 @@ class AttachedDriver:
         self._survival = survival
 
     def domains(self) -> list[host_pb2.Domain]:
-        """Return all domains, by name, with what keeps each from being hinted.
+        """Return all domains, sorted by name, each with what keeps it from being hinted.
 
         :raises Refused: libvirt does not answer.
         """
@@ -119,6 +125,7 @@ class AttachedDriver:
         """Return the domain with this name or UUID.
 
         :raises NotFound: there is none.
+        :raises Refused: no connection to libvirt.
         """
         connection = self._connection.get()
         for lookup in (connection.lookupByName, connection.lookupByUUIDString):
@@ -130,21 +137,22 @@ class AttachedDriver:
     def agent_config(self, request: GuestRequest, server: str = "") -> str:
         """Return the configuration of the guest's agent, JSON.
 
-        :param server: address at which the guest finds the host agent, if it is not on user-mode
-            networking.
+        :param server: address at which the guest finds the host agent; empty for a guest on
+            user-mode networking.
         :raises Refused: a setting that no such guest has.
         :raises InvalidInput: a setting is out of its bounds.
         """
-        # Without survival: the agent must not end a guest that is somebody else's.
         server = server or self._guest_server
+        # Survival is None: this agent waits for a host agent without limit, and never ends itself.
         config = agent_config(Driver.LIBVIRT, request, server, None, tls=self._guest_tls)
         return config.to_json()
 
     def start_agent(self, uuid_text: str, config: str) -> None:
-        """Put the agent's configuration into the guest and start its service, through the QEMU
-        guest agent.
+        """Put the agent's configuration into the guest, and enable and start its service, through
+        the QEMU guest agent.
 
-        :raises Refused: no guest agent answers, or the service does not start; says what to do.
+        :raises Refused: the QEMU guest agent does not answer, or a command fails in the guest.
+            What was done is undone, if that works.
         """
         guest_agent = QemuGuestAgent(self._connection.domain(uuid_text))
         with contextlib.ExitStack() as undo:
@@ -159,9 +167,10 @@ class AttachedDriver:
             self.stop_agent(uuid_text)
 
     def stop_agent(self, uuid_text: str) -> None:
-        """Stop the agent's service and remove its configuration, through the QEMU guest agent.
+        """Stop and disable the agent's service and remove its configuration, through the QEMU
+        guest agent.
 
-        :raises Refused: no guest agent answers.
+        :raises Refused: the QEMU guest agent does not answer, or a command fails in the guest.
         """
         guest_agent = QemuGuestAgent(self._connection.domain(uuid_text))
         guest_agent.run("systemctl", "disable", "--now", _SERVICE)
@@ -170,8 +179,9 @@ class AttachedDriver:
     def create(self, request: GuestRequest) -> AttachedGuest:
         """Plug the door into the domain with the request's UUID.
 
-        :raises Refused: libvirt refused, or the guest's kernel does not bind the device; the
-            domain is as it was before.
+        :raises Refused: libvirt refused, the guest's kernel does not bind the device, or the
+            guest's memory cannot be punched. The device is taken out again, if the guest
+            releases it.
         :raises GuestLost: the domain is gone.
         """
         return self._attach(request)
@@ -179,11 +189,12 @@ class AttachedDriver:
     def adopt(self, request: GuestRequest, handle: Handle) -> AttachedGuest:  # noqa: ARG002
         domain = self._connection.domain(request.uuid)
         try:
-            # The door of the host agent before leads nowhere.
+            # Nobody serves the earlier host agent's door any more.
             unplug_door(domain)
             return self._attach(request)
         except (Refused, OutcomeUnknown) as error:
-            # A suspended guest releases no device, for example. All other guests go on.
+            # For example, a suspended guest releases no device. GuestLost, because Refused would
+            # keep this host agent from starting, and so from serving all other guests.
             raise GuestLost(f"it cannot be attached again: {error.message}") from error
 
     def _attach(self, request: GuestRequest) -> AttachedGuest:
@@ -191,7 +202,7 @@ class AttachedDriver:
         with contextlib.ExitStack() as owned:
             door = self._door(request, owned)
             with contextlib.ExitStack() as undo:
-                # Before it is plugged in: libvirt may fail after it has done so.
+                # Registered before plugging: libvirt may fail after the device is plugged in.
                 undo.callback(_unplug_quietly, domain)
                 plug_door(domain, door.path)
                 if not door.wait_until_open(_OPEN_TIMEOUT_S):
@@ -208,7 +219,7 @@ class AttachedDriver:
         return guest
 
     def _door(self, request: GuestRequest, owned: contextlib.ExitStack) -> MemoryDoor:
-        self._connection.get()  # which finds out QEMU's user
+        self._connection.get()  # sets `qemu_user`
         if self._survival:
             path = self._survival.door(request.uuid)
         else:

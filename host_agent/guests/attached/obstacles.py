@@ -1,7 +1,7 @@
-"""Says what keeps a domain, which somebody else made, from having its free memory hinted.
+"""Finds what keeps the free memory of a domain that somebody else made from being hinted.
 
-Each obstacle comes with what to change. Where nothing is said, QEMU would hand over the memory at
-the memory door, and the host can drop it page by page.
+Each obstacle comes with what to change. If a domain has no obstacle, QEMU can hand over its memory
+at the memory door, and the host can drop that memory page by page.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _COLD = ", then shut the domain down and start it again"
 def obstacles(
     domain_xml: str, *, is_running: bool, is_suspended: bool = False
 ) -> list[host_pb2.Obstacle]:
-    """Return what stands in the way, the most basic first; nothing if the door can be plugged in.
+    """Return what keeps the memory door from being plugged in, in the order in which to remove it;
+    an empty list if nothing does.
 
     :param domain_xml: the live XML of a domain, or its persistent one if it does not run.
     """
@@ -69,7 +70,7 @@ def _memory_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
 
 
 def _is_shared(domain: ET.Element) -> bool:
-    """Return whether all memory is shared: a NUMA cell may say otherwise than the domain."""
+    """Return whether all memory is shared. A NUMA cell's own access mode overrides the domain's."""
     access = domain.find("memoryBacking/access")
     by_default = access is not None and access.get("mode") == "shared"
     cells = domain.findall("cpu/numa/cell")
@@ -107,10 +108,11 @@ def _device_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
 
 
 def _has_free_port(domain: ET.Element) -> bool:
-    """Return whether a device can be plugged in: on a bus that is not PCIe, or in a root port."""
+    """Return whether a device can be plugged in: into a free PCIe port, or into a bus that is not
+    PCIe."""
     controllers = domain.findall("devices/controller[@type='pci']")
     if not any(one.get("model") == "pcie-root" for one in controllers):
-        return True  # i440FX: its bus has 31 slots
+        return True  # i440FX: its bus has 31 slots; one is assumed to be free
     ports = {
         one.get("index")
         for one in controllers
@@ -121,7 +123,7 @@ def _has_free_port(domain: ET.Element) -> bool:
 
 
 def described(domain: Any) -> host_pb2.Domain | None:
-    """Return a domain as the control API has it; None if it is gone."""
+    """Return a domain and its obstacles as a message of the control API; None if it is gone."""
     libvirt, _ = modules()
     with suppress(GuestLost), errors_as("looking at a domain"):
         is_running = bool(domain.isActive())

@@ -1,7 +1,7 @@
-"""Writes files and runs programs in a guest through the QEMU guest agent: no network, no ssh.
+"""Writes files and runs programs in a guest through the QEMU guest agent, without network or ssh.
 
-Commands: qga/qapi-schema.json of QEMU. The domain needs the channel org.qemu.guest_agent.0, and the
-guest the package qemu-guest-agent.
+Its commands are documented in QEMU's qga/qapi-schema.json. The domain needs the channel
+org.qemu.guest_agent.0, and the guest needs the package qemu-guest-agent.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _POLL_S = 0.1
 
 
 class QemuGuestAgent:
-    """The guest agent of a running domain."""
+    """The QEMU guest agent of a running domain."""
 
     def __init__(self, domain: Any) -> None:
         self._domain = domain
 
     def write(self, path: str, text: str) -> None:
-        """Write a file that only root can read; make its folder.
+        """Write a file that only root can read, over an older one; make its folder if needed.
 
-        :raises Refused: no guest agent answers, or it refuses.
+        :raises Refused: the QEMU guest agent does not answer, or a step fails in the guest.
         """
         self.run("mkdir", "-p", str(PurePosixPath(path).parent))
         self.run("touch", path)
@@ -44,8 +44,9 @@ class QemuGuestAgent:
     def run(self, program: str, *arguments: str) -> None:
         """Run a program and wait for its end, 30 s at most.
 
-        :raises Refused: no guest agent answers; the program does not end in time, and runs on; or
-            it fails: says the last line of its stderr, or its exit code.
+        :raises Refused: the QEMU guest agent does not answer; the program has not ended in time,
+            and runs on; or it failed: the message has the last line of its stderr, or its exit
+            code.
         """
         started = self._ask(
             "guest-exec", path=program, arg=list(arguments), **{"capture-output": True}

@@ -1,7 +1,7 @@
 """The only module that imports libvirt-python.
 
-It imports libvirt-python late, because only a host with real guests needs it. It turns libvirt's
-errors into ours, and keeps libvirt's event loop running.
+libvirt-python is imported at the first use, because only a host with real guests needs it. This
+module also turns libvirt's errors into ours, and keeps libvirt's event loop running.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ _loading = Lock()
 
 
 def modules() -> tuple[ModuleType, ModuleType]:
-    """Return libvirt and libvirt_qemu; the event loop runs until the process ends.
+    """Return the modules libvirt and libvirt_qemu. The first call starts libvirt's event loop,
+    which runs until the process ends.
 
     :raises Refused: libvirt-python is not installed.
     """
-    # functools.cache may call a function twice if two threads come first together, and there can
-    # be only one event loop in a process.
+    # The lock, because functools.cache may call a function twice if two threads make the first
+    # call at once, and a process can have only one event loop of libvirt's.
     with _loading:
         return _modules()
 
@@ -40,10 +41,11 @@ def _modules() -> tuple[ModuleType, ModuleType]:
             hint="apt-get install python3-libvirt, or, in a virtual environment:"
             " apt-get install libvirt-dev pkg-config gcc && pip install 'hintfleet[host]'",
         ) from error
-    # libvirt's default handler prints each error to stderr, even those that are raised.
+    # libvirt's default handler prints each error to stderr, though it is also raised.
     libvirt.registerErrorHandler(lambda *_: None, None)
-    # Once a loop is registered, new connections answer libvirtd's keepalives through it. If it
-    # does not run, libvirtd cuts them off after 30 s (libvirtd.conf: keepalive_interval, _count).
+    # Once a loop is registered, new connections answer libvirtd's keepalives through the loop. If
+    # the loop does not run, libvirtd closes those connections after 30 s (libvirtd.conf:
+    # keepalive_interval, keepalive_count).
     libvirt.virEventRegisterDefaultImpl()
     Thread(target=_run_events, args=(libvirt,), name="libvirt-events", daemon=True).start()
     return libvirt, libvirt_qemu
@@ -56,7 +58,8 @@ def _run_events(libvirt: ModuleType) -> NoReturn:
 
 @contextlib.contextmanager
 def errors_as(what: str, hint: str = "") -> Iterator[None]:
-    """Turn libvirt's errors into GuestLost or Refused; `what` begins the message."""
+    """Turn libvirt's errors in the block into GuestLost, if the domain does not exist, or Refused.
+    `what` begins the message."""
     libvirt, _ = modules()
     try:
         yield

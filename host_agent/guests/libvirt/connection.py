@@ -38,7 +38,7 @@ class Connection:
         self._watched: dict[str, EndNotice] = {}
 
     def get(self) -> Any:
-        """Return the connection; open it if it is not open, or was lost.
+        """Return libvirt's connection object; open the connection if it is not open, or was lost.
 
         :raises Refused: libvirt-python is not installed, or the URI does not answer.
         """
@@ -106,8 +106,9 @@ class Connection:
     def watch(
         self, uuid_text: str, on_gone: Callable[[str], None], undo: contextlib.ExitStack
     ) -> EndNotice:
-        """Report the end of a domain to `on_gone` from now on. Call it before the domain is
-        made, so that no event is missed."""
+        """Watch a domain from now on: when the domain ends, the returned EndNotice calls `on_gone`.
+        Closing `undo` stops the watching. Call this before the domain is made or looked up, so
+        that no event is missed."""
         notice = self._watched[uuid_text] = EndNotice(on_gone)
         undo.callback(self.forget, uuid_text)
         undo.callback(notice.silence)
@@ -118,7 +119,7 @@ class Connection:
         self._watched.pop(uuid_text, None)
 
     def domain(self, uuid_text: str) -> Any:
-        """Return a domain.
+        """Return the libvirt domain with this UUID.
 
         :raises GuestLost: there is none.
         :raises Refused: libvirt does not answer.
@@ -129,7 +130,8 @@ class Connection:
     def listen_for_qemu(
         self, loop: asyncio.AbstractEventLoop, path: Path, guest: str
     ) -> MemoryDoor:
-        """Listen at `path`, as `MemoryDoor.listening`. QEMU runs as its own user, ours, or root."""
+        """Return a memory door that listens at `path`, for each user that QEMU may run as: its own,
+        this process's, or root. Raises as `MemoryDoor.listening`."""
         uids = {0, os.geteuid()} | ({self.qemu_user.uid} if self.qemu_user else set())
         return MemoryDoor.listening(loop, path, uids, guest)
 
@@ -138,7 +140,8 @@ class Connection:
 
         :raises Refused: libvirt failed or does not answer: the domain may run on.
         """
-        # Not by a domain object: its connection may have been lost and opened again since.
+        # Looked up again: a domain object that was made before may belong to a connection that was
+        # lost since.
         connection = self.get()
         with contextlib.suppress(GuestLost), errors_as("ending the domain"):
             connection.lookupByUUIDString(uuid_text).destroy()

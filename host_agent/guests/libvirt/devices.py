@@ -1,5 +1,5 @@
-"""Takes a device out of a running domain, and waits until QEMU has removed it. Also has the device
-of the memory door (door/door.py): a virtiofs device that nobody mounts."""
+"""Detaches a device from a running domain, and waits until QEMU has removed it. Also plugs and
+unplugs the memory door (door/door.py), whose device is a virtiofs device that nobody mounts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 from hintfleet.errors import OutcomeUnknown, Refused
 from host_agent.guests.libvirt.api import errors_as, modules
 
-# The name under which the guest could mount it; marks the device as ours.
+# The mount tag of the memory door's device: nobody mounts it, but it marks the device as ours.
 _TAG = "hintfleet"
-# libvirt's default for virtiofs (src/qemu/qemu_command.c); the queue is never used.
+# libvirt's default for virtiofs (src/qemu/qemu_command.c); the device's queue is never used.
 _QUEUE_SIZE = "1024"
 
 # How long to wait for a guest to release a device. A running guest needs milliseconds; a suspended
-# one does not answer, however long one waits.
+# guest does not release it at all.
 _REMOVAL_S = 20.0
 
 
 def door_element(socket: Path) -> ET.Element:
-    """Return the device's element of a domain's XML."""
+    """Return the memory door's device, as an element for a domain's XML."""
     filesystem = ET.Element("filesystem", type="mount")
     ET.SubElement(filesystem, "driver", type="virtiofs", queue=_QUEUE_SIZE)
     ET.SubElement(filesystem, "source", socket=str(socket))
@@ -33,14 +33,16 @@ def door_element(socket: Path) -> ET.Element:
 
 
 def doors_in(domain: ET.Element) -> list[ET.Element]:
-    """Return the devices of this kind in a domain's XML."""
+    """Return the elements of memory doors in a domain's XML."""
     return domain.findall(f"devices/filesystem/target[@dir='{_TAG}']/..")
 
 
 def plug_door(domain: Any, socket: Path) -> None:
-    """Plug the device into a running domain. QEMU connects to the socket meanwhile.
+    """Plug a memory door into a running domain. QEMU connects to the socket before this returns,
+    so somebody must listen there.
 
-    :raises Refused: libvirt or QEMU refused; nothing is plugged.
+    :raises Refused: libvirt or QEMU failed. Most often nothing is plugged in then, but libvirt may
+        fail after QEMU has plugged the device in.
     :raises GuestLost: the domain is gone.
     """
     libvirt, _ = modules()
@@ -50,7 +52,7 @@ def plug_door(domain: Any, socket: Path) -> None:
 
 
 def unplug_door(domain: Any) -> None:
-    """Take the device out of a running domain, if it is there.
+    """Take all memory doors out of a domain; do nothing if it has none or does not run.
 
     :raises Refused: the guest refused to release it.
     :raises OutcomeUnknown: the guest did not answer in time.
@@ -62,7 +64,8 @@ def unplug_door(domain: Any) -> None:
         try:
             detach(domain, name, ET.tostring(device, encoding="unicode"))
         except (Refused, OutcomeUnknown):
-            # The domain may end meanwhile, or somebody else may have taken the device out.
+            # The device may be gone all the same, which is enough: the domain has ended
+            # meanwhile, or somebody else has taken the device out.
             if _doors(domain):
                 raise
 
@@ -78,9 +81,9 @@ def detach(domain: Any, alias: str, xml: str) -> None:
     """Detach a device and wait until QEMU has removed it.
 
     :param alias: libvirt's name for the device.
-    :param xml: its element of the live XML.
-    :raises Refused: the guest refused; the device stays.
-    :raises OutcomeUnknown: the guest did not answer in time.
+    :param xml: the device's element of the live XML.
+    :raises Refused: libvirt or the guest refused; the device stays.
+    :raises OutcomeUnknown: the guest did not answer in time, and may still release the device.
     """
     libvirt, _ = modules()
     # Subscribe before detaching: detachDeviceFlags returns when the guest has been asked, and
@@ -100,8 +103,8 @@ def detach(domain: Any, alias: str, xml: str) -> None:
 
 @contextlib.contextmanager
 def _removal_of(alias: str, domain: Any) -> Iterator[queue.SimpleQueue[bool]]:
-    """Subscribe to the removal of a device during the block: the queue gets whether it was
-    removed, once libvirt knows."""
+    """Subscribe to libvirt's events about one device while the block runs. Yield a queue that gets
+    True when QEMU has removed the device, or False when the guest has refused."""
     libvirt, _ = modules()
     results: queue.SimpleQueue[bool] = queue.SimpleQueue()
 

@@ -13,9 +13,9 @@ from hintfleet.units import KIB, PAGE_BYTES
 class Dimm:
     """A DIMM that is plugged.
 
-    :ivar alias: libvirt's name for it, also in its events.
+    :ivar alias: libvirt's name for the DIMM, in libvirt's events too.
     :ivar address: address of its first byte, guest physical.
-    :ivar xml: its element of the live XML, by which libvirt finds it to detach it.
+    :ivar xml: the DIMM's element of the live XML; libvirt needs it to detach the DIMM.
     """
 
     alias: str
@@ -31,7 +31,7 @@ class Dimm:
 
 def dimm_xml(size_bytes: int, node: int) -> str:
     """Return the XML to plug a DIMM with."""
-    # The memfd comes from the domain's <memoryBacking>; a DIMM has its own access mode.
+    # <memoryBacking> of the domain makes the DIMM a memfd; its access mode must be given here.
     memory = ET.Element("memory", model="dimm", access="shared")
     target = ET.SubElement(memory, "target")
     ET.SubElement(target, "size", unit="bytes").text = str(size_bytes)
@@ -46,7 +46,7 @@ def dimms_of(domain_xml: str) -> list[Dimm]:
         Dimm(
             alias=memory.find("alias").attrib["name"],  # type: ignore[union-attr]
             address=int(memory.find("address").attrib["base"], 16),  # type: ignore[union-attr]
-            size_bytes=int(memory.findtext("target/size") or 0) * KIB,  # libvirt's unit here
+            size_bytes=int(memory.findtext("target/size") or 0) * KIB,  # KiB in live XML
             xml=ET.tostring(memory, encoding="unicode"),
         )
         for memory in domain.iterfind("devices/memory[@model='dimm']")

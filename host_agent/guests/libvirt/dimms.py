@@ -15,10 +15,10 @@ from host_agent.memory.ram import Segment, close_files
 
 
 class Dimms:
-    """The DIMMs of a domain that was made with a maximum and slots for them."""
+    """The DIMMs of a domain. It can get some only if it was made with a maximum size and slots."""
 
     def __init__(self, domain: Any, door: MemoryDoor, node: int) -> None:
-        """:param door: tells where a DIMM's memory is.
+        """:param door: the memory door at which QEMU hands over the memory of a new DIMM.
         :param node: NUMA node of the guest that gets the DIMMs.
         """
         self._domain = domain
@@ -33,8 +33,8 @@ class Dimms:
         """Attach one DIMM; return its segments.
 
         :param ram: the RAM that the domain had before.
-        :raises Refused: no slot is free, or the DIMM is not backed by a shared memfd. It is
-            detached again then.
+        :raises Refused: libvirt refused (for example, no slot is free), or QEMU did not hand over
+            the DIMM's memory in a shared memfd. A DIMM that was attached is detached again.
         """
         libvirt, _ = modules()
         before = {dimm.alias for dimm in self._dimms()}
@@ -43,7 +43,7 @@ class Dimms:
             self._domain.attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
         added = [dimm for dimm in self._dimms() if dimm.alias not in before]
         try:
-            # QEMU tells of a new region before it answers libvirt.
+            # QEMU sends a new region to the door before it answers libvirt.
             segments = self._door.segments(besides=ram)
             if sum(segment.page_count for segment in segments) * PAGE_BYTES != size_bytes:
                 close_files(segments)
@@ -55,9 +55,10 @@ class Dimms:
         return segments
 
     def to_unplug(self, size_bytes: int) -> list[RangeSet]:
-        """Return the pages of the highest DIMMs that have this size together, DIMM by DIMM.
+        """Return the pages of the DIMMs with the highest addresses, as many DIMMs as have this size
+        together: one set of pages for each DIMM.
 
-        :raises Refused: no such DIMMs: a DIMM can be unplugged only as a whole.
+        :raises Refused: there are no such DIMMs; a DIMM can be unplugged only as a whole.
         """
         found: list[RangeSet] = []
         left_bytes = size_bytes
@@ -75,10 +76,10 @@ class Dimms:
         return found
 
     def unplug(self, pages: RangeSet) -> None:
-        """Detach the DIMM with these pages and wait until QEMU has removed it.
+        """Detach the DIMM that has exactly these pages, if any; wait until QEMU has removed it.
 
-        :raises Refused: the guest refused; the DIMM stays.
-        :raises OutcomeUnknown: the guest did not answer in time.
+        :raises Refused: libvirt or the guest refused; the DIMM stays.
+        :raises OutcomeUnknown: the guest did not answer in time, and may still release the DIMM.
         """
         for dimm in self._dimms():
             if dimm.pages == pages:

@@ -1,4 +1,4 @@
-"""The balloon device of a running libvirt domain: a memory target, or free page reporting."""
+"""The balloon device of a libvirt domain, used for a memory target or free page reporting."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class LibvirtBalloon:
     def stats(self) -> BalloonStats:
         with errors_as("reading the guest's memory statistics"):
             stats = self._domain.memoryStats()
-        # "actual" is QEMU's own; the rest comes from the guest's driver, and is left out or 0
-        # where that has sent nothing.
+        # "actual" comes from QEMU, the others from the guest's balloon driver: until it has sent
+        # statistics, they are missing or 0.
         return BalloonStats(
             size_bytes=stats["actual"] * KIB,
             unused_bytes=stats["unused"] * KIB if "unused" in stats else None,
@@ -42,9 +42,10 @@ class LibvirtReporting:
         self._domain = domain
 
     def problem(self) -> str:
-        """Return why the guest does not report; empty also where QEMU cannot tell."""
-        # The features that the guest's driver has accepted tell it. QEMU shows them since 7.2, by
-        # a command that it calls unstable (qapi/virtio.json).
+        """Return why the guest does not report free pages; empty if it does, or if QEMU does not
+        show whether it does."""
+        # A guest reports if its balloon driver has accepted that feature. QEMU 7.2 and newer show
+        # the accepted features, by a command that QEMU calls unstable (qapi/virtio.json).
         libvirt, libvirt_qemu = modules()
 
         def ask(command: str, **arguments: str) -> Any:
@@ -68,7 +69,7 @@ class LibvirtReporting:
 
 
 def reporting_problem(status: list[str], features: list[str]) -> str:
-    """Return why a guest does not report; empty if it does. Pure.
+    """Return why a guest does not report free pages; empty if it does. Pure.
 
     :param status, features: the driver's status bits and accepted features, as QEMU lists them:
         each is a name from the virtio specification, followed by its meaning.

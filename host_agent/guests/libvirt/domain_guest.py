@@ -17,7 +17,7 @@ _EVIDENCE_LINES = 40
 
 
 class EndNotice:
-    """Calls `on_gone` once when a guest is gone; never after `silence`."""
+    """Calls `on_gone` at the first report that a guest is gone, once; never after `silence`."""
 
     def __init__(self, on_gone: Callable[[str], None]) -> None:
         self._on_gone = on_gone
@@ -25,7 +25,7 @@ class EndNotice:
         self._is_over = False
 
     def give(self, reason: str) -> None:
-        """Report that the guest is gone, from any thread."""
+        """Report that the guest is gone. May be called from any thread."""
         if self._end():
             self._on_gone(reason)
 
@@ -34,7 +34,7 @@ class EndNotice:
         self._end()
 
     def _end(self) -> bool:
-        # libvirt's event thread and a driver's thread may come at the same time.
+        # libvirt's event thread and a driver's thread may call this at the same time.
         with self._lock:
             is_first, self._is_over = not self._is_over, True
         return is_first
@@ -92,7 +92,7 @@ class LibvirtGuest:
         return self._files.console_tail(_EVIDENCE_LINES)
 
     def close(self) -> None:
-        # First: the end of the domain, which is wanted, causes an event.
+        # Silence first: ending the domain causes an event, which must not be reported.
         self._end_notice.silence()
         self._end()
         self._forget()

@@ -1,8 +1,9 @@
 """Finds domains that outlived the host agent that made them.
 
-libvirt ends a host agent's domains with its connection (autodestroy). A domain is still there
-only if libvirtd itself failed. It is recognised by its name and its console: a file in the folder
-that its host agent made and has locked.
+libvirt ends a host agent's domains when the connection is closed (autodestroy). A domain outlives
+its host agent only if libvirtd itself failed. Such a domain is recognised by its name and by its
+console: a file in a folder that its host agent made, and kept locked while it ran. Domains made
+under Survival have their console in another folder, and are not found here.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ def abandoned_domains(uri: str) -> list[Removable]:
 def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
     libvirt, _ = modules()
     for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-        with suppress(GuestLost), errors_as("looking at a domain"):  # it may end meanwhile
+        with suppress(GuestLost), errors_as("looking at a domain"):  # the domain may have ended
             folder = _folder_of(domain.XMLDesc())
             if not domain.name().startswith(NAME_PREFIX) or folder is None:
                 continue
-            # Any entry of runtime_dirs() will do: they differ only in where they make folders.
+            # The first entry serves for all: entries differ only in their base, which is_abandoned
+            # does not use.
             if runtime_dirs()[0].is_abandoned(folder):
                 leak = Leak(
                     what="domain",
@@ -64,7 +66,7 @@ def _folder_of(domain_xml: str) -> Path | None:
 
 def _destroyer(uri: str, uuid_text: str) -> Callable[[], None]:
     def destroy() -> None:
-        # By UUID, not by name: another domain may have the name by now.
+        # Looked up by UUID, not by name: another domain may have the name by now.
         libvirt, _ = modules()
         with errors_as("ending the domain"), closing(libvirt.open(uri)) as connection:
             try:

@@ -25,7 +25,7 @@ class Memballoon(Enum):
     TARGET = "target"
 
 
-# A guest takes one slot each time that it grows, and gives it back when it shrinks.
+# Each DIMM takes one slot while it is plugged; a guest gets a DIMM each time that it grows.
 _DIMM_SLOTS = 32
 
 
@@ -37,7 +37,7 @@ class DomainSpec:
     :ivar console: file that the guest's serial console is written to.
     :ivar config: file that the agent reads as FW_CFG_NAME; None for a guest without agent, which
         ends as soon as it has booted.
-    :ivar door: socket of the memory door; None for a guest whose memory nobody needs.
+    :ivar door: socket of the memory door; None for a guest without one.
     :ivar max_memory_bytes: size that the guest may reach with DIMMs; 0 for no slots.
     :ivar node_count: number of NUMA nodes; the memory is spread over them evenly.
     :ivar parameters: added to the kernel's command line; hintfleet.* is for the guest's init
@@ -72,7 +72,7 @@ def domain_xml(spec: DomainSpec) -> str:
     _memory_backing(domain)
     _boot(domain, spec)
     _cpu(domain, spec)
-    # A guest that resets or crashes must end, because its epoch does.
+    # A guest that resets or crashes must end: the host agent ends its epoch, and calls it lost.
     for event in ("poweroff", "reboot", "crash"):
         _text(domain, f"on_{event}", "destroy")
     _devices(domain, spec)
@@ -102,22 +102,22 @@ def _cpu(domain: ET.Element, spec: DomainSpec) -> None:
         numa = ET.SubElement(cpu, "numa")
         for node, size_bytes in enumerate(_node_sizes(spec)):
             cell = {"id": str(node), "memory": str(size_bytes // KIB), "unit": "KiB"}
-            # All virtual CPUs in the first node: only the memory has to be spread.
+            # All virtual CPUs are in the first node: only the memory has to be spread.
             if not node:
                 cell["cpus"] = f"0-{spec.vcpu_count - 1}"
             ET.SubElement(numa, "cell", cell)
 
 
 def _node_sizes(spec: DomainSpec) -> list[int]:
-    """Return the size of each node, in whole MiB; the last has the rest."""
+    """Return the bytes of each node: equal shares of whole MiB; the last has the rest, too."""
     share_bytes = spec.memory_bytes // spec.node_count // MIB * MIB
     others = [share_bytes] * (spec.node_count - 1)
     return [*others, spec.memory_bytes - sum(others)]
 
 
 def _boot(domain: ET.Element, spec: DomainSpec) -> None:
-    # As a file, not as text in the XML: text would show in QEMU's command line, and the
-    # configuration has the guest's token.
+    # The configuration is passed as a file, not as text in the XML: text would show in QEMU's
+    # command line, and the configuration contains the guest's token.
     if spec.config:
         sysinfo = ET.SubElement(domain, "sysinfo", type="fwcfg")
         ET.SubElement(sysinfo, "entry", name=FW_CFG_NAME, file=str(spec.config))
@@ -131,10 +131,11 @@ def _boot(domain: ET.Element, spec: DomainSpec) -> None:
 
 
 def _parameters(spec: DomainSpec) -> list[str]:
-    # panic=-1: reset at once, which ends the domain.
-    # no_timer_check: on a busy host a vCPU under TCG may not run for so long that the kernel counts
-    # no tick, takes the timer for unconnected and hangs or panics ("MP-BIOS bug",
-    # arch/x86/kernel/apic/io_apic.c: check_timer). Under KVM, Linux sets it by itself.
+    # panic=-1: after a panic the kernel resets at once, which ends the domain.
+    # no_timer_check: skips a check that may fail on a busy host. There a vCPU under TCG may not run
+    # for so long that the kernel counts no tick, takes the timer for unconnected and hangs or
+    # panics ("MP-BIOS bug", arch/x86/kernel/apic/io_apic.c: check_timer). Under KVM, Linux sets
+    # no_timer_check by itself.
     parameters = ["console=ttyS0", "quiet", "panic=-1", "no_timer_check"]
     if spec.max_memory_bytes:
         # DIMMs are above 4 GiB. For devices that cannot reach them (there are none here) the
@@ -165,8 +166,8 @@ def _devices(domain: ET.Element, spec: DomainSpec) -> None:
 
 
 def _balloon(devices: ET.Element, use: Memballoon) -> None:
-    # Without the element libvirt adds a balloon device by itself (model "virtio" for QEMU). Free
-    # page reporting by it would take free chunks before they are hinted.
+    # The element is always there: without it libvirt adds a balloon device by itself (model
+    # "virtio" for QEMU), and then a guest of every method would have one.
     if use is Memballoon.NONE:
         ET.SubElement(devices, "memballoon", model="none")
     elif use is Memballoon.REPORTING:

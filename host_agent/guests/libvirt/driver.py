@@ -2,7 +2,7 @@
 
 A domain is bound to this driver's connection (VIR_DOMAIN_START_AUTODESTROY): when a host agent
 dies, libvirt ends all its guests. Under Survival a domain is not bound. The next host agent finds
-it by its UUID, and plugs a memory door of its own in.
+it by its UUID, and plugs in a memory door of its own.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class LibvirtDriver:
         """Store settings; the connection is opened when it is first needed.
 
         :param loop: serves the guests' memory doors.
-        :param guest_server: address at which guests find the host agent: `10.0.2.2:PORT` for one
-            that listens on the host's loopback.
-        :param guest_tls: whether guests must use TLS; the guest's image has its certificate then.
+        :param guest_server: address at which guests find the host agent: `10.0.2.2:PORT` if the
+            host agent listens on the host's loopback.
+        :param guest_tls: whether guests must use TLS; their certificates are in them already.
         :param images: directory of guest images; None for the default one.
         """
         self._connection = Connection(uri)
@@ -123,11 +123,12 @@ class LibvirtDriver:
             files = self._files(request.name)
             door = self._door(request, files, undo)
             try:
-                # The door of the host agent before leads nowhere.
+                # Nobody serves the earlier host agent's door any more.
                 unplug_door(domain)
                 plug_door(domain, door.path)
             except (Refused, OutcomeUnknown) as error:
-                # A suspended guest releases no device, for example. All other guests go on.
+                # For example, a suspended guest releases no device. GuestLost, because Refused
+                # would keep this host agent from starting, and so from serving all other guests.
                 raise GuestLost(f"it cannot be adopted: {error.message}") from error
             return self._take_over(request, domain, files, door, end_notice, undo)
 
@@ -145,11 +146,11 @@ class LibvirtDriver:
         return door
 
     def _check_reach(self, image: GuestImage) -> None:
-        """Check that QEMU's user can read image and state folder.
+        """Check that QEMU's user can read the image's root disk and enter the state folder. QEMU
+        itself would fail on them later, with a message that is less clear.
 
         :raises Refused: it cannot; names the folder or file that denies access.
         """
-        # Checked before QEMU tries: its own message is less clear.
         if self._connection.qemu_user is None:
             return
         self._connection.qemu_user.check(
@@ -167,9 +168,11 @@ class LibvirtDriver:
         end_notice: EndNotice,
         undo: contextlib.ExitStack,
     ) -> LibvirtGuest:
-        """Return a running domain as a guest, which takes over what `undo` would undo.
+        """Wait until the memory door is open, and return the domain as a guest. From then on the
+        guest owns what `undo` would undo. After a failure, `undo` still undoes all.
 
         :raises GuestLost: the domain has ended meanwhile, or did not open the door in time.
+        :raises Refused: the guest's memory cannot be punched.
         """
         _wait_until_open(door, domain)
         ram = GuestRam(door.segments(), door.fence)
@@ -235,8 +238,8 @@ class LibvirtDriver:
 
     def _boots_under_kvm(self, connection: Any, image: GuestImage) -> bool | None:
         """Boot a guest without agent under KVM, and end it. Return whether it booted; None if it
-        could not be started. The reason may be another than KVM, so None is not remembered for
-        the next host agent."""
+        could not be started. KVM need not be the reason for that, so the caller does not store
+        None for later host agents."""
         identity = uuid.uuid4()
         name = f"kvm-probe-{identity.hex[:8]}"
         files = self._files(name)
@@ -256,7 +259,7 @@ class LibvirtDriver:
                 return kvm_probe.wait_for_boot(spec.console)
             finally:
                 self._connection.destroy(spec.uuid)
-        except Refused:  # no KVM in this libvirt, or QEMU itself gave up
+        except Refused:  # for example, libvirt has no KVM, or QEMU failed
             return None
         finally:
             files.remove()
@@ -286,7 +289,7 @@ def _refuse_if_taken(connection: Any, request: GuestRequest) -> None:
 
 
 def _start(connection: Any, spec: DomainSpec, *, lasting: bool = False) -> Any:
-    """Create the domain.
+    """Create and start the domain.
 
     :param lasting: whether it must outlive the connection.
     :raises Refused: libvirt or QEMU refused.
@@ -311,7 +314,7 @@ def _wait_until_open(door: MemoryDoor, domain: Any) -> None:
     libvirt, _ = modules()
     deadline_s = time.monotonic() + _OPEN_TIMEOUT_S
     while not door.wait_until_open(_POLL_S):
-        # isActive raises when a transient domain is gone: libvirt has nothing left of it.
+        # isActive raises if a transient domain has ended, because libvirt has deleted it.
         with contextlib.suppress(libvirt.libvirtError):
             if domain.isActive():
                 if time.monotonic() < deadline_s:

@@ -19,7 +19,7 @@ _BUILD_HINT = "make image (or set HINTFLEET_IMAGE_DIR to where it was built)"
 class GuestImage:
     """A guest image that exists and can be read.
 
-    :ivar directory: has the three files; its name is a hash of the image's inputs.
+    :ivar directory: contains vmlinuz, initrd.img and root.img; its name is a hash of the inputs.
     :ivar kernel_release: release of the guest's kernel, as `uname -r` prints it.
     """
 
@@ -50,10 +50,10 @@ def default_image_dir(environ: Mapping[str, str]) -> Path:
 
 
 def find_image(images: Path | None = None) -> GuestImage:
-    """Return the image that was built last.
+    """Return the image that `current`, the builder's link, points to.
 
     :param images: the directory of all images; None for the default one.
-    :raises Refused: there is none, or a part of it cannot be read.
+    :raises Refused: there is none, a part of it cannot be read, or image.json is damaged.
     """
     current = (images or default_image_dir(os.environ)) / "current"
     manifest = current / "image.json"

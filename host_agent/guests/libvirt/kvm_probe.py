@@ -1,8 +1,8 @@
 """Finds out whether guests boot under KVM on this host.
 
 A /dev/kvm that can be opened proves little: under some nested hypervisors a stock kernel hangs.
-So a guest is booted once. The result is kept for as long as the host runs and the guest's kernel
-is the same.
+So a guest is booted once (by driver.py). The result is used until the host reboots, or the guest's
+kernel or the owner or mode of /dev/kvm changes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ _POLL_S = 0.05
 
 
 def cached(image: GuestImage) -> bool | None:
-    """Return the result of an earlier probe; None if there was none since the host booted.
-
-    Reads one small file.
-    """
+    """Return whether guests boot under KVM: false if this process may not use /dev/kvm, else the
+    result of an earlier probe; None if there is no result that is still valid."""
     if not os.access(_DEVICE, os.R_OK | os.W_OK):
         return False
     with contextlib.suppress(OSError, ValueError):
@@ -41,7 +39,7 @@ def cached(image: GuestImage) -> bool | None:
 
 
 def remember(image: GuestImage, boots: bool) -> None:
-    """Store the result of a probe beside the image; do nothing if that cannot be written."""
+    """Store the result of a probe beside the images; do nothing if the file cannot be written."""
     with contextlib.suppress(OSError):
         cache = _cache(image)
         with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False) as aside:
@@ -50,7 +48,8 @@ def remember(image: GuestImage, boots: bool) -> None:
 
 
 def wait_for_boot(console: Path) -> bool:
-    """Wait until the guest that writes to `console` reaches its init; return whether it did."""
+    """Wait until the guest that writes to `console` reaches its init, for TIMEOUT_S at most; return
+    whether it did."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline_s:
         with contextlib.suppress(OSError):
@@ -65,7 +64,7 @@ def _cache(image: GuestImage) -> Path:
 
 
 def _key(image: GuestImage) -> list[str | int]:
-    """Return what the result depends on."""
+    """Return all that the result of a probe depends on."""
     # The device's owner and mode decide whether QEMU may open it.
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     device = _DEVICE.stat()

@@ -1,7 +1,7 @@
 """The user that QEMU runs as, and which files it can access.
 
-Under qemu:///system QEMU has its own user (qemu.conf: `user`), who may not enter a home folder or
-a private TMPDIR.
+Under qemu:///system QEMU has its own user (qemu.conf: `user`), who often has no right to enter a
+home folder or a private TMPDIR.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from hintfleet.errors import Refused
 
 _READ, _ENTER = 4, 1
 _ACL = "system.posix_acl_access"
-# Tags of entries of an access list (linux/posix_acl.h); owner and others are in the mode.
+# Tags of the entries of an access list (linux/posix_acl.h) that are read here. The rights of owner
+# and others are read from the mode.
 _USER, _GROUP_OBJ, _GROUP, _MASK = 0x02, 0x04, 0x08, 0x10
 
 
 @dataclass(frozen=True, kw_only=True)
 class QemuUser:
-    """A user without privileges.
+    """The user that QEMU runs as, without privileges.
 
     :ivar gids: ids of all its groups.
     """
@@ -36,10 +37,11 @@ class QemuUser:
 
     @classmethod
     def of(cls, capabilities: str) -> QemuUser | None:
-        """Return the user by libvirt's capabilities (XML); None where QEMU runs as the user who
+        """Return QEMU's user from libvirt's capabilities (XML); None if QEMU runs as the user who
         starts it, or as root.
         """
-        # Nobody knows which privileges root keeps (qemu.conf: clear_emulator_capabilities).
+        # Root is left out, because nobody knows which privileges a QEMU that runs as root keeps
+        # (qemu.conf: clear_emulator_capabilities).
         for model in ET.fromstring(capabilities).findall("host/secmodel"):  # noqa: S314 - libvirt's
             label = re.fullmatch(r"\+(\d{1,10}):\+(\d{1,10})", model.findtext("baselabel") or "")
             if model.findtext("model") == "dac" and label and int(label[1]):
@@ -73,9 +75,11 @@ class QemuUser:
         )
 
     def first_denied(self, path: Path) -> Path | None:
-        """Return the first folder on the way to `path` that the user may not enter, or `path` if
-        the user may not read it; None if it has access."""
-        # The folders of the path as given and of what its links lead to: both must be entered.
+        """Return the first folder on the way to `path` that the user has no right to enter. If
+        there is none, return what `path` leads to (links resolved) if the user has no right to
+        read that file or enter that folder; else None."""
+        # The folders above the path as given, and those above what its links lead to: the user
+        # must be able to enter all of them.
         real = path.resolve()
         way = dict.fromkeys((*reversed(path.absolute().parents), *reversed(real.parents)))
         for folder in way:
@@ -89,11 +93,11 @@ class QemuUser:
         # acl(5), "access check algorithm". Without a list, the mode's bits decide.
         try:
             status = path.stat()
-            # Linux does not look at a list whose mask, the mode's bits for the group, is empty:
-            # acl_permission_check() in fs/namei.c.
+            # Linux ignores an access list with an empty mask. The mode's bits for the group are
+            # that mask: acl_permission_check() in fs/namei.c.
             entries = _acl(path) if status.st_mode & stat.S_IRWXG else []
         except OSError:
-            return True  # if access is denied after all, QEMU fails and says so
+            return True  # if access is denied after all, QEMU reports it
         if status.st_uid == self.uid:
             return bool(status.st_mode >> 6 & right)
         mask = next((bits for tag, bits, _ in entries if tag == _MASK), 7)
@@ -102,7 +106,7 @@ class QemuUser:
                 return bool(bits & mask & right)
         groups = [bits for tag, bits, number in entries if tag == _GROUP and number in self.gids]
         if status.st_gid in self.gids:
-            # With a list, the mode's bits for the group are its mask.
+            # With a list, the group's rights are in this entry: the mode's group bits are the mask.
             own = (bits for tag, bits, _ in entries if tag == _GROUP_OBJ)
             groups.append(next(own, status.st_mode >> 3))
         if groups:
@@ -118,7 +122,8 @@ def _groups(uid: int, gid: int) -> list[int]:
 
 
 def _acl(path: Path) -> list[tuple[int, int, int]]:
-    """Return tag, rights and number of each entry; none if there is no access list."""
+    """Return tag, rights and user or group id of each entry of a file's access list; an empty list
+    if there is no access list."""
     try:
         value = os.getxattr(path, _ACL)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The files of one libvirt guest: its console and its agent's configuration."""
+"""The files of one libvirt guest: console, agent's configuration, socket of the memory door."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHARED = Path("/tmp")  # noqa: S108
 
 def runtime_dirs() -> list[OwnedFolders]:
     """Return where the host agents of this machine make guests' folders: $TMPDIR, then /tmp."""
-    # A private TMPDIR (libpam-tmpdir) may deny access to QEMU's user.
+    # /tmp too, because a private TMPDIR (libpam-tmpdir) may deny access to QEMU's user.
     bases = dict.fromkeys((Path(tempfile.gettempdir()), _SHARED))
     return [OwnedFolders(base=base, prefix="hintfleet-guest-") for base in bases]
 
@@ -25,7 +25,7 @@ def runtime_dirs() -> list[OwnedFolders]:
 class RuntimeDir:
     """A directory for one guest's files that QEMU's user can enter.
 
-    :ivar owned: the same directory, if it ends with its host agent; else None.
+    :ivar owned: the same directory, locked by this process; None if it outlives the host agent.
     """
 
     path: Path
@@ -33,14 +33,16 @@ class RuntimeDir:
 
     @classmethod
     def make(cls, user: QemuUser | None = None) -> RuntimeDir:
-        """Make a new directory. Also remove those of host agents that were killed.
+        """Make a new directory in the first base of `runtime_dirs` that the user can enter, or in
+        the first of all if there is none. Also remove the directories that killed host agents
+        left in that base.
 
         :param user: who must be able to enter it; None for this process's user.
         """
         places = runtime_dirs()
         accessible = (p for p in places if user is None or user.first_denied(p.base) is None)
         owned = next(accessible, places[0]).make()
-        # Entered by QEMU's user, who has to reach the console; not listed.
+        # QEMU's user must enter the directory to reach the console, but need not list it.
         owned.path.chmod(0o711)
         return cls(owned.path, owned)
 
@@ -73,7 +75,7 @@ class RuntimeDir:
         self.config.write_text(text)
 
     def console_tail(self, line_count: int) -> str:
-        """Return the last lines of the console, or why there are none."""
+        """Return the last lines in the last 4 KiB of the console, or why it cannot be read."""
         try:
             with self.console.open("rb") as console:
                 console.seek(max(0, self.console.stat().st_size - _TAIL_BYTES))

@@ -1,4 +1,4 @@
-"""Opens the SQLite file: its schema, its version, and the errors of storage."""
+"""Opens the SQLite file of the store: schema, migrations, and conversion of storage errors."""
 
 from __future__ import annotations
 
@@ -60,13 +60,14 @@ _MIGRATIONS = (
     ) STRICT;
     """,
     # cost: set in the row of a host (guest '') that has a footprint.
-    # arm_position: the place of the arm in the spec.
+    # arm_position: the index of the arm in Spec.trial_arms.
     """
     ALTER TABLE footprints ADD COLUMN cost TEXT;
     ALTER TABLE trials ADD COLUMN arm_position INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE runs ADD COLUMN environment TEXT NOT NULL DEFAULT '{}';
     """,
-    # attempt, lost: see plan.Trial and records.HostDone. Figures use the last attempts only.
+    # attempt: see plan.Trial. Figures use the last attempts only (view counted_trials).
+    # lost: 1 if the outcome of the trial is LOST (trial_outcome.TrialStatus).
     # overrides, libvirt_uri: options of the command line, needed to resume the run.
     # parts: a row acknowledges a part that is whole and on disk.
     """
@@ -91,11 +92,14 @@ _MIGRATIONS = (
 def open_database(path: Path) -> sqlite3.Connection:
     """Open or create the database, and migrate it to this version.
 
-    :raises Refused: a newer version wrote it, or it is not such a database.
+    :raises LimitExceeded: the disk is full.
+    :raises Refused: a newer version of hintfleet wrote the file, it is not an SQLite database, or
+        it cannot be opened.
     """
     with errors_mapped(path):
         # isolation_level None: else Python's sqlite3 opens transactions by itself before an
-        # INSERT or UPDATE. Ours are explicit, and each other statement commits on its own.
+        # INSERT or UPDATE. This package opens its transactions with BEGIN; a statement outside
+        # of them commits on its own.
         connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
         connection.row_factory = sqlite3.Row
         # WAL: readers (`show`, `serve`) neither wait for the writer of a run nor block it.
@@ -103,7 +107,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         # In WAL mode only FULL syncs the log at every commit; with NORMAL a power failure can
         # undo commits (sqlite.org/pragma.html#pragma_synchronous).
         connection.execute("PRAGMA synchronous = FULL")
-        # Off by default in SQLite, and set per connection.
+        # SQLite does not check foreign keys by default; each connection has to ask for it.
         connection.execute("PRAGMA foreign_keys = ON")
         _migrate(connection, path)
     return connection
@@ -112,11 +116,11 @@ def open_database(path: Path) -> sqlite3.Connection:
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     if _version(connection, path) == len(_MIGRATIONS):
         return  # without BEGIN IMMEDIATE: a reader must not wait for the writer of a run
-    # Two processes may open a new file at once. The second one waits here, and reads the
-    # version again below.
+    # Two processes may open the same new or old file at once. The second process waits here for
+    # the first, and reads the version again below.
     connection.execute("BEGIN IMMEDIATE")
     try:
-        # Not executescript(): it commits the transaction first (Python's sqlite3).
+        # Not executescript(), which would first commit the open transaction (Python's sqlite3).
         for script in _MIGRATIONS[_version(connection, path) :]:
             for statement in filter(str.strip, script.split(";")):
                 connection.execute(statement)
@@ -139,7 +143,7 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
 
 @contextmanager
 def errors_mapped(path: Path) -> Iterator[None]:
-    """Turn errors of SQLite and of the file system into ours.
+    """Convert errors of SQLite and OSError, raised in the block, as `storage_error` does.
 
     :raises LimitExceeded: the disk is full.
     :raises Refused: the file cannot be opened, read or written.
@@ -151,7 +155,8 @@ def errors_mapped(path: Path) -> Iterator[None]:
 
 
 def storage_error(path: Path, error: Exception) -> HintfleetError:
-    """Return our error for a failed write or read at `path`."""
+    """Return the error to raise for a failed read or write at `path`: LimitExceeded if the disk is
+    full, else Refused."""
     message = str(error)
     if isinstance(error, OSError):
         message, path = error.strerror or message, Path(error.filename or path)

@@ -1,4 +1,8 @@
-"""The lock on a run. The process that runs it holds the lock until it ends, even if killed."""
+"""The lock on a run.
+
+The process that runs the run holds the lock until the run ends. If the process is killed, the
+kernel releases the lock.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,24 @@ from pathlib import Path
 from hintfleet.errors import Refused
 from hintfleet.system.file_lock import lock_file, wait_for
 
-# Readers take the lock for a moment, to find abandoned runs (`Store._end_abandoned_runs`).
+# How long to wait for readers: they take the lock for a moment, to find abandoned runs
+# (`Store._end_abandoned_runs`).
 _LOCK_TIMEOUT_S = 1.0
 
 
 def try_lock(run_folder: Path) -> int | None:
-    """Return a descriptor that holds the lock until closed; None if another process holds it."""
+    """Return a descriptor that holds the lock until it is closed; None if the lock is held already.
+
+    Creates the folder and the lock file if they do not exist.
+    """
     run_folder.mkdir(parents=True, exist_ok=True)
     return lock_file(run_folder / "lock")
 
 
 def take_lock(run_folder: Path) -> int:
-    """Return a descriptor that holds the lock; waits for readers that hold it for a moment.
+    """Return a descriptor that holds the lock until it is closed.
+
+    Waits up to 1 s if the lock is held: a reader holds it only for a moment.
 
     :raises Refused: another process runs this run.
     """

@@ -1,4 +1,7 @@
-"""Reads stored runs, their trials and their figures as rows. Decides nothing."""
+"""Reads stored runs, their trials and their figures as rows.
+
+Writes only one thing: runs that were abandoned are stored as interrupted.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,9 @@ class Run:
 
     :ivar state: running, done, failed, undecided or interrupted.
     :ivar summary: the size of the experiment, in one line.
-    :ivar ended_unix_us: 0 while it runs.
-    :ivar overrides: keys of the spec that options of the command line replaced.
+    :ivar ended_unix_us: 0 while the run runs.
+    :ivar overrides: the top-level keys of the spec that options of the command line replaced,
+        with their new values.
     """
 
     run_id: str
@@ -57,7 +61,7 @@ class Run:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The options of `hintfleet run` for `overrides`, as in --driver libvirt."""
+        """The options of `hintfleet run` that give `overrides`, for example --driver libvirt."""
         driver, agents = self.overrides.get("driver"), self.overrides.get("hosts", {}).get("agents")
         return (
             *(("--driver", driver) if driver else ()),
@@ -66,7 +70,7 @@ class Run:
 
     @property
     def annotated_spec(self) -> str:
-        """The text of the spec, after a comment with the options of the command line."""
+        """The text of the spec, after a comment with `options` if there are any."""
         if not self.options:
             return self.spec_text
         return f"# run with {shlex.join(self.options)}\n{self.spec_text}"
@@ -77,10 +81,10 @@ class StoredTrial:
     """A stored attempt at a trial.
 
     :ivar ended_unix_us: 0 if it has not ended.
-    :ivar undecided: the reason of its TrialOutcome.
-    :ivar lost: the status of its TrialOutcome is LOST.
-    :ivar counted: it is the last attempt at this trial; figures use only these.
-    :ivar sample_count: samples in acknowledged parts.
+    :ivar undecided: the reason of its TrialOutcome: empty if the trial is done or has not ended.
+    :ivar lost: whether the status of its TrialOutcome is LOST.
+    :ivar counted: whether this is the last attempt at the trial; figures use only last attempts.
+    :ivar sample_count: the number of samples in acknowledged parts.
     """
 
     trial_id: str
@@ -111,6 +115,7 @@ class Store(AbstractContextManager["Store"]):
     def __init__(self, folder: Path) -> None:
         """Open or create the store, and store abandoned runs as interrupted.
 
+        :raises LimitExceeded: the disk is full.
         :raises Refused: the folder cannot be used.
         """
         self.folder = folder
@@ -137,14 +142,14 @@ class Store(AbstractContextManager["Store"]):
         return [_run(row) for row in rows]
 
     def find_run(self, name: str) -> Run:
-        """Return the run with this id, with this unique part of an id, or the `latest` one.
+        """Return the run with this id or this unique part of an id; the newest run for `latest`.
 
         :raises InvalidInput: there is no such run, or more than one.
         """
         if name == LATEST:
             rows = self._query("SELECT * FROM runs ORDER BY started_unix_us DESC LIMIT 1")
         else:
-            # instr, not LIKE: `%` and `_` in a name mean nothing here.
+            # Not LIKE, which would read `%` and `_` in a name as wildcards.
             rows = self._query("SELECT * FROM runs WHERE instr(run_id, ?) LIMIT 2", name.lower())
         if len(rows) != 1:
             raise InvalidInput(
@@ -172,16 +177,16 @@ class Store(AbstractContextManager["Store"]):
     def footprint_rows(self, run_id: str = "", since_unix_s: int = 0) -> list[FootprintRow]:
         """Return the footprints of runs that have ended, for `savings.aggregate`.
 
-        The newest run comes first. Within a run the control comes first, then the other arms
-        in the order of the spec. A trial that was cut off has no figures; it gets an empty row
-        for each host and guest that another trial of its run has. If no trial of the run has
-        figures, it gets one empty row.
+        Only the last attempt at each trial counts. The newest run is first. Within a run the
+        control is first, then the other arms in the order of the spec. A trial that was cut off
+        has no figures. It still has rows, without a footprint: one for each host and guest that
+        an ended trial of the same run has, or a single row if no trial of the run has ended.
 
         :param run_id: only this run; empty for all.
-        :param since_unix_s: only runs that started at or after this time.
+        :param since_unix_s: only runs that started at or after this time; 0 for all.
         """
-        # The join with `units` adds the empty rows. Without them an arm would be compared by
-        # its remaining trials alone, as if the trial that was cut off had never been planned.
+        # The join with `units` adds the rows of trials that were cut off. Without these rows, an
+        # arm would be compared by its other trials alone.
         rows = self._query(
             "WITH units AS ("
             "  SELECT DISTINCT t.run_id, f.host, f.guest "
@@ -204,9 +209,10 @@ class Store(AbstractContextManager["Store"]):
         return [_footprint_row(row) for row in rows]
 
     def cost_rows(self, run_id: str) -> list[CostRow]:
-        """Return the costs of a run's hosts, for `comparison.compare`; none while it runs.
+        """Return the costs of a run's hosts, for `comparison.compare`; empty while the run runs.
 
-        A trial that was cut off has one row, with neither a host nor a cost.
+        Only the last attempt at each trial counts. A trial that was cut off has one row, without
+        a host and a cost.
         """
         rows = self._query(
             "SELECT r.control, t.arm, t.repetition, t.undecided, "
@@ -234,14 +240,15 @@ class Store(AbstractContextManager["Store"]):
             return self.database.execute(sql, values).fetchall()
 
     def _end_abandoned_runs(self) -> None:
-        """Store as interrupted each run that its process has abandoned (killed, power lost)."""
+        """Store as interrupted each run whose state is `running`, but whose lock nobody holds: its
+        process was killed, or the power failed."""
         for row in self._query("SELECT run_id FROM runs WHERE state = 'running'"):
             with errors_mapped(self.path):
                 fd = try_lock(self.samples_dir(row["run_id"]))
                 if fd is None:
                     continue
-                # The lock is held until the update is committed: otherwise another process
-                # could resume the run in between, and be stored as interrupted.
+                # The lock is held until the update is committed. Otherwise another process could
+                # resume the run before the update, which would store that run as interrupted.
                 self.database.execute(
                     "UPDATE runs SET state = 'interrupted', ended_unix_us = ?, "
                     "reason = 'its process was killed or the machine went down' "
@@ -259,7 +266,7 @@ def _run(row: sqlite3.Row) -> Run:
 
 
 def _with_tuples(stored: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no tuples, and the spec model is strict: it takes no list for a tuple.
+    # JSON has no tuples, and the spec model is strict: it rejects a list in place of a tuple.
     return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
 
 

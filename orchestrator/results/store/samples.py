@@ -1,7 +1,7 @@
 """Writes samples as Parquet parts, and reads them, with DuckDB.
 
-A part is written under another name, synced and renamed: it is whole or not there. DuckDB
-writes Parquet from numpy arrays without pyarrow.
+A part is written under another name, synced and renamed: so a file with the name of a part is
+always whole. DuckDB writes Parquet from numpy arrays without pyarrow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from orchestrator.trial.records import Columns, Samples
 if TYPE_CHECKING:
     import duckdb
 
-# Another suffix than `.parquet`, so that `read_series` does not see it.
+# The suffix of a part that is being written. `read_series` ignores such files: it reads only
+# `*.parquet`.
 UNFINISHED = ".unfinished"
 _PART_PERIOD_S = 2.0
 
@@ -31,7 +32,7 @@ _PART_PERIOD_S = 2.0
 class PartWriter:
     """Buffers a trial's samples and writes them as parts.
 
-    :ivar part_count: parts that are on disk.
+    :ivar part_count: how many parts were written to disk so far.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,13 +48,16 @@ class PartWriter:
 
     @property
     def is_due(self) -> bool:
-        """Whether 2 s have passed since the last flush."""
+        """Whether 2 s have passed since the last flush, or since the start if there was none."""
         return time.monotonic() - self._flushed_at_s >= _PART_PERIOD_S
 
     def flush(self) -> int:
         """Write the buffered samples as a part; return their number. No part is written for 0.
 
-        :raises LimitExceeded: the disk is full. Earlier parts are intact.
+        After an error the buffered samples are lost, but earlier parts are intact.
+
+        :raises LimitExceeded: the disk is full.
+        :raises Refused: the part cannot be written.
         """
         self._flushed_at_s = time.monotonic()
         buffered, self._buffered = self._buffered, []
@@ -64,17 +68,20 @@ class PartWriter:
 
 
 def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:
-    """Write samples as part `number` of a trial; on return they are on disk.
+    """Write samples as part `number` of a trial; return its path when it is on disk.
 
-    :raises LimitExceeded: the disk is full. Earlier parts are intact.
+    After an error, earlier parts are intact.
+
+    :raises LimitExceeded: the disk is full.
+    :raises Refused: the part cannot be written.
     """
     part = folder / f"{number:06}.parquet"
     unfinished = part.with_suffix(UNFINISHED)
     try:
         if not folder.exists():
             folder.mkdir(parents=True)
-            # fsync of a file does not sync the entry in its folder (fsync(2)), so a new folder
-            # and, below, a rename are synced in the folder that holds them.
+            # fsync of a file or folder does not sync its name (fsync(2)). So the parent is synced
+            # after a new folder is made here, and the folder after the rename below.
             _sync(folder.parent)
         with _path_for_duckdb(folder) as plain:
             _copy_to(f"{plain}/{unfinished.name}", _table(batches))
@@ -90,7 +97,9 @@ def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:
 
 
 def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[str, Series]:
-    """Return the samples of each guest of a host in a trial, from all parts in `folder`.
+    """Return the samples of a host in a trial by guest, from all parts in `folder`.
+
+    The result is empty if there are no parts or the host has no samples in them.
 
     :param counters: columns to read besides `resident_bytes`.
     :raises Refused: a part is damaged, or cannot be read.
@@ -131,7 +140,10 @@ def _table(batches: Sequence[Samples]) -> Columns:
 
 @contextmanager
 def _path_for_duckdb(folder: Path) -> Iterator[str]:
-    """Yield another name of `folder`, without characters that DuckDB interprets."""
+    """Yield another name of `folder`, without characters that DuckDB interprets.
+
+    Errors of DuckDB in the block are raised with `folder` in place of that name.
+    """
     # DuckDB reads a path as UTF-8 text with a syntax: `[`, `*` and `?` are a glob, `host=a` is a
     # column (hive partitioning), `x://` is a remote file system. A user's folder may have any
     # of these in its name.
@@ -154,7 +166,7 @@ def _copy_to(path: str, table: Columns) -> None:
 def _connect() -> duckdb.DuckDBPyConnection:
     import duckdb  # 0.4 s to import
 
-    # Without a temp_directory DuckDB makes no folder `.tmp` in the current one.
+    # With an empty temp_directory DuckDB makes no folder `.tmp` in the current folder.
     return duckdb.connect(config={"threads": 1, "temp_directory": ""})
 
 

@@ -1,4 +1,4 @@
-"""Writes one run as it happens.
+"""Stores one run while it runs.
 
 Decides nothing: `results/trial_outcome.py` decides the outcome of a trial,
 `results/run_outcome.py` that of a run.
@@ -29,7 +29,7 @@ from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import Record, Samples
 
-# Far more than the rows that end a run take in SQLite's log.
+# Far more space than SQLite's log needs for the rows that end a run.
 _RESERVE_BYTES = 1 << 20
 RESERVE = "reserve"
 
@@ -61,11 +61,12 @@ class _OpenTrial:
 
 
 class RunWriter(AbstractContextManager["RunWriter"]):
-    """Writes a run. A context manager: the run ends when the block ends.
+    """Stores a run. A context manager: the end of the run is stored when the block ends.
 
     If the block ends by KeyboardInterrupt, the run is stored as interrupted; if by another
-    error, as failed. Either can be resumed. A reserve file is kept on disk, so that the end
-    of the run can be stored even when the disk is full.
+    error, as failed. Both kinds can be resumed. Without an error, the run is stored as done or
+    undecided. A reserve file of 1 MiB is deleted before the end of the run is stored, to make
+    room if the disk is full.
     """
 
     def __init__(self, store: Store, header: RunHeader, resume: bool = False) -> None:
@@ -79,8 +80,9 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         self._folder = store.samples_dir(header.run_id)
         self._trial: _OpenTrial | None = None
         with errors_mapped(store.path):
-            # Held until the run ends. The kernel drops it if this process is killed, so the
-            # next reader sees that the run was abandoned (`Store._end_abandoned_runs`).
+            # The lock is held until the run ends. If this process is killed, the kernel releases
+            # the lock, and the next reader sees that the run was abandoned
+            # (`Store._end_abandoned_runs`).
             self._lock_fd = take_lock(self._folder)
             (self._folder / RESERVE).write_bytes(bytes(_RESERVE_BYTES))
             if resume:
@@ -92,12 +94,13 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         if error is None:
             self._end(run_outcome(None, self._undecided()))
         else:
-            # The user has to see the first error, not a later one of storing it.
+            # An error while the end is stored is suppressed: the user has to see `error`, which
+            # ended the run.
             with suppress(HintfleetError):
                 self._end(run_outcome(error, ()))
 
     def begin_trial(self, trial: Trial) -> None:
-        """Open a trial: `append` stores records for it from now on."""
+        """Store the start of a trial. Records can be appended to it until `end_trial`."""
         self._trial = _OpenTrial(trial, self._folder / trial.trial_id)
         self._execute(
             "INSERT INTO trials (trial_id, run_id, position, arm, arm_position, repetition, "
@@ -113,9 +116,11 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         )
 
     def append(self, record: Record) -> None:
-        """Store a record. Events are on disk on return, samples within about 2 s.
+        """Store a record. An event is on disk on return. Samples are buffered; while samples
+        arrive, the buffer is written to disk about every 2 s.
 
-        :raises LimitExceeded: the disk is full. Records stored before are intact.
+        :raises LimitExceeded: the disk is full. Buffered samples may be lost; all that is on disk
+            is intact.
         """
         trial = self._open_trial()
         if isinstance(record, Samples):
@@ -149,7 +154,10 @@ class RunWriter(AbstractContextManager["RunWriter"]):
     def end_trial(self, outcome: TrialOutcome) -> None:
         """Store the trial's figures and its end in one transaction.
 
-        :raises LimitExceeded: the disk is full. Nothing was stored; the trial stays open.
+        Stores the buffered samples first.
+
+        :raises LimitExceeded: the disk is full. Figures and end are not stored; the trial stays
+            open.
         """
         trial = self._open_trial()
         self._flush(trial)
@@ -166,8 +174,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         self._trial = None
 
     def _flush(self, trial: _OpenTrial) -> None:
-        """Write the buffered samples as a part, and then its row in `parts`."""
-        # In this order: after a crash a row must never name a part that is not there.
+        """Write the buffered samples as a part, and then store its row in the table `parts`."""
+        # The part first: after a crash, no row may name a part that does not exist.
         row_count = trial.parts.flush()
         if row_count:
             self._execute(
@@ -178,8 +186,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             )
 
     def _undecided(self) -> list[str]:
-        """Return why trials are undecided or lost, by their last attempts: each reason once, in the
-        order of the trials."""
+        """Return the reasons of the trials whose last attempts are undecided or lost: each reason
+        once, in the order of the trials."""
         with errors_mapped(self._store.path):
             rows = self._store.database.execute(
                 "SELECT DISTINCT undecided FROM counted_trials "
@@ -238,8 +246,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        # IMMEDIATE takes SQLite's write lock now, and waits for it as long as the connection's
-        # timeout: the statements that follow meet no other writer.
+        # IMMEDIATE takes SQLite's write lock now, and waits for it up to the connection's timeout.
+        # So no later statement of the transaction can fail because another process writes.
         self._execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -252,7 +260,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             raise
 
     def _end(self, outcome: RunOutcome) -> None:
-        # Makes room for the rows below if the disk is full.
+        # The reserve is deleted first: if the disk is full, this makes room for the rows below.
         (self._folder / RESERVE).unlink(missing_ok=True)
         if self._trial is not None and outcome.state != "failed":
             with suppress(HintfleetError):
@@ -270,8 +278,9 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
 
 def spec_hash(spec: Spec) -> str:
-    """Return a hash that is equal for specs with the same meaning, however they are written."""
-    # Left out: what changes no figure, and `under`, which is merged into the spec already.
+    """Return a hash that is equal for specs that give the same trials, however they are written."""
+    # Left out: description and timeouts, which change no figure, and `under`, which is merged
+    # into the other fields already.
     content = spec.model_dump_json(exclude={"description", "timeouts", "under"})
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -1,4 +1,5 @@
-"""Checks addresses of gRPC servers, and which of them may be used in plain text."""
+"""Checks addresses of gRPC servers, also whether one may be used without TLS, and converts them
+to gRPC's form."""
 
 from __future__ import annotations
 
@@ -34,14 +35,14 @@ def grpc_target(address: str) -> str:
     """Return `address` in gRPC's form, for listening and connecting."""
     if not is_unix(address):
         return address
-    # gRPC parses it as a URI (src/core/util/uri.cc): without quoting, `%41` in a path would
-    # become `A`, and a client would drop what follows `?` or `#`.
+    # gRPC parses the address as a URI (src/core/util/uri.cc): without quoting, `%41` in a path
+    # would become `A`, and a client would drop what follows `?` or `#`.
     kind, _, name = address.partition(":")
     return f"{kind}:{quote(os.fsencode(name))}"
 
 
 def address_problem(address: str) -> str:
-    """Return why this is no address; empty if it is one."""
+    """Return why `address` is not valid; empty if it is valid."""
     if is_unix(address):
         path_bytes = len(os.fsencode(address.partition(":")[2]))
         if not path_bytes:
@@ -59,7 +60,7 @@ def address_problem(address: str) -> str:
 
 
 def plain_text_problem(address: str) -> str:
-    """Return why this address cannot be used without TLS; empty if it can."""
+    """Return why `address` is not valid or may not be used without TLS; empty if it may be."""
     problem = address_problem(address)
     if problem or is_unix(address) or _is_loopback(address.rpartition(":")[0].strip("[]")):
         return problem
@@ -67,9 +68,9 @@ def plain_text_problem(address: str) -> str:
 
 
 def check_address(address: str) -> str:
-    """Return `address` if it is a valid address.
+    """Return `address` if it is valid.
 
-    :raises InvalidInput: it is not; says why.
+    :raises InvalidInput: it is not valid; the message is that of `address_problem`.
     """
     if problem := address_problem(address):
         raise InvalidInput(problem)
@@ -77,9 +78,9 @@ def check_address(address: str) -> str:
 
 
 def check_plain_text(address: str) -> str:
-    """Return `address` if it is a unix socket or on loopback.
+    """Return `address` if it may be used without TLS: a unix socket, or HOST:PORT on loopback.
 
-    :raises InvalidInput: otherwise; says why.
+    :raises InvalidInput: it is not valid, or is neither of these.
     """
     check_address(address)
     if problem := plain_text_problem(address):
@@ -95,7 +96,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def default_control_address() -> str:
-    """Return where a host agent of this user serves its control API by default."""
+    """Return the default address of the control API of a host agent that this user runs."""
     runtime = os.environ.get("XDG_RUNTIME_DIR") or (
         "/run" if os.geteuid() == 0 else f"/tmp/hintfleet-{os.geteuid()}"  # noqa: S108
     )

@@ -1,7 +1,7 @@
 """Opens all our gRPC channels; none of them uses a proxy.
 
-Proxies of the environment are for downloads and the web. Host agents and the fleet service are
-reached directly, with TLS, too.
+Proxies that environment variables name are for downloads and the web. Channels to host agents and
+to the fleet service ignore them, with and without TLS.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def open_channel(
 ) -> grpc.Channel:
     """Open a channel to a server.
 
-    :param address: as users write it; converted to gRPC's form here.
+    :param address: as users write it, not in gRPC's form: this function converts it.
     :param credentials: None for plain text.
     """
     options = (*options, *_NO_PROXY)

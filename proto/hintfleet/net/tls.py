@@ -1,9 +1,10 @@
-"""TLS between machines: reads TLS folders, and tells a peer's role by its certificate.
+"""TLS between machines: reads TLS folders, and determines a peer's role from its certificate.
 
-A TLS folder holds `ca.pem` (the authority to trust), `cert.pem` and `key.pem` (the own
-certificate); `hintfleet pki issue` makes it. Both sides of a connection present their
-certificates. With a folder, every TCP address uses TLS. Without one, only loopback addresses
-are allowed, in plain text. Unix sockets are never encrypted: file permissions protect them.
+A TLS folder holds `ca.pem` (the authority to trust), `cert.pem` (the certificate of the program
+that reads the folder) and its `key.pem`; `hintfleet pki issue` makes the folder. Both sides of a
+connection present their certificates. A program that has a TLS folder uses TLS at every TCP
+address. Without a TLS folder, the only TCP addresses allowed are on loopback, in plain text. Unix
+sockets are never encrypted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from hintfleet.system.files import read_at_most
 
 CA_FILE, CERT_FILE, KEY_FILE = "ca.pem", "cert.pem", "key.pem"
 MOST_FILE_BYTES = 1 << 20
-"""The largest size of a file in a TLS folder."""
+"""The largest allowed size of a file in a TLS folder."""
 
 GUEST_URI = "urn:uuid:"
 """The start of the URI in a guest's certificate; the guest's UUID follows."""
@@ -67,7 +68,10 @@ class Peer:
 
     @classmethod
     def of_uris(cls, uris: Iterable[str]) -> Peer | None:
-        """Return the peer that a certificate's URIs name; None unless there is exactly one role."""
+        """Return the peer that a certificate's URIs name.
+
+        None if there is not exactly one URI, or if that URI names no role.
+        """
         match list(uris):
             case [uri] if uri.startswith(GUEST_URI):
                 return cls(role=Role.GUEST, guest_uuid=uri.removeprefix(GUEST_URI))
@@ -80,10 +84,10 @@ def check_role(auth_context: Mapping[str, Any], wanted: Role) -> Peer | None:
     """Return the peer of a server's connection; None on a connection without TLS.
 
     :param auth_context: gRPC's authentication context of the connection: lists of bytes by name.
-    :raises Refused: the peer's certificate has another role than `wanted`.
+    :raises Refused: the peer's certificate has another role than `wanted`, or none.
     """
-    # gRPC sets these two properties (grpc/grpc_security_constants.h): "ssl" for a TLS connection,
-    # and the URIs of the peer's verified certificate.
+    # gRPC sets `transport_security_type` to "ssl" on a TLS connection, and `peer_uri` to the URIs
+    # of the peer's verified certificate (grpc/grpc_security_constants.h).
     if list(auth_context.get("transport_security_type", ())) != [b"ssl"]:
         return None
     uris = (uri.decode(errors="replace") for uri in auth_context.get("peer_uri", ()))
@@ -101,7 +105,7 @@ def check_role(auth_context: Mapping[str, Any], wanted: Role) -> Peer | None:
 class Tls:
     """The contents of a TLS folder, PEM.
 
-    :ivar folder: where they were read from.
+    :ivar folder: the folder itself; `server_context` reads its files again.
     """
 
     folder: Path
@@ -111,11 +115,12 @@ class Tls:
 
     @classmethod
     def read(cls, folder: str | Path, *, server: bool) -> Tls:
-        """Read a folder, and check its certificate.
+        """Read a folder, and check its certificate in a handshake.
 
-        :param server: check it for a server; else for a client.
-        :raises InvalidInput: a file cannot be read; or the certificate is expired, of another
-            authority, not for this side, no PEM, or not that of the key.
+        :param server: whether the certificate must be one for a server; else for a client.
+        :raises InvalidInput: a file cannot be read; or the certificate has expired, is from
+            another authority than `ca.pem`, is for the other side of a connection, is not PEM, or
+            does not match the key.
         """
         where = Path(folder)
         try:
@@ -123,10 +128,10 @@ class Tls:
                 read_at_most(where / name, MOST_FILE_BYTES)
                 for name in (CA_FILE, CERT_FILE, KEY_FILE)
             )
-            # Try it as its user will: with a bad certificate, connections would only fail later,
-            # and gRPC does not tell why.
+            # Try the certificate now: with a bad one, connections would fail later, and gRPC's
+            # errors do not contain the reason.
             _handshake(where, server=server)
-        except ssl.SSLError as error:  # an OSError, too
+        except ssl.SSLError as error:  # before OSError, its base class
             reason = getattr(error, "verify_message", "") or error.reason or str(error)
             message = f"its certificate cannot be used: {reason}"
             raise InvalidInput(f"TLS folder {where}: {message}", hint=_ISSUE_HINT) from error
@@ -144,7 +149,8 @@ class Tls:
         return grpc.ssl_server_credentials([(self.key, self.cert)], self.ca, True)
 
     def server_context(self) -> ssl.SSLContext:
-        """Return the context of a server without gRPC; every client needs a certificate."""
+        """Return the context for a server that does not use gRPC; every client needs a
+        certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.folder / CERT_FILE, self.folder / KEY_FILE)
         context.load_verify_locations(self.folder / CA_FILE)
@@ -153,16 +159,19 @@ class Tls:
 
 
 def client_credentials(address: str, tls: Tls | None) -> grpc.ChannelCredentials | None:
-    """Return the credentials for connecting to `address`; None for plain text.
+    """Return the credentials for connecting to `address`.
 
-    :raises InvalidInput: it is no address; or, without TLS, neither loopback nor a unix socket.
+    None for plain text: without `tls`, and for a unix socket in any case.
+
+    :raises InvalidInput: `address` is not valid; or, without `tls`, neither on loopback nor a unix
+        socket.
     """
     check_address(address) if tls else check_plain_text(address)
     return None if tls is None or is_unix(address) else tls.for_client()
 
 
 class _Server(Protocol):
-    """What `grpc.Server` and `grpc.aio.Server` have in common."""
+    """The methods of `grpc.Server` and `grpc.aio.Server` that `listen` calls."""
 
     def add_insecure_port(self, address: str) -> int: ...
 
@@ -170,10 +179,13 @@ class _Server(Protocol):
 
 
 def listen(server: _Server, address: str, tls: Tls | None) -> str:
-    """Make a server listen; return the address, with the actual port.
+    """Make a server listen at `address`; return the address, with the port that was bound.
 
-    :raises InvalidInput: it is no address; or, without TLS, neither loopback nor a unix socket.
-    :raises Refused: it cannot be bound.
+    :param address: port 0 binds a free port.
+    :param tls: None for plain text, which unix sockets use in any case.
+    :raises InvalidInput: `address` is not valid; or, without `tls`, neither on loopback nor a unix
+        socket.
+    :raises Refused: `address` cannot be bound.
     """
     check_address(address) if tls else check_plain_text(address)
     try:
@@ -191,8 +203,8 @@ def listen(server: _Server, address: str, tls: Tls | None) -> str:
 
 
 def _bind_problem(address: str) -> str:
-    """Return why `address` cannot be bound; empty if it can, or if that is unknown."""
-    # gRPC's RuntimeError has no reason in it, gRPC only logs it. So try it without gRPC.
+    """Try to bind `address`; return why that fails, or empty if it succeeds or cannot be tried."""
+    # gRPC only logs the reason, and does not put it into its RuntimeError. So bind without gRPC.
     try:
         if path := socket_path(address):
             with socket.socket(socket.AF_UNIX) as probe:
@@ -210,7 +222,8 @@ def _bind_problem(address: str) -> str:
 def _handshake(folder: Path, *, server: bool) -> None:
     """Run a TLS handshake in memory: one side presents the certificate, the other verifies it.
 
-    :raises ssl.SSLError: the certificate is not valid for a server (or a client).
+    :param server: whether the side that presents it is the server; else it is the client.
+    :raises ssl.SSLError: the certificate is not valid for that side.
     """
     presenter = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     verifier = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if server else ssl.PROTOCOL_TLS_SERVER)
@@ -223,8 +236,8 @@ def _handshake(folder: Path, *, server: bool) -> None:
     to_presenter, to_verifier = ssl.MemoryBIO(), ssl.MemoryBIO()
     ours = presenter.wrap_bio(to_presenter, to_verifier, server_side=server)
     theirs = verifier.wrap_bio(to_verifier, to_presenter, server_side=not server)
-    # TLS 1.3 needs at most two flights each way (RFC 8446, 2). Without input, do_handshake raises
-    # SSLWantReadError: then it is the other side's turn.
+    # TLS 1.3 needs at most two flights each way (RFC 8446, 2). A side that needs input from the
+    # other side raises SSLWantReadError; then the other side runs next.
     for side in (ours, theirs) * 3:
         try:
             side.do_handshake()

@@ -1,8 +1,8 @@
 """Locks on files and folders that end with their holder, however it ends (flock(2)).
 
-A lock belongs to the open file. The kernel releases it when the last descriptor of that is
-closed. For a killed process the kernel closes descriptors only after the system call that the
-process is in has ended.
+A lock belongs to an open file description (open(2)): the kernel releases the lock when the last
+descriptor of that description is closed. When a process is killed, the kernel closes its
+descriptors only after the system call that the process was in has ended.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _POLL_S = 0.05
 
 
 def lock_file(path: Path) -> int | None:
-    """Lock a file, and return the descriptor that holds the lock; None if it is locked
-    already, by another process or through another descriptor of this one.
+    """Lock a file exclusively, and return the descriptor that holds the lock.
 
-    Makes the file if it is not there.
+    None if the file is locked already, by another process or through another descriptor of this
+    process. Does not wait. Makes the file if it is not there.
 
     :raises OSError: the file can be neither opened nor made.
     """
@@ -28,8 +28,10 @@ def lock_file(path: Path) -> int | None:
 
 
 def lock_folder(path: Path) -> int | None:
-    """Lock a folder, and return the descriptor that holds the lock; None if it is locked
-    already, by another process or through another descriptor of this one.
+    """Lock a folder exclusively, and return the descriptor that holds the lock.
+
+    None if the folder is locked already, by another process or through another descriptor of this
+    process. Does not wait.
 
     :raises OSError: there is no such folder, or we may not open it.
     """
@@ -37,9 +39,12 @@ def lock_folder(path: Path) -> int | None:
 
 
 def wait_for(lock: Callable[[], int | None], timeout_s: Callable[[], float]) -> int | None:
-    """Call `lock` until it returns a descriptor; None if it does not in time. Blocks.
+    """Call `lock` every 50 ms until it returns a descriptor, and return that; None on timeout.
 
-    :param timeout_s: return how long to wait in all; called after each try.
+    Blocks.
+
+    :param timeout_s: returns the timeout, counted from the first try; called after each failed
+        try, so the timeout may change meanwhile.
     """
     started_s = time.monotonic()
     while (fd := lock()) is None:
@@ -50,7 +55,10 @@ def wait_for(lock: Callable[[], int | None], timeout_s: Callable[[], float]) -> 
 
 
 def is_held(path: Path) -> bool:
-    """Return whether another process holds the lock on a file; True if we may not open it."""
+    """Return whether a file is locked exclusively, as `lock_file` does it.
+
+    False if there is no such file, True if it cannot be opened.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -58,7 +66,8 @@ def is_held(path: Path) -> bool:
     except OSError:
         return True
     try:
-        # A shared lock: with an exclusive one, two callers would take each other for a holder.
+        # Try a shared lock: with exclusive ones, two callers at the same time would each take the
+        # other for the holder.
         return not _try(fd, fcntl.LOCK_SH)
     finally:
         os.close(fd)

@@ -12,8 +12,8 @@ def read_at_most(path: str | Path, most_bytes: int) -> bytes:
 
     :raises OSError: it cannot be read, is a directory, or is larger than `most_bytes` (EFBIG).
     """
-    # Without O_NONBLOCK, opening a pipe that has no writer blocks until a writer comes (fifo(7)).
-    # With O_NONBLOCK, such a pipe reads as empty.
+    # Without O_NONBLOCK, opening a pipe that has no writer blocks until a writer opens it
+    # (fifo(7)). With O_NONBLOCK, it opens at once, and a read returns end of file.
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         os.set_blocking(file.fileno(), True)
         content = file.read(most_bytes + 1)  # not read(): a device such as /dev/zero never ends

@@ -1,8 +1,8 @@
 """How much memory and how many processors of its machine this process may use.
 
-The result is the minimum of what the machine has and of what each cgroup above the process
-allows, of v1 and v2 (cgroups(7)). In a container, the cgroups above the container's own are not
-visible. All files are read below a given root.
+The result is the minimum of what the machine has and of what the process's cgroup and each cgroup
+above it allow, v1 and v2 (cgroups(7)). In a container, the cgroups above the container's own are
+not visible, so their limits are not found. All files are read below a given root, for tests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from hintfleet.errors import Refused
 
 _ROOT = Path("/")
 _MEMORY_LIMITS = ("memory.limit_in_bytes", "memory.max", "memory.high")
-"""Those of v1, then of v2. memory.high counts: the kernel almost stops a process above it."""
+"""Files with a memory limit: the first of v1, the others of v2.
+
+memory.high counts as a limit: the kernel slows down a process above it until it almost stops."""
 _MEMORY_USAGE = ("memory.usage_in_bytes", "memory.current")
 _OR_RAISE = ", or raise the memory limit of that cgroup (docker run --memory, systemd MemoryMax=)"
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -28,9 +30,9 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True, kw_only=True)
 class Bound(Generic[_Number]):
-    """The most that this process may use.
+    """The most that this process may use: bytes of memory, or processors.
 
-    :ivar cgroup: folder of the cgroup that has this limit; empty if it is the machine's own.
+    :ivar cgroup: folder of the cgroup whose limit this is; empty if it is the machine's size.
     """
 
     value: _Number
@@ -38,17 +40,17 @@ class Bound(Generic[_Number]):
 
     @property
     def where(self) -> str:
-        """Where the bound is, for a message."""
+        """Words for a message: in which cgroup the bound was found, or on this machine."""
         return f"in cgroup {self.cgroup}" if self.cgroup else "on this machine"
 
     @property
     def or_raise(self) -> str:
-        """The end of a hint that says how to raise a cgroup's memory limit."""
+        """The end of a hint: how to raise the cgroup's memory limit; empty without a cgroup."""
         return _OR_RAISE if self.cgroup else ""
 
 
 def total_memory(root: Path = _ROOT) -> Bound[int]:
-    """Return the bytes of memory that this process may use, whatever is used now.
+    """Return the bytes of memory that this process may use, those in use now included.
 
     :raises Refused: this kernel does not report MemTotal.
     """
@@ -92,18 +94,21 @@ def _meminfo_bytes(field: str, root: Path) -> int:
 def _memory_limits(folder: PurePosixPath, root: Path) -> list[int]:
     there = _below(root, folder)
     limits = [_number(there / name) for name in _MEMORY_LIMITS]
-    # v1 only: the minimum over all cgroups above, including those that a container cannot see.
+    # v1 only: the minimum over this cgroup and all above it, also those that a container cannot
+    # see.
     limits.append(_memory_stat(there).get("hierarchical_memory_limit"))
     return [limit for limit in limits if limit is not None]
 
 
 def _used_bytes(folder: Path) -> int:
-    """Return the memory that a cgroup uses, less the page cache that is easy to free."""
-    # Half of the active cache counts as used, as in the kernel's MemAvailable (si_mem_available()
-    # in mm/show_mem.c). Pages of a memfd are not in these counts: they are shmem.
+    """Return the bytes that a cgroup uses, without the page cache that is easy to free."""
+    # Easy to free: all of the inactive cache, and half of the active one, a guess similar to that
+    # of MemAvailable (si_mem_available() in mm/show_mem.c). The pages of a memfd are shmem, so
+    # neither inactive_file nor active_file contains them.
     usage = next(filter(None, (_number(folder / name) for name in _MEMORY_USAGE)), 0)
     stat = _memory_stat(folder)
-    # v1 has both, and only total_* counts the cgroups below; v2 counts them in any case.
+    # v1 has each field with and without `total_`; only those with it include the cgroups below.
+    # v2 has only fields without `total_`, which include the cgroups below.
     inactive, active = (
         stat.get(f"total_{name}", stat.get(name, 0)) for name in ("inactive_file", "active_file")
     )
@@ -116,7 +121,7 @@ def _memory_stat(folder: Path) -> dict[str, int]:
 
 
 def _cpu_quota(folder: Path) -> float | None:
-    """Return the processors of a cgroup's CPU quota; None if it has no quota."""
+    """Return a cgroup's CPU quota as a number of processors; None if it has no quota."""
     quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
     if v2 := _text(folder / "cpu.max").split():
         quota, period = (int(field) if field.isdecimal() else None for field in v2)
@@ -126,20 +131,23 @@ def _cpu_quota(folder: Path) -> float | None:
 def _cgroups(controller: str, root: Path) -> Iterator[PurePosixPath]:
     """Yield the folders of this process's cgroup and of those above it, from the top.
 
-    Some may not exist: a container may see a path that only the host has.
+    Some may not exist: in a container, /proc/self/cgroup may name a path of the host.
     """
     for kind, own in _own_cgroups(controller, root):
         mounts = list(_mounts(kind, controller, root))
         inside = [(at, own.relative_to(top)) for top, at in mounts if own.is_relative_to(top)]
-        # The root of a mount need not be a prefix of our path: a mount made outside of our cgroup
-        # namespace has a root like /.., and a container's mount may have a root of the host's.
-        # Then take the top of the first mount, which is ours or above us.
+        # If no mount's root is a prefix of our path, yield the mount point of the first mount: it
+        # is our cgroup or one above. That happens if the mount was made outside of our cgroup
+        # namespace (its root is a path like /..), or if its root is a path of a container's host.
         for at, rest in inside[:1] or [(at, PurePosixPath()) for _, at in mounts[:1]]:
             yield from reversed([at / part for part in (rest, *rest.parents)])
 
 
 def _own_cgroups(controller: str, root: Path) -> Iterator[tuple[str, PurePosixPath]]:
-    """Yield the kind of each hierarchy and our path in it (/proc/PID/cgroup, cgroups(7))."""
+    """Yield file system type and our path, for v2 and for the v1 hierarchy with `controller`.
+
+    From /proc/PID/cgroup (cgroups(7)).
+    """
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
@@ -151,7 +159,10 @@ def _own_cgroups(controller: str, root: Path) -> Iterator[tuple[str, PurePosixPa
 def _mounts(
     kind: str, controller: str, root: Path
 ) -> Iterator[tuple[PurePosixPath, PurePosixPath]]:
-    """Yield root and mount point of each mount of a hierarchy (mountinfo, proc(5))."""
+    """Yield root and mount point of each mount of a hierarchy (mountinfo, proc(5)).
+
+    :param kind: file system type: `cgroup` (v1) or `cgroup2`.
+    """
     for line in _text(root / "proc/self/mountinfo").splitlines():
         mount, _, filesystem = line.partition(" - ")
         found, _, options = filesystem.split(" ", 2)
@@ -170,7 +181,7 @@ def _below(root: Path, path: PurePosixPath) -> Path:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None if there is no such file, or if it says `max`."""
+    """Return the number in a file; None if it cannot be read or has no number (`max`)."""
     text = _text(path).strip()
     return int(text) if text.removeprefix("-").isdecimal() else None
 

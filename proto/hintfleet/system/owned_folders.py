@@ -1,8 +1,8 @@
-"""Temporary folders that belong to one process each, and those whose process is gone.
+"""Makes temporary folders that belong to one process each, and finds those whose process is gone.
 
 A process holds a lock on its folder while it runs. The lock also works where process ids do
-not: after an id was reused, and between containers. Where the lock is not taken yet, the
-process id in the folder's name tells the owner.
+not: after an id was reused, and between containers. The process id in a folder's name is checked as
+well: it protects a folder that its process has made but not yet locked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from hintfleet.system.file_lock import lock_folder
 from hintfleet.system.processes import find_process
 
-_CLOCKS_AGREE_WITHIN_S = 1.0  # the start time of a process is known in whole seconds
+_CLOCKS_AGREE_WITHIN_S = 1.0  # Process.started_unix_s is in whole seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class OwnedFolders:
     prefix: str
 
     def make(self) -> OwnedFolder:
-        """Make a folder that only this user can read. Removes abandoned ones first."""
+        """Remove abandoned folders; then make and lock a folder that only this user can read."""
         for path in self.abandoned():
             shutil.rmtree(path, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=f"{self.prefix}{os.getpid()}-", dir=self.base))
@@ -48,14 +48,15 @@ class OwnedFolders:
         ]
 
     def is_abandoned(self, path: Path) -> bool:
-        """Return whether `path` is the folder of a process that is gone.
+        """Return whether the process that made the folder `path` is gone.
 
-        The folder may be gone, too.
+        True even if the folder itself is gone. False if that cannot be determined, or if the name
+        of the folder is not of this kind.
         """
         pid = path.name.removeprefix(self.prefix).partition("-")[0]
         named = path.name.startswith(self.prefix) and pid.isdecimal()
-        # The pid before the lock: a process that has made its folder and is about to lock it must
-        # not find the lock taken by us.
+        # Check the pid before trying the lock: a process that has made its folder and is about to
+        # lock it must not find the folder locked by us.
         if not named or _may_have_made(int(pid), path):
             return False
         try:
@@ -78,7 +79,10 @@ class OwnedFolder:
     _fd: int
 
     def remove(self) -> None:
-        """Remove it and its contents. It may be gone already; may be called twice."""
+        """Remove the folder with its contents, and release its lock.
+
+        The folder may be gone already; may be called twice.
+        """
         shutil.rmtree(self.path, ignore_errors=True)
         if self._fd >= 0:
             os.close(self._fd)
@@ -86,14 +90,14 @@ class OwnedFolder:
 
 
 def _may_have_made(pid: int, path: Path) -> bool:
-    """Return whether a process with this id runs that started before `path` last changed.
+    """Return whether a process with this id runs, and started before `path` last changed.
 
-    If `path` is gone, return whether a process with this id runs.
+    If `path` is gone, or the start time cannot be read, return whether such a process runs.
     """
     try:
         process = find_process(pid)
     except OSError:
-        return True  # it runs, but we may not read its state
+        return True  # it runs, but we may not read its start time
     if process is None:
         return False
     try:

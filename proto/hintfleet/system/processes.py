@@ -1,7 +1,7 @@
 """Finds processes of this machine in /proc (proc(5)), and ends them.
 
-A `Process` is known by its pid and its start time: `end` never ends another process that has
-got the same pid since.
+A `Process` is identified by its pid and its start time, so `end` never ends a later process that
+has the same pid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KILL_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """One living process.
+    """A process that was running when it was found.
 
     :ivar session: pid of the leader of its session.
     :ivar start_ticks: when it started, in clock ticks since boot.
@@ -37,14 +37,14 @@ class Process:
 
     @property
     def started_unix_s(self) -> int:
-        """When it started, in whole seconds."""
+        """When the process started, rounded to whole seconds."""
         since_boot_s = self.start_ticks / os.sysconf("SC_CLK_TCK")
         return round(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot_s)
 
     def descriptor_targets(self) -> dict[int, str] | None:
-        """Return what each descriptor refers to.
+        """Return for each open descriptor the target of its link in /proc/PID/fd.
 
-        None if we may not see that, or if the process is gone.
+        None if we may not list them, or if the process is gone.
         """
         folder = f"/proc/{self.pid}/fd"
         try:
@@ -58,7 +58,10 @@ class Process:
         return found
 
     def can_write(self, fd: int) -> bool:
-        """Return whether one of its descriptors was opened for writing."""
+        """Return whether descriptor `fd` of the process was opened for writing.
+
+        False also if that cannot be read.
+        """
         try:
             info = Path(f"/proc/{self.pid}/fdinfo/{fd}").read_text()
         except OSError:
@@ -67,9 +70,11 @@ class Process:
         return int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
 
     def end(self) -> None:
-        """End it by SIGTERM, then by SIGKILL. It may be gone already.
+        """End the process by SIGTERM, and by SIGKILL if it still runs 3 s later. Blocks.
 
-        :raises Refused: we may not end it, or it does not end even by SIGKILL.
+        Does nothing if the process is gone already.
+
+        :raises Refused: the process is another user's, or still runs 5 s after SIGKILL.
         """
         # A pidfd refers to one process for ever (pidfd_open(2)): a signal that is sent through it
         # cannot reach a later process with the same pid.
@@ -82,7 +87,7 @@ class Process:
                 (signal.SIGTERM, _TERM_TIMEOUT_S),
                 (signal.SIGKILL, _KILL_TIMEOUT_S),
             ):
-                # The pid may have been reused before pidfd_open.
+                # The process may have ended, and its pid been reused, before pidfd_open.
                 now = find_process(self.pid)
                 if now is None or now.start_ticks != self.start_ticks:
                     return
@@ -107,13 +112,16 @@ def _ends(pidfd: int, number: signal.Signals, timeout_s: float) -> bool:
 
 
 def find_process(pid: int) -> Process | None:
-    """Return the running process with this pid; None if there is none."""
+    """Return the running process with this pid; None if there is none, or if it is a zombie.
+
+    :raises OSError: /proc does not let us read it.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         argv = Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # Field 2, the name in brackets, may contain spaces and brackets: split after the last one.
+    # Field 2, the name in brackets, may contain spaces and brackets: split after the last bracket.
     # The first of `fields` is field 3 of proc(5), the state.
     fields = stat.rpartition(")")[2].split()
     if fields[0] in "ZX":  # a zombie, or dead: nothing is left to end
@@ -128,7 +136,7 @@ def find_process(pid: int) -> Process | None:
 
 
 def other_processes() -> Iterator[Process]:
-    """Yield all running processes that /proc shows, except this one."""
+    """Yield all running processes that /proc shows, except this one; raises as `find_process`."""
     for name in os.listdir("/proc"):
         if name.isdecimal() and int(name) != os.getpid() and (found := find_process(int(name))):
             yield found
