@@ -13,13 +13,13 @@ SOURCE, LIBRARY = "host_agent/memory/punch.c", "host_agent/memory/libpunch.so"
 class CompilePunch(BuildHookInterface[BuilderConfig]):
     """Adds the compiled library to the package.
 
-    Without the library, the host agent makes one call for each punch (host_agent/memory/punch.py).
+    Without the library, the host agent punches by a loop in Python (host_agent/memory/punch.py).
     """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         """Compile the library; if that fails, warn and build the package without it."""
         library = Path(self.root, LIBRARY)
-        library.unlink(missing_ok=True)  # of an earlier build, maybe for another machine
+        library.unlink(missing_ok=True)  # maybe left by a build for another machine
         command = ["cc", "-O2", "-Wall", "-shared", "-fPIC", "-o", LIBRARY, SOURCE]
         try:
             subprocess.run(command, cwd=self.root, check=True)

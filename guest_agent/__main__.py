@@ -33,10 +33,11 @@ configuration, 130 interrupted
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run the agent; never returns."""
+    """Parse `argv`, run the agent (or only the workload), and end this process."""
     tell = program.prepare("hintfleet-guest")
     code = program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet")
-    # Not sys.exit: the interpreter would wait for a workload's thread that is inside gRPC.
+    # Not sys.exit: the interpreter would first wait for a worker thread that runs a command of the
+    # workload.
     os._exit(code)
 
 
@@ -64,16 +65,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _avoid_huge_pages() -> None:
-    """Use pages of 4 KiB from now on."""
-    # Where transparent huge pages are set to "always", heap and stacks use pages of 2 MiB: up to
-    # 8 MiB of an agent (docs/measurements.md), most of it never used.
+    """Turn off transparent huge pages for this process."""
+    # Where transparent huge pages are set to "always", heap and stacks get pages of 2 MiB. Most of
+    # this memory is never used: up to 8 MiB of an agent (docs/measurements.md).
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0)))
 
 
 def _run(arguments: argparse.Namespace) -> None:
     if not arguments.workload_only:
         _avoid_huge_pages()
-    # Late, after prctl: importing gRPC allocates most of an agent's memory.
+    # Imported after prctl, because importing gRPC allocates most of an agent's memory.
     from guest_agent import agent, config
 
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -90,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _end_with_stdin() -> None:
     """End this process when stdin is closed.
 
-    The host agent that wrote the configuration holds the other end until it dies.
+    The host agent that wrote the configuration to stdin keeps the pipe open for as long as it runs.
     """
     sys.stdin.read()
     os._exit(0)

@@ -41,10 +41,11 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     # gRPC shares connections between channels of a process with the same target and options
-    # (GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL in grpc/impl/channel_arg_names.h): this one is ours alone.
+    # (GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL in grpc/impl/channel_arg_names.h). With this option, our
+    # channel shares its connection with no other channel.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # Despite its name, the timeout of one attempt to connect (grpc: min_connect_timeout in
+    # Despite its name, this is the timeout of one attempt to connect (grpc: min_connect_timeout in
     # subchannel.cc, doc/connection-backoff.md). A guest that gets little CPU needs seconds.
     ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -54,11 +55,11 @@ _CHANNEL_OPTIONS = (
 def run(config: AgentConfig) -> None:
     """Run the agent until it is stopped or refused, or finds no host agent for `orphan_after_s`.
 
-    On SIGTERM, the agent of a real guest begins no new batch and waits for the acks in flight, a
-    second at most. Ranges without an ack stay isolated, for the next agent (I4).
+    On SIGTERM, the agent of a real guest begins no new batch and waits for the acks of all batches
+    in flight, one second at most. Ranges without an ack stay isolated, for the next agent (I4).
 
-    :raises HintfleetError: isolation is not possible here, the host refused this agent, or there
-        was no host agent for too long.
+    :raises HintfleetError: the configuration cannot be used, isolation is not possible here, the
+        host refused this agent, or there was no host agent for too long.
     """
     with contextlib.suppress(_Terminated):
         embedded = config.memory is Memory.EMBEDDED
@@ -80,25 +81,28 @@ async def _end_when_terminated(session: HintingSession) -> None:
 
 
 def _connect(config: AgentConfig) -> tuple[aio.Channel, pb.Identity]:
-    """Open a channel to the host agent on the running event loop; return it with our identity.
+    """Open a channel to the host agent on the running event loop.
+
+    Return the channel and the identity with which this guest authenticates.
 
     :raises InvalidInput: the TLS folder cannot be used.
     """
     identity = pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
     credentials = None
     if config.tls_folder:
-        from hintfleet.net.tls import Tls  # late: most guests do without, and save memory
+        from hintfleet.net.tls import Tls  # late: guests without TLS save its memory
 
         credentials = Tls.read(config.tls_folder, server=False).for_client()
     return open_aio_channel(config.server, credentials, _CHANNEL_OPTIONS), identity
 
 
 async def _end_orphaned(channel: aio.Channel, after_s: int) -> None:
-    """Watch the link to the host agent; 0 seconds for never.
+    """Watch the link to the host agent until it is down for too long; do nothing if `after_s` is 0.
 
     :raises TransientError: there was no host agent for `after_s` seconds.
     """
-    # Only the host agent knows this guest and can end it: without one, it would run for ever.
+    # Only the host agent knows this guest and can end it. If the host agent is gone for good, this
+    # error ends the guest, which would otherwise run for ever.
     while after_s:
         try:
             async with asyncio.timeout(after_s):
@@ -114,7 +118,10 @@ async def _wait_for_state(channel: aio.Channel, wanted: ChannelConnectivity) -> 
 
 
 async def _until_one_fails(*work: Coroutine[Any, Any, None]) -> None:
-    """Run all coroutines until one raises, and raise that error."""
+    """Run all coroutines until one raises, and raise that error; return if all have returned.
+
+    After an error the other coroutines still run; the end of the event loop cancels them.
+    """
     tasks = [asyncio.create_task(one) for one in work]
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     for task in done:
@@ -122,8 +129,12 @@ async def _until_one_fails(*work: Coroutine[Any, Any, None]) -> None:
 
 
 async def _run_embedded(config: AgentConfig) -> None:
-    """Run a whole embedded guest in this process: the agent, and its workload beside it."""
-    # Late imports, here and below: a real guest's agent does without them, and is smaller.
+    """Run an embedded guest in this process: its workload, and hinting unless the method is `none`.
+
+    :raises InvalidInput: the configuration has no RAM file, or no memory in whole pages.
+    """
+    # Imports inside functions, here and below: each kind of guest loads only the modules that it
+    # needs, which saves memory.
     import mmap
 
     from guest_agent.isolation.embedded import EmbeddedIsolator
@@ -139,7 +150,7 @@ async def _run_embedded(config: AgentConfig) -> None:
     allocator = BuddyAllocator(
         [ZoneSpec(name="Normal", present=RangeSet([(0, pages)]))], chunk_order=config.chunk_order
     )
-    # An embedded guest boots with every start of its process.
+    # Each start of this process is a boot of the embedded guest, and needs its own boot id.
     boot = f"{boot_id()}-{os.getpid()}-{time.monotonic_ns()}"
     workload = Workload(BuddySource(allocator, ram), BuddyPlugs(allocator))
     channel, identity = _connect(config)
@@ -163,8 +174,10 @@ async def _run_embedded(config: AgentConfig) -> None:
 async def _run_in_guest(config: AgentConfig) -> None:
     """Run the agent of a real guest.
 
-    The workload is another process (--workload-only): its memory and CPU time are not counted as
-    the agent's, and it survives the agent.
+    The workload runs in another process (--workload-only), so that its memory and CPU time are not
+    counted as the agent's, and so that it survives the agent.
+
+    :raises InvalidInput: the method is `none`.
     """
     if config.method is Method.NONE:
         raise InvalidInput(
@@ -186,7 +199,12 @@ async def _run_in_guest(config: AgentConfig) -> None:
 
 
 def _isolator(config: AgentConfig) -> Isolator:
-    """Return the isolator of a real guest. Late imports: an agent needs one of them only."""
+    """Return the isolator of a real guest: hugetlb if the configuration names it, else kmod.
+
+    Imports only the one that is needed.
+
+    :raises Refused: hugetlb, and the kernel zeroes pages as they are freed.
+    """
     if config.isolator is IsolatorKind.HUGETLB:
         from guest_agent.isolation.hugetlb import HugetlbIsolator
         from guest_agent.isolation.hugetlb_pool import HugetlbPool
@@ -209,8 +227,8 @@ def _isolator(config: AgentConfig) -> Isolator:
 def run_workload_only(config: AgentConfig) -> None:
     """Run the workload of a real guest, without hinting."""
     # If the guest runs out of memory, its kernel should kill the workload before the agent
-    # (-500), but after processes that set 1000, as stress-ng's workers do: those are restarted,
-    # the workload is not.
+    # (-500), but after processes that set 1000, such as stress-ng's workers: stress-ng restarts
+    # its workers, but nobody restarts the workload.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")
     asyncio.run(_serve_anonymous_workload(config))

@@ -14,15 +14,16 @@ _FW_CFG = Path("/sys/firmware/qemu_fw_cfg/by_name") / FW_CFG_NAME / "raw"
 
 
 def default_path() -> str:
-    """Return where the configuration is: passed when the guest was made, or put there later."""
+    """Return the path of the configuration: the file that QEMU shows (fw_cfg) in a guest that the
+    host agent has made, else the file that is written when a domain is attached."""
     return str(_FW_CFG) if _FW_CFG.exists() else ATTACHED_CONFIG_PATH
 
 
 def read(path: str) -> AgentConfig:
     """Return the configuration in a file, or on the first line of stdin (`-`).
 
-    :raises InvalidInput: it cannot be read, or is not valid; names the file, and the key if one
-        is wrong.
+    :raises InvalidInput: the configuration cannot be read or is not valid. The message names the
+        file, and the key if one is wrong.
     """
     try:
         if path == "-":

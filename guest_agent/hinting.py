@@ -2,11 +2,11 @@
 
 The steps of a free chunk: isolate, batch, hint, acknowledge, release. This is the guest's side
 of the session protocol (hinting.proto) as a pure state machine; `guest_agent.session` carries
-out its instructions over gRPC. The core knows no socket and no clock, and does not know which
-isolator it has.
+out its instructions, with gRPC and the isolator. The core uses no socket and no clock, and does
+not know which isolator it has.
 
-It keeps invariant I1: ranges that `isolated` was given are released only by the ack of their
-batch or by a later Welcome, whatever else happens.
+The core keeps invariant I1: ranges that `isolated` was given are released only after the ack of
+their batch or after a later Welcome, whatever else happens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hintfleet.ranges import EMPTY, RangeSet
 
 
 class ProtocolViolation(HintfleetError):
-    """The host agent sent a message that the protocol does not allow here."""
+    """The host agent sent a message that the protocol does not allow in this state."""
 
 
 class State(Enum):
@@ -43,7 +43,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Isolate:
-    """Ask the isolator for chunks, then call `HintingCore.isolated` with them."""
+    """Call the isolator's `isolate`, then `HintingCore.isolated` with its result, even if empty."""
 
     max_ranges: int
     max_pages: int
@@ -51,7 +51,7 @@ class Isolate:
 
 @dataclass(frozen=True)
 class Send:
-    """Send one batch."""
+    """Send one batch to the host agent."""
 
     epoch: int
     seq: int
@@ -60,9 +60,10 @@ class Send:
 
 @dataclass(frozen=True)
 class Release:
-    """Give ranges back to the guest's allocator.
+    """Call the isolator's `release`, which gives the ranges back to the guest's allocator.
 
-    :ivar hinted: whether the host has dealt with them; if not, they are to be hinted again.
+    :ivar hinted: False if the ranges are to be hinted again: the host skipped their batch for
+        now, or the ack was lost.
     """
 
     ranges: RangeSet
@@ -71,9 +72,9 @@ class Release:
 
 @dataclass(frozen=True)
 class ReportNow:
-    """Tell the isolator to make free chunks ready.
+    """Call the isolator's `report_now`, which makes free chunks ready.
 
-    :ivar thorough: all free chunks, however few are new.
+    :ivar thorough: whether to make all free chunks ready, even if only few are new.
     """
 
     thorough: bool = False
@@ -81,7 +82,7 @@ class ReportNow:
 
 @dataclass(frozen=True, kw_only=True)
 class SendSettled:
-    """Answer a settle request."""
+    """Answer a settle request with the batches and pages that were hinted since it arrived."""
 
     request_id: int
     batches: int
@@ -102,8 +103,9 @@ class _Settling:
 class HintingCore:
     """One guest's side of the protocol, over any number of sessions.
 
-    Every method takes an event and returns instructions, to be carried out in order. For an
-    event that came too late (an ack of an earlier epoch) it returns none.
+    Every method except `stop` takes an event and returns instructions, which the caller must
+    carry out in order. For an event that came too late (an ack of an earlier epoch) the method
+    returns no instructions.
     """
 
     def __init__(self, still_isolated: RangeSet = EMPTY) -> None:
@@ -127,22 +129,24 @@ class HintingCore:
 
     @property
     def still_isolated(self) -> RangeSet:
-        """All ranges that are isolated now, for a Hello."""
+        """All isolated ranges that the core has yet to release; Hello contains them."""
         held = [*self._awaiting_welcome, *self._in_flight.values()]
         return RangeSet(one for ranges in held for one in ranges)
 
     def welcomed(self, epoch: int, limits: Limits) -> Sequence[Instruction]:
-        """Open the session. No earlier batch can run any more (I2), so release its ranges (I4)."""
+        """Open the session, and release the ranges of all earlier batches (I4): the host has sent
+        Welcome, so none of these batches can run any more (I2). Then ask for free chunks."""
         self.lost()
         self.state = State.OPEN
         self._epoch, self._seq, self._limits = epoch, 0, limits
-        # The acks are lost, so nobody knows whether the host acted on them: hint them again.
+        # The acks of these ranges are lost, so the guest does not know whether the host has
+        # punched the ranges: they are hinted again.
         released = [Release(ranges, hinted=False) for ranges in self._awaiting_welcome]
         self._awaiting_welcome = []
         return [*released, *self._report_now()]
 
     def lost(self) -> Sequence[Instruction]:
-        """Note that the stream has ended."""
+        """Note that the stream has ended. A settle request that waits gets no answer any more."""
         self.state = State.DISCONNECTED
         # Batches in flight may still run on the host: keep their ranges until a Welcome (I1).
         self._awaiting_welcome += self._in_flight.values()
@@ -151,11 +155,14 @@ class HintingCore:
         return []
 
     def acknowledged(self, epoch: int, seq: int, *, acted: bool) -> Sequence[Instruction]:
-        """Release the ranges of a batch that the host has answered.
+        """Release the ranges of a batch that the host has answered, and ask for more chunks.
 
-        :param acted: False if the host skipped it for now (it came too late).
-        :raises ProtocolViolation: an ack of this epoch for no batch in flight.
-            The caller should end the session; nothing was released.
+        Do nothing if the ack is of another epoch, or if the session is not open.
+
+        :param acted: False if the host skipped the batch because it arrived too late: its ranges
+            are to be hinted again.
+        :raises ProtocolViolation: this epoch has no such batch in flight. Nothing was released;
+            the caller should end the session.
         """
         if self.state is not State.OPEN or epoch != self._epoch:
             return []
@@ -164,16 +171,22 @@ class HintingCore:
         return [Release(self._in_flight.pop(seq), hinted=acted), *self._isolate()]
 
     def allowed(self, pages: int | None) -> Sequence[Instruction]:
-        """Note how many pages the host allows to be hinted from now on; None for no bound."""
+        """Note how many pages the host allows to be hinted from now on (None for no bound), and ask
+        for chunks."""
         self._allowance_pages = pages
         return self._isolate()
 
     def ready(self) -> Sequence[Instruction]:
-        """Isolate: the isolator has signalled that enough chunks may be ready."""
+        """Ask for chunks before the period has passed: the isolator has signalled that enough may
+        be ready."""
         return self._isolate()
 
     def period_passed(self, *, isolator_idle: bool) -> Sequence[Instruction]:
-        """Look for free chunks below the threshold; continue a settle."""
+        """Ask for free chunks, without a signal of the isolator.
+
+        If the isolator is idle, nothing may be hinted or no session is open, continue a settle
+        request instead.
+        """
         nothing = isolator_idle or not self._may_hint
         if self.state is not State.OPEN or nothing:
             return self._continue_settling(isolator_idle=nothing)
@@ -182,9 +195,12 @@ class HintingCore:
     def isolated(
         self, ranges: RangeSet, *, isolator_idle: bool, unfinished: bool = False
     ) -> Sequence[Instruction]:
-        """Send a batch of the ranges that `Isolate` has isolated, which may be none.
+        """Send a batch of the ranges that `Isolate` has isolated, and ask for more chunks.
 
-        :param unfinished: the isolator has more that must be hinted, whatever is allowed.
+        If there are no ranges, send nothing, and continue a settle request.
+
+        :param unfinished: the isolator holds the rest of a batch that it can only release as a
+            whole: this rest must be hinted, too, even beyond the allowance.
         """
         self._unfinished = unfinished
         if not ranges:
@@ -198,7 +214,11 @@ class HintingCore:
         return [Send(self._epoch, self._seq, ranges), *self._isolate()]
 
     def settle_requested(self, request_id: int) -> Sequence[Instruction]:
-        """Look for free chunks now; answer when all that may be hinted is acknowledged."""
+        """Ask for all free chunks now. `SendSettled` is returned later, when all that may be hinted
+        is acknowledged.
+
+        An earlier request that still waits is replaced, and gets no answer.
+        """
         self._settling = _Settling(
             request_id=request_id,
             batches_before=self.batch_count,
@@ -208,7 +228,8 @@ class HintingCore:
         return self._report_now(thorough=True)
 
     def stop(self) -> None:
-        """Isolate nothing from now on. Isolated ranges are still released by their acks."""
+        """Begin no new batch from now on; only the rest of an unfinished one is still isolated and
+        hinted. Isolated ranges are still released by their acks."""
         self._stopped = True
 
     @property
@@ -221,7 +242,7 @@ class HintingCore:
         return self._unfinished or (not self._stopped and self._allowance_pages != 0)
 
     def _report_now(self, *, thorough: bool = False) -> Sequence[Instruction]:
-        """Make free chunks ready and isolate them, unless none may be hinted."""
+        """Have free chunks made ready, and ask for them; do nothing if none may be hinted."""
         return [ReportNow(thorough), *self._isolate()] if self._may_hint else []
 
     def _isolate(self) -> Sequence[Instruction]:
@@ -229,22 +250,25 @@ class HintingCore:
         if self.state is not State.OPEN or full or not self._may_hint:
             return []
         pages = self._limits.pages_per_batch
-        # The rest of a batch of the kernel module ignores the allowance: the module releases
-        # whole batches, so a part that is not hinted would keep the others isolated.
+        # The allowance does not bound the rest of an unfinished batch of the kernel module: the
+        # module releases only whole batches, so all of the batch would stay isolated until the
+        # rest is hinted.
         if self._allowance_pages is not None and not self._unfinished:
             pages = min(pages, self._allowance_pages)
         return [Isolate(self._limits.ranges_per_batch, pages)]
 
     def _continue_settling(self, *, isolator_idle: bool) -> Sequence[Instruction]:
-        """Answer a settle request once a whole pass gave nothing and nothing is in flight.
+        """Answer a settle request if nothing was hinted since its last pass began; else begin
+        another pass.
 
-        Where nothing may be hinted, no pass is needed.
+        Do nothing while a batch is in flight or the isolator is busy. Begin no pass if nothing
+        may be hinted.
         """
         settling = self._settling
         if settling is None or self._in_flight or not isolator_idle:
             return []
         # One pass may find only a part of the free chunks (mm/page_reporting.c handles 1/16 of
-        # a list at a time), so repeat a pass that found some.
+        # a free list at a time). So after a pass that found some, begin another one.
         if self.hinted_page_count != settling.pages_at_last_pass:
             settling.pages_at_last_pass = self.hinted_page_count
             return self._report_now(thorough=True)

@@ -16,8 +16,8 @@ def boot_id() -> str:
 
 def mem_free_bytes() -> int:
     """Return the memory that nobody uses, not even as a cache."""
-    # sysinfo(2), not /proc/meminfo: this is called once a second in an idle guest, too, and one
-    # system call is cheaper than reading and parsing a file.
+    # sysconf uses sysinfo(2), not /proc/meminfo: this function is called once a second even in an
+    # idle guest, and one system call is cheaper than reading and parsing a file.
     return os.sysconf("SC_AVPHYS_PAGES") * PAGE_BYTES
 
 
@@ -27,8 +27,8 @@ def mem_total_bytes() -> int:
 
 
 def mem_available_bytes() -> int:
-    """Return the memory that can be allocated without swapping: free, and caches, less the
-    watermarks."""
+    """Return how much memory can be allocated without swapping, as the kernel estimates it: free
+    memory and caches, minus the watermarks."""
     return _meminfo("MemAvailable")
 
 
@@ -46,7 +46,7 @@ def _kib_field(path: str, key: str) -> int:
 
 
 def parse_kib(text: bytes, key: str, path: str) -> int:
-    """Return the bytes of the line `key: N kB`.
+    """Find the line `key: N kB` in `text`, and return N kB in bytes.
 
     :param path: where `text` was read, for the message.
     :raises Refused: `text` has no such line.
@@ -59,7 +59,7 @@ def parse_kib(text: bytes, key: str, path: str) -> int:
 
 
 def _read(path: str) -> bytes:
-    """Read a file of /proc that the kernel returns with one read."""
+    """Read a small file of /proc, which the kernel returns whole with one read."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, 1 << 16)
@@ -69,14 +69,15 @@ def _read(path: str) -> bytes:
 
 def init_on_alloc() -> bool:
     """Return whether the kernel zeroes pages when it allocates them; True if unknown."""
-    # True is the safe assumption: what is zeroed is resident, and must be hinted again.
+    # True is the safe assumption: memory that the kernel has zeroed is resident, so it must be
+    # hinted again.
     return _auto_init("alloc", if_unknown=True)
 
 
 def init_on_free() -> bool:
     """Return whether the kernel zeroes pages when they are freed; False if unknown."""
-    # It is not the default. A wrong False loses no data: hinted pages become resident again, so
-    # hinting them was in vain.
+    # False, because kernels do not zero freed pages by default. A wrong False loses no data, only
+    # savings: the hinted pages become resident again.
     return _auto_init("free", if_unknown=False)
 
 
@@ -85,14 +86,14 @@ def _auto_init(when: str, *, if_unknown: bool) -> bool:
     for parameter in reversed(parameters):  # the last one wins
         if parameter.startswith(f"init_on_{when}="):
             return parameter.partition("=")[2].lower() in ("1", "y", "yes", "on")
-    # Without a parameter, the kernel's configuration decides; the kernel logs it at boot as
-    # "mem auto-init: ..." (mm/mm_init.c: report_meminit).
+    # Without a parameter, the kernel's build configuration decides; the kernel logs its setting at
+    # boot as "mem auto-init: ..." (mm/mm_init.c: report_meminit).
     lines = [line for line in _kernel_log() if "mem auto-init:" in line]
     return f"heap {when}:on" in lines[0] if lines else if_unknown
 
 
 def _kernel_log() -> list[str]:
-    """Return the records of the kernel's log that this process may read."""
+    """Return the records of the kernel's log, up to the first one that cannot be read."""
     lines = []
     try:
         with open("/dev/kmsg", "rb", buffering=0, opener=_open_nonblocking) as log:

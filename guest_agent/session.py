@@ -1,9 +1,9 @@
 """The guest's end of a hinting session: gRPC outside, `HintingCore` inside.
 
-Everything runs on one event loop: nothing else uses the core and the isolator. The isolator's wake
-callback and the stream's reader put events into an inbox. A lost stream is opened again, after a
-pause that grows with each try; a Welcome makes it short again. Only if the host refuses the guest
-for good does the agent end.
+The core and the isolator are used on one event loop only. The isolator's wake callback, the
+stream's reader and a timer put events into an inbox, and one task handles them. A lost stream is
+opened again, after a pause that grows with each try, and that is short again after a Welcome. If
+the host refuses the guest for good, the agent ends.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
-# Somebody waits for the answer to Settle: poll often.
+# The period while a settle request waits for its answer.
 _SETTLING_PERIOD_S = 0.02
 _TELEMETRY_PERIOD_S = 1.0
 _POLLS_BEFORE_REST = 10
-# The shortest period after 0, 10 and 20 idle polls. The kernel's own reporting waits 2 s, too
-# (mm/page_reporting.c: PAGE_REPORTING_DELAY). A rest delays little: memory is used before it is
-# freed, and its use (Refaulted) ends the rest.
+# The least period after 0, 10 and 20 idle polls in a row. The kernel's own reporting waits 2 s, too
+# (mm/page_reporting.c: PAGE_REPORTING_DELAY). A rest delays few hints: hinted memory is used before
+# it is freed again, and the host's report of that use (Refaulted) ends the rest.
 _RESTING_PERIODS_S = (0.0, 1.0, 2.0)
-# A poll is idle if fewer pages than this (8 MiB) refault or are hinted until the next one. Even
-# in an idle guest, kernel and daemons split a chunk and merge it again now and then.
+# A poll is idle if fewer pages than this (8 MiB) refault or are hinted before the next poll. A few
+# pages end no rest: even in an idle guest, kernel and daemons split and merge a chunk now and then.
 _LEAST_ACTIVE_PAGES = 2048
 _LONGEST_TELEMETRY_PERIOD_S = 10.0
 _LEAST_FREE_CHANGE_BYTES = 1 << 20
 _SHORTEST_RECONNECT_PAUSE_S, _LONGEST_RECONNECT_PAUSE_S = 0.05, 2.0
 _ACK_POLL_S = 0.01
 
-# Reasons that hold for a whole batch, and that the next batch may not meet. Not OUTSIDE_RAM and
-# the like: such ranges would be hinted again for ever.
+# If the host skipped a batch for one of these reasons, its ranges are hinted again. After
+# OUTSIDE_RAM and the like they are not: the host would skip the same ranges each time, for ever.
 _SKIPPED_FOR_NOW = frozenset({pb.STALE, pb.WRONG_EPOCH})
 
-# The host ends a session with one of these if it will never accept this agent.
+# The status codes with which the host ends a session if it will never accept this agent.
 _FINAL_CODES = frozenset(
     {
         grpc.StatusCode.UNAUTHENTICATED,
@@ -68,7 +68,7 @@ _FINAL_CODES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class HelloFacts:
-    """What Hello says about this guest, except the ranges that are still isolated."""
+    """The fields of Hello that the maker of a `HintingSession` must supply."""
 
     identity: pb.Identity
     boot_id: str
@@ -77,7 +77,7 @@ class HelloFacts:
 
 
 class _Event(Enum):
-    """An event in the inbox that is no message of the host."""
+    """An event in the inbox that is not a message from the host."""
 
     WAKE = auto()
     """The isolator may have chunks."""
@@ -93,7 +93,8 @@ _log = logging.getLogger("hintfleet.guest.session")
 
 
 class HintingSession:
-    """Keeps one guest in session with its host agent. Owns the isolator."""
+    """Holds a guest's hinting sessions with its host agent, one after the other. Owns the isolator,
+    which `__init__` starts and `run` closes."""
 
     def __init__(
         self,
@@ -105,10 +106,10 @@ class HintingSession:
         """Start the isolator. Must be called on the event loop that will run the session.
 
         :param free_bytes: return the guest's free memory; called once per second at the most.
-        :raises Refused: the isolator cannot work here.
+        :raises Refused, TransientError: the isolator cannot work here, or not now.
         """
-        # An asyncio channel: gRPC's threaded client wakes up ten times a second for each open
-        # stream, and takes four times the CPU time at rest.
+        # The channel is an asyncio one because gRPC's threaded client wakes up ten times a second
+        # for each open stream, and needs four times as much CPU time at rest.
         self._stub = HintingServiceStub(channel)
         self._isolator = isolator
         self._facts = facts
@@ -126,18 +127,19 @@ class HintingSession:
         self._outbox: asyncio.Queue[pb.GuestMessage] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._next_tick = loop.call_later(0, int)
-        self._next_tick.cancel()  # a handle that is no tick yet: the first session makes one
+        self._next_tick.cancel()  # only a placeholder: `_loop` schedules the first tick
 
         def wake() -> None:
-            # The isolator calls this from its own thread or from the workload's.
+            # The isolator calls `wake` from its own thread or from the workload's thread.
             loop.call_soon_threadsafe(self._inbox.put_nowait, _Event.WAKE)
 
         self._core = hinting.HintingCore(isolator.start(wake))
 
     async def run(self) -> None:
-        """Hold sessions until cancelled. After that, isolated ranges are still isolated.
+        """Hold sessions until cancelled, then close the isolator. Isolated ranges stay isolated.
 
-        :raises HintfleetError: the host will never accept this agent.
+        :raises HintfleetError: the host will never accept this agent, or the isolator cannot
+            follow the host's policy. The isolator is closed then, too.
         """
         reconnect_pause_s = _SHORTEST_RECONNECT_PAUSE_S
         try:
@@ -147,39 +149,39 @@ class HintingSession:
                 self._log_end(error)
                 if error is not None and error.code() in _FINAL_CODES:
                     raise from_rpc_error(error, "the host agent ended the hinting session")
-                if self._epoch:  # the host accepted this agent: only the link was lost
+                if self._epoch:  # there was a Welcome: connect again soon
                     reconnect_pause_s = _SHORTEST_RECONNECT_PAUSE_S
-                # Random: after a restart of the host agent, not all guests connect at once.
+                # Random, so that after a restart of the host agent not all guests connect at once.
                 await asyncio.sleep(reconnect_pause_s * random.uniform(0.5, 1))
                 reconnect_pause_s = min(2 * reconnect_pause_s, _LONGEST_RECONNECT_PAUSE_S)
         finally:
             self._isolator.close()
 
     async def finish(self) -> None:
-        """Begin no new batch, and return when no range is isolated any more. What is left of a
-        batch of the kernel module is still hinted.
+        """Begin no new batch, and return when no range is isolated any more.
 
-        Waits for all acks, so for ever if there is no host agent. `run` must be running until
-        this returns.
+        If a part of a batch of the kernel module is in flight, the rest of that batch is still
+        hinted. Waits for all acks, so for ever if there is no host agent. `run` must be running
+        until `finish` returns.
         """
         self._core.stop()
         while self._core.still_isolated:
             await asyncio.sleep(_ACK_POLL_S)
-        self._isolator.idle()  # ends the pass
+        self._isolator.idle()  # ends a pass of hugetlb, which returns its chunks to the guest
 
     async def _run_once(self) -> grpc.RpcError | None:
-        """Run one stream from Hello to its end; return the error that the host ended it with."""
+        """Run one stream from Hello to its end; return the gRPC error that ended it, if any."""
         self._outbox = asyncio.Queue()
         self._outbox.put_nowait(pb.GuestMessage(hello=self._hello()))
-        # Without wait_for_ready, a call fails at once while gRPC waits before it connects again
-        # (grpc: doc/wait-for-ready.md).
+        # Without wait_for_ready, a call that begins while gRPC pauses between two attempts to
+        # connect fails at once (grpc: doc/wait-for-ready.md).
         call: _Call = self._stub.Session(wait_for_ready=True)  # type: ignore[call-arg]
         tasks = [asyncio.create_task(work(call)) for work in (self._read, self._write)]
         try:
             await self._loop()
         except (hinting.ProtocolViolation, InvalidInput) as violation:
-            # Do not give up: a restarted host agent may do better, and without an agent the
-            # guest's memory would never be hinted again.
+            # Do not end the agent: a restarted host agent may follow the protocol, and without an
+            # agent the guest's memory would never be hinted again.
             _log.error("host agent broke the protocol", extra=fields(reason=violation))
         finally:
             self._core.lost()
@@ -202,14 +204,14 @@ class HintingSession:
             self._inbox.put_nowait(_Event.ENDED)
 
     async def _write(self, call: _Call) -> None:
-        # `_read` reports the end of the stream. To write to a stream that has ended raises
-        # asyncio.InvalidStateError (grpc/aio/_call.py).
+        # These errors are ignored because `_read` reports the end of the stream. Writing to a
+        # stream that has ended raises asyncio.InvalidStateError (grpc/aio/_call.py).
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             while True:
                 await call.write(await self._outbox.get())
 
     async def _loop(self) -> None:
-        """Handle events until the stream ends."""
+        """Handle events until the stream ends. An exception in the inbox is raised."""
         self._schedule_tick()
         try:
             while (event := await self._inbox.get()) is not _Event.ENDED:
@@ -224,7 +226,7 @@ class HintingSession:
                     self._carry_out(self._core.ready())
                 if self._core.settling or self._active_pages >= _LEAST_ACTIVE_PAGES:
                     self._idle_polls = 0
-                # The pause may be shorter now: a settle, a first free chunk, the end of a rest.
+                # The next tick may be due earlier: a settle, a first free chunk, the end of a rest.
                 if self._core.settling or event is _Event.WAKE or was_resting:
                     self._schedule_tick()
         finally:
@@ -232,15 +234,15 @@ class HintingSession:
 
     @property
     def _resting_period_s(self) -> float:
-        """The shortest period in a guest at rest; 0 if it is not at rest."""
-        # An idle agent's CPU time is that of waking up, so idle polls get rarer.
+        """The least period while the guest is at rest; 0 if it is not at rest."""
+        # An idle agent uses CPU time mostly to wake up, so it polls less often.
         tens = self._idle_polls // _POLLS_BEFORE_REST
         return _RESTING_PERIODS_S[min(tens, len(_RESTING_PERIODS_S) - 1)]
 
     def _schedule_tick(self) -> None:
         """Schedule the next tick, unless one is due earlier."""
-        # Never later than planned: each wake calls this, and a guest that frees memory all the
-        # time would put off its ticks, and its telemetry, for ever.
+        # A planned tick is never put off: each wake calls this function, so otherwise a guest that
+        # frees memory all the time would never have a tick, and never send telemetry.
         loop = asyncio.get_running_loop()
         at_s = loop.time() + self._tick_pause_s()
         if self._next_tick.cancelled() or at_s < self._next_tick.when():
@@ -261,14 +263,14 @@ class HintingSession:
         try:
             self._poll()
         except Exception as error:  # noqa: BLE001 - `_loop` raises it
-            # An error that leaves this callback is only logged by asyncio, and no tick would come
-            # any more: the agent would look alive, but hint nothing.
+            # asyncio would only log an error that this callback raises, and no further tick would
+            # be scheduled: the agent would look alive, but hint nothing.
             self._inbox.put_nowait(error)
 
     def _poll(self) -> None:
-        """Queue a period's work if there is any, and send telemetry if it is due.
+        """Put TICK into the inbox if there is work, schedule the next poll, send telemetry if due.
 
-        In an idle guest, most periods end here: the task in `_loop` is not even woken.
+        In an idle guest there is mostly no work: then the task in `_loop` is not woken.
         """
         self._next_tick.cancel()  # so that `_schedule_tick` may choose a later time
         if self._core.settling or not self._isolator.idle():
@@ -279,9 +281,10 @@ class HintingSession:
         self._send_telemetry()
 
     def _send_telemetry(self) -> None:
-        """Send telemetry if free memory has changed, or if the last one was sent long ago.
+        """Send telemetry if free memory has changed by 1 MiB or more, or if none was sent for 10 s.
 
-        Each message costs CPU time, of which an idle guest's agent must need next to none.
+        Send it only in an open session, and once per second at the most: each message costs CPU
+        time, and the agent of an idle guest must use almost none.
         """
         now_s = time.monotonic()
         due = now_s - self._free_checked_at_s >= _TELEMETRY_PERIOD_S
@@ -383,9 +386,9 @@ class HintingSession:
 
 
 def _why_ended(tasks: Iterable[asyncio.Task[None]]) -> grpc.RpcError | None:
-    """Return the error that the host ended the stream with.
+    """Return the gRPC error with which a task of the stream failed; None if no task failed.
 
-    :raises Exception: a task failed with another error, so with a bug.
+    :raises Exception: a task failed with any other error, which is a bug.
     """
     why = None
     for task in tasks:

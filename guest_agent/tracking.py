@@ -1,13 +1,15 @@
-"""Trackers: they know which free chunks have not been hinted yet. Both designs of the 2019 thread.
+"""Trackers: they know which free chunks have not been hinted yet.
 
-`BitmapTracker` (Lal): a bit per chunk, set by the allocator's free hook. A word holds the bits
-of 64 chunks (at order 9, of a section of 128 MiB), and only words with a set bit exist. So a
-hole in a sparse zone costs nothing, a section that is hot-added needs no resize, and a scan
-reads only what has changed. (v11 kept one flat bitmap over the zone's whole span, and its scan
-read every word of it.)
+Both designs of the 2019 kernel thread on free page hinting are here (see README.md).
 
-`ReportedTracker` (Duyck): no memory of its own. The allocator marks free blocks that were
-reported, and a pass takes those without the mark.
+`BitmapTracker` (Lal) has a bit per chunk, set by the allocator's free hook. A word holds the bits
+of 64 chunks (128 MiB at order 9), and only words with a set bit are stored. So a hole in a sparse
+zone costs nothing, hot-added memory needs no resize, and a scan reads only words with chunks that
+wait. (Version 11 of Lal's patches had one flat bitmap over the zone's whole span, and its scan
+read every word.)
+
+`ReportedTracker` (Duyck) stores nothing itself: the allocator marks free blocks that were
+reported, and the tracker returns the free chunks without the mark.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ class Tracker(Protocol):
         """How many chunks wait."""
 
     def mark(self, pfn: int) -> None:
-        """Note that the chunk at `pfn` is free and not hinted. Called by the free hook."""
+        """Note that the chunk at `pfn` is free and not hinted.
+
+        Called by the free hook, and for chunks that were released but must be hinted again.
+        """
 
     def take(self, max_chunks: int) -> list[int]:
         """Take up to `max_chunks` waiting chunks; return their first pfns.
@@ -41,7 +46,8 @@ class Tracker(Protocol):
         """
 
     def only_cold(self, after_s: float) -> None:
-        """From now on, a chunk waits only once it has been free for `after_s`; 0 for at once.
+        """From now on, a chunk that is freed waits to be hinted only after it has been free for
+        `after_s`; 0 for at once.
 
         :raises hintfleet.errors.Refused: this tracker does not know how long a chunk has been
             free.
@@ -63,7 +69,7 @@ class ReportedTracker:
         return self._zone.unreported_page_count >> self._allocator.chunk_order
 
     def mark(self, pfn: int) -> None:
-        """Do nothing: a freed block has no reported mark."""
+        """Do nothing: a freed block has no reported mark, so its chunks wait already."""
 
     def only_cold(self, after_s: float) -> None:
         if after_s:
@@ -106,17 +112,19 @@ class BitmapTracker:
     def mark(self, pfn: int) -> None:
         with self._lock:
             if self._cold_after_s:
-                self._clear(pfn)  # it was used after its bit was set
-                # Remove it first, so that it goes to the end: the dict is sorted by time.
+                self._clear(pfn)  # if set, the bit is of an earlier free
+                # Remove the pfn first, so that it is inserted at the end: the dict must stay sorted
+                # by time.
                 self._not_yet_cold.pop(pfn, None)
                 self._not_yet_cold[pfn] = self._clock()
             else:
                 self._set(pfn)
 
     def take(self, max_chunks: int) -> list[int]:
-        """Take waiting chunks: the section that was marked first, its lowest pfns first."""
-        # Clear a bit before its chunk is isolated. If the chunk is used and freed in between,
-        # the free hook sets the bit again, and the next scan finds it.
+        """Take waiting chunks word by word (64 chunks): the word that was stored first comes first,
+        and in each word the lowest pfns."""
+        # The bits are cleared here, before the caller isolates the chunks. If a chunk is used and
+        # freed in between, the free hook sets its bit again, and the next scan finds the chunk.
         taken: list[int] = []
         with self._lock:
             self._mark_cold()

@@ -1,10 +1,11 @@
 """The workload that an experiment runs in a guest: allocate, write, verify, free.
 
-The workload writes a seeded pattern to all memory that it holds, and compares the memory with
-the pattern on each verify and before each free. A page that the host dropped although it was
-in use reads as zeros and is counted as wrong.
+The workload writes a seeded pattern to all memory that it holds. Each verify compares all this
+memory with the pattern; a free compares only the memory that it frees. A page that the host has
+punched although it was in use reads as zeros and is counted as wrong.
 
-The memory comes from a `Source`: the embedded allocator, or anonymous memory of a real guest.
+The memory comes from a `Source`: the embedded allocator, or anonymous memory of a real guest. The
+workload also carries out the guest's part of a resize, with `Plugs`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Source(Protocol):
     def allocate(self) -> int:
         """Allocate one extent and return its number.
 
-        :raises MemoryError: there is no memory left.
+        :raises MemoryError: there is no memory left, even after waiting for isolated chunks.
         """
 
     def write(self, extent: int, data: memoryview) -> None:
@@ -46,27 +47,29 @@ class Source(Protocol):
 
 
 class Plugs(Protocol):
-    """On- and offlines memory that the host has plugged or will unplug."""
+    """Onlines memory that the host has plugged, and offlines memory that the host will unplug."""
 
     def online(self, pages: RangeSet) -> None:
-        """Begin to use pages; those that are online stay online.
+        """Begin to use pages; those that are online already stay online.
 
-        :raises hintfleet.errors.Refused: some are not there; nothing has changed.
+        :raises hintfleet.errors.Refused: some pages are not there, or the guest's kernel did not
+            online them. Pages that were onlined by this call are offline again if that is possible.
         """
 
     def offline(self, pages: RangeSet) -> None:
-        """Stop using pages; those that are offline stay offline. Waits for isolated chunks.
+        """Stop using pages; those that are offline already stay offline. Waits for isolated chunks.
 
-        :raises hintfleet.errors.Refused: some are in use; nothing has changed.
+        :raises hintfleet.errors.Refused: some pages are in use. Pages that were offlined by this
+            call are online again if that is possible.
         """
 
 
 class Pattern:
-    """A byte pattern for each key; no two pages of it are equal.
+    """A pattern of EXTENT_BYTES bytes for each key; no two pages of a pattern are equal.
 
-    Pseudo-random bytes are made once; the key says at which offset the pattern of an extent
-    begins. Two keys have the same offset in one of 262,144 cases. So a page that was swapped,
-    is stale or zeroed is noticed, and comparing is one memcmp.
+    The patterns of all keys are parts of the same pseudo-random bytes; the key decides at which
+    offset its pattern begins. Two keys have the same offset in one of 262,144 cases. So a page that
+    holds zeros, older content or the content of another page is noticed, by one memcmp.
     """
 
     def __init__(self) -> None:
@@ -74,8 +77,8 @@ class Pattern:
         self._random_bytes = memoryview(random_bytes)
 
     def of(self, key: int) -> memoryview:
-        """Return the EXTENT_BYTES of a key."""
-        # Fibonacci hashing: keys are consecutive numbers, and their offsets should not be.
+        """Return the pattern of a key, EXTENT_BYTES bytes."""
+        # Fibonacci hashing: keys are consecutive numbers, but their offsets should be spread.
         mixed = (key * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 32
         start = mixed % (EXTENT_BYTES // _OFFSET_STEP_BYTES) * _OFFSET_STEP_BYTES
         return self._random_bytes[start : start + EXTENT_BYTES]
@@ -99,11 +102,15 @@ class Workload:
 
     @property
     def held_bytes(self) -> int:
-        """How much is allocated now."""
+        """How much memory the workload holds now."""
         return len(self._held) * EXTENT_BYTES
 
     def run(self, command: pb.WorkloadCommand) -> pb.Done:
-        """Run one command. If it fails, `Done.error` says why, and held memory stays held."""
+        """Run one command, and return its result.
+
+        If there is not enough memory, or the command is refused, `Done.error` is the reason.
+        Extents that were allocated before the failure stay allocated.
+        """
         started_s = time.monotonic()
         held_before_bytes = self.held_bytes
         count = _Count()

@@ -19,7 +19,7 @@ _MOST_ANSWERS = 16
 
 _log = logging.getLogger("hintfleet.guest.workload")
 
-# The host will never accept this workload.
+# The status codes that mean: the host will never accept this workload.
 _FINAL_CODES = frozenset(
     {
         grpc.StatusCode.UNAUTHENTICATED,
@@ -32,10 +32,10 @@ _FINAL_CODES = frozenset(
 async def serve_workload(
     channel: aio.Channel, workload: Workload, identity: pb.Identity, boot_id: str
 ) -> None:
-    """Run the host's commands one by one until cancelled, in a worker thread.
+    """Run the host's commands until cancelled, one after the other, in a worker thread.
 
-    A lost stream is opened again. A command that comes again because its answer was lost is
-    answered from memory, not run again.
+    A lost stream is opened again. The last 16 answers are kept: a command that the host repeats
+    because its answer was lost gets the kept answer, and is not run again.
 
     :raises HintfleetError: the host refused this guest's identity.
     """
@@ -60,7 +60,7 @@ async def serve_workload(
                 reason = error.details() or error.code().name
                 _log.info("workload stream ended", extra=fields(reason=reason, **left_out))
         except asyncio.InvalidStateError:
-            # The stream ended while the command ran: grpc.aio raises this, not an RpcError, if
-            # one writes to a finished call (grpc/aio/_call.py).
+            # The stream ended while the command ran: for a write to a finished call, grpc.aio
+            # raises InvalidStateError, not an RpcError (grpc/aio/_call.py).
             pass
         await asyncio.sleep(_RECONNECT_PAUSE_S)

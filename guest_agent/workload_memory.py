@@ -14,7 +14,7 @@ from hintfleet.errors import Refused
 from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB, PAGE_BYTES, format_size
 
-_MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python's mmap has it from 3.13
+_MAP_NORESERVE = 0x4000  # asm-generic/mman.h; in Python's mmap since 3.13
 _SPARE_BYTES = 8 * MIB
 _EXTENTS_PER_CHECK = 8
 """How many extents are allocated before available memory is read again."""
@@ -24,7 +24,8 @@ _EXTENT_ORDER = (EXTENT_BYTES // PAGE_BYTES).bit_length() - 1
 
 
 class BuddySource:
-    """Extents are blocks of the embedded allocator; bytes lie in the RAM file."""
+    """Extents are blocks of the embedded allocator, numbered by first pfn; their bytes are in the
+    RAM file."""
 
     def __init__(self, allocator: BuddyAllocator, ram: mmap.mmap) -> None:
         self._allocator = allocator
@@ -46,7 +47,7 @@ class BuddySource:
 
 
 class BuddyPlugs:
-    """Plugs memory to and unplugs it from the last zone of an embedded guest."""
+    """Onlines memory into the last zone of an embedded guest, and offlines it from there."""
 
     def __init__(self, allocator: BuddyAllocator) -> None:
         self._allocator = allocator
@@ -63,7 +64,7 @@ class BuddyPlugs:
 
 
 class AnonymousSource:
-    """Extents are aligned parts of one private mapping; freed with MADV_DONTNEED."""
+    """Extents are aligned parts of one private mapping; they are freed with MADV_DONTNEED."""
 
     def __init__(
         self,
@@ -74,15 +75,16 @@ class AnonymousSource:
         """Reserve address space for `size_bytes`; no memory is used yet.
 
         :param available_bytes: return the memory that the guest can still use.
-        :param timeout_s: how long to wait for memory that is isolated or in the balloon.
+        :param timeout_s: how long `allocate` waits for memory, which may be isolated or in the
+            balloon.
         """
         self._available_bytes = available_bytes
         self._timeout_s = timeout_s
         self._extents_before_check = 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._map = mmap.mmap(-1, size_bytes + EXTENT_BYTES, flags=flags)
-        # The kernel then backs an extent with one page of order 9 where it can, as it does for
-        # the heaps of large programs: a freed extent is a whole free chunk.
+        # With MADV_HUGEPAGE, the kernel backs an extent with one page of order 9 where it can, so
+        # that a freed extent is a whole free chunk. Heaps of large programs get such pages, too.
         self._map.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._start = -address % EXTENT_BYTES
@@ -97,12 +99,12 @@ class AnonymousSource:
         return self._free.pop()
 
     def _wait_for_memory(self) -> int:
-        """Wait until there is memory for one extent; return for how many there is.
+        """Wait until there is memory for one extent; return how many extents there is memory for.
 
-        :raises MemoryError: there is none in time.
+        :raises MemoryError: there is no memory for one extent in time.
         """
-        # Do not just try: memory is overcommitted, so a kernel without free memory kills a
-        # process instead of returning an error.
+        # Do not just write to the extent: memory is overcommitted, so a kernel without free memory
+        # kills a process instead of returning an error.
         deadline_s = time.monotonic() + self._timeout_s
         while (usable_bytes := self._available_bytes() - _SPARE_BYTES) < EXTENT_BYTES:
             if time.monotonic() > deadline_s:

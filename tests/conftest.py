@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
-# Tests connect to servers on loopback without the environment's proxies; only
-# tests/process/test_proxies.py sets some.
+# Remove the environment's proxies: tests connect to servers on loopback. Only
+# tests/process/test_proxies.py sets proxies.
 for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
     del os.environ[name]

@@ -1,4 +1,4 @@
-"""Isolation in an embedded guest: out of its own buddy allocator, with either tracker."""
+"""Isolation in an embedded guest: trackers find free chunks, the buddy allocator isolates them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRACKERS: dict[TrackerKind, Callable[[BuddyAllocator, Zone], Tracker]] = {
 
 
 class EmbeddedIsolator:
-    """Isolates on request: `isolate` scans the trackers of all zones."""
+    """Isolates on request: `isolate` takes the chunks that wait in the trackers of all zones."""
 
     name = IsolatorKind.EMBEDDED
     unfinished = False
@@ -29,9 +29,9 @@ class EmbeddedIsolator:
         tracker: TrackerKind = TrackerKind.BITMAP,
         threshold_chunks: int,
     ) -> None:
-        """Track `allocator` from now on.
+        """Make a tracker for each zone of `allocator`, and set the allocator's free hook.
 
-        :param threshold_chunks: wake the core when so many chunks wait.
+        :param threshold_chunks: wake the core when so many chunks of one zone wait.
         """
         self._allocator = allocator
         self._threshold_chunks = threshold_chunks
@@ -47,8 +47,8 @@ class EmbeddedIsolator:
 
     def _on_chunk_free(self, zone: Zone, pfn: int) -> None:
         self._trackers[zone].mark(pfn)
-        # This runs in the allocator's free path: wake the event loop twice at most, for the
-        # first chunk (it starts the period) and for the threshold.
+        # This runs in the allocator's free path, so wake the event loop at most twice between two
+        # calls of `isolate`: for the first chunk (this starts the period), and at the threshold.
         wakes_due = 2 if self.enough_ready() else 1
         if self._wakes < wakes_due:
             self._wakes = wakes_due
@@ -59,7 +59,7 @@ class EmbeddedIsolator:
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
         self._wakes = 0
-        # A chunk makes at most one range, so a bound on chunks is a bound on both.
+        # A chunk makes at most one range, so one bound on chunks keeps to both bounds.
         max_chunks = min(max_ranges, max_pages // self._chunk_pages)
         isolated: list[tuple[int, int]] = []
         for zone, tracker in self._trackers.items():
@@ -83,14 +83,14 @@ class EmbeddedIsolator:
                     self._trackers[self._allocator.zone_of(chunk)].mark(chunk)
 
     def report_now(self, *, thorough: bool) -> None:
-        """Do nothing: all free chunks are marked already."""
+        """Do nothing: `isolate` finds all chunks that wait, without preparation."""
 
     def only_cold(self, after_s: float) -> None:
         for tracker in self._trackers.values():
             tracker.only_cold(after_s)
 
     def refaulted(self, ranges: RangeSet) -> None:
-        """Do nothing: the allocator's free hook notices each freed chunk."""
+        """Do nothing: when a refaulted chunk is freed, the allocator's free hook reports it."""
 
     def idle(self) -> bool:
         return not any(

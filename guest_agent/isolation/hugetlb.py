@@ -1,10 +1,10 @@
 """Isolation on a stock kernel: free chunks are moved into the hugetlb pool.
 
-A pass moves free chunks into the pool, step by step. Free chunks that are not absent are new. A
-pass counts the new chunks when it begins, and ends when it has found that many, or when only
-the reserve is left. All moved chunks stay in the pool until the pass ends. Each step moves twice
-as many chunks as the step before, and begins only when the host has acknowledged all that the step
-before has hinted.
+A pass moves free chunks into the pool, step by step. Free chunks whose memory is not absent on the
+host are new. A pass counts the new chunks when it begins, and ends when it has found that many, or
+when only the reserve is left. All moved chunks stay in the pool until the pass ends. Each step
+moves twice as many chunks as the step before, and begins only when the host has acknowledged all
+that the step before has hinted.
 
 With `init_on_alloc` the kernel zeroes each chunk that it moves: absent memory becomes
 resident until it is punched. Such a pass moves 32 chunks at a time, or a 64th of the memory if
@@ -14,22 +14,22 @@ the new chunks are at least an eighth of the free memory beyond the reserve, or 
 An allowance (policy pressure) smaller than all free memory may gain nothing: it is spent on absent
 chunks, too.
 
-Tracking: a chunk is absent from the host's ack until the host reports a refault. A new agent
-waits until the host reports what is resident; all other free chunks are absent. A pass is
-worthwhile when more chunks are free than are absent. Chunks that the last pass could not
-have (the reserve) do not count. After a pass, the next one waits four times as long as the
-pass took, half a second at the most, unless one is requested.
+Tracking: a chunk counts as absent from the host's ack until the host reports a refault. A new
+agent begins no pass before the host has reported which memory is resident; all other free chunks
+then count as absent. A pass is worthwhile when enough new chunks are free. Chunks that the last
+pass could not have (the reserve) do not count. After a pass, the next one waits four times as long
+as the pass took, half a second at the most, unless one is requested.
 
 A guest that allocates while a pass holds memory may run out of memory. So no pass begins
 while free memory falls, unless one is requested. When the guest has used half of the reserve,
-no more chunks are hinted, and the pass ends with the acks in flight.
+no more chunks are hinted, and the pass ends when all batches in flight are acknowledged.
 
 If the host is lost while a batch is in flight, the pool stays as it is until the next Welcome;
-without one in flight, the pass ends by itself. The kernel does not let us choose which pages
-leave the pool, so the chunks of a batch in flight cannot be kept alone. The effect on the
+if no batch is in flight, the pass ends by itself. The kernel does not let us choose which pages
+leave the pool, so the pool cannot keep only the chunks of a batch in flight. The effect on the
 guest is bounded: a pass is short (a few tenths of a second for 700 MiB) and holds little more
-than what was freed lately; and the reserve (a sixteenth of the memory and the low watermarks)
-stays free for the guest, besides what its kernel can reclaim.
+than the memory that was freed lately; and the reserve (a sixteenth of the memory and the low
+watermarks) stays free for the guest, besides what its kernel can reclaim.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ from hintfleet.settings import IsolatorKind
 
 _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
-# Without a rest between passes, a workload took 4 times as long. A rest ten times as long as the
-# pass saved less than it cost.
+# The rest after a pass is this many times as long as the pass. Without a rest, a workload took
+# 4 times as long to run; a factor of 10 cost more, since memory is hinted later, than it saved.
 _REST_FACTOR = 4
-# So that freed memory leaves the host within a second.
+# This bounds the rest, so that freed memory leaves the host within a second.
 _LONGEST_REST_S = 0.5
-# The kernel allocates first what was freed last, so the first sixteenth finds most new chunks.
+# The first step moves this part (1/16) of the movable chunks. It finds most new chunks, because the
+# kernel allocates first what was freed last.
 _FIRST_STEP_SHARE = 16
 _GROWTH_RESERVE_SHARE = 4
 
@@ -61,7 +62,7 @@ _log = logging.getLogger("hintfleet.guest.hugetlb")
 
 
 class Pool(Protocol):
-    """The part of the guest's kernel that a pass needs; see HugetlbPool."""
+    """The methods of `HugetlbPool` that the isolator calls; they are documented there."""
 
     def open(self) -> RangeSet: ...
     def free_chunks(self) -> int: ...
@@ -129,7 +130,7 @@ class HugetlbIsolator:
 
     def start(self, wake: Callable[[], None]) -> RangeSet:
         del wake  # a stock kernel notifies nobody: the core's period starts the passes
-        self._began_at_s = self._clock()  # chunks that a dead agent left count as a pass
+        self._began_at_s = self._clock()  # chunks of a dead agent are treated as a pass
         self._in_pool = self._pool.open()
         self._in_flight_pages = self._in_pool.page_count
         self._reserve_chunks = self._pool.reserve_chunks()
@@ -153,8 +154,8 @@ class HugetlbIsolator:
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
         """Note the host's answer; the chunks stay in the pool until the pass ends.
 
-        The kernel allocates first what was freed last: the pass would get a chunk that it gave
-        back early once more.
+        If a chunk left the pool before that, the next step would get the same chunk again: the
+        kernel allocates first what was freed last.
         """
         self._in_flight_pages -= ranges.page_count
         if hinted:
@@ -164,14 +165,17 @@ class HugetlbIsolator:
             self._to_hint += _first_pfns(ranges)
 
     def report_now(self, *, thorough: bool) -> None:
-        """If `thorough`, let the next `isolate` begin a pass for a single new chunk; with
-        zeroing, for as many as the threshold."""
+        """If `thorough`, request a pass; else do nothing.
+
+        A requested pass begins even during a rest or while the guest allocates memory, and even
+        for a single new chunk (with zeroing, for `threshold_chunks`).
+        """
         self._pass_requested |= thorough
 
     def idle(self) -> bool:
-        """Return whether no pass is worthwhile now. Costs one small read.
+        """Return whether a batch is in flight or no pass is worthwhile now. Costs one small read.
 
-        A pass that has nothing in flight ends here.
+        This call ends a pass that has nothing in flight: all its chunks leave the pool.
         """
         if self._in_flight_pages:
             return True  # the next ack continues the pass
@@ -208,10 +212,10 @@ class HugetlbIsolator:
     def close(self) -> None:
         self._pool.close()
 
-    # A pass
+    # Methods that carry out a pass
 
     def _advance_pass(self, wanted_chunks: int) -> None:
-        """Begin or continue a pass until there are chunks to hint; end it if there are none.
+        """Begin or continue a pass until it has found chunks to hint; end it if it finds none.
 
         Do nothing while a batch is in flight: a silent host must not make the guest lose more
         and more of its free memory.
@@ -224,10 +228,11 @@ class HugetlbIsolator:
             self._end_pass()
 
     def _next_step_chunks(self, wanted_chunks: int) -> int:
-        """Return how many chunks to move next."""
+        """Return how many chunks the next step moves; without zeroing, double the step after it."""
         if self._zeroing:
-            # A 64th of the memory, since the reserve is a sixteenth. Each step reads the flags
-            # of all chunks: steps of a fixed size would cost the square of the memory.
+            # A quarter of the reserve is a 64th of the memory. The steps are larger in a larger
+            # guest because each step reads the flags of all chunks: with steps of a fixed size, the
+            # cost of a pass would grow with the square of the memory.
             return min(max(_ZEROING_STEP_CHUNKS, self._reserve_chunks // 4), wanted_chunks)
         step = self._step_chunks
         self._step_chunks *= 2
@@ -246,21 +251,25 @@ class HugetlbIsolator:
         return gain > 0
 
     def _stop_moving(self) -> None:
-        """Stop the pass, for the guest needs its memory: hint no more of it."""
+        """Move and hint no more chunks in this pass, because the guest needs its memory."""
         if self._zeroing:
-            # The kernel wrote to them as it moved them, so they are resident.
+            # The kernel zeroed the chunks of `_to_hint` as it moved them, so they are resident, not
+            # absent.
             self._absent -= RangeSet((pfn, CHUNK_PAGES) for pfn in self._to_hint)
         self._to_hint, self._to_move_chunks = [], 0
 
     def _move_to_pool(self, chunks: int) -> None:
-        """Move up to `chunks` free chunks into the pool."""
+        """Move up to `chunks` free chunks into the pool, and choose which of them to hint.
+
+        If somebody else uses the pool, this pass moves no more chunks.
+        """
         self._to_move_chunks -= chunks
         chunks = min(chunks, max(0, self._movable_chunks()))
         try:
             moved = self._pool.grow(chunks)
             new = self._pool.chunks() - self._in_pool
         except TransientError as error:
-            self._to_move_chunks = 0  # the pool is as it was; the next pass tries again
+            self._to_move_chunks = 0  # this pass ends; the next one tries again
             if not self._conflict_logged:
                 _log.warning("hugetlb pool cannot be used now", extra=fields(reason=error.message))
             self._conflict_logged = True
@@ -279,10 +288,10 @@ class HugetlbIsolator:
 
     def _end_pass(self) -> None:
         free = min(self._pool.free_chunks(), self._reserve_chunks + self._unmoved_chunks)
-        # `free` includes the absent chunks outside the pool.
+        # Subtract the absent chunks outside the pool, which `free` includes.
         self._unobtainable_chunks = free - _chunk_count(self._absent - self._in_pool)
         self._to_hint, self._in_pool, self._to_move_chunks = [], EMPTY, 0
-        # Compare the next count with none: chunks in the pool did not count as free.
+        # The next `idle` must not compare its count of free chunks with one from before the pass.
         self._last_free_chunks = 0
         self._pool.empty()
         now_s = self._clock()
@@ -305,8 +314,8 @@ class HugetlbIsolator:
         gain = free_chunks - _chunk_count(self._absent) - unobtainable
         least = 1 if thorough else self._threshold_chunks
         if self._zeroing and not self._pass_requested:
-            # Every guest uses a chunk or two now and then. For so few, a pass would zero all
-            # free memory, over and over.
+            # Every guest uses a chunk or two now and then. Without this bound, a pass for so few
+            # chunks would zero all free memory, over and over.
             least = max(least, movable // _ZEROING_GAIN_SHARE)
         return gain if gain >= least else 0
 

@@ -1,9 +1,10 @@
 """The kernel's pool of 2 MiB huge pages: check that it is safe to use, fill it, empty it.
 
 Documentation/admin-guide/mm/hugetlbpage.rst. Nobody else may use the pool. A file on a
-hugetlbfs of our own reserves its pages. The reservation of a file outlives the process
-(fs/hugetlbfs/inode.c), that of a mapping alone would not: so nobody can use the chunks that a
-dead agent left isolated (I4). Every number is read back after it was written.
+hugetlbfs of our own reserves the pool's pages. The reservation of a file outlives the process
+(fs/hugetlbfs/inode.c), while that of a mapping alone would not. So nobody can use the chunks that
+a dead agent left isolated (I4). The kernel may move fewer pages into the pool than it is asked to,
+so its counts are read back afterwards.
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 
 @dataclass(frozen=True, kw_only=True)
 class PoolState:
-    """Pages of the pool.
+    """The kernel's counts of the pool, in pages of 2 MiB.
 
+    :ivar total: all pages of the pool.
     :ivar free: pages that are not in use.
     :ivar reserved: free pages that are promised to a file or a mapping.
-    :ivar surplus: pages beyond what was set, from overcommit.
+    :ivar surplus: pages beyond the number that was set, from overcommit.
     """
 
     total: int
@@ -61,7 +63,8 @@ class PoolState:
 
     @property
     def all_reserved(self) -> bool:
-        """Whether nobody uses a page of the pool, nobody else can take one, none is surplus."""
+        """Whether all pages are free and reserved, so that nobody can take one, and none is
+        surplus."""
         return self.total == self.free == self.reserved and not self.surplus
 
 
@@ -85,13 +88,14 @@ class HugetlbPool:
         self._free_lists: FreeLists | None = None
         self._fd = self._lock_fd = -1
 
-    # For the isolator
+    # Methods that the isolator calls
 
     def open(self) -> RangeSet:
         """Take over the pool, and return the chunks that an earlier agent left in it.
 
-        :raises Refused: somebody else, or the kernel, may use, move or replace free pages of
-            the pool. The error says why and what to do. No chunk was moved into the pool.
+        :raises Refused: there is no such pool, or somebody else or the kernel may use, move or
+            replace its free pages. The message says why and what to do. No chunk was moved into
+            the pool.
         :raises TransientError: somebody else has just begun to use the pool.
         """
         self._refuse_if_unsafe()
@@ -121,28 +125,31 @@ class HugetlbPool:
     def free_ranges(self) -> RangeSet:
         """Return the chunks whose first page is in the free lists.
 
-        The rest of such a chunk is free, too, if the guest has never touched it.
+        Other pages of such a chunk may be in use. But if the host reports no page of the chunk as
+        resident, the whole chunk is free.
         """
         return RangeSet((pfn, CHUNK_PAGES) for pfn in self._chunks_with(KPF_BUDDY))
 
     def reserve_chunks(self) -> int:
         """Return how many free chunks a pass must leave to the guest.
 
-        With so many left, growing the pool never makes the kernel reclaim or compact memory,
+        If so many are left, growing the pool never makes the kernel reclaim or compact memory,
         and the guest can still allocate.
         """
         return max(_SMALLEST_RESERVE_CHUNKS, _reserve_chunks(self._zones()))
 
     def grow(self, chunks: int) -> int:
-        """Move up to `chunks` free chunks into the pool, reserve them, and return how many.
+        """Move up to `chunks` free chunks into the pool, reserve them, and return how many moved.
 
-        :raises TransientError: somebody else uses the pool. It is as it was before.
+        :raises TransientError: somebody else uses the pool. What this call has moved was given
+            back.
         """
         state = self.state()
         if not state.all_reserved:
             raise _conflict(state)
         before = state.total
-        # The file comes first: if this agent dies, it tells the next one that the pool is ours.
+        # Make the file first: if this agent dies, the file shows the next agent that the chunks in
+        # the pool are ours.
         self._open_file()
         self._move_in(before, chunks)
         moved = max(0, self.state().total - before)
@@ -155,14 +162,19 @@ class HugetlbPool:
         return moved
 
     def _move_in(self, before: int, chunks: int) -> None:
-        """Move up to `chunks` chunks; each NUMA node keeps its reserve."""
+        """Add up to `chunks` free chunks to the `before` ones in the pool.
+
+        If there are several NUMA nodes, each node keeps its own reserve. If there is only one, the
+        caller must have left the reserve out of `chunks`.
+        """
         free = parse_buddyinfo((self._proc_root / "buddyinfo").read_text())
         nodes = sorted({node for node, _ in free})
         if len(nodes) == 1:
             self._set_total(before + chunks)
             return
-        # Not by the total: for that, the kernel takes from each node in turn, and reclaims and
-        # compacts memory on a node that has none free (mm/hugetlb.c: alloc_pool_huge_page).
+        # Set the number of pages of each node, not the total: for the total, the kernel takes pages
+        # from each node in turn, and reclaims and compacts memory on a node that has no free chunk
+        # (mm/hugetlb.c: alloc_pool_huge_page).
         zones = self._zones()
         for node in nodes:
             free_blocks = [counts for (its_node, _), counts in free.items() if its_node == node]
@@ -178,14 +190,14 @@ class HugetlbPool:
         return parse_zoneinfo((self._proc_root / "zoneinfo").read_text())
 
     def chunks(self) -> RangeSet:
-        """Return the chunks in the pool: all of them are ours, for all are reserved.
+        """Return the chunks in the pool, after checking that all of them are ours.
 
-        :raises TransientError: somebody else put pages into it, or uses some. Page flags do not
-            tell those from ours.
+        :raises TransientError: somebody else put pages into the pool, or uses some of its pages.
+            Page flags do not show which pages are ours.
         """
         first_pfns = self._chunks_with(KPF_HUGE)
-        # Read the counts last: pages that somebody adds while the flags are read show up in the
-        # counts, or in both.
+        # Read the counts after the flags: then pages that somebody adds while the flags are read
+        # are in the counts, and the check below finds them.
         state = self.state()
         if not state.all_reserved or state.total != len(first_pfns):
             raise _conflict(state)
@@ -198,7 +210,7 @@ class HugetlbPool:
         return self._flags.chunks_with(flag, spans, CHUNK_ORDER)
 
     def empty(self) -> None:
-        """Give all our chunks back to the buddy allocator."""
+        """Give all our chunks back to the buddy allocator, and remove the file."""
         if self._fd >= 0:
             ours = os.fstat(self._fd).st_size // CHUNK_BYTES
             os.ftruncate(self._fd, 0)
@@ -207,7 +219,7 @@ class HugetlbPool:
             self._close_file()
 
     def close(self) -> None:
-        """Close files and unlock; the chunks stay in the pool and stay reserved (I4)."""
+        """Close all files and release the lock; the chunks stay in the pool, reserved (I4)."""
         for file in (self._flags, self._free_lists):
             if file is not None:
                 file.close()
@@ -226,7 +238,7 @@ class HugetlbPool:
             surplus=self._number("surplus_hugepages"),
         )
 
-    # Whether it is safe to use the pool
+    # Checks whether it is safe to use the pool
 
     def _refuse_if_unsafe(self) -> None:
         if not self._pool.is_dir():
@@ -238,7 +250,8 @@ class HugetlbPool:
                 f"nr_overcommit_hugepages is {overcommit}: others may take huge pages",
                 hint="sysctl vm.nr_overcommit_hugepages=0, or use the kmod isolator",
             )
-        # Page flags do not tell the size of a huge page: we would take their pages for ours.
+        # Page flags do not show the size of a huge page: pages of another size would be taken for
+        # ours.
         for others in sorted(self._pool.parent.glob("hugepages-*")):
             for name in ("nr_hugepages", "nr_overcommit_hugepages"):
                 path = others / name
@@ -248,7 +261,8 @@ class HugetlbPool:
                         hint=f"echo 0 > {path}, or use the kmod isolator",
                     )
         # CMA and virtio-mem call alloc_contig_range(), which replaces free huge pages that are
-        # in its way (mm/hugetlb.c: isolate_or_dissolve_huge_page).
+        # in its way (mm/hugetlb.c: isolate_or_dissolve_huge_page): the guest could use a chunk
+        # that is in flight.
         if cma_kib := self._cma_kib():
             raise Refused(
                 f"this guest has CMA ({cma_kib} kB), which may replace free huge pages",
@@ -284,8 +298,8 @@ class HugetlbPool:
         """
         self._open_file()
         if not os.fstat(self._fd).st_size:
-            # Nothing is reserved: that agent died before its first reservation in `grow`, or in
-            # `empty`. No chunk of it is in flight.
+            # Nothing is reserved: the earlier agent died in `grow` before its first reservation,
+            # or in `empty`. So none of its chunks is in flight, and all can be given back.
             self._set_total(0)
             self.empty()
             return
@@ -301,21 +315,21 @@ class HugetlbPool:
             raise Refused(error.message, hint="stop what else uses huge pages") from error
 
     def _lock_pool(self) -> None:
-        """Make sure that no other agent uses the pool.
+        """Lock the pool against other agents, until `close` or the end of this process.
 
-        :raises Refused: another one does.
+        :raises Refused: another agent holds the lock.
         """
-        # Two agents would each release the chunks that the other has in flight (I1). The kernel
-        # drops the lock when its holder is dead, and not before.
+        # Without the lock, two agents would each release the chunks that the other one has in
+        # flight (I1). The kernel releases the lock of a dead agent.
         fd = lock_file(self._lock)
         if fd is None:
             raise Refused("another guest agent uses the hugetlb pool", hint="stop that one first")
         self._lock_fd = fd
 
-    # The file that holds the reservation; it exists while chunks are in the pool
+    # The file that holds the reservation: it exists at least while our chunks are in the pool
 
     def _mount(self) -> None:
-        """Mount a hugetlbfs, if this is the first agent of this boot."""
+        """Mount a hugetlbfs, unless an earlier agent of this boot has mounted it."""
         self._mount_point.mkdir(mode=0o700, parents=True, exist_ok=True)
         # On a hugetlbfs, statfs returns the huge page size as block size (fs/hugetlbfs/inode.c).
         if os.statvfs(self._mount_point).f_bsize != CHUNK_BYTES:
@@ -331,7 +345,9 @@ class HugetlbPool:
             self._fd = -1
 
     def _reserve(self, before: int, chunks: int) -> None:
-        """Reserve `chunks` more pages than `before`; they are never touched.
+        """Make the file reserve `chunks` pages more than the `before` pages that it has reserved.
+
+        Nothing is written to these pages.
 
         :raises TransientError: somebody else took a page.
         """
@@ -339,7 +355,8 @@ class HugetlbPool:
         if chunks:
             at, length = before * CHUNK_BYTES, chunks * CHUNK_BYTES
             # The kernel reserves pages when a file is mapped shared, and keeps the reservation
-            # with the file after the mapping is gone. If it cannot, the counts below say so.
+            # with the file after the mapping is gone. If the kernel cannot reserve them, mmap
+            # fails, and the counts below show it.
             with contextlib.suppress(OSError):
                 mmap.mmap(self._fd, length, flags=mmap.MAP_SHARED, offset=at).close()
         state = self.state()
@@ -358,9 +375,9 @@ def _conflict(state: PoolState) -> TransientError:
 
 
 def _reserve_chunks(zones: Iterable[ZoneInfo]) -> int:
-    """Return how many free chunks the kernel and the guest need of some zones."""
-    # A sixteenth covers what lower zones keep from such allocations: a 256th of the zones above
-    # (mm/page_alloc.c: setup_per_zone_lowmem_reserve).
+    """Return how many chunks of these zones must stay free for the guest and its kernel."""
+    # A sixteenth is more than the pages that lower zones keep back from allocations of huge pages:
+    # a 256th of the zones above them (mm/page_alloc.c: setup_per_zone_lowmem_reserve).
     pages = [zone.present_pages // _RESERVE_SHARE + zone.low_watermark_pages for zone in zones]
     return sum(pages) // CHUNK_PAGES
 

@@ -1,8 +1,8 @@
 """The interface of isolators: take free chunks out of the guest's allocator, and give them back.
 
-`embedded` and `hugetlb` look for free chunks when the core asks; `kmod` is called by the
-kernel. The interface is the same: the hinting core asks for chunks when it is woken or when
-its period has passed.
+`embedded` and `hugetlb` look for free chunks when the core asks; `kmod` returns those that the
+kernel has isolated by itself. The interface is the same: the hinting core asks for chunks when it
+is woken or when its period has passed.
 """
 
 from __future__ import annotations
@@ -37,50 +37,58 @@ class Isolator(Protocol):
         """Begin, and return the ranges that an earlier agent left isolated (may be empty).
 
         :param wake: called when there may be chunks to isolate, from any thread.
-        :raises hintfleet.errors.Refused: isolation is not safe or not possible
-            here; says why and what to do. Nothing is isolated then.
+        :raises hintfleet.errors.Refused: isolation is not safe or not possible here. The message
+            says why and what to do. This call has isolated no chunk.
+        :raises hintfleet.errors.TransientError: somebody else uses what isolation needs (hugetlb).
         """
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
-        """Isolate free chunks within both bounds, and return them. Never blocks.
+        """Isolate free chunks within both bounds, and return them. Never waits for chunks.
 
-        Empty if none is ready now. Returned ranges stay isolated until `release`.
+        Return an empty set if no chunk is ready. Returned ranges stay isolated until `release`.
         """
 
     def enough_ready(self) -> bool:
         """Whether so many chunks are ready that they should be hinted before the period ends."""
 
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
-        """Give back ranges exactly as `isolate` or `start` returned them.
+        """Release `ranges`, exactly one set that `isolate` or `start` has returned.
 
-        :param hinted: whether the host has dealt with them; if not, they will be isolated and
-            hinted again.
+        The chunks are given back to the guest: by kmod only when their whole batch is released,
+        by hugetlb only when their pass has ended.
+
+        :param hinted: False if the ranges must be isolated and hinted again: the host did not act
+            on them, or its ack was lost.
         """
 
     def report_now(self, *, thorough: bool) -> None:
-        """Make free chunks ready for `isolate` without delay. Never blocks.
+        """Begin at once to make free chunks ready for `isolate`. Never blocks.
 
-        :param thorough: all free chunks, whatever that costs the guest, and even if few are new.
+        :param thorough: make all free chunks ready, even if few are new, and whatever that costs
+            the guest.
         """
 
     def refaulted(self, ranges: RangeSet) -> None:
-        """Note ranges that were absent and are resident now, as the host says (Refaulted).
+        """Note ranges that were absent and that the host reports as resident now (Refaulted).
 
-        If they are free, hinting them gains memory. The first call names all resident ranges.
+        If such a range is free, hinting it gains memory. The first call of a session has all
+        resident ranges.
         """
 
     def only_cold(self, after_s: float) -> None:
-        """From now on, isolate only chunks that have been free for `after_s`; 0 for all.
+        """From now on, isolate a chunk that is freed only after it has been free for `after_s`; 0
+        for at once.
 
         :raises hintfleet.errors.Refused: this isolator does not know how long a chunk has been
             free.
         """
 
     def idle(self) -> bool:
-        """Whether no chunk is ready and none is being made ready.
+        """Return whether no chunk is ready and none is being made ready.
 
-        An isolator that holds chunks for a pass gives back those that `isolate` did not fetch:
-        the core may have used up its allowance, have lost the host, or be about to end.
+        If hugetlb holds chunks of a pass and none of them is in flight, this call ends the pass
+        and gives all its chunks back, even those that `isolate` has not returned: the core may
+        have used up its allowance, may have lost the host, or may be about to end.
         """
 
     def tracker_bytes(self) -> int:

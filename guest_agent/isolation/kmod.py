@@ -1,8 +1,8 @@
 """Isolation by the hintfleet kernel module: /dev/hintfleet (deploy/kmod/hintfleet.h).
 
-The kernel's page reporting isolates up to 32 chunks; the module shows them as one batch and
-keeps them isolated until that batch is acknowledged. There is one batch at a time: the next
-one comes after the last was released.
+The kernel's page reporting isolates up to 32 chunks; the module shows them as one batch. Once this
+agent has read the batch, its chunks stay isolated until the agent acknowledges or returns it. There
+is one batch at a time: the module shows the next one only after the batch before was released.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ _UNREAD_TIMEOUT_S = 1.0
 class Batch:
     """One batch of the module; its ranges are isolated.
 
-    :ivar still_isolated: an earlier agent has read it: release it only after a Welcome.
+    :ivar still_isolated: whether an earlier agent has read this batch. If so, release it only after
+        a Welcome.
     """
 
     seq: int
@@ -58,8 +59,8 @@ class Batch:
 def parse_batch(data: bytes) -> Batch:
     """Parse a struct hintfleet_batch.
 
-    :raises Refused: the size or the count is wrong: the module has another version than this
-        agent.
+    :raises Refused: the size or the number of ranges is wrong, so the module has another version
+        than this agent.
     """
     seq, range_count, flags = _BATCH_HEADER.unpack_from(data.ljust(_BATCH_BYTES, b"\0"))
     if len(data) != _BATCH_BYTES or range_count > _CAPACITY:
@@ -78,13 +79,13 @@ def parse_batch(data: bytes) -> Batch:
 class KmodIsolator:
     """Takes free chunks from the kernel's page reporting.
 
-    `isolate` returns a large batch of the module in parts; the module gets its answer when all
-    parts are released. So an allowance (policy pressure) is rounded up to whole batches, of 64
-    MiB or, with blocks merged to order 10, 128 MiB.
+    `isolate` returns a large batch of the module in parts; the batch is acknowledged or returned to
+    the module when all its parts are released. So an allowance (policy pressure) is rounded up to
+    whole batches: up to 64 MiB each or, if the kernel has merged chunks to order 10, 128 MiB.
     """
 
     name = IsolatorKind.KMOD
-    # A freed chunk wakes nobody: it only starts the kernel's delay of 2 s before a pass
+    # A freed chunk does not wake this agent: it only starts the kernel's delay of 2 s before a pass
     # (mm/page_reporting.c: PAGE_REPORTING_DELAY). `report_now` begins a pass at once.
     must_be_polled = True
 
@@ -110,7 +111,8 @@ class KmodIsolator:
                 self._remaining = batch.ranges
                 left = self._take(len(self._remaining), sum(r.page_count for r in self._remaining))
             else:
-                # The core expects chunks only after a Welcome; the kernel will find them again.
+                # The core takes new chunks only after a Welcome, so return this batch: the kernel
+                # will report its chunks again.
                 self._answer(_IOC_RETURN)
         self._closing = os.eventfd(0)
         self._watcher = Thread(target=self._watch, args=(wake,), name="kmod", daemon=True)
@@ -141,14 +143,14 @@ class KmodIsolator:
         return bool(self._remaining)
 
     def enough_ready(self) -> bool:
-        return True  # the kernel wakes us only for a whole batch
+        return True  # the module wakes this agent only for a whole batch
 
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
         self._parts_in_flight -= bool(ranges)
         self._all_hinted &= hinted
         if ranges and not self._remaining and not self._parts_in_flight:
-            # The module acknowledges or returns whole batches only. If the host did not act on
-            # one part, return all of it: the kernel will show it again.
+            # A batch can only be acknowledged or returned as a whole. If the host did not act on
+            # one part, return the whole batch: the kernel will report its chunks again.
             self._answer(_IOC_ACK if self._all_hinted else _IOC_RETURN)
 
     def _answer(self, request: int) -> None:
@@ -160,7 +162,7 @@ class KmodIsolator:
         fcntl.ioctl(self._fd, _IOC_REPORT_NOW)
 
     def refaulted(self, ranges: RangeSet) -> None:
-        """Do nothing: the kernel itself notices each freed chunk."""
+        """Do nothing: when a refaulted chunk is freed, the kernel itself notices it."""
 
     def only_cold(self, after_s: float) -> None:
         if after_s:
@@ -172,8 +174,8 @@ class KmodIsolator:
 
     def idle(self) -> bool:
         """Return whether no pass is queued or running, and none is due."""
-        # Cheap in an idle guest: the kernel makes a pass due when a chunk is freed, so nothing
-        # is scanned here.
+        # Cheap, even in an idle guest: the kernel has scheduled a pass when a chunk was freed, so
+        # no free list is scanned here.
         status = fcntl.ioctl(self._fd, _IOC_STATUS, bytes(_STATUS.size))
         _batch_count, _page_count, state, _order = _STATUS.unpack(status)
         return not state
@@ -192,15 +194,15 @@ class KmodIsolator:
         os.close(self._fd)
 
     def _watch(self, wake: Callable[[], None]) -> None:
-        """Call `wake` once for each batch."""
+        """Call `wake` for each batch that the module shows, until `close`."""
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         poll.register(self._closing, select.POLLIN)
         while not any(fd == self._closing for fd, _ in poll.poll()):
             wake()
-            # The device stays readable until the batch is read, and the core may not want it
-            # now: without this pause, poll would return at once, again and again. After the
-            # timeout the module takes the batch back, and shows another one later.
+            # Pause until the batch is answered. The device stays readable until the batch is read,
+            # and the core may not read it now: without a pause, poll would return at once, again
+            # and again. After the timeout the module takes an unread batch back.
             self._acknowledged.wait(_UNREAD_TIMEOUT_S)
             self._acknowledged.clear()
 

@@ -2,8 +2,8 @@
 
 Documentation/admin-guide/mm/memory-hotplug.rst. A new block is offline. It is onlined into
 ZONE_MOVABLE, where the kernel keeps only memory that it can move: so the block can be unplugged
-again. If the kernel's own policy (memhp_default_state) onlines the block first, that does no
-harm.
+again. A block that the kernel's own policy (memhp_default_state) has onlined already is left as it
+is, which is not an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPARE_BYTES = 32 * MIB
 
 
 class MemoryBlocks:
-    """On- and offlines whole blocks; needs root."""
+    """Onlines and offlines whole blocks; needs root."""
 
     def __init__(
         self,
@@ -62,12 +62,12 @@ class MemoryBlocks:
         self._set_all(blocks, "offline", "online_movable", deadline_s)
 
     def _wait_for_memory(self, going_bytes: int) -> None:
-        """Wait until the guest can do without `going_bytes`.
+        """Wait until `going_bytes` plus 32 MiB are available; return at once if `going_bytes` is 0.
 
-        :raises Refused: it cannot in time.
+        :raises Refused: there is too little available memory in time.
         """
-        # Used pages of the blocks move elsewhere. A kernel without free memory for them kills
-        # processes instead of giving up.
+        # The kernel moves the used pages of blocks that go offline into other memory. If there is
+        # not enough free memory for these pages, the kernel kills processes instead of refusing.
         deadline_s = time.monotonic() + min(_FREE_MEMORY_TIMEOUT_S, self._timeout_s)
         while going_bytes and (left := self._available_bytes() - going_bytes) < _SPARE_BYTES:
             if time.monotonic() > deadline_s:
@@ -79,9 +79,9 @@ class MemoryBlocks:
             time.sleep(_POLL_S)
 
     def _blocks(self, pages: RangeSet) -> list[Path]:
-        """Return the blocks that `pages` consist of.
+        """Return the sysfs folders of the blocks that `pages` consist of; they need not exist.
 
-        :raises Refused: these are not whole blocks, or this kernel has no memory blocks.
+        :raises Refused: `pages` are not whole blocks, or this kernel has no memory blocks.
         """
         block_pages = self._block_bytes() // PAGE_BYTES
         if any(pfn % block_pages or count % block_pages for pfn, count in pages):
@@ -102,10 +102,10 @@ class MemoryBlocks:
             raise Refused("the guest's kernel has no memory hotplug") from None
 
     def _set_all(self, blocks: list[Path], wanted: str, before: str, deadline_s: float) -> None:
-        """Change the state of all blocks, or of none.
+        """Change the state of all blocks to `wanted`, or of none.
 
         :raises Refused: the kernel did not change a block in time. The blocks before it were
-            set back to the state `before`; says which of them could not be.
+            set back to the state `before`; the message names those that could not be set back.
         """
         for i, block in enumerate(blocks):
             if not _set(block, wanted, deadline_s):
@@ -121,8 +121,8 @@ def _state(block: Path) -> str:
 
 
 def _set(block: Path, wanted: str, deadline_s: float) -> bool:
-    """Change a block's state; return False if the kernel did not until the deadline."""
-    # The kernel does not return from a write to the state of a block that it cannot empty until
+    """Change a block's state; return False if the kernel has not changed it by the deadline."""
+    # If the kernel cannot empty a block, the write to the block's state file does not return until
     # the writer gets a signal (mm/memory_hotplug.c: offline_pages). So the writer is a process of
     # its own, which can be killed.
     command = ["/bin/sh", "-c", 'echo "$1" > "$0"', str(block / "state"), wanted]

@@ -1,12 +1,13 @@
 """A Linux-like buddy allocator: the memory of an embedded guest.
 
-It has zones, orders 0 to MAX_ORDER, splitting and merging as in mm/page_alloc.c, low and min
-watermarks, and what both designs of the 2019 thread need: a hook in the free path that is
-called for each chunk that became free (Lal), and a mark on free blocks that were reported
-(Duyck; PageReported in mm/page_reporting.h). Not covered: per-CPU lists, migrate types,
-compaction, reclaim; an allocation that does not fit fails.
+It has zones, orders 0 to MAX_ORDER, splitting and merging as in mm/page_alloc.c, and low and min
+watermarks. It also has what both designs of the 2019 kernel thread (README.md) need: a hook in the
+free path that is called for each chunk that became free (Lal), and a mark on free blocks that were
+reported (Duyck; PageReported in mm/page_reporting.h). Not covered: per-CPU lists, migrate types,
+compaction, reclaim. If no free block is large enough, an allocation waits for isolated chunks, then
+fails.
 
-It allocates page frames only; their contents are in the guest's RAM file.
+The allocator manages page frames only; their contents are in the guest's RAM file.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class ZoneSpec:
 
 
 class Zone:
-    """The free lists of one zone. Takes no lock: its callers hold the allocator's."""
+    """The free lists of one zone. Takes no lock: a caller that changes them must hold the lock of
+    the allocator."""
 
     def __init__(self, spec: ZoneSpec, chunk_order: int) -> None:
         self.name = spec.name
@@ -47,8 +49,8 @@ class Zone:
         # A dict keeps insertion order, so each list is a stack: the block freed last is
         # allocated first, as in the kernel, which puts it at the head of the free list.
         self.free_area: list[dict[int, None]] = [{} for _ in range(MAX_ORDER + 1)]
-        # Free blocks of at least a chunk without the reported mark, with their orders. The
-        # kernel has no such list: it keeps these blocks at the head of each free list.
+        # Free blocks of at least a chunk without the reported mark: first pfn -> order. The kernel
+        # has no such list: it keeps these blocks at the head of each free list.
         self.unreported: dict[int, int] = {}
         self.unreported_page_count = 0
         self._chunk_order = chunk_order
@@ -58,7 +60,7 @@ class Zone:
         return f"Zone({self.name!r}, node={self.node})"
 
     def resize(self, present: RangeSet) -> None:
-        """Set the pages that the zone has, and its watermarks."""
+        """Set the pages that the zone has, and its watermarks; leave the free lists unchanged."""
         self.present = present
         # As mm/page_alloc.c: min_free_kbytes = sqrt(16 * kilobytes of memory)
         # (calculate_min_free_kbytes), low = min + min / 4 (__setup_per_zone_wmarks).
@@ -69,7 +71,7 @@ class Zone:
     def take(self, order: int) -> int | None:
         """Take a block of `order` out of the smallest free block that is large enough.
 
-        Return its first pfn; None if no free block is large enough.
+        Return the first pfn of the taken block; None if no free block is large enough.
         """
         for have in range(order, MAX_ORDER + 1):
             if self.free_area[have]:
@@ -88,7 +90,7 @@ class Zone:
     def containing_block(self, pfn: int, order: int) -> tuple[int, int] | None:
         """Return first pfn and order of the free block that contains this aligned block.
 
-        None if it is not wholly free.
+        None if this block is not wholly free.
         """
         for have in range(order, MAX_ORDER + 1):
             head = pfn & -(1 << have)
@@ -97,9 +99,9 @@ class Zone:
         return None
 
     def put(self, pfn: int, order: int, *, reported: bool = False) -> int:
-        """Free a block, merge it with its buddies, and return the order of the result."""
-        # The result is marked as reported if all its parts were. The kernel drops the mark
-        # whenever blocks merge or are split, and reports such memory once more.
+        """Free a block, merge it with its free buddies, and return the order of the result."""
+        # The result is marked as reported if all its parts were. Here we differ from the kernel: it
+        # drops the mark whenever blocks merge or are split, and reports such memory once more.
         while order < MAX_ORDER:
             buddy = pfn ^ 1 << order
             if buddy not in self.free_area[order]:
@@ -111,7 +113,10 @@ class Zone:
         return order
 
     def _split(self, head: int, have: int, pfn: int, order: int) -> None:
-        """Take the block `pfn` out of the free block `head`; the rest of that stays free."""
+        """Take the block at `pfn`, of `order`, out of the free block at `head`, of order `have`.
+
+        The rest of the free block stays free.
+        """
         reported = self._remove(head, have)
         while have > order:
             have -= 1
@@ -146,9 +151,9 @@ class BuddyAllocator:
     """The zones of a guest behind one lock. Safe to use from several threads."""
 
     def __init__(self, zones: Iterable[ZoneSpec], *, chunk_order: int) -> None:
-        """All present pages start out free and unreported to the hook.
+        """Make all present pages free, without the reported mark and without calling the hook.
 
-        :param chunk_order: the order at which the free hook is told, 0 to MAX_ORDER.
+        :param chunk_order: log2 of the pages in a chunk, 0 to MAX_ORDER.
         """
         self.zones = tuple(Zone(spec, chunk_order) for spec in zones)
         self.chunk_order = chunk_order
@@ -171,7 +176,7 @@ class BuddyAllocator:
         If no such block is free but chunks are isolated, wait for their release.
 
         :param timeout_s: how long to wait for isolated chunks to be released.
-        :raises MemoryError: no zone has such a block above its min watermark.
+        :raises MemoryError: even after the wait, no zone has such a block above its min watermark.
         """
         deadline = time.monotonic() + timeout_s
         with self._lock:
@@ -191,7 +196,7 @@ class BuddyAllocator:
         return None
 
     def free(self, pfn: int, order: int) -> None:
-        """Free a block; call the hook for each chunk that is now wholly free."""
+        """Free a block; call the hook for each chunk that becomes wholly free by this call."""
         zone = self.zone_of(pfn)
         with self._lock:
             merged_order = zone.put(pfn, order)
@@ -202,8 +207,8 @@ class BuddyAllocator:
             self._pages_returned.notify_all()
 
     def isolation_budget_chunks(self, zone: Zone) -> int:
-        """Return how many chunks can be isolated above the zone's low watermark."""
-        # mm/page_reporting.c (page_reporting_process_zone) keeps the same distance, so that
+        """Return how many chunks can be isolated so that the zone keeps its low watermark free."""
+        # mm/page_reporting.c (page_reporting_process_zone) keeps to the low watermark, too: so
         # isolation never takes the guest's last free memory.
         spare = zone.free_page_count - zone.low_watermark_pages
         return max(0, spare >> self.chunk_order)
@@ -217,10 +222,11 @@ class BuddyAllocator:
             return True
 
     def unreported_chunks(self, zone: Zone, max_chunks: int) -> list[int]:
-        """Return the first pfns of free chunks without the reported mark, newest blocks first.
+        """Return the first pfns of up to `max_chunks` free chunks without the reported mark.
 
-        These are the chunks that a pass of mm/page_reporting.c handles. The cost is that of
-        `max_chunks`, however long the free lists are.
+        Those in the blocks that were freed last are returned first. A pass of mm/page_reporting.c
+        handles the same chunks. The cost depends on `max_chunks`, not on the length of the free
+        lists.
         """
         found: list[int] = []
         with self._lock:
@@ -245,9 +251,12 @@ class BuddyAllocator:
             self._pages_returned.notify_all()
 
     def online(self, zone: Zone, pages: RangeSet) -> None:
-        """Hot-plug: add free pages to a zone. The hook is not called: they hold nothing yet.
+        """Hot-plug: add free pages to a zone.
 
-        :raises ValueError: some of them are in a zone already.
+        The pages are marked as reported, and the hook is not called: the host has no memory behind
+        them yet.
+
+        :raises ValueError: some of the pages are in a zone already.
         """
         with self._lock:
             if any(pages & other.present for other in self.zones):
@@ -258,10 +267,12 @@ class BuddyAllocator:
             self._pages_returned.notify_all()
 
     def offline(self, pages: RangeSet, *, timeout_s: float = 1.0) -> None:
-        """Hot-unplug: remove pages from their zones. Waits for isolated ones.
+        """Hot-unplug: remove free pages from their zones.
 
-        :raises MemoryError: some of them are in use; nothing has changed.
-        :raises ValueError: some of them are in no zone.
+        If some are not free but chunks are isolated, wait for the release of chunks.
+
+        :raises MemoryError: some of the pages are not free in time; nothing has changed.
+        :raises ValueError: some of the pages are in no zone; nothing has changed.
         """
         deadline_s = time.monotonic() + timeout_s
         # Free buddies are always merged, so an aligned block is wholly free if and only if one
@@ -281,7 +292,7 @@ class BuddyAllocator:
     def zone_of(self, pfn: int) -> Zone:
         """Return the zone of a page frame.
 
-        :raises ValueError: it is in no zone.
+        :raises ValueError: the page frame is in no zone.
         """
         for zone in self.zones:
             if pfn in zone.present:

@@ -52,7 +52,7 @@ def parse_zoneinfo(text: str) -> list[ZoneInfo]:
         found = re.findall(r"^ +(low|spanned|present|start_pfn):? +([0-9]{1,20})$", body, re.M)
         numbers = {key: int(number) for key, number in found}
         if "start_pfn" not in numbers:
-            continue  # the kernel prints no more of a zone without memory (mm/vmstat.c)
+            continue  # the kernel prints no start_pfn for a zone without memory (mm/vmstat.c)
         try:
             zone = ZoneInfo(
                 node=int(node),
@@ -79,7 +79,7 @@ def _is_possible(zone: ZoneInfo) -> bool:
 
 
 def parse_buddyinfo(text: str) -> dict[tuple[int, str], list[int]]:
-    """Return the number of free blocks of each order, by (node, zone).
+    """Return a list for each (node, zone): the number of free blocks of order 0, 1, 2 and so on.
 
     :raises Refused: `text` is not the content of a /proc/buddyinfo.
     """
@@ -98,8 +98,9 @@ def parse_buddyinfo(text: str) -> dict[tuple[int, str], list[int]]:
 
 
 def _are_counts(*words: str) -> bool:
-    """Return whether each word is a possible number: at most 12 digits."""
-    # No count exceeds 2**39: of MAX_PFN pages, every second one, since free buddies are merged.
+    """Return whether each word is a number of at most 12 digits."""
+    # No count exceeds 2**39 (12 digits): there are at most MAX_PFN pages, and at most every second
+    # one is a free block of order 0, since two free buddies are merged.
     return all(word.isdecimal() and len(word) <= 12 for word in words)
 
 
@@ -116,10 +117,10 @@ def free_chunk_count(free_blocks: Iterable[list[int]], chunk_order: int) -> int:
 def present_spans(sys_root: Path = Path("/sys"), proc_root: Path = Path("/proc")) -> list[range]:
     """Return where the guest has memory now, as ranges of pfns.
 
-    Those of its memory blocks, without the holes of sparse zones
-    (Documentation/admin-guide/mm/memory-hotplug.rst). Hot-plugged blocks are in the next
-    result. A kernel without memory hotplug has no blocks: then the spans of the zones, with
-    their holes.
+    These are the ranges of its memory blocks, online or offline, without the holes of sparse zones
+    (Documentation/admin-guide/mm/memory-hotplug.rst). The blocks are listed anew by each call, so
+    hot-plugged ones are included. A kernel without memory hotplug has no blocks: then the result is
+    the spans of the zones, with their holes.
     """
     blocks = sys_root / "devices/system/memory"
     try:
@@ -155,8 +156,8 @@ class FreeLists:
         return self._free_chunk_count
 
     def _read(self) -> bytes:
-        # A read returns whole lines, as many as fit into a page (fs/seq_file.c): only a machine
-        # with many nodes needs a second read.
+        # A read returns whole lines, as many as fit into a page (fs/seq_file.c). So a part of up to
+        # half a page is the last one, and only a machine with many nodes needs a second read.
         text = part = os.pread(self._fd, PAGE_BYTES, 0)
         while len(part) > PAGE_BYTES // 2:
             part = os.pread(self._fd, PAGE_BYTES, len(text))
@@ -178,11 +179,11 @@ class PageFlags:
         self._kept_offsets: list[int] = []
 
     def chunks_with(self, bit: int, spans: Iterable[range], chunk_order: int) -> list[int]:
-        """Return the first pfns of the chunks in `spans` whose first page has a flag."""
+        """Return the first pfns of the chunks in `spans` whose first page has the flag `bit`."""
         byte, mask = bit >> 3, 1 << (bit & 7)
-        # Read 8 bytes for each chunk, not the whole file: the kernel computes the flags of each
-        # page that is read (fs/proc/page.c: stable_page_flags), and that is the cost of a read.
-        # With local variables only, this loop costs less than a tenth of the reads.
+        # Read 8 bytes for each chunk, not the whole file: the cost of a read is that the kernel
+        # computes the flags of each page that is read (fs/proc/page.c: stable_page_flags). The
+        # loop uses only local variables: so the loop itself costs less than a tenth of its reads.
         pread, fd, size_bytes = os.pread, self._fd, _ENTRY_BYTES
         found = []
         for offset in self._offsets(tuple(spans), chunk_order):
@@ -194,8 +195,9 @@ class PageFlags:
         return found
 
     def _offsets(self, spans: tuple[range, ...], chunk_order: int) -> list[int]:
-        """Return where to read."""
-        # Kept until memory is plugged or unplugged; costs 20 KiB for each GiB of memory.
+        """Return the offset in the file of the first page of each whole chunk in `spans`."""
+        # The list is kept until memory is plugged or unplugged; it costs 20 KiB for each GiB of
+        # memory.
         if self._offsets_key != (spans, chunk_order):
             step = _ENTRY_BYTES << chunk_order
             self._kept_offsets = []

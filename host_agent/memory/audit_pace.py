@@ -1,10 +1,11 @@
-"""Decides when to look at a guest's RAM file for what the books cannot know. Pure: takes times.
+"""Decides when to look at a guest's RAM for what the books cannot know. Pure: the caller passes
+the time.
 
-Only a look at the file tells which memory came back (and, under a peer, which memory left). A
-look costs time for each run of pages that it passes. One fstat tells how much is resident, and
-from this sum follows how much a look would find. So the sum is checked often. The RAM is looked
-at soon while memory moves, seldom while almost nothing moves, and never for more than a given
-share of the time.
+Only a look at the RAM files shows which pages became resident again (and, under a peer, which
+became absent). A look costs time for each run of pages that it passes. One fstat(2) for each file
+returns how much is resident, and from this sum follows how much a look would find. So the sum is
+checked often. A look follows soon while memory moves, and late while almost none moves. In the
+long run, looks take no more than a given share of a processor.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from dataclasses import dataclass
 
 from host_agent.waking import WAKE_S, next_wake_s
 
-# Less than 1 MiB is almost nothing: in a guest at rest, kernel and daemons move that much.
+# If a look would find fewer pages (less than 1 MiB), the guest is calm: the kernel and the daemons
+# of a guest at rest move that much.
 CALM_PAGES = 256
-# How long so little memory waits for a look, and which share of a processor its looks take.
+# In a calm guest: the shortest time from one look to the next, and the largest share of a processor
+# that looks may take.
 CALM_PERIOD_S = 10.0
 _CALM_SHARE = 1 / 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How often to look while memory moves.
+    """How often to check and to look while memory moves.
 
-    :ivar period_s: shortest time from one look to the next.
-    :ivar share: share of one processor that looks may take in the long run.
+    :ivar period_s: time between two checks, and shortest time from one look to the next.
+    :ivar share: largest share of one processor that looks may take in the long run.
     """
 
     period_s: float
@@ -34,9 +37,9 @@ class Pace:
 
 
 class AuditPace:
-    """Decides when to check one guest's sum, and when to look at its RAM.
+    """Decides when to check how much of one guest's RAM is resident, and when to look at its RAM.
 
-    :ivar next_check_s: when the next check is due, on the clock of `check`.
+    :ivar next_check_s: when the caller must call `check` next, on the clock of `check`.
     """
 
     def __init__(self, pace: Pace) -> None:
@@ -47,9 +50,9 @@ class AuditPace:
         self._took_s = 0.0
 
     def check(self, now_s: float, moved_pages: int) -> bool:
-        """Return whether to look now, and set when the next check is due.
+        """Return whether the caller must look now, and set `next_check_s`.
 
-        :param moved_pages: how many pages a look would find, by the sum.
+        :param moved_pages: how many pages a look would find (`GuestMemory.moved_pages`).
         """
         shortest_s = self._pace.period_s
         calm = moved_pages < CALM_PAGES
@@ -68,5 +71,5 @@ class AuditPace:
         return max(self._pace.period_s, self._took_s / self._pace.share)
 
     def looked(self, took_s: float) -> None:
-        """Note how much processor time the last look took."""
+        """Note how much processor time the last look took: the longer, the later the next look."""
         self._took_s = took_s

@@ -1,7 +1,8 @@
 """Counts how much of a part of a file is in memory, by cachestat(2).
 
-It costs 13 ns for each page that is in memory, and stops at the end of the part. SEEK_HOLE, the
-other way to learn where data ends, walks on to that end, however far it is, at 28 ns a page.
+cachestat(2) takes 13 ns for each page that is in memory, and stops at the end of the part. The
+other way to learn whether a part is all data, SEEK_HOLE of lseek(2), takes 28 ns for each page and
+does not stop at the end of the part: it walks on to the next hole, however far that is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 
 from hintfleet.units import PAGE_BYTES
 
-# The same number on every architecture (include/uapi/asm-generic/unistd.h).
+# The number of the system call on x86-64 and arm64 (include/uapi/asm-generic/unistd.h).
 _CACHESTAT = 451
 
 
@@ -34,12 +35,13 @@ _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
 def cached_bytes(fd: int, offset_bytes: int, size_bytes: int) -> int:
-    """Return how much of this part of a file is data; 0 where the kernel does not say."""
+    """Return how many bytes of this part of a shmem file are data, in memory or swapped out; 0 if
+    the kernel refuses the call."""
     where, counts = _Range(offset_bytes, size_bytes), _Counts()
-    # Fails before Linux 6.5 (ENOSYS), and where a container's seccomp filter denies it.
+    # The call fails before Linux 6.5 (ENOSYS), and where a container's seccomp filter denies it.
     if _syscall(_CACHESTAT, fd, ctypes.byref(where), ctypes.byref(counts), 0):
         return 0
-    # A page of shmem that is swapped out counts as evicted (mm/filemap.c: filemap_cachestat).
+    # A page of shmem that is swapped out is counted as evicted (mm/filemap.c: filemap_cachestat).
     return int(counts.nr_cache + counts.nr_evicted) * PAGE_BYTES
 
 
@@ -52,4 +54,4 @@ def _can_count() -> bool:
         os.close(fd)
 
 
-CAN_COUNT = _can_count()  # tried, not inferred from the version: a filter may deny the call
+CAN_COUNT = _can_count()  # tried, not inferred from the kernel version: a filter may deny it

@@ -1,9 +1,9 @@
-"""Keeps punches out while a guest may not be punched, and makes nobody wait for long.
+"""Keeps punches out while a guest's RAM must not be punched.
 
 A batch gets a permit when its turn comes. With this permit it enters the fence again and again, for
-one slice of its punches each time. Whoever closes the fence waits for the slice that is inside, not
-for the whole batch. Closing the fence also ends all permits: after it is opened again, another
-epoch has begun, in which the rest of an old batch must not run.
+one slice of its punches each time. So a caller that closes the fence waits for one slice, not for
+the whole batch. Closing the fence also ends all permits: when the fence is opened again, another
+epoch begins, and the rest of an old batch must not run in it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from threading import Lock
 
 
 class FenceClosed(Exception):
-    """No slice with this permit may begin any more."""
+    """A slice must not begin: the fence is closed, or was closed after its permit was given."""
 
 
 class Fence:
@@ -28,14 +28,14 @@ class Fence:
         self._when_empty: Callable[[], object] = _nothing
 
     def permit(self) -> int:
-        """Return a permit for `slice`, which holds until the fence is closed the next time."""
+        """Return a permit for `slice`. The permit ends with the next `close`."""
         return self._closed_times
 
     @contextmanager
     def slice(self, permit: int) -> Iterator[None]:
         """Be inside the fence until the block ends.
 
-        :raises FenceClosed: it is closed, or was since the permit was given.
+        :raises FenceClosed: the fence is closed, or was closed after the permit was given.
         """
         with self._lock:
             if not self._is_open or permit != self._closed_times:
@@ -51,10 +51,11 @@ class Fence:
             call()
 
     def close(self, when_empty: Callable[[], object]) -> None:
-        """Let no slice begin any more.
+        """Let no slice begin until `open`, and end all permits.
 
-        :param when_empty: called once none is inside: at once, from this thread, or later, from
-            the thread of the last one.
+        :param when_empty: called when no slice is inside: at once, from this thread, if that is so
+            now, else from the thread of the last slice. A `close` or `open` before then cancels
+            the call.
         """
         with self._lock:
             self._is_open = False
@@ -65,7 +66,7 @@ class Fence:
             when_empty()
 
     def open(self) -> None:
-        """Let slices begin, with permits that are given from now on."""
+        """Let slices begin, with permits that were given after the last `close`."""
         with self._lock:
             self._is_open = True
             self._when_empty = _nothing

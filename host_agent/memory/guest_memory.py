@@ -1,7 +1,9 @@
-"""The RAM of one guest and its books: what is entered, and who may look or punch when.
+"""The RAM of one guest and its books: what is entered into the books, and who may look or punch
+when.
 
-System calls that block on the RAM file run in worker threads. Meanwhile `lock` is held, so that
-an audit and a punch never overlap. A method that says "Locked" expects its caller to hold it.
+System calls on the RAM files that may take long run in worker threads. `lock` is held meanwhile,
+so that an audit and a punch never overlap. The caller of a method whose docstring says "Locked"
+must hold `lock`.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from host_agent.memory.reclaim import Outcome, reclaim, skip
 
 _T = TypeVar("_T")
 
-# A batch within these bounds (at most 1 MiB to drop, in few runs) takes less time than to hand
-# it to a thread and back.
+# A batch within these bounds (at most 1 MiB to drop, in few runs) takes less time than handing it
+# to a thread.
 _LIGHT_RANGES, _LIGHT_SPAN_PAGES, _LIGHT_PAGES = 8, 8192, 256
-# A look that need not be in full ends after this time, for batches wait for it. The next look
-# goes on from there.
+# A look that is not in full ends after this processor time, because batches wait until it ends. The
+# next look begins where this look ended.
 _SLICE_S = 0.01
 
 
@@ -47,19 +49,19 @@ class GuestMemory:
         """:param name: the guest's name, for messages.
         :param others_reclaim: whether memory may leave the RAM without a batch (peers).
         :param changed: called after each change of the books.
-        :param lost: called with the reason when the RAM cannot be looked at any more. It is
-            closed then.
+        :param lost: called with the reason when a look at the RAM has failed, after `closed`.
         """
         self.lock = asyncio.Lock()
         self.refaults_to_tell = NO_PAGES
-        """Absent memory that was found in use again, and that the guest was not told of yet."""
+        """What the next Refaulted message must report: absent memory that was found in use again,
+        and what `tell_all_again` and `taken_out` add."""
         self.plugged_pages = EMPTY
-        """Memory that was plugged and is in the books."""
+        """Memory that was plugged and not unplugged since, by the books."""
         self._forgotten = NO_PAGES
-        """Pages that were unplugged: a guest that remembers which of its memory is absent must
-        forget them."""
+        """Pages that were unplugged and not plugged again. They are reported in Refaulted
+        messages, because a guest that remembers which of its memory is absent must forget them."""
         self.last_ledger = host_pb2.Ledger()
-        """The books as `books_now` last returned them."""
+        """The books as `books_now` last returned them; after `closed`, the last books."""
         self._ledger_is_current = False
         self._name = name
         self._others_reclaim = others_reclaim
@@ -67,7 +69,7 @@ class GuestMemory:
         self._lost = lost
         self._open: tuple[GuestRam, Ledger] | None = None
         self._audited_bytes = 0
-        """How much was resident at the last look."""
+        """How much was resident when the last look began."""
         self._look_from_pfn = 0
         self._moved_from_bytes = 0
         """How much was resident when `has_moved` last returned true."""
@@ -79,24 +81,28 @@ class GuestMemory:
         self._open = ram, Ledger(ram.page_map, others_reclaim=self._others_reclaim)
 
     def recovered(self, ram: GuestRam, books: Books) -> None:
-        """Open the RAM of a guest that an earlier host agent made, with its books. Blocks."""
+        """Open the RAM of a guest that an earlier host agent made, with the books that it stored.
+
+        Blocks while it looks at all of the RAM: call it in a worker thread.
+        """
         ledger = Ledger.restored(ram.page_map, books, others_reclaim=self._others_reclaim)
         resident = ram.resident(ram.page_map)
         ledger.recover(resident)
-        # Nobody stored which refaults the guest was told of: tell it all that is resident.
+        # It is not stored which refaults were reported to the guest: report all that is resident.
         self.refaults_to_tell = resident
         self._open = ram, ledger
 
     def closed(self) -> None:
-        """Stop using the RAM; `last_ledger` stays as it is."""
+        """Stop using the RAM, whose files the driver closes. `last_ledger` stays as it is."""
         self._open = None
 
     def books(self) -> Books | None:
-        """Return all that is in the books, to be stored; None if they are not open."""
+        """Return all that is in the books, to be stored; None if the books are not open."""
         return self._open[1].books() if self._open else None
 
     def tell_all_again(self) -> None:
-        """Plan to tell the guest all that it uses: earlier messages may have been lost."""
+        """Make the next Refaulted message report all memory that is resident by the books, and all
+        unplugged memory: earlier messages may have been lost."""
         if self._open:
             ram, ledger = self._open
             self.refaults_to_tell = (ram.page_map - ledger.absent_pages) | self._forgotten
@@ -107,30 +113,35 @@ class GuestMemory:
         return self._open
 
     async def run_locked(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Do work that says "Locked", and return what it returns."""
+        """Run a coroutine of a "Locked" method while holding `lock`, and return its result."""
         async with self.lock:
             return await work
 
     # Batches
 
     async def reclaim(self, hinted: RangeSet) -> Outcome:
-        """Reclaim what a batch has hinted, whose turn has just come. Locked."""
+        """Reclaim the pages of a batch whose turn has just come; return the outcome, for `post`.
+        Locked.
+
+        The whole batch is skipped if the RAM is not open, or if the look at it fails.
+        """
         if self._open is None:
             return skip(hinted, hinting_pb2.GUEST_GONE)
         ram, ledger = self._open
-        # The permit is taken here, not in the thread: before that begins, the guest may be stopped
-        # and go on, and a permit of then would be valid again.
+        # Take the permit here, not in the thread. Before the thread begins, the guest may be
+        # stopped and resumed; with a permit taken later, this old batch would run in a new epoch.
         permit = ram.permit()
         try:
             if self._is_light(hinted):
                 return reclaim(ram, hinted, ledger.absent_pages, permit)
             return await asyncio.to_thread(reclaim, ram, hinted, ledger.absent_pages, permit)
-        except OSError:  # `reclaim` handles a failed punch: not even a look was possible
+        except OSError:  # a look failed; a failed punch is handled in `reclaim`
             return skip(hinted, hinting_pb2.HOST_ERROR)
 
     def _is_light(self, hinted: RangeSet) -> bool:
-        """Return whether a batch takes less time than handing it to a thread: it has few runs
-        to look at and, by the books and the sum, few pages to drop."""
+        """Return whether a batch takes less time than handing it to a thread: it has few runs to
+        look at and few pages to drop, judged by the books and by how much is resident. False where
+        others reclaim: there the books do not know what is absent."""
         ram, ledger = self._opened()
         if len(hinted) > _LIGHT_RANGES or hinted.page_count > _LIGHT_SPAN_PAGES:
             return False
@@ -139,25 +150,29 @@ class GuestMemory:
         unseen = max(0, ledger.unseen_pages(ram.resident_bytes()))
         return (
             not self._others_reclaim
-            # Without cachestat, a look at few pages may walk through all that is resident
-            # behind them (SEEK_HOLE).
+            # Without cachestat(2), a look at few pages may walk through all resident pages that
+            # follow them in the file (SEEK_HOLE).
             and (CAN_COUNT or not unseen)
             and absent.run_count <= _LIGHT_RANGES
             and pages.page_count - absent.page_count + unseen <= _LIGHT_PAGES
         )
 
     def post(self, hinted: RangeSet, outcome: Outcome, wire_bytes: int) -> None:
-        """Enter the outcome of a batch into the books."""
+        """Enter the outcome of a batch into the books, if they are open.
+
+        :param wire_bytes: size of the batch's packed ranges.
+        """
         if self._open:
             self._open[1].post(hinted, outcome, wire_bytes)
             self._books_changed()
-        # The guest must not hear after the ack that it uses what the batch has just reclaimed.
+        # Else a Refaulted message after the ack could report pages that this batch has reclaimed.
         self.refaults_to_tell -= outcome.reclaimed
 
     # Hotplug
 
     def plugged(self, segments: Sequence[Segment]) -> RangeSet:
-        """Enter memory that the driver has plugged; return its pages. Locked.
+        """Add memory that the driver has plugged to the RAM and the books; return its pages.
+        Locked.
 
         :raises GuestLost: the guest does not run.
         """
@@ -167,23 +182,25 @@ class GuestMemory:
         pages = ram.pages - before
         ledger.plugged(PageMap(pages))
         self.plugged_pages |= pages
-        # `unplugged` may have added these pages; now they are RAM and absent again.
+        # `taken_out` may have added these pages to both sets. They are RAM again now, and absent,
+        # so they must not be reported as in use.
         self._forgotten -= PageMap(pages)
         self.refaults_to_tell -= PageMap(pages)
         self._books_changed()
         return pages
 
     async def unplugged(self, pages: RangeSet) -> None:
-        """Drop memory that the driver has unplugged, and remove it from the books. Locked.
+        """Drop memory that the driver has unplugged, and remove it from the RAM and the books.
+        Locked.
 
         :raises GuestLost: the guest does not run.
-        :raises Refused: the host's kernel did not drop it; it is still in the books.
+        :raises Refused: the host's kernel did not drop all of it; it is still in the books.
         """
         ram, _ = self._opened()
         try:
             await asyncio.to_thread(ram.punch, pages, ram.permit())
         except FenceClosed:
-            pass  # QEMU has removed the device: its memory is freed with its file
+            pass  # QEMU has removed the device: closing the device's file frees the memory
         except OSError as error:
             raise Refused(
                 f"guest {self._name}: unplugged memory cannot be dropped: {error}"
@@ -197,7 +214,8 @@ class GuestMemory:
         """
         ram, ledger = self._opened()
         ram.unplug(pages)
-        # A guest that remembers which of its memory is absent must forget these pages.
+        # A guest that remembers which of its memory is absent must forget these pages, so report
+        # those that were absent.
         self._forgotten |= PageMap(pages)
         self.refaults_to_tell |= ledger.unplugged(PageMap(pages))
         self.plugged_pages -= pages
@@ -206,9 +224,12 @@ class GuestMemory:
     # Audits
 
     def books_now(self) -> host_pb2.Ledger:
-        """Return the books, with what is resident now. What only a look finds is as old as the
-        last look. Costs one system call for each file. Copy the message: the next call changes
-        the same one."""
+        """Return the books, with how much is resident now. Changes that only a look finds are in
+        them up to the last look. Costs one system call for each file.
+
+        If the RAM is not open, or the system call fails (then the guest is lost), return the books
+        of the last call. The caller must copy what it keeps: the next call may change the message.
+        """
         if self._open:
             ram, ledger = self._open
             try:
@@ -225,11 +246,13 @@ class GuestMemory:
         return self.last_ledger
 
     def moved_pages(self) -> int:
-        """Return how many pages a look would find, by the sum."""
+        """Return how many pages a look would find, judged by how much is resident; 0 if the RAM is
+        not open."""
         resident_bytes = self.books_now().resident_bytes
         if self._open is None:
             return 0
-        # Where others reclaim, the sum says nothing about pages that came while others left.
+        # Where others reclaim, the books do not know what left. And pages that came and pages that
+        # left cancel each other out in the sum, so this is the least that a look would find.
         if self._others_reclaim:
             return abs(resident_bytes - self._audited_bytes) // PAGE_BYTES
         return self._open[1].unseen_pages(resident_bytes)
@@ -244,7 +267,8 @@ class GuestMemory:
         return moved
 
     async def audit(self) -> host_pb2.Ledger:
-        """Look at all that can have changed, and return the books. Locked."""
+        """Look at all pages that may be absent, unless the sum shows that nothing has changed.
+        Return the books as `books_now` does. Locked."""
         if self._open:
             _, ledger = self._open
             resident_bytes = self.books_now().resident_bytes
@@ -253,11 +277,12 @@ class GuestMemory:
         return self.books_now()
 
     async def look(self, in_full: bool = False) -> float:
-        """Look at the RAM for what the books cannot know, and enter it. Return the processor
-        time that this took, in seconds. Locked.
+        """Look at the RAM for changes that the books do not know, and enter them. Return the
+        processor time that this took, in seconds. Locked.
 
-        Where nobody else reclaims, the sum says how much there is to find. The look ends when it
-        has found that much, or after a short time, unless it is `in_full`.
+        The look ends when it has found as many pages as came back by the sum, or after _SLICE_S of
+        processor time. If it is `in_full`, or if others reclaim, it covers all pages that may be
+        absent. If it fails, the guest is lost, and 0 is returned.
         """
         if self._open is None:
             return 0.0

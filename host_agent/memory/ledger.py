@@ -1,21 +1,22 @@
 """The books of one guest: a pure state machine over sets of pages.
 
-Both balances hold after an `audit` while the guest stands still:
+These two balances hold after an `audit`, while the guest's memory does not change:
 
     resident + reclaimed_now + untouched = provisioned
     hinted_total = reclaimed_total + absent_total + sum(skipped_total)
 
 `untouched` memory was never resident: a hint of it counts as `absent`, not as a saving.
 
-Memory that is plugged is untouched. Memory that is unplugged while it is reclaimed leaves
-`reclaimed_now`, and has a total of its own, because it did not come back:
+Memory that is plugged begins as untouched. Memory that is unplugged while it is reclaimed is
+subtracted from `reclaimed_now`, and counted in a total of its own, because it did not refault:
 
     reclaimed_now = reclaimed_total - refaulted_total - unplugged_total
 
-Where somebody else takes memory out of the RAM file (the hypervisor's free page reporting or its
-balloon), only the file can tell. Then an audit looks at all of it, and enters what has left since
-the last audit as reclaimed. Such totals are samples: memory that left and came back between two
-audits is in none of them. The first balance holds all the same.
+Where others take memory out of the RAM file (the hypervisor's free page reporting or its balloon),
+only a look at the file shows which. Then an audit needs a look at all of the RAM, and enters the
+pages that became absent since the last audit as reclaimed. Such totals are samples: memory that
+became absent and resident again between two audits is in none of them. Of the two balances, only
+the first one holds there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from host_agent.memory.reclaim import Outcome
 class Books:
     """A ledger at one moment, as it is stored and restored.
 
-    :ivar totals: its sums; `resident_bytes` is not set, because the RAM file tells it.
+    :ivar totals: its sums. `resident_bytes` is 0: it is read from the RAM file when needed.
     :ivar ram: all page frames that are RAM.
     :ivar reclaimed, untouched: as in Ledger.
     """
@@ -58,9 +59,9 @@ class Ledger:
         self.untouched = ram_pages
         """Pages that were never seen resident."""
         self.reclaimed = NO_PAGES
-        """Pages that were reclaimed and are still absent, as of the last audit."""
-        # The union of the two, and its size: every batch asks for them, and to compute them goes
-        # through all sections of the RAM.
+        """Pages that were reclaimed and have not been seen resident since."""
+        # The union of `untouched` and `reclaimed`, and its size. They are stored because every
+        # batch needs them, and computing them goes through all sections of the RAM.
         self._absent_pages, self._absent_page_count = ram_pages, ram_pages.page_count
         self._hinted = self._reclaimed_total = self._absent = self._refaulted = 0
         self._unplugged = 0
@@ -69,9 +70,10 @@ class Ledger:
 
     @classmethod
     def restored(cls, ram_pages: PageMap, books: Books, *, others_reclaim: bool = False) -> Ledger:
-        """Return a ledger with stored books. `recover` must follow: the guest ran on meanwhile.
+        """Return a ledger with stored books. The caller must call `recover` next, because the guest
+        has run since the books were stored.
 
-        :param ram_pages: what is RAM now; memory may have been plugged or unplugged meanwhile.
+        :param ram_pages: what is RAM now. Memory may have been plugged or unplugged since then.
         """
         ledger, totals = cls(books.ram, others_reclaim=others_reclaim), books.totals
         ledger.untouched, ledger.reclaimed = books.untouched, books.reclaimed
@@ -94,9 +96,10 @@ class Ledger:
         """Bring restored books up to date from the RAM file alone.
 
         A page that is absent in the file and resident by the books was reclaimed by a batch that
-        the killed host agent did not save: it is entered as hinted and reclaimed. Pages that
-        such a batch hinted while they were absent, or that were reclaimed and used again, are in
-        no total. Both balances hold all the same.
+        the killed host agent did not save: it is entered as hinted and reclaimed (where others
+        reclaim, as reclaimed only). Pages that such a batch hinted while they were absent, or
+        that it reclaimed and the guest used again, are missing in the totals. The balances hold
+        nevertheless.
 
         :param resident: all resident pages of the RAM; no batch may be running.
         """
@@ -107,14 +110,14 @@ class Ledger:
         self.audit(resident)
 
     def _gone(self, pages: PageMap) -> None:
-        """Enter pages as reclaimed that were resident by the books."""
+        """Enter pages that are resident by the books as reclaimed."""
         self._reclaimed_total += pages.page_count
         self.reclaimed |= pages
         self._absent_pages |= pages
         self._absent_page_count += pages.page_count
 
     def _not_absent(self, pages: PageMap) -> None:
-        """Remove pages from those that are absent by the books."""
+        """Remove pages from `_absent_pages`; all of them must be in it."""
         self._absent_pages -= pages
         self._absent_page_count -= pages.page_count
 
@@ -129,17 +132,18 @@ class Ledger:
 
     @property
     def absent_pages(self) -> PageMap:
-        """Pages that may be absent. An audit has to look at these only."""
+        """Pages that may be absent; where others reclaim, all of the RAM. Before an `audit`, only
+        these must be looked at."""
         return self._ram if self._others_reclaim else self._absent_pages
 
     def unseen_pages(self, resident_bytes: int) -> int:
-        """Return how many pages are resident in the RAM file and absent by the books, by the sum.
-        Negative if more pages have left the file than came back.
+        """Return how many more pages are resident in the RAM files than by the books; negative if
+        fewer.
 
-        Unless others reclaim, a page that is resident by the books is resident in the file. So
-        this is exactly how many pages an audit will find.
+        If no others reclaim, each page that is resident by the books is resident in the files.
+        Then this is exactly the number of pages that a look will find resident again.
 
-        :param resident_bytes: how much of the RAM file is resident.
+        :param resident_bytes: how much of the RAM files is resident.
         """
         resident_by_books = self._ram.page_count - self._absent_page_count
         return resident_bytes // PAGE_BYTES - resident_by_books
@@ -174,14 +178,17 @@ class Ledger:
         self._absent += outcome.absent.page_count
         for reason, ranges in outcome.skipped.items():
             self._skipped[reason] += ranges.page_count
-        # Absent by the books, yet resident when it was punched: it had come back unseen.
+        # Pages that were absent by the books, but resident when they were punched, had become
+        # resident unseen: enter that first.
         self._used(self._absent_pages & outcome.reclaimed)
         self._gone(outcome.reclaimed)
 
     def audit(self, resident: PageMap) -> PageMap:
-        """Enter pages that were found resident; return those that were absent by the books.
+        """Enter the result of a look; return the pages that are resident but were absent by the
+        books. Where others reclaim, pages that are not in `resident` are entered as reclaimed.
 
-        :param resident: resident pages within `absent_pages`; others change nothing.
+        :param resident: the resident pages that the look found; where others reclaim, all that
+            there are. Pages outside of `absent_pages` change nothing.
         """
         if self._others_reclaim:
             self._gone(self._ram - resident - self._absent_pages)
@@ -198,7 +205,10 @@ class Ledger:
         return used
 
     def as_pb2(self, resident_bytes: int) -> host_pb2.Ledger:
-        """Return the books in bytes, with what the RAM file says is resident."""
+        """Return the totals in bytes.
+
+        :param resident_bytes: how much of the RAM files is resident.
+        """
         return host_pb2.Ledger(
             provisioned_bytes=self._ram.page_count * PAGE_BYTES,
             resident_bytes=resident_bytes,

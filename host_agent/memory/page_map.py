@@ -1,12 +1,12 @@
 """Sets of a guest's pages for the books: a bitmap for each section of RAM. (Where a page lies in
 which file: ram.py, `Segment`.)
 
-A guest decides how its memory is cut up, so the host must not pay for each piece. Every
+A guest decides how fragmented its memory is, so the host's cost must not depend on that. Every
 operation on a `RangeSet` costs time for each range in it. A guest of 4 GiB that touches every
 second page would make half a million ranges, and each entry into its books would take half a
-second. Here an operation costs a few machine words for each section of 16 MiB in which both
-sides have pages. Making a map and walking through it do go range by range: that is for worker
-threads.
+second. Here, an operation handles a bitmap of 512 bytes for each section of 16 MiB, however many
+runs of pages the section has. Only making a map from ranges, and iterating over its runs, take
+time for each range or run: with many of them, do that in a worker thread.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from hintfleet.ranges import MAX_PFN, Range, RangeSet
 _SHIFT = 12
 _SECTION_PAGES = 1 << _SHIFT
 _FULL = (1 << _SECTION_PAGES) - 1
-# Of a packed section: its number, and the size of its bitmap in bytes. A full section has no
-# bitmap: its 512 bytes would be nearly all that is stored of a guest that is mostly untouched.
+# The header of a packed section: its number, and the size of its bitmap in bytes. A full section
+# has size 0 and no bitmap: in a mostly untouched guest nearly all sections of `untouched` are
+# full, and their bitmaps of 512 bytes each would be nearly all that is stored.
 _HEADER = struct.Struct("<IH")
 
 
@@ -52,7 +53,7 @@ class PageMap:
         return cls._of(sections)
 
     def __iter__(self) -> Iterator[Range]:
-        """Yield runs of pages in order; a run that crosses a section's end comes in parts."""
+        """Yield runs of pages in order; a run that crosses a section's end is yielded in parts."""
         for section, bits in sorted(self._sections.items()):
             yield from _runs(section << _SHIFT, bits)
 
@@ -74,7 +75,7 @@ class PageMap:
 
     @cached_property
     def page_count(self) -> int:
-        """Pages in the set."""
+        """How many pages are in the set."""
         return sum(bits.bit_count() for bits in self._sections.values())
 
     @property
@@ -92,8 +93,8 @@ class PageMap:
         return any(self._sections.get(section, 0) & bits for section, bits in _cut([run]))
 
     def sections_from(self, pfn: int) -> Iterator[int]:
-        """Yield the numbers of all sections that have pages, in order, from the section of `pfn`
-        to the last, then from the first on."""
+        """Yield the numbers of all sections that have pages: in order from the section of `pfn` to
+        the last, then from the first to the one before the section of `pfn`."""
         sections = sorted(self._sections)
         first = bisect_left(sections, pfn >> _SHIFT)
         yield from sections[first:]
@@ -123,7 +124,7 @@ class PageMap:
     def __sub__(self, other: PageMap) -> PageMap:
         if not other._sections:
             return self
-        # The two are often equal: many batches hint only memory that is resident.
+        # In `reclaim` both sets are often equal, because many batches hint only resident memory.
         if self._sections == other._sections:
             return NO_PAGES
         sections = dict(self._sections)
@@ -135,19 +136,20 @@ class PageMap:
         return PageMap._of(sections)
 
     def whole_chunks(self, order: int) -> PageMap:
-        """Return all chunks of 2**order pages that have a page in this set; order 12 at most."""
+        """Return the pages of all chunks that have a page in this set. A chunk is an aligned block
+        of 2**order pages; order is 12 at most."""
         chunk = (1 << (1 << order)) - 1
         first_pages = _FULL // chunk
         sections = {}
         for section, bits in self._sections.items():
-            for step in range(order):  # gathers each chunk's bits in that of its first page
+            for step in range(order):  # collects a chunk's bits in the bit of its first page
                 bits |= bits >> (1 << step)
             sections[section] = (bits & first_pages) * chunk
         return PageMap._of(sections)
 
     def pack(self) -> bytes:
-        """Return the set as bytes, for `unpack`. Their number does not depend on the number of
-        runs in a section."""
+        """Return the set as bytes, for `unpack`: at most 518 for each section that has pages, even
+        if it has many runs."""
         parts: list[bytes] = []
         for section, bits in self._sections.items():
             bitmap = b"" if bits == _FULL else bits.to_bytes(-(-bits.bit_length() // 8))
@@ -158,7 +160,7 @@ class PageMap:
     def unpack(cls, packed: bytes) -> PageMap:
         """Return the set that `pack` packed.
 
-        :raises InvalidInput: these bytes are not from `pack`.
+        :raises InvalidInput: the bytes are truncated, or have an impossible section.
         """
         sections: dict[int, int] = {}
         at = 0
@@ -182,8 +184,8 @@ def first_pfn(section: int) -> int:
 
 
 def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield section numbers with the bits of `ranges` in them. Consecutive ranges in one section
-    are yielded together; a section may come more than once."""
+    """Yield pairs of a section's number and the bits that `ranges` set in it. Consecutive ranges in
+    one section are yielded together; the same section may be yielded more than once."""
     section, bits = -1, 0
     for pfn, page_count in ranges:
         if not page_count:
@@ -207,12 +209,12 @@ def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _runs(pfn: int, bits: int) -> Iterator[Range]:
-    """Yield runs of set bits; the lowest bit stands for `pfn`."""
+    """Yield the runs of pages whose bits are set in a section; the lowest bit is that of `pfn`."""
     if bits == _FULL:
         yield Range(pfn, _SECTION_PAGES)
         return
-    # A string, because str.find of one character is memchr(3); shifting an int of 4096 bits
-    # copies all of it each time.
+    # Search in a string, because str.find of one character is memchr(3), while each shift of an int
+    # of 4096 bits would copy all of it.
     text = f"{bits:b}"[::-1] + "0"
     end = 0
     while (start := text.find("1", end)) >= 0:

@@ -1,6 +1,7 @@
 /*
- * The loop over a batch's punches. Freeing pages in the kernel evicts the program's data from the
- * CPU's caches. An interpreter has much to load again before its next punch; this loop has little.
+ * The loop over the punches of a slice. When the kernel frees pages, it evicts the program's data
+ * from the CPU's caches. A loop in Python must load much data again before its next punch; this loop
+ * loads little.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -8,7 +9,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Drop `count` ranges, in bytes. Return 0, or the errno of the first that failed and stop there. */
+/*
+ * Drop the memory behind `count` ranges of a file; offsets and lengths are in bytes. Stop at the
+ * first range that fails. Return its errno, or 0 if none failed.
+ */
 int punch_all(int fd, const int64_t *offsets, const int64_t *lengths, size_t count)
 {
 	for (size_t i = 0; i < count; i++)

@@ -1,4 +1,4 @@
-"""Punches many holes in a file in one call: by a loop in C if it was built, else by ctypes.
+"""Punches many holes into a file: `punch` is a loop in C if that was built, else one in Python.
 
 punch.c is compiled when the package is installed, if there is a compiler (hatch_build.py).
 """
@@ -13,18 +13,19 @@ from itertools import repeat
 from pathlib import Path
 
 Punch = Callable[[int, Sequence[int], Sequence[int]], None]
-"""Drop the memory behind ranges of a file: descriptor, offsets and lengths in bytes.
+"""Drop the memory behind ranges of a file. Parameters: the file's descriptor, the ranges' offsets
+and their lengths, both in bytes.
 
 :raises OSError: the kernel refused a range; those before it have been dropped.
 """
 
-# FALLOC_FL_PUNCH_HOLE, which needs FALLOC_FL_KEEP_SIZE (include/uapi/linux/falloc.h). Python has
-# os.posix_fallocate only, which takes no flags.
+# FALLOC_FL_PUNCH_HOLE, which must be combined with FALLOC_FL_KEEP_SIZE (fallocate(2),
+# include/uapi/linux/falloc.h). Python's os.posix_fallocate cannot be used: it has no flags.
 _PUNCH_HOLE = 0x02 | 0x01
 
 
 def loop_in_c(library: Path) -> Punch:
-    """Return the loop of punch.c.
+    """Return a function that calls the loop of punch.c.
 
     :raises OSError: the library was not built, or not for this machine.
     """
@@ -42,7 +43,7 @@ def loop_in_c(library: Path) -> Punch:
 
 def loop_in_ctypes() -> Punch:
     """Return a loop that calls fallocate(2) through ctypes for each range."""
-    # A batch takes 1 % to 5 % longer than with the loop in C (docs/measurements.md).
+    # With this loop, a batch takes 1 % to 5 % longer than with that in C (docs/measurements.md).
     fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 

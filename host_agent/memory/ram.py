@@ -1,10 +1,11 @@
 """A guest's RAM on the host: parts of files, in guest physical order. Parts are plugged and
 unplugged while the guest runs.
 
-The file itself says what is resident (SEEK_DATA/SEEK_HOLE, blocks), for a guest process's memfd
-and for QEMU's alike. Shared memory (shmem) only: there a page is resident exactly if it is data
-(mm/shmem.c). A look costs a system call or two for each run of pages that it passes, and about
-30 ns for each resident page, which the kernel walks over.
+What is resident is read from the file itself (SEEK_DATA and SEEK_HOLE of lseek(2), st_blocks of
+fstat(2)), the same way for the memfd of an embedded guest and for those of QEMU. It must be shared
+memory (shmem), where a page is data exactly if it is in memory or swapped out (mm/shmem.c); both
+count as resident. A look costs one or two system calls for each run of pages that it passes, and
+about 30 ns for each resident page, because the kernel walks through these.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from host_agent.memory.fence import Fence
 from host_agent.memory.page_map import PageMap, first_pfn
 from host_agent.memory.punch import punch
 
-# So few pages are dropped in one slice that whoever closes the fence waits a few milliseconds.
+# The most pages in one slice of a punch: so few that closing the fence takes only milliseconds.
 _SLICE_PAGES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of guest pages that lies in one piece in one file. The drivers make them; for a VM,
-    QEMU says where in which file a guest physical address lies (door/protocol.py).
+    """A run of guest pages that lies in one piece in one file. Drivers make segments; for a VM,
+    QEMU reports where in which file a guest physical address lies (door/protocol.py).
 
     :ivar pfn: first page frame number, guest physical.
-    :ivar fd: open for reading and writing; owned by the GuestRam.
+    :ivar fd: the file, open for reading and writing; owned by the GuestRam that has the segment.
     :ivar offset_bytes: offset of the first page in the file; a multiple of the page size.
     """
 
@@ -63,9 +64,10 @@ class Segment:
 class Look:
     """What a look at the RAM files found.
 
-    :ivar resident: the resident pages, where it looked.
-    :ivar next_pfn: where the next look should begin: at the last section in which this one found
-        pages, or behind the one at which its time was over.
+    :ivar resident: the resident pages, as far as the look came.
+    :ivar next_pfn: where the next look should begin. If this look ran out of time: the section
+        after the last one that it looked at; else the last section in which it found pages, or its
+        own start if it found none.
     """
 
     resident: PageMap
@@ -78,12 +80,12 @@ def close_files(segments: Iterable[Segment]) -> None:
 
 
 class GuestRam:
-    """All of a guest's RAM. Nothing else punches holes in it."""
+    """All of a guest's RAM. Only this class punches holes into it (and, under a peer, QEMU)."""
 
     def __init__(self, segments: Sequence[Segment], fence: Fence | None = None) -> None:
         """Take ownership of the segments' file descriptors; segments must not overlap.
 
-        :param fence: keeps punches out while it is closed.
+        :param fence: keeps punches out while it is closed; None for a fence that stays open.
         """
         self._fence = fence or Fence()
         self._segments: tuple[Segment, ...] = ()
@@ -101,7 +103,7 @@ class GuestRam:
 
     @property
     def provisioned_bytes(self) -> int:
-        """Size of the guest's RAM now, with what is plugged; resident or not."""
+        """Size of the guest's RAM now, resident or not; includes plugged memory."""
         return self.pages.page_count * PAGE_BYTES
 
     def resident_bytes(self) -> int:
@@ -110,7 +112,7 @@ class GuestRam:
         return sum(os.fstat(fd).st_blocks * 512 for fd in self._files)
 
     def resident(self, within: PageMap) -> PageMap:
-        """Return the pages of `within` that are resident. Pages outside the RAM never are."""
+        """Return the pages of `within` that are RAM and resident."""
         return self.look(within).resident
 
     def look(
@@ -120,11 +122,12 @@ class GuestRam:
         max_pages: float = math.inf,
         slice_s: float = math.inf,
     ) -> Look:
-        """Look for the resident pages of `within`, section by section, from that of `start_pfn`
-        to the last, then from the first on.
+        """Look for the resident pages of `within`, section by section: from the section of
+        `start_pfn` to the last, then from the first to the one before.
 
-        :param max_pages: stop when this number of pages is found.
-        :param slice_s: stop after this processor time; the next look goes on behind.
+        :param max_pages: stop after the section in which this number of pages is reached.
+        :param slice_s: stop after the section in which this processor time is over.
+        :raises OSError: the kernel does not report what is resident.
         """
         walks = [_Walk(segment, within & segment.page_map) for segment in self._segments]
         found: list[PageMap] = []
@@ -138,23 +141,23 @@ class GuestRam:
                 next_pfn = first_pfn(section)
             if found_pages >= max_pages:
                 break
-            # After the look, not before it: each look makes some progress, however short its time.
+            # Checked only after a section, so that each look makes progress even if `slice_s` is 0.
             if time.thread_time() > end_s:
                 next_pfn = first_pfn(section + 1)
                 break
         return Look(resident=PageMap.union(found), next_pfn=next_pfn)
 
     def permit(self) -> int:
-        """Return a permit for `punch`. It ends when the guest is stopped or reset."""
+        """Return a permit for `punch`. The permit ends when the guest is stopped or reset."""
         return self._fence.permit()
 
     def punch(self, ranges: RangeSet, permit: int) -> None:
-        """Drop the memory behind `ranges`, slice by slice: a system call for each range, or for
-        each piece of a long one.
+        """Drop the memory behind those of `ranges` that are RAM, slice by slice. A range is cut at
+        the ends of slices and segments; each piece costs one system call.
 
         :param permit: taken when it was decided that these ranges may be dropped.
-        :raises OSError: the kernel refused a range; others may have been dropped.
-        :raises FenceClosed: the permit is over; a part may have been dropped.
+        :raises OSError: the kernel refused a piece; others may have been dropped.
+        :raises FenceClosed: the permit has ended; a part may have been dropped.
         """
         for segment, parts in self._parts(ranges):
             for pieces in _slices(parts):
@@ -164,12 +167,12 @@ class GuestRam:
                     punch(segment.fd, offsets, lengths)
 
     def plug(self, segments: Sequence[Segment]) -> None:
-        """Add RAM, and take ownership of its files."""
+        """Add these segments to the RAM, and take ownership of their file descriptors."""
         self._set_segments((*self._segments, *segments))
 
     def unplug(self, pages: RangeSet) -> None:
-        """Remove `pages` from the RAM; their memory must have been dropped before. Close each
-        file that has no page of the RAM any more."""
+        """Remove `pages` from the RAM, without dropping their memory. Close each file descriptor
+        that no segment of the RAM uses any more."""
         before = self._fds
         self._set_segments(
             replace(
@@ -186,13 +189,13 @@ class GuestRam:
     def only_fd(self) -> int:
         """Return the descriptor of the one file that has all of this RAM.
 
-        :raises ValueError: there are several files.
+        :raises ValueError: there are several descriptors, or none.
         """
         (fd,) = self._fds
         return fd
 
     def close(self) -> None:
-        """Close the files; the kernel frees their memory when the guest's process is gone, too."""
+        """Close the files. The kernel frees their memory once the guest's process has ended."""
         fds = self._fds
         self._set_segments(())
         _close_all(fds)
@@ -205,7 +208,8 @@ class GuestRam:
         self._segments = tuple(sorted(segments, key=lambda s: s.pfn))
         self._pages = RangeSet((s.pfn, s.page_count) for s in self._segments)
         self._page_map = PageMap(self._pages)
-        # One descriptor of each: memory that was plugged may be in a file that was open before.
+        # One descriptor for each file: plugged memory may lie in a file that has another descriptor
+        # already, and `resident_bytes` must not count it twice.
         self._files = {os.fstat(fd).st_ino: fd for fd in self._fds}.values()
 
     def _parts(self, ranges: RangeSet) -> Iterator[tuple[Segment, RangeSet]]:
@@ -237,17 +241,18 @@ def _close_all(fds: Iterable[int]) -> None:
 
 
 class _Walk:
-    """Finds data in one segment's file. It remembers the extent that the last system call
-    returned, and makes no further call for offsets within it."""
+    """Finds data in one segment's file. It remembers what the last system calls returned (a hole
+    and the data behind it), and makes no further call for offsets in there."""
 
     def __init__(self, segment: Segment, within: PageMap) -> None:
         self._segment = segment
         self._within = within
-        # No data in [asked, data), nothing else in [data, hole); nothing is known yet.
+        # There is no data in [_asked, _data), and only data in [_data, _hole). These values mean
+        # that nothing is known yet.
         self._asked, self._data, self._hole = sys.maxsize, 0, 0
 
     def data_extents(self, section: int) -> Iterator[Range]:
-        """Yield the resident runs among the pages to look at in one section."""
+        """Yield the runs of resident pages in one section, within the pages to look at."""
         segment = self._segment
         to_pfn = segment.pfn - segment.offset_bytes // PAGE_BYTES
         for part in self._within.runs_in(section):
@@ -266,8 +271,8 @@ class _Walk:
             if data >= end:
                 return
             if self._hole <= data:
-                # First count what is resident before `end`: SEEK_HOLE does not stop at `end`, but
-                # walks on through all that is resident after it.
+                # First count what is resident from `data` to `end`: if all is, SEEK_HOLE is not
+                # needed. SEEK_HOLE does not stop at `end`, but walks through all data behind it.
                 left = cached_bytes(fd, data, end - data) if left < 0 else left
                 self._hole = end if left == end - data else os.lseek(fd, data, os.SEEK_HOLE)
             at = min(end, self._hole)
@@ -275,8 +280,8 @@ class _Walk:
                 yield data, at
                 left -= at - data
             else:
-                # SEEK_HOLE has returned the offset itself: QEMU dropped the page after SEEK_DATA
-                # (free page reporting, balloon). So ask again.
+                # SEEK_HOLE returned the offset `data` itself: QEMU dropped the page after SEEK_DATA
+                # had found it (free page reporting, balloon). So call SEEK_DATA again.
                 self._asked = sys.maxsize
 
 

@@ -1,4 +1,4 @@
-"""Reclaims a batch: drops the memory behind it, and says what was there."""
+"""Reclaims a batch: drops the memory behind its pages, and reports which of them were resident."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Outcome:
 
     :ivar reclaimed: resident before, absent after.
     :ivar absent: absent before.
-    :ivar skipped: not touched, by reason.
+    :ivar skipped: not dropped, by reason.
     """
 
     reclaimed: PageMap = NO_PAGES
@@ -29,26 +29,26 @@ class Outcome:
 
 
 def skip(hinted: RangeSet, reason: pb.SkipReason.ValueType) -> Outcome:
-    """Return the outcome of a batch that is skipped as a whole; why and when, the gate decides
-    (session/gate.py)."""
+    """Return the outcome of a batch that is skipped as a whole."""
     return Outcome(skipped={reason: hinted})
 
 
 def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap, permit: int) -> Outcome:
     """Punch holes into those ranges of `hinted` that are in the guest's RAM (I3) and have a
-    resident page. Adjacent ranges are merged: each run is one system call.
+    resident page. Adjacent ranges are merged before.
 
-    Pages outside the RAM are skipped, pages that the host's kernel did not drop, and those that
-    were not dropped yet when QEMU stopped the guest (I5).
+    Three kinds of pages are skipped: pages outside the RAM, pages that the host's kernel did not
+    drop, and pages that were not dropped yet when QEMU stopped the guest (I5).
 
     :param maybe_absent: pages that may be absent, from the ledger; every other page of the RAM
         is resident.
-    :param permit: of `GuestRam.permit`, taken when the batch's turn came.
-    :raises OSError: the file does not say what is resident. Nothing or a part was dropped.
+    :param permit: from `GuestRam.permit`, taken when the batch's turn came.
+    :raises OSError: the kernel does not report what is resident. Nothing or a part was dropped.
     """
     ours = hinted & ram.pages
     inside = PageMap(ours)
-    # Only these are looked up: a batch of memory that was in use costs its punches and no look.
+    # Look only at pages that may be absent: a batch whose pages are all resident by the books costs
+    # its punches and no look.
     unsure = inside & maybe_absent
     resident = (inside - unsure) | ram.resident(unsure)
     skipped: dict[pb.SkipReason.ValueType, RangeSet] = {}
@@ -58,7 +58,7 @@ def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap, permit: int)
     try:
         ram.punch(ours if resident == inside else _met(ours, resident), permit)
     except (OSError, FenceClosed) as error:
-        # It does not say how far `punch` came; the file says what is left.
+        # The error does not tell how far `punch` came, so look which pages are still resident.
         left = ram.resident(inside)
         reason = pb.GUEST_STOPPED if isinstance(error, FenceClosed) else pb.HOST_ERROR
         if left:
@@ -67,5 +67,5 @@ def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap, permit: int)
 
 
 def _met(ranges: RangeSet, resident: PageMap) -> RangeSet:
-    """Return the ranges that have a resident page, each as a whole."""
+    """Return those of `ranges` that have a page of `resident`, each as a whole."""
     return RangeSet(one for one in ranges if resident.overlaps(one))

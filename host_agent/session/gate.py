@@ -1,19 +1,20 @@
 """The gate: events in, instructions out.
 
-It decides which session of a guest is welcome, and which of its batches may run. This is the
-host's side of the session protocol (hinting.proto) as a pure state machine. `GuestSessions`
-carries out its instructions. It knows no socket, clock or lock. The guest's side is
+The gate decides which session of a guest is welcome, and which of its batches may run. It is the
+host's side of the session protocol (hinting.proto) as a pure state machine: it uses no socket,
+clock or lock. `GuestSessions` carries out its instructions. The guest's side is
 guest_agent/hinting.py. Violations are counted, and guests banned, in rate_limits.py.
 
-It keeps invariant I2: it returns `Welcome` only while nothing is `running`, and it has skipped
-what waited for an earlier epoch when that epoch ended. A punch cannot be cancelled, so a punch
-that runs delays the Welcome, whatever else happens. And it welcomes nobody while the guest's
-memory door is closed (I5). What is left of a batch that runs when the door closes is kept out by
-the door's fence (memory/fence.py).
+The gate keeps invariant I2: it returns `Welcome` only while no batch is `running`, and when an
+epoch ends, it skips the batches that wait. A punch cannot be cancelled, so a running punch always
+delays the Welcome. The gate also welcomes no session while the guest's memory door is closed (I5).
+If the door closes while a batch runs, the door's fence keeps out the rest of the batch
+(memory/fence.py).
 
-The gate knows the batches of its own process only. A host agent that was killed may still punch,
+The gate knows only the batches of its own process. A host agent that was killed may still punch,
 until its last system call ends. So a host agent that adopts guests first takes a lock that the
-killed one held: the kernel releases it only after that call (flock(2), persistence/database.py).
+killed one held: the kernel releases the lock only after that system call (flock(2),
+persistence/database.py).
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from hintfleet.ranges import RangeSet
 from hintfleet.v1 import hinting_pb2 as pb
 from host_agent.memory.reclaim import Outcome, skip
 
-# A batch has at most 4 GiB in 128 ranges; two may wait for their acks. Other guests may have to
-# wait for what is handled at once. So a full batch costs well under a millisecond besides its
-# punches; with 512 ranges, one flooding guest made the 99th percentile of all others' ack
-# latency 1.4 to 1.8 times as long (docs/measurements.md).
+# A batch has at most 4 GiB in 128 ranges; two may wait for their acks. While the event loop handles
+# a batch, other guests have to wait. With these limits it handles a full batch in well under a
+# millisecond, without the punches; with 512 ranges, one flooding guest made the 99th percentile of
+# all others' ack latency 1.4 to 1.8 times as long (docs/measurements.md).
 LIMITS = pb.Limits(ranges_per_batch=128, pages_per_batch=1 << 20, batches_in_flight=2)
 
-# A batch that waited longer is skipped: its guest may have been reset meanwhile, and libvirt's
-# event about that may not have arrived yet.
+# A batch that has waited longer than this is skipped: its guest may have been reset meanwhile, and
+# libvirt's event about the reset may not have arrived yet.
 OLDEST_BATCH_S = 0.25
 
 
@@ -44,7 +45,7 @@ class State(Enum):
     """Whether batches may arrive.
 
     CLOSED: no session, or one that is not welcomed yet. OPEN: a session is welcomed. GONE: the
-    guest was reset, stopped or destroyed; final.
+    guest is lost or destroyed; final.
     """
 
     CLOSED = "closed"
@@ -85,7 +86,7 @@ class EndSession:
 
 @dataclass(frozen=True)
 class TakeTurn:
-    """Lock the guest's RAM, call `Gate.turn_came`, and unlock after its `Run`."""
+    """Lock the guest's RAM, call `Gate.turn_came`, carry out what it returns, and unlock."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Post:
-    """Enter the outcome of a batch into the books: once for each batch that arrived."""
+    """Enter the outcome of a batch into the books. Returned once for each batch that `arrived`
+    accepted."""
 
     batch: Batch
     outcome: Outcome
@@ -118,9 +120,10 @@ Instruction = Welcome | EndSession | TakeTurn | Run | Post | Acknowledge
 class Gate:
     """One guest's sessions and batches, from its first Hello until it is gone.
 
-    A session's number is the epoch that it gets if it is welcomed. Every method but `arrived` may
-    be called at any time. An event that no longer matters returns no instruction: a superseded
-    session leaves, for example.
+    A session's number is the epoch that it gets if it is welcomed. `turn_came` must be called only
+    after a `TakeTurn`, and `finished` after a `Run`; all other methods may be called at any time.
+    An event that does not matter any more returns no instruction, for example when a superseded
+    session leaves.
     """
 
     def __init__(self) -> None:
@@ -130,7 +133,7 @@ class Gate:
         self.door_is_open = True
         """Whether the guest's memory may be punched (I5)."""
         self.running: Batch | None = None
-        """The batch of the last `Run` until `finished`; its epoch may be over."""
+        """The batch of the last `Run` until `finished`; its epoch may have ended."""
         self._session: int | None = None
         self._waiting: deque[Batch] = deque()
         self._next_seq = 1
@@ -139,7 +142,8 @@ class Gate:
         self._gone: HintfleetError | None = None
 
     def connected(self, session: int) -> Sequence[Instruction]:
-        """Take a stream that sent Hello: it supersedes the session before, whose epoch ends.
+        """Make a stream that sent Hello the guest's session, and welcome it if that is possible
+        now. The session before is ended, with its epoch. After `gone`, end the new one instead.
 
         :param session: a number larger than those of all sessions before.
         """
@@ -150,14 +154,16 @@ class Gate:
         return [*superseded, *self._welcome()]
 
     def left(self, session: int) -> Sequence[Instruction]:
-        """Take the end of a stream; if it was the newest, nothing runs until the next one."""
+        """Note that a session's stream has ended. If it was the newest session, its epoch ends, and
+        the batches that wait are skipped."""
         if session != self._session:
             return []
         self._session = None
         return self._close(pb.WRONG_EPOCH)
 
     def gone(self, error: HintfleetError) -> Sequence[Instruction]:
-        """Take the end of the guest: no batch runs any more, and every session gets `error`."""
+        """Note that the guest is gone: no batch begins to run from now on, and its session, like
+        every later one, is ended with `error`."""
         if self._gone is not None:
             return []
         self._gone = error
@@ -166,24 +172,24 @@ class Gate:
         return ended
 
     def door_closed(self, error: HintfleetError) -> Sequence[Instruction]:
-        """Take the end of access to the guest's memory: it was stopped or reset. The epoch ends,
-        and its session with `error`."""
+        """Note that the guest's memory must not be punched now, because the guest was stopped or
+        reset. The epoch ends, and the session is ended with `error`."""
         self.door_is_open = False
         return self._end_session(error, pb.GUEST_STOPPED)
 
     def door_opened(self) -> Sequence[Instruction]:
-        """Take access to the guest's memory; welcome a session that waited for it."""
+        """Note that the guest's memory may be punched; welcome a session that waits for that."""
         self.door_is_open = True
         return self._welcome()
 
     def arrived(self, session: int, batch: Batch) -> Sequence[Instruction]:
-        """Take a batch that came on a session.
+        """Let a batch wait for its turn; skip it at once if its session is not the newest.
 
-        :raises InvalidInput: it came before the Welcome, out of sequence, empty, or beyond the
-            limits. The caller must end the session; nothing of the batch was touched.
+        :raises InvalidInput: it came before the Welcome or out of sequence, or is empty or beyond
+            the limits. The caller must end the session; nothing was done with the batch.
         """
         _check_size(batch)
-        # A superseded stream is still read for a moment, until its end is carried out.
+        # A superseded stream is still read for a moment, until its `EndSession` is carried out.
         if session != self._session:
             return [Post(batch, skip(batch.ranges, pb.WRONG_EPOCH))]
         self._check(batch)
@@ -193,11 +199,15 @@ class Gate:
         return self._ask_for_turn()
 
     def idle_s(self, now_s: float) -> float:
-        """Return for how long no batch arrived or ran."""
+        """Return how long ago the last batch arrived, in seconds; 0 while a batch waits or runs."""
         return 0.0 if self.running is not None or self._waiting else now_s - self._last_batch_s
 
     def turn_came(self, now_s: float) -> Sequence[Instruction]:
-        """Take the lock on the guest's RAM: run the oldest batch that is not too old."""
+        """Run the oldest batch that may run, and skip the older ones. The caller holds the lock on
+        the guest's RAM.
+
+        :param now_s: the time, on the clock of `Batch.received_s`.
+        """
         self._asked_for_turn = False
         instructions: list[Instruction] = []
         while self._waiting:
@@ -210,12 +220,13 @@ class Gate:
         return instructions
 
     def finished(self, batch: Batch, outcome: Outcome) -> Sequence[Instruction]:
-        """Take the end of the running batch; welcome a session that waited for it."""
+        """Note that the running batch has ended. Welcome a session that waits for that, and ask for
+        a turn if batches wait."""
         self.running = None
         return [*self._done(batch, outcome), *self._welcome(), *self._ask_for_turn()]
 
     def _check(self, batch: Batch) -> None:
-        """Check that an arriving batch follows the protocol."""
+        """Raise InvalidInput if an arriving batch breaks the protocol."""
         if self.state is not State.OPEN:
             raise InvalidInput(f"batch {batch.seq} came before the welcome")
         if len(self._waiting) + (self.running is not None) >= LIMITS.batches_in_flight:
@@ -232,8 +243,8 @@ class Gate:
         return None
 
     def _welcome(self) -> Sequence[Instruction]:
-        """Open the newest session's epoch, if no batch of an earlier one is running (I2), and the
-        guest's memory may be punched (I5)."""
+        """Begin the newest session's epoch if it has not begun, no batch is running (I2), and the
+        guest's memory may be punched (I5); else return no instruction."""
         may_open = self.door_is_open and self.running is None
         if self.state is not State.CLOSED or self._session is None or not may_open:
             return []
@@ -248,7 +259,7 @@ class Gate:
         return [*self._close(reason), *ended]
 
     def _close(self, reason: pb.SkipReason.ValueType) -> Sequence[Instruction]:
-        """End the epoch: what waits will never run (I2)."""
+        """End the epoch: the batches that wait are skipped and will never run (I2)."""
         if self.state is State.OPEN:
             self.state = State.CLOSED
         waiting, self._waiting = self._waiting, deque()
@@ -256,8 +267,8 @@ class Gate:
 
     def _done(self, batch: Batch, outcome: Outcome) -> Sequence[Instruction]:
         post = Post(batch, outcome)
-        # After the end of its session nobody waits for the ack: the next Welcome releases its
-        # chunks (I1).
+        # If the batch's session has ended, nobody waits for the ack: the guest releases the batch's
+        # chunks after the next Welcome (I1).
         if self.state is not State.OPEN:
             return [post]
         return [post, Acknowledge(self.epoch, batch, outcome)]
@@ -270,7 +281,8 @@ class Gate:
 
 
 def _check_size(batch: Batch) -> None:
-    # The size is checked even if the batch will be skipped: a skipped batch enters the books, too.
+    # A batch's size is checked even if the batch will be skipped, because skipped batches are
+    # entered into the books, too.
     if not batch.ranges:
         raise InvalidInput(f"batch {batch.seq} is empty")
     if batch.ranges.page_count > LIMITS.pages_per_batch:
@@ -283,9 +295,9 @@ def _check_size(batch: Batch) -> None:
 class Epochs:
     """Epoch numbers that grow, even over restarts of the host agent.
 
-    They come from the clock (microseconds since 1970), so that nothing has to be stored. Where
-    guests outlive the host agent, the clock may be set back between two of them. So the epochs
-    of such guests are stored, and given to `after`.
+    They are taken from the clock (microseconds since 1970), so that nothing must be stored. But
+    where guests outlive a host agent, the clock may be set back before the next host agent starts.
+    So the epochs of such guests are stored, and the next host agent passes them to `after`.
     """
 
     def __init__(self) -> None:
@@ -296,6 +308,6 @@ class Epochs:
         self._last = max(self._last, epoch)
 
     def next(self) -> int:
-        """Return a number larger than all before."""
+        """Return a number larger than all that `next` returned and `after` was given."""
         self._last = max(self._last + 1, time.time_ns() // 1000)
         return self._last

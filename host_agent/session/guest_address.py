@@ -1,4 +1,4 @@
-"""The addresses at which guests find the host agent, also after a restart of it."""
+"""The addresses at which guests connect to the host agent, and to the next one after a restart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hintfleet.net.tls import Tls, listen
 
 @dataclass(frozen=True, kw_only=True)
 class GuestAddress:
-    """Addresses that guests are told.
+    """The addresses of one host agent. A guest gets one of them with its configuration.
 
     :ivar socket: `unix-abstract:NAME`, for guests that are processes of this host.
     :ivar address: `HOST:PORT`, for guests that are virtual machines.
@@ -28,12 +28,12 @@ class GuestAddress:
 
 
 def open_address(server: aio.Server, address: str, tls: Tls | None) -> GuestAddress:
-    """Let the guests' server listen at `address` and at a new abstract socket.
+    """Let the guests' server listen at `address` and at a new abstract socket; return both.
 
     :raises Refused, InvalidInput: as hintfleet.net.tls.listen.
     """
-    # Abstract (unix(7)): it has no file, so nothing is left behind however this process ends.
-    # Every process of this host can connect to it; a guest's token authenticates it.
+    # An abstract socket (unix(7)) has no file, so none is left behind however this process ends.
+    # Every process of this host can connect to the socket; guests authenticate with their tokens.
     name = f"unix-abstract:hintfleet-{secrets.token_hex(16)}"
     return GuestAddress(socket=listen(server, name, None), address=listen(server, address, tls))
 
@@ -41,10 +41,13 @@ def open_address(server: aio.Server, address: str, tls: Tls | None) -> GuestAddr
 def open_lasting_address(
     server: aio.Server, address: str, tls: Tls | None, earlier: GuestAddress | None
 ) -> GuestAddress:
-    """Let the guests' server listen at the `earlier` addresses, or at new ones that the next host
-    agent can use again. Port 0 stands for the earlier port, or for any.
+    """Let the guests' server listen at addresses that the next host agent can use again; return
+    them.
 
-    :raises Refused, InvalidInput: as hintfleet.net.tls.listen.
+    :param address: HOST:PORT. Port 0 means the port of `earlier`, or without `earlier` any free
+        port that is suitable.
+    :param earlier: where the host agent before this one listened. Its socket is used again.
+    :raises Refused, InvalidInput: as hintfleet.net.tls.listen; or no suitable port is free.
     """
     host, _, port = address.rpartition(":")
     if earlier is None:
@@ -68,10 +71,11 @@ def open_lasting_address(
 def _lasting_port(host: str) -> int:
     """Return a free port below those that the kernel gives to outgoing connections.
 
-    :raises Refused: there is none.
+    :raises Refused: none of 50 random ports is free.
     """
-    # Between two host agents nobody listens at the port. The kernel may give a port of this
-    # range to any outgoing connection, and guests that look for the host agent make many.
+    # Between two host agents nobody listens at the port. The kernel may give a port of
+    # ip_local_port_range to any outgoing connection, and guests that try to reach the host agent
+    # make many connections.
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     family = AF_INET6 if ":" in host else AF_INET
     for port in random.sample(range(low // 2, low), 50):

@@ -1,7 +1,7 @@
 """The streams that one guest's agent has opened, and the messages on them.
 
-The gate decides which session is welcome and which batches may run (I2). Its instructions are
-carried out here, on the host agent's event loop.
+The gate decides which session is welcome and which batches may run (I2). This module carries out
+the gate's instructions, on the host agent's event loop.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _T = TypeVar("_T")
 
 # How long a command waits for a workload whose stream was cut to attach again.
 _RECONNECT_S = 1.0
-# How long Settle waits for a session. A guest that was suspended connects again when it goes on.
+# How long `settle` waits for a session. A suspended guest connects again when it is resumed.
 _SESSION_S = 5.0
 _POLL_S = 0.05
-# When a guest that was told to rest has sent nothing for so long, it has nothing in flight.
+# If a guest that was told to rest has sent no batch for so long, it has none in flight.
 _QUIET_S = 0.3
 _REST_S = 2.0
 
-# To encode the chunks of so few sections takes less time than to hand them to a thread.
+# Encoding the chunks of at most this many sections takes less time than handing them to a thread.
 _FEW_SECTIONS = 16
 
 _log = logging.getLogger("hintfleet.host.session")
@@ -65,10 +65,10 @@ class GuestSessions:
         self.conduct = Conduct()
         self.telemetry = hinting_pb2.Telemetry()
         self.refusals: Counter[str] = Counter()
-        """How often policy `pressure` allowed it nothing, by reason."""
+        """How often policy `pressure` allowed the guest nothing, by reason."""
         self.workload_is_there = asyncio.Event()
-        """Set while a workload is attached. Stays set once the guest is lost: nobody must wait
-        for a lost guest."""
+        """Set while a workload is attached. Also set when the guest is lost, so that nobody waits
+        any longer."""
         self._name = guest_name
         self._settings = settings
         self.chunk_order = settings.chunk_order or DEFAULT_CHUNK_ORDER
@@ -109,8 +109,11 @@ class GuestSessions:
         self.workload_is_there.set()
 
     def door_moved(self, why_closed: str | None) -> None:
-        """Note that the memory door has opened (None), or why it has closed: then the epoch ends.
-        The agent may connect again at once; it is welcomed when the door opens."""
+        """Note that the memory door has opened, or has closed: then the session and its epoch end.
+        The agent may connect again at once; its new session is welcomed when the door opens.
+
+        :param why_closed: None if the door has opened.
+        """
         if why_closed is None:
             self._carry_out(self._gate.door_opened())
         else:
@@ -121,26 +124,29 @@ class GuestSessions:
 
     def connect_hinting(self, stream: Stream, epochs: Epochs) -> int:
         """Add a stream that sent Hello; return its session number, for `batch_arrived` and
-        `leave_hinting`. The stream's first message is the Welcome, once the gate allows it."""
+        `leave_hinting`. An earlier session is ended. The stream's first message is the Welcome,
+        which is sent when the gate allows it."""
         session = epochs.next()
         if self._by_session:
             _log.info("session superseded", extra=self._fields(epoch=max(self._by_session)))
         self._by_session[session] = stream
-        # What was sent on an earlier stream may not have arrived: it may have been cut.
+        # Refaults that were sent on an earlier stream may not have arrived before its end.
         self._memory.tell_all_again()
         self._carry_out(self._gate.connected(session))
         return session
 
     def batch_arrived(self, session: int, batch: gate.Batch) -> None:
-        """Take a batch that came on a session; it will be run or skipped, and acknowledged.
+        """Hand a batch that came on a session to the gate. The batch is run or skipped later, and
+        acknowledged if its session is still open then.
 
-        :raises InvalidInput: it breaks the protocol; the caller must end the session with this
-            error.
+        :raises InvalidInput: the batch breaks the protocol; the caller must end the session with
+            this error.
         """
         self._carry_out(self._gate.arrived(session, batch))
 
     def leave_hinting(self, session: int) -> None:
-        """Remove a session whose stream has ended; if it was the newest, its epoch ends too."""
+        """Remove a session whose stream has ended. If it was the newest, its epoch ends, too. Its
+        open requests fail after a grace period."""
         stream = self._by_session.pop(session)
         self._carry_out(self._gate.left(session))
         _log.info("session ended", extra=self._fields(epoch=session, reason=stream.why_ended))
@@ -161,8 +167,8 @@ class GuestSessions:
                 case gate.EndSession(session, error):
                     self._by_session[session].end(error)
                 case gate.TakeTurn():
-                    # No session awaits it: gRPC cancels the handler of a stream that is cut, but
-                    # a punch cannot be cancelled, and its outcome must reach gate and books.
+                    # A task of its own. gRPC cancels the handler of a stream that is cut, but a
+                    # punch cannot be cancelled, and its outcome must reach the gate and the books.
                     self._tasks.begin(self._take_turn())
                 case gate.Post(batch, outcome):
                     self._memory.post(batch.ranges, outcome, batch.wire_bytes)
@@ -194,10 +200,10 @@ class GuestSessions:
     # What the guest is told
 
     async def tell_refaults(self) -> None:
-        """Tell the guest in which chunks it uses absent memory again. The caller holds the
-        memory's lock."""
-        # Without the lock, a batch that takes these chunks could be acknowledged before this
-        # message is sent.
+        """Report to the guest in which chunks it uses absent memory again, if there are any and it
+        has a session. The caller holds the memory's lock."""
+        # Without the lock, a batch that reclaims these chunks could be acknowledged before this
+        # message is sent, and the message would be wrong.
         used = self._memory.refaults_to_tell
         if not used or self._hinting is None:
             return
@@ -207,7 +213,8 @@ class GuestSessions:
 
         few = used.section_count <= _FEW_SECTIONS
         ranges = packed() if few else await asyncio.to_thread(packed)
-        # Meanwhile the session may have ended, and `tell_all_again` replaced the set.
+        # While the thread worked, the session may have ended, or `tell_all_again` may have replaced
+        # the set. Then do not send: a later call will.
         if self._hinting is not None and self._memory.refaults_to_tell is used:
             self._memory.refaults_to_tell = NO_PAGES
             message = hinting_pb2.Refaulted(ranges=ranges)
@@ -219,8 +226,9 @@ class GuestSessions:
         return bool(self._memory.refaults_to_tell) and self._hinting is not None
 
     def tell_allowance(self, allowance_bytes: int) -> None:
-        """Tell the guest how much it may hint now, if it has a session."""
-        # No allowance is the normal case; it is sent once, not with every period.
+        """Tell the guest how much it may hint now, if it has a session. An allowance of 0 is not
+        sent twice in succession."""
+        # An allowance of 0 is the normal case, and each period would send it again.
         policy = policy_of(self._settings, allowance_bytes)
         nothing_again = not policy.allowance_pages and not self._allowed_something
         if self._hinting is not None and not nothing_again:
@@ -228,12 +236,12 @@ class GuestSessions:
             self._hinting.send(hinting_pb2.HostMessage(policy=policy))
 
     async def rest(self) -> None:
-        """Have the guest hint no more, and wait until it has nothing in flight: two seconds at
-        most. Without a session, do nothing."""
+        """Tell the guest to hint no more, if it has a session. Wait until no batch is waiting or
+        running and none has arrived for 0.3 s, but two seconds at most."""
         deadline_s = time.monotonic() + _REST_S
         if self._hinting is not None:
             policy = policy_of(self._settings)
-            policy.kind = hinting_pb2.Policy.PRESSURE  # and no allowance
+            policy.kind = hinting_pb2.Policy.PRESSURE  # with an allowance of 0, the default
             self._hinting.send(hinting_pb2.HostMessage(policy=policy))
         while self._gate.idle_s(time.monotonic()) < _QUIET_S and time.monotonic() < deadline_s:
             await asyncio.sleep(_POLL_S)
@@ -241,10 +249,11 @@ class GuestSessions:
     # The workload
 
     def attach_workload(self, stream: Stream) -> None:
-        """Send workload commands to this stream from now on.
+        """Send workload commands to this stream from now on, and end the stream before it.
 
-        Commands without an answer are sent again. The workload does none of them twice: it
-        answers from memory what it has done. So no command is lost with a link.
+        Commands without an answer are sent again, because they or their answers may have been lost
+        with the stream before. The workload runs no command twice: if it gets one again, it repeats
+        its answer.
         """
         if self._workload is not None:
             self._workload.end()
@@ -255,7 +264,8 @@ class GuestSessions:
         self._opened()
 
     def leave_workload(self, stream: Stream) -> None:
-        """Remove a workload's stream that has ended."""
+        """Note that a workload's stream has ended. If the workload does not attach again within a
+        grace period, its open commands fail. A stream that was replaced is ignored."""
         if self._workload is stream:
             self._workload = None
             self.workload_is_there.clear()
@@ -268,14 +278,15 @@ class GuestSessions:
     async def run_step(
         self, make: Callable[[int], hinting_pb2.WorkloadCommand], command_id: int = 0
     ) -> hinting_pb2.Done:
-        """Send the workload one command and wait until it is done.
+        """Send the workload one command and return its answer when the command is done.
 
+        :param make: returns the command with the id that it is given.
         :param command_id: id of a command that may be retried, even through another host agent;
             0 for a new id.
         :raises GuestLost: the guest is gone.
-        :raises TransientError: it has no workload now.
-        :raises OutcomeUnknown: its stream ended while it worked.
-        :raises Refused: the guest could not do it (out of memory).
+        :raises TransientError: no workload is attached, and none attached within a second.
+        :raises OutcomeUnknown: the workload's stream ended before the answer arrived.
+        :raises Refused: the workload failed to run the command (out of memory, for example).
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RECONNECT_S):
@@ -288,7 +299,9 @@ class GuestSessions:
     async def settle(self) -> hinting_pb2.Settled:
         """Ask the guest to hint now; return when all that it can hint is acknowledged.
 
-        :raises GuestLost, TransientError, OutcomeUnknown: as run_step.
+        :raises GuestLost: the guest is gone.
+        :raises TransientError: the guest has no session within five seconds, or its session ended.
+        :raises OutcomeUnknown: the guest's answer is of another type.
         """
         deadline_s = time.monotonic() + _SESSION_S
         while self._hinting is None and self._lost is None and time.monotonic() < deadline_s:
@@ -301,7 +314,7 @@ class GuestSessions:
         )
 
     def answer(self, request_id: int, message: object) -> None:
-        """Take the guest's answer to a request; drop it if nobody waits for it."""
+        """Hand the guest's answer to the request that waits for it; drop it if none does."""
         self._requests.answered(request_id, message)
 
     async def _request(

@@ -1,4 +1,4 @@
-"""Builds the messages that the host sends in a hinting session."""
+"""Builds messages that the host sends in a hinting session: Policy, Welcome and Ack."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _KINDS: Mapping[Policy, pb.Policy.Kind.ValueType] = {
 
 
 def policy_of(settings: host_pb2.HintingSettings, allowance_bytes: int = 0) -> pb.Policy:
-    """Return the policy for a guest with these settings."""
+    """Return the policy for a guest with these settings; a setting that is 0 or empty means its
+    default."""
     return pb.Policy(
         kind=_KINDS[Policy(settings.policy or DEFAULT_POLICY)],
         report_period_ms=settings.report_period_ms or DEFAULT_REPORT_PERIOD_MS,
@@ -35,7 +36,7 @@ def policy_of(settings: host_pb2.HintingSettings, allowance_bytes: int = 0) -> p
 
 
 def welcome_of(epoch: int, settings: host_pb2.HintingSettings) -> pb.HostMessage:
-    """Return the first message of a session."""
+    """Return the Welcome, the host's first message in a session."""
     return pb.HostMessage(
         welcome=pb.Welcome(epoch=epoch, policy=policy_of(settings), limits=LIMITS)
     )

@@ -1,8 +1,9 @@
 """Limits the streams that have not sent their guest's identity yet.
 
-No guest can be charged for them, so their number is limited, and how long one may wait. When the
-limit is reached, the oldest is ended: an honest guest sends its first message with its stream, so
-a stream that has waited long is probably not an honest guest's.
+Nobody knows which guest opened such a stream, so no guest's own limits can count it. Instead, the
+number of all such streams is limited, and how long each may wait. When the limit is reached, the
+oldest is ended: an honest guest sends its first message as soon as it opens a stream, so a stream
+that has waited long is probably not an honest guest's.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ class PendingStreams:
     async def place(self) -> AsyncIterator[None]:
         """Hold a place while the block runs.
 
-        :raises TimeoutError: in the block, after `timeout_s`, or when another stream needs the
-            place.
+        :raises TimeoutError: the block was cancelled, after `timeout_s` or because another stream
+            needed the place.
         """
         if len(self._waiting) >= self._places:
             oldest = next(iter(self._waiting))
             del self._waiting[oldest]
-            # Timeout.reschedule raises RuntimeError if it is expiring (Lib/asyncio/timeouts.py).
+            # Timeout.reschedule raises RuntimeError if the timeout has just expired
+            # (Lib/asyncio/timeouts.py).
             with contextlib.suppress(RuntimeError):
                 oldest.reschedule(asyncio.get_running_loop().time())
         async with asyncio.timeout(self._timeout_s) as timeout:

@@ -1,8 +1,9 @@
 """Rate limits and bans: how much a guest may ask of this host, and what happens if it asks more.
 
-Pure: takes times. A guest that breaks the protocol loses that stream, with the reason. A guest
-that floods is read only as fast as its rate limit; if it goes on, it loses that stream, too. A
-guest that does either again and again is banned for a while, then dropped for ever.
+Pure: the caller passes the time. If a guest breaks the protocol, the stream on which it did so is
+ended, with the reason. If a guest sends more than its rate limits, its messages are read more
+slowly; if it goes on so with messages other than batches, the stream is ended, too. Both ends count
+as violations. A guest with too many violations is banned for a while; the third ban is for ever.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ class Rate:
 
 
 # Batches of one guest. Every 32 ranges count as one batch more, because they cost the host that
-# much. A batch full of single chunks counts as 5, so 60 of those per second: 15 GiB/s at order
-# 9, more than a host punches. An honest guest waits for acks, so to be slowed is no violation.
+# much. A batch full of single chunks counts as 5, so a guest may send 60 of those per second: 15
+# GiB/s at order 9, more than a host punches. To be slowed by this limit is not a violation.
 BATCHES = Rate(per_s=300, burst=250)
-RANGE_BYTES = 2  # of a typical chunk on the wire
+RANGE_BYTES = 2  # size of a typical range on the wire
 RANGES_AS_A_BATCH = 32
 
 # Messages of one guest other than batches. An honest guest sends telemetry once per second, and
 # answers to requests.
 MESSAGES = Rate(per_s=50, burst=50)
 
-# Streams that one guest opens. An agent whose streams fail soon pauses for 2 s between them.
+# Streams that one guest opens. An agent whose streams fail pauses longer after each, up to 2 s.
 SESSIONS = Rate(per_s=5, burst=50)
 
-# Open streams of one guest at a time. Streams that have ended, but were not read to their end,
-# count as well: they hold memory here.
+# Open streams of one guest at a time. Streams that have ended, but that the guest has not read to
+# their end, count as well, because they use memory of this process.
 STREAMS = 16
 
-# A guest floods if its messages were delayed for this time without a pause.
+# A guest floods if each of its messages (without batches) has been delayed for longer than this.
 FLOOD_S = 5.0
 
 # A guest is banned after this number of violations within this time.
@@ -53,7 +54,7 @@ BANS_S = (10.0, 60.0, math.inf)
 
 
 class TokenBucket:
-    """A token bucket. It counts the tokens that were taken and have not come back yet."""
+    """A token bucket. It counts the tokens that were taken and are not refilled yet."""
 
     def __init__(self, rate: Rate) -> None:
         self._rate = rate
@@ -82,7 +83,8 @@ class TokenBucket:
         self._at_s = now_s
 
     def held_for_s(self, now_s: float) -> float:
-        """Return for how long every `take` returned a wait, in seconds; 0 if the last did not."""
+        """Return for how long, up to now, every `take` has returned a wait, in seconds; 0 if the
+        last one returned 0."""
         return max(0.0, now_s - self._held_since_s)
 
 
@@ -104,9 +106,10 @@ class Conduct:
         self._sessions = TokenBucket(SESSIONS)
 
     def check_may_open(self, now_s: float) -> None:
-        """Check whether the guest may open a stream now.
+        """Check that the guest may open a stream now, and count this stream for the rate limit.
 
-        :raises LimitExceeded: it is banned, or has or opens too many streams.
+        :raises LimitExceeded: the guest is banned, has too many open streams, or opens them too
+            fast. This is not a violation.
         """
         if now_s < self._banned_until_s:
             raise LimitExceeded(f"banned for {self._banned_until_s - now_s:.0f} s: {self}")
@@ -132,15 +135,17 @@ class Conduct:
         return self._batches.take(now_s, 1 + size_bytes // RANGE_BYTES // RANGES_AS_A_BATCH)
 
     def count_pieces(self, pieces: int, now_s: float) -> None:
-        """Count pieces like ranges, so that later batches wait.
+        """Count pieces of memory as `count_batch` counts ranges, so that later batches wait.
 
-        :param pieces: how many more pieces of memory a batch met than it has ranges: a guest can
-            use every second page, and hint all of them in one range.
+        :param pieces: how many more runs of reclaimed or absent pages a batch had than ranges; a
+            negative number counts as 0. A guest can use every second page, and hint all of its
+            pages in one range.
         """
         self._batches.take(now_s, max(0, pieces) / RANGES_AS_A_BATCH)
 
     def count_message(self, now_s: float) -> float:
-        """Count a message that is no batch; return how long to wait before reading on, in seconds.
+        """Count a message other than a batch; return how long to wait before reading on, in
+        seconds.
 
         :raises LimitExceeded: the guest floods.
         """
@@ -152,7 +157,8 @@ class Conduct:
         return wait_s
 
     def count_violation(self, error: HintfleetError, now_s: float) -> bool:
-        """Count a violation; return whether the guest must be dropped for ever."""
+        """Count a violation, and ban the guest if it was one too many. Return whether the ban is
+        for ever, so that the caller must drop the guest."""
         self.violations += 1
         self._last = error.message
         self._recent_violations.append(now_s)

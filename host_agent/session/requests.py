@@ -1,7 +1,7 @@
 """Requests to a guest that it has not answered yet.
 
-A request fails with the stream that it was sent on, unless it is sent again on the next. (What
-the orchestrator asks for, and may ask for again: repeated_commands.py.)
+When the stream on which a request was sent ends, the request fails, unless it is soon sent again on
+the next stream. (Commands that the orchestrator repeats: repeated_commands.py.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from host_agent.session.stream import Stream
 
 _T = TypeVar("_T")
 
-# How long requests on an ended stream wait for a better reason, or for the next stream.
+# How long requests on an ended stream wait for a better reason to fail, or for the next stream.
 _FAIL_AFTER_S = 1.0
 
 
@@ -51,8 +51,8 @@ class Requests:
         """Send the message that `make` returns for an id, and wait for its answer.
 
         :param request_id: 0 for a new id. No open request may have the same one.
-        :raises OutcomeUnknown: the answer is of another type.
-        :raises HintfleetError: the error that the request was failed with.
+        :raises OutcomeUnknown: the answer is not of `answer_type`.
+        :raises HintfleetError: the error of `fail_all` or `fail_soon`.
         """
         request_id = request_id or next(self._ids)
         request = self._open[request_id] = _Request(stream, make(request_id))
@@ -66,13 +66,14 @@ class Requests:
         return message
 
     def answered(self, request_id: int, message: object) -> None:
-        """Take an answer; drop it if nobody waits for it."""
+        """Give an answer to the request with this id; drop it if none waits for it."""
         request = self._open.get(request_id)
         if request is not None and not request.answer.done():
             request.answer.set_result(message)
 
     def send_again(self, stream: Stream, kind: type[object]) -> None:
-        """Send all open requests of this kind again, on another stream."""
+        """Send all open requests whose message is of type `kind` again, on this stream. From now on
+        they fail with this stream, not with the one before."""
         for request in self._open.values():
             if isinstance(request.message, kind):
                 request.stream = stream
@@ -84,9 +85,10 @@ class Requests:
             request.fail(error)
 
     def fail_soon(self, stream: Stream, error: HintfleetError) -> None:
-        """Fail the requests on a stream that has ended, after a grace period."""
-        # A stream often ends because its guest does. The driver's report of that comes separately
-        # and gives a better reason. Or a new stream comes and takes the requests over.
+        """After a grace period, fail the requests that are still on a stream that has ended."""
+        # A stream often ends because its guest has ended. Then the driver soon reports that, and
+        # `fail_all` gives the requests this better reason. Or `send_again` moves them to a new
+        # stream.
         loop = asyncio.get_running_loop()
         loop.call_later(_FAIL_AFTER_S, self._fail, stream, error)
 

@@ -8,8 +8,8 @@ from types import TracebackType
 
 from hintfleet.errors import HintfleetError, TransientError
 
-# Messages that wait here while the transport's window is full. A guest that is so far behind
-# does not read at all.
+# How many messages may wait here while the transport's window is full. A guest that is further
+# behind probably does not read at all, so its stream is ended.
 _MAX_UNREAD_MESSAGES = 64
 
 # Grace period: how long a stream may take to send what is queued, after `end`.
@@ -29,7 +29,8 @@ class Stream:
         abort: Callable[[HintfleetError], Awaitable[None]] | None = None,
         on_closed: Callable[[], None] = lambda: None,
     ) -> None:
-        """:param abort: ends the stream at once, even while a task writes to it.
+        """:param abort: ends the stream at once with an error, even while a task writes to it; None
+            if this is impossible: then no task is cancelled.
         :param on_closed: called when the stream uses no memory of this process any more.
         """
         self._queue: asyncio.Queue[object] = asyncio.Queue()
@@ -37,7 +38,7 @@ class Stream:
         self._on_closed = on_closed
         self._ended = False
         self.why_ended = "the guest closed it, or the link was cut"
-        """The reason, for people."""
+        """Why the stream ended, for people; valid once it has ended."""
         self._writer: asyncio.Task[object] | None = None
         self._force_close_timer: asyncio.TimerHandle | None = None
         self._aborting: asyncio.Task[None] | None = None
@@ -59,14 +60,15 @@ class Stream:
             self._on_closed()
 
     def send(self, message: object) -> None:
-        """Queue a message for the guest; end the stream if too many are queued."""
+        """Queue a message for the guest. If too many are queued, drop it and end the stream."""
         if self._queue.qsize() < _MAX_UNREAD_MESSAGES:
             self._queue.put_nowait(message)
         else:
             self.end(TransientError("the guest does not read what it is sent"))
 
     def end(self, error: HintfleetError | None = None) -> None:
-        """End the stream once the queued messages are sent. Later calls do nothing."""
+        """End the stream when the queued messages are sent, or by force after a grace period. Later
+        calls do nothing."""
         if self._ended:
             return
         self._ended = True
@@ -83,8 +85,8 @@ class Stream:
             self._writer.cancel()
 
     async def _abort_then_close(self, abort: Awaitable[None]) -> None:
-        # grpc.aio's `abort` returns only when the guest has read the status, or its connection
-        # is gone. Until then the stream counts as open.
+        # grpc.aio's `abort` returns only when the guest has read the status, or its connection is
+        # closed. Until then the stream is counted as open, because it uses memory.
         try:
             await abort
         finally:

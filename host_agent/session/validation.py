@@ -1,8 +1,8 @@
-"""Checks that what a guest says of itself is possible. Pure.
+"""Checks that figures and texts which a guest reports about itself are possible. Pure.
 
-A guest may lie. What it says gets into samples, tables and sums of 64-bit integers, so it must at
-least be possible. What is printed must not control a terminal. Which batches may run, and when
-one is stale, the gate decides (gate.py); how often a guest may speak: rate_limits.py.
+A guest may lie. Its figures are stored in samples and tables and added up as 64-bit integers, so
+they must at least be possible. Its texts are printed, so they must not control a terminal. Batches
+are checked in gate.py, how often a guest may send messages in rate_limits.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from hintfleet.settings import MAX_ORDER
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
-# 285 years in microseconds, and more bytes than a machine has. Exact in a double.
+# In microseconds 285 years, and in bytes more than any machine has. Such integers are exact in a
+# double.
 _MAX_FIGURE = 1 << 53
 
 _MAX_TEXT_LENGTH = 1000
 
 
 def check_hello(hello: pb.Hello) -> None:
-    """:raises InvalidInput: this host cannot reclaim what such a guest hints."""
+    """Check the first message of a hinting session, without the identity.
+
+    :raises InvalidInput: the guest's page size is not this host's, or another field is too large.
+    """
     if hello.page_size_bytes != PAGE_BYTES:
         raise InvalidInput(
             f"the guest's pages have {hello.page_size_bytes} bytes, those of this host {PAGE_BYTES}"
@@ -29,14 +33,21 @@ def check_hello(hello: pb.Hello) -> None:
 
 
 def check_telemetry(told: pb.Telemetry, memory_bytes: int) -> None:
-    """:raises InvalidInput: it has more free memory than memory, or impossible figures."""
+    """Check what a guest's agent reports about itself.
+
+    :raises InvalidInput: more memory is free than `memory_bytes`, or a figure is impossible.
+    """
     _check_at_most("free_bytes", told.free_bytes, memory_bytes)
     for name in ("agent_cpu_us", "agent_rss_bytes", "tracker_bytes"):
         _check_at_most(name, getattr(told, name), _MAX_FIGURE)
 
 
 def check_done(done: pb.Done, memory_bytes: int) -> None:
-    """:raises InvalidInput: it holds more memory than it has, or has impossible figures."""
+    """Check a workload's answer.
+
+    :raises InvalidInput: it is about more memory than `memory_bytes`, or another figure or the
+        error text is too large.
+    """
     for name in ("changed_bytes", "held_bytes"):
         _check_at_most(name, getattr(done, name), memory_bytes)
     for name in ("verified_pages", "wrong_pages"):

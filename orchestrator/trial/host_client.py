@@ -1,4 +1,4 @@
-"""Calls the control API of a host agent: with deadlines, and with errors of our own tree."""
+"""Calls the control API of a host agent, with deadlines; raises errors of hintfleet.errors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from orchestrator.spec.model import Timeouts
 _Answer = TypeVar("_Answer")
 
 # gRPC retries a call that failed with UNAVAILABLE, although the host agent may have carried it
-# out before the connection broke. That is safe: every command has a CommandId, and the host
-# agent answers a repeated one without doing it twice.
+# out before the connection broke. That is safe for the commands of a trial: each has a CommandId,
+# and the host agent answers a repeated command without doing it twice.
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
@@ -39,19 +39,19 @@ _SERVICE_CONFIG = json.dumps(
 )
 _OPTIONS = (
     ("grpc.service_config", _SERVICE_CONFIG),
-    # gRPC's default is 4 MiB; a sample set has all guests of a host.
+    # gRPC's default is 4 MiB; a sample set, with a sample of each guest of a trial, may be larger.
     ("grpc.max_receive_message_length", 16 << 20),
 )
-# How much longer than the host agent this side waits for a Settle: the host agent's own error
-# names the guest's reason, so it should come first.
+# How much longer this side waits for a Settle than the host agent does. So the host agent's own
+# error arrives here, which says more than "deadline exceeded".
 _SETTLE_MARGIN_S = 5
 
 
 class HostClient:
     """The client of one host agent. Close it with `aclose`.
 
-    Every method raises errors of hintfleet.errors: TransientError if the host agent cannot be
-    reached, OutcomeUnknown if its answer did not come in time.
+    Every call raises errors of hintfleet.errors: those of the host agent; TransientError if it
+    cannot be reached; OutcomeUnknown if the answer did not arrive before the deadline.
     """
 
     def __init__(self, address: str, timeouts: Timeouts, tls: Tls | None = None) -> None:
@@ -68,12 +68,13 @@ class HostClient:
         )
 
     async def aclose(self) -> None:
-        """Close the connection. An open Watch ends, and the host agent ends its guests."""
-        # No grace period: with one, gRPC would wait for the Watch, which does not end.
+        """Close the connection. An open Watch ends; then the host agent ends its trial's guests."""
+        # None: no grace period. During one, gRPC would wait for the Watch, which does not end by
+        # itself.
         await self._channel.close(None)
 
     async def get_host(self, driver: host_pb2.Driver.ValueType, wait: bool) -> host_pb2.Host:
-        """Ask for the host's facts, and whether it can run guests of this driver.
+        """Return the facts of the host, and whether it can run guests of this driver.
 
         :param wait: wait for a host agent that does not listen yet, up to the deadline.
         """
@@ -82,13 +83,13 @@ class HostClient:
         return await self._answer(call, "GetHost")
 
     async def list_domains(self) -> list[host_pb2.Domain]:
-        """Ask what keeps each domain of the host's libvirt from being hinted. Sorted by name."""
+        """Return the domains of the host's libvirt by name, each with its obstacles to hinting."""
         request = host_pb2.ListDomainsRequest()
         call = self._stub.ListDomains(request, timeout=self._timeouts.connect_s)
         return list((await self._answer(call, "listing domains")).domains)
 
     async def list_guests(self) -> list[host_pb2.Guest]:
-        """Ask for all guests with their books, which are audited first."""
+        """Return all guests with their books, which the host agent audits first."""
         request = host_pb2.ListGuestsRequest()
         call = self._stub.ListGuests(request, timeout=self._timeouts.connect_s)
         return list((await self._answer(call, "listing guests")).guests)
@@ -96,7 +97,7 @@ class HostClient:
     async def attach_guest(
         self, request: host_pb2.AttachGuestRequest
     ) -> host_pb2.AttachGuestResponse:
-        """Attach a running domain, or look for what is in the way."""
+        """Attach a running domain; with `dry_run`, only return the obstacles to that."""
         call = self._stub.AttachGuest(request, timeout=self._timeouts.create_s)
         return await self._answer(call, f"attaching {request.domain}")
 
@@ -113,12 +114,12 @@ class HostClient:
         return await self._answer(call, f"creating guest {request.name}")
 
     async def run_step(self, request: host_pb2.RunStepRequest) -> host_pb2.RunStepResponse:
-        """Run one step of the workload on a guest."""
+        """Run one step of the workload on a guest; return when the guest has done the step."""
         call = self._stub.RunStep(request, timeout=self._timeouts.step_s)
         return await self._answer(call, f"{request.WhichOneof('step')} on {request.guest_name}")
 
     async def settle(self, guest_name: str) -> host_pb2.SettleResponse:
-        """Make a guest give back all that it can now; return when it has."""
+        """Make a guest give back all memory that it can; return when it has done so."""
         timeout_s = self._timeouts.settle_s
         request = host_pb2.SettleRequest(guest_name=guest_name, timeout_ms=int(timeout_s * 1000))
         call = self._stub.Settle(request, timeout=timeout_s + _SETTLE_MARGIN_S)
@@ -132,9 +133,9 @@ class HostClient:
         return await self._answer(call, f"destroying guest {request.name}")
 
     async def watch(self, trial_id: str, period_s: float) -> AsyncIterator[host_pb2.SampleSet]:
-        """Yield samples of a trial's guests until the iterator is closed.
+        """Yield samples of a trial's guests until the iterator is closed or the stream ends.
 
-        The trial's guests live as long as this stream.
+        When the stream has ended, the host agent ends the trial's guests.
         """
         request = host_pb2.WatchRequest(trial_id=trial_id, period_ms=round(period_s * 1000))
         # The only call without a deadline: the stream lasts as long as the trial.
@@ -156,7 +157,7 @@ class HostClient:
 
 @asynccontextmanager
 async def connected(address: str, tls: Tls | None) -> AsyncIterator[HostClient]:
-    """Use one host agent with the default deadlines until the block ends."""
+    """Yield a client of one host agent, with the default deadlines; close it after the block."""
     client = HostClient(address, Timeouts(), tls)
     try:
         yield client

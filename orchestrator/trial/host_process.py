@@ -1,8 +1,8 @@
 """Starts a logical host: a host agent as a child process, with its own memory budget.
 
-The child has the read end of a pipe; only this process has the write end. When this process
-ends, even if killed, the kernel closes the pipe. The host agent then destroys its guests and
-exits.
+The child has the read end of a pipe, its lifeline; only this process has the write end. When this
+process ends, even if killed, the kernel closes the write end. The host agent then destroys its
+guests and exits.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from hintfleet.errors import Refused, TransientError
 
-# libvirt gives a QEMU that does not react to SIGTERM 15 s (qemuProcessKill in
-# src/qemu/qemu_process.c). A host agent that is killed earlier leaves its guests' folders.
+# libvirt waits 15 s for a QEMU that does not react to SIGTERM, then kills it (qemuProcessKill in
+# src/qemu/qemu_process.c). A host agent that we kill before then leaves its guests' folders.
 _STOP_TIMEOUT_S = 25.0
 _LOG_TAIL_BYTES = 1500
 
@@ -61,16 +61,17 @@ class HostProcess:
 
         After a failure the host agent has ended, and the folder is removed.
 
-        :param folder: created here and removed by `stop`; short enough for unix sockets.
+        :param folder: created here and removed by `stop`. Its path must be short enough for a
+            unix socket in it.
         :raises Refused: the host agent ended at start; the hint has the end of its log.
         :raises TransientError: the host agent did not serve in time.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        # os.pipe() sets close-on-exec, so no child inherits the ends that are not passed to it:
-        # a lifeline that another child held would never close.
+        # os.pipe() sets close-on-exec, so a child inherits only the ends that are passed to it. If
+        # another child held the write end, too, the lifeline would outlive this process.
         lifeline_read, lifeline_write = os.pipe()
-        # The host agent writes its address here when it listens: no polling, and no start-up
-        # race. If it ends instead, the pipe ends.
+        # The host agent writes its address into this pipe when it listens: no polling, and no
+        # start-up race. If the host agent ends before that, the pipe is at end of file.
         ready_read, ready_write = os.pipe()
         try:
             process = await _spawn(host, folder, ready_write, lifeline_read)
@@ -109,11 +110,11 @@ class HostProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the host agent has not ended."""
+        """Whether the host agent runs."""
         return self._process.returncode is None
 
     def log_tail(self) -> str:
-        """Return the end of the host agent's log."""
+        """Return the end of the host agent's log, 1500 bytes at most; empty if there is none."""
         try:
             log = (self._folder / "log").read_bytes()
         except OSError:
@@ -154,13 +155,13 @@ async def _spawn(
             stderr=log,
             pass_fds=(ready_fd, lifeline_fd),
             # A terminal sends Ctrl-C to its whole foreground process group. In a session of its
-            # own the host agent does not get it, and `stop` ends it in order.
+            # own, the host agent does not get the signal; `stop` ends the host agent in order.
             start_new_session=True,
         )
 
 
 async def _read_line(fd: int, timeout_s: float) -> bytes | None:
-    """Read one line from a pipe and close it; b"" if the pipe ended, None on timeout."""
+    """Read one line from a pipe, then close the pipe; b"" at end of file, None on timeout."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(

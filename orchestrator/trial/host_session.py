@@ -25,9 +25,9 @@ from orchestrator.trial.runner import driver_pb2, run_host_task
 class HostPlace:
     """How to reach a host: a logical host to start, or the address of a host agent.
 
-    :ivar memory_needed_bytes: the size of its largest guest.
-    :ivar tls_folder: the operator's TLS folder on the node of the actor, because keys are not
-        sent to other nodes; empty for plain text.
+    :ivar memory_needed_bytes: the size of one guest; the host's memory budget must not be less.
+    :ivar tls_folder: the operator's TLS folder; empty for plain text. The actor reads it on its own
+        node, because keys are not sent to other nodes.
     """
 
     name: str
@@ -40,10 +40,10 @@ class HostPlace:
 
 
 class HostSession:
-    """Owns the client of a host agent and, for a logical host, its process."""
+    """Owns the client of a host agent and, for a logical host, the host agent's process."""
 
     def __init__(self, place: HostPlace, folder: Path | None) -> None:
-        """:param folder: for a logical host's files; None to create one on this node."""
+        """:param folder: for the files of a logical host; None: `open` creates one on this node."""
         self._folder = folder
         self._own_folder: OwnedFolder | None = None
         self._place = place
@@ -58,7 +58,9 @@ class HostSession:
 
         :param wait: wait for a host agent that does not listen yet.
         :raises Refused: the host cannot run the guests; says why and what to do.
+        :raises InvalidInput: the address or the TLS folder cannot be used.
         :raises TransientError: the host cannot be reached.
+        :raises OutcomeUnknown: the host agent did not answer before the deadline.
         """
         try:
             await self._open(wait)
@@ -104,10 +106,11 @@ class HostSession:
     async def run(self, task: HostTask) -> AsyncIterator[Record]:
         """Run this host's part of a trial; yield its records.
 
-        A host that was lost in an earlier trial is reached anew: a logical host is started
-        again, a host agent is waited for.
+        If the host was lost in an earlier trial, first start its logical host again, or wait
+        until the host agent at its address can be reached.
 
-        :raises TransientError: the host did not come back.
+        :raises TransientError: the lost host cannot be reached again.
+        :raises StableError: the host cannot run the trial.
         """
         if self._process is not None and not self._process.running:
             await self.close()
@@ -117,7 +120,7 @@ class HostSession:
         async for record in run_host_task(self._opened(), task):
             lost = isinstance(record, HostDone) and record.lost
             yield record
-        if lost:  # so that the next trial reaches the host anew
+        if lost:  # so that the next `run` opens the session again
             await self.close()
 
     async def _reopen(self) -> None:
@@ -136,8 +139,12 @@ class HostSession:
         return self._client
 
     async def close(self) -> None:
-        """Release the host. Its guests end with the Watch; a logical host is stopped."""
-        # Taken out first: after an error here, or when called twice, nothing is closed again.
+        """Close the client, so that the host agent ends the trial's guests; stop a logical host.
+
+        Removes the folder that `open` created. May be called twice.
+        """
+        # Set to None before anything is closed: a second call, or one after an error here, must
+        # not close the same things again.
         client, self._client = self._client, None
         process, self._process = self._process, None
         if client is not None:

@@ -1,9 +1,9 @@
 """Plans the trials of a spec, in an order that favours no arm. Pure.
 
-A repetition is a block of one trial per arm, in an order drawn from the seed. So a drift of
-the machine affects all arms alike. The work of a guest in a repetition depends on the seed and
-not on the arm, so the trials of a repetition form pairs. `repeat` in a workload is expanded by
-spec/workload.py.
+A repetition is a block of one trial per arm, in an order drawn from the spec's seed. So a drift
+of the machine affects all arms alike. In all trials of a repetition, a guest gets the same seeds
+for its steps, whatever the arm. So two arms can be compared repetition by repetition, in pairs.
+spec/workload.py expands `repeat` in a workload.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ class Trial:
     """One execution of an arm on all hosts.
 
     :ivar position: place in the run, from 0.
-    :ivar attempt: from 1. A trial that is run again (results/trial_outcome.py: when) gets the
-        next number; only its last attempt counts.
+    :ivar repetition: from 0.
+    :ivar attempt: from 1. When a trial is run again, its attempt is one higher. Only the last
+        attempt counts in figures (results/trial_outcome.py).
     """
 
     run_id: str
@@ -34,14 +35,14 @@ class Trial:
 
     @property
     def trial_id(self) -> str:
-        """A name that is unique among all attempts of all runs; also the name of a folder."""
+        """A name that no other attempt of any run has; also names the folder of its samples."""
         suffix = f".{self.attempt}" if self.attempt > 1 else ""
         return f"{self.run_id}-{self.arm.name}-{self.repetition + 1}{suffix}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestTask:
-    """One guest's part of a trial: a seed for each step."""
+    """One guest's part of a trial: its name, and a seed for each step."""
 
     name: str
     step_seeds: tuple[int, ...]
@@ -59,7 +60,7 @@ class HostTask:
 
 
 def plan_trials(spec: Spec, run_id: str) -> tuple[Trial, ...]:
-    """Return all trials of a run, in the order in which they run."""
+    """Return all trials of a run, each as its first attempt, in the order in which they run."""
     return tuple(
         Trial(run_id=run_id, position=position, repetition=repetition, arm=arm)
         for position, (repetition, arm) in enumerate(_blocks(spec))
@@ -74,7 +75,7 @@ def _blocks(spec: Spec) -> Iterator[tuple[int, Arm]]:
 
 
 def host_names(spec: Spec) -> tuple[str, ...]:
-    """Return the names of the hosts in the store and in output."""
+    """Return the names of the spec's hosts, as the store and all output use them: host1, host2."""
     return tuple(f"host{i + 1}" for i in range(spec.hosts.number))
 
 
@@ -100,7 +101,7 @@ def host_task(spec: Spec, trial: Trial, host: str) -> HostTask:
 
 
 def _seed_from(*parts: object) -> int:
-    """Return 63 bits that depend on all parts; equal on every machine and Python."""
+    """Return a 63-bit number that depends on all parts; the same in every Python process."""
     # Not hash(): it differs from process to process for str (PYTHONHASHSEED), and a resumed run
     # must draw the same seeds.
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()

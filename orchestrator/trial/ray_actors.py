@@ -1,8 +1,8 @@
 """Runs the hosts under test as Ray actors, spread over the nodes of a cluster.
 
-The only module that imports Ray. Each actor controls one host agent, and starts it if it is a
-logical host. Without RAY_ADDRESS a private cluster is started on loopback, and ended with the
-fleet.
+The only module that imports Ray. Each actor controls one host agent; the actor of a logical host
+also starts the host agent. Without RAY_ADDRESS a private cluster is started on loopback, and ended
+when the fleet is closed.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     import grpc
     from ray import ObjectRef
 
-# Records are small. Ray refuses less than 75 MiB (ray/_private/ray_constants.py, 2.60).
+# Records are small, so a small store is enough. Ray refuses less than 75 MiB
+# (ray/_private/ray_constants.py, 2.60).
 _OBJECT_STORE_BYTES = 80 << 20
-# Longer than a host agent may take to end (host_process.py: 25 s).
+# How long to wait for actors to stop. Longer than `HostProcess.stop` waits for a host agent (25 s).
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.5
 _MORE_STARTS = 3
@@ -58,23 +59,23 @@ class Fleet(AbstractContextManager["Fleet"]):
     """
 
     def __init__(self, places: Mapping[str, HostPlace]) -> None:
-        """Start nothing yet.
+        """Read RAY_ADDRESS. Nothing is started before the block begins.
 
         :raises InvalidInput: RAY_ADDRESS is not the address of a cluster.
         """
         self._places = places
         self._address = cluster_address(os.environ)
-        self._runtime_dir: OwnedFolder | None = None  # of a private cluster
+        self._runtime_dir: OwnedFolder | None = None  # None unless the cluster is private
         self._cluster: ClusterWatch | None = None
         self._actors: dict[str, Any] = {}
-        self._nodes: dict[str, str] = {}  # the node that each host's actor was sent to
+        self._nodes: dict[str, str] = {}  # by host: the node of its last actor
         self._actors_started: Counter[str] = Counter()
 
     def __enter__(self) -> Fleet:
         """Connect to Ray, and start an actor for each host.
 
-        :raises HintfleetError: the cluster or a host cannot be reached or used. Nothing is
-            left.
+        :raises HintfleetError: the cluster or a host cannot be reached or used. All that was
+            started has been ended.
         """
         try:
             self._runtime_dir = None if self._address else runtime_dirs().make()
@@ -95,18 +96,18 @@ class Fleet(AbstractContextManager["Fleet"]):
     ) -> Iterator[Record]:
         """Run a trial on all hosts at once; yield their records as they arrive.
 
-        The last record of each host is HostDone. A host whose actor dies is lost in this
-        trial, and gets a new actor for the next trial.
+        The last record of each host is HostDone. If the actor of a host dies, HostDone says that
+        the host is lost, and the host gets a new actor for the next trial.
 
-        :param check: called several times a second, even while no records arrive (guests
-            boot); an exception that it raises ends the trial.
-        :raises HintfleetError: a host cannot run the trial, or it was lost and did not come
-            back, or the cluster is gone.
+        :param check: called before each record, and twice a second while no records arrive
+            (guests boot); an exception that it raises ends the trial.
+        :raises HintfleetError: a host cannot run the trial; or a host that was lost in an earlier
+            trial cannot be reached again; or the cluster is gone.
         """
         import ray
 
         self._start_actors([host for host in tasks if host not in self._actors])
-        # Streaming: Ray hands out each record as the actor yields it, not all at the end.
+        # "streaming": Ray delivers each record when the actor yields it, not all at the end.
         streams: dict[Any, str] = {
             self._actors[host].run.options(num_returns="streaming").remote(task): host
             for host, task in tasks.items()
@@ -120,15 +121,16 @@ class Fleet(AbstractContextManager["Fleet"]):
                     yield _get(next(cast("Iterator[ObjectRef[Any]]", stream)))
                 except StopIteration:
                     del streams[stream]
-                # ObjectLostError: the record was still in the memory of a node that died.
+                # ObjectLostError: the node that still held the record died.
                 except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                     del streams[stream]
                     yield self._lost(tasks[host], error)
 
     def close(self) -> None:
-        """End all guests, logical hosts, actors and Ray. Ctrl-C is ignored until then.
+        """End all guests, logical hosts and actors; end a private cluster, or leave another one.
 
-        Takes some seconds, half a minute at most. May be called twice.
+        Takes some seconds, half a minute at most; meanwhile Ctrl-C and SIGTERM are ignored. May be
+        called twice.
         """
         import ray
 
@@ -137,14 +139,15 @@ class Fleet(AbstractContextManager["Fleet"]):
             cluster, self._cluster = self._cluster, None
             if cluster is not None:
                 cluster.close()
-            # A call to an actor of a dead cluster would never return. Its actors end with their
-            # node; that closes the lifelines of their host agents, which end their guests.
+            # Actors of a dead cluster are not called: the calls would never return. Those actors
+            # end with their nodes. That closes the lifelines of their logical hosts, whose host
+            # agents then end the guests.
             if ray.is_initialized() and not (cluster and cluster.lost):
                 stopping = [actor.stop.remote() for actor in actors.values()]
                 if stopping:
                     ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_TIMEOUT_S)
-                # For those that did not stop in time: killed, an actor drops the lifeline of its
-                # host agent.
+                # Needed for the actors that did not stop in time: when an actor dies, the kernel
+                # closes the lifeline of its logical host, and the host agent ends.
                 for actor in actors.values():
                     ray.kill(actor)
             ray.shutdown()
@@ -154,10 +157,10 @@ class Fleet(AbstractContextManager["Fleet"]):
     def _start_actors(self, hosts: list[str]) -> None:
         """Start an actor for each host and wait until it has reached the host.
 
-        :raises HintfleetError: an actor cannot reach its host, or died whenever it was started.
+        :raises HintfleetError: an actor cannot reach its host, or died at each of four starts.
         """
-        # Again for those that died: a node may be dead before the GCS has noticed, and a new node
-        # is known to the GCS before all other nodes know it.
+        # Actors that died are started again. The GCS may have named a node that is dead already, or
+        # a new node that not all other nodes know yet; a later start may succeed.
         died = self._open_actors(hosts)
         for _ in range(_MORE_STARTS):
             if died:
@@ -167,7 +170,11 @@ class Fleet(AbstractContextManager["Fleet"]):
             raise TransientError(f"{host}: {_death_reason(error)}") from error
 
     def _open_actors(self, hosts: list[str]) -> dict[str, Exception]:
-        """Start actors; return the hosts whose actor died, with Ray's error."""
+        """Start actors and wait until each has reached its host, or has died.
+
+        :returns: the hosts of the actors that died, with Ray's error for each.
+        :raises HintfleetError: an actor cannot reach its host.
+        """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -197,22 +204,22 @@ class Fleet(AbstractContextManager["Fleet"]):
         return died
 
     def _ready(self, refs: Collection[Any]) -> list[Any]:
-        """Return the references that are ready within half a second.
+        """Wait up to half a second until one reference is ready; return it in a list, or [].
 
-        :raises TransientError: the cluster is gone, so they will never be ready.
+        :raises TransientError: the cluster is gone, so no reference will ever be ready.
         """
         import ray
 
-        # A short timeout: without one, Ray waits for ever for an actor on a dead cluster, and
-        # holds up `check` as well.
+        # Without a timeout, Ray would wait for ever for an actor on a dead cluster; neither the
+        # check below nor the `check` of `run_trial` would be called.
         ready, _ = ray.wait(list(refs), timeout=_POLL_S)
         if self._cluster is not None:
             self._cluster.check()
         return ready
 
     def _folder(self, host: str) -> Path | None:
-        # A new folder for each actor: when an actor died, its host agent may still be ending
-        # its guests, in its own folder.
+        # A new folder for each actor: after an actor died, its host agent may still be ending
+        # guests, and uses the earlier folder.
         if self._runtime_dir is None:
             return None
         self._actors_started[host] += 1
@@ -223,7 +230,7 @@ class Fleet(AbstractContextManager["Fleet"]):
             del self._actors[task.host]
         about = {"host": task.host, "trial": task.trial.trial_id, "reason": _first_line(error)}
         _log.warning("actor died", extra=fields(**about))
-        # results/trial_outcome.py decides what follows from `lost`.
+        # results/trial_outcome.py decides whether a trial with a lost host is run again.
         return HostDone(
             host=task.host,
             trial_id=task.trial.trial_id,
@@ -238,7 +245,7 @@ def _alive_nodes() -> list[str]:
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     alive = [node["NodeID"] for node in nodes if node["Alive"]]
-    # If none is alive, ClusterWatch is about to say so.
+    # If no node is alive, return ours: ClusterWatch.check will soon raise the error.
     return sorted(alive) or [ray.get_runtime_context().get_node_id()]
 
 
@@ -247,19 +254,19 @@ def _death_reason(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    # Ray's errors go on for many lines: ids, nodes, addresses and advice.
+    # Ray's errors have many more lines: ids, nodes, addresses and advice.
     return (str(error).splitlines() or [repr(error)])[0]
 
 
 class _HostActor:
     """Controls one host, on any node of the cluster.
 
-    When its process dies, the lifeline of a logical host closes, and the host agent ends its
-    guests and itself.
+    When the actor's process dies, the lifeline of its logical host closes; then the host agent
+    destroys its guests and exits.
     """
 
-    # Ray runs the methods of a class with `async def` methods on one event loop, concurrently:
-    # `stop` is answered while `run` goes on.
+    # Ray runs the methods of a class that has `async def` methods on one event loop, concurrently:
+    # so `stop` can run while `run` is not finished.
 
     def __init__(self, place: HostPlace, folder: Path | None) -> None:
         self._session = HostSession(place, folder)
@@ -296,8 +303,8 @@ def _connect(address: str, quiet: dict[str, Any]) -> None:
         gcs_address = canonicalize_bootstrap_address(address) or address
         where = address if address == gcs_address else f"{address} ({gcs_address})"
         with _gcs_channel(gcs_address) as channel:
-            # Only for `auto` does ray.init look for the token of a local cluster by itself
-            # (ray/_private/worker.py, 2.60).
+            # For `auto`, ray.init itself looks for the token of a local cluster; for an address it
+            # does not (ray/_private/worker.py, 2.60).
             check_answers(where, *_check_alive(channel), needs_token=address != "auto")
         ray.init(address=address, **quiet)  # refuses other versions of Ray and Python
     except HintfleetError:
@@ -310,15 +317,16 @@ def _connect(address: str, quiet: dict[str, Any]) -> None:
 
 def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:
     os.environ |= {
-        # Every user of this machine can reach its loopback, and whoever reaches Ray can run
-        # code as us: so the cluster has a secret.
+        # Every user of this machine can reach its loopback, and a client of Ray can run code as
+        # the user who started Ray. So clients must show a secret token.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        # Ray turns 127.0.0.1 into an address that other machines can reach, unless clusters of
-        # several nodes are off, as on macOS and Windows: get_node_ip_address in
+        # 0 turns clusters of several nodes off, the default on macOS and Windows. Otherwise Ray
+        # replaces 127.0.0.1 by an address that other machines can reach: get_node_ip_address in
         # ray/_private/services.py (2.60).
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Off by default. A user who has it on means other clusters, not this one on loopback.
+        # Ray's default, too. A user who turned it on did so for other clusters, not for this one on
+        # loopback.
         "RAY_grpc_enable_http_proxy": "0",
     }
     import ray
@@ -339,7 +347,7 @@ def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:
 
 
 def _gcs_channel(address: str) -> grpc.Channel:
-    """Open a channel to a GCS with Ray's own function: its token, its TLS, its proxies."""
+    """Open a channel to a GCS with Ray's own function, which uses Ray's token, TLS and proxies."""
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
 
@@ -347,7 +355,7 @@ def _gcs_channel(address: str) -> grpc.Channel:
 
 
 def _check_alive(channel: grpc.Channel, *node_ids: bytes) -> tuple[Any, Any]:
-    """Return the GCS's method CheckAlive, and the request that asks it about these nodes."""
+    """Return the GCS's method CheckAlive, and the request to ask it whether these nodes live."""
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     pb2: Any = gcs_service_pb2
@@ -357,7 +365,7 @@ def _check_alive(channel: grpc.Channel, *node_ids: bytes) -> tuple[Any, Any]:
 
 
 def _watch() -> ClusterWatch:
-    """Watch the cluster that this process is connected to."""
+    """Begin to watch the cluster that this process is connected to, and this process's node."""
     import ray
 
     context = ray.get_runtime_context()
@@ -368,16 +376,16 @@ def _watch() -> ClusterWatch:
 def _get(ref: ObjectRef[Any]) -> Any:
     """Return the value of a reference.
 
-    :raises HintfleetError: the actor raised it, or any other error; or Ray failed.
+    :raises HintfleetError: the actor's method raised this or any other error; or Ray failed.
     :raises ray.exceptions.RayActorError: the actor is gone.
-    :raises ray.exceptions.ActorUnschedulableError: its node is unknown to Ray.
+    :raises ray.exceptions.ActorUnschedulableError: Ray does not know the actor's node.
     :raises ray.exceptions.ObjectLostError: the value was on a node that is gone.
     """
     import ray
 
     try:
         return ray.get(ref)
-    # Ray wraps an error of an actor's method; the cause is the error itself, pickled.
+    # Ray wraps an error that an actor's method raised; `cause` is that error.
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, HintfleetError):
             raise error.cause from None

@@ -1,4 +1,4 @@
-"""Finds the Ray cluster to use, spreads hosts over its nodes, and watches whether it is alive.
+"""Finds the Ray cluster to use, spreads hosts over its nodes, and watches that it is alive.
 
 Does not import Ray: ray_actors.py does, and starts or joins the cluster.
 """
@@ -16,22 +16,23 @@ import grpc
 from hintfleet.errors import HintfleetError, InvalidInput, Refused, TransientError
 from hintfleet.net.addresses import address_problem
 
-# Ray itself asks an address where nobody answers for minutes.
+# Much shorter than Ray's own limit: where nobody answers, Ray keeps trying for minutes.
 _ANSWER_TIMEOUT_S = 10.0
 _ASK_EVERY_S = 2.0
-# Long enough for a GCS to be restarted. Ray ends this process when its GCS was away for 60 s
-# (gcs_rpc_server_reconnect_timeout_s in src/ray/common/ray_config_def.h, 2.60): the run has to
-# be stored before.
+# Long enough for a GCS to be restarted. Ray ends this process when the GCS has been away for 60 s
+# (gcs_rpc_server_reconnect_timeout_s in src/ray/common/ray_config_def.h, 2.60). The end of the run
+# must be stored before that.
 _LOST_AFTER_S = 30.0
 
-# Ray reads some of these when it is imported, so they are set before. A value of the user wins.
+# Set before Ray is imported, because Ray reads some of them then. A variable that the user has set
+# keeps its value.
 RAY_ENVIRONMENT = {
     # Ray's memory monitor watches the whole machine, and would kill our actors when guests fill
     # its memory.
     "RAY_memory_monitor_refresh_ms": "0",
     # Nothing is sent to Ray's developers.
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Leaves CUDA_VISIBLE_DEVICES and the like alone: actors use no accelerator.
+    # Keeps Ray from changing CUDA_VISIBLE_DEVICES and the like: actors use no accelerator.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Under `uv run`, Ray would build an environment of its own for its workers
     # (ray/_private/runtime_env/uv_runtime_env_hook.py).
@@ -42,9 +43,10 @@ _UNSET_HINT = "unset RAY_ADDRESS to run on this machine alone"
 
 
 def cluster_address(environment: Mapping[str, str]) -> str:
-    """Return RAY_ADDRESS: `auto` or HOST:PORT; empty for a private cluster.
+    """Return RAY_ADDRESS, `auto` or HOST:PORT; empty, for a private cluster, if it is unset, empty
+    or `local`.
 
-    :raises InvalidInput: it is neither of these.
+    :raises InvalidInput: RAY_ADDRESS has another value.
     """
     address = environment.get("RAY_ADDRESS", "")
     if address in ("", "local"):
@@ -77,7 +79,10 @@ def no_answer_error(address: str, reason: str) -> HintfleetError:
 
 
 def cannot_join_error(address: str, reason: str) -> HintfleetError:
-    """Return the error for a cluster that answers but cannot be used, e.g. another version."""
+    """Return the error for a cluster that answers but cannot be used.
+
+    :param reason: becomes part of the message, as one line.
+    """
     line = " ".join(line.strip() for line in reason.splitlines())
     return Refused(
         f"cannot join the Ray cluster at RAY_ADDRESS={address}: {line}",
@@ -91,9 +96,10 @@ def check_answers(
     """Ask once whether a GCS answers.
 
     :param check_alive: the method CheckAlive of Ray's NodeInfoGcsService.
-    :param needs_token: False if Ray will find the token of the cluster by itself.
-    :raises Refused: the cluster requires another token.
-    :raises TransientError: no GCS answers within 10 s.
+    :param needs_token: False if Ray will find the token of the cluster by itself: then the answer
+        that a token is missing or wrong is accepted.
+    :raises Refused: the token is missing or wrong, and `needs_token` is set.
+    :raises TransientError: no GCS answers within 10 s, or what answers is no GCS.
     """
     try:
         check_alive(request, timeout=_ANSWER_TIMEOUT_S)
@@ -110,16 +116,19 @@ def check_answers(
 
 
 class ClusterWatch:
-    """Asks a GCS every 2 s whether it and the node of this process are alive.
+    """Asks a GCS, every 2 s at most, whether it and the node of this process are alive.
 
-    :ivar lost: `check` has found that they are not.
+    `check` sends the requests and reads the answers.
+
+    :ivar lost: whether `check` has raised.
     """
 
     def __init__(self, channel: grpc.Channel, check_alive: Any, request: Any) -> None:
-        """Ask for the first time.
+        """Send the first request, without waiting for the answer.
 
-        :param channel: closed by `close`.
-        :param request: for `check_alive`; names the node.
+        :param channel: `close` closes it.
+        :param check_alive: the method CheckAlive of Ray's NodeInfoGcsService, on this channel.
+        :param request: the argument of `check_alive`; names the node.
         """
         self._channel = channel
         self._ask: Callable[[], Any] = lambda: check_alive.future(
@@ -130,11 +139,13 @@ class ClusterWatch:
         self.lost = False
 
     def check(self) -> None:
-        """Check the last answer, without waiting for one.
+        """Check the answer to the last request, if there is one; send the next request when due.
+
+        Does not wait for an answer.
 
         :raises TransientError: the node is dead, or the GCS has not answered for 30 s.
         """
-        # Ray does not say so itself: a `ray.wait` for an actor on a dead cluster never ends.
+        # Ray reports neither: a `ray.wait` for an actor on a dead cluster never returns.
         now_s = time.monotonic()
         error = self._call.exception() if self._call.done() else None
         if self._call.done() and error is None:
@@ -158,12 +169,12 @@ class ClusterWatch:
 
 
 def spread(hosts: Sequence[str], nodes: Mapping[str, str], alive: Sequence[str]) -> dict[str, str]:
-    """Choose a node for each host: the one with the fewest hosts.
+    """Choose a node for each host: each time the one with the fewest hosts.
 
-    Ray's own strategy "SPREAD" sends actors that need no CPU to nodes at random: often all of
-    four to one of two.
+    Ray's own strategy "SPREAD" sends actors that need no CPU to nodes at random: with four actors
+    and two nodes, often all four to the same node.
 
-    :param nodes: where each host was until now.
+    :param nodes: the node that each host had so far. An entry for one of `hosts` is not counted.
     :param alive: nodes to choose from, at least one.
     """
     counts = Counter(node for host, node in nodes.items() if host not in hosts)
@@ -175,12 +186,13 @@ def spread(hosts: Sequence[str], nodes: Mapping[str, str], alive: Sequence[str])
 
 
 def _status(error: Any) -> tuple[grpc.StatusCode, str]:
-    """Return the code of an RPC error, and the reason in one line."""
+    """Return the status code of an RPC error, and its reason as text."""
     match error.code():
         case grpc.StatusCode.UNIMPLEMENTED as code:
             return code, "the server there is not the GCS of a Ray cluster"
         case grpc.StatusCode.DEADLINE_EXCEEDED as code:
             return code, f"no answer within {_ANSWER_TIMEOUT_S:g} s"
         case code:
-            # gRPC wraps the reason that a connection failed for in several layers.
+            # gRPC wraps the reason of a failed connection: only what follows the last "last
+            # error: " is wanted.
             return code, str(error.details()).rpartition("last error: ")[2]

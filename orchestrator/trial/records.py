@@ -1,7 +1,8 @@
-"""Defines the records that a host's runner yields during a trial, in the order of events.
+"""Defines the records that a host's runner yields during a trial.
 
-Times are in microseconds since 1970. Samples and StepDone have the time of the host's clock.
-All other records have the time of its actor's clock, which may be another machine's.
+`at_unix_us` is a time in microseconds since 1970: of the host's clock in Samples and StepDone, of
+the orchestrator's clock in the HostDone of an actor that died, and of the actor's clock in all
+other records. An actor may run on another machine than its host.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 
 from hintfleet.v1 import host_pb2
 
-# Columns of the stored samples, and where each value comes from. All are uint64.
+# Columns of the stored samples, and how each is read from a sample. All are uint64. `columns_of`
+# adds four more columns.
 _COLUMNS: dict[str, Callable[[host_pb2.Sample], int]] = {
     "provisioned_bytes": lambda s: s.ledger.provisioned_bytes,
     "resident_bytes": lambda s: s.ledger.resident_bytes,
@@ -56,7 +58,11 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseStarted:
-    """All guests of a host begin this step; a hold of `hold_s` follows."""
+    """All guests of a host begin a step of the workload, or the read-back at its end.
+
+    :ivar title: the title of the step; `verify` for the read-back.
+    :ivar hold_s: how long to wait after the step; 0 for the read-back.
+    """
 
     host: str
     trial_id: str
@@ -70,8 +76,8 @@ class StepDone:
     """A guest has done a step.
 
     :ivar kind: `allocate`, `free` or `verify`.
-    :ivar changed_bytes: the bytes that it allocated or freed.
-    :ivar held_bytes: the bytes that its workload holds now.
+    :ivar changed_bytes: the bytes that the step allocated or freed.
+    :ivar held_bytes: the bytes that the guest's workload holds after the step.
     """
 
     host: str
@@ -105,7 +111,7 @@ class GuestSettled:
 
 @dataclass(frozen=True, kw_only=True)
 class GuestEnded:
-    """A guest was destroyed; these are its final books."""
+    """A guest was destroyed; the figures are from its final books."""
 
     host: str
     trial_id: str
@@ -118,11 +124,11 @@ class GuestEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class HostDone:
-    """A host has ended its part of a trial. This is its last record.
+    """A host's part of a trial has ended. This is the host's last record.
 
-    :ivar undecided: why the trial does not count; empty if it counts.
-    :ivar lost: the trial does not count because the host agent or its actor was lost. What
-        follows from that, results/trial_outcome.py decides.
+    :ivar undecided: why the part ended early; empty if it was completed.
+    :ivar lost: whether the reason is that the host agent or its actor was lost.
+        results/trial_outcome.py decides whether the trial is run again.
     """
 
     host: str

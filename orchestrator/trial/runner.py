@@ -1,7 +1,7 @@
-"""Runs one host's part of a trial: creates, steps, verifies and ends guests, and takes samples.
+"""Runs one host's part of a trial: creates, steps, verifies and ends guests; receives samples.
 
-Does not know Ray, the store or a view. What follows when a host or a guest was lost, and whether
-the trial is run again, is decided in results/trial_outcome.py.
+Does not know Ray, the store or a view. results/trial_outcome.py decides how a trial with a lost
+host or guest is counted, and whether it is run again.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from orchestrator.trial.records import (
 _FLUSH_PERIOD_S = 0.25
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
 _WATCH_BREAKS_WITHIN_S = 0.5
-# Wait for samples before and after the measured window: the footprint is interpolated at its
-# ends (results/footprint.py), never extrapolated.
+# How many sample periods to wait before and after the measured window. The footprint at an end of
+# the window is interpolated (results/footprint.py): that needs samples before and after the window.
 _MARGIN_PERIODS = 2
 
 
 async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Record]:
     """Run one host's part of a trial; yield its records, the last one a HostDone.
 
-    A lost guest, or a command whose outcome is unknown, ends the trial as undecided. If the
-    iterator is closed early, the guests are ended.
+    If a guest or the host agent is lost, or a command fails in another way, the part ends early,
+    and HostDone says why. If the iterator is closed early, the host agent ends the guests.
 
     :raises StableError: the host cannot run the trial, and another attempt would fail alike.
     """
@@ -53,7 +53,8 @@ async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Rec
             yield record
         await script
     finally:
-        # Awaited after the cancel: else the watch, and the guests with it, could outlive us.
+        # Wait until the cancelled task has closed the watch: as long as the watch is open, the
+        # host agent keeps the guests.
         script.cancel()
         with suppress(asyncio.CancelledError, HintfleetError):
             await script
@@ -84,31 +85,33 @@ class _TrialRunner:
                 )
             )
         finally:
-            # Also after an error: the reader of the queue waits for it.
+            # Also after an error: without the None, the reader of the queue would wait for ever.
             self.records.put_nowait(None)
 
     async def _watched_script(self) -> tuple[str, bool]:
-        """Run the script while watching.
+        """Run the script while a watch is open.
 
-        :returns: why the trial is undecided, or ""; and whether the host was lost.
+        :returns: why the trial is undecided, or ""; and whether the host agent was lost.
+        :raises StableError: the host cannot run the trial.
         """
         watch = asyncio.create_task(self._watch())
         script = asyncio.create_task(self._script())
         try:
-            # The first to end decides: the script has finished, or the watch broke.
+            # Whichever ends first decides: the script, done or failed, or the watch, broken.
             await asyncio.wait((watch, script), return_when=asyncio.FIRST_COMPLETED)
             await (script if script.done() else watch)
         except StableError:
             raise
         except HintfleetError as error:
             # If a guest is lost, only the command fails. If the host agent is lost, the watch
-            # breaks, too; gRPC may end that call a little later than the command's.
+            # breaks, too. gRPC may end the watch a little later than the command, so wait for it.
             await asyncio.wait((watch,), timeout=_WATCH_BREAKS_WITHIN_S)
             if watch.done():
                 return f"{self._task.host}: its host agent was lost: {error.message}", True
             return str(error), False
         finally:
-            # The script first: the guests live as long as the watch.
+            # The script is cancelled first: its commands need the guests, which the host agent ends
+            # when the watch ends.
             for job in (script, watch):
                 job.cancel()
                 with suppress(asyncio.CancelledError, HintfleetError):
@@ -116,8 +119,8 @@ class _TrialRunner:
         return "", False
 
     async def _watch(self) -> None:
-        # Sent in batches of 0.25 s: each record that an actor yields becomes an object in Ray, and
-        # each object has a cost.
+        # The samples of 0.25 s become one record: each record that an actor yields becomes an
+        # object in Ray, and each object has a cost.
         stream = self._client.watch(self._trial.trial_id, self._spec.sample_period_s)
         buffered: list[host_pb2.SampleSet] = []
         flushed_at = time.monotonic()
@@ -141,7 +144,7 @@ class _TrialRunner:
             )
 
     async def _script(self) -> None:
-        # The host agent ends guests of a trial that nobody watches.
+        # The host agent makes no guest while no watch of the guest's trial is open.
         await self._wait_watching()
         await self._on_all(self._create)
         margin_s = _MARGIN_PERIODS * self._spec.sample_period_s
@@ -240,9 +243,10 @@ class _TrialRunner:
         )
 
     async def _on_all(self, action: Callable[[GuestTask], Awaitable[None]]) -> None:
-        """Call `action` for all guests at once, then raise the first error, if any."""
-        # return_exceptions: without it, gather() raises at once and leaves the other calls
-        # running, whose errors nobody would see.
+        """Call `action` for all guests at once; when all calls have ended, raise one of the errors,
+        if there are any."""
+        # Without return_exceptions, gather() would raise the first error at once and leave the
+        # other calls running; nobody would see their errors.
         results = await asyncio.gather(
             *(action(guest) for guest in self._task.guests), return_exceptions=True
         )
@@ -272,7 +276,10 @@ class _TrialRunner:
 
 
 def guest_spec(task: HostTask) -> host_pb2.GuestSpec:
-    """Return the spec from which the host agent creates the guests of a trial."""
+    """Return the spec from which the host agent creates the guests of a trial.
+
+    :raises InvalidInput: the driver has no pair of the arm's tracker and isolator.
+    """
     arm, driver = task.trial.arm, task.spec.driver
     return host_pb2.GuestSpec(
         driver=driver_pb2(driver),

@@ -10,21 +10,25 @@ from contextlib import contextmanager
 
 @contextmanager
 def sigterm_handler_kept() -> Iterator[None]:
-    """Restore the handler of SIGTERM when the block ends."""
-    # ray.init installs a handler that calls sys.exit (`connect` in ray/_private/worker.py and
-    # node.py, 2.60). With ours, SIGTERM ends a run like Ctrl-C.
+    """Restore the handler of SIGTERM when the block ends; in the main thread only."""
+    # ray.init replaces our handler by one that calls sys.exit (`connect` in
+    # ray/_private/worker.py and node.py, 2.60). With our handler, SIGTERM ends a run like Ctrl-C.
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        # Python allows signal.signal() in the main thread only; Ray sets none elsewhere.
+        # Python allows signal.signal() in the main thread only. In another thread, Ray has not
+        # replaced the handler.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
 def signals_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C and SIGTERM in the block, so that cleanup is not cut short."""
+    """Ignore Ctrl-C and SIGTERM in the block, so that cleanup is not cut short.
+
+    Does nothing if called outside the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

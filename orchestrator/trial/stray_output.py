@@ -18,10 +18,10 @@ _STDOUT, _STDERR = 1, 2
 def stray_output_to(log: Path) -> Iterator[TextIO]:
     """Append stdout and stderr, of child processes too, to a file until the block ends.
 
-    Yields the previous stderr, for output that people should see. The file is removed at the
-    end if it is empty.
+    Yields a stream to the previous stderr, for output that people should see. The file is removed
+    at the end if it is empty.
 
-    :raises Refused: the file cannot be created.
+    :raises Refused: the file or its folder cannot be created.
     """
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -56,12 +56,12 @@ def _redirected(fd: int, target_fd: int) -> Iterator[None]:
 
 
 def _flush_or_discard(log_fd: int) -> None:
-    """Flush buffered output into the log; discard it if the disk is full."""
+    """Flush buffered output into the log; discard it if it cannot be written (disk full)."""
     try:
         _flush()
     except OSError:
-        # Raised, this error would hide the one that ends the block. Left in the buffers, the
-        # output would appear on the real stdout and stderr later.
+        # This error must not be raised: it would hide the error that ends the block. The output
+        # must not stay in the buffers: it would appear on the real stdout and stderr later.
         null = os.open(os.devnull, os.O_WRONLY)
         for fd in (_STDOUT, _STDERR):
             if os.path.sameopenfile(fd, log_fd):
@@ -73,7 +73,7 @@ def _flush_or_discard(log_fd: int) -> None:
 def _duplicate(fd: int) -> int:
     try:
         return os.dup(fd)
-    except OSError:  # the parent process had closed it
+    except OSError:  # this process was started with the descriptor closed
         return os.open(os.devnull, os.O_WRONLY)
 
 

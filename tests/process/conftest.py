@@ -1,4 +1,4 @@
-"""Real agents on loopback, and whole runs."""
+"""Fixtures for tests with real agents on loopback, and for tests with whole runs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +23,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 @pytest.fixture
 def cleaning_lab(tmp_path: Path) -> Iterator[Lab]:
-    """A lab for tests that run `doctor --clean`, which acts on the whole machine."""
+    """A lab for tests that run `doctor --clean`, which acts on the whole machine: the fixture
+    holds the machine's lock alone."""
     with on_this_machine(alone=True), made_lab(tmp_path) as made:
         yield made

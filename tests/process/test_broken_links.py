@@ -1,4 +1,4 @@
-"""A guest and its host agent recover from a link that breaks or delays messages."""
+"""A guest and its host agent recover when the link between them breaks or delays messages."""
 
 import asyncio
 import socket
@@ -25,7 +25,7 @@ class BrokenLink:
     loop: asyncio.AbstractEventLoop
 
     def links(self, act: Callable[[Link], None]) -> None:
-        """Call a function with every link, on the relay's event loop."""
+        """Call a function with every open link, on the relay's event loop, and wait for that."""
         done: Future[None] = Future()
 
         def run() -> None:
@@ -85,7 +85,7 @@ def test_steps_are_done_once_however_often_the_link_is_cut(broken: BrokenLink) -
 def test_a_cut_link_is_a_new_epoch_and_what_was_freed_comes_back(broken: BrokenLink) -> None:
     before = broken.epoch
     broken.host.allocate(96 * MIB)
-    broken.links(Link.stall)  # its batches will not arrive
+    broken.links(Link.stall)  # batches of this session will not arrive
     broken.links(Link.cut)
     wait_until(lambda: broken.epoch > before, "the next session")
     broken.host.free(64 * MIB)
@@ -94,7 +94,7 @@ def test_a_cut_link_is_a_new_epoch_and_what_was_freed_comes_back(broken: BrokenL
 
 
 def test_a_hello_that_comes_late_ends_the_session_but_not_the_agent(broken: BrokenLink) -> None:
-    """A network may delay a connection that its agent has long given up."""
+    """A network may deliver a Hello after its agent has given up the connection."""
     host, upstream = broken.host, broken.relay.upstream
     host.allocate(96 * MIB)
     host.free(96 * MIB)
@@ -117,7 +117,8 @@ def test_a_hello_that_comes_late_ends_the_session_but_not_the_agent(broken: Brok
 
 
 def test_a_link_with_seconds_of_delay_is_slow_and_not_lost(broken: BrokenLink) -> None:
-    """This is as if guest or host had almost no CPU time: connecting takes several round trips."""
+    """To connect takes several round trips, and so many seconds: as if guest or host had almost no
+    CPU time."""
     before = broken.epoch
     broken.relay.delay_s = 1.5
     broken.links(Link.cut)

@@ -1,4 +1,4 @@
-"""The guest's side of a session, with a host agent that each test scripts."""
+"""The guest's side of a session, with a fake host agent that each test controls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ LIMITS = pb.Limits(ranges_per_batch=8, pages_per_batch=1 << 20, batches_in_fligh
 class ScriptedHost(HintingServiceServicer):
     """Welcomes every guest, and acknowledges each batch.
 
-    :ivar violate_in: sessions, counted from 1, in which it acknowledges a batch that was not sent.
+    :ivar withhold_acks: while set, batches are not acknowledged.
+    :ivar violate_in: the sessions, by number from 1, in which the host acknowledges a batch that
+        the guest has not sent.
     :ivar say: sends a message to the guest, in the latest session.
     """
 
@@ -42,7 +44,7 @@ class ScriptedHost(HintingServiceServicer):
         self.report_period_ms = 10
         self.say: Callable[[pb.HostMessage], Awaitable[None]]
 
-    # The stubs only declare handlers that yield; grpc.aio also accepts one that writes.
+    # The stubs declare a handler that yields answers. grpc.aio also accepts one that writes them.
     async def Session(  # type: ignore[override]  # noqa: N802 - gRPC's
         self,
         requests: AsyncIterator[pb.GuestMessage],
@@ -68,7 +70,7 @@ class ScriptedHost(HintingServiceServicer):
 
 
 class CountingIsolator(EmbeddedIsolator):
-    """Counts how often the session polls it."""
+    """Counts in `looks` how often the session polls this isolator."""
 
     looks = 0
 
@@ -124,7 +126,7 @@ def run(scene: Callable[[ScriptedHost], Awaitable[None]]) -> None:
 
 
 def test_a_session_with_a_host_that_breaks_the_protocol_ends_and_is_retried() -> None:
-    """The agent does not give up: the guest would have no agent because of one odd message."""
+    """If the agent gave up after one odd message, the guest would have no agent."""
 
     async def scene(host: ScriptedHost) -> None:
         host.violate_in = {1, 2}
@@ -156,7 +158,7 @@ def test_finish_hints_no_more_and_waits_for_acks() -> None:
 
 def test_an_agent_stays_at_rest_while_almost_nothing_happens() -> None:
     """An idle guest, too, uses and frees a chunk from time to time. An agent that polled at its
-    shortest period after each of them would never rest."""
+    shortest period after each of these events would never rest."""
 
     async def scene(host: ScriptedHost) -> None:
         host.report_period_ms = 100
@@ -202,7 +204,7 @@ def test_a_guest_that_frees_all_the_time_sends_telemetry() -> None:
 
 
 def test_a_poll_that_fails_ends_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The event loop would only log the error: an agent that never hints again would look alive."""
+    """If the agent did not end, it would look healthy, but never hint again."""
 
     async def scene(host: ScriptedHost) -> None:
         def fail(_: CountingIsolator) -> bool:

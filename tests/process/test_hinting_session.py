@@ -1,4 +1,4 @@
-"""A real host agent answers a guest that misuses the hinting protocol."""
+"""How a real host agent answers guests that follow the hinting protocol, or break its rules."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ def host_agent() -> Iterator[InProcessHost]:
 
 @pytest.fixture
 def identity(host_agent: InProcessHost) -> tuple[str, str]:
-    """Return UUID and token of a guest without hinting, in whose name a test can open a session."""
+    """Return UUID and token of a guest without hinting: a test can open the guest's session."""
     host_agent.watch()
     return host_agent.create(method=host_pb2.NONE).uuid, host_agent.token("g")
 
@@ -124,7 +124,8 @@ def test_the_newest_of_two_agents_wins(
 
 
 def test_an_agent_that_was_superseded_comes_back(host_agent: InProcessHost, guest: Speaker) -> None:
-    """A Hello that the network delays must not end a guest's agent."""
+    """Another Hello for its guest ends the agent's session. The agent must not end: the other Hello
+    may only be an earlier one of its own, delivered late."""
     host_agent.watch()
     real = host_agent.create()
     guest.hello(real.uuid, host_agent.token("g"))

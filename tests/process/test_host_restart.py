@@ -1,4 +1,4 @@
-"""Guests live on when a host agent with --state is killed and started again."""
+"""Guests live on when a host agent with --state is killed or stopped, and another one starts."""
 
 import os
 import random
@@ -35,7 +35,7 @@ MAY_BE_RETRIED = (
 
 @dataclass(frozen=True)
 class Home:
-    """A place where one host agent after the other runs, at the same addresses."""
+    """A folder for the socket and the state of host agents that run one after the other."""
 
     folder: Path
 
@@ -53,7 +53,7 @@ class Home:
         return running_host_agent(*self.arguments, *arguments, stderr=stderr)
 
     def failure(self) -> str:
-        """Return the error of an agent that cannot start here."""
+        """Start a host agent that must fail with exit code 1; return what it writes to stderr."""
         done = subprocess.run(
             [sys.executable, "-m", "host_agent", *self.arguments],
             capture_output=True,
@@ -121,7 +121,8 @@ def test_guests_go_on_under_the_next_host_agent(home: Home, number: int) -> None
         balances(after)
         assert after.resident_bytes == 0
         assert after.reclaimed_total_bytes == HELD
-    # Its lifeline was closed, so the guests end with it.
+    # At the end of the block, the lifeline of the second host agent was closed: so it has
+    # destroyed its guests.
     assert not alive(guest.pid)
     assert not home.guest_files()
 
@@ -145,7 +146,7 @@ def test_a_guest_is_as_large_as_it_was(home: Home) -> None:
 
 
 class Stepper:
-    """Allocates and frees without end, and retries what failed, like an orchestrator."""
+    """Allocates and frees in a thread until `stop`; retries failed calls, like an orchestrator."""
 
     def __init__(self, listen: str) -> None:
         self.steps = 0
@@ -184,7 +185,10 @@ class Stepper:
                 time.sleep(0.02)
 
     def stop(self) -> None:
-        """:raises Exception: the error that ended it earlier."""
+        """Stop after the current step.
+
+        :raises Exception: a step has failed.
+        """
         self._stopping.set()
         self._running.result(HANG_S)
         self._pool.shutdown()
@@ -256,7 +260,8 @@ def test_guests_that_nobody_watches_again_are_ended(home: Home, tmp_path: Path) 
         agent.watch("other-trial")
         guest = agent.create()
         kill(agent)
-    # Whether the guest still lives when the agent serves depends on how busy the machine is.
+    # On a busy machine, the guest may be ended before this host agent serves: so wait for the end,
+    # and read in the log that the guest was adopted first.
     with log.open("wb") as stderr, home.agent("--watch-grace", "3", stderr=stderr) as agent:
         wait_until(lambda: not agent.guests(), "the grace to end")
         assert not alive(guest.pid)

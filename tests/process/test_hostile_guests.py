@@ -1,5 +1,5 @@
-"""Guests that lie, flood, stall or do not identify themselves are limited, told the reason and
-dropped, while a neighbour is served."""
+"""Guests that lie, flood, stall or do not identify themselves are limited, get the reason, and are
+disconnected, while another guest is served."""
 
 import contextlib
 import itertools
@@ -33,7 +33,8 @@ Identity = tuple[str, str]
 
 @pytest.fixture
 def host_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHost]:
-    """Run a host agent with shorter times and smaller limits than outside of tests."""
+    """Run a host agent in this process, with limits and times that keep the tests short. Only the
+    wait for a stream's first message is longer than by default, so that no test reaches its end."""
     monkeypatch.setattr(rate_limits, "FLOOD_S", 0.5)
     monkeypatch.setattr(rate_limits, "BATCHES", rate_limits.Rate(per_s=1e6, burst=1000))
     monkeypatch.setattr(rate_limits, "BANS_S", (3.0, 0.1, float("inf")))
@@ -50,13 +51,13 @@ def host_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHost]:
 
 @pytest.fixture
 def identity(host_agent: InProcessHost) -> Identity:
-    """Return UUID and token of a guest in whose name a test can open a session."""
+    """Return UUID and token of a guest without hinting: a test can open the guest's session."""
     return host_agent.create(method=host_pb2.NONE).uuid, host_agent.token("g")
 
 
 @pytest.fixture
 def speaker(host_agent: InProcessHost) -> Iterator[Callable[[], Speaker]]:
-    """Make speakers; close them at the end."""
+    """Return a function that makes speakers; close all of them at the end."""
     with contextlib.ExitStack() as stack:
 
         def make() -> Speaker:
@@ -68,7 +69,7 @@ def speaker(host_agent: InProcessHost) -> Iterator[Callable[[], Speaker]]:
 
 
 def assert_served(host: InProcessHost, name: str = "neighbour") -> None:
-    """Check that another guest's memory comes back, end to end."""
+    """Check that the host agent serves another guest: memory that it frees is reclaimed."""
     if name not in host.guests():
         host.create(name)
     before = host.guests()[name].ledger.reclaimed_total_bytes
@@ -79,13 +80,13 @@ def assert_served(host: InProcessHost, name: str = "neighbour") -> None:
 
 
 def misbehave(speaker: Speaker, identity: Identity) -> tuple[grpc.StatusCode, str]:
-    """Break a rule; return how the host ended the session, or refused it."""
+    """Send a batch with a wrong number; return the status that ends or refuses the session."""
     speaker.hello(*identity)
     speaker.batch(1, 7, RangeSet())
     return speaker.refusal()
 
 
-# Lies
+# Messages with impossible values
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_impossible_telemetry_is_refused(
 
 
 class WorkloadSpeaker:
-    """Answers workload commands as a test tells it to."""
+    """A fake workload of a guest: sends the answers that a test chooses."""
 
     def __init__(self, address: str, identity: Identity) -> None:
         self.channel = grpc.insecure_channel(address)
@@ -147,7 +148,7 @@ class WorkloadSpeaker:
 
 @pytest.fixture
 def workload(host_agent: InProcessHost, identity: Identity) -> Iterator[WorkloadSpeaker]:
-    """Take the place of the guest's own workload, which is suspended."""
+    """Attach a fake workload in place of the guest's own one; the guest's process is suspended."""
     pid = host_agent.guests()["g"].pid
     os.kill(pid, signal.SIGSTOP)
     sessions = host_agent.registry.get("g").sessions
@@ -207,7 +208,7 @@ def test_control_characters_of_a_guest_reach_no_terminal(
     assert error.details() == "guest g: �[2Jno\nmemory�"
 
 
-# Floods
+# Too large or too many messages
 
 
 def test_a_message_that_is_too_large(
@@ -243,11 +244,12 @@ def test_a_flood_is_slowed_and_then_ended_with_the_reason(
 
 
 def fill_unread(host_agent: InProcessHost, one: Speaker) -> None:
-    """Send batches and read no acks, until the host ends the session."""
+    """Send batches and read no acks, until the host ends the session; fail if it never does."""
     epoch = one.next().welcome.epoch
     guest = host_agent.registry.get("g")
     before = host_agent.guests()["g"].ledger.batches
-    # Ranges outside of its RAM, because the ack repeats skipped ranges.
+    # Ranges outside the guest's RAM are skipped, and an ack contains all skipped ranges: so the
+    # acks are large.
     ranges = RangeSet(((1 << 30) + 1_000_001 * n, 1) for n in range(LIMITS.ranges_per_batch))
     for seq in range(1, 1000):
         if not guest.sessions._by_session:
@@ -269,8 +271,8 @@ def test_a_guest_that_never_reads_is_disconnected(
     identity: Identity,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Acks queue up first in the windows of the transport, then here, but only a limited number."""
-    monkeypatch.setattr(rate_limits, "STREAMS", 3)  # one is the workload's
+    """Unread acks fill the windows of the transport; then the host agent queues only a few."""
+    monkeypatch.setattr(rate_limits, "STREAMS", 3)  # one of them is the guest's workload stream
     unread = [speaker(), speaker()]
     for one in unread:
         one.hello(*identity)
@@ -313,7 +315,7 @@ def test_sessions_in_a_loop_are_limited_with_the_reason(
     assert one.next().welcome.epoch
 
 
-# Repeated violations
+# Guests that break rules again and again
 
 
 def test_a_guest_that_keeps_breaking_rules_is_banned_then_dropped(
@@ -341,7 +343,7 @@ def test_a_guest_that_keeps_breaking_rules_is_banned_then_dropped(
 def test_a_wrong_token_is_no_violation_of_the_guest(
     host_agent: InProcessHost, speaker: Callable[[], Speaker], identity: Identity
 ) -> None:
-    """Else anybody who knows a neighbour's UUID could have it kept out."""
+    """Otherwise, anybody who knows the UUID of another guest could get that guest banned."""
     for _ in range(2 * rate_limits.VIOLATIONS_BEFORE_BAN):
         one = speaker()
         one.hello(identity[0], "0" * 32)
@@ -352,7 +354,7 @@ def test_a_wrong_token_is_no_violation_of_the_guest(
     assert one.next().welcome.epoch
 
 
-# Without identity
+# Connections of clients that do not identify themselves
 
 
 def test_streams_without_identity_make_room_for_others(

@@ -1,4 +1,4 @@
-"""A program that cannot go on gives a message and an exit code, never a traceback."""
+"""A program that fails prints a message and ends with an exit code, never with a traceback."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def ran(
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a current folder, with a file, a folder and a pipe that nobody writes to."""
+    """Make a folder with a file, a folder and a pipe that nobody writes to; change into it."""
     monkeypatch.chdir(tmp_path)
     Path("file").write_bytes(b"\xff")
     Path("folder").mkdir()

@@ -1,4 +1,4 @@
-"""Leaks of a crash are found and removed, and nothing else."""
+"""`doctor` finds and removes what a crash left behind, and nothing else."""
 
 import contextlib
 import fcntl
@@ -35,16 +35,18 @@ def dead_pid() -> int:
 
 
 def doctor(lab: Lab, flag: str, code: int) -> dict[str, dict[str, Any]]:
-    """Return what is listed, by its place."""
+    """Run `doctor` with a flag; return the leaks that it lists, by `where` up to its colon."""
     done = lab.run("doctor", flag, "-o", "json")
     found = json.loads(done.stdout)["leaks"]
-    # Other programs on this machine may have left something, too.
+    # Exit code 1, "there are leaks", is always accepted: other programs on this machine may have
+    # left some.
     assert done.returncode in (code, 1), done.stderr
     return {leak["where"].partition(":")[0]: leak for leak in found}
 
 
 def hang(host: HostAgent) -> list[int]:
-    """Kill the owner of a host agent while that and its guest are suspended and cannot notice."""
+    """Suspend a host agent and its guest, then close its lifeline: neither can notice that. Return
+    the ids of both processes."""
     pids = [host.process.pid, *child_pids(host.process.pid)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -53,7 +55,7 @@ def hang(host: HostAgent) -> list[int]:
 
 
 def left_behind(lab: Lab, dead_pid: int) -> list[Path]:
-    """Make files such as killed processes leave."""
+    """Make files such as killed processes leave; return those that `--clean` must remove."""
     runtime = lab.temporary / f"hf-{dead_pid}-abcdefgh"
     (runtime / "host1.1").mkdir(parents=True)
     guest = lab.temporary / f"hintfleet-guest-{dead_pid}-abcdefgh"
@@ -69,9 +71,10 @@ def left_behind(lab: Lab, dead_pid: int) -> list[Path]:
 
 @contextlib.contextmanager
 def held(lab: Lab, dead_pid: int) -> Iterator[list[Path]]:
-    """Make the same files of living processes, which are named by the pid, or locked."""
+    """Make files that `--clean` must not remove, and yield their paths. They belong to a living
+    process, are locked, or are not hintfleet's."""
     mine = lab.temporary / f"hf-{os.getpid()}-abcdefgh"
-    # A process id alone proves nothing: it may be of another container.
+    # Their process id is dead here, but they are locked: their owner may live in another container.
     locked = [lab.temporary / f"{kind}-{dead_pid}-held" for kind in ("hf", "hintfleet-guest")]
     elsewhere = lab.temporary / f"hf-{dead_pid}-not"
     elsewhere.write_text("a file, no folder of ours")
@@ -152,7 +155,7 @@ _UNSHARE = ("unshare", "--user", "--map-root-user", "--fork", "--kill-child")
 def test_processes_of_a_container_are_not_ours_to_end(
     lab: Lab, dead_pid: int, within: tuple[str, ...], listed: bool
 ) -> None:
-    """Its folders and process ids are not those of the same name here."""
+    """A path or process id inside a container may look like one here, but is not the same."""
     if within and subprocess.run([*within, "true"], check=False).returncode:
         pytest.skip("this machine makes no namespaces")
     folder = f"{lab.temporary}/hf-{dead_pid}-abcdefgh/ray/session"

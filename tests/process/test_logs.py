@@ -32,7 +32,8 @@ from tests.support.speaker import Speaker
 
 
 def a_guest_that_is_killed(log: Path, *arguments: str) -> tuple[int, int]:
-    """Make, use and kill one guest; return the pids of the host agent and the guest."""
+    """Run a host agent that logs to `log`; make, use and kill one guest. Return the process ids of
+    the host agent and the guest."""
     with log.open("wb") as stderr, running_host_agent(*arguments, stderr=stderr) as host:
         host.watch()
         pid = host.create("g", max_memory_bytes=256 * MIB).pid
@@ -99,7 +100,7 @@ def test_journald_gets_priorities_and_no_time(
 
 
 def test_a_guests_agent_logs_its_sessions(tmp_path: Path) -> None:
-    """The host agent shows the end of this log when the guest is lost."""
+    """The agent logs to stderr: when its guest is lost, the host agent reports the last lines."""
     with (tmp_path / "log").open("wb") as stderr, running_host_agent(stderr=stderr) as host:
         host.watch()
         guest = host.create("g")
@@ -148,7 +149,7 @@ def test_superseded_sessions_and_skipped_batches_are_logged(
 def test_work_that_fails_loses_only_its_own_guest(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without this, a bug in a batch would leave it without an answer for ever."""
+    """If the guest were not lost, its batch would never be answered."""
 
     async def fail(*_: object) -> None:
         raise KeyError("missing")
@@ -202,7 +203,7 @@ program.main()
 def test_a_loop_that_fails_ends_the_agent(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without this, a host agent without audits or allowances would look alive."""
+    """If the agent went on, it would look healthy, but make no audits or give no allowances."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     done = subprocess.run(
         [
@@ -220,7 +221,7 @@ def test_a_loop_that_fails_ends_the_agent(
 
 
 def test_an_experiment_logs_its_trials_on_stderr(tmp_path: Path) -> None:
-    """Log lines do not go to the file for Ray's output; each line names its run."""
+    """Log lines go to stderr, not to the file for Ray's output."""
     spec = tmp_path / "spec.yaml"
     spec.write_text(
         "name: s\ndriver: embedded\nhosts: {count: 1, memory: 512MiB}\n"

@@ -1,4 +1,4 @@
-"""In a cgroup that is too small nothing starts; in one that is just large enough, all runs."""
+"""In a cgroup with too little memory, no run starts; in one with just enough, a run succeeds."""
 
 import json
 import os
@@ -17,14 +17,18 @@ from tests.support.lab import Lab, made_lab, result
 
 CGROUPS = Path("/sys/fs/cgroup")
 ENTER = ("sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"')
-# The memory of the command itself when it checks, and what the kernel counts only in batches.
+# What a cgroup needs besides `needed_bytes`: the command uses memory already when it checks the
+# limit, and the kernel's counter of used memory is not exact.
 AT_START_BYTES = 96 * MIB
 
 
 @contextmanager
 def cgroup(controller: str, **values: str) -> Iterator[Path]:
-    """Make a cgroup, of v1 or v2 as on this machine, with these values; remove it when it is
-    empty."""
+    """Make a cgroup, v1 or v2 as this machine has them; after the block, wait until it is empty and
+    remove it. Skip the test if no such cgroup can be made here.
+
+    :param values: for `v1` and for `v2`, FILE=VALUE to write into the cgroup.
+    """
     v1 = CGROUPS / controller
     made = (v1 if v1.is_dir() else CGROUPS) / f"hintfleet-test-{uuid.uuid4().hex[:8]}"
     try:
@@ -98,5 +102,5 @@ def test_a_quota_of_processors(lab: Lab) -> None:
 
 
 def events_file(folder: Path) -> str:
-    """Return the file that counts the processes that were killed for lack of memory."""
+    """Return the name of the file in which the kernel counts kills for lack of memory."""
     return "memory.events" if (folder / "memory.events").exists() else "memory.oom_control"

@@ -33,7 +33,7 @@ COMMANDS = {"hintfleet": "orchestrator", "hintfleet-host": "host_agent"}
 
 @pytest.fixture(params=list(NAMES.values()), ids=list(NAMES))
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Make a folder with such a name, and go there through a link with such a name."""
+    """Make a folder with a name of NAMES; return a link to it that has the same name."""
     name = os.fsdecode(request.param)
     (tmp_path / "real" / name).mkdir(parents=True)
     (tmp_path / name).symlink_to(tmp_path / "real" / name)
@@ -108,7 +108,7 @@ def serving(data_dir: Path, *arguments: str) -> Iterator[str]:
 
 def test_sockets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store_run(folder)
-    monkeypatch.chdir(folder)  # a short path
+    monkeypatch.chdir(folder)  # so that the path of the socket is short
     address = f"unix:{folder.name}"
     command = [
         sys.executable,

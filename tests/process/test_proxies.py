@@ -1,5 +1,5 @@
-"""hintfleet and Ray ignore proxies in the environment, which many companies' machines have. These
-proxies are closed ports: a connection through one would fail."""
+"""hintfleet and Ray ignore proxies in the environment, which many companies' machines have. The
+proxies of these tests are a port where nobody listens: a connection through them would fail."""
 
 import asyncio
 import socket
@@ -43,13 +43,13 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 @pytest.fixture(autouse=True)
 def proxies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Set proxies for this process and all that it starts."""
-    with socket.socket() as bound:  # and never listening
+    """Set proxies in the environment of this process, which all child processes inherit."""
+    with socket.socket() as bound:  # it never listens, so connections are refused
         bound.bind(("127.0.0.1", 0))
         for name in PROXIES:
             for spelling in (name, name.upper()):
                 monkeypatch.setenv(spelling, f"http://127.0.0.1:{bound.getsockname()[1]}")
-        # Ray's own switch, which must have no effect on a cluster of ours on loopback.
+        # Turns proxies on in Ray. Must have no effect on a private cluster on loopback.
         monkeypatch.setenv("RAY_grpc_enable_http_proxy", "1")
         yield
 

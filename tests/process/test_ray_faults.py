@@ -1,5 +1,5 @@
-"""If Ray is missing, is another server, or dies in a run, there is one error in time, and none of
-Ray's output between our lines."""
+"""If no Ray cluster answers, or Ray dies during a run, the command soon prints one error, and none
+of Ray's own output."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 @contextmanager
 def nobody() -> Iterator[int]:
-    with socket.socket() as bound:  # and never listening
+    with socket.socket() as bound:  # it never listens, so connections are refused
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
 
@@ -78,7 +78,7 @@ def test_an_address_where_no_ray_cluster_answers(
     monkeypatch: pytest.MonkeyPatch,
     what: Callable[[], AbstractContextManager[int]],
 ) -> None:
-    # Else Ray replaces loopback by an address that others can reach.
+    # Without this, Ray replaces 127.0.0.1 by an address that other machines can reach.
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     with what() as port:
         monkeypatch.setenv("RAY_ADDRESS", address := f"127.0.0.1:{port}")
@@ -93,8 +93,8 @@ def test_an_address_where_no_ray_cluster_answers(
 
 
 def check_said(lab: Lab, err: str, starts: tuple[str, ...]) -> None:
-    """Check that all lines on stderr are ours, and that Ray's output is in the file that they
-    name."""
+    """Check that every line of `err` begins with one of `starts`, and that `err` names a file with
+    Ray's output."""
     assert not [line for line in err.splitlines() if line and not line.startswith(starts)]
     (log,) = lab.folder.glob("hintfleet/logs/*.log")
     assert str(log) in err

@@ -89,7 +89,7 @@ def test_memory_is_plugged_and_unplugged_while_the_guest_works(resizable: HostAg
 
 @contextmanager
 def working(host: HostAgent) -> Iterator[None]:
-    """Allocate and free again and again, in a thread of its own."""
+    """Allocate and free in a thread until the block ends; then check that no page was wrong."""
     stop = threading.Event()
     wrong: list[int] = []
 
@@ -114,7 +114,7 @@ def check_settled_size(host: HostAgent, provisioned_bytes: int) -> None:
 
 
 def shrink_when_possible(host: HostAgent) -> None:
-    """Unplug, and retry: memory that the workload uses at the moment cannot be unplugged."""
+    """Unplug down to START. Retry, because memory that the workload just uses stays plugged."""
     for _ in range(200):
         with contextlib.suppress(grpc.RpcError):
             host.resize(START)
@@ -124,7 +124,7 @@ def shrink_when_possible(host: HostAgent) -> None:
 
 
 def test_unplugging_frees_the_memory(host_agent: HostAgent) -> None:
-    """There is no hinting, so that nothing else frees the memory."""
+    """The guest does not hint, so nothing but unplugging can free its memory."""
     host_agent.watch()
     host_agent.create(method=host_pb2.NONE, max_memory_bytes=HALF)
     host_agent.resize(HALF)

@@ -1,4 +1,4 @@
-"""Runs go on after real kills of host agents, actors and the orchestrator."""
+"""Runs continue, or are resumed, after host agents, actors or the orchestrator were killed."""
 
 import json
 import os
@@ -36,7 +36,7 @@ Part = tuple[str, int, int]
 
 
 def kill_one(lab: Lab, what: str) -> None:
-    """Kill a host agent, or its actor, when all guests run."""
+    """Wait until both guests run; then kill a host agent, or the actor that started it."""
     wait_until(lambda: len(lab.agents("guest_agent")) == 2, "two guests")
     host_agent = min(lab.agents("host_agent"))
     os.kill(host_agent if what == "host agent" else parent_pid(host_agent), signal.SIGKILL)
@@ -66,7 +66,7 @@ def test_lost_hosts_are_tried_again_and_then_the_run_can_go_on(lab: Lab) -> None
         wait_for_line(process, "trial 2 ")
         kill_one(lab, "host agent")
         assert "its host agent was lost" in wait_for_line(process, "lost: ")
-        wait_for_line(process, "trial 1 of 4: ")  # again, at the end
+        wait_for_line(process, "trial 1 of 4: ")  # the trial is run again, at the end of the run
         kill_one(lab, "host agent")
         out, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 3, err
@@ -103,7 +103,7 @@ def test_lost_hosts_are_tried_again_and_then_the_run_can_go_on(lab: Lab) -> None
 
 
 def acknowledged(lab: Lab) -> set[Part]:
-    """Return the parts that the store lists, read from outside."""
+    """Return the parts of samples that the store's database lists, read without our code."""
     with sqlite3.connect(
         f"file:{lab.folder}/hintfleet/hintfleet.sqlite?mode=ro", uri=True
     ) as store:
@@ -120,14 +120,14 @@ def check_readable(lab: Lab, parts: set[Part]) -> None:
 def killed_somewhere(
     lab: Lab, chance: random.Random, process: "subprocess.Popen[str]"
 ) -> set[Part]:
-    """Kill the orchestrator some time after a trial's start; return what it had acknowledged."""
+    """Kill the orchestrator some time after a trial began; return the parts that it had stored."""
     wait_for_line(process, "trial ")
     wait_until(lambda: bool(lab.agents("guest_agent")), "a guest")
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(chance.uniform(0.0, 2.5))
     before = acknowledged(lab)
     for pid in lab.find("log_monitor.py"):
-        os.kill(pid, signal.SIGSTOP)  # a helper process of Ray that does not notice
+        os.kill(pid, signal.SIGSTOP)  # so that this helper of Ray outlives the orchestrator
     process.kill()
     process.wait()
     wait_until(lambda: not lab.agents("host_agent", "guest_agent"), "the end of all agents")

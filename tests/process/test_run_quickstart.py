@@ -40,7 +40,7 @@ sample_period: 50ms
 
 
 def spec(**changed: str) -> str:
-    """Return the spec with other values for some keys."""
+    """Return SPEC with other values for some keys, wherever they occur in it."""
     text = SPEC
     for key, value in changed.items():
         text = re.sub(rf"\b{key}: [^,}}\n]+", f"{key}: {value}", text)
@@ -70,7 +70,7 @@ def test_memory_comes_back_and_nothing_is_left(finished: tuple[Lab, dict[str, An
         used = arm["footprint"]
         assert used["provisioned_bytes"] == 4 * 64 * MIB
         assert 4 * 40 * MIB <= used["peak_resident_bytes"] < 4 * 44 * MIB
-        # Pages are verified before they are freed, the rest at the end.
+        # A page is verified once: before it is freed, or at the end of the trial.
         assert used["verified_pages"] == 2 * 4 * 40 * MIB // 4096
         assert used["wrong_pages"] == 0
         assert used["returned"]["freed_bytes"] == 2 * 4 * 30 * MIB
@@ -78,7 +78,7 @@ def test_memory_comes_back_and_nothing_is_left(finished: tuple[Lab, dict[str, An
     assert none["footprint"]["returned"]["share"] < 0.05
     assert bitmap["footprint"]["reclaimed_now_bytes"] >= 4 * 30 * MIB * 0.9
     assert bitmap["saved_bytes"]["pairs"] == 2, "two repetitions, whatever the hosts"
-    assert bitmap["saved_bytes"]["mean"] > 20 * MIB  # its interval is over only two pairs
+    assert bitmap["saved_bytes"]["mean"] > 20 * MIB  # not "low": two pairs have a wide interval
     lab.check_nothing_is_left()
 
 
@@ -130,7 +130,7 @@ def test_the_service_answers_any_client_with_reflection(
 
 
 def ask_by_reflection(channel: grpc.Channel) -> Any:
-    """Call ListRuns with only what the server's reflection says."""
+    """Call ListRuns without our stubs, with the description that the server's reflection gives."""
     pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
     method = pool.FindServiceByName("hintfleet.v1.FleetService").FindMethodByName("ListRuns")
     request, response = map(
@@ -188,7 +188,8 @@ with Store(Path(sys.argv[2])) as store:
 
 
 def test_a_run_can_be_interrupted_while_nothing_is_heard_of_its_guests(lab: Lab) -> None:
-    # After the first sample, the guests only wait, for longer than an interrupt may take.
+    # When the guests run, nothing happens until the next sample, up to 10 s later. An interrupt
+    # must not take that long.
     quiet = spec(count="1", sample_period="10s")
     command = [sys.executable, "-c", _UNHEARD, lab.spec(quiet), str(lab.folder)]
     done = subprocess.run(
@@ -210,7 +211,8 @@ def test_a_killed_run_leaves_no_agent(lab: Lab) -> None:
         wait_until(lambda: len(lab.agents("guest_agent")) == 4, "four guests")
         process.kill()
         process.wait()
-        # Helper processes of Ray stay for up to a minute: they try to report its end.
+        # Wait for agents only: helper processes of Ray stay for up to a minute, while they try to
+        # report that Ray has ended.
         wait_until(lambda: not lab.agents("host_agent", "guest_agent"), "the end of all agents")
     run = json.loads(lab.run("runs", "-o", "json").stdout)[0]
     assert (run["state"], run["reason"]) == (

@@ -1,4 +1,4 @@
-"""Which certificates are accepted where, and which are refused."""
+"""Which certificates the servers and clients accept, and which they refuse."""
 
 import json
 import os
@@ -74,8 +74,8 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="module")
 def host_agent(folders: Folders, metrics_port: int) -> Iterator[HostAgent]:
-    """Run a host agent with TLS at all addresses. Its `stub` is plain text, so it cannot be used
-    here."""
+    """Run a host agent with TLS at all addresses. The `stub` of the result uses plain text, so it
+    cannot be used."""
     with running_host_agent(
         *("--listen", "127.0.0.1:0", "--metrics", f"127.0.0.1:{metrics_port}"),
         *("--tls", str(folders.host), "--guest-tls", str(folders.host)),
@@ -138,7 +138,7 @@ def test_a_guest_may_not_watch_or_ask_for_health(host_agent: HostAgent, folders:
 
 
 def test_an_operator_sees_health_and_samples(host_agent: HostAgent, folders: Folders) -> None:
-    """The check works for every kind of call, and does not change it."""
+    """The check of the role lets unary calls and streams of an operator pass unchanged."""
     credentials = folders.tls(Role.OPERATOR).for_client()
     with grpc.secure_channel(host_agent.control, credentials) as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -161,7 +161,7 @@ def test_an_operator_is_no_guest(host_agent: HostAgent, folders: Folders) -> Non
 def test_clients_without_a_valid_certificate_get_no_answer(
     host_agent: HostAgent, folders: Folders, tmp_path: Path
 ) -> None:
-    """Clients without a certificate, with one of another authority, or in plain text."""
+    """Clients without a certificate, with one from another authority, or in plain text."""
     ours = folders.tls(Role.OPERATOR)
     theirs = folders_of(tmp_path).tls(Role.OPERATOR)
     for credentials in (
@@ -182,7 +182,7 @@ def test_clients_without_a_valid_certificate_get_no_answer(
 
 
 def test_a_guest_cannot_play_the_host(folders: Folders) -> None:
-    """Its certificate is of the same authority, but not one of a host."""
+    """A guest's certificate is from the same authority, but not valid for a server."""
     from concurrent.futures import ThreadPoolExecutor
 
     server = grpc.server(ThreadPoolExecutor(1))
@@ -207,7 +207,7 @@ def test_metrics_are_for_operators(
     host_agent: HostAgent, folders: Folders, metrics_port: int
 ) -> None:
     ca = folders.operator / "ca.pem"
-    # A client that sends nothing does not block others.
+    # A client that connects and sends nothing does not block other clients.
     with socket.create_connection(("127.0.0.1", metrics_port)):
         assert "hintfleet_guest_resident_bytes" in scrape(metrics_port, folders.operator, ca)
     with pytest.raises(urllib.error.HTTPError) as error:
@@ -217,7 +217,7 @@ def test_metrics_are_for_operators(
         scrape(metrics_port, None, ca)
 
 
-# The guests' service, with tokens
+# The service for guests: certificates and tokens
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,8 @@ def guest_agent_process(config: AgentConfig) -> subprocess.Popen[str]:
 
 
 def test_a_guest_agent_speaks_tls(door: InProcessHost, folders: Folders) -> None:
-    """The workload of a real guest takes the place of the embedded one, which is suspended."""
+    """A guest agent that connects over TLS, as in a real guest, runs the workload's step instead of
+    the embedded guest's process, which is suspended."""
     os.kill(door.guests()["mine"].pid, signal.SIGSTOP)
     config = AgentConfig(
         server=door.guest_address,
@@ -273,7 +274,8 @@ def test_a_guest_agent_speaks_tls(door: InProcessHost, folders: Folders) -> None
     )
     process = guest_agent_process(config)
     try:
-        # The command goes to the suspended workload, and again to the other when that has attached.
+        # The host agent sends the command to the suspended workload, and sends it again to the
+        # other workload when that has attached.
         assert door.allocate(4 * MIB, "mine").held_bytes == 4 * MIB
         status = Path(f"/proc/{process.pid}/status").read_text()
         rss_kib = int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
@@ -300,7 +302,7 @@ def test_a_guest_agent_with_anothers_certificate_gives_up(
     assert f"the certificate is not for guest {OTHER_UUID}" in said
 
 
-# The orchestrator
+# Commands of the orchestrator
 
 
 def test_an_experiment_on_a_host_behind_tls_needs_an_operators_folder(

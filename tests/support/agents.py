@@ -37,7 +37,7 @@ HANG_S = 300.0
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = HANG_S) -> None:
-    """Wait for a condition; fail after `timeout_s`, naming what was waited for."""
+    """Wait until `condition` returns True; fail after `timeout_s`, and name `what` in the error."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"waited {timeout_s} s for: {what}"
@@ -60,7 +60,10 @@ class HostClient:
     samples: list[host_pb2.SampleSet] = field(default_factory=list)
 
     def watch(self, trial_id: str = TRIAL, timeout_s: float = 900) -> grpc.RpcContext:
-        """Keep a trial's guests alive and collect its samples."""
+        """Open a Watch, which keeps a trial's guests alive; return it after its first sample.
+
+        A thread appends all samples to `samples`.
+        """
         request = host_pb2.WatchRequest(trial_id=trial_id, period_ms=50)
         call = self.stub.Watch(request, timeout=timeout_s)
         seen = threading.Event()
@@ -84,7 +87,7 @@ class HostClient:
         max_memory_bytes: int = 0,
         uuid: str = "",
     ) -> host_pb2.Guest:
-        """Create an embedded guest of 128 MiB."""
+        """Create an embedded guest of 128 MiB in trial TRIAL, which must be watched."""
         spec = host_pb2.GuestSpec(
             driver=host_pb2.EMBEDDED,
             memory_bytes=128 * MIB,
@@ -131,7 +134,7 @@ class HostAgent(HostClient):
     lifeline_fd: int
 
     def cut_lifeline(self) -> None:
-        """Do what happens when the process that started the agent dies."""
+        """Close the lifeline, as the kernel does when the process that started the agent dies."""
         if self.lifeline_fd >= 0:
             os.close(self.lifeline_fd)
             self.lifeline_fd = -1
@@ -139,7 +142,7 @@ class HostAgent(HostClient):
 
 @dataclass(kw_only=True)
 class InProcessHost(HostClient):
-    """A host agent that runs in a thread of the test, which can so read the guests' tokens."""
+    """A host agent in a thread of the test process, so that a test can read its registry."""
 
     registry: Registry
 
@@ -149,7 +152,7 @@ class InProcessHost(HostClient):
 
 @contextlib.contextmanager
 def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
-    """Run the same servers as `hintfleet-host`, on an event loop of their own."""
+    """Run the servers of `hintfleet-host` on an event loop in a thread, until the block ends."""
     started: queue.Queue[Serving] = queue.Queue()
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
@@ -168,7 +171,8 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
             await stop.wait()
 
     with tempfile.TemporaryDirectory(prefix="hf-test-") as folder:
-        # A daemon thread, so that a test that does not leave this block can end all the same.
+        # After an error in the block, the thread is not stopped. As a daemon thread, it does not
+        # keep the test process from ending.
         thread = threading.Thread(
             target=lambda: loop.run_until_complete(serve(folder)), daemon=True
         )
@@ -186,7 +190,11 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
 
 @contextlib.contextmanager
 def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iterator[HostAgent]:
-    """Run a host agent; at the end, stop it and check that it left nothing."""
+    """Run a host agent until the block ends; then close its lifeline, so that it ends.
+
+    Checks that it ends with exit code 0, unless the test has killed it, and that its child
+    processes end.
+    """
     ready_read, ready_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()
     with tempfile.TemporaryDirectory(prefix="hf-test-") as folder:
@@ -205,7 +213,8 @@ def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iter
         os.close(lifeline_read)
         with open(ready_read) as ready:
             addresses = json.loads(ready.readline())
-        # A pool of its own: else gRPC reuses the connection to an earlier agent at this address.
+        # A connection pool for this channel alone: else gRPC reuses the connection to an earlier
+        # agent at this address.
         alone = (("grpc.use_local_subchannel_pool", 1),)
         channel = open_channel(addresses["control"], options=alone)
         agent = HostAgent(
@@ -230,7 +239,7 @@ def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iter
 
 
 def child_pids(pid: int) -> list[int]:
-    """Return the processes that any thread of `pid` has started."""
+    """Return the ids of the child processes of process `pid`, of all its threads."""
     found: list[int] = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

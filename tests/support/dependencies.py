@@ -1,6 +1,6 @@
 """The dependencies of pyproject.toml and their lower bounds.
 
-Run as a script, it prints them as pip's constraints: the lowest versions, and no others.
+Run as a script, prints constraints for pip that allow only the lowest version of each.
 """
 
 import re
@@ -14,9 +14,9 @@ _BOUNDED = re.compile(r"([\w.-]+)>=([\w.]+)")
 
 
 def dependencies() -> Iterator[str]:
-    """Yield every dependency as it is written, without what it is needed on.
+    """Yield every dependency as it is written, without its environment marker (`; ...`).
 
-    An extra that names another extra of ours is none.
+    Leaves out the entries with which an extra of ours includes another one: `hintfleet[...]`.
     """
     read = tomllib.loads(PYPROJECT.read_text())
     project = read["project"]
@@ -33,8 +33,8 @@ def dependencies() -> Iterator[str]:
 def lower_bounds() -> dict[str, str]:
     """Return the lowest version of each dependency by its name.
 
-    :raises ValueError: a dependency says more or less than one lower bound, or two of one name
-        differ.
+    :raises ValueError: a dependency is not written as NAME>=VERSION, or it is listed twice with
+        different versions.
     """
     bounds: dict[str, str] = {}
     for written in dependencies():

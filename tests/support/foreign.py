@@ -50,8 +50,8 @@ _MEMORY_MIB = 1536
 
 
 def foreign_layer(image: GuestImage) -> Path:
-    """Return the folder with root.tar, vmlinuz and initrd.img, built beside the image's layers if
-    need be."""
+    """Return the folder with root.tar, vmlinuz and initrd.img of the guest. It is built, beside the
+    layers of `image`, if it does not exist."""
     wheels = rootfs.pins((ROOT / "constraints.txt").read_text())
     key = common.digest([common.SUITE, *_PACKAGES, *wheels, Path(__file__)])
     layers = image.directory.parent.resolve() / "layers"
@@ -78,13 +78,13 @@ def _build(to: Path, wheels: list[str]) -> None:
 
 @dataclass
 class ForeignDomain:
-    """A running domain that knows nothing of hintfleet."""
+    """A running domain that hintfleet did not make."""
 
     domain: Any
     console: Path
 
     def run(self, *command: str) -> str:
-        """Run a program in the guest; return its output."""
+        """Run a program in the guest, which must end with exit code 0; return its output."""
         started = self._ask("guest-exec", path=command[0], arg=command[1:], **_CAPTURE)
         deadline_s = time.monotonic() + HANG_S
         while not (status := self._ask("guest-exec-status", pid=started["pid"]))["exited"]:
@@ -94,7 +94,7 @@ class ForeignDomain:
         return base64.b64decode(status.get("out-data", "")).decode()
 
     def wait_for_boot(self) -> None:
-        """Wait until the guest's own agent answers."""
+        """Wait until the QEMU guest agent in the guest answers."""
         libvirt, _ = modules()
         deadline_s = time.monotonic() + HANG_S
         while True:
@@ -117,7 +117,7 @@ _CAPTURE = {"capture-output": True}
 
 @contextmanager
 def foreign_domain(connection: Any, image: GuestImage) -> Iterator[ForeignDomain]:
-    """Boot a domain with plain XML; end it after the block."""
+    """Boot a domain whose XML has nothing of hintfleet; destroy it after the block."""
     libvirt, _ = modules()
     layer = foreign_layer(image)
     folder = Path(tempfile.mkdtemp(prefix="hf-foreign-"))
@@ -133,14 +133,14 @@ def foreign_domain(connection: Any, image: GuestImage) -> Iterator[ForeignDomain
             made.wait_for_boot()
             yield made
         finally:
-            with suppress(libvirt.libvirtError):  # a test has ended it
+            with suppress(libvirt.libvirtError):  # a test may have ended the domain
                 domain.destroy()
     finally:
         shutil.rmtree(folder)
 
 
 def _make_disk(tar: Path, folder: Path) -> Path:
-    """Make a disk with the guest's files and this tree's agent, as a package would install it."""
+    """Make a disk with the guest's files and the agent of this source tree, installed."""
     tree, disk = folder / "tree", folder / "root.img"
     tree.mkdir()
     subprocess.run(["tar", "-x", "-f", tar, "-C", tree, "--exclude=./dev/*"], check=True)

@@ -17,7 +17,7 @@ _QUEUES = (0, 1)
 
 
 class FrontEnd:
-    """A connection to a door."""
+    """A connection to a memory door, as QEMU opens it."""
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -52,7 +52,7 @@ class FrontEnd:
         return data
 
     def negotiate(self) -> None:
-        """Do what QEMU does when the device is made."""
+        """Exchange the messages with which QEMU creates the device."""
         (features,) = struct.unpack("=Q", self._get(Request.GET_FEATURES))
         offered = self._get(Request.GET_PROTOCOL_FEATURES)
         self.send(Request.SET_PROTOCOL_FEATURES, offered)
@@ -65,17 +65,17 @@ class FrontEnd:
         return self.answer(request)
 
     def add(self, address: int, size: int, fd: int, offset: int = 0) -> None:
-        """Hand over a region."""
+        """Hand over a region of memory, and check that the door accepts it."""
         region = struct.pack("=QQQQQ", 0, address, size, 0x7F0000000000 + address, offset)
         assert self.ask(Request.ADD_MEM_REG, region, fd=fd) == bytes(8)
 
     def remove(self, address: int, size: int) -> None:
-        """Take a region back."""
+        """Take a region of memory back, and check that the door accepts that."""
         region = struct.pack("=QQQQQ", 0, address, size, 0x7F0000000000 + address, 0)
         assert self.ask(Request.REM_MEM_REG, region) == bytes(8)
 
     def start(self) -> None:
-        """Start the device: the guest's driver is ready."""
+        """Start the device, as QEMU does when the guest's driver is ready."""
         for queue in _QUEUES:
             for request in (_SET_VRING_NUM, _SET_VRING_BASE):
                 self.send(request, struct.pack("=II", queue, 0))
@@ -86,7 +86,7 @@ class FrontEnd:
                 os.close(event)
 
     def ask_to_stop(self) -> None:
-        """Begin to stop the device; `wait_until_stopped` has the answers."""
+        """Begin to stop the device; `wait_until_stopped` waits for the answers."""
         self.send(Request.GET_VRING_BASE, struct.pack("=II", 0, 0))
 
     def wait_until_stopped(self) -> None:
@@ -98,6 +98,6 @@ class FrontEnd:
         return self.answer(Request.GET_VRING_BASE)
 
     def stop(self) -> None:
-        """Stop the device, and wait for it, as QEMU does before a reset."""
+        """Stop the device and wait until it is stopped, as QEMU does before a reset."""
         self.ask_to_stop()
         self.wait_until_stopped()

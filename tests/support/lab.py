@@ -1,4 +1,4 @@
-"""Runs the command line as a user does, and finds what it leaves behind."""
+"""Runs `hintfleet` as a user does, and finds processes and files that it leaves behind."""
 
 import fcntl
 import json
@@ -21,7 +21,8 @@ _MARK = "HINTFLEET_TEST_MARK"
 
 
 def processes_with(variable: str, value: str) -> dict[int, str]:
-    """Return all living processes with `mark` in their environment, and their command lines."""
+    """Return the ids and command lines of all processes with `variable`=`value` in their
+    environment."""
     found = {}
     wanted = f"{variable}={value}".encode()
     for entry in Path("/proc").glob("[0-9]*"):
@@ -35,9 +36,12 @@ def processes_with(variable: str, value: str) -> dict[int, str]:
 
 @dataclass(kw_only=True)
 class Lab:
-    """A folder for specs and results. Every process that is started in it carries a mark.
+    """A folder for specs and results, and the commands that use it.
 
-    :ivar prefix: words before each command, for a command that starts another one.
+    Each command gets the mark in its environment, and its child processes inherit that.
+
+    :ivar temporary: TMPDIR of the commands.
+    :ivar prefix: words to put before each command: a program that then starts the command.
     """
 
     folder: Path
@@ -82,21 +86,21 @@ class Lab:
             process.communicate()
 
     def spec(self, text: str) -> str:
-        """Write a spec and return its path."""
+        """Write a spec file, in place of an earlier one, and return its path."""
         path = self.folder / "spec.yaml"
         path.write_text(text)
         return str(path)
 
     def processes(self) -> dict[int, str]:
-        """Return all living processes with the mark, and their command lines."""
+        """Return the ids and command lines of all processes that have the mark."""
         return processes_with(_MARK, self.mark)
 
     def agents(self, *modules: str) -> list[int]:
-        """Return the process ids of the agents of these kinds."""
+        """Return the ids of the marked processes that run these Python modules."""
         return [pid for module in modules for pid in self.find(f"-m {module}")]
 
     def find(self, part: str) -> list[int]:
-        """Return the ids of processes with one of these texts in their command line."""
+        """Return the ids of the marked processes with `part` in their command line."""
         return [pid for pid, command in self.processes().items() if part in command]
 
     def check_nothing_is_left(self, timeout_s: float = HANG_S) -> None:
@@ -107,7 +111,10 @@ class Lab:
 
 
 def wait_for_line(process: "subprocess.Popen[str]", start: str) -> str:
-    """Return the next line on stderr that begins with `start`."""
+    """Wait for the next line on stderr that begins with `start`, and return it.
+
+    :raises AssertionError: stderr ended without such a line.
+    """
     assert process.stderr is not None
     said = []
     for line in process.stderr:
@@ -124,9 +131,10 @@ def parent_pid(pid: int) -> int:
 
 @contextmanager
 def on_this_machine(*, alone: bool = False) -> Iterator[None]:
-    """Lock the machine: shared with other tests that run now, or exclusively.
+    """Hold a lock for the whole machine until the block ends.
 
-    `doctor --clean` acts on the whole machine: it would remove what another test needs.
+    :param alone: exclusively; otherwise together with other tests. For `doctor --clean`, which acts
+        on the whole machine and would remove what another test needs.
     """
     lock = os.open(Path(__file__).parent, os.O_RDONLY)
     try:
@@ -138,7 +146,7 @@ def on_this_machine(*, alone: bool = False) -> Iterator[None]:
 
 @contextmanager
 def made_lab(folder: Path) -> Iterator[Lab]:
-    # A short path, because unix sockets lie in it.
+    # Not below `folder`: unix sockets are made here, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="hft-") as temporary:
         made = Lab(folder=folder, temporary=Path(temporary))
         try:

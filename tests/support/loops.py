@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, as a host agent has one for its drivers' threads."""
+"""An event loop in a thread, for tests of code that reports to a loop from other threads."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ _PLENTY = 1 << 30
 
 @contextlib.contextmanager
 def no_rate_limits() -> Iterator[None]:
-    """Let guests that are made in this block break rules, and open streams, without limit."""
+    """In this block, let new guests break rules and open streams without limit or delay."""
     plenty = rate_limits.Rate(per_s=_PLENTY, burst=_PLENTY)
     with (
         mock.patch.multiple(rate_limits, VIOLATIONS_BEFORE_BAN=_PLENTY, STREAMS=_PLENTY),

@@ -17,8 +17,8 @@ _RAY = Path(sys.executable).with_name("ray")
 _ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "PYTHONUNBUFFERED": "1",  # so that the output of `ray start` comes at once
-    # Its nodes listen at an address that others can reach.
+    "PYTHONUNBUFFERED": "1",  # `ray start` writes its output at once; see _is_up
+    # The nodes listen at an address that other machines can reach, so clients need a token.
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
 }
@@ -40,7 +40,7 @@ while ray.cluster_resources().get("CPU", 0) < int(sys.argv[2]):
 class RayCluster:
     """A running cluster.
 
-    :ivar environment: variables that its users set.
+    :ivar environment: the variables with which a program uses the cluster.
     :ivar raylets: process ids, the head's first.
     """
 
@@ -48,7 +48,7 @@ class RayCluster:
     raylets: list[int]
 
     def actors(self, lab: Lab) -> list[int]:
-        """Count our actors on each node, the head first."""
+        """Return the number of our actors on each node, in the order of `raylets`."""
         parents = list(map(parent_pid, lab.find("ray::_HostActor")))
         return [parents.count(raylet) for raylet in self.raylets]
 
@@ -65,8 +65,9 @@ def ray_cluster(lab: Lab, nodes: int) -> Iterator[RayCluster]:
             log = lab.folder / f"ray-node-{len(raylets)}.log"
             stack.enter_context(_node(arguments, lab.environment | _ENVIRONMENT, log))
             raylets += set(lab.find("raylet/raylet ")) - set(raylets)
-        # A node that is up may be unknown to the head's scheduler still: all actors would go to
-        # the head, and a test that kills another node's actor would wait for it in vain.
+        # Wait until the head's scheduler knows all nodes, which may be later than their start.
+        # Else all actors could be placed on the head, and a test that kills an actor on another
+        # node would not find one.
         counted = [sys.executable, "-c", _WAIT_FOR_NODES, f"127.0.0.1:{port}", str(nodes)]
         subprocess.run(counted, env=lab.environment | _ENVIRONMENT, check=True, timeout=HANG_S)
         yield RayCluster(

@@ -1,8 +1,8 @@
-"""A TCP relay between guests and their host agent, which fails as networks do.
+"""A TCP relay between guests and their host agent, for tests of networks that fail.
 
-It cuts, stalls and delays single connections and records what a guest sends on them. It knows which
-guest a connection belongs to, because the identity goes over the link in plain text
-(hinting.proto).
+A test can cut, stall and delay single connections. The relay records the first bytes that a guest
+sends on a connection. It finds the guest's UUID in them, because a guest sends its identity in
+plain text (hinting.proto).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
 
-# Identity as protobuf writes it: field 1, 36 bytes; field 2, 32 bytes.
+# The message Identity as protobuf encodes it: field 1 of 36 bytes, then field 2 of 32 bytes.
 _IDENTITY = re.compile(rb"\x0a\x24([0-9a-f-]{36})\x12\x20([0-9a-f]{32})")
 _CHUNK_BYTES = 1 << 16
 _RECORDED_BYTES = 1 << 16
@@ -23,7 +23,7 @@ _OLD_LINKS_KEPT = 8
 
 
 class Direction(Enum):
-    """The direction in which bytes go."""
+    """The direction in which bytes are sent."""
 
     TO_HOST = "to host"
     TO_GUEST = "to guest"
@@ -45,7 +45,7 @@ class Address:
 
 
 class Link:
-    """One connection of a guest."""
+    """One connection of a guest to the host agent, through the relay."""
 
     def __init__(self, guest: asyncio.StreamWriter, host: asyncio.StreamWriter) -> None:
         self.guest_uuid = self.token = ""
@@ -68,7 +68,7 @@ class Link:
         self._flows.set()
 
     def stall(self) -> None:
-        """Let nothing pass, and tell neither end."""
+        """Hold back all bytes, and keep the connection open at both ends."""
         self._flows.clear()
 
     def resume(self) -> None:
@@ -76,18 +76,18 @@ class Link:
         self._flows.set()
 
     def before_next(self, direction: Direction, act: Callable[[], None]) -> None:
-        """Call `act` once, right before the next piece is passed on."""
+        """Call `act` once: when the next piece in this direction arrives, before it is sent on."""
         self._before_next[direction].append(act)
 
     def cancel_before_next(self, direction: Direction, act: Callable[[], None]) -> bool:
-        """Cancel `before_next`; return whether `act` had not been called yet."""
+        """Cancel `before_next`; return True if `act` was not called yet, and so never will be."""
         with contextlib.suppress(ValueError):
             self._before_next[direction].remove(act)
             return True
         return False
 
     async def pump(self, direction: Direction, reader: asyncio.StreamReader) -> None:
-        """Pass bytes in one direction until either end closes."""
+        """Pass bytes in one direction until either end closes its side; then close both sides."""
         writer = self._writers[direction]
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(_CHUNK_BYTES):
@@ -111,7 +111,7 @@ class Link:
 
 
 class Relay:
-    """Listens on its own port and connects each guest to `upstream`."""
+    """Listens on its own port, and relays each connection to `upstream`."""
 
     def __init__(self) -> None:
         self.upstream: Address | None = None
@@ -127,7 +127,7 @@ class Relay:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Address]:
-        """Relay until the block ends; yield the address that it listens at."""
+        """Relay until the block ends, then cut all links; yield the address of the relay."""
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         try:
             yield Address(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
@@ -145,7 +145,7 @@ class Relay:
         return [link for link in self.links if link.guest_uuid == guest_uuid]
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Relay in a task of our own, so that `serving` can end it and wait for its end."""
+        """Relay a connection in a task of ours, so that `serving` can cancel and await the task."""
         task = asyncio.create_task(self._relay(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

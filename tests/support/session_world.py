@@ -1,9 +1,9 @@
 """The real state machines of both sides of the session protocol, in a simulated world.
 
-`HintingCore` and `Gate` are the shipped code. The simulation carries out their instructions: a
-guest with a few chunks that have contents; streams, each of which keeps its order while two streams
-keep none; a host whose punches take time. Nothing happens by itself: a test takes each step. Each
-step asserts what must hold there.
+`HintingCore` and `Gate` are the shipped code. This module simulates all else, and carries out their
+instructions. The guest has a few chunks with contents. Messages of one stream arrive in order;
+those of two streams do not. A punch on the host takes several steps. Nothing happens by itself:
+the test calls a method for each step. The methods assert what must hold then.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ Down = gate.Welcome | gate.Acknowledge
 
 @dataclass(eq=False)
 class Stream:
-    """Messages on their way. `cut` means that the stream is over, which each end notices later."""
+    """A stream, with the messages that have not arrived yet.
+
+    :ivar cut: the stream has ended; guest and host notice this later, each at its own time.
+    :ivar lossy: messages to the host are lost.
+    """
 
     to_host: deque[Up] = field(default_factory=deque)
     to_guest: deque[Down] = field(default_factory=deque)
@@ -51,12 +55,12 @@ class Stream:
     lossy: bool = False
 
     def send(self, message: Up) -> None:
-        """Send to the host. After a loss nothing arrives any more, because it is a byte stream."""
+        """Send to the host; after `lose` the message is lost, because a byte stream has no gaps."""
         if not self.lossy:
             self.to_host.append(message)
 
     def lose(self) -> None:
-        """Lose what is on its way to the host, after the stream was cut."""
+        """Lose the messages to the host that have not arrived, and all later ones."""
         self.lossy = True
         self.to_host.clear()
 
@@ -70,7 +74,7 @@ def pages(numbers: Iterable[int]) -> RangeSet:
 
 
 class GuestKernel:
-    """The guest's chunks, which are free, isolated or in use. Chunks in use have contents."""
+    """The guest's chunks: each is free, isolated or in use. A chunk in use has contents."""
 
     def __init__(self) -> None:
         self.free = list(range(CHUNK_COUNT))
@@ -98,8 +102,8 @@ class GuestKernel:
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
         taken = [n for n in self.free if n not in self.reported]
-        # Not the chunks that the workload gets next: the worst case for a batch that comes too
-        # late.
+        # Isolate chunks from the end of the list: `allocate` takes from the start. `release` puts
+        # chunks at the start, so they are used next: the worst case if their batch runs too late.
         taken = taken[-min(max_ranges, max_pages // CHUNK_PAGES) :]
         self.free = [n for n in self.free if n not in taken]
         self.isolated |= set(taken)
@@ -116,7 +120,7 @@ class GuestKernel:
 
 
 class Agent:
-    """A guest agent that holds the isolator, and carries out the instructions of its core."""
+    """A guest agent: carries out the instructions of its core, on the kernel's chunks."""
 
     def __init__(self, kernel: GuestKernel, core: HintingCore) -> None:
         self.kernel = kernel
@@ -170,7 +174,7 @@ class Agent:
 
 
 class Host:
-    """The host agent's side: one punch at a time, chunk by chunk, each in a slice of its own."""
+    """The host agent's side. It punches one batch at a time, one chunk in each slice."""
 
     def __init__(self, new_gate: Gate, fence: Fence) -> None:
         self.gate = new_gate
@@ -187,7 +191,10 @@ class Host:
         self.turn_asked = False
 
     def receive(self, stream: Stream, now_s: float, next_session: int) -> None:
-        """Receive the next message of a stream, even of a stream that is over."""
+        """Receive the next message of a stream, also of one that was cut.
+
+        :param next_session: the number of the session that a Hello opens.
+        """
         message = stream.to_host.popleft()
         if isinstance(message, Hello):
             self.sessions[next_session] = stream
@@ -200,7 +207,7 @@ class Host:
             self.carry_out(self.gate.arrived(session, batch))
 
     def leave(self, stream: Stream) -> None:
-        """Notice that a stream is over."""
+        """Notice that a stream has ended; its other messages to the host are lost."""
         session = self._session_of(stream)
         del self.sessions[session]
         stream.lose()
@@ -211,7 +218,7 @@ class Host:
         self.carry_out(self.gate.turn_came(now_s))
 
     def begin_slice(self) -> None:
-        """Let the running batch's next system call begin, or give the batch up."""
+        """Begin the running batch's next slice; if its permit has ended, give up the rest."""
         try:
             self._entered.enter_context(self.fence.slice(self._permit))
             self.slice = self.to_drop.pop()
@@ -223,7 +230,10 @@ class Host:
         self._entered.close()
 
     def qemu_asks_to_stop(self, when_stopped: Callable[[], None]) -> None:
-        """Close the door, as host_agent/door/door.py does."""
+        """Do what host_agent/door/door.py does when QEMU asks: close the gate, then the fence.
+
+        :param when_stopped: the fence calls it when no slice runs.
+        """
         self.carry_out(self.gate.door_closed(TransientError("stopped")))
         self.fence.close(when_stopped)
 
@@ -260,11 +270,11 @@ class Host:
                 case gate.Post(batch):
                     self.unposted.remove(
                         batch
-                    )  # fails for a second post, or for a batch that never arrived
+                    )  # raises if the batch was posted before, or has never arrived
                 case gate.Acknowledge(session, batch):
                     assert batch not in self.unposted, "acknowledged before it was posted"
                     self.sessions[session].to_guest.append(instruction)
 
     def _session_of(self, stream: Stream) -> int:
-        """Return the number of the stream's session; 0 if it has none here, or none any more."""
+        """Return the number of the session that this host has for the stream; 0 if it has none."""
         return next((n for n, one in self.sessions.items() if one is stream), 0)

@@ -1,4 +1,4 @@
-"""A guest agent that sends what a test tells it to, to the address that virtual machines use."""
+"""A fake guest agent: sends the messages that a test chooses to a host agent."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.support.agents import HANG_S
 
 
 class Speaker:
-    """Sends protocol messages one by one, to the address that virtual machines use."""
+    """A hinting session: sends messages one by one to a host agent's address for guests."""
 
     def __init__(self, address: str) -> None:
         options = (
-            # A connection of its own, as from another guest.
+            # Each speaker gets its own connection, as different guests have.
             ("grpc.use_local_subchannel_pool", 1),
-            # A window that does not grow, so that the host soon cannot send to a guest that does
-            # not read.
+            # gRPC's window for unread bytes does not grow: if the test reads nothing, the host
+            # agent can soon send nothing more.
             ("grpc.http2.bdp_probe", 0),
         )
         self.channel = open_channel(address, options=options)

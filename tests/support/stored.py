@@ -1,4 +1,4 @@
-"""Stores a made-up run: two phases, and less memory under arm `bitmap`."""
+"""Stores a made-up run: guests allocate, then free; under arm `bitmap`, less stays resident."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +83,7 @@ def store_trial(writer: RunWriter, trial: Trial, spec: Spec) -> None:
 
 def _records(trial: Trial, tasks: dict[str, HostTask]) -> Iterator[Record]:
     for host, task in tasks.items():
-        # The actor that announces phases has a clock that is an hour ahead of its host's.
+        # Phases have the actor's clock, which is an hour ahead of the host's clock here.
         for title, said_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
             yield phase(title, said_s, host, trial.trial_id)
         names = [guest.name for guest in task.guests]
@@ -123,7 +123,7 @@ def _records(trial: Trial, tasks: dict[str, HostTask]) -> Iterator[Record]:
 
 
 def store_run(folder: Path, spec: Spec = QUICKSTART) -> None:
-    """Store a run "run1", whose texts try to inject markup."""
+    """Store a run "run1". Its texts contain HTML that a report must not interpret."""
     header = RunHeader(
         run_id="run1",
         spec=spec,

@@ -1,4 +1,4 @@
-"""Real guests under a real host agent, booted at the same time."""
+"""Real guests under a real host agent, several of them booted at the same time."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ _LOW_PAGES = 2 * GIB // 4096
 
 
 def image_with(image: GuestImage, files: dict[str, Path], to: Path) -> Path:
-    """Make a directory with one image: a copy of `image` with more files in its initrd.
+    """Make in `to` an image directory whose only image is `image` with more files; return `to`.
 
-    This works because the kernel unpacks one cpio archive after the other.
+    The files are appended to the initrd as a second cpio archive: the kernel unpacks all archives
+    of an initrd.
+
+    :param files: by their paths in the initrd.
     """
     made = to / "with-files"
     made.mkdir()
@@ -46,29 +49,29 @@ def image_with(image: GuestImage, files: dict[str, Path], to: Path) -> Path:
 
 
 def qemu_ram(domain: Any) -> GuestRam:
-    """Open a guest's RAM files as QEMU has them, without asking QEMU or the host agent.
+    """Open a guest's RAM files through /proc, without asking QEMU or the host agent.
 
     Needs root.
     """
     pid = int(Path(f"/run/libvirt/qemu/{domain.name()}.pid").read_text())
     files: dict[int, int] = {}
-    # In the order of their numbers: QEMU opens those of its nodes one after the other.
+    # In the order of descriptor numbers: QEMU opens the RAM files of NUMA nodes in node order.
     for number in sorted(int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()):
         entry = Path(f"/proc/{pid}/fd/{number}")
-        with suppress(FileNotFoundError):  # QEMU opens and closes files while it runs
+        with suppress(FileNotFoundError):  # QEMU may have closed it by now
             if os.readlink(entry).startswith("/memfd:memory-backend-memfd"):
                 inode = entry.stat().st_ino
                 files[inode] = files.get(inode) or os.open(entry, os.O_RDWR | os.O_CLOEXEC)
     dimms = {dimm.size_bytes: dimm for dimm in dimms_of(domain.XMLDesc())}
     segments: list[Segment] = []
     pfn = 0
-    # DIMMs last; they are told by their sizes, which nothing else has here.
+    # RAM files of DIMMs come last. A DIMM's file is found by its size, which no node's file has.
     for fd in sorted(files.values(), key=lambda fd: os.fstat(fd).st_size in dimms):
         if dimm := dimms.get(os.fstat(fd).st_size):
             pfn = dimm.address // 4096
         left, offset_bytes = os.fstat(fd).st_size // 4096, 0
         while left:
-            # q35 has its devices from 2 GiB on; memory goes on at 4 GiB.
+            # On q35, addresses from 2 to 4 GiB belong to devices; memory continues at 4 GiB.
             page_count = min(left, _LOW_PAGES - pfn) if pfn < _LOW_PAGES else left
             segments.append(
                 Segment(pfn=pfn, page_count=page_count, fd=fd, offset_bytes=offset_bytes)
@@ -107,8 +110,9 @@ _HOLES = "memmap=1248M$160M memmap=320M$1664M memmap=640M$4480M"
 
 
 def nodes_spec(isolator: str, parameters: str = "") -> host_pb2.GuestSpec:
-    """Return a guest with two NUMA nodes, which meet at 1.5 GiB; the second one continues above 4
-    GiB. Most of it is holes, so that a small workload soon has memory of each zone."""
+    """Return the spec of a guest with two NUMA nodes. The second node begins at 1.5 GiB, and has
+    memory above 4 GiB as well. Most of the memory is holes, so that a small workload soon uses
+    each zone."""
     return spec(
         isolator=isolator,
         parameters=f"{_HOLES} {parameters}",
@@ -119,8 +123,8 @@ def nodes_spec(isolator: str, parameters: str = "") -> host_pb2.GuestSpec:
 
 
 class Guests:
-    """Guests by name, created at the same time. Asking for one waits until it is created or has
-    failed."""
+    """Guests by name, created in threads. `guests[name]` waits until the guest is created; if that
+    failed, it raises the error."""
 
     def __init__(self, host: HostAgent, specs: Mapping[str, host_pb2.GuestSpec]) -> None:
         self.host = host
@@ -136,14 +140,17 @@ class Guests:
         return self.host.stub.CreateGuest(request, timeout=HANG_S)
 
     def wait(self) -> None:
-        """Wait until all have booted, because a boot would disturb what a test measures."""
+        """Wait until all guests have booted, because a boot would disturb what a test measures."""
         self._pool.shutdown()
 
     def __getitem__(self, name: str) -> host_pb2.Guest:
         return self._made[name].result()
 
     def failure(self, name: str) -> str:
-        """Return the error message for a guest that cannot be created."""
+        """Return why creating a guest failed.
+
+        :raises AssertionError: the guest was created.
+        """
         error = self._made[name].exception()
         if not isinstance(error, grpc.RpcError):
             raise AssertionError(f"guest {name} came up")
@@ -153,19 +160,19 @@ class Guests:
         return self.host.guests()[name].ledger
 
     def resident(self, name: str, connection: Any) -> RangeSet:
-        """Return the resident bytes, counted in the RAM files themselves."""
+        """Return the resident pages, as the RAM files themselves show them."""
         with closing(qemu_ram(connection.lookupByName(NAME_PREFIX + name))) as ram:
             return ram.resident(ram.page_map).ranges()
 
     def falls_to(self, name: str, resident_bytes: int) -> None:
-        """Wait until no more than `resident_bytes` are resident."""
+        """Wait until no more than `resident_bytes` of the guest are resident."""
         wait_until(
             lambda: self.ledger(name).resident_bytes <= resident_bytes,
             f"no more than {resident_bytes // MIB} MiB of {name} to be resident",
         )
 
     def balances(self, name: str, connection: Any) -> None:
-        """Compare the books with the RAM file, while the guest is suspended."""
+        """Suspend the guest; check that its books balance, and agree with its RAM files."""
         domain = connection.lookupByName(NAME_PREFIX + name)
         domain.suspend()
         try:
@@ -184,7 +191,7 @@ class Guests:
 
 
 def console(pid: int) -> str:
-    """Return the console output of a guest so far; `pid` is its QEMU's."""
+    """Return the console output of a guest so far; `pid` is the process id of its QEMU."""
     files = [
         Path(argument.removeprefix("name=opt/org.hintfleet/config,file="))
         for argument in Path(f"/proc/{pid}/cmdline").read_text().split("\0")

@@ -40,7 +40,8 @@ def cannot_be_had(what: str) -> NoReturn:
 
 @pytest.fixture(scope="session")
 def libvirt_uri() -> str:
-    """Return the URI of a libvirt that answers; start one if there is none and this is root."""
+    """Return the URI of libvirt. Start the system's libvirt if it is used, does not answer, and
+    this is root."""
     pytest.importorskip("libvirt")
     if URI == "qemu:///system" and os.geteuid() == 0:
         started = subprocess.run([ROOT / "deploy/start-libvirt"], capture_output=True, text=True)
@@ -51,7 +52,7 @@ def libvirt_uri() -> str:
 
 @pytest.fixture(scope="session")
 def image() -> GuestImage:
-    """Build this tree's guest image, if it is not cached."""
+    """Return this tree's guest image; build it if it is not cached."""
     built = subprocess.run(
         [sys.executable, ROOT / "deploy/image/build.py"], capture_output=True, text=True
     )
@@ -62,7 +63,7 @@ def image() -> GuestImage:
 
 @pytest.fixture(scope="session")
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """Run the event loop that serves the memory doors of drivers' guests."""
+    """Run an event loop, which serves the memory doors of guests that a driver makes."""
     with running_loop() as made:
         yield made
 
@@ -71,7 +72,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def driver(
     libvirt_uri: str, loop: asyncio.AbstractEventLoop, image: GuestImage
 ) -> Iterator[LibvirtDriver]:
-    """Make a driver whose guests find no host agent."""
+    """Make a driver. Nobody listens at the address at which its guests look for a host agent."""
     images = image.directory.parent
     made = LibvirtDriver(libvirt_uri, loop, guest_server="10.0.2.2:9", images=images)
     state = made.state()
@@ -83,7 +84,7 @@ def driver(
 
 @pytest.fixture
 def readable_by_qemu() -> Iterator[Path]:
-    """Make a directory that QEMU's own user can enter, unlike pytest's."""
+    """Make a directory that QEMU's own user can enter (it cannot enter pytest's tmp_path)."""
     directory = Path(tempfile.mkdtemp(prefix="hf-vm-"))
     directory.chmod(0o755)
     yield directory
@@ -92,7 +93,7 @@ def readable_by_qemu() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def connection(libvirt_uri: str) -> Iterator[Any]:
-    """Open our own connection to libvirt, for as long as the tests run."""
+    """Open a connection to libvirt for the tests themselves, one for all of them."""
     libvirt, _ = modules()
     opened = libvirt.open(libvirt_uri)
     yield opened
@@ -119,7 +120,7 @@ SPECS = {
         max_memory_bytes=768 * MIB,
     ),
     "reporting": spec(host_pb2.REPORTING, max_memory_bytes=GIB + 512 * MIB),
-    # Steps of half the memory, because the slow default is not what is tested here.
+    # The balloon grows in steps of half the memory: no test is about its slow default.
     "balloon": spec(host_pb2.BALLOON, balloon=host_pb2.BalloonSettings(step_percent=50)),
     "nodes-kmod": nodes_spec("kmod"),
     "nodes-hugetlb": nodes_spec("hugetlb", "init_on_alloc=0"),
@@ -135,10 +136,11 @@ SPECS = {
 
 @pytest.fixture(scope="module")
 def guests(request: pytest.FixtureRequest, libvirt_uri: str, image: GuestImage) -> Iterator[Guests]:
-    """Run a host agent with the guests of SPECS that the module names in GUESTS; its tests share
-    them.
+    """Run a host agent with the guests of SPECS that the test module names in GUESTS. All tests of
+    the module share these guests.
 
-    They end with the module, because under TCG an idle guest takes CPU time from all others.
+    The guests are ended after the module's tests, because under TCG an idle guest takes CPU time
+    from all others.
     """
     specs = {name: SPECS[name] for name in request.module.GUESTS}
     folder = Path(tempfile.mkdtemp(prefix="hf-vm-"))

@@ -1,5 +1,5 @@
-"""A domain of somebody else, which ran before, is attached, hinted and detached: nothing of it is
-left."""
+"""A domain of somebody else, which runs already, is attached, hinted and detached; after that,
+nothing of hintfleet is left in the domain."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_unt
 from tests.support.foreign import ForeignDomain, foreign_domain
 
 FREED_MIB = 700
-# Dirties memory page by page, holds it for a while, and ends.
+# A Python program that dirties memory page by page, holds it for two seconds, and ends.
 DIRTY = (
     f"b = bytearray({FREED_MIB} << 20); b[::4096] = b'1' * (len(b) // 4096);"
     "import time; time.sleep(2)"
@@ -55,7 +55,7 @@ def test_a_running_domain_is_attached_hinted_and_detached(foreign: ForeignDomain
 
         wait_until(lambda: back_bytes() >= 0.95 * FREED_MIB * MIB, "what it freed")
 
-        # Reset by the operator: it boots again in the same memory, in a new epoch.
+        # The domain's operator resets it. It boots again in the same memory; a new epoch begins.
         epoch = host.guests()[name].epoch
         foreign.domain.reset()
         wait_until(lambda: host.guests()[name].epoch > epoch, "the agent of the next boot")

@@ -1,4 +1,4 @@
-"""Limits of cgroups v2 are found in a guest's kernel, even if the host has only v1."""
+"""Limits of cgroups v2 are found. Tested in a guest, because the host may have only v1."""
 
 import asyncio
 import uuid

@@ -16,7 +16,7 @@ from tests.support.agents import HANG_S, wait_until
 
 
 def start_domain(connection: Any, name: str, console: Path | None) -> None:
-    """Start a domain without autodestroy, which idles in its firmware."""
+    """Start a domain that idles in its firmware, and that libvirt keeps when `connection` ends."""
     serial = f"<serial type='file'><source path='{console}'/></serial>" if console else ""
     connection.createXML(
         f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>32</memory>"
@@ -27,7 +27,8 @@ def start_domain(connection: Any, name: str, console: Path | None) -> None:
 
 @pytest.fixture
 def dead_folder() -> Iterator[Path]:
-    """Make the folder of a guest whose host agent is gone."""
+    """Make a folder like that of a guest whose host agent has ended: its name has the id of a
+    process that has ended."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     with tempfile.TemporaryDirectory() as base:

@@ -1,4 +1,5 @@
-"""Domains of somebody else: what keeps each from being hinted is said, and nothing changes."""
+"""ListDomains reports what keeps domains of somebody else from being hinted, and does not change
+the domains."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Machines unlike ours: folders that QEMU's user cannot enter, and guests whose drivers do not
-answer."""
+"""Machines unlike ours: folders that QEMU's user cannot enter, and guests whose balloon drivers
+are missing or do not answer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NO_BALLOON = "kernel_parameters: module_blacklist=virtio_balloon"
 
 @pytest.fixture
 def lab(tmp_path: Path, libvirt_uri: str, image: GuestImage) -> Iterator[Lab]:
-    """A lab whose temporary folder only its user can enter, as libpam-tmpdir makes it."""
+    """Make a lab whose temporary folder only this user can enter, like those of libpam-tmpdir."""
     with made_lab(tmp_path) as made:
         assert made.temporary.stat().st_mode & 0o777 == 0o700
         yield made
@@ -103,7 +103,7 @@ def test_a_state_that_qemu_may_not_reach(
 
 
 def refused(driver: LibvirtDriver, barrier: Path) -> None:
-    """Check that `state` and `create` both name the folder that is in the way."""
+    """Check that `state` and `create` both report `barrier`, the folder that denies access."""
     try:
         state = driver.state()
         with pytest.raises(Refused) as caught:
@@ -135,7 +135,7 @@ def test_a_peer_that_does_not_answer_is_undecided(lab: Lab, method: str, reason:
 def test_a_guest_whose_balloon_stops_answering_is_lost(
     connection: Any, image: GuestImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The guest is suspended, so that its driver does not answer."""
+    """The guest is suspended, so that its balloon driver does not answer."""
     monkeypatch.setenv("HINTFLEET_IMAGE_DIR", str(image.directory.parent))
     with running_host_agent() as host:
         host.watch(timeout_s=300)

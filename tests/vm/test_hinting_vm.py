@@ -71,7 +71,7 @@ def test_memory_used_and_freed_between_two_looks_leaves_nothing_behind(
     hinted_bytes = after.hinted_total_bytes - before.hinted_total_bytes
     absent_bytes = after.absent_total_bytes - before.absent_total_bytes
     assert hinted_bytes > 150 * MIB
-    if name == "hugetlb":  # the kernel also reports chunks that it has merged and split again
+    if name == "hugetlb":  # for kmod, the kernel reports some absent chunks again
         assert absent_bytes < 0.1 * hinted_bytes, "hinted chunks that were not resident"
     guests.balances(name, connection)
     assert host.verify(name).wrong_pages == 0
@@ -80,8 +80,9 @@ def test_memory_used_and_freed_between_two_looks_leaves_nothing_behind(
 def test_under_pressure_a_guest_gives_what_is_wanted_and_keeps_nothing_back(
     image: GuestImage, libvirt_uri: str
 ) -> None:
-    """The module shows up to 128 MiB at a time, and takes them back only as a whole. So the rest of
-    a batch is hinted even if the allowance is used up; then there is nothing to settle."""
+    """The kernel module hands up to 128 MiB to the agent at a time, and takes them back only as a
+    whole. So the agent hints all of them, even if its allowance is used up before. After that, a
+    Settle must hint nothing more."""
     threshold_bytes, held_bytes = 420 * MIB, 50 * MIB
 
     def free_bytes() -> int:
@@ -135,7 +136,7 @@ def test_a_killed_host_agent_leaves_no_domain(connection: Any, libvirt_uri: str)
 
         creating = threading.Thread(target=create)
         creating.start()
-        # Killed at the worst moment: the guest runs, and CreateGuest has not returned yet.
+        # Kill the host agent at the worst moment: the guest runs, but CreateGuest has not returned.
         wait_until(lambda: bool(domains()), "the domain")
         uuid = domains()[0].UUIDString()
         pids = filter(str.isdecimal, os.listdir("/proc"))

@@ -1,4 +1,4 @@
-"""Real guests outlive their host agent, and go on under the next one."""
+"""Real guests outlive their host agent, and the next host agent adopts them."""
 
 import contextlib
 import threading
@@ -16,7 +16,8 @@ from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
 from tests.support.vm import Guests, spec
 
-# The hugetlb isolator leaves free a sixteenth of the memory, and the watermarks.
+# Free memory that is not hinted: the hugetlb isolator keeps a sixteenth of the memory, and the
+# watermarks, as a reserve.
 KEPT_BYTES = 60 * MIB
 SPECS = {
     "restart-kmod": spec(memory_bytes=512 * MIB),
@@ -27,12 +28,15 @@ SPECS = {
 
 
 def is_back(host: HostAgent, guest: host_pb2.Guest) -> bool:
-    """Return whether a guest of an earlier host agent is in session with this one."""
+    """Return whether a guest of an earlier host agent has a session with this host agent.
+
+    :param guest: the guest as the earlier host agent reported it.
+    """
     return host.guests()[guest.name].epoch > guest.epoch
 
 
 def kill_amid_batches(host: HostAgent, name: str) -> None:
-    """Kill the host agent while a step of this guest, and its batches, are under way."""
+    """Kill the host agent while it runs steps of this guest's workload and the guest hints."""
 
     def step() -> None:
         with contextlib.suppress(grpc.RpcError):
@@ -90,7 +94,7 @@ def test_real_guests_go_on_under_the_next_host_agent(
         assert domains() == {NAME_PREFIX + "restart-kmod"}
         second.process.kill()
         second.process.wait()
-    # No host agent comes back, so the guest ends by itself.
+    # No host agent starts within --orphan-after, so the guest ends by itself.
     wait_until(lambda: not domains(), "the orphan to end")
 
     with running_host_agent(*arguments) as third:

@@ -53,8 +53,8 @@ def test_a_guest_with_virtio_mem_is_refused(
     image: object,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """CMA is refused for the same reason, but cannot be tested here: Debian's cloud kernel is built
-    without CONFIG_CMA and ignores `cma=` (tests/unit has its refusal)."""
+    """A guest with CMA is refused for the same reason, which tests/unit tests. It cannot be tested
+    here: Debian's cloud kernel is built without CONFIG_CMA and ignores `cma=`."""
 
     def with_virtio_mem(spec: DomainSpec) -> str:
         domain = ET.fromstring(domain_xml(spec))  # noqa: S314 - our own
@@ -87,8 +87,8 @@ def test_a_guest_with_virtio_mem_is_refused(
 
 @pytest.fixture
 def said_by_dying_agents(guests: Guests) -> str:
-    """Return the console of a guest in which an agent is killed in the middle of a pass, and the
-    next one is stopped (in_guest/dying_agent.py)."""
+    """Return the console output of a guest in which an agent was killed in the middle of a pass,
+    and the next agent was stopped (in_guest/dying_agent.py)."""
 
     def said() -> str:
         return console(guests["dying"].pid)
@@ -114,12 +114,13 @@ def test_what_a_dead_agent_isolated_stays_so_until_the_next_is_welcomed(
     total, free, reserved, adopted = map(int, found.groups())
     assert total == free == reserved == adopted > 0, "somebody could have used them"
     assert "PROBE second agent: another guest agent uses the hugetlb pool" in said
-    # What it found was released after the welcome, and has been hinted since.
+    # The second agent released what it found after its Welcome, and has hinted it since.
     assert guests.ledger("dying").hinted_total_bytes >= adopted * 2 * MIB
 
 
 def test_an_agent_that_is_stopped_gives_back_what_it_has(said_by_dying_agents: str) -> None:
-    """It waits for the acks of the batches in flight, so that its guest gets that memory back."""
+    """The agent waits for the acks of the batches in flight, so that its guest gets that memory
+    back."""
     assert "the agent was stopped: starting it again" in said_by_dying_agents
     assert "PROBE left PoolState(total=0, free=0, reserved=0, surplus=0)" in said_by_dying_agents
 

@@ -1,4 +1,4 @@
-"""The libvirt driver makes real guests, and refuses others."""
+"""The libvirt driver makes and adopts real guests, and refuses what this host cannot run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that is freed in any zone or NUMA node of a real guest leaves the host."""
+"""Memory that a real guest frees in any zone or NUMA node comes back to the host."""
 
 from typing import Any
 
@@ -16,7 +16,8 @@ PARTS_MIB = {
     "node 1, Normal": [(4096, 4480)],
     "node 1, Movable": [(4608, 1 << 20)],
 }
-"""The guest's memory without the holes that nodes_spec of tests/support/vm.py makes."""
+"""The guest's memory without the holes that nodes_spec of tests/support/vm.py makes: for each node
+and zone, ranges of guest physical addresses in MiB, each as begin and end (exclusive)."""
 
 
 def resident_mib(guests: Guests, name: str, connection: Any) -> dict[str, int]:

@@ -14,7 +14,8 @@ GUESTS = ("reporting", "balloon")
 FREED_BYTES = 300 * MIB
 
 
-# A balloon leaves the guest a reserve of a tenth, which is resident.
+# A balloon leaves a tenth of the memory free in the guest. This reserve is resident, so less comes
+# back than under reporting.
 @pytest.mark.parametrize(("name", "share"), [("reporting", 0.9), ("balloon", 0.6)])
 def test_what_a_peer_takes_back_is_in_the_books(
     guests: Guests, connection: Any, name: str, share: float

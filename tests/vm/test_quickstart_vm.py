@@ -1,4 +1,5 @@
-"""`hintfleet run` on real guests: freed memory leaves the host, and nothing stays behind."""
+"""`hintfleet run` on real guests: freed memory comes back to the host, and no guest, process or
+file is left."""
 
 import json
 import re
@@ -16,14 +17,15 @@ from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result
 libvirt = pytest.importorskip("libvirt")
 
 CATALOGUE = Path(__file__).parents[2] / "orchestrator/spec/catalogue/quickstart-vm.yaml"
-# How soon it leaves is measured by tests/bench; here we only test that it does.
+# With a Settle after the workload has freed memory: here we only test that this memory comes back.
+# How soon it does is measured in tests/bench.
 SPEC = re.sub(r"free: (.*)}", r"free: \1, settle: true}", CATALOGUE.read_text())
 
 
 @pytest.fixture
 def lab(tmp_path: Path, libvirt_uri: str, image: GuestImage) -> Iterator[Lab]:
     with made_lab(tmp_path) as made:
-        made.temporary.chmod(0o711)  # QEMU runs as a user of its own
+        made.temporary.chmod(0o711)  # QEMU runs as another user, who must enter it
         yield made
 
 

@@ -28,18 +28,19 @@ def test_a_dimm_is_plugged_hinted_and_unplugged(guests: Guests, connection: Any,
     assert dirty.resident_bytes > MORE_THAN_START + STAYS
     assert host.free(MORE_THAN_START, name).wrong_pages == 0
     books = host.settle(name).ledger
-    # The kernel has a struct page of 64 bytes for each page of the DIMM.
+    # The guest's kernel keeps a struct page of 64 bytes for each page of the DIMM.
     grown_bytes = books.resident_bytes - at_first_bytes - STAYS - (MOST - START) // 64
     assert grown_bytes < MORE_THAN_START // 10, "what was freed is reclaimed"
     guests.balances(name, connection)
 
-    # The kernel moves the workload's pages out of the DIMM.
+    # Before the DIMM is unplugged, the guest's kernel moves the workload's pages out of it.
     assert host.resize(START, name).ledger.provisioned_bytes == START
     assert guests.ledger(name).unplugged_total_bytes > 0
     guests.balances(name, connection)
     assert host.verify(name).wrong_pages == 0
 
-    # The guest works on, and state that it keeps of the DIMM hides no later free from it.
+    # What the agent remembers about the unplugged DIMM must not make it miss memory that is freed
+    # later.
     before_bytes = host.settle(name).ledger.resident_bytes
     host.allocate(300 * MIB, name)
     assert host.free(300 * MIB + STAYS, name).wrong_pages == 0
@@ -62,7 +63,7 @@ def test_dimms_are_unplugged_whole(guests: Guests) -> None:
 def test_a_peer_is_resized_too(guests: Guests, connection: Any) -> None:
     host = guests.host
     host.resize(MOST, "reporting")
-    host.allocate(300 * MIB, "reporting")  # the kernel takes from the DIMM first
+    host.allocate(300 * MIB, "reporting")  # the guest's kernel allocates from the DIMM first
     assert host.free(300 * MIB, "reporting").wrong_pages == 0
     guests.balances("reporting", connection)
     host.resize(START, "reporting")
@@ -70,7 +71,7 @@ def test_a_peer_is_resized_too(guests: Guests, connection: Any) -> None:
 
 
 def test_a_dimm_that_is_in_use_or_not_ejected_stays(guests: Guests, connection: Any) -> None:
-    """This guest's kernel refuses to eject DIMMs, after their memory was offlined."""
+    """This guest's kernel takes a DIMM's memory offline, but then refuses to eject the DIMM."""
     host, most = guests.host, 768 * MIB
     host.resize(most, "zeroing")
     host.allocate(540 * MIB, "zeroing")

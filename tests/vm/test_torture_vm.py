@@ -1,4 +1,4 @@
-"""Torture of real guests: both isolators, agents that are killed inside, QEMU that is killed."""
+"""Torture of real guests with both isolators: agents in the guests are killed, and so is QEMU."""
 
 import asyncio
 
@@ -8,9 +8,9 @@ from tests.torture.run import Until, torture
 
 FAULTS = 60
 LONGEST_S = 800
-"""The longest time for a run that hangs."""
+"""When to stop a run that is stuck: normally it ends earlier, after FAULTS faults."""
 SEED = 31
-"""With it, one guest is reset and one is killed, neither at the start: each boots once more."""
+"""With this seed, one guest is reset and one is killed, neither at the start; both boot again."""
 
 
 def test_sixty_faults_on_real_guests_and_no_wrong_page(libvirt_uri: str, image: object) -> None:

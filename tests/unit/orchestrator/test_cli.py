@@ -148,7 +148,7 @@ def test_an_interrupt_whose_exception_was_lost_still_ends_the_run() -> None:
     try:
         interrupts = Interrupts()
         interrupts.check()
-        with contextlib.suppress(KeyboardInterrupt):  # as in a destructor
+        with contextlib.suppress(KeyboardInterrupt):  # as Python does in a destructor
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             interrupts.check()

@@ -16,7 +16,8 @@ S = 1_000_000
 
 
 def series(*points: tuple[float, int], **grown: int) -> Series:
-    """Return samples with resident MiB at these seconds, and a counter that grows each second."""
+    """Return samples at `points`, each (second, resident MiB). Each counter grows by its value in
+    `grown` per second, or stays 0."""
     at_us = np.array([round(at * S) for at, _ in points], dtype=np.int64)
     return Series(
         at_unix_us=at_us,
@@ -48,7 +49,7 @@ def settle_s(*points: tuple[float, int], steps: list[StepDone] = STEPS) -> tuple
 
 
 def test_the_time_until_nearly_all_that_came_back_was_back() -> None:
-    # Of 100 MiB that came back in the end, 95 were back 2 s after the step.
+    # In the end 100 MiB came back to the host. 95 MiB of them were back 2 s after the free step.
     assert settle_s((0, 0), (3, 200), (5, 150), (6.5, 105), (8, 100), (10, 100)) == (2.0,)
 
 
@@ -169,7 +170,7 @@ def test_twice_as_slow_and_twice_as_fast_cancel_out() -> None:
 
 
 def test_hosts_of_one_trial_are_one_draw() -> None:
-    """Differences between hosts are the same in every trial, so they are no uncertainty."""
+    """A difference between hosts that is the same in every trial must not widen the interval."""
     found = rows()
     for i, process_cpu_s in ((1, 1.0), (3, 2.0), (5, 1.0), (7, 2.0)):
         found[i] = replace(found[i], cost=replace(HINTED, process_cpu_s=process_cpu_s))

@@ -51,7 +51,7 @@ def test_a_step_function() -> None:
     steps = [step("allocate", 1, 2), step("free", 6, 6.2, changed=3 * G), step("verify", 11, 12)]
     found = guest_footprint("g", samples, steps, ENDED, period_s=2)
     assert found.peak_resident_bytes == 4 * G
-    # 1..2: a ramp to 4; 2..6: 4; 6..6.5: a ramp to 1; 6.5..11: 1 (GiB, seconds)
+    # GiB resident, by seconds: 1..2 a ramp from 0 to 4; 2..6: 4; 6..6.5 a ramp to 1; 6.5..11: 1
     gib_s = 2 + 16 + 1.25 + 4.5
     assert found.resident_gib_min == pytest.approx(gib_s / 60)
     assert found.mean_resident_bytes == pytest.approx(gib_s / 10 * G)
@@ -108,7 +108,7 @@ def test_wrong_pages_are_counted() -> None:
 
 
 def test_a_host_is_the_sum_of_its_guests_at_each_time() -> None:
-    # One guest's peak ends when the other's begins, so peaks must not be added.
+    # The peak of a ends when that of b begins, so the host's peak is not the sum of both peaks.
     a = series((0, 0), (1, 4 * G), (2, 4 * G), (3, 0), (4, 0), (9, 0))
     b = series((0, 0), (1, 0), (2, 0), (3, 4 * G), (4, 4 * G), (9, 4 * G))
     steps = [step("allocate", 1, 1), step("verify", 4, 5)]

@@ -1,4 +1,4 @@
-"""Folders for sockets are private and short, and are removed after their process was killed."""
+"""Runtime folders are private and have short paths; those of killed processes are removed."""
 
 import subprocess
 import sys
@@ -47,7 +47,8 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(base: Path) -> 
 
 def test_a_folder_in_use_stays_though_its_process_cannot_be_seen(base: Path) -> None:
     other = runtime_dirs().make()
-    # Like a process of another container, whose id means nothing here.
+    # As if a process of another container had made the folder: no process here has the id in its
+    # name.
     elsewhere = other.path.rename(base / "hf-999999999-x")
     runtime_dirs().make().remove()
     assert elsewhere.is_dir()

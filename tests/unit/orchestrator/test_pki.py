@@ -1,4 +1,4 @@
-"""`hintfleet pki` as a user runs it: what it makes, refuses and prints."""
+"""`hintfleet pki` as a user runs it: which files it makes, what it refuses and prints."""
 
 import json
 import stat
@@ -22,7 +22,7 @@ def pki(*arguments: str | Path) -> int:
 
 @pytest.fixture
 def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """Make an authority."""
+    """Make an authority; return its folder."""
     assert pki("init", "--folder", tmp_path / "pki") == 0
     assert capsys.readouterr().out == f"{tmp_path / 'pki'}\n"
     return tmp_path / "pki"

@@ -1,4 +1,5 @@
-"""Plans: arms form pairs, their order is random, repeats are expanded."""
+"""Plans: guests do the same under all arms of a repetition, the order of arms is random, and
+repeats are expanded."""
 
 from typing import Any
 

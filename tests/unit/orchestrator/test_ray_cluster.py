@@ -1,4 +1,4 @@
-"""Which node of a Ray cluster each host goes to."""
+"""On which node of a Ray cluster the actor of each host is started."""
 
 from orchestrator.trial.ray_cluster import spread
 

@@ -1,4 +1,4 @@
-"""Reports draw and write what a store with two arms has."""
+"""Reports show what the store has of a run with two arms."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Savings: what is a pair, how wide intervals are, and when there is no figure."""
+"""Savings: what forms a pair, how wide intervals are, and when there is no figure."""
 
 import random
 
@@ -44,7 +44,10 @@ def measured(
 
 
 def rows(saved: dict[tuple[int, str], float], run: str = "r1") -> list[FootprintRow]:
-    """Control 100 MiB above; the arm less by what is saved."""
+    """Return rows of the control, which uses 1000 MiB, and of the arm `hint`, which uses less.
+
+    :param saved: how many bytes less, by repetition and host.
+    """
     return [
         measured(arm, repetition, host, footprint(1000 * MIB - less), run=run)
         for (repetition, host), value in saved.items()
@@ -134,7 +137,7 @@ def test_one_repetition_has_no_interval_whatever_its_hosts(by: By) -> None:
 
 @pytest.mark.parametrize("hosts", ["a", "ab", "abcdef"])
 def test_intervals_hold_the_truth_as_often_as_they_say(hosts: str) -> None:
-    """Hosts of a trial share most of its noise, such as how busy the machine was."""
+    """The noise here is mostly the same on all hosts of a trial, as from a busy machine."""
     chance = random.Random(1)
     covered = 0
     for _ in range(1000):

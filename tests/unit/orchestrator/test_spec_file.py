@@ -113,7 +113,7 @@ def test_a_good_spec() -> None:
 def test_mistakes_are_reported_with_their_place(
     old: str, new: str, where: str | None, said: str
 ) -> None:
-    if where is None:  # an anchor without a reference is accepted
+    if where is None:  # `old` becomes a YAML anchor, which is accepted
         assert spec_file.parse(GOOD.replace(old, new), "mine.yaml").spec.repetitions == 3
         return
     message = refusal(old, new)

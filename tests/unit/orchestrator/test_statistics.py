@@ -1,4 +1,4 @@
-"""Intervals agree with tables, and keep invariants."""
+"""Intervals agree with values from t tables, and keep invariants."""
 
 import math
 from collections.abc import Hashable
@@ -23,7 +23,7 @@ def test_against_a_hand_computed_interval() -> None:
 
 
 def test_two_pairs_have_a_wide_interval() -> None:
-    # s = sqrt(2)/2 * 2, t(1, 0.975) = 12.7062
+    # mean 10, s = sqrt(2), t(1, 0.975) = 12.7062: 10 -/+ 12.7062 * sqrt(2 / 2)
     interval = mean_interval([9.0, 11.0])
     assert interval is not None
     assert interval.high - interval.mean == pytest.approx(12.7062, abs=1e-4)

@@ -1,4 +1,4 @@
-"""The store keeps what it acknowledged, after a kill and on a full disk."""
+"""The store keeps all that it acknowledged, after its process was killed and on a full disk."""
 
 import os
 import resource
@@ -103,7 +103,7 @@ def write_trial(
 
 
 def measured_guests(store: Store) -> int:
-    """Return how many guests of arms have figures."""
+    """Return how many pairs of an arm and a guest have a footprint."""
     return sum(row.footprint is not None for row in ask_store(store, By.GUEST, "run1"))
 
 
@@ -246,7 +246,10 @@ def test_an_error_makes_the_run_failed_and_ctrl_c_interrupted(tmp_path: Path) ->
 
 
 def host_lost(writer: RunWriter, index: int, **lost: bool) -> End:
-    """Write a trial that is undecided on every host, because the hosts were lost or otherwise."""
+    """Write a trial that every host ends without figures.
+
+    :param lost: for each host, whether the reason is that the host was lost.
+    """
     trial, tasks = trial_of(header().spec, "run1", index)
     records: list[Record] = []
     for host in tasks:
@@ -424,7 +427,7 @@ def test_an_unfinished_part_is_no_part(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 3 MiB."""
+    """Mount a disk of 3 MiB; return its folder."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root")
     mounted = subprocess.run(
@@ -439,7 +442,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def write_one_trial_and(folder: Path, fail: Callable[[RunWriter], object]) -> None:
-    """Write a run with one whole trial; `fail` is called in the second one."""
+    """Write a run with one whole trial, then call `fail` with the writer."""
     with Store(folder) as store, RunWriter(store, header()) as writer:
         assert write_trial(writer, 0, 1 << 20) == DONE
         fail(writer)

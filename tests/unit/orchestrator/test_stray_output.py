@@ -1,4 +1,4 @@
-"""Output of any kind goes to the file, and ours to the terminal."""
+"""`stray_output_to` appends output to a file, except what is written to the stream it yields."""
 
 import subprocess
 import sys

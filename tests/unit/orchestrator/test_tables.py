@@ -1,4 +1,4 @@
-"""Tables cut nothing that matters, at 100 columns and at 80."""
+"""Tables shorten no figure and no name, at a width of 100 columns and of 80."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The outcome of a trial: which faults lose it, which decide it, and what is run again."""
+"""The outcome of a trial: after which faults it is lost or undecided, and when it is run again."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ DONE, UNDECIDED, LOST, CUT_OFF = TrialStatus
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One host's part of a trial, as its records give it."""
+    """The arguments of `host_outcome`: one host's part of a trial."""
 
     task: HostTask
     events: Sequence[Event]
@@ -50,7 +50,7 @@ class Part:
 
 
 def whole(host: str) -> Part:
-    """Return a part in which all guests did their steps, were read back and ended."""
+    """Return a part without a fault: all guests did their steps, were read back and ended."""
     task = host_task(SPEC, TRIAL, host)
     at_us = np.arange(0, 4 * S, S // 10, dtype=np.int64)
     series = Series(
@@ -67,7 +67,7 @@ def untouched(part: Part) -> Part:
 
 
 def actor_died(part: Part) -> Part:
-    """Add what `Fleet` reports, which may come after the host has reported its end."""
+    """Add the HostDone of `Fleet` for a dead actor. It may follow the HostDone of the host."""
     return part.with_end(undecided=f"{part.task.host}: its actor died", lost=True)
 
 
@@ -102,7 +102,7 @@ def samples_with_a_gap(part: Part) -> Part:
 
 
 def wrong_pages(part: Part) -> Part:
-    """Add wrong pages that the last guest read back at the end."""
+    """Change the part: the last guest finds 3 wrong pages in its read-back."""
     events = list(part.events)
     last = max(i for i, event in enumerate(events) if isinstance(event, StepDone))
     step = events[last]

@@ -1,6 +1,7 @@
-"""Runs in a guest whenever Python starts there: prints on the console what cgroups v2 leave to it.
+"""Runs in a guest when Python starts there for the first time: puts itself into cgroups (v2) with
+limits, and prints on the console which limits hintfleet finds.
 
-A host may have only v1; in the guest's kernel, v2 is always there.
+It runs in a guest because the host may have only cgroups v1; the guest's kernel always has v2.
 """
 
 import ctypes

@@ -1,7 +1,8 @@
-"""Runs in a guest whenever Python starts there, and obeys the kernel's command line.
+"""Runs in a guest whenever Python starts there. The kernel's command line selects what it does.
 
-hintfleet.test=die: the agent is killed while a batch is in flight. The next agent prints on the
-console what it found, is stopped while a batch is in flight, and prints what it leaves.
+hintfleet.test=die: the first agent kills itself (SIGKILL) when it has isolated chunks. The second
+one prints on the console what it found in the hugetlb pool. When it has isolated chunks, it stops
+itself (SIGTERM); at its end it prints what it left in the pool.
 hintfleet.test=no-eject: the kernel refuses to eject DIMMs.
 """
 

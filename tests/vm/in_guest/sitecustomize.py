@@ -1,6 +1,7 @@
-"""Runs in a guest instead of its agent: Python imports it when it starts.
+"""Runs in a guest instead of its agent: Python imports this module at its start, and the module
+ends the process.
 
-Uses /dev/hintfleet as agents that live and die do, and prints what it found as one line of JSON on
+It uses /dev/hintfleet like agents that run and die, and prints what it saw as one line of JSON on
 the console.
 """
 
@@ -117,7 +118,8 @@ def an_agent_that_does_not_read() -> dict[str, object]:
 
 
 def longest_list_of_a_cpu() -> int:
-    """Return how many freed pages a CPU keeps on its own lists at most, over all CPUs and zones."""
+    """Return the highest limit, over all CPUs and zones, of the freed pages that a CPU keeps on its
+    own lists."""
     with open("/proc/zoneinfo") as file:
         return max(int(high) for high in re.findall(r"count: +\d+\s+high: +(\d+)", file.read()))
 
@@ -135,4 +137,4 @@ if "--workload-only" not in sys.orig_argv:
         main()
     except BaseException:  # noqa: BLE001 - all of it is evidence
         traceback.print_exc()
-os._exit(1)  # do not start an agent or a workload: init ends the guest
+os._exit(1)  # so that no agent or workload starts; then init ends the guest
