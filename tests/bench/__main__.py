@@ -40,12 +40,13 @@ _SUITES = {
 
 
 def main() -> None:
-    """Run the named suites, or all."""
+    """Run the suites that the command line names, or all; print their figures, and write them to a
+    JSON file."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("suite", nargs="*", choices=[[], *_SUITES], help="default: all")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/bench.json"))
     arguments = parser.parse_args()
-    agents.LOG_LEVEL = "warning"  # the figures are what is to be read here
+    agents.LOG_LEVEL = "warning"  # lines of level info would hide the figures
     figures = []
     for name in arguments.suite or _SUITES:
         print(f"{name} ...", file=sys.stderr)

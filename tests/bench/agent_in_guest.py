@@ -1,5 +1,5 @@
-"""Measure what the agent costs in a real guest: memory, idle CPU, system calls of an idle
-period."""
+"""Measure what the agent costs in a real guest: its memory, CPU time and system calls while the
+guest is idle, and the time to read page flags and free lists."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from tests.support.vm import Guests, console, image_with, spec
 _ISOLATORS = ("kmod", "hugetlb")
 _WORK_ROUNDS = 3
 _WORK_BYTES = 400 * MIB
-_REST_S = 25.0  # two windows of the probe at the least
+_REST_S = 25.0  # so that one window of the probe (10 s) lies wholly in it
 _IN_GUEST = Path(__file__).with_name("in_guest")
 _FILES = {
     "hintfleet/sitecustomize.py": _IN_GUEST / "start_probe.py",
     "hintfleet/probe.py": _IN_GUEST / "probe.py",
     "hintfleet/bare_client.py": _IN_GUEST / "bare_client.py",
 }
-# Numbers of x86-64's system calls.
+# Numbers of system calls on x86-64: read and pread64; ioctl.
 _READS = ("0", "17")
 _IOCTL = ("16",)
 
 
 def run() -> Iterator[Figure]:
-    """Measure one guest after the other: each works, then rests, and is measured at rest."""
+    """Measure one guest after the other: each works, then rests, and is measured at rest. Yield
+    nothing if libvirt or the guest image is missing."""
     try:
         modules()
         image = find_image()
@@ -47,7 +48,7 @@ def run() -> Iterator[Figure]:
         return
     with contextlib.ExitStack() as undo:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="hf-bench-")))
-        folder.chmod(0o755)  # QEMU's own user reads it
+        folder.chmod(0o755)  # QEMU runs as another user, and reads the image in it
         os.environ["HINTFLEET_IMAGE_DIR"] = str(image_with(image, _FILES, folder))
         undo.callback(os.environ.__setitem__, "HINTFLEET_IMAGE_DIR", str(image.directory.parent))
         port = undo.enter_context(silent_host())
@@ -56,7 +57,10 @@ def run() -> Iterator[Figure]:
 
 
 def _seen_at_rest(isolator: str, port: int) -> dict[str, Any]:
-    """Return the last line of the probe, parsed."""
+    """Run a guest that works, then rests; return the last line that its probe printed, parsed.
+
+    :raises RuntimeError: the probe printed no line.
+    """
     wanted = spec(isolator=isolator, parameters=f"init_on_alloc=0 hintfleet.bench={port}")
     with running_host_agent() as host:
         host.watch(timeout_s=600)
@@ -75,8 +79,8 @@ def _seen_at_rest(isolator: str, port: int) -> dict[str, Any]:
 
 
 def _figures(isolator: str, seen: dict[str, Any]) -> Iterator[Figure]:
-    """Yield the figures. Rss is from smaps_rollup, which counts pages; VmRSS misses up to 64 page
-    faults of each thread (mm/memory.c: SPLIT_RSS_COUNTING)."""
+    """Yield the figures of one guest. Rss is from smaps_rollup, which counts pages; VmRSS misses up
+    to 64 page faults of each thread (mm/memory.c: SPLIT_RSS_COUNTING)."""
     memory, cpu = seen["memory_kib"], seen["cpu_percent"]
     for client in ("aio", "sync"):
         for measure, wanted in (("Rss", "<= 1.15"), ("VmRSS", ""), ("Pss", "")):
@@ -94,6 +98,6 @@ def _figures(isolator: str, seen: dict[str, Any]) -> Iterator[Figure]:
             ("page flags of all chunks / a loop of bare reads, in a guest", "scan_ns"),
             ("reading the free lists / a bare read of the file, in a guest", "look_ns"),
         ):
-            # Speeds, not times: below 1 is slower than bare reads.
+            # Speeds, not times: a ratio below 1 means slower than bare reads.
             pairs = [(1e9 / ours, 1e9 / bare) for ours, bare in seen[key]]
             yield side_by_side(name, "1/s", pairs)

@@ -1,5 +1,6 @@
-"""Measure an audit of a RAM file that finds 64 MiB which came back. It is compared with other ways
-to find them, and with guests that have much absent memory, or single absent pages."""
+"""Measure the CPU time of an audit that finds 64 MiB of refaulted memory in a RAM file. It is
+compared with other ways to find the same memory; and audits of guests with much absent memory, or
+with many single absent pages, are compared with an audit of a guest without."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ _CUT_UP_PAGES = 65536
 
 
 def run() -> Iterator[Figure]:
-    """Yield the CPU time of one audit, ours / other."""
+    """Yield the CPU time of one audit, as a ratio to another way, or to another guest."""
     yield _beside("walk through the whole file with SEEK_DATA and SEEK_HOLE, in C", _walk_all)
     yield _beside("the same without cachestat (before Linux 6.5)", _uncounted)
     yield _within(f"with {_LARGE_BYTES // GIB} GiB absent / with 64 MiB absent", _large())
@@ -33,8 +34,8 @@ Look = Callable[["_Guest"], None]
 
 
 class _Guest:
-    """A RAM file: the books say that the `absent` pages are absent, but those in `_BACK` are
-    resident."""
+    """A RAM file in which only the `touched` pages are resident. By the books the `absent` pages
+    are absent; the pages of `_BACK` are in both sets, so an audit must find them."""
 
     def __init__(self, size_bytes: int, absent: PageMap, touched: RangeSet) -> None:
         fd = os.memfd_create("audit")
@@ -49,7 +50,8 @@ class _Guest:
         self.fd, self.size_bytes = fd, size_bytes
 
     def look(self) -> None:
-        """Do what the host agent does: begin where memory came back before."""
+        """Look for the pages of `_BACK` as the host agent would: begin where they are, because
+        memory came back there last."""
         found = self.ram.look(self.absent, 4096, _BACK.page_count)
         assert found.resident.page_count == _BACK.page_count
 
@@ -61,7 +63,7 @@ def _took_s(look: Callable[[], None]) -> float:
 
 
 def _busy() -> _Guest:
-    """Return a guest of 1 GiB, all of it in use."""
+    """Return a guest of 1 GiB, all of it resident, `_BACK` absent by the books."""
     return _Guest(GIB, _BACK, RangeSet([(0, GIB // PAGE_BYTES)]))
 
 
@@ -90,8 +92,8 @@ def _uncounted(guest: _Guest) -> None:
 
 
 def _within(name: str, guest: _Guest) -> Figure:
-    """Compare `guest` with one in which only `_BACK` is absent by the books, and only that is in
-    use."""
+    """Compare an audit of `guest` with one of a guest in which only `_BACK` is absent by the books,
+    and only `_BACK` is resident. Close the files of both guests."""
     small = _Guest(GIB, _BACK, _BACK.ranges())
     pairs = [(_took_s(guest.look) * 1e3, _took_s(small.look) * 1e3) for _ in range(_ROUNDS)]
     for each in (guest, small):

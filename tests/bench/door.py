@@ -1,7 +1,7 @@
 """Measure how long QEMU waits at the memory door while its guest's memory is punched, beside a back
 end that answers at once.
 
-The front end is a process of its own, as QEMU is.
+There is no QEMU: a front end sends QEMU's messages, from a process of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ROUNDS = 5
 _STOPS = 100
 _SIZE = GIB
 
-# Starts and stops the device again and again; prints each wait in us.
+# Starts and stops the device _STOPS times; prints how long each stop took, in us.
 _FRONT_END = f"""
 import os, sys, time
 from pathlib import Path
@@ -54,7 +54,7 @@ for _ in range({_STOPS}):
 
 
 def run() -> Iterator[Figure]:
-    """Yield the 99th percentile of the waits."""
+    """Yield the median and the 99th percentile of the waits, under punches / bare back end."""
     keep_latency_steady()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -78,7 +78,8 @@ def _percentile(waits: list[float], at: int) -> float:
 
 
 def _while_punching(loop: asyncio.AbstractEventLoop, path: Path) -> list[float]:
-    """Measure while a thread fills and punches the guest's memory, in batches of 1 GiB."""
+    """Return the waits in us while a thread fills and punches the guest's memory, 64 MiB at a
+    time."""
     fd = os.memfd_create("memory-backend-memfd", os.MFD_CLOEXEC)
     os.truncate(fd, _SIZE)
     stop = Event()
@@ -108,7 +109,7 @@ def _punch(ram: GuestRam, fd: int, stop: Event) -> None:
 
 
 def _bare(path: Path) -> list[float]:
-    """Measure a back end that answers each message at once."""
+    """Return the waits in us for a back end that answers each message at once."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))
         listener.listen()

@@ -1,5 +1,5 @@
 """A bare aio server of the hinting protocol: it welcomes every guest, and acknowledges each batch
-at once without doing anything.
+at once without reclaiming anything.
 
     python -m tests.bench.echo_server
 """
@@ -22,12 +22,12 @@ from host_agent.server import GUEST_OPTIONS
 
 
 class Echo(HintingServiceServicer):
-    """Answers each message, and does nothing else."""
+    """Answers each Hello and each Batch, and ignores all other messages."""
 
     async def Session(  # noqa: N802 - the generated name
         self, request_iterator: AsyncIterator[pb.GuestMessage], context: Any
     ) -> AsyncIterator[pb.HostMessage]:
-        """Yield a Welcome, then an Ack for each batch."""
+        """Yield a Welcome for a Hello, and an Ack for each batch."""
         async for message in request_iterator:
             if message.HasField("hello"):
                 yield pb.HostMessage(welcome=pb.Welcome(epoch=1))
@@ -37,14 +37,14 @@ class Echo(HintingServiceServicer):
     async def Workload(  # noqa: N802 - the generated name
         self, request_iterator: AsyncIterator[pb.WorkloadEvent], context: Any
     ) -> AsyncIterator[pb.WorkloadCommand]:
-        """Yield no commands."""
+        """End at the first event. The yield is there to make this an async generator."""
         async for _ in request_iterator:
             return
         yield pb.WorkloadCommand()
 
 
 async def main() -> None:
-    """Serve until stdin ends; print the address on stdout."""
+    """Print the address on stdout, then serve until stdin ends."""
     server = aio.server(options=GUEST_OPTIONS)
     add_HintingServiceServicer_to_server(Echo(), server)
     port = server.add_insecure_port("127.0.0.1:0")

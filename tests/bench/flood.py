@@ -1,8 +1,10 @@
-"""Measure what one hostile guest costs its 256 neighbours: their ack latency with and without it,
-and the host agent's CPU time. Other work on the machine disturbs the CPU time least.
+"""Measure what one hostile guest costs its 256 neighbours: their ack latency and the host agent's
+CPU time, both with and without the hostile guest. Other work on the machine disturbs the CPU time
+less than the latency.
 
-There is one host agent, one process that acts for all neighbours at a steady pace, and one that
-floods or shreds (flooder.py). Phases with and without it take turns within one run.
+Three processes run: a host agent (flood_host.py), this one, which acts for all neighbours at a
+steady pace, and one that floods or shreds (flooder.py). Phases with and without the flood
+alternate within one run.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ _CHUNKS = range(0, 8, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class _Phase:
-    """What was measured for a while.
+    """The measurements of one phase.
 
+    :ivar latencies_s: the ack latencies of all neighbours.
     :ivar cpu_share: CPU time of the host agent, as a share of one core.
     """
 
@@ -53,10 +56,11 @@ class _Phase:
 
 
 class _Neighbour:
-    """A guest that again and again uses one page in each of some chunks, and hints the chunks."""
+    """A guest that writes to one page of each of its _CHUNKS, hints these chunks in one batch, and
+    repeats that."""
 
     def __init__(self, address: str, guest: dict[str, str]) -> None:
-        # A connection of its own, as each guest has.
+        # Real guests have one connection each; without this option gRPC would share one.
         self._channel = open_aio_channel(address, options=(("grpc.use_local_subchannel_pool", 1),))
         self._guest = guest
         self._ram = os.open(guest["ram"], os.O_RDWR)
@@ -64,7 +68,7 @@ class _Neighbour:
         self.latencies_s: list[float] = []
 
     async def open(self) -> None:
-        """Begin the session."""
+        """Begin the session: send Hello, and wait for the Welcome."""
         self._call: Any = HintingServiceStub(self._channel).Session()  # type: ignore[call-arg]
         identity = pb.Identity(guest_uuid=self._guest["uuid"], token=self._guest["token"])
         hello = pb.Hello(identity=identity, page_size_bytes=PAGE_BYTES, chunk_order=9)
@@ -73,7 +77,8 @@ class _Neighbour:
         self._seq = 0
 
     async def run(self, offset_s: float) -> None:
-        """Send batches at a steady pace until cancelled; do not catch up after a late batch."""
+        """Send a batch each _PERIOD_S until cancelled, the first one after `offset_s`. After an ack
+        that took longer than a period, send without a pause until the batches are on time again."""
         next_s = time.monotonic() + offset_s
         while True:
             await asyncio.sleep(max(0.0, next_s - time.monotonic()))
@@ -109,8 +114,8 @@ class _Neighbour:
 
 
 def run() -> Iterator[Figure]:
-    """Yield CPU time, median and 99th percentile of ack latency, with / without the hostile
-    guest."""
+    """Yield CPU time, median and 99th percentile of ack latency, with / without the hostile guest,
+    for each kind of hostile guest."""
     yield from _beside("floods")
     yield from _beside("shreds")
 
@@ -137,7 +142,7 @@ def _beside(kind: str) -> Iterator[Figure]:
 async def _measure(
     address: str, guests: list[dict[str, str]], flooder: subprocess.Popen[str], host_pid: int
 ) -> list[tuple[_Phase, _Phase]]:
-    """Return a pair for each round: with the flood, without it."""
+    """Return a pair of phases for each round: with the flood, without the flood."""
     neighbours = [_Neighbour(address, guest) for guest in guests]
     for neighbour in neighbours:
         await neighbour.open()
@@ -146,7 +151,7 @@ async def _measure(
         for n, one in enumerate(neighbours)
     ]
     try:
-        await _phase(neighbours, host_pid)  # warms up
+        await _phase(neighbours, host_pid)  # to warm up: not in the figures
         rounds = []
         for _ in range(_ROUNDS):
             calm = await _phase(neighbours, host_pid)
@@ -181,7 +186,7 @@ async def _phase(neighbours: list[_Neighbour], host_pid: int) -> _Phase:
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU time of a process."""
+    """Return the CPU time that a process has used, in s."""
     # The clock id that clock_getcpuclockid(3) would return.
     return time.clock_gettime(~pid << 3 | 2)
 
@@ -194,7 +199,8 @@ def _tell(process: subprocess.Popen[str], word: str) -> None:
 
 @contextmanager
 def process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a process that ends when its stdin is closed."""
+    """Run a module that ends when its stdin is closed; at the end of the block, close it, and wait
+    for at most 30 s."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """A host agent with many guests that have RAM files and no processes.
 
 The servers, the registry, the books and the punches are the real ones. The benchmark acts for the
-guests, because a real embedded guest's process takes 16 MiB and half a second.
+guests, because the process of each real embedded guest takes 16 MiB, and half a second to start.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GUEST_BYTES = 1 * GIB
 
 
 class _Guest:
-    """A RAM file without a process."""
+    """A guest that has a RAM file, but no process."""
 
     pid = 0
     handle = ""
@@ -57,14 +57,14 @@ class _Driver:
 
 
 async def _make(registry: Registry, name: str) -> dict[str, str]:
-    """Make a guest; return what a client needs to act for it."""
+    """Make a guest; return its UUID, token and RAM file, which a client needs to act for it."""
     spec = host_pb2.GuestSpec(
         driver=host_pb2.EMBEDDED, memory_bytes=GUEST_BYTES, method=host_pb2.NONE
     )
     making = asyncio.create_task(registry.create(name, _TRIAL, spec))
     while not any(guest.name == name and guest.running for guest in registry.guests):
         await asyncio.sleep(0)
-    registry.get(name).sessions.attach_workload(Stream())  # without one it would not be ready
+    registry.get(name).sessions.attach_workload(Stream())  # `create` waits for it
     guest = await making
     running = guest.running
     assert isinstance(running, _Guest)
@@ -73,9 +73,9 @@ async def _make(registry: Registry, name: str) -> dict[str, str]:
 
 
 async def main(guests: int) -> None:
-    """Serve until stdin ends; print the address and the guests on stdout."""
+    """Print the address and the guests on stdout, then serve until stdin ends."""
     keep_latency_steady()
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as hintfleet-host does
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # raised below, as hintfleet-host does
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with tempfile.TemporaryDirectory(prefix="hf-flood-") as folder:
         settings = Settings(

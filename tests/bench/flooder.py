@@ -1,10 +1,10 @@
-"""Guests that take as much of the host's time as they can without breaking a rule, which would end
-their sessions. They do so while the last line on stdin was `on`.
+"""Guests that take as much of the host's time as they can without breaking a rule: a broken rule
+would end their sessions. They are active while the last line read from stdin is `on`.
 
 `Flooder` sends all that the protocol allows, as fast as the link takes it: two batches with the
-most ranges are always in flight, and the rest of the stream is telemetry. `Shredder` uses every
-second page of its memory and hints all of it in one range, again and again, so that the host finds
-the most pieces possible.
+most ranges are always in flight, and the rest of the stream is telemetry. `Shredder` writes to
+every second page of its memory and hints the whole memory in one range, again and again, so that
+the host finds the most resident pieces possible.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from host_agent.session.gate import LIMITS
 
 _RANGES = encode(RangeSet((2 * n, 1) for n in range(LIMITS.ranges_per_batch)))
 
-# Padded with an unknown field: else thousands of messages fit into the stream's window, and the
-# host would read them long after the flood's end.
+# Padded with an unknown field: without it, thousands of messages would fit into the stream's
+# window, and the host would still read them long after the flood's end.
 _PADDING = b"\x7a\x80\x20" + bytes(4096)
 _TELEMETRY = pb.GuestMessage(telemetry=pb.Telemetry.FromString(b"\x20\x01" + _PADDING))
 
 
 class Flooder:
-    """One session."""
+    """The session of a guest that sends all that the protocol allows."""
 
     def __init__(self, call: Any, guest: dict[str, str]) -> None:
         self._guest = guest
@@ -42,7 +42,8 @@ class Flooder:
         self.sent = 0
 
     async def run(self, hello: pb.Hello) -> None:
-        """Flood until stdin ends, then print how many messages were sent."""
+        """Send `hello`, then flood whenever the last line on stdin is `on`. At the end of stdin,
+        print how many messages were sent after `hello`."""
         await self._call.write(pb.GuestMessage(hello=hello))
         self._epoch = (await self._call.read()).welcome.epoch
         tasks = [asyncio.create_task(work) for work in (self._read(), self._write())]
@@ -76,7 +77,8 @@ class Flooder:
 
 
 class Shredder(Flooder):
-    """One session, with access to the guest's RAM."""
+    """The session of a guest that makes its memory as fragmented as possible: this process writes
+    to the guest's RAM file."""
 
     async def _write(self) -> None:
         ram = os.open(self._guest["ram"], os.O_RDWR)
@@ -91,7 +93,7 @@ class Shredder(Flooder):
 
 
 async def main(address: str, kind: str, guest: dict[str, str]) -> None:
-    """Act as the kind of guest that the command line names."""
+    """Act as `guest`, with the class that _KINDS has for `kind`."""
     identity = pb.Identity(guest_uuid=guest["uuid"], token=guest["token"])
     async with open_aio_channel(address) as channel:
         call = HintingServiceStub(channel).Session()  # type: ignore[call-arg]

@@ -1,5 +1,5 @@
-"""Measure what a guest agent costs: memory beside a bare gRPC client, idle CPU, bytes on the
-wire."""
+"""Measure what a guest agent costs: memory and CPU time while idle, beside bare gRPC clients, and
+bytes on the wire."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _BARE_CLIENT = str(Path(__file__).with_name("in_guest") / "bare_client.py")
 
 
 def run() -> Iterator[Figure]:
-    """Yield RSS and CPU of an idle embedded guest that has hinted 640 MiB, and of the agent of a
-    real guest with nothing to do.
+    """Yield the bytes on the wire for each hinted range, then RSS and CPU of an idle embedded guest
+    that has hinted 640 MiB, and of the agent of a real guest with nothing to do.
 
     The embedded guest contains more than an agent: the workload with its pattern, and the
     allocator.
     """
     with running_host_agent() as host:
         host.watch()
-        # Its RAM is a file that another process made, so it does not count as the agent's memory.
+        # The guest's RAM is shared memory, which `_private_mib` leaves out.
         guest = host.create()
         for _ in range(10):
             host.allocate(64 * MIB)
@@ -62,7 +62,7 @@ def run() -> Iterator[Figure]:
 
 @contextlib.contextmanager
 def _running(*arguments: str) -> Iterator[int]:
-    """Run a Python process; yield its pid."""
+    """Run a Python process; yield its pid; kill it at the end of the block."""
     process = subprocess.Popen([sys.executable, *arguments])
     try:
         yield process.pid
@@ -72,7 +72,7 @@ def _running(*arguments: str) -> Iterator[int]:
 
 
 def _at_rest(*pids: int) -> tuple[dict[int, float], dict[int, float]]:
-    """Return each process's memory in MiB and CPU in % of a core."""
+    """Return each process's memory in MiB, and its CPU in % of a core over _IDLE_S."""
     before_s = {pid: _cpu_s(pid) for pid in pids}
     time.sleep(_IDLE_S)
     idle = {pid: 100 * (_cpu_s(pid) - before_s[pid]) / _IDLE_S for pid in pids}
@@ -90,8 +90,8 @@ def _wire(host: HostAgent) -> Figure:
 
 
 def _private_mib(pid: int) -> float:
-    """Return the RSS of anonymous memory and files. Shared memory is left out, because it is the
-    guest's RAM."""
+    """Return the RSS of anonymous memory and files, in MiB. Shared memory is left out, because it
+    is the guest's RAM."""
     fields = dict(
         line.split(":", 1)
         for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -101,6 +101,7 @@ def _private_mib(pid: int) -> float:
 
 
 def _cpu_s(pid: int) -> float:
-    """Return user and system time, from the scheduler's counter of nanoseconds."""
+    """Return the user and system time of all threads that run now, from the scheduler's counters
+    of nanoseconds."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9

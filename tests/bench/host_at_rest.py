@@ -1,8 +1,9 @@
-"""Measure a host agent's CPU time while its guests rest, and while one of them churns.
+"""Measure a host agent's CPU time while its guests rest, and while one of them churns: it uses and
+frees memory again and again.
 
-A Watch of one second is open meanwhile. Two costs are subtracted from the cost of a guest that uses
-and frees memory: the punches themselves (the time of a bare loop for as much memory), and the
-benchmark's own commands (measured with commands of zero bytes).
+A Watch with a period of one second is open meanwhile. Two costs are subtracted from the cost of
+churn: the punches themselves (the time of a bare loop for as much memory), and the benchmark's own
+commands (measured with commands of zero bytes).
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def _real(arm: str, wanted: host_pb2.GuestSpec, punch_s_per_byte: float) -> Iter
 
 
 def _embedded(punch_s_per_byte: float) -> Iterator[Figure]:
-    # The rest of two hundred varies by more than what one guest's churn costs: that is measured
-    # with one guest.
+    # The cost of 200 guests at rest varies by more than one guest's churn costs. So rest is
+    # measured with 200 guests, churn with one.
     for count, which in ((_EMBEDDED_GUESTS, 0), (1, 1)):
         with running_host_agent() as host:
             _watch(host)
@@ -108,14 +109,14 @@ def _rest_and_churn(
         ours=100 * rest.of_a_core / len(names),
         wanted=wanted,
     )
-    # The benchmark's commands pass through the host agent; their cost is not churn.
+    # The host agent passes on the benchmark's commands. Their cost is not churn, and is subtracted.
     with _Share(host) as commands:
         _use_and_free(0, host, names[0])
     before = host.guests()[names[0]].ledger.reclaimed_total_bytes
     with _Share(host) as churn:
         _use_and_free(_CHURN_BYTES, host, names[0])
     guest = host.guests()[names[0]]
-    ours = guest.spec.method == host_pb2.HINTING  # QEMU punches for the peers
+    ours = guest.spec.method == host_pb2.HINTING  # under a peer, QEMU punches
     punched = (guest.ledger.reclaimed_total_bytes - before) if ours else 0
     punches = punched * punch_s_per_byte / churn.elapsed_s
     at_rest = rest.of_a_core / len(names)
@@ -129,7 +130,7 @@ def _rest_and_churn(
 
 
 class _Share:
-    """Measures which share of a core the host agent uses while the block runs."""
+    """Measures which share of a core the host agent uses during a `with` block."""
 
     def __init__(self, host: HostAgent) -> None:
         self._pid = host.process.pid
@@ -148,15 +149,17 @@ def _use_and_free(size_bytes: int, host: HostAgent, name: str) -> None:
     for _ in range(_CHURN_ROUNDS):
         host.allocate(size_bytes, name)
         host.free(size_bytes, name)
-        # A round that takes longer than its period is not caught up.
+        # After a round that took longer than its period, the next one begins at once; the lost
+        # time is not caught up.
         now_s = time.monotonic()
         next_s = max(next_s + _CHURN_PERIOD_S, now_s)
         time.sleep(next_s - now_s)
 
 
 def _punch_s_per_byte() -> float:
-    """Return the CPU time of punching chunks that another process has written, and of nothing else.
-    So the caches are cold, as in a host agent."""
+    """Return the CPU time in s for each punched byte: of the punches alone, without the rest of a
+    host agent. Another process writes the memory, so that the caches are cold, as in a host
+    agent."""
     fd = os.memfd_create("bench")
     os.truncate(fd, _CHURN_BYTES)
     ram = GuestRam([Segment(pfn=0, page_count=_CHURN_BYTES // PAGE_BYTES, fd=fd, offset_bytes=0)])

@@ -1,4 +1,5 @@
-"""Measure the path from a received batch to its ack, beside a bare C loop of the same punches."""
+"""Measure how fast a received batch is reclaimed and acknowledged, beside a bare C loop of the same
+punches."""
 
 from __future__ import annotations
 
@@ -46,8 +47,8 @@ double punch_all(int fd, const long long *offsets, long long length, int count)
 
 
 def run() -> Iterator[Figure]:
-    """Yield two figures: of a full batch of chunks that are not adjacent, and of adjacent
-    chunks."""
+    """Yield two figures: of a full batch of chunks that are not adjacent, and of adjacent chunks.
+    Yield nothing without a C compiler."""
     if not shutil.which("cc"):
         return
     keep_latency_steady()  # as the host agent does
@@ -64,8 +65,8 @@ def run() -> Iterator[Figure]:
 def _pair(
     punch_in_c: ctypes._NamedFuncPointer, chunks: list[int], turn: int
 ) -> tuple[float, float]:
-    """Return GiB/s of our path and of the C loop. They take turns in going first, because the
-    second one finds memory in the caches that the first one has just freed."""
+    """Return GiB/s of our path and of the C loop. In odd turns the C loop runs first, because
+    whichever runs second finds memory in the caches that the first one has just freed."""
     if turn % 2:
         loop_in_c = _in_c(punch_in_c, chunks)
         return _ours(chunks), loop_in_c
@@ -100,11 +101,13 @@ def _in_c(punch: ctypes._NamedFuncPointer, chunks: list[int]) -> float:
 
 
 def _ours(chunks: list[int]) -> float:
-    """Time decode, gate, reclaim, ledger and ack, as the service does them."""
+    """Return GiB/s of decode, gate, reclaim, ledger and ack together, as the host agent does
+    them."""
     fd = _touched_ram(chunks)
     ram = GuestRam([Segment(pfn=0, page_count=_RAM_BYTES // PAGE_BYTES, fd=fd, offset_bytes=0)])
     ledger, gate = Ledger(ram.page_map), Gate()
-    # The service does this once per period, so that the books know what is resident.
+    # The host agent does this once per period. Without it, all memory would be absent by the books,
+    # and would be looked up before the punch.
     ledger.audit(ram.resident(ledger.absent_pages))
     gate.connected(1)
     packed = encode(RangeSet((c * _CHUNK_PAGES, _CHUNK_PAGES) for c in chunks))
@@ -117,7 +120,8 @@ def _ours(chunks: list[int]) -> float:
 
 
 def acknowledge(wire: bytes, ram: GuestRam, ledger: Ledger, gate: Gate) -> bytes:
-    """Turn the bytes of a batch into the bytes of its ack."""
+    """Reclaim the batch in a serialized GuestMessage, and post it to the ledger; return its
+    serialized ack."""
     said = pb.GuestMessage.FromString(wire).batch
     batch = Batch(
         epoch=said.epoch,

@@ -2,8 +2,9 @@
 
     python -m tests.bench.idle_agent HOST:PORT
 
-The agent is real, and so are the files that it reads every period. But it never finds enough to
-begin a pass, and sees no change of free memory, because this machine is not idle.
+The agent is the real one, and it reads real files of /proc every period. But this machine is not
+idle as such a guest is. So the threshold is too high for any pass to begin, and the agent is told
+that free memory never changes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _CHUNK_ORDER = 9
 
 
 class _UnusedPool(HugetlbPool):
-    """A pool that is never mounted, and never grows."""
+    """A huge page pool that is never mounted, and stays empty."""
 
     def open(self) -> RangeSet:
         self._free_lists = FreeLists(_CHUNK_ORDER)

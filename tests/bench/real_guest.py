@@ -1,4 +1,5 @@
-"""Measure how memory comes back from a real guest, by hinting and by its peers."""
+"""Measure how fast memory comes back from a real guest, by hinting and by its peers, and how much
+each method slows the guest down."""
 
 from __future__ import annotations
 
@@ -48,8 +49,9 @@ class _Return:
     """How memory came back in one round.
 
     :ivar back_bytes: memory that had left the RAM file at the end.
-    :ivar took_s: from the workload's last free until 95 % of it had left.
-    :ivar moving_s: from the moment when 1 % had left until 95 % had left.
+    :ivar took_s: from the workload's last free until 95 % of `back_bytes` had left; at least
+        _SAMPLE_S.
+    :ivar moving_s: from the moment when 1 % of `back_bytes` had left until 95 % had left.
     """
 
     back_bytes: int
@@ -62,7 +64,8 @@ class _Return:
 
 
 def run() -> Iterator[Figure]:
-    """Measure one guest for each arm, one after the other, so that none disturbs another."""
+    """Measure the guests of all arms, one after the other, so that none disturbs another. Yield
+    nothing if libvirt or the guest image is missing."""
     try:
         find_image()
         modules()
@@ -110,11 +113,11 @@ def _measure(host: HostAgent, arm: str, wanted: host_pb2.GuestSpec) -> _Seen:
 
 
 def _measure_asked(host: HostAgent, isolator: str) -> list[_Return]:
-    """Measure an arm that hints only when it is asked to settle: how fast it is when all is free at
-    once.
+    """Measure how fast memory comes back when all of it is freed first, and the agent is then asked
+    to settle. Before that it hints nothing, because its period is 60 s.
 
-    Little enough is freed that it takes less than the 2 s between two passes of the kernel's
-    reporting.
+    So little is freed that it comes back in less than the 2 s between two passes of the kernel's
+    page reporting.
     """
     wanted = spec(isolator=isolator, parameters=_NO_ZEROING)
     wanted.hinting.report_period_ms = 60_000
@@ -144,8 +147,8 @@ def _against_reporting(seen: Mapping[str, _Seen]) -> Iterator[Figure]:
 
 
 def _slowdown(arm: str, seconds: list[float], none: list[float]) -> Figure:
-    """Return the slowdown of a loop that touches free memory and frees it, with the quartiles of
-    its rounds."""
+    """Return a figure of the times of touch_s(): under an arm / under `none`, as medians. The
+    quartiles of the ratio are in the figure's name."""
     usual_s = statistics.median(none)
     low, median, high = (s / usual_s for s in statistics.quantiles(seconds))
     return Figure(
@@ -159,7 +162,8 @@ def _slowdown(arm: str, seconds: list[float], none: list[float]) -> Figure:
 
 
 class _Bench:
-    """One guest, whose RAM file is sampled every 10 ms with one system call."""
+    """One guest, which is destroyed at the end of the block. While its memory is given back, the
+    size of its RAM file is sampled every 10 ms, with one system call."""
 
     def __init__(self, host: HostAgent, name: str, wanted: host_pb2.GuestSpec) -> None:
         self._host = host
@@ -178,14 +182,18 @@ class _Bench:
         self._host.stub.DestroyGuest(request, timeout=30)
 
     def touch_s(self) -> float:
-        """Write to memory that was free for half a second; return how long that takes."""
+        """Write to free memory, free it, and wait for half a second, so that it can be hinted
+        before the next call; return how long the guest took to write, in s."""
         done = self._host.allocate(_TOUCHED_BYTES, self._name)
         self._host.free(_TOUCHED_BYTES, self._name)
         time.sleep(0.5)
         return done.duration_us / 1e6
 
     def give_back(self, size_bytes: int, ask: Callable[[], object] | None = None) -> _Return:
-        """Dirty memory, free all of it, and measure how it leaves."""
+        """Write to memory and free all of it; return how it left the RAM file.
+
+        :param ask: called right after the memory is free, to make the guest hint.
+        """
         self._host.allocate(size_bytes, self._name)
         time.sleep(0.5)
         with _Sampled(self._ram) as sampled:
@@ -197,7 +205,7 @@ class _Bench:
         return _judge(sampled.seen, freed_at_s)
 
     def agent_rss_mib(self) -> float:
-        """Return the agent's RSS, from its last telemetry."""
+        """Return the agent's RSS from its last telemetry; 0 if no sample has it."""
         for samples in reversed(self._host.samples):
             for sample in samples.samples:
                 if sample.guest_name == self._name:
@@ -206,7 +214,7 @@ class _Bench:
 
 
 class _Sampled:
-    """Records resident memory over time."""
+    """Records the resident bytes of a RAM, with their times, during a `with` block."""
 
     def __init__(self, ram: GuestRam) -> None:
         self.seen = [(time.monotonic(), ram.resident_bytes())]
@@ -227,7 +235,8 @@ class _Sampled:
             self.seen.append((time.monotonic(), self._ram.resident_bytes()))
 
     def wait_until_still(self, still_s: float) -> None:
-        """Wait until nothing has left for that long."""
+        """Wait until no more than _NOISE_BYTES have left the RAM within `still_s`, but at most
+        _LONGEST_S."""
         began_s = moved_s = time.monotonic()
         lowest_bytes = self.seen[-1][1]
         while time.monotonic() - moved_s < still_s and time.monotonic() - began_s < _LONGEST_S:
@@ -237,8 +246,8 @@ class _Sampled:
 
 
 def _judge(seen: list[tuple[float, int]], freed_at_s: float) -> _Return:
-    """Return the figures of one round. Hinting may begin while the workload is still freeing; only
-    the time after the last free counts, and at least one sample."""
+    """Return the figures of one round. Hinting may begin while the workload is still freeing:
+    `took_s` counts only the time after the last free, but at least the time of one sample."""
     full_bytes = max(resident for _, resident in seen)
     back_bytes = full_bytes - min(resident for _, resident in seen)
 

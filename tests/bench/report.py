@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One comparison.
+    """One figure: a comparison, or a value of ours alone.
 
-    :ivar ours, other: medians over rounds, in `unit`.
-    :ivar ratio: ours / other, median of the rounds' ratios.
+    :ivar ours, other: medians over rounds, in `unit`; `other` is None if nothing is compared.
+    :ivar ratio: the median of the rounds' ratios, ours / other; None if it is not computed.
     :ivar wanted: the goal for the ratio or the figure, as text; empty if there is none.
     """
 

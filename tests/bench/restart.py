@@ -1,5 +1,5 @@
-"""Measure the recovery from a killed host agent: the time from the start of the next one until
-every guest has given memory back again."""
+"""Measure the recovery from a killed host agent: the time from the start of its successor until
+every guest has given memory back to the successor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _T = TypeVar("_T")
 
 
 def run() -> Iterator[Figure]:
-    """Yield figures of a restart at once, and of one after guests have long failed to connect."""
+    """Yield a figure of a restart at once, and one of a restart after 10 s, in which the guests
+    have tried to connect in vain."""
     for away_s in (0.0, 10.0):
         taken_s = [_seconds_to_go_on(away_s) for _ in range(_ROUNDS)]
         yield Figure(
@@ -60,7 +61,8 @@ def _give_back(host: HostAgent, name: str) -> int:
 
 
 def _retried(call: Callable[[], _T]) -> _T:
-    """Retry a call until the guest has connected again; calls before that have no effect."""
+    """Repeat a call until the guest has connected again, and return its result. Before that, the
+    call fails with UNAVAILABLE and has no effect."""
     while True:
         try:
             return call()

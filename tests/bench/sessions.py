@@ -1,5 +1,5 @@
-"""Measure thousands of idle sessions: their cost for a host agent and the latency of an ack among
-them, beside a bare aio server that holds as many streams and echoes."""
+"""Measure thousands of idle sessions: their cost for a host agent, and the latency of an ack while
+they are open, beside a bare aio server with as many streams (echo_server.py)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _BATCH = encode(RangeSet([(0, 512)]))
 
 
 def idle_sessions(count: int) -> Iterator[Figure]:
-    """Yield CPU and memory of a host agent with `count` sessions, and latencies: an ack / an
-    echo."""
+    """Yield CPU and memory of a host agent with `count` idle sessions, and two percentiles of
+    latency: of the host agent's ack / of the bare server's."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with ExitStack() as stack:
@@ -89,7 +89,7 @@ async def _measure(
     for number in range(_ROUNDS + 1):
         first, second = (acked, echoed) if number % 2 else (echoed, acked)
         seen = {id(stream): await stream.latencies_s() for stream in (first, second)}
-        if number:  # the first one warms up
+        if number:  # round 0 is to warm up
             pairs.append((seen[id(acked)], seen[id(echoed)]))
     for stream in (*holders, *echoes, acked, echoed):
         await stream.close()
@@ -97,18 +97,18 @@ async def _measure(
 
 
 class _Stream:
-    """One session of a guest that sends nothing unless it is told to hint."""
+    """One session of a guest that sends batches only in `latencies_s`."""
 
     def __init__(self, address: str, guest: dict[str, str]) -> None:
         self._guest = guest
         self._seq = 0
-        # A connection of its own, as each guest has.
+        # Real guests have one connection each; without this option gRPC would share one.
         self._channel = aio.insecure_channel(
             address, options=(("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
         )
 
     async def open(self) -> None:
-        """Say Hello, and wait for the Welcome."""
+        """Begin the session: send Hello, and wait for the Welcome."""
         stub: Any = HintingServiceStub(self._channel)
         self._call = stub.Session()
         identity = pb.Identity(guest_uuid=self._guest["uuid"], token=self._guest["token"])
@@ -117,8 +117,8 @@ class _Stream:
         self._epoch = (await self._call.read()).welcome.epoch
 
     async def latencies_s(self) -> list[float]:
-        """Return the latencies of some batches, one after the other; their memory is not
-        resident."""
+        """Send _ACKS_A_ROUND batches, one after the other; return their latencies. No memory in
+        them is resident, so that nothing is punched."""
         return [await self._hint() for _ in range(_ACKS_A_ROUND)]
 
     async def _hint(self) -> float:

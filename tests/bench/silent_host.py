@@ -17,7 +17,7 @@ PERIOD_S = 0.2
 
 @contextlib.contextmanager
 def silent_host() -> Iterator[int]:
-    """Serve on a port of loopback, and yield it; a real guest reaches it at 10.0.2.2."""
+    """Serve on a port of loopback, and yield the port; a real guest reaches it at 10.0.2.2."""
     ended = Event()
     policy = pb.Policy(report_period_ms=int(1000 * PERIOD_S))
     welcome = pb.HostMessage(welcome=pb.Welcome(epoch=1, policy=policy, limits=LIMITS))

@@ -1,4 +1,5 @@
-"""Measure what holes cost: guests with 4 GiB of memory, spread over 1 TiB or in one piece.
+"""Measure what holes in the physical address space cost: a guest's 4 GiB of memory are spread over
+1 TiB, or lie in one piece.
 
 Times are CPU times, which leave out what else runs on the machine.
 """
@@ -23,12 +24,12 @@ _CHUNK_ORDER = 9
 _BLOCK_PAGES = 128 * MIB // PAGE_BYTES
 _BLOCKS = 4 * GIB // (128 * MIB)
 _SPREAD = 1024 // 4
-_USED_CHUNKS = 2000  # of 2048: the allocator keeps what its watermarks say
+_USED_CHUNKS = 2000  # of 2048: the watermarks keep a few free
 
 
 def run() -> Iterator[Figure]:
-    """Yield memory and time of hinting all chunks (embedded), and the time to find isolated chunks
-    (real)."""
+    """Yield the memory of allocator and tracker and the time to hint all used chunks (embedded
+    guests), and the time to find isolated chunks in the page flags (real guests)."""
     guests = [(_hinted(_SPREAD), _hinted(1)) for _ in range(_ROUNDS)]
     for name, unit, which in (("memory", "KiB", 0), ("time to hint 3.9 GiB of it", "ms", 1)):
         yield side_by_side(
@@ -47,7 +48,8 @@ def run() -> Iterator[Figure]:
 
 
 def _hinted(spread: int) -> tuple[float, float]:
-    """Return KiB of allocator and tracker while _USED_CHUNKS wait, and ms to hint them."""
+    """Return the KiB of allocator and tracker while _USED_CHUNKS wait to be hinted, and the ms to
+    hint them."""
     present = RangeSet((n * spread * _BLOCK_PAGES, _BLOCK_PAGES) for n in range(_BLOCKS))
     tracemalloc.start()
     allocator = BuddyAllocator([ZoneSpec(name="Normal", present=present)], chunk_order=_CHUNK_ORDER)
@@ -68,7 +70,8 @@ def _hinted(spread: int) -> tuple[float, float]:
 
 
 def _make_kernel(root: Path, spread: int) -> None:
-    """Make the files that the agent of such a guest reads, with holes where the guest has holes."""
+    """Make, in `root`, the files of /sys and /proc that the agent of a guest with this spread
+    reads. The file of page flags has holes where the guest's memory has holes."""
     blocks = root / "devices/system/memory"
     blocks.mkdir(parents=True)
     (blocks / "block_size_bytes").write_text(f"{128 * MIB:x}\n")

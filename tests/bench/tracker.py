@@ -1,4 +1,4 @@
-"""Measure what tracking costs: scans, and reading the kernel's page flags."""
+"""Measure what tracking costs: scans of the bitmap, and reading the kernel's page flags."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from hintfleet.units import GIB, PAGE_BYTES
 from tests.bench.report import Figure, side_by_side
 
 _ROUNDS = 9
-# Many rounds, because Python specialises a loop only after some calls (PEP 659), as in an agent.
+# Many rounds, because Python makes a loop faster only after some calls (PEP 659), and an agent has
+# made many.
 _FLAG_ROUNDS = 401
 _TIB_CHUNKS = (1 << 40) // PAGE_BYTES >> 9
 _FLAG_SPAN = range(4 * GIB // PAGE_BYTES)
 
 
 def run() -> Iterator[Figure]:
-    """Yield scans of a small and a huge guest, and page flags beside bare reads."""
+    """Yield the time of a scan, huge guest / small guest, and the speed of reading page flags /
+    of bare reads. Leave out the second figure if this kernel's page flags may not be read."""
     scans = [(_scan_us(_TIB_CHUNKS), _scan_us(2048)) for _ in range(_ROUNDS)]
     yield side_by_side(
         "scan of 16 bits, 1 TiB guest / 4 GiB guest", "us", scans, "< 50 us, ratio near 1"
@@ -55,8 +57,8 @@ def _flags_s(flags: PageFlags) -> float:
 
 
 def _bare_reads_s(fd: int, offsets: list[int]) -> float:
-    """Time bare reads in a loop, which is faster than a discarded map(), at offsets that were
-    computed before, as ours are."""
+    """Return the time of bare reads in a `for` loop, which is faster than map() with unused
+    results. The offsets are computed beforehand, as `PageFlags` keeps them from its first call."""
 
     def loop() -> None:
         pread = os.pread

@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _try(names: list[str], files: list[Path]) -> int:
-    """Feed files to the targets; a finding is raised, with its traceback."""
+    """Feed every file to every target. Return 0, or raise the exception of the first finding."""
     for name in names:
         with load(name).opened() as try_input:
             for file in files:

@@ -31,8 +31,9 @@ class Result:
     """The result of one worker.
 
     :ivar edges: how many branches of the measured packages were reached.
-    :ivar new_entries: inputs that reached new branches, kept in `FOUND`.
-    :ivar crashes: files with inputs that violated the oracle, or took too much time or memory.
+    :ivar new_entries: how many inputs were added to the folder of found inputs, because they
+        reached new branches.
+    :ivar crashes: new files with inputs that violated the oracle, or took too much time or memory.
     :ivar exit_code: the worker's exit code; 0 if it finished.
     :ivar output: all output of the worker, for people.
     """
@@ -49,7 +50,7 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Return whether there is a finding, or no input was run at all."""
+        """Return whether there is a finding, the worker failed, or no input was run at all."""
         return bool(self.crashes or self.exit_code) or not self.inputs
 
     def __str__(self) -> str:
@@ -66,9 +67,11 @@ HEADING = (
 
 
 def fuzz(name: str, *, runs: int = -1, seconds: int = 0, found_in: Path = FOUND) -> Result:
-    """Fuzz one target for a number of inputs or seconds, whichever ends first; 0 and -1: no limit.
+    """Fuzz one target for a number of inputs or seconds, whichever ends first. There is no limit if
+    `runs` is -1 or `seconds` is 0.
 
-    The inputs are the same again for the same kept and found inputs, seed and number of runs.
+    With the same kept and found inputs and the same number of runs, the inputs are the same again,
+    because the seed is fixed.
     """
     found = found_in / name
     CRASHES.mkdir(parents=True, exist_ok=True)
@@ -97,9 +100,11 @@ def fuzz(name: str, *, runs: int = -1, seconds: int = 0, found_in: Path = FOUND)
 
 
 def keep(name: str) -> int:
-    """Minimise the kept corpus: the fewest inputs that reach what it, the seeds and `FOUND` reach.
+    """Replace a target's kept corpus by the fewest inputs that reach all that the kept corpus, the
+    seeds and `FOUND` reach.
 
     :returns: how many inputs are kept.
+    :raises RuntimeError: no input would be kept; the corpus is unchanged.
     """
     kept = CORPUS / name
     with _worker(name) as (command, seeds), tempfile.TemporaryDirectory() as fewest:
@@ -117,7 +122,8 @@ def keep(name: str) -> int:
 
 @contextmanager
 def _worker(name: str) -> Iterator[tuple[list[str], Path]]:
-    """Return the command of a worker, with the folder of the target's seeds."""
+    """Yield the command of a worker, and a folder with the target's seeds. The files of both are
+    removed at the end of the block."""
     target = load(name)
     with tempfile.TemporaryDirectory(prefix="hf-fuzz-") as folder:
         words, seeds = Path(folder, "words"), Path(folder, "seeds")
@@ -134,7 +140,7 @@ def _worker(name: str) -> Iterator[tuple[list[str], Path]]:
 
 
 def _quoted(word: str) -> str:
-    """Return a line of a libFuzzer dictionary."""
+    """Return the line for this word in a libFuzzer dictionary."""
     return '"' + "".join(f"\\x{byte:02x}" for byte in word.encode()) + '"\n'
 
 
@@ -160,5 +166,5 @@ def _crashes(name: str) -> Iterator[Path]:
 
 
 def _stat(output: str, pattern: str) -> int:
-    """Return the last number with this name in the output; 0 if there is none."""
+    """Return the last number that `pattern` finds in the output; 0 if there is none."""
     return int((re.findall(pattern, output, re.MULTILINE) or ["0"])[-1])

@@ -1,4 +1,5 @@
-"""Turns bytes of the fuzzer into choices; when they run out, every choice is the first option."""
+"""Turns bytes of the fuzzer into choices. When no bytes are left, every choice is the first
+option."""
 
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ class Source:
         return taken
 
     def number(self, size: int = 1) -> int:
-        """Read an unsigned number of `size` bytes."""
+        """Read an unsigned number of `size` bytes, little-endian; missing bytes are 0."""
         return int.from_bytes(self.take(size), "little")
 
     def choice(self, options: Sequence[_T]) -> _T:
-        """Read a choice of one of the options."""
+        """Read a byte, and return the option that it selects."""
         return options[self.number() % len(options)]
 
     def short(self) -> bytes:
-        """Read at most 255 bytes; their number comes first."""
+        """Read a byte with a length, then so many bytes, or fewer if no more are left."""
         return self.take(self.number())

@@ -27,10 +27,11 @@ NAMES = sorted(module.name for module in iter_modules(targets.__path__))
 class Target:
     """One interface that takes input from outside.
 
-    :ivar opened: context that sets up what takes the inputs, and tears it down.
+    :ivar opened: makes a context manager, which sets up the interface, yields the function that
+        feeds one input to it, and tears it down.
     :ivar seeds: inputs to start from besides the kept ones.
-    :ivar words: byte strings that the fuzzer may put into inputs.
-    :ivar quick_runs: how many inputs the tests run, which takes some seconds.
+    :ivar words: strings that the fuzzer may put into inputs.
+    :ivar quick_runs: how many inputs the tests run: as many as take some seconds.
     """
 
     opened: Callable[[], AbstractContextManager[TryInput]]
@@ -46,7 +47,7 @@ class Target:
 
 
 def load(name: str) -> Target:
-    """Return the target of a module in `targets`."""
+    """Return the target that the module of this name in `targets` defines."""
     found: Target = importlib.import_module(f"tests.fuzz.targets.{name}").TARGET
     return found
 

@@ -1,6 +1,6 @@
 """Replays the kept inputs, then fuzzes each target for some seconds.
 
-`python -m tests.fuzz` does the same for as long as you like.
+`python -m tests.fuzz` fuzzes for as long as you like.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def test_kept_inputs_find_nothing(name: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris")
 @pytest.mark.parametrize("name", NAMES)
 def test_new_inputs_find_nothing(name: str, tmp_path: Path) -> None:
-    """The inputs are the same each time: a fixed number, from a fixed seed."""
+    """The inputs are the same each time, because their number and the seed are fixed; only on a
+    slow machine, _AT_MOST_S may end the fuzzing earlier."""
     result = fuzz(name, runs=load(name).quick_runs, seconds=_AT_MOST_S, found_in=tmp_path)
     assert not result.failed, f"{result.crashes}\n{result.output}"
     assert result.inputs > len(kept_inputs(name))

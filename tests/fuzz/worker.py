@@ -22,7 +22,7 @@ def main() -> None:
     name = sys.argv[1]
     with atheris.instrument_imports(include=_MEASURED, exclude=_NOT_MEASURED):
         target = load(name)
-    # For a merge, libFuzzer runs argv[0] again through a shell.
+    # For a merge, libFuzzer runs argv[0] again through a shell. So argv[0] is a whole command.
     myself = f"{sys.executable} -m {__spec__.name} {name}"
     with target.opened() as try_input:
         atheris.Setup([myself, *sys.argv[2:]], try_input)

@@ -1,6 +1,6 @@
 """The real state machines of both sides drop no chunk in use, in any order of events.
 
-Each mistake of session.pml, made in the real machines, must be found.
+Mistakes like those of session.pml, made in the real machines, must be found.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Sessions(RuleBasedStateMachine):
             yield from self.agent_events(agent)
 
     def workload_goes_on(self) -> None:
-        """Use what is free, up to a third of all chunks; else free some."""
+        """Allocate a free chunk if less than a third of all chunks is in use; else free a chunk."""
         if self.is_stopped or self.asks_to_stop:
             return
         if self.kernel.free and len(self.kernel.in_use) < CHUNK_COUNT // 3:
@@ -142,7 +142,7 @@ class Sessions(RuleBasedStateMachine):
             yield from (self.host_takes_its_turn,) * 3
             yield self.host_takes_its_turn_late
         for stream in self.streams:
-            # Also of streams that are over, whose guest has opened another: such messages are late.
+            # Streams that are over are among them: their messages arrive late.
             if stream.to_host:
                 yield partial(self.host_hears, stream)
         for stream in host.sessions.values():
@@ -168,7 +168,8 @@ class Sessions(RuleBasedStateMachine):
         self.present_host.take_turn(self.now_s)
 
     def host_punches(self) -> None:
-        """Drop one chunk after the other, then finish; the ack comes only then."""
+        """Take the next step of the running batch: drop the chunk of the slice that has begun, or
+        begin the next slice, or finish the batch, which sends the ack."""
         host = self.present_host
         if host.slice is not None:
             self.drop(host.slice)
@@ -182,7 +183,7 @@ class Sessions(RuleBasedStateMachine):
         self.asks_to_stop, self.is_stopped = False, True
 
     def guest_goes_on(self) -> None:
-        """Let the guest go on as it was."""
+        """Let a stopped guest run again."""
         self.is_stopped = False
         if self.host is not None:
             self.host.qemu_starts_again()
@@ -199,15 +200,16 @@ class Sessions(RuleBasedStateMachine):
             self.host.qemu_asks_to_stop(lambda: None)
 
     def host_hears_of_the_reset(self) -> None:
-        """End the guest; its RAM is closed when nothing runs."""
+        """Have the host agent end the guest, and close its RAM if no batch is running. If one is,
+        this event stays possible, and closes the RAM later."""
         self.present_host.guest_is_gone()
         self.ram_is_open = bool(self.present_host.running)
 
     # Faults
 
     def faults(self) -> Iterator[Event]:
-        """Yield the faults. Some are there twice while something is under way, when they matter
-        more."""
+        """Yield the faults that can happen now. A fault that would interrupt something is yielded
+        twice, so that it is picked more often."""
         for agent in self.agents:
             yield partial(self.agent_dies, agent)
             if (stream := agent.stream) is not None:
@@ -241,7 +243,8 @@ class Sessions(RuleBasedStateMachine):
             self.kernel.release(pages(self.kernel.isolated), hinted=False)
 
     def link_is_cut(self, stream: Stream) -> None:
-        """Cut a link: each end notices later; messages on their way come late, or never."""
+        """Cut a link. Each end notices that later; messages that were sent before arrive late, or
+        never."""
         stream.cut = True
 
     def host_agent_dies(self) -> None:
@@ -253,14 +256,14 @@ class Sessions(RuleBasedStateMachine):
         self.host = None
 
     def another_says_hello_in_the_guests_name(self) -> None:
-        """Send a Hello as an impostor, which is also what a very late Hello of the guest looks
-        like."""
+        """Send a Hello in the guest's name, on a stream that is cut at once. It stands for an
+        impostor, and for a Hello of the guest that arrives very late."""
         self.streams.append(Agent(self.kernel, HintingCore()).connect())
         self.streams[-1].cut = True
 
     def guest_boots_again_in_good_order(self) -> None:
-        """Boot again, as by kexec with nothing isolated: the host learns of it by the next
-        Hello."""
+        """Boot again in the same RAM while nothing is isolated, as by kexec. The host learns of it
+        only from the next Hello."""
         for agent in list(self.agents):
             self.agent_dies(agent)
         contents = self.kernel.contents
@@ -268,21 +271,23 @@ class Sessions(RuleBasedStateMachine):
         self.kernel.contents = contents
 
     def qemu_stops_the_guest(self) -> None:
-        """Have QEMU stop the guest; it waits for its answer, if anybody is at the door."""
+        """Have QEMU begin to stop the guest. QEMU waits for the host agent's answer; if there is no
+        host agent, until no system call of a dead one runs."""
         self.asks_to_stop = True
         if self.host is not None:
             self.host.qemu_asks_to_stop(partial(self.qemu_is_answered, self.host))
 
     def qemu_is_answered(self, host: Host) -> None:
-        if host is self.host:  # a dead one answers nobody
+        if host is self.host:  # a dead host agent does not answer
             self.qemu_has_stopped_the_guest()
 
     def guest_is_reset_and_keeps_its_ram(self) -> None:
-        """Boot again in the same RAM: all of it may be in use."""
+        """Reset a stopped guest. It boots again in the same RAM, and may use any chunk of it."""
         self.guest_begins_anew(GuestKernel())
 
     def guest_is_put_back(self) -> None:
-        """Revert to an older state, in which some chunks were isolated by an agent of then."""
+        """Revert a stopped guest to an older state, in which an earlier agent had isolated some
+        chunks."""
         kernel = GuestKernel()
         kernel.isolate(3, 3 * 512)
         self.guest_begins_anew(kernel)
@@ -296,7 +301,8 @@ class Sessions(RuleBasedStateMachine):
         self.guest_goes_on()
 
     def guest_is_reset(self) -> None:
-        """Reset the guest: its memory is not used any more; the host learns of it later."""
+        """Reset the guest: its memory is not used any more, and the host learns of it later. With
+        `reset_keeps_the_ram`, which is a mistake, a new kernel uses all of the memory."""
         self.reset = True
         for agent in list(self.agents):
             self.agent_dies(agent)
@@ -323,7 +329,8 @@ class Sessions(RuleBasedStateMachine):
             )
 
     def teardown(self) -> None:
-        """Check that the guest has all of its memory back when the faults are over."""
+        """Continue without faults; then check that no chunk is isolated any more, and that no batch
+        is missing in the books."""
         if self.reset or not self.comes_to_rest:
             return
         self.kernel.busy = False
@@ -337,7 +344,7 @@ class Sessions(RuleBasedStateMachine):
         assert not self.host or not self.host.unposted, "missing in the books"
 
     def necessary_events(self) -> list[Event]:
-        """Return the events that happen by themselves when there are no faults."""
+        """Return the events that can happen now, without faults, late turns and polls."""
         by_chance = {
             self.host_takes_its_turn_late,
             *(agent.poll for agent in self.agents),
@@ -397,7 +404,7 @@ class ForgetsWhatWasLeft(HintingCore):
         super().__init__()
 
 
-# The host's
+# The host's mistakes
 
 
 class WelcomesWhileABatchRuns(Gate):
@@ -499,9 +506,9 @@ MUTATIONS: dict[str, dict[str, object]] = {
             SkipsWithoutAWord,
         )
     },
-    # Mistakes in the code that carries out the instructions.
+    # Mistakes outside of the state machines: in what carries out their instructions.
     "DeathReleases": {"death_releases": True},
-    # Two agents would supersede each other for ever.
+    # This one never comes to rest: two agents supersede each other for ever.
     "AgentsShareTheIsolator": {"agents_share_the_isolator": True, "comes_to_rest": False},
     "NextHostAgentDoesNotWait": {"next_host_agent_waits": False},
     "ResetKeepsTheRam": {"reset_keeps_the_ram": True},
@@ -512,6 +519,6 @@ MUTATIONS: dict[str, dict[str, object]] = {
 def test_every_mutation_of_the_machines_is_found(mutation: str) -> None:
     mutated = type(mutation, (Sessions,), MUTATIONS[mutation])
     with pytest.raises((AssertionError, HintfleetError)) as found:
-        # The rarest mutation takes 300 examples on average, sometimes 1,500.
+        # The mutation that is hardest to find takes 300 examples on average, sometimes 1,500.
         run_state_machine_as_test(mutated, settings=settings(BUDGET, max_examples=6000))
     print(f"{mutation}: {found.value}")

@@ -1,5 +1,5 @@
-"""Spin checks the session protocol exhaustively, within bounds, and finds its mutations
-(session.pml)."""
+"""Spin checks the model of the session protocol (session.pml) exhaustively, within bounds, and
+finds an error in each mutation of it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def check(folder: Path, **bounds: int) -> str:
-    """Return the output of Spin's checker, after it has seen every state or an error."""
+    """Let Spin check the model; return the output, once every state was visited or an error found.
+
+    :param bounds: macros to define in the model.
+    """
     defines = [f"-D{name}={value}" for name, value in bounds.items()]
     shutil.copy(MODEL, folder)
     run(folder, "spin", *defines, "-a", MODEL.name)
-    # Not optimised: with so few states, compiling would take longer than it saves.
+    # With so few states, optimising (-O2) would take longer than it saves.
     run(folder, "gcc", "-O0", "-DSAFETY", "-DCOLLAPSE", "-DMEMLIM=2048", "-o", "pan", "pan.c")
     said = run(folder, "./pan", "-m10000")
     assert "error: max search depth too small" not in said, said
@@ -39,7 +42,8 @@ def run(folder: Path, *command: str) -> str:
 
 
 def trail(folder: Path) -> str:
-    """Return the steps that led to an error."""
+    """Return the last steps before the error that `check` has found, in the model with
+    BATCHES=3."""
     return run(folder, "spin", "-DBATCHES=3", "-t", "-p", "-l", "-g", MODEL.name)[-20_000:]
 
 

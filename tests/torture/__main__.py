@@ -28,7 +28,7 @@ exit codes: 0 no wrong page and no other problem, 1 otherwise, 2 wrong usage, 13
 
 
 def main() -> None:
-    """Run as the command line says."""
+    """Run what the command line asks for, and exit with its code."""
     arguments = _parser().parse_args()
     seed = arguments.seed if arguments.seed is not None else secrets.randbits(32)
     with _setting(arguments, seed) as setting:
@@ -60,7 +60,8 @@ def _run(arguments: argparse.Namespace, setting: Setting, seed: int) -> int:
 
 
 async def _or_sigterm(run: Coroutine[Any, Any, Report]) -> Report:
-    """Have SIGTERM end the run as Ctrl-C does: guests end, files are removed."""
+    """Wait for the report. SIGTERM cancels the run, as Ctrl-C does, so that its guests are ended
+    and its files removed."""
     task = asyncio.ensure_future(run)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await task
@@ -100,7 +101,7 @@ def _setting(arguments: argparse.Namespace, seed: int) -> AbstractContextManager
 
 
 class _Progress:
-    """Prints the state of the run on stderr from time to time."""
+    """Prints a line about the run on stderr, every `every_s` seconds."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s = self._next_s = every_s

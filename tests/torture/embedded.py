@@ -1,4 +1,4 @@
-"""Settings for torture of embedded guests: many, small and quick."""
+"""The setting for torture of embedded guests, which are many, small and quick."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _spec(number: int) -> host_pb2.GuestSpec:
         hinting=host_pb2.HintingSettings(
             tracker=("bitmap", "reported")[number % 2],
             chunk_order=(9, 9, 7)[number % 3],
-            # Hints as soon as a chunk is free, and never rests.
+            # So a freed chunk is hinted after 20 ms at the latest, or when two chunks are free.
             report_period_ms=20,
             threshold_chunks=2,
         ),

@@ -20,8 +20,8 @@ class Victim:
     """One guest, from the moment when it is ready until it is gone.
 
     :ivar domain: a libvirt.virDomain; None for an embedded guest.
-    :ivar is_grown: memory was plugged into it.
-    :ivar answered_s: when it last answered a step of its workload.
+    :ivar is_grown: whether memory is plugged into it now.
+    :ivar answered_s: when it last answered a step of its workload, on the monotonic clock.
     :ivar doomed: a fault has ended it, or will. The end of a guest that is not doomed is a problem.
     """
 
@@ -37,13 +37,13 @@ class Victim:
     _pidfd: int = field(init=False)
 
     def __post_init__(self) -> None:
-        # Not just the number: another process may have it when a fault is injected.
+        # Not the process id: another process may have it when a fault is injected.
         self._pidfd = os.pidfd_open(self.pid)
 
     def signal(self, number: int) -> None:
         """Send a signal to the guest's process.
 
-        :raises ProcessLookupError: it is gone.
+        :raises ProcessLookupError: the process is gone, or `forget` was called.
         """
         if self._pidfd < 0:
             raise ProcessLookupError
@@ -60,22 +60,23 @@ class Victim:
         return self.relay.closed.get(self.uuid, [])
 
     async def stand_still(self) -> None:
-        """Stop all changes, so that the books can be checked."""
+        """Suspend a virtual machine, so that its memory does not change while the books are
+        checked. Do nothing to an embedded guest."""
         if self.domain is not None:
             await asyncio.to_thread(self.domain.suspend)
 
     def read_console(self, report: Report) -> None:
-        """Add to the report what the guest prints about itself; an embedded guest prints
-        nothing."""
+        """Add to the report what is new on the guest's console; nothing for an embedded guest,
+        which has no console."""
 
     def evidence(self) -> str:
-        """Return the end of what the guest has printed, if that can be read."""
+        """Return the end of what the guest has printed; an empty text if that cannot be read."""
         return ""
 
     def forget(self) -> None:
-        """Note that the guest is gone: faults that still hold it have no effect."""
+        """Note that the guest is gone: faults that are injected into it later have no effect."""
         if self._pidfd >= 0:
-            # SIGCONT, because a stopped process could not end.
+            # SIGCONT, because a process that a fault has stopped could not end.
             with contextlib.suppress(ProcessLookupError):
                 self.signal(signal.SIGCONT)
             os.close(self._pidfd)

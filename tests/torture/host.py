@@ -18,7 +18,7 @@ from hintfleet.v1.host_pb2_grpc import HostServiceStub
 from tests.support.lab import processes_with
 from tests.support.relay import Address, Relay
 
-if TYPE_CHECKING:  # it is in the stubs only
+if TYPE_CHECKING:  # this class is in the stubs only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
 
 _START_S = 60.0
@@ -32,9 +32,10 @@ _OPTIONS = (
 
 
 class HostAgent:
-    """Runs one `hintfleet-host --state` after another, at the same addresses.
+    """Runs one host agent with `--state` after another. All have the same control address, and
+    guests reach all of them through the relay.
 
-    :ivar module: the module to run; a test runs one with a planted bug.
+    :param module: the module to run; a test runs one with a planted bug.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class HostAgent:
             self._log.close()
 
     async def start(self) -> None:
-        """Start a host agent, or the successor of a killed one, and wait until it serves."""
+        """Start a host agent, or the successor of a killed one, and wait until it serves.
+
+        :raises RuntimeError: it ended before that.
+        """
         ready_read, ready_write = os.pipe()
         lifeline_read, lifeline = os.pipe()
         try:
@@ -77,8 +81,8 @@ class HostAgent:
                 pass_fds=(ready_write, lifeline_read),
                 stderr=self._log,
                 env=self._environment,
-                # Its own session, so that Ctrl-C does not reach it: under --state it would leave
-                # its guests.
+                # In a process session of its own, so that Ctrl-C does not reach it: with --state,
+                # it would end, and leave its guests running.
                 start_new_session=True,
             )
         finally:
@@ -104,14 +108,15 @@ class HostAgent:
     def signal(self, number: int) -> None:
         """Send a signal to the host agent.
 
-        :raises ProcessLookupError: it is dead.
+        :raises ProcessLookupError: it is dead, or was never started.
         """
         if self._process is None or self._process.returncode is not None:
             raise ProcessLookupError
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill -9. The lifeline stays open, so that the guests are not ended in order."""
+        """Kill the host agent with SIGKILL. Its lifeline stays open: else the host agent would end
+        its guests before it is killed."""
         self.signal(signal.SIGKILL)
         self.deaths += 1
 
@@ -121,13 +126,13 @@ class HostAgent:
             await self._process.wait()
 
     def log_tail(self) -> str:
-        """Return the end of the host agents' log."""
+        """Return the last lines of the log that all host agents write."""
         text = (self._folder / "host.log").read_text(errors="replace")
         return "\n".join(text.splitlines()[-30:])
 
     def left_behind(self) -> list[str]:
-        """Return the command lines of all processes of this agent and its guests that still
-        live."""
+        """Return the command lines of all processes that still live: of the host agents, and of the
+        processes that they started."""
         return list(processes_with(_MARK, str(self._folder)).values())
 
     def _let_go(self) -> None:
@@ -136,7 +141,10 @@ class HostAgent:
             self._lifeline = -1
 
     async def _stop(self) -> None:
-        """Stop it by its lifeline, as when its parent dies: its guests end with it."""
+        """Stop the host agent by its lifeline, as when its parent dies: it ends its guests, too.
+
+        :raises RuntimeError: it did not stop within _STOP_S, and was killed.
+        """
         self._let_go()
         if self._process is None:
             return

@@ -1,5 +1,5 @@
-"""The host agent without rate limits and bans: replayed sessions break rules in a guest's name, and
-the guest would be banned for it."""
+"""The host agent without rate limits and bans: replayed sessions break rules in the name of a
+guest, which would be banned for that."""
 
 from host_agent.__main__ import main
 from tests.support.no_rate_limits import no_rate_limits

@@ -1,4 +1,4 @@
-"""Clients that act as a guest: a connection that is replayed, a second agent."""
+"""Clients that act as a guest: one replays a connection, one acts as a second agent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _MESSAGE_HEADER_BYTES = 5
 
 
 def hello_in(recorded: bytes) -> pb.Hello | None:
-    """Return the Hello that a guest sent on a connection; None if it sent none."""
+    """Return the first Hello among the bytes that a guest sent on a connection; None if there is
+    none."""
     for payload in _data_frames(recorded):
         # An Attach of the workload's stream parses as a Hello, too: it has the same first two
         # fields. Only a real Hello has a page size.
@@ -46,9 +47,10 @@ def _data_frames(recorded: bytes) -> Iterator[bytes]:
 
 
 async def replay(to: Address, said: bytes, hold_s: float) -> None:
-    """Send again what a guest has sent, on a new connection, and read answers for a while.
+    """Send, on a new connection, the bytes that a guest has sent before; read answers for `hold_s`,
+    or until the host closes the connection.
 
-    :raises ConnectionError: nobody listens there.
+    :raises ConnectionError: nobody listens at `to`, or the host reset the connection.
     """
     reader, writer = await asyncio.open_connection(to.host, to.port)
     try:
@@ -65,7 +67,8 @@ async def replay(to: Address, said: bytes, hold_s: float) -> None:
 async def pretend(to: Address, hello: pb.Hello, hold_s: float) -> None:
     """Send a Hello as a second agent would, and keep the session open for `hold_s`.
 
-    :raises grpc.RpcError: the host refused it, or had another session first.
+    :raises grpc.RpcError: the host ended the session earlier: it refused the Hello, or another
+        session of the guest began.
     """
     async with open_aio_channel(
         str(to), options=(("grpc.use_local_subchannel_pool", 1),)
@@ -75,7 +78,7 @@ async def pretend(to: Address, hello: pb.Hello, hold_s: float) -> None:
             await call.write(pb.GuestMessage(hello=hello))
             async for _ in call:
                 pass
-        except asyncio.InvalidStateError:  # ended while it was written to
+        except asyncio.InvalidStateError:  # the call ended before the Hello was written
             pass
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:

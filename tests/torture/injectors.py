@@ -1,4 +1,4 @@
-"""The faults, one small class for each: begin, hold, end."""
+"""The injectors: one small class for each kind of fault, which begins and ends the fault."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.torture.host import HostAgent
 from tests.torture.impostors import hello_in, pretend, replay
 from tests.torture.plan import Fault, Kind
 
-if TYPE_CHECKING:  # it is in the stubs only
+if TYPE_CHECKING:  # this class is in the stubs only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
 
 _SECTION_BYTES = 128 * MIB
@@ -33,19 +33,19 @@ class Missed(Exception):
 
 
 class Injector(Protocol):
-    """One fault. `end` is called once for every `begin`, also if that raised Missed."""
+    """One fault. `end` is called once for every `begin`, also if `begin` raised Missed."""
 
     lasts: bool
     """Whether the fault lasts until `end` is called. If not, it takes as long as it takes."""
 
     def begin(self) -> None:
-        """Inject the fault. Must not wait: the relay may call it between two bytes.
+        """Inject the fault. Must not wait, because the relay calls this before it passes on data.
 
         :raises Missed: nothing was done.
         """
 
     async def end(self) -> None:
-        """Undo what can be undone, and wait for what was begun.
+        """Undo what can be undone, and wait for the work that `begin` has started.
 
         :raises Missed: it turned out that nothing was done.
         """
@@ -53,7 +53,7 @@ class Injector(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a fault may need: its victim, the host agent, and a client."""
+    """What an injector may need: the victim, the host agent, and a client of the host agent."""
 
     victim: Victim
     host: HostAgent
@@ -64,7 +64,7 @@ class Scene:
 
 
 class Kill:
-    """kill -9 of the guest."""
+    """kill -9 of the guest's process, which is doomed from then on."""
 
     lasts = False
 
@@ -112,7 +112,7 @@ class Cut:
 
 
 class Stall:
-    """Let nothing pass on the guest's connections for a while, and tell neither end."""
+    """Let nothing pass on the guest's connections for a while; neither end is notified."""
 
     lasts = True
 
@@ -131,7 +131,7 @@ class Stall:
 
 
 class Delay:
-    """Delay every piece a little, in both directions."""
+    """Delay each piece of data on the guest's connections for a while, in both directions."""
 
     lasts = True
 
@@ -167,7 +167,7 @@ class _Task:
 
 
 class Impostor(_Task):
-    """Another client acts as the guest."""
+    """A fault in which another client acts as the guest."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()
@@ -191,7 +191,8 @@ class Impostor(_Task):
 
 
 class Replay(Impostor):
-    """Send all that the guest sent on one connection a second time, on another."""
+    """Send on a new connection what the guest sent on an earlier one: the one with the longest
+    record."""
 
     def begin(self) -> None:
         victim, upstream = self._scene.victim, self._scene.victim.relay.upstream
@@ -203,7 +204,7 @@ class Replay(Impostor):
 
 
 class SecondAgent(Impostor):
-    """Send the guest's own Hello, and keep the session open."""
+    """Send a copy of the guest's Hello, and keep that session open for a while."""
 
     def begin(self) -> None:
         upstream = self._scene.victim.relay.upstream
@@ -217,7 +218,7 @@ class SecondAgent(Impostor):
 
 
 class OtherBoot(SecondAgent):
-    """Send a Hello that says that the guest has booted again."""
+    """Send a copy of the guest's Hello with another boot id, as if the guest had booted again."""
 
     def _changed(self, hello: hinting_pb2.Hello) -> hinting_pb2.Hello:
         hello.boot_id = str(uuid.uuid4())
@@ -225,7 +226,7 @@ class OtherBoot(SecondAgent):
 
 
 class Reset(_Task):
-    """`virsh reset`. The domain ends by it, and its RAM is gone."""
+    """`virsh reset`. It ends the domain, and frees its RAM."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()
@@ -268,7 +269,7 @@ class SuspendDomain(_Task):
 
 
 class Resize(_Task):
-    """Plug memory, or unplug it while it is in use."""
+    """Plug memory if none is plugged; else unplug it, even while the guest uses it."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from hintfleet.v1 import host_pb2
 from tests.torture.guest import Victim
 from tests.torture.report import Report
 
-if TYPE_CHECKING:  # it is in the stubs only
+if TYPE_CHECKING:  # this class is in the stubs only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
 
 TRIAL = "torture"
@@ -30,6 +30,8 @@ _GONE = (grpc.StatusCode.ABORTED, grpc.StatusCode.NOT_FOUND)
 class Deadlines:
     """How long guests of one driver may take.
 
+    :ivar create_s: for the creation of a guest.
+    :ivar step_s: for each other call.
     :ivar silence_s: the longest time without any answer to a step, however many faults there are.
     """
 
@@ -67,7 +69,7 @@ class Place:
         self._is_there = asyncio.Event()
 
     async def victim(self) -> Victim:
-        """Return the guest, as soon as there is one."""
+        """Return the guest of this place; wait for one if there is none."""
         while self._there is None:
             await self._is_there.wait()
         return self._there
@@ -81,8 +83,9 @@ class Place:
                 await self._step(self._there)
 
     async def finish(self) -> None:
-        """Check the guest when there are no more faults: all its memory can be used, has the right
-        contents and comes back, and the books balance. Report as a problem what does not hold."""
+        """Check the guest after the last fault: all memory that this place uses can be allocated,
+        has the right contents and is free afterwards, and the books balance. All memory of an
+        embedded guest comes back. Report as a problem what does not hold."""
         try:
             # The last fault may have ended the guest, and no step has noticed it yet.
             while self._there is None or self._there.doomed:
@@ -98,12 +101,12 @@ class Place:
             self._report.problem(f"{self.name}, after the faults: {error.code()} {error.details()}")
 
     def read_console(self) -> None:
-        """Add to the report what the guest prints about itself."""
+        """Add to the report what is new on the guest's console."""
         if self._there is not None:
             self._there.read_console(self._report)
 
     async def destroy(self) -> None:
-        """End the guest."""
+        """Destroy the guest, if there is one."""
         if self._there is not None:
             await self._lost(self._there)
 
@@ -122,7 +125,8 @@ class Place:
             )
             self._there = await self._victim_of(guest)
         except (grpc.RpcError, ProcessLookupError) as error:
-            # A host agent that dies meanwhile is no problem; a guest that was lost (ABORTED) is.
+            # The host agent may have died meanwhile, which is not a problem. But ABORTED is one:
+            # the guest was lost.
             if isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.ABORTED:
                 self._report.problem(f"guest {name} did not come: {error.details()}")
             await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
@@ -154,7 +158,7 @@ class Place:
                 request, timeout=self._deadlines.step_s, wait_for_ready=True
             )
             self._report.books(name, closed.ledger)
-        except grpc.RpcError:  # it is gone, or ends with its trial
+        except grpc.RpcError:  # the guest is gone, or will end with its trial
             pass
 
     # Work
@@ -191,11 +195,11 @@ class Place:
             if not victim.doomed:
                 self._report.problem(f"nobody had ended it: {said}")
             await self._lost(victim)
-        elif error.code() is grpc.StatusCode.FAILED_PRECONDITION:  # it is full
+        elif error.code() is grpc.StatusCode.FAILED_PRECONDITION:  # the guest has too little memory
             self._held_bytes = max(self._held_bytes, self._most_bytes)
         else:
             self._report.steps_without_answer += 1
-            self._unsure = True  # whether the step was done; the next one asks
+            self._unsure = True  # the step may be done or not, so verify next
             silence_s = time.monotonic() - victim.answered_s
             if silence_s > self._deadlines.silence_s:
                 self._report.problem(
@@ -206,8 +210,8 @@ class Place:
             await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
 
     async def _fill(self, victim: Victim) -> None:
-        """Allocate all that this place uses; first ask what is held, because an answer may be
-        lost."""
+        """Allocate all memory that this place uses. Before that, verify to learn how much is held,
+        because an earlier answer may be lost."""
         await self._run_step(victim, verify=True)
         if (more_bytes := self._most_bytes - self._held_bytes) > 0:
             await self._run_step(victim, allocate_bytes=more_bytes)
@@ -222,8 +226,11 @@ class Place:
         await self._stub.Settle(request, timeout=self._deadlines.step_s)
 
     async def _persist(self, do: Callable[[], Awaitable[None]]) -> None:
-        """Retry `do`: agents in the guest that kill themselves go on when there are no other
-        faults."""
+        """Repeat `do` until it succeeds: it may fail, because the agents in real guests kill
+        themselves even after the last fault.
+
+        :raises grpc.RpcError: the guest is gone, or `silence_s` has passed.
+        """
         give_up_s = time.monotonic() + self._deadlines.silence_s
         while True:
             try:

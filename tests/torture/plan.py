@@ -63,10 +63,10 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """The longest times of faults; an embedded guest is faster than a real one.
+    """The longest times of a fault; they are shorter for embedded guests than for real ones.
 
-    :ivar longest_hold_s: of one fault in fifty, which outlasts keepalives and deadlines; 0: of
-        none.
+    :ivar longest_hold_s: the longest `hold_s` of one fault in fifty, so that it outlasts keepalives
+        and deadlines; 0: there are no such faults.
     """
 
     pause_s: float
@@ -75,7 +75,7 @@ class Pace:
     longest_hold_s: float = 0.0
 
     def hold(self, dealer: random.Random) -> float:
-        """Draw how long one fault lasts."""
+        """Draw how long one fault lasts, in s."""
         if self.longest_hold_s and not dealer.randrange(_ONE_IN):
             return dealer.uniform(self.hold_s, self.longest_hold_s)
         return dealer.uniform(self.hold_s / 10, self.hold_s)

@@ -1,5 +1,5 @@
-"""Settings for torture of real guests: kmod and hugetlb side by side, agents that die in the
-guest."""
+"""The setting for torture of real guests: one with each isolator (kmod and hugetlb), whose agents
+kill themselves."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ _ENDS: Mapping[Kind, int] = {Kind.GUEST_KILLED: 1, Kind.GUEST_RESET: 1}
 
 @dataclass(kw_only=True)
 class RealVictim(Victim):
-    """A virtual machine, whose console shows what happens inside."""
+    """A virtual machine. Its console shows when its agent ends, and when stress-ng fails."""
 
     _said: Counter[str] = field(default_factory=Counter)
 
     def read_console(self, report: Report) -> None:
-        with contextlib.suppress(OSError, IndexError):  # it is gone
+        with contextlib.suppress(OSError, IndexError):  # the guest is gone
             text = console(self.pid)
             for kind, words in _AGENT_ENDED.items():
                 report.faults[kind] += self._news(text, words)
@@ -81,9 +81,11 @@ class RealVictim(Victim):
 
 @contextmanager
 def setting(seed: int, *, short: bool = False, stress: bool = False) -> Iterator[Setting]:
-    """Return what to torture: a guest with each isolator, from an image whose agents die.
+    """Yield what to torture: a guest with each isolator, from an image whose agents kill
+    themselves. The image is removed at the end of the block.
 
-    :param short: have every kind come within a minute or two; else most guests live longer.
+    :param short: have every kind of fault come within a minute or two; else faults that end a
+        guest are rarer, so that guests live longer.
     :param stress: run stress-ng in the guests, too.
     """
     libvirt, _ = modules()
@@ -135,7 +137,7 @@ def _taking_hold(connection: Any) -> Callable[[host_pb2.Guest, Relay], Victim]:
 
 
 def _build(to: Path, packages: list[str]) -> None:
-    """Build the guest image, with agents that die, in `to`."""
+    """Build the guest image in `to`, with agents that kill themselves."""
     command = [sys.executable, str(ROOT / "deploy/image/build.py"), "--print-path"]
     for package in packages:
         command += ["--package", package]

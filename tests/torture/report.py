@@ -18,8 +18,9 @@ _MOST_PROBLEMS = 50
 class Report:
     """Counts of a run.
 
-    :ivar problems: what must not happen, with details for finding the cause: a guest that ended
-        though nobody had killed it, books that do not balance, a process that was left behind.
+    :ivar problems: what happened and must not happen, with details for finding the cause: a guest
+        that ended though nobody had killed it, books that do not balance, a process that was left
+        behind.
     :ivar missed: faults that were not injected because the victim was gone, or were refused (memory
         in use cannot be unplugged); not counted as faults.
     """
@@ -50,8 +51,8 @@ class Report:
         return not self.wrong_pages and not self.problems
 
     def problem(self, text: str) -> None:
-        """Note and print a problem; only a limited number, because one cause may have many
-        effects."""
+        """Note and print a problem. After _MOST_PROBLEMS of them do nothing, because one cause may
+        have many effects."""
         if len(self.problems) < _MOST_PROBLEMS:
             self.problems.append(text)
             print(f"PROBLEM: {text}", file=sys.stderr, flush=True)
@@ -64,7 +65,8 @@ class Report:
             self.problem(f"guest {guest}: {done.wrong_pages} of {done.verified_pages} pages wrong")
 
     def books(self, guest: str, ledger: host_pb2.Ledger) -> None:
-        """Store the latest books of a guest; they replace earlier ones."""
+        """Store the books of a guest, unless the stored ones have more batches, and so are
+        newer."""
         known = self._books.get(guest)
         if known is None or known.batches <= ledger.batches:
             self._books[guest] = ledger
@@ -79,14 +81,15 @@ class Report:
 
     @property
     def skipped_bytes(self) -> Mapping[str, int]:
-        """Return what the host skipped, by reason; WRONG_EPOCH and STALE are the fences."""
+        """Return how much memory the host skipped, by reason. WRONG_EPOCH and STALE are batches
+        that arrived or ran too late, and that the gate kept out."""
         total: Counter[str] = Counter()
         for books in self._books.values():
             total.update(books.skipped_total_bytes)
         return total
 
     def as_dict(self) -> dict[str, object]:
-        """Return the report for programs."""
+        """Return the report as an object for JSON."""
         return {
             "driver": self.driver,
             "seed": self.seed,
@@ -119,7 +122,7 @@ class Report:
         )
 
     def table(self) -> str:
-        """Return the report for people."""
+        """Return the report as a table for people."""
         rows: list[tuple[str, object]] = [
             *((kind.value, count) for kind, count in self.faults.most_common()),
             ("faults", self.fault_count),

@@ -1,4 +1,4 @@
-"""Runs guests at work, injects faults into all of them at once, and reports what happened."""
+"""Runs guests at work, injects faults into all of them in parallel, and reports what happened."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.torture.place import TRIAL, Deadlines, Place
 from tests.torture.plan import Fault, Kind, Moment, Pace, faults
 from tests.torture.report import Report
 
-if TYPE_CHECKING:  # it is in the stubs only
+if TYPE_CHECKING:  # this class is in the stubs only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
 
 _DIRECTIONS = {Moment.GUEST_SPEAKS: Direction.TO_HOST, Moment.HOST_SPEAKS: Direction.TO_GUEST}
@@ -92,9 +92,9 @@ async def torture(
     progress: Callable[[Report], None] = lambda _: None,
     host_module: str = "tests.torture.host_without_rate_limits",
 ) -> Report:
-    """Run, and return the report.
+    """Run the guests of `setting`, inject faults until `until` is reached, and return the report.
 
-    :param progress: called from time to time.
+    :param progress: called ten times a second, with the report so far.
     :param host_module: the module to run as the host agent.
     """
     report = Report(driver=setting.driver, seed=seed, guest_count=len(setting.guests))
@@ -156,7 +156,7 @@ class _Run:
                     workers.create_task(place.work(working))
                 await self._inject(until, progress)
                 working.set()
-            if self._report.is_well:  # after a problem, this would show nothing more
+            if self._report.is_well:  # after a problem, more checks would show nothing new
                 await asyncio.gather(*(place.finish() for place in self._places))
             await asyncio.gather(*(place.destroy() for place in self._places))
 
@@ -178,7 +178,7 @@ class _Run:
                     self._stop.set()
 
     async def _lane(self, name: str, kinds: Mapping[Kind, int], places: Sequence[Place]) -> None:
-        """Inject one fault after the other into one of these places."""
+        """Inject one fault after the other, each into one of the places, until the run stops."""
         for fault in faults(f"{self._seed} {name}", kinds, self._setting.pace):
             await asyncio.sleep(fault.pause_s)
             victim = await self._random.choice(places).victim()
@@ -202,7 +202,7 @@ class _Run:
                 await self._begin_at_moment(fault, victim, injector.begin)
                 if injector.lasts:
                     await asyncio.sleep(fault.hold_s)
-            finally:  # so that an interrupted run leaves nobody suspended
+            finally:  # so that an interrupted run leaves no process suspended
                 await injector.end()
         except Missed:
             self._report.missed += 1
@@ -213,7 +213,10 @@ class _Run:
     async def _begin_at_moment(
         self, fault: Fault, victim: Victim, begin: Callable[[], None]
     ) -> None:
-        """Call `begin` at the fault's moment, or after the longest wait for it."""
+        """Call `begin` at the fault's moment, or after the longest wait for that moment.
+
+        :raises Missed: `begin` raised it.
+        """
         direction = _DIRECTIONS.get(fault.moment)
         links = victim.links
         if direction is None or not links:
@@ -274,7 +277,8 @@ class _Run:
 
 
 def plan_of(setting: Setting, seed: int, count: int) -> Iterator[tuple[str, Fault]]:
-    """Yield the first faults of each lane, which a run with this seed injects."""
+    """Yield the first `count` faults of each lane, with the lane's name: those that a run with this
+    seed injects."""
     lanes = dict.fromkeys(setting.guests, setting.kinds) | {"host": setting.host_kinds}
     for name, kinds in lanes.items():
         for fault in itertools.islice(faults(f"{seed} {name}", kinds, setting.pace), count):

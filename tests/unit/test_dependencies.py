@@ -1,4 +1,5 @@
-"""What pyproject.toml asks for, what the generated stubs need, and what is tested together."""
+"""The lower bounds in pyproject.toml are not below what the generated stubs need, and not above the
+versions that are tested (constraints.txt)."""
 
 import re
 from pathlib import Path

@@ -25,7 +25,8 @@ def test_the_guest_agents_mounts_outlive_it(option: str) -> None:
 
 
 def install(folder: Path, user: int) -> list[str]:
-    """Run deploy/system/install where no package is installed; return what it prints and runs."""
+    """Run deploy/system/install as if this user ran it and no package were installed. Return its
+    lines on stderr; the fake apt-get adds a line `RUN ...` for each of its calls."""
     commands = {
         "id": f"echo {user}",
         "dpkg-query": "exit 1",

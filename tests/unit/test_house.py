@@ -1,4 +1,5 @@
-"""The rules of the house: style, types, who may import whom, stubs that are current."""
+"""The rules for all code: style, types, which module may import which, sizes, stubs that are
+current, and paths in the documentation that exist."""
 
 import ast
 import re
@@ -28,9 +29,10 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 
-# A room is a folder; a module at the root of a package is a room of its own. These are all
-# imports between the rooms of a package, so a new one is a decision. A room may import
-# what stands above it. Everybody may import the contract, proto/hintfleet, as well.
+# A room is a folder, or a module at the root of a package. The table has all imports between the
+# rooms of a package: each room, and the rooms that it imports. A room may import only rooms that
+# are listed above it. A test fails if code and table differ, so that each new import is a
+# decision. Imports of the contract, proto/hintfleet, are allowed everywhere, and not listed.
 ARROWS = {
     "hintfleet": {
         "errors": "",
@@ -128,7 +130,7 @@ MODULES = {module_name(path): path for path in SOURCES}
 
 
 def imports_of_ours(module: str) -> set[str]:
-    """Return the modules of SOURCES that one of them imports, also late and for types only."""
+    """Return the modules of SOURCES that `module` imports, in functions and for types only, too."""
     names = set()
     for node in ast.walk(SOURCES[MODULES[module]]):
         if isinstance(node, ast.Import):
@@ -185,7 +187,7 @@ def test_parts_meet_only_in_the_contract(package: str) -> None:
 
 @pytest.mark.parametrize("arrows", [arrows_between_files, arrows_between_rooms])
 def test_no_circles(arrows: Callable[[], dict[str, set[str]]]) -> None:
-    """:raises CycleError: with the circle that there is."""
+    """:raises CycleError: there is a circle; the error names it."""
     TopologicalSorter(arrows()).prepare()
 
 

@@ -1,4 +1,4 @@
-"""The builder of the guest image, except for what needs tools."""
+"""Which old images and layers the builder of the guest image removes."""
 
 import importlib.util
 import os

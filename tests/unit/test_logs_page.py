@@ -10,7 +10,8 @@ PACKAGES = ("guest_agent", "host_agent", "orchestrator", "proto/hintfleet")
 
 
 def messages_of(source: str) -> Iterator[str]:
-    """Yield the message of each call of `_log`; two, where it depends on a condition."""
+    """Yield the message of each call of a method of `_log`; both messages of a call if a condition
+    chooses between two."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="_log"), attr=method), args=args):
@@ -24,5 +25,5 @@ def test_each_message_has_its_row() -> None:
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     logged = {message for path in sources for message in messages_of(path.read_text())}
     rows = set(re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/logs.md").read_text(), re.MULTILINE))
-    # The programs' names begin rows, too.
+    # Other rows begin with the name of a program, such as `hintfleet-host`.
     assert logged == {row for row in rows if not row.startswith("hintfleet")}

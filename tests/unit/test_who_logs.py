@@ -1,4 +1,4 @@
-"""Every file of the two daemons logs, or stands here with the reason why it does not."""
+"""Every file of the two daemons logs, or is listed here with the reason why it does not."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatch

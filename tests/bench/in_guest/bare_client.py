@@ -1,4 +1,4 @@
-"""Runs in a guest beside its agent: a gRPC client that only holds a stream.
+"""A gRPC client that only holds a stream. It runs beside an agent, in a guest or on this machine.
 
 python3 bare_client.py aio|sync HOST:PORT
 """

@@ -2,8 +2,8 @@
 
     python3 probe.py HOST:PORT     the host to which the bare clients hold streams
 
-Prints one line of JSON on the console every _WINDOW_S seconds. The benchmark uses the last line of
-a guest that was at rest.
+Prints one line of JSON on the console after each window of _WINDOW_S seconds. The benchmark uses
+the last line, when the guest has been at rest for longer than a window.
 """
 
 import ctypes
@@ -40,8 +40,8 @@ def main() -> None:
 
 
 def over_a_window(pids: Mapping[str, int]) -> dict[str, object]:
-    """Return the CPU time of each process, and the system calls of the agent's main thread by
-    number."""
+    """Return what was used in the next _WINDOW_S: the CPU of each process in % of a core, and the
+    system calls per second of the agent's main thread, by number."""
     trigger = f"hist:keys=id if common_pid == {pids['agent']}"
     (_SYS_ENTER / "trigger").write_text(trigger)
     before_ns = {name: cpu_ns(pid) for name, pid in pids.items()}
@@ -56,7 +56,8 @@ def over_a_window(pids: Mapping[str, int]) -> dict[str, object]:
 
 
 def cpu_ns(pid: int) -> int:
-    """Return user and system time, from the scheduler's counter of nanoseconds."""
+    """Return the user and system time of all threads that run now, from the scheduler's counters
+    of nanoseconds."""
     return sum(
         int((task / "schedstat").read_text().split()[0])
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -64,13 +65,14 @@ def cpu_ns(pid: int) -> int:
 
 
 def memory_kib(pid: int) -> dict[str, int]:
-    """Return VmRSS of /proc/PID/status, and Rss and Pss of smaps_rollup."""
+    """Return VmRSS of /proc/PID/status, and Rss and Pss of /proc/PID/smaps_rollup, in KiB."""
     said = "".join(Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "smaps_rollup"))
     return {k: int(kib) for k, kib in re.findall(r"^(VmRSS|Rss|Pss):\s+(\d+) kB", said, re.M)}
 
 
 def scan_ns() -> list[tuple[int, int]]:
-    """Return the times of rounds: (reading all page flags, bare reads in Python's fastest loop)."""
+    """Return two CPU times for each round: of reading one entry of the page flags for each chunk
+    with `PageFlags`, and of the same reads in Python's fastest loop."""
     spans = present_spans()
     step = 8 << _ORDER
     offsets = [at for s in spans for at in range(s.start * 8, s.stop * 8, step)]
@@ -95,7 +97,8 @@ def scan_ns() -> list[tuple[int, int]]:
 
 
 def look_ns() -> list[tuple[int, int]]:
-    """Return the times of rounds: (reading the free lists, a bare read of the file)."""
+    """Return two CPU times for each round: of reading the free lists with `FreeLists`, and of a
+    bare read of the same file."""
     lists = FreeLists(_ORDER)
     fd = os.open("/proc/buddyinfo", os.O_RDONLY)
     rounds = [
@@ -111,7 +114,7 @@ def look_ns() -> list[tuple[int, int]]:
 
 
 def elapsed_ns(act: Callable[[], object]) -> int:
-    """Return the CPU time of a call."""
+    """Return the CPU time that this process uses during a call."""
     began_ns = time.process_time_ns()
     act()
     return time.process_time_ns() - began_ns

@@ -1,6 +1,5 @@
-"""Runs in a guest whenever Python starts there: starts a probe beside the agent.
-
-Only with hintfleet.bench=PORT on the kernel's command line, and only in the agent.
+"""Runs in a guest whenever Python starts there, as sitecustomize.py. It starts a probe (probe.py)
+if this Python is the agent, and the kernel's command line has hintfleet.bench=PORT.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Operations on range sets, compared with integers whose bits are the pages."""
+"""Operations on range sets, compared with operations on integers in which each bit is a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The guest agent's configuration: a frozen value that survives a round trip, or an error."""
+"""The parser of the guest agent's configuration: it returns a valid value, which survives a round
+trip through JSON, or raises InvalidInput."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def try_input(data: bytes) -> None:
     assert config.threshold_chunks > 0
     assert 0 <= config.memory_bytes < 1 << 52
     for said in (config.server, config.guest_uuid, config.token):
-        said.encode()  # else they could not be sent in messages
+        said.encode()  # fails for text that protobuf could not send
 
 
 TARGET = Target.of(

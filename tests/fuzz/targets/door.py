@@ -1,7 +1,7 @@
-"""The memory door's messages: whatever comes, the table is one that can be used, each descriptor
+"""The memory door's back end, with any messages: each table is valid, each descriptor that arrives
 is in the table or dropped once, and the device does not run after a stop.
 
-The oracle is a table of its own, kept by the messages that were taken.
+The oracle is a record of the open descriptors and of those in the table.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NUMBERS = (0, 1, PAGE_BYTES, 512 * PAGE_BYTES, 1 << 32, (1 << 52) - PAGE_BYTES,
 
 
 class _Edge:
-    """Carries out the actions, as host_agent/door/door.py does, and checks them."""
+    """Carries out the back end's actions, as host_agent/door/door.py does, and checks them."""
 
     def __init__(self) -> None:
         self.backend = Backend()
@@ -48,7 +48,8 @@ class _Edge:
         self._next_fd = 3
 
     def receive(self, request: int, flags: int, payload: bytes, fd_count: int) -> bool:
-        """Take a message; return whether the connection goes on."""
+        """Give a message to the back end; return whether it was accepted. If not, the connection
+        must be closed."""
         fds = list(range(self._next_fd, self._next_fd + fd_count))
         self._next_fd += fd_count
         self.open_fds.update(fds)

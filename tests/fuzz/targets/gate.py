@@ -1,7 +1,8 @@
-"""The gate keeps its guarantees in any order of sessions, batches, turns and resets.
+"""The gate keeps its guarantees in any order of sessions, batches and turns, and of the guest's
+end.
 
 The oracle is not another gate but the guarantees themselves: I2, one batch at a time, each batch
-posted once, acks in order to the welcome session.
+posted once, each ack right after its post and to the welcomed session.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class _Guest:
             self._carry_out(self.gate.finished(batch, Outcome(reclaimed=PageMap(batch.ranges))))
 
     def drain(self) -> None:
-        """Let all turns come; then every batch that arrived must be in the books, once."""
+        """Let all turns come; then check that each batch that the gate accepted was posted once."""
         while self._turn_asked or self._running is not None:
             self.take_turn()
             self.finish()
@@ -116,8 +117,8 @@ class _Guest:
                 self._acknowledged.append(batch)
 
     def _check_run(self, batch: gate.Batch) -> None:
-        """Check that the batch may run: it is of the welcome session, in time, in order, and
-        alone."""
+        """Check that the batch may run: it is of the welcomed session, not too old or too large,
+        not posted before, and no other batch runs."""
         assert self._running is None
         assert not self.gone
         (session,) = {s for s, b in self._arrived if b is batch}

@@ -1,4 +1,5 @@
-"""Parsers of /proc/zoneinfo, buddyinfo and meminfo: the kernel's numbers, or a refusal."""
+"""The parsers of /proc/zoneinfo, buddyinfo and meminfo: they return possible numbers, or raise
+Refused."""
 
 from __future__ import annotations
 

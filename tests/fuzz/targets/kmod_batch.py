@@ -14,7 +14,7 @@ class _Range(ctypes.Structure):
 
 
 class _Batch(ctypes.Structure):
-    """deploy/kmod/hintfleet.h"""
+    """struct hintfleet_batch of deploy/kmod/hintfleet.h."""
 
     _fields_ = [
         ("seq", ctypes.c_uint64),
@@ -28,7 +28,7 @@ _SIZE = ctypes.sizeof(_Batch)
 
 
 def try_input(data: bytes) -> None:
-    if len(data) > _SIZE // 2:  # the rest of most batches is empty
+    if len(data) > _SIZE // 2:  # fill up with zeros, as unused ranges are
         data = data.ljust(_SIZE, b"\0")
     wanted = _Batch.from_buffer_copy(data) if len(data) == _SIZE else None
     try:

@@ -1,4 +1,5 @@
-"""The reader of /proc/kpageflags: which chunks have a flag, from a file that may end anywhere."""
+"""The reader of /proc/kpageflags, which finds the chunks that have a flag. The file may end
+anywhere."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _ENTRY = struct.Struct("=Q")
 
 
 def _flagged(entries: list[int], bit: int, spans: list[range], order: int) -> list[int]:
-    """Return every whole aligned chunk in a span, in order, whose first page has the flag."""
+    """Return the first pfns of all aligned chunks that lie wholly in a span and have the flag in
+    their first page, span by span."""
     return [
         pfn
         for span in spans

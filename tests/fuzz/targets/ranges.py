@@ -11,7 +11,7 @@ _LONGEST_NUMBER_BYTES = 6
 
 
 def _numbers(packed: bytes) -> list[int]:
-    """Return the LEB128 numbers of a string; an unfinished one at the end is dropped."""
+    """Return the LEB128 numbers in `packed`; an unfinished number at the end is dropped."""
     numbers, bits = [], ""
     for byte in packed:
         bits = f"{byte & 0x7F:07b}{bits}"
@@ -27,7 +27,8 @@ def _leb128(number: int) -> bytes:
 
 
 def _spelling(shift: int, pairs: list[tuple[int, int]]) -> bytes:
-    """Encode (start, length) pairs, in units of 2**shift: header and numbers."""
+    """Return the encoding of (start, length) pairs, which count units of 2**shift pages: a byte
+    with the shift, then LEB128 numbers."""
     out, end = bytes([shift]), -1
     for start, length in pairs:
         out += _leb128(start - end - 1) + _leb128(length - 1)
@@ -37,7 +38,7 @@ def _spelling(shift: int, pairs: list[tuple[int, int]]) -> bytes:
 
 def reference(packed: bytes) -> list[tuple[int, int]] | None:
     """Return the (pfn, page_count) pairs; None if the bytes are not the canonical encoding of a
-    set. It decodes any encoding, encodes the result canonically, and compares."""
+    set. To find that out, decode the bytes, encode the result canonically, and compare."""
     if not packed:
         return []
     shift, numbers = packed[0], _numbers(packed[1:])
@@ -66,7 +67,9 @@ def try_input(packed: bytes) -> None:
 
 
 def _has_bounded_work(ranges: RangeSet, packed: bytes) -> None:
-    """Check that the cost of operations depends on the number of ranges, not on what they span."""
+    """Run operations that cost time for each range, not for each page: with an operation that
+    costs time for each page, a huge range would take too long, which is a finding. Check also that
+    `decode` refuses more ranges than its limit."""
     assert RangeSet(ranges) == ranges | ranges == ranges & ranges == ranges
     assert ranges - ranges == EMPTY
     assert len(ranges.whole_chunks(9)) <= len(ranges)

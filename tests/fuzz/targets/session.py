@@ -1,8 +1,8 @@
-"""A hostile guest sends any messages in any order to the real guests' service.
+"""A hostile guest sends any messages in any order to the host agent's service for guests.
 
 Everything behind the gRPC edge is real: service, registry, guest, gate, books, and RAM in a memfd.
 The guest's RAM is two pieces of a larger file. A neighbour has another RAM file, and a session that
-must go on.
+must continue to work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from tests.support.no_rate_limits import no_rate_limits
 
 _TRIAL = "fuzz"
 _FILE_PAGES = 64
-# Maps guest pages to pages of the file; pages around and between the two pieces belong to nobody.
+# The pieces of the guest's RAM: first pfn, page count, first page in the file. All other pages of
+# the file belong to no guest, and must keep their contents.
 _PIECES = ((0, 24, 1), (40, 32, 28))
 _OFFSET = {pfn + i: at + i for pfn, page_count, at in _PIECES for i in range(page_count)}
 _DEVICE = Segment(pfn=56, page_count=16, fd=-1, offset_bytes=44 * PAGE_BYTES)
@@ -77,7 +78,7 @@ class _Running:
             self._write(page)
 
     def touch(self, pfns: RangeSet) -> None:
-        """Write to these pages, as the guest would."""
+        """Write to those of the pages that are RAM now, as the guest would."""
         for pfn in _OFFSET:
             if pfn in pfns & self.ram.pages:
                 self._write(_OFFSET[pfn])
@@ -87,8 +88,8 @@ class _Running:
         os.pwrite(self.fd, (page + 1).to_bytes(8, "little"), page * PAGE_BYTES)
 
     def lost(self) -> set[int]:
-        """Return pages of the file, also outside the guest's RAM, that do not hold what was
-        written."""
+        """Return the pages of the file that do not hold what was written to them: of the guest's
+        RAM that it has not hinted, and of the rest of the file."""
         written = {_OFFSET[pfn] for pfn in self.touched}
         written |= set(range(_FILE_PAGES)) - set(_OFFSET.values())
         return {p for p in written if os.pread(self.fd, 8, p * PAGE_BYTES)[0] != p + 1}
@@ -153,7 +154,8 @@ class _Call:
         self.say(hello=pb.Hello(**fields))  # type: ignore[arg-type]
 
     def batch(self, epoch: int, seq: int, packed: bytes) -> RangeSet:
-        """Send a batch; note what it hints, if that can be decoded."""
+        """Send a batch; return what it hints, and note its size for `check`. Return nothing and
+        note nothing if `packed` cannot be decoded."""
         self.say(batch=pb.Batch(epoch=epoch, seq=seq, ranges=packed))
         try:
             hinted = decode(packed)
@@ -171,7 +173,8 @@ class _Call:
         return [m.ack for m in self.heard if m.WhichOneof("message") == "ack"]
 
     async def close(self, *, cancel: bool) -> None:
-        """Half-close the call, or cancel it, after all earlier messages were handled."""
+        """Cancel the call at once, or half-close it, so that it ends after all earlier messages
+        were handled. Wait for its end, and raise the exception that it failed with."""
         if cancel:
             self.task.cancel()
         self.outbox.put_nowait(None)
@@ -181,8 +184,8 @@ class _Call:
             raise error
 
     def check(self) -> None:
-        """Check that the call ended as documented, and that each ack accounts for all bytes of its
-        batch."""
+        """Check that the call ended with a documented status, that each ack accounts for all bytes
+        of its batch, and that the acks of the call's epoch are in sequence."""
         assert self.ended_with is None or self.ended_with in _REFUSALS
         for ack in self.acks:
             skipped = sum(decode(s.ranges).page_count for s in ack.skipped) * PAGE_BYTES
@@ -206,7 +209,8 @@ class _Host:
         self._epoch = self._call.epoch
 
     async def make(self, name: str) -> tuple[Guest, _Running, _Call]:
-        """Make a ready guest with all of its RAM in use, and its session."""
+        """Make a guest with all of its RAM in use; return it when it is ready, with its RAM and its
+        first session."""
         making = asyncio.create_task(self.registry.create(name, _TRIAL, _SPEC))
         while name not in {g.name for g in self.registry.guests if g.running is not None}:
             await asyncio.sleep(0)
@@ -221,8 +225,8 @@ class _Host:
         return guest, running, first
 
     async def quiet(self, guest: Guest) -> None:
-        """Wait until all messages are handled: an audit waits for the turns before it, and two
-        batches may still wait for theirs."""
+        """Wait until all messages are handled. An audit waits for the turns that were asked for
+        before it; after that, two batches may still wait for their turns. So audit three times."""
         for _ in range(3):
             for _ in range(10):
                 await asyncio.sleep(0)
@@ -248,8 +252,8 @@ class _Host:
 
 
 def _is_late(ack: pb.Ack) -> bool:
-    """Return whether the batch was skipped because the machine was too busy, which is no
-    finding."""
+    """Return whether the batch was skipped as STALE. That happens when the machine is busy, and is
+    not a finding."""
     return [skipped.reason for skipped in ack.skipped] == [pb.STALE]
 
 
@@ -314,7 +318,8 @@ class _Play:
         return RangeSet((source.number() % 80, source.number() % 16) for _ in range(number))
 
     async def _say_anything(self) -> None:
-        """Send a message of any kind, if the bytes are one."""
+        """Send the message that the next bytes encode. Send nothing if they encode none, or a
+        batch: only `_hint` sends batches, because it notes their pages."""
         try:
             message = pb.GuestMessage.FromString(self._source.short())
         except Exception:  # noqa: BLE001 - protobuf's DecodeError; gRPC ends such a call
@@ -327,7 +332,8 @@ class _Play:
         self._running.touch(self._some_pages())
 
     async def _audit(self) -> None:
-        """Audit, and check that the pages that are reported as used again are in use."""
+        """Audit, and check that every chunk that is reported to the guest as refaulted has a
+        resident page."""
         await self._wait()
         before = {call: len(call.heard) for call in self._calls}
         await self._guest.audits.tell_refaults()
@@ -347,7 +353,7 @@ class _Play:
         call.say(settled=pb.Settled(request_id=request_id, batches=self._source.number(8)))
 
     async def _resize(self) -> None:
-        """Unplug the memory device, or plug it again."""
+        """Unplug the memory device if it is plugged; else plug it."""
         if self._running.ram.pages & _DEVICE_PAGES:
             await self._guest.unplugged(_DEVICE_PAGES)
             self._running.touched -= {pfn for pfn in _OFFSET if pfn in _DEVICE_PAGES}

@@ -1,4 +1,5 @@
-"""The spec parser: any text gives a frozen model, or an error that says where."""
+"""The spec parser: for any text it returns a frozen model, or raises an error that names file, line
+and column."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ timeouts: {connect: 1min}
 """
 
 
-# Inputs that mutations of a valid spec hardly ever reach; each once crashed the parser.
+# The fuzzer would hardly ever make these inputs from a valid spec; each once crashed the parser.
 _BOMBS = (
     _SMALL.replace(b"{repeat: 2}", b"{repeat: 10000}, {repeat: 10000}, {repeat: 10000}"),
     _SMALL.replace(b"seed: 1", b"seed: " + b"[" * 500),
@@ -78,7 +79,7 @@ def _can_be_used(spec: Spec) -> None:
     assert len(expand(spec.workload)) <= _MOST_STEPS
     assert not list(spec_checks.problems(spec))
     assert spec_checks.could_become_resident_bytes(spec) > 0
-    with suppress(AttributeError, TypeError, ValueError):  # any exception of pydantic's will do
+    with suppress(AttributeError, TypeError, ValueError):  # pydantic raises one of these
         spec.name = "changed"
         raise AssertionError("a spec can be changed")
 

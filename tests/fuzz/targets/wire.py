@@ -1,7 +1,8 @@
-"""Bytes instead of messages, over gRPC, to the host agent's servers.
+"""Any bytes in place of messages, sent over gRPC to a host agent's service for guests.
 
-Each input is one call of the guests' service: any of its methods, any frames. It must end with a
-documented status, and a real neighbour must keep its memory and its session.
+Each input is one call: of a method of the service, or of one that does not exist, with any frames.
+The call must end with a documented status. Another guest, which has a real agent, must keep its
+memory and its session.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _ENDINGS = {
 
 
 class _GuestService:
-    """The guests' service of a host agent, to which one guest sends bytes."""
+    """A host agent's service for guests, to which one guest sends bytes."""
 
     def __init__(self, host: InProcessHost, channel: grpc.Channel) -> None:
         self._host = host
@@ -55,7 +56,7 @@ class _GuestService:
         method = _SERVICE + _METHODS[source.number() % 8 % len(_METHODS)]
         frames = list(self._frames(source))
         call = self._channel.stream_stream(method, None, None)(iter(frames), timeout=_DEADLINE_S)
-        with contextlib.suppress(grpc.RpcError):  # checked below, by its code
+        with contextlib.suppress(grpc.RpcError):  # its status is checked below
             for _ in call:
                 pass
         assert call.code() in _ENDINGS, (call.code(), call.details())
@@ -80,8 +81,8 @@ class _GuestService:
                     yield source.short()
 
     def neighbour_goes_on(self) -> None:
-        """Check that the neighbour can use memory with the right contents, and that it comes
-        back."""
+        """Have the neighbour use memory, verify its contents, free it and settle; check that the
+        contents are right, and that the books balance."""
         host = self._host
         host.allocate(_HELD_BYTES, "neighbour")
         assert host.verify("neighbour").wrong_pages == 0

@@ -1,7 +1,8 @@
-"""Runs in a real guest whenever Python starts there, and obeys the kernel's command line.
+"""Runs in a real guest whenever Python starts there. What it does depends on the kernel's command
+line.
 
-hintfleet.torture=SEED has the agent end itself, by SIGKILL or SIGTERM, at steps of the protocol,
-again and again; init starts the next one. hintfleet.stress=SIZE runs `stress-ng --vm --verify`
+With hintfleet.torture=SEED, each agent ends itself, by SIGKILL or SIGTERM, at a step of the
+protocol; init starts the next one. With hintfleet.stress=SIZE, `stress-ng --vm --verify` runs
 beside the workload, in rounds; the end of each round is printed on the console.
 """
 
@@ -32,8 +33,8 @@ def parameter(name: str) -> str:
 
 
 class Death:
-    """When and how this agent dies: `steps` steps after `after_s`, at once or a little later, by
-    SIGKILL or, one time in four, by SIGTERM."""
+    """When and how this agent dies: `steps` steps after the time `after_s`, at once or `lag_s`
+    later, by SIGKILL or, one time in four, by SIGTERM."""
 
     def __init__(self, seed: str) -> None:
         starts = int(STARTS.read_text()) if STARTS.exists() else 0
@@ -59,7 +60,7 @@ class Death:
 
 
 def with_steps(method: Callable[..., Any], death: Death) -> Callable[..., Any]:
-    """Return the method with a step before it and one after it."""
+    """Return a method that does what `method` does, and counts a step before and one after it."""
 
     def stepping(*arguments: Any) -> Any:
         death.step()
@@ -71,8 +72,8 @@ def with_steps(method: Callable[..., Any], death: Death) -> Callable[..., Any]:
 
 
 def install(seed: str) -> None:
-    """Count as steps each instruction that the agent carries out, and each message that it
-    receives."""
+    """Have this agent end itself as `Death` decides. Its steps are the beginning and the end of
+    each instruction that it carries out, and of each message that it handles."""
     from guest_agent.session import HintingSession
 
     death = Death(seed)

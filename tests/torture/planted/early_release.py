@@ -1,4 +1,4 @@
-"""A host agent whose guests release a batch before its ack (I1): see in_guest/."""
+"""A host agent whose guests release a batch before its ack, which breaks I1 (see in_guest/)."""
 
 import os
 from pathlib import Path

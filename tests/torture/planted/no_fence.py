@@ -1,4 +1,5 @@
-"""A host agent that runs batches of earlier epochs, and batches that waited too long (I2)."""
+"""A host agent that runs batches of earlier epochs, which breaks I2, and batches that waited too
+long."""
 
 from host_agent.__main__ import main
 from host_agent.session.gate import Gate

@@ -1,4 +1,4 @@
-"""Memory blocks of a guest's kernel, on a fake tree of /sys (tests/vm has real ones)."""
+"""Memory blocks of a guest's kernel, on a fake tree of /sys (tests/vm uses real guests)."""
 
 import threading
 from pathlib import Path
@@ -24,7 +24,7 @@ def add(root: Path, number: int, state: str = "offline") -> Path:
     unseen, block = root / "unseen", root / f"memory{number}"
     unseen.mkdir()
     (unseen / "state").write_text(f"{state}\n")
-    unseen.rename(block)  # atomically, as the kernel does
+    unseen.rename(block)  # the block appears with its state, as in a kernel
     return block / "state"
 
 

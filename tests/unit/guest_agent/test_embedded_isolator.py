@@ -26,7 +26,8 @@ def allocator() -> BuddyAllocator:
 
 
 def tracking(allocator: BuddyAllocator, tracker: TrackerKind) -> EmbeddedIsolator:
-    """Return an isolator that has already isolated all chunks that are free at the start."""
+    """Return an isolator for which no chunk is new: it has isolated and released all free
+    chunks."""
     isolator = EmbeddedIsolator(allocator, tracker=tracker, threshold_chunks=16)
     drain(isolator)
     return isolator
@@ -35,8 +36,8 @@ def tracking(allocator: BuddyAllocator, tracker: TrackerKind) -> EmbeddedIsolato
 def freed(allocator: BuddyAllocator, chunks: int) -> RangeSet:
     """Allocate `chunks` chunks, free them, and return their ranges.
 
-    `chunks` must be even: otherwise the last one merges with a buddy that was reported, and the
-    reported tracker takes both, as the kernel does.
+    `chunks` must be even: otherwise the last chunk merges with a buddy that was reported, and
+    `ReportedTracker` takes both chunks, as the kernel does.
     """
     pfns = [allocator.allocate(9) for _ in range(chunks)]
     for pfn in pfns:
@@ -64,7 +65,8 @@ def test_exactly_the_freed_chunks_are_isolated(
 
 
 def test_both_bounds_of_a_batch_are_kept(allocator: BuddyAllocator, tracker: TrackerKind) -> None:
-    """v11 sent stale entries of its array when the last batch was not full."""
+    """Version 11 of Lal's patches sent stale entries of its array if the last batch was not
+    full."""
     isolator = tracking(allocator, tracker)
     chunks = freed(allocator, 24)
     sizes = []
@@ -130,7 +132,8 @@ def test_a_zone_at_its_watermark_keeps_its_bits_for_later(
 
 
 def test_ranges_never_join_two_zones(tracker: TrackerKind) -> None:
-    """v11 merged bits across NUMA nodes; a range here is released zone by zone."""
+    """Version 11 of Lal's patches merged bits across NUMA nodes. Here each chunk of a range is
+    released into its own zone."""
     pages = 8 * CHUNK
     zones = [
         ZoneSpec(name="Normal", node=node, present=RangeSet([(node * pages, pages)]))
@@ -152,7 +155,7 @@ def test_ranges_never_join_two_zones(tracker: TrackerKind) -> None:
 def test_a_set_bit_of_an_offline_chunk_is_ignored(
     allocator: BuddyAllocator, tracker: TrackerKind
 ) -> None:
-    """v11 looped for ever over a bit whose memory had been unplugged."""
+    """Version 11 of Lal's patches looped for ever over the bit of a chunk that was unplugged."""
     isolator = tracking(allocator, tracker)
     chunks = freed(allocator, 40)
     gone = RangeSet([(2 * CHUNKS * CHUNK - 16 * CHUNK, 16 * CHUNK)])

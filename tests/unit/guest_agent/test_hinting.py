@@ -25,7 +25,8 @@ LIMITS = Limits(ranges_per_batch=4, pages_per_batch=2048, batches_in_flight=2)
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """A guest with 64 chunks; the host acknowledges, does not answer, vanishes and comes back."""
+    """A guest with up to 128 chunks. In any order, it frees chunks, the host welcomes it or
+    acknowledges a batch, a period passes, and the link is lost."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +157,8 @@ def test_settle_waits_for_an_isolator_that_is_still_working() -> None:
 def test_nothing_is_isolated_while_nothing_may_be_hinted(
     forbid: Callable[[HintingCore], object],
 ) -> None:
-    """Else the module would isolate a batch that nobody reads, and a settle would never end."""
+    """If the core asked for chunks then, the kernel module would isolate a batch that nobody reads,
+    and a settle would never end."""
     core = opened()
     chunk = RangeSet([(512, 512)])
     core.isolated(chunk, isolator_idle=False)
@@ -174,7 +176,8 @@ def test_nothing_is_isolated_while_nothing_may_be_hinted(
 
 
 def test_the_rest_of_a_batch_is_hinted_beyond_the_allowance() -> None:
-    """A batch of the module that is given back half hinted would come again and again."""
+    """If a batch of the kernel module were returned half hinted, the module would show the same
+    chunks again and again."""
     core = opened()
     core.allowed(512)
     first, rest = RangeSet([(512, 512)]), RangeSet([(1024, 512)])
@@ -195,7 +198,8 @@ def test_a_new_allowance_starts_isolation_again() -> None:
 
 @pytest.mark.parametrize("acted", [True, False])
 def test_a_batch_that_the_host_skipped_for_now_is_hinted_again(acted: bool) -> None:
-    """A batch that came too late would stay resident until its chunks are freed again."""
+    """Otherwise the memory of a batch that came too late would stay resident until the guest has
+    used and freed it again."""
     core = opened()
     chunk = RangeSet([(512, 512)])
     core.isolated(chunk, isolator_idle=True)

@@ -18,7 +18,8 @@ THRESHOLD_CHUNKS = 4
 
 
 class ModelKernel:
-    """A guest of `count` chunks and the host memory behind them; all but the reserve was used."""
+    """A guest of `count` chunks and the host memory behind them. At the start all chunks are free,
+    and all but the reserve are resident."""
 
     def __init__(self, count: int, *, zeroing: bool, reserve: int = RESERVE_CHUNKS) -> None:
         self.free = list(range(count))
@@ -34,7 +35,7 @@ class ModelKernel:
         self.now_s = 0.0
         self.growing_takes_s = 0.0
 
-    # The Pool that the isolator sees
+    # The methods of `Pool`, which the isolator calls
 
     def open(self) -> RangeSet:
         return self.chunks()
@@ -112,7 +113,10 @@ class Host:
         self.isolator.refaulted(RangeSet((chunk * CHUNK_PAGES, 1) for chunk in used))
 
     def run(self, *, at_a_time: int = 4, asked: bool = False) -> int:
-        """Run passes until there is nothing to hint; return how many chunks were hinted."""
+        """Run passes until no more is worthwhile; return how many chunks were hinted.
+
+        :param asked: request the first pass, as a settle does.
+        """
         self.tell_used()
         if asked:
             self.isolator.report_now(thorough=True)
@@ -204,7 +208,7 @@ def test_zeroing_makes_no_more_than_64_mib_or_a_64th_resident(
     kernel = ModelKernel(chunks, zeroing=True, reserve=reserve)
     kernel.resident.clear()
     isolator, host = started(kernel)
-    isolator.refaulted(ranges_of(kernel.free))  # and yet nothing is resident
+    isolator.refaulted(ranges_of(kernel.free))  # reported, though nothing is resident
     most = 0
     while batch := isolator.isolate(512, 1 << 20):
         most = max(most, len(kernel.resident))
@@ -309,7 +313,8 @@ def test_policy_cold_is_refused() -> None:
 
 
 class PassMachine(RuleBasedStateMachine):
-    """Whatever a guest did: once it has settled, its free chunks beyond the reserve are absent."""
+    """Whatever a guest did: after a settle, no more of its free chunks are resident than the
+    reserve; with zeroing, than the reserve and the threshold."""
 
     @initialize(zeroing=st.booleans(), count=st.integers(20, 120))
     def start(self, zeroing: bool, count: int) -> None:
@@ -360,7 +365,7 @@ def test_a_pass_holds_little_more_than_what_was_freed() -> None:
 
 
 def test_a_new_agent_hints_only_what_the_host_reports_as_resident() -> None:
-    """A restarted agent once took all free memory of a guest that was short of it."""
+    """Otherwise a restarted agent would isolate all free memory of a guest that has little."""
     kernel = ModelKernel(1000, zeroing=False)
     kernel.allocate(300)
     kernel.release(20)
@@ -399,7 +404,7 @@ def test_chunks_that_were_not_freed_last_are_found_too() -> None:
     host.run()
     kernel.allocate(300)
     isolator.idle()
-    kernel.free = kernel.used[:50] + kernel.free  # at the end of the kernel's free list
+    kernel.free = kernel.used[:50] + kernel.free  # so the kernel would allocate them last
     del kernel.used[:50]
     assert host.run() == 50 - RESERVE_CHUNKS, "the reserve is at the end of the kernel's free list"
     assert not host.run()

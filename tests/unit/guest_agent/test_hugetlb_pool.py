@@ -13,7 +13,8 @@ POOL = "kernel/mm/hugepages/hugepages-2048kB"
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Path:
-    """Make /sys and /proc of a guest whose pool nobody uses."""
+    """Return a folder with the files of /sys and /proc of a guest in which nobody uses the
+    pool."""
     pool = tmp_path / POOL
     pool.mkdir(parents=True)
     for name in ("nr", "free", "resv", "surplus", "nr_overcommit"):
@@ -42,7 +43,8 @@ def test_cma(kernel: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nr_hugepages", "nr_overcommit_hugepages"])
 def test_huge_pages_of_another_size(kernel: Path, name: str) -> None:
-    """Their page flags are the same, so they would be punched while in use."""
+    """Page flags do not show the size of a huge page. So the agent would take those of another size
+    for its own, and have them punched while they are in use."""
     others = kernel / "kernel/mm/hugepages/hugepages-1048576kB"
     others.mkdir()
     (others / name).write_text("0\n")
@@ -77,7 +79,8 @@ def test_the_reserve_is_a_sixteenth_and_the_low_watermarks(kernel: Path) -> None
 
 
 def test_only_one_agent_uses_the_pool(kernel: Path) -> None:
-    """A second one would take what the first has in flight for what a dead agent left."""
+    """A second agent would mistake the chunks that the first has in flight for chunks that a dead
+    agent left."""
     with open(kernel / "mount.lock", "w") as first:
         fcntl.flock(first, fcntl.LOCK_EX)
         assert "another guest agent" in refusal(kernel)
@@ -85,7 +88,8 @@ def test_only_one_agent_uses_the_pool(kernel: Path) -> None:
 
 
 def test_each_node_keeps_its_reserve(kernel: Path) -> None:
-    """Left to itself, the kernel would compact node 0 for each chunk in turn."""
+    """If only the total were set, the kernel would take from each node in turn, and compact node 0,
+    which has too few free chunks."""
     free_chunks = {0: 3, 1: 90}
     zoneinfo, buddyinfo = "", ""
     for node, free in free_chunks.items():

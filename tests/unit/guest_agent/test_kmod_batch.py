@@ -9,7 +9,8 @@ from hintfleet.errors import Refused
 
 
 def shown(range_count: int, flags: int = 0) -> bytes:
-    """Return a struct hintfleet_batch with room for 32 ranges; the first ones are used."""
+    """Return a struct hintfleet_batch, which has room for 32 ranges; the first `range_count` are
+    used."""
     ranges = b"".join(struct.pack("=QQ", n << 9, 512) for n in range(32))
     return struct.pack("=QII", 7, range_count, flags) + ranges
 

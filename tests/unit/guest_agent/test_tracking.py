@@ -1,4 +1,5 @@
-"""The bitmap tracker does not have the bugs of v11, the kernel thread's version."""
+"""The bitmap tracker does not have the bugs of version 11 of Lal's kernel patches, whose design it
+has."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +31,8 @@ def test_every_marked_chunk_is_taken_exactly_once(marked: set[int], at_once: int
 
 @given(chunks, chunks)
 def test_chunks_freed_during_a_scan_are_found_by_the_next(first: set[int], then: set[int]) -> None:
-    """v11 left a chunk that was freed behind its scan until the next free."""
+    """In version 11 of Lal's patches, a chunk that was freed where the scan had already been was
+    not hinted before the next free."""
     tracker = BitmapTracker(ORDER)
     for pfn in pfns(first):
         tracker.mark(pfn)
@@ -44,7 +46,8 @@ def test_chunks_freed_during_a_scan_are_found_by_the_next(first: set[int], then:
 
 
 def test_a_sparse_zone_costs_only_its_present_chunks() -> None:
-    """v11's bitmap had a bit for every chunk of the span: 1 TiB cost 64 KiB and a scan of it."""
+    """The bitmap of version 11 of Lal's patches had a bit for each chunk of the zone's span, holes
+    included: 1 TiB cost 64 KiB, and each scan read all of it."""
     tracker = BitmapTracker(ORDER)
     for n in range(16):
         tracker.mark(n * (1 << 28) // 16)
@@ -63,7 +66,7 @@ def test_only_chunks_that_have_been_free_for_long_are_taken() -> None:
     assert tracker.waiting_count == 0
     now[0] = 5
     assert tracker.waiting_count == 1
-    tracker.mark(512)  # used and freed again, so its time starts anew
+    tracker.mark(512)  # used and freed again, so its time starts again
     assert tracker.take(9) == []
     now[0] = 8
     assert tracker.take(9) == [1024]

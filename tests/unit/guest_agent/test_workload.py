@@ -66,7 +66,8 @@ def test_freed_memory_is_used_again(source: Source) -> None:
 
 
 def test_a_full_guest_reports_an_error_and_is_not_killed() -> None:
-    """What is isolated, or in the balloon, may come back: it is waited for."""
+    """The workload waits for memory first, because memory that is isolated, or in the balloon, may
+    come back."""
     available = [100 * MIB, 0, 0, 100 * MIB, 0]
     source = AnonymousSource(
         RAM_BYTES, lambda: available.pop(0) if len(available) > 1 else 9 * MIB, timeout_s=0.5

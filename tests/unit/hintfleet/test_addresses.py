@@ -1,4 +1,4 @@
-"""Which addresses may be used in plain text."""
+"""Which addresses may be used in plain text, that is without TLS."""
 
 import pytest
 

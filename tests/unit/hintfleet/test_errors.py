@@ -1,4 +1,5 @@
-"""Every error class survives the conversion to a gRPC status and back, with its hint."""
+"""Every error class except StableError, a base, survives the conversion to a gRPC status and back,
+with its hint."""
 
 from urllib.parse import quote
 

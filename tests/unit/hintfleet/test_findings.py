@@ -1,4 +1,5 @@
-"""What a doctor finds crosses from the host agent's process as it was found."""
+"""A doctor's finding is the same after the conversion to JSON and back, by which the host agent's
+doctor sends it to the orchestrator."""
 
 import json
 

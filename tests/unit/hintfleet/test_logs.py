@@ -1,4 +1,4 @@
-"""The format of log lines, whatever they contain."""
+"""The format of log lines stays intact, whatever values they contain."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Limits of cgroups on machines and in containers, with trees as the kernel writes them."""
+"""Limits of cgroups on machines and in containers, with files as the kernel writes them."""
 
 import os
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_v1_counts_memory_that_cannot_be_reclaimed(machine: Machine) -> None:
     machine.v1(V1, NO_LIMIT)
     machine.v1(f"{V1}/a", 600 * MIB, 200 * MIB)
     assert total_memory(machine.root) == Bound(value=600 * MIB, cgroup=f"{V1}/a")
-    # Reclaimable: all of the inactive page cache, half of the active, nothing of a memfd.
+    # Counted as available: all of the inactive page cache, half of the active, nothing of a memfd.
     left = (600 - 200 + 30 + 10) * MIB
     assert available_memory(machine.root) == Bound(value=left, cgroup=f"{V1}/a")
 
@@ -104,12 +104,12 @@ def test_a_cgroup_that_is_full_has_nothing(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("path", "top"),
     [
-        ("/", "/"),  # a cgroup namespace, mounted in it
-        ("/docker/3f", "/docker/3f"),  # none: the host's path, and the mount begins there
-        ("/docker/3f/x", "/docker/3f"),  # a cgroup of its own within that
-        ("/", "/.."),  # a namespace, mounted outside of it
-        ("/kubepods/elsewhere", "/docker/3f"),  # was moved
-        ("/only/on/the/host", "/"),  # the mount hides where it begins
+        ("/", "/"),  # in a cgroup namespace, and the mount was made in it
+        ("/docker/3f", "/docker/3f"),  # in no namespace: both are the host's path
+        ("/docker/3f/x", "/docker/3f"),  # the same, in a cgroup below
+        ("/", "/.."),  # in a namespace, and the mount was made outside
+        ("/kubepods/elsewhere", "/docker/3f"),  # the process was moved to another cgroup
+        ("/only/on/the/host", "/"),  # the mount does not show its real root
     ],
 )
 def test_containers(machine: Machine, path: str, top: str) -> None:

@@ -14,14 +14,15 @@ from hintfleet.system.owned_folders import OwnedFolders
 
 @pytest.fixture
 def later() -> Iterator[int]:
-    """The id of a running process."""
+    """Yield the id of a process that has just started, and runs until the test ends."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield process.pid
     process.communicate(b"\n")
 
 
 def folder(base: Path, pid: int, age_s: float) -> Path:
-    """Make a folder that last changed `age_s` ago."""
+    """Make a folder with the name of one that process `pid` made, and that last changed `age_s`
+    ago."""
     path = base / f"x-{pid}-abcdefgh"
     path.mkdir()
     at_s = path.stat().st_mtime - age_s

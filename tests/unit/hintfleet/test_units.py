@@ -1,4 +1,4 @@
-"""Sizes must say whether they are binary or decimal."""
+"""The parsers of sizes and durations. A size must say whether it is binary or decimal."""
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,7 @@ from hintfleet.units import format_size, parse_duration_s, parse_size
         ("2GB", 2 * 10**9),
         ("7B", 7),
         ("1TiB", 1 << 40),
-        # In floating point these are no whole numbers.
+        # Computed in floating point, these would be wrong.
         ("2.03MB", 2_030_000),
         ("9007199254740993.0B", (1 << 53) + 1),
     ],

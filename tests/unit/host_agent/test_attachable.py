@@ -1,4 +1,4 @@
-"""What keeps a domain of somebody else's from being hinted, by its XML."""
+"""The obstacles to hinting that are found in the XML of somebody else's domain."""
 
 import xml.etree.ElementTree as ET
 

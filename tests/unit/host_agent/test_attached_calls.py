@@ -1,5 +1,5 @@
-"""Which calls the host agent makes on a domain of somebody else. None of them ends, suspends,
-resets or resizes it."""
+"""Which calls the host agent makes on somebody else's domain. None of them ends, suspends, resets
+or resizes the domain."""
 
 import ast
 from pathlib import Path
@@ -15,8 +15,8 @@ FILES = (
     ROOT / "host_agent/api/attaching.py",
 )
 ALLOWED = {
-    *("UUIDString", "XMLDesc", "connect", "isActive", "maxMemory", "name", "state"),  # reading
-    *("attachDeviceFlags", "detachDeviceFlags"),  # the memory door
+    *("UUIDString", "XMLDesc", "connect", "isActive", "maxMemory", "name", "state"),  # only read
+    *("attachDeviceFlags", "detachDeviceFlags"),  # plug and unplug the memory door's device
 }
 
 

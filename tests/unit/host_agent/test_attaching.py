@@ -1,4 +1,5 @@
-"""Guests whose domains are somebody else's: kept in no trial, gone when their door is."""
+"""Attached guests, whose domains are somebody else's: they belong to no trial, and are forgotten
+when QEMU leaves their memory door."""
 
 import asyncio
 import os
@@ -55,7 +56,7 @@ def ram_file() -> int:
 
 
 class Driver:
-    """Attaches such domains."""
+    """Attaches one domain, `db 1`, as a `Running`."""
 
     loop: asyncio.AbstractEventLoop
 

@@ -1,4 +1,4 @@
-"""Audits of a guest's RAM are worth their cost, or wait."""
+"""Audits of a guest's RAM wait until they are worth their cost."""
 
 import itertools
 
@@ -11,7 +11,8 @@ PACE = Pace(period_s=0.2, share=1 / 20)
 
 
 def looks(pace: AuditPace, moved_pages: int, took_s: float, until_s: float) -> list[float]:
-    """Return the times of audits, if these numbers of pages have moved at each check."""
+    """Return the times before `until_s` when audits begin, if so many pages have moved at each
+    check, and each audit takes `took_s`."""
     seen, now_s = [], 0.0
     while now_s < until_s:
         if pace.check(now_s, moved_pages):
@@ -32,7 +33,8 @@ def test_moving_memory_is_audited_every_period() -> None:
 
 
 def test_a_slow_audit_costs_no_period() -> None:
-    """An audit ends after the check that began it; the next check is a period after that check."""
+    """The next check is one period after the check that began the audit, however long the audit
+    takes."""
     pace = AuditPace(PACE)
     assert pace.check(10.0, CALM_PAGES)
     pace.looked(0.005)
@@ -53,14 +55,15 @@ def test_small_changes_wait_and_are_found_all_the_same() -> None:
 def test_audits_take_no_more_than_their_share(
     took_s: float, moved_pages: int, share: float
 ) -> None:
-    """An audit may take long: memory may be large, and its guest may fragment it."""
+    """An audit may take long: a guest's memory may be large, and the guest may fragment it."""
     pace = AuditPace(Pace(period_s=0.2, share=share))
     seen = looks(pace, moved_pages, took_s, until_s=1000)
     assert len(seen) * took_s <= 1000 * share + took_s
 
 
 def test_a_check_of_a_guest_at_rest_is_at_the_moment_of_all_others() -> None:
-    """All wake together, because waking costs more than a check."""
+    """All resting guests are checked at the same moments, because waking costs more than a
+    check."""
     one, other = AuditPace(PACE), AuditPace(Pace(period_s=0.1, share=1 / 20))
     for pace, began_s in ((one, 5.03), (other, 7.71)):
         pace.check(began_s, 0)

@@ -30,7 +30,7 @@ class Running:
         self.ram = GuestRam([Segment(pfn=0, page_count=1024, fd=self.fd, offset_bytes=0)])
 
     def close(self) -> None:
-        """Do the driver's part of ending it."""
+        """Do nothing: the test closes the files."""
 
     def touch(self) -> None:
         os.pwrite(self.fd, bytes(TOUCHED_PAGES * PAGE_BYTES), 0)
@@ -59,7 +59,7 @@ def test_what_comes_back_is_found_though_another_guests_audit_fails() -> None:
         with pytest.raises(GuestLost, match="cannot be looked at"):
             await guests[0].ready(HANG_S)
         assert observing.cpu_ns > 0
-        # It can be sampled and ended like other guests.
+        # The broken guest can be sampled and ended like other guests.
         assert sample_set(guests, observing).samples[0].guest_name == "broken"
         await guests[0].close()
         auditing.cancel()

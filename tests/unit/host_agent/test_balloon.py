@@ -1,4 +1,4 @@
-"""The balloon's rule, and a guest that follows it."""
+"""The balloon's rule, a guest that follows it, and guests without the driver that a peer needs."""
 
 import pytest
 from hypothesis import given
@@ -70,8 +70,8 @@ def test_a_guest_that_follows_ends_with_what_it_uses_and_the_reserve(
 
 
 def heard(*looks: tuple[float, int, int | None]) -> str:
-    """Return the finding at the last of these times: (now, time of the guest's last statistics,
-    unused MiB)."""
+    """Return the problem that `Silence` reports at the last of these looks: (now, time of the
+    guest's last statistics, unused bytes)."""
     silence = Silence(0.0)
     found = ""
     for now_s, last_update_s, unused in looks:

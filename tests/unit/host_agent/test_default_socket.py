@@ -18,7 +18,8 @@ def test_a_folder_of_ours_is_closed_to_others(tmp_path: Path) -> None:
 
 
 def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    """Who made it first could put a socket of his own there at any time."""
+    """Whoever made the link could change its target, and so put a socket of his own in place of
+    ours."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "hintfleet-0").symlink_to(tmp_path / "theirs")
     folder = tmp_path / "hintfleet-0" / "hintfleet"

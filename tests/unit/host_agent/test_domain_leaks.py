@@ -1,4 +1,4 @@
-"""What is listed of domains that a crash left."""
+"""Which domains are listed as left by a crash."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ libvirt = pytest.importorskip("libvirt")
 
 
 class Vanishing:
-    """A domain that ended since it was listed."""
+    """A domain that ended after it was listed."""
 
     def XMLDesc(self) -> str:  # noqa: N802 - libvirt's name
         error = libvirt.libvirtError("Domain not found")

@@ -1,4 +1,5 @@
-"""The memory door over a real socket: RAM comes and goes, and QEMU waits for a punch that runs."""
+"""The memory door over a real socket: RAM is added and removed, and QEMU waits for a punch that
+runs."""
 
 from __future__ import annotations
 
@@ -116,7 +117,7 @@ def test_it_opens_and_closes_with_the_device(
         assert watched.events == ["closed", "open", "closed"]
         with pytest.raises(FenceClosed):
             ram.punch(ram.pages, ram.permit())
-        # QEMU does not hand over again what it handed over before.
+        # QEMU starts the device again without handing over the memory once more.
         qemu.start()
         assert door.wait_until_open(30)
         ram.punch(ram.pages, ram.permit())
@@ -175,7 +176,7 @@ def test_a_connection_that_breaks_closes_it_once_the_slice_is_out(
         with started(door, fd):
             pass
         wait_until(lambda: watched.events == ["closed", "open", "closed"], "the door to close")
-        # The next QEMU: the device was taken out and plugged in again.
+        # QEMU connects once more, as after the device was unplugged and plugged again.
         with started(door, fd):
             assert watched.events == ["closed", "open", "closed", "open"]
 
@@ -199,7 +200,7 @@ def test_what_is_no_message_ends_the_connection(
     with closing(FrontEnd(door.path)) as qemu:
         qemu.negotiate()
         qemu.send(request_number, payload, flags=flags)
-        with suppress(ConnectionResetError):  # it hung up before it had read the payload
+        with suppress(ConnectionResetError):  # the door hung up before it read the payload
             assert qemu.socket.recv(1) == b""
     with guest_memory() as fd, started(door, fd):
         pass
@@ -240,13 +241,13 @@ def test_memory_that_is_no_memfd_is_refused(door: MemoryDoor, tmp_path: Path) ->
 def test_a_host_agent_without_descriptors_turns_qemu_away(
     door: MemoryDoor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else QEMU would wait for an answer, and its guest with it."""
+    """Otherwise QEMU would wait for an answer for ever, and its guest would stand still."""
 
     async def no_descriptors(_listener: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with closing(FrontEnd(door.path)) as first:
-        first.negotiate()  # so that the loop accepts the next connection after this one
+        first.negotiate()  # so that the next accept is after this connection
         monkeypatch.setattr(door._loop, "sock_accept", no_descriptors)
     wait_until(lambda: door._listener.fileno() < 0, "the door to stop listening")
     with pytest.raises(ConnectionRefusedError):

@@ -1,4 +1,5 @@
-"""Whoever closes the fence waits for what is inside, and an old permit never enters again."""
+"""Whoever closes the fence is called back once no slice is inside, and a permit that was given
+before never enters again."""
 
 import pytest
 

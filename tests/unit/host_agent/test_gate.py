@@ -50,7 +50,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def running(gate: Gate) -> Gate:
-    """Batch 1 runs, batch 2 waits."""
+    """Return a gate in which batch 1 of session 5 runs, and batch 2 waits."""
     assert gate.arrived(5, batch(1)) == [TakeTurn()]
     assert gate.turn_came(0.0) == [Run(batch(1))]
     assert gate.arrived(5, batch(2)) == []
@@ -121,7 +121,8 @@ def test_a_batch_that_waited_too_long_is_stale(running: Gate) -> None:
 
 
 def test_a_running_batch_delays_the_welcome(running: Gate) -> None:
-    """I2: it cannot be called back, and what it punches the guest may not have yet."""
+    """I2: its punch cannot be cancelled, and a Welcome would let the guest use the memory that is
+    being punched."""
     instructions = list(running.connected(6))
     assert skipped(batch(2), pb.WRONG_EPOCH) in instructions, "the waiting batch never runs"
     assert ended(instructions) == {5: TransientError}
@@ -162,7 +163,7 @@ def test_the_end_of_a_superseded_session_changes_nothing(gate: Gate) -> None:
 
 
 def test_batches_of_a_superseded_session_never_run(gate: Gate) -> None:
-    """Not even if they name the epoch that is open now."""
+    """They do not run even if they name the epoch that is open now."""
     gate.connected(6)
     told = batch(1, epoch=6)
     assert gate.arrived(5, told) == [skipped(told, pb.WRONG_EPOCH)]
@@ -171,7 +172,8 @@ def test_batches_of_a_superseded_session_never_run(gate: Gate) -> None:
 
 
 def test_batches_of_a_superseded_session_are_bounded(gate: Gate) -> None:
-    """They enter the books, and 4096 batches of 2**40 pages are 2**64 bytes."""
+    """Skipped batches enter the books, too: 4096 of them with 2**40 pages each would be 2**64
+    bytes, more than a counter of 64 bits holds."""
     gate.connected(6)
     for ranges in (EMPTY, RangeSet([(0, LIMITS.pages_per_batch + 1)])):
         with pytest.raises(InvalidInput):
@@ -179,7 +181,7 @@ def test_batches_of_a_superseded_session_are_bounded(gate: Gate) -> None:
 
 
 def test_batches_of_an_earlier_boot_are_skipped(running: Gate) -> None:
-    """A guest that boots again sends a Hello, which ends the earlier epoch like any other."""
+    """A guest that boots again sends a Hello, and each Hello ends the epoch before."""
     assert skipped(batch(2), pb.WRONG_EPOCH) in running.connected(6)
     assert running.finished(batch(1), DONE)[-1] == Welcome(6)
 

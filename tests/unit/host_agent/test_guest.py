@@ -1,4 +1,5 @@
-"""What a guest is told about memory that is unplugged, plugged and used."""
+"""What a guest is told about memory that is unplugged, plugged and used; and an audit that is not
+cut off with its caller."""
 
 import asyncio
 import os
@@ -33,7 +34,8 @@ class Running:
 
 
 async def told_after_unplugging(ram: GuestRam, again: list[Segment]) -> object:
-    """Unplug, and plug `again`, in a session; return what the guest is told next, or None."""
+    """Begin a session, unplug DEVICE, and plug `again`; return the next message to the guest, or
+    None if there is none."""
     spec = host_pb2.GuestSpec(method=host_pb2.HINTING)
     guest = Guest(name="g", uuid="u", token="t", trial_id="t", spec=spec)
     guest.started(Running(ram))  # type: ignore[arg-type]
@@ -55,7 +57,7 @@ def test_absent_memory_that_was_unplugged_is_reported(ram: GuestRam) -> None:
 
 
 def test_absent_memory_that_came_back_is_not_told(ram: GuestRam, ram_fd: int) -> None:
-    """It is absent again: to hint it would gain nothing."""
+    """Memory that was unplugged and plugged again is absent: to hint it would gain nothing."""
     device = Segment(pfn=4096, page_count=1024, fd=ram_fd, offset_bytes=3072 * PAGE_BYTES)
     assert asyncio.run(told_after_unplugging(ram, [device])) is None
 
@@ -68,7 +70,8 @@ def started(ram: GuestRam) -> Guest:
 
 
 async def told_on_a_new_session(guest: Guest, epochs: Epochs) -> tuple[int, Stream, object]:
-    """Connect; return the session, its stream, and the message about used memory."""
+    """Begin a session; return its number, its stream, and the message that reports refaulted
+    chunks."""
     stream = Stream()
     session = guest.sessions.connect_hinting(stream, epochs)
     await stream.next()  # the welcome
@@ -77,7 +80,8 @@ async def told_on_a_new_session(guest: Guest, epochs: Epochs) -> tuple[int, Stre
 
 
 def test_refaults_told_on_a_link_that_was_cut_are_told_again(ram: GuestRam, ram_fd: int) -> None:
-    """Else a guest that did not hear it would take those chunks for absent for ever."""
+    """Otherwise a guest that did not receive the message would count those chunks as absent for
+    ever."""
 
     async def scenario() -> None:
         guest, epochs = started(ram), Epochs()
@@ -93,7 +97,8 @@ def test_refaults_told_on_a_link_that_was_cut_are_told_again(ram: GuestRam, ram_
 
 
 def test_unplugged_memory_is_told_again_in_the_next_session(ram: GuestRam) -> None:
-    """Else a guest whose session ended right after it was unplugged would count it as absent."""
+    """Otherwise a guest would count unplugged memory as absent if its session ended right after the
+    unplugging."""
 
     async def scenario() -> None:
         guest, epochs = started(ram), Epochs()

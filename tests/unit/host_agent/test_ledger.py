@@ -23,14 +23,15 @@ runs = st.lists(st.tuples(st.integers(0, PAGES + 20), st.integers(1, 60)), min_s
 
 
 def segment(pfn: int, page_count: int) -> Segment:
-    """Return RAM in a file that begins with a page that is not the guest's."""
+    """Return a segment in a new file. The first page of the file is not in the segment."""
     fd = os.memfd_create("ledger")
     os.truncate(fd, (1 + page_count) * PAGE_BYTES)
     return Segment(pfn=pfn, page_count=page_count, fd=fd, offset_bytes=PAGE_BYTES)
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """A guest that touches and hints anything, audited from time to time."""
+    """A guest whose pages are touched, hinted, plugged and unplugged in any order, with an audit
+    after every step."""
 
     others_reclaim = False
 
@@ -116,7 +117,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 class UnauditedLedgerMachine(LedgerMachine):
-    """Like LedgerMachine, but audited only by steps of the history: nothing may be missed."""
+    """Like LedgerMachine, but without the audit after every step: audits are steps themselves, and
+    must miss nothing of what happened before them."""
 
     @invariant()
     def after_an_audit_the_file_agrees(self) -> None:
@@ -171,7 +173,7 @@ class RestartedLedgerMachine(LedgerMachine):
     def killed_in_the_middle_of_a_batch(self, pages: list[tuple[int, int]]) -> None:
         first, *_ = RangeSet(
             pages
-        )  # the rest of the batch is not punched, and none of it is in the books
+        )  # only the first range is punched, and no part of the batch is in the books
         self.ram.punch(RangeSet([first]) & self.ram.pages, self.ram.permit())
         self.killed_and_restarted()
 

@@ -112,7 +112,7 @@ def test_streams_are_bounded_in_rate() -> None:
     for _ in range(SESSIONS.burst):
         with pytest.raises(LimitExceeded, match="per second"):
             conduct.check_may_open(0)
-    conduct.check_may_open(1.01 / SESSIONS.per_s)  # what was refused does not count
+    conduct.check_may_open(1.01 / SESSIONS.per_s)  # refused streams do not count
 
 
 def test_violations_far_apart_are_forgiven() -> None:

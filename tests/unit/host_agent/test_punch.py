@@ -1,4 +1,5 @@
-"""Many holes are punched by the loop in C, or by the one for machines without a compiler."""
+"""Many holes are punched by the loop in C, or by the loop in Python for machines without a
+compiler."""
 
 import errno
 import os

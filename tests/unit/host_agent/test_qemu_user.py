@@ -23,14 +23,14 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be anoth
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Make a folder that every user can enter, unlike pytest's."""
+    """Yield a folder that every user can enter; pytest's `tmp_path` denies that."""
     with tempfile.TemporaryDirectory(prefix="hf-acl-", dir="/tmp") as made:
         Path(made).chmod(0o755)
         yield Path(made)
 
 
 def as_user(path: Path) -> bool:
-    """Return whether the kernel lets the user enter, or read."""
+    """Return whether the kernel lets USER enter the folder `path`, or read the file `path`."""
     test = "-x" if path.is_dir() else "-r"
     command = ["test", test, str(path / ".") if path.is_dir() else str(path)]
     done = subprocess.run(command, user=UID, group=GID, extra_groups=[OTHER_GID], check=False)
@@ -127,8 +127,8 @@ DAC = "<secmodel><model>dac</model><baselabel type='kvm'>{}</baselabel></secmode
 @pytest.mark.parametrize(
     ("models", "uid"),
     [
-        ("", None),  # a session: the user who connects
-        (DAC.format("+0:+0"), None),  # root, with or without its privileges
+        ("", None),  # qemu:///session, where QEMU runs as the user who connects
+        (DAC.format("+0:+0"), None),  # root: nobody knows which privileges it keeps
         (DAC.format("+64055:+107"), 64055),
     ],
 )

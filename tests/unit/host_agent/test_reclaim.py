@@ -21,7 +21,7 @@ on_real_memory = settings(
 
 
 def offset_bytes(pfn: int) -> int:
-    """Return where the fixture's layout puts a page."""
+    """Return a page's offset in the file of the fixture `ram`."""
     return (pfn if pfn < 1024 else pfn - 1024) * PAGE_BYTES
 
 
@@ -80,7 +80,8 @@ def test_memory_that_is_dropped_during_an_audit_is_absent(
 
 
 def test_an_audit_ends_when_it_has_found_enough(ram: GuestRam, ram_fd: int) -> None:
-    """The next one begins there, because memory comes back where it came back last."""
+    """The next audit begins where this one has found pages, because memory often comes back where
+    it came back last."""
     far = RangeSet([(4097, 2)])
     touch(ram_fd, far)
     touch(ram_fd, RangeSet([(8, 2)]))
@@ -91,7 +92,7 @@ def test_an_audit_ends_when_it_has_found_enough(ram: GuestRam, ram_fd: int) -> N
 
 
 def test_an_audit_that_ran_out_of_time_continues_where_it_ended(ram: GuestRam, ram_fd: int) -> None:
-    """Else it would begin with the same memory again and again, and never reach the rest."""
+    """Otherwise each audit would begin with the same memory, and none would reach the rest."""
     touch(ram_fd, RangeSet([(8, 2), (4097, 2)]))
     first = ram.look(ram.page_map, 0, slice_s=0)
     assert first.resident.ranges() == RangeSet([(8, 2)])
@@ -100,8 +101,8 @@ def test_an_audit_that_ran_out_of_time_continues_where_it_ended(ram: GuestRam, r
 
 
 def test_a_small_audit_does_not_walk_through_resident_memory_behind_it() -> None:
-    """Else the cost of an audit would depend on how much a guest uses, not on how much came
-    back."""
+    """Otherwise the cost of an audit would depend on how much memory a guest uses, not on how much
+    came back."""
     fd = os.memfd_create("sea")
     os.truncate(fd, 64 * MIB)
     os.pwrite(fd, bytes(64 * MIB - PAGE_BYTES), PAGE_BYTES)
@@ -127,7 +128,7 @@ def test_a_small_audit_does_not_walk_through_resident_memory_behind_it() -> None
 def test_an_audit_finds_what_is_resident(
     ram: GuestRam, ram_fd: int, touched: RangeSet, within: RangeSet, start_pfn: int, counts: bool
 ) -> None:
-    """It does from any start, and on kernels without cachestat."""
+    """It finds all of that from any start, and on kernels without cachestat, too."""
     ram.punch(ram.pages, ram.permit())
     touch(ram_fd, touched & ram.pages)
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,7 @@ SPEC = host_pb2.GuestSpec(driver=host_pb2.EMBEDDED, memory_bytes=MIB, method=hos
 
 
 class Running:
-    """RAM without a process, which knows whether it was closed."""
+    """A guest that has RAM, but no process. `closed` tells whether it was closed."""
 
     pid = 0
     door = None
@@ -63,7 +63,7 @@ class Driver:
         return self.made[-1]
 
     def close(self) -> None:
-        """Do nothing: it holds nothing."""
+        """Do nothing: this driver holds nothing."""
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -77,7 +77,7 @@ def registry_with(driver: Driver) -> Registry:
 
 
 async def made(registry: Registry) -> None:
-    """Return a guest whose workload has attached."""
+    """Make guest `g`, and attach its workload; return when it is ready."""
     creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
     while not registry.guests or registry.guests[0].running is None:
         await asyncio.sleep(0.01)
@@ -91,7 +91,7 @@ def test_a_guest_that_is_ended_while_it_is_made_leaves_nothing() -> None:
         registry = registry_with(driver)
         creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
         await asyncio.sleep(0.05)
-        registry.close_watch(TRIAL)  # the caller is gone
+        registry.close_watch(TRIAL)  # as when the client has gone
         await asyncio.sleep(0.05)
         driver.may_make.set()
         with pytest.raises(GuestLost):
@@ -112,7 +112,7 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
         first = registry.get("g")
         driver.may_end.clear()
         registry.close_watch(TRIAL)
-        registry.open_watch(TRIAL)  # the next trial begins before the last guest has ended
+        registry.open_watch(TRIAL)  # a new trial begins before the earlier guest has ended
         creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
         await asyncio.sleep(0.1)
         assert not creating.done()

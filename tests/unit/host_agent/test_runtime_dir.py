@@ -15,7 +15,7 @@ EVERYBODYS = Path("/tmp")  # noqa: S108
 
 @pytest.fixture
 def private(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Make a temporary folder that only one user can enter."""
+    """Make a folder that only this user can enter, and make it the one for temporary files."""
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", None)
@@ -39,7 +39,7 @@ def test_the_shared_folder_if_not(private: Path) -> None:
         assert USER.first_denied(made.path) is None
     finally:
         made.remove()
-    made = RuntimeDir.make(None)  # QEMU is this user
+    made = RuntimeDir.make(None)  # QEMU runs as this user
     assert made.path.parent == private
     made.remove()
 

@@ -1,4 +1,4 @@
-"""Samples that are left out would have added nothing."""
+"""Only samples that would add nothing are left out."""
 
 import numpy as np
 from hypothesis import given
@@ -12,7 +12,7 @@ PERIOD_S = 0.5
 
 
 def made(n: int, resident_bytes: int, hinted_bytes: int = 0) -> host_pb2.SampleSet:
-    """Return the n-th sample of a guest."""
+    """Return a sample set with the n-th sample of guest `g`, PERIOD_S after the one before."""
     ledger = host_pb2.Ledger(resident_bytes=resident_bytes, hinted_total_bytes=hinted_bytes)
     sample = host_pb2.Sample(guest_name="g", ledger=ledger)
     return host_pb2.SampleSet(at_unix_us=round(n * PERIOD_S * 1e6), samples=[sample])

@@ -1,4 +1,5 @@
-"""Runs in an embedded guest as Python starts there: what was sent is released at once."""
+"""Runs in an embedded guest when Python starts there, and plants a bug: the agent releases each
+batch as soon as it has sent it."""
 
 import sys
 from collections.abc import Sequence
