@@ -228,7 +228,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         watch_grace_s=arguments.watch_grace,
     )
     async with serving(settings) as served:
-        with serve_metrics(arguments.metrics, served.registry, settings.tls):
+        with serve_metrics(arguments.metrics, served.registry, settings.name, settings.tls):
             ready = json.dumps({"control": served.control, "guest": served.guest})
             if arguments.ready_fd is not None:
                 os.write(arguments.ready_fd, ready.encode() + b"\n")

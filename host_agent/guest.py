@@ -71,6 +71,8 @@ class Guest:
         """Whether its domain is somebody else's."""
         self.saver = saver or Saver(None)
         self.running: RunningGuest | None = None
+        self.domain = ""
+        """Name of its libvirt domain, once it has run; empty for an embedded guest."""
         self.creation: asyncio.Task[None] | None = None
         """The task that makes the guest. It sets `running`, or ends with the error."""
         self.resize_lock = asyncio.Lock()
@@ -115,6 +117,7 @@ class Guest:
 
     def _take_over(self, running: RunningGuest) -> None:
         self.running = running
+        self.domain = running.domain
         self.saver.changed(self)
         if running.door is not None:
             running.door.watch(self.sessions.door_moved)
@@ -262,17 +265,19 @@ class Guest:
             books=books,
         )
 
-    async def as_pb2(self) -> host_pb2.Guest:
-        """Return the guest as a message of the control API; its books are audited first."""
-        return host_pb2.Guest(
-            name=self.name,
-            uuid=self.uuid,
-            trial_id=self.trial_id,
-            spec=self.spec,
-            epoch=self.sessions.epoch,
-            ledger=await self.audits.ledger(),
-            pid=self.running.pid if self.running else 0,
-        )
+    @property
+    def why_not_hinting(self) -> str:
+        """Why no memory of the guest can be hinted now, for people; empty if it can."""
+        sessions = self.sessions
+        if self._lost is not None:
+            return self._lost
+        if not self._hints:
+            return f"its method is {host_pb2.Method.Name(self.spec.method).lower()}"
+        if sessions.is_welcome:
+            return sessions.refusal
+        if sessions.conduct.is_banned(time.monotonic()):
+            return f"it is banned: it {sessions.conduct}"
+        return sessions.why_closed
 
     # Memory
 

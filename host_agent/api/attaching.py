@@ -12,6 +12,7 @@ import asyncio
 from hintfleet.errors import NotFound, Refused
 from hintfleet.settings import IsolatorKind
 from hintfleet.v1 import host_pb2
+from host_agent.api.sampling import guest_message
 from host_agent.guest import Guest
 from host_agent.guests.attached.driver import AttachedDriver
 from host_agent.registry import Registry, is_guest_name
@@ -48,7 +49,7 @@ async def attach(
         await registry.end(guest)
         raise
     return host_pb2.AttachGuestResponse(
-        domain=domain, guest=await guest.as_pb2(), agent_config=config
+        domain=domain, guest=await guest_message(guest), agent_config=config
     )
 
 

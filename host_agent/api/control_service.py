@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -20,7 +20,8 @@ from hintfleet.v1 import hinting_pb2, host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceServicer
 from host_agent.api.attaching import attach, detach
 from host_agent.api.grpc_calls import Context, abort
-from host_agent.api.sampling import SampleFilter, sample_set
+from host_agent.api.sampling import SampleFilter, guest_message, sample_set
+from host_agent.guest import Guest
 from host_agent.guests.attached.driver import AttachedDriver
 from host_agent.registry import Registry
 from host_agent.resizing import resize
@@ -73,7 +74,7 @@ class ControlService(HostServiceServicer):
             guest = await self._registry.create(
                 request.name, request.command.trial_id, request.spec, request.uuid
             )
-            return await guest.as_pb2()
+            return await guest_message(guest)
 
         return await self._once("CreateGuest", request.command, create, context)
 
@@ -85,7 +86,7 @@ class ControlService(HostServiceServicer):
         async def resized() -> host_pb2.Guest:
             guest = self._registry.get(request.name)
             await resize(guest, request.memory_bytes)
-            return await guest.as_pb2()
+            return await guest_message(guest)
 
         return await self._once("ResizeGuest", request.command, resized, context)
 
@@ -103,7 +104,7 @@ class ControlService(HostServiceServicer):
         self, request: host_pb2.ListGuestsRequest, context: Context
     ) -> host_pb2.ListGuestsResponse:
         """Return all guests with their books, which are audited first."""
-        guests = await asyncio.gather(*(g.as_pb2() for g in self._registry.guests))
+        guests = await asyncio.gather(*(guest_message(g) for g in self._registry.guests))
         return host_pb2.ListGuestsResponse(guests=guests)
 
     async def ListDomains(
@@ -189,37 +190,48 @@ class ControlService(HostServiceServicer):
     async def Watch(
         self, request: host_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[host_pb2.SampleSet]:
-        """Stream samples of a trial's guests until cancelled. When the last stream of the trial
-        ends, its guests are ended."""
-        if not request.trial_id or request.period_ms < SHORTEST_SAMPLE_PERIOD_MS:
-            await abort(
-                context,
-                InvalidInput(
-                    f"Watch needs a trial and a period of at least {SHORTEST_SAMPLE_PERIOD_MS} ms"
-                ),
-            )
+        """Stream samples of a trial's guests. When the trial's last stream ends, they are ended."""
+        if not request.trial_id:
+            await abort(context, InvalidInput("Watch needs a trial"))
+        await _check_period(request.period_ms, context)
         self._registry.open_watch(request.trial_id)
-        period_s = request.period_ms / 1000
-        sample_filter, answered = SampleFilter(), self._answered
         try:
-            next_s = time.monotonic()
-            # The first sample is made at once. If the period is a second or more, the second one
-            # is made at the next common wake time, and each later one a period after the one
-            # before.
-            if period_s >= WAKE_S:
-                next_s = next_wake_s(next_s) - period_s
-            while True:
-                guests = [g for g in self._registry.guests if g.trial_id == request.trial_id]
-                answered, before = self._answered, answered
-                current = sample_set(guests, self._registry.observing)
-                for samples in sample_filter.to_send(current, commanded=answered != before):
-                    yield samples
-                # If a sample took longer than the period, those that were due meanwhile are left
-                # out.
-                next_s = max(next_s + period_s, time.monotonic())
-                await sleep_until(next_s)
+            async for samples in self._samples(
+                request.period_ms,
+                lambda: [g for g in self._registry.guests if g.trial_id == request.trial_id],
+            ):
+                yield samples
         finally:
             self._registry.close_watch(request.trial_id)
+
+    async def WatchHost(
+        self, request: host_pb2.WatchHostRequest, context: Context
+    ) -> AsyncIterator[host_pb2.SampleSet]:
+        """Stream samples of all guests of this host."""
+        await _check_period(request.period_ms, context)
+        async for samples in self._samples(request.period_ms, lambda: self._registry.guests):
+            yield samples
+
+    async def _samples(
+        self, period_ms: int, guests: Callable[[], Sequence[Guest]]
+    ) -> AsyncIterator[host_pb2.SampleSet]:
+        """Yield samples of these guests, one set in each period, without those that need not be
+        sent."""
+        period_s = period_ms / 1000
+        sample_filter, answered = SampleFilter(), self._answered
+        next_s = time.monotonic()
+        # The first sample is made at once. If the period is a second or more, the second one is
+        # made at the next common wake time, and each later one a period after the one before.
+        if period_s >= WAKE_S:
+            next_s = next_wake_s(next_s) - period_s
+        while True:
+            answered, before = self._answered, answered
+            current = sample_set(guests(), self._registry.observing)
+            for samples in sample_filter.to_send(current, commanded=answered != before):
+                yield samples
+            # If a sample took longer than the period, those that were due meanwhile are left out.
+            next_s = max(next_s + period_s, time.monotonic())
+            await sleep_until(next_s)
 
     async def _once(
         self,
@@ -236,6 +248,15 @@ class ControlService(HostServiceServicer):
             await abort(context, error)
         finally:
             self._answered += 1
+
+
+async def _check_period(period_ms: int, context: Context) -> None:
+    """Abort the call if it asks for samples more often than allowed."""
+    if period_ms < SHORTEST_SAMPLE_PERIOD_MS:
+        await abort(
+            context,
+            InvalidInput(f"samples need a period of at least {SHORTEST_SAMPLE_PERIOD_MS} ms"),
+        )
 
 
 def _number_of(command: host_pb2.CommandId) -> int:

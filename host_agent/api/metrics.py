@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from socketserver import ThreadingMixIn
@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from hintfleet.errors import InvalidInput, Refused
 from hintfleet.net.addresses import address_problem, check_plain_text, is_unix
 from hintfleet.net.tls import Peer, Role, Tls
+from host_agent.guest import Guest
 from host_agent.registry import Registry
 
 # Fields of the ledger, by the names of their metrics. The names are written out, so that grep
@@ -66,53 +67,61 @@ _COUNTERS = {
 _MAX_CONNECTIONS = 16
 
 
+_LABELS = ("guest", "trial", "host", "domain", "uuid")
+
+
 class LedgerCollector(Collector):
     """Turns the ledgers of all guests into metric families."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, host: str) -> None:
+        """:param host: the name of this host, which is a label."""
         self._registry = registry
+        self._host = host
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all metric families, labelled by guest and trial: fields of the ledger, violations,
+        """Yield all metric families, labelled as `_LABELS` says: fields of the ledger, violations,
         bans, and skipped bytes by reason."""
-        books = [(g.name, g.trial_id, g.memory.last_ledger) for g in self._registry.guests]
+        guests = [(self._labels(g), g) for g in self._registry.guests]
         families = [(GaugeMetricFamily, *one) for one in _GAUGES.items()] + [
             (CounterMetricFamily, *one) for one in _COUNTERS.items()
         ]
         for make, name, (field, text) in families:
-            family = make(name, text, labels=("guest", "trial"))
-            for guest, trial, ledger in books:
-                family.add_metric((guest, trial), getattr(ledger, field))
+            family = make(name, text, labels=_LABELS)
+            for labels, guest in guests:
+                family.add_metric(labels, getattr(guest.memory.last_ledger, field))
             yield family
-        yield from self._conduct()
+        yield from self._conduct(guests)
         skipped = CounterMetricFamily(
             "hintfleet_guest_skipped_bytes_total",
             "Not touched, by reason",
-            labels=("guest", "trial", "reason"),
+            labels=(*_LABELS, "reason"),
         )
-        for guest, trial, ledger in books:
-            for reason, size_bytes in ledger.skipped_total_bytes.items():
-                skipped.add_metric((guest, trial, reason), size_bytes)
+        for labels, guest in guests:
+            for reason, size_bytes in guest.memory.last_ledger.skipped_total_bytes.items():
+                skipped.add_metric((*labels, reason), size_bytes)
         yield skipped
 
-    def _conduct(self) -> Iterator[Metric]:
-        guests, now_s = self._registry.guests, time.monotonic()
+    def _labels(self, guest: Guest) -> tuple[str, ...]:
+        return guest.name, guest.trial_id, self._host, guest.domain, guest.uuid
+
+    def _conduct(self, guests: Sequence[tuple[tuple[str, ...], Guest]]) -> Iterator[Metric]:
+        now_s = time.monotonic()
         violations = CounterMetricFamily(
-            "hintfleet_guest_violations_total",
-            "Broken rules of the protocol",
-            labels=("guest", "trial"),
+            "hintfleet_guest_violations_total", "Broken rules of the protocol", labels=_LABELS
         )
         banned = GaugeMetricFamily(
-            "hintfleet_guest_barred", "1 while the guest is banned", labels=("guest", "trial")
+            "hintfleet_guest_barred", "1 while the guest is banned", labels=_LABELS
         )
-        for guest in guests:
-            violations.add_metric((guest.name, guest.trial_id), guest.sessions.conduct.violations)
-            banned.add_metric((guest.name, guest.trial_id), guest.sessions.conduct.is_banned(now_s))
+        for labels, guest in guests:
+            violations.add_metric(labels, guest.sessions.conduct.violations)
+            banned.add_metric(labels, guest.sessions.conduct.is_banned(now_s))
         yield from (violations, banned)
 
 
 @contextmanager
-def serve_metrics(address: str, registry: Registry, tls: Tls | None = None) -> Iterator[None]:
+def serve_metrics(
+    address: str, registry: Registry, host: str, tls: Tls | None = None
+) -> Iterator[None]:
     """Serve metrics over HTTP(S) while the block runs; an empty address serves none.
 
     :raises InvalidInput: the address is not HOST:PORT, or needs TLS.
@@ -126,7 +135,7 @@ def serve_metrics(address: str, registry: Registry, tls: Tls | None = None) -> I
     if tls is None:
         check_plain_text(address)
     collectors = CollectorRegistry()
-    collectors.register(LedgerCollector(registry))
+    collectors.register(LedgerCollector(registry, host))
     try:
         server = _make_server(address, tls)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Makes samples of a trial's guests, and decides which need not be sent."""
+"""Makes the messages about guests, and decides which samples need not be sent."""
 
 from __future__ import annotations
 
@@ -14,6 +14,23 @@ from host_agent.memory.audit_pace import CALM_PAGES
 _CALM_BYTES = CALM_PAGES * PAGE_BYTES
 # The most samples that are left out in a row: host.proto promises it for Watch.
 _MAX_LEFT_OUT = 3
+
+
+async def guest_message(guest: Guest) -> host_pb2.Guest:
+    """Return a guest as the control API has it. Its books are audited first."""
+    return host_pb2.Guest(
+        name=guest.name,
+        uuid=guest.uuid,
+        trial_id=guest.trial_id,
+        spec=guest.spec,
+        epoch=guest.sessions.epoch,
+        ledger=await guest.audits.ledger(),
+        pid=guest.running.pid if guest.running else 0,
+        domain=guest.domain,
+        guest_free_bytes=guest.sessions.telemetry.free_bytes,
+        epoch_began_unix_us=int(guest.sessions.epoch_began_s * 1e6),
+        not_hinting_because=guest.why_not_hinting,
+    )
 
 
 def sample_set(guests: Iterable[Guest], observing: CpuMeter) -> host_pb2.SampleSet:

@@ -115,6 +115,7 @@ class _Adopted:
 class EmbeddedGuest:
     """A running guest process."""
 
+    domain = ""
     door: MemoryDoor | None = None
     balloon: Balloon | None = None
     reporting: Reporting | None = None

@@ -72,6 +72,7 @@ def _view(guest: Guest, ledger: host_pb2.Ledger) -> GuestView:
 
 
 def _carry_out(guest: Guest, suggestion: Suggestion) -> None:
+    guest.sessions.refusal = suggestion.reason.value if suggestion.reason else ""
     if suggestion.reason is not None:
         guest.sessions.refusals[suggestion.reason.value] += 1
     guest.sessions.tell_allowance(suggestion.allowance_bytes)

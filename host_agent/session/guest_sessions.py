@@ -81,6 +81,13 @@ class GuestSessions:
         self._workload: Stream | None = None
         self._requests = Requests()
         self._lost: GuestLost | None = None
+        self.epoch_began_s = 0.0
+        """Wall clock at the last Welcome; 0 before the first."""
+        self.refusal = ""
+        """Why policy `pressure` allows the guest nothing now; empty if it allows something, or if
+        the guest has another policy."""
+        self.why_closed = "its agent has not connected"
+        """Why there is no session; means nothing while one is welcomed."""
         self._allowed_something = False
         self._skips = LogRateLimit()
 
@@ -117,6 +124,7 @@ class GuestSessions:
         if why_closed is None:
             self._carry_out(self._gate.door_opened())
         else:
+            self.why_closed = why_closed
             error = TransientError(f"guest {self._name}: {why_closed}")
             self._carry_out(self._gate.door_closed(error))
 
@@ -148,6 +156,8 @@ class GuestSessions:
         """Remove a session whose stream has ended. If it was the newest, its epoch ends, too. Its
         open requests fail after a grace period."""
         stream = self._by_session.pop(session)
+        if not self._by_session:
+            self.why_closed = f"its agent's session ended: {stream.why_ended}"
         self._carry_out(self._gate.left(session))
         _log.info("session ended", extra=self._fields(epoch=session, reason=stream.why_ended))
         error = TransientError(f"guest {self._name}: its hinting session ended")
@@ -163,6 +173,7 @@ class GuestSessions:
                 case gate.Welcome(session):
                     self._by_session[session].send(welcome_of(session, self._settings))
                     _log.info("session welcomed", extra=self._fields(epoch=session))
+                    self.epoch_began_s = time.time()
                     self._opened()
                 case gate.EndSession(session, error):
                     self._by_session[session].end(error)

@@ -192,12 +192,17 @@ Examples:
 @tls_option
 @output_option
 def guests(address: str, tls_folder: str, output_format: str) -> int:
-    """Show the guests of a host agent, those that it made and those that it attached, and how much
-    memory each has, uses, has given back and used again."""
+    """Show the guests of a host agent, those that it made and those that it attached: how much
+    memory each has, uses, has given back, used again and has free, and since when it hints, or why
+    it does not."""
     from orchestrator.commands.output import emit
     from orchestrator.trial.host_client import HostClient
     from orchestrator.view.domain_tables import guest_as_data, guest_table
 
     found = _ask(address, tls_folder, HostClient.list_guests)
-    emit([guest_as_data(guest) for guest in found], output_format, lambda: guest_table(found))
+    emit(
+        [guest_as_data(guest) for guest in found],
+        output_format,
+        lambda: guest_table(found),
+    )
     return 0

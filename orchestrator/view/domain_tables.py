@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from rich.console import Console, RenderableType
 from rich.text import Text
 
 from hintfleet.program import printable
+from hintfleet.settings import DEFAULT_POLICY
 from hintfleet.units import format_size
 from hintfleet.v1 import host_pb2
+from orchestrator.view.figures import NO_FIGURE, first_line, when
 from orchestrator.view.tables import table
 
 
@@ -49,21 +52,27 @@ def print_domain(domain: host_pb2.Domain) -> None:
 
 def guest_as_data(guest: host_pb2.Guest) -> dict[str, object]:
     """Return a guest as plain data; bytes are whole numbers."""
-    books = guest.ledger
+    books, hinting = guest.ledger, guest.spec.hinting
+    began_s = guest.epoch_began_unix_us / 1e6
     return {
         "name": guest.name,
         "uuid": guest.uuid,
+        "domain": guest.domain,
         "driver": host_pb2.Driver.Name(guest.spec.driver).lower(),
         "method": host_pb2.Method.Name(guest.spec.method).lower(),
-        "isolator": guest.spec.hinting.isolator,
+        "isolator": hinting.isolator,
+        "policy": hinting.policy or DEFAULT_POLICY.value,
         "trial": guest.trial_id,
         "epoch": guest.epoch,
+        "epoch_began": datetime.fromtimestamp(began_s, UTC).isoformat() if began_s else "",
+        "not_hinting_because": guest.not_hinting_because,
         "pid": guest.pid,
         "provisioned_bytes": books.provisioned_bytes,
         "resident_bytes": books.resident_bytes,
         "reclaimed_now_bytes": books.reclaimed_now_bytes,
         "reclaimed_total_bytes": books.reclaimed_total_bytes,
         "refaulted_total_bytes": books.refaulted_total_bytes,
+        "guest_free_bytes": guest.guest_free_bytes,
     }
 
 
@@ -72,24 +81,39 @@ def guest_table(guests: Sequence[host_pb2.Guest]) -> RenderableType:
     if not guests:
         return Text("this host agent has no guests")
     shown = table(
-        ("guest", "driver", "method"),
-        ("memory", "resident", "reclaimed now", "used again"),
+        ("guest", "method", "hinting"),
+        ("memory", "resident", "reclaimed now", "used again", "free in guest"),
     )
     for guest in guests:
-        data = guest_as_data(guest)
-        method = " ".join(filter(None, (str(data["method"]), guest.spec.hinting.isolator)))
         books = guest.ledger
         sizes = (
             books.provisioned_bytes,
             books.resident_bytes,
             books.reclaimed_now_bytes,
             books.refaulted_total_bytes,
+            guest.guest_free_bytes,
         )
-        waits = "" if guest.epoch else "\nits agent has not connected"
         shown.add_row(
-            Text(printable(guest.name) + waits),
-            str(data["driver"]),
-            method,
+            Text(f"{printable(guest.name)}\n{host_pb2.Driver.Name(guest.spec.driver).lower()}"),
+            _method(guest.spec),
+            _hinting(guest),
             *map(format_size, sizes),
         )
     return shown
+
+
+def _method(spec: host_pb2.GuestSpec) -> str:
+    method = host_pb2.Method.Name(spec.method).lower()
+    if spec.method != host_pb2.HINTING:
+        return method
+    policy = spec.hinting.policy or DEFAULT_POLICY.value
+    return "\n".join((" ".join(filter(None, (method, spec.hinting.isolator))), policy))
+
+
+def _hinting(guest: host_pb2.Guest) -> Text:
+    """Return since when a guest hints, or why it does not."""
+    if guest.spec.method != host_pb2.HINTING:
+        return Text(NO_FIGURE)
+    if why := guest.not_hinting_because:
+        return Text(f"no: {first_line(why)}", style="yellow")
+    return Text(f"since {when(guest.epoch_began_unix_us)}", style="green")

@@ -31,6 +31,7 @@ class _Guest:
     """A guest that has a RAM file, but no process."""
 
     pid = 0
+    domain = ""
     handle = ""
     door = None
     balloon = None

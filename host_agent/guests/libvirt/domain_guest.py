@@ -49,6 +49,7 @@ class LibvirtGuest:
     def __init__(
         self,
         *,
+        domain: str,
         ram: GuestRam,
         door: MemoryDoor,
         balloon: Balloon | None,
@@ -65,6 +66,7 @@ class LibvirtGuest:
         :param end: ends the domain, which may be gone already.
         """
         self.pid = door.pid
+        self.domain = domain
         self.ram = ram
         self.door: MemoryDoor | None = door
         self._end_door = door.close

@@ -179,6 +179,7 @@ class LibvirtDriver:
         undo.callback(ram.close)
         method = request.spec.method
         guest = LibvirtGuest(
+            domain=domain.name(),
             ram=ram,
             door=door,
             balloon=LibvirtBalloon(domain) if method == host_pb2.BALLOON else None,

@@ -357,12 +357,24 @@ class Guest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    GUEST_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    EPOCH_BEGAN_UNIX_US_FIELD_NUMBER: _builtins.int
+    NOT_HINTING_BECAUSE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     uuid: _builtins.str
     trial_id: _builtins.str
     epoch: _builtins.int
     pid: _builtins.int
     """Process id of the guest (embedded process or QEMU) on its host."""
+    domain: _builtins.str
+    """Name of its libvirt domain; empty for an embedded guest."""
+    guest_free_bytes: _builtins.int
+    """Free memory in the guest, as its agent last sent it; 0 before that."""
+    epoch_began_unix_us: _builtins.int
+    """Host wall clock when the epoch began; 0 before the first one."""
+    not_hinting_because: _builtins.str
+    """For people: why no memory of the guest can be hinted now; empty if it can."""
     @_builtins.property
     def spec(self) -> Global___GuestSpec: ...
     @_builtins.property
@@ -377,10 +389,14 @@ class Guest(_message.Message):
         epoch: _builtins.int = ...,
         ledger: Global___Ledger | None = ...,
         pid: _builtins.int = ...,
+        domain: _builtins.str = ...,
+        guest_free_bytes: _builtins.int = ...,
+        epoch_began_unix_us: _builtins.int = ...,
+        not_hinting_because: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "ledger", b"ledger", "name", b"name", "pid", b"pid", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -860,6 +876,25 @@ class WatchRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class WatchHostRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERIOD_MS_FIELD_NUMBER: _builtins.int
+    period_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        period_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["period_ms", b"period_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchHostRequest: _TypeAlias = WatchHostRequest  # noqa: Y015
 
 @_typing.final
 class SampleSet(_message.Message):

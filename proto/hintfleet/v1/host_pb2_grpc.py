@@ -89,6 +89,11 @@ class HostServiceStub:
                 request_serializer=hintfleet_dot_v1_dot_host__pb2.WatchRequest.SerializeToString,
                 response_deserializer=hintfleet_dot_v1_dot_host__pb2.SampleSet.FromString,
                 _registered_method=True)
+        self.WatchHost = channel.unary_stream(
+                '/hintfleet.v1.HostService/WatchHost',
+                request_serializer=hintfleet_dot_v1_dot_host__pb2.WatchHostRequest.SerializeToString,
+                response_deserializer=hintfleet_dot_v1_dot_host__pb2.SampleSet.FromString,
+                _registered_method=True)
 
 
 class HostServiceServicer:
@@ -193,6 +198,14 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchHost(self, request, context):
+        """Samples of all guests of this host, as Watch sends them, until cancelled. No guest's life
+        depends on this stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HostServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -249,6 +262,11 @@ def add_HostServiceServicer_to_server(servicer, server):
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
                     request_deserializer=hintfleet_dot_v1_dot_host__pb2.WatchRequest.FromString,
+                    response_serializer=hintfleet_dot_v1_dot_host__pb2.SampleSet.SerializeToString,
+            ),
+            'WatchHost': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchHost,
+                    request_deserializer=hintfleet_dot_v1_dot_host__pb2.WatchHostRequest.FromString,
                     response_serializer=hintfleet_dot_v1_dot_host__pb2.SampleSet.SerializeToString,
             ),
     }
@@ -548,6 +566,33 @@ class HostService:
             target,
             '/hintfleet.v1.HostService/Watch',
             hintfleet_dot_v1_dot_host__pb2.WatchRequest.SerializeToString,
+            hintfleet_dot_v1_dot_host__pb2.SampleSet.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hintfleet.v1.HostService/WatchHost',
+            hintfleet_dot_v1_dot_host__pb2.WatchHostRequest.SerializeToString,
             hintfleet_dot_v1_dot_host__pb2.SampleSet.FromString,
             options,
             channel_credentials,

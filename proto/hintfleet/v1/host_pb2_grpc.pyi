@@ -83,6 +83,10 @@ class HostServiceStub:
     host agent destroys them. A host agent with --state does so after a grace period. So a
     lost orchestrator leaves nothing behind.
     """
+    WatchHost: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchHostRequest, _host_pb2.SampleSet]
+    """Samples of all guests of this host, as Watch sends them, until cancelled. No guest's life
+    depends on this stream.
+    """
 
 @_typing.type_check_only
 class HostServiceAsyncStub(HostServiceStub):
@@ -138,6 +142,10 @@ class HostServiceAsyncStub(HostServiceStub):
     The trial's guests live as long as this stream: when it ends, for whatever reason, the
     host agent destroys them. A host agent with --state does so after a grace period. So a
     lost orchestrator leaves nothing behind.
+    """
+    WatchHost: _aio.UnaryStreamMultiCallable[_host_pb2.WatchHostRequest, _host_pb2.SampleSet]  # type: ignore[assignment]
+    """Samples of all guests of this host, as Watch sends them, until cancelled. No guest's life
+    depends on this stream.
     """
 
 class HostServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -257,6 +265,16 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         The trial's guests live as long as this stream: when it ends, for whatever reason, the
         host agent destroys them. A host agent with --state does so after a grace period. So a
         lost orchestrator leaves nothing behind.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchHost(
+        self,
+        request: _host_pb2.WatchHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_host_pb2.SampleSet], _abc.AsyncIterator[_host_pb2.SampleSet]]:
+        """Samples of all guests of this host, as Watch sends them, until cancelled. No guest's life
+        depends on this stream.
         """
 
 def add_HostServiceServicer_to_server(servicer: HostServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -61,6 +61,7 @@ class _Running:
     """A guest without a process: the fuzzer writes to its RAM."""
 
     pid = 0
+    domain = ""
     door = None
     balloon = None
 

@@ -27,6 +27,7 @@ class Running:
     """A domain whose QEMU is a front end in this process. The door and the RAM are real."""
 
     pid = 0
+    domain = "db"
     balloon = reporting = None
     handle: dict[str, int] = {}
 

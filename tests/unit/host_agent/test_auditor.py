@@ -22,6 +22,7 @@ class Running:
     """A guest without a process."""
 
     pid = 0
+    domain = ""
     door = balloon = reporting = None
 
     def __init__(self) -> None:

@@ -25,6 +25,7 @@ class Running:
     """A guest without a process."""
 
     pid = 0
+    domain = ""
     door = None
     balloon = None
     reporting = None

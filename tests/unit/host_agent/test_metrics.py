@@ -11,7 +11,7 @@ from host_agent.registry import Registry
 
 def test_a_name_that_is_served_stands_literally_in_the_source() -> None:
     collectors = CollectorRegistry()
-    collectors.register(metrics.LedgerCollector(Registry({})))
+    collectors.register(metrics.LedgerCollector(Registry({}), "h1"))
     served = re.findall(r"^# TYPE (\w+) ", generate_latest(collectors).decode(), re.MULTILINE)
     source = Path(metrics.__file__).read_text()
     assert "hintfleet_guest_hinted_bytes_total" in served

@@ -25,6 +25,7 @@ class Running:
     """A guest that has RAM, but no process. `closed` tells whether it was closed."""
 
     pid = 0
+    domain = ""
     door = None
     balloon = None
     reporting = None
