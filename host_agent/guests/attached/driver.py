@@ -49,12 +49,14 @@ class AttachedGuest:
         self,
         connection: Connection,
         uuid_text: str,
+        domain: str,
         door: MemoryDoor,
         ram: GuestRam,
         owned: contextlib.ExitStack,
     ) -> None:
         """:param owned: closes RAM and door, and removes the folder made for the door's socket."""
         self.pid = door.pid
+        self.domain = domain
         self.ram = ram
         self.door: MemoryDoor | None = door
         self._connection = connection
@@ -177,20 +179,19 @@ class AttachedDriver:
         guest_agent.run("rm", "-f", ATTACHED_CONFIG_PATH)
 
     def create(self, request: GuestRequest) -> AttachedGuest:
-        """Plug the door into the domain with the request's UUID.
+        """Plug the door into the domain with the request's UUID. A door that a killed host agent
+        left there is taken out first.
 
         :raises Refused: libvirt refused, the guest's kernel does not bind the device, or the
             guest's memory cannot be punched. The device is taken out again, if the guest
             releases it.
+        :raises OutcomeUnknown: the guest did not release an old door in time.
         :raises GuestLost: the domain is gone.
         """
         return self._attach(request)
 
     def adopt(self, request: GuestRequest, handle: Handle) -> AttachedGuest:  # noqa: ARG002
-        domain = self._connection.domain(request.uuid)
         try:
-            # Nobody serves the earlier host agent's door any more.
-            unplug_door(domain)
             return self._attach(request)
         except (Refused, OutcomeUnknown) as error:
             # For example, a suspended guest releases no device. GuestLost, because Refused would
@@ -199,6 +200,8 @@ class AttachedDriver:
 
     def _attach(self, request: GuestRequest) -> AttachedGuest:
         domain = self._connection.domain(request.uuid)
+        # Nobody serves the door of an earlier host agent any more.
+        unplug_door(domain)
         with contextlib.ExitStack() as owned:
             door = self._door(request, owned)
             with contextlib.ExitStack() as undo:
@@ -214,7 +217,9 @@ class AttachedDriver:
                 ram = GuestRam(door.segments(), door.fence)
                 undo.pop_all()
             owned.callback(ram.close)
-            guest = AttachedGuest(self._connection, request.uuid, door, ram, owned.pop_all())
+            guest = AttachedGuest(
+                self._connection, request.uuid, domain.name(), door, ram, owned.pop_all()
+            )
         door.when_disconnected(request.on_gone)
         return guest
 

@@ -17,7 +17,7 @@ from hintfleet.units import KIB
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import BACKING_HINT
 from host_agent.guests.libvirt.api import errors_as, modules
-from host_agent.guests.libvirt.devices import doors_in
+from host_agent.guests.libvirt.devices import doors_in, is_served
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
 
 _COLD = ", then shut the domain down and start it again"
@@ -45,11 +45,12 @@ def _obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
     if (domain.findtext("name") or "").startswith(NAME_PREFIX):
         yield "a host agent made it, and hints in it", "nothing"
         return
-    if doors_in(domain):
-        yield (
-            "another host agent is attached to it, or left its device behind",
-            "detach it there; if no host agent runs: virsh detach-device, see docs/attach.md",
-        )
+    if any(map(is_served, doors_in(domain))):
+        yield "another host agent is attached to it", "detach it there"
+    # What a killed host agent left is taken out before another door is plugged in.
+    if (devices := domain.find("devices")) is not None:
+        for door in doors_in(domain):
+            devices.remove(door)
     yield from _memory_obstacles(domain)
     yield from _device_obstacles(domain)
 

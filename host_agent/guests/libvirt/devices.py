@@ -8,6 +8,7 @@ import queue
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from socket import AF_UNIX, socket
 from typing import Any
 
 from hintfleet.errors import OutcomeUnknown, Refused
@@ -22,12 +23,16 @@ _QUEUE_SIZE = "1024"
 # guest does not release it at all.
 _REMOVAL_S = 20.0
 
+# How long a listener with a full backlog may make us wait.
+_PROBE_S = 1.0
+_LISTENING = "00010000"  # __SO_ACCEPTCON, include/uapi/linux/net.h
 
-def door_element(socket: Path) -> ET.Element:
+
+def door_element(path: Path) -> ET.Element:
     """Return the memory door's device, as an element for a domain's XML."""
     filesystem = ET.Element("filesystem", type="mount")
     ET.SubElement(filesystem, "driver", type="virtiofs", queue=_QUEUE_SIZE)
-    ET.SubElement(filesystem, "source", socket=str(socket))
+    ET.SubElement(filesystem, "source", socket=str(path))
     ET.SubElement(filesystem, "target", dir=_TAG)
     return filesystem
 
@@ -37,7 +42,34 @@ def doors_in(domain: ET.Element) -> list[ET.Element]:
     return domain.findall(f"devices/filesystem/target[@dir='{_TAG}']/..")
 
 
-def plug_door(domain: Any, socket: Path) -> None:
+def is_served(door: ET.Element) -> bool:
+    """Return whether somebody listens on the socket of a memory door, given its element: false if
+    the host agent that plugged it in was killed."""
+    source = door.find("source")
+    path = source.get("socket", "") if source is not None else ""
+    if path in _listening_paths():
+        return True
+    # The kernel's list has only the sockets of this network namespace. It comes first because a
+    # door that is served would take a connection for QEMU's, once QEMU has hung up.
+    with socket(AF_UNIX) as probe:
+        probe.settimeout(_PROBE_S)
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:  # for example, this user may not open it
+            pass
+    return True
+
+
+def _listening_paths() -> set[str]:
+    # Fields of a line: address, references, protocol, flags, type, state, inode, path (proc(5)).
+    lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
+    fields = (line.split(maxsplit=7) for line in lines)
+    return {one[7] for one in fields if len(one) == 8 and one[3] == _LISTENING}
+
+
+def plug_door(domain: Any, path: Path) -> None:
     """Plug a memory door into a running domain. QEMU connects to the socket before this returns,
     so somebody must listen there.
 
@@ -46,9 +78,19 @@ def plug_door(domain: Any, socket: Path) -> None:
     :raises GuestLost: the domain is gone.
     """
     libvirt, _ = modules()
-    with errors_as("plugging the memory door"):
-        xml = ET.tostring(door_element(socket), encoding="unicode")
-        domain.attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    try:
+        with errors_as("plugging the memory door"):
+            xml = ET.tostring(door_element(path), encoding="unicode")
+            domain.attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    except Refused as error:
+        # libvirt before 9.2 forgets this when it is restarted, unless the domain has a NUMA cell
+        # (bug 2078693 of Red Hat). Obstacles of the domain itself were looked for before.
+        if "requires shared memory" in error.message:
+            error.hint = (
+                "libvirt was restarted, and has forgotten that the domain's memory is shared:"
+                " shut the domain down and start it again, or use libvirt 9.2"
+            )
+        raise
 
 
 def unplug_door(domain: Any) -> None:

@@ -1,4 +1,5 @@
-"""Finds domains that outlived the host agent that made them.
+"""Finds domains that outlived the host agent that made them, and memory doors that a killed host
+agent left in domains of others.
 
 libvirt ends a host agent's domains when the connection is closed (autodestroy). A domain outlives
 its host agent only if libvirtd itself failed. Such a domain is recognised by its name and by its
@@ -11,6 +12,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,12 +20,13 @@ from urllib.parse import urlsplit
 from hintfleet.errors import GuestLost, Refused
 from hintfleet.leaks import Leak, Removable
 from host_agent.guests.libvirt.api import errors_as, modules
+from host_agent.guests.libvirt.devices import doors_in, is_served, unplug_door
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
 from host_agent.guests.libvirt.runtime_dir import runtime_dirs
 
 
 def abandoned_domains(uri: str) -> list[Removable]:
-    """Return the abandoned domains at this URI.
+    """Return the abandoned domains and memory doors at this URI.
 
     :raises Refused: libvirt is not installed, does not answer, or runs on another machine, whose
         processes and folders cannot be examined from here.
@@ -42,8 +45,11 @@ def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
     libvirt, _ = modules()
     for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
         with suppress(GuestLost), errors_as("looking at a domain"):  # the domain may have ended
-            folder = _folder_of(domain.XMLDesc())
-            if not domain.name().startswith(NAME_PREFIX) or folder is None:
+            xml = ET.fromstring(domain.XMLDesc())  # noqa: S314 - libvirt's
+            if not domain.name().startswith(NAME_PREFIX):
+                yield from _dead_door(uri, domain, xml)
+                continue
+            if (folder := _folder_of(xml)) is None:
                 continue
             # The first entry serves for all: entries differ only in their base, which is_abandoned
             # does not use.
@@ -55,24 +61,41 @@ def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
                     size_bytes=domain.memoryStats().get("rss", 0) * 1024,
                     why="the host agent that made it is gone",
                 )
-                yield leak, _destroyer(uri, domain.UUIDString())
+                yield leak, partial(_with_domain, uri, domain.UUIDString(), _destroy)
 
 
-def _folder_of(domain_xml: str) -> Path | None:
-    console = ET.fromstring(domain_xml).find("devices/serial/source")  # noqa: S314 - libvirt's
+def _dead_door(uri: str, domain: Any, xml: ET.Element) -> Iterator[Removable]:
+    """Yield the memory door of a domain that was attached, if nobody serves it. Under --state, the
+    next host agent would take it out, too."""
+    doors = doors_in(xml)
+    if doors and not any(map(is_served, doors)):
+        leak = Leak(
+            what="memory door",
+            where=f"domain {domain.name()}",
+            since_unix_s=0,
+            size_bytes=0,
+            why="the host agent that plugged it in is gone",
+        )
+        yield leak, partial(_with_domain, uri, domain.UUIDString(), unplug_door)
+
+
+def _folder_of(domain_xml: ET.Element) -> Path | None:
+    console = domain_xml.find("devices/serial/source")
     path = console.get("path") if console is not None else None
     return Path(path).parent if path else None
 
 
-def _destroyer(uri: str, uuid_text: str) -> Callable[[], None]:
-    def destroy() -> None:
-        # Looked up by UUID, not by name: another domain may have the name by now.
-        libvirt, _ = modules()
-        with errors_as("ending the domain"), closing(libvirt.open(uri)) as connection:
-            try:
-                connection.lookupByUUIDString(uuid_text).destroy()
-            except libvirt.libvirtError as error:
-                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
-                    raise
+def _destroy(domain: Any) -> None:
+    domain.destroy()
 
-    return destroy
+
+def _with_domain(uri: str, uuid_text: str, do: Callable[[Any], object]) -> None:
+    """Call `do` with a domain; do nothing if there is none any more."""
+    # Looked up by UUID, not by name: another domain may have the name by now.
+    libvirt, _ = modules()
+    with (
+        suppress(GuestLost),
+        errors_as("removing what is left of a host agent"),
+        closing(libvirt.open(uri)) as connection,
+    ):
+        do(connection.lookupByUUIDString(uuid_text))

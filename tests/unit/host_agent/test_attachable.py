@@ -1,6 +1,9 @@
 """The obstacles to hinting that are found in the XML of somebody else's domain."""
 
+import socket
 import xml.etree.ElementTree as ET
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +69,6 @@ def test_a_domain_without_pcie_needs_no_port() -> None:
             "<interface type='user'><address type='pci' bus='0x02' slot='0x00'/></interface>",
             "no free PCIe port",
         ),
-        (BACKING, "", "<filesystem><target dir='hintfleet'/></filesystem>", "another host agent"),
     ],
 )
 def test_each_obstacle_is_said_alone(backing: str, more: str, devices: str, what: str) -> None:
@@ -78,6 +80,35 @@ def test_a_domain_whose_cells_are_shared_one_by_one() -> None:
     backing = "<memoryBacking><source type='memfd'/></memoryBacking>"
     cells = "<cpu><numa><cell id='0' memAccess='shared'/></numa></cpu>"
     assert said(domain(backing=backing, more=cells)) == []
+
+
+def door_at(path: Path) -> str:
+    """Return the memory door of a domain, in its last free port."""
+    return (
+        f"<filesystem><source socket='{path}'/><target dir='hintfleet'/>"
+        "<address type='pci' bus='0x02' slot='0x00'/></filesystem>"
+    )
+
+
+def test_a_domain_that_is_attached_is_not_attached_again(tmp_path: Path) -> None:
+    path = tmp_path / "a door"
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        assert "another host agent is attached to it" in said(
+            domain(devices=PORTS + DISK + door_at(path))
+        )
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has connected: that might end its guest
+            listener.accept()
+
+
+def test_a_door_that_a_killed_host_agent_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(str(left))
+    for path in (left, tmp_path / "removed"):
+        assert said(domain(devices=PORTS + DISK + door_at(path))) == []
 
 
 def test_a_domain_that_does_not_run_is_told_how_to_start() -> None:
