@@ -189,7 +189,9 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
 
 
 @contextlib.contextmanager
-def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iterator[HostAgent]:
+def running_host_agent(
+    *arguments: str, stderr: IO[bytes] | None = None, module: str = "host_agent"
+) -> Iterator[HostAgent]:
     """Run a host agent until the block ends; then close its lifeline, so that it ends.
 
     Checks that it ends with exit code 0, unless the test has killed it, and that its child
@@ -201,7 +203,7 @@ def running_host_agent(*arguments: str, stderr: IO[bytes] | None = None) -> Iter
         address = f"unix:{folder}/host.sock"
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "host_agent", "--listen", address),
+                *(sys.executable, "-m", module, "--listen", address),
                 *("--ready-fd", str(ready_write), "--lifeline-fd", str(lifeline_read)),
                 *("--log-level", LOG_LEVEL),
                 *arguments,  # of several equal options, the last is used

@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "deploy/image"))
 
 import common  # noqa: E402
+import kit  # noqa: E402
 import rootfs  # noqa: E402
 
 _PACKAGES = (
@@ -46,19 +47,50 @@ from guest_agent.__main__ import main
 
 main()
 """
+_UNITS = "etc/systemd/system"
+KMOD = "/root/hintfleet_kmod.ko"
+"""The file in the guest that has the kernel module; it is built for the guest's kernel, but not
+loaded."""
 _MEMORY_MIB = 1536
+_PARAMETERS = "root=/dev/vda rw console=ttyS0 init_on_alloc=0 no_timer_check"
 
 
-def foreign_layer(image: GuestImage) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """What a foreign guest has that others have not.
+
+    :ivar parameters: more parameters of the kernel.
+    :ivar packages: more packages.
+    :ivar files: more files, by their paths in the guest.
+    :ivar enabled: units of these files that start with the guest.
+    :ivar has_cell: whether the domain's XML has a NUMA cell. libvirt before 9.2 forgets, when it
+        is restarted, that the memory of a running domain without one is shared.
+    """
+
+    parameters: str = ""
+    packages: Sequence[str] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    enabled: Sequence[str] = ()
+    has_cell: bool = False
+
+
+_NOTHING = Extra()
+
+
+def foreign_layer(image: GuestImage, packages: Sequence[str] = ()) -> Path:
     """Return the folder with root.tar, vmlinuz and initrd.img of the guest. It is built, beside the
     layers of `image`, if it does not exist."""
     wheels = rootfs.pins((ROOT / "constraints.txt").read_text())
-    key = common.digest([common.SUITE, *_PACKAGES, *wheels, Path(__file__)])
+    packages = [*_PACKAGES, *packages]
+    recipe = [*packages, *wheels, _NETWORK, _FINISH, _SITE]
+    key = common.digest([common.SUITE, *recipe])
     layers = image.directory.parent.resolve() / "layers"
-    return common.build_once(layers / f"foreign-{key}", "initrd.img", lambda to: _build(to, wheels))
+    return common.build_once(
+        layers / f"foreign-{key}", "initrd.img", lambda to: _build(to, packages, wheels)
+    )
 
 
-def _build(to: Path, wheels: list[str]) -> None:
+def _build(to: Path, packages: list[str], wheels: list[str]) -> None:
     rootfs._install_wheels(to / "site", wheels)
     hooks = [
         ("customize", f'mkdir -p "$1{_SITE}"'),
@@ -70,7 +102,7 @@ def _build(to: Path, wheels: list[str]) -> None:
             'rm -rf "$1"/tmp/* "$1/var/cache" "$1/var/lib/apt"',
         ),
     ]
-    common.mmdebstrap(to / "root.tar", _PACKAGES, hooks, "minbase")
+    common.mmdebstrap(to / "root.tar", packages, hooks, "minbase")
     shutil.rmtree(to / "site")
     for file in ("vmlinuz", "initrd.img"):
         (to / file).chmod(0o644)
@@ -78,10 +110,18 @@ def _build(to: Path, wheels: list[str]) -> None:
 
 @dataclass
 class ForeignDomain:
-    """A running domain that hintfleet did not make."""
+    """A running domain that hintfleet did not make.
 
-    domain: Any
+    :ivar find: returns its libvirt.virDomain.
+    :ivar console: the file with what the guest prints.
+    """
+
+    find: Callable[[], Any]
     console: Path
+
+    @property
+    def domain(self) -> Any:
+        return self.find()
 
     def run(self, *command: str) -> str:
         """Run a program in the guest, which must end with exit code 0; return its output."""
@@ -92,6 +132,10 @@ class ForeignDomain:
             time.sleep(0.2)
         assert not status.get("exitcode"), (command, status)
         return base64.b64decode(status.get("out-data", "")).decode()
+
+    def spawn(self, *command: str) -> None:
+        """Run a program in the guest without waiting for its end."""
+        self._ask("guest-exec", path=command[0], arg=command[1:])
 
     def wait_for_boot(self) -> None:
         """Wait until the QEMU guest agent in the guest answers."""
@@ -116,30 +160,41 @@ _CAPTURE = {"capture-output": True}
 
 
 @contextmanager
-def foreign_domain(connection: Any, image: GuestImage) -> Iterator[ForeignDomain]:
+def foreign_domain(
+    connection: Any, image: GuestImage, extra: Extra = _NOTHING
+) -> Iterator[ForeignDomain]:
     """Boot a domain whose XML has nothing of hintfleet; destroy it after the block."""
     libvirt, _ = modules()
-    layer = foreign_layer(image)
-    folder = Path(tempfile.mkdtemp(prefix="hf-foreign-"))
-    folder.chmod(0o755)
-    try:
-        disk = _make_disk(layer / "root.tar", folder)
-        console = folder / "console.log"
-        domain = connection.createXML(
-            _xml(layer, disk, console), libvirt.VIR_DOMAIN_START_AUTODESTROY
-        )
+    with foreign_xml(image, extra) as (xml, console):
+        domain = connection.createXML(xml, libvirt.VIR_DOMAIN_START_AUTODESTROY)
         try:
-            made = ForeignDomain(domain, console)
+            made = ForeignDomain(lambda: domain, console)
             made.wait_for_boot()
             yield made
         finally:
             with suppress(libvirt.libvirtError):  # a test may have ended the domain
                 domain.destroy()
+
+
+@contextmanager
+def foreign_xml(
+    image: GuestImage, extra: Extra = _NOTHING, name: str = ""
+) -> Iterator[tuple[str, Path]]:
+    """Make a guest's disk; yield the XML of a domain with it, and the file of its console. Remove
+    both after the block."""
+    layer = foreign_layer(image, extra.packages)
+    folder = Path(tempfile.mkdtemp(prefix="hf-foreign-"))
+    folder.chmod(0o755)
+    try:
+        module = kit.kit(layer.parent) / "modules/hintfleet_kmod.ko"
+        disk = _make_disk(layer / "root.tar", module, folder, extra)
+        console = folder / "console.log"
+        yield _xml(layer, disk, console, extra, name), console
     finally:
         shutil.rmtree(folder)
 
 
-def _make_disk(tar: Path, folder: Path) -> Path:
+def _make_disk(tar: Path, module: Path, folder: Path, extra: Extra) -> Path:
     """Make a disk with the guest's files and the agent of this source tree, installed."""
     tree, disk = folder / "tree", folder / "root.img"
     tree.mkdir()
@@ -149,25 +204,36 @@ def _make_disk(tar: Path, folder: Path) -> Path:
     program = tree / "usr/bin/hintfleet-guest"
     program.write_text(_START_AGENT)
     program.chmod(0o755)
-    shutil.copy(ROOT / "deploy/systemd/hintfleet-guest.service", tree / "etc/systemd/system")
+    shutil.copy(ROOT / "deploy/systemd/hintfleet-guest.service", tree / _UNITS)
+    shutil.copy(module, tree / KMOD.lstrip("/"))
+    for path, text in extra.files.items():
+        file = tree / path.lstrip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    wanted = tree / _UNITS / "multi-user.target.wants"
+    wanted.mkdir(exist_ok=True)
+    for unit in extra.enabled:
+        (wanted / unit).symlink_to(f"/{_UNITS}/{unit}")
     subprocess.run(["/sbin/mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "2G"], check=True)
     shutil.rmtree(tree)
     disk.chmod(0o666)
     return disk
 
 
-def _xml(layer: Path, disk: Path, console: Path) -> str:
+def _xml(layer: Path, disk: Path, console: Path, extra: Extra, name: str) -> str:
     identity = uuid.uuid4()
     ports = "".join(
         f"<controller type='pci' index='{index}' model='pcie-root-port'/>" for index in range(1, 7)
     )
+    size = f"memory='{_MEMORY_MIB}' unit='MiB'"
+    cell = f"<cpu><numa><cell id='0' cpus='0' {size}/></numa></cpu>" if extra.has_cell else ""
     return f"""
-<domain type='qemu'><name>db-{identity.hex[:8]}</name><uuid>{identity}</uuid>
+<domain type='qemu'><name>{name or f"db-{identity.hex[:8]}"}</name><uuid>{identity}</uuid>
  <memory unit='MiB'>{_MEMORY_MIB}</memory><vcpu>1</vcpu>
- <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
+ <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>{cell}
  <os><type arch='x86_64' machine='q35'>hvm</type>
   <kernel>{layer}/vmlinuz</kernel><initrd>{layer}/initrd.img</initrd>
-  <cmdline>root=/dev/vda rw console=ttyS0 init_on_alloc=0 no_timer_check</cmdline></os>
+  <cmdline>{_PARAMETERS} {extra.parameters}</cmdline></os>
  <features><acpi/></features>
  <devices>
   <memballoon model='none'/>
@@ -177,6 +243,6 @@ def _xml(layer: Path, disk: Path, console: Path) -> str:
    <target dev='vda' bus='virtio'/></disk>
   <interface type='user'><model type='virtio'/></interface>
   <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
-  <serial type='file'><source path='{console}'/></serial>
+  <serial type='file'><source path='{console}' append='on'/></serial>
  </devices>
 </domain>"""

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--driver", choices=["embedded", "libvirt"], default="embedded")
+    add("--driver", choices=["embedded", "libvirt", "attached"], default="embedded")
     add("--seconds", type=float, default=60, help="how long faults are injected (default: 60)")
     add("--faults", type=float, default=float("inf"), help="stop sooner, with so many faults")
     add("--seed", type=int, help="of the plan and the workload (default: by chance)")
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how often to say how it stands (default: 10; 60 in a run of minutes)",
     )
     add("--stress", action="store_true", help="run stress-ng in real guests, too")
+    add("--short", action="store_true", help="attached: one domain, which is reset seldom")
     add("-o", "--output", choices=["table", "json"], default="table")
     add("--host-module", default="tests.torture.host_without_rate_limits", help=argparse.SUPPRESS)
     return parser
@@ -95,8 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 def _setting(arguments: argparse.Namespace, seed: int) -> AbstractContextManager[Setting]:
     if arguments.driver == "embedded":
         return nullcontext(embedded.SETTING)
-    from tests.torture import real  # imported late, because it needs libvirt
+    from tests.torture import attached, real  # imported late, because they need libvirt
 
+    if arguments.driver == "attached":
+        return attached.setting(seed, short=arguments.short)
     return real.setting(seed, stress=arguments.stress)
 
 

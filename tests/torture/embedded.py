@@ -37,7 +37,7 @@ def _victim(guest: host_pb2.Guest, relay: Relay) -> Victim:
         uuid=guest.uuid,
         spec=guest.spec,
         pid=guest.pid,
-        domain=None,
+        find_domain=None,
         relay=relay,
     )
 

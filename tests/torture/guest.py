@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.torture.report import Report
 class Victim:
     """One guest, from the moment when it is ready until it is gone.
 
-    :ivar domain: a libvirt.virDomain; None for an embedded guest.
+    :ivar find_domain: returns its libvirt.virDomain; None for an embedded guest.
     :ivar is_grown: whether memory is plugged into it now.
     :ivar answered_s: when it last answered a step of its workload, on the monotonic clock.
     :ivar doomed: a fault has ended it, or will. The end of a guest that is not doomed is a problem.
@@ -29,7 +30,7 @@ class Victim:
     uuid: str
     spec: host_pb2.GuestSpec
     pid: int
-    domain: Any | None
+    find_domain: Callable[[], Any] | None
     relay: Relay
     doomed: bool = False
     is_grown: bool = False
@@ -50,6 +51,15 @@ class Victim:
         signal.pidfd_send_signal(self._pidfd, number)
 
     @property
+    def domain(self) -> Any:
+        """Return the guest's libvirt.virDomain.
+
+        :raises libvirt.libvirtError: it is gone, or libvirt does not answer.
+        """
+        assert self.find_domain is not None, "an embedded guest"
+        return self.find_domain()
+
+    @property
     def links(self) -> list[Link]:
         """Return the guest's open connections."""
         return self.relay.links_of(self.uuid)
@@ -62,8 +72,8 @@ class Victim:
     async def stand_still(self) -> None:
         """Suspend a virtual machine, so that its memory does not change while the books are
         checked. Do nothing to an embedded guest."""
-        if self.domain is not None:
-            await asyncio.to_thread(self.domain.suspend)
+        if self.find_domain is not None:
+            await asyncio.to_thread(lambda: self.domain.suspend())
 
     def read_console(self, report: Report) -> None:
         """Add to the report what is new on the guest's console; nothing for an embedded guest,

@@ -42,13 +42,13 @@ class HostAgent:
         self,
         folder: Path,
         relay: Relay,
-        advertise: str,
+        arguments: Sequence[str],
         module: str,
         environment: Mapping[str, str],
     ) -> None:
         self._folder = folder
         self._relay = relay
-        self._advertise = advertise
+        self._arguments = arguments
         self._module = module
         self._environment = os.environ | environment | {_MARK: str(folder)}
         self._process: asyncio.subprocess.Process | None = None
@@ -101,7 +101,7 @@ class HostAgent:
         return (
             *(sys.executable, "-m", self._module),
             *("--listen", self.control, "--state", str(self._folder / "state")),
-            *("--guest-advertise", self._advertise),
+            *self._arguments,
             *("--ready-fd", str(ready_fd), "--lifeline-fd", str(lifeline_fd)),
         )
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,6 +61,8 @@ class Scene:
     fault: Fault
     refused: Callable[[], None]
     """Called when the host has refused an impostor."""
+    problem: Callable[[str], None]
+    """Reports what must not happen."""
 
 
 class Kill:
@@ -150,7 +152,7 @@ class Delay:
             link.delay_s = 0.0
 
 
-class _Task:
+class Task:
     """A fault that takes time: it begins as a task, which is awaited at the end."""
 
     lasts = False
@@ -166,7 +168,7 @@ class _Task:
             await self._task
 
 
-class Impostor(_Task):
+class Impostor(Task):
     """A fault in which another client acts as the guest."""
 
     def __init__(self, scene: Scene) -> None:
@@ -225,7 +227,7 @@ class OtherBoot(SecondAgent):
         return hello
 
 
-class Reset(_Task):
+class Reset(Task):
     """`virsh reset`. It ends the domain, and frees its RAM."""
 
     def __init__(self, scene: Scene) -> None:
@@ -237,38 +239,29 @@ class Reset(_Task):
         self._start(asyncio.to_thread(self._reset))
 
     def _reset(self) -> None:
-        libvirt_error = _libvirt_error()
-        try:
-            if self._victim.domain is not None:
-                self._victim.domain.reset()
-        except libvirt_error as error:
-            raise Missed from error
+        with missed_if_libvirt_fails():
+            self._victim.domain.reset()
 
 
-class SuspendDomain(_Task):
+class SuspendDomain(Task):
     """`virsh suspend`: the guest's CPUs stop, QEMU does not."""
 
     lasts = True
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()
-        self._domain = scene.victim.domain
+        self._victim = scene.victim
 
     def begin(self) -> None:
-        if self._domain is None:
-            raise Missed
-        self._start(asyncio.to_thread(self._domain.suspend))
+        self._start(asyncio.to_thread(lambda: self._victim.domain.suspend()))
 
     async def end(self) -> None:
-        try:
+        with missed_if_libvirt_fails():
             await super().end()
-            if self._domain is not None:
-                await asyncio.to_thread(self._domain.resume)
-        except _libvirt_error() as error:
-            raise Missed from error
+            await asyncio.to_thread(lambda: self._victim.domain.resume())
 
 
-class Resize(_Task):
+class Resize(Task):
     """Plug memory if none is plugged; else unplug it, even while the guest uses it."""
 
     def __init__(self, scene: Scene) -> None:
@@ -322,11 +315,14 @@ def _links(victim: Victim) -> list[Link]:
     return victim.links
 
 
-def _libvirt_error() -> type[Exception]:
+@contextlib.contextmanager
+def missed_if_libvirt_fails() -> Iterator[None]:
     import libvirt
 
-    error: type[Exception] = libvirt.libvirtError
-    return error
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        raise Missed from error
 
 
 EMBEDDED: Mapping[Kind, Callable[[Scene], Injector]] = {

@@ -41,7 +41,12 @@ class Deadlines:
 
 
 class Place:
-    """Makes a guest, has it allocate, free and verify, and makes the next when it is lost."""
+    """Makes a guest, has it allocate, free and verify, and makes the next when it is lost.
+
+    :cvar pause_s: the pause after an attempt to make a guest that has failed.
+    """
+
+    pause_s = _PAUSE_AFTER_FAILURE_S
 
     def __init__(
         self,
@@ -68,6 +73,11 @@ class Place:
         self._there: Victim | None = None
         self._is_there = asyncio.Event()
 
+    @property
+    def label(self) -> str:
+        """The name of the guest in the report; no other guest has it."""
+        return f"{self.name}-{self._made}"
+
     async def victim(self) -> Victim:
         """Return the guest of this place; wait for one if there is none."""
         while self._there is None:
@@ -92,6 +102,8 @@ class Place:
                 if self._there is not None:
                     await self._lost(self._there)
                 await self._make()
+                if not self._report.is_well:
+                    return
             victim = self._there
             for step in (self._fill, self._empty, self._settle):
                 await self._persist(partial(step, victim))
@@ -114,26 +126,38 @@ class Place:
 
     async def _make(self) -> None:
         self._made += 1
-        name = f"{self.name}-{self._made}"
-        request = host_pb2.CreateGuestRequest(
-            command=host_pb2.CommandId(trial_id=TRIAL), name=name, spec=self.spec
-        )
         try:
             await self._sweep()
-            guest = await self._stub.CreateGuest(
-                request, timeout=self._deadlines.create_s, wait_for_ready=True
-            )
-            self._there = await self._victim_of(guest)
+            self._there = await self._victim_of(await self._begin())
         except (grpc.RpcError, ProcessLookupError) as error:
-            # The host agent may have died meanwhile, which is not a problem. But ABORTED is one:
-            # the guest was lost.
-            if isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.ABORTED:
-                self._report.problem(f"guest {name} did not come: {error.details()}")
-            await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+            self._not_made(error)
+            await asyncio.sleep(self.pause_s)
             return
         self._report.guests_made += 1
         self._held_bytes, self._unsure = 0, False
         self._is_there.set()
+
+    async def _begin(self) -> host_pb2.Guest:
+        """Make the guest."""
+        return await self._stub.CreateGuest(
+            host_pb2.CreateGuestRequest(
+                command=host_pb2.CommandId(trial_id=TRIAL),
+                name=self.label,
+                spec=self.spec,
+            ),
+            timeout=self._deadlines.create_s,
+            wait_for_ready=True,
+        )
+
+    def _not_made(self, error: grpc.RpcError | ProcessLookupError) -> None:
+        # The host agent may have died meanwhile, which is not a problem. But ABORTED is one: the
+        # guest was lost.
+        if isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.ABORTED:
+            self._report.problem(f"guest {self.label} did not come: {error.details()}")
+
+    def _is_here(self, name: str) -> bool:
+        """Return whether a guest of this name is one of this place."""
+        return name.startswith(f"{self.name}-")
 
     async def _sweep(self) -> None:
         """End guests of this place whose creation or end a dying host agent did not finish."""
@@ -141,7 +165,7 @@ class Place:
             host_pb2.ListGuestsRequest(), timeout=self._deadlines.step_s, wait_for_ready=True
         )
         for guest in listed.guests:
-            if guest.name.startswith(f"{self.name}-"):
+            if self._is_here(guest.name):
                 await self._destroy(guest.name)
 
     async def _lost(self, victim: Victim) -> None:
@@ -250,7 +274,7 @@ class Place:
         return ledger
 
     def _check_books(self, victim: Victim, books: host_pb2.Ledger) -> None:
-        self._report.books(victim.name, books)
+        self._report.books(self.label, books)
         known_bytes = books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
         fates_bytes = (
             books.reclaimed_total_bytes

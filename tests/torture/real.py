@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,16 @@ _ENDS: Mapping[Kind, int] = {Kind.GUEST_KILLED: 1, Kind.GUEST_RESET: 1}
 
 @dataclass(kw_only=True)
 class RealVictim(Victim):
-    """A virtual machine. Its console shows when its agent ends, and when stress-ng fails."""
+    """A virtual machine. Its console shows when its agent ends, and when stress-ng fails.
 
-    _said: Counter[str] = field(default_factory=Counter)
+    :ivar said: how often the console has shown what is counted.
+    """
+
+    said: Counter[str] = field(default_factory=Counter)
 
     def read_console(self, report: Report) -> None:
         with contextlib.suppress(OSError, IndexError):  # the guest is gone
-            text = console(self.pid)
+            text = self._console()
             for kind, words in _AGENT_ENDED.items():
                 report.faults[kind] += self._news(text, words)
             rounds = self._news(text, _STRESS_ENDED)
@@ -70,12 +74,15 @@ class RealVictim(Victim):
 
     def evidence(self) -> str:
         with contextlib.suppress(OSError, IndexError):
-            return console(self.pid)[-_EVIDENCE_CHARACTERS:]
+            return self._console()[-_EVIDENCE_CHARACTERS:]
         return ""
 
+    def _console(self) -> str:
+        return console(self.pid)
+
     def _news(self, text: str, what: str) -> int:
-        news = text.count(what) - self._said[what]
-        self._said[what] += news
+        news = text.count(what) - self.said[what]
+        self.said[what] += news
         return news
 
 
@@ -129,7 +136,7 @@ def _taking_hold(connection: Any) -> Callable[[host_pb2.Guest, Relay], Victim]:
             uuid=guest.uuid,
             spec=guest.spec,
             pid=guest.pid,
-            domain=connection.lookupByUUIDString(guest.uuid),
+            find_domain=partial(connection.lookupByUUIDString, guest.uuid),
             relay=relay,
         )
 

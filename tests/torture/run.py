@@ -8,7 +8,7 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,9 @@ class Setting:
     :ivar back_means_answered: whether a guest is back only when it has answered a step; else
         when it is connected.
     :ivar busy_share: the share of a guest's memory that its workload uses.
+    :ivar place: makes a Place.
     :ivar environment: more variables for the host agent.
+    :ivar host_arguments: more arguments of the host agent.
     """
 
     driver: str
@@ -65,7 +67,9 @@ class Setting:
     back_s: float = 1.0
     back_means_answered: bool = False
     busy_share: float = 0.7
+    place: Callable[..., Place] = Place
     environment: Mapping[str, str] = field(default_factory=dict)
+    host_arguments: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,11 @@ async def torture(
         Path(folder).chmod(0o711)
         async with relay.serving() as address:
             host = HostAgent(
-                Path(folder), relay, setting.advertise(address), host_module, setting.environment
+                Path(folder),
+                relay,
+                ("--guest-advertise", setting.advertise(address), *setting.host_arguments),
+                host_module,
+                setting.environment,
             )
             async with host.running() as stub:
                 await _Run(setting, seed, report, relay, host, stub).run(until, progress)
@@ -137,7 +145,7 @@ class _Run:
         async def victim_of(guest: host_pb2.Guest) -> Victim:
             return await asyncio.to_thread(self._setting.victim_of, guest, self._relay)
 
-        return Place(
+        return self._setting.place(
             name=name,
             spec=spec,
             stub=self._stub,
@@ -190,6 +198,7 @@ class _Run:
                 stub=self._stub,
                 fault=fault,
                 refused=self._impostor_refused,
+                problem=self._report.problem,
             )
             await self._inject_one(fault, victim, self._setting.injectors[fault.kind](scene))
 
@@ -259,21 +268,34 @@ class _Run:
     @asynccontextmanager
     async def _watching(self) -> AsyncIterator[None]:
         """Watch the trial while the block runs, because its guests end without a Watch."""
-        task = asyncio.create_task(self._watch())
+        trial = host_pb2.WatchRequest(trial_id=TRIAL, period_ms=_WATCH_PERIOD_MS)
+        host = host_pb2.WatchHostRequest(period_ms=_WATCH_PERIOD_MS)
+        tasks = [
+            asyncio.create_task(self._watch(lambda: self._stub.Watch(trial, wait_for_ready=True))),
+            # Attached guests belong to no trial.
+            asyncio.create_task(
+                self._watch(lambda: self._stub.WatchHost(host, wait_for_ready=True))
+            ),
+        ]
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait([task])
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
-    async def _watch(self) -> None:
-        request = host_pb2.WatchRequest(trial_id=TRIAL, period_ms=_WATCH_PERIOD_MS)
+    async def _watch(self, open_stream: Callable[[], AsyncIterable[host_pb2.SampleSet]]) -> None:
         while True:
             with contextlib.suppress(grpc.RpcError):
-                async for samples in self._stub.Watch(request, wait_for_ready=True):
+                async for samples in open_stream():
                     for sample in samples.samples:
-                        self._report.books(sample.guest_name, sample.ledger)
+                        self._report.books(self._label(sample.guest_name), sample.ledger)
             await asyncio.sleep(_LOOK_S / 10)
+
+    def _label(self, guest: str) -> str:
+        """Return a guest's name in the report. An attached guest has the name of its place each
+        time."""
+        return next((place.label for place in self._places if place.name == guest), guest)
 
 
 def plan_of(setting: Setting, seed: int, count: int) -> Iterator[tuple[str, Fault]]:

@@ -1,13 +1,21 @@
 """A domain of somebody else, which runs already, is attached, hinted and detached; after that,
-nothing of hintfleet is left in the domain."""
+nothing of hintfleet is left in the domain.
+
+The host agent is an ordinary user in the group libvirt; libvirtd is the tests' own.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import pwd
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -16,7 +24,9 @@ from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
-from tests.support.foreign import ForeignDomain, foreign_domain
+from tests.support.foreign import KMOD, ForeignDomain, foreign_domain
+from tests.support.ordinary_user import USER
+from tests.support.own_libvirt import OwnLibvirt, own_libvirt
 
 FREED_MIB = 700
 # A Python program that dirties memory page by page, holds it for two seconds, and ends.
@@ -27,58 +37,113 @@ DIRTY = (
 
 
 @pytest.fixture(scope="module")
-def foreign(connection: Any, image: GuestImage) -> Iterator[ForeignDomain]:
-    with foreign_domain(connection, image) as made:
+def libvirt() -> Iterator[OwnLibvirt]:
+    with own_libvirt() as made:
         yield made
 
 
-def attach(host: HostAgent, foreign: ForeignDomain) -> host_pb2.AttachGuestResponse:
-    request = host_pb2.AttachGuestRequest(domain=foreign.domain.name(), through_guest_agent=True)
+@pytest.fixture(scope="module")
+def foreign(libvirt: OwnLibvirt, image: GuestImage) -> Iterator[ForeignDomain]:
+    with foreign_domain(libvirt.open(), image) as made:
+        yield made
+
+
+@pytest.fixture
+def folder(readable_by_qemu: Path) -> Path:
+    """Make a folder of the host agent's user."""
+    os.chown(readable_by_qemu, pwd.getpwnam(USER).pw_uid, -1)
+    return readable_by_qemu
+
+
+@contextlib.contextmanager
+def running(libvirt: OwnLibvirt, folder: Path, *arguments: str) -> Iterator[HostAgent]:
+    """Run the host agent without root."""
+    with running_host_agent(
+        *("--libvirt-uri", libvirt.uri, "--listen", f"unix:{folder}/host.sock"),
+        *arguments,
+        module="tests.support.ordinary_user",
+    ) as host:
+        yield host
+
+
+@pytest.fixture
+def host(libvirt: OwnLibvirt, folder: Path) -> Iterator[HostAgent]:
+    with running(libvirt, folder) as agent:
+        yield agent
+
+
+def attach(
+    host: HostAgent, foreign: ForeignDomain, isolator: str = ""
+) -> host_pb2.AttachGuestResponse:
+    request = host_pb2.AttachGuestRequest(
+        domain=foreign.domain.name(),
+        hinting=host_pb2.HintingSettings(isolator=isolator),
+        through_guest_agent=True,
+    )
     return host.stub.AttachGuest(request, timeout=HANG_S)
 
 
-def test_a_running_domain_is_attached_hinted_and_detached(foreign: ForeignDomain) -> None:
+def detach(host: HostAgent, foreign: ForeignDomain) -> host_pb2.Ledger:
+    request = host_pb2.DetachGuestRequest(name=foreign.domain.name(), through_guest_agent=True)
+    return host.stub.DetachGuest(request, timeout=HANG_S).ledger
+
+
+def check_that_freed_memory_comes_back(host: HostAgent, foreign: ForeignDomain) -> None:
+    """Wait for the guest's agent; then dirty and free memory, and wait until it is reclaimed."""
+    name = foreign.domain.name()
+    wait_until(lambda: bool(host.guests()[name].epoch), "its agent")
+    before = host.guests()[name].ledger
+    foreign.run("/usr/bin/python3", "-c", DIRTY)
+
+    def back_bytes() -> int:
+        return host.guests()[name].ledger.reclaimed_total_bytes - before.reclaimed_total_bytes
+
+    wait_until(lambda: back_bytes() >= 0.95 * FREED_MIB * MIB, "what it freed")
+
+
+def test_a_running_domain_is_attached_hinted_and_detached(
+    host: HostAgent, foreign: ForeignDomain
+) -> None:
     name = foreign.domain.name()
     xml, devices = foreign.domain.XMLDesc(), foreign.run("/bin/ls", "/sys/bus/pci/devices")
-    with running_host_agent() as host:
-        assert attach(host, foreign).guest.name == name
-        wait_until(lambda: bool(host.guests()[name].epoch), "its agent")
-        with pytest.raises(grpc.RpcError, match="another host agent"):
-            attach(host, foreign)
+    assert attach(host, foreign).guest.name == name
+    check_that_freed_memory_comes_back(host, foreign)
+    with pytest.raises(grpc.RpcError, match="another host agent"):
+        attach(host, foreign)
 
-        before = host.guests()[name].ledger
-        foreign.run("/usr/bin/python3", "-c", DIRTY)
+    # Reset by the operator: it boots again in the same memory, in a new epoch.
+    epoch = host.guests()[name].epoch
+    foreign.domain.reset()
+    wait_until(lambda: host.guests()[name].epoch > epoch, "the agent of the next boot")
+    foreign.wait_for_boot()
 
-        def back_bytes() -> int:
-            now = host.guests()[name].ledger
-            return now.reclaimed_total_bytes - before.reclaimed_total_bytes
-
-        wait_until(lambda: back_bytes() >= 0.95 * FREED_MIB * MIB, "what it freed")
-
-        # The domain's operator resets it. It boots again in the same memory; a new epoch begins.
-        epoch = host.guests()[name].epoch
-        foreign.domain.reset()
-        wait_until(lambda: host.guests()[name].epoch > epoch, "the agent of the next boot")
-        foreign.wait_for_boot()
-
-        detach = host_pb2.DetachGuestRequest(name=name, through_guest_agent=True)
-        began_s = time.monotonic()
-        books = host.stub.DetachGuest(detach, timeout=HANG_S).ledger
-        print(f"detached in {time.monotonic() - began_s:.2f} s")
-        assert books.provisioned_bytes == (
-            books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
-        )
-        assert name not in host.guests()
+    began_s = time.monotonic()
+    books = detach(host, foreign)
+    print(f"detached in {time.monotonic() - began_s:.2f} s")
+    assert books.provisioned_bytes == (
+        books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
+    )
+    assert name not in host.guests()
     assert foreign.domain.isActive()
     assert foreign.domain.XMLDesc() == xml
     assert foreign.run("/bin/ls", "/sys/bus/pci/devices") == devices
     assert "HugePages_Total:       0" in foreign.run("/bin/cat", "/proc/meminfo")
 
 
-def test_a_domain_whose_host_agent_ends_is_let_go(foreign: ForeignDomain) -> None:
+def test_the_kernel_module_hints_in_it_too(host: HostAgent, foreign: ForeignDomain) -> None:
+    foreign.run("/sbin/insmod", KMOD)
+    attach(host, foreign, "kmod")
+    check_that_freed_memory_comes_back(host, foreign)
+    detach(host, foreign)
+    foreign.run("/sbin/rmmod", "hintfleet_kmod")
+
+
+def test_a_domain_whose_host_agent_ends_is_let_go(
+    libvirt: OwnLibvirt, folder: Path, foreign: ForeignDomain
+) -> None:
     xml = foreign.domain.XMLDesc()
     folders = set(Path(tempfile.gettempdir()).glob("hintfleet-guest-*"))
-    with running_host_agent() as host:
+    with running(libvirt, folder) as host:
         attach(host, foreign)
     assert set(Path(tempfile.gettempdir()).glob("hintfleet-guest-*")) <= folders
     assert foreign.domain.isActive()
@@ -86,45 +151,71 @@ def test_a_domain_whose_host_agent_ends_is_let_go(foreign: ForeignDomain) -> Non
 
 
 def test_the_next_host_agent_goes_on_with_it(
-    foreign: ForeignDomain, readable_by_qemu: Path
+    libvirt: OwnLibvirt, folder: Path, foreign: ForeignDomain
 ) -> None:
     name, xml = foreign.domain.name(), foreign.domain.XMLDesc()
-    state = ("--state", str(readable_by_qemu / "state"))
-    with running_host_agent(*state) as host:
+    state = ("--state", str(folder / "state"))
+    with running(libvirt, folder, *state) as host:
         attach(host, foreign)
         wait_until(lambda: bool(host.guests()[name].epoch), "its agent")
         epoch = host.guests()[name].epoch
         host.process.kill()
         host.process.wait()
-    with running_host_agent(*state) as host:
+    with running(libvirt, folder, *state) as host:
         wait_until(lambda: host.guests()[name].epoch > epoch, "its agent again")
         host.settle(name)
-        detach = host_pb2.DetachGuestRequest(name=name, through_guest_agent=True)
-        host.stub.DetachGuest(detach, timeout=HANG_S)
+        detach(host, foreign)
+    assert foreign.domain.XMLDesc() == xml
+
+
+def test_a_door_that_a_killed_host_agent_left_is_taken_out(
+    libvirt: OwnLibvirt, folder: Path, foreign: ForeignDomain
+) -> None:
+    name, xml = foreign.domain.name(), foreign.domain.XMLDesc()
+
+    def attached_and_killed() -> None:
+        with running(libvirt, folder) as host:
+            attach(host, foreign)
+            host.process.kill()
+            host.process.wait()
+
+    attached_and_killed()
+    assert foreign.domain.XMLDesc() != xml
+    attached_and_killed()  # the next host agent has taken it out, and left its own
+
+    def leaks(flag: str) -> list[dict[str, object]]:
+        command = [sys.executable, "-m", "host_agent", flag, "--libvirt-uri", libvirt.uri]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG_S)
+        found = json.loads(done.stdout)["leaks"]
+        return [leak for leak in found if leak["where"] == f"domain {name}"]
+
+    (leak,) = leaks("--leaks")
+    assert leak["what"] == "memory door"
+    (leak,) = leaks("--clean")
+    assert leak["removed"]
     assert foreign.domain.XMLDesc() == xml
 
 
 def test_a_door_that_somebody_takes_out_ends_the_guest(
-    foreign: ForeignDomain, connection: Any
+    host: HostAgent, foreign: ForeignDomain
 ) -> None:
-    del connection
     name = foreign.domain.name()
-    with running_host_agent() as host:
-        attach(host, foreign)
-        start = foreign.domain.XMLDesc().index("<filesystem")
-        end = foreign.domain.XMLDesc().index("</filesystem>") + len("</filesystem>")
-        foreign.domain.detachDeviceFlags(foreign.domain.XMLDesc()[start:end])
-        wait_until(lambda: name not in host.guests(), "the guest to be forgotten")
-        assert foreign.domain.isActive()
+    attach(host, foreign)
+    start = foreign.domain.XMLDesc().index("<filesystem")
+    end = foreign.domain.XMLDesc().index("</filesystem>") + len("</filesystem>")
+    foreign.domain.detachDeviceFlags(foreign.domain.XMLDesc()[start:end])
+    wait_until(lambda: name not in host.guests(), "the guest to be forgotten")
+    assert foreign.domain.isActive()
 
 
-def test_a_suspended_domain_is_refused_and_an_ended_one_forgotten(foreign: ForeignDomain) -> None:
+def test_a_suspended_domain_is_refused_and_an_ended_one_forgotten(
+    host: HostAgent, foreign: ForeignDomain
+) -> None:
     name = foreign.domain.name()
-    with running_host_agent() as host:
-        foreign.domain.suspend()
-        with pytest.raises(grpc.RpcError, match="it is suspended"):
-            attach(host, foreign)
-        foreign.domain.resume()
+    foreign.domain.suspend()
+    with pytest.raises(grpc.RpcError, match="it is suspended"):
         attach(host, foreign)
-        foreign.domain.destroy()
-        wait_until(lambda: name not in host.guests(), "the guest to be forgotten")
+    foreign.domain.resume()
+    attach(host, foreign)
+    foreign.domain.destroy()
+    wait_until(lambda: name not in host.guests(), "the guest to be forgotten")

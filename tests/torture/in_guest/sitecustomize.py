@@ -81,7 +81,14 @@ def install(seed: str) -> None:
         setattr(HintingSession, name, with_steps(getattr(HintingSession, name), death))
 
 
-if "--workload-only" not in sys.orig_argv:
+def is_agent() -> bool:
+    """Return whether this is the agent or its workload, and no other program in Python."""
+    return "guest_agent" in sys.orig_argv or any("hintfleet-guest" in a for a in sys.orig_argv)
+
+
+if not is_agent():
+    pass
+elif "--workload-only" not in sys.orig_argv:
     if seed := parameter("torture"):
         install(seed)
 elif size := parameter("stress"):

@@ -1,0 +1,388 @@
+"""Settings for torture of attached guests: domains that somebody else has made, as
+tests/support/foreign.py has them. They are reset in five ways, ended and started again; their
+memory door is unplugged; their libvirtd is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from hintfleet.errors import HintfleetError
+from hintfleet.v1 import host_pb2
+from host_agent.guests.libvirt.devices import unplug_door
+from host_agent.guests.libvirt.image import find_image
+from tests.support.foreign import Extra, ForeignDomain, foreign_xml
+from tests.support.own_libvirt import OwnLibvirt, own_libvirt
+from tests.support.relay import Relay
+from tests.torture import injectors
+from tests.torture.guest import Victim
+from tests.torture.injectors import Injector, Missed, Scene, Task, missed_if_libvirt_fails
+from tests.torture.place import Deadlines, Place
+from tests.torture.plan import Kind, Pace
+from tests.torture.real import RealVictim
+from tests.torture.run import Setting
+
+_HERE = Path(__file__).parent / "in_guest"
+_WORKLOAD = "hintfleet-workload.service"
+_STRESS = "128M"
+
+# The agent is started again however it has ended, and the console shows how.
+_AGENT_ALWAYS = """
+[Unit]
+StartLimitIntervalSec=0
+[Service]
+Restart=always
+RestartPreventExitStatus=
+DeviceAllow=/dev/console rw
+ExecStopPost=+/bin/sh /usr/local/lib/hintfleet-ended
+"""
+_ENDED = """
+case $EXIT_STATUS in
+    KILL) echo "the agent was killed (status 137)" ;;
+    0) echo "the agent was stopped" ;;
+    *) echo "the agent ended: $EXIT_CODE $EXIT_STATUS" ;;
+esac >/dev/console
+"""
+_WORKLOAD_UNIT = """
+[Unit]
+ConditionPathExists=/etc/hintfleet/guest.json
+StartLimitIntervalSec=0
+[Service]
+ExecStart=/usr/bin/hintfleet-guest --workload-only
+Restart=always
+RestartSec=1
+StandardOutput=file:/dev/console
+[Install]
+WantedBy=multi-user.target
+"""
+
+_KINDS: Mapping[Kind, int] = {
+    Kind.LINK_CUT: 24,
+    Kind.LINK_STALLED: 14,
+    Kind.LINK_DELAYED: 8,
+    Kind.SESSION_REPLAYED: 14,
+    Kind.SECOND_AGENT: 10,
+    Kind.BOOT_ID_CHANGED: 4,
+    Kind.GUEST_SUSPENDED: 16,
+    Kind.SAVE_REFUSED: 6,
+    Kind.DOOR_UNPLUGGED: 3,
+    Kind.DETACHED: 3,
+}
+_RESETS = (
+    Kind.GUEST_RESET,
+    Kind.GUEST_REBOOTED,
+    Kind.GUEST_REBOOTED_AT_ONCE,
+    Kind.GUEST_SYSRQ_B,
+    Kind.GUEST_PANICKED,
+    Kind.DOMAIN_ENDED,
+)
+_COMMANDS: Mapping[Kind, str] = {
+    Kind.GUEST_REBOOTED: "systemctl reboot",
+    Kind.GUEST_REBOOTED_AT_ONCE: "systemctl reboot --force --force",
+    Kind.GUEST_SYSRQ_B: "echo b >/proc/sysrq-trigger",
+    Kind.GUEST_PANICKED: "echo c >/proc/sysrq-trigger",
+}
+
+
+@dataclass(kw_only=True)
+class AttachedVictim(RealVictim):
+    """A domain of somebody else, while it is attached."""
+
+    foreign: ForeignDomain
+
+    def _console(self) -> str:
+        return self.foreign.console.read_text(errors="replace")
+
+
+class AttachedPlace(Place):
+    """Attaches its domain, and again whenever it has been let go."""
+
+    pause_s = 1.0  # while a domain boots, it cannot be attached
+
+    def __init__(self, *, domains: Mapping[str, ForeignDomain], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._foreign = domains[self.name]
+        self._gone_since_s = time.monotonic()
+
+    def _is_here(self, name: str) -> bool:
+        return name == self.name
+
+    async def _begin(self) -> host_pb2.Guest:
+        attached = await self._stub.AttachGuest(
+            host_pb2.AttachGuestRequest(
+                domain=self.name, hinting=self.spec.hinting, through_guest_agent=True
+            ),
+            timeout=self._deadlines.create_s,
+            wait_for_ready=True,
+        )
+        await asyncio.to_thread(self._start_workload)
+        return attached.guest
+
+    def _start_workload(self) -> None:
+        # It has its token from the configuration of the time when it was started.
+        with contextlib.suppress(AssertionError, _libvirt_error()):
+            self._foreign.run("/usr/bin/systemctl", "restart", _WORKLOAD)
+
+    def _not_made(self, error: grpc.RpcError | ProcessLookupError) -> None:
+        """Report a problem if the domain has not been attached for too long."""
+        gone_s = time.monotonic() - self._gone_since_s
+        if gone_s > self._deadlines.silence_s:
+            self._gone_since_s = time.monotonic()
+            self._report.problem(
+                f"domain {self.name} cannot be attached for {gone_s:.0f} s: {error}"
+            )
+
+    async def _lost(self, victim: Victim) -> None:
+        self._gone_since_s = time.monotonic()
+        with contextlib.suppress(_libvirt_error()):  # `finish` has suspended it
+            await asyncio.to_thread(lambda: victim.domain.resume())
+        await super()._lost(victim)
+
+    async def _destroy(self, name: str) -> None:
+        request = host_pb2.DetachGuestRequest(name=name, through_guest_agent=True)
+        with contextlib.suppress(grpc.RpcError):  # nobody has it attached, or it boots
+            await self._stub.DetachGuest(
+                request, timeout=self._deadlines.step_s, wait_for_ready=True
+            )
+
+
+class _InGuest(Task):
+    """Run a command in the guest that ends its boot; the next boot begins at once."""
+
+    def __init__(self, command: str, scene: Scene) -> None:
+        super().__init__()
+        self._command = command
+        self._foreign = _foreign_of(scene)
+
+    def begin(self) -> None:
+        self._start(asyncio.to_thread(self._run))
+
+    def _run(self) -> None:
+        with missed_if_libvirt_fails():
+            self._foreign.spawn("/bin/sh", "-c", self._command)
+
+
+class _Reset(Task):
+    """`virsh reset`: the domain boots again in the same memory."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._victim = scene.victim
+
+    def begin(self) -> None:
+        self._start(asyncio.to_thread(self._run))
+
+    def _run(self) -> None:
+        with missed_if_libvirt_fails():
+            self._victim.domain.reset()
+
+
+class _EndDomain(Task):
+    """`virsh destroy` and `virsh start`."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._victim = scene.victim
+
+    def begin(self) -> None:
+        self._start(asyncio.to_thread(self._run))
+
+    def _run(self) -> None:
+        self._victim.doomed = True
+        with missed_if_libvirt_fails():
+            domain = self._victim.domain
+            domain.destroy()
+            domain.create()
+
+
+class _UnplugDoor(Task):
+    """Take the memory door out, as its operator may."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._victim = scene.victim
+
+    def begin(self) -> None:
+        self._victim.doomed = True
+        self._start(asyncio.to_thread(self._run))
+
+    def _run(self) -> None:
+        try:
+            with missed_if_libvirt_fails():
+                unplug_door(self._victim.domain)
+        except HintfleetError as error:  # a guest that boots releases no device
+            raise Missed from error
+
+
+class _Detach(Task):
+    """`hintfleet detach`, with the guest's agent stopped before it or not."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._scene = scene
+
+    def begin(self) -> None:
+        self._scene.victim.doomed = True
+        self._start(self._run())
+
+    async def _run(self) -> None:
+        request = host_pb2.DetachGuestRequest(
+            name=self._scene.victim.name, through_guest_agent=bool(self._scene.fault.lag_s)
+        )
+        try:
+            await self._scene.stub.DetachGuest(request, timeout=60)
+        except grpc.RpcError as error:
+            raise Missed from error
+
+
+class _Save(Task):
+    """`virsh save`, which must be refused while the door is there."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._scene = scene
+
+    def begin(self) -> None:
+        self._start(asyncio.to_thread(self._run))
+
+    def _run(self) -> None:
+        with missed_if_libvirt_fails():
+            domain = self._scene.victim.domain
+            has_door = "<filesystem" in domain.XMLDesc()
+        with contextlib.suppress(_libvirt_error()):
+            domain.managedSave()
+            if has_door:
+                self._scene.problem(f"domain {self._scene.victim.name} was saved with its door")
+            domain.create()
+
+
+class _RestartLibvirt(Task):
+    """kill -9 of libvirtd, and start it again."""
+
+    def __init__(self, libvirt: OwnLibvirt) -> None:
+        super().__init__()
+        self._libvirt = libvirt
+
+    def begin(self) -> None:
+        self._start(asyncio.to_thread(self._run))
+
+    def _run(self) -> None:
+        self._libvirt.stop(signal.SIGKILL)
+        self._libvirt.start()
+
+
+def _foreign_of(scene: Scene) -> ForeignDomain:
+    assert isinstance(scene.victim, AttachedVictim)
+    return scene.victim.foreign
+
+
+def _libvirt_error() -> type[Exception]:
+    import libvirt
+
+    error: type[Exception] = libvirt.libvirtError
+    return error
+
+
+def _injectors(libvirt: OwnLibvirt) -> Mapping[Kind, Callable[[Scene], Injector]]:
+    return {
+        **injectors.REAL,
+        **{kind: partial(_InGuest, command) for kind, command in _COMMANDS.items()},
+        Kind.GUEST_RESET: _Reset,
+        Kind.DOMAIN_ENDED: _EndDomain,
+        Kind.DOOR_UNPLUGGED: _UnplugDoor,
+        Kind.DETACHED: _Detach,
+        Kind.SAVE_REFUSED: _Save,
+        Kind.LIBVIRT_RESTARTED: lambda _: _RestartLibvirt(libvirt),
+    }
+
+
+@contextmanager
+def setting(seed: int, *, short: bool = False) -> Iterator[Setting]:
+    """Return what to torture: domains under a libvirtd of the test's own. Needs root.
+
+    :param short: one domain without stress-ng, which is reset seldom, because it takes long to
+        boot; else two, with stress-ng.
+    """
+    names = ("db-torture",) if short else ("db-torture", "web-torture")
+    with contextlib.ExitStack() as undo:
+        libvirt = undo.enter_context(own_libvirt())
+        extra = _extra(seed, stress=not short)
+        domains = {name: undo.enter_context(_domain(libvirt, name, extra)) for name in names}
+        for domain in domains.values():
+            domain.wait_for_boot()
+        said: dict[str, Counter[str]] = {name: Counter() for name in names}
+
+        def victim_of(guest: host_pb2.Guest, relay: Relay) -> Victim:
+            return AttachedVictim(
+                name=guest.name,
+                uuid=guest.uuid,
+                spec=guest.spec,
+                pid=guest.pid,
+                find_domain=partial(libvirt.find, guest.uuid),
+                relay=relay,
+                foreign=domains[guest.name],
+                said=said[guest.name],
+            )
+
+        memory_bytes = next(iter(domains.values())).domain.maxMemory() << 10
+        spec = host_pb2.GuestSpec(
+            driver=host_pb2.ATTACHED, memory_bytes=memory_bytes, method=host_pb2.HINTING
+        )
+        resets = _RESETS[:2] if short else _RESETS
+        yield Setting(
+            driver="attached",
+            guests=dict.fromkeys(names, spec),
+            kinds={**_KINDS, **dict.fromkeys(resets, 1 if short else 3)},
+            host_kinds={
+                Kind.HOST_AGENT_SUSPENDED: 6,
+                Kind.HOST_AGENT_KILLED: 2,
+                Kind.LIBVIRT_RESTARTED: 1,
+            },
+            injectors=_injectors(libvirt),
+            pace=Pace(pause_s=0.5, lag_s=0.02, hold_s=1.0, longest_hold_s=0 if short else 20),
+            deadlines=Deadlines(create_s=180, step_s=60, silence_s=300),
+            advertise=lambda address: f"10.0.2.2:{address.port}",
+            victim_of=victim_of,
+            longest_wait_s=0.5,
+            back_s=180,
+            back_means_answered=True,
+            busy_share=0.4,
+            place=partial(AttachedPlace, domains=domains),
+            host_arguments=("--libvirt-uri", libvirt.uri),
+        )
+
+
+def _extra(seed: int, *, stress: bool) -> Extra:
+    return Extra(
+        parameters=f"panic=1 hintfleet.torture={seed}"
+        + (f" hintfleet.stress={_STRESS}" if stress else ""),
+        packages=["stress-ng"] if stress else [],
+        files={
+            "/etc/python3.11/sitecustomize.py": (_HERE / "sitecustomize.py").read_text(),
+            "/etc/systemd/system/hintfleet-guest.service.d/torture.conf": _AGENT_ALWAYS,
+            f"/etc/systemd/system/{_WORKLOAD}": _WORKLOAD_UNIT,
+            "/usr/local/lib/hintfleet-ended": _ENDED,
+        },
+        enabled=[_WORKLOAD],
+        has_cell=True,
+    )
+
+
+@contextmanager
+def _domain(libvirt: OwnLibvirt, name: str, extra: Extra) -> Iterator[ForeignDomain]:
+    """Start a persistent domain; libvirtd may be restarted while it runs."""
+    with foreign_xml(find_image(), extra, name) as (xml, console):
+        made = libvirt.open().defineXML(xml)
+        made.create()
+        yield ForeignDomain(partial(libvirt.find, made.UUIDString()), console)

@@ -1,0 +1,29 @@
+"""A host agent whose punches take very long, so that a guest can be reset and boot meanwhile.
+
+No bug by itself: the memory door's fence lets at most the slice that has begun end after a reset.
+"""
+
+import time
+
+from host_agent.__main__ import main
+from host_agent.memory import ram
+
+SLICE_S = 6.0
+"""How long each slice takes. Batches of a real guest have up to sixteen, and it boots in less than
+a minute."""
+
+
+def slow_down() -> None:
+    """Delay each slice after it has begun, and before it drops memory."""
+    punch = vars(ram)["punch"]
+
+    def delayed(*arguments: object) -> object:
+        time.sleep(SLICE_S)
+        return punch(*arguments)
+
+    vars(ram)["punch"] = delayed
+
+
+if __name__ == "__main__":
+    slow_down()
+    main()

@@ -1,0 +1,26 @@
+"""Torture of an attached guest: it is reset, its door is unplugged, its libvirtd is killed."""
+
+import asyncio
+
+from tests.torture import attached
+from tests.torture.plan import Kind
+from tests.torture.run import Until, torture
+
+FAULTS = 100
+LONGEST_S = 1200
+"""The longest time for a run that hangs."""
+SEED = 5
+
+
+def test_a_hundred_faults_on_an_attached_guest_and_no_wrong_page(image: object) -> None:
+    with attached.setting(SEED, short=True) as setting:
+        report = asyncio.run(torture(setting, SEED, Until(seconds=LONGEST_S, faults=FAULTS)))
+    print(report.table())
+    assert not report.problems
+    assert report.wrong_pages == 0
+    assert report.fault_count >= FAULTS
+    for kind in (Kind.AGENT_KILLED, Kind.DOOR_UNPLUGGED, Kind.DETACHED, Kind.LIBVIRT_RESTARTED):
+        assert report.faults[kind] > 0
+    assert report.faults[Kind.GUEST_RESET] + report.faults[Kind.GUEST_REBOOTED] > 0
+    assert report.verified_pages > 100_000
+    assert report.reclaimed_bytes > 0
