@@ -137,6 +137,11 @@ async def _resize(guest: Guest, memory_bytes: int) -> None:
         # books still have the DIMM's pages: remove them.
         if gone := guest.memory.plugged_pages - there:
             await guest.unplugged(gone)
+        # An earlier `plug` may have failed, and left a DIMM that the guest did not release. A new
+        # DIMM could not be told apart from it at the memory door.
+        if stray := there - guest.memory.plugged_pages:
+            await in_driver_thread(_running(guest).unplug, stray)
+            there -= stray
         before_bytes = guest.provisioned_bytes
         more_bytes = memory_bytes - before_bytes
         if more_bytes > 0:

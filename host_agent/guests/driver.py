@@ -83,7 +83,9 @@ class RunningGuest(Protocol):
         """Plug memory and return its segments, which the caller then owns. The guest does not
         use the memory before its agent onlines it. `ram` is not changed.
 
-        :raises hintfleet.errors.Refused: the memory cannot be plugged; nothing has changed.
+        :raises hintfleet.errors.Refused: the memory cannot be plugged. Nothing has changed, except
+            that `plugged` may return more: a device that could not be taken out again. It must be
+            unplugged before the next `plug`.
         """
 
     def to_unplug(self, size_bytes: int) -> Sequence[RangeSet]:

@@ -127,13 +127,16 @@ class AttachedDriver:
         """Return the domain with this name or UUID.
 
         :raises NotFound: there is none.
-        :raises Refused: no connection to libvirt.
+        :raises Refused: libvirt does not answer.
         """
-        connection = self._connection.get()
-        for lookup in (connection.lookupByName, connection.lookupByUUIDString):
-            with contextlib.suppress(Refused, GuestLost), errors_as("looking for the domain"):
-                if domain := described(lookup(name)):
-                    return domain
+        # Not lookupByUUIDString: for a name, it raises an error that becomes Refused, as a failure
+        # of libvirt does.
+        with errors_as("looking for the domain"):
+            domains = self._connection.get().listAllDomains()
+        for domain in domains:
+            is_meant = name == domain.name() or name.lower() == domain.UUIDString()
+            if is_meant and (found := described(domain)):
+                return found
         raise NotFound(f"no domain {name!r} on this host")
 
     def agent_config(self, request: GuestRequest, server: str = "") -> str:

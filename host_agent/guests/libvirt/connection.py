@@ -35,6 +35,8 @@ class Connection:
         self._uri = uri
         self._lock = Lock()
         self._connection: Any = None
+        self._owned = contextlib.ExitStack()
+        """Ends the subscriptions of `_connection`, and closes it."""
         self._watched: dict[str, EndNotice] = {}
 
     def get(self) -> Any:
@@ -48,27 +50,31 @@ class Connection:
             if self._connection is not None and not self._connection.isAlive():
                 self._disconnect()
             if self._connection is None:
-                with errors_as(
-                    f"cannot connect to libvirt at {self._uri}",
-                    hint="apt-get install libvirt-daemon-system, start libvirtd, and check the"
-                    " URI; without root, qemu:///session",
-                ):
-                    self._connection = libvirt.open(self._uri)
-                _log.info("connected to libvirt", extra=fields(uri=self._uri))
-                self._subscribe(libvirt, self._connection)
-                with errors_as("asking libvirt which user QEMU has"):
-                    self.qemu_user = QemuUser.of(self._connection.getCapabilities())
+                with contextlib.ExitStack() as undo:
+                    self._connection = self._open(libvirt, undo)
+                    self._owned = undo.pop_all()
             return self._connection
 
-    def _disconnect(self) -> None:
-        libvirt, _ = modules()
-        connection, self._connection = self._connection, None
-        with contextlib.suppress(libvirt.libvirtError):
-            connection.unregisterCloseCallback()
-        with contextlib.suppress(libvirt.libvirtError):
-            connection.close()
+    def _open(self, libvirt: ModuleType, undo: contextlib.ExitStack) -> Any:
+        """Return a new connection, subscribed to events. Closing `undo` closes it."""
+        with errors_as(
+            f"cannot connect to libvirt at {self._uri}",
+            hint="apt-get install libvirt-daemon-system, start libvirtd, and check the URI;"
+            " without root, qemu:///session",
+        ):
+            connection = libvirt.open(self._uri)
+        undo.callback(_quietly, connection.close)
+        self._subscribe(libvirt, connection, undo)
+        with errors_as("asking libvirt which user QEMU has"):
+            self.qemu_user = QemuUser.of(connection.getCapabilities())
+        _log.info("connected to libvirt", extra=fields(uri=self._uri))
+        return connection
 
-    def _subscribe(self, libvirt: ModuleType, connection: Any) -> None:
+    def _disconnect(self) -> None:
+        self._connection = None
+        self._owned.close()
+
+    def _subscribe(self, libvirt: ModuleType, connection: Any, undo: contextlib.ExitStack) -> None:
         reasons = {
             libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: "the guest shut down or was reset",
             libvirt.VIR_DOMAIN_EVENT_STOPPED: "the guest was stopped",
@@ -94,8 +100,12 @@ class Connection:
                 (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
                 (libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, reboot),
             ):
-                connection.domainEventRegisterAny(None, kind, callback, None)
+                number = connection.domainEventRegisterAny(None, kind, callback, None)
+                # A callback keeps its connection open, also after `close`
+                # (src/conf/object_event.c: virObjectEventCallbackListAddID).
+                undo.callback(_quietly, connection.domainEventDeregisterAny, number)
             connection.registerCloseCallback(closed, None)
+            undo.callback(_quietly, connection.unregisterCloseCallback)
 
     def close(self) -> None:
         """Close the connection, if it is open."""
@@ -150,3 +160,9 @@ class Connection:
         notice = self._watched.get(uuid_text)
         if notice:
             notice.give(reason)
+
+
+def _quietly(do: Callable[..., object], *arguments: object) -> None:
+    libvirt, _ = modules()
+    with contextlib.suppress(libvirt.libvirtError):
+        do(*arguments)

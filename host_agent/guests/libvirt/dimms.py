@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from hintfleet.errors import HintfleetError, Refused
@@ -34,7 +35,8 @@ class Dimms:
 
         :param ram: the RAM that the domain had before.
         :raises Refused: libvirt refused (for example, no slot is free), or QEMU did not hand over
-            the DIMM's memory in a shared memfd. A DIMM that was attached is detached again.
+            the DIMM's memory in a shared memfd. A DIMM that was attached is detached again, if
+            the guest releases it; else `pages` has it.
         """
         libvirt, _ = modules()
         before = {dimm.alias for dimm in self._dimms()}
@@ -50,7 +52,8 @@ class Dimms:
                 raise Refused("QEMU did not hand over the DIMM's memory: is the guest stopped?")
         except HintfleetError:
             for dimm in added:
-                detach(self._domain, dimm.alias, dimm.xml)
+                with contextlib.suppress(HintfleetError):
+                    detach(self._domain, dimm.alias, dimm.xml)
             raise
         return segments
 

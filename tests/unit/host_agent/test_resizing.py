@@ -1,0 +1,65 @@
+"""What a resize does about memory that an earlier one left."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from hintfleet.errors import OutcomeUnknown
+from hintfleet.ranges import EMPTY, RangeSet
+from hintfleet.units import PAGE_BYTES
+from hintfleet.v1 import host_pb2
+from host_agent.guest import Guest
+from host_agent.memory.ram import GuestRam
+from host_agent.resizing import SECTION_BYTES, resize
+
+STRAY = RangeSet([(1 << 20, SECTION_BYTES // PAGE_BYTES)])
+
+
+class Running:
+    """A guest with a DIMM that was plugged, but not handed over."""
+
+    pid = 0
+    door = balloon = reporting = None
+
+    def __init__(self, ram: GuestRam, releases: bool) -> None:
+        self.ram = ram
+        self.there = STRAY
+        self._releases = releases
+
+    def plugged(self) -> RangeSet:
+        return self.there
+
+    def unplug(self, pages: RangeSet) -> None:
+        if not self._releases:
+            raise OutcomeUnknown("the guest did not release dimm0 within 20 s")
+        self.there -= pages
+
+
+def resized(ram: GuestRam, *, releases: bool) -> Any:
+    """Resize such a guest to the size that it has; return it."""
+    size_bytes = ram.pages.page_count * PAGE_BYTES
+    spec = host_pb2.GuestSpec(
+        memory_bytes=size_bytes,
+        max_memory_bytes=size_bytes + SECTION_BYTES,
+        method=host_pb2.NONE,
+    )
+    running = Running(ram, releases)
+
+    async def scenario() -> None:
+        guest = Guest(name="g", uuid="u", token="t", trial_id="t", spec=spec)
+        guest.started(running)  # type: ignore[arg-type]
+        await resize(guest, size_bytes)
+        assert guest.provisioned_bytes == size_bytes
+
+    asyncio.run(scenario())
+    return running
+
+
+def test_a_dimm_that_is_in_no_books_is_unplugged_first(ram: GuestRam) -> None:
+    assert resized(ram, releases=True).there == EMPTY
+
+
+def test_a_dimm_that_is_still_not_released_is_an_error(ram: GuestRam) -> None:
+    with pytest.raises(OutcomeUnknown, match="did not release dimm0"):
+        resized(ram, releases=False)
