@@ -47,7 +47,11 @@ async def follow(
             raise Refused(problem)
         # `size_bytes` is of now, `unused_bytes` of the last update: if the target has moved since
         # that update, their difference is not what the guest uses. So wait for the next update.
-        if stats.unused_bytes is None or stats.last_update_s <= moved_at_s:
+        # The clock may have been set back since the move. Then the move counts as of now, and an
+        # update with a later time is an old one.
+        now_s = time.time()
+        moved_at_s = min(moved_at_s, now_s)
+        if stats.unused_bytes is None or not moved_at_s < stats.last_update_s <= now_s:
             continue
         works()
         target_bytes = rule.next_target(stats)

@@ -1,11 +1,17 @@
 """The balloon's rule, a guest that follows it, and guests without the driver that a peer needs."""
 
+import asyncio
+import time
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hintfleet.errors import GuestLost
 from hintfleet.units import GIB, KIB, MIB
 from hintfleet.v1 import host_pb2
+from host_agent.guests import balloon_loop
 from host_agent.guests.balloon import SILENT_AFTER_S, BalloonStats, PollSchedule, Rule, Silence
 from host_agent.guests.libvirt.domain_balloon import reporting_problem
 
@@ -91,6 +97,53 @@ def test_a_guest_without_usable_statistics_cannot_be_followed() -> None:
     assert (
         RULE.next_target(BalloonStats(size_bytes=GIB, unused_bytes=None, last_update_s=1)) is None
     )
+
+
+class Idle:
+    """The balloon of a guest whose target moves whenever the rule is asked.
+
+    :ivar now_s: the time of the wall clock.
+    """
+
+    def __init__(self, reads: Iterable[tuple[float, int]]) -> None:
+        self.now_s = 0.0
+        self.moved_at_s: list[float] = []
+        self._reads = iter(reads)
+
+    def stats(self) -> BalloonStats:
+        try:
+            self.now_s, last_update_s = next(self._reads)
+        except StopIteration:
+            raise GuestLost("the test is over") from None
+        return BalloonStats(size_bytes=GIB, unused_bytes=800 * MIB, last_update_s=last_update_s)
+
+    def set_target(self, _size_bytes: int) -> None:
+        self.moved_at_s.append(self.now_s)
+
+
+async def at_once(_at_s: float) -> None:
+    """Do not sleep."""
+
+
+def moved(monkeypatch: pytest.MonkeyPatch, *reads: tuple[float, int]) -> list[float]:
+    """Return when the target moves, if statistics are read at these times: (now, time of the
+    guest's last statistics)."""
+    balloon = Idle(reads)
+    monkeypatch.setattr(balloon_loop, "sleep_until", at_once)
+    monkeypatch.setattr(time, "time", lambda: balloon.now_s)
+    with pytest.raises(GuestLost, match="the test is over"):
+        asyncio.run(balloon_loop.follow(balloon, RULE, lambda: None, lambda: True))
+    return balloon.moved_at_s
+
+
+def test_the_target_moves_again_after_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert moved(monkeypatch, (100.5, 100), (101.5, 100), (102.5, 102)) == [100.5, 102.5]
+
+
+def test_the_target_moves_again_after_the_clock_was_set_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert moved(monkeypatch, (100.5, 100), (50.5, 100), (51.5, 51)) == [100.5, 51.5]
 
 
 DRIVER_OK = "VIRTIO_CONFIG_S_DRIVER_OK: Driver setup and ready"
