@@ -345,9 +345,10 @@ class Registry:
         ended = await asyncio.gather(*(self.end(g) for g in guests), return_exceptions=True)
         for guest, error in zip(guests, ended, strict=True):
             if isinstance(error, HintfleetError):
-                _log.error(
-                    "guest cannot be ended", extra=fields(guest=guest.name, reason=error.message)
-                )
+                about = {"guest": guest.name, "reason": error.message}
+                _log.error("guest cannot be ended", extra=fields(**about))
+            elif isinstance(error, BaseException):
+                _log.error("guest cannot be ended", extra=fields(guest=guest.name), exc_info=error)
 
 
 def is_guest_name(name: str) -> bool:

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar, cast
 
 from hintfleet.errors import GuestLost
 from hintfleet.v1 import host_pb2
 
 _T = TypeVar("_T")
+_Key = tuple[str, str, int]
 
 
 class RepeatedCommands:
     """The commands of all trials by id, with their answers."""
 
     def __init__(self) -> None:
-        self._answers: dict[tuple[str, str, int], asyncio.Task[object]] = {}
+        self._answers: dict[_Key, asyncio.Task[object]] = {}
 
     async def once(self, command: host_pb2.CommandId, do: Callable[[], Awaitable[_T]]) -> _T:
         """Carry out a command and return its answer; a retry (same id) gets the same answer.
@@ -38,17 +40,15 @@ class RepeatedCommands:
         task = self._answers.get(key)
         if task is None:
             task = self._answers[key] = asyncio.ensure_future(_as_coroutine(do))
-            # The caller may be gone when the command fails. `exception` marks the error as
-            # retrieved, else asyncio logs it.
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        try:
-            return cast(_T, await asyncio.shield(task))
-        except GuestLost:
-            raise
-        except Exception:
-            if self._answers.get(key) is task:
-                del self._answers[key]
-            raise
+            task.add_done_callback(partial(self._drop_failed, key))
+        return cast(_T, await asyncio.shield(task))
+
+    def _drop_failed(self, key: _Key, task: asyncio.Task[object]) -> None:
+        # Not in `once`: the caller may be gone when the command fails. `exception` marks the error
+        # as retrieved, else asyncio logs it.
+        failed = task.cancelled() or not isinstance(task.exception(), GuestLost | None)
+        if failed and self._answers.get(key) is task:
+            del self._answers[key]
 
     def forget(self, trial_id: str) -> None:
         """Drop the answers of a trial that has ended."""

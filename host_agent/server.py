@@ -8,7 +8,6 @@ the guests' address serves the guests' service only.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
@@ -125,6 +124,7 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
 
     :raises Refused: an address cannot be bound, or the state cannot be used.
     :raises InvalidInput: an address is not valid, or needs TLS.
+    :raises TransientError: the state cannot be written at the end; all is closed all the same.
     """
     with opened(settings.state) if settings.state else nullcontext() as state:
         async with _serving(settings, state) as served:
@@ -172,11 +172,12 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
         await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
         # I2: `leave` waits for punches that run. It must return before the lock of the state is
         # released, because then the next host agent may begin.
-        await registry.leave()
-        await registry.close()
-        if socket_file is not None:
-            with contextlib.suppress(FileNotFoundError):
-                socket_file.unlink()
+        try:
+            await registry.leave()
+        finally:
+            await registry.close()
+            if socket_file is not None:
+                socket_file.unlink(missing_ok=True)
 
 
 def _refuse_if_taken(path: Path) -> None:

@@ -76,7 +76,7 @@ class Saver:
     async def save(self, guest: Saved) -> None:
         """Save one guest, and return when it is written. Do nothing if it does not run.
 
-        :raises TransientError: the state cannot be written.
+        :raises TransientError: the state cannot be written; `run` tries again.
         """
         await self._save((guest,))
 
@@ -105,7 +105,9 @@ class Saver:
         try:
             await asyncio.to_thread(state.save, records)
         except TransientError:
-            self._changed |= {guest.name: guest for guest in guests}
+            # What changed meanwhile comes last, and wins: another guest may have the name by now.
+            self._changed = {guest.name: guest for guest in guests} | self._changed
+            self._has_changes.set()
             raise
 
     async def _write(self, work: Coroutine[Any, Any, None]) -> None:

@@ -1,8 +1,10 @@
 """Guests live on when a host agent with --state is killed or stopped, and another one starts."""
 
+import asyncio
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -10,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -18,9 +20,11 @@ from typing import IO
 import grpc
 import pytest
 
+from hintfleet.errors import TransientError
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceStub
+from host_agent.server import Settings, serving
 from tests.support.agents import HANG_S, TRIAL, HostAgent, alive, running_host_agent, wait_until
 
 HELD = 96 * MIB
@@ -268,6 +272,53 @@ def test_guests_that_nobody_watches_again_are_ended(home: Home, tmp_path: Path) 
         assert not home.guest_files()
     said = log.read_text()
     assert 0 < said.index("guest adopted") < said.index("guest ended")
+
+
+@contextmanager
+def without_its_tables(database: Path) -> Iterator[None]:
+    """Rename the table of guests until the block ends: meanwhile, nothing can be saved."""
+    for old, new in (("guest", "away"), ("away", "guest")):
+        with closing(sqlite3.connect(database)) as other:
+            other.execute(f"ALTER TABLE {old} RENAME TO {new}")
+        if new == "away":
+            yield
+
+
+def test_a_state_that_cannot_be_written_at_the_end_keeps_nothing_open(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = threading.Event()
+    settings = Settings(
+        name="in-process",
+        listen=home.listen,
+        guest_listen="127.0.0.1:0",
+        memory_budget_bytes=1 << 30,
+        libvirt_uri="test:///default",
+        state=home.folder / "state",
+    )
+    spec = host_pb2.GuestSpec(
+        driver=host_pb2.EMBEDDED, memory_bytes=128 * MIB, method=host_pb2.NONE
+    )
+
+    async def serve_and_fail() -> None:
+        async with serving(settings) as served:
+            served.registry.open_watch(TRIAL)
+            await served.registry.create("g", TRIAL, spec)
+            driver = served.registry.drivers[host_pb2.LIBVIRT]
+            monkeypatch.setattr(driver, "close", closed.set)
+            broken.enter_context(without_its_tables(home.boot_folder / "state.db"))
+
+    async def serve_and_end() -> None:
+        async with serving(settings) as served:
+            assert [guest.name for guest in served.registry.guests] == ["g"]
+            await served.registry.end_all()
+
+    with ExitStack() as broken, pytest.raises(TransientError, match="no such table"):
+        asyncio.run(serve_and_fail())
+    has_socket = (home.folder / "host.sock").exists()
+    asyncio.run(serve_and_end())
+    assert closed.is_set()
+    assert not has_socket
 
 
 def test_a_damaged_state_is_an_error_that_says_what_to_do(home: Home) -> None:

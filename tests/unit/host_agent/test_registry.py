@@ -1,6 +1,7 @@
 """Guests that are made and ended at the same time, with a slow driver."""
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Coroutine
@@ -45,6 +46,13 @@ class Running:
         assert self._may_end.wait(HANG_S)
         self.ram.close()
         self.closed = True
+
+
+class Stubborn:
+    """A guest that a bug keeps from being ended."""
+
+    def close(self) -> None:
+        raise ZeroDivisionError
 
 
 class Driver:
@@ -126,6 +134,23 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
         await registry.end_all()
 
     run(scenario())
+
+
+def test_a_bug_that_keeps_a_guest_from_ending_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        driver = Driver()
+        driver.may_make.set()
+        registry = registry_with(driver)
+        await made(registry)
+        registry.get("g").running = Stubborn()  # type: ignore[assignment]
+        await registry.end_all()
+        driver.made[0].ram.close()
+
+    run(scenario())
+    (line,) = [one for one in caplog.records if one.getMessage() == "guest cannot be ended"]
+    assert line.levelno == logging.ERROR
+    assert line.exc_info is not None
+    assert isinstance(line.exc_info[1], ZeroDivisionError)
 
 
 def test_a_creation_that_the_machine_refuses_can_be_retried() -> None:

@@ -1,21 +1,25 @@
 """What is stored for the next host agent, in a real file."""
 
+import asyncio
 import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from hintfleet.errors import Refused
+from hintfleet.errors import Refused, TransientError
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.memory.ledger import Books
 from host_agent.memory.page_map import PageMap
-from host_agent.persistence.database import GuestRecord, opened
+from host_agent.persistence.database import Database, GuestRecord, opened
+from host_agent.persistence.saver import Saver
 from host_agent.session.gate import Epochs
 from host_agent.session.guest_address import GuestAddress
+from tests.support.agents import HANG_S
 
 
 def a_guest(name: str = "g", epoch: int = 5) -> GuestRecord:
@@ -103,6 +107,68 @@ def test_a_state_that_cannot_be_used_is_refused(tmp_path: Path, change: str, sai
         state.guests()
     assert str(path.parent) in caught.value.hint
     assert path.exists(), "a state that cannot be used is kept for inspection"
+
+
+class Saved:
+    """A guest that is saved."""
+
+    name = "g"
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def record(self) -> GuestRecord:
+        return a_guest(epoch=self._epoch)
+
+
+def rename(path: Path, old: str, new: str) -> None:
+    """Rename a table, as another program could: without its table, nothing can be saved."""
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(f"ALTER TABLE {old} RENAME TO {new}")
+
+
+async def until_saved(state: Database) -> int:
+    """Return the epoch of the one guest that is saved, once one is."""
+    async with asyncio.timeout(HANG_S):
+        while not (found := state.guests()):
+            await asyncio.sleep(0.01)
+    return found[0].epoch
+
+
+def test_what_could_not_be_saved_is_saved_later(tmp_path: Path) -> None:
+    async def scenario(state: Database, path: Path) -> None:
+        saver = Saver(state)
+        rename(path, "guest", "away")
+        with pytest.raises(TransientError):
+            await saver.save(Saved(epoch=5))
+        rename(path, "away", "guest")
+        running = asyncio.create_task(saver.run())
+        assert await until_saved(state) == 5
+        running.cancel()
+
+    with opened(tmp_path) as state:
+        (path,) = tmp_path.glob("*/state.db")
+        asyncio.run(scenario(state, path))
+
+
+def test_a_save_that_failed_does_not_displace_a_later_guest_of_the_name(tmp_path: Path) -> None:
+    async def scenario(state: Database, path: Path) -> None:
+        saver = Saver(state)
+        rename(path, "guest", "away")
+        saving = asyncio.create_task(saver.save(Saved(epoch=5)))
+        while not saver._write_lock.locked():
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the write runs in a thread now
+        saver.changed(Saved(epoch=6))
+        with pytest.raises(TransientError):
+            await saving
+        rename(path, "away", "guest")
+        await saver.save_changed()
+        assert await until_saved(state) == 6
+
+    with opened(tmp_path) as state:
+        (path,) = tmp_path.glob("*/state.db")
+        asyncio.run(scenario(state, path))
 
 
 PUNCHER = """
