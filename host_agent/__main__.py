@@ -12,7 +12,6 @@ import resource
 import signal
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -182,7 +181,7 @@ def _leaks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 async def _serve(arguments: argparse.Namespace) -> None:
     from hintfleet.errors import Refused
-    from hintfleet.net.addresses import default_control_address, socket_path
+    from hintfleet.net.addresses import SHARED_FOLDER, default_control_address, socket_path
     from hintfleet.net.tls import Tls
     from hintfleet.system.machine_limits import total_memory
     from host_agent.api.metrics import serve_metrics
@@ -199,7 +198,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
                 hint="choose another --listen unix:PATH",
             ) from error
         if arguments.listen == default_control_address():
-            _refuse_if_not_ours(folder, Path(tempfile.gettempdir()))
+            _refuse_if_not_ours(folder, SHARED_FOLDER)
     keep_latency_steady()
     # Raise the soft limit of open files: each guest and each connection takes a few descriptors.
     # It is 1024 by default for programs that use select(2); this one uses epoll and poll only.

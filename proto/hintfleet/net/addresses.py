@@ -16,6 +16,8 @@ ENCRYPT_HINT = (
     "`hintfleet pki init`, then --tls FOLDER on both sides"
 )
 
+SHARED_FOLDER = Path("/tmp")  # noqa: S108
+"""Where every user may make folders; the default address of some users is in it."""
 
 # sun_path of a unix socket has 108 bytes with its NUL (unix(7)).
 _MOST_PATH_BYTES = 107
@@ -98,6 +100,6 @@ def _is_loopback(host: str) -> bool:
 def default_control_address() -> str:
     """Return the default address of the control API of a host agent that this user runs."""
     runtime = os.environ.get("XDG_RUNTIME_DIR") or (
-        "/run" if os.geteuid() == 0 else f"/tmp/hintfleet-{os.geteuid()}"  # noqa: S108
+        "/run" if os.geteuid() == 0 else f"{SHARED_FOLDER}/hintfleet-{os.geteuid()}"
     )
     return f"unix:{Path(runtime) / 'hintfleet' / 'host.sock'}"

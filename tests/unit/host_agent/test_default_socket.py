@@ -1,12 +1,19 @@
 """Which folder may hold the default socket."""
 
+import asyncio
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hintfleet.errors import Refused
-from host_agent.__main__ import _refuse_if_not_ours
+from hintfleet.net.addresses import SHARED_FOLDER
+from host_agent.__main__ import _parser, _refuse_if_not_ours, _serve
+
+UID = 61234
+"""Of no user."""
 
 
 def test_a_folder_of_ours_is_closed_to_others(tmp_path: Path) -> None:
@@ -35,6 +42,26 @@ def test_another_users_folder_is_refused(tmp_path: Path) -> None:
     os.chown(folder.parent, 1, 1)
     with pytest.raises(Refused, match="is not a folder of this user"):
         _refuse_if_not_ours(folder, tmp_path)
+
+
+@pytest.fixture
+def their_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Be the user UID, whose default folder somebody else has made; return that folder."""
+    folder = SHARED_FOLDER / f"hintfleet-{UID}"
+    (folder / "hintfleet").mkdir(parents=True)
+    monkeypatch.setattr(os, "geteuid", lambda: UID)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_the_default_folder_is_looked_at_wherever_temporary_files_are(
+    their_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/elsewhere")
+    arguments = _parser().parse_args(["--tls", "/nowhere"])  # so that it does not serve
+    with pytest.raises(Refused, match=f"{their_folder}/hintfleet is not a folder of this user"):
+        asyncio.run(_serve(arguments))
 
 
 def test_a_folder_elsewhere_is_not_looked_at(tmp_path: Path) -> None:
