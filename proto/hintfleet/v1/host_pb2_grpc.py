@@ -191,8 +191,9 @@ class HostServiceServicer:
         no command is answered. The last sample that was left out is sent late, just before the
         first one that differs.
         The trial's guests live as long as this stream: when it ends, for whatever reason, the
-        host agent destroys them. A host agent with --state does so after a grace period. So a
-        lost orchestrator leaves nothing behind.
+        host agent destroys them. So a lost orchestrator leaves nothing behind. But if the stream
+        ends because a host agent with --state ends, the guests live on. The next host agent
+        destroys them if no Watch of their trial is open after a grace period (--watch-grace).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

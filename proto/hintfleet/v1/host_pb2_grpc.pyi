@@ -80,8 +80,9 @@ class HostServiceStub:
     no command is answered. The last sample that was left out is sent late, just before the
     first one that differs.
     The trial's guests live as long as this stream: when it ends, for whatever reason, the
-    host agent destroys them. A host agent with --state does so after a grace period. So a
-    lost orchestrator leaves nothing behind.
+    host agent destroys them. So a lost orchestrator leaves nothing behind. But if the stream
+    ends because a host agent with --state ends, the guests live on. The next host agent
+    destroys them if no Watch of their trial is open after a grace period (--watch-grace).
     """
     WatchHost: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchHostRequest, _host_pb2.SampleSet]
     """Samples of all guests of this host, as Watch sends them, until cancelled. No guest's life
@@ -140,8 +141,9 @@ class HostServiceAsyncStub(HostServiceStub):
     no command is answered. The last sample that was left out is sent late, just before the
     first one that differs.
     The trial's guests live as long as this stream: when it ends, for whatever reason, the
-    host agent destroys them. A host agent with --state does so after a grace period. So a
-    lost orchestrator leaves nothing behind.
+    host agent destroys them. So a lost orchestrator leaves nothing behind. But if the stream
+    ends because a host agent with --state ends, the guests live on. The next host agent
+    destroys them if no Watch of their trial is open after a grace period (--watch-grace).
     """
     WatchHost: _aio.UnaryStreamMultiCallable[_host_pb2.WatchHostRequest, _host_pb2.SampleSet]  # type: ignore[assignment]
     """Samples of all guests of this host, as Watch sends them, until cancelled. No guest's life
@@ -263,8 +265,9 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         no command is answered. The last sample that was left out is sent late, just before the
         first one that differs.
         The trial's guests live as long as this stream: when it ends, for whatever reason, the
-        host agent destroys them. A host agent with --state does so after a grace period. So a
-        lost orchestrator leaves nothing behind.
+        host agent destroys them. So a lost orchestrator leaves nothing behind. But if the stream
+        ends because a host agent with --state ends, the guests live on. The next host agent
+        destroys them if no Watch of their trial is open after a grace period (--watch-grace).
         """
 
     @_abc_1.abstractmethod
