@@ -16,8 +16,11 @@ base. The string of an error is for people: what failed, and on a second line wh
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from enum import IntEnum
+from itertools import accumulate
+from urllib.parse import quote
 
 import grpc
 
@@ -125,6 +128,8 @@ _HINT_KEY = "hintfleet-hint-bin"
 _MOST_DETAILS_BYTES = 4096
 """The most bytes of a status's details, counted in the percent-encoded form that gRPC sends."""
 _MOST_HINT_BYTES = 1024
+_GAP = " ... "
+"""What stands for the middle of a message that is shortened."""
 
 
 def to_status(
@@ -143,14 +148,17 @@ def to_status(
 def _shortened(message: str) -> str:
     """Return `message`; if it is too long, without its middle."""
     # Both ends are kept: the start says what failed, the end may be the last lines of a log.
-    from urllib.parse import quote
-
     if len(quote(message)) <= _MOST_DETAILS_BYTES:
         return message
-    half = _MOST_DETAILS_BYTES // 2 // len(quote("\N{REPLACEMENT CHARACTER}"))
-    while len(quote(message[:half] + message[-half:])) < _MOST_DETAILS_BYTES * 3 // 4:
-        half += half // 4
-    return f"{message[:half]} ... {message[-half:]}"
+    half_bytes = (_MOST_DETAILS_BYTES - len(quote(_GAP))) // 2
+    end = _start_of(message[::-1], half_bytes)[::-1]
+    return _start_of(message, half_bytes) + _GAP + end
+
+
+def _start_of(text: str, most_bytes: int) -> str:
+    """Return the longest start of `text` that has at most `most_bytes` when percent-encoded."""
+    ends = list(accumulate(len(quote(letter)) for letter in text[:most_bytes]))
+    return text[: bisect_right(ends, most_bytes)]
 
 
 def from_status(

@@ -136,7 +136,8 @@ class Tls:
             message = f"its certificate cannot be used: {reason}"
             raise InvalidInput(f"TLS folder {where}: {message}", hint=_ISSUE_HINT) from error
         except OSError as error:
-            message = f"{Path(error.filename).name}: {error.strerror}"
+            # A failed read names no file.
+            message = f"{Path(error.filename or where).name}: {error.strerror}"
             raise InvalidInput(f"TLS folder {where}: {message}", hint=_ISSUE_HINT) from error
         return cls(folder=where, ca=ca, cert=cert, key=key)
 

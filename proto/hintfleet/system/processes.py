@@ -136,7 +136,10 @@ def find_process(pid: int) -> Process | None:
 
 
 def other_processes() -> Iterator[Process]:
-    """Yield all running processes that /proc shows, except this one; raises as `find_process`."""
+    """Yield all running processes that /proc lets us read, except this one."""
     for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) != os.getpid() and (found := find_process(int(name))):
-            yield found
+        if name.isdecimal() and int(name) != os.getpid():
+            # With hidepid=1, other users' processes are listed, but cannot be read (proc(5)).
+            with suppress(PermissionError):
+                if found := find_process(int(name)):
+                    yield found

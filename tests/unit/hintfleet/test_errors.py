@@ -37,13 +37,22 @@ def test_only_wrong_input_is_a_usage_error() -> None:
     assert usage == [errors.InvalidInput]
 
 
-@pytest.mark.parametrize("letter", ["x", "\N{REPLACEMENT CHARACTER}"])
-def test_an_error_with_a_long_log_arrives(letter: str) -> None:
+@pytest.mark.parametrize(
+    "log",
+    [
+        "x" * 20_000,
+        "\N{REPLACEMENT CHARACTER}" * 20_000,
+        "\N{GRINNING FACE}" * 20_000,
+        "x" * 1500 + "\N{REPLACEMENT CHARACTER}" * 20_000 + "x" * 1500,
+    ],
+    ids=["narrow", "wide", "widest", "wide in the middle"],
+)
+def test_an_error_with_a_long_log_arrives(log: str) -> None:
     """gRPC gives RESOURCE_EXHAUSTED in place of a status of more than 8 KiB."""
-    error = GuestLost(f"guest g: it ended: {letter * 20_000} the end", hint="look " * 9_000)
+    error = GuestLost(f"guest g: it ended: {log} the end", hint="look " * 9_000)
     found = from_status(*to_status(error))
     assert isinstance(found, GuestLost)
     assert found.message.startswith("guest g: it ended: ")
     assert found.message.endswith(" the end")
-    assert 1500 < len(quote(found.message)) <= 4096 + 5
+    assert 4096 - 2 * len(quote("\N{GRINNING FACE}")) <= len(quote(found.message)) <= 4096
     assert len(found.hint) < 2000

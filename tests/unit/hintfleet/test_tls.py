@@ -62,6 +62,20 @@ def nonsense(authority: Authority, tmp_path: Path) -> Path:
     return folder
 
 
+def with_a_folder_for_a_file(authority: Authority, tmp_path: Path) -> Path:
+    folder = authority.issue(Role.OPERATOR, "a", (), 1)
+    (folder / CA_FILE).unlink()
+    (folder / CA_FILE).mkdir()
+    return folder
+
+
+def with_a_file_that_fails(authority: Authority, tmp_path: Path) -> Path:
+    folder = authority.issue(Role.OPERATOR, "a", (), 1)
+    (folder / CA_FILE).unlink()
+    (folder / CA_FILE).symlink_to("/proc/self/mem")  # nothing is at address 0 (proc(5))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -69,6 +83,8 @@ def nonsense(authority: Authority, tmp_path: Path) -> Path:
         (foreign, "signature|issuer"),
         (of_another_key, "MISMATCH"),
         (without_key, "key.pem: No such file"),
+        (with_a_folder_for_a_file, "ca.pem: Is a directory"),
+        (with_a_file_that_fails, "Input/output error"),
         (nonsense, "cannot be used"),
     ],
 )
