@@ -11,6 +11,7 @@ a running guest.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -89,8 +90,8 @@ class Authority:
 
         :raises InvalidInput: the name is not valid.
         :raises Refused: the folder has an authority already, other users may enter it, or it
-            cannot be written to. No existing file was changed. The folder may have been created,
-            and after a failed write one of the new files may be left.
+            cannot be written to. No existing file was changed, and no new one is left. The folder
+            may have been created.
         """
         subject = _common_name(_checked(name))
         key = ec.generate_private_key(ec.SECP256R1())
@@ -109,8 +110,7 @@ class Authority:
             for file in files:
                 if (folder / file).exists():
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder / file)
-            for file, content in files.items():
-                _write_new(folder / file, content)
+            _write_new(folder, files)
         except FileExistsError as error:
             raise Refused(
                 f"{folder} already has an authority: {Path(error.filename).name}",
@@ -118,7 +118,8 @@ class Authority:
                 "--folder",
             ) from error
         except OSError as error:
-            raise Refused(f"cannot write {error.filename}: {error.strerror}") from error
+            # A failed write names no file.
+            raise Refused(f"cannot write {error.filename or folder}: {error.strerror}") from error
         return cls(folder)
 
     def issue(
@@ -353,8 +354,7 @@ def _write_folder(target: Path, files: dict[str, bytes]) -> None:
         # rename(2) does not cross file systems.
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
         try:
-            for file, content in files.items():
-                _write_new(new / file, content)
+            _write_new(new, files)
             if target.exists():  # rename(2) would replace an empty folder
                 raise FileExistsError
             new.rename(target)
@@ -368,8 +368,14 @@ def _write_folder(target: Path, files: dict[str, bytes]) -> None:
         raise Refused(f"cannot write {target}: {error.strerror}") from error
 
 
-def _write_new(path: Path, content: bytes) -> None:
-    # Create the file with mode 0600: before a later chmod, another user could open it.
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(content)
+def _write_new(folder: Path, files: dict[str, bytes]) -> None:
+    """Create these files in `folder`: all of them or none."""
+    with contextlib.ExitStack() as undo:
+        for name, content in files.items():
+            path = folder / name
+            # Create the file with mode 0600: before a later chmod, another user could open it.
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            undo.callback(path.unlink)
+            with os.fdopen(fd, "wb") as file:
+                file.write(content)
+        undo.pop_all()

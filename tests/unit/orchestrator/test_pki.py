@@ -1,6 +1,7 @@
 """`hintfleet pki` as a user runs it: which files it makes, what it refuses and prints."""
 
 import json
+import resource
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hintfleet.errors import InvalidInput
+from hintfleet.errors import InvalidInput, Refused
 from hintfleet.net.tls import CA_FILE, CERT_FILE, KEY_FILE, Role
 from orchestrator.cli import run_command
 from orchestrator.pki import Authority, read_certificates
@@ -88,6 +89,20 @@ def test_an_authority_is_called_like_all_others(
     assert pki("init", "--name", name, "--folder", tmp_path / "pki") == 2
     assert "1 to 64 letters" in capsys.readouterr().err
     assert not (tmp_path / "pki").exists()
+
+
+def test_an_authority_that_could_not_be_written_is_made_later(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = tmp_path / "pki"
+    # Between the sizes of a key and of a certificate.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(Refused, match=f"cannot write {folder}: File too large"):
+            Authority.init(folder, "test", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(folder.iterdir()) == []
+    Authority.init(folder, "test", 2)
 
 
 @pytest.mark.parametrize("lost", ["ca.key", "ca.pem"])
