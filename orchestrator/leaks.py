@@ -152,8 +152,10 @@ def _unlink(path: Path) -> Callable[[], None]:
         fd = try_lock(run_folder)
         if fd is None:
             raise BlockingIOError("the run goes on")
-        path.unlink(missing_ok=True)
-        os.close(fd)
+        try:
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(fd)
 
     return unlink
 

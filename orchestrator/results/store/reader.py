@@ -249,13 +249,15 @@ class Store(AbstractContextManager["Store"]):
                     continue
                 # The lock is held until the update is committed. Otherwise another process could
                 # resume the run before the update, which would store that run as interrupted.
-                self.database.execute(
-                    "UPDATE runs SET state = 'interrupted', ended_unix_us = ?, "
-                    "reason = 'its process was killed or the machine went down' "
-                    "WHERE run_id = ? AND state = 'running'",
-                    (time.time_ns() // 1000, row["run_id"]),
-                )
-                os.close(fd)
+                try:
+                    self.database.execute(
+                        "UPDATE runs SET state = 'interrupted', ended_unix_us = ?, "
+                        "reason = 'its process was killed or the machine went down' "
+                        "WHERE run_id = ? AND state = 'running'",
+                        (time.time_ns() // 1000, row["run_id"]),
+                    )
+                finally:
+                    os.close(fd)
 
 
 def _run(row: sqlite3.Row) -> Run:

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
     """
 
     def __init__(self, store: Store, header: RunHeader, resume: bool = False) -> None:
-        """Begin a run, or resume one that is stored.
+        """Begin a run, or resume one that is stored. After a failure the run is not locked.
 
         :raises LimitExceeded: the disk is full.
         :raises Refused: the store cannot be written, or another process runs this run.
@@ -79,25 +79,31 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         self._header = header
         self._folder = store.samples_dir(header.run_id)
         self._trial: _OpenTrial | None = None
-        with errors_mapped(store.path):
+        with errors_mapped(store.path), ExitStack() as undo:
             # The lock is held until the run ends. If this process is killed, the kernel releases
             # the lock, and the next reader sees that the run was abandoned
             # (`Store._end_abandoned_runs`).
             self._lock_fd = take_lock(self._folder)
+            undo.callback(os.close, self._lock_fd)
+            undo.callback((self._folder / RESERVE).unlink, missing_ok=True)
             (self._folder / RESERVE).write_bytes(bytes(_RESERVE_BYTES))
             if resume:
                 self._resume_run()
             else:
                 self._insert_run()
+            undo.pop_all()
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is None:
-            self._end(run_outcome(None, self._undecided()))
-        else:
-            # An error while the end is stored is suppressed: the user has to see `error`, which
-            # ended the run.
-            with suppress(HintfleetError):
-                self._end(run_outcome(error, ()))
+        try:
+            if error is None:
+                self._end(run_outcome(None, self._undecided()))
+            else:
+                # An error while the end is stored is suppressed: the user has to see `error`,
+                # which ended the run.
+                with suppress(HintfleetError):
+                    self._end(run_outcome(error, ()))
+        finally:
+            os.close(self._lock_fd)
 
     def begin_trial(self, trial: Trial) -> None:
         """Store the start of a trial. Records can be appended to it until `end_trial`."""
@@ -265,16 +271,13 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         if self._trial is not None and outcome.state != "failed":
             with suppress(HintfleetError):
                 self._flush(self._trial)
-        try:
-            self._execute(
-                "UPDATE runs SET state = ?, reason = ?, ended_unix_us = ? WHERE run_id = ?",
-                outcome.state,
-                outcome.reason,
-                _now_us(),
-                self._header.run_id,
-            )
-        finally:
-            os.close(self._lock_fd)
+        self._execute(
+            "UPDATE runs SET state = ?, reason = ?, ended_unix_us = ? WHERE run_id = ?",
+            outcome.state,
+            outcome.reason,
+            _now_us(),
+            self._header.run_id,
+        )
 
 
 def spec_hash(spec: Spec) -> str:

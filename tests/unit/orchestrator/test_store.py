@@ -29,8 +29,9 @@ from orchestrator.machine import environment
 from orchestrator.results.comparison import compare
 from orchestrator.results.cost import COUNTERS
 from orchestrator.results.savings import By
+from orchestrator.results.store.lock import try_lock
 from orchestrator.results.store.reader import Run, Store
-from orchestrator.results.store.writer import RunHeader, RunWriter
+from orchestrator.results.store.writer import RESERVE, RunHeader, RunWriter
 from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.service.queries import ask_store
 from orchestrator.spec import file as spec_file
@@ -312,6 +313,44 @@ def test_a_run_has_one_writer(tmp_path: Path) -> None:
             RunWriter(store, header(), resume=True)
         with pytest.raises(Refused, match="another process"):
             stored_experiment(store, store.find_run("run1"))
+
+
+def check_unlocked(store: Store) -> None:
+    fd = try_lock(store.samples_dir("run1"))
+    assert fd is not None, "the run is still locked"
+    os.close(fd)
+
+
+def refuse_updates(store: Store) -> None:
+    store.database.execute(
+        "CREATE TRIGGER refuse BEFORE UPDATE ON runs BEGIN SELECT raise(ABORT, 'not now'); END"
+    )
+
+
+def test_a_run_that_cannot_begin_leaves_neither_a_lock_nor_a_reserve(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        with RunWriter(store, header()):
+            pass
+        with pytest.raises(Refused, match="UNIQUE"):
+            RunWriter(store, header())
+        assert not (store.samples_dir("run1") / RESERVE).exists()
+        check_unlocked(store)
+
+
+def test_a_run_whose_end_cannot_be_stored_is_unlocked(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        with pytest.raises(Refused), RunWriter(store, header()):
+            store.database.execute("DROP VIEW counted_trials")
+        check_unlocked(store)
+
+
+def test_an_abandoned_run_that_cannot_be_ended_is_unlocked(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        with pytest.raises(Refused, match="not now"), RunWriter(store, header()):
+            refuse_updates(store)
+        with pytest.raises(Refused, match="not now"):
+            Store(tmp_path)
+        check_unlocked(store)
 
 
 def stored_run(store: Store, head: RunHeader) -> Run:
