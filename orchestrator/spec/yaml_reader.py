@@ -1,8 +1,7 @@
 """Reads YAML into plain values, and keeps the position of each value.
 
-Accepts a subset: no aliases, no duplicate keys, no deep nesting, one document. Tags are allowed:
-`!!int`, `!!str` and the like decide the type of a scalar, and all other tags are ignored.
-Sequences become tuples, because the spec model is frozen.
+Accepts a subset: no aliases, no tags, no duplicate keys, no deep nesting, one document. Sequences
+become tuples, because the spec model is frozen.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from ruamel.yaml.composer import MaxDepthExceededError
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.tokens import TagToken
 
 from hintfleet.errors import InvalidInput
 
@@ -86,9 +86,18 @@ def read_yaml(text: str, source: str) -> Document:
         raise InvalidInput(f"{where}: not YAML: an escape that is not a character") from error
     if node is None:
         raise InvalidInput(f"{source}:1:1: the file is empty")
+    _refuse_tags(text, source)
     reader = _Reader(source)
     data = reader.value(node, ())
     return Document(source=source, text=text, data=data, positions=reader.positions)
+
+
+def _refuse_tags(text: str, source: str) -> None:
+    # Nodes do not tell: ruamel.yaml gives `!<tag:yaml.org,2002:int> 5` the same tag as `5`.
+    for token in YAML(typ="safe", pure=True).scan(text):
+        if isinstance(token, TagToken):
+            where = f"{source}:{token.start_mark.line + 1}:{token.start_mark.column + 1}"
+            raise InvalidInput(f"{where}: tags are not supported")
 
 
 def _lines_scanned(text: str) -> int:
