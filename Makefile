@@ -3,7 +3,7 @@
 # make test    run all tests, real guests included; as root it installs what they need (VM=no: it does without)
 # make lowest  unit and model tests with the lowest versions that pyproject.toml allows; minutes, and the network
 # make bench [SUITE...]    compare with bare loops, bare clients and the peers; measure what hintfleet costs
-# make torture [SECONDS_TO_RUN=60] [DRIVER=embedded|libvirt] [SEED=N]    inject faults while guests work
+# make torture [SECONDS_TO_RUN=60] [DRIVER=embedded|libvirt|attached] [SEED=N]    inject faults while guests work
 # make fuzz [SECONDS_TO_RUN=60]       send random inputs to all that reads input from outside; check with oracles
 PYTHON ?= python3
 VENV := .venv
@@ -53,7 +53,7 @@ DRIVER ?= embedded
 TORTURE := --seconds $(SECONDS_TO_RUN) --driver $(DRIVER) $(if $(SEED),--seed $(SEED))
 
 # Real guests need libvirt-python, which has no wheel, and the packages of `make system`.
-torture: $(VENV)/dev $(if $(filter libvirt,$(DRIVER)),system)
+torture: $(VENV)/dev $(if $(filter embedded,$(DRIVER)),,system)
 	@[ $(DRIVER) = embedded ] || $(PIP) install --constraint constraints.txt --editable '.[host]'
 	@$(BIN)/python -m tests.torture $(TORTURE) $(if $(filter libvirt,$(DRIVER)),--stress)
 

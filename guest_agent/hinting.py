@@ -177,8 +177,8 @@ class HintingCore:
         return self._isolate()
 
     def ready(self) -> Sequence[Instruction]:
-        """Ask for chunks before the period has passed: the isolator has signalled that enough may
-        be ready."""
+        """Ask for chunks before the period has passed, after the isolator has signalled that enough
+        may be ready."""
         return self._isolate()
 
     def period_passed(self, *, isolator_idle: bool) -> Sequence[Instruction]:

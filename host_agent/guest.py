@@ -70,6 +70,10 @@ class Guest:
         self.is_attached = spec.driver == host_pb2.ATTACHED
         """Whether its domain is somebody else's."""
         self.saver = saver or Saver(None)
+        self.earlier = host_pb2.Ledger()
+        """Attached guests: the closed books of earlier starts of the domain, summed."""
+        self.to_attach_again: GuestRecord | None = None
+        """The record of an attached guest whose domain does not run; see api/attaching_again.py."""
         self.running: RunningGuest | None = None
         self.domain = ""
         """Name of its libvirt domain, once it has run; empty for an embedded guest."""
@@ -249,8 +253,10 @@ class Guest:
         return "\n".join(filter(None, (output, str(self.sessions.conduct))))
 
     def record(self) -> GuestRecord | None:
-        """Return what the next host agent needs to adopt the guest; None if the guest does not
-        run or its books are closed."""
+        """Return what the next host agent needs to adopt the guest, or to attach it again; None if
+        the guest does not run or its books are closed."""
+        if self.to_attach_again is not None:
+            return self.to_attach_again
         books = self.memory.books()
         if self.running is None or books is None:
             return None
@@ -263,12 +269,15 @@ class Guest:
             handle=self.running.handle,
             epoch=self.sessions.epoch,
             books=books,
+            earlier=self.earlier,
         )
 
     @property
     def why_not_hinting(self) -> str:
         """Why no memory of the guest can be hinted now, for people; empty if it can."""
         sessions = self.sessions
+        if self.to_attach_again is not None:
+            return f"it is attached again when its domain runs: {self._lost}"
         if self._lost is not None:
             return self._lost
         if not self._hints:

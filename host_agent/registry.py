@@ -7,7 +7,7 @@ import logging
 import secrets
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from hintfleet.errors import (
@@ -18,16 +18,14 @@ from hintfleet.errors import (
     Refused,
 )
 from hintfleet.logs import fields
-from hintfleet.system.machine_limits import total_memory
-from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
-from host_agent.guests.driver import GuestDriver, GuestMaker, GuestRequest
+from host_agent.guests.driver import Attacher, GuestDriver, GuestMaker, GuestRequest
 from host_agent.persistence.database import Database, GuestRecord
 from host_agent.persistence.saver import Saver
 from host_agent.repeated_commands import RepeatedCommands
-from host_agent.resizing import check_maximum, follow_table
+from host_agent.resizing import check_memory, follow_table
 from host_agent.session.gate import Epochs
 from host_agent.threads import in_driver_thread
 
@@ -51,11 +49,11 @@ class Registry:
         self,
         drivers: Mapping[host_pb2.Driver.ValueType, GuestDriver],
         state: Database | None = None,
-        attached: GuestMaker | None = None,
+        attached: Attacher | None = None,
     ) -> None:
         """:param drivers: make guests for `create` and adopt them, by the driver that a spec names.
-        :param state: stores the guests, which outlive this process then; None: they end with it.
-        :param attached: the driver of attached guests; None: no guest can be attached.
+        :param state: stores the guests for the next host agent; None: they are not stored.
+        :param attached: the driver of attached guests; None: the caller attaches none.
         """
         self.drivers = drivers
         self._attached = attached
@@ -112,7 +110,7 @@ class Registry:
         if name in self._guests and self._ending:
             await asyncio.wait(self._ending)
         self._check_new(name, trial_id, spec)
-        guest = self.add(name, self.checked_uuid(guest_uuid), trial_id, spec)
+        guest = self.add(name, checked_uuid(guest_uuid, self.guests), trial_id, spec)
         guest.creation = asyncio.create_task(self.make(guest))
         try:
             # Shielded: libvirt's createXML cannot be cancelled. So if the caller is cancelled, the
@@ -162,25 +160,11 @@ class Registry:
             raise Refused(f"there is a guest {name!r} on this host already")
         if not self._watches[trial_id]:
             raise Refused(f"no Watch of trial {trial_id!r} is open", hint="open Watch first")
-        _check_memory(name, spec)
+        check_memory(name, spec)
         if spec.driver not in self.drivers:
             raise InvalidInput(f"guest {name}: its spec names no driver")
         if spec.method == host_pb2.METHOD_UNSPECIFIED:
             raise InvalidInput(f"guest {name}: its spec names no method")
-
-    def checked_uuid(self, asked: str) -> str:
-        """Return `asked` in the usual form of a UUID, or a new UUID if `asked` is empty.
-
-        :raises InvalidInput: `asked` is not a UUID.
-        :raises Refused: a guest of this host has this UUID already.
-        """
-        try:
-            found = str(uuid.UUID(asked) if asked else uuid.uuid4())
-        except ValueError:
-            raise InvalidInput(f"{asked!r} is not a UUID") from None
-        if any(guest.uuid == found for guest in self.guests):
-            raise Refused(f"there is a guest with UUID {found} on this host already")
-        return found
 
     async def make(self, guest: Guest) -> None:
         """Have a guest's driver make or attach it, open its books, and save it.
@@ -247,17 +231,50 @@ class Registry:
         return ledger
 
     def _attached_lost(self, guest: Guest, reason: str) -> None:
-        """End an attached guest: its domain is gone, or somebody has unplugged its memory door."""
+        """End the epoch of an attached guest whose door is disconnected; then keep the guest until
+        its domain starts again, or end it if the domain runs on without the door."""
         guest.lost(reason)
-        task = asyncio.create_task(self._destroy_all([guest]))
+        task = asyncio.create_task(self._keep_or_end(guest))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+
+    async def _keep_or_end(self, guest: Guest) -> None:
+        driver, running = self._attached, guest.running
+        try:
+            if (
+                driver is not None
+                and running is not None
+                and await in_driver_thread(driver.has_ended, guest.uuid, running.handle)
+            ):
+                guest.to_attach_again = guest.record()
+                await guest.close()
+                await self.saver.save(guest)
+                return
+        except HintfleetError as error:
+            about = {"guest": guest.name, "reason": error.message}
+            _log.error("guest cannot be kept", extra=fields(**about))
+        await self._destroy_all([guest])
+
+    async def attach_again(self, ended: Guest, earlier: host_pb2.Ledger) -> None:
+        """Attach a guest whose domain has started again, with the same name and token.
+
+        :param earlier: sums of the books of the domain's earlier starts.
+        :raises HintfleetError: it cannot be attached; it stays as it is.
+        """
+        guest = self.add(ended.name, ended.uuid, "", ended.spec, ended.token)
+        guest.earlier = earlier
+        guest.creation = asyncio.create_task(self.make(guest))
+        try:
+            await asyncio.shield(guest.creation)
+        except BaseException:
+            self._guests[ended.name] = ended
+            raise
 
     # Guests of an earlier host agent
 
     async def adopt(self, records: Sequence[GuestRecord], grace_s: float) -> None:
         """Take over the guests of an earlier host agent. A guest that is gone stays registered as
-        lost; an attached one is removed.
+        lost; an attached one is attached again when its domain runs.
 
         :param grace_s: guests whose trial has no Watch after this time are ended.
         :raises Refused: a driver cannot find out whether a guest is gone, or cannot use it. No
@@ -281,10 +298,13 @@ class Registry:
             running = await in_driver_thread(driver.adopt, self.request(guest), record.handle)
         except GuestLost as error:
             guest.memory.last_ledger = record.books.totals
+            guest.earlier = record.earlier
             guest.lost(error.message)
-            if guest.is_attached:  # it belongs to no trial, so nothing else would end it
-                await self.end(guest)
+            if guest.is_attached:
+                # Kept until its domain can be attached or is removed: api/attaching_again.py.
+                guest.to_attach_again = record
         else:
+            guest.earlier = record.earlier
             await guest.adopted(running, record.books)
             follow_table(guest)
 
@@ -351,23 +371,24 @@ class Registry:
                 _log.error("guest cannot be ended", extra=fields(guest=guest.name), exc_info=error)
 
 
+def checked_uuid(asked: str, guests: Iterable[Guest]) -> str:
+    """Return `asked` in the usual form of a UUID, or a new UUID if `asked` is empty.
+
+    :raises InvalidInput: `asked` is not a UUID.
+    :raises Refused: one of these guests has this UUID already.
+    """
+    try:
+        found = str(uuid.UUID(asked) if asked else uuid.uuid4())
+    except ValueError:
+        raise InvalidInput(f"{asked!r} is not a UUID") from None
+    if any(guest.uuid == found for guest in guests):
+        raise Refused(f"there is a guest with UUID {found} on this host already")
+    return found
+
+
 def is_guest_name(name: str) -> bool:
     """Return whether a guest can have this name: 1 to 64 ASCII letters, digits and `-`."""
     return 0 < len(name) <= _MAX_NAME_LENGTH and set(name) <= _NAME_CHARACTERS
-
-
-def _check_memory(name: str, spec: host_pb2.GuestSpec) -> None:
-    if not spec.memory_bytes or spec.memory_bytes % MIB:
-        raise InvalidInput(f"guest {name}: memory must be whole MiB, not {spec.memory_bytes} bytes")
-    check_maximum(name, spec)
-    size_bytes = max(spec.memory_bytes, spec.max_memory_bytes)
-    total = total_memory()
-    if size_bytes > total.value:
-        raise Refused(
-            f"guest {name}: memory of {format_size(size_bytes)} is more than the "
-            f"{format_size(total.value)} {total.where}",
-            hint="make the guest smaller" + total.or_raise,
-        )
 
 
 def _report_lost(loop: asyncio.AbstractEventLoop, report: Callable[[], object]) -> None:

@@ -22,6 +22,7 @@ from hintfleet.errors import (
 )
 from hintfleet.logs import fields
 from hintfleet.ranges import RangeSet, encode
+from hintfleet.system.machine_limits import total_memory
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
@@ -36,10 +37,29 @@ SECTION_BYTES = 128 * MIB
 _log = logging.getLogger("hintfleet.host.guest")
 
 
-def check_maximum(name: str, spec: host_pb2.GuestSpec) -> None:
-    """Check that a guest's maximum size can be reached; without a maximum, do nothing.
+def check_memory(name: str, spec: host_pb2.GuestSpec) -> None:
+    """Check that a guest's memory is whole MiB, that its maximum is right, and that this machine
+    has as much memory.
 
-    :raises InvalidInput: it cannot be reached, or the method is the balloon; says why.
+    :raises InvalidInput, Refused: it is not; says why.
+    """
+    if not spec.memory_bytes or spec.memory_bytes % MIB:
+        raise InvalidInput(f"guest {name}: memory must be whole MiB, not {spec.memory_bytes} bytes")
+    check_maximum(name, spec)
+    size_bytes = max(spec.memory_bytes, spec.max_memory_bytes)
+    total = total_memory()
+    if size_bytes > total.value:
+        raise Refused(
+            f"guest {name}: memory of {format_size(size_bytes)} is more than the "
+            f"{format_size(total.value)} {total.where}",
+            hint="make the guest smaller" + total.or_raise,
+        )
+
+
+def check_maximum(name: str, spec: host_pb2.GuestSpec) -> None:
+    """Check that a guest's maximum size, if it has one, is its start size plus whole sections.
+
+    :raises InvalidInput: it is not, or the method is the balloon; says why.
     """
     if not spec.max_memory_bytes:
         return

@@ -33,6 +33,7 @@ from hintfleet.settings import DEFAULT_ORPHAN_AFTER_S, DEFAULT_WATCH_GRACE_S
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import add_HintingServiceServicer_to_server
 from hintfleet.v1.host_pb2_grpc import add_HostServiceServicer_to_server
+from host_agent.api.attaching_again import attach_when_started
 from host_agent.api.control_service import ControlService
 from host_agent.api.grpc_calls import OperatorsOnly
 from host_agent.api.guest_service import GuestService
@@ -151,7 +152,10 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
     await control_server.start()
     pressure = Pressure(lambda: registry.guests, settings.memory_budget_bytes)
     audits = audit_when_due(lambda: registry.guests, registry.observing)
-    loops = [asyncio.create_task(loop) for loop in (pressure.run(), registry.saver.run(), audits)]
+    again = attach_when_started(registry, attached)
+    loops = [
+        asyncio.create_task(loop) for loop in (pressure.run(), registry.saver.run(), audits, again)
+    ]
     failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     for task in loops:
         task.add_done_callback(partial(_tell_failure, failure))

@@ -44,9 +44,8 @@ class Found:
 
 
 def look_for_leaks(data_dir: Path, libvirt_uri: str = "", clean: bool = False) -> Found:
-    """Return all leaks; with `clean`, try to remove each.
-
-    Then `removed` or `kept` of each leak tells the result.
+    """Return the leaks. With `clean`, try to remove those whose `kept` is empty; afterwards each
+    leak has `removed` set, or the reason in `kept`.
     """
     act = remove_all if clean else _only_listed
     # Ray's processes first: when an actor that hangs is ended, its end of the lifeline closes, and

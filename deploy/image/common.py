@@ -29,7 +29,7 @@ class BuildError(Exception):
 
 
 def require_tools() -> None:
-    """Check that the programs that the builder runs are installed.
+    """Check that mmdebstrap, mke2fs and tar are installed.
 
     :raises BuildError: some are missing; names them and their Debian packages.
     """

@@ -91,7 +91,8 @@ class HugetlbIsolator:
     ) -> None:
         """Prepare; the kernel's pool is not touched before `start`.
 
-        :param threshold_chunks: the fewest new chunks for which a pass begins by itself.
+        :param threshold_chunks: the fewest free chunks that are not known to be absent on the host
+            for which a pass begins by itself.
         :param zeroing: whether the kernel writes to chunks as it moves them.
         """
         self._pool = pool

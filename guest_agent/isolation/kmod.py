@@ -174,8 +174,8 @@ class KmodIsolator:
 
     def idle(self) -> bool:
         """Return whether no pass is queued or running, and none is due."""
-        # Cheap, even in an idle guest: the kernel has scheduled a pass when a chunk was freed, so
-        # no free list is scanned here.
+        # Cheap, even in an idle guest: the kernel's page reporting schedules a pass when a chunk
+        # is freed. So it is enough to ask whether one is scheduled; no free list is scanned here.
         status = fcntl.ioctl(self._fd, _IOC_STATUS, bytes(_STATUS.size))
         _batch_count, _page_count, state, _order = _STATUS.unpack(status)
         return not state

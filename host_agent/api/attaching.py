@@ -15,7 +15,7 @@ from hintfleet.v1 import host_pb2
 from host_agent.api.sampling import guest_message
 from host_agent.guest import Guest
 from host_agent.guests.attached.driver import AttachedDriver
-from host_agent.registry import Registry, is_guest_name
+from host_agent.registry import Registry, checked_uuid, is_guest_name
 from host_agent.threads import in_driver_thread
 
 
@@ -61,7 +61,7 @@ def _added(registry: Registry, domain: host_pb2.Domain, hinting: host_pb2.Hintin
         hinting=hinting,
     )
     spec.hinting.isolator = hinting.isolator or IsolatorKind.HUGETLB  # HUGETLB needs no module
-    uuid_text = registry.checked_uuid(domain.uuid)
+    uuid_text = checked_uuid(domain.uuid, registry.guests)
     is_free = is_guest_name(domain.name) and domain.name not in [g.name for g in registry.guests]
     name = domain.name if is_free else uuid_text
     return registry.add(name, uuid_text, "", spec)

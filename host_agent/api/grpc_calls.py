@@ -79,7 +79,8 @@ def _for_operators_only(handler: Any) -> Any:
 async def force_close(context: Context, error: HintfleetError) -> None:
     """End the call with the status for `error`, from another task than the call's own. Raises
     nothing, even if the call has ended already."""
-    # `abort` always raises: aio.BaseError, whether it ends the call or the call has ended already.
+    # gRPC's `abort` always raises aio.BaseError, even after the call's end. `abort` below raises
+    # HintfleetError only if gRPC's does not.
     with suppress(aio.BaseError, HintfleetError):
         await abort(context, error)
 

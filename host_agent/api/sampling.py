@@ -30,6 +30,7 @@ async def guest_message(guest: Guest) -> host_pb2.Guest:
         guest_free_bytes=guest.sessions.telemetry.free_bytes,
         epoch_began_unix_us=int(guest.sessions.epoch_began_s * 1e6),
         not_hinting_because=guest.why_not_hinting,
+        earlier=guest.earlier,
     )
 
 

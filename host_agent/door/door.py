@@ -59,7 +59,7 @@ _log = logging.getLogger("hintfleet.host.door")
 class MemoryDoor:
     """The door of one guest. Whoever calls `listening` owns the door, and must close it.
 
-    :ivar fence: closed while the door is closed.
+    :ivar fence: open while QEMU runs the device.
     :ivar pid: process id of the QEMU that connected last; 0 before the first.
     """
 
@@ -98,7 +98,7 @@ class MemoryDoor:
         `path` already is replaced.
 
         :param loop: serves the socket; runs in another thread than the caller's.
-        :param uids: the users who may connect; others are disconnected at once.
+        :param uids: the users to serve; others are disconnected when their turn comes.
         :param guest: the guest's name, for logs.
         :raises Refused: the socket cannot be made there.
         """

@@ -14,7 +14,7 @@ from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.memory.ram import GuestRam, Segment
 
 Handle = Mapping[str, int]
-"""What a driver needs to find a guest again, besides its name and UUID."""
+"""What `adopt` and `has_ended` need besides the request or the UUID; may be empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +145,26 @@ class GuestMaker(Protocol):
 
     def close(self) -> None:
         """Close connections. Before, close all guests except those that survive the host agent."""
+
+
+class Attacher(GuestMaker, Protocol):
+    """Attaches domains of somebody else, which end and start when their operators want."""
+
+    def has_ended(self, uuid_text: str, handle: Handle) -> bool:
+        """Return whether a domain whose door is disconnected has ended. If not, somebody has taken
+        the door out, or QEMU broke the protocol. Waits until libvirt knows.
+
+        :param handle: of the guest that it was.
+
+        :raises hintfleet.errors.Refused: libvirt does not answer.
+        """
+
+    def runs(self, uuid_text: str) -> bool:
+        """Return whether a domain runs now.
+
+        :raises hintfleet.errors.GuestLost: there is no such domain.
+        :raises hintfleet.errors.Refused: libvirt does not answer.
+        """
 
 
 class GuestDriver(GuestMaker, Protocol):

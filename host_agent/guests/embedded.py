@@ -52,7 +52,7 @@ class _Process(Protocol):
 
 
 class _Child:
-    """A process that this host agent has started."""
+    """The process of an embedded guest that this host agent has started."""
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
         self.pid = popen.pid
@@ -73,7 +73,7 @@ class _Child:
 
 
 class _Adopted:
-    """A process that an earlier host agent has started."""
+    """The process of an embedded guest that an earlier host agent has started."""
 
     def __init__(self, handle: Handle) -> None:
         """:raises GuestLost: there is no such process any more."""

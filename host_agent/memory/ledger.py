@@ -46,6 +46,25 @@ class Books:
     untouched: PageMap
 
 
+def summed(one: host_pb2.Ledger, other: host_pb2.Ledger) -> host_pb2.Ledger:
+    """Return the sums of two closed books: of what only grows, not of what is resident, reclaimed
+    or untouched now."""
+    sums = host_pb2.Ledger(
+        hinted_total_bytes=one.hinted_total_bytes + other.hinted_total_bytes,
+        reclaimed_total_bytes=one.reclaimed_total_bytes + other.reclaimed_total_bytes,
+        absent_total_bytes=one.absent_total_bytes + other.absent_total_bytes,
+        refaulted_total_bytes=one.refaulted_total_bytes + other.refaulted_total_bytes,
+        unplugged_total_bytes=one.unplugged_total_bytes + other.unplugged_total_bytes,
+        batches=one.batches + other.batches,
+        wire_bytes=one.wire_bytes + other.wire_bytes,
+        ranges=one.ranges + other.ranges,
+    )
+    for books in (one, other):
+        for reason, size_bytes in books.skipped_total_bytes.items():
+            sums.skipped_total_bytes[reason] += size_bytes
+    return sums
+
+
 class Ledger:
     """What was hinted, reclaimed and refaulted. It counts pages; `as_pb2` converts to bytes."""
 

@@ -19,7 +19,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -42,7 +42,7 @@ _LOCK_TIMEOUT_S = 1.0
 _DEATH_TIMEOUT_S = 60.0
 
 _FOLDER_MODE = 0o711
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = f"""
     CREATE TABLE door (socket TEXT NOT NULL, address TEXT NOT NULL) STRICT;
     CREATE TABLE guest (
@@ -56,16 +56,25 @@ _SCHEMA = f"""
         totals BLOB NOT NULL,     -- hintfleet.v1.Ledger
         ram BLOB NOT NULL,        -- PageMap.pack
         reclaimed BLOB NOT NULL,  -- PageMap.pack
-        untouched BLOB NOT NULL   -- PageMap.pack
+        untouched BLOB NOT NULL,  -- PageMap.pack
+        earlier BLOB NOT NULL     -- hintfleet.v1.Ledger
     ) STRICT;
     PRAGMA user_version = {_SCHEMA_VERSION};
 """
-_SAVE = "INSERT OR REPLACE INTO guest VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_BEFORE_EARLIER = 2
+_ADD_EARLIER = f"""
+    ALTER TABLE guest ADD COLUMN earlier BLOB NOT NULL DEFAULT x'';
+    PRAGMA user_version = {_SCHEMA_VERSION};
+"""
+_SAVE = "INSERT OR REPLACE INTO guest VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestRecord:
-    """One guest as it is stored."""
+    """One guest as it is stored.
+
+    :ivar earlier: closed books of earlier starts of an attached domain, summed.
+    """
 
     name: str
     uuid: str
@@ -75,6 +84,7 @@ class GuestRecord:
     handle: Handle
     epoch: int
     books: Books
+    earlier: host_pb2.Ledger = field(default_factory=host_pb2.Ledger)
 
 
 class Database:
@@ -113,6 +123,8 @@ class Database:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:
             self._db.executescript(_SCHEMA)
+        elif version == _BEFORE_EARLIER:
+            self._db.executescript(_ADD_EARLIER)
         elif version != _SCHEMA_VERSION:
             raise self._unusable(f"is of another version of hintfleet (format {version})")
         (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
@@ -277,6 +289,7 @@ def _row(record: GuestRecord) -> tuple[str | bytes | int, ...]:
         books.ram.pack(),
         books.reclaimed.pack(),
         books.untouched.pack(),
+        record.earlier.SerializeToString(),
     )
 
 
@@ -292,6 +305,7 @@ def _record(
     ram: bytes,
     reclaimed: bytes,
     untouched: bytes,
+    earlier: bytes,
 ) -> GuestRecord:
     return GuestRecord(
         name=name,
@@ -307,4 +321,5 @@ def _record(
             reclaimed=PageMap.unpack(reclaimed),
             untouched=PageMap.unpack(untouched),
         ),
+        earlier=host_pb2.Ledger.FromString(earlier),
     )

@@ -1,1 +1,1 @@
-"""A guest's streams: which of them are welcome, and what they may ask for."""
+"""A guest's streams: which are welcome, what may be sent on them, and which batches may run."""

@@ -49,7 +49,7 @@ FLOOD_S = 5.0
 VIOLATIONS_BEFORE_BAN = 5
 VIOLATIONS_WITHIN_S = 60.0
 
-# How long the first, second and third ban last.
+# How long the first, second and third ban for violations last.
 BANS_S = (10.0, 60.0, math.inf)
 
 

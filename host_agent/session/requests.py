@@ -87,8 +87,8 @@ class Requests:
     def fail_soon(self, stream: Stream, error: HintfleetError) -> None:
         """After a grace period, fail the requests that are still on a stream that has ended."""
         # A stream often ends because its guest has ended. Then the driver soon reports that, and
-        # `fail_all` gives the requests this better reason. Or `send_again` moves them to a new
-        # stream.
+        # `fail_all` gives the requests this better reason. Or `send_again` moves commands to the
+        # workload to its new stream.
         loop = asyncio.get_running_loop()
         loop.call_later(_FAIL_AFTER_S, self._fail, stream, error)
 

@@ -191,7 +191,7 @@ def _rows(labels: Sequence[tuple[float, int]]) -> list[int]:
 
 
 def _names(contents: Contents, unit_bytes: int, end_s: float) -> alt.Chart:
-    """Return labels with each arm's name and savings, to the right of the end of its line."""
+    """Return a layer of labels: each arm's name and savings, to the right of its line."""
     saved = {row.arm: row.saved_bytes for row in contents.rows}
     top = max(float(c.high_bytes.max()) for c in contents.curves) * _HEADROOM
     ends = {c.arm: float(c.mean_bytes[-1]) for c in contents.curves}

@@ -143,7 +143,7 @@ class ClusterWatch:
 
         Does not wait for an answer.
 
-        :raises TransientError: the node is dead, or the GCS has not answered for 30 s.
+        :raises TransientError: this process's node is dead, or the GCS has not answered for 30 s.
         """
         # Ray reports neither: a `ray.wait` for an actor on a dead cluster never returns.
         now_s = time.monotonic()

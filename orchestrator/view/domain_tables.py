@@ -73,6 +73,8 @@ def guest_as_data(guest: host_pb2.Guest) -> dict[str, object]:
         "reclaimed_total_bytes": books.reclaimed_total_bytes,
         "refaulted_total_bytes": books.refaulted_total_bytes,
         "guest_free_bytes": guest.guest_free_bytes,
+        "earlier_reclaimed_total_bytes": guest.earlier.reclaimed_total_bytes,
+        "earlier_refaulted_total_bytes": guest.earlier.refaulted_total_bytes,
     }
 
 

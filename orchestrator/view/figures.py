@@ -52,7 +52,7 @@ def seconds_interval(interval: Interval | None) -> str:
 
 
 def settle_time(cost: ArmCost) -> str:
-    """Return `0.12 s`, and in a second line the slowest, `max 0.16 s`; `-` if there is none."""
+    """Return the mean, `0.12 s`, and below it the slowest, `max 0.16 s`; `-` if there is none."""
     if cost.settle_s is None or cost.slowest_settle_s is None:
         return NO_FIGURE
     digits = min(2, decimals(cost.slowest_settle_s))

@@ -72,7 +72,7 @@ class Progress:
         if self.trial is None:
             self._first_trial_s = now_s
         self.trial = trial
-        self._undecided_by_position.pop(trial.position, None)  # set if this is another attempt
+        self._undecided_by_position.pop(trial.position, None)  # set if an earlier attempt was lost
         for host in self.hosts.values():
             host.phase = "starting guests"
 

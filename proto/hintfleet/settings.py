@@ -52,7 +52,7 @@ class TrackerKind(StrEnum):
 
 
 class HintingParts(NamedTuple):
-    """An isolator and the tracker that it works with."""
+    """The names of an isolator and of the tracker that it works with."""
 
     isolator: IsolatorKind
     tracker: TrackerKind

@@ -190,7 +190,7 @@ class _Bench:
         return done.duration_us / 1e6
 
     def give_back(self, size_bytes: int, ask: Callable[[], object] | None = None) -> _Return:
-        """Write to memory and free all of it; return how it left the RAM file.
+        """Write to memory and free all of it; return how much left the RAM file, and how fast.
 
         :param ask: called right after the memory is free, to make the guest hint.
         """

@@ -97,7 +97,7 @@ async def _measure(
 
 
 class _Stream:
-    """One session of a guest that sends batches only in `latencies_s`."""
+    """A session of a guest; only `latencies_s` sends batches."""
 
     def __init__(self, address: str, guest: dict[str, str]) -> None:
         self._guest = guest

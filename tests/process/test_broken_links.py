@@ -85,7 +85,7 @@ def test_steps_are_done_once_however_often_the_link_is_cut(broken: BrokenLink) -
 def test_a_cut_link_is_a_new_epoch_and_what_was_freed_comes_back(broken: BrokenLink) -> None:
     before = broken.epoch
     broken.host.allocate(96 * MIB)
-    broken.links(Link.stall)  # batches of this session will not arrive
+    broken.links(Link.stall)  # no further batch of this session arrives
     broken.links(Link.cut)
     wait_until(lambda: broken.epoch > before, "the next session")
     broken.host.free(64 * MIB)

@@ -188,8 +188,8 @@ with Store(Path(sys.argv[2])) as store:
 
 
 def test_a_run_can_be_interrupted_while_nothing_is_heard_of_its_guests(lab: Lab) -> None:
-    # When the guests run, nothing happens until the next sample, up to 10 s later. An interrupt
-    # must not take that long.
+    # When the guests run, no record comes for up to 10 s. Meanwhile `check`, which raises
+    # interrupts, must be called.
     quiet = spec(count="1", sample_period="10s")
     command = [sys.executable, "-c", _UNHEARD, lab.spec(quiet), str(lab.folder)]
     done = subprocess.run(

@@ -63,8 +63,9 @@ class Extra:
     :ivar packages: more packages.
     :ivar files: more files, by their paths in the guest.
     :ivar enabled: units of these files that start with the guest.
-    :ivar has_cell: whether the domain's XML has a NUMA cell. libvirt before 9.2 forgets, when it
-        is restarted, that the memory of a running domain without one is shared.
+    :ivar has_cell: whether the domain's XML has a NUMA cell, so that DIMMs can be plugged. libvirt
+        before 9.2 forgets, when it is restarted, that the memory of a running domain without a
+        cell is shared.
     """
 
     parameters: str = ""
@@ -226,7 +227,12 @@ def _xml(layer: Path, disk: Path, console: Path, extra: Extra, name: str) -> str
         f"<controller type='pci' index='{index}' model='pcie-root-port'/>" for index in range(1, 7)
     )
     size = f"memory='{_MEMORY_MIB}' unit='MiB'"
-    cell = f"<cpu><numa><cell id='0' cpus='0' {size}/></numa></cpu>" if extra.has_cell else ""
+    cell = (
+        f"<maxMemory slots='4' unit='MiB'>{2 * _MEMORY_MIB}</maxMemory>"
+        f"<cpu><numa><cell id='0' cpus='0' {size}/></numa></cpu>"
+        if extra.has_cell
+        else ""
+    )
     return f"""
 <domain type='qemu'><name>{name or f"db-{identity.hex[:8]}"}</name><uuid>{identity}</uuid>
  <memory unit='MiB'>{_MEMORY_MIB}</memory><vcpu>1</vcpu>

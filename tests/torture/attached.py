@@ -19,9 +19,10 @@ from typing import Any
 import grpc
 
 from hintfleet.errors import HintfleetError
+from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests.libvirt.devices import unplug_door
-from host_agent.guests.libvirt.image import find_image
+from host_agent.guests.libvirt.devices import detach, unplug_door
+from host_agent.guests.libvirt.dimm_xml import dimm_xml, dimms_of
 from tests.support.foreign import Extra, ForeignDomain, foreign_xml
 from tests.support.own_libvirt import OwnLibvirt, own_libvirt
 from tests.support.relay import Relay
@@ -30,12 +31,13 @@ from tests.torture.guest import Victim
 from tests.torture.injectors import Injector, Missed, Scene, Task, missed_if_libvirt_fails
 from tests.torture.place import Deadlines, Place
 from tests.torture.plan import Kind, Pace
-from tests.torture.real import RealVictim
+from tests.torture.real import RealVictim, built_image
 from tests.torture.run import Setting
 
 _HERE = Path(__file__).parent / "in_guest"
 _WORKLOAD = "hintfleet-workload.service"
 _STRESS = "128M"
+_DIMM_BYTES = 128 * MIB
 
 # The agent is started again however it has ended, and the console shows how.
 _AGENT_ALWAYS = """
@@ -76,6 +78,7 @@ _KINDS: Mapping[Kind, int] = {
     Kind.BOOT_ID_CHANGED: 4,
     Kind.GUEST_SUSPENDED: 16,
     Kind.SAVE_REFUSED: 6,
+    Kind.MEMORY_RESIZED: 6,
     Kind.DOOR_UNPLUGGED: 3,
     Kind.DETACHED: 3,
 }
@@ -145,7 +148,8 @@ class AttachedPlace(Place):
 
     async def _lost(self, victim: Victim) -> None:
         self._gone_since_s = time.monotonic()
-        with contextlib.suppress(_libvirt_error()):  # `finish` has suspended it
+        with contextlib.suppress(_libvirt_error()):
+            # It is suspended if `finish` has come to its end.
             await asyncio.to_thread(lambda: victim.domain.resume())
         await super()._lost(victim)
 
@@ -225,6 +229,28 @@ class _UnplugDoor(Task):
             raise Missed from error
 
 
+class _ResizeDomain(Task):
+    """Plug a DIMM, or unplug the one that is plugged, as an operator may."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self._victim = scene.victim
+
+    def begin(self) -> None:
+        self._start(asyncio.to_thread(self._run))
+
+    def _run(self) -> None:
+        try:
+            with missed_if_libvirt_fails():
+                domain = self._victim.domain
+                if not (plugged := dimms_of(domain.XMLDesc())):
+                    domain.attachDevice(dimm_xml(_DIMM_BYTES, node=0))
+                for dimm in plugged:
+                    detach(domain, dimm.alias, dimm.xml)
+        except HintfleetError as error:  # the guest uses the memory, or boots
+            raise Missed from error
+
+
 class _Detach(Task):
     """`hintfleet detach`, with the guest's agent stopped before it or not."""
 
@@ -300,6 +326,7 @@ def _injectors(libvirt: OwnLibvirt) -> Mapping[Kind, Callable[[Scene], Injector]
         **{kind: partial(_InGuest, command) for kind, command in _COMMANDS.items()},
         Kind.GUEST_RESET: _Reset,
         Kind.DOMAIN_ENDED: _EndDomain,
+        Kind.MEMORY_RESIZED: _ResizeDomain,
         Kind.DOOR_UNPLUGGED: _UnplugDoor,
         Kind.DETACHED: _Detach,
         Kind.SAVE_REFUSED: _Save,
@@ -365,7 +392,7 @@ def setting(seed: int, *, short: bool = False) -> Iterator[Setting]:
 
 def _extra(seed: int, *, stress: bool) -> Extra:
     return Extra(
-        parameters=f"panic=1 hintfleet.torture={seed}"
+        parameters=f"panic=1 memhp_default_state=online_movable hintfleet.torture={seed}"
         + (f" hintfleet.stress={_STRESS}" if stress else ""),
         packages=["stress-ng"] if stress else [],
         files={
@@ -382,7 +409,7 @@ def _extra(seed: int, *, stress: bool) -> Extra:
 @contextmanager
 def _domain(libvirt: OwnLibvirt, name: str, extra: Extra) -> Iterator[ForeignDomain]:
     """Start a persistent domain; libvirtd may be restarted while it runs."""
-    with foreign_xml(find_image(), extra, name) as (xml, console):
+    with foreign_xml(built_image(), extra, name) as (xml, console):
         made = libvirt.open().defineXML(xml)
         made.create()
         yield ForeignDomain(partial(libvirt.find, made.UUIDString()), console)

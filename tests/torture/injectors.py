@@ -29,7 +29,7 @@ _LONGEST_DELAY_S = 0.05
 
 
 class Missed(Exception):
-    """The fault was not injected: its target does not exist (any more), or the host refused it."""
+    """Nothing was injected: the target does not exist (any more), or libvirt or the call failed."""
 
 
 class Injector(Protocol):

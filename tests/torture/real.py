@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,7 +100,9 @@ def setting(seed: int, *, short: bool = False, stress: bool = False) -> Iterator
         images = Path(tempfile.mkdtemp(prefix="hf-torture-images-"))
         undo.callback(shutil.rmtree, images)
         images.chmod(0o755)
-        _build(images, ["stress-ng"] if stress else [])
+        # Its agents kill themselves.
+        dying = {"hintfleet/sitecustomize.py": Path(__file__).parent / "in_guest/sitecustomize.py"}
+        image_with(built_image(["stress-ng"] if stress else []), dying, images)
         connection = libvirt.open(os.environ.get("LIBVIRT_DEFAULT_URI", "qemu:///system"))
         undo.callback(connection.close)
         parameters = f"init_on_alloc=0 hintfleet.torture={seed}"
@@ -143,12 +145,10 @@ def _taking_hold(connection: Any) -> Callable[[host_pb2.Guest, Relay], Victim]:
     return take_hold
 
 
-def _build(to: Path, packages: list[str]) -> None:
-    """Build the guest image in `to`, with agents that kill themselves."""
+def built_image(packages: Sequence[str] = ()) -> GuestImage:
+    """Return this tree's guest image with these packages; build it if it is not cached."""
     command = [sys.executable, str(ROOT / "deploy/image/build.py"), "--print-path"]
     for package in packages:
         command += ["--package", package]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    here = Path(__file__).parent / "in_guest/sitecustomize.py"
-    built = GuestImage(directory=Path(done.stdout.strip()), kernel_release="")
-    image_with(built, {"hintfleet/sitecustomize.py": here}, to)
+    return GuestImage(directory=Path(done.stdout.strip()), kernel_release="")

@@ -39,7 +39,7 @@ class Setting:
 
     :ivar guests: the spec of each place's guests, by the name of the place.
     :ivar kinds: the weight of each kind of fault in a guest.
-    :ivar host_kinds: the weight of each kind of fault in their host agent.
+    :ivar host_kinds: the weight of each kind of fault in their host.
     :ivar injectors: the injector of each kind.
     :ivar advertise: turns the relay's address into one that guests can reach.
     :ivar victim_of: makes the Victim of a new guest.
@@ -48,7 +48,7 @@ class Setting:
         meets a guest that works.
     :ivar back_means_answered: whether a guest is back only when it has answered a step; else
         when it is connected.
-    :ivar busy_share: the share of a guest's memory that its workload uses.
+    :ivar busy_share: the largest share of a guest's memory that its workload uses.
     :ivar place: makes a Place.
     :ivar environment: more variables for the host agent.
     :ivar host_arguments: more arguments of the host agent.

@@ -1,4 +1,5 @@
-"""The packaging provides what the code relies on."""
+"""The unit of the guest agent keeps its mounts, and deploy/system/install tells what it
+installs."""
 
 import subprocess
 from pathlib import Path

@@ -82,7 +82,8 @@ ARROWS = {
         "pressure": "waking guest",
         "repeated_commands": "",
         "registry": "repeated_commands threads cpu_meter session guests persistence guest resizing",
-        "api": "threads waking cpu_meter memory session guests.attached guest resizing registry",
+        "api": "guests threads waking cpu_meter memory session guests.attached guest resizing "
+        "registry",
         "server": "session guests guests.libvirt guests.attached persistence auditor pressure "
         "registry api",
         "doctor": "memory guests.libvirt",

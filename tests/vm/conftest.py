@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from hintfleet.errors import Refused
 from hintfleet.units import GIB, MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.libvirt.api import modules
@@ -42,11 +43,18 @@ def cannot_be_had(what: str) -> NoReturn:
 def libvirt_uri() -> str:
     """Return the URI of libvirt. Start the system's libvirt if it is used, does not answer, and
     this is root."""
-    pytest.importorskip("libvirt")
+    try:
+        libvirt, _ = modules()
+    except Refused as error:
+        cannot_be_had(error.message)
     if URI == "qemu:///system" and os.geteuid() == 0:
         started = subprocess.run([ROOT / "deploy/start-libvirt"], capture_output=True, text=True)
         if started.returncode:
             cannot_be_had(f"libvirt: {started.stderr.strip()}")
+    try:
+        libvirt.open(URI).close()
+    except libvirt.libvirtError as error:
+        cannot_be_had(f"libvirt at {URI}: {error}")
     return URI
 
 

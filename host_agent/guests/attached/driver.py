@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,12 +27,16 @@ from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.guests.driver import GuestRequest, Handle, Survival
 from host_agent.guests.libvirt.api import errors_as
 from host_agent.guests.libvirt.connection import Connection
-from host_agent.guests.libvirt.devices import plug_door, unplug_door
+from host_agent.guests.libvirt.devices import doors_in, plug_door, unplug_door
 from host_agent.guests.libvirt.runtime_dir import RuntimeDir
 from host_agent.memory.ram import GuestRam, Segment
 
 # How long the kernel of a guest that has booted may take to bind the device of the memory door.
 _OPEN_TIMEOUT_S = 15.0
+
+# How long libvirt may take to notice that QEMU has ended.
+_END_TIMEOUT_S = 10.0
+_POLL_S = 0.2
 
 _SERVICE = "hintfleet-guest"
 
@@ -42,25 +48,25 @@ class AttachedGuest:
 
     balloon: Balloon | None = None
     reporting: Reporting | None = None
-    handle: Handle = {}
-    """Empty: libvirt finds the domain by its UUID."""
 
     def __init__(
         self,
         connection: Connection,
         uuid_text: str,
-        domain: str,
+        domain: Any,
         door: MemoryDoor,
         ram: GuestRam,
         owned: contextlib.ExitStack,
     ) -> None:
         """:param owned: closes RAM and door, and removes the folder made for the door's socket."""
         self.pid = door.pid
-        self.domain = domain
+        self.domain: str = domain.name()
+        self._uuid = uuid_text
+        self.handle: Handle = {"start": domain.ID()}
+        """libvirt's number of this start of the domain, which it finds by its UUID."""
         self.ram = ram
         self.door: MemoryDoor | None = door
         self._connection = connection
-        self._uuid = uuid_text
         self._owned = owned
 
     def plugged(self) -> RangeSet:
@@ -201,6 +207,27 @@ class AttachedDriver:
             # keep this host agent from starting, and so from serving all other guests.
             raise GuestLost(f"it cannot be attached again: {error.message}") from error
 
+    def has_ended(self, uuid_text: str, handle: Handle) -> bool:
+        deadline_s = time.monotonic() + _END_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            try:
+                domain = self._connection.domain(uuid_text)
+                with errors_as("looking at a domain"):
+                    if domain.ID() != handle["start"]:  # -1 while it does not run
+                        return True
+                    # QEMU hangs up a moment before libvirt knows that it has ended.
+                    if not doors_in(ET.fromstring(domain.XMLDesc())):  # noqa: S314 - libvirt's own
+                        return False
+            except GuestLost:
+                return True
+            time.sleep(_POLL_S)
+        return False
+
+    def runs(self, uuid_text: str) -> bool:
+        domain = self._connection.domain(uuid_text)
+        with errors_as("looking at a domain"):
+            return bool(domain.isActive())
+
     def _attach(self, request: GuestRequest) -> AttachedGuest:
         domain = self._connection.domain(request.uuid)
         # Nobody serves the door of an earlier host agent any more.
@@ -221,7 +248,7 @@ class AttachedDriver:
                 undo.pop_all()
             owned.callback(ram.close)
             guest = AttachedGuest(
-                self._connection, request.uuid, domain.name(), door, ram, owned.pop_all()
+                self._connection, request.uuid, domain, door, ram, owned.pop_all()
             )
         door.when_disconnected(request.on_gone)
         return guest

@@ -21,8 +21,8 @@ class LibvirtBalloon:
     def stats(self) -> BalloonStats:
         with errors_as("reading the guest's memory statistics"):
             stats = self._domain.memoryStats()
-        # "actual" comes from QEMU, the others from the guest's balloon driver: until it has sent
-        # statistics, they are missing or 0.
+        # "actual" comes from QEMU. Until the guest's balloon driver has sent statistics, "unused"
+        # is missing, and "last_update" is missing or 0.
         return BalloonStats(
             size_bytes=stats["actual"] * KIB,
             unused_bytes=stats["unused"] * KIB if "unused" in stats else None,

@@ -282,8 +282,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
 def spec_hash(spec: Spec) -> str:
     """Return a hash that is equal for specs that give the same trials, however they are written."""
-    # Left out: description and timeouts, which change no figure, and `under`, which is merged
-    # into the other fields already.
+    # Left out: description and timeouts, which change no figure, and `under`: its part for this
+    # run's driver is merged into the other fields already, and its other parts are not used.
     content = spec.model_dump_json(exclude={"description", "timeouts", "under"})
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

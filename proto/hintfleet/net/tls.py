@@ -2,9 +2,9 @@
 
 A TLS folder holds `ca.pem` (the authority to trust), `cert.pem` (the certificate of the program
 that reads the folder) and its `key.pem`; `hintfleet pki issue` makes the folder. Both sides of a
-connection present their certificates. A program that has a TLS folder uses TLS at every TCP
-address. Without a TLS folder, the only TCP addresses allowed are on loopback, in plain text. Unix
-sockets are never encrypted.
+connection present their certificates. A TCP address for which a program was given a TLS folder uses
+TLS. Without one, servers and operators may use only loopback, in plain text; a guest agent uses the
+address that it was told. Unix sockets are never encrypted.
 """
 
 from __future__ import annotations

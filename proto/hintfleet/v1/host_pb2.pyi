@@ -361,6 +361,7 @@ class Guest(_message.Message):
     GUEST_FREE_BYTES_FIELD_NUMBER: _builtins.int
     EPOCH_BEGAN_UNIX_US_FIELD_NUMBER: _builtins.int
     NOT_HINTING_BECAUSE_FIELD_NUMBER: _builtins.int
+    EARLIER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     uuid: _builtins.str
     trial_id: _builtins.str
@@ -379,6 +380,12 @@ class Guest(_message.Message):
     def spec(self) -> Global___GuestSpec: ...
     @_builtins.property
     def ledger(self) -> Global___Ledger: ...
+    @_builtins.property
+    def earlier(self) -> Global___Ledger:
+        """Attached guests: books of the domain's earlier starts since it was attached, closed and
+        summed. Only the totals, batches, wire_bytes and ranges are set.
+        """
+
     def __init__(
         self,
         *,
@@ -393,10 +400,11 @@ class Guest(_message.Message):
         guest_free_bytes: _builtins.int = ...,
         epoch_began_unix_us: _builtins.int = ...,
         not_hinting_because: _builtins.str = ...,
+        earlier: Global___Ledger | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["earlier", b"earlier", "ledger", b"ledger", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "earlier", b"earlier", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

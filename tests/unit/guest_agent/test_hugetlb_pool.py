@@ -1,4 +1,4 @@
-"""Where it is not safe to use the hugetlb pool, the agent refuses with the reason."""
+"""The agent refuses a hugetlb pool that is not safe to use, and leaves the guest its reserve."""
 
 import fcntl
 from pathlib import Path

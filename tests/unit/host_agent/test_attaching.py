@@ -1,17 +1,20 @@
-"""Attached guests, whose domains are somebody else's: they belong to no trial, and are forgotten
-when QEMU leaves their memory door."""
+"""Attached guests, whose domains are somebody else's: they belong to no trial, are forgotten when
+somebody takes their memory door out, and wait for their domain when it ends."""
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hintfleet.errors import GuestLost, NotFound, Refused
+from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
+from host_agent.api import attaching_again
 from host_agent.api.attaching import attach, detach
 from host_agent.door.door import MemoryDoor
 from host_agent.guests.driver import GuestRequest
@@ -67,13 +70,26 @@ class Driver:
             name="db 1", uuid=UUID, running=True, memory_bytes=SIZE, obstacles=obstacles
         )
         self.made: list[Running] = []
+        self.refused: int | None = None
+        """How often it has refused; None: it does not refuse."""
 
     def find(self, name: str) -> host_pb2.Domain:
         if name not in (self.domain.name, UUID):
             raise NotFound("no such domain")
         return self.domain
 
+    def has_ended(self, _uuid: str, _handle: object) -> bool:
+        return not self.domain.running
+
+    def runs(self, uuid_text: str) -> bool:
+        if self.domain.uuid != uuid_text:
+            raise GuestLost("no such domain")
+        return self.domain.running
+
     def create(self, request: GuestRequest) -> Running:
+        if self.refused is not None:
+            self.refused += 1
+            raise Refused("it boots")
         path = self.folder / f"door-{len(self.made)}"
         door = MemoryDoor.listening(self.loop, path, {os.geteuid()}, request.name)
         qemu = FrontEnd(path)
@@ -84,6 +100,11 @@ class Driver:
         self.made.append(Running(request, door, qemu))
         door.when_disconnected(request.on_gone)
         return self.made[-1]
+
+    def end(self) -> None:
+        """Shut the domain off."""
+        self.domain.running = False
+        self.made[-1].qemu.close()
 
     def agent_config(self, request: GuestRequest, server: str) -> str:
         return f"{request.uuid} {request.spec.hinting.isolator} {server}"
@@ -195,16 +216,90 @@ def test_memory_that_somebody_plugs_and_unplugs_is_in_the_books(tmp_path: Path) 
     run(scenario, Driver(tmp_path))
 
 
-def test_a_domain_that_cannot_be_attached_again_is_forgotten(
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@contextmanager
+def looking_often(registry: Registry, driver: Any) -> Iterator[None]:
+    """Attach guests again during the block; look for domains that run without a pause."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attaching_again, "_PERIOD_S", 0.01)
+        task = asyncio.create_task(attaching_again.attach_when_started(registry, driver))
+        try:
+            yield
+        finally:
+            assert not task.done(), task
+            task.cancel()
+
+
+def test_a_guest_waits_for_its_domain_and_has_its_books_and_token_afterwards(
     tmp_path: Path,
 ) -> None:
     async def scenario(registry: Registry, driver: Any) -> None:
         await attach(registry, driver, asked())
         (guest,) = registry.guests
+        hinted = RangeSet([(0, 1)])
+        guest.memory.post(hinted, await guest.memory.reclaim(hinted), 0)
+        driver.end()
+        with looking_often(registry, driver):
+            await until(lambda: guest.to_attach_again is not None)
+            assert guest.why_not_hinting == (
+                "it is attached again when its domain runs: QEMU hung up"
+            )
+            await asyncio.sleep(0.05)
+            assert registry.guests == (guest,)
+            driver.refused, driver.domain.running = 0, True
+            await until(lambda: driver.refused > 1)  # it still boots, and is tried again
+            driver.refused = None
+            await until(lambda: len(driver.made) == 2)
+            await until(lambda: registry.guests[0].running is not None)
+        (again,) = registry.guests
+        assert (again.name, again.uuid, again.token) == (guest.name, guest.uuid, guest.token)
+        assert again.earlier.reclaimed_total_bytes == PAGE_BYTES
+        assert (await again.audits.ledger()).reclaimed_total_bytes == 0
+        await registry.end_all()
+
+    run(scenario, Driver(tmp_path))
+
+
+def test_a_guest_whose_domain_is_removed_is_forgotten(tmp_path: Path) -> None:
+    async def scenario(registry: Registry, driver: Any) -> None:
+        await attach(registry, driver, asked())
+        driver.end()
+        await until(lambda: registry.guests[0].to_attach_again is not None)
+        driver.domain.uuid = "another"
+        with looking_often(registry, driver):
+            await until(lambda: not registry.guests)
+
+    run(scenario, Driver(tmp_path))
+
+
+def test_a_guest_that_waits_can_be_detached(tmp_path: Path) -> None:
+    async def scenario(registry: Registry, driver: Any) -> None:
+        await attach(registry, driver, asked())
+        driver.end()
+        await until(lambda: registry.guests[0].to_attach_again is not None)
+        await detach(registry, driver, host_pb2.DetachGuestRequest(name=UUID))
+        assert not registry.guests
+
+    run(scenario, Driver(tmp_path))
+
+
+def test_a_guest_that_waits_is_stored_for_the_next_host_agent(tmp_path: Path) -> None:
+    async def scenario(registry: Registry, driver: Any) -> None:
+        await attach(registry, driver, asked())
+        (guest,) = registry.guests
+        driver.end()
+        await until(lambda: guest.to_attach_again is not None)
         record = guest.record()
         assert record is not None
         later = Registry({}, attached=Unwilling(tmp_path))  # type: ignore[arg-type]
         await later.adopt([record], grace_s=0)
-        assert not later.guests
+        (waiting,) = later.guests
+        assert waiting.record() == record
+        assert "it is suspended" in waiting.why_not_hinting
 
     run(scenario, Driver(tmp_path))

@@ -1,4 +1,4 @@
-"""Audits of a guest's RAM wait until they are worth their cost."""
+"""Audits wait longer if little RAM has moved, or if the last audit cost much."""
 
 import itertools
 
