@@ -4,7 +4,6 @@ Needs root."""
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -88,11 +87,17 @@ class OwnLibvirt:
             self._daemon.send_signal(number)
             self._daemon.wait()
 
-    def _end_domains(self) -> None:
+    def end(self) -> None:
+        """End all domains, and libvirtd."""
         libvirt, _ = modules()
-        for domain in self.open().listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-            with contextlib.suppress(libvirt.libvirtError):
-                domain.destroy()
+        try:
+            if self._daemon is not None and self._daemon.poll() is not None:
+                self.start()  # a test has killed it
+            for domain in self.open().listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                with contextlib.suppress(libvirt.libvirtError):
+                    domain.destroy()
+        finally:
+            self.stop()
 
 
 @contextlib.contextmanager
@@ -109,12 +114,6 @@ def own_libvirt() -> Iterator[OwnLibvirt]:
     try:
         made.start()
         yield made
-        made._end_domains()
     finally:
-        made.stop()
+        made.end()
         shutil.rmtree(folder)
-
-
-def have_root() -> bool:
-    """Return whether this process can start one."""
-    return os.geteuid() == 0
