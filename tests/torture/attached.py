@@ -19,11 +19,11 @@ from typing import Any
 import grpc
 
 from hintfleet.errors import HintfleetError
-from hintfleet.units import MIB
+from hintfleet.units import KIB, MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.libvirt.devices import detach, unplug_door
 from host_agent.guests.libvirt.dimm_xml import dimm_xml, dimms_of
-from tests.support.foreign import Extra, ForeignDomain, foreign_xml
+from tests.support.foreign import KMOD, Extra, ForeignDomain, foreign_xml
 from tests.support.own_libvirt import OwnLibvirt, own_libvirt
 from tests.support.relay import Relay
 from tests.torture import injectors
@@ -39,14 +39,16 @@ _WORKLOAD = "hintfleet-workload.service"
 _STRESS = "128M"
 _DIMM_BYTES = 128 * MIB
 
-# The agent is started again however it has ended, and the console shows how.
-_AGENT_ALWAYS = """
+# The agent is started again however it has ended, and the console shows how. Only isolator kmod
+# needs the module.
+_AGENT_ALWAYS = f"""
 [Unit]
 StartLimitIntervalSec=0
 [Service]
 Restart=always
 RestartPreventExitStatus=
 DeviceAllow=/dev/console rw
+ExecStartPre=-+/sbin/insmod {KMOD}
 ExecStopPost=+/bin/sh /usr/local/lib/hintfleet-ended
 """
 _ENDED = """
@@ -338,17 +340,17 @@ def _injectors(libvirt: OwnLibvirt) -> Mapping[Kind, Callable[[Scene], Injector]
 def setting(seed: int, *, short: bool = False) -> Iterator[Setting]:
     """Return what to torture: domains under a libvirtd of the test's own. Needs root.
 
-    :param short: one domain without stress-ng, which is reset seldom, because it takes long to
-        boot; else two, with stress-ng.
+    :param short: one domain with hugetlb and without stress-ng, which is reset seldom, because it
+        takes long to boot; else one with hugetlb and one with kmod, both with stress-ng.
     """
-    names = ("db-torture",) if short else ("db-torture", "web-torture")
+    isolators = {"db-torture": "hugetlb"} | ({} if short else {"web-torture": "kmod"})
     with contextlib.ExitStack() as undo:
         libvirt = undo.enter_context(own_libvirt())
         extra = _extra(seed, stress=not short)
-        domains = {name: undo.enter_context(_domain(libvirt, name, extra)) for name in names}
+        domains = {name: undo.enter_context(_domain(libvirt, name, extra)) for name in isolators}
         for domain in domains.values():
             domain.wait_for_boot()
-        said: dict[str, Counter[str]] = {name: Counter() for name in names}
+        said: dict[str, Counter[str]] = {name: Counter() for name in isolators}
 
         def victim_of(guest: host_pb2.Guest, relay: Relay) -> Victim:
             return AttachedVictim(
@@ -362,14 +364,10 @@ def setting(seed: int, *, short: bool = False) -> Iterator[Setting]:
                 said=said[guest.name],
             )
 
-        memory_bytes = next(iter(domains.values())).domain.maxMemory() << 10
-        spec = host_pb2.GuestSpec(
-            driver=host_pb2.ATTACHED, memory_bytes=memory_bytes, method=host_pb2.HINTING
-        )
         resets = _RESETS[:2] if short else _RESETS
         yield Setting(
             driver="attached",
-            guests=dict.fromkeys(names, spec),
+            guests={name: _spec(domains[name], isolator) for name, isolator in isolators.items()},
             kinds={**_KINDS, **dict.fromkeys(resets, 1 if short else 3)},
             host_kinds={
                 Kind.HOST_AGENT_SUSPENDED: 6,
@@ -388,6 +386,15 @@ def setting(seed: int, *, short: bool = False) -> Iterator[Setting]:
             place=partial(AttachedPlace, domains=domains),
             host_arguments=("--libvirt-uri", libvirt.uri),
         )
+
+
+def _spec(foreign: ForeignDomain, isolator: str) -> host_pb2.GuestSpec:
+    return host_pb2.GuestSpec(
+        driver=host_pb2.ATTACHED,
+        memory_bytes=foreign.domain.maxMemory() * KIB,
+        method=host_pb2.HINTING,
+        hinting=host_pb2.HintingSettings(isolator=isolator),
+    )
 
 
 def _extra(seed: int, *, stress: bool) -> Extra:
