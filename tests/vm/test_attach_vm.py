@@ -142,10 +142,11 @@ def test_a_domain_whose_host_agent_ends_is_let_go(
     libvirt: OwnLibvirt, folder: Path, foreign: ForeignDomain
 ) -> None:
     xml = foreign.domain.XMLDesc()
-    folders = set(Path(tempfile.gettempdir()).glob("hintfleet-guest-*"))
     with running(libvirt, folder) as host:
         attach(host, foreign)
-    assert set(Path(tempfile.gettempdir()).glob("hintfleet-guest-*")) <= folders
+        folders = f"hintfleet-guest-{host.process.pid}-*"
+        assert list(Path(tempfile.gettempdir()).glob(folders))
+    assert not list(Path(tempfile.gettempdir()).glob(folders))
     assert foreign.domain.isActive()
     assert foreign.domain.XMLDesc() == xml
 
@@ -208,9 +209,10 @@ def test_a_door_that_somebody_takes_out_ends_the_guest(
     assert foreign.domain.isActive()
 
 
-def test_a_suspended_domain_is_refused_and_an_ended_one_forgotten(
+def test_a_suspended_domain_is_refused_and_one_that_is_gone_is_forgotten(
     host: HostAgent, foreign: ForeignDomain
 ) -> None:
+    """The domain is transient: nothing of it is left when it has ended."""
     name = foreign.domain.name()
     foreign.domain.suspend()
     with pytest.raises(grpc.RpcError, match="it is suspended"):
