@@ -239,21 +239,23 @@ class Registry:
         task.add_done_callback(self._ending.discard)
 
     async def _keep_or_end(self, guest: Guest) -> None:
-        driver, running = self._attached, guest.running
+        has_ended = False
+        if self._attached is not None and guest.running is not None:
+            try:
+                has_ended = await in_driver_thread(
+                    self._attached.has_ended, guest.uuid, guest.running.handle
+                )
+            except HintfleetError:  # libvirt does not answer: found out when it does
+                has_ended = True
+        if not has_ended:
+            return await self._destroy_all([guest])
+        guest.to_attach_again = guest.record()
         try:
-            if (
-                driver is not None
-                and running is not None
-                and await in_driver_thread(driver.has_ended, guest.uuid, running.handle)
-            ):
-                guest.to_attach_again = guest.record()
-                await guest.close()
-                await self.saver.save(guest)
-                return
+            await guest.close()
+            await self.saver.save(guest)
         except HintfleetError as error:
             about = {"guest": guest.name, "reason": error.message}
-            _log.error("guest cannot be kept", extra=fields(**about))
-        await self._destroy_all([guest])
+            _log.error("guest cannot be ended", extra=fields(**about))
 
     async def attach_again(self, ended: Guest, earlier: host_pb2.Ledger) -> None:
         """Attach a guest whose domain has started again, with the same name and token.

@@ -12,14 +12,16 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from host_agent.guests.libvirt.api import modules
 from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S
+from tests.support.own_libvirt import OwnLibvirt
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "deploy/image"))
@@ -162,35 +164,20 @@ _CAPTURE = {"capture-output": True}
 
 @contextmanager
 def foreign_domain(
-    connection: Any, image: GuestImage, extra: Extra = _NOTHING
+    libvirt: OwnLibvirt, image: GuestImage, name: str = "", extra: Extra = _NOTHING
 ) -> Iterator[ForeignDomain]:
-    """Boot a domain whose XML has nothing of hintfleet; destroy it after the block."""
-    libvirt, _ = modules()
-    with foreign_xml(image, extra) as (xml, console):
-        domain = connection.createXML(xml, libvirt.VIR_DOMAIN_START_AUTODESTROY)
-        try:
-            made = ForeignDomain(lambda: domain, console)
-            made.wait_for_boot()
-            yield made
-        finally:
-            with suppress(libvirt.libvirtError):  # a test may have ended the domain
-                domain.destroy()
-
-
-@contextmanager
-def foreign_xml(
-    image: GuestImage, extra: Extra = _NOTHING, name: str = ""
-) -> Iterator[tuple[str, Path]]:
-    """Make a guest's disk; yield the XML of a domain with it, and the file of its console. Remove
-    both after the block."""
+    """Start a persistent domain whose XML has nothing of hintfleet; yield it while it boots. Remove
+    its disk after the block; `libvirt` ends the domain."""
     layer = foreign_layer(image, extra.packages)
+    module = kit.kit(layer.parent) / "modules/hintfleet_kmod.ko"
     folder = Path(tempfile.mkdtemp(prefix="hf-foreign-"))
     folder.chmod(0o755)
     try:
-        module = kit.kit(layer.parent) / "modules/hintfleet_kmod.ko"
         disk = _make_disk(layer / "root.tar", module, folder, extra)
         console = folder / "console.log"
-        yield _xml(layer, disk, console, extra, name), console
+        made = libvirt.open().defineXML(_xml(layer, disk, console, extra, name))
+        made.create()
+        yield ForeignDomain(partial(libvirt.find, made.UUIDString()), console)
     finally:
         shutil.rmtree(folder)
 

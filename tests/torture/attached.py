@@ -23,7 +23,7 @@ from hintfleet.units import KIB, MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.libvirt.devices import detach, unplug_door
 from host_agent.guests.libvirt.dimm_xml import dimm_xml, dimms_of
-from tests.support.foreign import KMOD, Extra, ForeignDomain, foreign_xml
+from tests.support.foreign import KMOD, Extra, ForeignDomain, foreign_domain
 from tests.support.own_libvirt import OwnLibvirt, own_libvirt
 from tests.support.relay import Relay
 from tests.torture import injectors
@@ -347,7 +347,11 @@ def setting(seed: int, *, short: bool = False) -> Iterator[Setting]:
     with contextlib.ExitStack() as undo:
         libvirt = undo.enter_context(own_libvirt())
         extra = _extra(seed, stress=not short)
-        domains = {name: undo.enter_context(_domain(libvirt, name, extra)) for name in isolators}
+        image = built_image()
+        domains = {
+            name: undo.enter_context(foreign_domain(libvirt, image, name, extra))
+            for name in isolators
+        }
         for domain in domains.values():
             domain.wait_for_boot()
         said: dict[str, Counter[str]] = {name: Counter() for name in isolators}
@@ -411,12 +415,3 @@ def _extra(seed: int, *, stress: bool) -> Extra:
         enabled=[_WORKLOAD],
         has_cell=True,
     )
-
-
-@contextmanager
-def _domain(libvirt: OwnLibvirt, name: str, extra: Extra) -> Iterator[ForeignDomain]:
-    """Start a persistent domain; libvirtd may be restarted while it runs."""
-    with foreign_xml(built_image(), extra, name) as (xml, console):
-        made = libvirt.open().defineXML(xml)
-        made.create()
-        yield ForeignDomain(partial(libvirt.find, made.UUIDString()), console)

@@ -44,7 +44,8 @@ def libvirt() -> Iterator[OwnLibvirt]:
 
 @pytest.fixture(scope="module")
 def foreign(libvirt: OwnLibvirt, image: GuestImage) -> Iterator[ForeignDomain]:
-    with foreign_domain(libvirt.open(), image) as made:
+    with foreign_domain(libvirt, image) as made:
+        made.wait_for_boot()
         yield made
 
 
@@ -209,15 +210,35 @@ def test_a_door_that_somebody_takes_out_ends_the_guest(
     assert foreign.domain.isActive()
 
 
-def test_a_suspended_domain_is_refused_and_one_that_is_gone_is_forgotten(
+def test_a_domain_that_ends_is_attached_again_when_it_starts(
     host: HostAgent, foreign: ForeignDomain
 ) -> None:
-    """The domain is transient: nothing of it is left when it has ended."""
+    name = foreign.domain.name()
+    attach(host, foreign)
+    check_that_freed_memory_comes_back(host, foreign)
+    epoch = host.guests()[name].epoch
+    foreign.domain.destroy()
+    wait_until(
+        lambda: "attached again when its domain runs" in host.guests()[name].not_hinting_because,
+        "the guest to wait",
+    )
+    foreign.domain.create()
+    wait_until(lambda: host.guests()[name].epoch > epoch, "the agent of the next start")
+    assert host.guests()[name].earlier.reclaimed_total_bytes >= 0.95 * FREED_MIB * MIB
+    foreign.wait_for_boot()
+    detach(host, foreign)
+
+
+def test_a_suspended_domain_is_refused_and_one_that_is_removed_is_forgotten(
+    host: HostAgent, foreign: ForeignDomain
+) -> None:
     name = foreign.domain.name()
     foreign.domain.suspend()
     with pytest.raises(grpc.RpcError, match="it is suspended"):
         attach(host, foreign)
     foreign.domain.resume()
     attach(host, foreign)
-    foreign.domain.destroy()
+    domain = foreign.domain
+    domain.undefine()
+    domain.destroy()
     wait_until(lambda: name not in host.guests(), "the guest to be forgotten")
