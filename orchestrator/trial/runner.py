@@ -33,9 +33,10 @@ from orchestrator.trial.records import (
 _FLUSH_PERIOD_S = 0.25
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
 _WATCH_BREAKS_WITHIN_S = 0.5
-# How many sample periods to wait before and after the measured window. The footprint at an end of
-# the window is interpolated (results/footprint.py): that needs samples before and after the window.
-_MARGIN_PERIODS = 2
+# How long to wait, beside two periods, for samples before and after the measured window. The
+# footprint at an end of the window is interpolated (results/footprint.py): that needs a sample of
+# each guest before and after the window. On a busy host a sample may be late.
+_SAMPLE_TIMEOUT_S = 10.0
 
 
 async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Record]:
@@ -70,6 +71,10 @@ class _TrialRunner:
         self._sequence = 0
         self._held_bytes = dict.fromkeys((guest.name for guest in task.guests), 0)
         self._watching = asyncio.Event()
+        self._sample_came = asyncio.Event()
+        self._sampled_us: dict[str, int] = dict.fromkeys(self._held_bytes, -1)
+        """When the last sample of each guest was made, on the host's clock."""
+        self._last_step_us = 0
 
     async def run(self) -> None:
         """Put all records into the queue, and None after the last one."""
@@ -128,6 +133,9 @@ class _TrialRunner:
             async for samples in stream:
                 self._watching.set()
                 buffered.append(samples)
+                made_us = samples.at_unix_us
+                self._sampled_us |= dict.fromkeys((s.guest_name for s in samples.samples), made_us)
+                self._sample_came.set()
                 if time.monotonic() - flushed_at >= _FLUSH_PERIOD_S:
                     self._flush(buffered)
                     flushed_at = time.monotonic()
@@ -147,13 +155,12 @@ class _TrialRunner:
         # The host agent makes no guest while no watch of the guest's trial is open.
         await self._wait_watching()
         await self._on_all(self._create)
-        margin_s = _MARGIN_PERIODS * self._spec.sample_period_s
-        await asyncio.sleep(margin_s)
+        await self._wait_for_samples(since_us=0)
         for i, step in enumerate(self._task.steps):
             await self._run_phase(i, step)
         self._announce("verify", 0.0)
         await self._on_all(self._verify)
-        await asyncio.sleep(margin_s)
+        await self._wait_for_samples(since_us=self._last_step_us)
         await self._on_all(self._destroy)
 
     async def _wait_watching(self) -> None:
@@ -161,6 +168,15 @@ class _TrialRunner:
             await asyncio.wait_for(self._watching.wait(), _FIRST_SAMPLE_TIMEOUT_S)
         except TimeoutError:
             raise TransientError(f"{self._task.host}: no samples from the host agent") from None
+
+    async def _wait_for_samples(self, since_us: int) -> None:
+        """Wait until there is a sample of each guest that was made at this time or later, on the
+        host's clock. If none comes for long, go on: the trial will be undecided."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S):
+                while min(self._sampled_us.values(), default=since_us) < since_us:
+                    self._sample_came.clear()
+                    await self._sample_came.wait()
 
     async def _run_phase(self, index: int, step: Step) -> None:
         self._announce(step.title, step.hold_s)
@@ -195,6 +211,7 @@ class _TrialRunner:
         request.guest_name = guest.name
         done = await self._client.run_step(request)
         self._held_bytes[guest.name] = done.held_bytes
+        self._last_step_us = max(self._last_step_us, done.done_at_unix_us)
         self._post(
             StepDone(
                 host=self._task.host,
