@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from hintfleet.errors import (
     GuestLost,
@@ -280,14 +281,15 @@ class Registry:
 
         :param grace_s: guests whose trial has no Watch after this time are ended.
         :raises Refused: a driver cannot find out whether a guest is gone, or cannot use it. No
-            running guest is ended.
+            running guest is ended. Of several errors, the first is raised, and the others are
+            logged.
         """
         adopting = [asyncio.create_task(self._adopt(record)) for record in records]
         if adopting:
             await asyncio.wait(adopting)
         # Not gather: it raises at the first error, while other adoptions still run.
-        for task in adopting:
-            task.result()
+        errors = [task.exception() for task in adopting]
+        _raise_first([record.name for record in records], errors)
         loop = asyncio.get_running_loop()
         for trial_id in {record.trial_id for record in records if record.trial_id}:
             loop.call_later(grace_s, self._end_unwatched, trial_id)
@@ -350,13 +352,13 @@ class Registry:
         """Save and release all guests. They live on, and the next host agent can adopt them.
 
         :raises TransientError: the state cannot be written: it has older books of some guests.
-            All are released all the same.
+            All are released all the same. Of several errors, the first is raised, and the others
+            are logged.
         """
         await asyncio.gather(*self._ending)
-        left = await asyncio.gather(*(g.leave() for g in self.guests), return_exceptions=True)
-        for error in left:
-            if error is not None:
-                raise error
+        guests = self.guests
+        left = await asyncio.gather(*(g.leave() for g in guests), return_exceptions=True)
+        _raise_first([guest.name for guest in guests], left)
 
     async def close(self) -> None:
         """Close the drivers; call it after `end_all` or `leave`."""
@@ -366,11 +368,27 @@ class Registry:
     async def _destroy_all(self, guests: tuple[Guest, ...] | list[Guest]) -> None:
         ended = await asyncio.gather(*(self.end(g) for g in guests), return_exceptions=True)
         for guest, error in zip(guests, ended, strict=True):
-            if isinstance(error, HintfleetError):
-                about = {"guest": guest.name, "reason": error.message}
-                _log.error("guest cannot be ended", extra=fields(**about))
-            elif isinstance(error, BaseException):
-                _log.error("guest cannot be ended", extra=fields(guest=guest.name), exc_info=error)
+            if isinstance(error, BaseException):
+                _log.error("guest cannot be ended", **_about(guest.name, error))
+
+
+def _raise_first(names: Iterable[str], errors: Iterable[BaseException | None]) -> None:
+    """Raise the first error, if there is one, and log the others.
+
+    :param names: the guests' names, in the order of `errors`.
+    """
+    failed = [(name, error) for name, error in zip(names, errors, strict=True) if error is not None]
+    for name, error in failed[1:]:
+        _log.error("another guest failed, too", **_about(name, error))
+    if failed:
+        raise failed[0][1]
+
+
+def _about(name: str, error: BaseException) -> dict[str, Any]:
+    """Return the arguments of a logging call that says with which error a guest failed."""
+    if isinstance(error, HintfleetError):
+        return {"extra": fields(guest=name, reason=error.message)}
+    return {"extra": fields(guest=name), "exc_info": error}
 
 
 def checked_uuid(asked: str, guests: Iterable[Guest]) -> str:

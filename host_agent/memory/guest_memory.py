@@ -123,7 +123,8 @@ class GuestMemory:
         """Reclaim the pages of a batch whose turn has just come; return the outcome, for `post`.
         Locked.
 
-        The whole batch is skipped if the RAM is not open, or if the look at it fails.
+        The whole batch is skipped if the RAM is not open. If a look at it fails, the guest is lost:
+        a punch that failed before the look may have dropped a part, and nobody knows which.
         """
         if self._open is None:
             return skip(hinted, hinting_pb2.GUEST_GONE)
@@ -135,7 +136,8 @@ class GuestMemory:
             if self._is_light(hinted):
                 return reclaim(ram, hinted, ledger.absent_pages, permit)
             return await asyncio.to_thread(reclaim, ram, hinted, ledger.absent_pages, permit)
-        except OSError:  # a look failed; a failed punch is handled in `reclaim`
+        except OSError as error:  # a look failed; a failed punch is handled in `reclaim`
+            self._look_failed(error)
             return skip(hinted, hinting_pb2.HOST_ERROR)
 
     def _is_light(self, hinted: RangeSet) -> bool:

@@ -279,7 +279,8 @@ class GuestSessions:
         grace period, its open commands fail. A stream that was replaced is ignored."""
         if self._workload is stream:
             self._workload = None
-            self.workload_is_there.clear()
+            if self._lost is None:
+                self.workload_is_there.clear()
             _log.info("workload left", extra=self._fields(reason=stream.why_ended))
             error = OutcomeUnknown(f"guest {self._name}: its workload stream ended")
             self._requests.fail_soon(stream, error)

@@ -168,7 +168,8 @@ class Conduct:
         ):
             return False
         self._recent_violations.clear()
-        self._banned_until_s = now_s + BANS_S[self._bans]
+        # Streams that were open when the last ban began may still break the protocol.
+        self._banned_until_s = now_s + BANS_S[min(self._bans, len(BANS_S) - 1)]
         self._bans += 1
         return self._banned_until_s == math.inf
 

@@ -1,13 +1,15 @@
-"""What a guest is told about memory that is unplugged, plugged and used; and an audit that is not
-cut off with its caller."""
+"""What a guest is told about memory that is unplugged, plugged and used; an audit that is not cut
+off with its caller; and a guest that is lost."""
 
 import asyncio
 import os
 import threading
+import time
 from typing import Any
 
 import pytest
 
+from hintfleet.errors import GuestLost
 from hintfleet.ranges import RangeSet, decode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
@@ -137,5 +139,52 @@ def test_an_audit_is_awaited_though_its_caller_is_gone(
         assert not unplugging.done(), "the RAM is changed while a thread audits it"
         may_end.set()
         await unplugging
+
+    asyncio.run(scenario())
+
+
+def test_a_guest_whose_batch_was_half_dropped_unseen_is_lost(ram_fd: int) -> None:
+    """Its books would count the dropped half as resident for ever, and hide as many refaults."""
+    other_fd = os.memfd_create("other")
+    os.truncate(other_fd, 8 * PAGE_BYTES)
+    ram = GuestRam(
+        [
+            Segment(pfn=0, page_count=8, fd=ram_fd, offset_bytes=0),
+            Segment(pfn=8, page_count=8, fd=other_fd, offset_bytes=0),
+        ]
+    )
+
+    async def scenario() -> None:
+        guest = started(ram)
+        for fd in (ram_fd, other_fd):
+            os.pwrite(fd, bytes(8 * PAGE_BYTES), 0)
+        await guest.audits.ledger()
+        pipe = os.pipe()  # can be neither punched nor looked at
+        os.dup2(pipe[0], other_fd)
+        for fd in pipe:
+            os.close(fd)
+        hinted = RangeSet([(0, 16)])
+        outcome = await guest.memory.run_locked(guest.memory.reclaim(hinted))
+        assert outcome.skipped == {hinting_pb2.HOST_ERROR: hinted}
+        assert os.fstat(ram_fd).st_blocks == 0, "the first half is dropped"
+        assert guest.why_not_hinting == "its RAM cannot be looked at: Illegal seek"
+
+    asyncio.run(scenario())
+    ram.close()
+
+
+def test_a_step_on_a_lost_guest_fails_at_once(ram: GuestRam) -> None:
+    """Also after the stream of its workload has ended."""
+
+    async def scenario() -> None:
+        guest, stream = started(ram), Stream()
+        guest.sessions.attach_workload(stream)
+        guest.lost("it crashed")
+        guest.sessions.leave_workload(stream)
+        asked_s = time.monotonic()
+        with pytest.raises(GuestLost, match="it crashed"):
+            await guest.sessions.run_step(lambda n: hinting_pb2.WorkloadCommand(command_id=n))
+        assert guest.sessions.workload_is_there.is_set()
+        assert time.monotonic() - asked_s < 0.5
 
     asyncio.run(scenario())

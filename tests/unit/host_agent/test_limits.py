@@ -139,5 +139,13 @@ def test_bans_grow_and_the_last_is_for_ever() -> None:
     assert str(conduct) == "broke the protocol 15 times, last: batch 2 is empty"
 
 
+def test_violations_after_the_last_ban_change_nothing() -> None:
+    """They come on streams that were open when the ban began."""
+    conduct = Conduct()
+    for _ in range(2 * len(BANS_S) * VIOLATIONS_BEFORE_BAN):
+        conduct.count_violation(InvalidInput("batch 2 is empty"), 1.0)
+        assert conduct.is_banned(1e9) == (conduct.violations >= len(BANS_S) * VIOLATIONS_BEFORE_BAN)
+
+
 def test_a_guest_without_violations_has_no_description() -> None:
     assert str(Conduct()) == ""

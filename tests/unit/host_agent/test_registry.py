@@ -3,17 +3,21 @@
 import asyncio
 import logging
 import os
+import sqlite3
 import threading
 from collections.abc import Coroutine
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hintfleet.errors import GuestLost, Refused
+from hintfleet.errors import GuestLost, Refused, TransientError
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import GuestRequest
 from host_agent.memory.ram import GuestRam, Segment
+from host_agent.persistence.database import opened
 from host_agent.registry import Registry
 from host_agent.session.stream import Stream
 from tests.support.agents import HANG_S
@@ -85,12 +89,12 @@ def registry_with(driver: Driver) -> Registry:
     return registry
 
 
-async def made(registry: Registry) -> None:
-    """Make guest `g`, and attach its workload; return when it is ready."""
-    creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
-    while not registry.guests or registry.guests[0].running is None:
+async def made(registry: Registry, name: str = "g") -> None:
+    """Make a guest, and attach its workload; return when it is ready."""
+    creating = asyncio.create_task(registry.create(name, TRIAL, SPEC))
+    while not any(guest.name == name and guest.running for guest in registry.guests):
         await asyncio.sleep(0.01)
-    registry.get("g").sessions.attach_workload(Stream())
+    registry.get(name).sessions.attach_workload(Stream())
     await creating
 
 
@@ -175,3 +179,27 @@ def test_a_creation_that_the_machine_refuses_can_be_retried() -> None:
         await registry.end_all()
 
     run(scenario())
+
+
+def test_all_guests_that_cannot_be_saved_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        driver = Driver()
+        driver.may_make.set()
+        with opened(tmp_path) as state:
+            registry = Registry({host_pb2.EMBEDDED: driver}, state)  # type: ignore[dict-item]
+            registry.open_watch(TRIAL)
+            for name in ("one", "two", "three"):
+                await made(registry, name)
+            (path,) = tmp_path.glob("*/state.db")
+            with closing(sqlite3.connect(path)) as database:
+                database.execute("DROP TABLE guest")
+            with pytest.raises(TransientError, match="no such table"):
+                await registry.leave()
+        for guest in driver.made:
+            guest.ram.close()
+
+    run(scenario())
+    lines = [one for one in caplog.records if one.getMessage() == "another guest failed, too"]
+    assert [one.hintfleet_fields["guest"] for one in lines] == ["two", "three"]  # type: ignore[attr-defined]
