@@ -1,9 +1,10 @@
 """Carries out a command of the control API once, even if the client sends it again, and answers
 it each time.
 
-The orchestrator chooses the commands' ids (orchestrator/trial/runner.py). The guest remembers its
-last answers as well: a step that it has done is not done twice, even if another host agent sends
-the step again (guest_agent/workload_client.py).
+The client chooses the commands' ids (orchestrator/trial/runner.py; for commands of no trial,
+orchestrator/commands/domains.py). The guest remembers its last answers as well: a step that it has
+done is not done twice, even if another host agent sends the step again
+(guest_agent/workload_client.py).
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from hintfleet.v1 import host_pb2
 _T = TypeVar("_T")
 _Key = tuple[str, str, int]
 
+# No end of a trial drops the answers to commands of no trial (AttachGuest, DetachGuest), so only
+# those to the last ones are kept. Operators send few, and a client retries within minutes.
+ANSWERS_WITHOUT_TRIAL = 100
+
 
 class RepeatedCommands:
-    """The commands of all trials by id, with their answers."""
+    """The commands by id, with their answers: all of each trial, and the last ones of no trial."""
 
     def __init__(self) -> None:
         self._answers: dict[_Key, asyncio.Task[object]] = {}
@@ -41,6 +46,7 @@ class RepeatedCommands:
         if task is None:
             task = self._answers[key] = asyncio.ensure_future(_as_coroutine(do))
             task.add_done_callback(partial(self._drop_failed, key))
+            self._drop_oldest_without_trial()
         return cast(_T, await asyncio.shield(task))
 
     def _drop_failed(self, key: _Key, task: asyncio.Task[object]) -> None:
@@ -48,6 +54,11 @@ class RepeatedCommands:
         # as retrieved, else asyncio logs it.
         failed = task.cancelled() or not isinstance(task.exception(), GuestLost | None)
         if failed and self._answers.get(key) is task:
+            del self._answers[key]
+
+    def _drop_oldest_without_trial(self) -> None:
+        without = [key for key in self._answers if not key[1]]
+        for key in without[:-ANSWERS_WITHOUT_TRIAL]:
             del self._answers[key]
 
     def forget(self, trial_id: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +13,7 @@ import click
 from orchestrator.commands.options import output_option, tls_option, tls_or_none
 
 if TYPE_CHECKING:
+    from hintfleet.v1 import host_pb2
     from orchestrator.trial.host_client import HostClient
 
 _Answer = TypeVar("_Answer")
@@ -34,6 +36,13 @@ def _ask(
             return await call(host)
 
     return asyncio.run(ask())
+
+
+def _new_command() -> host_pb2.CommandId:
+    """Return the id of a new command of no trial, which gRPC may send again (host_client.py)."""
+    from hintfleet.v1 import host_pb2
+
+    return host_pb2.CommandId(run_id=str(uuid.uuid4()), sequence=1)
 
 
 _host_option = click.option(
@@ -120,6 +129,7 @@ def attach(
     from orchestrator.view.domain_tables import print_domain
 
     request = host_pb2.AttachGuestRequest(
+        command=_new_command(),
         domain=domain,
         dry_run=dry_run,
         server=server,
@@ -169,7 +179,9 @@ def detach(domain: str, address: str, via: str | None, tls_folder: str) -> int:
     from hintfleet.units import format_size
     from hintfleet.v1 import host_pb2
 
-    request = host_pb2.DetachGuestRequest(name=domain, through_guest_agent=via is not None)
+    request = host_pb2.DetachGuestRequest(
+        command=_new_command(), name=domain, through_guest_agent=via is not None
+    )
 
     books = _ask(address, tls_folder, lambda host: host.detach_guest(request)).ledger
     click.echo(

@@ -19,8 +19,8 @@ from orchestrator.spec.model import Timeouts
 _Answer = TypeVar("_Answer")
 
 # gRPC retries a call that failed with UNAVAILABLE, although the host agent may have carried it
-# out before the connection broke. That is safe for the commands of a trial: each has a CommandId,
-# and the host agent answers a repeated command without doing it twice.
+# out before the connection broke. That is safe: each command has a CommandId, and the host agent
+# answers a repeated command without doing it twice. Repeating any other call does no harm.
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [

@@ -67,7 +67,10 @@ Global___Method: _TypeAlias = Method  # noqa: Y015
 
 @_typing.final
 class CommandId(_message.Message):
-    """Identifies a command, so that a retry is answered and not done twice."""
+    """Identifies a command, so that a retry is answered and not done twice. The answers to a trial's
+    commands are kept until the trial ends; those to commands of no trial (AttachGuest,
+    DetachGuest), until 100 later ones have come. Without a sequence, each call is carried out.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

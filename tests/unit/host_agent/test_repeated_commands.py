@@ -6,7 +6,7 @@ import pytest
 
 from hintfleet.errors import GuestLost, TransientError
 from hintfleet.v1 import host_pb2
-from host_agent.repeated_commands import RepeatedCommands
+from host_agent.repeated_commands import ANSWERS_WITHOUT_TRIAL, RepeatedCommands
 
 COMMAND = host_pb2.CommandId(run_id="r", trial_id="t", sequence=1)
 
@@ -57,5 +57,28 @@ def test_all_who_wait_get_the_error_and_then_it_is_forgotten() -> None:
         for answer in await asyncio.gather(*both, return_exceptions=True):
             assert isinstance(answer, TransientError)
         assert [await commands.once(COMMAND, work.do) for _ in range(2)] == [2, 2]
+
+    asyncio.run(scenario())
+
+
+def test_of_commands_of_no_trial_only_the_last_are_remembered() -> None:
+    """No end of a trial drops their answers, and a host agent runs for months."""
+    commands, count = RepeatedCommands(), 0
+
+    async def do() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    async def answers(numbers: range, trial_id: str = "") -> list[int]:
+        ids = (host_pb2.CommandId(run_id=f"{n}", trial_id=trial_id, sequence=1) for n in numbers)
+        return [await commands.once(one, do) for one in ids]
+
+    async def scenario() -> None:
+        assert await answers(range(1), trial_id="t") == [1]
+        first = await answers(range(ANSWERS_WITHOUT_TRIAL + 1))
+        assert await answers(range(1, ANSWERS_WITHOUT_TRIAL + 1)) == first[1:]
+        assert await answers(range(1)) == [first[-1] + 1], "it was forgotten"
+        assert await answers(range(1), trial_id="t") == [1], "its trial has not ended"
 
     asyncio.run(scenario())
