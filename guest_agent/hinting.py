@@ -92,12 +92,11 @@ class SendSettled:
 Instruction = Isolate | Send | Release | ReportNow | SendSettled
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Settling:
     request_id: int
     batches_before: int
     pages_before: int
-    pages_at_last_pass: int
 
 
 class HintingCore:
@@ -122,7 +121,9 @@ class HintingCore:
         self._in_flight: dict[int, RangeSet] = {}
         # Not merged into one set: an isolator must get back exactly the sets that it returned.
         self._awaiting_welcome: list[RangeSet] = [still_isolated] if still_isolated else []
-        self._settling: _Settling | None = None
+        self._settling: list[_Settling] = []
+        self._pages_at_last_pass = 0
+        """`hinted_page_count` when the last pass for a settle request began."""
         self._allowance_pages: int | None = None
         self._unfinished = False
         self._stopped = False
@@ -146,12 +147,12 @@ class HintingCore:
         return [*released, *self._report_now()]
 
     def lost(self) -> Sequence[Instruction]:
-        """Note that the stream has ended. A settle request that waits gets no answer any more."""
+        """Note that the stream has ended. Settle requests that wait get no answer any more."""
         self.state = State.DISCONNECTED
         # Batches in flight may still run on the host: keep their ranges until a Welcome (I1).
         self._awaiting_welcome += self._in_flight.values()
         self._in_flight = {}
-        self._settling = None
+        self._settling = []
         return []
 
     def acknowledged(self, epoch: int, seq: int, *, acted: bool) -> Sequence[Instruction]:
@@ -184,8 +185,8 @@ class HintingCore:
     def period_passed(self, *, isolator_idle: bool) -> Sequence[Instruction]:
         """Ask for free chunks, without a signal of the isolator.
 
-        If the isolator is idle, nothing may be hinted or no session is open, continue a settle
-        request instead.
+        If the isolator is idle, nothing may be hinted or no session is open, continue settle
+        requests instead.
         """
         nothing = isolator_idle or not self._may_hint
         if self.state is not State.OPEN or nothing:
@@ -197,7 +198,7 @@ class HintingCore:
     ) -> Sequence[Instruction]:
         """Send a batch of the ranges that `Isolate` has isolated, and ask for more chunks.
 
-        If there are no ranges, send nothing, and continue a settle request.
+        If there are no ranges, send nothing, and continue settle requests.
 
         :param unfinished: the isolator holds the rest of a batch that it can only release as a
             whole: this rest must be hinted, too, even beyond the allowance.
@@ -215,16 +216,16 @@ class HintingCore:
 
     def settle_requested(self, request_id: int) -> Sequence[Instruction]:
         """Ask for all free chunks now. `SendSettled` is returned later, when all that may be hinted
-        is acknowledged.
-
-        An earlier request that still waits is replaced, and gets no answer.
+        is acknowledged, together with those of earlier requests that still wait.
         """
-        self._settling = _Settling(
-            request_id=request_id,
-            batches_before=self.batch_count,
-            pages_before=self.hinted_page_count,
-            pages_at_last_pass=self.hinted_page_count,
+        self._settling.append(
+            _Settling(
+                request_id=request_id,
+                batches_before=self.batch_count,
+                pages_before=self.hinted_page_count,
+            )
         )
+        self._pages_at_last_pass = self.hinted_page_count
         return self._report_now(thorough=True)
 
     def stop(self) -> None:
@@ -235,7 +236,7 @@ class HintingCore:
     @property
     def settling(self) -> bool:
         """Whether a settle request waits for its answer."""
-        return self._settling is not None
+        return bool(self._settling)
 
     @property
     def _may_hint(self) -> bool:
@@ -258,25 +259,25 @@ class HintingCore:
         return [Isolate(self._limits.ranges_per_batch, pages)]
 
     def _continue_settling(self, *, isolator_idle: bool) -> Sequence[Instruction]:
-        """Answer a settle request if nothing was hinted since its last pass began; else begin
+        """Answer all settle requests if nothing was hinted since their last pass began; else begin
         another pass.
 
         Do nothing while a batch is in flight or the isolator is busy. Begin no pass if nothing
         may be hinted.
         """
-        settling = self._settling
-        if settling is None or self._in_flight or not isolator_idle:
+        if not self._settling or self._in_flight or not isolator_idle:
             return []
         # One pass may find only a part of the free chunks (mm/page_reporting.c handles 1/16 of
         # a free list at a time). So after a pass that found some, begin another one.
-        if self.hinted_page_count != settling.pages_at_last_pass:
-            settling.pages_at_last_pass = self.hinted_page_count
+        if self.hinted_page_count != self._pages_at_last_pass:
+            self._pages_at_last_pass = self.hinted_page_count
             return self._report_now(thorough=True)
-        self._settling = None
+        answered, self._settling = self._settling, []
         return [
             SendSettled(
-                request_id=settling.request_id,
-                batches=self.batch_count - settling.batches_before,
-                hinted_pages=self.hinted_page_count - settling.pages_before,
+                request_id=one.request_id,
+                batches=self.batch_count - one.batches_before,
+                hinted_pages=self.hinted_page_count - one.pages_before,
             )
+            for one in answered
         ]

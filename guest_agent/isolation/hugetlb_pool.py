@@ -157,7 +157,8 @@ class HugetlbPool:
             self._reserve(before, moved)
         except TransientError:
             os.ftruncate(self._fd, before * CHUNK_BYTES)
-            self._set_total(before)
+            # Not `before`: somebody else may have put pages into the pool meanwhile.
+            self._set_total(max(before, self.state().total - moved))
             raise
         return moved
 
@@ -297,18 +298,19 @@ class HugetlbPool:
         :raises Refused: somebody uses some of them.
         """
         self._open_file()
-        if not os.fstat(self._fd).st_size:
+        file_is_empty = not os.fstat(self._fd).st_size
+        state = self.state()
+        if state.free != state.total or state.surplus or (file_is_empty and state.reserved):
+            raise Refused(
+                f"the hugetlb pool that an earlier agent left is in use: {state}",
+                hint="stop what uses it, then start the agent again",
+            )
+        if file_is_empty:
             # Nothing is reserved: the earlier agent died in `grow` before its first reservation,
             # or in `empty`. So none of its chunks is in flight, and all can be given back.
             self._set_total(0)
             self.empty()
             return
-        state = self.state()
-        if state.free != state.total or state.surplus:
-            raise Refused(
-                f"the hugetlb pool that an earlier agent left is in use: {state}",
-                hint="stop what uses it, then start the agent again",
-            )
         try:
             self._reserve(0, state.total)
         except TransientError as error:

@@ -153,6 +153,23 @@ def test_settle_waits_for_an_isolator_that_is_still_working() -> None:
     )
 
 
+def test_each_of_two_settle_requests_at_once_is_answered() -> None:
+    core = opened()
+    first, second = RangeSet([(512, 512)]), RangeSet([(1024, 512)])
+    core.settle_requested(1)
+    core.isolated(first, isolator_idle=True)
+    core.settle_requested(2)
+    core.isolated(second, isolator_idle=True)
+    for seq in (1, 2):
+        core.acknowledged(1, seq, acted=True)
+    assert core.isolated(EMPTY, isolator_idle=True)[0] == ReportNow(thorough=True)
+    assert core.isolated(EMPTY, isolator_idle=True) == [
+        SendSettled(request_id=1, batches=2, hinted_pages=1024),
+        SendSettled(request_id=2, batches=1, hinted_pages=512),
+    ]
+    assert not core.settling
+
+
 @pytest.mark.parametrize("forbid", [lambda core: core.allowed(0), lambda core: core.stop()])
 def test_nothing_is_isolated_while_nothing_may_be_hinted(
     forbid: Callable[[HintingCore], object],

@@ -1,12 +1,13 @@
 """The agent refuses a hugetlb pool that is not safe to use, and leaves the guest its reserve."""
 
 import fcntl
+import os
 from pathlib import Path
 
 import pytest
 
 from guest_agent.isolation.hugetlb_pool import HugetlbPool
-from hintfleet.errors import Refused
+from hintfleet.errors import Refused, TransientError
 
 POOL = "kernel/mm/hugepages/hugepages-2048kB"
 
@@ -115,3 +116,38 @@ def test_each_node_keeps_its_reserve(kernel: Path) -> None:
     ]
     assert asked == [0, 75]
     assert (kernel / POOL / "nr_hugepages").read_text() == "0\n", "only nodes are asked"
+
+
+@pytest.mark.parametrize("counts", [{"free": 2}, {"free": 3, "resv": 1}, {"free": 3, "surplus": 1}])
+def test_pages_of_somebody_else_stay_where_an_agent_left_nothing_reserved(
+    kernel: Path, monkeypatch: pytest.MonkeyPatch, counts: dict[str, int]
+) -> None:
+    """An agent that died between two steps leaves an empty file."""
+    (kernel / "mount").mkdir()
+    (kernel / "mount/isolated").touch()
+    (kernel / "kpageflags").touch()
+    (kernel / "buddyinfo").touch()
+    for name, count in {"nr": 3, **counts}.items():
+        (kernel / POOL / f"{name}_hugepages").write_text(f"{count}\n")
+    # So that the folder counts as a mounted hugetlbfs.
+    chunk_bytes = os.statvfs(kernel).f_bsize
+    monkeypatch.setattr("guest_agent.isolation.hugetlb_pool.CHUNK_BYTES", chunk_bytes)
+    with pytest.raises(Refused, match="is in use"):
+        HugetlbPool(kernel / "mount", kernel, kernel).open()
+    assert (kernel / POOL / "nr_hugepages").read_text() == "3\n"
+
+
+class SharedPool(HugetlbPool):
+    """A pool into which somebody else puts seven pages, just before our pages are reserved."""
+
+    def _reserve(self, before: int, chunks: int) -> None:
+        self._set_total(self.state().total + 7)
+        super()._reserve(before, chunks)
+
+
+def test_pages_that_somebody_else_adds_meanwhile_stay(kernel: Path) -> None:
+    (kernel / "buddyinfo").write_text(f"Node 0, zone   Normal {'0 ' * 9} 90 0\n")
+    (kernel / "mount").mkdir()
+    with pytest.raises(TransientError, match="somebody else"):
+        SharedPool(kernel / "mount", kernel, kernel).grow(75)
+    assert (kernel / POOL / "nr_hugepages").read_text() == "7"
