@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hintfleet.agent_config import AgentConfig
+from hintfleet.agent_config import AgentConfig, Memory
 from hintfleet.errors import Refused
 from hintfleet.settings import (
     DEFAULT_CHUNK_ORDER,
@@ -82,6 +82,7 @@ def agent_config(
         tracker=parts.tracker,
         chunk_order=hinting.chunk_order or DEFAULT_CHUNK_ORDER,
         threshold_chunks=hinting.threshold_chunks or DEFAULT_THRESHOLD_CHUNKS,
+        memory=Memory.EMBEDDED if driver is Driver.EMBEDDED else Memory.KERNEL,
         max_memory_bytes=spec.max_memory_bytes,
         tls_folder=_GUEST_TLS_FOLDER if tls else "",
         # 0 is never: without Survival, the driver ends its guests when the host agent ends, and

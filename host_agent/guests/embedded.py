@@ -21,7 +21,7 @@ from dataclasses import replace
 from threading import Thread
 from typing import Protocol
 
-from hintfleet.agent_config import AgentConfig, Memory
+from hintfleet.agent_config import AgentConfig
 from hintfleet.errors import GuestLost, Refused
 from hintfleet.ranges import RangeSet
 from hintfleet.settings import Driver
@@ -253,9 +253,7 @@ class EmbeddedDriver:
             ram = _make_ram(request)
             undo.callback(ram.close)
             memory_bytes = request.spec.memory_bytes
-            config = replace(
-                config, memory=Memory.EMBEDDED, ram_fd=ram.only_fd(), memory_bytes=memory_bytes
-            )
+            config = replace(config, ram_fd=ram.only_fd(), memory_bytes=memory_bytes)
             popen = self._start(config, log)
             undo.pop_all()
         found = find_process(popen.pid)

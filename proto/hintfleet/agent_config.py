@@ -21,6 +21,7 @@ from hintfleet.settings import (
     MAX_ORDER,
     MOST_THRESHOLD_CHUNKS,
     PARTS,
+    Driver,
     IsolatorKind,
     Method,
     TrackerKind,
@@ -52,7 +53,7 @@ class AgentConfig:
     :ivar tls_folder: the folder with ca.pem, cert.pem and key.pem for a server with TLS; empty
         for plain text.
     :ivar method: HINTING, or NONE for a guest that only runs workloads.
-    :ivar isolator, tracker: a pair of `settings.PARTS`.
+    :ivar isolator, tracker: a pair of `settings.PARTS`, of the driver whose guests have `memory`.
     :ivar chunk_order: log2 of the pages in a chunk.
     :ivar threshold_chunks: how many free chunks that wait make the agent hint at once.
     :ivar ram_fd, memory_bytes: for an embedded guest only: the descriptor of its RAM file, and
@@ -77,9 +78,12 @@ class AgentConfig:
     orphan_after_s: int = 0
 
     def __post_init__(self) -> None:
-        """:raises InvalidInput: a value is out of its bounds, or the isolator does not allow it."""
+        """:raises InvalidInput: a value is out of its bounds, or the isolator does not allow it, or
+        the memory does not allow the isolator.
+        """
         for name, allowed in _ALLOWED.items():
             _check(name, getattr(self, name), allowed)
+        _check("isolator", self.isolator, _isolators_of(self.memory))
         _check("tracker", self.tracker, _trackers_of(self.isolator))
         if self.isolator is IsolatorKind.HUGETLB:
             _check("chunk_order", self.chunk_order, (HUGE_PAGE_ORDER,))
@@ -168,6 +172,11 @@ def _check(name: str, value: object, allowed: Collection[object]) -> None:
         else " or ".join(str(one) for one in allowed)
     )
     raise InvalidInput(f"{name} is {json.dumps(value)}, must be {bounds}")
+
+
+def _isolators_of(memory: Memory) -> list[IsolatorKind]:
+    driver = Driver.EMBEDDED if memory is Memory.EMBEDDED else Driver.LIBVIRT
+    return list(dict.fromkeys(pair.isolator for pair in PARTS[driver]))
 
 
 def _trackers_of(isolator: IsolatorKind) -> list[TrackerKind]:

@@ -39,6 +39,8 @@ def try_input(data: bytes) -> None:
         (config.tracker, TrackerKind),
     ):
         assert type(name) is kind
+    embedded = config.isolator is IsolatorKind.EMBEDDED
+    assert embedded == (config.memory is Memory.EMBEDDED)
     assert 0 <= config.chunk_order <= 10
     assert config.threshold_chunks > 0
     assert 0 <= config.memory_bytes < 1 << 52

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import guest_agent.config
 from hintfleet.agent_config import FW_CFG_NAME, AgentConfig, Memory
 from hintfleet.errors import InvalidInput
-from hintfleet.settings import HUGE_PAGE_ORDER, PARTS, IsolatorKind, Method, TrackerKind
+from hintfleet.settings import HUGE_PAGE_ORDER, PARTS, Driver, IsolatorKind, Method, TrackerKind
 
 ROOT = Path(__file__).parents[3]
 GOOD = {"server": "unix:/x", "guest_uuid": "u", "token": "t"}
@@ -22,7 +22,8 @@ sizes = st.integers(0, (1 << 52) - 1)
 
 @st.composite
 def configs(draw: st.DrawFn) -> AgentConfig:
-    isolator, tracker = draw(st.sampled_from([pair for pairs in PARTS.values() for pair in pairs]))
+    driver = draw(st.sampled_from(Driver))
+    isolator, tracker = draw(st.sampled_from(PARTS[driver]))
     hugetlb = isolator is IsolatorKind.HUGETLB
     return AgentConfig(
         server=draw(texts),
@@ -34,7 +35,7 @@ def configs(draw: st.DrawFn) -> AgentConfig:
         tracker=tracker,
         chunk_order=HUGE_PAGE_ORDER if hugetlb else draw(st.integers(0, 10)),
         threshold_chunks=draw(st.integers(1, 1 << 20)),
-        memory=draw(st.sampled_from(Memory)),
+        memory=Memory.EMBEDDED if driver is Driver.EMBEDDED else Memory.KERNEL,
         ram_fd=draw(st.integers(-1, 1000)),
         memory_bytes=draw(sizes),
         max_memory_bytes=draw(sizes),
@@ -52,14 +53,19 @@ def test_round_trip(config: AgentConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("isolator", "tracker"),
-    [("embedded", "bitmap"), ("kmod", "reported"), ("hugetlb", "bitmap")],
+    ("memory", "isolator", "tracker"),
+    [
+        ("embedded", "embedded", "bitmap"),
+        ("kernel", "kmod", "reported"),
+        ("kernel", "hugetlb", "bitmap"),
+    ],
 )
 @pytest.mark.parametrize("unsaid", [{}, {"tracker": ""}])
 def test_a_missing_tracker_is_that_of_the_isolator(
-    isolator: str, tracker: str, unsaid: dict[str, str]
+    memory: str, isolator: str, tracker: str, unsaid: dict[str, str]
 ) -> None:
-    read = AgentConfig.from_json(json.dumps(GOOD | {"isolator": isolator} | unsaid), "f")
+    said = {"memory": memory, "isolator": isolator}
+    read = AgentConfig.from_json(json.dumps(GOOD | said | unsaid), "f")
     assert read.tracker is TrackerKind(tracker)
 
 
@@ -95,6 +101,8 @@ def test_all_readers_use_the_same_fw_cfg_file(reader: str) -> None:
         (json.dumps(GOOD | {"method": "balloon"}), 'method is "balloon", must be none or hinting$'),
         (json.dumps(GOOD | {"isolator": "magic"}), "kmod or hugetlb or embedded"),
         (json.dumps(GOOD | {"isolator": ["kmod"]}), "isolator must be str"),
+        (json.dumps(GOOD | {"isolator": "embedded"}), '"embedded", must be kmod or hugetlb$'),
+        (json.dumps(GOOD | {"memory": "embedded"}), 'is "kmod", must be embedded$'),
         (json.dumps(GOOD | {"tracker": None}), "tracker must be str"),
         (json.dumps(GOOD | {"isolator": "kmod", "tracker": "bitmap"}), "must be reported$"),
         (json.dumps(GOOD | {"chunk_order": 11}), "0 to 10"),
