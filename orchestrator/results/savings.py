@@ -3,14 +3,15 @@ service all use this module.
 
 Controlled savings compare an arm with the control of the same run, pair by pair. A pair is
 one repetition (so the same seeds) of the whole fleet, of a host or of a guest, depending on what
-the row covers. A row is undecided if a trial of its arm or of the control was cut off, or was
-undecided or lost in the part that the row covers.
+the row covers. A row is undecided if a trial of its arm or of the control was cut off, undecided
+or lost, even if that was because of a host or guest that the row does not cover: as in
+`comparison`, the parts of such a trial are no figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import fsum
 
@@ -37,8 +38,8 @@ class FootprintRow:
     :ivar spec_hash: equal for runs of the same spec.
     :ivar guest: empty for all guests of the host together.
     :ivar footprint: None if the host was not measured to the end, or the trial was cut off.
-    :ivar undecided: why there is no footprint; empty if there is one, or if the trial was
-        cut off.
+    :ivar undecided: why the trial does not count, for example wrong pages; empty if it counts
+        or was cut off.
     """
 
     run_id: str
@@ -61,7 +62,7 @@ class Savings:
     :ivar key: the host's or guest's name; empty by fleet and by arm.
     :ivar footprint: means over trials, with three exceptions: the peak is the highest of all
         trials (of several hosts, the sum of their peaks), pages and `returned` are sums.
-        None if a trial of the arm has no footprint.
+        None if a host or guest has no footprint in a trial of the arm.
     :ivar saved_bytes: mean resident memory saved; None for the control, without a control, and
         where `undecided` is set.
     :ivar undecided: why figures are missing or do not count, for example wrong pages or only one
@@ -86,10 +87,19 @@ def aggregate(rows: Iterable[FootprintRow], by: By) -> list[Savings]:
     Groups, and the arms in each, are in the order in which they first appear in `rows`.
     """
     groups: dict[tuple[str, str, str], list[FootprintRow]] = {}
-    for row in rows:
+    for row in _of_measured_trials(list(rows)):
         if bool(row.guest) == (by is By.GUEST):
             groups.setdefault(_group(row, by), []).append(row)
     return [saving for key, group in groups.items() for saving in _arms(key, group)]
+
+
+def _of_measured_trials(rows: Sequence[FootprintRow]) -> Iterator[FootprintRow]:
+    """Yield all rows, without footprints if one of the same trial has none."""
+    # A trial is one result: when a guest is lost, others on its machine have more room.
+    unmeasured = {(row.run_id, row.arm, row.repetition) for row in rows if row.footprint is None}
+    for row in rows:
+        whole = (row.run_id, row.arm, row.repetition) not in unmeasured
+        yield row if whole else replace(row, footprint=None)
 
 
 def _group(row: FootprintRow, by: By) -> tuple[str, str, str]:
@@ -115,10 +125,10 @@ def _arm(
     _, run_id, key = group
     # One bad trial makes the arm undecided: leaving out only the trials that went wrong would
     # favour an arm that makes trials go wrong.
-    undecided = _first_undecided(rows) or _wrong_pages(rows)
+    undecided = _first_undecided(rows)
     saved_bytes = saved_gib_min = None
     if not undecided and not rows[0].is_control and control:
-        undecided = _first_undecided(control) or _wrong_pages(control)
+        undecided = _first_undecided(control)
         if not undecided:
             saved_bytes = _saved(control, rows, lambda f: f.mean_resident_bytes)
             saved_gib_min = _saved(control, rows, lambda f: f.resident_gib_min)
@@ -129,7 +139,7 @@ def _arm(
         arm=rows[0].arm,
         key=key,
         trials=len({(row.run_id, row.repetition) for row in rows}),
-        footprint=None if _first_undecided(rows) else _together(rows),
+        footprint=_together(rows) if all(row.footprint for row in rows) else None,
         saved_bytes=saved_bytes,
         saved_gib_min=saved_gib_min,
         undecided=undecided,
@@ -141,19 +151,7 @@ def _first_undecided(rows: Iterable[FootprintRow]) -> str:
         (
             f"{row.arm}, repetition {row.repetition + 1}, {row.undecided or 'was cut off'}"
             for row in rows
-            if row.footprint is None
-        ),
-        "",
-    )
-
-
-def _wrong_pages(rows: Iterable[FootprintRow]) -> str:
-    return next(
-        (
-            f"{row.arm}, repetition {row.repetition + 1}, {row.guest or row.host}: "
-            f"{row.footprint.wrong_pages} pages came back wrong"
-            for row in rows
-            if row.footprint is not None and row.footprint.wrong_pages
+            if row.undecided or row.footprint is None
         ),
         "",
     )

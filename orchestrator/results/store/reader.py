@@ -194,7 +194,7 @@ class Store(AbstractContextManager["Store"]):
             "  WHERE ?1 = '' OR t.run_id = ?1) "
             "SELECT r.run_id, r.name, r.spec_hash, r.control, t.arm, t.repetition, "
             "       ifnull(u.host, '') AS host, ifnull(u.guest, '') AS guest, "
-            "       f.footprint, ifnull(f.undecided, '') AS undecided "
+            "       t.undecided, f.footprint "
             "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
             "     LEFT JOIN units u ON u.run_id = t.run_id "
             "     LEFT JOIN footprints f "

@@ -1,6 +1,7 @@
 """Savings: what forms a pair, how wide intervals are, and when there is no figure."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,13 @@ def footprint(mean_bytes: float, wrong_pages: int = 0) -> Footprint:
 
 
 def measured(
-    arm: str, repetition: int, host: str, found: Footprint | None, guest: str = "", run: str = "r1"
+    arm: str,
+    repetition: int,
+    host: str,
+    found: Footprint | None,
+    guest: str = "",
+    run: str = "r1",
+    undecided: str = "",
 ) -> FootprintRow:
     return FootprintRow(
         run_id=run,
@@ -39,7 +46,7 @@ def measured(
         host=host,
         guest=guest,
         footprint=found,
-        undecided="" if found else "guest lost",
+        undecided=undecided if found else "guest lost",
     )
 
 
@@ -122,10 +129,29 @@ def test_one_lost_trial_leaves_no_figure(lost: str) -> None:
 
 
 def test_wrong_pages_leave_no_savings() -> None:
-    found = [*rows(SAVED), measured("hint", 2, "a", footprint(MIB, wrong_pages=3))]
-    row = arm(aggregate(found, By.FLEET))
+    said = "a-guest1: 3 pages came back wrong"
+    wrong = measured("hint", 2, "a", footprint(MIB, wrong_pages=3), undecided=said)
+    row = arm(aggregate([*rows(SAVED), wrong], By.FLEET))
     assert row.saved_bytes is None
-    assert "3 pages came back wrong" in row.undecided
+    assert row.undecided == f"hint, repetition 3, {said}"
+    assert row.footprint is not None
+    assert row.footprint.wrong_pages == 3
+
+
+@pytest.mark.parametrize("lost", ["none", "hint"])
+def test_a_host_has_no_figure_of_a_trial_that_another_host_spoilt(lost: str) -> None:
+    found = rows({(0, "a"): 10.0, (1, "a"): 20.0, (0, "b"): 30.0})
+    found += [measured(name, 1, "b", footprint(MIB)) for name in {"none", "hint"} - {lost}]
+    found = [
+        replace(row, undecided="guest lost") if (row.arm, row.repetition) == (lost, 1) else row
+        for row in [*found, measured(lost, 1, "b", None)]
+    ]
+    of_hosts = [row for row in aggregate(found, By.HOST) if row.arm == "hint"]
+    assert [row.key for row in of_hosts] == ["a", "b"]
+    for row in of_hosts:
+        assert row.undecided == f"{lost}, repetition 2, guest lost"
+        assert row.saved_bytes is None
+        assert (row.footprint is None) == (lost == "hint")
 
 
 @pytest.mark.parametrize("by", [By.FLEET, By.HOST, By.ARM])

@@ -184,6 +184,33 @@ def test_pages_that_came_back_wrong_are_a_result_everywhere(
         assert "3 pages came back wrong" in (printed.out + printed.err).replace("\n", " ")
 
 
+def guest_lost_on_host2(record: Record) -> Record:
+    if isinstance(record, HostDone) and record.host == "host2":
+        return replace(record, undecided="host2-guest3: it crashed")
+    return record
+
+
+@pytest.mark.parametrize("by", list(By))
+@pytest.mark.parametrize("changed", [guest_lost_on_host2, wrong_in_host2])
+def test_a_trial_that_one_host_spoilt_counts_nowhere(
+    by: By, changed: Callable[[Record], Record], tmp_path: Path
+) -> None:
+    with Store(tmp_path) as store:
+        with RunWriter(store, header()) as writer:
+            trials = plan_trials(header().spec, "run1")
+            spoilt = next(trial.position for trial in trials if trial.arm.name == "bitmap")
+            for trial in trials:
+                asked = changed if trial.position == spoilt else replace
+                write_trial(writer, trial.position, 1 << 20, changed=asked)
+        reason = f"bitmap, repetition 1, {store.find_run('run1').reason}"
+        rows = [row for row in ask_store(store, by, "run1") if row.arm == "bitmap"]
+        assert [row.undecided for row in rows] == [reason] * {By.HOST: 2, By.GUEST: 6}.get(by, 1)
+        assert all(row.saved_bytes is None for row in rows)
+        if changed is guest_lost_on_host2:
+            assert all(row.footprint is None for row in rows)
+        assert compare(store.cost_rows("run1"), Driver.EMBEDDED) == []
+
+
 @pytest.mark.parametrize("by", list(By))
 def test_a_trial_that_was_cut_off_leaves_no_figure(by: By, tmp_path: Path) -> None:
     trials = plan_trials(header().spec, "run1")
@@ -567,7 +594,8 @@ def test_a_run_that_the_version_before_stored_is_read_and_goes_on(
         assert saved.mean == pytest.approx(2 * 60 << 20)
         assert saved.pairs == 2
         assert rows["reported"].undecided == "reported, repetition 1, host1: gone"
-        assert rows["wrong"].undecided == "wrong, repetition 2, host1: gone"
+        said = "wrong, repetition 1, host2-guest1: 3 pages came back wrong"
+        assert rows["wrong"].undecided == said
         (cost,) = compare(store.cost_rows(run.run_id), run.driver)
         assert (cost.arm, cost.wire_bytes_per_range) == ("bitmap", 1)
         left = stored_experiment(store, run).to_run
