@@ -6,8 +6,8 @@ from __future__ import annotations
 import logging
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ulid import ULID
@@ -42,10 +42,12 @@ _log = logging.getLogger("hintfleet.run")
 class View(Protocol):
     """Shows a run while it runs."""
 
-    def starting(self, header: RunHeader, trials: tuple[Trial, ...], kept: Collection[int]) -> None:
+    def starting(
+        self, header: RunHeader, trials: tuple[Trial, ...], kept: Mapping[int, TrialStatus]
+    ) -> None:
         """Show that the hosts are being started.
 
-        :param kept: positions of the trials that already have a result and do not run.
+        :param kept: the trials that already have a result and do not run, by position.
         """
 
     def trial_started(self, trial: Trial) -> None:
@@ -64,6 +66,7 @@ class Experiment:
 
     :ivar trials: all trials of the plan.
     :ivar to_run: the trials that have no result yet, each as its next attempt.
+    :ivar kept: the trials that already have a result, by position.
     :ivar is_resumed: the run is stored already.
     :ivar is_over: the run has ended and was not cut off, and no trial is left to run.
     """
@@ -72,6 +75,7 @@ class Experiment:
     header: RunHeader
     trials: tuple[Trial, ...]
     to_run: tuple[Trial, ...]
+    kept: Mapping[int, TrialStatus] = field(default_factory=dict)
     is_resumed: bool = False
     is_over: bool = False
 
@@ -120,12 +124,14 @@ def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experime
         libvirt_uri=libvirt_uri or run.libvirt_uri,
     )
     trials = plan_trials(loaded.spec, run.run_id)
-    to_run = left_to_run(trials, store.trials(run.run_id))
+    attempts = store.trials(run.run_id)
+    to_run = left_to_run(trials, attempts)
     return Experiment(
         loaded=loaded,
         header=header,
         trials=trials,
         to_run=to_run,
+        kept={t.position: t.status for t in attempts if t.counted and t.status.has_result},
         is_resumed=True,
         is_over=not to_run and not run.was_cut_off,
     )
@@ -209,11 +215,10 @@ def run_experiment(
     problem = machine_problem(spec, available_memory())
     if problem := problem or hosts_problem(spec, encrypted=bool(tls_folder)):
         raise experiment.loaded.error([problem])
-    kept = {t.position for t in experiment.trials} - {t.position for t in to_run}
     fleet = ray_actors.Fleet(_places(spec, header.libvirt_uri, tls_folder))
-    view.starting(header, experiment.trials, kept)
+    view.starting(header, experiment.trials, experiment.kept)
     about = {"run": header.run_id, "spec": spec.name, "hosts": len(host_names(spec))}
-    _log.info("run begun", extra=fields(**about, trials=len(to_run), kept=len(kept)))
+    _log.info("run begun", extra=fields(**about, trials=len(to_run), kept=len(experiment.kept)))
     # In this order, RunWriter stores the end of the run before the fleet is closed: closing can
     # take half a minute, in which this process may be killed.
     with (

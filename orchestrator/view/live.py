@@ -6,7 +6,7 @@ Both write to the console that they are given.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from hintfleet.units import format_size
 from orchestrator.results.store.writer import RunHeader
-from orchestrator.results.trial_outcome import TrialOutcome
+from orchestrator.results.trial_outcome import TrialOutcome, TrialStatus
 from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import Record
@@ -51,7 +51,9 @@ class LiveView:
         """Clear the lines."""
         self._live.stop()
 
-    def starting(self, header: RunHeader, trials: tuple[Trial, ...], kept: Collection[int]) -> None:
+    def starting(
+        self, header: RunHeader, trials: tuple[Trial, ...], kept: Mapping[int, TrialStatus]
+    ) -> None:
         self._header = header
         self._progress = Progress(trials, time.monotonic(), kept)
         if header.spec.left_out:
@@ -93,7 +95,9 @@ class PlainView:
         self._console = console
         self._progress: Progress | None = None
 
-    def starting(self, header: RunHeader, trials: tuple[Trial, ...], kept: Collection[int]) -> None:
+    def starting(
+        self, header: RunHeader, trials: tuple[Trial, ...], kept: Mapping[int, TrialStatus]
+    ) -> None:
         self._progress = Progress(trials, time.monotonic(), kept)
         self._say(f"{header.spec.name}: {header.summary}")
         if header.spec.left_out:

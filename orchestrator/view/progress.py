@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hintfleet.settings import Method
+from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import PhaseStarted, Record, Samples
 
@@ -32,7 +33,7 @@ class ArmProgress:
     """The numbers of trials of an arm.
 
     :ivar ended: includes the trials that already had a result when the run was resumed.
-    :ivar undecided: the trials that ended undecided or lost in this process.
+    :ivar undecided: those that ended undecided or lost.
     """
 
     total: int = 0
@@ -43,13 +44,17 @@ class ArmProgress:
 class Progress:
     """The progress of a run. Times are seconds of one monotonic clock."""
 
-    def __init__(self, trials: tuple[Trial, ...], now_s: float, kept: Collection[int] = ()) -> None:
-        """:param kept: positions of the trials that already have a result."""
+    def __init__(
+        self, trials: tuple[Trial, ...], now_s: float, kept: Mapping[int, TrialStatus]
+    ) -> None:
+        """:param kept: the trials that already have a result, by position."""
         self.started_s = now_s
         self.trials = trials
         self.trial: Trial | None = None
         self.hosts: dict[str, HostProgress] = {}
-        self._undecided_by_position = dict.fromkeys(kept, False)
+        self._undecided_by_position = {
+            position: status is not TrialStatus.DONE for position, status in kept.items()
+        }
         self._runs_ended = 0
         self._first_trial_s = now_s
         self._last_end_s = now_s

@@ -38,6 +38,7 @@ from orchestrator.spec import file as spec_file
 from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
 from orchestrator.trial.records import Columns, HostDone, Record, Samples, StepDone
+from orchestrator.view.progress import Progress
 from tests.support.stored import guest_records
 
 S = 1_000_000
@@ -598,10 +599,14 @@ def test_a_run_that_the_version_before_stored_is_read_and_goes_on(
         assert rows["wrong"].undecided == said
         (cost,) = compare(store.cost_rows(run.run_id), run.driver)
         assert (cost.arm, cost.wire_bytes_per_range) == ("bitmap", 1)
-        left = stored_experiment(store, run).to_run
-        assert [(trial.arm.name, trial.repetition, trial.attempt) for trial in left] == [
+        again = stored_experiment(store, run)
+        assert [(trial.arm.name, trial.repetition, trial.attempt) for trial in again.to_run] == [
             ("wrong", 1, 2), ("reported", 1, 2),
         ]  # fmt: skip
+        arms = Progress(again.trials, 0.0, again.kept).arms
+        assert {name: (arm.ended, arm.undecided, arm.total) for name, arm in arms.items()} == {
+            "none": (2, 0, 2), "bitmap": (2, 0, 2), "reported": (1, 1, 2), "wrong": (1, 1, 2),
+        }  # fmt: skip
     assert run_command(["show", "--data-dir", str(tmp_path)]) == 130
     assert "was run again" in " ".join(capsys.readouterr().out.split())
 
