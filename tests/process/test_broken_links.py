@@ -53,10 +53,12 @@ def relay_in_thread() -> Iterator[tuple[Relay, Address, asyncio.AbstractEventLoo
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
-    yield relay, started.result(HANG_S), loop
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(HANG_S)
-    loop.close()
+    try:
+        yield relay, started.result(HANG_S), loop
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(HANG_S)
+        loop.close()
 
 
 @pytest.fixture

@@ -59,8 +59,10 @@ def silence() -> Iterator[int]:
 def web_server() -> Iterator[int]:
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_address[1]
-        server.shutdown()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
 
 
 @contextmanager
@@ -68,8 +70,10 @@ def other_grpc_server() -> Iterator[int]:
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    yield port
-    server.stop(0)
+    try:
+        yield port
+    finally:
+        server.stop(0)
 
 
 @pytest.mark.parametrize("what", [nobody, silence, web_server, other_grpc_server])

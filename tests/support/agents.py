@@ -171,21 +171,25 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
             await stop.wait()
 
     with tempfile.TemporaryDirectory(prefix="hf-test-") as folder:
-        # After an error in the block, the thread is not stopped. As a daemon thread, it does not
-        # keep the test process from ending.
+        # If the servers do not start, nobody stops the thread. As a daemon thread, it does not keep
+        # the test process from ending.
         thread = threading.Thread(
             target=lambda: loop.run_until_complete(serve(folder)), daemon=True
         )
         thread.start()
         served = started.get(timeout=HANG_S)
-        with open_channel(served.control) as channel:
-            yield InProcessHost(
-                stub=HostServiceStub(channel), guest_address=served.guest, registry=served.registry
-            )
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(HANG_S)
-        assert not thread.is_alive()
-        loop.close()
+        try:
+            with open_channel(served.control) as channel:
+                yield InProcessHost(
+                    stub=HostServiceStub(channel),
+                    guest_address=served.guest,
+                    registry=served.registry,
+                )
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+            thread.join(HANG_S)
+            assert not thread.is_alive()
+            loop.close()
 
 
 @contextlib.contextmanager

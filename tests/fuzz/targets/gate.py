@@ -2,10 +2,13 @@
 end.
 
 The oracle is not another gate but the guarantees themselves: I2, one batch at a time, each batch
-posted once, each ack right after its post and to the welcomed session.
+posted once, each ack right after its post and to the welcomed session, in the order in which the
+batches arrived, and the batches of an epoch in sequence.
 """
 
 from __future__ import annotations
+
+from collections import defaultdict
 
 from hintfleet.errors import GuestLost, InvalidInput
 from hintfleet.ranges import EMPTY, RangeSet
@@ -39,7 +42,7 @@ class _Guest:
         self._turn_asked = False
         self._arrived: list[tuple[int, gate.Batch]] = []
         self._posted: list[gate.Batch] = []
-        self._acknowledged: list[gate.Batch] = []
+        self._acknowledged: defaultdict[int, list[gate.Batch]] = defaultdict(list)
 
     def connect(self) -> None:
         self.sessions.append(len(self.sessions) + 1)
@@ -111,10 +114,19 @@ class _Guest:
                 assert 0 < batch.ranges.page_count <= gate.LIMITS.pages_per_batch
                 self._posted.append(batch)
             case gate.Acknowledge(session, batch, _):
-                assert (session, batch) in self._arrived
+                self._check_order(session, batch)
                 assert session == self.sessions[-1] not in self._left | self._ended
                 assert batch is self._posted[-1], "acknowledged before it was in the books"
-                self._acknowledged.append(batch)
+
+    def _check_order(self, session: int, batch: gate.Batch) -> None:
+        """Check that this ack is for the session's next batch, and that the acknowledged batches of
+        its epoch are numbered from 1."""
+        acknowledged = self._acknowledged[session]
+        arrived = [b for s, b in self._arrived if s == session]
+        assert batch is arrived[len(acknowledged)]
+        acknowledged.append(batch)
+        numbers = [b.seq for b in acknowledged if b.epoch == session]
+        assert numbers == list(range(1, len(numbers) + 1))
 
     def _check_run(self, batch: gate.Batch) -> None:
         """Check that the batch may run: it is of the welcomed session, not too old or too large,

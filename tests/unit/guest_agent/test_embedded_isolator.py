@@ -131,9 +131,10 @@ def test_a_zone_at_its_watermark_keeps_its_bits_for_later(
     assert not chunks - drain(isolator) - held
 
 
-def test_ranges_never_join_two_zones(tracker: TrackerKind) -> None:
-    """Version 11 of Lal's patches merged bits across NUMA nodes. Here each chunk of a range is
-    released into its own zone."""
+def test_each_chunk_of_a_range_over_two_zones_is_released_into_its_own(
+    tracker: TrackerKind,
+) -> None:
+    """Version 11 of Lal's patches merged bits across NUMA nodes."""
     pages = 8 * CHUNK
     zones = [
         ZoneSpec(name="Normal", node=node, present=RangeSet([(node * pages, pages)]))
@@ -148,6 +149,7 @@ def test_ranges_never_join_two_zones(tracker: TrackerKind) -> None:
         allocator.free(pfn, 10)
     free_before = [zone.free_page_count for zone in allocator.zones]
     ranges = isolator.isolate(512, 1 << 20)
+    assert list(ranges) == [(0, 2 * pages)], "one range, over both zones"
     isolator.release(ranges, hinted=True)
     assert [zone.free_page_count for zone in allocator.zones] == free_before
 

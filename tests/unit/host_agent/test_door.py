@@ -47,8 +47,10 @@ def door(loop: asyncio.AbstractEventLoop, tmp_path: Path) -> Iterator[MemoryDoor
 def guest_memory(size: int = SIZE) -> Iterator[int]:
     fd = os.memfd_create("memory-backend-memfd", os.MFD_CLOEXEC)
     os.truncate(fd, size)
-    yield fd
-    os.close(fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextmanager

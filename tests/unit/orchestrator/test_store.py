@@ -470,10 +470,11 @@ def test_what_was_acknowledged_is_there_after_kill_9(tmp_path: Path) -> None:
             "interrupted",
             "its process was killed or the machine went down",
         )
-        rows = store.database.execute(
-            "SELECT count(*) FROM events WHERE trial_id = 'run1-none-1' OR trial_id LIKE '%-1'"
+        cut_off = plan_trials(header().spec, "run1")[1]
+        (stored,) = store.database.execute(
+            "SELECT count(*) FROM events WHERE trial_id = ?", (cut_off.trial_id,)
         ).fetchone()
-        assert rows[0] >= acknowledged
+        assert stored - acknowledged in (0, 1), "the last one may be stored and not acknowledged"
         assert [t.ended_unix_us > 0 for t in store.trials("run1")] == [True, False]
         assert measured_guests(store) == 6, "the first trial counts"
 
