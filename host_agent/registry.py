@@ -9,7 +9,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from hintfleet.errors import (
     GuestLost,
@@ -28,6 +27,7 @@ from host_agent.persistence.saver import Saver
 from host_agent.repeated_commands import RepeatedCommands
 from host_agent.resizing import check_memory, follow_table
 from host_agent.session.gate import Epochs
+from host_agent.tasks import about_failure, raise_first
 from host_agent.threads import in_driver_thread
 
 _log = logging.getLogger("hintfleet.host.registry")
@@ -255,8 +255,7 @@ class Registry:
             await guest.close()
             await self.saver.save(guest)
         except HintfleetError as error:
-            about = {"guest": guest.name, "reason": error.message}
-            _log.error("guest cannot be ended", extra=fields(**about))
+            _log.error("guest cannot be ended", **about_failure(guest.name, error))
 
     async def attach_again(self, ended: Guest, earlier: host_pb2.Ledger) -> None:
         """Attach a guest whose domain has started again, with the same name and token.
@@ -271,6 +270,8 @@ class Registry:
             await asyncio.shield(guest.creation)
         except BaseException:
             self._guests[ended.name] = ended
+            self.saver.changed(ended)
+            await guest.close()  # once `creation` has ended
             raise
 
     # Guests of an earlier host agent
@@ -289,7 +290,7 @@ class Registry:
             await asyncio.wait(adopting)
         # Not gather: it raises at the first error, while other adoptions still run.
         errors = [task.exception() for task in adopting]
-        _raise_first([record.name for record in records], errors)
+        raise_first([record.name for record in records], errors)
         loop = asyncio.get_running_loop()
         for trial_id in {record.trial_id for record in records if record.trial_id}:
             loop.call_later(grace_s, self._end_unwatched, trial_id)
@@ -358,7 +359,7 @@ class Registry:
         await asyncio.gather(*self._ending)
         guests = self.guests
         left = await asyncio.gather(*(g.leave() for g in guests), return_exceptions=True)
-        _raise_first([guest.name for guest in guests], left)
+        raise_first([guest.name for guest in guests], left)
 
     async def close(self) -> None:
         """Close the drivers; call it after `end_all` or `leave`."""
@@ -369,26 +370,7 @@ class Registry:
         ended = await asyncio.gather(*(self.end(g) for g in guests), return_exceptions=True)
         for guest, error in zip(guests, ended, strict=True):
             if isinstance(error, BaseException):
-                _log.error("guest cannot be ended", **_about(guest.name, error))
-
-
-def _raise_first(names: Iterable[str], errors: Iterable[BaseException | None]) -> None:
-    """Raise the first error, if there is one, and log the others.
-
-    :param names: the guests' names, in the order of `errors`.
-    """
-    failed = [(name, error) for name, error in zip(names, errors, strict=True) if error is not None]
-    for name, error in failed[1:]:
-        _log.error("another guest failed, too", **_about(name, error))
-    if failed:
-        raise failed[0][1]
-
-
-def _about(name: str, error: BaseException) -> dict[str, Any]:
-    """Return the arguments of a logging call that says with which error a guest failed."""
-    if isinstance(error, HintfleetError):
-        return {"extra": fields(guest=name, reason=error.message)}
-    return {"extra": fields(guest=name), "exc_info": error}
+                _log.error("guest cannot be ended", **about_failure(guest.name, error))
 
 
 def checked_uuid(asked: str, guests: Iterable[Guest]) -> str:

@@ -1,12 +1,19 @@
-"""Tasks that continue until their work is done, even if their caller is cancelled."""
+"""Tasks that continue until their work is done, even if their caller is cancelled; and the errors
+of work on several guests at once."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import logging
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
+from hintfleet.errors import HintfleetError
+from hintfleet.logs import fields
+
 _T = TypeVar("_T")
+
+_log = logging.getLogger("hintfleet.host.guest")
 
 
 class LastingTasks:
@@ -46,3 +53,22 @@ class LastingTasks:
     def _report_error(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failed(error)
+
+
+def raise_first(names: Iterable[str], errors: Iterable[BaseException | None]) -> None:
+    """Raise the first error, if there is one, and log the others.
+
+    :param names: the guests' names, in the order of `errors`.
+    """
+    failed = [(name, error) for name, error in zip(names, errors, strict=True) if error is not None]
+    for name, error in failed[1:]:
+        _log.error("another guest failed, too", **about_failure(name, error))
+    if failed:
+        raise failed[0][1]
+
+
+def about_failure(name: str, error: BaseException) -> dict[str, Any]:
+    """Return the arguments of a logging call that says with which error a guest failed."""
+    if isinstance(error, HintfleetError):
+        return {"extra": fields(guest=name, reason=error.message)}
+    return {"extra": fields(guest=name), "exc_info": error}

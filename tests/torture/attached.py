@@ -155,12 +155,41 @@ class AttachedPlace(Place):
             await asyncio.to_thread(lambda: victim.domain.resume())
         await super()._lost(victim)
 
+    async def _failed(self, victim: Victim, error: grpc.RpcError) -> None:
+        """Handle a step that has failed. A host agent that could not attach the domain again tries
+        again later: meanwhile the guest only does not answer."""
+        if error.code() is grpc.StatusCode.ABORTED and not victim.doomed and await self._is_kept():
+            error = _NoAnswer(error.details())
+        await super()._failed(victim, error)
+
+    async def _is_kept(self) -> bool:
+        with contextlib.suppress(grpc.RpcError):
+            listed = await self._stub.ListGuests(
+                host_pb2.ListGuestsRequest(), timeout=self._deadlines.step_s
+            )
+            return self.name in [guest.name for guest in listed.guests]
+        return False
+
     async def _destroy(self, name: str) -> None:
         request = host_pb2.DetachGuestRequest(name=name, through_guest_agent=True)
         with contextlib.suppress(grpc.RpcError):  # nobody has it attached, or it boots
             await self._stub.DetachGuest(
                 request, timeout=self._deadlines.step_s, wait_for_ready=True
             )
+
+
+class _NoAnswer(grpc.RpcError):
+    """A step without an answer, which may be tried again."""
+
+    def __init__(self, details: str | None) -> None:
+        super().__init__()
+        self._details = details
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str | None:
+        return self._details
 
 
 class _InGuest(Task):
@@ -195,7 +224,7 @@ class _Reset(Task):
 
 
 class _EndDomain(Task):
-    """`virsh destroy` and `virsh start`."""
+    """`virsh destroy` and `virsh start`: the host agent attaches the domain again by itself."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()
@@ -205,7 +234,6 @@ class _EndDomain(Task):
         self._start(asyncio.to_thread(self._run))
 
     def _run(self) -> None:
-        self._victim.doomed = True
         with missed_if_libvirt_fails():
             domain = self._victim.domain
             domain.destroy()

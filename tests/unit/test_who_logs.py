@@ -64,7 +64,6 @@ SILENT = {
         "host_agent/session/pending_streams.py",
         "host_agent/session/requests.py",
         "host_agent/session/stream.py",
-        "host_agent/tasks.py",
     ),
     "runs ten times a second or more, and its figures are in samples and metrics": (
         "guest_agent/isolation/embedded.py",

@@ -13,9 +13,11 @@ FILES = (
     *sorted((ROOT / "host_agent/guests/attached").glob("*.py")),
     ROOT / "host_agent/guests/libvirt/devices.py",
     ROOT / "host_agent/api/attaching.py",
+    ROOT / "host_agent/api/attaching_again.py",
 )
 ALLOWED = {
-    *("UUIDString", "XMLDesc", "connect", "isActive", "maxMemory", "name", "state"),  # only read
+    # These only read.
+    *("ID", "UUIDString", "XMLDesc", "connect", "isActive", "maxMemory", "name", "state"),
     *("attachDeviceFlags", "detachDeviceFlags"),  # plug and unplug the memory door's device
 }
 

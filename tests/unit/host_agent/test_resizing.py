@@ -20,6 +20,7 @@ class Running:
     """A guest with a DIMM that was plugged, but not handed over."""
 
     pid = 0
+    domain = ""
     door = balloon = reporting = None
 
     def __init__(self, ram: GuestRam, releases: bool) -> None:
