@@ -1,4 +1,4 @@
-"""Compiles punch.c when the package is built or installed, if there is a C compiler."""
+"""Compiles punch.c when the package is built or installed. If that fails, only prints a warning."""
 
 import subprocess
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""The guest agent: runs inside a guest, finds free chunks, isolates and hints them to the host."""
+"""The guest agent: isolates a guest's free chunks, hints them to the host, and runs workloads."""

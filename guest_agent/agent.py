@@ -1,4 +1,9 @@
-"""Builds an agent from its configuration, and runs it."""
+"""Builds what runs in a guest from its configuration, and runs it.
+
+An embedded guest is one process (`run`), which runs the workload and, unless the method is none,
+hints. In a real guest, the agent hints (`run`), and another process runs the workload
+(`run_workload_only`).
+"""
 
 from __future__ import annotations
 
@@ -90,7 +95,7 @@ def _connect(config: AgentConfig) -> tuple[aio.Channel, pb.Identity]:
     identity = pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
     credentials = None
     if config.tls_folder:
-        from hintfleet.net.tls import Tls  # late: guests without TLS save its memory
+        from hintfleet.net.tls import Tls  # imported only for TLS: it takes memory
 
         credentials = Tls.read(config.tls_folder, server=False).for_client()
     return open_aio_channel(config.server, credentials, _CHANNEL_OPTIONS), identity

@@ -1,4 +1,4 @@
-"""Reads the agent's configuration from where the host agent has put it."""
+"""Reads the agent's configuration from a file or stdin; returns the default path of the file."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """The hinting core: events in, instructions out.
 
-The steps of a free chunk: isolate, batch, hint, acknowledge, release. This is the guest's side
+The steps of a free chunk: isolate, batch, hint, acknowledge, release. The core is the guest's side
 of the session protocol (hinting.proto) as a pure state machine; `guest_agent.session` carries
 out its instructions, with gRPC and the isolator. The core uses no socket and no clock, and does
 not know which isolator it has.
 
 The core keeps invariant I1: ranges that `isolated` was given are released only after the ack of
-their batch or after a later Welcome, whatever else happens.
+their batch or after a later Welcome, whatever else happens. It also keeps I4: ranges that an
+earlier agent left isolated are released only after a Welcome.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Reads what the guest's kernel reports about its memory and about this process."""
+"""Reads what the guest's kernel reports: its boot id, its memory, whether it zeroes pages, and the
+memory of this process."""
 
 from __future__ import annotations
 

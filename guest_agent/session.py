@@ -1,9 +1,10 @@
-"""The guest's end of a hinting session: gRPC outside, `HintingCore` inside.
+"""The guest's end of its hinting sessions: gRPC outside, `HintingCore` inside.
 
 The core and the isolator are used on one event loop only. The isolator's wake callback, the
-stream's reader and a timer put events into an inbox, and one task handles them. A lost stream is
-opened again, after a pause that grows with each try, and that is short again after a Welcome. If
-the host refuses the guest for good, the agent ends.
+stream's reader and a timer put events into an inbox, and one task handles them. A stream that has
+ended is opened again after a pause. The pause grows with each try, up to 2 s, and is short again
+after a stream with a Welcome. The agent ends if the host refuses it for good, or if the isolator
+cannot follow the host's policy.
 """
 
 from __future__ import annotations

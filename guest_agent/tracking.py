@@ -1,12 +1,13 @@
-"""Trackers: they know which free chunks have not been hinted yet.
+"""Trackers: each finds the free chunks of one zone of an embedded guest that wait to be hinted.
 
 Both designs of the 2019 kernel thread on free page hinting are here (see README.md).
 
-`BitmapTracker` (Lal) has a bit per chunk, set by the allocator's free hook. A word holds the bits
-of 64 chunks (128 MiB at order 9), and only words with a set bit are stored. So a hole in a sparse
-zone costs nothing, hot-added memory needs no resize, and a scan reads only words with chunks that
-wait. (Version 11 of Lal's patches had one flat bitmap over the zone's whole span, and its scan
-read every word.)
+`BitmapTracker` (Lal) has a bit per chunk. The allocator's free hook sets it; under policy cold it
+is set later, when the chunk has been free for long enough. A word holds the bits of 64 chunks
+(128 MiB at order 9), and only words with a set bit are stored. So a hole in a sparse zone costs
+nothing, hot-added memory needs no resize, and a scan reads only words with chunks that wait.
+(Version 11 of Lal's patches had one flat bitmap over the zone's whole span, and its scan read every
+word.)
 
 `ReportedTracker` (Duyck) stores nothing itself: the allocator marks free blocks that were
 reported, and the tracker returns the free chunks without the mark.

@@ -1,8 +1,9 @@
 """The workload that an experiment runs in a guest: allocate, write, verify, free.
 
 The workload writes a seeded pattern to all memory that it holds. Each verify compares all this
-memory with the pattern; a free compares only the memory that it frees. A page that the host has
-punched although it was in use reads as zeros and is counted as wrong.
+memory with the pattern; a free compares only the memory that it frees. A page that differs is
+counted as wrong. For example, a page that the host has punched although it was in use reads as
+zeros.
 
 The memory comes from a `Source`: the embedded allocator, or anonymous memory of a real guest. The
 workload also carries out the guest's part of a resize, with `Plugs`.

@@ -1,4 +1,4 @@
-"""The guest's end of the workload stream: reads commands, answers each with its result."""
+"""The guest's end of the workload stream: runs each command once, and answers with its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Memory for a workload: blocks of an embedded guest, or anonymous memory of a real guest."""
+"""Memory for a workload: blocks of an embedded guest's allocator, or anonymous memory of a real
+guest. Also the hotplug of an embedded guest (that of a real guest: memory/blocks.py)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The host agent: makes guests, reclaims what they hint, keeps the books, serves gRPC."""
+"""The host agent: makes and attaches guests, reclaims hinted memory, keeps books, serves gRPC."""

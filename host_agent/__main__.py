@@ -270,7 +270,7 @@ def _refuse_if_not_ours(folder: Path, shared: Path) -> None:
     for path in (folder, *folder.parents):
         if shared not in path.parents:
             return
-        status = path.lstat()  # refuses a link: its owner could change its target
+        status = path.lstat()  # not stat: the owner of a link could change its target
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise Refused(
                 f"{path} is not a folder of this user", hint="choose another --listen unix:PATH"

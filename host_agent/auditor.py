@@ -1,6 +1,7 @@
-"""Checks each guest when its next check is due; a check may start an audit of its RAM.
+"""Checks each guest when the guest's next check is due (`Audits.check`). A check may start an audit
+of the guest's RAM, or report refaults to the guest.
 
-One task does this for all guests. It sleeps until the first check is due, at most one second.
+One task checks all guests. It sleeps until the first check is due, at most one second.
 """
 
 from __future__ import annotations
@@ -38,5 +39,5 @@ async def audit_when_due(guests: Callable[[], Sequence[Guest]], observing: CpuMe
                     if guest.audits.next_check_s <= now_s:
                         guest.audits.check(now_s)
                     next_s = min(next_s, guest.audits.next_check_s)
-            await asyncio.sleep(0)  # otherwise acks would wait for all guests
+            await asyncio.sleep(0)  # otherwise acks would wait for the checks of all guests
         await sleep_until(max(next_s, now_s + _MIN_SLEEP_S))

@@ -1,4 +1,4 @@
-"""Audits one guest's RAM when an audit is due or asked for, and tells the guest its refaults."""
+"""Audits one guest's RAM when an audit is due or asked for, and reports refaults to the guest."""
 
 from __future__ import annotations
 

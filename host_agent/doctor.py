@@ -1,5 +1,6 @@
-"""Finds out what this host can run, by trying it: `hintfleet-host --doctor`.
+"""Finds out what this host can run: `hintfleet-host --doctor`.
 
+It punches a hole, reads the guest image, and connects to libvirt; it starts no guest.
 orchestrator/doctor.py runs that command, and has more checks.
 """
 

@@ -1,8 +1,9 @@
-"""One guest of this host, from the request for it until its books are closed.
+"""One guest of this host, from the request for it until its books are closed or it is left to the
+next host agent.
 
-A `Guest` has its RAM and books in `memory`, the streams of its agent in `sessions`, and its audits
-in `audits`. This module has how a guest begins and ends, and the work that needs both `memory` and
-`sessions`. All methods are called on the host agent's event loop.
+A `Guest` has its RAM and books in `memory`, the streams of its agent and workload in `sessions`,
+and its audits in `audits`. This module begins, ends and releases guests, and does the work that
+needs both `memory` and `sessions`. All methods are called on the host agent's event loop.
 """
 
 from __future__ import annotations

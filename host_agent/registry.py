@@ -1,4 +1,9 @@
-"""All guests of this host. A trial's guests are ended when its last Watch ends."""
+"""All guests of this host agent: makes, adopts, ends and releases them.
+
+A trial's guests are ended when the trial's last Watch ends, except while the host agent itself
+ends: with --state it releases all guests, else it ends them. Adopted guests are also ended if their
+trial has no Watch after a grace period.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Carries out a command of the control API once, even if the client sends it again, and answers
-it each time.
+it each time. Only a command that has no sequence number, or that has failed with another error than
+GuestLost, is carried out again.
 
 The client chooses the commands' ids (orchestrator/trial/runner.py; for commands of no trial,
 orchestrator/commands/domains.py). The guest remembers its last answers as well: a step that it has

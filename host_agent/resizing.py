@@ -4,7 +4,10 @@ Plugging: the driver plugs the memory, it is added to the RAM and the books, and
 told to use it. Unplugging is the reverse: the guest stops using the memory (it may refuse), the
 driver unplugs it, and then it is freed and removed from the RAM and the books. So the host never
 frees memory that a guest still uses. Hinting continues meanwhile. guests/libvirt/dimms.py plugs a
-DIMM into a VM. The operator of an attached guest resizes it: `follow_table`.
+DIMM into a VM.
+
+An attached guest is not resized from here. Its operator plugs and unplugs memory; `follow_table`
+changes the RAM and the books accordingly.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The host agent as a whole: two gRPC servers and one registry, started and stopped together.
+"""The host agent as a whole: two gRPC servers, one registry, and the loops for pressure, audits,
+saving and attaching again. They are started and stopped together.
 
 Guests and orchestrators use different addresses. A guest on user-mode networking can reach
 every loopback port of its host. So the control API listens on a unix socket by default, and
-the guests' address serves the guests' service only.
+the guests' addresses serve the guests' service only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sets up CPython so that the load of one guest delays the acks of other guests less.
 
-It sets the threads' switch interval and the garbage collector. Both settings lower the 99th
-percentile of ack latency while one guest floods (tests/bench/flood.py).
+`keep_latency_steady` sets the threads' switch interval and the garbage collector. Both settings
+lower the 99th percentile of ack latency while one guest floods (tests/bench/flood.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The command line of `hintfleet`.
 
-A command imports what it needs when it runs, so `--help` is fast. Data goes to stdout,
-everything else to stderr.
+A command imports what it needs when it runs, so `--help` is fast. Results and help go to stdout;
+everything else (progress, hints, errors, logs) goes to stderr.
 """
 
 from __future__ import annotations

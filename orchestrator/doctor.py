@@ -1,7 +1,7 @@
 """Checks what this machine can run.
 
-The host agent checks libvirt, the guest image and a hole punch in its own process: neither the host
-agent nor libvirt is imported here.
+libvirt, the guest image and a hole punch are checked by a host agent (`hintfleet-host --doctor`) in
+a process of its own: neither the host agent's modules nor libvirt are imported here.
 """
 
 from __future__ import annotations

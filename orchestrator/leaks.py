@@ -1,8 +1,9 @@
-"""Finds and removes what killed runs left on this machine.
+"""Finds what killed runs left on this machine, and removes it on request.
 
 This module finds Ray's processes, runtime folders, unfinished files in the store and, in a guest,
-isolated huge pages. What host agents created, a host agent finds in its own process. Nothing is
-removed that a living process owns, or that may not be ours.
+isolated huge pages, which it never removes. What killed host agents left is found and removed by a
+host agent (`hintfleet-host --leaks`, `--clean`) in a process of its own. Nothing is removed that a
+living process owns, or that may not be ours.
 """
 
 from __future__ import annotations

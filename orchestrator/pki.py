@@ -2,11 +2,11 @@
 
     ca.pem, ca.key           the authority
     issued/ROLE-NAME/        one TLS folder per certificate (hintfleet.net.tls), to be moved to
-                             the machine that uses it
+                             the machine that uses it (`--out` puts it elsewhere)
 
-Keys are EC P-256, in files of mode 0600 in folders of mode 0700. There is no revocation:
-certificates are short-lived instead, and a guest's certificate is useless without the token of
-a running guest.
+Keys are EC P-256, in files of mode 0600 in folders that other users may not enter. There is no
+revocation: instead a certificate expires (397 days by default), and a guest's certificate is
+useless without the token of a running guest. `read_certificates` describes certificates.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings for all tests."""
+"""Settings for all tests: Hypothesis sets no deadline, and the environment has no proxies."""
 
 import os
 

@@ -3,19 +3,20 @@
 
     python3 deploy/image/build.py [--print-path] [--package NAME ...]
 
-The image is kept outside the tree, in a directory named by a hash of all its inputs, and reused
-while they do not change. The base directory is HINTFLEET_IMAGE_DIR; by default
+The image is kept outside the tree, in a directory named by a hash of its inputs in this tree and of
+the names in --package, and reused while they do not change (newer Debian packages are not noticed).
+The base directory is HINTFLEET_IMAGE_DIR; by default
 /var/cache/hintfleet/images for root (QEMU runs as another user and must be able to read it) and
 the XDG cache directory for others.
 
     DIR/layers/kit-HASH/     kernel, modules, shell; built (minutes) when the module changes
-    DIR/layers/root-HASH/    root disk; built (minutes) when a wheel changes
+    DIR/layers/root-HASH/    root disk; built (minutes) when a wheel or --package changes
     DIR/HASH/                the image: root.img vmlinuz initrd.img image.json
     DIR/current              a link to the image of the last build without --package
 
-The KEPT_IMAGES images that builds used last are kept, older ones are removed. Layers that no image
-uses are removed after a day. A guest runs on if its image is removed: QEMU has the disk open, and
-has read the other files.
+A build removes all images except `current` and the KEPT_IMAGES others that builds used last, and
+all layers that no image uses and that are older than a day. A guest runs on if its image is
+removed: QEMU has the disk open, and has read the other files.
 """
 
 from __future__ import annotations

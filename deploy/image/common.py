@@ -1,6 +1,6 @@
 """Errors, commands, hashes and layers, shared by the steps of the image builder.
 
-The builder runs before anything is installed, so it uses only the standard library.
+The builder runs before anything is installed, so it imports only the standard library.
 """
 
 from __future__ import annotations

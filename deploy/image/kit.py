@@ -17,7 +17,7 @@ PACKAGES = (KERNEL, "linux-headers-cloud-amd64", "gcc", "make", "busybox-static"
 
 DRIVERS = (
     *("virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon", "virtio_mem"),
-    "virtiofs",  # the device of the memory door; nothing is mounted
+    "virtiofs",  # binds the device of the memory door; nothing is mounted
     "qemu_fw_cfg",
 )
 """What the guest needs before it runs the agent; ext4 and serial are built into the kernel."""

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Build the kernel module for every kernel that Debian offers for SUITE, with warnings as errors.
+"""Build the kernel module for the newest Debian kernels, with warnings as errors: one of each of
+FLAVOURS in SUITE, and one in its backports.
 
-The headers of the release's own kernels and of its backports go into a throwaway tree (as for the
-guest image, deploy/image). Prints a line for each kernel, and the log of a build that fails. Exits
-with 1 if a build fails, or if nothing was built.
+The headers of these kernels are installed in a throwaway tree (as for the guest image,
+deploy/image). Prints a line for each kernel, and the log of a build that fails. Exits with 1 if a
+build fails, if nothing was built, or if the tree cannot be made.
 """
 
 from __future__ import annotations

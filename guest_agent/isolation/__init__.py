@@ -1,1 +1,2 @@
-"""Isolators: they take a free chunk out of the guest's allocator, so that nobody can use it."""
+"""Isolators, which take free chunks out of the guest's allocator, so that nobody can use them, and
+give them back."""

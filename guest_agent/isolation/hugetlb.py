@@ -1,24 +1,26 @@
 """Isolation on a stock kernel: free chunks are moved into the hugetlb pool.
 
-A pass moves free chunks into the pool, step by step. Free chunks whose memory is not absent on the
-host are new. A pass counts the new chunks when it begins, and ends when it has found that many, or
-when only the reserve is left. All moved chunks stay in the pool until the pass ends. Each step
-moves twice as many chunks as the step before, and begins only when the host has acknowledged all
-that the step before has hinted.
+A pass moves free chunks into the pool, step by step. Free chunks whose memory is not known to be
+absent on the host are new. A pass counts the new chunks when it begins. It moves no more chunks
+when it has found that many, or when only the reserve is left, and ends when all that it has hinted
+is acknowledged. All moved chunks stay in the pool until the pass ends. Each step moves twice as
+many chunks as the step before (not with `init_on_alloc`), and begins only when the host has
+acknowledged all that the step before has hinted.
 
 With `init_on_alloc` the kernel zeroes each chunk that it moves: absent memory becomes
-resident until it is punched. Such a pass moves 32 chunks at a time, or a 64th of the memory if
-that is more, but never more than a batch may hold, and hints all of them. So at most one step of
+resident until it is punched. Such a pass moves 32 chunks at a time, or about a 64th of the memory
+if that is more, but never more than a batch may hold, and hints all of them. So at most one step of
 memory is resident for this reason. The pass may have to zero all free memory, so it begins only if
-the new chunks are at least an eighth of the free memory beyond the reserve, or if it was requested.
-An allowance (policy pressure) smaller than all free memory may gain nothing: it is spent on absent
-chunks, too.
+the new chunks are at least an eighth of the free memory beyond the reserve; if it was requested,
+`threshold_chunks` are enough. An allowance (policy pressure) smaller than all free memory may gain
+nothing: it is spent on absent chunks, too.
 
 Tracking: a chunk counts as absent from the host's ack until the host reports a refault. A new
 agent begins no pass before the host has reported which memory is resident; all other free chunks
 then count as absent. A pass is worthwhile when enough new chunks are free. Chunks that the last
-pass could not have (the reserve) do not count. After a pass, the next one waits four times as long
-as the pass took, half a second at the most, unless one is requested.
+pass could not have (the reserve) do not count, except for a requested pass without `init_on_alloc`.
+After a pass, the next one waits four times as long as the pass took, half a second at the most,
+unless one is requested.
 
 A guest that allocates while a pass holds memory may run out of memory. So no pass begins
 while free memory falls, unless one is requested. When the guest has used half of the reserve,
@@ -27,9 +29,9 @@ no more chunks are hinted, and the pass ends when all batches in flight are ackn
 If the host is lost while a batch is in flight, the pool stays as it is until the next Welcome;
 if no batch is in flight, the pass ends by itself. The kernel does not let us choose which pages
 leave the pool, so the pool cannot keep only the chunks of a batch in flight. The effect on the
-guest is bounded: a pass is short (a few tenths of a second for 700 MiB) and holds little more
-than the memory that was freed lately; and the reserve (a sixteenth of the memory and the low
-watermarks) stays free for the guest, besides what its kernel can reclaim.
+guest is bounded: a pass is short (a few tenths of a second for 700 MiB); without `init_on_alloc` it
+holds little more than the memory that was freed lately; and the reserve (a sixteenth of the memory
+and the low watermarks) stays free for the guest, besides what its kernel can reclaim.
 """
 
 from __future__ import annotations
@@ -131,7 +133,7 @@ class HugetlbIsolator:
 
     def start(self, wake: Callable[[], None]) -> RangeSet:
         del wake  # a stock kernel notifies nobody: the core's period starts the passes
-        self._began_at_s = self._clock()  # chunks of a dead agent are treated as a pass
+        self._began_at_s = self._clock()  # chunks left by a dead agent count as a pass
         self._in_pool = self._pool.open()
         self._in_flight_pages = self._in_pool.page_count
         self._reserve_chunks = self._pool.reserve_chunks()
@@ -270,7 +272,7 @@ class HugetlbIsolator:
             moved = self._pool.grow(chunks)
             new = self._pool.chunks() - self._in_pool
         except TransientError as error:
-            self._to_move_chunks = 0  # this pass ends; the next one tries again
+            self._to_move_chunks = 0  # this pass moves no more; the next pass tries again
             if not self._conflict_logged:
                 _log.warning("hugetlb pool cannot be used now", extra=fields(reason=error.message))
             self._conflict_logged = True

@@ -1,6 +1,6 @@
 """The kernel's pool of 2 MiB huge pages: check that it is safe to use, fill it, empty it.
 
-Documentation/admin-guide/mm/hugetlbpage.rst. Nobody else may use the pool. A file on a
+Source: Documentation/admin-guide/mm/hugetlbpage.rst. Nobody else may use the pool. A file on a
 hugetlbfs of our own reserves the pool's pages. The reservation of a file outlives the process
 (fs/hugetlbfs/inode.c), while that of a mapping alone would not. So nobody can use the chunks that
 a dead agent left isolated (I4). The kernel may move fewer pages into the pool than it is asked to,

@@ -1,8 +1,9 @@
 """The interface of isolators: take free chunks out of the guest's allocator, and give them back.
 
 `embedded` and `hugetlb` look for free chunks when the core asks; `kmod` returns those that the
-kernel has isolated by itself. The interface is the same: the hinting core asks for chunks when it
-is woken or when its period has passed.
+kernel's page reporting has isolated before. All three have the same interface, and the core asks
+each of them at the same moments: for example when it is woken, when its period has passed, and
+after each ack.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Isolation by the hintfleet kernel module: /dev/hintfleet (deploy/kmod/hintfleet.h).
 
-The kernel's page reporting isolates up to 32 chunks; the module shows them as one batch. Once this
-agent has read the batch, its chunks stay isolated until the agent acknowledges or returns it. There
-is one batch at a time: the module shows the next one only after the batch before was released.
+The kernel's page reporting isolates up to 32 free blocks of a chunk or more; the module shows them
+as one batch. Once an agent has read the batch, its blocks stay isolated until that agent, or the
+next one after its death, acknowledges or returns the batch. A batch that nobody reads is taken back
+after a second. The module shows the next batch only after the one before was released or taken
+back.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The memory of a guest, and which of it is free."""
+"""A guest's memory: an emulated buddy allocator, or what a real guest's kernel reports; hotplug."""

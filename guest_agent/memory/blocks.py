@@ -1,9 +1,9 @@
-"""Hot-plugged memory of a real guest: the memory blocks of its kernel.
+"""Onlines and offlines hot-plugged memory of a real guest: the memory blocks of its kernel.
 
-Documentation/admin-guide/mm/memory-hotplug.rst. A new block is offline. It is onlined into
+Source: Documentation/admin-guide/mm/memory-hotplug.rst. A block that is offline is onlined into
 ZONE_MOVABLE, where the kernel keeps only memory that it can move: so the block can be unplugged
-again. A block that the kernel's own policy (memhp_default_state) has onlined already is left as it
-is, which is not an error.
+again. A block that is online already, by the kernel's own policy (memhp_default_state), is left as
+it is, which is not an error. Blocks are offlined only if the guest has enough other memory.
 """
 
 from __future__ import annotations

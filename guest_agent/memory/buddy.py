@@ -3,9 +3,10 @@
 It has zones, orders 0 to MAX_ORDER, splitting and merging as in mm/page_alloc.c, and low and min
 watermarks. It also has what both designs of the 2019 kernel thread (README.md) need: a hook in the
 free path that is called for each chunk that became free (Lal), and a mark on free blocks that were
-reported (Duyck; PageReported in mm/page_reporting.h). Not covered: per-CPU lists, migrate types,
-compaction, reclaim. If no free block is large enough, an allocation waits for isolated chunks, then
-fails.
+reported (Duyck; PageReported in mm/page_reporting.h). Chunks can be isolated and released, pages
+onlined and offlined. Not covered: per-CPU lists, migrate types, compaction, reclaim. So an
+allocation that finds no free block large enough can only wait for the release of isolated chunks;
+it fails if there are none, or after a timeout.
 
 The allocator manages page frames only; their contents are in the guest's RAM file.
 """

@@ -1,6 +1,7 @@
-"""The memory of a real guest as its kernel reports it: zones, free lists, page flags.
+"""The memory of a real guest as its kernel reports it: zones, free lists, blocks, page flags.
 
-The parsers are pure: text in, values out. `PageFlags` reads single entries of /proc/kpageflags
+The functions `parse_...` are pure: text in, values out. `present_spans`, `FreeLists` and
+`PageFlags` read files. `PageFlags` reads single entries of /proc/kpageflags
 (Documentation/admin-guide/mm/pagemap.rst).
 """
 

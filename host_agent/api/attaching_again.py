@@ -1,6 +1,8 @@
-"""Attached guests whose domain does not run: they are kept, and attached again when it starts.
+"""Attaches guests again whose domain had ended and has started again; ends those whose domain does
+not exist any more.
 
-Their books are closed, and begin again with the domain's next start. `Guest.earlier` has the sums.
+While the domain does not run, the guest is kept with closed books. When the guest is attached
+again, new books begin, and `Guest.earlier` has the sums of the closed ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Helpers for both gRPC services: error statuses, the ends of streams, client certificates."""
+"""Helpers for both gRPC services: error statuses, reading and ending streams. Also the check of
+operators' certificates, for the control API."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """The guests' service: the hinting protocol and the workload stream over gRPC.
 
 A guest is untrusted. What it sends is checked against the gate's limits, against what is possible
-(`validation`) and against its rate limits (`rate_limits`). A violation ends the stream that it
-came on, with the reason, and is counted for its guest. Other guests are not affected.
+(`validation`) and against its rate limits (`rate_limits`). Messages beyond the rate limits are only
+read more slowly, until they count as a flood. Any other violation, and a flood, ends the stream on
+which it arrived, with the reason, and is counted for the guest if the guest has authenticated
+itself. Other guests are not affected.
 """
 
 from __future__ import annotations

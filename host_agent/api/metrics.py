@@ -1,4 +1,4 @@
-"""The guests' books and violations of the protocol, as Prometheus metrics.
+"""The guests' books, violations of the protocol and bans, as Prometheus metrics over HTTP(S).
 
 A scrape reads the books that were computed last for each guest (`last_ledger`). It does not look at
 RAM files, so it cannot delay a guest's batches.

@@ -1,1 +1,1 @@
-"""The memory door: how QEMU hands a guest's RAM to the host agent, and takes it back."""
+"""The memory door: QEMU hands over a guest's RAM, and waits for running punches before a reset."""

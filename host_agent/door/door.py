@@ -4,11 +4,12 @@ host agent's answer before it stops the guest.
 The host agent is the vhost-user back end of a virtiofs device that nobody mounts. Messages are
 handled in `protocol.Backend`; this module serves the socket, on the host agent's event loop.
 
-A door is open while punches may run: from the start of the device until QEMU stops the device. QEMU
-stops it before it suspends or resets the guest, loads a state into the guest, or removes the
-device, and does nothing else until it has the answer. If the host agent is killed, the kernel
-closes the socket only after the last thread of the host agent has left the kernel (kernel/exit.c:
-exit_files). So even then QEMU cannot continue before the last punch has ended.
+A door is open while punches may run: from the start of the device until QEMU stops the device or
+hangs up. QEMU stops the device before it suspends or resets the guest, loads a state into the
+guest, or removes the device, and does nothing else until it has the answer. If the host agent is
+killed, the kernel closes the socket only after the last thread of the host agent has left the
+kernel (kernel/exit.c: exit_files). So even then QEMU cannot continue before the last punch has
+ended.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Checks a spec's settings for a guest's agent, and makes the agent's configuration."""
+"""Checks a spec's settings for a guest's agent. Makes the agent's configuration, except what only
+the embedded driver adds to it (the RAM)."""
 
 from __future__ import annotations
 

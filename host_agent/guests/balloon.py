@@ -1,9 +1,10 @@
-"""The balloon as a peer of hinting: the rule for a guest's memory target. Pure.
+"""The balloon as a peer of hinting: the rule for a guest's memory target, when to read statistics,
+and when a balloon driver is silent. Pure. Also the interfaces of balloon and free page reporting.
 
-One rule, after oVirt's MOM (its doc/balloon.rules): the guest keeps what it uses and a reserve.
+The rule, after oVirt's MOM (its doc/balloon.rules): the guest keeps what it uses and a reserve.
 The target falls in bounded steps, because a guest may be about to use what it has. It rises at
-once, because a guest that needs memory needs it now. A change within the dead band is not made: it
-is not worth the guest's work.
+once, because a guest that needs memory needs it now. A change within the dead band (half a percent
+of the memory) is not made: it is not worth the guest's work.
 
 What a guest uses is its memory outside the balloon less its free memory (MemFree). The page cache
 counts as used, as it does under hinting and reporting.

@@ -1,7 +1,8 @@
 """Carries out the balloon's rule on one guest, and finds out whether a peer can work at all.
 
-A guest without a balloon driver keeps all its memory. An experiment must not report that as a
-saving of zero: the method was not tried.
+A guest whose balloon driver is missing, or does not report free pages, keeps all its memory. An
+experiment must not report that as a saving of zero, because the method was not tried. So both
+functions here raise Refused, and the guest counts as lost.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Embedded guests: each is a process, and its RAM is a memfd of this host.
 
-The host agent makes the memfd and keeps a descriptor of it. It has a descriptor of a virtual
-machine's RAM, too: so reclaim and accounting are the same for both.
+The host agent makes the memfd and keeps a descriptor of it. The host agent has descriptors of a
+virtual machine's RAM, too: so reclaim and accounting are the same for both.
 
-By default a guest ends with its host agent: its stdin is a pipe from the host agent, and it ends at
-end of file. Under Survival a guest ends when it has had no host agent for `orphan_after_s`. The
-next host agent finds the guest's process by pid and start time, and the guest's RAM among the open
-files of that process.
+By default a guest ends with its host agent: the guest's stdin is a pipe from the host agent, and
+the guest ends at end of file. Under Survival a guest ends when it has had no host agent for
+`orphan_after_s`. The next host agent finds the guest's process by pid and start time, and the
+guest's RAM among the open files of that process.
 """
 
 from __future__ import annotations

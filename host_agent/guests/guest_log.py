@@ -1,4 +1,4 @@
-"""The log of a guest's process, which is shown when the guest fails."""
+"""The log of an embedded guest's process. Its last lines are shown when the guest fails."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Peers: the methods that take memory out of a guest without hints. These are QEMU's free page
-reporting and its balloon."""
+"""Runs a peer of hinting on a guest. Peers are the methods that take memory out of a guest without
+hints: free page reporting and the balloon, both by QEMU."""
 
 from __future__ import annotations
 

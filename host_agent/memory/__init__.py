@@ -1,1 +1,1 @@
-"""A guest's RAM on the host: punches, looks (which pages are resident), books."""
+"""A guest's RAM on the host: punches and their fence, looks (which pages are resident), books."""

@@ -3,9 +3,10 @@ the time.
 
 Only a look at the RAM files shows which pages became resident again (and, under a peer, which
 became absent). A look costs time for each run of pages that it passes. One fstat(2) for each file
-returns how much is resident, and from this sum follows how much a look would find. So the sum is
-checked often. A look follows soon while memory moves, and late while almost none moves. In the
-long run, looks take no more than a given share of a processor.
+returns how much is resident, and from this sum follows how much a look would find (under a peer,
+the least that it would find). So the sum is checked often, at rest once a second. A look follows
+soon while memory moves, and late while almost none moves. In the long run, looks take no more than
+a given share of a processor.
 """
 
 from __future__ import annotations

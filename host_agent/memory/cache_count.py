@@ -1,8 +1,8 @@
-"""Counts how much of a part of a file is in memory, by cachestat(2).
+"""Counts how much of a part of a shmem file is data (in memory or swapped out), by cachestat(2).
 
-cachestat(2) takes 13 ns for each page that is in memory, and stops at the end of the part. The
-other way to learn whether a part is all data, SEEK_HOLE of lseek(2), takes 28 ns for each page and
-does not stop at the end of the part: it walks on to the next hole, however far that is.
+cachestat(2) takes 13 ns for each page of data, and stops at the end of the part. The other way to
+learn whether a part is all data, SEEK_HOLE of lseek(2), takes 28 ns for each page and does not stop
+at the end of the part: it walks on to the next hole, however far that is.
 """
 
 from __future__ import annotations
@@ -54,4 +54,4 @@ def _can_count() -> bool:
         os.close(fd)
 
 
-CAN_COUNT = _can_count()  # tried, not inferred from the kernel version: a filter may deny it
+CAN_COUNT = _can_count()  # tried, not inferred from the kernel: a filter may deny the call

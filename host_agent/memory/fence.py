@@ -1,7 +1,7 @@
 """Keeps punches out while a guest's RAM must not be punched.
 
 A batch gets a permit when its turn comes. With this permit it enters the fence again and again, for
-one slice of its punches each time. So a caller that closes the fence waits for one slice, not for
+one slice of its punches each time. So whoever closes the fence has to wait for one slice, not for
 the whole batch. Closing the fence also ends all permits: when the fence is opened again, another
 epoch begins, and the rest of an old batch must not run in it.
 """

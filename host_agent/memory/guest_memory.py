@@ -2,8 +2,8 @@
 when.
 
 System calls on the RAM files that may take long run in worker threads. `lock` is held meanwhile,
-so that an audit and a punch never overlap. The caller of a method whose docstring says "Locked"
-must hold `lock`.
+so that an audit and a punch never overlap (`recovered` runs before there can be either). The caller
+of a method whose docstring says "Locked" must hold `lock`.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ subtracted from `reclaimed_now`, and counted in a total of its own, because it d
     reclaimed_now = reclaimed_total - refaulted_total - unplugged_total
 
 Where others take memory out of the RAM file (the hypervisor's free page reporting or its balloon),
-only a look at the file shows which. Then an audit needs a look at all of the RAM, and enters the
-pages that became absent since the last audit as reclaimed. Such totals are samples: memory that
-became absent and resident again between two audits is in none of them. Of the two balances, only
-the first one holds there.
+only a look at the file shows which memory. Then an audit needs a look at all of the RAM, and enters
+the pages that became absent since the last audit as reclaimed. Such totals are samples: memory that
+became absent and resident again between two audits is in none of them. Of the two balances at the
+top, only the first one holds for such a guest.
 """
 
 from __future__ import annotations

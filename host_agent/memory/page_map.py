@@ -1,8 +1,8 @@
 """Sets of a guest's pages for the books: a bitmap for each section of RAM. (Where a page lies in
 which file: ram.py, `Segment`.)
 
-A guest decides how fragmented its memory is, so the host's cost must not depend on that. Every
-operation on a `RangeSet` costs time for each range in it. A guest of 4 GiB that touches every
+A guest decides how fragmented its memory is, so the host's cost must not depend on that. A set
+operation on `RangeSet`s costs time for each range in them. A guest of 4 GiB that touches every
 second page would make half a million ranges, and each entry into its books would take half a
 second. Here, an operation handles a bitmap of 512 bytes for each section of 16 MiB, however many
 runs of pages the section has. Only making a map from ranges, and iterating over its runs, take

@@ -1,6 +1,7 @@
-"""Punches many holes into a file: `punch` is a loop in C if that was built, else one in Python.
+"""Punches many holes into a file: `punch` is the loop of punch.c if it was compiled, else a loop in
+Python.
 
-punch.c is compiled when the package is installed, if there is a compiler (hatch_build.py).
+punch.c is compiled when the package is built or installed, if there is a compiler (hatch_build.py).
 """
 
 from __future__ import annotations

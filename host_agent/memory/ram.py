@@ -1,11 +1,13 @@
 """A guest's RAM on the host: parts of files, in guest physical order. Parts are plugged and
 unplugged while the guest runs.
 
-What is resident is read from the file itself (SEEK_DATA and SEEK_HOLE of lseek(2), st_blocks of
-fstat(2)), the same way for the memfd of an embedded guest and for those of QEMU. It must be shared
-memory (shmem), where a page is data exactly if it is in memory or swapped out (mm/shmem.c); both
-count as resident. A look costs one or two system calls for each run of pages that it passes, and
-about 30 ns for each resident page, because the kernel walks through these.
+What is resident is read from the file itself (SEEK_DATA and SEEK_HOLE of lseek(2), cachestat(2),
+st_blocks of fstat(2)), the same way for the memfd of an embedded guest and for those of QEMU. The
+file must be shared memory (shmem), where a page is data exactly if it is in memory or swapped out
+(mm/shmem.c); both count as resident. A look costs a few system calls for each run of pages that it
+passes, and at most about 30 ns for each resident page that the kernel walks through.
+
+Holes are punched in slices, through a fence (fence.py).
 """
 
 from __future__ import annotations

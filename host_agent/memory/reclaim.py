@@ -1,4 +1,5 @@
-"""Reclaims a batch: drops the memory behind its pages, and reports which of them were resident."""
+"""Reclaims a batch: drops the memory behind its pages. Reports which of its pages were resident,
+which were absent already, and which were skipped."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
 """The state that outlives the host agent's process: its guests' books and how to find the guests.
 
-It is one SQLite file, for one host agent at a time. The process holds a lock (flock) while it uses
-the state. The lock makes I2 hold over a restart: the process that holds the lock knows that no
-batch of an earlier host agent is running or can ever run.
+The books are in one SQLite file, for one host agent at a time; beside it is a folder for each
+guest's own files. The process holds a lock (flock) while it uses the state. The lock makes I2 hold
+over a restart: the process that holds the lock knows that no batch of an earlier host agent is
+running or can ever run.
 
 The file must outlive the process, but not a power failure, which ends the guests as well. So each
 boot of the host has its own folder, and folders of earlier boots are removed unread.
 
-The files contain tokens, so only their owner can read them. Other users can enter the folders but
-not list them: QEMU's user must reach the console file.
+The SQLite file contains tokens, so only its owner can read it. Other users can enter the folders
+but not list them: QEMU's user must reach the files of its guests.
 """
 
 from __future__ import annotations

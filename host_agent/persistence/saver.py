@@ -1,8 +1,9 @@
-"""Saves the guests' books in the background, so that no guest waits for the disk.
+"""Saves the guests for the next host agent. Their books are saved in the background, so that no
+batch waits for the disk.
 
-A batch is acknowledged before its books are saved. What happened between the last save and the
-end of the process is derived from the RAM file (`Ledger.recover`). An epoch cannot be derived from
-anything, so it is saved before its Welcome is sent.
+A batch is acknowledged before the books with the batch are saved. What happened between the last
+save and the end of the process is derived from the RAM file (`Ledger.recover`). An epoch cannot be
+derived from anything, so it is saved before its Welcome is sent.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 The gate decides which session of a guest is welcome, and which of its batches may run. It is the
 host's side of the session protocol (hinting.proto) as a pure state machine: it uses no socket,
-clock or lock. `GuestSessions` carries out its instructions. The guest's side is
-guest_agent/hinting.py. Violations are counted, and guests banned, in rate_limits.py.
+clock or lock. (`Epochs`, which numbers the sessions, reads the clock.) `GuestSessions` carries out
+the gate's instructions. The guest's side is guest_agent/hinting.py. Violations are counted, and
+guests banned, in rate_limits.py.
 
 The gate keeps invariant I2: it returns `Welcome` only while no batch is `running`, and when an
 epoch ends, it skips the batches that wait. A punch cannot be cancelled, so a running punch always

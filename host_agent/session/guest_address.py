@@ -1,4 +1,5 @@
-"""The addresses at which guests connect to the host agent, and to the next one after a restart."""
+"""The addresses at which guests connect to the host agent. With --state, the next host agent
+listens at the same ones, unless its --guest-listen names another port."""
 
 from __future__ import annotations
 

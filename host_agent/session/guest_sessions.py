@@ -1,4 +1,4 @@
-"""The streams that one guest's agent has opened, and the messages on them.
+"""The streams that one guest's agent and workload have opened, and the messages on them.
 
 The gate decides which session is welcome and which batches may run (I2). This module carries out
 the gate's instructions, on the host agent's event loop.

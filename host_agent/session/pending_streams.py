@@ -3,7 +3,8 @@
 Nobody knows which guest opened such a stream, so no guest's own limits can count it. Instead, the
 number of all such streams is limited, and how long each may wait. When the limit is reached, the
 oldest is ended: an honest guest sends its first message as soon as it opens a stream, so a stream
-that has waited long is probably not an honest guest's.
+that has waited long is probably not an honest guest's. A stream that is to be refused also takes a
+place, during the pause before its refusal (guest_service.py).
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 Pure: the caller passes the time. If a guest breaks the protocol, the stream on which it did so is
 ended, with the reason. If a guest sends more than its rate limits, its messages are read more
-slowly; if it goes on so with messages other than batches, the stream is ended, too. Both ends count
-as violations. A guest with too many violations is banned for a while; the third ban is for ever.
+slowly; if it continues for 5 s with messages other than batches, the stream is ended, too. Both
+ends count as violations. A guest with too many violations is banned for a while; the third ban is
+for ever. New streams of a guest that is banned, or that opens too many, are refused; a refusal is
+not a violation.
 """
 
 from __future__ import annotations

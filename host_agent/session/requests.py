@@ -1,7 +1,8 @@
 """Requests to a guest that it has not answered yet.
 
-When the stream on which a request was sent ends, the request fails, unless it is soon sent again on
-the next stream. (Commands that the orchestrator repeats: repeated_commands.py.)
+When the stream on which a request was sent ends, the request fails a second later. Only a command
+to the workload does not fail, if the workload attaches again within this time: it is sent again on
+the new stream. (Commands that the orchestrator repeats: repeated_commands.py.)
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def runs(limit: int, data_dir: Path | None, output_format: str) -> None:
     with Store(data_dir_or_default(data_dir)) as store:
         found = store.runs(limit)
     data = [asdict(run) for run in found]
-    for run in data:  # left out: `show RUN --spec` prints it
+    for run in data:  # the spec is left out here: `show RUN --spec` prints it
         del run["spec_text"]
     emit(data, output_format, lambda: tables.runs(found))
     print_resume_hint([run.run_id for run in found if run.was_cut_off])

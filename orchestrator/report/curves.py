@@ -1,8 +1,8 @@
 """Computes resident memory over time for each arm, from all of its trials. Pure.
 
-A step takes more time in some trials than in others. So the time of each trial is stretched or
-shrunk, phase by phase, until each phase begins at its mean time over all trials. Then the same
-phase of all trials can be averaged.
+A step takes more time in some trials than in others. So the time of each host in each trial is
+stretched or shrunk, phase by phase, until each phase begins at its mean time over all hosts and
+trials of the run. Then the same phase of all trials of an arm can be averaged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Computes what each arm of a run cost, compared with the control. Pure.
+"""Computes what each arm of a run cost: some figures compared with the control, others of the arm
+alone (`ArmCost`). Pure.
 
-As in `savings`, each repetition is one pair: the arm's trial and the control's, each summed over
-its hosts. An arm has no figures if one of its trials is undecided, lost or was cut off.
+In a comparison, as in `savings`, each repetition is one pair: the arm's trial and the control's,
+each summed over its hosts. An arm has no figures if one of its trials is undecided, lost or was cut
+off.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Computes what a method cost one host in one trial, from its samples and steps. Pure.
 
 CPU time, wire bytes and ranges are counted over the measured window (see `footprint`): from the
-last sample at or before its start to the last sample at or before its end.
+last sample at or before the window's start to the last sample at or before its end. The size of the
+tracker is the maximum over all samples. The other figures are times of steps and Settle calls.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Computes how much memory guests used in one trial, from its samples. Pure.
 
-The measured window begins with the first step of the workload, and ends when the last hold
-ends and the read-back begins. The creation, the boot and the end of guests are not part of an
-arm's footprint.
+Resident memory is computed over the measured window, which begins with the first step of the
+workload, and ends when the last hold ends and the read-back begins. The creation, the boot and the
+end of guests are not part of it. Provisioned, reclaimed and refaulted bytes are from a guest's
+final books. Verified and wrong pages are those of all steps, with the read-back.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 From the fault to the next attempt, in the order of this file:
 
-1. The last record of a host's part of a trial, HostDone, says how that part ended. The part
-   is lost if its host agent was lost (`trial/runner.py`) or its actor died
+1. The last record of a host's part of a trial, HostDone, says whether and why that part ended
+   early, and whether its host agent was lost (`trial/runner.py`) or its actor died
    (`trial/ray_actors.py`).
-2. `host_outcome` computes one host's figures from its records, or says why there are none.
+2. `host_outcome` computes one host's figures from its records, or says why there are none. The
+   host's part is done, undecided or lost. With wrong pages it is undecided, even if HostDone says
+   that the host was lost.
 3. `trial_outcome` combines the hosts: done, undecided or lost.
 4. `next_attempt` decides whether the trial is run again. A lost trial is run again: up to
    `--retries` times at the end of the same run, and with every `run --resume`. A trial that was

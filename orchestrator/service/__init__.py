@@ -1,1 +1,1 @@
-"""The fleet service: answers questions about results over gRPC."""
+"""The fleet service, which answers questions about results over gRPC, and its client."""

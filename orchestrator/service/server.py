@@ -1,4 +1,4 @@
-"""Serves the fleet service: runs and their savings, over gRPC."""
+"""Serves the fleet service (runs and their savings), health checks and reflection, over gRPC."""
 
 from __future__ import annotations
 

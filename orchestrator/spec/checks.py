@@ -1,4 +1,5 @@
-"""Checks the values of a spec against each other, and a spec against a machine.
+"""Checks the values of a spec against each other, and a spec against the memory of a machine. Also
+checks the addresses of its host agents.
 
 Pure: the caller passes the available memory.
 """

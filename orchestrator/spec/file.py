@@ -1,4 +1,5 @@
-"""Reads a spec file into the model. Errors about the text name file, line and column."""
+"""Reads a spec, from a file or the catalogue, into the model. Errors about the text name file, line
+and column."""
 
 from __future__ import annotations
 

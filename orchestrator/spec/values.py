@@ -1,6 +1,6 @@
 """Parses the values of a spec: sizes, durations and percentages.
 
-Sizes become integer bytes, durations become seconds.
+Sizes become integer bytes, durations become seconds, and percentages become numbers: 75% is 75.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads YAML into plain values, and keeps the position of each value.
 
-Accepts a subset: no aliases, no tags, no duplicate keys, no deep nesting, one document. Sequences
-become tuples, because the spec model is frozen.
+Accepts a subset: no aliases, no tags, no duplicate keys, no more than 20 levels, one document. All
+keys are text. Sequences become tuples, because the spec model is frozen.
 """
 
 from __future__ import annotations

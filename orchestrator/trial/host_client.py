@@ -1,4 +1,5 @@
-"""Calls the control API of a host agent, with deadlines; raises errors of hintfleet.errors."""
+"""Calls the control API of a host agent; raises errors of hintfleet.errors. Every call except Watch
+has a deadline."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class HostSession:
         async for record in run_host_task(self._opened(), task):
             lost = isinstance(record, HostDone) and record.lost
             yield record
-        if lost:  # so that the next `run` opens the session again
+        if lost:  # close the session, so that the next `run` opens it again
             await self.close()
 
     async def _reopen(self) -> None:

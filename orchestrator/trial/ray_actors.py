@@ -1,8 +1,8 @@
 """Runs the hosts under test as Ray actors, spread over the nodes of a cluster.
 
 The only module that imports Ray. Each actor controls one host agent; the actor of a logical host
-also starts the host agent. Without RAY_ADDRESS a private cluster is started on loopback, and ended
-when the fleet is closed.
+also starts the host agent. If RAY_ADDRESS is unset, empty or `local`, a private cluster is started
+on loopback, and ended when the fleet is closed.
 """
 
 from __future__ import annotations

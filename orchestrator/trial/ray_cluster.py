@@ -1,4 +1,5 @@
-"""Finds the Ray cluster to use, spreads hosts over its nodes, and watches that it is alive.
+"""Finds the Ray cluster to use, spreads hosts over its nodes, and watches whether the cluster and
+the node of this process are alive.
 
 Does not import Ray: ray_actors.py does, and starts or joins the cluster.
 """

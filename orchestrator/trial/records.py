@@ -1,4 +1,5 @@
-"""Defines the records that a host's runner yields during a trial.
+"""Defines the records of a trial. A host's runner yields them; if its actor dies, the orchestrator
+makes the host's last record, HostDone.
 
 `at_unix_us` is a time in microseconds since 1970: of the host's clock in Samples and StepDone, of
 the orchestrator's clock in the HostDone of an actor that died, and of the actor's clock in all

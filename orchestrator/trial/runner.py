@@ -1,6 +1,7 @@
-"""Runs one host's part of a trial: creates, steps, verifies and ends guests; receives samples.
+"""Runs one host's part of a trial: creates guests, runs steps, settles, verifies and ends guests;
+receives samples.
 
-Does not know Ray, the store or a view. results/trial_outcome.py decides how a trial with a lost
+Uses neither Ray nor the store nor a view. results/trial_outcome.py decides how a trial with a lost
 host or guest is counted, and whether it is run again.
 """
 

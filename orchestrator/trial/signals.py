@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and SIGTERM while Ray starts and ends."""
+"""Keeps our handler of SIGTERM while Ray starts; ignores Ctrl-C and SIGTERM during cleanup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Redirects the output of libraries (Ray) from the terminal into a file."""
+"""Redirects stdout and stderr of this process and its children into a file, because Ray writes to
+them. Output for people is written to another stream, which the caller gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shows the domains and the guests of a host."""
+"""The domains and the guests of a host, as tables and as plain data."""
 
 from __future__ import annotations
 

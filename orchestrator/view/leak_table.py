@@ -1,4 +1,4 @@
-"""Shows the leaks that `doctor --leaks` and `--clean` find."""
+"""The table of the leaks that `doctor --leaks` and `doctor --clean` find."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables for people. They are made for 100 columns, and can be read at 80."""
+"""Tables for people, and certificates as blocks of lines. Made for 100 columns, readable at 80."""
 
 from __future__ import annotations
 

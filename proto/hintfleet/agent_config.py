@@ -1,8 +1,9 @@
 """The guest agent's configuration: one JSON object that the host agent makes.
 
-Each driver builds an `AgentConfig` and writes it with `to_json`; the agent reads it with
-`from_json`. For an attached domain, `hintfleet attach` may print the JSON instead, and a person
-puts it into the guest.
+The host agent converts an `AgentConfig` with `to_json`, and the guest agent reads the JSON with
+`from_json`. The host agent passes the JSON to each guest that it makes. For an attached domain,
+`hintfleet attach` prints the JSON, and a person puts it into the guest; with `--via guest-agent`
+the host agent writes it there.
 """
 
 from __future__ import annotations

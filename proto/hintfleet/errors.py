@@ -1,6 +1,6 @@
-"""The error tree, and its conversion to and from gRPC statuses.
+"""The error tree, its conversion to and from gRPC statuses, and the exit codes of commands.
 
-    HintfleetError
+    HintfleetError         any other error                          INTERNAL
     |-- TransientError     the same call may succeed later          UNAVAILABLE
     |-- StableError        the same call will fail again
     |   |-- InvalidInput   what was asked is wrong                  INVALID_ARGUMENT
@@ -10,8 +10,9 @@
     |-- GuestLost          the guest vanished                       ABORTED
     `-- OutcomeUnknown     it may or may not have been done         UNKNOWN
 
-`from_status` reverses `to_status` for every class here except StableError, which is only a
-base. The string of an error is for people: what failed, and on a second line what to try.
+`from_status` returns an error of the same class as the one that `to_status` converted, except for
+StableError, which is only a base. The string of an error is for people: what failed and, if there
+is a hint, on a line of its own what to try.
 """
 
 from __future__ import annotations

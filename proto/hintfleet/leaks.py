@@ -1,4 +1,8 @@
-"""Things that a crash left on a machine; the host agent's doctor reports them as JSON."""
+"""`Leak`: a thing that a crash left on a machine. `remove_all` removes such things.
+
+`hintfleet-host --leaks` and `--clean` print as JSON what killed host agents left. `hintfleet doctor
+--leaks` and `--clean` run that command, and also find what killed runs left.
+"""
 
 from __future__ import annotations
 

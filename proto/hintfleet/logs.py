@@ -1,9 +1,12 @@
-"""Logs of all programs: standard logging below the logger `hintfleet`, one line per event.
+"""Logs of all programs, by Python's standard logging. Our loggers are below `hintfleet`.
 
-The message of an event is always the same text; values that vary are fields (`guest`, `epoch`,
-...). So readers can search for both:
+The message of an event is a fixed text; values that vary are fields (`guest`, `epoch`, ...). So
+readers can search for the text, and for the value of a field:
 
     log.info("session welcomed", extra=fields(guest="g0", epoch=17))
+
+In the line of an unforeseen error, the error follows the message. `LogRateLimit` leaves out events
+that repeat too often.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The outermost frame of every program: its exit code (errors.py has the codes of errors), and
 the messages to its user.
 
-Every error that ends a program is reported as a plain message. An error that we did not foresee is
-a bug of ours: its traceback is written to a file, and the message names the file. Only if no file
-can be written, the message contains the traceback.
+An error that ends a program is reported as a plain message; only if the reader of stdout has closed
+it, as `head` does, nothing is reported. An error that we did not foresee is a bug of ours: its
+traceback is written to a file, and the message names the file. Only if no file can be written, the
+message contains the traceback. A bug in a background thread, a callback or a gRPC handler is
+reported in the same way, but does not end the program.
 
 When it is loaded, this module imports only the standard library, so that it can also report a
 package that is not installed.
@@ -198,7 +200,7 @@ def _append(report: str) -> str:
     # in the place of our file.
     if os.path.lexists(path):
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
-    else:  # the first report, or somebody has cleaned the temporary folder
+    else:  # there is no file: none was written yet, or somebody has removed it
         fd, path = tempfile.mkstemp(prefix="hintfleet-bug-", suffix=".log")
     with open(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(report)

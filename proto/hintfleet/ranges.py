@@ -9,9 +9,9 @@ Isolators, batches, ledgers and reclaim exchange sets of pages as `RangeSet`. `e
     ...
 
 Gaps and lengths count units of 2**shift pages. A length is stored minus 1, and so is a gap
-between two ranges, since neither can be 0. So every set has exactly one encoding, and a typical
-range of a batch (whole chunks, at most 128, and at most 128 chunks after the range before) costs
-two bytes.
+between two ranges, since neither can be 0. The empty set has no bytes. So every set has exactly one
+encoding, and a typical range of a batch (whole chunks, at most 128, and at most 128 chunks after
+the range before) costs two bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Parses sizes and durations that people write, and formats sizes for people.
 
-A size must have a unit. `512MiB` (binary) and `512MB` (decimal) are accepted, `512M` is not.
+A size or duration must have a unit. `512MiB` (binary) and `512MB` (decimal) are accepted, `512M` is
+not.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Measure what the agent costs in a real guest: its memory, CPU time and system calls while the
-guest is idle, and the time to read page flags and free lists."""
+"""Measure what the agent costs in an idle real guest, with each isolator: its memory and CPU time
+beside bare gRPC clients, and its reads and ioctls in a period. With hugetlb, also measure how fast
+page flags and free lists are read, beside bare reads."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from tests.support.vm import Guests, console, image_with, spec
 _ISOLATORS = ("kmod", "hugetlb")
 _WORK_ROUNDS = 3
 _WORK_BYTES = 400 * MIB
-_REST_S = 25.0  # so that one window of the probe (10 s) lies wholly in it
+_REST_S = 25.0  # long enough to contain a whole window of the probe (10 s)
 _IN_GUEST = Path(__file__).with_name("in_guest")
 _FILES = {
     "hintfleet/sitecustomize.py": _IN_GUEST / "start_probe.py",
@@ -48,7 +49,7 @@ def run() -> Iterator[Figure]:
         return
     with contextlib.ExitStack() as undo:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="hf-bench-")))
-        folder.chmod(0o755)  # QEMU runs as another user, and reads the image in it
+        folder.chmod(0o755)  # QEMU's user must be able to read the image in this folder
         os.environ["HINTFLEET_IMAGE_DIR"] = str(image_with(image, _FILES, folder))
         undo.callback(os.environ.__setitem__, "HINTFLEET_IMAGE_DIR", str(image.directory.parent))
         port = undo.enter_context(silent_host())

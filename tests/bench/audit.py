@@ -1,6 +1,6 @@
-"""Measure the CPU time of an audit that finds 64 MiB of refaulted memory in a RAM file. It is
-compared with other ways to find the same memory; and audits of guests with much absent memory, or
-with many single absent pages, are compared with an audit of a guest without."""
+"""Measure the CPU time of an audit that finds 64 MiB of refaulted memory in a RAM file, beside
+other ways to find the same memory. Then measure audits of guests that also have much absent memory,
+or many single absent pages, beside an audit of a guest that has no other absent memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Measure how long QEMU waits at the memory door while its guest's memory is punched, beside a back
-end that answers at once.
+"""Measure how long QEMU would wait for the memory door to answer a stop while the guest's memory is
+being punched, beside a back end that answers each message at once.
 
-There is no QEMU: a front end sends QEMU's messages, from a process of its own.
+No QEMU runs: a front end in a process of its own sends QEMU's messages.
 """
 
 from __future__ import annotations

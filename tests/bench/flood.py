@@ -1,10 +1,10 @@
-"""Measure what one hostile guest costs its 256 neighbours: their ack latency and the host agent's
-CPU time, both with and without the hostile guest. Other work on the machine disturbs the CPU time
-less than the latency.
+"""Measure what one hostile guest costs a host agent with 256 other guests, its neighbours: their
+ack latency and the host agent's CPU time, while the hostile guest is active and while it pauses.
+Other work on the machine disturbs the CPU time less than the latency.
 
 Three processes run: a host agent (flood_host.py), this one, which acts for all neighbours at a
-steady pace, and one that floods or shreds (flooder.py). Phases with and without the flood
-alternate within one run.
+steady pace, and the hostile guest (flooder.py), which floods or shreds. Phases in which it is
+active and phases in which it pauses alternate within one run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A host agent with many guests that have RAM files and no processes.
+"""A host agent with many guests that have RAM files and no processes, for flood.py and sessions.py.
 
-The servers, the registry, the books and the punches are the real ones. The benchmark acts for the
+The servers, the registry, the books and the punches are the real ones. The benchmarks act for the
 guests, because the process of each real embedded guest takes 16 MiB, and half a second to start.
 """
 
@@ -76,7 +76,8 @@ async def _make(registry: Registry, name: str) -> dict[str, str]:
 async def main(guests: int) -> None:
     """Print the address and the guests on stdout, then serve until stdin ends."""
     keep_latency_steady()
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # raised below, as hintfleet-host does
+    # Raise the soft limit to the hard limit, as hintfleet-host does.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with tempfile.TemporaryDirectory(prefix="hf-flood-") as folder:
         settings = Settings(

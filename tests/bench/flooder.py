@@ -1,5 +1,6 @@
-"""Guests that take as much of the host's time as they can without breaking a rule: a broken rule
-would end their sessions. They are active while the last line read from stdin is `on`.
+"""Act as one hostile guest, which takes as much of the host's time as it can without breaking a
+rule: a broken rule would end its session. It is active while the last line read from stdin is `on`.
+A flood that lasts longer than FLOOD_S (rate_limits.py) would break a rule.
 
 `Flooder` sends all that the protocol allows, as fast as the link takes it: two batches with the
 most ranges are always in flight, and the rest of the stream is telemetry. `Shredder` writes to

@@ -1,5 +1,6 @@
-"""Measure what a guest agent costs: memory and CPU time while idle, beside bare gRPC clients, and
-bytes on the wire."""
+"""Measure what an idle embedded guest (with its workload) and a real guest's idle agent, run on
+this machine, cost: their memory and CPU time beside bare gRPC clients. Measure also the bytes on
+the wire for each range that an embedded guest hints."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Measure a host agent's CPU time while its guests rest, and while one of them churns: it uses and
-frees memory again and again.
+"""Measure a host agent's CPU time for each guest while its guests rest, and while one of them
+churns: it uses and frees memory again and again. Then measure idle sessions (sessions.py).
 
-A Watch with a period of one second is open meanwhile. Two costs are subtracted from the cost of
-churn: the punches themselves (the time of a bare loop for as much memory), and the benchmark's own
-commands (measured with commands of zero bytes).
+While the guests rest and churn, a Watch with a period of one second is open. The cost of the
+benchmark's own commands (measured with commands of zero bytes) is subtracted from the cost of
+churn. If the host agent itself punches (method hinting), the cost of the punches is subtracted, too
+(measured by punching in this process).
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _rest_and_churn(
     with _Share(host) as churn:
         _use_and_free(_CHURN_BYTES, host, names[0])
     guest = host.guests()[names[0]]
-    ours = guest.spec.method == host_pb2.HINTING  # under a peer, QEMU punches
+    ours = guest.spec.method == host_pb2.HINTING  # under a peer, QEMU punches, not the host agent
     punched = (guest.ledger.reclaimed_total_bytes - before) if ours else 0
     punches = punched * punch_s_per_byte / churn.elapsed_s
     at_rest = rest.of_a_core / len(names)

@@ -1,10 +1,10 @@
-"""The agent of a real guest with nothing to do, run as a process on this machine.
+"""The agent of an idle real guest with the hugetlb isolator, run as a process on this machine.
 
     python -m tests.bench.idle_agent HOST:PORT
 
-The agent is the real one, and it reads real files of /proc every period. But this machine is not
-idle as such a guest is. So the threshold is too high for any pass to begin, and the agent is told
-that free memory never changes.
+Its code is an agent's, and it reads real files of /proc every period; only its huge page pool is a
+fake one, which stays empty. But this machine is not as idle as such a guest. So the threshold is
+too high for any pass to begin, and the agent is told that free memory never changes.
 """
 
 from __future__ import annotations

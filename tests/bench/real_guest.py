@@ -1,5 +1,5 @@
-"""Measure how fast memory comes back from a real guest, by hinting and by its peers, and how much
-each method slows the guest down."""
+"""Measure how much memory comes back from a real guest, and how fast, by hinting and by its peers;
+how much each method slows the guest down; and the RSS of the agent of guests that hint."""
 
 from __future__ import annotations
 

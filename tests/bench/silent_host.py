@@ -1,4 +1,5 @@
-"""A host that welcomes every guest and then sends nothing, for clients that only hold a stream."""
+"""A host that sends a Welcome on each Session stream at once, and then nothing more. Idle clients
+and agents that are measured keep their streams open to it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Measure what holes in the physical address space cost: a guest's 4 GiB of memory are spread over
-1 TiB, or lie in one piece.
+"""Measure what holes in the physical address space cost a guest's agent: its allocator and tracker,
+its hints, and its reads of page flags, with 4 GiB of memory spread over 1 TiB / in one piece.
 
 Times are CPU times, which leave out what else runs on the machine.
 """

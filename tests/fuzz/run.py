@@ -1,4 +1,5 @@
-"""Runs workers, each in a process of its own, and reads libFuzzer's output."""
+"""Runs libFuzzer in workers, each in a process of its own: `fuzz` fuzzes a target, and returns
+figures and findings; `keep` merges the inputs that were found into the kept corpus."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Turns bytes of the fuzzer into choices. When no bytes are left, every choice is the first
-option."""
+"""Turns bytes of the fuzzer into choices, numbers and shorter byte strings. When no bytes are left,
+every choice is the first option, every number is 0, and every byte string is empty."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Replays the kept inputs, then fuzzes each target for some seconds.
+"""Feeds the seeds and the kept inputs to each target; then, if atheris is installed, fuzzes each
+target with a fixed number of inputs, for at most 20 s.
 
-`python -m tests.fuzz` fuzzes for as long as you like.
+`python -m tests.fuzz --seconds N` fuzzes for as long as you like.
 """
 
 from __future__ import annotations

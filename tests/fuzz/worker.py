@@ -1,6 +1,8 @@
-"""One process that fuzzes one target with atheris: `python -m tests.fuzz.worker TARGET ...`.
+"""One process that runs libFuzzer, through atheris, on one target: `python -m tests.fuzz.worker
+TARGET ...`.
 
-libFuzzer reads the rest of the command line. `python -m tests.fuzz` runs this.
+libFuzzer reads the rest of the command line, which says whether to fuzz or to merge inputs.
+tests/fuzz/run.py starts this process.
 """
 
 from __future__ import annotations

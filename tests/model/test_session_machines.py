@@ -1,6 +1,8 @@
-"""The real state machines of both sides drop no chunk in use, in any order of events.
+"""The real state machines of guest and host drop no chunk in use, and leave none isolated for ever,
+in random orders of events and faults.
 
-Mistakes like those of session.pml, made in the real machines, must be found.
+The same test must find mistakes like those of session.pml when they are made in the real machines,
+or in what carries out their instructions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fixtures for tests with real agents on loopback, and for tests with whole runs."""
+"""Fixtures: a running host agent, and labs for tests that run the command line."""
 
 from collections.abc import Iterator
 from pathlib import Path

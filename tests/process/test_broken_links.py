@@ -1,4 +1,5 @@
-"""A guest and its host agent recover when the link between them breaks or delays messages."""
+"""A guest and its host agent recover when the link between them breaks or delays messages. Guests
+connect to the address that is advertised."""
 
 import asyncio
 import socket

@@ -1,4 +1,6 @@
-"""An embedded guest end to end: memory that it frees leaves the host, and the books agree."""
+"""An embedded guest under a real host agent: memory that it frees leaves the host if it hints, the
+books and samples agree, impossible requests are refused, and guests end with their Watch or their
+host agent."""
 
 import os
 import signal

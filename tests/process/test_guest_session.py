@@ -120,7 +120,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def run(scene: Callable[[ScriptedHost], Awaitable[None]]) -> None:
     async def play() -> None:
-        await scene(ScriptedHost())  # type: ignore[abstract]  # no Workload is asked of it
+        await scene(ScriptedHost())  # type: ignore[abstract]  # Workload is never called
 
     asyncio.run(play())
 

@@ -1,4 +1,5 @@
-"""The host agent as an operator uses it: flags, errors, health, reflection, metrics."""
+"""The host agent as an operator uses it: flags, errors, health, reflection, metrics, `--doctor` and
+the lifeline."""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""Guests live on when a host agent with --state is killed or stopped, and another one starts."""
+"""The guests of a host agent with --state live on when it is killed or stopped, and the next host
+agent adopts them. Guests end if no host agent starts, or if nobody watches them again. A state that
+cannot be used is an error."""
 
 import asyncio
 import os

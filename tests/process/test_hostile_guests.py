@@ -1,5 +1,6 @@
-"""Guests that lie, flood, stall or do not identify themselves are limited, get the reason, and are
-disconnected, while another guest is served."""
+"""What a host agent does about guests that lie, flood, stall or do not identify themselves: it
+refuses, slows, bans or disconnects them, and serves another guest meanwhile. Answers that nobody
+asked for and wrong tokens are not violations."""
 
 import contextlib
 import itertools
@@ -272,7 +273,7 @@ def test_a_guest_that_never_reads_is_disconnected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Unread acks fill the windows of the transport; then the host agent queues only a few."""
-    monkeypatch.setattr(rate_limits, "STREAMS", 3)  # one of them is the guest's workload stream
+    monkeypatch.setattr(rate_limits, "STREAMS", 3)  # of the 3, one is the workload's stream
     unread = [speaker(), speaker()]
     for one in unread:
         one.hello(*identity)

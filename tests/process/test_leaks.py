@@ -1,4 +1,5 @@
-"""`doctor` finds and removes what a crash left behind, and nothing else."""
+"""`doctor --leaks` lists what a crash left behind, `doctor --clean` removes it, and neither touches
+what has an owner."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,5 @@
-"""Logs of running agents say what a person on call needs."""
+"""What host agents, guests' agents and experiments log, and in which formats. A bug ends only the
+stream, the guest or the program that it concerns, and is logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""In a cgroup with too little memory, no run starts; in one with just enough, a run succeeds."""
+"""In a cgroup with too little memory, no run starts; in one with just enough, a run succeeds.
+`doctor` reports the limits of memory and processors."""
 
 import json
 import os

@@ -1,5 +1,6 @@
-"""If no Ray cluster answers, or Ray dies during a run, the command soon prints one error, and none
-of Ray's own output."""
+"""If no Ray cluster answers, or a process of a run's private Ray dies, the run ends with one error.
+If a node of a cluster dies, only a trial is lost. Ray's own output goes to a file, not to
+stderr."""
 
 import os
 import signal

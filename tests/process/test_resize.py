@@ -1,4 +1,5 @@
-"""Memory of an embedded guest is plugged and unplugged while hinting runs."""
+"""Memory of an embedded guest is plugged and unplugged, with and without hinting. Sizes that are
+impossible, or that memory in use does not allow, are refused."""
 
 import contextlib
 import os

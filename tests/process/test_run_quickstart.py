@@ -1,4 +1,6 @@
-"""Small but complete runs of the command line: real host agents, guests, gRPC, memfds and Ray."""
+"""Small runs of the command line with real host agents, guests, gRPC, memfds and Ray: runs that
+succeed, and runs that are interrupted, killed, or lose a guest. Also what `show`, `savings`, `runs`
+and `serve` tell about them."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Which certificates the servers and clients accept, and which they refuse."""
+"""TLS: which certificates, roles and tokens the servers accept and refuse, and which servers'
+certificates clients refuse."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Real agents on loopback: a host agent, in its own process or in this one, and its clients."""
+"""A real host agent, in its own process or in a thread of this one, and a client of its control
+API. Also helpers that wait for a condition and look at processes."""
 
 from __future__ import annotations
 
@@ -210,7 +211,7 @@ def running_host_agent(
                 *(sys.executable, "-m", module, "--listen", address),
                 *("--ready-fd", str(ready_write), "--lifeline-fd", str(lifeline_read)),
                 *("--log-level", LOG_LEVEL),
-                *arguments,  # of several equal options, the last is used
+                *arguments,  # last: they override the options above
             ],
             pass_fds=(ready_write, lifeline_read),
             stderr=stderr,

@@ -1,5 +1,5 @@
-"""A guest that somebody else could have made: Debian with systemd, the QEMU guest agent and its
-stock kernel; hintfleet's agent is installed. Needs root."""
+"""A guest that somebody else could have made: Debian with its stock kernel, systemd and the QEMU
+guest agent. hintfleet's agent is installed. Needs root."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Runs `hintfleet` as a user does, and finds processes and files that it leaves behind."""
+"""Runs `hintfleet` as a user does, and finds processes and temporary files that it leaves behind.
+Also a lock, with which a test that acts on the whole machine runs alone."""
 
 import fcntl
 import json

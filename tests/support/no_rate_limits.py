@@ -1,4 +1,5 @@
-"""A host agent without rate limits and bans, for tests that break rules all the time."""
+"""Turns off the rate limits and bans of a host agent in this process, for tests that break rules
+all the time."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     python -m tests.support.ordinary_user [host agent's arguments]
 
-Started by root, it gives up all rights before it begins. Modules are imported before that, because
-the user may not be able to read this source tree.
+Must be started by root. The process gives up all rights of root, and then runs the host agent. It
+imports all modules of the host agent before it gives up these rights, because the user may not be
+able to read this source tree.
 """
 
 from __future__ import annotations

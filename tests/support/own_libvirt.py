@@ -92,7 +92,7 @@ class OwnLibvirt:
         libvirt, _ = modules()
         try:
             if self._daemon is not None and self._daemon.poll() is not None:
-                self.start()  # a test has killed it
+                self.start()  # a test has killed libvirtd
             for domain in self.open().listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                 with contextlib.suppress(libvirt.libvirtError):
                     domain.destroy()

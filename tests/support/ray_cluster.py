@@ -17,7 +17,7 @@ _RAY = Path(sys.executable).with_name("ray")
 _ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "PYTHONUNBUFFERED": "1",  # `ray start` writes its output at once; see _is_up
+    "PYTHONUNBUFFERED": "1",  # have `ray start` write its output at once: _is_up reads it
     # The nodes listen at an address that other machines can reach, so clients need a token.
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",

@@ -1,8 +1,8 @@
 """A TCP relay between guests and their host agent, for tests of networks that fail.
 
-A test can cut, stall and delay single connections. The relay records the first bytes that a guest
-sends on a connection. It finds the guest's UUID in them, because a guest sends its identity in
-plain text (hinting.proto).
+A test can cut, stall and delay single connections, and have a function called before the next bytes
+are passed on. The relay records the first bytes that a guest sends on a connection. It finds the
+guest's UUID and token in them, which is possible only without TLS.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The real state machines of both sides of the session protocol, in a simulated world.
 
-`HintingCore` and `Gate` are the shipped code. This module simulates all else, and carries out their
-instructions. The guest has a few chunks with contents. Messages of one stream arrive in order;
-those of two streams do not. A punch on the host takes several steps. Nothing happens by itself:
-the test calls a method for each step. The methods assert what must hold then.
+`HintingCore`, `Gate` and `Fence` are the shipped classes, or subclasses of them that a test passes
+in. This module simulates the guest's kernel, the links and the punches, and carries out the
+instructions of `HintingCore` and `Gate`. The guest has a few chunks with contents. Messages of one
+stream arrive in order; those of two streams do not. A punch on the host takes several steps.
+Nothing happens by itself: the test calls a method for each step. Some methods assert what must hold
+then.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Stores a made-up run: guests allocate, then free; under arm `bitmap`, less stays resident."""
+"""Makes up the records of trials, and stores a run of them: guests allocate, then free; under arm
+`bitmap`, less stays resident."""
 
 from collections.abc import Iterator
 from pathlib import Path

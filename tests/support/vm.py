@@ -1,4 +1,5 @@
-"""Real guests under a real host agent, several of them booted at the same time."""
+"""Real guests under a real host agent: their specs, images with more files, guests that boot at the
+same time, and ways to read a guest's RAM, books and console."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""Fault injection on real processes and real guests (`make torture`)."""
+"""Fault injection on real host agents and on embedded, virtual and attached guests (`make
+torture`)."""

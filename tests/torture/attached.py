@@ -1,6 +1,7 @@
-"""Settings for torture of attached guests: domains that somebody else has made, as
-tests/support/foreign.py has them. They are reset in five ways, ended and started again; their
-memory door is unplugged; their libvirtd is killed."""
+"""The setting for torture of attached guests: domains that somebody else has made
+(tests/support/foreign.py). Besides other faults, they are reset in five ways, ended and started
+again, and detached; their memory door is unplugged, and their libvirtd is killed. With `short`,
+they are reset in two of these ways, and not ended."""
 
 from __future__ import annotations
 
@@ -113,7 +114,7 @@ class AttachedVictim(RealVictim):
 class AttachedPlace(Place):
     """Attaches its domain, and again whenever it has been let go."""
 
-    pause_s = 1.0  # while a domain boots, it cannot be attached
+    pause_s = 1.0  # a domain that boots cannot be attached
 
     def __init__(self, *, domains: Mapping[str, ForeignDomain], **settings: Any) -> None:
         super().__init__(**settings)
@@ -172,7 +173,7 @@ class AttachedPlace(Place):
 
     async def _destroy(self, name: str) -> None:
         request = host_pb2.DetachGuestRequest(name=name, through_guest_agent=True)
-        with contextlib.suppress(grpc.RpcError):  # nobody has it attached, or it boots
+        with contextlib.suppress(grpc.RpcError):  # the domain is not attached, or boots
             await self._stub.DetachGuest(
                 request, timeout=self._deadlines.step_s, wait_for_ready=True
             )

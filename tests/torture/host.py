@@ -18,7 +18,7 @@ from hintfleet.v1.host_pb2_grpc import HostServiceStub
 from tests.support.lab import processes_with
 from tests.support.relay import Address, Relay
 
-if TYPE_CHECKING:  # this class is in the stubs only
+if TYPE_CHECKING:  # HostServiceAsyncStub is in the .pyi file only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
 
 _START_S = 60.0

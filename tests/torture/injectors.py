@@ -1,4 +1,5 @@
-"""The injectors: one small class for each kind of fault, which begins and ends the fault."""
+"""The injectors of faults in embedded guests, virtual machines and their host agent: small classes
+that begin and end a fault. Faults that only attached guests have are injected by attached.py."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from tests.torture.host import HostAgent
 from tests.torture.impostors import hello_in, pretend, replay
 from tests.torture.plan import Fault, Kind
 
-if TYPE_CHECKING:  # this class is in the stubs only
+if TYPE_CHECKING:  # HostServiceAsyncStub is in the .pyi file only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
 
 _SECTION_BYTES = 128 * MIB
@@ -180,7 +181,7 @@ class Impostor(Task):
             await speak
         except grpc.RpcError:
             self._scene.refused()
-        except OSError as error:  # the host agent is dead at the moment
+        except OSError as error:  # the host agent is dead, or reset the connection
             raise Missed from error
 
     @property

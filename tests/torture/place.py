@@ -17,7 +17,7 @@ from hintfleet.v1 import host_pb2
 from tests.torture.guest import Victim
 from tests.torture.report import Report
 
-if TYPE_CHECKING:  # this class is in the stubs only
+if TYPE_CHECKING:  # HostServiceAsyncStub is in the .pyi file only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
 
 TRIAL = "torture"

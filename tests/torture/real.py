@@ -62,7 +62,7 @@ class RealVictim(Victim):
     said: Counter[str] = field(default_factory=Counter)
 
     def read_console(self, report: Report) -> None:
-        with contextlib.suppress(OSError, IndexError):  # the guest is gone
+        with contextlib.suppress(OSError, IndexError):  # if the guest is gone
             text = self._console()
             for kind, words in _AGENT_ENDED.items():
                 report.faults[kind] += self._news(text, words)

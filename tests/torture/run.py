@@ -1,4 +1,5 @@
-"""Runs guests at work, injects faults into all of them in parallel, and reports what happened."""
+"""Runs guests at work, injects faults into all of them and their host agent in parallel, and
+reports what happened."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from tests.torture.place import TRIAL, Deadlines, Place
 from tests.torture.plan import Fault, Kind, Moment, Pace, faults
 from tests.torture.report import Report
 
-if TYPE_CHECKING:  # this class is in the stubs only
+if TYPE_CHECKING:  # HostServiceAsyncStub is in the .pyi file only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
 
 _DIRECTIONS = {Moment.GUEST_SPEAKS: Direction.TO_HOST, Moment.HOST_SPEAKS: Direction.TO_GUEST}

@@ -1,4 +1,5 @@
-"""Torture of embedded guests finds no wrong page, and finds planted bugs."""
+"""Torture of embedded guests finds no wrong page and no other problem, and it finds planted bugs.
+The plan of its faults depends only on the seed and the setting."""
 
 import asyncio
 import itertools

@@ -1,5 +1,5 @@
-"""The unit of the guest agent keeps its mounts, and deploy/system/install tells what it
-installs."""
+"""The systemd unit of the guest agent does not unmount the agent's hugetlbfs when the agent ends.
+deploy/system/install tells what it installs, or what is missing if it is not run by root."""
 
 import subprocess
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""The rules for all code: style, types, which module may import which, sizes, stubs that are
-current, and paths in the documentation that exist."""
+"""The rules for this source tree: style, types, stubs that are current, and paths in the
+documentation that exist. For the packages, not for tests and deploy: which module may import which,
+and sizes."""
 
 import ast
 import re

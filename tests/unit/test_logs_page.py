@@ -1,4 +1,4 @@
-"""docs/logs.md has a row for each message that the programs log."""
+"""docs/logs.md has a row for each message that the programs log, and for no other."""
 
 import ast
 import re

@@ -1,7 +1,8 @@
-"""Fixtures for real guests: libvirt, the guest image and a driver.
+"""Fixtures for real guests: libvirt, the guest image, a driver, and guests that the tests of a
+module share.
 
-If one of them is missing, the tests are skipped with the reason; with HINTFLEET_REQUIRE_VM=1, they
-fail.
+If libvirt, the image or the driver is missing, the tests are skipped with the reason; with
+HINTFLEET_REQUIRE_VM=1, they fail.
 """
 
 from __future__ import annotations

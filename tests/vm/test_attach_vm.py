@@ -1,5 +1,6 @@
-"""A domain of somebody else, which runs already, is attached, hinted and detached; after that,
-nothing of hintfleet is left in the domain.
+"""A domain of somebody else, which runs already, is attached, hinted and detached; after that, its
+XML and devices are as before. Also what happens when its host agent ends or is killed, and when the
+domain is suspended or ends.
 
 The host agent is an ordinary user in the group libvirt; libvirtd is the tests' own.
 """
@@ -183,7 +184,7 @@ def test_a_door_that_a_killed_host_agent_left_is_taken_out(
 
     attached_and_killed()
     assert foreign.domain.XMLDesc() != xml
-    attached_and_killed()  # the next host agent has taken it out, and left its own
+    attached_and_killed()  # this host agent removes the old door, and leaves its own
 
     def leaks(flag: str) -> list[dict[str, object]]:
         command = [sys.executable, "-m", "host_agent", flag, "--libvirt-uri", libvirt.uri]

@@ -1,4 +1,6 @@
-"""Hinting works in real guests, through a real host agent."""
+"""Hinting works in real guests, through a real host agent: with kmod and hugetlb, after a
+suspension, and under pressure. Also a host agent that is killed, and a guest that has free page
+reporting on."""
 
 import asyncio
 import os

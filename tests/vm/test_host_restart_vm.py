@@ -1,4 +1,5 @@
-"""Real guests outlive their host agent, and the next host agent adopts them."""
+"""Real guests outlive their host agent, and the next host agent adopts them. A guest that is not
+adopted in time ends by itself."""
 
 import contextlib
 import threading

@@ -1,4 +1,5 @@
-"""The libvirt driver makes and adopts real guests, and refuses what this host cannot run."""
+"""The libvirt driver makes and adopts real guests, and refuses what this host cannot run. Also the
+kernel module, while agents run and die."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The books account for the peers in real guests: free page reporting and the balloon."""
+"""The books account for the peers in real guests: free page reporting and the balloon. An embedded
+guest has no peers."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""`hintfleet run` on real guests: freed memory comes back to the host, and no guest, process or
-file is left."""
+"""`hintfleet run` on real guests: with hinting, freed memory comes back to the host; no guest,
+process or file is left."""
 
 import json
 import re
@@ -25,7 +25,7 @@ SPEC = re.sub(r"free: (.*)}", r"free: \1, settle: true}", CATALOGUE.read_text())
 @pytest.fixture
 def lab(tmp_path: Path, libvirt_uri: str, image: GuestImage) -> Iterator[Lab]:
     with made_lab(tmp_path) as made:
-        made.temporary.chmod(0o711)  # QEMU runs as another user, who must enter it
+        made.temporary.chmod(0o711)  # QEMU's user must be able to enter this folder
         yield made
 
 

@@ -1,4 +1,5 @@
-"""DIMMs of a real guest are plugged and unplugged while hinting runs."""
+"""DIMMs of a real guest are plugged and unplugged while hinting or free page reporting runs. A DIMM
+that the guest uses or does not eject stays."""
 
 from typing import Any
 

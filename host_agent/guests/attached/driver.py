@@ -1,9 +1,9 @@
 """Attached guests: running domains that somebody else made.
 
 All that changes on such a domain is one device, the memory door, in its live configuration. The
-domain is never ended, suspended, reset or resized from here. The libvirt calls on it are in this
-folder and in libvirt/devices.py. Inside the guest, `start_agent` and `stop_agent` change the
-agent's configuration and service.
+domain is never ended, suspended, reset or resized from here. Only libvirt/devices.py has libvirt
+calls that change such a domain. Inside the guest, `start_agent` and `stop_agent` change the agent's
+configuration and service, through qemu_guest_agent.py.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class AttachedDriver:
             try:
                 domain = self._connection.domain(uuid_text)
                 with errors_as("looking at a domain"):
-                    if domain.ID() != handle["start"]:  # -1 while it does not run
+                    if domain.ID() != handle["start"]:  # ID() is -1 for a domain that is off
                         return True
                     # QEMU hangs up a moment before libvirt knows that it has ended.
                     if not doors_in(ET.fromstring(domain.XMLDesc())):  # noqa: S314 - libvirt's own

@@ -1,7 +1,9 @@
 """Finds what keeps the free memory of a domain that somebody else made from being hinted.
 
-Each obstacle comes with what to change. If a domain has no obstacle, QEMU can hand over its memory
-at the memory door, and the host can drop that memory page by page.
+Each obstacle has a text that says what to change. If a domain has no obstacle, QEMU can hand over
+its memory at the memory door, and the host can drop that memory page by page. Only the domain's XML
+and state are examined, not what runs in the guest: the guest also needs its agent, and the driver
+virtiofs.
 """
 
 from __future__ import annotations

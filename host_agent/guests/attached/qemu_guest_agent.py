@@ -1,7 +1,7 @@
 """Writes files and runs programs in a guest through the QEMU guest agent, without network or ssh.
 
-Its commands are documented in QEMU's qga/qapi-schema.json. The domain needs the channel
-org.qemu.guest_agent.0, and the guest needs the package qemu-guest-agent.
+The commands of the QEMU guest agent are documented in QEMU's qga/qapi-schema.json. The domain needs
+the channel org.qemu.guest_agent.0, and the guest needs the package qemu-guest-agent.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The only module that imports libvirt-python.
 
-libvirt-python is imported at the first use, because only a host with real guests needs it. This
+libvirt-python is imported at the first use: a host with embedded guests only need not have it. This
 module also turns libvirt's errors into ours, and keeps libvirt's event loop running.
 """
 

@@ -1,4 +1,5 @@
-"""The driver's connection to libvirt, and the events of watched domains."""
+"""A driver's connection to libvirt, and the events of watched domains. LibvirtDriver and
+AttachedDriver have a connection each; only LibvirtDriver watches domains."""
 
 from __future__ import annotations
 

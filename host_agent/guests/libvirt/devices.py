@@ -1,5 +1,6 @@
-"""Detaches a device from a running domain, and waits until QEMU has removed it. Also plugs and
-unplugs the memory door (door/door.py), whose device is a virtiofs device that nobody mounts."""
+"""Detaches a device from a running domain, and waits until QEMU has removed it. Also builds the XML
+of memory doors, finds them in a domain, and plugs and unplugs them. The device of a memory door
+(door/door.py) is a virtiofs device that nobody mounts."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def is_served(door: ET.Element) -> bool:
             probe.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
-        except OSError:  # for example, this user may not open it
+        except OSError:  # for example, this user may not connect: assume that it is served
             pass
     return True
 

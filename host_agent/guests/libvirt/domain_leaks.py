@@ -1,10 +1,11 @@
 """Finds domains that outlived the host agent that made them, and memory doors that a killed host
 agent left in domains of others.
 
-libvirt ends a host agent's domains when the connection is closed (autodestroy). A domain outlives
-its host agent only if libvirtd itself failed. Such a domain is recognised by its name and by its
-console: a file in a folder that its host agent made, and kept locked while it ran. Domains made
-under Survival have their console in another folder, and are not found here.
+libvirt ends a host agent's domains when the connection is closed (autodestroy), except those made
+under Survival. Any other domain outlives its host agent only if libvirtd itself failed. Such a
+domain is recognised by its name and by its console: a file in a folder that its host agent made,
+and kept locked while it ran. Domains made under Survival have their console in another folder, and
+are not found here. A memory door was left behind if nobody listens on its socket.
 """
 
 from __future__ import annotations

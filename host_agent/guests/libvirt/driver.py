@@ -1,8 +1,8 @@
 """Real guests: transient libvirt domains under QEMU.
 
 A domain is bound to this driver's connection (VIR_DOMAIN_START_AUTODESTROY): when a host agent
-dies, libvirt ends all its guests. Under Survival a domain is not bound. The next host agent finds
-it by its UUID, and plugs in a memory door of its own.
+dies, libvirt ends all its domains. Under Survival a domain is not bound, and lives on: the next
+host agent finds the domain by its UUID, and plugs in a memory door of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Finds out whether guests boot under KVM on this host.
 
 A /dev/kvm that can be opened proves little: under some nested hypervisors a stock kernel hangs.
-So a guest is booted once (by driver.py). The result is used until the host reboots, or the guest's
-kernel or the owner or mode of /dev/kvm changes.
+So a guest is booted once (by driver.py), and the result is stored beside the images. The result is
+used until the host reboots, or the guest's kernel or the owner or mode of /dev/kvm changes. Nothing
+is stored if the guest could not be started. Without access to /dev/kvm no guest is booted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The files of one libvirt guest: console, agent's configuration, socket of the memory door."""
+"""The folder with one libvirt guest's files: console, agent's configuration, socket of the memory
+door. The socket is elsewhere under Survival (`Survival.door`), and is the only file in the folder
+of an attached guest."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The lock on a run.
 
 The process that runs the run holds the lock until the run ends. If the process is killed, the
-kernel releases the lock.
+kernel releases the lock. So a reader that can take the lock, which it holds only for a moment,
+knows that nobody runs the run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Reads stored runs, their trials and their figures as rows.
 
-Writes only one thing: runs that were abandoned are stored as interrupted.
+Opening a store creates or migrates the database if needed, and stores runs that were abandoned as
+interrupted. Nothing else is written.
 """
 
 from __future__ import annotations

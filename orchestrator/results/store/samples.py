@@ -1,7 +1,7 @@
 """Writes samples as Parquet parts, and reads them, with DuckDB.
 
 A part is written under another name, synced and renamed: so a file with the name of a part is
-always whole. DuckDB writes Parquet from numpy arrays without pyarrow.
+always whole. DuckDB is used because it writes Parquet from numpy arrays without pyarrow.
 """
 
 from __future__ import annotations

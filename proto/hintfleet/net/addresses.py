@@ -1,5 +1,5 @@
-"""Checks addresses of gRPC servers, also whether one may be used without TLS, and converts them
-to gRPC's form."""
+"""Checks addresses of servers: whether they are valid, and whether they may be used without TLS.
+Also converts them to gRPC's form, and returns the default address of the control API."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Opens all our gRPC channels; none of them uses a proxy.
 
 Proxies that environment variables name are for downloads and the web. Channels to host agents and
-to the fleet service ignore them, with and without TLS.
+to the fleet service ignore these proxies, with and without TLS.
 """
 
 from __future__ import annotations

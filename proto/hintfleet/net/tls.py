@@ -1,10 +1,13 @@
-"""TLS between machines: reads TLS folders, and determines a peer's role from its certificate.
+"""TLS between machines: reads TLS folders, determines a peer's role from its certificate, makes
+credentials, and makes gRPC servers listen, with TLS or in plain text.
 
-A TLS folder holds `ca.pem` (the authority to trust), `cert.pem` (the certificate of the program
-that reads the folder) and its `key.pem`; `hintfleet pki issue` makes the folder. Both sides of a
-connection present their certificates. A TCP address for which a program was given a TLS folder uses
-TLS. Without one, servers and operators may use only loopback, in plain text; a guest agent uses the
-address that it was told. Unix sockets are never encrypted.
+A TLS folder has `ca.pem` (the authority to trust), `cert.pem` (the certificate of the program that
+reads the folder) and `key.pem` (the key of that certificate); `hintfleet pki issue` makes such
+folders. On a TLS connection, both sides present a certificate. A program that was given a TLS
+folder uses TLS on every TCP address that the folder is for, also on loopback. Without a TLS folder,
+servers listen, and operators connect, only on loopback or a unix socket, in plain text; a guest
+agent connects in plain text to whatever address its configuration names. Unix sockets are never
+encrypted.
 """
 
 from __future__ import annotations

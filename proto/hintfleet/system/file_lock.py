@@ -1,8 +1,8 @@
-"""Locks on files and folders that end with their holder, however it ends (flock(2)).
+"""Locks on files and folders (flock(2)); the kernel releases them, however their holder ends.
 
 A lock belongs to an open file description (open(2)): the kernel releases the lock when the last
 descriptor of that description is closed. When a process is killed, the kernel closes its
-descriptors only after the system call that the process was in has ended.
+descriptors only after the system calls that its threads were in have ended.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """How much memory and how many processors of its machine this process may use.
 
-The result is the minimum of what the machine has and of what the process's cgroup and each cgroup
-above it allow, v1 and v2 (cgroups(7)). In a container, the cgroups above the container's own are
-not visible, so their limits are not found. All files are read below a given root, for tests.
+Each result is a minimum: of what the machine has (for processors: of those that the process's CPU
+affinity allows), and of what the process's cgroup and each cgroup above it allow, v1 and v2
+(cgroups(7)). In a container, the cgroups above the container's own are not visible, so their limits
+are not found. The exception is the memory limit of v1, which the kernel also reports in the
+container's own cgroup. All files are read below a given root, for tests.
 """
 
 from __future__ import annotations

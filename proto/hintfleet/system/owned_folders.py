@@ -1,8 +1,10 @@
-"""Makes temporary folders that belong to one process each, and finds those whose process is gone.
+"""Makes temporary folders that belong to one process each. Finds those whose process is gone, and
+removes them before it makes another one.
 
-A process holds a lock on its folder while it runs. The lock also works where process ids do
-not: after an id was reused, and between containers. The process id in a folder's name is checked as
-well: it protects a folder that its process has made but not yet locked.
+A process holds a lock on its folder until it removes the folder or ends. Unlike a process id, the
+lock shows whether the process runs even after the id was reused, and between containers. The
+process id in the folder's name is checked as well: it protects a folder that its process has made
+but not yet locked.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Runs in a guest beside its agent, and measures the agent and bare clients.
+"""Runs in a guest beside its agent. Measures the agent, two bare clients that it starts, and how
+fast it reads page flags and free lists itself.
 
     python3 probe.py HOST:PORT     the host to which the bare clients hold streams
 
-Prints one line of JSON on the console after each window of _WINDOW_S seconds. The benchmark uses
-the last line, when the guest has been at rest for longer than a window.
+After each window of _WINDOW_S seconds, prints a line on the console: PROBE and a JSON object. The
+benchmark uses the last line, when the guest has been at rest for longer than a window.
 """
 
 import ctypes

@@ -1,4 +1,5 @@
-"""Operations on range sets, compared with operations on integers in which each bit is a page."""
+"""Operations on range sets, compared with operations on integers in which each bit is a page; and
+the round trip of a range set through its encoding."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The memory door's back end, with any messages: each table is valid, each descriptor that arrives
-is in the table or dropped once, and the device does not run after a stop.
+"""The memory door's back end, fed with any messages: each table is valid, no descriptor is closed
+twice, and the device does not run after a request that stops it.
 
-The oracle is a record of the open descriptors and of those in the table.
+The oracle is a record of the open descriptors and of those in the table: after each accepted
+message, they are the same.
 """
 
 from __future__ import annotations

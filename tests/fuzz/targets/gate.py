@@ -1,5 +1,5 @@
-"""The gate keeps its guarantees in any order of sessions, batches and turns, and of the guest's
-end.
+"""The gate keeps its guarantees in any order of new and ended sessions, batches, turns and the loss
+of the guest.
 
 The oracle is not another gate but the guarantees themselves: I2, one batch at a time, each batch
 posted once, each ack right after its post and to the welcomed session, in the order in which the

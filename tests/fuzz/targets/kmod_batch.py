@@ -1,4 +1,5 @@
-"""The parser of the kernel module's batches, compared with struct hintfleet_batch."""
+"""The parser of the kernel module's batches, compared with a copy of struct hintfleet_batch in
+ctypes."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ _SIZE = ctypes.sizeof(_Batch)
 
 
 def try_input(data: bytes) -> None:
-    if len(data) > _SIZE // 2:  # fill up with zeros, as unused ranges are
+    if len(data) > _SIZE // 2:  # of a longer input, make a whole struct
         data = data.ljust(_SIZE, b"\0")
     wanted = _Batch.from_buffer_copy(data) if len(data) == _SIZE else None
     try:

@@ -1,5 +1,5 @@
-"""The reader of /proc/kpageflags, which finds the chunks that have a flag. The file may end
-anywhere."""
+"""The reader of /proc/kpageflags, which finds the chunks whose first page has a flag, compared with
+a slow one. The file may end after any entry, also within a span that is read."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A hostile guest sends any messages in any order to the host agent's service for guests.
+"""A hostile guest sends any messages in any order to the host agent's service for guests. In
+between, it uses memory, and it is audited, settled, resized or reset.
 
-Everything behind the gRPC edge is real: service, registry, guest, gate, books, and RAM in a memfd.
-The guest's RAM is two pieces of a larger file. A neighbour has another RAM file, and a session that
-must continue to work.
+Service, registry, guest, gate, books, and the RAM in a memfd are real. gRPC, the driver and the
+guest's process are replaced, and rate limits are off. The guest's RAM is two pieces of a larger
+file. A neighbour has another RAM file, and a session that must continue to work.
 """
 
 from __future__ import annotations

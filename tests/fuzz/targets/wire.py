@@ -1,8 +1,9 @@
-"""Any bytes in place of messages, sent over gRPC to a host agent's service for guests.
+"""Any bytes in place of messages, sent over gRPC to a host agent's service for guests, with rate
+limits off.
 
-Each input is one call: of a method of the service, or of one that does not exist, with any frames.
-The call must end with a documented status. Another guest, which has a real agent, must keep its
-memory and its session.
+Each input is one call of a method, which may not exist, with any frames. The call must end with a
+documented status. Another guest, which has a real agent, must keep its memory and its session: this
+is checked after every 256th input and at the end.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Runs in a real guest whenever Python starts there. What it does depends on the kernel's command
-line.
+line; programs other than the agent and its workload are left alone.
 
 With hintfleet.torture=SEED, each agent ends itself, by SIGKILL or SIGTERM, at a step of the
-protocol; init starts the next one. With hintfleet.stress=SIZE, `stress-ng --vm --verify` runs
-beside the workload, in rounds; the end of each round is printed on the console.
+protocol; init or systemd starts the next one. With hintfleet.stress=SIZE, `stress-ng --vm --verify`
+runs beside the workload, in rounds; the end of each round is printed on the console.
 """
 
 import asyncio

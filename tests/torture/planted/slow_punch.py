@@ -1,6 +1,7 @@
 """A host agent whose punches take very long, so that a guest can be reset and boot meanwhile.
 
-No bug by itself: the memory door's fence lets at most the slice that has begun end after a reset.
+This is not a bug by itself: QEMU waits for the slice that has begun before it resets the guest, and
+the memory door's fence lets no other slice of that batch begin.
 """
 
 import time

@@ -1,4 +1,5 @@
-"""The embedded allocator never loses a page and never allocates one twice."""
+"""The embedded allocator never loses a page and never allocates one twice. Also its hook, its
+watermarks, its waits for isolated chunks, and plugged memory."""
 
 import threading
 import time
@@ -156,7 +157,7 @@ def test_allocation_waits_for_isolated_chunks() -> None:
 
 def test_an_allocation_that_does_not_fit_fails_at_once() -> None:
     allocator = small(8)
-    with pytest.raises(MemoryError):  # nothing is isolated: it must not wait for 3600 s
+    with pytest.raises(MemoryError):  # at once: there is no isolated chunk to wait for
         list(iter(lambda: allocator.allocate(MAX_ORDER, timeout_s=3600), None))
 
 

@@ -1,4 +1,5 @@
-"""An error in a configuration names the file, and the key if one is wrong."""
+"""A guest agent's configuration is read from a file, or from the first line of stdin. An error
+names the source, and the key if one is wrong."""
 
 import io
 import sys

@@ -1,4 +1,5 @@
-"""The embedded isolator: which chunks it isolates, which it leaves, which it isolates again."""
+"""The embedded isolator: which chunks it isolates, which it leaves, which it isolates again, and
+when it wakes the core."""
 
 import pytest
 

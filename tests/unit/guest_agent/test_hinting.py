@@ -1,4 +1,5 @@
-"""The hinting core keeps I1 in any sequence of events."""
+"""The hinting core keeps I1 in random sequences of events. Also settles, allowances, and batches
+that are hinted again."""
 
 from collections.abc import Callable
 

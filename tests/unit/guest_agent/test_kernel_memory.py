@@ -99,7 +99,7 @@ def memory_blocks(sys_root: Path, *numbers: int) -> Path:
 def test_a_sparse_guest_is_its_memory_blocks(tmp_path: Path) -> None:
     blocks = memory_blocks(tmp_path, 0, 1, 2, 8192)
     assert present_spans(tmp_path) == [range(3 * 32768), range(8192 * 32768, 8193 * 32768)]
-    (blocks / "memory3").mkdir()  # it is plugged
+    (blocks / "memory3").mkdir()  # block 3 is plugged
     (blocks / "memory8192").rmdir()
     assert present_spans(tmp_path) == [range(4 * 32768)]
 

@@ -1,4 +1,5 @@
-"""Memory figures from /proc, compared with those of the C library."""
+"""Memory figures from /proc: the total is that of the C library, the others are plausible, and a
+missing field is refused."""
 
 import os
 

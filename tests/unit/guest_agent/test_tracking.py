@@ -1,5 +1,5 @@
-"""The bitmap tracker does not have the bugs of version 11 of Lal's kernel patches, whose design it
-has."""
+"""The bitmap tracker has the design of version 11 of Lal's kernel patches, but not their bugs. Also
+policy cold."""
 
 from hypothesis import given
 from hypothesis import strategies as st

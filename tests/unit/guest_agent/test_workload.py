@@ -1,4 +1,5 @@
-"""The workload notices every page that the host dropped although it was in use."""
+"""The workload counts pages that were dropped in use as wrong, and keeps what it holds when memory
+runs out, is plugged or is unplugged."""
 
 import mmap
 import os
@@ -111,7 +112,7 @@ def test_plugging_and_unplugging_keep_held_memory(ram: mmap.mmap) -> None:
     offline = pb.WorkloadCommand(command_id=5, offline=pb.Offline(ranges=packed))
 
     assert "out of memory" in workload.run(allocate(40 * MIB)).error
-    for _ in range(2):  # blocks that are online stay online
+    for _ in range(2):  # the second time, all is online already
         assert workload.run(online).error == ""
     assert workload.run(allocate(20 * MIB)).error == ""
     done = workload.run(offline)

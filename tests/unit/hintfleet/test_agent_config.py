@@ -1,4 +1,5 @@
-"""A guest agent reads what a host agent writes; an error names the key and the allowed values."""
+"""The guest agent and the guest image's init read what a host agent writes. An error names the
+file, and the key and the allowed values if one value is wrong."""
 
 import json
 import subprocess

@@ -1,5 +1,5 @@
 """Every error class except StableError, a base, survives the conversion to a gRPC status and back,
-with its hint."""
+with its hint; long texts are shortened. Only InvalidInput has the exit code of wrong usage."""
 
 from urllib.parse import quote
 

@@ -1,4 +1,5 @@
-"""The format of log lines stays intact, whatever values they contain."""
+"""The format of log lines stays intact, whatever values they contain. Events that a rate limit
+keeps out of the log are counted."""
 
 import io
 import json

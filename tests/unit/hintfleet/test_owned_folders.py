@@ -1,4 +1,5 @@
-"""Folders that belong to one process: the owner is found even if process ids are reused."""
+"""Folders that belong to one process: which of them are abandoned, even if process ids are
+reused."""
 
 import fcntl
 import os

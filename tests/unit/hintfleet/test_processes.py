@@ -1,4 +1,4 @@
-"""Processes that /proc shows, and those that it does not let us read."""
+"""Processes that /proc lists, but whose files this user may not read, are left out."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""TLS folders that cannot be used, and services that a certificate does not allow."""
+"""Which TLS folders a server or a client refuses, which role a certificate has, and that a
+certificate without a role is refused."""
 
 import shutil
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def with_a_folder_for_a_file(authority: Authority, tmp_path: Path) -> Path:
 def with_a_file_that_fails(authority: Authority, tmp_path: Path) -> Path:
     folder = authority.issue(Role.OPERATOR, "a", (), 1)
     (folder / CA_FILE).unlink()
-    (folder / CA_FILE).symlink_to("/proc/self/mem")  # nothing is at address 0 (proc(5))
+    (folder / CA_FILE).symlink_to("/proc/self/mem")  # reading it fails: EIO (proc(5))
     return folder
 
 

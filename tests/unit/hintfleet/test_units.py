@@ -1,4 +1,5 @@
-"""The parsers of sizes and durations. A size must say whether it is binary or decimal."""
+"""The parsers of sizes and durations. A size must say whether it is binary or decimal. Printed
+sizes are short, and close to the exact size."""
 
 import pytest
 from hypothesis import given

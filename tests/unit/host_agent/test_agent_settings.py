@@ -1,4 +1,5 @@
-"""The settings of a guest's agent follow its spec, with the defaults of a spec file."""
+"""The settings of a guest's agent follow its spec; what the spec leaves out has the default of spec
+files. What a driver does not have is refused."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,5 @@
-"""The obstacles to hinting that are found in the XML of somebody else's domain."""
+"""The obstacles to hinting somebody else's domain: what its XML has, another host agent at its
+memory door, and a domain that is suspended or does not run."""
 
 import socket
 import xml.etree.ElementTree as ET
@@ -99,7 +100,7 @@ def test_a_domain_that_is_attached_is_not_attached_again(tmp_path: Path) -> None
             domain(devices=PORTS + DISK + door_at(path))
         )
         listener.setblocking(False)
-        with pytest.raises(BlockingIOError):  # nobody has connected: that might end its guest
+        with pytest.raises(BlockingIOError):  # no connection was made: one could end the guest
             listener.accept()
 
 

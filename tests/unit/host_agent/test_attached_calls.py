@@ -1,5 +1,5 @@
-"""Which calls the host agent makes on somebody else's domain. None of them ends, suspends, resets
-or resizes the domain."""
+"""Which of libvirt's calls on a domain occur in the files that work on somebody else's domain: none
+that ends, suspends, resets or resizes it."""
 
 import ast
 from pathlib import Path

@@ -252,7 +252,7 @@ def test_a_guest_waits_for_its_domain_and_has_its_books_and_token_afterwards(
             await asyncio.sleep(0.05)
             assert registry.guests == (guest,)
             driver.refused, driver.domain.running = 0, True
-            await until(lambda: driver.refused > 1)  # it still boots, and is tried again
+            await until(lambda: driver.refused > 1)  # attaching is tried again
             driver.refused = None
             await until(lambda: len(driver.made) == 2)
             await until(lambda: registry.guests[0].running is not None)

@@ -1,4 +1,5 @@
-"""Audits wait longer if little RAM has moved, or if the last audit cost much."""
+"""When a guest's RAM is audited: every period while much memory moves, later if little has moved or
+if the last audit took long, and never if nothing has moved."""
 
 import itertools
 

@@ -1,4 +1,5 @@
-"""The balloon's rule, a guest that follows it, and guests without the driver that a peer needs."""
+"""The balloon's rule, and the loop that moves a guest's target; guests without the driver that a
+peer needs, and guests that send no statistics; and how often statistics are read."""
 
 import asyncio
 import time

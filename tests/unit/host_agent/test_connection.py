@@ -1,4 +1,5 @@
-"""The connection to libvirt, with libvirt's own test driver."""
+"""A connection to libvirt that failed while it was set up is opened again. Uses libvirt's own test
+driver."""
 
 import queue
 from collections.abc import Callable

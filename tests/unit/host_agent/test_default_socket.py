@@ -59,7 +59,8 @@ def test_the_default_folder_is_looked_at_wherever_temporary_files_are(
     their_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", "/elsewhere")
-    arguments = _parser().parse_args(["--tls", "/nowhere"])  # so that it does not serve
+    # With this TLS folder, `_serve` fails even if it accepts the default folder.
+    arguments = _parser().parse_args(["--tls", "/nowhere"])
     with pytest.raises(Refused, match=f"{their_folder}/hintfleet is not a folder of this user"):
         asyncio.run(_serve(arguments))
 

@@ -1,4 +1,5 @@
-"""A DIMM that QEMU does not hand over, of a domain whose calls are libvirt's."""
+"""A DIMM that QEMU does not hand over at the memory door, plugged into a fake of libvirt's
+domain."""
 
 import os
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""Which domains are listed as left by a crash."""
+"""A domain that ends while leaked domains are looked for is not an error."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The XML of a guest's domain has what hinting depends on."""
+"""The XML of a guest's domain has what hinting and its peers depend on."""
 
 import xml.etree.ElementTree as ET
 from dataclasses import replace

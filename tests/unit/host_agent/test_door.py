@@ -1,5 +1,5 @@
-"""The memory door over a real socket: RAM is added and removed, and QEMU waits for a punch that
-runs."""
+"""The memory door over a real socket, with a fake QEMU: RAM is added and removed, and QEMU waits
+for a punch that runs. Malformed messages and strangers are refused."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_a_host_agent_without_descriptors_turns_qemu_away(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with closing(FrontEnd(door.path)) as first:
-        first.negotiate()  # so that the next accept is after this connection
+        first.negotiate()  # `first` is accepted, so only the next accept fails
         monkeypatch.setattr(door._loop, "sock_accept", no_descriptors)
     wait_until(lambda: door._listener.fileno() < 0, "the door to stop listening")
     with pytest.raises(ConnectionRefusedError):

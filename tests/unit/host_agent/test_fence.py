@@ -1,5 +1,5 @@
-"""Whoever closes the fence is called back once no slice is inside, and a permit that was given
-before never enters again."""
+"""Whoever closes the fence is called back when no slice is inside, except if the fence is opened
+before that. A permit that was given before the fence was closed never enters again."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""The books agree with a real RAM file after any history."""
+"""The books agree with a real RAM file when it is audited, after random histories with peers,
+plugged memory and restarts."""
 
 import os
 import random

@@ -1,4 +1,5 @@
-"""Which specs a real guest can have, and which are refused before it boots."""
+"""Which hinting settings a real guest can have, and which are refused before it boots; its kernel
+parameters; and that domains of another machine are not called abandoned."""
 
 from typing import Any
 

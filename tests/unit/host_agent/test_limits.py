@@ -1,4 +1,5 @@
-"""Rate limits stop a hostile guest and never slow an honest one."""
+"""Rate limits slow a hostile guest, and its violations ban it. A guest that keeps to its rates
+never waits."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""The metrics of a host agent, as a user of Prometheus sees them."""
+"""The name of each metric that a host agent serves is written out in the source, so that a search
+finds it."""
 
 import re
 from pathlib import Path

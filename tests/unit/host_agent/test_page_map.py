@@ -1,4 +1,5 @@
-"""PageMap behaves like a plain set of pages."""
+"""PageMap behaves like a plain set of pages. It can be packed and unpacked; malformed bytes are
+refused."""
 
 from itertools import pairwise
 

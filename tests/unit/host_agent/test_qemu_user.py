@@ -1,4 +1,5 @@
-"""Which user may reach a file: modes and access lists decide as in the kernel."""
+"""Whether QEMU's user may reach a file: modes and access lists decide as in the kernel. Also how
+QEMU's user is found out."""
 
 import os
 import struct
@@ -128,7 +129,7 @@ DAC = "<secmodel><model>dac</model><baselabel type='kvm'>{}</baselabel></secmode
     ("models", "uid"),
     [
         ("", None),  # qemu:///session, where QEMU runs as the user who connects
-        (DAC.format("+0:+0"), None),  # root: nobody knows which privileges it keeps
+        (DAC.format("+0:+0"), None),  # root: QEMU's privileges are not known
         (DAC.format("+64055:+107"), 64055),
     ],
 )

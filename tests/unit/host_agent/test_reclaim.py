@@ -1,4 +1,5 @@
-"""Reclaim punches exactly what was hinted and exists, and reports what was resident."""
+"""Reclaim punches exactly what was hinted and exists, and reports what was resident. An audit of
+the RAM file finds what is resident."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Guests that are made and ended at the same time, with a slow driver."""
+"""Guests that are made and ended at the same time, with a driver that is slow or fails."""
 
 import asyncio
 import logging

@@ -1,4 +1,5 @@
-"""A command that is sent again is answered, and not done twice."""
+"""A command that is sent again gets the stored answer. It is carried out again only if it has
+failed; but a lost guest stays the answer."""
 
 import asyncio
 

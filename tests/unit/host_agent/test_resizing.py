@@ -1,4 +1,4 @@
-"""What a resize does about memory that an earlier one left."""
+"""What a resize does about a DIMM that an earlier resize plugged, but that is in no books."""
 
 import asyncio
 from typing import Any

@@ -39,7 +39,7 @@ def test_the_shared_folder_if_not(private: Path) -> None:
         assert USER.first_denied(made.path) is None
     finally:
         made.remove()
-    made = RuntimeDir.make(None)  # QEMU runs as this user
+    made = RuntimeDir.make(None)  # None: QEMU runs as this user
     assert made.path.parent == private
     made.remove()
 

@@ -1,4 +1,4 @@
-"""What is stored for the next host agent, in a real file."""
+"""What is stored for the next host agent, in real files, and the lock on them."""
 
 import asyncio
 import os

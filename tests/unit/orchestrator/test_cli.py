@@ -1,4 +1,5 @@
-"""The command line reports bad input on stderr at once, with the right exit code."""
+"""The command line without real runs: bad input is reported on stderr at once, with the right exit
+code. Also lists, help and interrupts."""
 
 import contextlib
 import json

@@ -1,4 +1,5 @@
-"""Runtime folders are private and have short paths; those of killed processes are removed."""
+"""Runtime folders are private and have short paths; those of killed processes are removed. Also the
+facts about this machine that are stored with a run."""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
 """Plans: guests do the same under all arms of a repetition, the order of arms is random, and
-repeats are expanded."""
+repeats are expanded. Also the spec that each guest gets."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""Errors in spec files name file, line and column, and say what to do."""
+"""Errors in spec files name file, line and column, and say what to do. Also good specs, the
+catalogue, and what a spec needs of this machine."""
 
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_a_good_spec() -> None:
 def test_mistakes_are_reported_with_their_place(
     old: str, new: str, where: str | None, said: str
 ) -> None:
-    if where is None:  # `old` becomes a YAML anchor, which is accepted
+    if where is None:  # `new` has a YAML anchor, which is accepted
         assert spec_file.parse(GOOD.replace(old, new), "mine.yaml").spec.repetitions == 3
         return
     message = refusal(old, new)

@@ -1,4 +1,6 @@
-"""The store keeps all that it acknowledged, after its process was killed and on a full disk."""
+"""The store keeps all that it acknowledged, after its process was killed and on a full disk. Also
+the figures and states of runs that are undecided, cut off, resumed or of an earlier version, and
+the locks of runs."""
 
 import os
 import resource

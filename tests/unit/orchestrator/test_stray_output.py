@@ -1,4 +1,5 @@
-"""`stray_output_to` appends output to a file, except what is written to the stream it yields."""
+"""`stray_output_to` redirects stdout and stderr of this process and its children to the end of a
+file, except what is written to the stream that it yields."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""Tables shorten no figure and no name, at a width of 100 columns and of 80."""
+"""Tables shorten no figure and no name, at a width of 100 columns and of 80. They show only the
+first line of a reason. Markup and control characters in texts of others have no effect."""
 
 from dataclasses import replace
 

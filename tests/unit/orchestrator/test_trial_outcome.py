@@ -1,4 +1,5 @@
-"""The outcome of a trial: after which faults it is lost or undecided, and when it is run again."""
+"""The outcome of a trial: after which faults it is lost or undecided, and when it is run again.
+Also the outcome of a run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

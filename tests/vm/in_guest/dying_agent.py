@@ -1,8 +1,9 @@
 """Runs in a guest whenever Python starts there. The kernel's command line selects what it does.
 
 hintfleet.test=die: the first agent kills itself (SIGKILL) when it has isolated chunks. The second
-one prints on the console what it found in the hugetlb pool. When it has isolated chunks, it stops
-itself (SIGTERM); at its end it prints what it left in the pool.
+agent prints on the console what it found in the hugetlb pool, and why another agent could not use
+the pool. When it has isolated chunks, it stops itself (SIGTERM); at its end it prints what it left
+in the pool.
 hintfleet.test=no-eject: the kernel refuses to eject DIMMs.
 """
 
