@@ -2,9 +2,8 @@
 
 The core and the isolator are used on one event loop only. The isolator's wake callback, the
 stream's reader and a timer put events into an inbox, and one task handles them. A stream that has
-ended is opened again after a pause. The pause grows with each try, up to 2 s, and is short again
-after a stream with a Welcome. The agent ends if the host refuses it for good, or if the isolator
-cannot follow the host's policy.
+ended is opened again after a pause, which grows up to 2 s until there is a Welcome. The agent ends
+if the host refuses it for good, or if the isolator cannot follow the host's policy.
 """
 
 from __future__ import annotations

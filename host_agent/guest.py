@@ -12,9 +12,10 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterable, Sequence
 
-from hintfleet.errors import GuestLost, HintfleetError
+from hintfleet.errors import GuestLost, HintfleetError, InvalidInput, Refused
 from hintfleet.logs import fields
 from hintfleet.ranges import RangeSet
 from hintfleet.v1 import hinting_pb2, host_pb2
@@ -41,6 +42,9 @@ _QUIET_POLL_S = 0.1
 # A guest at rest frees and uses some memory all the time: up to 1 MiB less is not counted as
 # memory that has left the RAM.
 _NOISE_BYTES = 1 << 20
+
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
+_MAX_NAME_LENGTH = 64
 
 _log = logging.getLogger("hintfleet.host.guest")
 
@@ -335,3 +339,23 @@ class Guest:
 
     def _fields(self, **more: object) -> dict[str, dict[str, object]]:
         return fields(guest=self.name, trial=self.trial_id, **more)
+
+
+def checked_uuid(asked: str, guests: Iterable[Guest]) -> str:
+    """Return `asked` in the usual form of a UUID, or a new UUID if `asked` is empty.
+
+    :raises InvalidInput: `asked` is not a UUID.
+    :raises Refused: one of these guests has this UUID already.
+    """
+    try:
+        found = str(uuid.UUID(asked) if asked else uuid.uuid4())
+    except ValueError:
+        raise InvalidInput(f"{asked!r} is not a UUID") from None
+    if any(guest.uuid == found for guest in guests):
+        raise Refused(f"there is a guest with UUID {found} on this host already")
+    return found
+
+
+def is_guest_name(name: str) -> bool:
+    """Return whether a guest can have this name: 1 to 64 ASCII letters, digits and `-`."""
+    return 0 < len(name) <= _MAX_NAME_LENGTH and set(name) <= _NAME_CHARACTERS

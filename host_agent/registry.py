@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from hintfleet.errors import (
@@ -25,7 +24,7 @@ from hintfleet.errors import (
 from hintfleet.logs import fields
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
-from host_agent.guest import Guest
+from host_agent.guest import Guest, checked_uuid, is_guest_name
 from host_agent.guests.driver import Attacher, GuestDriver, GuestMaker, GuestRequest
 from host_agent.persistence.database import Database, GuestRecord
 from host_agent.persistence.saver import Saver
@@ -43,9 +42,6 @@ READY_TIMEOUT_S: Mapping[host_pb2.Driver.ValueType, float] = {
     host_pb2.EMBEDDED: 30.0,
     host_pb2.LIBVIRT: 120.0,
 }
-
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
-_MAX_NAME_LENGTH = 64
 
 
 class Registry:
@@ -376,26 +372,6 @@ class Registry:
         for guest, error in zip(guests, ended, strict=True):
             if isinstance(error, BaseException):
                 _log.error("guest cannot be ended", **about_failure(guest.name, error))
-
-
-def checked_uuid(asked: str, guests: Iterable[Guest]) -> str:
-    """Return `asked` in the usual form of a UUID, or a new UUID if `asked` is empty.
-
-    :raises InvalidInput: `asked` is not a UUID.
-    :raises Refused: one of these guests has this UUID already.
-    """
-    try:
-        found = str(uuid.UUID(asked) if asked else uuid.uuid4())
-    except ValueError:
-        raise InvalidInput(f"{asked!r} is not a UUID") from None
-    if any(guest.uuid == found for guest in guests):
-        raise Refused(f"there is a guest with UUID {found} on this host already")
-    return found
-
-
-def is_guest_name(name: str) -> bool:
-    """Return whether a guest can have this name: 1 to 64 ASCII letters, digits and `-`."""
-    return 0 < len(name) <= _MAX_NAME_LENGTH and set(name) <= _NAME_CHARACTERS
 
 
 def _report_lost(loop: asyncio.AbstractEventLoop, report: Callable[[], object]) -> None:

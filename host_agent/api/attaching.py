@@ -14,9 +14,9 @@ from hintfleet.errors import NotFound, Refused
 from hintfleet.settings import IsolatorKind
 from hintfleet.v1 import host_pb2
 from host_agent.api.sampling import guest_message
-from host_agent.guest import Guest
+from host_agent.guest import Guest, checked_uuid, is_guest_name
 from host_agent.guests.attached.driver import AttachedDriver
-from host_agent.registry import Registry, checked_uuid, is_guest_name
+from host_agent.registry import Registry
 from host_agent.threads import in_driver_thread
 
 
