@@ -302,7 +302,7 @@ class BuddyAllocator:
 
 
 def _untracked(_zone: Zone, _pfn: int) -> None:
-    """Do nothing: the hook of an allocator without a tracker."""
+    """Do nothing: the free hook until an isolator sets one."""
 
 
 def _aligned_blocks(present: RangeSet) -> Iterable[tuple[int, int]]:

@@ -269,8 +269,8 @@ class GuestMemory:
         return moved
 
     async def audit(self) -> host_pb2.Ledger:
-        """Look at all pages that may be absent, unless the sum shows that nothing has changed.
-        Return the books as `books_now` does. Locked."""
+        """Look at all pages that may be absent, unless as much is resident as the books say. Return
+        the books as `books_now` does. Locked."""
         if self._open:
             _, ledger = self._open
             resident_bytes = self.books_now().resident_bytes

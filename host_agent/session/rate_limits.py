@@ -44,7 +44,7 @@ SESSIONS = Rate(per_s=5, burst=50)
 # their end, count as well, because they use memory of this process.
 STREAMS = 16
 
-# A guest floods if each of its messages (without batches) has been delayed for longer than this.
+# A guest floods if, for longer than this, all of its messages but batches were delayed.
 FLOOD_S = 5.0
 
 # A guest is banned after this number of violations within this time.

@@ -113,7 +113,7 @@ def _method(spec: host_pb2.GuestSpec) -> str:
 
 
 def _hinting(guest: host_pb2.Guest) -> Text:
-    """Return since when a guest hints, or why it does not."""
+    """Return since when a guest hints, or why it does not; `-` if its method is not hinting."""
     if guest.spec.method != host_pb2.HINTING:
         return Text(NO_FIGURE)
     if why := guest.not_hinting_because:

@@ -1,1 +1,1 @@
-"""Helpers that several kinds of tests share."""
+"""Helpers of the tests."""

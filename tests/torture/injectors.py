@@ -263,7 +263,7 @@ class SuspendDomain(Task):
 
 
 class Resize(Task):
-    """Plug memory if none is plugged; else unplug it, even while the guest uses it."""
+    """Plug memory if none is plugged; else unplug it, unless the guest refuses."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()

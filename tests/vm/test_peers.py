@@ -1,5 +1,5 @@
-"""The books account for the peers in real guests: free page reporting and the balloon. An embedded
-guest has no peers."""
+"""The books of real guests show what free page reporting and the balloon take. An embedded guest
+with one of these methods is refused."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A gRPC client that only holds a stream. It runs beside an agent, in a guest or on this machine.
+"""A gRPC client that only holds a stream. What an agent costs is compared with what it costs.
 
 python3 bare_client.py aio|sync HOST:PORT
 """
