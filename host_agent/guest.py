@@ -139,7 +139,7 @@ class Guest:
         )
 
     def lost(self, reason: str) -> None:
-        """Note that the guest is gone: end its epoch and its streams now, and fail all requests
+        """Treat the guest as gone: end its epoch, begin to end its streams, and fail all requests
         that wait for it, with the reason. Later calls do nothing."""
         if self._lost is None:
             about = {"epoch": self.sessions.epoch, "reason": reason}

@@ -48,7 +48,7 @@ COMMANDS = ("chroot", "cat", "echo", "insmod", "ip", "mount", "poweroff", "rm", 
 
 
 def image_dir(environ: dict[str, str], is_root: bool) -> Path:
-    """Return the directory where images are kept."""
+    """Return the base directory: HINTFLEET_IMAGE_DIR, or the default for this user."""
     if chosen := environ.get("HINTFLEET_IMAGE_DIR"):
         return Path(chosen).absolute()
     if is_root:

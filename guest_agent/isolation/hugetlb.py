@@ -53,7 +53,7 @@ _ZEROING_GAIN_SHARE = 8
 # The rest after a pass is this many times as long as the pass. Without a rest, a workload took
 # 4 times as long to run; a factor of 10 cost more, since memory is hinted later, than it saved.
 _REST_FACTOR = 4
-# This bounds the rest, so that freed memory leaves the host within a second.
+# This bounds the rest, so that memory that is freed meanwhile does not wait long.
 _LONGEST_REST_S = 0.5
 # The first step moves this part (1/16) of the movable chunks. It finds most new chunks, because the
 # kernel allocates first what was freed last.

@@ -123,10 +123,10 @@ class HugetlbPool:
         return self._free_lists.free_chunk_count()
 
     def free_ranges(self) -> RangeSet:
-        """Return the chunks whose first page is in the free lists.
+        """Return the chunks whose first page is in the free lists of the buddy allocator.
 
         Other pages of such a chunk may be in use. But if the host reports no page of the chunk as
-        resident, the whole chunk is free.
+        resident, the chunk counts as free.
         """
         return RangeSet((pfn, CHUNK_PAGES) for pfn in self._chunks_with(KPF_BUDDY))
 

@@ -63,8 +63,9 @@ class Zone:
     def resize(self, present: RangeSet) -> None:
         """Set the pages that the zone has, and its watermarks; leave the free lists unchanged."""
         self.present = present
-        # As mm/page_alloc.c: min_free_kbytes = sqrt(16 * kilobytes of memory)
-        # (calculate_min_free_kbytes), low = min + min / 4 (__setup_per_zone_wmarks).
+        # As mm/page_alloc.c for one zone of less than 1 GiB: min_free_kbytes = sqrt(16 * kilobytes
+        # of memory) (calculate_min_free_kbytes), low = min + min / 4 (__setup_per_zone_wmarks). In
+        # larger zones the kernel's low watermark is higher.
         present_kib = present.page_count * 4
         self.min_watermark_pages = int((present_kib * 16) ** 0.5) // 4
         self.low_watermark_pages = self.min_watermark_pages * 5 // 4

@@ -226,7 +226,7 @@ def _open_ram(request: GuestRequest, handle: Handle, process: _Adopted) -> Guest
 
 
 class EmbeddedDriver:
-    """Makes embedded guests; needs no privileges."""
+    """Starts and adopts the processes of embedded guests; needs no privileges."""
 
     def __init__(self, server: str, survival: Survival | None = None) -> None:
         """:param server: the address at which guests reach this host agent."""

@@ -29,7 +29,7 @@ class Finding:
         return self.needed_for in (Driver.EMBEDDED, driver)
 
     def as_json(self) -> dict[str, Any]:
-        """Return a JSON object with the fields as keys."""
+        """Return the fields as a dict that `json.dumps` accepts."""
         return asdict(self) | {"needed_for": self.needed_for.value}
 
     @classmethod

@@ -139,7 +139,8 @@ class RangeSet:
         return RangeSet._of(found)
 
     def _holds_all_of(self, other: RangeSet) -> bool:
-        """Return whether one range of this set contains all of `other`, which may be empty."""
+        """Return whether one range of this set contains the whole set `other`; true if `other` is
+        empty."""
         if not other._ranges:
             return True
         first, last = other._ranges[0], other._ranges[-1]

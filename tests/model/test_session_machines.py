@@ -331,8 +331,8 @@ class Sessions(RuleBasedStateMachine):
             )
 
     def teardown(self) -> None:
-        """Continue without faults; then check that no chunk is isolated any more, and that no batch
-        is missing in the books."""
+        """Unless the guest was reset, continue without faults; then check that no chunk is isolated
+        any more, and that no batch is missing in the books."""
         if self.reset or not self.comes_to_rest:
             return
         self.kernel.busy = False

@@ -209,7 +209,7 @@ def test_control_characters_of_a_guest_reach_no_terminal(
     assert error.details() == "guest g: �[2Jno\nmemory�"
 
 
-# Too large or too many messages
+# Too much: large messages, floods, acks that are not read, sessions
 
 
 def test_a_message_that_is_too_large(

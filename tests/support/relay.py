@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ _IDENTITY = re.compile(rb"\x0a\x24([0-9a-f-]{36})\x12\x20([0-9a-f]{32})")
 _CHUNK_BYTES = 1 << 16
 _RECORDED_BYTES = 1 << 16
 _OLD_LINKS_KEPT = 8
+_RESET = struct.pack("ii", 1, 0)
+"""struct linger: closing a socket sends RST at once (socket(7))."""
 
 
 class Direction(Enum):
@@ -64,6 +68,9 @@ class Link:
     def cut(self) -> None:
         """Reset the connection at both ends; bytes on their way are lost."""
         for writer in self._writers.values():
+            # Without this, the kernel would still send what it has, and then close (socket(7)).
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             writer.transport.abort()
         self._flows.set()
 
@@ -80,7 +87,7 @@ class Link:
         self._before_next[direction].append(act)
 
     def cancel_before_next(self, direction: Direction, act: Callable[[], None]) -> bool:
-        """Cancel `before_next`; return True if `act` was not called yet, and so never will be."""
+        """Cancel `before_next`; return True if no piece has passed: `act` is never called then."""
         with contextlib.suppress(ValueError):
             self._before_next[direction].remove(act)
             return True

@@ -278,7 +278,7 @@ class _ResizeDomain(Task):
                     domain.attachDevice(dimm_xml(_DIMM_BYTES, node=0))
                 for dimm in plugged:
                     detach(domain, dimm.alias, dimm.xml)
-        except HintfleetError as error:  # the guest uses the memory, or boots
+        except HintfleetError as error:  # a guest that uses the DIMM, or boots, keeps it
             raise Missed from error
 
 

@@ -154,7 +154,7 @@ class AttachedDriver:
         :raises InvalidInput: a setting is out of its bounds.
         """
         server = server or self._guest_server
-        # Survival is None: this agent waits for a host agent without limit, and never ends itself.
+        # Survival is None: without a host agent, this agent waits without limit.
         config = agent_config(Driver.LIBVIRT, request, server, None, tls=self._guest_tls)
         return config.to_json()
 
@@ -213,11 +213,13 @@ class AttachedDriver:
             try:
                 domain = self._connection.domain(uuid_text)
                 with errors_as("looking at a domain"):
-                    if domain.ID() != handle["start"]:  # ID() is -1 for a domain that is off
-                        return True
-                    # QEMU hangs up a moment before libvirt knows that it has ended.
-                    if not doors_in(ET.fromstring(domain.XMLDesc())):  # noqa: S314 - libvirt's own
-                        return False
+                    xml = ET.fromstring(domain.XMLDesc())  # noqa: S314 - libvirt's own
+                # Both from one answer: the domain may end between two calls. Only live XML has an id.
+                if xml.get("id") != str(handle["start"]):
+                    return True
+                # QEMU hangs up a moment before libvirt knows that it has ended.
+                if not doors_in(xml):
+                    return False
             except GuestLost:
                 return True
             time.sleep(_POLL_S)

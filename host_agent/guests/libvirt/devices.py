@@ -17,7 +17,7 @@ from host_agent.guests.libvirt.api import errors_as, modules
 
 # The mount tag of the memory door's device: nobody mounts it, but it marks the device as ours.
 _TAG = "hintfleet"
-# libvirt's default for virtiofs (src/qemu/qemu_command.c); the device's queue is never used.
+# As in libvirt's examples (docs/kbase/virtiofs.rst); the device's queues are never used.
 _QUEUE_SIZE = "1024"
 
 # How long to wait for a guest to release a device. A running guest needs milliseconds; a suspended

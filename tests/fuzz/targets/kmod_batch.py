@@ -29,7 +29,7 @@ _SIZE = ctypes.sizeof(_Batch)
 
 
 def try_input(data: bytes) -> None:
-    if len(data) > _SIZE // 2:  # of a longer input, make a whole struct
+    if len(data) > _SIZE // 2:  # pad an input of more than half a struct to a whole one
         data = data.ljust(_SIZE, b"\0")
     wanted = _Batch.from_buffer_copy(data) if len(data) == _SIZE else None
     try:

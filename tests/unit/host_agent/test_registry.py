@@ -125,7 +125,7 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
         first = registry.get("g")
         driver.may_end.clear()
         registry.close_watch(TRIAL)
-        registry.open_watch(TRIAL)  # a new trial begins before the earlier guest has ended
+        registry.open_watch(TRIAL)  # watched again before the earlier guest has ended
         creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
         await asyncio.sleep(0.1)
         assert not creating.done()

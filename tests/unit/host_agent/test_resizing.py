@@ -17,7 +17,7 @@ STRAY = RangeSet([(1 << 20, SECTION_BYTES // PAGE_BYTES)])
 
 
 class Running:
-    """A guest with a DIMM that was plugged, but not handed over."""
+    """A guest with a DIMM that was plugged, but is in no books."""
 
     pid = 0
     domain = ""
