@@ -214,7 +214,7 @@ class AttachedDriver:
                 domain = self._connection.domain(uuid_text)
                 with errors_as("looking at a domain"):
                     xml = ET.fromstring(domain.XMLDesc())  # noqa: S314 - libvirt's own
-                # Both from one answer: the domain may end between two calls. Only live XML has an id.
+                # Both from one answer: the domain may end between two calls. Only live XML has it.
                 if xml.get("id") != str(handle["start"]):
                     return True
                 # QEMU hangs up a moment before libvirt knows that it has ended.
