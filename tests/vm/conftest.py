@@ -60,6 +60,14 @@ def libvirt_uri() -> str:
 
 
 @pytest.fixture(scope="session")
+def may_have_own_libvirt() -> None:
+    """Skip tests that need a libvirtd of their own (tests/support/own_libvirt.py) where there can be
+    none: it needs root and a mount namespace."""
+    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"]).returncode:
+        pytest.skip("no libvirtd of the tests' own: it needs root and a mount namespace")
+
+
+@pytest.fixture(scope="session")
 def image() -> GuestImage:
     """Return this tree's guest image; build it if it is not cached."""
     built = subprocess.run(

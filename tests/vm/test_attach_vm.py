@@ -38,7 +38,7 @@ DIRTY = (
 
 
 @pytest.fixture(scope="module")
-def libvirt() -> Iterator[OwnLibvirt]:
+def libvirt(may_have_own_libvirt: None) -> Iterator[OwnLibvirt]:
     with own_libvirt() as made:
         yield made
 

@@ -3,6 +3,8 @@ guest is reset, its door is unplugged, its libvirtd is killed."""
 
 import asyncio
 
+import pytest
+
 from tests.torture import attached
 from tests.torture.plan import Kind
 from tests.torture.run import Until, torture
@@ -13,7 +15,8 @@ LONGEST_S = 1200
 SEED = 5
 
 
-def test_a_hundred_faults_on_an_attached_guest_and_no_wrong_page(image: object) -> None:
+@pytest.mark.usefixtures("may_have_own_libvirt", "image")
+def test_a_hundred_faults_on_an_attached_guest_and_no_wrong_page() -> None:
     with attached.setting(SEED, short=True) as setting:
         report = asyncio.run(torture(setting, SEED, Until(seconds=LONGEST_S, faults=FAULTS)))
     print(report.table())
