@@ -20,6 +20,24 @@ from host_agent.registry import Registry
 from host_agent.threads import in_driver_thread
 
 
+async def domains(registry: Registry, driver: AttachedDriver) -> list[host_pb2.Domain]:
+    """Return all domains of this host's libvirt, by name, with their obstacles.
+
+    :raises Refused: libvirt does not answer.
+    """
+    found = await in_driver_thread(driver.domains)
+    for domain in found:
+        if guest := _attached(registry, domain):
+            # Its door looks like that of another host agent.
+            del domain.obstacles[:]
+            domain.obstacles.add(what=f"it is attached, as guest {guest.name}", change="nothing")
+    return found
+
+
+def _attached(registry: Registry, domain: host_pb2.Domain) -> Guest | None:
+    return next((g for g in registry.guests if g.is_attached and g.uuid == domain.uuid), None)
+
+
 async def attach(
     registry: Registry, driver: AttachedDriver, request: host_pb2.AttachGuestRequest
 ) -> host_pb2.AttachGuestResponse:
@@ -33,6 +51,11 @@ async def attach(
     domain = await in_driver_thread(driver.find, request.domain)
     if request.dry_run:
         return host_pb2.AttachGuestResponse(domain=domain)
+    if guest_there := _attached(registry, domain):
+        raise Refused(
+            f"domain {domain.name} is attached already, as guest {guest_there.name}",
+            hint="hintfleet guests",
+        )
     if domain.obstacles:
         what = "; ".join(one.what for one in domain.obstacles)
         raise Refused(

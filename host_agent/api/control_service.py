@@ -18,7 +18,7 @@ from hintfleet.system.machine_limits import processors
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2, host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceServicer
-from host_agent.api.attaching import attach, detach
+from host_agent.api.attaching import attach, detach, domains
 from host_agent.api.grpc_calls import Context, abort
 from host_agent.api.sampling import SampleFilter, guest_message, sample_set
 from host_agent.guest import Guest
@@ -113,7 +113,7 @@ class ControlService(HostServiceServicer):
         """Return all domains of this host's libvirt, each with its obstacles to being hinted."""
         try:
             return host_pb2.ListDomainsResponse(
-                domains=await in_driver_thread(self._attached.domains)
+                domains=await domains(self._registry, self._attached)
             )
         except HintfleetError as error:
             await abort(context, error)

@@ -172,11 +172,13 @@ class AttachedPlace(Place):
         return False
 
     async def _destroy(self, name: str) -> None:
-        request = host_pb2.DetachGuestRequest(name=name, through_guest_agent=True)
-        with contextlib.suppress(grpc.RpcError):  # the domain is not attached, or boots
-            await self._stub.DetachGuest(
-                request, timeout=self._deadlines.step_s, wait_for_ready=True
-            )
+        for through in (True, False):  # a guest that boots has no agent yet
+            request = host_pb2.DetachGuestRequest(name=name, through_guest_agent=through)
+            with contextlib.suppress(grpc.RpcError):
+                await self._stub.DetachGuest(
+                    request, timeout=self._deadlines.step_s, wait_for_ready=True
+                )
+                return
 
 
 class _NoAnswer(grpc.RpcError):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -103,15 +103,24 @@ def check_that_freed_memory_comes_back(host: HostAgent, foreign: ForeignDomain) 
     wait_until(lambda: back_bytes() >= 0.95 * FREED_MIB * MIB, "what it freed")
 
 
+def list_domains(host: HostAgent) -> Sequence[host_pb2.Domain]:
+    return host.stub.ListDomains(host_pb2.ListDomainsRequest(), timeout=HANG_S).domains
+
+
 def test_a_running_domain_is_attached_hinted_and_detached(
-    host: HostAgent, foreign: ForeignDomain
+    libvirt: OwnLibvirt, folder: Path, host: HostAgent, foreign: ForeignDomain
 ) -> None:
     name = foreign.domain.name()
     xml, devices = foreign.domain.XMLDesc(), foreign.run("/bin/ls", "/sys/bus/pci/devices")
     assert attach(host, foreign).guest.name == name
     check_that_freed_memory_comes_back(host, foreign)
-    with pytest.raises(grpc.RpcError, match="another host agent"):
+    with pytest.raises(grpc.RpcError, match="is attached already"):
         attach(host, foreign)
+    (found,) = (one for one in list_domains(host) if one.name == name)
+    assert found.obstacles[0].what == f"it is attached, as guest {name}"
+    with running(libvirt, folder, "--listen", f"unix:{folder}/other.sock") as other:
+        (found,) = (one for one in list_domains(other) if one.name == name)
+        assert found.obstacles[0].what == "another host agent is attached to it"
 
     # Reset by the operator: it boots again in the same memory, in a new epoch.
     epoch = host.guests()[name].epoch
