@@ -121,6 +121,11 @@ def _add_addresses(add: Callable[..., argparse.Action]) -> None:
     )
 
 
+def _absolute(path: str) -> Path:
+    # libvirt and QEMU, whose working directories are others, get paths in the folder.
+    return Path(path).absolute()
+
+
 def _add_guests_and_state(add: Callable[..., argparse.Action]) -> None:
     add(
         "--memory-budget",
@@ -138,7 +143,7 @@ def _add_guests_and_state(add: Callable[..., argparse.Action]) -> None:
     )
     add(
         "--state",
-        type=Path,
+        type=_absolute,
         metavar="DIR",
         help="keep here what guests need to outlive this agent; without --state, they end with it",
     )

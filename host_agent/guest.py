@@ -79,6 +79,8 @@ class Guest:
         """Attached guests: the closed books of earlier starts of the domain, summed."""
         self.to_attach_again: GuestRecord | None = None
         """The record of an attached guest whose domain does not run; see api/attaching_again.py."""
+        self.ending = False
+        """Whether somebody has asked for the end of the guest: it is not attached again."""
         self.running: RunningGuest | None = None
         self.domain = ""
         """Name of its libvirt domain, once it has run; empty for an embedded guest."""

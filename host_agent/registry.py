@@ -26,6 +26,7 @@ from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest, checked_uuid, is_guest_name
 from host_agent.guests.driver import Attacher, GuestDriver, GuestMaker, GuestRequest
+from host_agent.memory.ledger import summed
 from host_agent.persistence.database import Database, GuestRecord
 from host_agent.persistence.saver import Saver
 from host_agent.repeated_commands import RepeatedCommands
@@ -225,6 +226,7 @@ class Registry:
 
         :raises HintfleetError: as `destroy`.
         """
+        guest.ending, guest.to_attach_again = True, None
         ledger = await guest.close()
         # Two callers may end a guest at once, and another guest may have its name by now.
         if self._guests.get(guest.name) is guest:
@@ -236,11 +238,15 @@ class Registry:
         """End the epoch of an attached guest whose door is disconnected; then keep the guest until
         its domain starts again, or end it if the domain runs on without the door."""
         guest.lost(reason)
+        if self.shutting_down or guest.to_attach_again is not None:
+            return  # the next host agent finds out; or it is kept already
         task = asyncio.create_task(self._keep_or_end(guest))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
     async def _keep_or_end(self, guest: Guest) -> None:
+        if guest.creation is not None:
+            await asyncio.wait([guest.creation])  # it sets `running`
         has_ended = False
         if self._attached is not None and guest.running is not None:
             try:
@@ -249,12 +255,15 @@ class Registry:
                 )
             except HintfleetError:  # libvirt does not answer: found out when it does
                 has_ended = True
-        if not has_ended:
+        await guest.audits.ledger()  # what is stored are the last books
+        record = guest.record()
+        if not has_ended or record is None or guest.ending:
             return await self._destroy_all([guest])
-        guest.to_attach_again = guest.record()
+        guest.to_attach_again = record
         try:
             await guest.close()
-            await self.saver.save(guest)
+            if self._guests.get(guest.name) is guest and not guest.ending:
+                await self.saver.save(guest)
         except HintfleetError as error:
             _log.error("guest cannot be ended", **about_failure(guest.name, error))
 
@@ -264,14 +273,18 @@ class Registry:
         :param earlier: sums of the books of the domain's earlier starts.
         :raises HintfleetError: it cannot be attached; it stays as it is.
         """
+        await ended.close()  # if libvirt did not answer when its domain ended
+        if ended.ending or self._guests.get(ended.name) is not ended:
+            return  # it was detached meanwhile
         guest = self.add(ended.name, ended.uuid, "", ended.spec, ended.token)
         guest.earlier = earlier
         guest.creation = asyncio.create_task(self.make(guest))
         try:
             await asyncio.shield(guest.creation)
         except BaseException:
-            self._guests[ended.name] = ended
-            self.saver.changed(ended)
+            if not guest.ending and self._guests.get(ended.name) is guest:
+                self._guests[ended.name] = ended
+                self.saver.changed(ended)
             await guest.close()  # once `creation` has ended
             raise
 
@@ -310,8 +323,13 @@ class Registry:
                 # Kept until its domain can be attached or is removed: api/attaching_again.py.
                 guest.to_attach_again = record
         else:
-            guest.earlier = record.earlier
-            await guest.adopted(running, record.books)
+            if guest.is_attached and running.handle != record.handle:
+                # Another start of the domain: these books are about other memory.
+                guest.earlier = summed(record.earlier, record.books.totals)
+                guest.started(running)
+            else:
+                guest.earlier = record.earlier
+                await guest.adopted(running, record.books)
             follow_table(guest)
 
     # Trials

@@ -122,6 +122,8 @@ async def _follow(guest: Guest) -> None:
         if guest.running is None or (door := guest.running.door) is None:
             return
         ram = guest.running.ram
+        if not door.pages():
+            return  # QEMU has hung up: the books are closed as they are
         if not (gone := ram.pages - door.pages()) and not door.pages() - ram.pages:
             return
         try:

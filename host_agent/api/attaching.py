@@ -54,7 +54,8 @@ async def attach(
     if guest_there := _attached(registry, domain):
         raise Refused(
             f"domain {domain.name} is attached already, as guest {guest_there.name}",
-            hint="hintfleet guests",
+            hint="`hintfleet guests` says whether it hints, and why not; `hintfleet detach` it"
+            " first to attach it anew",
         )
     if domain.obstacles:
         what = "; ".join(one.what for one in domain.obstacles)
@@ -108,4 +109,5 @@ async def detach(
     if request.through_guest_agent:
         await in_driver_thread(driver.stop_agent, found[0].uuid)
     await found[0].sessions.rest()
-    return host_pb2.DetachGuestResponse(ledger=await registry.end(found[0]))
+    ledger = await registry.end(found[0])
+    return host_pb2.DetachGuestResponse(ledger=ledger, earlier=found[0].earlier)

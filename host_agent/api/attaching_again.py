@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 
 from hintfleet.errors import GuestLost, HintfleetError
 from hintfleet.logs import fields
@@ -31,28 +32,43 @@ _log = logging.getLogger("hintfleet.host.guest")
 
 async def attach_when_started(registry: Registry, driver: Attacher) -> None:
     """Attach guests again whose domain runs, until cancelled."""
-    pauses: dict[str, tuple[float, float]] = {}
+    pauses: dict[str, _Pause] = {}
     while True:
         await asyncio.sleep(_PERIOD_S)
         waiting = [guest for guest in registry.guests if guest.to_attach_again is not None]
-        pauses = {guest.uuid: pauses.get(guest.uuid, (0.0, _PERIOD_S)) for guest in waiting}
-        for guest in waiting:
-            next_s, pause_s = pauses[guest.uuid]
-            if time.monotonic() >= next_s and not await _attached(registry, driver, guest):
-                pauses[guest.uuid] = time.monotonic() + pause_s, min(2 * pause_s, _LONGEST_PAUSE_S)
+        pauses = {guest.uuid: pauses.get(guest.uuid, _Pause()) for guest in waiting}
+        # At the same time: an attempt at a domain that boots takes many seconds.
+        await asyncio.gather(*(_turn(registry, driver, g, pauses[g.uuid]) for g in waiting))
 
 
-async def _attached(registry: Registry, driver: Attacher, guest: Guest) -> bool:
-    """Attach a guest again if its domain runs; return false if that failed. End the guest if there
-    is no such domain any more."""
+@dataclass
+class _Pause:
+    """When the next attempt is due, and how long the pause after that is if it fails."""
+
+    until_s: float = 0.0
+    length_s: float = _PERIOD_S
+
+
+async def _turn(registry: Registry, driver: Attacher, guest: Guest, pause: _Pause) -> None:
+    """Attach a guest again if its domain runs and the pause after the last attempt is over."""
     try:
         if not await in_driver_thread(driver.runs, guest.uuid):
-            return True
-        await registry.attach_again(guest, summed(guest.earlier, guest.memory.last_ledger))
-    except GuestLost:
-        await registry.end(guest)
+            pause.until_s, pause.length_s = 0.0, _PERIOD_S
+        elif time.monotonic() >= pause.until_s:
+            await registry.attach_again(guest, summed(guest.earlier, guest.memory.last_ledger))
     except HintfleetError as error:
-        about = {"guest": guest.name, "reason": error.message}
-        _log.warning("guest not attached again", extra=fields(**about))
-        return False
-    return True
+        await _failed(registry, guest, error)
+        pause.until_s = time.monotonic() + pause.length_s
+        pause.length_s = min(2 * pause.length_s, _LONGEST_PAUSE_S)
+
+
+async def _failed(registry: Registry, guest: Guest, error: HintfleetError) -> None:
+    """Log why a guest was not attached; end it if there is no such domain any more."""
+    try:
+        if isinstance(error, GuestLost):
+            await registry.end(guest)
+            return
+    except HintfleetError as another:
+        error = another
+    about = {"guest": guest.name, "reason": error.message}
+    _log.warning("guest not attached again", extra=fields(**about))

@@ -45,6 +45,7 @@ _DEATH_TIMEOUT_S = 60.0
 _FOLDER_MODE = 0o711
 _SCHEMA_VERSION = 3
 _SCHEMA = f"""
+    BEGIN;
     CREATE TABLE door (socket TEXT NOT NULL, address TEXT NOT NULL) STRICT;
     CREATE TABLE guest (
         name TEXT PRIMARY KEY,
@@ -61,11 +62,14 @@ _SCHEMA = f"""
         earlier BLOB NOT NULL     -- hintfleet.v1.Ledger
     ) STRICT;
     PRAGMA user_version = {_SCHEMA_VERSION};
+    COMMIT;
 """
 _BEFORE_EARLIER = 2
 _ADD_EARLIER = f"""
+    BEGIN;
     ALTER TABLE guest ADD COLUMN earlier BLOB NOT NULL DEFAULT x'';
     PRAGMA user_version = {_SCHEMA_VERSION};
+    COMMIT;
 """
 _SAVE = "INSERT OR REPLACE INTO guest VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -205,8 +209,9 @@ class Database:
     def _unusable(self, what: str) -> Refused:
         return Refused(
             f"the state file {self._path} {what}",
-            hint=f"remove the folder {self._path.parent} and start again: its guests end by"
-            " themselves, some time after they have lost their host agent (--orphan-after)",
+            hint=f"remove the folder {self._path.parent} and start again: guests that were made end"
+            " by themselves, some time after they have lost their host agent (--orphan-after);"
+            " attached domains are attached again by `hintfleet attach`",
         )
 
 

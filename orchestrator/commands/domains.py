@@ -183,10 +183,13 @@ def detach(domain: str, address: str, via: str | None, tls_folder: str) -> int:
         command=_new_command(), name=domain, through_guest_agent=via is not None
     )
 
-    books = _ask(address, tls_folder, lambda host: host.detach_guest(request)).ledger
+    done = _ask(address, tls_folder, lambda host: host.detach_guest(request))
+    both = (done.earlier, done.ledger)
+    reclaimed_bytes = sum(books.reclaimed_total_bytes for books in both)
+    refaulted_bytes = sum(books.refaulted_total_bytes for books in both)
     click.echo(
-        f"detached {domain}: {format_size(books.reclaimed_total_bytes)} were reclaimed in all,"
-        f" {format_size(books.refaulted_total_bytes)} of them used again",
+        f"detached {domain}: {format_size(reclaimed_bytes)} were reclaimed in all,"
+        f" {format_size(refaulted_bytes)} of them used again",
         err=True,
     )
     return 0

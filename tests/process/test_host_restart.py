@@ -271,7 +271,7 @@ def test_guests_that_nobody_watches_again_are_ended(home: Home, tmp_path: Path) 
     with log.open("wb") as stderr, home.agent("--watch-grace", "3", stderr=stderr) as agent:
         wait_until(lambda: not agent.guests(), "the grace to end")
         assert not alive(guest.pid)
-        assert not home.guest_files()
+        wait_until(lambda: not home.guest_files(), "its files to be removed")
     said = log.read_text()
     assert 0 < said.index("guest adopted") < said.index("guest ended")
 

@@ -16,6 +16,7 @@ from typing import Any
 from host_agent.guests.libvirt.api import modules
 
 _START_S = 60.0
+_STOP_S = 60.0
 
 # libvirtd's folders are fixed when it is built. In a mount namespace of its own, it has the test's
 # folders there instead.
@@ -85,7 +86,11 @@ class OwnLibvirt:
         """End libvirtd; its domains run on."""
         if self._daemon is not None:
             self._daemon.send_signal(number)
-            self._daemon.wait()
+            try:
+                self._daemon.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                self._daemon.kill()
+                self._daemon.wait()
 
     def end(self) -> None:
         """End all domains, and libvirtd."""
@@ -115,5 +120,7 @@ def own_libvirt() -> Iterator[OwnLibvirt]:
         made.start()
         yield made
     finally:
-        made.end()
-        shutil.rmtree(folder)
+        try:
+            made.end()
+        finally:
+            shutil.rmtree(folder)

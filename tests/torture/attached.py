@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from hintfleet.errors import HintfleetError
+from hintfleet.errors import HintfleetError, OutcomeUnknown
 from hintfleet.units import KIB, MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.libvirt.devices import detach, unplug_door
@@ -39,6 +39,8 @@ _HERE = Path(__file__).parent / "in_guest"
 _WORKLOAD = "hintfleet-workload.service"
 _STRESS = "128M"
 _DIMM_BYTES = 128 * MIB
+_KEPT_TRIES = 20
+_START_TRIES = 60
 
 # The agent is started again however it has ended, and the console shows how. Only isolator kmod
 # needs the module.
@@ -164,11 +166,19 @@ class AttachedPlace(Place):
         await super()._failed(victim, error)
 
     async def _is_kept(self) -> bool:
-        with contextlib.suppress(grpc.RpcError):
-            listed = await self._stub.ListGuests(
-                host_pb2.ListGuestsRequest(), timeout=self._deadlines.step_s
-            )
-            return self.name in [guest.name for guest in listed.guests]
+        """Return whether the guest waits for its domain, or runs again; wait until it is known."""
+        for _ in range(_KEPT_TRIES):
+            with contextlib.suppress(grpc.RpcError):
+                listed = await self._stub.ListGuests(
+                    host_pb2.ListGuestsRequest(), timeout=self._deadlines.step_s
+                )
+                guests = [guest for guest in listed.guests if guest.name == self.name]
+                if not guests:
+                    return False
+                waits = guests[0].not_hinting_because.startswith("it is attached again")
+                if waits or guests[0].pid:
+                    return True
+            await asyncio.sleep(self.pause_s)
         return False
 
     async def _destroy(self, name: str) -> None:
@@ -238,9 +248,13 @@ class _EndDomain(Task):
 
     def _run(self) -> None:
         with missed_if_libvirt_fails():
-            domain = self._victim.domain
-            domain.destroy()
-            domain.create()
+            self._victim.domain.destroy()
+        for _ in range(_START_TRIES):  # libvirtd may be killed meanwhile
+            with contextlib.suppress(_libvirt_error()):
+                if self._victim.domain.isActive():
+                    return
+                self._victim.domain.create()
+            time.sleep(1)
 
 
 class _UnplugDoor(Task):
@@ -258,7 +272,9 @@ class _UnplugDoor(Task):
         try:
             with missed_if_libvirt_fails():
                 unplug_door(self._victim.domain)
-        except HintfleetError as error:  # a guest that boots releases no device
+        except HintfleetError as error:  # a guest that boots releases no device now
+            # After OutcomeUnknown, it may still do so.
+            self._victim.doomed = isinstance(error, OutcomeUnknown)
             raise Missed from error
 
 
@@ -302,6 +318,9 @@ class _Detach(Task):
         try:
             await self._scene.stub.DetachGuest(request, timeout=60)
         except grpc.RpcError as error:
+            # Without an answer, it may have been done, or be done yet.
+            unknown = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            self._scene.victim.doomed = error.code() in (*unknown, grpc.StatusCode.UNKNOWN)
             raise Missed from error
 
 

@@ -82,7 +82,7 @@ ARROWS = {
         "auditor": "waking cpu_meter guest",
         "pressure": "waking guest",
         "repeated_commands": "",
-        "registry": "repeated_commands tasks threads cpu_meter session guests persistence guest "
+        "registry": "repeated_commands tasks threads cpu_meter memory session guests persistence guest "
         "resizing",
         "api": "guests threads waking cpu_meter memory session guests.attached guest resizing "
         "registry",

@@ -91,6 +91,8 @@ class AttachedGuest:
         :raises Refused: the guest did not release the door; nothing is freed.
         :raises OutcomeUnknown: the guest did not answer in time; nothing is freed.
         """
+        if self.door is not None and not self.door.pages():
+            self.ram.close()  # QEMU is gone: the host has its memory back, even without libvirt
         with contextlib.suppress(GuestLost):
             unplug_door(self._connection.domain(self._uuid))
         self._owned.close()
@@ -232,7 +234,11 @@ class AttachedDriver:
 
     def _attach(self, request: GuestRequest) -> AttachedGuest:
         domain = self._connection.domain(request.uuid)
-        # Nobody serves the door of an earlier host agent any more.
+        # Also a domain that was attached before: its configuration may have changed since.
+        if (found := described(domain)) and found.obstacles:
+            what = "; ".join(one.what for one in found.obstacles)
+            raise Refused(f"it cannot be attached: {what}", hint=found.obstacles[0].change)
+        # Nobody serves a door that is still there.
         unplug_door(domain)
         with contextlib.ExitStack() as owned:
             door = self._door(request, owned)

@@ -153,8 +153,8 @@ class HostServiceServicer:
 
     def AttachGuest(self, request, context):
         """Plug the memory door into a running domain of somebody else, so that its free memory can be
-        hinted. The guest is kept until DetachGuest, or until its domain ends; nothing else about
-        the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
+        hinted. The guest is kept until DetachGuest, or until its domain is removed; when the domain
+        ends and starts, it is attached again. Nothing else about the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
         NOT_FOUND if there is no such domain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

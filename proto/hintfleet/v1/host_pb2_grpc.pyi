@@ -59,8 +59,8 @@ class HostServiceStub:
     """
     AttachGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.AttachGuestRequest, _host_pb2.AttachGuestResponse]
     """Plug the memory door into a running domain of somebody else, so that its free memory can be
-    hinted. The guest is kept until DetachGuest, or until its domain ends; nothing else about
-    the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
+    hinted. The guest is kept until DetachGuest, or until its domain is removed; when the domain
+    ends and starts, it is attached again. Nothing else about the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
     NOT_FOUND if there is no such domain.
     """
     DetachGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.DetachGuestRequest, _host_pb2.DetachGuestResponse]
@@ -120,8 +120,8 @@ class HostServiceAsyncStub(HostServiceStub):
     """
     AttachGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.AttachGuestRequest, _host_pb2.AttachGuestResponse]  # type: ignore[assignment]
     """Plug the memory door into a running domain of somebody else, so that its free memory can be
-    hinted. The guest is kept until DetachGuest, or until its domain ends; nothing else about
-    the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
+    hinted. The guest is kept until DetachGuest, or until its domain is removed; when the domain
+    ends and starts, it is attached again. Nothing else about the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
     NOT_FOUND if there is no such domain.
     """
     DetachGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.DetachGuestRequest, _host_pb2.DetachGuestResponse]  # type: ignore[assignment]
@@ -220,8 +220,8 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.AttachGuestResponse, _abc.Awaitable[_host_pb2.AttachGuestResponse]]:
         """Plug the memory door into a running domain of somebody else, so that its free memory can be
-        hinted. The guest is kept until DetachGuest, or until its domain ends; nothing else about
-        the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
+        hinted. The guest is kept until DetachGuest, or until its domain is removed; when the domain
+        ends and starts, it is attached again. Nothing else about the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
         NOT_FOUND if there is no such domain.
         """
 
