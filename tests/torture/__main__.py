@@ -10,10 +10,12 @@ import signal
 import sys
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from hintfleet.errors import ExitCode
 from tests.torture import embedded
+from tests.torture.plan import Kind
 from tests.torture.report import Report
 from tests.torture.run import Setting, Until, plan_of, torture
 
@@ -31,7 +33,10 @@ def main() -> None:
     """Run what the command line asks for, and exit with its code."""
     arguments = _parser().parse_args()
     seed = arguments.seed if arguments.seed is not None else secrets.randbits(32)
+    only = {_kind(name) for name in (arguments.only or "").split(",") if name}
     with _setting(arguments, seed) as setting:
+        if only:
+            setting = replace(setting, kinds=dict.fromkeys(only, 1), host_kinds={})
         try:
             sys.exit(_run(arguments, setting, seed))
         except (KeyboardInterrupt, asyncio.CancelledError):
@@ -87,10 +92,23 @@ def _parser() -> argparse.ArgumentParser:
         help="how often to say how it stands (default: 10; 60 in a run of minutes)",
     )
     add("--stress", action="store_true", help="run stress-ng in real guests, too")
+    add(
+        "--only",
+        metavar="KINDS",
+        help="inject only these kinds into guests, and none into host agents: guest_reset,link_cut",
+    )
     add("--short", action="store_true", help="attached: one domain, which is reset seldom")
     add("-o", "--output", choices=["table", "json"], default="table")
     add("--host-module", default="tests.torture.host_without_rate_limits", help=argparse.SUPPRESS)
     return parser
+
+
+def _kind(name: str) -> Kind:
+    try:
+        return Kind[name.upper()]
+    except KeyError:
+        names = ", ".join(kind.name.lower() for kind in Kind)
+        sys.exit(f"--only: no kind {name!r}; kinds: {names}")
 
 
 def _setting(arguments: argparse.Namespace, seed: int) -> AbstractContextManager[Setting]:

@@ -82,8 +82,8 @@ ARROWS = {
         "auditor": "waking cpu_meter guest",
         "pressure": "waking guest",
         "repeated_commands": "",
-        "registry": "repeated_commands tasks threads cpu_meter memory session guests persistence guest "
-        "resizing",
+        "registry": "repeated_commands tasks threads cpu_meter memory session guests persistence "
+        "guest resizing",
         "api": "guests threads waking cpu_meter memory session guests.attached guest resizing "
         "registry",
         "server": "session guests guests.libvirt guests.attached persistence auditor pressure "
