@@ -9,7 +9,7 @@ import time
 from host_agent.__main__ import main
 from host_agent.memory import ram
 
-SLICE_S = 20.0
+SLICE_S = 60.0
 """How long each slice takes. Batches of a real guest have several, so that the last one comes when
 the guest has been reset and uses its memory again, which takes a minute or more."""
 
