@@ -85,7 +85,7 @@ class Guest:
         self.domain = ""
         """Name of its libvirt domain, once it has run; empty for an embedded guest."""
         self.creation: asyncio.Task[None] | None = None
-        """The task that makes the guest. It sets `running`, or ends with the error."""
+        """The task that makes or adopts the guest. It sets `running`, or ends with the error."""
         self.resize_lock = asyncio.Lock()
         """Held while memory is plugged or unplugged."""
         self.tasks = LastingTasks(self._failed)
@@ -189,8 +189,8 @@ class Guest:
         :raises HintfleetError: the driver could not end the guest. Its streams are ended all the
             same.
         """
-        # A driver's thread that makes a guest cannot be cancelled, so wait until it has ended: a
-        # guest that it makes must be closed.
+        # A driver's thread that makes or adopts a guest cannot be cancelled, so wait until it has
+        # ended: a guest that it makes must be closed.
         if self.creation is not None:
             await asyncio.wait([self.creation])
         await self.audits.ledger()

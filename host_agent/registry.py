@@ -312,6 +312,7 @@ class Registry:
     async def _adopt(self, record: GuestRecord) -> None:
         self.epochs.after(record.epoch)
         guest = self.add(record.name, record.uuid, record.trial_id, record.spec, record.token)
+        guest.creation = asyncio.current_task()
         driver = self._driver_of(guest)
         try:
             running = await in_driver_thread(driver.adopt, self.request(guest), record.handle)

@@ -126,7 +126,8 @@ class GuestService(HintingServiceServicer):
             if peer is not None and peer.guest_uuid != identity.guest_uuid:
                 raise Refused(f"the certificate is not for guest {identity.guest_uuid}")
             guest = self._registry.authenticate(identity)
-            if guest.is_attached and guest.running is None:
+            # A kept guest has `running` as long as libvirt does not answer.
+            if guest.to_attach_again or (guest.is_attached and guest.running is None):
                 raise TransientError(f"guest {guest.name}: its memory door is not plugged in now")
             guest.sessions.conduct.check_may_open(time.monotonic())
         except HintfleetError as error:

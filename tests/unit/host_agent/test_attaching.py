@@ -2,9 +2,6 @@
 somebody takes their memory door out, and wait for their domain when it ends."""
 
 import asyncio
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,119 +9,27 @@ import pytest
 
 from hintfleet.errors import GuestLost, NotFound, Refused
 from hintfleet.ranges import RangeSet
-from hintfleet.units import MIB, PAGE_BYTES
+from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
-from host_agent.api import attaching_again
 from host_agent.api.attaching import attach, detach
-from host_agent.door.door import MemoryDoor
 from host_agent.guests.driver import GuestRequest
-from host_agent.memory.ram import GuestRam
 from host_agent.registry import Registry
-from tests.support.front_end import FrontEnd
-
-SIZE = 4 * MIB
-UUID = "3e1b4b5e-6b1f-4c6e-9f0c-0000000000aa"
-
-
-class Running:
-    """A domain whose QEMU is a front end in this process. The door and the RAM are real."""
-
-    pid = 0
-    domain = "db"
-    balloon = reporting = None
-    handle: dict[str, int] = {}
-
-    def __init__(self, request: GuestRequest, door: MemoryDoor, qemu: FrontEnd) -> None:
-        self.request = request
-        self.closed = 0
-        self.door = door
-        self.qemu = qemu
-        self.ram = GuestRam(door.segments(), door.fence)
-
-    def evidence(self) -> str:
-        return ""
-
-    def close(self) -> None:
-        self.closed += 1
-        self.qemu.close()
-        self.door.close()
-        self.ram.close()
-
-
-def ram_file() -> int:
-    """Return a memfd of 4 MiB with one resident page."""
-    fd = os.memfd_create("memory-backend-memfd")
-    os.pwrite(fd, b"x", 0)
-    os.truncate(fd, SIZE)
-    return fd
-
-
-class Driver:
-    """Attaches one domain, `db 1`, as a `Running`."""
-
-    loop: asyncio.AbstractEventLoop
-
-    def __init__(self, folder: Path, *obstacles: host_pb2.Obstacle) -> None:
-        self.folder = folder
-        self.domain = host_pb2.Domain(
-            name="db 1", uuid=UUID, running=True, memory_bytes=SIZE, obstacles=obstacles
-        )
-        self.made: list[Running] = []
-        self.refused: int | None = None
-        """How often it has refused; None: it does not refuse."""
-
-    def find(self, name: str) -> host_pb2.Domain:
-        if name not in (self.domain.name, UUID):
-            raise NotFound("no such domain")
-        return self.domain
-
-    def has_ended(self, _uuid: str, _handle: object) -> bool:
-        return not self.domain.running
-
-    def runs(self, uuid_text: str) -> bool:
-        if self.domain.uuid != uuid_text:
-            raise GuestLost("no such domain")
-        return self.domain.running
-
-    def create(self, request: GuestRequest) -> Running:
-        if self.refused is not None:
-            self.refused += 1
-            raise Refused("it boots")
-        path = self.folder / f"door-{len(self.made)}"
-        door = MemoryDoor.listening(self.loop, path, {os.geteuid()}, request.name)
-        qemu = FrontEnd(path)
-        qemu.negotiate()
-        qemu.add(0, SIZE, ram_file())
-        qemu.start()
-        assert door.wait_until_open(30)
-        self.made.append(Running(request, door, qemu))
-        door.when_disconnected(request.on_gone)
-        return self.made[-1]
-
-    def end(self) -> None:
-        """Shut the domain off."""
-        self.domain.running = False
-        self.made[-1].qemu.close()
-
-    def agent_config(self, request: GuestRequest, server: str) -> str:
-        return f"{request.uuid} {request.spec.hinting.isolator} {server}"
+from tests.support.attached_domain import (
+    SIZE,
+    UUID,
+    Driver,
+    Running,
+    asked,
+    looking_often,
+    ram_file,
+    run,
+    until,
+)
 
 
 class Unwilling(Driver):
     def adopt(self, _request: GuestRequest, _handle: object) -> Running:
         raise GuestLost("it is suspended")
-
-
-def run(scenario: Callable[[Registry, Any], Any], driver: Driver) -> None:
-    async def whole() -> None:
-        driver.loop = asyncio.get_running_loop()
-        await scenario(Registry({}, attached=driver), driver)  # type: ignore[arg-type]
-
-    asyncio.run(whole())
-
-
-def asked(**more: Any) -> host_pb2.AttachGuestRequest:
-    return host_pb2.AttachGuestRequest(domain="db 1", **more)
 
 
 def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
@@ -214,25 +119,6 @@ def test_memory_that_somebody_plugs_and_unplugs_is_in_the_books(tmp_path: Path) 
         assert guest.provisioned_bytes == 2 * SIZE
 
     run(scenario, Driver(tmp_path))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-@contextmanager
-def looking_often(registry: Registry, driver: Any) -> Iterator[None]:
-    """Attach guests again during the block; look for domains that run without a pause."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attaching_again, "_PERIOD_S", 0.01)
-        task = asyncio.create_task(attaching_again.attach_when_started(registry, driver))
-        try:
-            yield
-        finally:
-            assert not task.done(), task
-            task.cancel()
 
 
 def test_a_guest_waits_for_its_domain_and_has_its_books_and_token_afterwards(

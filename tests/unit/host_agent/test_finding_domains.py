@@ -1,14 +1,17 @@
-"""Finding the domain to attach, with libvirt's own test driver."""
+"""Finding the domain to attach, and refusing one that cannot be hinted, with libvirt's own test
+driver."""
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
 import pytest
 
-from hintfleet.errors import NotFound, Refused
+from hintfleet.errors import GuestLost, NotFound, Refused
+from hintfleet.v1 import host_pb2
 from host_agent.guests.attached.driver import AttachedDriver
+from host_agent.guests.driver import GuestRequest
+from tests.support.loops import running_loop
 
 libvirt = pytest.importorskip("libvirt")
 
@@ -18,7 +21,7 @@ URI = "test:///default"
 
 @pytest.fixture
 def driver() -> Iterator[AttachedDriver]:
-    with closing(asyncio.new_event_loop()) as loop:
+    with running_loop() as loop:
         made = AttachedDriver(URI, loop, guest_server="127.0.0.1:1")
         with closing(made):
             yield made
@@ -42,3 +45,21 @@ def test_a_failure_of_libvirt_is_not_taken_for_a_domain_that_is_not_there(
     monkeypatch.setattr(libvirt.virDomain, "XMLDesc", failing)
     with pytest.raises(Refused, match="libvirtd does not answer"):
         driver.find("test")
+
+
+def test_an_obstacle_is_looked_for_again_whenever_a_domain_is_attached(
+    driver: AttachedDriver,
+) -> None:
+    request = GuestRequest(
+        name="g",
+        uuid=driver.find("test").uuid,
+        token="secret",
+        spec=host_pb2.GuestSpec(driver=host_pb2.ATTACHED),
+        on_gone=lambda _reason: None,
+    )
+    said = "it cannot be attached: its memory is not in a shared memfd"
+    with pytest.raises(Refused, match=said) as refused:
+        driver.create(request)
+    assert "<memoryBacking>" in refused.value.hint
+    with pytest.raises(GuestLost, match=said):
+        driver.adopt(request, {"start": 1})

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,63 @@ def test_a_state_that_cannot_be_used_is_refused(tmp_path: Path, change: str, sai
         state.guests()
     assert str(path.parent) in caught.value.hint
     assert path.exists(), "a state that cannot be used is kept for inspection"
+
+
+def make_older(folder: Path, guest: GuestRecord) -> Path:
+    """Make a state folder of format 2 with one guest, and return its file: format 2 has no column
+    for the books of earlier starts."""
+    with opened(folder) as state:
+        state.save([guest])
+        (path,) = folder.glob("*/state.db")
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("ALTER TABLE guest DROP COLUMN earlier")
+        database.execute("PRAGMA user_version = 2")
+    return path
+
+
+def test_the_guests_of_an_older_state_are_kept(tmp_path: Path) -> None:
+    make_older(tmp_path, a_guest())
+    later = replace(a_guest("later"), earlier=host_pb2.Ledger(hinted_total_bytes=8192))
+    with opened(tmp_path) as state:
+        assert state.guests() == [a_guest()]
+        state.save([later])
+    with opened(tmp_path) as state:
+        assert state.guests() == [a_guest(), later]
+
+
+CUT_SHORT = """
+import os, sqlite3, sys
+from pathlib import Path
+from host_agent.persistence.database import opened
+
+connect = sqlite3.connect
+
+def die_before_the_version_is_set(statement):
+    if "PRAGMA user_version =" in statement:
+        os._exit(9)
+
+def traced(*args, **kwargs):
+    connection = connect(*args, **kwargs)
+    connection.set_trace_callback(die_before_the_version_is_set)
+    return connection
+
+sqlite3.connect = traced
+with opened(Path(sys.argv[1])):
+    pass
+"""
+
+
+def test_a_host_agent_that_is_killed_while_it_changes_an_older_state_leaves_it_whole(
+    tmp_path: Path,
+) -> None:
+    path = make_older(tmp_path, a_guest())
+    killed = subprocess.run([sys.executable, "-c", CUT_SHORT, str(tmp_path)], check=False)
+    assert killed.returncode == 9
+    with closing(sqlite3.connect(path)) as database:
+        columns = [row[1] for row in database.execute("PRAGMA table_info(guest)")]
+        assert "earlier" not in columns
+    with opened(tmp_path) as state:
+        assert state.guests() == [a_guest()]
 
 
 class Saved:

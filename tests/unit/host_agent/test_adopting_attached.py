@@ -1,0 +1,75 @@
+"""Attached guests of an earlier host agent: which books they have when they are adopted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hintfleet.units import PAGE_BYTES
+from host_agent.guests.driver import GuestRequest
+from host_agent.registry import Registry
+from tests.support.attached_domain import (
+    Driver,
+    HangsUp,
+    Running,
+    attached,
+    kept,
+    reclaim_one_page,
+    run,
+    until,
+)
+
+
+class Again(Driver):
+    """Adopts guests of the start of the domain that `start` says."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        super().__init__(folder)
+        self.start = start
+
+    def create(self, request: GuestRequest) -> Running:
+        made = super().create(request)
+        made.handle = {"start": self.start}
+        return made
+
+    def adopt(self, request: GuestRequest, _handle: object) -> Running:
+        return self.create(request)
+
+
+@pytest.mark.parametrize(
+    ("start", "now_bytes", "earlier_bytes"), [(1, PAGE_BYTES, 0), (2, 0, PAGE_BYTES)]
+)
+def test_another_start_of_a_domain_has_fresh_books_when_it_is_adopted(
+    tmp_path: Path, start: int, now_bytes: int, earlier_bytes: int
+) -> None:
+    async def scenario(registry: Registry, driver: Any) -> None:
+        guest = await attached(registry, driver)
+        await reclaim_one_page(guest)
+        driver.end()
+        await until(lambda: guest.to_attach_again is not None)
+        record = guest.record()
+        assert record is not None
+        driver.start, driver.domain.running = start, True
+        later = Registry({}, attached=driver)
+        await later.adopt([record], grace_s=0)
+        (adopted,) = later.guests
+        assert (await adopted.audits.ledger()).reclaimed_total_bytes == now_bytes
+        assert adopted.earlier.reclaimed_total_bytes == earlier_bytes
+        await later.end_all()
+
+    run(scenario, Again(tmp_path, start=1))
+
+
+def test_a_qemu_that_hangs_up_while_it_is_adopted(tmp_path: Path) -> None:
+    async def scenario(registry: Registry, driver: Any) -> None:
+        record = (await kept(registry, driver)).record()
+        assert record is not None
+        driver.domain.running = True
+        later = Registry({}, attached=driver)
+        await later.adopt([record], grace_s=0)
+        await until(lambda: bool(later.guests) and later.guests[0].running is None)
+        (adopted,) = later.guests
+        assert adopted.to_attach_again is not None
+        assert driver.made[1].closed == 1
+
+    run(scenario, HangsUp(tmp_path))
