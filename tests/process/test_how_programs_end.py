@@ -68,7 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("hintfleet-host", "--listen", "unix:file/s"), 1, "the socket's folder file: "),
         (("hintfleet-host", "--listen", "unix:/proc/x/s"), 1, "folder /proc/x: No such file"),
         (("hintfleet-host", "--listen", "unix:folder"), 1, "unix:folder: Address already in use"),
-        (("hintfleet-host", *ANYWHERE, "--state", "file"), 1, "state in file: Not a directory"),
+        (("hintfleet-host", *ANYWHERE, "--state", "file"), 1, "file: Not a directory"),
         (("hintfleet-host", *ANYWHERE, "--state", "/proc/x"), 1, "state in /proc/x: No such file"),
         (("hintfleet-host", *ANYWHERE, "--tls", "file"), 2, "ca.pem: Not a directory"),
         (("hintfleet-host", *ANYWHERE, "--ready-fd", "99"), 1, "Bad file descriptor"),
