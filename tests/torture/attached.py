@@ -430,7 +430,8 @@ def setting(seed: int, *, short: bool = False) -> Iterator[Setting]:
             },
             injectors=_injectors(libvirt),
             pace=Pace(pause_s=0.5, lag_s=0.02, hold_s=1.0, longest_hold_s=0 if short else 20),
-            deadlines=Deadlines(create_s=180, step_s=60, silence_s=300),
+            # A guest that is reset boots again, which takes minutes on a busy machine.
+            deadlines=Deadlines(create_s=180, step_s=60, silence_s=900),
             advertise=lambda address: f"10.0.2.2:{address.port}",
             victim_of=victim_of,
             longest_wait_s=0.5,
