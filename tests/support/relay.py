@@ -69,8 +69,9 @@ class Link:
         """Reset the connection at both ends; bytes on their way are lost."""
         for writer in self._writers.values():
             # Without this, the kernel would still send what it has, and then close (socket(7)).
-            connection = writer.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            with contextlib.suppress(OSError):  # it is closed already
+                connection = writer.get_extra_info("socket")
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             writer.transport.abort()
         self._flows.set()
 
