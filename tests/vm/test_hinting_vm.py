@@ -141,9 +141,14 @@ def test_a_killed_host_agent_leaves_no_domain(connection: Any, libvirt_uri: str)
         # Kill the host agent at the worst moment: the guest runs, but CreateGuest has not returned.
         wait_until(lambda: bool(domains()), "the domain")
         uuid = domains()[0].UUIDString()
-        pids = filter(str.isdecimal, os.listdir("/proc"))
-        qemu = [int(pid) for pid in pids if uuid in command_line(pid)]
-        assert qemu
+
+        def qemus() -> list[int]:
+            pids = filter(str.isdecimal, os.listdir("/proc"))
+            return [int(pid) for pid in pids if uuid in command_line(pid)]
+
+        # libvirt lists the domain a moment before it starts QEMU.
+        wait_until(lambda: bool(qemus()), "its QEMU")
+        qemu = qemus()
         host.process.send_signal(signal.SIGKILL)
         creating.join(HANG_S)
         assert errors
