@@ -29,7 +29,7 @@ from tests.support.own_libvirt import OwnLibvirt, own_libvirt
 from tests.support.relay import Relay
 from tests.torture import injectors
 from tests.torture.guest import Victim
-from tests.torture.injectors import Injector, Missed, Scene, Task, missed_if_libvirt_fails
+from tests.torture.injectors import Injector, InThread, Missed, Scene, Task
 from tests.torture.place import Deadlines, Place
 from tests.torture.plan import Kind, Pace
 from tests.torture.real import RealVictim, built_image
@@ -158,12 +158,13 @@ class AttachedPlace(Place):
             await asyncio.to_thread(lambda: victim.domain.resume())
         await super()._lost(victim)
 
-    async def _failed(self, victim: Victim, error: grpc.RpcError) -> None:
-        """Handle a step that has failed. A host agent that could not attach the domain again tries
-        again later: meanwhile the guest only does not answer."""
-        if error.code() is grpc.StatusCode.ABORTED and not victim.doomed and await self._is_kept():
-            error = _NoAnswer(error.details())
-        await super()._failed(victim, error)
+    async def _gone(self, victim: Victim, said: str) -> None:
+        """Handle a step on a guest that is gone. If the host agent only waits for its domain, the
+        guest is not lost: meanwhile it does not answer."""
+        if not victim.doomed and await self._is_kept():
+            await self._silent(victim, said)
+        else:
+            await super()._gone(victim, said)
 
     async def _is_kept(self) -> bool:
         """Return whether the guest waits for its domain, or runs again; wait until it is known."""
@@ -191,113 +192,60 @@ class AttachedPlace(Place):
                 return
 
 
-class _NoAnswer(grpc.RpcError):
-    """A step without an answer, which may be tried again."""
-
-    def __init__(self, details: str | None) -> None:
-        super().__init__()
-        self._details = details
-
-    def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.UNAVAILABLE
-
-    def details(self) -> str | None:
-        return self._details
+def _run_in_guest(command: str, scene: Scene) -> None:
+    """Run a command that ends the guest's boot; the next boot begins at once."""
+    assert isinstance(scene.victim, AttachedVictim)
+    scene.victim.foreign.spawn("/bin/sh", "-c", command)
 
 
-class _InGuest(Task):
-    """Run a command in the guest that ends its boot; the next boot begins at once."""
-
-    def __init__(self, command: str, scene: Scene) -> None:
-        super().__init__()
-        self._command = command
-        self._foreign = _foreign_of(scene)
-
-    def begin(self) -> None:
-        self._start(asyncio.to_thread(self._run))
-
-    def _run(self) -> None:
-        with missed_if_libvirt_fails():
-            self._foreign.spawn("/bin/sh", "-c", self._command)
-
-
-class _Reset(Task):
+def _reset(scene: Scene) -> None:
     """`virsh reset`: the domain boots again in the same memory."""
-
-    def __init__(self, scene: Scene) -> None:
-        super().__init__()
-        self._victim = scene.victim
-
-    def begin(self) -> None:
-        self._start(asyncio.to_thread(self._run))
-
-    def _run(self) -> None:
-        with missed_if_libvirt_fails():
-            self._victim.domain.reset()
+    scene.victim.domain.reset()
 
 
-class _EndDomain(Task):
+def _end_domain(scene: Scene) -> None:
     """`virsh destroy` and `virsh start`: the host agent attaches the domain again by itself."""
-
-    def __init__(self, scene: Scene) -> None:
-        super().__init__()
-        self._victim = scene.victim
-
-    def begin(self) -> None:
-        self._start(asyncio.to_thread(self._run))
-
-    def _run(self) -> None:
-        with missed_if_libvirt_fails():
-            self._victim.domain.destroy()
-        for _ in range(_START_TRIES):  # libvirtd may be killed meanwhile
-            with contextlib.suppress(_libvirt_error()):
-                if self._victim.domain.isActive():
-                    return
-                self._victim.domain.create()
-            time.sleep(1)
+    scene.victim.domain.destroy()
+    for _ in range(_START_TRIES):  # libvirtd may be killed meanwhile
+        with contextlib.suppress(_libvirt_error()):
+            if scene.victim.domain.isActive():
+                return
+            scene.victim.domain.create()
+        time.sleep(1)
 
 
-class _UnplugDoor(Task):
+def _unplug_door(scene: Scene) -> None:
     """Take the memory door out, as its operator may."""
-
-    def __init__(self, scene: Scene) -> None:
-        super().__init__()
-        self._victim = scene.victim
-
-    def begin(self) -> None:
-        self._victim.doomed = True
-        self._start(asyncio.to_thread(self._run))
-
-    def _run(self) -> None:
-        try:
-            with missed_if_libvirt_fails():
-                unplug_door(self._victim.domain)
-        except HintfleetError as error:  # a guest that boots releases no device now
-            # After OutcomeUnknown, it may still do so.
-            self._victim.doomed = isinstance(error, OutcomeUnknown)
-            raise Missed from error
+    scene.victim.doomed = True
+    try:
+        unplug_door(scene.victim.domain)
+    except HintfleetError as error:  # a guest that boots releases no device now
+        # After OutcomeUnknown, it may still do so.
+        scene.victim.doomed = isinstance(error, OutcomeUnknown)
+        raise Missed from error
 
 
-class _ResizeDomain(Task):
+def _resize_domain(scene: Scene) -> None:
     """Plug a DIMM, or unplug the one that is plugged, as an operator may."""
+    domain = scene.victim.domain
+    if not (plugged := dimms_of(domain.XMLDesc())):
+        domain.attachDevice(dimm_xml(_DIMM_BYTES, node=0))
+    try:
+        for dimm in plugged:
+            detach(domain, dimm.alias, dimm.xml)
+    except HintfleetError as error:  # a guest that uses the DIMM, or boots, keeps it
+        raise Missed from error
 
-    def __init__(self, scene: Scene) -> None:
-        super().__init__()
-        self._victim = scene.victim
 
-    def begin(self) -> None:
-        self._start(asyncio.to_thread(self._run))
-
-    def _run(self) -> None:
-        try:
-            with missed_if_libvirt_fails():
-                domain = self._victim.domain
-                if not (plugged := dimms_of(domain.XMLDesc())):
-                    domain.attachDevice(dimm_xml(_DIMM_BYTES, node=0))
-                for dimm in plugged:
-                    detach(domain, dimm.alias, dimm.xml)
-        except HintfleetError as error:  # a guest that uses the DIMM, or boots, keeps it
-            raise Missed from error
+def _save(scene: Scene) -> None:
+    """`virsh managedsave`, which must be refused while the door is there."""
+    domain = scene.victim.domain
+    has_door = "<filesystem" in domain.XMLDesc()
+    with contextlib.suppress(_libvirt_error()):
+        domain.managedSave()
+        if has_door:
+            scene.problem(f"domain {scene.victim.name} was saved with its door")
+        domain.create()
 
 
 class _Detach(Task):
@@ -324,47 +272,6 @@ class _Detach(Task):
             raise Missed from error
 
 
-class _Save(Task):
-    """`virsh save`, which must be refused while the door is there."""
-
-    def __init__(self, scene: Scene) -> None:
-        super().__init__()
-        self._scene = scene
-
-    def begin(self) -> None:
-        self._start(asyncio.to_thread(self._run))
-
-    def _run(self) -> None:
-        with missed_if_libvirt_fails():
-            domain = self._scene.victim.domain
-            has_door = "<filesystem" in domain.XMLDesc()
-        with contextlib.suppress(_libvirt_error()):
-            domain.managedSave()
-            if has_door:
-                self._scene.problem(f"domain {self._scene.victim.name} was saved with its door")
-            domain.create()
-
-
-class _RestartLibvirt(Task):
-    """kill -9 of libvirtd, and start it again."""
-
-    def __init__(self, libvirt: OwnLibvirt) -> None:
-        super().__init__()
-        self._libvirt = libvirt
-
-    def begin(self) -> None:
-        self._start(asyncio.to_thread(self._run))
-
-    def _run(self) -> None:
-        self._libvirt.stop(signal.SIGKILL)
-        self._libvirt.start()
-
-
-def _foreign_of(scene: Scene) -> ForeignDomain:
-    assert isinstance(scene.victim, AttachedVictim)
-    return scene.victim.foreign
-
-
 def _libvirt_error() -> type[Exception]:
     import libvirt
 
@@ -373,16 +280,23 @@ def _libvirt_error() -> type[Exception]:
 
 
 def _injectors(libvirt: OwnLibvirt) -> Mapping[Kind, Callable[[Scene], Injector]]:
+    def restart_libvirt(_: Scene) -> None:
+        libvirt.stop(signal.SIGKILL)
+        libvirt.start()
+
+    blocking: Mapping[Kind, Callable[[Scene], None]] = {
+        **{kind: partial(_run_in_guest, command) for kind, command in _COMMANDS.items()},
+        Kind.GUEST_RESET: _reset,
+        Kind.DOMAIN_ENDED: _end_domain,
+        Kind.MEMORY_RESIZED: _resize_domain,
+        Kind.DOOR_UNPLUGGED: _unplug_door,
+        Kind.SAVE_REFUSED: _save,
+        Kind.LIBVIRT_RESTARTED: restart_libvirt,
+    }
     return {
         **injectors.REAL,
-        **{kind: partial(_InGuest, command) for kind, command in _COMMANDS.items()},
-        Kind.GUEST_RESET: _Reset,
-        Kind.DOMAIN_ENDED: _EndDomain,
-        Kind.MEMORY_RESIZED: _ResizeDomain,
-        Kind.DOOR_UNPLUGGED: _UnplugDoor,
+        **{kind: partial(InThread, inject) for kind, inject in blocking.items()},
         Kind.DETACHED: _Detach,
-        Kind.SAVE_REFUSED: _Save,
-        Kind.LIBVIRT_RESTARTED: lambda _: _RestartLibvirt(libvirt),
     }
 
 
@@ -407,13 +321,10 @@ def setting(seed: int, *, short: bool = False) -> Iterator[Setting]:
         said: dict[str, Counter[str]] = {name: Counter() for name in isolators}
 
         def victim_of(guest: host_pb2.Guest, relay: Relay) -> Victim:
-            return AttachedVictim(
-                name=guest.name,
-                uuid=guest.uuid,
-                spec=guest.spec,
-                pid=guest.pid,
-                find_domain=partial(libvirt.find, guest.uuid),
-                relay=relay,
+            return AttachedVictim.of(
+                guest,
+                relay,
+                partial(libvirt.find, guest.uuid),
                 foreign=domains[guest.name],
                 said=said[guest.name],
             )

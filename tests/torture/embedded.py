@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from tests.support.relay import Relay
 from tests.torture import injectors
 from tests.torture.guest import Victim
 from tests.torture.place import Deadlines
@@ -31,17 +30,6 @@ def _spec(number: int) -> host_pb2.GuestSpec:
     )
 
 
-def _victim(guest: host_pb2.Guest, relay: Relay) -> Victim:
-    return Victim(
-        name=guest.name,
-        uuid=guest.uuid,
-        spec=guest.spec,
-        pid=guest.pid,
-        find_domain=None,
-        relay=relay,
-    )
-
-
 SETTING = Setting(
     driver="embedded",
     guests={f"embedded{number}": _spec(number) for number in range(_GUESTS)},
@@ -61,6 +49,6 @@ SETTING = Setting(
     pace=Pace(pause_s=0.04, lag_s=0.005, hold_s=0.12),
     deadlines=Deadlines(create_s=60, step_s=60, silence_s=120),
     advertise=str,
-    victim_of=_victim,
+    victim_of=Victim.of,
     longest_wait_s=0.1,
 )

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from hintfleet.v1 import host_pb2
 from tests.support.relay import Link, Relay
@@ -36,6 +36,25 @@ class Victim:
     is_grown: bool = False
     answered_s: float = field(default_factory=time.monotonic)
     _pidfd: int = field(init=False)
+
+    @classmethod
+    def of(
+        cls,
+        guest: host_pb2.Guest,
+        relay: Relay,
+        find_domain: Callable[[], Any] | None = None,
+        **more: Any,
+    ) -> Self:
+        """Make the victim of a guest that a host agent has made or attached."""
+        return cls(
+            name=guest.name,
+            uuid=guest.uuid,
+            spec=guest.spec,
+            pid=guest.pid,
+            find_domain=find_domain,
+            relay=relay,
+            **more,
+        )
 
     def __post_init__(self) -> None:
         # Not the process id: another process may have it when a fault is injected.

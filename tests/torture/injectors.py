@@ -9,6 +9,7 @@ import signal
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -169,6 +170,22 @@ class Task:
             await self._task
 
 
+class InThread(Task):
+    """A fault that a blocking function injects. It is missed if libvirt fails."""
+
+    def __init__(self, inject: Callable[[Scene], None], scene: Scene) -> None:
+        super().__init__()
+        self._inject = inject
+        self._scene = scene
+
+    def begin(self) -> None:
+        self._start(asyncio.to_thread(self._run))
+
+    def _run(self) -> None:
+        with missed_if_libvirt_fails():
+            self._inject(self._scene)
+
+
 class Impostor(Task):
     """A fault in which another client acts as the guest."""
 
@@ -226,22 +243,6 @@ class OtherBoot(SecondAgent):
     def _changed(self, hello: hinting_pb2.Hello) -> hinting_pb2.Hello:
         hello.boot_id = str(uuid.uuid4())
         return hello
-
-
-class Reset(Task):
-    """`virsh reset`. It ends the domain, and frees its RAM."""
-
-    def __init__(self, scene: Scene) -> None:
-        super().__init__()
-        self._victim = scene.victim
-
-    def begin(self) -> None:
-        self._victim.doomed = True
-        self._start(asyncio.to_thread(self._reset))
-
-    def _reset(self) -> None:
-        with missed_if_libvirt_fails():
-            self._victim.domain.reset()
 
 
 class SuspendDomain(Task):
@@ -303,6 +304,12 @@ class KillHost:
             await self._host.start()
 
 
+def _reset(scene: Scene) -> None:
+    """`virsh reset`. It ends a domain that hintfleet made, and frees its RAM."""
+    scene.victim.doomed = True
+    scene.victim.domain.reset()
+
+
 def _signal(send: Callable[[int], None], number: int) -> None:
     try:
         send(number)
@@ -343,7 +350,7 @@ EMBEDDED: Mapping[Kind, Callable[[Scene], Injector]] = {
 
 REAL: Mapping[Kind, Callable[[Scene], Injector]] = {
     **EMBEDDED,
-    Kind.GUEST_RESET: Reset,
+    Kind.GUEST_RESET: partial(InThread, _reset),
     Kind.GUEST_SUSPENDED: SuspendDomain,
 }
 """The injector of each kind for virtual machines. Kind.AGENT_KILLED and Kind.AGENT_STOPPED have

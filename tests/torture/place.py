@@ -216,22 +216,26 @@ class Place:
     async def _failed(self, victim: Victim, error: grpc.RpcError) -> None:
         said = f"guest {victim.name}: {error.details()}"
         if error.code() in _GONE:
-            if not victim.doomed:
-                self._report.problem(f"nobody had ended it: {said}")
-            await self._lost(victim)
+            await self._gone(victim, said)
         elif error.code() is grpc.StatusCode.FAILED_PRECONDITION:  # the guest has too little memory
             self._held_bytes = max(self._held_bytes, self._most_bytes)
         else:
-            self._report.steps_without_answer += 1
-            self._unsure = True  # the step may be done or not, so verify next
-            silence_s = time.monotonic() - victim.answered_s
-            if silence_s > self._deadlines.silence_s:
-                self._report.problem(
-                    f"no answer for {silence_s:.0f} s: {said}\n{victim.evidence()}"
-                )
-                victim.doomed = True
-                await self._lost(victim)
-            await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+            await self._silent(victim, said)
+
+    async def _gone(self, victim: Victim, said: str) -> None:
+        if not victim.doomed:
+            self._report.problem(f"nobody had ended it: {said}")
+        await self._lost(victim)
+
+    async def _silent(self, victim: Victim, said: str) -> None:
+        self._report.steps_without_answer += 1
+        self._unsure = True  # the step may be done or not, so verify next
+        silence_s = time.monotonic() - victim.answered_s
+        if silence_s > self._deadlines.silence_s:
+            self._report.problem(f"no answer for {silence_s:.0f} s: {said}\n{victim.evidence()}")
+            victim.doomed = True
+            await self._lost(victim)
+        await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
 
     async def _fill(self, victim: Victim) -> None:
         """Allocate all memory that this place uses. Before that, verify to learn how much is held,

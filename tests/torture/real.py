@@ -133,14 +133,7 @@ def _spec(isolator: str, parameters: str) -> host_pb2.GuestSpec:
 
 def _taking_hold(connection: Any) -> Callable[[host_pb2.Guest, Relay], Victim]:
     def take_hold(guest: host_pb2.Guest, relay: Relay) -> Victim:
-        return RealVictim(
-            name=guest.name,
-            uuid=guest.uuid,
-            spec=guest.spec,
-            pid=guest.pid,
-            find_domain=partial(connection.lookupByUUIDString, guest.uuid),
-            relay=relay,
-        )
+        return RealVictim.of(guest, relay, partial(connection.lookupByUUIDString, guest.uuid))
 
     return take_hold
 
