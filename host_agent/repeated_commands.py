@@ -19,7 +19,9 @@ from hintfleet.errors import GuestLost
 from hintfleet.v1 import host_pb2
 
 _T = TypeVar("_T")
-_Key = tuple[str, str, int]
+_Key = tuple[str, int]
+"""A command's run and sequence number."""
+_Answers = dict[_Key, asyncio.Task[object]]
 
 # No end of a trial drops the answers to commands of no trial (AttachGuest, DetachGuest), so only
 # those to the last ones are kept. Operators send few, and a client retries within minutes.
@@ -30,7 +32,8 @@ class RepeatedCommands:
     """The commands by id, with their answers: all of each trial, and the last ones of no trial."""
 
     def __init__(self) -> None:
-        self._answers: dict[_Key, asyncio.Task[object]] = {}
+        self._answers: dict[str, _Answers] = {}
+        """By trial; the commands of no trial are under ""."""
 
     async def once(self, command: host_pb2.CommandId, do: Callable[[], Awaitable[_T]]) -> _T:
         """Carry out a command and return its answer; a retry (same id) gets the same answer.
@@ -42,30 +45,27 @@ class RepeatedCommands:
         """
         if not command.sequence:
             return await do()
-        key = (command.run_id, command.trial_id, command.sequence)
-        task = self._answers.get(key)
+        answers = self._answers.setdefault(command.trial_id, {})
+        key = (command.run_id, command.sequence)
+        task = answers.get(key)
         if task is None:
-            task = self._answers[key] = asyncio.ensure_future(_as_coroutine(do))
-            task.add_done_callback(partial(self._drop_failed, key))
-            self._drop_oldest_without_trial()
+            task = answers[key] = asyncio.ensure_future(_as_coroutine(do))
+            task.add_done_callback(partial(_drop_failed, answers, key))
+            if not command.trial_id and len(answers) > ANSWERS_WITHOUT_TRIAL:
+                del answers[next(iter(answers))]  # the oldest
         return cast(_T, await asyncio.shield(task))
-
-    def _drop_failed(self, key: _Key, task: asyncio.Task[object]) -> None:
-        # Not in `once`: the caller may be gone when the command fails. `exception` marks the error
-        # as retrieved, else asyncio logs it.
-        failed = task.cancelled() or not isinstance(task.exception(), GuestLost | None)
-        if failed and self._answers.get(key) is task:
-            del self._answers[key]
-
-    def _drop_oldest_without_trial(self) -> None:
-        without = [key for key in self._answers if not key[1]]
-        for key in without[:-ANSWERS_WITHOUT_TRIAL]:
-            del self._answers[key]
 
     def forget(self, trial_id: str) -> None:
         """Drop the answers of a trial that has ended."""
-        for key in [key for key in self._answers if key[1] == trial_id]:
-            del self._answers[key]
+        self._answers.pop(trial_id, None)
+
+
+def _drop_failed(answers: _Answers, key: _Key, task: asyncio.Task[object]) -> None:
+    # Not in `once`: the caller may be gone when the command fails. `exception` marks the error as
+    # retrieved, else asyncio logs it.
+    failed = task.cancelled() or not isinstance(task.exception(), GuestLost | None)
+    if failed and answers.get(key) is task:
+        del answers[key]
 
 
 async def _as_coroutine(do: Callable[[], Awaitable[object]]) -> object:
