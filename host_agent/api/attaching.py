@@ -16,6 +16,7 @@ from hintfleet.v1 import host_pb2
 from host_agent.api.sampling import guest_message
 from host_agent.guest import Guest, checked_uuid, is_guest_name
 from host_agent.guests.attached.driver import AttachedDriver
+from host_agent.guests.attached.obstacles import refuse_if_any
 from host_agent.registry import Registry
 from host_agent.threads import in_driver_thread
 
@@ -57,11 +58,7 @@ async def attach(
             hint="`hintfleet guests` says whether it hints, and why not; `hintfleet detach` it"
             " first to attach it anew",
         )
-    if domain.obstacles:
-        what = "; ".join(one.what for one in domain.obstacles)
-        raise Refused(
-            f"domain {domain.name} cannot be attached: {what}", hint=domain.obstacles[0].change
-        )
+    refuse_if_any(domain)
     guest = _added(registry, domain, request.hinting)
     try:
         # Before the door is plugged: wrong settings must change nothing in the domain.

@@ -21,7 +21,7 @@ from hintfleet.settings import ATTACHED_CONFIG_PATH, Driver
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import MemoryDoor
 from host_agent.guests.agent_settings import agent_config
-from host_agent.guests.attached.obstacles import described
+from host_agent.guests.attached.obstacles import described, refuse_if_any
 from host_agent.guests.attached.qemu_guest_agent import QemuGuestAgent
 from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.guests.driver import GuestRequest, Handle, Survival
@@ -235,9 +235,8 @@ class AttachedDriver:
     def _attach(self, request: GuestRequest) -> AttachedGuest:
         domain = self._connection.domain(request.uuid)
         # Also a domain that was attached before: its configuration may have changed since.
-        if (found := described(domain)) and found.obstacles:
-            what = "; ".join(one.what for one in found.obstacles)
-            raise Refused(f"it cannot be attached: {what}", hint=found.obstacles[0].change)
+        if found := described(domain):
+            refuse_if_any(found)
         # Nobody serves a door that is still there.
         unplug_door(domain)
         with contextlib.ExitStack() as owned:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from hintfleet.errors import GuestLost
+from hintfleet.errors import GuestLost, Refused
 from hintfleet.units import KIB
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import BACKING_HINT
@@ -123,6 +123,18 @@ def _has_free_port(domain: ET.Element) -> bool:
     }
     buses = (int(one.get("bus", "0"), 0) for one in domain.iterfind(".//address[@type='pci']"))
     return bool(ports - {str(bus) for bus in buses})
+
+
+def refuse_if_any(domain: host_pb2.Domain) -> None:
+    """Check that a domain has no obstacles.
+
+    :raises Refused: it has some; names all, and what to change about the first.
+    """
+    if domain.obstacles:
+        what = "; ".join(one.what for one in domain.obstacles)
+        raise Refused(
+            f"domain {domain.name} cannot be attached: {what}", hint=domain.obstacles[0].change
+        )
 
 
 def described(domain: Any) -> host_pb2.Domain | None:

@@ -57,7 +57,7 @@ def test_an_obstacle_is_looked_for_again_whenever_a_domain_is_attached(
         spec=host_pb2.GuestSpec(driver=host_pb2.ATTACHED),
         on_gone=lambda _reason: None,
     )
-    said = "it cannot be attached: its memory is not in a shared memfd"
+    said = "cannot be attached: its memory is not in a shared memfd"
     with pytest.raises(Refused, match=said) as refused:
         driver.create(request)
     assert "<memoryBacking>" in refused.value.hint
