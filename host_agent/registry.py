@@ -1,8 +1,8 @@
 """All guests of this host agent: makes, adopts, ends and releases them.
 
 A trial's guests are ended when the trial's last Watch ends, except while the host agent itself
-ends: with --state it releases all guests, else it ends them. Adopted guests are also ended if their
-trial has no Watch after a grace period.
+ends: with --state it releases all guests, unless its parent is gone (--lifeline-fd), else it ends
+them. Adopted guests are also ended if their trial has no Watch after a grace period.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ class Registry:
         adopting = [asyncio.create_task(self._adopt(record)) for record in records]
         if adopting:
             await asyncio.wait(adopting)
-        # Not gather: it raises at the first error, while other adoptions still run.
+        # Not gather: it raises while other adoptions still run, and drops their errors.
         errors = [task.exception() for task in adopting]
         raise_first([record.name for record in records], errors)
         loop = asyncio.get_running_loop()

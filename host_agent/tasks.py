@@ -68,7 +68,7 @@ def raise_first(names: Iterable[str], errors: Iterable[BaseException | None]) ->
 
 
 def about_failure(name: str, error: BaseException) -> dict[str, Any]:
-    """Return the arguments of a logging call that says with which error a guest failed."""
+    """Return keyword arguments for a logging call: which guest failed, with which error."""
     if isinstance(error, HintfleetError):
         return {"extra": fields(guest=name, reason=error.message)}
     return {"extra": fields(guest=name), "exc_info": error}

@@ -207,8 +207,8 @@ class Backend:
         return []
 
     def _queues(self, request: int, payload: bytes) -> list[Action]:
-        """Handle a message about the queues; return `Stop` if it stops the device. `_started`
-        returns `Start`. Return no action for other messages."""
+        """Handle a message about the queues. Return a `Stop` if it stops the running device, else
+        nothing: `_started` returns `Start`."""
         match request:
             case Request.SET_VRING_KICK:
                 (value,) = _unpacked(_U64, payload)

@@ -77,7 +77,7 @@ class Saver:
     async def save(self, guest: Saved) -> None:
         """Save one guest, and return when it is written. Do nothing if it does not run.
 
-        :raises TransientError: the state cannot be written; `run` tries again.
+        :raises TransientError: the state cannot be written; `run` will save the guest later.
         """
         await self._save((guest,))
 

@@ -213,8 +213,8 @@ class GuestSessions:
     async def tell_refaults(self) -> None:
         """Report to the guest in which chunks it uses absent memory again, if there are any and it
         has a session. The caller holds the memory's lock."""
-        # Without the lock, a batch that reclaims these chunks could be acknowledged before this
-        # message is sent, and the message would be wrong.
+        # Without the lock, batches could replace the set each time while the thread works, and a
+        # busy guest might never be told.
         used = self._memory.refaults_to_tell
         if not used or self._hinting is None:
             return

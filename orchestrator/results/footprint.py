@@ -126,8 +126,8 @@ def host_footprint(
 
     :param guests: the result of `guest_footprint` for each guest.
     """
-    # Measured on the sum of the series, not summed from the footprints of the guests: guests peak
-    # at different moments, so the sum of their peaks would be too high.
+    # Resident memory is measured on the sum of the series: guests peak at different moments, so
+    # the sum of their peaks would be too high.
     windows = [window_of(guest, steps[guest]) for guest in series]
     together = Window(
         start_us=min(w.start_us for w in windows), end_us=max(w.end_us for w in windows)

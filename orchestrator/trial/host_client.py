@@ -120,7 +120,7 @@ class HostClient:
         return await self._answer(call, f"{request.WhichOneof('step')} on {request.guest_name}")
 
     async def settle(self, guest_name: str) -> host_pb2.SettleResponse:
-        """Make a guest give back all memory that it can; return when it has done so."""
+        """Return when a guest has given back all memory that it can; ask for it, if possible."""
         timeout_s = self._timeouts.settle_s
         request = host_pb2.SettleRequest(guest_name=guest_name, timeout_ms=int(timeout_s * 1000))
         call = self._stub.Settle(request, timeout=timeout_s + _SETTLE_MARGIN_S)

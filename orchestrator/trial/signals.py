@@ -11,8 +11,8 @@ from contextlib import contextmanager
 @contextmanager
 def sigterm_handler_kept() -> Iterator[None]:
     """Restore the handler of SIGTERM when the block ends; in the main thread only."""
-    # ray.init replaces our handler by one that calls sys.exit (`connect` in
-    # ray/_private/worker.py and node.py, 2.60). With our handler, SIGTERM ends a run like Ctrl-C.
+    # ray.init replaces our handler by one that calls sys.exit (`init` in
+    # ray/_private/worker.py, 2.60). With our handler, SIGTERM ends a run like Ctrl-C.
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield

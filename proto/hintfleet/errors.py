@@ -7,7 +7,7 @@
     |   |-- Refused        this machine or guest cannot do it       FAILED_PRECONDITION
     |   `-- NotFound       there is no such thing                   NOT_FOUND
     |-- LimitExceeded      a bound was hit                          RESOURCE_EXHAUSTED
-    |-- GuestLost          the guest vanished                       ABORTED
+    |-- GuestLost          the guest is gone or not usable          ABORTED
     `-- OutcomeUnknown     it may or may not have been done         UNKNOWN
 
 `from_status` returns an error of the same class as the one that `to_status` converted, except for
@@ -97,7 +97,7 @@ class LimitExceeded(HintfleetError):
 
 
 class GuestLost(HintfleetError):
-    """The guest vanished while it was needed; the request was not wrong."""
+    """The guest is gone, or has not become usable; the request was not wrong."""
 
     code = grpc.StatusCode.ABORTED
 

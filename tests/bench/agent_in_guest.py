@@ -40,7 +40,7 @@ _IOCTL = ("16",)
 
 def run() -> Iterator[Figure]:
     """Measure one guest after the other: each works, then rests, and is measured at rest. Yield
-    nothing if libvirt or the guest image is missing."""
+    nothing if libvirt-python or the guest image is missing."""
     try:
         modules()
         image = find_image()

@@ -99,7 +99,8 @@ class Sessions(RuleBasedStateMachine):
             yield from self.agent_events(agent)
 
     def workload_goes_on(self) -> None:
-        """Allocate a free chunk if less than a third of all chunks is in use; else free a chunk."""
+        """Allocate a chunk if one is free and less than a third is in use; else free one. Do
+        nothing while the guest is stopped, or is asked to stop."""
         if self.is_stopped or self.asks_to_stop:
             return
         if self.kernel.free and len(self.kernel.in_use) < CHUNK_COUNT // 3:

@@ -58,7 +58,8 @@ def folders_of(place: Path) -> Folders:
         authority,
         host=authority.issue(Role.HOST, "h1", ["127.0.0.1"], 1),
         operator=authority.issue(Role.OPERATOR, "alice", [], 1),
-        guest=authority.issue(Role.GUEST, UUID, [], 1),
+        # With this address, only its role keeps it from being a server's certificate.
+        guest=authority.issue(Role.GUEST, UUID, ["127.0.0.1"], 1),
     )
 
 

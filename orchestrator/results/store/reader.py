@@ -85,7 +85,7 @@ class StoredTrial:
     :ivar undecided: the reason of its TrialOutcome: empty if the trial is done or has not ended.
     :ivar lost: whether the status of its TrialOutcome is LOST.
     :ivar counted: whether this is the last attempt at the trial; figures use only last attempts.
-    :ivar sample_count: the number of samples in acknowledged parts.
+    :ivar sample_count: how many samples are safely on disk.
     """
 
     trial_id: str

@@ -55,7 +55,7 @@ class Role(Enum):
 
     @property
     def uri(self) -> str:
-        """The URI of this role in a certificate; for a guest, only the start of it."""
+        """The URI of this role in a certificate; for a guest, the part before its UUID."""
         return GUEST_URI if self is Role.GUEST else f"urn:hintfleet:{self.value}"
 
 

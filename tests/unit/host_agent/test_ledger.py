@@ -123,7 +123,7 @@ class UnauditedLedgerMachine(LedgerMachine):
 
     @invariant()
     def after_an_audit_the_file_agrees(self) -> None:
-        """Do not audit after every step; `teardown` audits once, at the end."""
+        """Do nothing: audits are steps here; `teardown` makes a last one."""
 
     def teardown(self) -> None:
         LedgerMachine.after_an_audit_the_file_agrees(self)
