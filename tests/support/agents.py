@@ -33,7 +33,7 @@ TRIAL = "test-trial"
 LOG_LEVEL = "info"
 """Of the host agents that are started; a test that fails shows their logs."""
 
-HANG_S = 300.0
+HANG_S = 900.0
 """The longest wait for anything. What works takes less, even on a busy machine."""
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.support.agents import HANG_S, wait_until
 
-RUN_TIMEOUT_S = 600
+RUN_TIMEOUT_S = 1800
 _MARK = "HINTFLEET_TEST_MARK"
 
 
