@@ -14,12 +14,15 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # Modules that need gRPC are imported inside functions: the import takes long, and until
 # `program.prepare` has run, Ctrl-C shows a traceback.
 from hintfleet import __version__, logs, program
-from hintfleet.settings import DEFAULT_ORPHAN_AFTER_S, DEFAULT_WATCH_GRACE_S
+from hintfleet.settings import DEFAULT_ORPHAN_AFTER_S, DEFAULT_WATCH_GRACE_S, Driver
+
+if TYPE_CHECKING:
+    from host_agent.server import Settings
 
 _log = logging.getLogger("hintfleet.host")
 
@@ -136,6 +139,13 @@ def _add_guests_and_state(add: Callable[..., argparse.Action]) -> None:
         " and the cgroups above this process allow)",
     )
     add(
+        "--enforce-budget",
+        choices=[driver.value for driver in Driver],
+        metavar="DRIVER",
+        help="put guests of this driver (embedded, libvirt) into a memory cgroup with the budget"
+        " as its limit, if one can be made here: the kernel kills one of them when they need more",
+    )
+    add(
         "--libvirt-uri",
         default=os.environ.get("LIBVIRT_DEFAULT_URI", "qemu:///system"),
         metavar="URI",
@@ -187,10 +197,8 @@ def _leaks(arguments: argparse.Namespace) -> dict[str, Any]:
 async def _serve(arguments: argparse.Namespace) -> None:
     from hintfleet.errors import Refused
     from hintfleet.net.addresses import SHARED_FOLDER, default_control_address, socket_path
-    from hintfleet.net.tls import Tls
-    from hintfleet.system.machine_limits import total_memory
     from host_agent.api.metrics import serve_metrics
-    from host_agent.server import Settings, serving
+    from host_agent.server import serving
     from host_agent.steady import keep_latency_steady
 
     if socket := socket_path(arguments.listen):
@@ -218,19 +226,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         loop.add_reader(
             arguments.lifeline_fd, _read_lifeline, arguments.lifeline_fd, parent_gone, stop
         )
-    settings = Settings(
-        name=arguments.name,
-        listen=arguments.listen,
-        guest_listen=arguments.guest_listen,
-        guest_advertise=arguments.guest_advertise,
-        memory_budget_bytes=arguments.memory_budget or total_memory().value,
-        libvirt_uri=arguments.libvirt_uri,
-        tls=Tls.read(arguments.tls, server=True) if arguments.tls else None,
-        guest_tls=Tls.read(arguments.guest_tls, server=True) if arguments.guest_tls else None,
-        state=arguments.state,
-        orphan_after_s=arguments.orphan_after,
-        watch_grace_s=arguments.watch_grace,
-    )
+    settings = _settings(arguments)
     async with serving(settings) as served:
         with serve_metrics(arguments.metrics, served.registry, settings.name, settings.tls):
             ready = json.dumps({"control": served.control, "guest": served.guest})
@@ -244,6 +240,31 @@ async def _serve(arguments: argparse.Namespace) -> None:
             # more: end them even with --state.
             if parent_gone.is_set():
                 await served.registry.end_all()
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    from hintfleet.errors import InvalidInput
+    from hintfleet.net.tls import Tls
+    from hintfleet.system.machine_limits import total_memory
+    from host_agent.server import Settings
+
+    if arguments.enforce_budget and arguments.state:
+        # The cgroup ends with this host agent, but its guests would not.
+        raise InvalidInput("--enforce-budget does not work with --state", hint="leave one out")
+    return Settings(
+        name=arguments.name,
+        listen=arguments.listen,
+        guest_listen=arguments.guest_listen,
+        guest_advertise=arguments.guest_advertise,
+        memory_budget_bytes=arguments.memory_budget or total_memory().value,
+        enforce_budget=Driver(arguments.enforce_budget) if arguments.enforce_budget else None,
+        libvirt_uri=arguments.libvirt_uri,
+        tls=Tls.read(arguments.tls, server=True) if arguments.tls else None,
+        guest_tls=Tls.read(arguments.guest_tls, server=True) if arguments.guest_tls else None,
+        state=arguments.state,
+        orphan_after_s=arguments.orphan_after,
+        watch_grace_s=arguments.watch_grace,
+    )
 
 
 async def _until_stopped(stop: asyncio.Event, failure: asyncio.Future[None]) -> None:

@@ -1,4 +1,5 @@
-"""Finds what killed host agents left on this host: processes, domains, memory doors, folders.
+"""Finds what killed host agents left on this host: processes, domains, memory doors, cgroups,
+folders.
 
 An embedded guest, and a host agent with --lifeline-fd, has a lifeline, a pipe. A guest's folder has
 a lock, and a domain has the folder of its console. When the owner dies, the kernel closes the other
@@ -18,6 +19,7 @@ from pathlib import Path
 from hintfleet.errors import HintfleetError
 from hintfleet.leaks import Leak, Removable
 from hintfleet.system.processes import Process, other_processes
+from host_agent.budget.memory_cgroup import abandoned as abandoned_cgroups
 from host_agent.guests.libvirt.domain_leaks import abandoned_domains
 from host_agent.guests.libvirt.runtime_dir import runtime_dirs
 
@@ -32,6 +34,7 @@ def find(libvirt_uri: str) -> tuple[list[Removable], list[str]]:
         found += abandoned_domains(libvirt_uri)
     except HintfleetError as error:
         not_examined.append(f"domains: {error.message}")
+    found += [_cgroup(path) for path in abandoned_cgroups()]
     found += [_folder(path) for dirs in runtime_dirs() for path in dirs.abandoned()]
     return found, not_examined
 
@@ -131,6 +134,17 @@ def _folder(path: Path) -> Removable:
         why="the host agent that made it is gone",
     )
     return leak, lambda: shutil.rmtree(path)
+
+
+def _cgroup(path: Path) -> Removable:
+    leak = Leak(
+        what="cgroup",
+        where=str(path),
+        since_unix_s=round(path.lstat().st_mtime),
+        size_bytes=0,
+        why="the host agent that made it is gone",
+    )
+    return leak, path.rmdir
 
 
 def _size_bytes(paths: Iterable[Path]) -> int:

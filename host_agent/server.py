@@ -9,6 +9,7 @@ the guests' addresses serve the guests' service only.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
@@ -23,6 +24,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from hintfleet.errors import Refused
+from hintfleet.logs import fields
 from hintfleet.net.addresses import (
     check_address,
     is_unix,
@@ -30,7 +32,7 @@ from hintfleet.net.addresses import (
     socket_path,
 )
 from hintfleet.net.tls import Tls, listen
-from hintfleet.settings import DEFAULT_ORPHAN_AFTER_S, DEFAULT_WATCH_GRACE_S
+from hintfleet.settings import DEFAULT_ORPHAN_AFTER_S, DEFAULT_WATCH_GRACE_S, Driver
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import add_HintingServiceServicer_to_server
 from hintfleet.v1.host_pb2_grpc import add_HostServiceServicer_to_server
@@ -39,6 +41,7 @@ from host_agent.api.control_service import ControlService
 from host_agent.api.grpc_calls import OperatorsOnly
 from host_agent.api.guest_service import GuestService
 from host_agent.auditor import audit_when_due
+from host_agent.budget.budget import Budget
 from host_agent.guests.attached.driver import AttachedDriver
 from host_agent.guests.driver import GuestDriver, Survival
 from host_agent.guests.embedded import EmbeddedDriver
@@ -47,6 +50,8 @@ from host_agent.persistence.database import Database, opened
 from host_agent.pressure.loop import Pressure
 from host_agent.registry import Registry
 from host_agent.session.guest_address import GuestAddress, open_address, open_lasting_address
+
+_log = logging.getLogger("hintfleet.host")
 
 # The host's loopback as a guest on user-mode networking (slirp) sees it.
 _GUEST_LOOPBACK = "10.0.2.2"
@@ -83,6 +88,8 @@ class Settings:
     :ivar listen: address of the control API: `unix:PATH` or `HOST:PORT`.
     :ivar guest_listen: `HOST:PORT` at which virtual machines reach the agent.
     :ivar guest_advertise: address that guests are told; empty: one that the agent listens at.
+    :ivar enforce_budget: keep the guests of this driver within the budget with a cgroup, where one
+        can be made; not with `state`.
     :ivar tls, guest_tls: certificates for TCP at the control API and the guests' address; None
         for plain text, which is allowed on loopback only.
     :ivar state: folder with what guests need to outlive the agent; None: guests end with it.
@@ -95,6 +102,7 @@ class Settings:
     guest_listen: str
     guest_advertise: str = ""
     memory_budget_bytes: int
+    enforce_budget: Driver | None = None
     libvirt_uri: str
     tls: Tls | None = None
     guest_tls: Tls | None = None
@@ -141,12 +149,13 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
     if socket_file := socket_path(check_address(settings.listen)):
         _refuse_if_taken(socket_file)
     control_address = listen(control_server, settings.listen, settings.tls)
-    attached, drivers = _drivers(settings, guest_address, state)
+    budget = _budget(settings)
+    attached, drivers = _drivers(settings, guest_address, state, budget)
     registry = Registry(drivers, state, attached)
     # Before the servers start: a guest that connected before its adoption would be refused.
     if state is not None:
         await registry.adopt(state.guests(), settings.watch_grace_s)
-    control = ControlService(registry, settings.name, settings.memory_budget_bytes, attached)
+    control = ControlService(registry, settings.name, budget, attached)
     add_HintingServiceServicer_to_server(GuestService(registry), guest_server)
     await _add_control(control_server, control)
     await guest_server.start()
@@ -181,6 +190,7 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
             await registry.leave()
         finally:
             await registry.close()
+            budget.close()
             if socket_file is not None:
                 socket_file.unlink(missing_ok=True)
 
@@ -230,8 +240,18 @@ def _open_guest_address(
     return opened_at
 
 
+def _budget(settings: Settings) -> Budget:
+    if settings.enforce_budget is None:
+        return Budget(limit_bytes=settings.memory_budget_bytes)
+    budget = Budget.enforced(settings.memory_budget_bytes, settings.enforce_budget)
+    if budget.why_watched:
+        about = {"budget_bytes": budget.limit_bytes, "reason": budget.why_watched}
+        _log.warning("budget is only watched", extra=fields(**about))
+    return budget
+
+
 def _drivers(
-    settings: Settings, guest_address: GuestAddress, state: Database | None
+    settings: Settings, guest_address: GuestAddress, state: Database | None, budget: Budget
 ) -> tuple[AttachedDriver, dict[host_pb2.Driver.ValueType, GuestDriver]]:
     survival = None
     if state is not None:
@@ -247,8 +267,9 @@ def _drivers(
         guest_server=advertised or _address_in_guest(guest_address.address),
         guest_tls=settings.guest_tls is not None,
         survival=survival,
+        partition=budget.partition,
     )
-    embedded = EmbeddedDriver(advertised or guest_address.socket, survival)
+    embedded = EmbeddedDriver(advertised or guest_address.socket, survival, budget.contain)
     attached = AttachedDriver(
         settings.libvirt_uri,
         asyncio.get_running_loop(),

@@ -302,6 +302,7 @@ def _logical(spec: Spec, name: str, libvirt_uri: str) -> LogicalHost | None:
     return LogicalHost(
         name=name,
         memory_budget_bytes=spec.hosts.memory_bytes,
+        driver=spec.driver,
         libvirt_uri=libvirt_uri,
         start_timeout_s=spec.timeouts.connect_s,
     )

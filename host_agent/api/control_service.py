@@ -21,6 +21,7 @@ from hintfleet.v1.host_pb2_grpc import HostServiceServicer
 from host_agent.api.attaching import attach, detach, domains
 from host_agent.api.grpc_calls import Context, abort
 from host_agent.api.sampling import SampleFilter, guest_message, sample_set
+from host_agent.budget.budget import Budget
 from host_agent.guest import Guest
 from host_agent.guests.attached.driver import AttachedDriver
 from host_agent.registry import Registry
@@ -41,13 +42,13 @@ class ControlService(HostServiceServicer):
         self,
         registry: Registry,
         name: str,
-        memory_budget_bytes: int,
+        budget: Budget,
         attached: AttachedDriver,
     ) -> None:
         self._registry = registry
         self._attached = attached
         self._name = name
-        self._memory_budget_bytes = memory_budget_bytes
+        self._budget = budget
         self._answered = 0
         """How many commands were answered."""
 
@@ -59,7 +60,8 @@ class ControlService(HostServiceServicer):
         return host_pb2.Host(
             name=self._name,
             agent_version=__version__,
-            memory_budget_bytes=self._memory_budget_bytes,
+            memory_budget_bytes=self._budget.limit_bytes,
+            budget=self._budget.message(),
             drivers=states,
             cpu_count=max(1, int(processors().value)),
             provisioned_bytes=sum(g.provisioned_bytes for g in self._registry.guests),
@@ -226,7 +228,7 @@ class ControlService(HostServiceServicer):
             next_s = next_wake_s(next_s) - period_s
         while True:
             answered, before = self._answered, answered
-            current = sample_set(guests(), self._registry.observing)
+            current = sample_set(guests(), self._budget, self._registry.observing)
             for samples in sample_filter.to_send(current, commanded=answered != before):
                 yield samples
             # If a sample took longer than the period, those that were due meanwhile are left out.

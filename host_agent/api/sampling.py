@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
+from host_agent.budget.budget import Budget
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
 from host_agent.memory.audit_pace import CALM_PAGES
@@ -34,15 +35,19 @@ async def guest_message(guest: Guest) -> host_pb2.Guest:
     )
 
 
-def sample_set(guests: Iterable[Guest], observing: CpuMeter) -> host_pb2.SampleSet:
-    """Return a sample of each running guest among `guests`.
+def sample_set(guests: Iterable[Guest], budget: Budget, observing: CpuMeter) -> host_pb2.SampleSet:
+    """Return a sample of each running guest among `guests`, and how much of the budget is used.
 
     :param observing: the processor time of making the samples is added to it, and its sum is
         returned with them.
     """
     with observing.running():
         samples = [_sample(guest) for guest in guests if guest.running]
-        current = host_pb2.SampleSet(at_unix_us=time.time_ns() // 1000, samples=samples)
+        current = host_pb2.SampleSet(
+            at_unix_us=time.time_ns() // 1000,
+            samples=samples,
+            budget_use=budget.use(sample.ledger.resident_bytes for sample in samples),
+        )
     current.host_agent_cpu_us = time.process_time_ns() // 1000
     current.observing_cpu_us = observing.cpu_ns // 1000
     return current
@@ -103,8 +108,11 @@ class SampleFilter:
 
 
 def _hardly_differ(sent: host_pb2.SampleSet, current: host_pb2.SampleSet) -> bool:
-    return len(current.samples) == len(sent.samples) and all(
-        map(_alike, sent.samples, current.samples)
+    return (
+        len(current.samples) == len(sent.samples)
+        and current.budget_use.oom_count == sent.budget_use.oom_count
+        and abs(current.budget_use.used_bytes - sent.budget_use.used_bytes) < _CALM_BYTES
+        and all(map(_alike, sent.samples, current.samples))
     )
 
 

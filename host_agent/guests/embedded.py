@@ -17,6 +17,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from threading import Thread
 from typing import Protocol
@@ -228,10 +229,21 @@ def _open_ram(request: GuestRequest, handle: Handle, process: _Adopted) -> Guest
 class EmbeddedDriver:
     """Starts and adopts the processes of embedded guests; needs no privileges."""
 
-    def __init__(self, server: str, survival: Survival | None = None) -> None:
-        """:param server: the address at which guests reach this host agent."""
+    def __init__(
+        self,
+        server: str,
+        survival: Survival | None = None,
+        contain: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Store settings.
+
+        :param server: the address at which guests reach this host agent.
+        :param contain: called with the pid of each guest, before the guest uses its RAM; puts it
+            into the cgroup of the host's budget.
+        """
         self._server = server
         self._survival = survival
+        self._contain = contain
 
     def state(self) -> host_pb2.DriverState:
         """Return that this driver is usable: it needs processes and memfds only."""
@@ -242,7 +254,8 @@ class EmbeddedDriver:
     def create(self, request: GuestRequest) -> EmbeddedGuest:
         """Start a guest process.
 
-        :raises Refused: no embedded guest has such settings, or the kernel refused the RAM file.
+        :raises Refused: no embedded guest has such settings, or the kernel refused the RAM file or
+            a process in the cgroup.
         :raises InvalidInput: a setting is out of its bounds.
         """
         _check_settings(request.spec)
@@ -299,6 +312,12 @@ class EmbeddedDriver:
             # survive the host agent get a session of their own, so that Ctrl-C does not end them.
             start_new_session=self._survival is not None,
         )
+        try:
+            self._contain(process.pid)
+        except Refused:
+            process.kill()
+            process.wait()
+            raise
         if process.stdin is not None:  # always true: stdin=PIPE
             # The write fails if the process has ended at once; the waiter thread reports that.
             with contextlib.suppress(BrokenPipeError):

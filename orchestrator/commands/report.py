@@ -90,9 +90,10 @@ def _write_page(contents: Contents, path: Path) -> None:
 def _write_plot(contents: Contents, path: Path) -> None:
     import vl_convert
 
-    from orchestrator.report.charts import resident_chart
+    from orchestrator.report.page import main_plot
+    from orchestrator.report.style import alone
 
-    chart = resident_chart(contents)
+    chart = alone(main_plot(contents))
     if path.suffix == ".svg":
         path.write_text(vl_convert.vegalite_to_svg(chart), encoding="utf-8")
     else:

@@ -10,6 +10,7 @@ import click
 
 from hintfleet.errors import ExitCode
 from orchestrator.commands.output import emit, savings_as_data
+from orchestrator.results.capacity import capacities
 from orchestrator.results.comparison import compare
 from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.reader import Run, Store
@@ -56,7 +57,12 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
     for arm in arms:
         del arm["experiment"], arm["run_id"], arm["key"]
         arm["cost"] = costs.get(arm["arm"])
-    return header | {"arms": arms, "trials": [asdict(t) for t in store.trials(run.run_id)]}
+    fitted = [asdict(arm) for arm in capacities(store.capacity_rows(run.run_id))]
+    return header | {
+        "arms": arms,
+        "capacities": fitted,
+        "trials": [asdict(t) for t in store.trials(run.run_id)],
+    }
 
 
 def exit_code(run: Run, rows: list[Savings]) -> ExitCode:
@@ -74,9 +80,15 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
     from rich.text import Text
 
     from orchestrator.view import tables
+    from orchestrator.view.answer import capacity_answer, savings_answer
+    from orchestrator.view.capacity_table import capacity_summary
 
     costs = compare(store.cost_rows(run.run_id), run.driver)
-    summary = tables.summary(run, rows, costs)
-    return (
-        Group(summary, Text(), tables.trials(store.trials(run.run_id))) if with_trials else summary
-    )
+    fitted = capacities(store.capacity_rows(run.run_id))
+    answer = capacity_answer(fitted) or savings_answer(rows, costs)
+    parts = [tables.heading(run, answer)]
+    if run.state != "running":
+        parts.append(capacity_summary(fitted) if fitted else tables.savings_and_costs(rows, costs))
+    if with_trials:
+        parts += [Text(), tables.trials(store.trials(run.run_id))]
+    return Group(*parts)

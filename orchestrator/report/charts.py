@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
@@ -11,16 +11,9 @@ import numpy as np
 from hintfleet.units import GIB, MIB
 from orchestrator.report.contents import Contents
 from orchestrator.report.curves import Curve, Mark
+from orchestrator.report.style import FAINT, WIDTH, VegaLite, arm_colours, chart, styled
 
-VegaLite = dict[str, Any]
-
-_WIDTH, _HEIGHT = 760, 360
-_FONT = "Helvetica, Arial, Liberation Sans, sans-serif"
-_INK, _FAINT, _AXIS, _GRID = "#24292f", "#6e7781", "#d0d7de", "#eaeef2"
-# The control arm is grey. The first six colours of the other arms are those of Okabe and Ito,
-# which colour-blind people can tell apart.
-_CONTROL_COLOUR = "#8c959f"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#003f5c")
+_HEIGHT = 360
 _LABEL_PX = 17  # the distance between two lines of text
 # The estimated width of an average character at font size 11. Labels are placed before they are
 # rendered, so their width cannot be measured.
@@ -49,10 +42,11 @@ def resident_chart(contents: Contents) -> VegaLite:
         *_lines(contents, x, top * _HEADROOM / unit_bytes, unit_bytes, unit),
         _names(contents, unit_bytes, end_s),
     ]
-    return _styled(
+    return styled(
         alt.layer(*layers).properties(
-            width=_WIDTH, height=_height(contents), title=_title(contents)
-        )
+            width=WIDTH, height=_height(contents), title=_title(contents)
+        ),
+        "Resident memory on the hosts over time, a line for each arm; figures are in the table.",
     )
 
 
@@ -67,8 +61,8 @@ def _lines(
         scale=y_scale,
         axis=alt.Axis(tickCount=6),
     )
-    points = _chart(_points(contents.curves, unit_bytes)).encode(
-        x=x, color=alt.Color("arm:N", scale=_colours(contents), legend=None)
+    points = chart(_points(contents.curves, unit_bytes)).encode(
+        x=x, color=alt.Color("arm:N", scale=arm_colours(contents), legend=None)
     )
     band = points.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", scale=y_scale), y2="high:Q")
     line = points.mark_line(strokeWidth=2.5, strokeJoin="round").encode(
@@ -99,9 +93,9 @@ def savings_chart(contents: Contents) -> VegaLite | None:
     ]
     if not values:
         return None
-    base = _chart(values).encode(
+    base = chart(values).encode(
         y=alt.Y("arm:N", title=None, sort=[str(value["arm"]) for value in values]),
-        color=alt.Color("arm:N", scale=_colours(contents), legend=None),
+        color=alt.Color("arm:N", scale=arm_colours(contents), legend=None),
     )
     title = "saved, MiB of mean resident memory (95 % interval)"
     interval = base.mark_rule(strokeWidth=3).encode(x=alt.X("low:Q", title=title), x2="high:Q")
@@ -114,12 +108,11 @@ def savings_chart(contents: Contents) -> VegaLite | None:
             alt.Tooltip("high:Q", format=".1f"),
         ],
     )
-    zero = _chart([{"x": 0}]).mark_rule(color=_FAINT, strokeDash=[2, 2]).encode(x="x:Q")
-    return _styled(alt.layer(zero, interval, mean).properties(width=_WIDTH, height=alt.Step(28)))
-
-
-def _chart(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
-    return alt.Chart(alt.InlineData(values=list(rows)))
+    zero = chart([{"x": 0}]).mark_rule(color=FAINT, strokeDash=[2, 2]).encode(x="x:Q")
+    return styled(
+        alt.layer(zero, interval, mean).properties(width=WIDTH, height=alt.Step(28)),
+        "Memory saved by each arm, with 95 % intervals; its figures are in the table.",
+    )
 
 
 def _points(curves: Sequence[Curve], unit_bytes: int) -> list[dict[str, Any]]:
@@ -135,13 +128,6 @@ def _points(curves: Sequence[Curve], unit_bytes: int) -> list[dict[str, Any]]:
             strict=True,
         )
     ]
-
-
-def _colours(contents: Contents) -> alt.Scale:
-    arms = [curve.arm for curve in contents.curves]
-    others = [arm for arm in arms if arm != contents.run.control]
-    colours = {arm: _COLOURS[i % len(_COLOURS)] for i, arm in enumerate(others)}
-    return alt.Scale(domain=arms, range=[colours.get(arm, _CONTROL_COLOUR) for arm in arms])
 
 
 def _title(contents: Contents) -> alt.TitleParams:
@@ -162,12 +148,12 @@ def _phases(marks: Sequence[Mark], end_s: float, x: alt.X) -> list[alt.Chart]:
     The read-back, which is the last mark, has neither.
     """
     placed = marks[:-1]
-    rows = _rows([(mark.at_s / end_s * _WIDTH, len(mark.title)) for mark in placed])
+    rows = _rows([(mark.at_s / end_s * WIDTH, len(mark.title)) for mark in placed])
     values = [{"at_s": mark.at_s, "title": mark.title} for mark in placed]
-    rules = _chart(values).mark_rule(color=_FAINT, strokeDash=[3, 3], opacity=0.6)
+    rules = chart(values).mark_rule(color=FAINT, strokeDash=[3, 3], opacity=0.6)
     texts = [
-        _chart([value])
-        .mark_text(align="left", dy=-8 - row * _LABEL_PX, color=_FAINT, fontSize=11, clip=False)
+        chart([value])
+        .mark_text(align="left", dy=-8 - row * _LABEL_PX, color=FAINT, fontSize=11, clip=False)
         .encode(x=x, y=alt.value(0), text="title:N")
         for value, row in zip(values, rows, strict=True)
     ]
@@ -201,13 +187,13 @@ def _names(contents: Contents, unit_bytes: int, end_s: float) -> alt.Chart:
         for arm, height in heights.items()
     ]
     names: alt.Chart = (
-        _chart(values)
+        chart(values)
         .mark_text(align="left", dx=8, fontSize=12.5, fontWeight="bold", clip=False)
         .encode(
             x="at_s:Q",
             y="y:Q",
             text="text:N",
-            color=alt.Color("arm:N", scale=_colours(contents), legend=None),
+            color=alt.Color("arm:N", scale=arm_colours(contents), legend=None),
         )
     )
     return names
@@ -239,28 +225,3 @@ def _spread(wanted: dict[str, float], distance: float, highest: float) -> dict[s
         placed[arm] = min(placed[arm], highest)
         highest = placed[arm] - distance
     return placed
-
-
-def _styled(chart: Any) -> VegaLite:
-    padding = {"left": 8, "top": 12, "right": 16, "bottom": 8}
-    spec: VegaLite = (
-        chart.configure(font=_FONT, background="white", padding=padding)
-        .configure_view(stroke=None)
-        .configure_axis(
-            labelColor=_FAINT,
-            titleColor=_INK,
-            gridColor=_GRID,
-            domainColor=_AXIS,
-            tickColor=_AXIS,
-            labelFontSize=12,
-            titleFontSize=12,
-            titleFontWeight="normal",
-            titlePadding=10,
-        )
-        .configure_axisX(grid=False)
-        .configure_title(
-            fontSize=18, subtitleFontSize=12.5, color=_INK, subtitleColor=_FAINT, subtitlePadding=6
-        )
-        .to_dict()
-    )
-    return spec

@@ -2,34 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hintfleet.errors import Refused
 from orchestrator.report.curves import Curve, Mark, arm_curve, mean_marks, resident_in_trial
+from orchestrator.results.capacity import ArmCapacity, capacities
 from orchestrator.results.comparison import ArmCost, compare
 from orchestrator.results.footprint import Numbers, Series
 from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.lock import busy_error
-from orchestrator.results.store.reader import Run, Store
+from orchestrator.results.store.reader import Run, Store, StoredTrial
 from orchestrator.results.store.samples import read_series
 from orchestrator.results.trial_outcome import TrialStatus
-from orchestrator.trial.records import PhaseStarted, StepDone
+from orchestrator.trial.records import GuestFits, HostRanOut, PhaseStarted, StepDone
+from orchestrator.view.answer import capacity_answer, savings_answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
     """The contents of a report on one run.
 
-    `costs` and `curves` have their arms in the order of `rows`, but may lack some of them.
+    `costs` and `curves` have their arms in the order of `rows`, but may lack some of them. If
+    guests were started one by one, there are only `capacities` and `fills`; else there are neither.
     """
 
     run: Run
-    rows: Sequence[Savings]
-    costs: Sequence[ArmCost]
-    curves: Sequence[Curve]
-    marks: Sequence[Mark]
+    rows: Sequence[Savings] = ()
+    costs: Sequence[ArmCost] = ()
+    curves: Sequence[Curve] = ()
+    marks: Sequence[Mark] = ()
+    capacities: Sequence[ArmCapacity] = ()
+    fills: Sequence[Fill] = ()
+
+    @property
+    def arms(self) -> list[str]:
+        """The names of all arms; the control is first."""
+        return [row.arm for row in self.rows] or [arm.arm for arm in self.capacities]
+
+    @property
+    def answer(self) -> str:
+        """The run's answer in one sentence; empty if it has none."""
+        return capacity_answer(self.capacities) or savings_answer(self.rows, self.costs)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why arms are undecided, each reason once."""
+        found = [row.undecided for row in self.rows] + [arm.undecided for arm in self.capacities]
+        return list(dict.fromkeys(filter(None, found)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """One host in one trial, while its guests were started one by one.
+
+    :ivar used_bytes: how much of its budget the host used when the first, second, ... guest fitted.
+    :ivar ran_out: None if all guests fitted.
+    """
+
+    arm: str
+    used_bytes: tuple[int, ...]
+    ran_out: HostRanOut | None
 
 
 def read_contents(store: Store, run: Run) -> Contents:
@@ -43,6 +77,9 @@ def read_contents(store: Store, run: Run) -> Contents:
     trials = [t for t in store.trials(run.run_id) if t.counted and t.status is TrialStatus.DONE]
     if not trials:
         raise Refused(f"run {run.run_id} has no trial to show: it is {run.state}")
+    if capacity_rows := store.capacity_rows(run.run_id):
+        fitted = capacities(capacity_rows)
+        return Contents(run=run, capacities=fitted, fills=list(_fills(store, run, trials)))
     phases = _phases(store, run, {trial.trial_id for trial in trials})
     marks = mean_marks([begun for hosts in phases.values() for begun in hosts.values()])
     rows = aggregate(store.footprint_rows(run.run_id), By.FLEET)
@@ -59,6 +96,17 @@ def read_contents(store: Store, run: Run) -> Contents:
         curves=[arm_curve(arm, trials, marks) for arm, trials in by_arm.items() if trials],
         marks=marks,
     )
+
+
+def _fills(store: Store, run: Run, trials: Sequence[StoredTrial]) -> Iterator[Fill]:
+    fitted: dict[tuple[str, str], list[int]] = {}
+    for event in store.events(run.run_id, GuestFits):
+        fitted.setdefault((event.trial_id, event.host), []).append(event.used_bytes)
+    out = {(event.trial_id, event.host): event for event in store.events(run.run_id, HostRanOut)}
+    arms = {trial.trial_id: trial.arm for trial in trials}
+    for at in dict.fromkeys((*fitted, *out)):
+        if arm := arms.get(at[0]):
+            yield Fill(arm=arm, used_bytes=tuple(fitted.get(at, ())), ran_out=out.get(at))
 
 
 def _series(folder: Path, host: str) -> Iterable[Series]:

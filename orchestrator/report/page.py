@@ -16,14 +16,26 @@ from rich.text import Text
 from hintfleet import __version__
 from orchestrator.report.charts import resident_chart, savings_chart
 from orchestrator.report.contents import Contents
+from orchestrator.report.fill_chart import fill_chart
+from orchestrator.report.style import DARK, LIGHT, VegaLite
 from orchestrator.view import tables
+from orchestrator.view.capacity_table import capacity_table
 from orchestrator.view.figures import first_line, when
+
+_FITTED = """How many guests had done their workload when the host ran out of memory, all hosts
+together. More: than under the control, over pairs of trials with the same seeds; in brackets the
+95 % interval."""
+_SAVED = """Saved: mean resident memory under the control minus that under the arm, over pairs of
+trials with the same seeds, all hosts together; in brackets the 95 % interval."""
+_SPENT = """Slower, more: compared with the control, over the same pairs. Host CPU is the CPU time
+of the guests' processes and the host agents together; it includes guest CPU."""
 
 
 def page(contents: Contents) -> str:
-    """Return the HTML page."""
+    """Return the HTML page: the answer first, then tables, plots, the spec and the machine."""
     run = contents.run
-    charts = {"resident": resident_chart(contents)}
+    main_chart = "fills" if contents.capacities else "resident"
+    charts = {main_chart: main_plot(contents)}
     if (savings := savings_chart(contents)) is not None:
         charts["savings"] = savings
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
@@ -34,10 +46,13 @@ def page(contents: Contents) -> str:
         run_id=run.run_id,
         when=when(run.started_unix_us),
         state=escape(run.state),
-        reasons=_reasons(contents),
-        memory=_html_table(tables.memory(contents.rows)),
-        returned=_html_table(tables.returned_memory(contents.rows)),
-        spent=_html_table(tables.cost_table(contents.costs)),
+        answer=_paragraph("answer", contents.answer),
+        reasons="".join(
+            _paragraph("undecided", f"undecided: {first_line(r)}") for r in contents.reasons
+        ),
+        plot=main_chart,
+        figures=_fitted(contents) if contents.capacities else _saved(contents),
+        more="" if contents.capacities else _returned_and_spent(contents),
         spec=escape(run.annotated_spec),
         environment=_html_table(_environment(run.environment)),
         version=__version__,
@@ -45,12 +60,44 @@ def page(contents: Contents) -> str:
         # `<` is escaped: `</script>` in the data would end the script element, because an HTML
         # parser looks for that text inside JavaScript strings, too.
         charts=json.dumps(charts).replace("<", "\\u003c"),
+        themes=json.dumps({"light": LIGHT, "dark": DARK}),
     )
 
 
-def _reasons(contents: Contents) -> str:
-    reasons = dict.fromkeys(row.undecided for row in contents.rows if row.undecided)
-    return "".join(f"<p>undecided: {escape(first_line(reason))}</p>" for reason in reasons)
+def main_plot(contents: Contents) -> VegaLite:
+    """Return the chart that answers the question of the run."""
+    return fill_chart(contents) if contents.capacities else resident_chart(contents)
+
+
+def _fitted(contents: Contents) -> str:
+    table = _html_table(capacity_table(contents.capacities))
+    return _section("How many guests fit", table, note=_FITTED)
+
+
+def _saved(contents: Contents) -> str:
+    plot = '<div class="wide" id="savings"></div>'
+    table = _html_table(tables.memory(contents.rows))
+    return _section("What each arm used and saved", table, plot, note=_SAVED)
+
+
+def _returned_and_spent(contents: Contents) -> str:
+    returned = _html_table(tables.returned_memory(contents.rows))
+    spent = _html_table(tables.cost_table(contents.costs))
+    return "".join(
+        (
+            _section("What came back, and whether the workload kept its data", returned),
+            _section("What it cost", spent, note=_SPENT),
+        )
+    )
+
+
+def _section(title: str, *blocks: str, note: str = "") -> str:
+    body = "".join(blocks) + _paragraph("faint", " ".join(note.split()))
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _paragraph(kind: str, text: str) -> str:
+    return f'<p class="{kind}">{escape(text)}</p>' if text else ""
 
 
 def _environment(environment: Mapping[str, str]) -> Table:
@@ -62,17 +109,18 @@ def _environment(environment: Mapping[str, str]) -> Table:
 
 
 def _html_table(table: Table) -> str:
-    """Return a table that was made for the terminal as HTML."""
+    """Return a table that was made for the terminal as HTML, in a box that scrolls by keyboard."""
     sides = ["" if column.justify == "right" else ' class="left"' for column in table.columns]
-    header = _cells("th", [column.header for column in table.columns], sides)
+    header = _cells("th", [column.header for column in table.columns], sides, ' scope="col"')
     columns = [list(column.cells) for column in table.columns]
     rows = [_cells("td", row, sides) for row in zip(*columns, strict=True)]
-    return f"<table><tr>{header}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide" tabindex="0"><table><tr>{header}</tr>{body}</table></div>'
 
 
-def _cells(tag: str, cells: Sequence[RenderableType], sides: Sequence[str]) -> str:
+def _cells(tag: str, cells: Sequence[RenderableType], sides: Sequence[str], more: str = "") -> str:
     return "".join(
-        f"<{tag}{side}>{escape(_plain(cell)).replace(chr(10), '<br>')}</{tag}>"
+        f"<{tag}{side}{more}>{escape(_plain(cell)).replace(chr(10), '<br>')}</{tag}>"
         for cell, side in zip(cells, sides, strict=True)
     )
 

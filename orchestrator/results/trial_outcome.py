@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
+from orchestrator.results.capacity import Capacity, host_capacity
 from orchestrator.results.cost import Cost, host_cost
 from orchestrator.results.footprint import (
     Footprint,
@@ -42,7 +43,8 @@ class TrialStatus(StrEnum):
     """How an attempt at a trial, or one host's part of it, ended."""
 
     DONE = "done"
-    """Every guest was measured and read back."""
+    """Every guest was measured and read back; or guests were started one by one until the host ran
+    out of memory, or until all were there."""
     UNDECIDED = "undecided"
     """It has no figures that count: a guest was lost, the outcome of a command is unknown,
     samples are missing, or pages came back wrong. This is a result: the method under test may
@@ -65,6 +67,7 @@ class TrialFigures:
 
     :ivar footprint: None if the host's part of the trial was not measured to the end.
     :ivar cost: set for a host with a footprint; None for a guest.
+    :ivar capacity: set for a host whose guests were started one by one, instead of a footprint.
     :ivar undecided: why there is no footprint; empty if there is one.
     """
 
@@ -72,6 +75,7 @@ class TrialFigures:
     guest: str
     footprint: Footprint | None = None
     cost: Cost | None = None
+    capacity: Capacity | None = None
     undecided: str = ""
 
 
@@ -117,7 +121,9 @@ def host_outcome(
     done = next((e for e in reversed(events) if isinstance(e, HostDone)), None)
     figures: tuple[TrialFigures, ...] = ()
     reason = done.undecided if done else f"{task.host}: did not finish"
-    if not reason:
+    if not reason and task.one_by_one:
+        figures = (TrialFigures(host=task.host, guest="", capacity=host_capacity(events)),)
+    elif not reason:
         try:
             figures = _measured(task, events, series)
         except Undecided as undecided:

@@ -97,7 +97,12 @@ def could_become_resident_bytes(spec: Spec) -> int:
     else:
         touched = total_allocated_bytes(spec.workload, memory_bytes)
         per_guest = min(touched, memory_bytes) + _EMBEDDED_PROCESS_BYTES
-    return per_guest * spec.guest_count
+    per_host = per_guest * spec.guests.per_host
+    if spec.hosts.memory_bytes is not None:
+        # A trial ends when a host's guests use more than its budget. Where no cgroup stops them,
+        # one of them may go on until that is seen.
+        per_host = min(per_host, spec.hosts.memory_bytes + per_guest)
+    return per_host * spec.hosts.number
 
 
 def machine_problem(spec: Spec, available: Bound[int]) -> Problem | None:

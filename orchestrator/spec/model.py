@@ -7,6 +7,7 @@ seconds.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
@@ -77,11 +78,24 @@ class Hosts(Part):
         return self.count or len(self.agents)
 
 
+class Start(StrEnum):
+    """When the guests of a host are started."""
+
+    TOGETHER = "together"
+    ONE_BY_ONE = "one by one"
+    """The next one when the one before has done its workload, until the host runs out of memory
+    or all are there. The earlier ones stay."""
+
+
 class Guests(Part):
-    """The guests of every host."""
+    """The guests of every host.
+
+    :ivar per_host: how many; with `start: one by one` the most that are started.
+    """
 
     per_host: int = Field(ge=1, le=1000)
     memory_bytes: Size = Field(alias="memory")
+    start: Annotated[Start, Field(strict=False)] = Start.TOGETHER
 
 
 class Phase(Part):
@@ -289,9 +303,11 @@ def describe(spec: Spec) -> str:
 
     For example `embedded, 2 hosts x 3 guests of 256 MiB, 2 arms, 3 repetitions`.
     """
+    at_most = "up to " if spec.guests.start is Start.ONE_BY_ONE else ""
     return (
         f"{spec.driver}, {_count(spec.hosts.number, 'host')} × "  # noqa: RUF001
-        f"{_count(spec.guests.per_host, 'guest')} of {format_size(spec.guests.memory_bytes)}, "
+        f"{at_most}{_count(spec.guests.per_host, 'guest')} of "
+        f"{format_size(spec.guests.memory_bytes)}, "
         f"{_count(len(spec.trial_arms), 'arm')}, {_count(spec.repetitions, 'repetition')}"
     )
 

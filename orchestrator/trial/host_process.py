@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hintfleet.errors import Refused, TransientError
+from hintfleet.settings import Driver
 
 # libvirt waits 15 s for a QEMU that does not react to SIGTERM, then kills it (qemuProcessKill in
 # src/qemu/qemu_process.c). A host agent that we kill before then leaves its guests' folders.
@@ -27,11 +28,13 @@ _LOG_TAIL_BYTES = 1500
 class LogicalHost:
     """How to start a logical host.
 
+    :ivar driver: of its guests, which a cgroup keeps within the budget where one can be made.
     :ivar libvirt_uri: empty for the host agent's default.
     """
 
     name: str
     memory_budget_bytes: int
+    driver: Driver
     libvirt_uri: str = ""
     start_timeout_s: float = 20.0
 
@@ -143,6 +146,7 @@ async def _spawn(
     command += ["--name", host.name]
     command += ["--listen", f"unix:{folder}/control"]
     command += ["--memory-budget", f"{host.memory_budget_bytes}B"]
+    command += ["--enforce-budget", host.driver]
     command += ["--ready-fd", str(ready_fd)]
     command += ["--lifeline-fd", str(lifeline_fd)]
     if host.libvirt_uri:

@@ -14,11 +14,12 @@ from hintfleet.units import format_size
 from hintfleet.v1 import host_pb2
 from orchestrator.machine import runtime_dirs
 from orchestrator.spec.model import Timeouts
+from orchestrator.trial.guest_spec import driver_pb2
 from orchestrator.trial.host_client import HostClient
 from orchestrator.trial.host_process import HostProcess, LogicalHost
 from orchestrator.trial.plan import HostTask
 from orchestrator.trial.records import HostDone, Record
-from orchestrator.trial.runner import driver_pb2, run_host_task
+from orchestrator.trial.runner import run_host_task
 
 
 @dataclass(frozen=True, kw_only=True)

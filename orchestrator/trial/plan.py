@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orchestrator.spec.model import Arm, Spec
+from orchestrator.spec.model import Arm, Spec, Start
 from orchestrator.spec.workload import Step, expand
 
 
@@ -57,6 +57,11 @@ class HostTask:
     spec: Spec
     steps: tuple[Step, ...]
     guests: tuple[GuestTask, ...]
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the guests are started one by one, until the host runs out of memory."""
+        return self.spec.guests.start is Start.ONE_BY_ONE
 
 
 def plan_trials(spec: Spec, run_id: str) -> tuple[Trial, ...]:

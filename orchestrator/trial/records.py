@@ -1,9 +1,9 @@
 """Defines the records of a trial. A host's runner yields them; if its actor dies, the orchestrator
 makes the host's last record, HostDone.
 
-`at_unix_us` is a time in microseconds since 1970: of the host's clock in Samples and StepDone, of
-the orchestrator's clock in the HostDone of an actor that died, and of the actor's clock in all
-other records. An actor may run on another machine than its host.
+`at_unix_us` is a time in microseconds since 1970: of the host's clock in Samples, StepDone and
+HostRanOut, of the orchestrator's clock in the HostDone of an actor that died, and of the actor's
+clock in all other records. An actor may run on another machine than its host.
 """
 
 from __future__ import annotations
@@ -111,6 +111,38 @@ class GuestSettled:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuestFits:
+    """Guests are started one by one: this one has done its workload, and the host has not run out
+    of memory.
+
+    :ivar used_bytes: how much of its memory budget the host uses then.
+    """
+
+    host: str
+    trial_id: str
+    guest: str
+    at_unix_us: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRanOut:
+    """The guests of a host needed more memory than its budget. Its part of the trial ends with it.
+
+    :ivar at_unix_us: of the sample that shows it; a sample period late at most.
+    :ivar enforced: whether a cgroup keeps the guests within the budget, so that the kernel has
+        killed one of them; else they were seen to use more.
+    """
+
+    host: str
+    trial_id: str
+    at_unix_us: int
+    used_bytes: int
+    limit_bytes: int
+    enforced: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuestEnded:
     """A guest was destroyed; the figures are from its final books."""
 
@@ -139,7 +171,7 @@ class HostDone:
     lost: bool = False
 
 
-Event = PhaseStarted | StepDone | GuestSettled | GuestEnded | HostDone
+Event = PhaseStarted | StepDone | GuestSettled | GuestFits | HostRanOut | GuestEnded | HostDone
 Record = Samples | Event
 
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
-from hintfleet.errors import HintfleetError, InvalidInput, StableError, TransientError
-from hintfleet.settings import Driver, Method, hinting_parts
+from hintfleet.errors import HintfleetError, StableError, TransientError
+from hintfleet.settings import Method
 from hintfleet.v1 import host_pb2
-from orchestrator.spec.model import Arm, Spec
+from orchestrator.spec.model import Spec
 from orchestrator.spec.workload import Step
+from orchestrator.trial.budget_watch import BudgetWatch, describe
+from orchestrator.trial.guest_spec import guest_spec
 from orchestrator.trial.host_client import HostClient
 from orchestrator.trial.plan import GuestTask, HostTask
 from orchestrator.trial.records import (
     Event,
     GuestEnded,
+    GuestFits,
     GuestSettled,
     HostDone,
     PhaseStarted,
@@ -76,6 +80,9 @@ class _TrialRunner:
         self._sampled_us: dict[str, int] = dict.fromkeys(self._held_bytes, -1)
         """When the last sample of each guest was made, on the host's clock."""
         self._last_step_us = 0
+        self._budget = BudgetWatch()
+        self._fitting: list[GuestTask] = []
+        """Guests that were started one by one, and have done their workload."""
 
     async def run(self) -> None:
         """Put all records into the queue, and None after the last one."""
@@ -102,27 +109,50 @@ class _TrialRunner:
         """
         watch = asyncio.create_task(self._watch())
         script = asyncio.create_task(self._script())
+        ran_out = asyncio.create_task(self._budget.ran_out.wait())
         try:
-            # Whichever ends first decides: the script, done or failed, or the watch, broken.
-            await asyncio.wait((watch, script), return_when=asyncio.FIRST_COMPLETED)
-            await (script if script.done() else watch)
-        except StableError:
-            raise
-        except HintfleetError as error:
-            # If a guest is lost, only the command fails. If the host agent is lost, the watch
-            # breaks, too. gRPC may end the watch a little later than the command, so wait for it.
-            await asyncio.wait((watch,), timeout=_WATCH_BREAKS_WITHIN_S)
-            if watch.done():
-                return f"{self._task.host}: its host agent was lost: {error.message}", True
-            return str(error), False
+            # What ends first decides: the script, done or failed; the watch, broken; or the host's
+            # memory.
+            await asyncio.wait((watch, script, ran_out), return_when=asyncio.FIRST_COMPLETED)
+            try:
+                if not ran_out.done():
+                    await (script if script.done() else watch)
+            except StableError:
+                raise
+            except HintfleetError as error:
+                # If a guest is lost, only the command fails. If the host agent is lost, the watch
+                # breaks, too; if the host ran out of memory, a sample says so. Both may come a
+                # little later than the command's error, so wait for them.
+                await asyncio.wait(
+                    (watch, ran_out),
+                    timeout=self._spec.sample_period_s + _WATCH_BREAKS_WITHIN_S,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if watch.done():
+                    return f"{self._task.host}: its host agent was lost: {error.message}", True
+                if not ran_out.done():
+                    return str(error), False
+            if not ran_out.done():
+                return "", False
+            await _cancelled(script)
+            return await self._end_out_of_memory(), False
         finally:
             # The script is cancelled first: its commands need the guests, which the host agent ends
             # when the watch ends.
-            for job in (script, watch):
-                job.cancel()
-                with suppress(asyncio.CancelledError, HintfleetError):
-                    await job
-        return "", False
+            for job in (script, ran_out, watch):
+                await _cancelled(job)
+
+    async def _end_out_of_memory(self) -> str:
+        """Handle that the host ran out of memory. Return why the trial is undecided; empty if it is
+        the question of the trial how many guests fit."""
+        event = self._budget.event(self._task.host, self._trial.trial_id)
+        self._post(event)
+        if not self._task.one_by_one:
+            return describe(event)
+        self._announce("verify", 0.0)
+        with suppress(HintfleetError):  # the kernel may have killed any of them
+            await self._on(self._fitting, self._verify)
+        return ""
 
     async def _watch(self) -> None:
         # The samples of 0.25 s become one record: each record that an actor yields becomes an
@@ -134,6 +164,7 @@ class _TrialRunner:
             async for samples in stream:
                 self._watching.set()
                 buffered.append(samples)
+                self._budget.take(samples)
                 made_us = samples.at_unix_us
                 self._sampled_us |= dict.fromkeys((s.guest_name for s in samples.samples), made_us)
                 self._sample_came.set()
@@ -155,14 +186,40 @@ class _TrialRunner:
     async def _script(self) -> None:
         # The host agent makes no guest while no watch of the guest's trial is open.
         await self._wait_watching()
-        await self._on_all(self._create)
-        await self._wait_for_samples(since_us=0)
-        for i, step in enumerate(self._task.steps):
-            await self._run_phase(i, step)
+        if self._task.one_by_one:
+            for guest in self._task.guests:
+                await self._work([guest])
+                await self._fits(guest)
+        else:
+            await self._work(self._task.guests)
         self._announce("verify", 0.0)
-        await self._on_all(self._verify)
-        await self._wait_for_samples(since_us=self._last_step_us)
-        await self._on_all(self._destroy)
+        await self._on(self._task.guests, self._verify)
+        await self._wait_for_samples(self._task.guests, since_us=self._last_step_us)
+        await self._on(self._task.guests, self._destroy)
+
+    async def _work(self, guests: Sequence[GuestTask]) -> None:
+        """Create guests, and have them do all steps of the workload together."""
+        await self._on(guests, self._create)
+        await self._wait_for_samples(guests, since_us=0)
+        for i, step in enumerate(self._task.steps):
+            await self._run_phase(guests, i, step)
+
+    async def _fits(self, guest: GuestTask) -> None:
+        """Post that a guest fits, once a sample after its last step does not say that the host ran
+        out of memory."""
+        await self._wait_for_samples([guest], since_us=self._last_step_us)
+        if self._budget.ran_out.is_set():
+            return  # the script is about to be cancelled
+        self._fitting.append(guest)
+        self._post(
+            GuestFits(
+                host=self._task.host,
+                trial_id=self._trial.trial_id,
+                guest=guest.name,
+                at_unix_us=_now_us(),
+                used_bytes=self._budget.used_bytes,
+            )
+        )
 
     async def _wait_watching(self) -> None:
         try:
@@ -170,20 +227,21 @@ class _TrialRunner:
         except TimeoutError:
             raise TransientError(f"{self._task.host}: no samples from the host agent") from None
 
-    async def _wait_for_samples(self, since_us: int) -> None:
-        """Wait until there is a sample of each guest that was made at this time or later, on the
-        host's clock. If none comes for long, go on: the trial will be undecided."""
+    async def _wait_for_samples(self, guests: Sequence[GuestTask], since_us: int) -> None:
+        """Wait until there is a sample of each of these guests that was made at this time or later,
+        on the host's clock. If none comes for long, go on: the trial will be undecided."""
         with suppress(TimeoutError):
             async with asyncio.timeout(2 * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S):
-                while min(self._sampled_us.values(), default=since_us) < since_us:
+                while min(self._sampled_us[guest.name] for guest in guests) < since_us:
                     self._sample_came.clear()
                     await self._sample_came.wait()
 
-    async def _run_phase(self, index: int, step: Step) -> None:
-        self._announce(step.title, step.hold_s)
-        await self._on_all(lambda guest: self._step(guest, index, step))
+    async def _run_phase(self, guests: Sequence[GuestTask], index: int, step: Step) -> None:
+        about = f"{guests[0].name}: " if self._task.one_by_one else ""
+        self._announce(f"{about}{step.title}", step.hold_s)
+        await self._on(guests, lambda guest: self._step(guest, index, step))
         if step.settle and self._trial.arm.method is not Method.NONE:
-            await self._on_all(self._settle)
+            await self._on(guests, self._settle)
         await asyncio.sleep(step.hold_s)
 
     async def _create(self, guest: GuestTask) -> None:
@@ -260,14 +318,14 @@ class _TrialRunner:
             )
         )
 
-    async def _on_all(self, action: Callable[[GuestTask], Awaitable[None]]) -> None:
-        """Call `action` for all guests at once; when all calls have ended, raise one of the errors,
-        if there are any."""
+    async def _on(
+        self, guests: Sequence[GuestTask], action: Callable[[GuestTask], Awaitable[None]]
+    ) -> None:
+        """Call `action` for these guests at once; when all calls have ended, raise one of the
+        errors, if there are any."""
         # Without return_exceptions, gather() would raise the first error at once and leave the
         # other calls running; nobody would see their errors.
-        results = await asyncio.gather(
-            *(action(guest) for guest in self._task.guests), return_exceptions=True
-        )
+        results = await asyncio.gather(*(action(guest) for guest in guests), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -293,47 +351,11 @@ class _TrialRunner:
         self.records.put_nowait(record)
 
 
-def guest_spec(task: HostTask) -> host_pb2.GuestSpec:
-    """Return the spec from which the host agent creates the guests of a trial.
-
-    :raises InvalidInput: the driver has no pair of the arm's tracker and isolator.
-    """
-    arm, driver = task.trial.arm, task.spec.driver
-    return host_pb2.GuestSpec(
-        driver=driver_pb2(driver),
-        memory_bytes=task.spec.guests.memory_bytes,
-        method=host_pb2.Method.Value(arm.method.name),
-        hinting=_hinting_settings(driver, arm) if arm.method is Method.HINTING else None,
-        balloon=_balloon_settings(arm) if arm.method is Method.BALLOON else None,
-        kernel_parameters=arm.kernel_parameters,
-    )
-
-
-def _hinting_settings(driver: Driver, arm: Arm) -> host_pb2.HintingSettings:
-    parts = hinting_parts(driver, arm.isolator, arm.tracker)
-    if parts is None:
-        raise InvalidInput(f"arm {arm.name}: the {driver} driver has no such tracker and isolator")
-    return host_pb2.HintingSettings(
-        isolator=parts.isolator,
-        tracker=parts.tracker,
-        chunk_order=arm.chunk_order,
-        policy=arm.policy,
-        report_period_ms=round(arm.report_period_s * 1000),
-        threshold_chunks=arm.threshold_chunks,
-        cold_after_ms=round(arm.cold_after_s * 1000),
-        pressure_percent=arm.pressure_above_percent,
-    )
-
-
-def _balloon_settings(arm: Arm) -> host_pb2.BalloonSettings:
-    return host_pb2.BalloonSettings(
-        reserve_percent=arm.reserve_percent, step_percent=arm.step_percent
-    )
-
-
-def driver_pb2(driver: Driver) -> host_pb2.Driver.ValueType:
-    """Convert a driver into the value of the control API."""
-    return host_pb2.EMBEDDED if driver is Driver.EMBEDDED else host_pb2.LIBVIRT
+async def _cancelled(job: asyncio.Task[Any]) -> None:
+    """Cancel a task if it has not ended, and wait for its end."""
+    job.cancel()
+    with suppress(asyncio.CancelledError, HintfleetError):
+        await job
 
 
 def _now_us() -> int:

@@ -77,17 +77,19 @@ def table(left: Sequence[str], right: Sequence[str] = (), title: str = "") -> Ta
     return result
 
 
-def summary(run: Run, rows: Sequence[Savings], costs: Sequence[ArmCost]) -> RenderableType:
-    """Return the summary of a run: its state, and what its arms saved and cost.
-
-    While the run runs, the summary has only its state.
-    """
-    heading = Text.assemble(
+def heading(run: Run, answer: str) -> RenderableType:
+    """Return the top of a run's summary: its size and state, and its answer if it has one."""
+    top = Text.assemble(
         (run.name, "bold"), f": {run.summary}\n", (f"run {run.run_id}, ", "dim"), _state(run)
     )
     if run.state == "running":
-        return Group(heading, Text(), Text("still running: there are figures when it has ended"))
-    parts: list[RenderableType] = [heading, Text(), savings(rows)]
+        return Group(top, Text(), Text("still running: there are figures when it has ended"))
+    return Group(top, Text(), Text(answer, "bold"), Text()) if answer else Group(top, Text())
+
+
+def savings_and_costs(rows: Sequence[Savings], costs: Sequence[ArmCost]) -> RenderableType:
+    """Return the tables of what the arms of a run saved and cost."""
+    parts: list[RenderableType] = [savings(rows)]
     if costs:
         parts += [Text(), cost_table(costs), Text(), _SPENT_NOTE]
     return Group(*parts)
@@ -124,10 +126,10 @@ def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
 
 def _name_cells(names: Sequence[str], row: Savings) -> list[Text]:
     values = {"experiment": row.experiment, "run": row.run_id[-6:], "of": row.key, "arm": row.arm}
-    return [_name(values[name]) for name in names]
+    return [name_cell(values[name]) for name in names]
 
 
-def _name(name: str) -> Text:
+def name_cell(name: str) -> Text:
     """Return a whole name, wrapped into lines of at most 16 characters."""
     # An arm's name may have 40 characters: on one line it would leave no space for figures.
     return Text(textwrap.fill(printable(name), _NAME_WIDTH))
@@ -224,7 +226,7 @@ def cost_table(costs: Sequence[ArmCost]) -> Table:
     for cost in costs:
         per_range = cost.wire_bytes_per_range
         result.add_row(
-            _name(cost.arm),
+            name_cell(cost.arm),
             settle_time(cost),
             percent_interval(cost.slowdown_percent),
             seconds_interval(cost.guest_cpu_s),
@@ -244,7 +246,7 @@ def runs(found: Sequence[Run]) -> RenderableType:
     result.add_column("state", overflow="fold")
     for run in found:
         result.add_row(
-            run.run_id, _name(run.name), when(run.started_unix_us), _took(run), _state(run)
+            run.run_id, name_cell(run.name), when(run.started_unix_us), _took(run), _state(run)
         )
     return result
 
@@ -258,7 +260,7 @@ def trials(found: Sequence[StoredTrial]) -> RenderableType:
         took = clock((ended - trial.started_unix_us) / 1e6) if ended else NO_FIGURE
         result.add_row(
             str(trial.position + 1),
-            _name(trial.arm),
+            name_cell(trial.arm),
             str(trial.repetition + 1),
             took,
             _trial_state(trial),

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from hintfleet.units import MIB
+from hintfleet.v1 import host_pb2
 from tests.support.agents import HANG_S, HostAgent, running_host_agent
 from tests.support.lab import on_this_machine
 
@@ -70,6 +71,18 @@ def test_metrics_are_the_books() -> None:
         assert label in one
 
 
+def test_guests_are_in_the_cgroup_of_the_budget_which_goes_with_the_host_agent() -> None:
+    with running_host_agent("--memory-budget", "256MiB", "--enforce-budget", "embedded") as host:
+        found = host.stub.GetHost(host_pb2.GetHostRequest(), timeout=HANG_S).budget
+        if not found.cgroup:
+            pytest.skip(f"no cgroup can be made here: {found.why_watched}")
+        host.watch()
+        host.create()
+        cgroup = Path(found.cgroup)
+        assert host.guests()["g"].pid in map(int, (cgroup / "cgroup.procs").read_text().split())
+    assert not cgroup.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -80,6 +93,7 @@ def test_metrics_are_the_books() -> None:
         (["--tls", "/nowhere"], 2, "ca.pem: No such file"),
         (["--guest-tls", "/nowhere"], 2, "ca.pem: No such file"),
         (["--memory-budget", "4G"], 2, "ambiguous"),
+        (["--enforce-budget", "embedded", "--state", "/x"], 2, "does not work with --state"),
         (["--metrics", "nonsense"], 2, "not HOST:PORT"),
         (["--nonsense"], 2, "unrecognized arguments"),
     ],

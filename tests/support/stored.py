@@ -19,7 +19,9 @@ from orchestrator.trial.records import (
     Columns,
     Event,
     GuestEnded,
+    GuestFits,
     HostDone,
+    HostRanOut,
     PhaseStarted,
     Record,
     Samples,
@@ -136,3 +138,27 @@ def store_run(folder: Path, spec: Spec = QUICKSTART) -> None:
     with Store(folder) as store, RunWriter(store, header) as writer:
         for trial in plan_trials(spec, "run1"):
             store_trial(writer, trial, spec)
+
+
+def store_filled_run(folder: Path) -> None:
+    """Store a run of `density` in which 2 guests fit under `none`, and 5 under the other arms."""
+    spec = spec_file.load("density").spec
+    header = RunHeader(run_id="run1", spec=spec, spec_text="", summary="a test")
+    with Store(folder) as store, RunWriter(store, header) as writer:
+        for trial in plan_trials(spec, "run1"):
+            task = host_task(spec, trial, "host1")
+            writer.begin_trial(trial)
+            store_records(writer, {"host1": task}, _filling(task))
+
+
+def _filling(task: HostTask) -> Iterator[Event]:
+    common: dict[str, Any] = {"host": task.host, "trial_id": task.trial.trial_id}
+    fitting = 2 if task.trial.arm.name == "none" else 5
+    for i in range(fitting):
+        yield GuestFits(
+            **common, guest=task.guests[i].name, at_unix_us=i * S, used_bytes=(i + 1) * 10 * MIB
+        )
+    yield HostRanOut(
+        **common, at_unix_us=9 * S, used_bytes=99 * MIB, limit_bytes=100 * MIB, enforced=True
+    )
+    yield HostDone(**common, at_unix_us=9 * S)

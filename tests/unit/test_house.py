@@ -69,6 +69,7 @@ ARROWS = {
         "tasks": "",
         "waking": "",
         "cpu_meter": "",
+        "budget": "",
         "memory": "waking",
         "door": "memory",
         "session": "tasks memory",
@@ -84,12 +85,12 @@ ARROWS = {
         "repeated_commands": "",
         "registry": "repeated_commands tasks threads cpu_meter memory session guests persistence "
         "guest resizing",
-        "api": "guests threads waking cpu_meter memory session guests.attached guest resizing "
-        "registry",
-        "server": "session guests guests.libvirt guests.attached persistence auditor pressure "
-        "registry api",
+        "api": "guests threads waking cpu_meter budget memory session guests.attached guest "
+        "resizing registry",
+        "server": "budget session guests guests.libvirt guests.attached persistence auditor "
+        "pressure registry api",
         "doctor": "memory guests.libvirt",
-        "leaks": "guests.libvirt",
+        "leaks": "budget guests.libvirt",
         "__main__": "steady api server doctor leaks",
     },
     "orchestrator": {

@@ -35,6 +35,7 @@ SILENT = {
         "guest_agent/workload.py",
         "guest_agent/workload_memory.py",
         "host_agent/api/attaching.py",
+        "host_agent/budget/*.py",
         "host_agent/guests/attached/*.py",
         "host_agent/guests/balloon_loop.py",
         "host_agent/guests/libvirt/api.py",
@@ -53,7 +54,6 @@ SILENT = {
         "host_agent/memory/reclaim.py",
         "host_agent/persistence/database.py",
         "host_agent/repeated_commands.py",
-        "host_agent/server.py",
         "host_agent/session/guest_address.py",
     ),
     "tells a callback of its owner, which logs: the guest's `lost`, the tasks' `failed`": (

@@ -40,6 +40,7 @@ class DomainSpec:
     :ivar door: socket of the memory door; None for a guest without one.
     :ivar max_memory_bytes: size that the guest may reach with DIMMs; 0 for no slots.
     :ivar node_count: number of NUMA nodes; the memory is spread over them evenly.
+    :ivar partition: the cgroup that contains the domain; empty for libvirt's default.
     :ivar parameters: added to the kernel's command line; hintfleet.* is for the guest's init
         (deploy/image/init).
     """
@@ -57,6 +58,7 @@ class DomainSpec:
     vcpu_count: int = 1
     max_memory_bytes: int = 0
     node_count: int = 1
+    partition: str = ""
 
 
 def domain_xml(spec: DomainSpec) -> str:
@@ -69,6 +71,8 @@ def domain_xml(spec: DomainSpec) -> str:
         _text(domain, "maxMemory", str(spec.max_memory_bytes), unit="bytes", slots=slots)
     _text(domain, "memory", str(spec.memory_bytes), unit="bytes")
     _text(domain, "vcpu", str(spec.vcpu_count))
+    if spec.partition:
+        _text(ET.SubElement(domain, "resource"), "partition", spec.partition)
     _memory_backing(domain)
     _boot(domain, spec)
     _cpu(domain, spec)

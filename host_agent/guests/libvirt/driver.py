@@ -59,6 +59,7 @@ class LibvirtDriver:
         guest_tls: bool = False,
         images: Path | None = None,
         survival: Survival | None = None,
+        partition: str = "",
     ) -> None:
         """Store settings; the connection is opened when it is first needed.
 
@@ -67,6 +68,7 @@ class LibvirtDriver:
             host agent listens on the host's loopback.
         :param guest_tls: whether guests must use TLS; their certificates are in them already.
         :param images: directory of guest images; None for the default one.
+        :param partition: the libvirt partition of all domains; empty for libvirt's default.
         """
         self._connection = Connection(uri)
         self._loop = loop
@@ -74,6 +76,7 @@ class LibvirtDriver:
         self._guest_tls = guest_tls
         self._images = images
         self._survival = survival
+        self._partition = partition
         self._probing = Lock()
         self._kvm_fails = False
         """Whether a guest could not be started under KVM; it is not tried again."""
@@ -219,6 +222,7 @@ class LibvirtDriver:
             door=door.path,
             parameters=_kernel_parameters(request.spec, config),
             memballoon=_MEMBALLOONS.get(request.spec.method, Memballoon.NONE),
+            partition=self._partition,
         )
 
     def _agent_config(self, request: GuestRequest) -> AgentConfig:

@@ -86,6 +86,10 @@ _MIGRATIONS = (
         AND later.position = t.position AND later.attempt > t.attempt
     );
     """,
+    # capacity: set in the row of a host whose guests were started one by one.
+    """
+    ALTER TABLE footprints ADD COLUMN capacity TEXT;
+    """,
 )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hintfleet.errors import InvalidInput
+from orchestrator.results.capacity import Capacity, CapacityRow
 from orchestrator.results.comparison import CostRow
 from orchestrator.results.cost import Cost
 from orchestrator.results.footprint import Footprint, Returned
@@ -181,7 +182,8 @@ class Store(AbstractContextManager["Store"]):
         Only the last attempt at each trial counts. The newest run is first. Within a run the
         control is first, then the other arms in the order of the spec. A trial that was cut off
         has no figures. It still has rows, without a footprint: one for each host and guest that
-        an ended trial of the same run has, or a single row if no trial of the run has ended.
+        an ended trial of the same run has, or a single row if no trial of the run has ended. Runs
+        with capacities (guests started one by one) have no footprints and no rows.
 
         :param run_id: only this run; empty for all.
         :param since_unix_s: only runs that started at or after this time; 0 for all.
@@ -202,6 +204,8 @@ class Store(AbstractContextManager["Store"]):
             "     ON f.trial_id = t.trial_id AND f.host = u.host AND f.guest = u.guest "
             "WHERE (?1 = '' OR r.run_id = ?1) AND r.started_unix_us >= ?2 "
             "  AND r.state != 'running' "
+            "  AND NOT EXISTS (SELECT 1 FROM footprints c JOIN trials ct USING (trial_id) "
+            "                  WHERE ct.run_id = r.run_id AND c.capacity IS NOT NULL) "
             "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position, "
             "         u.host, u.guest",
             run_id,
@@ -225,6 +229,24 @@ class Store(AbstractContextManager["Store"]):
             run_id,
         )
         return [_cost_row(row) for row in rows]
+
+    def capacity_rows(self, run_id: str) -> list[CapacityRow]:
+        """Return the capacities of a run's hosts, for `capacity.capacities`; empty while the run
+        runs, and for a run without a capacity.
+
+        Only the last attempt at each trial counts. A trial that was cut off has one row, without a
+        host and a capacity.
+        """
+        rows = self._query(
+            "SELECT r.control, t.arm, t.repetition, t.undecided, "
+            "       ifnull(f.host, '') AS host, f.capacity "
+            "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
+            "     LEFT JOIN footprints f ON f.trial_id = t.trial_id AND f.guest = '' "
+            "WHERE t.run_id = ? AND r.state != 'running' "
+            "ORDER BY t.arm IS NOT r.control, t.arm_position, t.position, f.host",
+            run_id,
+        )
+        return [_capacity_row(row) for row in rows if any(r["capacity"] for r in rows)]
 
     def events(self, run_id: str, kind: type[_E]) -> list[_E]:
         """Return all events of one kind in a run, ordered by time."""
@@ -300,6 +322,17 @@ def _cost_row(row: sqlite3.Row) -> CostRow:
         repetition=row["repetition"],
         host=row["host"],
         cost=_cost(json.loads(row["cost"])) if row["cost"] else None,
+        undecided=row["undecided"],
+    )
+
+
+def _capacity_row(row: sqlite3.Row) -> CapacityRow:
+    return CapacityRow(
+        arm=row["arm"],
+        is_control=row["arm"] == row["control"],
+        repetition=row["repetition"],
+        host=row["host"],
+        capacity=Capacity(**json.loads(row["capacity"])) if row["capacity"] else None,
         undecided=row["undecided"],
     )
 

@@ -25,7 +25,7 @@ from orchestrator.results.store.lock import take_lock
 from orchestrator.results.store.reader import Store
 from orchestrator.results.store.samples import PartWriter, read_series
 from orchestrator.results.trial_outcome import TrialFigures, TrialOutcome, TrialStatus
-from orchestrator.spec.model import Spec
+from orchestrator.spec.model import Spec, Start
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import Record, Samples
 
@@ -236,13 +236,14 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
     def _insert_figures(self, trial: _OpenTrial, figures: TrialFigures) -> None:
         self._execute(
-            "INSERT INTO footprints (trial_id, host, guest, footprint, cost, undecided) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO footprints (trial_id, host, guest, footprint, cost, capacity, undecided) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
             trial.trial.trial_id,
             figures.host,
             figures.guest,
             json.dumps(asdict(figures.footprint)) if figures.footprint else None,
             json.dumps(asdict(figures.cost)) if figures.cost else None,
+            json.dumps(asdict(figures.capacity)) if figures.capacity else None,
             figures.undecided,
         )
 
@@ -283,8 +284,13 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 def spec_hash(spec: Spec) -> str:
     """Return a hash that is equal for specs that give the same trials, however they are written."""
     # Left out: description and timeouts, which change no figure, and `under`: its part for this
-    # run's driver is merged into the other fields already, and its other parts are not used.
-    content = spec.model_dump_json(exclude={"description", "timeouts", "under"})
+    # run's driver is merged into the other fields already, and its other parts are not used. Also
+    # fields that earlier versions did not have, while they say what those versions did: a run of
+    # such a version can be resumed.
+    excluded: dict[str, Any] = {"description": True, "timeouts": True, "under": True}
+    if spec.guests.start is Start.TOGETHER:
+        excluded["guests"] = {"start"}
+    content = spec.model_dump_json(exclude=excluded)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

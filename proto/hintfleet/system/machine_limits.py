@@ -10,13 +10,13 @@ container's own cgroup. All files are read below a given root, for tests.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Generic, TypeVar
 
 from hintfleet.errors import Refused
+from hintfleet.system.cgroups import hierarchies
 
 _ROOT = Path("/")
 _MEMORY_LIMITS = ("memory.limit_in_bytes", "memory.max", "memory.high")
@@ -25,7 +25,6 @@ _MEMORY_LIMITS = ("memory.limit_in_bytes", "memory.max", "memory.high")
 memory.high counts as a limit: the kernel slows down a process above it until it almost stops."""
 _MEMORY_USAGE = ("memory.usage_in_bytes", "memory.current")
 _OR_RAISE = ", or raise the memory limit of that cgroup (docker run --memory, systemd MemoryMax=)"
-_OCTAL = re.compile(r"\\([0-7]{3})")
 
 _Number = TypeVar("_Number", int, float)
 
@@ -131,51 +130,10 @@ def _cpu_quota(folder: Path) -> float | None:
 
 
 def _cgroups(controller: str, root: Path) -> Iterator[PurePosixPath]:
-    """Yield the folders of this process's cgroup and of those above it, from the top.
-
-    Some may not exist: in a container, /proc/self/cgroup may name a path of the host.
-    """
-    for kind, own in _own_cgroups(controller, root):
-        mounts = list(_mounts(kind, controller, root))
-        inside = [(at, own.relative_to(top)) for top, at in mounts if own.is_relative_to(top)]
-        # If no mount's root is a prefix of our path, yield the mount point of the first mount: it
-        # is our cgroup or one above. That happens if the mount was made outside of our cgroup
-        # namespace (its root is a path like /..), or if its root is a path of a container's host.
-        for at, rest in inside[:1] or [(at, PurePosixPath()) for _, at in mounts[:1]]:
-            yield from reversed([at / part for part in (rest, *rest.parents)])
-
-
-def _own_cgroups(controller: str, root: Path) -> Iterator[tuple[str, PurePosixPath]]:
-    """Yield file system type and our path, for v2 and for the v1 hierarchy with `controller`.
-
-    From /proc/PID/cgroup (cgroups(7)).
-    """
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            yield "cgroup2", PurePosixPath(path)
-        elif controller in controllers.split(","):
-            yield "cgroup", PurePosixPath(path)
-
-
-def _mounts(
-    kind: str, controller: str, root: Path
-) -> Iterator[tuple[PurePosixPath, PurePosixPath]]:
-    """Yield root and mount point of each mount of a hierarchy (mountinfo, proc(5)).
-
-    :param kind: file system type: `cgroup` (v1) or `cgroup2`.
-    """
-    for line in _text(root / "proc/self/mountinfo").splitlines():
-        mount, _, filesystem = line.partition(" - ")
-        found, _, options = filesystem.split(" ", 2)
-        if found == kind and (kind == "cgroup2" or controller in options.split(",")):
-            top, at = mount.split()[3:5]
-            yield PurePosixPath(_unescaped(top)), PurePosixPath(_unescaped(at))
-
-
-def _unescaped(path: str) -> str:
-    # mountinfo writes spaces, tabs, newlines and backslashes as octal numbers (proc(5)).
-    return _OCTAL.sub(lambda found: chr(int(found[1], 8)), path)
+    """Yield the folders of this process's cgroup and of those above it, from the top."""
+    for hierarchy in hierarchies(root):
+        if hierarchy.is_v2 or controller in hierarchy.controllers:
+            yield from hierarchy.from_the_top()
 
 
 def _below(root: Path, path: PurePosixPath) -> Path:

@@ -127,6 +127,7 @@ class Host(_message.Message):
     DRIVERS_FIELD_NUMBER: _builtins.int
     CPU_COUNT_FIELD_NUMBER: _builtins.int
     PROVISIONED_BYTES_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     agent_version: _builtins.str
     memory_budget_bytes: _builtins.int
@@ -137,6 +138,8 @@ class Host(_message.Message):
     """The sum of the memory that the running guests were promised."""
     @_builtins.property
     def drivers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DriverState]: ...
+    @_builtins.property
+    def budget(self) -> Global___Budget: ...
     def __init__(
         self,
         *,
@@ -146,14 +149,45 @@ class Host(_message.Message):
         drivers: _abc.Iterable[Global___DriverState] | None = ...,
         cpu_count: _builtins.int = ...,
         provisioned_bytes: _builtins.int = ...,
+        budget: Global___Budget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "cpu_count", b"cpu_count", "drivers", b"drivers", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "provisioned_bytes", b"provisioned_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "budget", b"budget", "cpu_count", b"cpu_count", "drivers", b"drivers", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "provisioned_bytes", b"provisioned_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Host: _TypeAlias = Host  # noqa: Y015
+
+@_typing.final
+class Budget(_message.Message):
+    """How much memory the guests of a host may use together (memory_budget_bytes), and what happens
+    when they use more.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CGROUP_FIELD_NUMBER: _builtins.int
+    WHY_WATCHED_FIELD_NUMBER: _builtins.int
+    cgroup: _builtins.str
+    """Folder of the memory cgroup that keeps the guests within the budget: the kernel kills one of
+    them when they need more. Empty: nobody does, the budget is only watched.
+    """
+    why_watched: _builtins.str
+    """Why there is no cgroup although --enforce-budget asked for one."""
+    def __init__(
+        self,
+        *,
+        cgroup: _builtins.str = ...,
+        why_watched: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "why_watched", b"why_watched"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Budget: _TypeAlias = Budget  # noqa: Y015
 
 @_typing.final
 class DriverState(_message.Message):
@@ -921,6 +955,7 @@ class SampleSet(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     HOST_AGENT_CPU_US_FIELD_NUMBER: _builtins.int
     OBSERVING_CPU_US_FIELD_NUMBER: _builtins.int
+    BUDGET_USE_FIELD_NUMBER: _builtins.int
     at_unix_us: _builtins.int
     host_agent_cpu_us: _builtins.int
     """CPU time of the host agent itself."""
@@ -931,6 +966,8 @@ class SampleSet(_message.Message):
     """
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sample]: ...
+    @_builtins.property
+    def budget_use(self) -> Global___BudgetUse: ...
     def __init__(
         self,
         *,
@@ -938,14 +975,50 @@ class SampleSet(_message.Message):
         samples: _abc.Iterable[Global___Sample] | None = ...,
         host_agent_cpu_us: _builtins.int = ...,
         observing_cpu_us: _builtins.int = ...,
+        budget_use: Global___BudgetUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget_use", b"budget_use"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix_us", b"at_unix_us", "host_agent_cpu_us", b"host_agent_cpu_us", "observing_cpu_us", b"observing_cpu_us", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix_us", b"at_unix_us", "budget_use", b"budget_use", "host_agent_cpu_us", b"host_agent_cpu_us", "observing_cpu_us", b"observing_cpu_us", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SampleSet: _TypeAlias = SampleSet  # noqa: Y015
+
+@_typing.final
+class BudgetUse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    ENFORCED_FIELD_NUMBER: _builtins.int
+    OOM_COUNT_FIELD_NUMBER: _builtins.int
+    limit_bytes: _builtins.int
+    used_bytes: _builtins.int
+    """Of the cgroup, with the guests' processes and the page cache of their files. Without a
+    cgroup: resident_bytes of all guests in these samples together.
+    """
+    enforced: _builtins.bool
+    """Whether a cgroup keeps the guests within the limit."""
+    oom_count: _builtins.int
+    """How often the guests of this host agent needed more than the limit, so that the kernel had to
+    kill one of them. 0 without a cgroup.
+    """
+    def __init__(
+        self,
+        *,
+        limit_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        enforced: _builtins.bool = ...,
+        oom_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enforced", b"enforced", "limit_bytes", b"limit_bytes", "oom_count", b"oom_count", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BudgetUse: _TypeAlias = BudgetUse  # noqa: Y015
 
 @_typing.final
 class Sample(_message.Message):

@@ -14,8 +14,8 @@ from orchestrator.spec.checks import problems
 from orchestrator.spec.model import Spec, Workload
 from orchestrator.spec.values import Amount
 from orchestrator.spec.workload import Step, expand, held_after
+from orchestrator.trial.guest_spec import guest_spec
 from orchestrator.trial.plan import host_names, host_task, plan_trials
-from orchestrator.trial.runner import guest_spec
 
 
 def spec(**changes: Any) -> Spec:

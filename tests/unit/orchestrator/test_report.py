@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,15 @@ from orchestrator.results.footprint import Series
 from orchestrator.results.store.reader import Store
 from orchestrator.results.store.writer import RunHeader, RunWriter
 from orchestrator.trial.plan import plan_trials
-from tests.support.stored import MIB, QUICKSTART, S, phase, store_run, store_trial
+from tests.support.stored import (
+    MIB,
+    QUICKSTART,
+    S,
+    phase,
+    store_filled_run,
+    store_run,
+    store_trial,
+)
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -80,11 +89,36 @@ def test_the_page_has_all_in_it_and_trusts_no_text(
     assert not re.search(r"""(src|href)=["']?https?:""", page), (
         "the page loads nothing from elsewhere"
     )
-    found = re.search(r"Object\.entries\((\{.*\})\)\)", page)
-    assert found
-    charts = json.loads(found[1])
-    assert charts.keys() == {"resident", "savings"}
+    assert charts_of(page).keys() == {"resident", "savings"}
     assert re.search(r"<td>\d+ MiB<br>\[\d+, \d+\]</td>", page)
+    assert page.index('<p class="answer">bitmap saves') < page.index("<table>"), "the answer first"
+
+
+def charts_of(page: str) -> dict[str, Any]:
+    found = re.search(r"const charts = Object\.entries\((\{.*\})\);", page)
+    assert found
+    charts: dict[str, Any] = json.loads(found[1])
+    return charts
+
+
+def test_the_page_of_a_run_that_filled_a_host(tmp_path: Path) -> None:
+    store_filled_run(tmp_path)
+    path = tmp_path / "report.html"
+    assert run_command(["report", "-o", str(path), "--data-dir", str(tmp_path)]) == 0
+    page = path.read_text()
+    assert "bitmap fits 5 guests where none fits 2: 3 more in each of 2 pairs" in page
+    assert "<h2>How many guests fit</h2>" in page
+    assert "What it cost" not in page
+    charts = charts_of(page)
+    assert charts.keys() == {"fills"}
+    points = [row for rows in charts["fills"]["datasets"].values() for row in rows]
+    ends = {(point["arm"], point["guests"]) for point in points if point.get("ran_out")}
+    ends_of = {"none": 3, "bitmap": 6, "reported": 6}
+    assert ends == set(ends_of.items()), "the guest that did not fit"
+    assert charts["fills"]["description"]
+    picture = tmp_path / "a.svg"
+    assert run_command(["report", "--plot", str(picture), "--data-dir", str(tmp_path)]) == 0
+    assert b"guests on the host" in picture.read_bytes()
 
 
 @pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<svg")])

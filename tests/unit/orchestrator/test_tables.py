@@ -111,7 +111,7 @@ COST = ArmCost(
 @pytest.mark.parametrize("width", [80, 100])
 def test_what_it_cost_can_be_read(width: int) -> None:
     nothing = replace(COST, arm="reporting", settle_s=None, guest_cpu_s=None, tracker_bytes=0)
-    shown = rendered(tables.summary(RUN, [ROW], [COST, nothing]), width)
+    shown = rendered(tables.savings_and_costs([ROW], [COST, nothing]), width)
     for figure in ("1.23 s", "max 2.46 s", "+12 %", "[-15, 52]", "0.28 s", "[0.26, 0.29]"):
         assert figure in shown
     for figure in ("10.7 s", "[-10.6, 31.7]", "2.1", "5.83 KiB", "0.12 s"):

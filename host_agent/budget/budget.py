@@ -1,0 +1,71 @@
+"""The memory budget of a host: how much its guests may use together, and how much they use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hintfleet.errors import Refused
+from hintfleet.settings import Driver
+from hintfleet.v1 import host_pb2
+from host_agent.budget.memory_cgroup import MemoryCgroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A host's memory budget.
+
+    :ivar cgroup: keeps the guests within it; None if it is only watched.
+    :ivar why_watched: why there is no cgroup; empty if there is one.
+    """
+
+    limit_bytes: int
+    cgroup: MemoryCgroup | None = None
+    why_watched: str = ""
+
+    @classmethod
+    def enforced(cls, limit_bytes: int, driver: Driver) -> Budget:
+        """Return a budget that a cgroup enforces for guests of this driver, or, where none can be
+        made, one that is watched."""
+        try:
+            cgroup = MemoryCgroup.make(limit_bytes, driver)
+        except Refused as error:
+            return cls(limit_bytes=limit_bytes, why_watched=error.message)
+        return cls(limit_bytes=limit_bytes, cgroup=cgroup)
+
+    @property
+    def partition(self) -> str:
+        """The libvirt partition that domains must be in; empty for none."""
+        return self.cgroup.partition if self.cgroup else ""
+
+    def contain(self, pid: int) -> None:
+        """Put the process of an embedded guest into the cgroup, if there is one for processes.
+
+        :raises Refused: the kernel does not take it.
+        """
+        if self.cgroup is not None and not self.partition:
+            self.cgroup.add(pid)
+
+    def message(self) -> host_pb2.Budget:
+        """Return the budget as the control API has it."""
+        return host_pb2.Budget(
+            cgroup=str(self.cgroup.folder) if self.cgroup else "",
+            why_watched=self.why_watched,
+        )
+
+    def use(self, resident_bytes: Iterable[int]) -> host_pb2.BudgetUse:
+        """Return how much of the budget is used.
+
+        :param resident_bytes: of each guest; used if there is no cgroup.
+        """
+        use = host_pb2.BudgetUse(limit_bytes=self.limit_bytes, enforced=bool(self.cgroup))
+        if self.cgroup is None:
+            use.used_bytes = sum(resident_bytes)
+        else:
+            use.used_bytes, use.oom_count = self.cgroup.used_bytes, self.cgroup.oom_count
+        return use
+
+    def close(self) -> None:
+        """Remove the cgroup, if there is one. All guests have ended."""
+        if self.cgroup is not None:
+            self.cgroup.remove()

@@ -1,0 +1,230 @@
+"""A memory cgroup of a host agent, in which its guests run: the kernel keeps them within a limit.
+
+Sources: Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst of the kernel. A host
+agent holds a lock on its cgroup's folder, so that what a killed one left can be told apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from hintfleet.errors import Refused
+from hintfleet.settings import Driver
+from hintfleet.system.cgroups import Hierarchy, hierarchies
+from hintfleet.system.file_lock import lock_folder
+from hintfleet.system.owned_folders import OwnedFolders
+
+PREFIX = "hintfleet-budget-"
+# libvirt adds this ending to a partition whose name has no dot (virCgroupSetPartitionSuffix in
+# src/util/vircgroup.c).
+_PARTITION = ".partition"
+_SYSTEMD = Path("/run/systemd/system")
+_REMOVE_TIMEOUT_S = 2.0
+_POLL_S = 0.05
+
+
+class MemoryCgroup:
+    """A memory cgroup with a limit. Make it with `make`, and end it with `remove`.
+
+    :ivar folder: of the cgroup.
+    :ivar partition: its name for libvirt (`<resource><partition>`); empty if it is for processes.
+    """
+
+    def __init__(self, folder: Path, partition: str, others: list[Path]) -> None:
+        """Lock the folder. Use `make`.
+
+        :param others: the folders of the same name in other hierarchies.
+        """
+        self.folder = folder
+        self.partition = partition
+        self._others = others
+        self._lock_fd = lock_folder(folder)
+        self._is_v2 = (folder / "memory.max").exists()
+        self._oom_fd = -1
+        self._oom_count = 0
+
+    @classmethod
+    def make(cls, limit_bytes: int, driver: Driver) -> MemoryCgroup:
+        """Make a memory cgroup for guests of this driver. After a failure nothing is left.
+
+        For embedded guests it is below the cgroup of this process, for domains at the top of the
+        hierarchy, where libvirt looks for partitions.
+
+        :raises Refused: this process may make none here; says why.
+        """
+        if _SYSTEMD.is_dir():
+            # systemd wants to be the only one that makes cgroups (systemd.io/CGROUP_DELEGATION).
+            raise Refused("systemd manages the cgroups of this machine")
+        try:
+            cgroup = cls._made(f"{PREFIX}{os.getpid()}-guests", driver)
+        except OSError as error:
+            raise Refused(f"{error.filename}: {error.strerror}") from error
+        try:
+            cgroup._limit(limit_bytes)
+        except OSError as error:
+            cgroup.remove()
+            raise Refused(f"{error.filename}: {error.strerror}") from error
+        return cgroup
+
+    @classmethod
+    def _made(cls, name: str, driver: Driver) -> MemoryCgroup:
+        found = list(hierarchies())
+        memory = _with_memory(found)
+        if driver is Driver.EMBEDDED:
+            return cls(_new(memory, Path(memory.own) / name), "", [])
+        # libvirt refuses a partition that is missing in a hierarchy which it uses.
+        with contextlib.ExitStack() as undo:
+            folders = {}
+            for hierarchy in found:
+                folders[hierarchy] = _new(hierarchy, Path(hierarchy.top) / f"{name}{_PARTITION}")
+                undo.callback(folders[hierarchy].rmdir)
+            undo.pop_all()
+        return cls(folders.pop(memory), f"/{name}", list(folders.values()))
+
+    def _limit(self, limit_bytes: int) -> None:
+        if self._is_v2:
+            _write(self.folder / "memory.max", str(limit_bytes))
+            with contextlib.suppress(FileNotFoundError):  # a kernel without swap
+                _write(self.folder / "memory.swap.max", "0")
+            return
+        _write(self.folder / "memory.limit_in_bytes", str(limit_bytes))
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # without swap accounting
+            _write(self.folder / "memory.memsw.limit_in_bytes", str(limit_bytes))
+        self._watch_oom()
+
+    def _watch_oom(self) -> None:
+        # v1 counts a kill in the killed process's own cgroup, which libvirt removes with the
+        # domain. The event comes for the cgroup whose limit was hit (memory.rst, "OOM Control").
+        self._oom_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        control = self.folder / "memory.oom_control"
+        fd = os.open(control, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _write(self.folder / "cgroup.event_control", f"{self._oom_fd} {fd}")
+        finally:
+            os.close(fd)
+
+    def add(self, pid: int) -> None:
+        """Put a process into the cgroup. What it used before stays counted where it was.
+
+        :raises Refused: the kernel does not take it.
+        """
+        try:
+            _write(self.folder / "cgroup.procs", str(pid))
+        except OSError as error:
+            raise Refused(f"cannot put process {pid} into cgroup {self.folder}: {error}") from error
+
+    @property
+    def used_bytes(self) -> int:
+        """The memory that the cgroup uses, with its processes and the page cache of their files."""
+        name = "memory.current" if self._is_v2 else "memory.usage_in_bytes"
+        return int((self.folder / name).read_text())
+
+    @property
+    def oom_count(self) -> int:
+        """How often the kernel had to kill because the limit was reached (in v1: or would have had
+        to)."""
+        if self._is_v2:
+            return _counted(self.folder / "memory.events", "oom_kill")
+        with contextlib.suppress(BlockingIOError):
+            self._oom_count += os.eventfd_read(self._oom_fd)
+        return self._oom_count
+
+    def remove(self) -> None:
+        """Remove the cgroup, and release its lock. Its processes have ended. May be called twice.
+
+        If the kernel does not let go of it within 2 s, it is left, for `hintfleet doctor --clean`.
+        """
+        for folder in (self.folder, *self._others):
+            _remove(folder)
+        for fd in (self._lock_fd, self._oom_fd):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+        self._lock_fd = None
+        self._oom_fd = -1
+
+
+def abandoned() -> Iterator[Path]:
+    """Yield the folders of cgroups whose host agents are gone; of a partition, one for each
+    hierarchy."""
+    for hierarchy in hierarchies():
+        yield from _abandoned(Path(hierarchy.top).rglob(f"{PREFIX}*"))
+
+
+def _abandoned(folders: Iterable[Path]) -> Iterator[Path]:
+    for folder in folders:
+        if OwnedFolders(base=folder.parent, prefix=PREFIX).is_abandoned(folder):
+            yield folder
+
+
+def _with_memory(found: list[Hierarchy]) -> Hierarchy:
+    for hierarchy in found:
+        if "memory" in hierarchy.controllers:
+            return hierarchy
+    for hierarchy in found:
+        if hierarchy.is_v2 and "memory" in _words(Path(hierarchy.top) / "cgroup.controllers"):
+            return hierarchy
+    raise Refused("this kernel has no memory cgroups, or they are not mounted")
+
+
+def _new(hierarchy: Hierarchy, folder: Path) -> Path:
+    """Make a cgroup, so that processes can be put into it; return its folder. Before, remove what
+    killed host agents left beside it.
+
+    :raises OSError: the kernel refused. Nothing is left.
+    """
+    for other in _abandoned(folder.parent.glob(f"{PREFIX}*")):
+        with contextlib.suppress(OSError):  # it has processes, or somebody else removes it now
+            other.rmdir()
+    if hierarchy.is_v2 and "memory" in _words(folder.parent / "cgroup.controllers"):
+        # The kernel refuses it below a cgroup that has processes, except the root ("no internal
+        # processes", cgroup-v2.rst).
+        _write(folder.parent / "cgroup.subtree_control", "+memory")
+    folder.mkdir()
+    try:
+        # Until these are set, cpuset of v1 takes no process.
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            if "cpuset" in hierarchy.controllers:
+                _write(folder / name, (folder.parent / name).read_text())
+    except OSError:
+        folder.rmdir()
+        raise
+    return folder
+
+
+def _remove(folder: Path) -> None:
+    give_up_s = time.monotonic() + _REMOVE_TIMEOUT_S
+    while folder.exists():
+        try:
+            folder.rmdir()
+        except OSError:  # EBUSY for a moment after its last process has ended
+            if time.monotonic() > give_up_s:
+                return
+            time.sleep(_POLL_S)
+
+
+def _write(path: Path, text: str) -> None:
+    # Not write_text: cgroup files are neither created nor truncated.
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def _counted(path: Path, name: str) -> int:
+    fields = (line.split() for line in path.read_text().splitlines())
+    return next((int(count) for field, count in fields if field == name), 0)

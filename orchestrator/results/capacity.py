@@ -1,0 +1,138 @@
+"""Computes how many guests fitted on hosts under each arm, when guests were started one by one.
+Pure.
+
+A guest fits if it has done its workload, with all earlier guests still there, before the host ran
+out of memory. In a comparison, as in `savings`, each repetition is one pair, summed over hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from math import fsum
+
+from orchestrator.results.statistics import Interval, mean_interval, paired_differences
+from orchestrator.trial.records import Event, GuestFits, HostRanOut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """How many guests fitted on one host in one trial.
+
+    :ivar ran_out: whether the host ran out of memory with the next guest; else all guests of the
+        spec fitted, and more might.
+    :ivar enforced: whether a cgroup kept the guests within the host's memory; None if the host did
+        not run out.
+    """
+
+    guests: int
+    ran_out: bool
+    enforced: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityRow:
+    """The capacity of one host in one trial; None if the trial was cut off or does not count.
+
+    :ivar undecided: why the trial does not count; empty if it counts or was cut off.
+    """
+
+    arm: str
+    is_control: bool
+    repetition: int
+    host: str
+    capacity: Capacity | None
+    undecided: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmCapacity:
+    """How many guests fitted under one arm, summed over hosts.
+
+    :ivar guests: the mean over trials; None if a trial has no result.
+    :ivar fewest, most: of all trials.
+    :ivar at_least: whether in some trial a host took all guests of the spec without running out,
+        so that more guests might fit.
+    :ivar more: guests more than under the control; None for the control, without one, and with
+        fewer than two pairs of trials.
+    :ivar watched: whether some host had no cgroup, so that its memory was only watched.
+    :ivar undecided: why there is no figure; empty otherwise.
+    """
+
+    arm: str
+    is_control: bool
+    trials: int
+    guests: float | None = None
+    fewest: int = 0
+    most: int = 0
+    at_least: bool = False
+    more: Interval | None = None
+    watched: bool = False
+    undecided: str = ""
+
+
+def host_capacity(events: Iterable[Event]) -> Capacity:
+    """Return the capacity of a host from the events of its part of a trial."""
+    found = list(events)
+    out = next((event for event in found if isinstance(event, HostRanOut)), None)
+    return Capacity(
+        guests=sum(isinstance(event, GuestFits) for event in found),
+        ran_out=out is not None,
+        enforced=out.enforced if out else None,
+    )
+
+
+def capacities(rows: Iterable[CapacityRow]) -> list[ArmCapacity]:
+    """Return the capacity of each arm, in the order in which the arms first appear in `rows`."""
+    arms: dict[str, list[CapacityRow]] = {}
+    for row in rows:
+        arms.setdefault(row.arm, []).append(row)
+    control = next((arm for arm in arms.values() if arm[0].is_control), [])
+    return [_arm(arm, control) for arm in arms.values()]
+
+
+def _arm(rows: Sequence[CapacityRow], control: Sequence[CapacityRow]) -> ArmCapacity:
+    arm = ArmCapacity(
+        arm=rows[0].arm,
+        is_control=rows[0].is_control,
+        trials=len({row.repetition for row in rows}),
+        undecided=_first_undecided(rows),
+    )
+    if arm.undecided:
+        return arm
+    found = [row.capacity for row in rows if row.capacity]
+    sums = list(_by_trial(rows).values())
+    more = None
+    if not arm.is_control and control and not _first_undecided(control):
+        # The arm minus the control: more guests are better.
+        more = mean_interval(paired_differences(_by_trial(rows), _by_trial(control)))
+    return ArmCapacity(
+        arm=arm.arm,
+        is_control=arm.is_control,
+        trials=arm.trials,
+        guests=fsum(sums) / len(sums),
+        fewest=int(min(sums)),
+        most=int(max(sums)),
+        at_least=not all(capacity.ran_out for capacity in found),
+        more=more,
+        watched=any(capacity.enforced is False for capacity in found),
+    )
+
+
+def _first_undecided(rows: Iterable[CapacityRow]) -> str:
+    return next(
+        (
+            f"{row.arm}, repetition {row.repetition + 1}, {row.undecided or 'was cut off'}"
+            for row in rows
+            if row.undecided or row.capacity is None
+        ),
+        "",
+    )
+
+
+def _by_trial(rows: Iterable[CapacityRow]) -> dict[Hashable, float]:
+    sums: dict[Hashable, float] = {}
+    for row in rows:
+        if row.capacity is not None:
+            sums[row.repetition] = sums.get(row.repetition, 0.0) + row.capacity.guests
+    return sums

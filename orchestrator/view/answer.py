@@ -1,0 +1,75 @@
+"""The answer of a run in one sentence, as a person would quote it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hintfleet.units import format_size
+from orchestrator.results.capacity import ArmCapacity
+from orchestrator.results.comparison import ArmCost
+from orchestrator.results.savings import Savings
+from orchestrator.results.statistics import Interval
+from orchestrator.view.figures import percent_interval, size_interval
+
+
+def savings_answer(rows: Sequence[Savings], costs: Sequence[ArmCost]) -> str:
+    """Return what the arm that surely saves most saves, of what, and how much slower its workload
+    is; empty if no arm has an interval.
+
+    "Surely": the low end of its interval is the highest.
+    """
+    measured = [(row.saved_bytes, row.arm) for row in rows if row.saved_bytes is not None]
+    control = next((row for row in rows if row.saved_bytes is None and row.footprint), None)
+    if not measured or control is None or control.footprint is None:
+        return ""
+    saved, arm = max(measured, key=lambda found: found[0].low)
+    used = format_size(control.footprint.mean_resident_bytes)
+    answer = f"{arm} saves {_line(size_interval(saved))} of {used}"
+    if saved.low <= 0:
+        return f"No arm surely saves memory: {answer}"
+    slower = next((cost.slowdown_percent for cost in costs if cost.arm == arm), None)
+    return f"{answer}; {_slower(slower)}" if slower else answer
+
+
+def capacity_answer(arms: Sequence[ArmCapacity]) -> str:
+    """Return how many guests fit under the arm that fits most, and how many under the control;
+    empty if either has no figure."""
+    control = next((arm for arm in arms if arm.is_control), None)
+    others = [arm for arm in arms if not arm.is_control and arm.guests is not None]
+    if control is None or control.guests is None or not others:
+        return ""
+    best = max(others, key=lambda arm: arm.guests or 0)
+    fitted = f"{best.arm} fits {guests_text(best)} guests where {control.arm} fits"
+    return f"{fitted} {guests_text(control)}{_more(best.more) if best.more else ''}"
+
+
+def guests_text(arm: ArmCapacity) -> str:
+    """Return `7`, `6.7` for a mean over trials, or `at least 12`; the arm has a figure."""
+    guests = arm.guests or 0.0
+    number = f"{guests:.0f}" if guests == int(guests) else f"{guests:.1f}"
+    return f"at least {number}" if arm.at_least else number
+
+
+def _line(interval: str) -> str:
+    return interval.replace("\n", " ")
+
+
+def more_text(more: Interval) -> str:
+    """Return `4.5 [4.0, 5.0]`; or `9 in each of 2 pairs` if all pairs differ alike."""
+    if more.low == more.high:
+        return f"{more.mean:g} in each of {more.pairs} pairs"
+    return f"{more.mean:.1f} [{more.low:.1f}, {more.high:.1f}]"
+
+
+def _slower(percent: Interval) -> str:
+    if percent.low <= 0 <= percent.high:
+        return f"its workload is not surely slower or faster ({_line(percent_interval(percent))})"
+    if percent.mean > 0:
+        return f"its workload is slower by {_line(percent_interval(percent)).lstrip('+')}"
+    gained = Interval(mean=-percent.mean, low=-percent.high, high=-percent.low, pairs=percent.pairs)
+    return f"its workload is faster by {_line(percent_interval(gained)).lstrip('+')}"
+
+
+def _more(more: Interval) -> str:
+    number, _, rest = more_text(more).partition(" ")
+    return f": {number} more {rest}"
