@@ -6,7 +6,7 @@ Both write to the console that they are given.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,11 +21,14 @@ from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import Record
 from orchestrator.view.figures import clock, sparkline
-from orchestrator.view.progress import HostProgress, Progress
+from orchestrator.view.progress import HostGroup, HostProgress, Progress
 
 _FRAMES_PER_S = 5
 _BAR_WIDTH = 24
+# With more hosts, those in the same phase share a line.
 _MAX_HOSTS = 12
+# The width of all that is beside the line of bars.
+_BESIDE_LINE = 60
 
 
 class LiveView:
@@ -166,22 +169,32 @@ def _arms(progress: Progress) -> Table:
 
 
 def _hosts(progress: Progress, width: int) -> Table:
+    """Return a line for each host; with many hosts, a line for all that are in the same phase. The
+    lines are cut to the width of the terminal."""
     grid = Table.grid(padding=(0, 2))
-    line_width = max(10, min(60, width - 52))
-    # Sorted by length first, so that host10 is after host9.
-    by_number = sorted(progress.hosts.items(), key=lambda item: (len(item[0]), item[0]))
-    for name, host in by_number[:_MAX_HOSTS]:
-        grid.add_row(Text(name), *_host_cells(host, line_width))
-    if len(progress.hosts) > _MAX_HOSTS:
-        grid.add_row(Text(f"and {len(progress.hosts) - _MAX_HOSTS} more", style="dim"))
+    for _ in range(4):
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+    line_width = max(0, min(60, width - _BESIDE_LINE))
+    if len(progress.hosts) <= _MAX_HOSTS:
+        rows = sorted(progress.hosts.items(), key=lambda item: (len(item[0]), item[0]))
+        for name, host in rows:
+            grid.add_row(Text(name), *_cells(host, line_width))
+    else:
+        for group in progress.host_groups():
+            grid.add_row(Text(_some_of(group.names)), *_cells(group, line_width))
     return grid
 
 
-def _host_cells(host: HostProgress, line_width: int) -> tuple[Text, ...]:
-    resident_bytes = host.resident_bytes[-1] if host.resident_bytes else 0
-    line = sparkline(list(host.resident_bytes), host.provisioned_bytes, line_width)
+def _some_of(names: Sequence[str]) -> str:
+    """Return `host3`, `host3, host7`, or `host3 and 38 more`."""
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _cells(shown: HostProgress | HostGroup, line_width: int) -> tuple[Text, ...]:
+    resident_bytes = shown.resident_bytes[-1] if shown.resident_bytes else 0
+    line = sparkline(list(shown.resident_bytes), shown.provisioned_bytes, line_width)
     return (
         Text(line, style="cyan"),
-        Text(f"{format_size(resident_bytes)} of {format_size(host.provisioned_bytes)}"),
-        Text(host.phase, style="dim"),
+        Text(f"{format_size(resident_bytes)} of {format_size(shown.provisioned_bytes)}"),
+        Text(shown.phase, style="dim"),
     )

@@ -20,12 +20,28 @@ HISTORY_LENGTH = 240
 class HostProgress:
     """What one host does now.
 
+    :ivar phases_begun: how many phases of the trial it has begun.
     :ivar resident_bytes: of all its guests together; the newest value last.
     """
 
     phase: str = "starting guests"
+    phases_begun: int = 0
     provisioned_bytes: int = 0
     resident_bytes: deque[int] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
+
+
+@dataclass(kw_only=True)
+class HostGroup:
+    """Hosts that are in the same phase.
+
+    :ivar names: in the order of their numbers.
+    :ivar resident_bytes: of all these hosts together; the newest value last.
+    """
+
+    phase: str
+    names: list[str]
+    provisioned_bytes: int
+    resident_bytes: list[int]
 
 
 @dataclass(kw_only=True)
@@ -79,12 +95,13 @@ class Progress:
         self.trial = trial
         self._undecided_by_position.pop(trial.position, None)  # set if an earlier attempt was lost
         for host in self.hosts.values():
-            host.phase = "starting guests"
+            host.phase, host.phases_begun = "starting guests", 0
 
     def record(self, record: Record) -> None:
         host = self.hosts.setdefault(record.host, HostProgress())
         if isinstance(record, PhaseStarted):
             host.phase = record.title
+            host.phases_begun += 1
         elif isinstance(record, Samples):
             _add_samples(host, record)
 
@@ -92,6 +109,25 @@ class Progress:
         self._undecided_by_position[trial.position] = undecided
         self._runs_ended += 1
         self._last_end_s = now_s
+
+    def host_groups(self) -> list[HostGroup]:
+        """Return the hosts by phase: those that are furthest behind first."""
+        groups: dict[int, list[str]] = {}
+        # Sorted by length first, so that host10 is after host9.
+        for name in sorted(self.hosts, key=lambda name: (len(name), name)):
+            groups.setdefault(self.hosts[name].phases_begun, []).append(name)
+        return [self._group(groups[begun]) for begun in sorted(groups)]
+
+    def _group(self, names: list[str]) -> HostGroup:
+        hosts = [self.hosts[name] for name in names]
+        # From the newest value backwards: hosts have begun to send samples at different times.
+        newest_first = zip(*(reversed(host.resident_bytes) for host in hosts), strict=False)
+        return HostGroup(
+            phase=hosts[0].phase,
+            names=names,
+            provisioned_bytes=sum(host.provisioned_bytes for host in hosts),
+            resident_bytes=[sum(values) for values in newest_first][::-1],
+        )
 
     @property
     def ended_count(self) -> int:
