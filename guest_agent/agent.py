@@ -144,9 +144,9 @@ async def _run_embedded(config: AgentConfig) -> None:
 
     from guest_agent.isolation.embedded import EmbeddedIsolator
     from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
-    from guest_agent.workload import Workload
-    from guest_agent.workload_client import serve_workload
-    from guest_agent.workload_memory import BuddyPlugs, BuddySource
+    from guest_agent.workload.client import serve_workload
+    from guest_agent.workload.memory import BuddyPlugs, BuddySource
+    from guest_agent.workload.workload import Workload
 
     if config.ram_fd < 0 or config.memory_bytes <= 0 or config.memory_bytes % PAGE_BYTES:
         raise InvalidInput("an embedded guest needs ram_fd and memory_bytes, in whole pages")
@@ -241,9 +241,9 @@ def run_workload_only(config: AgentConfig) -> None:
 
 async def _serve_anonymous_workload(config: AgentConfig) -> None:
     from guest_agent.memory.blocks import MemoryBlocks
-    from guest_agent.workload import Workload
-    from guest_agent.workload_client import serve_workload
-    from guest_agent.workload_memory import AnonymousSource
+    from guest_agent.workload.client import serve_workload
+    from guest_agent.workload.memory import AnonymousSource
+    from guest_agent.workload.workload import Workload
 
     channel, identity = _connect(config)
     source = AnonymousSource(max(mem_total_bytes(), config.max_memory_bytes))

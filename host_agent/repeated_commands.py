@@ -5,7 +5,7 @@ GuestLost, is carried out again.
 The client chooses the commands' ids (orchestrator/trial/runner.py; for commands of no trial,
 orchestrator/commands/domains.py). The guest remembers its last answers as well: a step that it has
 done is not done twice, even if another host agent sends the step again
-(guest_agent/workload_client.py).
+(guest_agent/workload/client.py).
 """
 
 from __future__ import annotations

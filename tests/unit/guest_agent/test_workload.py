@@ -9,8 +9,10 @@ import pytest
 
 from guest_agent.memory.blocks import MemoryBlocks
 from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
-from guest_agent.workload import EXTENT_BYTES, Pattern, Source, Workload
-from guest_agent.workload_memory import AnonymousSource, BuddyPlugs, BuddySource
+from guest_agent.workload.holding import Pattern
+from guest_agent.workload.memory import AnonymousSource, BuddyPlugs, BuddySource
+from guest_agent.workload.source import EXTENT_BYTES, Source
+from guest_agent.workload.workload import Workload
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb

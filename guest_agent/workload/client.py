@@ -8,7 +8,7 @@ import logging
 import grpc
 from grpc import aio
 
-from guest_agent.workload import Workload
+from guest_agent.workload.workload import Workload
 from hintfleet.errors import from_rpc_error
 from hintfleet.logs import LogRateLimit, fields
 from hintfleet.v1 import hinting_pb2 as pb

@@ -1,0 +1,97 @@
+"""The memory that a workload holds, and the proof that it kept its contents.
+
+Each block is filled with a seeded pattern, and compared with it before it is freed, and whenever
+all blocks are checked. A page that differs is counted as wrong. For example, a page that the host
+has punched although it was in use reads as zeros.
+"""
+
+from __future__ import annotations
+
+import random
+
+from guest_agent.workload.source import EXTENT_BYTES, Source
+from hintfleet.units import PAGE_BYTES
+
+_PATTERN_SEED = 0x68696E74
+_OFFSET_STEP_BYTES = 8
+
+
+class Pattern:
+    """A pattern of EXTENT_BYTES bytes for each key; no two pages of a pattern are equal.
+
+    The patterns of all keys are parts of the same pseudo-random bytes; the key decides at which
+    offset its pattern begins. Two keys have the same offset in one of 262,144 cases. So a page that
+    holds zeros, older content or the content of another page is noticed, by one memcmp.
+    """
+
+    def __init__(self) -> None:
+        random_bytes = random.Random(_PATTERN_SEED).randbytes(2 * EXTENT_BYTES)
+        self._random_bytes = memoryview(random_bytes)
+
+    def of(self, key: int, size_bytes: int = EXTENT_BYTES) -> memoryview:
+        """Return the first `size_bytes` bytes of the pattern of a key."""
+        # Fibonacci hashing: keys are consecutive numbers, but their offsets should be spread.
+        mixed = (key * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 32
+        start = mixed % (EXTENT_BYTES // _OFFSET_STEP_BYTES) * _OFFSET_STEP_BYTES
+        return self._random_bytes[start : start + size_bytes]
+
+
+class Holding:
+    """The blocks that a workload holds.
+
+    :ivar held_bytes: their size in all.
+    :ivar verified_pages: how many pages were compared so far.
+    :ivar wrong_pages: how many of them did not have the contents that were written.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.held_bytes = 0
+        self.verified_pages = 0
+        self.wrong_pages = 0
+        self._source = source
+        self._pattern = Pattern()
+        self._blocks: dict[int, tuple[int, int]] = {}  # address -> size in bytes, key
+        self._next_key = 1
+
+    def take(self, size_bytes: int, seed: int) -> int:
+        """Allocate a block, write its pattern to it, and return its address.
+
+        :raises MemoryError: there is no memory left.
+        """
+        at = self._source.allocate(size_bytes)
+        key = seed << 32 ^ self._next_key
+        self._next_key += 1
+        self._source.write(at, self._pattern.of(key, size_bytes))
+        self._blocks[at] = size_bytes, key
+        self.held_bytes += size_bytes
+        return at
+
+    def free(self, at: int) -> None:
+        """Check a block, and free it."""
+        self.check(at)
+        size_bytes, _ = self._blocks.pop(at)
+        self.held_bytes -= size_bytes
+        self._source.free(at, size_bytes)
+
+    def free_some(self, size_bytes: int, seed: int) -> None:
+        """Check and free whole blocks, picked by the seed, `size_bytes` at most."""
+        wanted = min(size_bytes // EXTENT_BYTES, len(self._blocks))
+        for at in random.Random(seed).sample(list(self._blocks), wanted):
+            self.free(at)
+
+    def check_all(self) -> None:
+        """Compare all blocks with their patterns."""
+        for at in self._blocks:
+            self.check(at)
+
+    def check(self, at: int) -> None:
+        """Compare one block with its pattern."""
+        size_bytes, key = self._blocks[at]
+        expected = self._pattern.of(key, size_bytes).tobytes()
+        found = self._source.read(at, size_bytes)
+        self.verified_pages += size_bytes // PAGE_BYTES
+        if found != expected:
+            self.wrong_pages += sum(
+                found[i : i + PAGE_BYTES] != expected[i : i + PAGE_BYTES]
+                for i in range(0, size_bytes, PAGE_BYTES)
+            )

@@ -1,0 +1,126 @@
+"""Memory for a workload: blocks of an embedded guest's allocator, or anonymous memory of a real
+guest. Also the hotplug of an embedded guest (that of a real guest: memory/blocks.py)."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import time
+from collections.abc import Callable
+
+from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
+from guest_agent.procfs import mem_available_bytes
+from guest_agent.workload.source import EXTENT_BYTES
+from hintfleet.errors import Refused
+from hintfleet.ranges import RangeSet
+from hintfleet.units import MIB, PAGE_BYTES, format_size
+
+_MAP_NORESERVE = 0x4000  # asm-generic/mman.h; in Python's mmap since 3.13
+_SPARE_BYTES = 8 * MIB
+_CHECK_EVERY_BYTES = 16 * MIB
+"""How much is allocated before available memory is read again."""
+_TIMEOUT_S = 10.0
+_POLL_S = 0.1
+
+
+class BuddySource:
+    """Blocks of the embedded allocator; their bytes are in the RAM file, at the same addresses."""
+
+    def __init__(self, allocator: BuddyAllocator, ram: mmap.mmap, start: int = 0) -> None:
+        """:param start: where address 0 is in `ram`."""
+        self._allocator = allocator
+        self._ram = ram
+        self._start = start
+
+    def allocate(self, size_bytes: int) -> int:
+        return self._allocator.allocate(_order(size_bytes)) * PAGE_BYTES
+
+    def write(self, at: int, data: memoryview) -> None:
+        start = self._start + at
+        self._ram[start : start + len(data)] = data
+
+    def read(self, at: int, size_bytes: int) -> bytes:
+        start = self._start + at
+        return self._ram[start : start + size_bytes]
+
+    def free(self, at: int, size_bytes: int) -> None:
+        self._allocator.free(at // PAGE_BYTES, _order(size_bytes))
+
+
+class BuddyPlugs:
+    """Onlines memory into the last zone of an embedded guest, and offlines it from there."""
+
+    def __init__(self, allocator: BuddyAllocator) -> None:
+        self._allocator = allocator
+        self._zone = allocator.zones[-1]
+
+    def online(self, pages: RangeSet) -> None:
+        self._allocator.online(self._zone, pages - self._zone.present)
+
+    def offline(self, pages: RangeSet) -> None:
+        try:
+            self._allocator.offline(pages & self._zone.present)
+        except MemoryError as error:
+            raise Refused(str(error)) from error
+
+
+class AnonymousSource(BuddySource):
+    """Blocks are aligned parts of one private mapping; they are freed with MADV_DONTNEED.
+
+    Which addresses of the mapping are in use is kept by an allocator as that of embedded guests.
+    """
+
+    def __init__(
+        self,
+        size_bytes: int,
+        available_bytes: Callable[[], int] = mem_available_bytes,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> None:
+        """Reserve address space for `size_bytes`; no memory is used yet.
+
+        :param available_bytes: return the memory that the guest can still use.
+        :param timeout_s: how long `allocate` waits for memory, which may be isolated or in the
+            balloon.
+        """
+        self._available_bytes = available_bytes
+        self._timeout_s = timeout_s
+        self._bytes_before_check = 0
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        mapping = mmap.mmap(-1, size_bytes + EXTENT_BYTES, flags=flags)
+        # With MADV_HUGEPAGE, the kernel backs an extent with one page of order 9 where it can, so
+        # that a freed extent is a whole free chunk. Heaps of large programs get such pages, too.
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        addresses = ZoneSpec(name="addresses", present=RangeSet([(0, size_bytes // PAGE_BYTES)]))
+        allocator = BuddyAllocator([addresses], chunk_order=_order(EXTENT_BYTES))
+        allocator.zones[0].min_watermark_pages = 0
+        super().__init__(allocator, mapping, start=-address % EXTENT_BYTES)
+
+    def allocate(self, size_bytes: int) -> int:
+        if self._bytes_before_check < size_bytes:
+            self._bytes_before_check = min(self._wait_for_memory(size_bytes), _CHECK_EVERY_BYTES)
+        self._bytes_before_check -= size_bytes
+        return super().allocate(size_bytes)
+
+    def free(self, at: int, size_bytes: int) -> None:
+        self._ram.madvise(mmap.MADV_DONTNEED, self._start + at, size_bytes)
+        super().free(at, size_bytes)
+
+    def _wait_for_memory(self, size_bytes: int) -> int:
+        """Wait until there is memory for a block of this size; return how much there is.
+
+        :raises MemoryError: there is not so much in time.
+        """
+        # Do not just write to the block: memory is overcommitted, so a kernel without free memory
+        # kills a process instead of returning an error.
+        deadline_s = time.monotonic() + self._timeout_s
+        while (usable_bytes := self._available_bytes() - _SPARE_BYTES) < size_bytes:
+            if time.monotonic() > deadline_s:
+                left_bytes = max(0, usable_bytes + _SPARE_BYTES)
+                raise MemoryError(f"only {format_size(left_bytes)} are available")
+            time.sleep(_POLL_S)
+        return usable_bytes
+
+
+def _order(size_bytes: int) -> int:
+    return (size_bytes // PAGE_BYTES).bit_length() - 1

@@ -1,0 +1,67 @@
+"""The workload that an experiment runs in a guest: answers commands to allocate, free and verify.
+
+It also carries out the guest's part of a resize.
+"""
+
+from __future__ import annotations
+
+import time
+
+from guest_agent.workload.holding import Holding
+from guest_agent.workload.source import EXTENT_BYTES, Plugs, Source
+from hintfleet.errors import HintfleetError, InvalidInput
+from hintfleet.ranges import decode
+from hintfleet.v1 import hinting_pb2 as pb
+
+
+class Workload:
+    """Holds memory, and answers workload commands, one after the other."""
+
+    def __init__(self, source: Source, plugs: Plugs) -> None:
+        self._holding = Holding(source)
+        self._plugs = plugs
+
+    @property
+    def held_bytes(self) -> int:
+        """How much memory the workload holds now."""
+        return self._holding.held_bytes
+
+    def run(self, command: pb.WorkloadCommand) -> pb.Done:
+        """Run one command, and return its result.
+
+        If there is not enough memory, or the command is refused, `Done.error` is the reason.
+        Blocks that were allocated before the failure stay allocated.
+        """
+        started_s = time.monotonic()
+        holding = self._holding
+        held_bytes = holding.held_bytes
+        verified_pages, wrong_pages = holding.verified_pages, holding.wrong_pages
+        done = pb.Done(command_id=command.command_id)
+        try:
+            self._run(command)
+        except MemoryError as caught:
+            done.error = f"the guest is out of memory: {caught}"
+        except HintfleetError as caught:
+            done.error = caught.message
+        done.changed_bytes = abs(holding.held_bytes - held_bytes)
+        done.held_bytes = holding.held_bytes
+        done.verified_pages = holding.verified_pages - verified_pages
+        done.wrong_pages = holding.wrong_pages - wrong_pages
+        done.duration_us = int((time.monotonic() - started_s) * 1e6)
+        return done
+
+    def _run(self, command: pb.WorkloadCommand) -> None:
+        kind = command.WhichOneof("command")
+        if kind == "allocate":
+            for _ in range(-(-command.allocate.size_bytes // EXTENT_BYTES)):
+                self._holding.take(EXTENT_BYTES, command.allocate.seed)
+        elif kind == "free":
+            self._holding.free_some(command.free.size_bytes, command.free.seed)
+        elif kind == "verify":
+            self._holding.check_all()
+        elif kind == "online":
+            self._plugs.online(decode(command.online.ranges))
+        elif kind == "offline":
+            self._plugs.offline(decode(command.offline.ranges))
+        else:
+            raise InvalidInput("this agent does not know the command: it is older than its host's")
