@@ -43,24 +43,28 @@ async def serve_workload(
     ends = LogRateLimit()
     attach = pb.WorkloadEvent(attach=pb.Attach(identity=identity, boot_id=boot_id))
     stub = HintingServiceStub(channel)
-    while True:
-        call = stub.Workload(wait_for_ready=True)  # type: ignore[call-arg]
-        try:
-            await call.write(attach)
-            async for command in call:
-                if command.command_id not in answers:
-                    answers[command.command_id] = await asyncio.to_thread(workload.run, command)
-                    if len(answers) > _MOST_ANSWERS:
-                        del answers[next(iter(answers))]  # the oldest
-                await call.write(pb.WorkloadEvent(done=answers[command.command_id]))
-        except grpc.RpcError as error:
-            if error.code() in _FINAL_CODES:
-                raise from_rpc_error(error, "the host agent refused the workload") from error
-            if (left_out := ends.due()) is not None:
-                reason = error.details() or error.code().name
-                _log.info("workload stream ended", extra=fields(reason=reason, **left_out))
-        except asyncio.InvalidStateError:
-            # The stream ended while the command ran: for a write to a finished call, grpc.aio
-            # raises InvalidStateError, not an RpcError (grpc/aio/_call.py).
-            pass
-        await asyncio.sleep(_RECONNECT_PAUSE_S)
+    try:
+        while True:
+            call = stub.Workload(wait_for_ready=True)  # type: ignore[call-arg]
+            try:
+                await call.write(attach)
+                async for command in call:
+                    if command.command_id not in answers:
+                        answers[command.command_id] = await asyncio.to_thread(workload.run, command)
+                        if len(answers) > _MOST_ANSWERS:
+                            del answers[next(iter(answers))]  # the oldest
+                    await call.write(pb.WorkloadEvent(done=answers[command.command_id]))
+            except grpc.RpcError as error:
+                if error.code() in _FINAL_CODES:
+                    raise from_rpc_error(error, "the host agent refused the workload") from error
+                if (left_out := ends.due()) is not None:
+                    reason = error.details() or error.code().name
+                    _log.info("workload stream ended", extra=fields(reason=reason, **left_out))
+            except asyncio.InvalidStateError:
+                # The stream ended while the command ran: for a write to a finished call, grpc.aio
+                # raises InvalidStateError, not an RpcError (grpc/aio/_call.py).
+                pass
+            await asyncio.sleep(_RECONNECT_PAUSE_S)
+    finally:
+        # The end of the event loop waits for its worker threads, so one that runs a loop must end.
+        workload.stop()

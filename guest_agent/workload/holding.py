@@ -66,6 +66,11 @@ class Holding:
         self.held_bytes += size_bytes
         return at
 
+    def copy(self, source_at: int, target_at: int) -> None:
+        """Copy one extent to another one, which has the pattern of the first from then on."""
+        self._source.copy(source_at, target_at)
+        self._blocks[target_at] = self._blocks[source_at]
+
     def free(self, at: int) -> None:
         """Check a block, and free it."""
         self.check(at)

@@ -19,6 +19,7 @@ _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; in Python's mmap since 3.13
 _SPARE_BYTES = 8 * MIB
 _CHECK_EVERY_BYTES = 16 * MIB
 """How much is allocated before available memory is read again."""
+_ONE_BYTE_PER_PAGE = bytes(EXTENT_BYTES // PAGE_BYTES)
 _TIMEOUT_S = 10.0
 _POLL_S = 0.1
 
@@ -42,6 +43,22 @@ class BuddySource:
     def read(self, at: int, size_bytes: int) -> bytes:
         start = self._start + at
         return self._ram[start : start + size_bytes]
+
+    def copy(self, source_at: int, target_at: int) -> None:
+        source, target = self._start + source_at, self._start + target_at
+        # Without the view, the slice would be a copy of its own (bytes), written and read again.
+        with memoryview(self._ram) as view:
+            view[target : target + EXTENT_BYTES] = view[source : source + EXTENT_BYTES]
+
+    def touch(self, at: int) -> None:
+        start = self._start + at
+        # Drops this process's mappings, not the data: the next write to a page is a fault, also
+        # where the host has not punched.
+        self._ram.madvise(mmap.MADV_DONTNEED, start, EXTENT_BYTES)
+        self._write_to_each_page(start)
+
+    def _write_to_each_page(self, start: int) -> None:
+        self._ram[start : start + EXTENT_BYTES : PAGE_BYTES] = _ONE_BYTE_PER_PAGE
 
     def free(self, at: int, size_bytes: int) -> None:
         self._allocator.free(at // PAGE_BYTES, _order(size_bytes))
@@ -87,9 +104,6 @@ class AnonymousSource(BuddySource):
         self._bytes_before_check = 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         mapping = mmap.mmap(-1, size_bytes + EXTENT_BYTES, flags=flags)
-        # With MADV_HUGEPAGE, the kernel backs an extent with one page of order 9 where it can, so
-        # that a freed extent is a whole free chunk. Heaps of large programs get such pages, too.
-        mapping.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         addresses = ZoneSpec(name="addresses", present=RangeSet([(0, size_bytes // PAGE_BYTES)]))
         allocator = BuddyAllocator([addresses], chunk_order=_order(EXTENT_BYTES))
@@ -100,7 +114,16 @@ class AnonymousSource(BuddySource):
         if self._bytes_before_check < size_bytes:
             self._bytes_before_check = min(self._wait_for_memory(size_bytes), _CHECK_EVERY_BYTES)
         self._bytes_before_check -= size_bytes
-        return super().allocate(size_bytes)
+        at = super().allocate(size_bytes)
+        # With MADV_HUGEPAGE, the kernel backs an extent with one page of order 9 where it can, so
+        # that a freed extent is a whole free chunk. Heaps of large programs get such pages, too.
+        self._ram.madvise(mmap.MADV_HUGEPAGE, self._start + at, size_bytes)
+        return at
+
+    def touch(self, at: int) -> None:
+        # Pages of 4 KiB, as in page_fault1 without huge pages.
+        self._ram.madvise(mmap.MADV_NOHUGEPAGE, self._start + at, EXTENT_BYTES)
+        self._write_to_each_page(self._start + at)
 
     def free(self, at: int, size_bytes: int) -> None:
         self._ram.madvise(mmap.MADV_DONTNEED, self._start + at, size_bytes)

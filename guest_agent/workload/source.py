@@ -27,6 +27,13 @@ class Source(Protocol):
     def read(self, at: int, size_bytes: int) -> bytes:
         """Return all bytes of the block at this address."""
 
+    def copy(self, source_at: int, target_at: int) -> None:
+        """Copy one extent to another."""
+
+    def touch(self, at: int) -> None:
+        """Write one byte to each page of an extent that was just allocated, so that each page is a
+        page fault."""
+
     def free(self, at: int, size_bytes: int) -> None:
         """Free the block at this address."""
 

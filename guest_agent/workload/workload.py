@@ -1,13 +1,16 @@
-"""The workload that an experiment runs in a guest: answers commands to allocate, free and verify.
+"""The workload that an experiment runs in a guest: answers commands to allocate, free, verify and
+loop.
 
 It also carries out the guest's part of a resize.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 
 from guest_agent.workload.holding import Holding
+from guest_agent.workload.loops import run_loop
 from guest_agent.workload.source import EXTENT_BYTES, Plugs, Source
 from hintfleet.errors import HintfleetError, InvalidInput
 from hintfleet.ranges import decode
@@ -18,8 +21,10 @@ class Workload:
     """Holds memory, and answers workload commands, one after the other."""
 
     def __init__(self, source: Source, plugs: Plugs) -> None:
+        self._source = source
         self._holding = Holding(source)
         self._plugs = plugs
+        self._stop = threading.Event()
 
     @property
     def held_bytes(self) -> int:
@@ -38,7 +43,7 @@ class Workload:
         verified_pages, wrong_pages = holding.verified_pages, holding.wrong_pages
         done = pb.Done(command_id=command.command_id)
         try:
-            self._run(command)
+            self._run(command, done)
         except MemoryError as caught:
             done.error = f"the guest is out of memory: {caught}"
         except HintfleetError as caught:
@@ -50,7 +55,11 @@ class Workload:
         done.duration_us = int((time.monotonic() - started_s) * 1e6)
         return done
 
-    def _run(self, command: pb.WorkloadCommand) -> None:
+    def stop(self) -> None:
+        """End a loop that runs, and all later ones at once. May be called from any thread."""
+        self._stop.set()
+
+    def _run(self, command: pb.WorkloadCommand, done: pb.Done) -> None:
         kind = command.WhichOneof("command")
         if kind == "allocate":
             for _ in range(-(-command.allocate.size_bytes // EXTENT_BYTES)):
@@ -59,6 +68,8 @@ class Workload:
             self._holding.free_some(command.free.size_bytes, command.free.seed)
         elif kind == "verify":
             self._holding.check_all()
+        elif kind == "loop":
+            done.looped.CopyFrom(run_loop(command.loop, self._holding, self._source, self._stop))
         elif kind == "online":
             self._plugs.online(decode(command.online.ranges))
         elif kind == "offline":

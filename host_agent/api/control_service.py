@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -16,11 +15,12 @@ from hintfleet.logs import fields
 from hintfleet.settings import SHORTEST_SAMPLE_PERIOD_MS
 from hintfleet.system.machine_limits import processors
 from hintfleet.units import PAGE_BYTES
-from hintfleet.v1 import hinting_pb2, host_pb2
+from hintfleet.v1 import host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceServicer
 from host_agent.api.attaching import attach, detach, domains
 from host_agent.api.grpc_calls import Context, abort
 from host_agent.api.sampling import SampleFilter, guest_message, sample_set
+from host_agent.api.steps import command_of, number_of, response_of
 from host_agent.budget.budget import Budget
 from host_agent.guest import Guest
 from host_agent.guests.attached.driver import AttachedDriver
@@ -142,19 +142,12 @@ class ControlService(HostServiceServicer):
         async def run() -> host_pb2.RunStepResponse:
             guest = self._registry.get(request.guest_name)
             done = await guest.sessions.run_step(
-                lambda number: _command(request, number), command_id=_number_of(request.command)
+                partial(command_of, request), command_id=number_of(request.command)
             )
             # After the step `verify`, audit: the samples that follow it must have exact books.
             if request.verify:
                 await guest.audits.ledger()
-            return host_pb2.RunStepResponse(
-                changed_bytes=done.changed_bytes,
-                held_bytes=done.held_bytes,
-                verified_pages=done.verified_pages,
-                wrong_pages=done.wrong_pages,
-                duration_us=done.duration_us,
-                done_at_unix_us=time.time_ns() // 1000,
-            )
+            return response_of(request, done, time.time_ns() // 1000)
 
         return await self._once("RunStep", request.command, run, context)
 
@@ -259,30 +252,3 @@ async def _check_period(period_ms: int, context: Context) -> None:
             context,
             InvalidInput(f"samples need a period of at least {SHORTEST_SAMPLE_PERIOD_MS} ms"),
         )
-
-
-def _number_of(command: host_pb2.CommandId) -> int:
-    """Return the id under which a guest's workload gets a command: the same id for each retry. 0
-    if the command has no sequence number: `run_step` then chooses a new id."""
-    if not command.sequence:
-        return 0
-    # A hash, not a counter: a retry may be sent to another host agent. With the same id there, the
-    # workload answers from memory, and does not do the step twice.
-    digest = hashlib.blake2b(command.SerializeToString(deterministic=True), digest_size=8)
-    return int.from_bytes(digest.digest())
-
-
-def _command(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.WorkloadCommand:
-    command = hinting_pb2.WorkloadCommand(command_id=number)
-    step = request.WhichOneof("step")
-    if step == "allocate_bytes":
-        command.allocate.size_bytes = request.allocate_bytes
-        command.allocate.seed = request.seed
-    elif step == "free_bytes":
-        command.free.size_bytes = request.free_bytes
-        command.free.seed = request.seed
-    elif step == "verify":
-        command.verify.SetInParent()
-    else:
-        raise InvalidInput("RunStep has no step")
-    return command

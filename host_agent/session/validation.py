@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from hintfleet.errors import InvalidInput
 from hintfleet.settings import MAX_ORDER
+from hintfleet.sketch import MOST_BUCKETS
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
@@ -45,15 +46,28 @@ def check_telemetry(told: pb.Telemetry, memory_bytes: int) -> None:
 def check_done(done: pb.Done, memory_bytes: int) -> None:
     """Check a workload's answer.
 
-    :raises InvalidInput: it is about more memory than `memory_bytes`, or another figure or the
-        error text is too large.
+    :raises InvalidInput: it is about more memory than `memory_bytes`, or another figure, a sketch
+        or the error text is too large.
     """
     for name in ("changed_bytes", "held_bytes"):
         _check_at_most(name, getattr(done, name), memory_bytes)
+    # A loop verifies the same memory again and again.
+    most_pages = _MAX_FIGURE if done.HasField("looped") else memory_bytes // PAGE_BYTES
     for name in ("verified_pages", "wrong_pages"):
-        _check_at_most(name, getattr(done, name), memory_bytes // PAGE_BYTES)
+        _check_at_most(name, getattr(done, name), most_pages)
     _check_at_most("duration_us", done.duration_us, _MAX_FIGURE)
     _check_at_most("length of error", len(done.error), _MAX_TEXT_LENGTH)
+    _check_looped(done.looped)
+
+
+def _check_looped(looped: pb.Looped) -> None:
+    for name in ("cycles", "touched_bytes"):
+        _check_at_most(name, getattr(looped, name), _MAX_FIGURE)
+    for name in ("allocation_us", "bytes_per_s"):
+        sketch: pb.Sketch = getattr(looped, name)
+        buckets = sketch.first_bucket + len(sketch.counts)
+        _check_at_most(f"last bucket of {name}", buckets, MOST_BUCKETS)
+        _check_at_most(f"sum of {name}", sum(sketch.counts), _MAX_FIGURE)
 
 
 def printable(text: str) -> str:

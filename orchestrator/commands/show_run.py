@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,9 +12,13 @@ from hintfleet.errors import ExitCode
 from orchestrator.commands.output import emit, savings_as_data
 from orchestrator.results.capacity import capacities
 from orchestrator.results.comparison import compare
+from orchestrator.results.loop_comparison import compare_loops
 from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.reader import Run, Store
 from orchestrator.results.trial_outcome import TrialStatus
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def print_run(store: Store, run: Run, output_format: str, with_trials: bool = False) -> int:
@@ -53,10 +57,13 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
     header = asdict(run)
     del header["spec_text"]
     arms = [savings_as_data(row) for row in rows]
-    costs = {cost.arm: asdict(cost) for cost in compare(store.cost_rows(run.run_id), run.driver)}
+    cost_rows = store.cost_rows(run.run_id)
+    costs = {cost.arm: asdict(cost) for cost in compare(cost_rows, run.driver)}
+    loops = [asdict(loop) for loop in compare_loops(cost_rows)]
     for arm in arms:
         del arm["experiment"], arm["run_id"], arm["key"]
         arm["cost"] = costs.get(arm["arm"])
+        arm["loops"] = [loop for loop in loops if loop["arm"] == arm["arm"]]
     fitted = [asdict(arm) for arm in capacities(store.capacity_rows(run.run_id))]
     return header | {
         "arms": arms,
@@ -82,13 +89,19 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
     from orchestrator.view import tables
     from orchestrator.view.answer import capacity_answer, savings_answer
     from orchestrator.view.capacity_table import capacity_summary
+    from orchestrator.view.loop_tables import LOOP_NOTE, loop_tables
 
-    costs = compare(store.cost_rows(run.run_id), run.driver)
+    cost_rows = store.cost_rows(run.run_id)
+    costs = compare(cost_rows, run.driver)
     fitted = capacities(store.capacity_rows(run.run_id))
     answer = capacity_answer(fitted) or savings_answer(rows, costs)
-    parts = [tables.heading(run, answer)]
+    parts: list[RenderableType] = [tables.heading(run, answer)]
     if run.state != "running":
         parts.append(capacity_summary(fitted) if fitted else tables.savings_and_costs(rows, costs))
+    if loops := compare_loops(cost_rows):
+        for table in loop_tables(loops):
+            parts += [Text(), table]
+        parts += [Text(), LOOP_NOTE]
     if with_trials:
         parts += [Text(), tables.trials(store.trials(run.run_id))]
     return Group(*parts)

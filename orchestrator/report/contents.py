@@ -11,6 +11,7 @@ from orchestrator.report.curves import Curve, Mark, arm_curve, mean_marks, resid
 from orchestrator.results.capacity import ArmCapacity, capacities
 from orchestrator.results.comparison import ArmCost, compare
 from orchestrator.results.footprint import Numbers, Series
+from orchestrator.results.loop_comparison import ArmLoops, compare_loops
 from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store, StoredTrial
@@ -24,13 +25,15 @@ from orchestrator.view.answer import capacity_answer, savings_answer
 class Contents:
     """The contents of a report on one run.
 
-    `costs` and `curves` have their arms in the order of `rows`, but may lack some of them. If
-    guests were started one by one, there are only `capacities` and `fills`; else there are neither.
+    `costs`, `loops` and `curves` have their arms in the order of `rows`, but may lack some of them.
+    If guests were started one by one, there are only `capacities` and `fills`; else there are
+    neither.
     """
 
     run: Run
     rows: Sequence[Savings] = ()
     costs: Sequence[ArmCost] = ()
+    loops: Sequence[ArmLoops] = ()
     curves: Sequence[Curve] = ()
     marks: Sequence[Mark] = ()
     capacities: Sequence[ArmCapacity] = ()
@@ -89,10 +92,12 @@ def read_contents(store: Store, run: Run) -> Contents:
         folder = store.samples_dir(run.run_id) / trial.trial_id
         guests = {host: list(_series(folder, host)) for host in hosts}
         by_arm[trial.arm].append(resident_in_trial(guests, hosts, marks))
+    cost_rows = store.cost_rows(run.run_id)
     return Contents(
         run=run,
         rows=rows,
-        costs=compare(store.cost_rows(run.run_id), run.driver),
+        costs=compare(cost_rows, run.driver),
+        loops=compare_loops(cost_rows),
         curves=[arm_curve(arm, trials, marks) for arm, trials in by_arm.items() if trials],
         marks=marks,
     )

@@ -21,6 +21,7 @@ from orchestrator.report.style import DARK, LIGHT, VegaLite
 from orchestrator.view import tables
 from orchestrator.view.capacity_table import capacity_table
 from orchestrator.view.figures import first_line, when
+from orchestrator.view.loop_tables import LOOP_NOTE, loop_tables
 
 _FITTED = """How many guests had done their workload when the host ran out of memory, all hosts
 together. More: than under the control, over pairs of trials with the same seeds; in brackets the
@@ -87,6 +88,7 @@ def _returned_and_spent(contents: Contents) -> str:
         (
             _section("What came back, and whether the workload kept its data", returned),
             _section("What it cost", spent, note=_SPENT),
+            _loops(contents),
         )
     )
 
@@ -98,6 +100,14 @@ def _section(title: str, *blocks: str, note: str = "") -> str:
 
 def _paragraph(kind: str, text: str) -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if text else ""
+
+
+def _loops(contents: Contents) -> str:
+    """Return the section with what the loops of the workload measured; empty if it has none."""
+    if not contents.loops:
+        return ""
+    measured = [_html_table(one) for one in loop_tables(contents.loops)]
+    return _section("What the loops measured", *measured, note=LOOP_NOTE.plain)
 
 
 def _environment(environment: Mapping[str, str]) -> Table:

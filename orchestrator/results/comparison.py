@@ -14,7 +14,12 @@ from dataclasses import dataclass
 
 from hintfleet.settings import Driver
 from orchestrator.results.cost import Cost
-from orchestrator.results.statistics import Interval, mean_interval, paired_differences
+from orchestrator.results.statistics import (
+    Interval,
+    mean_interval,
+    paired_differences,
+    ratio_percent,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,17 +136,6 @@ def _extra(
 
 
 def _slowdown_percent(control: Sequence[CostRow], arm: Sequence[CostRow]) -> Interval | None:
-    # Logarithms of ratios are averaged, not ratios: a trial that is twice as slow and one that
-    # is twice as fast then cancel out.
-    def log_step_s(rows: Sequence[CostRow]) -> dict[Hashable, float]:
-        step_s = _by_trial(rows, lambda cost: cost.step_s)
-        # At least a microsecond, the unit of the durations: log(0) is not defined.
-        return {trial: math.log(max(value, 1e-6)) for trial, value in step_s.items()}
-
-    log_ratio = mean_interval(paired_differences(log_step_s(arm), log_step_s(control)))
-    if log_ratio is None:
-        return None
-    mean, low, high = (
-        100 * math.expm1(value) for value in (log_ratio.mean, log_ratio.low, log_ratio.high)
+    return ratio_percent(
+        _by_trial(control, lambda cost: cost.step_s), _by_trial(arm, lambda cost: cost.step_s)
     )
-    return Interval(mean=mean, low=low, high=high, pairs=log_ratio.pairs)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.results.footprint import Series, Window, last_index, window_of
+from orchestrator.results.loops import LoopSum, loops_of
 from orchestrator.trial.records import GuestSettled, StepDone
 
 SETTLED_SHARE = 0.95
@@ -42,7 +43,7 @@ class Cost:
     :ivar settle_s: one value for each guest and free step after which memory came back to the
         host: time from the end of the step until 95 % of that memory was back.
     :ivar asked_settle_s: how long each Settle call took.
-    :ivar step_s: total time of all allocate and free steps of all guests.
+    :ivar step_s: total time of all steps of all guests, except loops, whose time is given.
     :ivar agent_cpu_s: CPU time of the guests' agents. For an embedded guest this is the whole
         guest process, but 0 under method none.
     :ivar process_cpu_s: CPU time of the guests' processes on the host (embedded process,
@@ -52,6 +53,7 @@ class Cost:
     :ivar observing_cpu_s: CPU time of the host agent for samples, and for audits that serve
         only samples: the price of measuring, not of the method.
     :ivar tracker_bytes: the maximum over all guests and samples.
+    :ivar loops: one sum for each kind of loops in the workload.
     """
 
     settle_s: tuple[float, ...]
@@ -64,6 +66,7 @@ class Cost:
     ranges: int
     tracker_bytes: int
     observing_cpu_s: float = 0.0
+    loops: tuple[LoopSum, ...] = ()
 
 
 def host_cost(
@@ -88,7 +91,8 @@ def host_cost(
     return Cost(
         settle_s=tuple(s for guest, part in series.items() for s in _settle_s(part, steps[guest])),
         asked_settle_s=tuple(done.duration_us / _US_PER_S for done in settled),
-        step_s=sum(s.duration_us for done in steps.values() for s in done[:-1]) / _US_PER_S,
+        step_s=sum(s.duration_us for done in steps.values() for s in done[:-1] if not s.loop)
+        / _US_PER_S,
         agent_cpu_s=sum(spent("agent_cpu_us")) / _US_PER_S,
         process_cpu_s=sum(spent("process_cpu_us")) / _US_PER_S,
         host_agent_cpu_s=max(spent("host_agent_cpu_us")) / _US_PER_S - observing_s,
@@ -96,6 +100,7 @@ def host_cost(
         wire_bytes=sum(spent("wire_bytes")),
         ranges=sum(spent("ranges")),
         tracker_bytes=max(int(part.counters["tracker_bytes"].max()) for part in series.values()),
+        loops=loops_of(steps),
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+_ALMOST_NOTHING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,29 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     half_width = _student_t(n - 1) * math.sqrt(variance / n)
     return Interval(mean=mean, low=mean - half_width, high=mean + half_width, pairs=n)
+
+
+def ratio_percent(
+    control: Mapping[Hashable, float], treated: Mapping[Hashable, float]
+) -> Interval | None:
+    """Return by how many percent `treated` is more than `control`: the geometric mean of the pairs'
+    ratios, with its 95 % interval; None for fewer than two pairs.
+
+    The values are not negative.
+    """
+
+    # Logarithms of ratios are averaged, not ratios: a trial that is twice as slow and one that
+    # is twice as fast then cancel out. log(0) is not defined.
+    def logs(values: Mapping[Hashable, float]) -> dict[Hashable, float]:
+        return {key: math.log(max(value, _ALMOST_NOTHING)) for key, value in values.items()}
+
+    log_ratio = mean_interval(paired_differences(logs(treated), logs(control)))
+    if log_ratio is None:
+        return None
+    mean, low, high = (
+        100 * math.expm1(value) for value in (log_ratio.mean, log_ratio.low, log_ratio.high)
+    )
+    return Interval(mean=mean, low=low, high=high, pairs=log_ratio.pairs)
 
 
 def _student_t(degrees_of_freedom: int) -> float:

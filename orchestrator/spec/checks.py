@@ -23,7 +23,15 @@ from hintfleet.settings import (
 from hintfleet.system.machine_limits import Bound
 from hintfleet.units import MIB, format_size
 from orchestrator.spec.model import Arm, Spec
-from orchestrator.spec.workload import expand, held_after, step_count, total_allocated_bytes
+from orchestrator.spec.phases import Kind
+from orchestrator.spec.workload import (
+    Step,
+    expand,
+    held_after,
+    held_during,
+    step_count,
+    total_allocated_bytes,
+)
 
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
 _MAX_STEPS = 100_000
@@ -246,7 +254,6 @@ def _host_problems(spec: Spec) -> Iterator[Problem]:
 def _workload_problems(spec: Spec) -> Iterator[Problem]:
     phases = spec.workload.phases
     memory_bytes = spec.guests.memory_bytes
-    usable = usable_bytes(spec.driver, memory_bytes)
     if memory_bytes % (4 * MIB):
         yield Problem(path=("guests", "memory"), message="not a multiple of 4MiB")
     if phases[0].repeat is not None:
@@ -263,30 +270,44 @@ def _workload_problems(spec: Spec) -> Iterator[Problem]:
         return
     held_bytes = 0
     for step in expand(spec.workload):
-        path = ("workload", "phases", step.phase_index)
-        if step.allocate is not None and not step.allocate.of(memory_bytes):
-            yield Problem(
-                path=(*path, "allocate"),
-                message=f"{step.allocate} is less than a page, so nothing would be allocated",
-            )
-            return
-        if step.free is not None and not step.free.of(held_bytes):
-            yield Problem(path=path, message="nothing is held that could be freed")
-            return
-        if step.free is not None and (step.free.size_bytes or 0) > held_bytes:
-            yield Problem(
-                path=(*path, "free"),
-                message=f"{step.free} to free, but only {format_size(held_bytes)} is held then",
-                hint="free less, or a percentage",
-            )
+        if problem := _step_problem(spec, step, held_bytes):
+            yield problem
             return
         held_bytes = held_after(step, held_bytes, memory_bytes)
-        if held_bytes > usable:
-            yield Problem(
-                path=path,
-                message=f"the workload holds {format_size(held_bytes)} here, but of a guest's "
-                f"{format_size(memory_bytes)} at most {format_size(max(usable, 0))} is usable "
-                f"({spec.driver} driver)",
-                hint="allocate less, or give guests.memory more",
+
+
+def _step_problem(spec: Spec, step: Step, held_bytes: int) -> Problem | None:
+    """Return the problem of a step in a guest that holds `held_bytes` before it; else None."""
+    path = ("workload", "phases", step.phase_index)
+    memory_bytes = spec.guests.memory_bytes
+    if step.kind is Kind.FREE:
+        if not step.size_bytes(held_bytes, memory_bytes):
+            return Problem(path=path, message="nothing is held that could be freed")
+        if (step.amount.size_bytes or 0) > held_bytes:
+            return Problem(
+                path=(*path, step.kind),
+                message=f"{step.amount} to free, but only {format_size(held_bytes)} is held then",
+                hint="free less, or a percentage",
             )
-            return
+    elif step.kind is Kind.BANDWIDTH and step.size_bytes(held_bytes, memory_bytes) < 4 * MIB:
+        return Problem(
+            path=(*path, step.kind),
+            message=f"{step.amount} is too small: it copies from one 2 MiB to another",
+            hint="write at least 4MiB; more than the processor's caches have",
+        )
+    elif not step.size_bytes(held_bytes, memory_bytes):
+        return Problem(
+            path=(*path, step.kind),
+            message=f"{step.amount} is less than a page, so nothing would be allocated",
+        )
+    most_bytes = held_during(step, held_bytes, memory_bytes)
+    usable = usable_bytes(spec.driver, memory_bytes)
+    if most_bytes > usable:
+        return Problem(
+            path=path,
+            message=f"the workload holds {format_size(most_bytes)} here, but of a guest's "
+            f"{format_size(memory_bytes)} at most {format_size(max(usable, 0))} is usable "
+            f"({spec.driver} driver)",
+            hint="allocate less, or give guests.memory more",
+        )
+    return None

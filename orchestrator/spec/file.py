@@ -20,14 +20,13 @@ from orchestrator.spec.model import (
     Arm,
     Guests,
     Hosts,
-    Phase,
     Spec,
     Timeouts,
     Under,
     UnderDriver,
-    Workload,
     keys_of,
 )
+from orchestrator.spec.phases import Phase, Workload
 from orchestrator.spec.yaml_reader import Document, read_yaml
 from orchestrator.spec.yaml_reader import Path as Keys
 

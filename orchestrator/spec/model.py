@@ -28,10 +28,9 @@ from hintfleet.settings import (
     Policy,
 )
 from hintfleet.units import format_size
+from orchestrator.spec.phases import Workload
 from orchestrator.spec.values import (
-    AmountOrPercent,
     ColdAfterS,
-    DurationS,
     Name,
     Part,
     PositiveDurationS,
@@ -96,42 +95,6 @@ class Guests(Part):
     per_host: int = Field(ge=1, le=1000)
     memory_bytes: Size = Field(alias="memory")
     start: Annotated[Start, Field(strict=False)] = Start.TOGETHER
-
-
-class Phase(Part):
-    """One step of the workload on all guests, and the time to hold after it; or a repeat.
-
-    Exactly one of three is set: `allocate` (a percentage of the guest's memory, or a size),
-    `free` (a percentage of the memory that the workload holds, or a size), or `repeat` (how
-    often all phases before this one run in total).
-    """
-
-    allocate: AmountOrPercent | None = None
-    free: AmountOrPercent | None = None
-    repeat: int | None = Field(default=None, ge=1, le=10000)
-    hold_s: DurationS = Field(default=0.0, alias="for")
-    settle: bool = False
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Phase:
-        kinds = [k for k in ("allocate", "free", "repeat") if getattr(self, k) is not None]
-        if len(kinds) != 1:
-            raise invalid_value(
-                "a phase must have exactly one of allocate, free and repeat, not "
-                f"{' and '.join(kinds) or 'none'}",
-                "start another phase with '-'",
-            )
-        if self.repeat is not None and (self.hold_s or self.settle):
-            raise invalid_value(
-                "repeat allows neither for nor settle", "move them to another phase"
-            )
-        return self
-
-
-class Workload(Part):
-    """The phases that every guest goes through, in order."""
-
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1, max_length=1000)]
 
 
 class Arm(Part):

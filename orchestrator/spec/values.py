@@ -5,9 +5,16 @@ Sizes become integer bytes, durations become seconds, and percentages become num
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from pydantic_core import PydanticCustomError
 
 from hintfleet.errors import InvalidInput
@@ -76,9 +83,24 @@ def _amount(value: Any) -> Amount:
 
 
 class Part(BaseModel):
-    """A part of a spec: frozen; unknown keys are an error."""
+    """A part of a spec: frozen; unknown keys are an error.
+
+    :cvar LATER: fields that an earlier version did not have. A dump is without them while they have
+        their defaults: so the hash of a spec that does not use them stays the same, and a run of
+        that version can be resumed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=False)
+    LATER: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = {
+            name
+            for name in self.LATER
+            if getattr(self, name) == type(self).model_fields[name].default
+        }
+        return {name: value for name, value in dump(self).items() if name not in unused}
 
 
 class Amount(Part):

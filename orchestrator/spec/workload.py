@@ -4,36 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.spec.model import Phase, Workload
+from orchestrator.spec.phases import Kind, Phase, Workload
 from orchestrator.spec.values import Amount
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One allocation or one free, followed by a hold.
+    """One thing that a guest does, followed by a hold.
 
     :ivar phase_index: the index of its phase in the spec.
+    :ivar amount: how much to allocate or to free; of a loop, how much memory it uses.
+    :ivar loop_s: how long a loop lasts; 0 for other steps.
+    :ivar pause_s: churn: how long to wait between two cycles.
     :ivar hold_s: how long to wait after the step.
     :ivar settle: whether the guest gives back all that it can before the hold; ignored under
         method none.
     """
 
     phase_index: int
-    allocate: Amount | None = None
-    free: Amount | None = None
+    kind: Kind
+    amount: Amount
+    loop_s: float = 0.0
+    pause_s: float = 0.0
     hold_s: float = 0.0
     settle: bool = False
 
     @property
     def title(self) -> str:
         """The step as text: `allocate 192 MiB`."""
-        return f"allocate {self.allocate}" if self.allocate else f"free {self.free}"
+        return f"{self.kind} {self.amount}"
 
     def size_bytes(self, held_bytes: int, memory_bytes: int) -> int:
-        """Return the bytes to allocate or to free in a guest that holds `held_bytes` now."""
-        if self.allocate is not None:
-            return self.allocate.of(memory_bytes)
-        return self.free.of(held_bytes) if self.free is not None else 0
+        """Return the bytes that the step is about, in a guest that holds `held_bytes` now."""
+        return self.amount.of(held_bytes if self.kind is Kind.FREE else memory_bytes)
 
 
 def expand(workload: Workload) -> tuple[Step, ...]:
@@ -56,11 +59,14 @@ def step_count(workload: Workload) -> int:
 
 
 def _step(phase_index: int, phase: Phase) -> Step:
+    loops = phase.kind.is_loop
     return Step(
         phase_index=phase_index,
-        allocate=phase.allocate,
-        free=phase.free,
-        hold_s=phase.hold_s,
+        kind=phase.kind,
+        amount=phase.amount,
+        loop_s=phase.hold_s if loops else 0.0,
+        pause_s=phase.pause_s or 0.0,
+        hold_s=0.0 if loops else phase.hold_s,
         settle=phase.settle,
     )
 
@@ -68,11 +74,20 @@ def _step(phase_index: int, phase: Phase) -> Step:
 def held_after(step: Step, held_bytes: int, memory_bytes: int) -> int:
     """Return the bytes that a guest should hold after a step."""
     size_bytes = step.size_bytes(held_bytes, memory_bytes)
-    return held_bytes + size_bytes if step.allocate is not None else held_bytes - size_bytes
+    changes = {Kind.ALLOCATE: size_bytes, Kind.FREE: -size_bytes}
+    return held_bytes + changes.get(step.kind, 0)
+
+
+def held_during(step: Step, held_bytes: int, memory_bytes: int) -> int:
+    """Return the most bytes that a guest uses for its workload during a step."""
+    if step.kind is Kind.FREE:
+        return held_bytes
+    return held_bytes + step.size_bytes(held_bytes, memory_bytes)
 
 
 def total_allocated_bytes(workload: Workload, memory_bytes: int) -> int:
-    """Return the bytes of all allocations of one guest; what the steps free is not subtracted."""
+    """Return the bytes that all steps of one guest allocate, those of a loop once; what the steps
+    free is not subtracted."""
     return sum(
-        step.size_bytes(0, memory_bytes) for step in expand(workload) if step.allocate is not None
+        step.size_bytes(0, memory_bytes) for step in expand(workload) if step.kind is not Kind.FREE
     )

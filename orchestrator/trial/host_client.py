@@ -115,8 +115,12 @@ class HostClient:
         return await self._answer(call, f"creating guest {request.name}")
 
     async def run_step(self, request: host_pb2.RunStepRequest) -> host_pb2.RunStepResponse:
-        """Run one step of the workload on a guest; return when the guest has done the step."""
-        call = self._stub.RunStep(request, timeout=self._timeouts.step_s)
+        """Run one step of the workload on a guest; return when the guest has done the step.
+
+        Its deadline is the timeout of steps, and the time that a loop lasts.
+        """
+        timeout_s = self._timeouts.step_s + request.loop.duration_ms / 1000
+        call = self._stub.RunStep(request, timeout=timeout_s)
         return await self._answer(call, f"{request.WhichOneof('step')} on {request.guest_name}")
 
     async def settle(self, guest_name: str) -> host_pb2.SettleResponse:

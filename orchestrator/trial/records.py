@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hintfleet.sketch import Sketch
 from hintfleet.v1 import host_pb2
 
 # Columns of the stored samples, and how each is read from a sample. All are uint64. `columns_of`
@@ -73,10 +74,26 @@ class PhaseStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoopFigures:
+    """What a loop did.
+
+    :ivar cycles: whole cycles.
+    :ivar touched_bytes: written, faulted in, or read and written (bandwidth).
+    :ivar allocation_us: how long each allocation of an extent took, with the first write to it.
+    :ivar bytes_per_s: touched bytes per second, one value for each 100 ms.
+    """
+
+    cycles: int
+    touched_bytes: int
+    allocation_us: Sketch
+    bytes_per_s: Sketch
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepDone:
     """A guest has done a step.
 
-    :ivar kind: `allocate`, `free` or `verify`.
+    :ivar kind: a `phases.Kind`, or `verify`.
     :ivar changed_bytes: the bytes that the step allocated or freed.
     :ivar held_bytes: the bytes that the guest's workload holds after the step.
     """
@@ -91,6 +108,7 @@ class StepDone:
     verified_pages: int
     wrong_pages: int
     duration_us: int
+    loop: LoopFigures | None = None
 
     @property
     def started_unix_us(self) -> int:

@@ -34,6 +34,7 @@ from orchestrator.trial.records import (
     StepDone,
     columns_of,
 )
+from orchestrator.trial.steps import loop_figures, step_request
 
 _FLUSH_PERIOD_S = 0.25
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
@@ -253,12 +254,8 @@ class _TrialRunner:
 
     async def _step(self, guest: GuestTask, index: int, step: Step) -> None:
         size_bytes = step.size_bytes(self._held_bytes[guest.name], self._spec.guests.memory_bytes)
-        request = host_pb2.RunStepRequest(seed=guest.step_seeds[index])
-        if step.allocate is not None:
-            request.allocate_bytes = size_bytes
-        else:
-            request.free_bytes = size_bytes
-        await self._run_step(guest, request, "free" if step.free else "allocate")
+        request = step_request(step, size_bytes, guest.step_seeds[index])
+        await self._run_step(guest, request, step.kind)
 
     async def _verify(self, guest: GuestTask) -> None:
         await self._run_step(guest, host_pb2.RunStepRequest(verify=True), "verify")
@@ -283,6 +280,7 @@ class _TrialRunner:
                 verified_pages=done.verified_pages,
                 wrong_pages=done.wrong_pages,
                 duration_us=done.duration_us,
+                loop=loop_figures(done),
             )
         )
 

@@ -105,6 +105,9 @@ DEFAULT_STEP_PERCENT = 5
 
 SHORTEST_SAMPLE_PERIOD_MS = 10
 
+MOST_LOOP_MS = 3_600_000
+"""The longest time that a loop of a workload may take."""
+
 DEFAULT_ORPHAN_AFTER_S = 60
 DEFAULT_WATCH_GRACE_S = 30
 """Seconds after which an adopted guest is ended if nobody watches its trial.

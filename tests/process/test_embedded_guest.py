@@ -12,6 +12,7 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
+from hintfleet.v1.hinting_pb2 import Loop
 from tests.support.agents import HANG_S, TRIAL, HostAgent, alive, wait_until
 
 HELD = 96 * MIB
@@ -102,6 +103,21 @@ def test_samples_agree_with_the_books(host_agent: HostAgent) -> None:
     assert began_s < sample.at_unix_us / 1e6 < time.time()
     wait_until(lambda: host_agent.samples[-1].samples[0].agent_rss_bytes > 0, "telemetry")
     assert host_agent.samples[-1].samples[0].tracker_bytes > 0
+
+
+@pytest.mark.parametrize("pattern", [Loop.CHURN, Loop.FAULT, Loop.BANDWIDTH])
+def test_a_loop_runs_beside_hinting_and_harms_nothing(
+    host_agent: HostAgent, pattern: Loop.Pattern.ValueType
+) -> None:
+    host_agent.watch()
+    host_agent.create()
+    host_agent.allocate(32 * MIB)
+    done = host_agent.loop(pattern, size_bytes=32 * MIB, duration_ms=1500, pause_ms=300)
+    assert (done.held_bytes, done.changed_bytes, done.wrong_pages) == (32 * MIB, 0, 0)
+    assert done.duration_us >= 1_500_000
+    assert done.looped.touched_bytes > 0
+    assert host_agent.settle().ledger.resident_bytes == 32 * MIB, "the loop's memory came back"
+    assert host_agent.verify().wrong_pages == 0
 
 
 def test_more_than_the_guest_has_is_refused_and_harms_nothing(host_agent: HostAgent) -> None:

@@ -23,7 +23,7 @@ import grpc
 from hintfleet.net.channels import open_channel
 from hintfleet.net.tls import Tls
 from hintfleet.units import MIB
-from hintfleet.v1 import host_pb2
+from hintfleet.v1 import hinting_pb2, host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceStub
 from host_agent.registry import Registry
 from host_agent.server import Serving, Settings, serving
@@ -108,6 +108,11 @@ class HostClient:
 
     def verify(self, name: str = "g") -> host_pb2.RunStepResponse:
         return self._step(guest_name=name, verify=True)
+
+    def loop(
+        self, pattern: hinting_pb2.Loop.Pattern.ValueType, name: str = "g", **settings: int
+    ) -> host_pb2.RunStepResponse:
+        return self._step(guest_name=name, loop=hinting_pb2.Loop(pattern=pattern, **settings))
 
     def _step(self, **step: Any) -> host_pb2.RunStepResponse:
         return self.stub.RunStep(host_pb2.RunStepRequest(**step), timeout=HANG_S)

@@ -41,6 +41,7 @@ ARROWS = {
         "settings": "",
         "findings": "settings",
         "agent_config": "errors settings",
+        "sketch": "",
         "units": "errors",
         "ranges": "errors",
         "leaks": "errors",

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 SILENT = {
     "pure: takes values and returns values, and its caller logs what follows": (
+        "host_agent/api/steps.py",
         "host_agent/door/protocol.py",
         "host_agent/guests/attached/obstacles.py",
         "guest_agent/hinting.py",
@@ -33,6 +34,7 @@ SILENT = {
         "guest_agent/memory/kernel.py",
         "guest_agent/procfs.py",
         "guest_agent/workload/holding.py",
+        "guest_agent/workload/loops.py",
         "guest_agent/workload/memory.py",
         "guest_agent/workload/workload.py",
         "host_agent/api/attaching.py",

@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hintfleet.errors import InvalidInput
+from hintfleet.sketch import Sketch
 from orchestrator.results.capacity import Capacity, CapacityRow
 from orchestrator.results.comparison import CostRow
 from orchestrator.results.cost import Cost
 from orchestrator.results.footprint import Footprint, Returned
+from orchestrator.results.loops import LoopSum
 from orchestrator.results.savings import FootprintRow
 from orchestrator.results.store.database import errors_mapped, open_database
 from orchestrator.results.store.lock import try_lock
 from orchestrator.results.trial_outcome import TrialStatus
+from orchestrator.trial.records import LoopFigures
 
 LATEST = "latest"
 _E = TypeVar("_E")
@@ -256,7 +259,7 @@ class Store(AbstractContextManager["Store"]):
             run_id,
             kind.__name__,
         )
-        return [kind(**json.loads(row["detail"])) for row in rows]
+        return [kind(**_event_values(row["detail"])) for row in rows]
 
     def _query(self, sql: str, *values: object) -> list[sqlite3.Row]:
         with errors_mapped(self.path):
@@ -321,7 +324,7 @@ def _cost_row(row: sqlite3.Row) -> CostRow:
         is_control=row["arm"] == row["control"],
         repetition=row["repetition"],
         host=row["host"],
-        cost=_cost(json.loads(row["cost"])) if row["cost"] else None,
+        cost=_cost(json.loads(row["cost"], object_hook=_with_sketches)) if row["cost"] else None,
         undecided=row["undecided"],
     )
 
@@ -339,7 +342,19 @@ def _capacity_row(row: sqlite3.Row) -> CapacityRow:
 
 def _cost(stored: dict[str, Any]) -> Cost:
     lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
-    return Cost(**stored | lists)
+    loops = tuple(LoopSum(**one) for one in stored.get("loops", ()))
+    return Cost(**stored | lists | {"loops": loops})
+
+
+def _event_values(detail: str) -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads(detail, object_hook=_with_sketches)
+    return stored | {"loop": LoopFigures(**stored["loop"])} if stored.get("loop") else stored
+
+
+def _with_sketches(stored: dict[str, Any]) -> dict[str, Any] | Sketch:
+    if stored.keys() != {"first_bucket", "counts"}:
+        return stored
+    return Sketch(first_bucket=stored["first_bucket"], counts=tuple(stored["counts"]))
 
 
 def _footprint(stored: dict[str, Any]) -> Footprint:

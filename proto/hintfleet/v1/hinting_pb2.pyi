@@ -529,6 +529,7 @@ class WorkloadCommand(_message.Message):
     VERIFY_FIELD_NUMBER: _builtins.int
     ONLINE_FIELD_NUMBER: _builtins.int
     OFFLINE_FIELD_NUMBER: _builtins.int
+    LOOP_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
     """Each command has another id. A command with an id that was answered before is the
     same command again: it is answered from memory.
@@ -543,6 +544,8 @@ class WorkloadCommand(_message.Message):
     def online(self) -> Global___Online: ...
     @_builtins.property
     def offline(self) -> Global___Offline: ...
+    @_builtins.property
+    def loop(self) -> Global___Loop: ...
     def __init__(
         self,
         *,
@@ -552,12 +555,13 @@ class WorkloadCommand(_message.Message):
         verify: Global___Verify | None = ...,
         online: Global___Online | None = ...,
         offline: Global___Offline | None = ...,
+        loop: Global___Loop | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "free", b"free", "offline", b"offline", "online", b"online", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "free", b"free", "loop", b"loop", "offline", b"offline", "online", b"online", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "command_id", b"command_id", "free", b"free", "offline", b"offline", "online", b"online", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "command_id", b"command_id", "free", b"free", "loop", b"loop", "offline", b"offline", "online", b"online", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["allocate", "free", "verify", "online", "offline"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["allocate", "free", "verify", "online", "offline", "loop"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -629,6 +633,136 @@ class Verify(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Verify: _TypeAlias = Verify  # noqa: Y015
+
+@_typing.final
+class Loop(_message.Message):
+    """Work in memory of its own, in cycles, for a time. When it is over, or if it fails, that memory
+    is free again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Pattern:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PatternEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Loop._Pattern.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        PATTERN_UNSPECIFIED: Loop._Pattern.ValueType  # 0
+        CHURN: Loop._Pattern.ValueType  # 1
+        """Allocate size_bytes, extent by extent, and write the seeded pattern to it; then compare
+        and free it.
+        """
+        FAULT: Loop._Pattern.ValueType  # 2
+        """Allocate size_bytes, write one byte to each page, and free it: each page is a page fault."""
+        BANDWIDTH: Loop._Pattern.ValueType  # 3
+        """Copy one half of size_bytes, which is held all the time, to the other half."""
+
+    class Pattern(_Pattern, metaclass=_PatternEnumTypeWrapper): ...
+    PATTERN_UNSPECIFIED: Loop.Pattern.ValueType  # 0
+    CHURN: Loop.Pattern.ValueType  # 1
+    """Allocate size_bytes, extent by extent, and write the seeded pattern to it; then compare
+    and free it.
+    """
+    FAULT: Loop.Pattern.ValueType  # 2
+    """Allocate size_bytes, write one byte to each page, and free it: each page is a page fault."""
+    BANDWIDTH: Loop.Pattern.ValueType  # 3
+    """Copy one half of size_bytes, which is held all the time, to the other half."""
+
+    PATTERN_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    PAUSE_MS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    pattern: Global___Loop.Pattern.ValueType
+    size_bytes: _builtins.int
+    duration_ms: _builtins.int
+    pause_ms: _builtins.int
+    """CHURN: how long to wait between two cycles."""
+    seed: _builtins.int
+    def __init__(
+        self,
+        *,
+        pattern: Global___Loop.Pattern.ValueType = ...,
+        size_bytes: _builtins.int = ...,
+        duration_ms: _builtins.int = ...,
+        pause_ms: _builtins.int = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_ms", b"duration_ms", "pattern", b"pattern", "pause_ms", b"pause_ms", "seed", b"seed", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Loop: _TypeAlias = Loop  # noqa: Y015
+
+@_typing.final
+class Looped(_message.Message):
+    """What a Loop did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CYCLES_FIELD_NUMBER: _builtins.int
+    TOUCHED_BYTES_FIELD_NUMBER: _builtins.int
+    ALLOCATION_US_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    cycles: _builtins.int
+    """Whole cycles."""
+    touched_bytes: _builtins.int
+    """Memory that was written, faulted in, or read and written (BANDWIDTH: both count)."""
+    @_builtins.property
+    def allocation_us(self) -> Global___Sketch:
+        """CHURN and FAULT, in microseconds: allocating one extent of 2 MiB and first writing to it."""
+
+    @_builtins.property
+    def bytes_per_s(self) -> Global___Sketch:
+        """FAULT and BANDWIDTH: touched bytes per second, one value for each 100 ms."""
+
+    def __init__(
+        self,
+        *,
+        cycles: _builtins.int = ...,
+        touched_bytes: _builtins.int = ...,
+        allocation_us: Global___Sketch | None = ...,
+        bytes_per_s: Global___Sketch | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocation_us", b"allocation_us", "bytes_per_s", b"bytes_per_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_us", b"allocation_us", "bytes_per_s", b"bytes_per_s", "cycles", b"cycles", "touched_bytes", b"touched_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Looped: _TypeAlias = Looped  # noqa: Y015
+
+@_typing.final
+class Sketch(_message.Message):
+    """How many values fall into each bucket. Bucket i has the values above g^(i-1) up to g^i, with
+    g = 1.01 / 0.99; bucket 0 also has all values below 1 (hintfleet/sketch.py).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_BUCKET_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    first_bucket: _builtins.int
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of first_bucket and the buckets after it."""
+
+    def __init__(
+        self,
+        *,
+        first_bucket: _builtins.int = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "first_bucket", b"first_bucket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sketch: _TypeAlias = Sketch  # noqa: Y015
 
 @_typing.final
 class Online(_message.Message):
@@ -734,9 +868,10 @@ class Done(_message.Message):
     WRONG_PAGES_FIELD_NUMBER: _builtins.int
     DURATION_US_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    LOOPED_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
     changed_bytes: _builtins.int
-    """Memory that this command allocated or freed; 0 for Online and Offline."""
+    """How much more, or less, memory the workload holds after this command than before."""
     held_bytes: _builtins.int
     """Memory that the workload holds after this command."""
     verified_pages: _builtins.int
@@ -745,6 +880,10 @@ class Done(_message.Message):
     duration_us: _builtins.int
     error: _builtins.str
     """Empty, or why the command failed; memory that was held before is still held."""
+    @_builtins.property
+    def looped(self) -> Global___Looped:
+        """After Loop."""
+
     def __init__(
         self,
         *,
@@ -755,10 +894,11 @@ class Done(_message.Message):
         wrong_pages: _builtins.int = ...,
         duration_us: _builtins.int = ...,
         error: _builtins.str = ...,
+        looped: Global___Looped | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["looped", b"looped"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_bytes", b"changed_bytes", "command_id", b"command_id", "duration_us", b"duration_us", "error", b"error", "held_bytes", b"held_bytes", "verified_pages", b"verified_pages", "wrong_pages", b"wrong_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_bytes", b"changed_bytes", "command_id", b"command_id", "duration_us", b"duration_us", "error", b"error", "held_bytes", b"held_bytes", "looped", b"looped", "verified_pages", b"verified_pages", "wrong_pages", b"wrong_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from hintfleet.v1 import hinting_pb2 as _hinting_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -795,6 +796,7 @@ class RunStepRequest(_message.Message):
     ALLOCATE_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
+    LOOP_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     guest_name: _builtins.str
     allocate_bytes: _builtins.int
@@ -803,6 +805,10 @@ class RunStepRequest(_message.Message):
     seed: _builtins.int
     @_builtins.property
     def command(self) -> Global___CommandId: ...
+    @_builtins.property
+    def loop(self) -> _hinting_pb2.Loop:
+        """Without its seed. At most an hour."""
+
     def __init__(
         self,
         *,
@@ -811,13 +817,14 @@ class RunStepRequest(_message.Message):
         allocate_bytes: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
         verify: _builtins.bool = ...,
+        loop: _hinting_pb2.Loop | None = ...,
         seed: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "free_bytes", b"free_bytes", "step", b"step", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "free_bytes", b"free_bytes", "loop", b"loop", "step", b"step", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "free_bytes", b"free_bytes", "guest_name", b"guest_name", "seed", b"seed", "step", b"step", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "free_bytes", b"free_bytes", "guest_name", b"guest_name", "loop", b"loop", "seed", b"seed", "step", b"step", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["allocate_bytes", "free_bytes", "verify"]  # noqa: Y015
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["allocate_bytes", "free_bytes", "verify", "loop"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
 
@@ -833,6 +840,7 @@ class RunStepResponse(_message.Message):
     WRONG_PAGES_FIELD_NUMBER: _builtins.int
     DURATION_US_FIELD_NUMBER: _builtins.int
     DONE_AT_UNIX_US_FIELD_NUMBER: _builtins.int
+    LOOPED_FIELD_NUMBER: _builtins.int
     changed_bytes: _builtins.int
     held_bytes: _builtins.int
     verified_pages: _builtins.int
@@ -840,6 +848,10 @@ class RunStepResponse(_message.Message):
     duration_us: _builtins.int
     done_at_unix_us: _builtins.int
     """Host wall clock when the step was done."""
+    @_builtins.property
+    def looped(self) -> _hinting_pb2.Looped:
+        """After a loop."""
+
     def __init__(
         self,
         *,
@@ -849,10 +861,11 @@ class RunStepResponse(_message.Message):
         wrong_pages: _builtins.int = ...,
         duration_us: _builtins.int = ...,
         done_at_unix_us: _builtins.int = ...,
+        looped: _hinting_pb2.Looped | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["looped", b"looped"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_bytes", b"changed_bytes", "done_at_unix_us", b"done_at_unix_us", "duration_us", b"duration_us", "held_bytes", b"held_bytes", "verified_pages", b"verified_pages", "wrong_pages", b"wrong_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_bytes", b"changed_bytes", "done_at_unix_us", b"done_at_unix_us", "duration_us", b"duration_us", "held_bytes", b"held_bytes", "looped", b"looped", "verified_pages", b"verified_pages", "wrong_pages", b"wrong_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -171,6 +171,7 @@ class HostServiceServicer:
 
     def RunStep(self, request, context):
         """Run one workload step on one guest; returns when the guest has done it.
+        FAILED_PRECONDITION if the guest could not do it, with the reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -68,7 +68,9 @@ class HostServiceStub:
     domain is as it was before. NOT_FOUND if there is no such guest.
     """
     RunStep: _grpc.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]
-    """Run one workload step on one guest; returns when the guest has done it."""
+    """Run one workload step on one guest; returns when the guest has done it.
+    FAILED_PRECONDITION if the guest could not do it, with the reason.
+    """
     Settle: _grpc.UnaryUnaryMultiCallable[_host_pb2.SettleRequest, _host_pb2.SettleResponse]
     """Hint now on one guest, and return when all that can be reclaimed is reclaimed. The
     methods REPORTING and BALLOON cannot be asked: there, return when nothing has left
@@ -129,7 +131,9 @@ class HostServiceAsyncStub(HostServiceStub):
     domain is as it was before. NOT_FOUND if there is no such guest.
     """
     RunStep: _aio.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]  # type: ignore[assignment]
-    """Run one workload step on one guest; returns when the guest has done it."""
+    """Run one workload step on one guest; returns when the guest has done it.
+    FAILED_PRECONDITION if the guest could not do it, with the reason.
+    """
     Settle: _aio.UnaryUnaryMultiCallable[_host_pb2.SettleRequest, _host_pb2.SettleResponse]  # type: ignore[assignment]
     """Hint now on one guest, and return when all that can be reclaimed is reclaimed. The
     methods REPORTING and BALLOON cannot be asked: there, return when nothing has left
@@ -241,7 +245,9 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.RunStepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.RunStepResponse, _abc.Awaitable[_host_pb2.RunStepResponse]]:
-        """Run one workload step on one guest; returns when the guest has done it."""
+        """Run one workload step on one guest; returns when the guest has done it.
+        FAILED_PRECONDITION if the guest could not do it, with the reason.
+        """
 
     @_abc_1.abstractmethod
     def Settle(

@@ -133,3 +133,76 @@ def test_patterns_of_neighbouring_keys_differ_in_every_page() -> None:
         a, b = pattern.of(key).tobytes(), pattern.of(key + 1).tobytes()
         pages = range(0, EXTENT_BYTES, PAGE_BYTES)
         assert all(a[at : at + PAGE_BYTES] != b[at : at + PAGE_BYTES] for at in pages)
+
+
+def loop(pattern: pb.Loop.Pattern.ValueType, **settings: int) -> pb.WorkloadCommand:
+    settings = {"size_bytes": 16 * MIB, "duration_ms": 350, **settings}
+    return pb.WorkloadCommand(command_id=6, loop=pb.Loop(pattern=pattern, seed=7, **settings))
+
+
+LOOPS = (pb.Loop.CHURN, pb.Loop.FAULT, pb.Loop.BANDWIDTH)
+
+
+@pytest.mark.parametrize("pattern", LOOPS)
+def test_a_loop_measures_and_leaves_what_is_held_alone(
+    source: Source, pattern: pb.Loop.Pattern.ValueType
+) -> None:
+    workload = Workload(source, MemoryBlocks())
+    workload.run(allocate(20 * MIB))
+    done = workload.run(loop(pattern))
+    assert (done.error, done.held_bytes, done.changed_bytes) == ("", 20 * MIB, 0)
+    assert done.duration_us >= 350_000
+    looped = done.looped
+    assert looped.touched_bytes > 0
+    assert looped.cycles == looped.touched_bytes // (16 * MIB), "whole cycles"
+    assert 0 < sum(looped.bytes_per_s.counts) <= done.duration_us / 100_000
+    extents = sum(looped.allocation_us.counts)
+    assert extents * EXTENT_BYTES == (0 if pattern == pb.Loop.BANDWIDTH else looped.touched_bytes)
+    verified = {pb.Loop.CHURN: looped.touched_bytes, pb.Loop.FAULT: 0, pb.Loop.BANDWIDTH: 16 * MIB}
+    assert (done.verified_pages, done.wrong_pages) == (verified[pattern] // PAGE_BYTES, 0)
+    assert workload.run(VERIFY).verified_pages == 20 * MIB // PAGE_BYTES
+    assert workload.run(allocate(40 * MIB)).error == "", "the loop's memory is free again"
+
+
+@pytest.mark.parametrize("pattern", LOOPS)
+def test_a_loop_that_runs_out_of_memory_frees_what_it_took(
+    source: Source, pattern: pb.Loop.Pattern.ValueType
+) -> None:
+    workload = Workload(source, MemoryBlocks())
+    done = workload.run(loop(pattern, size_bytes=2 * RAM_BYTES, duration_ms=60_000))
+    assert "out of memory" in done.error
+    assert done.held_bytes == 0
+    assert workload.run(allocate(56 * MIB)).error == ""
+
+
+def test_a_pause_between_cycles(source: Source) -> None:
+    workload = Workload(source, MemoryBlocks())
+    done = workload.run(loop(pb.Loop.CHURN, duration_ms=1000, pause_ms=400, size_bytes=2 * MIB))
+    assert 1 <= done.looped.cycles <= 3
+
+
+def test_a_page_dropped_during_a_loop_is_counted_as_wrong(ram: mmap.mmap) -> None:
+    """Of the copies of bandwidth, each has the pattern of what it was copied from."""
+
+    class Dropping(BuddySource):
+        def copy(self, source_at: int, target_at: int) -> None:
+            super().copy(source_at, target_at)
+            ram.madvise(mmap.MADV_REMOVE, target_at, 2 * PAGE_BYTES)
+
+    zone = ZoneSpec(name="Normal", present=RangeSet([(0, RAM_BYTES // PAGE_BYTES)]))
+    allocator = BuddyAllocator([zone], chunk_order=9)
+    workload = Workload(Dropping(allocator, ram), BuddyPlugs(allocator))
+    assert workload.run(loop(pb.Loop.BANDWIDTH)).wrong_pages == 4 * 2
+
+
+def test_a_loop_ends_when_its_agent_ends(source: Source) -> None:
+    workload = Workload(source, MemoryBlocks())
+    workload.stop()
+    assert workload.run(loop(pb.Loop.CHURN, duration_ms=3_600_000)).duration_us < 60_000_000
+
+
+def test_an_unknown_command_or_loop_is_an_error(source: Source) -> None:
+    workload = Workload(source, MemoryBlocks())
+    assert "does not know the command" in workload.run(pb.WorkloadCommand(command_id=1)).error
+    unknown = loop(pb.Loop.PATTERN_UNSPECIFIED)
+    assert "does not know the loop" in workload.run(unknown).error

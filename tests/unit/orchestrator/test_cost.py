@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from hintfleet.sketch import Sketch
 from hintfleet.units import MIB
 from orchestrator.results.comparison import ArmCost, CostRow, compare
 from orchestrator.results.cost import COUNTERS, Cost, host_cost
 from orchestrator.results.footprint import Series
 from orchestrator.results.statistics import Interval
-from orchestrator.trial.records import GuestSettled, StepDone
+from orchestrator.trial.records import GuestSettled, LoopFigures, StepDone
 
 S = 1_000_000
 
@@ -98,6 +99,14 @@ def test_counters_are_of_the_window_and_of_all_guests() -> None:
     assert cost.tracker_bytes == 10
     assert cost.step_s == pytest.approx(2 * 1.5), "the read-back is no part of the workload"
     assert cost.asked_settle_s == (0.25,)
+
+
+def test_a_loop_lasts_as_long_as_it_should_and_is_no_slowdown() -> None:
+    loop = LoopFigures(cycles=1, touched_bytes=1, allocation_us=Sketch(), bytes_per_s=Sketch())
+    steps = [*STEPS[:2], replace(step("churn", 5, 8), loop=loop), STEPS[-1]]
+    cost = host_cost({"g": series((0, 0), (10, 0))}, {"g": steps}, [])
+    assert cost.step_s == pytest.approx(1.5)
+    assert [(one.kind, one.loop_s) for one in cost.loops] == [("churn", 3.0)]
 
 
 COST = Cost(

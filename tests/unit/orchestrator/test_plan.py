@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from orchestrator.spec.checks import problems
-from orchestrator.spec.model import Spec, Workload
+from orchestrator.spec.model import Spec
+from orchestrator.spec.phases import Kind, Workload
 from orchestrator.spec.values import Amount
 from orchestrator.spec.workload import Step, expand, held_after
 from orchestrator.trial.guest_spec import guest_spec
 from orchestrator.trial.plan import host_names, host_task, plan_trials
+from orchestrator.trial.steps import step_request
 
 
 def spec(**changes: Any) -> Spec:
@@ -90,16 +92,24 @@ def test_repeats_are_written_out(phases: Any, titles: list[str]) -> None:
     assert [step.title for step in steps] == titles
 
 
+def test_a_loop_lasts_as_long_as_it_says_and_holds_nothing_afterwards() -> None:
+    phases = ({"churn": "25%", "for": "30s", "pause": "500ms"}, {"bandwidth": "8MiB", "for": "1s"})
+    churn, bandwidth = expand(Workload.model_validate({"phases": phases}))
+    assert [churn.title, bandwidth.title] == ["churn 25 %", "bandwidth 8 MiB"]
+    assert (churn.loop_s, churn.hold_s) == (30.0, 0.0)
+    request = step_request(churn, churn.size_bytes(0, 256 * MIB), seed=3)
+    wanted = "loop { pattern: CHURN size_bytes: 67108864 duration_ms: 30000 pause_ms: 500 } seed: 3"
+    assert request == text_format.Parse(wanted, host_pb2.RunStepRequest())
+    assert held_after(churn, 4096, 256 * MIB) == 4096
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 100)), max_size=20))
 def test_what_is_held_is_never_negative_and_whole_pages(kinds: list[tuple[bool, int]]) -> None:
     held_bytes, memory_bytes = 0, 256 * MIB
     for index, (allocate, percent) in enumerate(kinds):
         amount = Amount(percent=float(percent))
-        step = Step(
-            phase_index=index,
-            allocate=amount if allocate else None,
-            free=None if allocate else amount,
-        )
+        kind = Kind.ALLOCATE if allocate else Kind.FREE
+        step = Step(phase_index=index, kind=kind, amount=amount)
         held_bytes = held_after(step, held_bytes, memory_bytes)
         assert held_bytes >= 0
         assert held_bytes % 4096 == 0

@@ -1,0 +1,69 @@
+"""Converts workload steps of the control API into commands to a guest's workload, and answers
+back. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+
+from hintfleet.errors import InvalidInput, Refused
+from hintfleet.settings import MOST_LOOP_MS
+from hintfleet.v1 import hinting_pb2, host_pb2
+
+
+def number_of(command: host_pb2.CommandId) -> int:
+    """Return the id under which a guest's workload gets a command: the same id for each retry. 0
+    if the command has no sequence number: `run_step` then chooses a new id."""
+    if not command.sequence:
+        return 0
+    # A hash, not a counter: a retry may be sent to another host agent. With the same id there, the
+    # workload answers from memory, and does not do the step twice.
+    digest = hashlib.blake2b(command.SerializeToString(deterministic=True), digest_size=8)
+    return int.from_bytes(digest.digest())
+
+
+def command_of(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.WorkloadCommand:
+    """Return the command with this id that does a step.
+
+    :raises InvalidInput: there is no step, or a loop is longer than an hour.
+    """
+    command = hinting_pb2.WorkloadCommand(command_id=number)
+    step = request.WhichOneof("step")
+    if step == "allocate_bytes":
+        command.allocate.size_bytes = request.allocate_bytes
+        command.allocate.seed = request.seed
+    elif step == "free_bytes":
+        command.free.size_bytes = request.free_bytes
+        command.free.seed = request.seed
+    elif step == "verify":
+        command.verify.SetInParent()
+    elif step == "loop":
+        if request.loop.duration_ms > MOST_LOOP_MS:
+            raise InvalidInput(f"a loop lasts at most {MOST_LOOP_MS // 1000} s")
+        command.loop.CopyFrom(request.loop)
+        command.loop.seed = request.seed
+    else:
+        raise InvalidInput("RunStep has no step")
+    return command
+
+
+def response_of(
+    request: host_pb2.RunStepRequest, done: hinting_pb2.Done, done_at_unix_us: int
+) -> host_pb2.RunStepResponse:
+    """Return the answer to a step.
+
+    :param done_at_unix_us: when the guest had done it, on this host's clock.
+    :raises Refused: the guest's agent is older than loops, and has done nothing.
+    """
+    if request.HasField("loop") and not done.HasField("looped"):
+        raise Refused(
+            f"guest {request.guest_name}: its agent is older than this host agent, and has no loops"
+        )
+    return host_pb2.RunStepResponse(
+        changed_bytes=done.changed_bytes,
+        held_bytes=done.held_bytes,
+        verified_pages=done.verified_pages,
+        wrong_pages=done.wrong_pages,
+        duration_us=done.duration_us,
+        done_at_unix_us=done_at_unix_us,
+        looped=done.looped if request.HasField("loop") else None,
+    )

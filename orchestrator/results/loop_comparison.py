@@ -1,0 +1,108 @@
+"""Computes what loops measured under each arm of a run, and compares it with the control. Pure.
+
+As in `comparison`, each repetition is one pair: the arm's trial and the control's, each with the
+loops of all its guests together. So a percentile is one of all guests, and its interval is over
+repetitions. An arm has no figures if one of its trials is undecided, lost or was cut off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.results.comparison import CostRow
+from orchestrator.results.loops import LoopSum, summed
+from orchestrator.results.statistics import Interval, ratio_percent
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopFigure:
+    """A figure of an arm.
+
+    :ivar mean: over trials.
+    :ivar more_percent: how much more that is than under the control, a geometric mean; None for
+        the control, without a control, and with fewer than two pairs.
+    """
+
+    mean: float
+    more_percent: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmLoops:
+    """What one kind of loops measured under one arm. A figure without values is None.
+
+    :ivar cycles: in one guest and one trial.
+    :ivar allocation_p50_us, allocation_p99_us: how long it took to allocate an extent of 2 MiB and
+        to write to it for the first time.
+    :ivar bytes_per_s: in one guest: touched bytes, divided by the time that the loops lasted.
+    :ivar bytes_per_s_p1: the rate in the slowest 1 % of all parts of 100 ms, at most.
+    """
+
+    arm: str
+    kind: str
+    cycles: LoopFigure | None
+    allocation_p50_us: LoopFigure | None
+    allocation_p99_us: LoopFigure | None
+    bytes_per_s: LoopFigure | None
+    bytes_per_s_p1: LoopFigure | None
+
+
+_FIGURES: Mapping[str, Callable[[LoopSum], float | None]] = {
+    "cycles": lambda one: one.cycles / one.guests,
+    "allocation_p50_us": lambda one: one.allocation_us.quantile(0.5),
+    "allocation_p99_us": lambda one: one.allocation_us.quantile(0.99),
+    "bytes_per_s": lambda one: one.touched_bytes / one.loop_s if one.loop_s else None,
+    "bytes_per_s_p1": lambda one: one.bytes_per_s.quantile(0.01),
+}
+
+_Trials = dict[Hashable, LoopSum]
+
+
+def compare_loops(rows: Sequence[CostRow]) -> list[ArmLoops]:
+    """Return what loops measured: for each kind, a row for each arm whose trials all count.
+
+    Arms are in the order of `rows`; so the control, which is there, too, is first.
+    """
+    not_counted = {row.arm for row in rows if not row.counts}
+    by_kind: dict[str, dict[str, _Trials]] = {}
+    controls = {row.arm for row in rows if row.is_control}
+    for (kind, arm, repetition), parts in _by_trial(rows).items():
+        if arm not in not_counted:
+            by_kind.setdefault(kind, {}).setdefault(arm, {})[repetition] = summed(parts)
+    return [
+        ArmLoops(arm=arm, kind=kind, **_figures(trials, {} if arm in controls else control))
+        for kind, arms in by_kind.items()
+        for control in [next((arms[arm] for arm in arms if arm in controls), {})]
+        for arm, trials in arms.items()
+    ]
+
+
+def _by_trial(rows: Sequence[CostRow]) -> dict[tuple[str, str, int], list[LoopSum]]:
+    """Return the loops of all hosts, by kind, arm and repetition."""
+    found: dict[tuple[str, str, int], list[LoopSum]] = {}
+    for row in rows:
+        for loops in row.cost.loops if row.cost else ():
+            found.setdefault((loops.kind, row.arm, row.repetition), []).append(loops)
+    return found
+
+
+def _figures(trials: _Trials, control: _Trials) -> dict[str, LoopFigure | None]:
+    return {name: _figure(trials, control, value) for name, value in _FIGURES.items()}
+
+
+def _figure(
+    trials: _Trials, control: _Trials, value: Callable[[LoopSum], float | None]
+) -> LoopFigure | None:
+    found, compared = _values(trials, value), _values(control, value)
+    if not found:
+        return None
+    return LoopFigure(
+        mean=math.fsum(found.values()) / len(found), more_percent=ratio_percent(compared, found)
+    )
+
+
+def _values(trials: _Trials, value: Callable[[LoopSum], float | None]) -> dict[Hashable, float]:
+    values = {trial: value(loops) for trial, loops in trials.items()}
+    return {trial: found for trial, found in values.items() if found is not None}

@@ -1,0 +1,66 @@
+"""Sums up what the loops of a workload measured in one trial. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hintfleet.sketch import Sketch
+from orchestrator.trial.records import StepDone
+
+_US_PER_S = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSum:
+    """All loops of one kind that some guests ran in a trial.
+
+    :ivar kind: churn, fault or bandwidth.
+    :ivar guests: how many guests ran them.
+    :ivar loop_s: how long they lasted; the sum over guests.
+    :ivar allocation_us, bytes_per_s: as in `records.LoopFigures`.
+    """
+
+    kind: str
+    guests: int
+    cycles: int
+    touched_bytes: int
+    loop_s: float
+    allocation_us: Sketch
+    bytes_per_s: Sketch
+
+
+def loops_of(steps: Mapping[str, Sequence[StepDone]]) -> tuple[LoopSum, ...]:
+    """Return the loops of a host's guests in a trial, one sum for each kind.
+
+    :param steps: of each guest.
+    """
+    done = [step for of_guest in steps.values() for step in of_guest if step.loop]
+    kinds = dict.fromkeys(step.kind for step in done)
+    return tuple(_sum_of_kind([step for step in done if step.kind == kind]) for kind in kinds)
+
+
+def _sum_of_kind(steps: Sequence[StepDone]) -> LoopSum:
+    loops = [step.loop for step in steps if step.loop]
+    return LoopSum(
+        kind=steps[0].kind,
+        guests=len({step.guest for step in steps}),
+        cycles=sum(loop.cycles for loop in loops),
+        touched_bytes=sum(loop.touched_bytes for loop in loops),
+        loop_s=sum(step.duration_us for step in steps) / _US_PER_S,
+        allocation_us=Sketch.merged(loop.allocation_us for loop in loops),
+        bytes_per_s=Sketch.merged(loop.bytes_per_s for loop in loops),
+    )
+
+
+def summed(parts: Sequence[LoopSum]) -> LoopSum:
+    """Return the sum of loops of the same kind on several hosts."""
+    return LoopSum(
+        kind=parts[0].kind,
+        guests=sum(part.guests for part in parts),
+        cycles=sum(part.cycles for part in parts),
+        touched_bytes=sum(part.touched_bytes for part in parts),
+        loop_s=sum(part.loop_s for part in parts),
+        allocation_us=Sketch.merged(part.allocation_us for part in parts),
+        bytes_per_s=Sketch.merged(part.bytes_per_s for part in parts),
+    )

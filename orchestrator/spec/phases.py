@@ -1,0 +1,100 @@
+"""The workload of an experiment, as a spec describes it: phases."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from hintfleet.settings import MOST_LOOP_MS
+from orchestrator.spec.values import (
+    Amount,
+    AmountOrPercent,
+    DurationS,
+    Part,
+    PositiveDurationS,
+    invalid_value,
+)
+
+
+class Kind(StrEnum):
+    """What a step does; also the key of its phase in a spec."""
+
+    ALLOCATE = "allocate"
+    FREE = "free"
+    CHURN = "churn"
+    FAULT = "fault"
+    BANDWIDTH = "bandwidth"
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether the step works for a given time in memory that is its own."""
+        return self in (Kind.CHURN, Kind.FAULT, Kind.BANDWIDTH)
+
+
+class Phase(Part):
+    """One step of the workload on all guests, and the time to hold after it; or a repeat.
+
+    Exactly one key of `Kind` is set, or `repeat` (how often all phases before this one run in
+    total). The value of `free` is a size, or a percentage of the memory that the workload holds;
+    that of the others is a size, or a percentage of the guest's memory.
+
+    :ivar hold_s: how long to hold after the step; how long a loop lasts.
+    :ivar pause_s: churn: how long to wait between two cycles.
+    """
+
+    LATER = frozenset({"churn", "fault", "bandwidth", "pause_s"})
+
+    allocate: AmountOrPercent | None = None
+    free: AmountOrPercent | None = None
+    churn: AmountOrPercent | None = None
+    fault: AmountOrPercent | None = None
+    bandwidth: AmountOrPercent | None = None
+    repeat: int | None = Field(default=None, ge=1, le=10000)
+    hold_s: DurationS = Field(default=0.0, alias="for")
+    pause_s: PositiveDurationS | None = Field(default=None, alias="pause")
+    settle: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Phase:
+        keys = (*Kind, "repeat")
+        given = [key for key in keys if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise invalid_value(
+                f"a phase must have exactly one of {', '.join(keys[:-1])} and {keys[-1]}, not "
+                f"{' and '.join(given) or 'none'}",
+                "start another phase with '-'",
+            )
+        if self.repeat is not None and (self.hold_s or self.settle):
+            raise invalid_value(
+                "repeat allows neither for nor settle", "move them to another phase"
+            )
+        if self.pause_s is not None and self.churn is None:
+            raise invalid_value("only churn has a pause", "remove pause")
+        if self.repeat is None and self.kind.is_loop and not 0 < self.hold_s <= MOST_LOOP_MS / 1000:
+            raise invalid_value(
+                f"{self.kind} needs a time of at most {MOST_LOOP_MS // 60_000} minutes",
+                "write how long it lasts, for example for: 10s",
+            )
+        return self
+
+    @property
+    def kind(self) -> Kind:
+        """What its step does.
+
+        :raises StopIteration: the phase is a repeat.
+        """
+        return next(kind for kind in Kind if getattr(self, kind) is not None)
+
+    @property
+    def amount(self) -> Amount:
+        """How much memory its step is about."""
+        amount: Amount = getattr(self, self.kind)
+        return amount
+
+
+class Workload(Part):
+    """The phases that every guest goes through, in order."""
+
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1, max_length=1000)]
