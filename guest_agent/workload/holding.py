@@ -79,10 +79,23 @@ class Holding:
         self._source.free(at, size_bytes)
 
     def free_some(self, size_bytes: int, seed: int) -> None:
-        """Check and free whole blocks, picked by the seed, `size_bytes` at most."""
-        wanted = min(size_bytes // EXTENT_BYTES, len(self._blocks))
-        for at in random.Random(seed).sample(list(self._blocks), wanted):
-            self.free(at)
+        """Check and free whole blocks, `size_bytes` at most: the same share of those of each size.
+
+        Extents are picked by the seed. Of smaller blocks, evenly spaced ones are picked: so what
+        stays held lies between what is free, and keeps it from becoming whole chunks.
+        """
+        held_bytes = self.held_bytes
+        by_size: dict[int, list[int]] = {}
+        for at, (block_bytes, _) in self._blocks.items():
+            by_size.setdefault(block_bytes, []).append(at)
+        for block_bytes, blocks in by_size.items():
+            wanted = min(len(blocks) * size_bytes // held_bytes, len(blocks))
+            if block_bytes == EXTENT_BYTES:
+                picked = random.Random(seed).sample(blocks, wanted)
+            else:
+                picked = _evenly_spaced(sorted(blocks), wanted)
+            for at in picked:
+                self.free(at)
 
     def check_all(self) -> None:
         """Compare all blocks with their patterns."""
@@ -100,3 +113,8 @@ class Holding:
                 found[i : i + PAGE_BYTES] != expected[i : i + PAGE_BYTES]
                 for i in range(0, size_bytes, PAGE_BYTES)
             )
+
+
+def _evenly_spaced(blocks: list[int], wanted: int) -> list[int]:
+    count = len(blocks)
+    return [at for i, at in enumerate(blocks) if (i + 1) * wanted // count > i * wanted // count]

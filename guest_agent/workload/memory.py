@@ -117,7 +117,10 @@ class AnonymousSource(BuddySource):
         at = super().allocate(size_bytes)
         # With MADV_HUGEPAGE, the kernel backs an extent with one page of order 9 where it can, so
         # that a freed extent is a whole free chunk. Heaps of large programs get such pages, too.
-        self._ram.madvise(mmap.MADV_HUGEPAGE, self._start + at, size_bytes)
+        # A smaller block must not become part of such a page.
+        is_extent = size_bytes == EXTENT_BYTES
+        advice = mmap.MADV_HUGEPAGE if is_extent else mmap.MADV_NOHUGEPAGE
+        self._ram.madvise(advice, self._start + at, size_bytes)
         return at
 
     def touch(self, at: int) -> None:

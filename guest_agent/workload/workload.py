@@ -14,6 +14,7 @@ from guest_agent.workload.loops import run_loop
 from guest_agent.workload.source import EXTENT_BYTES, Plugs, Source
 from hintfleet.errors import HintfleetError, InvalidInput
 from hintfleet.ranges import decode
+from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
 
@@ -62,8 +63,7 @@ class Workload:
     def _run(self, command: pb.WorkloadCommand, done: pb.Done) -> None:
         kind = command.WhichOneof("command")
         if kind == "allocate":
-            for _ in range(-(-command.allocate.size_bytes // EXTENT_BYTES)):
-                self._holding.take(EXTENT_BYTES, command.allocate.seed)
+            self._allocate(command.allocate)
         elif kind == "free":
             self._holding.free_some(command.free.size_bytes, command.free.seed)
         elif kind == "verify":
@@ -76,3 +76,11 @@ class Workload:
             self._plugs.offline(decode(command.offline.ranges))
         else:
             raise InvalidInput("this agent does not know the command: it is older than its host's")
+
+    def _allocate(self, order: pb.Allocate) -> None:
+        block_bytes = order.block_bytes or EXTENT_BYTES
+        # A block of another size would overlap the next one.
+        if block_bytes.bit_count() != 1 or not PAGE_BYTES <= block_bytes <= EXTENT_BYTES:
+            raise InvalidInput(f"blocks of {block_bytes} bytes: not a power of two, 4 KiB to 2 MiB")
+        for _ in range(-(-order.size_bytes // block_bytes)):
+            self._holding.take(block_bytes, order.seed)

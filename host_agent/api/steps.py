@@ -31,6 +31,7 @@ def command_of(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.Wor
     if step == "allocate_bytes":
         command.allocate.size_bytes = request.allocate_bytes
         command.allocate.seed = request.seed
+        command.allocate.block_bytes = request.block_bytes
     elif step == "free_bytes":
         command.free.size_bytes = request.free_bytes
         command.free.seed = request.seed

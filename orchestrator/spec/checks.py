@@ -35,6 +35,7 @@ from orchestrator.spec.workload import (
 
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
 _MAX_STEPS = 100_000
+_MAX_PIECES = 1 << 16  # a guest's workload takes some hundred bytes of its own for each
 _FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload"
 
 _EMBEDDED_PROCESS_BYTES = 48 * MIB  # a guest process apart from its RAM: Python and gRPC
@@ -299,6 +300,12 @@ def _step_problem(spec: Spec, step: Step, held_bytes: int) -> Problem | None:
         return Problem(
             path=(*path, step.kind),
             message=f"{step.amount} is less than a page, so nothing would be allocated",
+        )
+    if step.fragment_bytes and step.size_bytes(0, memory_bytes) > _MAX_PIECES * step.fragment_bytes:
+        return Problem(
+            path=(*path, "fragments"),
+            message=f"{step.amount} would be more than {_MAX_PIECES} pieces",
+            hint="write larger fragments",
         )
     most_bytes = held_during(step, held_bytes, memory_bytes)
     usable = usable_bytes(spec.driver, memory_bytes)

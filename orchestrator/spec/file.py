@@ -24,9 +24,9 @@ from orchestrator.spec.model import (
     Timeouts,
     Under,
     UnderDriver,
-    keys_of,
 )
 from orchestrator.spec.phases import Phase, Workload
+from orchestrator.spec.values import keys_of
 from orchestrator.spec.yaml_reader import Document, read_yaml
 from orchestrator.spec.yaml_reader import Path as Keys
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from hintfleet.settings import (
     DEFAULT_CHUNK_ORDER,
@@ -41,6 +41,7 @@ from orchestrator.spec.values import (
     Strings,
     WholePercent,
     invalid_value,
+    key_of,
 )
 
 
@@ -249,16 +250,6 @@ class Spec(Part):
     def guest_count(self) -> int:
         """The number of guests that run at once, on all hosts."""
         return self.hosts.number * self.guests.per_host
-
-
-def key_of(part: type[BaseModel], field_name: str) -> str:
-    """Return the key in a spec file that sets this field."""
-    return part.model_fields[field_name].alias or field_name
-
-
-def keys_of(part: type[BaseModel]) -> tuple[str, ...]:
-    """Return all keys that this part of a spec may have."""
-    return tuple(key_of(part, name) for name in part.model_fields)
 
 
 def describe(spec: Spec) -> str:

@@ -12,9 +12,11 @@ from orchestrator.spec.values import (
     Amount,
     AmountOrPercent,
     DurationS,
+    FragmentSize,
     Part,
     PositiveDurationS,
     invalid_value,
+    key_of,
 )
 
 
@@ -41,16 +43,18 @@ class Phase(Part):
     that of the others is a size, or a percentage of the guest's memory.
 
     :ivar hold_s: how long to hold after the step; how long a loop lasts.
+    :ivar fragment_bytes: allocate: the size of the pieces in which memory is allocated and freed.
     :ivar pause_s: churn: how long to wait between two cycles.
     """
 
-    LATER = frozenset({"churn", "fault", "bandwidth", "pause_s"})
+    LATER = frozenset({"churn", "fault", "bandwidth", "pause_s", "fragment_bytes"})
 
     allocate: AmountOrPercent | None = None
     free: AmountOrPercent | None = None
     churn: AmountOrPercent | None = None
     fault: AmountOrPercent | None = None
     bandwidth: AmountOrPercent | None = None
+    fragment_bytes: FragmentSize | None = Field(default=None, alias="fragments")
     repeat: int | None = Field(default=None, ge=1, le=10000)
     hold_s: DurationS = Field(default=0.0, alias="for")
     pause_s: PositiveDurationS | None = Field(default=None, alias="pause")
@@ -70,8 +74,10 @@ class Phase(Part):
             raise invalid_value(
                 "repeat allows neither for nor settle", "move them to another phase"
             )
-        if self.pause_s is not None and self.churn is None:
-            raise invalid_value("only churn has a pause", "remove pause")
+        for name, kind in _KEYS_OF.items():
+            if getattr(self, name) is not None and getattr(self, kind) is None:
+                key = key_of(Phase, name)
+                raise invalid_value(f"only {kind} takes {key}", f"remove {key}")
         if self.repeat is None and self.kind.is_loop and not 0 < self.hold_s <= MOST_LOOP_MS / 1000:
             raise invalid_value(
                 f"{self.kind} needs a time of at most {MOST_LOOP_MS // 60_000} minutes",
@@ -92,6 +98,10 @@ class Phase(Part):
         """How much memory its step is about."""
         amount: Amount = getattr(self, self.kind)
         return amount
+
+
+_KEYS_OF = {"fragment_bytes": Kind.ALLOCATE, "pause_s": Kind.CHURN}
+"""Keys that only one kind of phase has."""
 
 
 class Workload(Part):

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from hintfleet.errors import InvalidInput
 from hintfleet.settings import SHORTEST_REPORT_PERIOD_MS, SHORTEST_SAMPLE_PERIOD_MS
-from hintfleet.units import PAGE_BYTES, format_size, parse_duration_s, parse_size
+from hintfleet.units import MIB, PAGE_BYTES, format_size, parse_duration_s, parse_size
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 
@@ -73,6 +73,16 @@ def _whole_percent(value: Any) -> int:
     return int(percent)
 
 
+def _fragment_size(value: Any) -> int:
+    size_bytes = _size(value)
+    # Smaller than a chunk of 2 MiB, so that memory between two of them is not a free chunk.
+    if size_bytes.bit_count() != 1 or not PAGE_BYTES <= size_bytes <= MIB:
+        raise invalid_value(
+            f"{value!r} must be a power of two from 4KiB to 1MiB", "write for example 64KiB"
+        )
+    return size_bytes
+
+
 def _amount(value: Any) -> Amount:
     if isinstance(value, str) and value.endswith("%"):
         return Amount(percent=_percent(value))
@@ -103,6 +113,16 @@ class Part(BaseModel):
         return {name: value for name, value in dump(self).items() if name not in unused}
 
 
+def key_of(part: type[BaseModel], field_name: str) -> str:
+    """Return the key in a spec file that sets this field."""
+    return part.model_fields[field_name].alias or field_name
+
+
+def keys_of(part: type[BaseModel]) -> tuple[str, ...]:
+    """Return all keys that this part of a spec may have."""
+    return tuple(key_of(part, name) for name in part.model_fields)
+
+
 class Amount(Part):
     """Either a size in bytes, or a percentage of a whole that is known later."""
 
@@ -122,6 +142,7 @@ class Amount(Part):
 
 
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+FragmentSize = Annotated[int, BeforeValidator(_fragment_size)]
 DurationS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0, le=7 * 86400)]
 PositiveDurationS = Annotated[float, BeforeValidator(_duration_s), Field(gt=0, le=7 * 86400)]
 # ReportPeriodS and ColdAfterS are at least a millisecond: on the wire they are whole milliseconds,

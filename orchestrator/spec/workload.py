@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hintfleet.units import format_size
 from orchestrator.spec.phases import Kind, Phase, Workload
 from orchestrator.spec.values import Amount
 
@@ -16,6 +17,7 @@ class Step:
     :ivar amount: how much to allocate or to free; of a loop, how much memory it uses.
     :ivar loop_s: how long a loop lasts; 0 for other steps.
     :ivar pause_s: churn: how long to wait between two cycles.
+    :ivar fragment_bytes: allocate: the size of the pieces; 0 for extents.
     :ivar hold_s: how long to wait after the step.
     :ivar settle: whether the guest gives back all that it can before the hold; ignored under
         method none.
@@ -26,13 +28,15 @@ class Step:
     amount: Amount
     loop_s: float = 0.0
     pause_s: float = 0.0
+    fragment_bytes: int = 0
     hold_s: float = 0.0
     settle: bool = False
 
     @property
     def title(self) -> str:
         """The step as text: `allocate 192 MiB`."""
-        return f"{self.kind} {self.amount}"
+        pieces = f" in {format_size(self.fragment_bytes)}" if self.fragment_bytes else ""
+        return f"{self.kind} {self.amount}{pieces}"
 
     def size_bytes(self, held_bytes: int, memory_bytes: int) -> int:
         """Return the bytes that the step is about, in a guest that holds `held_bytes` now."""
@@ -66,6 +70,7 @@ def _step(phase_index: int, phase: Phase) -> Step:
         amount=phase.amount,
         loop_s=phase.hold_s if loops else 0.0,
         pause_s=phase.pause_s or 0.0,
+        fragment_bytes=phase.fragment_bytes or 0,
         hold_s=0.0 if loops else phase.hold_s,
         settle=phase.settle,
     )

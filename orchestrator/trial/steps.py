@@ -14,6 +14,7 @@ def step_request(step: Step, size_bytes: int, seed: int) -> host_pb2.RunStepRequ
     request = host_pb2.RunStepRequest(seed=seed)
     if step.kind is Kind.ALLOCATE:
         request.allocate_bytes = size_bytes
+        request.block_bytes = step.fragment_bytes
     elif step.kind is Kind.FREE:
         request.free_bytes = size_bytes
     else:

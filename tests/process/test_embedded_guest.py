@@ -105,6 +105,19 @@ def test_samples_agree_with_the_books(host_agent: HostAgent) -> None:
     assert host_agent.samples[-1].samples[0].tracker_bytes > 0
 
 
+def test_free_memory_between_fragments_is_in_no_chunk_and_stays(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create("order9")
+    host_agent.create("order4", hinting=host_pb2.HintingSettings(chunk_order=4))
+    left = {}
+    for name in ("order9", "order4"):
+        host_agent.allocate(HELD, name, block_bytes=64 << 10)
+        assert host_agent.free(HELD // 2, name).wrong_pages == 0
+        left[name] = host_agent.settle(name).ledger.resident_bytes
+        assert host_agent.verify(name).wrong_pages == 0
+    assert left == {"order9": HELD, "order4": HELD // 2}
+
+
 @pytest.mark.parametrize("pattern", [Loop.CHURN, Loop.FAULT, Loop.BANDWIDTH])
 def test_a_loop_runs_beside_hinting_and_harms_nothing(
     host_agent: HostAgent, pattern: Loop.Pattern.ValueType

@@ -100,8 +100,12 @@ class HostClient:
         request = host_pb2.CreateGuestRequest(command=command, name=name, spec=spec, uuid=uuid)
         return self.stub.CreateGuest(request, timeout=HANG_S)
 
-    def allocate(self, size_bytes: int, name: str = "g") -> host_pb2.RunStepResponse:
-        return self._step(guest_name=name, allocate_bytes=size_bytes, seed=1)
+    def allocate(
+        self, size_bytes: int, name: str = "g", block_bytes: int = 0
+    ) -> host_pb2.RunStepResponse:
+        return self._step(
+            guest_name=name, allocate_bytes=size_bytes, seed=1, block_bytes=block_bytes
+        )
 
     def free(self, size_bytes: int, name: str = "g") -> host_pb2.RunStepResponse:
         return self._step(guest_name=name, free_bytes=size_bytes, seed=1)

@@ -575,17 +575,23 @@ class Allocate(_message.Message):
 
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
     seed: _builtins.int
+    block_bytes: _builtins.int
+    """Size of the blocks that it is made of and freed in: a power of two, 4 KiB to 2 MiB;
+    0 means 2 MiB.
+    """
     def __init__(
         self,
         *,
         size_bytes: _builtins.int = ...,
         seed: _builtins.int = ...,
+        block_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["seed", b"seed", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "seed", b"seed", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -593,8 +599,9 @@ Global___Allocate: _TypeAlias = Allocate  # noqa: Y015
 
 @_typing.final
 class Free(_message.Message):
-    """Free a part of the held memory: whole extents, picked by the seed. Each is
-    compared with its pattern before it is freed.
+    """Free a part of the held memory, the same share of the blocks of each size: blocks of 2 MiB
+    are picked by the seed; smaller ones are those between which the others are left, evenly
+    spaced. Each is compared with its pattern before it is freed.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

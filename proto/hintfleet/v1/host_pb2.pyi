@@ -798,11 +798,14 @@ class RunStepRequest(_message.Message):
     VERIFY_FIELD_NUMBER: _builtins.int
     LOOP_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     guest_name: _builtins.str
     allocate_bytes: _builtins.int
     free_bytes: _builtins.int
     verify: _builtins.bool
     seed: _builtins.int
+    block_bytes: _builtins.int
+    """With allocate_bytes: the size of the blocks, see Allocate in hinting.proto."""
     @_builtins.property
     def command(self) -> Global___CommandId: ...
     @_builtins.property
@@ -819,10 +822,11 @@ class RunStepRequest(_message.Message):
         verify: _builtins.bool = ...,
         loop: _hinting_pb2.Loop | None = ...,
         seed: _builtins.int = ...,
+        block_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "free_bytes", b"free_bytes", "loop", b"loop", "step", b"step", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "free_bytes", b"free_bytes", "guest_name", b"guest_name", "loop", b"loop", "seed", b"seed", "step", b"step", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "block_bytes", b"block_bytes", "command", b"command", "free_bytes", b"free_bytes", "guest_name", b"guest_name", "loop", b"loop", "seed", b"seed", "step", b"step", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["allocate_bytes", "free_bytes", "verify", "loop"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015

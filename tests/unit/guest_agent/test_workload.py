@@ -60,6 +60,47 @@ def test_held_memory_verifies(source: Source) -> None:
     assert (done.verified_pages, done.wrong_pages) == (8 * MIB // PAGE_BYTES, 0)
 
 
+def fragments(size_bytes: int, block_bytes: int) -> pb.WorkloadCommand:
+    order = pb.Allocate(size_bytes=size_bytes, seed=7, block_bytes=block_bytes)
+    return pb.WorkloadCommand(command_id=4, allocate=order)
+
+
+def test_fragments_keep_what_is_freed_between_them_from_being_a_chunk(ram: mmap.mmap) -> None:
+    zone = ZoneSpec(name="Normal", present=RangeSet([(0, RAM_BYTES // PAGE_BYTES)]))
+    allocator = BuddyAllocator([zone], chunk_order=9)
+    workload = Workload(BuddySource(allocator, ram), BuddyPlugs(allocator))
+    workload.run(fragments(48 * MIB, 64 << 10))
+    free_chunks = len(allocator.unreported_chunks(allocator.zones[0], 99))
+    for share in (2, 4):  # every other one, then all but every fourth of those
+        done = workload.run(free(workload.held_bytes - workload.held_bytes // share))
+        assert done.changed_bytes == done.verified_pages * PAGE_BYTES
+        assert len(allocator.unreported_chunks(allocator.zones[0], 99)) == free_chunks
+    assert workload.held_bytes == 6 * MIB
+    assert workload.run(VERIFY).wrong_pages == 0
+    workload.run(free(RAM_BYTES))
+    assert len(allocator.unreported_chunks(allocator.zones[0], 99)) == 32
+
+
+def test_extents_and_fragments_are_held_and_freed_side_by_side(source: Source) -> None:
+    workload = Workload(source, MemoryBlocks())
+    workload.run(fragments(8 * MIB, 4096))
+    workload.run(allocate(16 * MIB))
+    workload.run(fragments(8 * MIB, 1 * MIB))
+    done = workload.run(free(16 * MIB))
+    assert (done.changed_bytes, done.wrong_pages) == (16 * MIB, 0), "half of each"
+    done = workload.run(VERIFY)
+    assert (done.verified_pages, done.wrong_pages) == (16 * MIB // PAGE_BYTES, 0)
+    assert workload.run(free(16 * MIB)).held_bytes == 0
+    assert workload.run(allocate(56 * MIB)).error == ""
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4095, 3 * 4096, 4 * MIB])
+def test_blocks_of_a_size_that_would_overlap_are_refused(source: Source, block_bytes: int) -> None:
+    done = Workload(source, MemoryBlocks()).run(fragments(8 * MIB, block_bytes))
+    assert "not a power of two" in done.error
+    assert done.held_bytes == 0
+
+
 def test_freed_memory_is_used_again(source: Source) -> None:
     workload = Workload(source, MemoryBlocks())
     for _ in range(20):

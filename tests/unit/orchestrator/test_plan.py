@@ -103,6 +103,19 @@ def test_a_loop_lasts_as_long_as_it_says_and_holds_nothing_afterwards() -> None:
     assert held_after(churn, 4096, 256 * MIB) == 4096
 
 
+def test_fragments_reach_the_guest_and_are_not_too_many() -> None:
+    phase = {"allocate": "64MiB", "fragments": "64KiB"}
+    (step,) = expand(Workload.model_validate({"phases": (phase,)}))
+    assert step.title == "allocate 64 MiB in 64 KiB"
+    request = step_request(step, 64 * MIB, seed=3)
+    assert (request.allocate_bytes, request.block_bytes) == (64 * MIB, 65536)
+    assert not list(problems(spec(workload={"phases": (phase,)})))
+    guests = {"per_host": 1, "memory": "512MiB"}
+    too_many = {"allocate": "300MiB", "fragments": "4KiB"}
+    (problem,) = problems(spec(guests=guests, workload={"phases": (too_many,)}))
+    assert "more than 65536 pieces" in problem.message
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 100)), max_size=20))
 def test_what_is_held_is_never_negative_and_whole_pages(kinds: list[tuple[bool, int]]) -> None:
     held_bytes, memory_bytes = 0, 256 * MIB
