@@ -242,10 +242,12 @@ def run_workload_only(config: AgentConfig) -> None:
 async def _serve_anonymous_workload(config: AgentConfig) -> None:
     from guest_agent.memory.blocks import MemoryBlocks
     from guest_agent.workload.client import serve_workload
+    from guest_agent.workload.file_cache import FileCache
     from guest_agent.workload.memory import AnonymousSource
     from guest_agent.workload.workload import Workload
 
     channel, identity = _connect(config)
     source = AnonymousSource(max(mem_total_bytes(), config.max_memory_bytes))
-    serving = serve_workload(channel, Workload(source, MemoryBlocks()), identity, boot_id())
+    workload = Workload(source, MemoryBlocks(), FileCache())
+    serving = serve_workload(channel, workload, identity, boot_id())
     await _until_one_fails(serving, _end_orphaned(channel, config.orphan_after_s))

@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 import time
 
+from guest_agent.workload.file_cache import FileCache
 from guest_agent.workload.holding import Holding
 from guest_agent.workload.loops import run_loop
 from guest_agent.workload.source import EXTENT_BYTES, Plugs, Source
-from hintfleet.errors import HintfleetError, InvalidInput
+from hintfleet.errors import HintfleetError, InvalidInput, Refused
 from hintfleet.ranges import decode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -21,10 +22,12 @@ from hintfleet.v1 import hinting_pb2 as pb
 class Workload:
     """Holds memory, and answers workload commands, one after the other."""
 
-    def __init__(self, source: Source, plugs: Plugs) -> None:
+    def __init__(self, source: Source, plugs: Plugs, cache: FileCache | None = None) -> None:
+        """:param cache: None in a guest without a page cache."""
         self._source = source
         self._holding = Holding(source)
         self._plugs = plugs
+        self._cache = cache
         self._stop = threading.Event()
 
     @property
@@ -70,12 +73,22 @@ class Workload:
             self._holding.check_all()
         elif kind == "loop":
             done.looped.CopyFrom(run_loop(command.loop, self._holding, self._source, self._stop))
+        elif kind == "read":
+            self._page_cache.read(command.read.size_bytes)
+        elif kind == "drop_caches":
+            self._page_cache.drop()
         elif kind == "online":
             self._plugs.online(decode(command.online.ranges))
         elif kind == "offline":
             self._plugs.offline(decode(command.offline.ranges))
         else:
             raise InvalidInput("this agent does not know the command: it is older than its host's")
+
+    @property
+    def _page_cache(self) -> FileCache:
+        if self._cache is None:
+            raise Refused("an embedded guest has no page cache")
+        return self._cache
 
     def _allocate(self, order: pb.Allocate) -> None:
         block_bytes = order.block_bytes or EXTENT_BYTES

@@ -37,6 +37,10 @@ def command_of(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.Wor
         command.free.seed = request.seed
     elif step == "verify":
         command.verify.SetInParent()
+    elif step == "read_bytes":
+        command.read.size_bytes = request.read_bytes
+    elif step == "drop_caches":
+        command.drop_caches.SetInParent()
     elif step == "loop":
         if request.loop.duration_ms > MOST_LOOP_MS:
             raise InvalidInput(f"a loop lasts at most {MOST_LOOP_MS // 1000} s")

@@ -281,10 +281,16 @@ def _step_problem(spec: Spec, step: Step, held_bytes: int) -> Problem | None:
     """Return the problem of a step in a guest that holds `held_bytes` before it; else None."""
     path = ("workload", "phases", step.phase_index)
     memory_bytes = spec.guests.memory_bytes
+    if step.kind.needs_kernel and spec.driver is Driver.EMBEDDED:
+        return Problem(
+            path=(*path, step.kind),
+            message="an embedded guest has no page cache",
+            hint="run it with --driver libvirt, or give libvirt a workload of its own (under)",
+        )
     if step.kind is Kind.FREE:
         if not step.size_bytes(held_bytes, memory_bytes):
             return Problem(path=path, message="nothing is held that could be freed")
-        if (step.amount.size_bytes or 0) > held_bytes:
+        if step.amount and (step.amount.size_bytes or 0) > held_bytes:
             return Problem(
                 path=(*path, step.kind),
                 message=f"{step.amount} to free, but only {format_size(held_bytes)} is held then",
@@ -296,10 +302,10 @@ def _step_problem(spec: Spec, step: Step, held_bytes: int) -> Problem | None:
             message=f"{step.amount} is too small: it copies from one 2 MiB to another",
             hint="write at least 4MiB; more than the processor's caches have",
         )
-    elif not step.size_bytes(held_bytes, memory_bytes):
+    elif step.amount and not step.size_bytes(held_bytes, memory_bytes):
         return Problem(
             path=(*path, step.kind),
-            message=f"{step.amount} is less than a page, so nothing would be allocated",
+            message=f"{step.amount} is less than a page, so nothing would be done",
         )
     if step.fragment_bytes and step.size_bytes(0, memory_bytes) > _MAX_PIECES * step.fragment_bytes:
         return Problem(

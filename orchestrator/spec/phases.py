@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,13 @@ class Kind(StrEnum):
     CHURN = "churn"
     FAULT = "fault"
     BANDWIDTH = "bandwidth"
+    READ = "read"
+    DROP_CACHES = "drop_caches"
+
+    @property
+    def needs_kernel(self) -> bool:
+        """Whether the step needs a guest with a kernel of its own: not an embedded one."""
+        return self in (Kind.READ, Kind.DROP_CACHES)
 
     @property
     def is_loop(self) -> bool:
@@ -40,20 +47,25 @@ class Phase(Part):
 
     Exactly one key of `Kind` is set, or `repeat` (how often all phases before this one run in
     total). The value of `free` is a size, or a percentage of the memory that the workload holds;
-    that of the others is a size, or a percentage of the guest's memory.
+    that of `drop_caches` is true; that of the others is a size, or a percentage of the guest's
+    memory.
 
     :ivar hold_s: how long to hold after the step; how long a loop lasts.
     :ivar fragment_bytes: allocate: the size of the pieces in which memory is allocated and freed.
     :ivar pause_s: churn: how long to wait between two cycles.
     """
 
-    LATER = frozenset({"churn", "fault", "bandwidth", "pause_s", "fragment_bytes"})
+    LATER = frozenset(
+        {"churn", "fault", "bandwidth", "pause_s", "fragment_bytes", "read", "drop_caches"}
+    )
 
     allocate: AmountOrPercent | None = None
     free: AmountOrPercent | None = None
     churn: AmountOrPercent | None = None
     fault: AmountOrPercent | None = None
     bandwidth: AmountOrPercent | None = None
+    read: AmountOrPercent | None = None
+    drop_caches: Literal[True] | None = None
     fragment_bytes: FragmentSize | None = Field(default=None, alias="fragments")
     repeat: int | None = Field(default=None, ge=1, le=10000)
     hold_s: DurationS = Field(default=0.0, alias="for")
@@ -94,10 +106,10 @@ class Phase(Part):
         return next(kind for kind in Kind if getattr(self, kind) is not None)
 
     @property
-    def amount(self) -> Amount:
-        """How much memory its step is about."""
-        amount: Amount = getattr(self, self.kind)
-        return amount
+    def amount(self) -> Amount | None:
+        """How much memory its step is about; None if that is not given."""
+        value = getattr(self, self.kind)
+        return value if isinstance(value, Amount) else None
 
 
 _KEYS_OF = {"fragment_bytes": Kind.ALLOCATE, "pause_s": Kind.CHURN}

@@ -14,7 +14,7 @@ class Step:
     """One thing that a guest does, followed by a hold.
 
     :ivar phase_index: the index of its phase in the spec.
-    :ivar amount: how much to allocate or to free; of a loop, how much memory it uses.
+    :ivar amount: how much to allocate, to free or to read; of a loop, how much memory it uses.
     :ivar loop_s: how long a loop lasts; 0 for other steps.
     :ivar pause_s: churn: how long to wait between two cycles.
     :ivar fragment_bytes: allocate: the size of the pieces; 0 for extents.
@@ -25,7 +25,7 @@ class Step:
 
     phase_index: int
     kind: Kind
-    amount: Amount
+    amount: Amount | None = None
     loop_s: float = 0.0
     pause_s: float = 0.0
     fragment_bytes: int = 0
@@ -36,10 +36,12 @@ class Step:
     def title(self) -> str:
         """The step as text: `allocate 192 MiB`."""
         pieces = f" in {format_size(self.fragment_bytes)}" if self.fragment_bytes else ""
-        return f"{self.kind} {self.amount}{pieces}"
+        return f"{self.kind.replace('_', ' ')} {self.amount or ''}{pieces}".rstrip()
 
     def size_bytes(self, held_bytes: int, memory_bytes: int) -> int:
         """Return the bytes that the step is about, in a guest that holds `held_bytes` now."""
+        if self.amount is None:
+            return 0
         return self.amount.of(held_bytes if self.kind is Kind.FREE else memory_bytes)
 
 
@@ -85,14 +87,12 @@ def held_after(step: Step, held_bytes: int, memory_bytes: int) -> int:
 
 def held_during(step: Step, held_bytes: int, memory_bytes: int) -> int:
     """Return the most bytes that a guest uses for its workload during a step."""
-    if step.kind is Kind.FREE:
-        return held_bytes
-    return held_bytes + step.size_bytes(held_bytes, memory_bytes)
+    if step.kind is Kind.ALLOCATE or step.kind.is_loop:
+        return held_bytes + step.size_bytes(held_bytes, memory_bytes)
+    return held_bytes
 
 
 def total_allocated_bytes(workload: Workload, memory_bytes: int) -> int:
     """Return the bytes that all steps of one guest allocate, those of a loop once; what the steps
     free is not subtracted."""
-    return sum(
-        step.size_bytes(0, memory_bytes) for step in expand(workload) if step.kind is not Kind.FREE
-    )
+    return sum(held_during(step, 0, memory_bytes) for step in expand(workload))

@@ -17,6 +17,10 @@ def step_request(step: Step, size_bytes: int, seed: int) -> host_pb2.RunStepRequ
         request.block_bytes = step.fragment_bytes
     elif step.kind is Kind.FREE:
         request.free_bytes = size_bytes
+    elif step.kind is Kind.READ:
+        request.read_bytes = size_bytes
+    elif step.kind is Kind.DROP_CACHES:
+        request.drop_caches = True
     else:
         request.loop.pattern = hinting_pb2.Loop.Pattern.Value(step.kind.name)
         request.loop.size_bytes = size_bytes

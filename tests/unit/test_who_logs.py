@@ -33,6 +33,7 @@ SILENT = {
         "guest_agent/memory/blocks.py",
         "guest_agent/memory/kernel.py",
         "guest_agent/procfs.py",
+        "guest_agent/workload/file_cache.py",
         "guest_agent/workload/holding.py",
         "guest_agent/workload/loops.py",
         "guest_agent/workload/memory.py",

@@ -530,6 +530,8 @@ class WorkloadCommand(_message.Message):
     ONLINE_FIELD_NUMBER: _builtins.int
     OFFLINE_FIELD_NUMBER: _builtins.int
     LOOP_FIELD_NUMBER: _builtins.int
+    READ_FIELD_NUMBER: _builtins.int
+    DROP_CACHES_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
     """Each command has another id. A command with an id that was answered before is the
     same command again: it is answered from memory.
@@ -546,6 +548,10 @@ class WorkloadCommand(_message.Message):
     def offline(self) -> Global___Offline: ...
     @_builtins.property
     def loop(self) -> Global___Loop: ...
+    @_builtins.property
+    def read(self) -> Global___Read: ...
+    @_builtins.property
+    def drop_caches(self) -> Global___DropCaches: ...
     def __init__(
         self,
         *,
@@ -556,12 +562,14 @@ class WorkloadCommand(_message.Message):
         online: Global___Online | None = ...,
         offline: Global___Offline | None = ...,
         loop: Global___Loop | None = ...,
+        read: Global___Read | None = ...,
+        drop_caches: Global___DropCaches | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "free", b"free", "loop", b"loop", "offline", b"offline", "online", b"online", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "drop_caches", b"drop_caches", "free", b"free", "loop", b"loop", "offline", b"offline", "online", b"online", "read", b"read", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "command_id", b"command_id", "free", b"free", "loop", b"loop", "offline", b"offline", "online", b"online", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "command_id", b"command_id", "drop_caches", b"drop_caches", "free", b"free", "loop", b"loop", "offline", b"offline", "online", b"online", "read", b"read", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["allocate", "free", "verify", "online", "offline", "loop"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["allocate", "free", "verify", "online", "offline", "loop", "read", "drop_caches"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -770,6 +778,46 @@ class Sketch(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Sketch: _TypeAlias = Sketch  # noqa: Y015
+
+@_typing.final
+class Read(_message.Message):
+    """Read a file of this size, so that the guest's page cache holds it. Not in an embedded guest,
+    which has no page cache.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Read: _TypeAlias = Read  # noqa: Y015
+
+@_typing.final
+class DropCaches(_message.Message):
+    """Drop the guest's page cache (vm.drop_caches). Not in an embedded guest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropCaches: _TypeAlias = DropCaches  # noqa: Y015
 
 @_typing.final
 class Online(_message.Message):

@@ -797,12 +797,17 @@ class RunStepRequest(_message.Message):
     FREE_BYTES_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
     LOOP_FIELD_NUMBER: _builtins.int
+    READ_BYTES_FIELD_NUMBER: _builtins.int
+    DROP_CACHES_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     guest_name: _builtins.str
     allocate_bytes: _builtins.int
     free_bytes: _builtins.int
     verify: _builtins.bool
+    read_bytes: _builtins.int
+    """The next two: not in an embedded guest."""
+    drop_caches: _builtins.bool
     seed: _builtins.int
     block_bytes: _builtins.int
     """With allocate_bytes: the size of the blocks, see Allocate in hinting.proto."""
@@ -821,14 +826,16 @@ class RunStepRequest(_message.Message):
         free_bytes: _builtins.int = ...,
         verify: _builtins.bool = ...,
         loop: _hinting_pb2.Loop | None = ...,
+        read_bytes: _builtins.int = ...,
+        drop_caches: _builtins.bool = ...,
         seed: _builtins.int = ...,
         block_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "free_bytes", b"free_bytes", "loop", b"loop", "step", b"step", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "drop_caches", b"drop_caches", "free_bytes", b"free_bytes", "loop", b"loop", "read_bytes", b"read_bytes", "step", b"step", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "block_bytes", b"block_bytes", "command", b"command", "free_bytes", b"free_bytes", "guest_name", b"guest_name", "loop", b"loop", "seed", b"seed", "step", b"step", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "block_bytes", b"block_bytes", "command", b"command", "drop_caches", b"drop_caches", "free_bytes", b"free_bytes", "guest_name", b"guest_name", "loop", b"loop", "read_bytes", b"read_bytes", "seed", b"seed", "step", b"step", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["allocate_bytes", "free_bytes", "verify", "loop"]  # noqa: Y015
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["allocate_bytes", "free_bytes", "verify", "loop", "read_bytes", "drop_caches"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
 

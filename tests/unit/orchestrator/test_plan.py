@@ -116,6 +116,17 @@ def test_fragments_reach_the_guest_and_are_not_too_many() -> None:
     assert "more than 65536 pieces" in problem.message
 
 
+def test_steps_of_the_page_cache_reach_a_real_guest() -> None:
+    phases = ({"read": "25%"}, {"drop_caches": True, "for": "1s"})
+    real = spec(driver="libvirt", workload={"phases": phases})
+    assert not list(problems(real))
+    read, drop = expand(real.workload)
+    assert (read.title, drop.title, drop.hold_s) == ("read 25 %", "drop caches", 1.0)
+    assert step_request(read, read.size_bytes(0, 256 * MIB), 1).read_bytes == 64 * MIB
+    assert step_request(drop, 0, 1).drop_caches
+    assert held_after(read, 4096, 256 * MIB) == 4096
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 100)), max_size=20))
 def test_what_is_held_is_never_negative_and_whole_pages(kinds: list[tuple[bool, int]]) -> None:
     held_bytes, memory_bytes = 0, 256 * MIB
