@@ -12,6 +12,7 @@ from contextlib import suppress
 import click
 
 from hintfleet import logs, program
+from orchestrator.commands.compare import compare
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.domains import attach, detach, domains, guests
 from orchestrator.commands.experiments import experiments
@@ -29,6 +30,7 @@ Examples:
   hintfleet run my.yaml -o json         an experiment of your own; JSON on stdout
   hintfleet show latest                 the results of the newest run
   hintfleet report latest               its results as one HTML file with plots
+  hintfleet compare 4ynra latest        two runs of one spec; --fail-on: a gate for CI
   hintfleet savings --by host --since 1h
 
 \b
@@ -82,6 +84,7 @@ def cli(context: click.Context, log_level: str | None, log_format: str) -> None:
 
 for command in (
     attach,
+    compare,
     detach,
     doctor,
     domains,

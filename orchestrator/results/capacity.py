@@ -11,7 +11,12 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import fsum
 
-from orchestrator.results.statistics import Interval, mean_interval, paired_differences
+from orchestrator.results.statistics import (
+    Interval,
+    mean_interval,
+    paired_differences,
+    sum_by_trial,
+)
 from orchestrator.trial.records import Event, GuestFits, HostRanOut
 
 
@@ -131,8 +136,4 @@ def _first_undecided(rows: Iterable[CapacityRow]) -> str:
 
 
 def _by_trial(rows: Iterable[CapacityRow]) -> dict[Hashable, float]:
-    sums: dict[Hashable, float] = {}
-    for row in rows:
-        if row.capacity is not None:
-            sums[row.repetition] = sums.get(row.repetition, 0.0) + row.capacity.guests
-    return sums
+    return sum_by_trial((row.repetition, row.capacity.guests) for row in rows if row.capacity)

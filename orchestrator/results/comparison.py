@@ -19,6 +19,7 @@ from orchestrator.results.statistics import (
     mean_interval,
     paired_differences,
     ratio_percent,
+    sum_by_trial,
 )
 
 
@@ -109,8 +110,8 @@ def _arm_cost(arm: Sequence[CostRow], control: Sequence[CostRow], driver: str) -
         asked_settle_s=_mean(asked),
         slowdown_percent=_slowdown_percent(control, arm),
         guest_cpu_s=_extra(control, arm, lambda c: c.process_cpu_s if embedded else c.agent_cpu_s),
-        host_cpu_s=_extra(control, arm, lambda c: c.process_cpu_s + c.host_agent_cpu_s),
-        observing_cpu_s=_mean(list(_by_trial(arm, lambda c: c.observing_cpu_s).values())),
+        host_cpu_s=_extra(control, arm, lambda c: c.host_cpu_s),
+        observing_cpu_s=_mean(list(by_trial(arm, lambda c: c.observing_cpu_s).values())),
         wire_bytes_per_range=sum(cost.wire_bytes for cost in costs) / ranges if ranges else None,
         tracker_bytes=max(cost.tracker_bytes for cost in costs),
     )
@@ -120,22 +121,21 @@ def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def _by_trial(rows: Sequence[CostRow], value: Callable[[Cost], float]) -> dict[Hashable, float]:
-    """Return the sum of `value` over the hosts of each trial, by repetition."""
-    sums: dict[Hashable, float] = {}
-    for row in rows:
-        if row.cost:
-            sums[row.repetition] = sums.get(row.repetition, 0.0) + value(row.cost)
-    return sums
+def by_trial(rows: Sequence[CostRow], value: Callable[[Cost], float]) -> dict[Hashable, float]:
+    """Return the sum of `value` over the hosts of each trial of one arm, by repetition."""
+    return sum_by_trial((row.repetition, value(row.cost)) for row in rows if row.cost)
 
 
 def _extra(
     control: Sequence[CostRow], arm: Sequence[CostRow], value: Callable[[Cost], float]
 ) -> Interval | None:
-    return mean_interval(paired_differences(_by_trial(arm, value), _by_trial(control, value)))
+    return mean_interval(paired_differences(by_trial(arm, value), by_trial(control, value)))
 
 
 def _slowdown_percent(control: Sequence[CostRow], arm: Sequence[CostRow]) -> Interval | None:
-    return ratio_percent(
-        _by_trial(control, lambda cost: cost.step_s), _by_trial(arm, lambda cost: cost.step_s)
-    )
+    return ratio_percent(step_s(control), step_s(arm))
+
+
+def step_s(rows: Sequence[CostRow]) -> dict[Hashable, float]:
+    """Return the time that the workload's steps took in each trial of one arm, by repetition."""
+    return by_trial(rows, lambda cost: cost.step_s)

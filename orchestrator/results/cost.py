@@ -68,6 +68,11 @@ class Cost:
     observing_cpu_s: float = 0.0
     loops: tuple[LoopSum, ...] = ()
 
+    @property
+    def host_cpu_s(self) -> float:
+        """CPU time of the guests' processes and the host agent, without `observing_cpu_s`."""
+        return self.process_cpu_s + self.host_agent_cpu_s
+
 
 def host_cost(
     series: Mapping[str, Series],

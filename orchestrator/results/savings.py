@@ -16,7 +16,12 @@ from enum import StrEnum
 from math import fsum
 
 from orchestrator.results.footprint import Footprint, sum_returned
-from orchestrator.results.statistics import Interval, mean_interval, paired_differences
+from orchestrator.results.statistics import (
+    Interval,
+    mean_interval,
+    paired_differences,
+    sum_by_trial,
+)
 
 
 class By(StrEnum):
@@ -169,14 +174,9 @@ def _by_trial(
     arm: Sequence[FootprintRow], value: Callable[[Footprint], float]
 ) -> dict[Hashable, float]:
     """Return the sum of `value` over the rows of each trial, by run id and repetition."""
-    # Hosts of one trial share its noise. If each host were a pair of its own, one random draw
-    # would count several times, and the interval would be too narrow.
-    sums: dict[Hashable, float] = {}
-    for row in arm:
-        if row.footprint is not None:
-            trial = row.run_id, row.repetition
-            sums[trial] = sums.get(trial, 0.0) + value(row.footprint)
-    return sums
+    return sum_by_trial(
+        ((row.run_id, row.repetition), value(row.footprint)) for row in arm if row.footprint
+    )
 
 
 def _together(rows: Sequence[FootprintRow]) -> Footprint:

@@ -10,7 +10,7 @@ somewhat too wide.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
@@ -25,6 +25,19 @@ class Interval:
     low: float
     high: float
     pairs: int
+
+
+def sum_by_trial(values: Iterable[tuple[Hashable, float]]) -> dict[Hashable, float]:
+    """Return the sum of the values of each trial: of its hosts, or of its guests.
+
+    :param values: the key of a trial, and a value.
+    """
+    # Hosts of one trial share its noise. If each host were a pair of its own, one random draw
+    # would count several times, and the interval would be too narrow.
+    sums: dict[Hashable, float] = {}
+    for trial, value in values:
+        sums[trial] = sums.get(trial, 0.0) + value
+    return sums
 
 
 def paired_differences(
@@ -57,13 +70,21 @@ def ratio_percent(
 
     The values are not negative.
     """
+    return percent_of_logs(mean_interval(paired_differences(logs(treated), logs(control))))
 
-    # Logarithms of ratios are averaged, not ratios: a trial that is twice as slow and one that
-    # is twice as fast then cancel out. log(0) is not defined.
-    def logs(values: Mapping[Hashable, float]) -> dict[Hashable, float]:
-        return {key: math.log(max(value, _ALMOST_NOTHING)) for key, value in values.items()}
 
-    log_ratio = mean_interval(paired_differences(logs(treated), logs(control)))
+def logs(values: Mapping[Hashable, float]) -> dict[Hashable, float]:
+    """Return the logarithm of each value, for differences that stand for ratios.
+
+    Logarithms of ratios are averaged, not ratios: a trial that is twice as slow and one that is
+    twice as fast then cancel out.
+    """
+    # log(0) is not defined.
+    return {key: math.log(max(value, _ALMOST_NOTHING)) for key, value in values.items()}
+
+
+def percent_of_logs(log_ratio: Interval | None) -> Interval | None:
+    """Convert the interval of a logarithm of a ratio into percent: log(1.5) is 50 % more."""
     if log_ratio is None:
         return None
     mean, low, high = (

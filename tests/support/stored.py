@@ -1,7 +1,7 @@
 """Makes up the records of trials, and stores a run of them: guests allocate, then free; under arm
 `bitmap`, less stays resident."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +77,28 @@ def guest_records(task: HostTask) -> list[Event]:
     return [*steps, *ended, done]
 
 
-def store_trial(writer: RunWriter, trial: Trial, spec: Spec) -> None:
+def left_mib(arm: str, repetition: int) -> int:
+    """Return how much of each guest stays resident after it has freed memory."""
+    return (30 if arm == "bitmap" else 100) + repetition
+
+
+def store_trial(
+    writer: RunWriter, trial: Trial, spec: Spec, left: Callable[[str, int], int] = left_mib
+) -> None:
     tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
     writer.begin_trial(trial)
-    outcome = store_records(writer, tasks, _records(trial, tasks))
+    records = _records(trial, tasks, left(trial.arm.name, trial.repetition))
+    outcome = store_records(writer, tasks, records)
     assert outcome.status is TrialStatus.DONE
 
 
-def _records(trial: Trial, tasks: dict[str, HostTask]) -> Iterator[Record]:
+def _records(trial: Trial, tasks: dict[str, HostTask], left: int) -> Iterator[Record]:
     for host, task in tasks.items():
         # Phases have the actor's clock, which is an hour ahead of the host's clock here.
         for title, said_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
             yield phase(title, said_s, host, trial.trial_id)
         names = [guest.name for guest in task.guests]
         times = np.arange(0, 7 * S, S // 10, dtype=np.int64)
-        left = (30 if trial.arm.name == "bitmap" else 100) + trial.repetition
         resident = np.where(times < 3.2 * S, 100, left) * MIB
         columns: Columns = {
             "at_unix_us": np.repeat(times, len(names)),
@@ -125,19 +132,25 @@ def _records(trial: Trial, tasks: dict[str, HostTask]) -> Iterator[Record]:
         yield HostDone(**common, at_unix_us=7 * S)
 
 
-def store_run(folder: Path, spec: Spec = QUICKSTART) -> None:
-    """Store a run "run1". Its texts contain HTML that a report must not interpret."""
+def store_run(
+    folder: Path,
+    spec: Spec = QUICKSTART,
+    run_id: str = "run1",
+    environment: dict[str, str] | None = None,
+    left: Callable[[str, int], int] = left_mib,
+) -> None:
+    """Store a run. Its texts contain HTML that a report must not interpret."""
     header = RunHeader(
-        run_id="run1",
+        run_id=run_id,
         spec=spec,
         spec_text="name: </script><b>\n",
         summary="a test of <reports>",
-        environment={"kernel": "Linux & more"},
+        environment=environment or {"kernel": "Linux & more"},
         overrides={"hosts": {"agents": ["unix:/a & b"]}},
     )
     with Store(folder) as store, RunWriter(store, header) as writer:
-        for trial in plan_trials(spec, "run1"):
-            store_trial(writer, trial, spec)
+        for trial in plan_trials(spec, run_id):
+            store_trial(writer, trial, spec, left)
 
 
 def store_filled_run(folder: Path) -> None:

@@ -34,6 +34,9 @@ from orchestrator.commands.run import Interrupts
         (["savings", "--by", "planet"], 2, "'planet'"),
         (["savings", "--server", "example.org:1"], 2, "loopback"),
         (["savings", "--server", "unix:/nowhere/socket"], 1, "fleet service at unix:/nowhere"),
+        (["compare", "latest"], 2, "Missing argument"),
+        (["compare", "nothing", "latest"], 2, "no run 'nothing'"),
+        (["compare", "a", "b", "--fail-on", "saved"], 2, "is not a bound"),
         (["serve", "--listen", "0.0.0.0:1"], 2, "loopback"),
         (["report", "nothing"], 2, "no run 'nothing'"),
         (["report", "--plot", "plot.jpeg"], 2, "must end in .png or .svg"),
@@ -128,7 +131,7 @@ def test_no_arguments_show_help_with_examples(capsys: pytest.CaptureFixture[str]
     assert "hintfleet run quickstart" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "serve", "savings", "doctor", "report"])
+@pytest.mark.parametrize("command", ["run", "serve", "savings", "doctor", "report", "compare"])
 def test_help_has_no_need_of_the_heavy_libraries(command: str) -> None:
     program = (
         "import sys\nfrom orchestrator.cli import run_command\n"

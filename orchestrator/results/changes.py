@@ -1,0 +1,278 @@
+"""Computes how the figures of each arm changed from one run to another run of the same spec. Pure.
+
+In both runs, the guests of a repetition get the same seeds. So a repetition is a pair: its figure
+in the second run, and in the first. Figures are summed over the hosts of a trial; those that
+compare an arm with the control do so within their own run, as in `savings` and `comparison`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orchestrator.results.comparison import CostRow, by_trial, step_s
+from orchestrator.results.footprint import Footprint
+from orchestrator.results.savings import By, FootprintRow, aggregate
+from orchestrator.results.statistics import (
+    Interval,
+    logs,
+    mean_interval,
+    percent_of_logs,
+    sum_by_trial,
+)
+
+_Values = Mapping[Hashable, float]
+"""A figure of one arm in one run, by repetition."""
+
+
+class Unit(StrEnum):
+    """The unit of a figure."""
+
+    BYTES = "bytes"
+    GIB_MIN = "GiB·min"
+    PERCENT = "%"
+    SECONDS = "s"
+
+
+class Figure(StrEnum):
+    """A figure of an arm, with its name in output and in bounds (see `bounds`)."""
+
+    SAVED = "saved"
+    """Mean resident memory under the control minus that of the arm."""
+    RESIDENT = "resident"
+    """Mean resident memory."""
+    GIB_MIN = "gib_min"
+    """The integral of resident memory over time."""
+    SLOWDOWN = "slowdown"
+    """How much longer the workload's steps took than under the control."""
+    HOST_CPU = "host_cpu"
+    """`Cost.host_cpu_s` minus that under the control."""
+    SETTLE = "settle"
+    """The mean of all `Cost.settle_s` of a trial."""
+
+    @property
+    def unit(self) -> Unit:
+        return _UNITS[self]
+
+    @property
+    def percent_of(self) -> str:
+        """What 100 % are if the change of the figure is given in percent."""
+        return f"{_PERCENT_OF[self]} in the first run"
+
+
+_UNITS = {
+    Figure.SAVED: Unit.BYTES,
+    Figure.RESIDENT: Unit.BYTES,
+    Figure.GIB_MIN: Unit.GIB_MIN,
+    Figure.SLOWDOWN: Unit.PERCENT,
+    Figure.HOST_CPU: Unit.SECONDS,
+    Figure.SETTLE: Unit.SECONDS,
+}
+_PERCENT_OF = {
+    Figure.SAVED: "memory saved",
+    Figure.RESIDENT: "mean resident memory",
+    Figure.GIB_MIN: "GiB·min",
+    Figure.SLOWDOWN: "time of the steps, divided by that under the control,",
+    Figure.HOST_CPU: "host CPU time more than under the control",
+    Figure.SETTLE: "settle time",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRows:
+    """The footprints and costs of one run, as the store returns them."""
+
+    footprints: Sequence[FootprintRow]
+    costs: Sequence[CostRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """The change of one figure of one arm from the first run to the second.
+
+    :ivar pairs: the figure in the first and in the second run, for each repetition, in its unit;
+        of the slowdown, the logarithm of the ratio to the control. Empty if `undecided` is set.
+    :ivar undecided: why the figure cannot be compared; empty if it can.
+    """
+
+    arm: str
+    figure: Figure
+    pairs: tuple[tuple[float, float], ...] = ()
+    undecided: str = ""
+
+    @property
+    def first(self) -> float | None:
+        """The mean of the figure in the first run, in its unit; None if `undecided` is set."""
+        return self._mean(0)
+
+    @property
+    def second(self) -> float | None:
+        """The mean of the figure in the second run, in its unit; None if `undecided` is set."""
+        return self._mean(1)
+
+    @property
+    def difference(self) -> Interval | None:
+        """The second run minus the first, in the figure's unit.
+
+        None if `undecided` is set, and for the slowdown, whose change is a ratio.
+        """
+        return None if self.figure is Figure.SLOWDOWN else mean_interval(self.excess())
+
+    @property
+    def percent(self) -> Interval | None:
+        """The difference in percent of `figure.percent_of`.
+
+        None if `undecided` is set, and if the figure is not above 0 in the first run with 95 %
+        confidence: a percentage of it would say nothing.
+        """
+        if self.figure is Figure.SLOWDOWN:
+            return percent_of_logs(mean_interval(self.excess()))
+        return _percent_of_first(self.pairs)
+
+    def excess(self, factor: float = 1.0, offset: float = 0.0) -> list[float]:
+        """Return second - (factor * first + offset) for each pair."""
+        return [second - (factor * first + offset) for first, second in self.pairs]
+
+    def _mean(self, run: int) -> float | None:
+        if not self.pairs:
+            return None
+        mean = math.fsum(pair[run] for pair in self.pairs) / len(self.pairs)
+        return 100 * math.expm1(mean) if self.figure is Figure.SLOWDOWN else mean
+
+
+def compare_runs(first: RunRows, second: RunRows) -> list[Change]:
+    """Return the change of each figure of each arm: arms in the order of the spec, and in each the
+    figures that it can have.
+
+    The control has only RESIDENT and GIB_MIN. If there is no control, no arm has SAVED, SLOWDOWN
+    and HOST_CPU.
+
+    :param first, second: rows of two runs of the same spec.
+    """
+    before, after = _arms(first), _arms(second)
+    return [
+        _change(name, figure, before.get(name), after.get(name))
+        for name in before | after
+        for figure in Figure
+        if any(figure in arms[name].values for arms in (before, after) if name in arms)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arm:
+    """An arm in one run.
+
+    :ivar values: has all figures that the arm can have.
+    :ivar undecided: why the figures do not count; empty if they do.
+    """
+
+    values: Mapping[Figure, _Values]
+    undecided: str
+
+
+def _arms(run: RunRows) -> dict[str, _Arm]:
+    control = next((row.arm for row in run.footprints if row.is_control), "")
+    return {
+        row.arm: _Arm(values=_values(run, row.arm, control), undecided=row.undecided)
+        for row in aggregate(run.footprints, By.FLEET)
+    }
+
+
+def _values(run: RunRows, arm: str, control: str) -> dict[Figure, _Values]:
+    resident = _memory(run, arm, lambda f: f.mean_resident_bytes)
+    values = {
+        Figure.RESIDENT: resident,
+        Figure.GIB_MIN: _memory(run, arm, lambda f: f.resident_gib_min),
+    }
+    if arm == control:
+        return values
+    costs = _costs(run, arm)
+    values[Figure.SETTLE] = _mean_settle_s(costs)
+    if control:
+        of_control = _costs(run, control)
+        values[Figure.SAVED] = _minus(
+            _memory(run, control, lambda f: f.mean_resident_bytes), resident
+        )
+        values[Figure.SLOWDOWN] = _minus(logs(step_s(costs)), logs(step_s(of_control)))
+        values[Figure.HOST_CPU] = _minus(
+            by_trial(costs, lambda c: c.host_cpu_s), by_trial(of_control, lambda c: c.host_cpu_s)
+        )
+    return values
+
+
+def _memory(run: RunRows, arm: str, value: Callable[[Footprint], float]) -> _Values:
+    return sum_by_trial(
+        (row.repetition, value(row.footprint))
+        for row in run.footprints
+        if row.arm == arm and row.footprint and not row.guest
+    )
+
+
+def _costs(run: RunRows, arm: str) -> list[CostRow]:
+    return [row for row in run.costs if row.arm == arm]
+
+
+def _mean_settle_s(costs: Sequence[CostRow]) -> _Values:
+    """Return the mean settle time of each trial that has settle times."""
+    counts = by_trial(costs, lambda c: len(c.settle_s))
+    sums = by_trial(costs, lambda c: math.fsum(c.settle_s))
+    return {trial: sums[trial] / count for trial, count in counts.items() if count}
+
+
+def _minus(values: _Values, others: _Values) -> _Values:
+    return {trial: value - others[trial] for trial, value in values.items() if trial in others}
+
+
+def _change(name: str, figure: Figure, first: _Arm | None, second: _Arm | None) -> Change:
+    undecided = _undecided("first", first, figure) or _undecided("second", second, figure)
+    if undecided or first is None or second is None:
+        return Change(arm=name, figure=figure, undecided=undecided)
+    before, after = first.values[figure], second.values[figure]
+    pairs = tuple((value, after[trial]) for trial, value in before.items() if trial in after)
+    if len(pairs) < 2:
+        undecided = "an interval needs two repetitions that both runs have"
+        return Change(arm=name, figure=figure, undecided=undecided)
+    return Change(arm=name, figure=figure, pairs=pairs)
+
+
+def _undecided(run: str, arm: _Arm | None, figure: Figure) -> str:
+    """Return why the arm has no such figure in this run; empty if it has."""
+    if arm is None:
+        return f"{run} run: no trial of this arm has ended"
+    if arm.undecided:
+        return f"{run} run: {arm.undecided}"
+    count, expected = len(arm.values.get(figure, ())), len(arm.values[Figure.RESIDENT])
+    if count < expected:
+        return f"{run} run: {count} of {expected} repetitions have the figure {figure}"
+    return ""
+
+
+def _percent_of_first(pairs: Sequence[tuple[float, float]]) -> Interval | None:
+    """Return the mean second value minus the mean first, in percent of the mean first value.
+
+    The interval is Fieller's: it holds all p for which 0 is in the 95 % interval of
+    second - (1 + p) * first. So it also covers the noise of the first value (E. C. Fieller,
+    "Some problems in interval estimation", J. R. Stat. Soc. B 16, 1954).
+
+    :return: None if the interval of the first value is not above 0, or for fewer than two pairs.
+    """
+    first = mean_interval([first for first, _ in pairs])
+    second = mean_interval([second for _, second in pairs])
+    change = mean_interval([second - first for first, second in pairs])
+    if first is None or second is None or change is None:
+        return None
+    # With m for means and h for half widths, the ends are the roots p of
+    # (m_change - p * m_first)^2 = h_change^2 - 2 * p * h_both + p^2 * h_first^2.
+    # `both` is the covariance of first and change, scaled as the squares of the half widths are.
+    squares = [((i.high - i.low) / 2) ** 2 for i in (first, second, change)]
+    both = (squares[1] - squares[0] - squares[2]) / 2
+    a = first.mean**2 - squares[0]
+    if first.mean <= 0 or a <= 0:  # the interval of the first value begins at 0 or below
+        return None
+    b = first.mean * change.mean - both
+    c = change.mean**2 - squares[2]
+    root = math.sqrt(max(b * b - a * c, 0.0))
+    mean, low, high = (100 * p for p in (change.mean / first.mean, (b - root) / a, (b + root) / a))
+    return Interval(mean=mean, low=low, high=high, pairs=change.pairs)
