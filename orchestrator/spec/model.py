@@ -93,6 +93,8 @@ class Guests(Part):
     :ivar per_host: how many; with `start: one by one` the most that are started.
     """
 
+    LATER = frozenset({"start"})
+
     per_host: int = Field(ge=1, le=1000)
     memory_bytes: Size = Field(alias="memory")
     start: Annotated[Start, Field(strict=False)] = Start.TOGETHER

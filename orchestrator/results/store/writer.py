@@ -25,7 +25,7 @@ from orchestrator.results.store.lock import take_lock
 from orchestrator.results.store.reader import Store
 from orchestrator.results.store.samples import PartWriter, read_series
 from orchestrator.results.trial_outcome import TrialFigures, TrialOutcome, TrialStatus
-from orchestrator.spec.model import Spec, Start
+from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import Record, Samples
 
@@ -284,13 +284,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 def spec_hash(spec: Spec) -> str:
     """Return a hash that is equal for specs that give the same trials, however they are written."""
     # Left out: description and timeouts, which change no figure, and `under`: its part for this
-    # run's driver is merged into the other fields already, and its other parts are not used. Also
-    # fields that earlier versions did not have, while they say what those versions did: a run of
-    # such a version can be resumed.
-    excluded: dict[str, Any] = {"description": True, "timeouts": True, "under": True}
-    if spec.guests.start is Start.TOGETHER:
-        excluded["guests"] = {"start"}
-    content = spec.model_dump_json(exclude=excluded)
+    # run's driver is merged into the other fields already, and its other parts are not used.
+    content = spec.model_dump_json(exclude={"description", "timeouts", "under"})
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
