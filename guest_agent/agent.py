@@ -244,10 +244,12 @@ async def _serve_anonymous_workload(config: AgentConfig) -> None:
     from guest_agent.workload.client import serve_workload
     from guest_agent.workload.file_cache import FileCache
     from guest_agent.workload.memory import AnonymousSource
-    from guest_agent.workload.workload import Workload
+    from guest_agent.workload.programs import Programs
+    from guest_agent.workload.workload import GuestSystem, Workload
 
     channel, identity = _connect(config)
     source = AnonymousSource(max(mem_total_bytes(), config.max_memory_bytes))
-    workload = Workload(source, MemoryBlocks(), FileCache())
+    system = GuestSystem(cache=FileCache(), programs=Programs(config.programs))
+    workload = Workload(source, MemoryBlocks(), system)
     serving = serve_workload(channel, workload, identity, boot_id())
     await _until_one_fails(serving, _end_orphaned(channel, config.orphan_after_s))

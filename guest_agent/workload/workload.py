@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 
 from guest_agent.workload.file_cache import FileCache
 from guest_agent.workload.holding import Holding
 from guest_agent.workload.loops import run_loop
+from guest_agent.workload.programs import Programs
 from guest_agent.workload.source import EXTENT_BYTES, Plugs, Source
 from hintfleet.errors import HintfleetError, InvalidInput, Refused
 from hintfleet.ranges import decode
@@ -19,15 +21,23 @@ from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
 
+@dataclass(frozen=True, kw_only=True)
+class GuestSystem:
+    """What only a guest with an operating system has."""
+
+    cache: FileCache
+    programs: Programs
+
+
 class Workload:
     """Holds memory, and answers workload commands, one after the other."""
 
-    def __init__(self, source: Source, plugs: Plugs, cache: FileCache | None = None) -> None:
-        """:param cache: None in a guest without a page cache."""
+    def __init__(self, source: Source, plugs: Plugs, system: GuestSystem | None = None) -> None:
+        """:param system: None in an embedded guest."""
         self._source = source
         self._holding = Holding(source)
         self._plugs = plugs
-        self._cache = cache
+        self._system = system
         self._stop = threading.Event()
 
     @property
@@ -60,7 +70,7 @@ class Workload:
         return done
 
     def stop(self) -> None:
-        """End a loop that runs, and all later ones at once. May be called from any thread."""
+        """End a loop or a program that runs, and all later ones at once. For any thread."""
         self._stop.set()
 
     def _run(self, command: pb.WorkloadCommand, done: pb.Done) -> None:
@@ -73,10 +83,8 @@ class Workload:
             self._holding.check_all()
         elif kind == "loop":
             done.looped.CopyFrom(run_loop(command.loop, self._holding, self._source, self._stop))
-        elif kind == "read":
-            self._page_cache.read(command.read.size_bytes)
-        elif kind == "drop_caches":
-            self._page_cache.drop()
+        elif kind in ("read", "drop_caches", "run_program"):
+            self._use_system(command)
         elif kind == "online":
             self._plugs.online(decode(command.online.ranges))
         elif kind == "offline":
@@ -84,11 +92,16 @@ class Workload:
         else:
             raise InvalidInput("this agent does not know the command: it is older than its host's")
 
-    @property
-    def _page_cache(self) -> FileCache:
-        if self._cache is None:
-            raise Refused("an embedded guest has no page cache")
-        return self._cache
+    def _use_system(self, command: pb.WorkloadCommand) -> None:
+        if self._system is None:
+            raise Refused("an embedded guest has no page cache, and runs no programs")
+        if command.HasField("read"):
+            self._system.cache.read(command.read.size_bytes)
+        elif command.HasField("drop_caches"):
+            self._system.cache.drop()
+        else:
+            order = command.run_program
+            self._system.programs.run(order.arguments, order.timeout_ms / 1000, self._stop)
 
     def _allocate(self, order: pb.Allocate) -> None:
         block_bytes = order.block_bytes or EXTENT_BYTES

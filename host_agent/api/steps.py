@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 
 from hintfleet.errors import InvalidInput, Refused
-from hintfleet.settings import MOST_LOOP_MS
+from hintfleet.settings import MOST_LOOP_MS, MOST_PROGRAM_MS
 from hintfleet.v1 import hinting_pb2, host_pb2
 
 
@@ -24,7 +24,7 @@ def number_of(command: host_pb2.CommandId) -> int:
 def command_of(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.WorkloadCommand:
     """Return the command with this id that does a step.
 
-    :raises InvalidInput: there is no step, or a loop is longer than an hour.
+    :raises InvalidInput: there is no step, or a loop or a program takes longer than allowed.
     """
     command = hinting_pb2.WorkloadCommand(command_id=number)
     step = request.WhichOneof("step")
@@ -41,6 +41,10 @@ def command_of(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.Wor
         command.read.size_bytes = request.read_bytes
     elif step == "drop_caches":
         command.drop_caches.SetInParent()
+    elif step == "run_program":
+        if request.run_program.timeout_ms > MOST_PROGRAM_MS:
+            raise InvalidInput(f"a program takes at most {MOST_PROGRAM_MS // 1000} s")
+        command.run_program.CopyFrom(request.run_program)
     elif step == "loop":
         if request.loop.duration_ms > MOST_LOOP_MS:
             raise InvalidInput(f"a loop lasts at most {MOST_LOOP_MS // 1000} s")

@@ -85,6 +85,8 @@ def agent_config(
         threshold_chunks=hinting.threshold_chunks or DEFAULT_THRESHOLD_CHUNKS,
         memory=Memory.EMBEDDED if driver is Driver.EMBEDDED else Memory.KERNEL,
         max_memory_bytes=spec.max_memory_bytes,
+        # An attached guest has none: only who owns the guest can allow programs there, in its file.
+        programs=tuple(spec.programs) if spec.driver == host_pb2.LIBVIRT else (),
         tls_folder=_GUEST_TLS_FOLDER if tls else "",
         # 0 is never: without Survival, the driver ends its guests when the host agent ends, and
         # the agent of an attached guest waits for a host agent without limit.

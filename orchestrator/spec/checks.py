@@ -284,7 +284,7 @@ def _step_problem(spec: Spec, step: Step, held_bytes: int) -> Problem | None:
     if step.kind.needs_kernel and spec.driver is Driver.EMBEDDED:
         return Problem(
             path=(*path, step.kind),
-            message="an embedded guest has no page cache",
+            message=f"an embedded guest cannot do {step.kind}: it has no kernel of its own",
             hint="run it with --driver libvirt, or give libvirt a workload of its own (under)",
         )
     if step.kind is Kind.FREE:

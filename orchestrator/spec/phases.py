@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hintfleet.settings import MOST_LOOP_MS
+from hintfleet.settings import MOST_LOOP_MS, MOST_PROGRAM_MS
 from orchestrator.spec.values import (
     Amount,
     AmountOrPercent,
+    Command,
     DurationS,
     FragmentSize,
     Part,
@@ -30,11 +31,20 @@ class Kind(StrEnum):
     BANDWIDTH = "bandwidth"
     READ = "read"
     DROP_CACHES = "drop_caches"
+    COMMAND = "command"
 
     @property
     def needs_kernel(self) -> bool:
         """Whether the step needs a guest with a kernel of its own: not an embedded one."""
-        return self in (Kind.READ, Kind.DROP_CACHES)
+        return self in (Kind.READ, Kind.DROP_CACHES, Kind.COMMAND)
+
+    @property
+    def most_s(self) -> float:
+        """The longest time that the step may take, which `for` sets then; 0 if `for` is how long to
+        hold after it."""
+        if self is Kind.COMMAND:
+            return MOST_PROGRAM_MS / 1000
+        return MOST_LOOP_MS / 1000 if self.is_loop else 0.0
 
     @property
     def is_loop(self) -> bool:
@@ -47,16 +57,20 @@ class Phase(Part):
 
     Exactly one key of `Kind` is set, or `repeat` (how often all phases before this one run in
     total). The value of `free` is a size, or a percentage of the memory that the workload holds;
-    that of `drop_caches` is true; that of the others is a size, or a percentage of the guest's
-    memory.
+    that of `drop_caches` is true; that of `command` is a program with its arguments; that of the
+    others is a size, or a percentage of the guest's memory.
 
-    :ivar hold_s: how long to hold after the step; how long a loop lasts.
+    :ivar hold_s: how long to hold after the step; how long a loop lasts; how long a command may
+        take.
     :ivar fragment_bytes: allocate: the size of the pieces in which memory is allocated and freed.
     :ivar pause_s: churn: how long to wait between two cycles.
     """
 
     LATER = frozenset(
-        {"churn", "fault", "bandwidth", "pause_s", "fragment_bytes", "read", "drop_caches"}
+        {
+            *("churn", "fault", "bandwidth", "pause_s", "fragment_bytes"),
+            *("read", "drop_caches", "command"),
+        }
     )
 
     allocate: AmountOrPercent | None = None
@@ -66,6 +80,7 @@ class Phase(Part):
     bandwidth: AmountOrPercent | None = None
     read: AmountOrPercent | None = None
     drop_caches: Literal[True] | None = None
+    command: Command | None = None
     fragment_bytes: FragmentSize | None = Field(default=None, alias="fragments")
     repeat: int | None = Field(default=None, ge=1, le=10000)
     hold_s: DurationS = Field(default=0.0, alias="for")
@@ -90,9 +105,10 @@ class Phase(Part):
             if getattr(self, name) is not None and getattr(self, kind) is None:
                 key = key_of(Phase, name)
                 raise invalid_value(f"only {kind} takes {key}", f"remove {key}")
-        if self.repeat is None and self.kind.is_loop and not 0 < self.hold_s <= MOST_LOOP_MS / 1000:
+        most_s = 0.0 if self.repeat is not None else self.kind.most_s
+        if most_s and not 0 < self.hold_s <= most_s:
             raise invalid_value(
-                f"{self.kind} needs a time of at most {MOST_LOOP_MS // 60_000} minutes",
+                f"{self.kind} needs a time of at most {most_s / 60:g} minutes",
                 "write how long it lasts, for example for: 10s",
             )
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -83,6 +84,13 @@ def _fragment_size(value: Any) -> int:
     return size_bytes
 
 
+def _argument(value: str) -> str:
+    # It becomes a string of a protobuf message, and an argument of a process.
+    if not value.isprintable():
+        raise invalid_value(f"{value!r} is not printable text")
+    return value
+
+
 def _amount(value: Any) -> Amount:
     if isinstance(value, str) and value.endswith("%"):
         return Amount(percent=_percent(value))
@@ -153,6 +161,8 @@ ReportPeriodS = Annotated[
 ColdAfterS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.001, le=7 * 86400)]
 WholePercent = Annotated[int, BeforeValidator(_whole_percent)]
 AmountOrPercent = Annotated[Amount, BeforeValidator(_amount)]
+Argument = Annotated[str, AfterValidator(_argument), Field(max_length=1000)]
+Command = Annotated[tuple[Argument, ...], Field(min_length=1, max_length=100)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
 Strings = tuple[str, ...]
 Repetitions = Annotated[int, Field(ge=1, le=10000)]

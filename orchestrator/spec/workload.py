@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from hintfleet.units import format_size
 from orchestrator.spec.phases import Kind, Phase, Workload
 from orchestrator.spec.values import Amount
+
+_TITLE_LENGTH = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +18,8 @@ class Step:
 
     :ivar phase_index: the index of its phase in the spec.
     :ivar amount: how much to allocate, to free or to read; of a loop, how much memory it uses.
-    :ivar loop_s: how long a loop lasts; 0 for other steps.
+    :ivar command: a program with its arguments; empty for other steps.
+    :ivar limit_s: how long a loop lasts, or how long a command may take; 0 for other steps.
     :ivar pause_s: churn: how long to wait between two cycles.
     :ivar fragment_bytes: allocate: the size of the pieces; 0 for extents.
     :ivar hold_s: how long to wait after the step.
@@ -26,7 +30,8 @@ class Step:
     phase_index: int
     kind: Kind
     amount: Amount | None = None
-    loop_s: float = 0.0
+    command: tuple[str, ...] = ()
+    limit_s: float = 0.0
     pause_s: float = 0.0
     fragment_bytes: int = 0
     hold_s: float = 0.0
@@ -35,6 +40,8 @@ class Step:
     @property
     def title(self) -> str:
         """The step as text: `allocate 192 MiB`."""
+        if self.command:
+            return f"{self.kind} {shlex.join(self.command)}"[:_TITLE_LENGTH]
         pieces = f" in {format_size(self.fragment_bytes)}" if self.fragment_bytes else ""
         return f"{self.kind.replace('_', ' ')} {self.amount or ''}{pieces}".rstrip()
 
@@ -65,15 +72,16 @@ def step_count(workload: Workload) -> int:
 
 
 def _step(phase_index: int, phase: Phase) -> Step:
-    loops = phase.kind.is_loop
+    has_limit = phase.kind.most_s > 0
     return Step(
         phase_index=phase_index,
         kind=phase.kind,
         amount=phase.amount,
-        loop_s=phase.hold_s if loops else 0.0,
+        command=phase.command or (),
+        limit_s=phase.hold_s if has_limit else 0.0,
         pause_s=phase.pause_s or 0.0,
         fragment_bytes=phase.fragment_bytes or 0,
-        hold_s=0.0 if loops else phase.hold_s,
+        hold_s=0.0 if has_limit else phase.hold_s,
         settle=phase.settle,
     )
 
@@ -96,3 +104,8 @@ def total_allocated_bytes(workload: Workload, memory_bytes: int) -> int:
     """Return the bytes that all steps of one guest allocate, those of a loop once; what the steps
     free is not subtracted."""
     return sum(held_during(step, 0, memory_bytes) for step in expand(workload))
+
+
+def programs(workload: Workload) -> tuple[str, ...]:
+    """Return the programs that a workload starts in its guests, each once."""
+    return tuple(dict.fromkeys(phase.command[0] for phase in workload.phases if phase.command))

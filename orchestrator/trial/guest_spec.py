@@ -6,6 +6,7 @@ from hintfleet.errors import InvalidInput
 from hintfleet.settings import Driver, Method, hinting_parts
 from hintfleet.v1 import host_pb2
 from orchestrator.spec.model import Arm
+from orchestrator.spec.workload import programs
 from orchestrator.trial.plan import HostTask
 
 
@@ -22,6 +23,7 @@ def guest_spec(task: HostTask) -> host_pb2.GuestSpec:
         hinting=_hinting_settings(driver, arm) if arm.method is Method.HINTING else None,
         balloon=_balloon_settings(arm) if arm.method is Method.BALLOON else None,
         kernel_parameters=arm.kernel_parameters,
+        programs=programs(task.spec.workload),
     )
 
 

@@ -117,9 +117,10 @@ class HostClient:
     async def run_step(self, request: host_pb2.RunStepRequest) -> host_pb2.RunStepResponse:
         """Run one step of the workload on a guest; return when the guest has done the step.
 
-        Its deadline is the timeout of steps, and the time that a loop lasts.
+        Its deadline is the timeout of steps, and the time that a loop or a program takes.
         """
-        timeout_s = self._timeouts.step_s + request.loop.duration_ms / 1000
+        limit_ms = request.loop.duration_ms or request.run_program.timeout_ms
+        timeout_s = self._timeouts.step_s + limit_ms / 1000
         call = self._stub.RunStep(request, timeout=timeout_s)
         return await self._answer(call, f"{request.WhichOneof('step')} on {request.guest_name}")
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from hintfleet.errors import HintfleetError, StableError, TransientError
+from hintfleet.errors import HintfleetError, Refused, StableError, TransientError
 from hintfleet.settings import Method
 from hintfleet.v1 import host_pb2
 from orchestrator.spec.model import Spec
@@ -65,6 +65,10 @@ async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Rec
         script.cancel()
         with suppress(asyncio.CancelledError, HintfleetError):
             await script
+
+
+class StepFailed(HintfleetError):
+    """A guest could not do a step of the workload; the trial is undecided."""
 
 
 class _TrialRunner:
@@ -265,7 +269,12 @@ class _TrialRunner:
     ) -> None:
         request.command.CopyFrom(self._command())
         request.guest_name = guest.name
-        done = await self._client.run_step(request)
+        try:
+            done = await self._client.run_step(request)
+        except Refused as error:
+            # Not that the host cannot run the trial, but what this trial has come to: a method may
+            # be why a guest runs out of memory, or why a program fails in it.
+            raise StepFailed(error.message, hint=error.hint) from error
         self._held_bytes[guest.name] = done.held_bytes
         self._last_step_us = max(self._last_step_us, done.done_at_unix_us)
         self._post(

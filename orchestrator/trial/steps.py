@@ -21,10 +21,13 @@ def step_request(step: Step, size_bytes: int, seed: int) -> host_pb2.RunStepRequ
         request.read_bytes = size_bytes
     elif step.kind is Kind.DROP_CACHES:
         request.drop_caches = True
+    elif step.kind is Kind.COMMAND:
+        request.run_program.arguments.extend(step.command)
+        request.run_program.timeout_ms = round(step.limit_s * 1000)
     else:
         request.loop.pattern = hinting_pb2.Loop.Pattern.Value(step.kind.name)
         request.loop.size_bytes = size_bytes
-        request.loop.duration_ms = round(step.loop_s * 1000)
+        request.loop.duration_ms = round(step.limit_s * 1000)
         request.loop.pause_ms = round(step.pause_s * 1000)
     return request
 

@@ -60,6 +60,8 @@ class AgentConfig:
     :ivar ram_fd, memory_bytes: for an embedded guest only: the descriptor of its RAM file, and
         the size of the RAM at the start.
     :ivar max_memory_bytes: the size up to which the guest may be resized; 0 if it may not.
+    :ivar programs: what the workload may start in a guest with a kernel of its own, as the first
+        arguments of commands name it.
     :ivar orphan_after_s: the agent ends after so long without a host agent; 0 for never.
     """
 
@@ -77,6 +79,7 @@ class AgentConfig:
     memory_bytes: int = 0
     max_memory_bytes: int = 0
     orphan_after_s: int = 0
+    programs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """:raises InvalidInput: a value is out of its bounds, or the isolator does not allow it, or
@@ -155,6 +158,8 @@ def _values(document: Mapping[str, Any]) -> dict[str, Any]:
 def _value(name: str, in_json: object) -> Any:
     """Convert a field's value from JSON, where enums are text."""
     field_type = _TYPES[name]
+    if name == "programs":
+        return _texts(name, in_json)
     json_type = str if issubclass(field_type, StrEnum) else field_type
     # Not isinstance: in Python True is an int, but `true` in JSON is not a number.
     if type(in_json) is not json_type:
@@ -162,6 +167,12 @@ def _value(name: str, in_json: object) -> Any:
     if name in _ALLOWED:
         _check(name, in_json, _ALLOWED[name])
     return field_type(in_json)
+
+
+def _texts(name: str, in_json: object) -> tuple[str, ...]:
+    if not isinstance(in_json, list) or not all(type(text) is str for text in in_json):
+        raise InvalidInput(f"{name} must be a list of str, not {in_json!r}")
+    return tuple(in_json)
 
 
 def _check(name: str, value: object, allowed: Collection[object]) -> None:

@@ -240,6 +240,24 @@ def test_a_lost_guest_makes_its_trial_undecided_and_the_run_goes_on(lab: Lab) ->
     lab.check_nothing_is_left()
 
 
+def test_a_step_that_a_guest_cannot_do_makes_its_trial_undecided(lab: Lab) -> None:
+    """There is enough free memory, but an embedded guest cannot move what lies between."""
+    phases = """\
+    - {allocate: 40MiB, fragments: 64KiB}
+    - {free: 50%}
+    - {allocate: 30MiB}
+arms:
+"""
+    text = re.sub(r"    - \{allocate.*?arms:\n", phases, spec(count="1"), flags=re.DOTALL)
+    done = lab.run("run", lab.spec(text), "-o", "json")
+    data = result(done, 3)
+    assert data["state"] == "undecided"
+    assert [trial["undecided"] != "" for trial in data["trials"]] == [True] * 4, "all have run"
+    assert "the guest is out of memory" in data["reason"]
+    assert "Traceback" not in done.stderr
+    lab.check_nothing_is_left()
+
+
 def test_a_host_agent_that_is_not_there(lab: Lab) -> None:
     done = lab.run("run", lab.spec(SPEC), "--host", f"unix:{lab.folder}/nobody.sock")
     assert done.returncode == 1

@@ -37,6 +37,7 @@ SILENT = {
         "guest_agent/workload/holding.py",
         "guest_agent/workload/loops.py",
         "guest_agent/workload/memory.py",
+        "guest_agent/workload/programs.py",
         "guest_agent/workload/workload.py",
         "host_agent/api/attaching.py",
         "host_agent/budget/*.py",

@@ -532,6 +532,7 @@ class WorkloadCommand(_message.Message):
     LOOP_FIELD_NUMBER: _builtins.int
     READ_FIELD_NUMBER: _builtins.int
     DROP_CACHES_FIELD_NUMBER: _builtins.int
+    RUN_PROGRAM_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
     """Each command has another id. A command with an id that was answered before is the
     same command again: it is answered from memory.
@@ -552,6 +553,8 @@ class WorkloadCommand(_message.Message):
     def read(self) -> Global___Read: ...
     @_builtins.property
     def drop_caches(self) -> Global___DropCaches: ...
+    @_builtins.property
+    def run_program(self) -> Global___RunProgram: ...
     def __init__(
         self,
         *,
@@ -564,12 +567,13 @@ class WorkloadCommand(_message.Message):
         loop: Global___Loop | None = ...,
         read: Global___Read | None = ...,
         drop_caches: Global___DropCaches | None = ...,
+        run_program: Global___RunProgram | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "drop_caches", b"drop_caches", "free", b"free", "loop", b"loop", "offline", b"offline", "online", b"online", "read", b"read", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "drop_caches", b"drop_caches", "free", b"free", "loop", b"loop", "offline", b"offline", "online", b"online", "read", b"read", "run_program", b"run_program", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "command_id", b"command_id", "drop_caches", b"drop_caches", "free", b"free", "loop", b"loop", "offline", b"offline", "online", b"online", "read", b"read", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate", b"allocate", "command", b"command", "command_id", b"command_id", "drop_caches", b"drop_caches", "free", b"free", "loop", b"loop", "offline", b"offline", "online", b"online", "read", b"read", "run_program", b"run_program", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["allocate", "free", "verify", "online", "offline", "loop", "read", "drop_caches"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["allocate", "free", "verify", "online", "offline", "loop", "read", "drop_caches", "run_program"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -818,6 +822,35 @@ class DropCaches(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DropCaches: _TypeAlias = DropCaches  # noqa: Y015
+
+@_typing.final
+class RunProgram(_message.Message):
+    """Run a program to its end, if the configuration of the guest's agent allows it. It is an error
+    if it does not end in time, or with a status that is not 0. Not in an embedded guest.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    timeout_ms: _builtins.int
+    @_builtins.property
+    def arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The program, and its arguments. No shell."""
+
+    def __init__(
+        self,
+        *,
+        arguments: _abc.Iterable[_builtins.str] | None = ...,
+        timeout_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunProgram: _TypeAlias = RunProgram  # noqa: Y015
 
 @_typing.final
 class Online(_message.Message):

@@ -230,6 +230,7 @@ class GuestSpec(_message.Message):
     BALLOON_FIELD_NUMBER: _builtins.int
     MAX_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     NODE_COUNT_FIELD_NUMBER: _builtins.int
+    PROGRAMS_FIELD_NUMBER: _builtins.int
     driver: Global___Driver.ValueType
     memory_bytes: _builtins.int
     method: Global___Method.ValueType
@@ -253,6 +254,10 @@ class GuestSpec(_message.Message):
     def balloon(self) -> Global___BalloonSettings:
         """Method BALLOON only."""
 
+    @_builtins.property
+    def programs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Driver LIBVIRT only: the programs that RunStep may start in the guest."""
+
     def __init__(
         self,
         *,
@@ -264,10 +269,11 @@ class GuestSpec(_message.Message):
         balloon: Global___BalloonSettings | None = ...,
         max_memory_bytes: _builtins.int = ...,
         node_count: _builtins.int = ...,
+        programs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "hinting", b"hinting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "driver", b"driver", "hinting", b"hinting", "kernel_parameters", b"kernel_parameters", "max_memory_bytes", b"max_memory_bytes", "memory_bytes", b"memory_bytes", "method", b"method", "node_count", b"node_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "driver", b"driver", "hinting", b"hinting", "kernel_parameters", b"kernel_parameters", "max_memory_bytes", b"max_memory_bytes", "memory_bytes", b"memory_bytes", "method", b"method", "node_count", b"node_count", "programs", b"programs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -799,6 +805,7 @@ class RunStepRequest(_message.Message):
     LOOP_FIELD_NUMBER: _builtins.int
     READ_BYTES_FIELD_NUMBER: _builtins.int
     DROP_CACHES_FIELD_NUMBER: _builtins.int
+    RUN_PROGRAM_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     guest_name: _builtins.str
@@ -806,7 +813,7 @@ class RunStepRequest(_message.Message):
     free_bytes: _builtins.int
     verify: _builtins.bool
     read_bytes: _builtins.int
-    """The next two: not in an embedded guest."""
+    """The next three: not in an embedded guest."""
     drop_caches: _builtins.bool
     seed: _builtins.int
     block_bytes: _builtins.int
@@ -816,6 +823,10 @@ class RunStepRequest(_message.Message):
     @_builtins.property
     def loop(self) -> _hinting_pb2.Loop:
         """Without its seed. At most an hour."""
+
+    @_builtins.property
+    def run_program(self) -> _hinting_pb2.RunProgram:
+        """One of GuestSpec.programs. At most a day."""
 
     def __init__(
         self,
@@ -828,14 +839,15 @@ class RunStepRequest(_message.Message):
         loop: _hinting_pb2.Loop | None = ...,
         read_bytes: _builtins.int = ...,
         drop_caches: _builtins.bool = ...,
+        run_program: _hinting_pb2.RunProgram | None = ...,
         seed: _builtins.int = ...,
         block_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "drop_caches", b"drop_caches", "free_bytes", b"free_bytes", "loop", b"loop", "read_bytes", b"read_bytes", "step", b"step", "verify", b"verify"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "drop_caches", b"drop_caches", "free_bytes", b"free_bytes", "loop", b"loop", "read_bytes", b"read_bytes", "run_program", b"run_program", "step", b"step", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "block_bytes", b"block_bytes", "command", b"command", "drop_caches", b"drop_caches", "free_bytes", b"free_bytes", "guest_name", b"guest_name", "loop", b"loop", "read_bytes", b"read_bytes", "seed", b"seed", "step", b"step", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "block_bytes", b"block_bytes", "command", b"command", "drop_caches", b"drop_caches", "free_bytes", b"free_bytes", "guest_name", b"guest_name", "loop", b"loop", "read_bytes", b"read_bytes", "run_program", b"run_program", "seed", b"seed", "step", b"step", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["allocate_bytes", "free_bytes", "verify", "loop", "read_bytes", "drop_caches"]  # noqa: Y015
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["allocate_bytes", "free_bytes", "verify", "loop", "read_bytes", "drop_caches", "run_program"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
 

@@ -20,6 +20,7 @@ _LARGE = AgentConfig(
     memory=Memory.EMBEDDED,
     ram_fd=3,
     memory_bytes=1 << 30,
+    programs=("make", "/bin/ls"),
 )
 
 
@@ -44,7 +45,7 @@ def try_input(data: bytes) -> None:
     assert 0 <= config.chunk_order <= 10
     assert config.threshold_chunks > 0
     assert 0 <= config.memory_bytes < 1 << 52
-    for said in (config.server, config.guest_uuid, config.token):
+    for said in (config.server, config.guest_uuid, config.token, *config.programs):
         said.encode()  # fails for text that protobuf could not send
 
 

@@ -95,7 +95,16 @@ TARGET = Target.of(
     words=(
         *("name:", "driver:", "hosts:", "guests:", "workload:", "phases:", "arms:", "under:"),
         *("timeouts:", "repetitions:", "seed:", "count:", "memory:", "agents:", "per_host:"),
-        *("churn:", "fault:", "bandwidth:", "pause:", "fragments:", "read:", "drop_caches:"),
+        *(
+            "churn:",
+            "fault:",
+            "bandwidth:",
+            "pause:",
+            "fragments:",
+            "read:",
+            "drop_caches:",
+            "command:",
+        ),
         *("allocate:", "free:", "repeat:", "for:", "settle:", "method:", "tracker:", "policy:"),
         *("isolator:", "threshold:", "chunk_order:", "cold_after:", "reserve:", "step:"),
         *("embedded", "libvirt", "hinting", "reporting", "balloon", "bitmap", "pressure"),

@@ -96,7 +96,7 @@ def test_a_loop_lasts_as_long_as_it_says_and_holds_nothing_afterwards() -> None:
     phases = ({"churn": "25%", "for": "30s", "pause": "500ms"}, {"bandwidth": "8MiB", "for": "1s"})
     churn, bandwidth = expand(Workload.model_validate({"phases": phases}))
     assert [churn.title, bandwidth.title] == ["churn 25 %", "bandwidth 8 MiB"]
-    assert (churn.loop_s, churn.hold_s) == (30.0, 0.0)
+    assert (churn.limit_s, churn.hold_s) == (30.0, 0.0)
     request = step_request(churn, churn.size_bytes(0, 256 * MIB), seed=3)
     wanted = "loop { pattern: CHURN size_bytes: 67108864 duration_ms: 30000 pause_ms: 500 } seed: 3"
     assert request == text_format.Parse(wanted, host_pb2.RunStepRequest())
@@ -125,6 +125,21 @@ def test_steps_of_the_page_cache_reach_a_real_guest() -> None:
     assert step_request(read, read.size_bytes(0, 256 * MIB), 1).read_bytes == 64 * MIB
     assert step_request(drop, 0, 1).drop_caches
     assert held_after(read, 4096, 256 * MIB) == 4096
+
+
+def test_a_program_may_take_its_time_and_no_other_may_run() -> None:
+    phases = ({"command": ("make", "-j2", "a file"), "for": "10min"}, {"command": ("ls",)})
+    with pytest.raises(ValueError, match="command needs a time of at most 1440 minutes"):
+        Workload.model_validate({"phases": phases})
+    real = spec(driver="libvirt", workload={"phases": phases[:1]})
+    assert not list(problems(real))
+    (make,) = expand(real.workload)
+    assert (make.title, make.limit_s, make.hold_s) == ("command make -j2 'a file'", 600.0, 0.0)
+    request = step_request(make, make.size_bytes(0, 256 * MIB), 1)
+    assert list(request.run_program.arguments) == ["make", "-j2", "a file"]
+    assert request.run_program.timeout_ms == 600_000
+    task = host_task(real, plan_trials(real, "run")[0], "host1")
+    assert list(guest_spec(task).programs) == ["make"]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 100)), max_size=20))
