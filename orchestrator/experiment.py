@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,9 +16,10 @@ from hintfleet.errors import InvalidInput, Refused
 from hintfleet.logs import fields
 from hintfleet.system.machine_limits import available_memory
 from orchestrator.machine import environment
+from orchestrator.results.precision import Look, look
 from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store, StoredTrial
-from orchestrator.results.store.writer import RunHeader, RunWriter, spec_hash
+from orchestrator.results.store.writer import RunHeader, RunWriter, precision_of, spec_hash
 from orchestrator.results.trial_outcome import (
     TrialOutcome,
     TrialStatus,
@@ -33,7 +34,7 @@ from orchestrator.spec.model import Spec, describe
 from orchestrator.trial import ray_actors
 from orchestrator.trial.host_process import LogicalHost
 from orchestrator.trial.host_session import HostPlace
-from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
+from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials, rounds
 from orchestrator.trial.records import Event, Record, Samples
 
 _log = logging.getLogger("hintfleet.run")
@@ -59,13 +60,18 @@ class View(Protocol):
     def trial_ended(self, trial: Trial, outcome: TrialOutcome) -> None:
         """Show how a trial ended."""
 
+    def looked(self, seen: Look) -> None:
+        """Show what a run with a precision saw when it looked whether to go on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A run that is new, or stored and to be resumed.
 
     :ivar trials: all trials of the plan.
-    :ivar to_run: the trials that have no result yet, each as its next attempt.
+    :ivar to_run: the trials that have no result yet, each as its next attempt. A run with a
+        precision may end before the last; if it is precise enough already, there are none.
+    :ivar begun: how many repetitions have begun.
     :ivar kept: the trials that already have a result, by position.
     :ivar is_resumed: the run is stored already.
     :ivar is_over: the run has ended and was not cut off, and no trial is left to run.
@@ -75,6 +81,7 @@ class Experiment:
     header: RunHeader
     trials: tuple[Trial, ...]
     to_run: tuple[Trial, ...]
+    begun: int = 0
     kept: Mapping[int, TrialStatus] = field(default_factory=dict)
     is_resumed: bool = False
     is_over: bool = False
@@ -126,15 +133,23 @@ def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experime
     trials = plan_trials(loaded.spec, run.run_id)
     attempts = store.trials(run.run_id)
     to_run = left_to_run(trials, attempts)
+    begun = 1 + max((attempt.repetition for attempt in attempts), default=-1)
+    if not rounds(loaded.spec, to_run, begun)[0] and _is_precise(store, run):
+        to_run = ()
     return Experiment(
         loaded=loaded,
         header=header,
         trials=trials,
         to_run=to_run,
+        begun=begun,
         kept={t.position: t.status for t in attempts if t.counted and t.status.has_result},
         is_resumed=True,
         is_over=not to_run and not run.was_cut_off,
     )
+
+
+def _is_precise(store: Store, run: Run) -> bool:
+    return bool(run.precision and look(store.footprint_rows(run.run_id), run.precision).is_enough)
 
 
 def _spec_of(run: Run) -> LoadedSpec:
@@ -198,6 +213,8 @@ def run_experiment(
 ) -> None:
     """Run the trials that have no result; then run again those that were lost.
 
+    A run with a precision does so in rounds (`plan.rounds`), and ends when it is precise enough.
+
     :param retries: how often each trial that was lost is run again in this call.
     :param check: called several times a second; an exception that it raises ends the run.
     :raises InvalidInput: this machine has too little memory, a host's address needs TLS,
@@ -207,7 +224,7 @@ def run_experiment(
         the run have ended.
     """
     spec, header = experiment.header.spec, experiment.header
-    to_run = list(experiment.to_run)
+    to_run = experiment.to_run
     if not to_run:
         # The run was cut off after its last trial. RunWriter stores the end of the run.
         with RunWriter(store, header, resume=True):
@@ -225,14 +242,49 @@ def run_experiment(
         fleet,
         RunWriter(store, header, experiment.is_resumed) as writer,
     ):
+        run_rounds(
+            rounds(spec, to_run, experiment.begun),
+            retries,
+            lambda trial: _run_trial(spec, trial, fleet, writer, view, check),
+            lambda: _is_enough(header, store, view),
+        )
+
+
+def run_rounds(
+    to_run: Iterable[Sequence[Trial]],
+    retries: int,
+    run_trial: Callable[[Trial], TrialStatus],
+    is_enough: Callable[[], bool],
+) -> None:
+    """Run trials round by round: in each round all trials, then again those that were lost.
+
+    :param to_run: the trials of each round (`plan.rounds`).
+    :param retries: how often each trial that was lost is run again.
+    :param is_enough: called after each round; if it returns True, no other round is run.
+    """
+    for trials in to_run:
         for retries_left in range(retries, -1, -1):
-            ended = [
-                (trial, _run_trial(spec, trial, fleet, writer, view, check)) for trial in to_run
-            ]
+            ended = [(trial, run_trial(trial)) for trial in trials]
             following = (next_attempt(trial, status, retries_left) for trial, status in ended)
-            to_run = [trial for trial in following if trial]
-            for trial in to_run:
+            trials = [trial for trial in following if trial]
+            for trial in trials:
                 _log.info("trial will be run again", extra=fields(trial=trial.trial_id))
+        if is_enough():
+            return
+
+
+def _is_enough(header: RunHeader, store: Store, view: View) -> bool:
+    """Look at the figures, if the run has a precision; return whether they are precise enough."""
+    precision = precision_of(header.spec)
+    if precision is None:
+        return False
+    seen = look(store.footprint_rows(header.run_id, even_running=True), precision)
+    view.looked(seen)
+    _log.info(
+        "run looked at its intervals",
+        extra=fields(run=header.run_id, repetitions=seen.repetitions, enough=seen.is_enough),
+    )
+    return seen.is_enough
 
 
 def _run_trial(

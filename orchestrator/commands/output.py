@@ -43,11 +43,13 @@ def _json(data: Any) -> str:
 def savings_as_data(row: Savings) -> dict[str, Any]:
     """Return a row as plain data.
 
-    The bytes in its footprint are rounded to whole numbers. `returned.share` is the share of the
-    freed bytes that left the host's memory.
+    The bytes of its footprint and of the control are rounded to whole numbers. `returned.share` is
+    the share of the freed bytes that left the host's memory.
     """
     data = asdict(row)
     footprint = data["footprint"]
+    if row.control_bytes is not None:
+        data["control_bytes"] = round(row.control_bytes)
     if row.footprint is not None:
         for name in ("peak_resident_bytes", "mean_resident_bytes"):
             footprint[name] = round(footprint[name])

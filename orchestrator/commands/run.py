@@ -64,7 +64,8 @@ Examples:
     type=click.IntRange(0, 100),
     default=1,
     show_default=True,
-    help="How often a trial that was lost with its host is retried, at the end of the run.",
+    help="How often a trial that was lost with its host is retried, at the end of the run; with a "
+    "precision, before each look at the intervals.",
 )
 @libvirt_uri_option
 @data_dir_option
@@ -84,6 +85,9 @@ def run(
 
     All trials of all arms run, in an order drawn from the seed. The memory that they used
     and saved is stored and printed. Ctrl-C ends all guests and keeps the stored results.
+
+    With `precision` in SPEC (5%, or a size), repetitions go on until the interval of each
+    arm's savings is that narrow, or max_repetitions have run. Either way the run is done.
 
     --resume continues a run that was cut off by Ctrl-C, an error, a crash or a power
     failure. Trials that have a result keep it; the others run. Trials that were lost with a

@@ -13,9 +13,12 @@ from orchestrator.commands.output import emit, savings_as_data
 from orchestrator.results.capacity import capacities
 from orchestrator.results.comparison import compare
 from orchestrator.results.loop_comparison import compare_loops
+from orchestrator.results.precision import reached
 from orchestrator.results.savings import By, Savings, aggregate
+from orchestrator.results.statistics import CONFIDENCE
 from orchestrator.results.store.reader import Run, Store
 from orchestrator.results.trial_outcome import TrialStatus
+from orchestrator.view.precision import outcome
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
 def print_run(store: Store, run: Run, output_format: str, with_trials: bool = False) -> int:
     """Print a run on stdout; return the exit code for its state.
 
-    Also print on stderr how to resume the run, if trials may be left to run; and with JSON and
-    YAML, why the run is undecided.
+    Also print on stderr what would decide trials that have no figures; and with JSON and YAML, why
+    the run is undecided, and whether it has its precision.
 
     :param with_trials: also print a table of trials; JSON and YAML contain them in any case.
     """
@@ -37,11 +40,16 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
     trials = [trial for trial in store.trials(run.run_id) if trial.counted]
     if run.was_cut_off or any(trial.status is TrialStatus.LOST for trial in trials):
         print_resume_hint([run.run_id])
+    if any(trial.status is TrialStatus.UNDECIDED for trial in trials):
+        click.echo("an undecided trial is never run again: only a new run decides it", err=True)
     # The table contains the reasons. JSON and YAML go to a program, so also print the reasons for a
     # person who watches stderr.
-    if code is ExitCode.UNDECIDED and output_format != "table":
-        for reason in dict.fromkeys(row.undecided for row in rows if row.undecided):
-            click.echo(f"undecided: {reason}", err=True)
+    if output_format != "table":
+        if code is ExitCode.UNDECIDED:
+            for reason in dict.fromkeys(row.undecided for row in rows if row.undecided):
+                click.echo(f"undecided: {reason}", err=True)
+        if precision := outcome(run, rows):
+            click.echo(precision, err=True)
     return code
 
 
@@ -53,19 +61,26 @@ def print_resume_hint(run_ids: Sequence[str]) -> None:
 
 
 def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
-    """Return a run as plain data: its header without the spec, a row per arm, and its trials."""
+    """Return a run as plain data: its header without the spec, a row per arm, and its trials.
+
+    If the run has a precision, each arm says how narrow its interval is, and whether that is
+    enough.
+    """
     header = asdict(run)
     del header["spec_text"]
     arms = [savings_as_data(row) for row in rows]
     cost_rows = store.cost_rows(run.run_id)
     costs = {cost.arm: asdict(cost) for cost in compare(cost_rows, run.driver)}
     loops = [asdict(loop) for loop in compare_loops(cost_rows)]
-    for arm in arms:
+    for arm, row in zip(arms, rows, strict=True):
         del arm["experiment"], arm["run_id"], arm["key"]
         arm["cost"] = costs.get(arm["arm"])
+        found = reached(row, run.precision) if run.precision else None
+        arm["precision"] = asdict(found) | {"is_enough": found.is_enough} if found else None
         arm["loops"] = [loop for loop in loops if loop["arm"] == arm["arm"]]
     fitted = [asdict(arm) for arm in capacities(store.capacity_rows(run.run_id))]
     return header | {
+        "confidence": CONFIDENCE,
         "arms": arms,
         "capacities": fitted,
         "trials": [asdict(t) for t in store.trials(run.run_id)],
@@ -73,7 +88,11 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
 
 
 def exit_code(run: Run, rows: list[Savings]) -> ExitCode:
-    """Return the exit code for the state of a run."""
+    """Return the exit code for the state of a run.
+
+    A run that ends without its precision is done: its intervals hold, they are only wide. UNDECIDED
+    is for figures that do not count.
+    """
     if run.state == "failed":
         return ExitCode.FAILED
     if run.state == "interrupted":
@@ -97,7 +116,9 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
     answer = capacity_answer(fitted) or savings_answer(rows, costs)
     parts: list[RenderableType] = [tables.heading(run, answer)]
     if run.state != "running":
-        parts.append(capacity_summary(fitted) if fitted else tables.savings_and_costs(rows, costs))
+        parts.append(
+            capacity_summary(fitted) if fitted else tables.savings_and_costs(run, rows, costs)
+        )
     if loops := compare_loops(cost_rows):
         for table in loop_tables(loops):
             parts += [Text(), table]

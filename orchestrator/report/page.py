@@ -22,6 +22,7 @@ from orchestrator.view import tables
 from orchestrator.view.capacity_table import capacity_table
 from orchestrator.view.figures import first_line, when
 from orchestrator.view.loop_tables import LOOP_NOTE, loop_tables
+from orchestrator.view.precision import outcome
 
 _FITTED = """How many guests had done their workload when the host ran out of memory, all hosts
 together. More: than under the control, over pairs of trials with the same seeds; in brackets the
@@ -50,7 +51,8 @@ def page(contents: Contents) -> str:
         answer=_paragraph("answer", contents.answer),
         reasons="".join(
             _paragraph("undecided", f"undecided: {first_line(r)}") for r in contents.reasons
-        ),
+        )
+        + _paragraph("faint", outcome(run, contents.rows)),
         plot=main_chart,
         figures=_fitted(contents) if contents.capacities else _saved(contents),
         more="" if contents.capacities else _returned_and_spent(contents),

@@ -17,10 +17,9 @@ from enum import StrEnum
 from hintfleet.errors import InvalidInput
 from hintfleet.units import parse_duration_s, parse_size
 from orchestrator.results.changes import Change, Figure, Unit
-from orchestrator.results.statistics import CONFIDENCE, Interval, mean_interval
+from orchestrator.results.statistics import MOST_PAIRS, Interval, mean_interval, pairs_needed
 
 _BOUND = re.compile(r"\s*(?:([\w-]+)\.)?(\w+)\s*([<>])\s*([+-]?)\s*([0-9].*?)\s*")
-_MOST_PAIRS = 1000
 _PERCENT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*%")
 _TAKES = {
     Unit.BYTES: "a percentage or a size, as in 5% or 20MiB",
@@ -147,7 +146,7 @@ def _judge(bound: Bound, change: Change) -> Judgement:
     shown = change.percent if bound.is_percent else change.difference
     # Positive is within the bound, for both kinds of bounds.
     room = [value if bound.is_lower else -value for value in _excess(bound, change)]
-    interval = mean_interval(room)
+    interval = mean_interval(room, change.first_look)
     verdict, reason = Verdict.UNDECIDED, change.undecided
     if shown is None or interval is None:
         reason = reason or (
@@ -159,27 +158,11 @@ def _judge(bound: Bound, change: Change) -> Judgement:
     elif interval.low >= 0:
         verdict = Verdict.KEPT
     else:
-        needed = _pairs_needed(interval)
-        count = f"about {needed}" if needed else f"more than {_MOST_PAIRS}"
+        # About so many pairs give an interval without 0, if mean and spread stay as they are.
+        needed = pairs_needed(interval, abs(interval.mean)) if interval.mean else None
+        count = f"about {needed}" if needed else f"more than {MOST_PAIRS}"
         reason = f"needs {count} repetitions, at the spread seen"
     return Judgement(bound=bound, arm=change.arm, verdict=verdict, change=shown, reason=reason)
-
-
-def _pairs_needed(interval: Interval) -> int | None:
-    """Return about how many pairs an interval without 0 needs, if mean and spread stay as they are;
-    None if more than 1000.
-
-    :param interval: holds 0.
-    """
-    from scipy.special import stdtrit  # 0.3 s to import
-
-    def half_width(pairs: int) -> float:
-        """Return the half width in standard deviations of the values."""
-        return float(stdtrit(pairs - 1, (1 + CONFIDENCE) / 2)) / math.sqrt(pairs)
-
-    deviation = (interval.high - interval.mean) / half_width(interval.pairs)
-    counts = range(interval.pairs + 1, _MOST_PAIRS + 1)
-    return next((n for n in counts if half_width(n) * deviation < abs(interval.mean)), None)
 
 
 def _excess(bound: Bound, change: Change) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from orchestrator.results.comparison import CostRow, by_trial, step_s
@@ -95,12 +95,14 @@ class Change:
     :ivar pairs: the figure in the first and in the second run, for each repetition, in its unit;
         of the slowdown, the logarithm of the ratio to the control. Empty if `undecided` is set.
     :ivar undecided: why the figure cannot be compared; empty if it can.
+    :ivar first_look: of the runs' intervals (statistics.Interval).
     """
 
     arm: str
     figure: Figure
     pairs: tuple[tuple[float, float], ...] = ()
     undecided: str = ""
+    first_look: int = 0
 
     @property
     def first(self) -> float | None:
@@ -118,7 +120,7 @@ class Change:
 
         None if `undecided` is set, and for the slowdown, whose change is a ratio.
         """
-        return None if self.figure is Figure.SLOWDOWN else mean_interval(self.excess())
+        return None if self.figure is Figure.SLOWDOWN else self._interval()
 
     @property
     def percent(self) -> Interval | None:
@@ -128,12 +130,15 @@ class Change:
         confidence: a percentage of it would say nothing.
         """
         if self.figure is Figure.SLOWDOWN:
-            return percent_of_logs(mean_interval(self.excess()))
-        return _percent_of_first(self.pairs)
+            return percent_of_logs(self._interval())
+        return _percent_of_first(self.pairs, self.first_look)
 
     def excess(self, factor: float = 1.0, offset: float = 0.0) -> list[float]:
         """Return second - (factor * first + offset) for each pair."""
         return [second - (factor * first + offset) for first, second in self.pairs]
+
+    def _interval(self) -> Interval | None:
+        return mean_interval(self.excess(), self.first_look)
 
     def _mean(self, run: int) -> float | None:
         if not self.pairs:
@@ -152,8 +157,10 @@ def compare_runs(first: RunRows, second: RunRows) -> list[Change]:
     :param first, second: rows of two runs of the same spec.
     """
     before, after = _arms(first), _arms(second)
+    # The runs have one spec, and so the same first look.
+    first_look = max((row.first_look for row in first.footprints), default=0)
     return [
-        _change(name, figure, before.get(name), after.get(name))
+        replace(_change(name, figure, before.get(name), after.get(name)), first_look=first_look)
         for name in before | after
         for figure in Figure
         if any(figure in arms[name].values for arms in (before, after) if name in arms)
@@ -249,7 +256,7 @@ def _undecided(run: str, arm: _Arm | None, figure: Figure) -> str:
     return ""
 
 
-def _percent_of_first(pairs: Sequence[tuple[float, float]]) -> Interval | None:
+def _percent_of_first(pairs: Sequence[tuple[float, float]], first_look: int) -> Interval | None:
     """Return the mean second value minus the mean first, in percent of the mean first value.
 
     The interval is Fieller's: it holds all p for which 0 is in the 95 % interval of
@@ -258,9 +265,9 @@ def _percent_of_first(pairs: Sequence[tuple[float, float]]) -> Interval | None:
 
     :return: None if the interval of the first value is not above 0, or for fewer than two pairs.
     """
-    first = mean_interval([first for first, _ in pairs])
-    second = mean_interval([second for _, second in pairs])
-    change = mean_interval([second - first for first, second in pairs])
+    first = mean_interval([first for first, _ in pairs], first_look)
+    second = mean_interval([second for _, second in pairs], first_look)
+    change = mean_interval([second - first for first, second in pairs], first_look)
     if first is None or second is None or change is None:
         return None
     # With m for means and h for half widths, the ends are the roots p of
@@ -275,4 +282,4 @@ def _percent_of_first(pairs: Sequence[tuple[float, float]]) -> Interval | None:
     c = change.mean**2 - squares[2]
     root = math.sqrt(max(b * b - a * c, 0.0))
     mean, low, high = (100 * p for p in (change.mean / first.mean, (b - root) / a, (b + root) / a))
-    return Interval(mean=mean, low=low, high=high, pairs=change.pairs)
+    return replace(change, mean=mean, low=low, high=high)

@@ -30,6 +30,7 @@ class CostRow:
     :ivar cost: None if the host was not measured, or the trial was cut off.
     :ivar undecided: why the trial does not count, for example wrong pages; empty if it counts
         or was cut off.
+    :ivar first_look: as in `savings.FootprintRow`.
     """
 
     arm: str
@@ -38,6 +39,7 @@ class CostRow:
     host: str
     cost: Cost | None
     undecided: str = ""
+    first_look: int = 0
 
     @property
     def counts(self) -> bool:
@@ -129,11 +131,12 @@ def by_trial(rows: Sequence[CostRow], value: Callable[[Cost], float]) -> dict[Ha
 def _extra(
     control: Sequence[CostRow], arm: Sequence[CostRow], value: Callable[[Cost], float]
 ) -> Interval | None:
-    return mean_interval(paired_differences(by_trial(arm, value), by_trial(control, value)))
+    differences = paired_differences(by_trial(arm, value), by_trial(control, value))
+    return mean_interval(differences, arm[0].first_look)
 
 
 def _slowdown_percent(control: Sequence[CostRow], arm: Sequence[CostRow]) -> Interval | None:
-    return ratio_percent(step_s(control), step_s(arm))
+    return ratio_percent(step_s(control), step_s(arm), arm[0].first_look)
 
 
 def step_s(rows: Sequence[CostRow]) -> dict[Hashable, float]:

@@ -68,11 +68,16 @@ def compare_loops(rows: Sequence[CostRow]) -> list[ArmLoops]:
     not_counted = {row.arm for row in rows if not row.counts}
     by_kind: dict[str, dict[str, _Trials]] = {}
     controls = {row.arm for row in rows if row.is_control}
+    first_look = max((row.first_look for row in rows), default=0)
     for (kind, arm, repetition), parts in _by_trial(rows).items():
         if arm not in not_counted:
             by_kind.setdefault(kind, {}).setdefault(arm, {})[repetition] = summed(parts)
     return [
-        ArmLoops(arm=arm, kind=kind, **_figures(trials, {} if arm in controls else control))
+        ArmLoops(
+            arm=arm,
+            kind=kind,
+            **_figures(trials, {} if arm in controls else control, first_look),
+        )
         for kind, arms in by_kind.items()
         for control in [next((arms[arm] for arm in arms if arm in controls), {})]
         for arm, trials in arms.items()
@@ -88,18 +93,22 @@ def _by_trial(rows: Sequence[CostRow]) -> dict[tuple[str, str, int], list[LoopSu
     return found
 
 
-def _figures(trials: _Trials, control: _Trials) -> dict[str, LoopFigure | None]:
-    return {name: _figure(trials, control, value) for name, value in _FIGURES.items()}
+def _figures(trials: _Trials, control: _Trials, first_look: int) -> dict[str, LoopFigure | None]:
+    return {name: _figure(trials, control, value, first_look) for name, value in _FIGURES.items()}
 
 
 def _figure(
-    trials: _Trials, control: _Trials, value: Callable[[LoopSum], float | None]
+    trials: _Trials,
+    control: _Trials,
+    value: Callable[[LoopSum], float | None],
+    first_look: int,
 ) -> LoopFigure | None:
     found, compared = _values(trials, value), _values(control, value)
     if not found:
         return None
     return LoopFigure(
-        mean=math.fsum(found.values()) / len(found), more_percent=ratio_percent(compared, found)
+        mean=math.fsum(found.values()) / len(found),
+        more_percent=ratio_percent(compared, found, first_look),
     )
 
 

@@ -45,6 +45,9 @@ class FootprintRow:
     :ivar footprint: None if the host was not measured to the end, or the trial was cut off.
     :ivar undecided: why the trial does not count, for example wrong pages; empty if it counts
         or was cut off.
+    :ivar lost: whether the trial is lost: `run --resume` runs it again.
+    :ivar first_look: 0 if the run had a fixed number of repetitions, else how many it had when it
+        looked first (`statistics.Interval`).
     """
 
     run_id: str
@@ -57,6 +60,8 @@ class FootprintRow:
     guest: str
     footprint: Footprint | None
     undecided: str = ""
+    lost: bool = False
+    first_look: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,8 @@ class Savings:
         None if a host or guest has no footprint in a trial of the arm.
     :ivar saved_bytes: mean resident memory saved; None for the control, without a control, and
         where `undecided` is set.
+    :ivar control_bytes: the mean resident memory of the control in the same pairs, as the whole of
+        which `saved_bytes` is a part; None where `saved_bytes` is.
     :ivar undecided: why figures are missing or do not count, for example wrong pages or only one
         pair of trials; empty otherwise.
     """
@@ -82,6 +89,7 @@ class Savings:
     footprint: Footprint | None
     saved_bytes: Interval | None = None
     saved_gib_min: Interval | None = None
+    control_bytes: float | None = None
     undecided: str = ""
 
 
@@ -131,13 +139,17 @@ def _arm(
     # One bad trial makes the arm undecided: leaving out only the trials that went wrong would
     # favour an arm that makes trials go wrong.
     undecided = _first_undecided(rows)
-    saved_bytes = saved_gib_min = None
+    saved_bytes = saved_gib_min = control_bytes = None
     if not undecided and not rows[0].is_control and control:
         undecided = _first_undecided(control)
         if not undecided:
             saved_bytes = _saved(control, rows, lambda f: f.mean_resident_bytes)
             saved_gib_min = _saved(control, rows, lambda f: f.resident_gib_min)
-            undecided = "" if saved_bytes else "one pair only: an interval needs two repetitions"
+            used = _used_in_pairs(control, rows)
+            if saved_bytes:
+                control_bytes = fsum(used) / len(used)
+            else:
+                undecided = _too_few(len(used), rows[0].first_look)
     return Savings(
         experiment=rows[0].experiment,
         run_id=run_id,
@@ -147,6 +159,7 @@ def _arm(
         footprint=_together(rows) if all(row.footprint for row in rows) else None,
         saved_bytes=saved_bytes,
         saved_gib_min=saved_gib_min,
+        control_bytes=control_bytes,
         undecided=undecided,
     )
 
@@ -167,7 +180,21 @@ def _saved(
     rows: Sequence[FootprintRow],
     value: Callable[[Footprint], float],
 ) -> Interval | None:
-    return mean_interval(paired_differences(_by_trial(control, value), _by_trial(rows, value)))
+    differences = paired_differences(_by_trial(control, value), _by_trial(rows, value))
+    return mean_interval(differences, rows[0].first_look)
+
+
+def _used_in_pairs(control: Sequence[FootprintRow], rows: Sequence[FootprintRow]) -> list[float]:
+    """Return the control's mean resident memory in each trial that is one of a pair."""
+    treated = {(row.run_id, row.repetition) for row in rows}
+    used = _by_trial(control, lambda f: f.mean_resident_bytes)
+    return [value for trial, value in used.items() if trial in treated]
+
+
+def _too_few(pairs: int, first_look: int) -> str:
+    needed = max(2, first_look)
+    there = "1 pair" if pairs == 1 else f"{pairs} pairs"
+    return f"{there} only: an interval needs {needed} repetitions, so {needed - pairs} more"
 
 
 def _by_trial(

@@ -10,8 +10,9 @@ From the fault to the next attempt, in the order of this file:
    that the host was lost.
 3. `trial_outcome` combines the hosts: done, undecided or lost.
 4. `next_attempt` decides whether the trial is run again. A lost trial is run again: up to
-   `--retries` times at the end of the same run, and with every `run --resume`. A trial that was
-   cut off is run again with `run --resume`. An undecided trial is never run again.
+   `--retries` times at the end of the same run (with a precision, of the same round), and with
+   every `run --resume`. A trial that was cut off is run again with `run --resume`. An undecided
+   trial is never run again.
 
 Only the last attempt at a trial counts in figures (view `counted_trials` in
 `store/database.py`). The other attempts stay stored.

@@ -40,6 +40,7 @@ def savings_as_pb2(row: Savings) -> fleet_pb2.Savings:
         footprint=_footprint_as_pb2(row.footprint) if row.footprint else None,
         saved_bytes=_interval_as_pb2(row.saved_bytes),
         saved_gib_min=_interval_as_pb2(row.saved_gib_min),
+        control_bytes=None if row.control_bytes is None else round(row.control_bytes),
         undecided=row.undecided,
     )
 
@@ -63,6 +64,7 @@ def savings_from_pb2(message: fleet_pb2.Savings) -> Savings:
         saved_gib_min=(
             _interval_from_pb2(message.saved_gib_min) if message.HasField("saved_gib_min") else None
         ),
+        control_bytes=message.control_bytes if message.HasField("control_bytes") else None,
         undecided=message.undecided,
     )
 
@@ -112,9 +114,19 @@ def _interval_as_pb2(interval: Interval | None) -> fleet_pb2.Interval | None:
     if interval is None:
         return None
     return fleet_pb2.Interval(
-        mean=interval.mean, low=interval.low, high=interval.high, pairs=interval.pairs
+        mean=interval.mean,
+        low=interval.low,
+        high=interval.high,
+        pairs=interval.pairs,
+        first_look=interval.first_look,
     )
 
 
 def _interval_from_pb2(message: fleet_pb2.Interval) -> Interval:
-    return Interval(mean=message.mean, low=message.low, high=message.high, pairs=message.pairs)
+    return Interval(
+        mean=message.mean,
+        low=message.low,
+        high=message.high,
+        pairs=message.pairs,
+        first_look=message.first_look,
+    )

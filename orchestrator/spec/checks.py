@@ -22,7 +22,7 @@ from hintfleet.settings import (
 )
 from hintfleet.system.machine_limits import Bound
 from hintfleet.units import MIB, format_size
-from orchestrator.spec.model import Arm, Spec
+from orchestrator.spec.model import Arm, Spec, Start
 from orchestrator.spec.phases import Kind
 from orchestrator.spec.workload import (
     Step,
@@ -64,6 +64,7 @@ def problems(spec: Spec) -> Iterator[Problem]:
     Of the steps of the workload, only the first with a problem is reported.
     """
     yield from _arm_problems(spec)
+    yield from _precision_problems(spec)
     yield from _host_problems(spec)
     yield from _workload_problems(spec)
 
@@ -236,6 +237,49 @@ def _no_such_parts(driver: Driver, i: int, arm: Arm) -> Problem:
         hint=f"{driver} has "
         + ", ".join(f"{isolator} with {tracker}" for isolator, tracker in PARTS[driver]),
     )
+
+
+def _precision_problems(spec: Spec) -> Iterator[Problem]:
+    if spec.precision is None:
+        if spec.max_repetitions is not None:
+            yield Problem(
+                path=("max_repetitions",),
+                message="max_repetitions is only for a run that stops by its precision",
+                hint="add a precision, for example precision: 5%, or give repetitions instead",
+            )
+        return
+    if spec.guests.start is Start.ONE_BY_ONE:
+        yield Problem(
+            path=("precision",),
+            message="precision is about savings, but with guests started one by one the figure is "
+            "how many fit",
+            hint="remove precision, and give repetitions",
+        )
+    if len(spec.trial_arms) < 2:  # with two arms, _control_problems sees that there is no control
+        yield Problem(
+            path=("precision",),
+            message="precision is about what an arm saves compared with the control, but there is "
+            "only one arm",
+            hint="add an arm, or remove precision",
+        )
+    if spec.max_repetitions is None:
+        yield Problem(
+            path=("precision",),
+            message="max_repetitions is missing",
+            hint="say when to stop without the precision, for example max_repetitions: 20",
+        )
+    elif spec.max_repetitions < spec.repetitions:
+        yield Problem(
+            path=("max_repetitions",),
+            message=f"{spec.repetitions} repetitions always run, so this is too few",
+            hint="give max_repetitions more, or repetitions less",
+        )
+    if spec.repetitions < 2:
+        yield Problem(
+            path=("precision",),
+            message="an interval needs two repetitions, but only one always runs",
+            hint="give the number of repetitions before the first look, for example repetitions: 3",
+        )
 
 
 def _host_problems(spec: Spec) -> Iterator[Problem]:

@@ -30,6 +30,7 @@ from hintfleet.settings import (
 from hintfleet.units import format_size
 from orchestrator.spec.phases import Workload
 from orchestrator.spec.values import (
+    AmountOrPercent,
     ColdAfterS,
     Name,
     Part,
@@ -196,6 +197,8 @@ class UnderDriver(Part):
     guests: Guests | None = None
     workload: Workload | None = None
     repetitions: Repetitions | None = None
+    precision: AmountOrPercent | None = None
+    max_repetitions: Repetitions | None = None
     sample_period_s: SamplePeriodS | None = Field(default=None, alias="sample_period")
     timeouts: Timeouts | None = None
 
@@ -211,6 +214,11 @@ class Spec(Part):
     """An experiment under one driver.
 
     :ivar arms: all arms, also those that do not run under this driver.
+    :ivar repetitions: how many run; with `precision`, how many run at least.
+    :ivar precision: repetitions go on until the half width of the interval of each arm's savings
+        is at most this: a percentage of the control's mean resident memory, or a size. None if
+        the number of repetitions is fixed.
+    :ivar max_repetitions: how many run at most; set if `precision` is.
     :ivar under: as in the file. The part for this driver is merged into the other fields already.
     """
 
@@ -223,6 +231,8 @@ class Spec(Part):
     workload: Workload
     arms: Annotated[tuple[Arm, ...], Field(min_length=1, max_length=100)]
     repetitions: Repetitions = 1
+    precision: AmountOrPercent | None = None
+    max_repetitions: Repetitions | None = None
     seed: int = Field(default=1, ge=0, lt=1 << 63)
     sample_period_s: SamplePeriodS = Field(default=0.1, alias="sample_period")
     timeouts: Timeouts = Timeouts()
@@ -249,6 +259,11 @@ class Spec(Part):
         return next((arm.name for arm in self.trial_arms if arm.method is Method.NONE), None)
 
     @property
+    def most_repetitions(self) -> int:
+        """The number of repetitions that run at most; `repetitions` if their number is fixed."""
+        return self.max_repetitions or self.repetitions
+
+    @property
     def guest_count(self) -> int:
         """The number of guests that run at once, on all hosts."""
         return self.hosts.number * self.guests.per_host
@@ -257,14 +272,19 @@ class Spec(Part):
 def describe(spec: Spec) -> str:
     """Return the size of an experiment as text, in one line.
 
-    For example `embedded, 2 hosts x 3 guests of 256 MiB, 2 arms, 3 repetitions`.
+    For example `embedded, 2 hosts x 3 guests of 256 MiB, 2 arms, 3 repetitions`; with a precision
+    `3 to 20 repetitions, until ±5 %`.
     """
     at_most = "up to " if spec.guests.start is Start.ONE_BY_ONE else ""
+    repetitions = _count(spec.repetitions, "repetition")
+    if spec.precision:
+        most = _count(spec.most_repetitions, "repetition")
+        repetitions = f"{spec.repetitions} to {most}, until ±{spec.precision}"
     return (
         f"{spec.driver}, {_count(spec.hosts.number, 'host')} × "  # noqa: RUF001
         f"{at_most}{_count(spec.guests.per_host, 'guest')} of "
         f"{format_size(spec.guests.memory_bytes)}, "
-        f"{_count(len(spec.trial_arms), 'arm')}, {_count(spec.repetitions, 'repetition')}"
+        f"{_count(len(spec.trial_arms), 'arm')}, {repetitions}"
     )
 
 

@@ -92,7 +92,11 @@ def _argument(value: str) -> str:
 
 
 def _amount(value: Any) -> Amount:
-    if isinstance(value, str) and value.endswith("%"):
+    if not isinstance(value, str):
+        raise invalid_value(
+            f"{value!r} is neither a size nor a percentage", "write it like 384MiB or 75%"
+        )
+    if value.endswith("%"):
         return Amount(percent=_percent(value))
     size_bytes = _size(value)
     if size_bytes <= 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from orchestrator.spec.model import Arm, Spec, Start
@@ -65,7 +65,8 @@ class HostTask:
 
 
 def plan_trials(spec: Spec, run_id: str) -> tuple[Trial, ...]:
-    """Return all trials of a run, each as its first attempt, in the order in which they run."""
+    """Return all trials that a run can have, each as its first attempt, in the order in which they
+    run. A run with a precision may end before the last."""
     return tuple(
         Trial(run_id=run_id, position=position, repetition=repetition, arm=arm)
         for position, (repetition, arm) in enumerate(_blocks(spec))
@@ -73,10 +74,23 @@ def plan_trials(spec: Spec, run_id: str) -> tuple[Trial, ...]:
 
 
 def _blocks(spec: Spec) -> Iterator[tuple[int, Arm]]:
-    for repetition in range(spec.repetitions):
+    for repetition in range(spec.most_repetitions):
         arms = list(spec.trial_arms)
         random.Random(_seed_from(spec.seed, repetition)).shuffle(arms)
         yield from ((repetition, arm) for arm in arms)
+
+
+def rounds(spec: Spec, to_run: Sequence[Trial], begun: int = 0) -> list[list[Trial]]:
+    """Group trials into rounds. After each round, a run with a precision looks whether to go on.
+
+    The first round is what is left of the repetitions that always run and of those that have
+    begun; it may be empty. Each other round is one repetition.
+
+    :param begun: how many repetitions have begun in an earlier part of the run.
+    """
+    first = max(spec.repetitions, begun)
+    later = [[t for t in to_run if t.repetition == r] for r in range(first, spec.most_repetitions)]
+    return [[trial for trial in to_run if trial.repetition < first], *later]
 
 
 def host_names(spec: Spec) -> tuple[str, ...]:

@@ -15,12 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from hintfleet.units import format_size
+from orchestrator.results.precision import Look
 from orchestrator.results.store.writer import RunHeader
 from orchestrator.results.trial_outcome import TrialOutcome, TrialStatus
 from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import Record
 from orchestrator.view.figures import clock, sparkline
+from orchestrator.view.precision import look_line
 from orchestrator.view.progress import HostGroup, HostProgress, Progress
 
 _FRAMES_PER_S = 5
@@ -58,7 +60,7 @@ class LiveView:
         self, header: RunHeader, trials: tuple[Trial, ...], kept: Mapping[int, TrialStatus]
     ) -> None:
         self._header = header
-        self._progress = Progress(trials, time.monotonic(), kept)
+        self._progress = Progress(trials, time.monotonic(), kept, header.spec.repetitions)
         if header.spec.left_out:
             self._console.print(left_out_note(header.spec), style="dim", highlight=False)
         self._live.start()
@@ -76,6 +78,9 @@ class LiveView:
             self._progress.trial_ended(trial, bool(outcome.reason), time.monotonic())
         if outcome.reason:
             self._console.print(Text.assemble((f"{outcome.status}: ", "yellow"), outcome.reason))
+
+    def looked(self, seen: Look) -> None:
+        self._console.print(Text(look_line(seen), style="dim"))
 
     def _render(self) -> RenderableType:
         if self._header is None or self._progress is None:
@@ -101,12 +106,13 @@ class PlainView:
     def starting(
         self, header: RunHeader, trials: tuple[Trial, ...], kept: Mapping[int, TrialStatus]
     ) -> None:
-        self._progress = Progress(trials, time.monotonic(), kept)
+        self._progress = Progress(trials, time.monotonic(), kept, header.spec.repetitions)
         self._say(f"{header.spec.name}: {header.summary}")
         if header.spec.left_out:
             self._say(left_out_note(header.spec))
         if kept:
-            self._say(f"{len(kept)} of {len(trials)} trials have their results and are kept")
+            count = _trials(self._progress)
+            self._say(f"{len(kept)} of {count} trials have their results and are kept")
         self._say(f"run {header.run_id}: starting hosts")
 
     def trial_started(self, trial: Trial) -> None:
@@ -123,6 +129,9 @@ class PlainView:
             self._progress.trial_ended(trial, bool(outcome.reason), time.monotonic())
         if outcome.reason:
             self._say(f"{outcome.status}: {outcome.reason}")
+
+    def looked(self, seen: Look) -> None:
+        self._say(look_line(seen))
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -147,23 +156,32 @@ def _position(progress: Progress) -> str:
     if trial is None:
         return "starting hosts"
     return (
-        f"trial {trial.position + 1} of {len(progress.trials)}: "
+        f"trial {trial.position + 1} of {_trials(progress)}: "
         f"{trial.arm.name}, repetition {trial.repetition + 1}"
         f"{f', attempt {trial.attempt}' if trial.attempt > 1 else ''}"
     )
 
 
+def _trials(progress: Progress) -> str:
+    """Return `6`, or `6 to 40` if a run with a precision may end before the last."""
+    return _range(progress.least_trials, len(progress.trials))
+
+
 def _time_left(progress: Progress, now_s: float) -> str:
     left_s = progress.remaining_s(now_s)
-    return f", {clock(left_s)} left" if left_s is not None else ""
+    return f", {_range(*map(clock, left_s))} left" if left_s else ""
+
+
+def _range(least: int | str, most: int | str) -> str:
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _arms(progress: Progress) -> Table:
     grid = Table.grid(padding=(0, 2))
     for name, arm in progress.arms.items():
-        count = f"{arm.ended}/{arm.total}"
+        count = f"{arm.ended} of {_range(arm.least, arm.most)}"
         note = Text(f"{arm.undecided} undecided" if arm.undecided else "", style="yellow")
-        bar = ProgressBar(total=arm.total, completed=arm.ended, width=_BAR_WIDTH)
+        bar = ProgressBar(total=arm.most, completed=arm.ended, width=_BAR_WIDTH)
         grid.add_row(Text(name), bar, count, note)
     return grid
 

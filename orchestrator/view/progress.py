@@ -48,11 +48,13 @@ class HostGroup:
 class ArmProgress:
     """The numbers of trials of an arm.
 
+    :ivar least, most: how many there will be. They differ in a run with a precision.
     :ivar ended: includes the trials that already had a result when the run was resumed.
     :ivar undecided: those that ended undecided or lost.
     """
 
-    total: int = 0
+    least: int = 0
+    most: int = 0
     ended: int = 0
     undecided: int = 0
 
@@ -61,12 +63,20 @@ class Progress:
     """The progress of a run. Times are seconds of one monotonic clock."""
 
     def __init__(
-        self, trials: tuple[Trial, ...], now_s: float, kept: Mapping[int, TrialStatus]
+        self,
+        trials: tuple[Trial, ...],
+        now_s: float,
+        kept: Mapping[int, TrialStatus],
+        least_repetitions: int,
     ) -> None:
-        """:param kept: the trials that already have a result, by position."""
+        """:param trials: all that can run.
+        :param kept: the trials that already have a result, by position.
+        :param least_repetitions: how many repetitions always run.
+        """
         self.started_s = now_s
         self.trials = trials
         self.trial: Trial | None = None
+        self._least_repetitions = least_repetitions
         self.hosts: dict[str, HostProgress] = {}
         self._undecided_by_position = {
             position: status is not TrialStatus.DONE for position, status in kept.items()
@@ -79,12 +89,14 @@ class Progress:
     def arms(self) -> dict[str, ArmProgress]:
         """The numbers of trials of each arm, by name; the control is first."""
         arms: dict[str, ArmProgress] = {}
+        sure = self._sure_repetitions
         controls_first = sorted(
             self.trials, key=lambda trial: (trial.arm.method is not Method.NONE, trial.position)
         )
         for trial in controls_first:
             arm = arms.setdefault(trial.arm.name, ArmProgress())
-            arm.total += 1
+            arm.most += 1
+            arm.least += trial.repetition < sure
             arm.ended += trial.position in self._undecided_by_position
             arm.undecided += self._undecided_by_position.get(trial.position, False)
         return arms
@@ -130,17 +142,31 @@ class Progress:
         )
 
     @property
-    def ended_count(self) -> int:
-        """The number of trials that have ended, including those that had a result at the start."""
-        return len(self._undecided_by_position)
+    def least_trials(self) -> int:
+        """The number of trials that the run has at least; all of them if their number is fixed."""
+        sure = self._sure_repetitions
+        return sum(trial.repetition < sure for trial in self.trials)
 
-    def remaining_s(self, now_s: float) -> float | None:
-        """Return the estimated seconds left; None until a trial has ended in this process."""
+    @property
+    def _sure_repetitions(self) -> int:
+        """The number of repetitions that always run or have begun."""
+        begun = [t.repetition for t in self.trials if t.position in self._undecided_by_position]
+        if self.trial is not None:
+            begun.append(self.trial.repetition)
+        return max(self._least_repetitions, 1 + max(begun, default=-1))
+
+    def remaining_s(self, now_s: float) -> tuple[float, float] | None:
+        """Return the estimated seconds left, at least and at most; None until a trial has ended in
+        this process."""
         if not self._runs_ended:
             return None
         per_trial_s = (self._last_end_s - self._first_trial_s) / self._runs_ended
-        left_s = per_trial_s * (len(self.trials) - self.ended_count)
-        return max(0.0, left_s - (now_s - self._last_end_s))
+        ended_count = len(self._undecided_by_position)
+
+        def left_s(trials: int) -> float:
+            return max(0.0, per_trial_s * (trials - ended_count) - (now_s - self._last_end_s))
+
+        return left_s(self.least_trials), left_s(len(self.trials))
 
 
 def _add_samples(host: HostProgress, samples: Samples) -> None:

@@ -33,6 +33,7 @@ from orchestrator.view.figures import (
     size_interval,
     when,
 )
+from orchestrator.view.precision import outcome
 
 if TYPE_CHECKING:
     from orchestrator.pki import Certificate
@@ -87,9 +88,13 @@ def heading(run: Run, answer: str) -> RenderableType:
     return Group(top, Text(), Text(answer, "bold"), Text()) if answer else Group(top, Text())
 
 
-def savings_and_costs(rows: Sequence[Savings], costs: Sequence[ArmCost]) -> RenderableType:
+def savings_and_costs(
+    run: Run, rows: Sequence[Savings], costs: Sequence[ArmCost]
+) -> RenderableType:
     """Return the tables of what the arms of a run saved and cost."""
     parts: list[RenderableType] = [savings(rows)]
+    if precision := outcome(run, rows):
+        parts.append(Text(precision))
     if costs:
         parts += [Text(), cost_table(costs), Text(), _SPENT_NOTE]
     return Group(*parts)
@@ -108,6 +113,8 @@ def savings(rows: Sequence[Savings]) -> RenderableType:
         if reason
     ]
     note = Text("saved: less mean resident memory than under none, pairs of same seeds", "dim")
+    if any(row.saved_bytes and row.saved_bytes.first_look for row in rows):
+        note.append("; intervals hold whenever a run stops (docs/statistics.md)")
     return Group(memory(rows), Text(), returned_memory(rows), Text(), note, *reasons)
 
 

@@ -258,6 +258,21 @@ arms:
     lab.check_nothing_is_left()
 
 
+@pytest.mark.parametrize(("precision", "repetitions"), [("100%", 2), ("4KiB", 3)])
+def test_a_run_goes_on_until_it_is_precise(lab: Lab, precision: str, repetitions: int) -> None:
+    asked = f"precision: {precision}\nmax_repetitions: 3\n"
+    data = result(lab.run("run", lab.spec(spec(count="1", per_host="1") + asked), "-o", "json"))
+    assert data["state"] == "done", "with wide intervals, too"
+    assert len(data["trials"]) == 2 * repetitions
+    bitmap = arms(data)["bitmap"]
+    assert bitmap["saved_bytes"]["pairs"] == repetitions
+    assert bitmap["saved_bytes"]["first_look"] == 2
+    assert bitmap["precision"]["is_enough"] == (precision == "100%")
+    again = lab.run("run", "--resume", "latest", "-o", "json")
+    assert "has no trial left to run" in again.stderr
+    assert result(again) == data
+
+
 def test_a_host_agent_that_is_not_there(lab: Lab) -> None:
     done = lab.run("run", lab.spec(SPEC), "--host", f"unix:{lab.folder}/nobody.sock")
     assert done.returncode == 1

@@ -90,6 +90,10 @@ _MIGRATIONS = (
     """
     ALTER TABLE footprints ADD COLUMN capacity TEXT;
     """,
+    # precision: of a run that looks whether to go on (precision.Precision), else null.
+    """
+    ALTER TABLE runs ADD COLUMN precision TEXT NOT NULL DEFAULT 'null';
+    """,
 )
 
 

@@ -23,6 +23,7 @@ from orchestrator.results.comparison import CostRow
 from orchestrator.results.cost import Cost
 from orchestrator.results.footprint import Footprint, Returned
 from orchestrator.results.loops import LoopSum
+from orchestrator.results.precision import Precision
 from orchestrator.results.savings import FootprintRow
 from orchestrator.results.store.database import errors_mapped, open_database
 from orchestrator.results.store.lock import try_lock
@@ -42,6 +43,7 @@ class Run:
     :ivar ended_unix_us: 0 while the run runs.
     :ivar overrides: the top-level keys of the spec that options of the command line replaced,
         with their new values.
+    :ivar precision: None if the number of repetitions is fixed.
     """
 
     run_id: str
@@ -58,6 +60,7 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     libvirt_uri: str = ""
+    precision: Precision | None = None
 
     @property
     def was_cut_off(self) -> bool:
@@ -179,7 +182,9 @@ class Store(AbstractContextManager["Store"]):
         )
         return [_stored_trial(row) for row in rows]
 
-    def footprint_rows(self, run_id: str = "", since_unix_s: int = 0) -> list[FootprintRow]:
+    def footprint_rows(
+        self, run_id: str = "", since_unix_s: int = 0, *, even_running: bool = False
+    ) -> list[FootprintRow]:
         """Return the footprints of runs that have ended, for `savings.aggregate`.
 
         Only the last attempt at each trial counts. The newest run is first. Within a run the
@@ -190,6 +195,7 @@ class Store(AbstractContextManager["Store"]):
 
         :param run_id: only this run; empty for all.
         :param since_unix_s: only runs that started at or after this time; 0 for all.
+        :param even_running: also of runs that have not ended.
         """
         # The join with `units` adds the rows of trials that were cut off. Without these rows, an
         # arm would be compared by its other trials alone.
@@ -198,21 +204,22 @@ class Store(AbstractContextManager["Store"]):
             "  SELECT DISTINCT t.run_id, f.host, f.guest "
             "  FROM footprints f JOIN trials t USING (trial_id) "
             "  WHERE ?1 = '' OR t.run_id = ?1) "
-            "SELECT r.run_id, r.name, r.spec_hash, r.control, t.arm, t.repetition, "
+            "SELECT r.run_id, r.name, r.spec_hash, r.control, r.precision, t.arm, t.repetition, "
             "       ifnull(u.host, '') AS host, ifnull(u.guest, '') AS guest, "
-            "       t.undecided, f.footprint "
+            "       t.undecided, t.lost, f.footprint "
             "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
             "     LEFT JOIN units u ON u.run_id = t.run_id "
             "     LEFT JOIN footprints f "
             "     ON f.trial_id = t.trial_id AND f.host = u.host AND f.guest = u.guest "
             "WHERE (?1 = '' OR r.run_id = ?1) AND r.started_unix_us >= ?2 "
-            "  AND r.state != 'running' "
+            "  AND (?3 OR r.state != 'running') "
             "  AND NOT EXISTS (SELECT 1 FROM footprints c JOIN trials ct USING (trial_id) "
             "                  WHERE ct.run_id = r.run_id AND c.capacity IS NOT NULL) "
             "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position, "
             "         u.host, u.guest",
             run_id,
             since_unix_s * 1_000_000,
+            even_running,
         )
         return [_footprint_row(row) for row in rows]
 
@@ -223,7 +230,7 @@ class Store(AbstractContextManager["Store"]):
         a host and a cost.
         """
         rows = self._query(
-            "SELECT r.control, t.arm, t.repetition, t.undecided, "
+            "SELECT r.control, r.precision, t.arm, t.repetition, t.undecided, "
             "       ifnull(f.host, '') AS host, f.cost "
             "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
             "     LEFT JOIN footprints f ON f.trial_id = t.trial_id AND f.guest = '' "
@@ -290,7 +297,22 @@ def _run(row: sqlite3.Row) -> Run:
     values = {name: row[name] for name in Run.__dataclass_fields__}
     environment = json.loads(values["environment"])
     overrides = json.loads(values["overrides"], object_hook=_with_tuples)
-    return Run(**values | {"environment": environment, "overrides": overrides})
+    decoded = {
+        "environment": environment,
+        "overrides": overrides,
+        "precision": _precision(row["precision"]),
+    }
+    return Run(**values | decoded)
+
+
+def _precision(stored: str) -> Precision | None:
+    values = json.loads(stored)
+    return Precision(**values) if values else None
+
+
+def _first_look(row: sqlite3.Row) -> int:
+    precision = _precision(row["precision"])
+    return precision.least_repetitions if precision else 0
 
 
 def _with_tuples(stored: dict[str, Any]) -> dict[str, Any]:
@@ -315,6 +337,8 @@ def _footprint_row(row: sqlite3.Row) -> FootprintRow:
         guest=row["guest"],
         footprint=_footprint(json.loads(row["footprint"])) if row["footprint"] else None,
         undecided=row["undecided"],
+        lost=bool(row["lost"]),
+        first_look=_first_look(row),
     )
 
 
@@ -326,6 +350,7 @@ def _cost_row(row: sqlite3.Row) -> CostRow:
         host=row["host"],
         cost=_cost(json.loads(row["cost"], object_hook=_with_sketches)) if row["cost"] else None,
         undecided=row["undecided"],
+        first_look=_first_look(row),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from hintfleet.errors import HintfleetError
 from orchestrator.results.cost import COUNTERS
 from orchestrator.results.footprint import Series
+from orchestrator.results.precision import Precision
 from orchestrator.results.run_outcome import RunOutcome, run_outcome
 from orchestrator.results.store.database import errors_mapped
 from orchestrator.results.store.lock import take_lock
@@ -211,8 +212,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         spec = self._header.spec
         self._execute(
             "INSERT INTO runs (run_id, name, driver, spec_text, spec_hash, control, summary, "
-            "started_unix_us, state, environment, overrides, libvirt_uri) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?)",
+            "started_unix_us, state, environment, overrides, libvirt_uri, precision) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?)",
             self._header.run_id,
             spec.name,
             spec.driver,
@@ -224,6 +225,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             json.dumps(self._header.environment),
             json.dumps(self._header.overrides),
             self._header.libvirt_uri,
+            json.dumps(asdict(precision) if (precision := precision_of(spec)) else None),
         )
 
     def _resume_run(self) -> None:
@@ -281,11 +283,25 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         )
 
 
+def precision_of(spec: Spec) -> Precision | None:
+    """Return the precision that a spec asks for; None if its number of repetitions is fixed."""
+    if spec.precision is None:
+        return None
+    return Precision(
+        percent=spec.precision.percent,
+        size_bytes=spec.precision.size_bytes,
+        least_repetitions=spec.repetitions,
+        most_repetitions=spec.most_repetitions,
+    )
+
+
 def spec_hash(spec: Spec) -> str:
     """Return a hash that is equal for specs that give the same trials, however they are written."""
     # Left out: description and timeouts, which change no figure, and `under`: its part for this
-    # run's driver is merged into the other fields already, and its other parts are not used.
-    content = spec.model_dump_json(exclude={"description", "timeouts", "under"})
+    # run's driver is merged into the other fields already, and its other parts are not used. Keys
+    # of a precision are left out where there is none: stored specs had no such keys.
+    unset = {key for key in ("precision", "max_repetitions") if getattr(spec, key) is None}
+    content = spec.model_dump_json(exclude={"description", "timeouts", "under", *unset})
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -192,6 +192,7 @@ class Savings(_message.Message):
     SAVED_BYTES_FIELD_NUMBER: _builtins.int
     SAVED_GIB_MIN_FIELD_NUMBER: _builtins.int
     UNDECIDED_FIELD_NUMBER: _builtins.int
+    CONTROL_BYTES_FIELD_NUMBER: _builtins.int
     experiment: _builtins.str
     """The name in the spec."""
     run_id: _builtins.str
@@ -203,6 +204,10 @@ class Savings(_message.Message):
     """Trials behind the row."""
     undecided: _builtins.str
     """Empty, or why there is no figure."""
+    control_bytes: _builtins.int
+    """Mean resident memory of `none` in the same pairs: the whole of which saved_bytes is
+    a part. Absent where saved_bytes is.
+    """
     @_builtins.property
     def footprint(self) -> Global___Footprint:
         """Absent if the arm was not measured completely; `undecided` says why."""
@@ -227,12 +232,15 @@ class Savings(_message.Message):
         saved_bytes: Global___Interval | None = ...,
         saved_gib_min: Global___Interval | None = ...,
         undecided: _builtins.str = ...,
+        control_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["footprint", b"footprint", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "control_bytes", b"control_bytes", "footprint", b"footprint", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "experiment", b"experiment", "footprint", b"footprint", "key", b"key", "run_id", b"run_id", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min", "trials", b"trials", "undecided", b"undecided"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "arm", b"arm", "control_bytes", b"control_bytes", "experiment", b"experiment", "footprint", b"footprint", "key", b"key", "run_id", b"run_id", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min", "trials", b"trials", "undecided", b"undecided"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__control_bytes: _TypeAlias = _typing.Literal["control_bytes"]  # noqa: Y015
+    _WhichOneofArgType__control_bytes: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__control_bytes) -> _WhichOneofReturnType__control_bytes | None: ...
 
 Global___Savings: _TypeAlias = Savings  # noqa: Y015
 
@@ -325,7 +333,7 @@ Global___Returned: _TypeAlias = Returned  # noqa: Y015
 
 @_typing.final
 class Interval(_message.Message):
-    """A mean with its 95 % confidence interval."""
+    """A mean with its 95 % confidence interval, in the unit that the field's name ends with."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -333,11 +341,17 @@ class Interval(_message.Message):
     LOW_FIELD_NUMBER: _builtins.int
     HIGH_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
+    FIRST_LOOK_FIELD_NUMBER: _builtins.int
     mean: _builtins.float
     low: _builtins.float
     high: _builtins.float
     pairs: _builtins.int
     """Pairs behind it."""
+    first_look: _builtins.int
+    """0 if the number of pairs was fixed beforehand: Student's t. Else the run looked
+    whether to stop, from this number of pairs on, and the interval is one of Lai's t
+    confidence sequence: it holds whenever the run stopped.
+    """
     def __init__(
         self,
         *,
@@ -345,10 +359,11 @@ class Interval(_message.Message):
         low: _builtins.float = ...,
         high: _builtins.float = ...,
         pairs: _builtins.int = ...,
+        first_look: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "mean", b"mean", "pairs", b"pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_look", b"first_look", "high", b"high", "low", b"low", "mean", b"mean", "pairs", b"pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,6 +94,7 @@ TARGET = Target.of(
     ),
     words=(
         *("name:", "driver:", "hosts:", "guests:", "workload:", "phases:", "arms:", "under:"),
+        *("precision:", "max_repetitions:"),
         *("timeouts:", "repetitions:", "seed:", "count:", "memory:", "agents:", "per_host:"),
         *(
             "churn:",

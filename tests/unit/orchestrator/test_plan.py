@@ -16,7 +16,7 @@ from orchestrator.spec.phases import Kind, Workload
 from orchestrator.spec.values import Amount
 from orchestrator.spec.workload import Step, expand, held_after
 from orchestrator.trial.guest_spec import guest_spec
-from orchestrator.trial.plan import host_names, host_task, plan_trials
+from orchestrator.trial.plan import host_names, host_task, plan_trials, rounds
 from orchestrator.trial.steps import step_request
 
 
@@ -48,6 +48,29 @@ def test_every_block_runs_every_arm_once(seed: int, repetitions: int) -> None:
         arms = [trial.arm.name for trial in trials[3 * block : 3 * block + 3]]
         assert sorted(arms) == ["a", "b", "none"]
         assert {trial.repetition for trial in trials[3 * block : 3 * block + 3]} == {block}
+
+
+def test_a_run_with_a_precision_has_the_trials_of_the_longest_run() -> None:
+    precise = spec(precision="5%", max_repetitions=9)
+    assert plan_trials(precise, "run") == plan_trials(spec(repetitions=9), "run")
+
+
+@given(st.integers(0, 9), st.data())
+def test_rounds_are_what_is_left_of_whole_repetitions(begun: int, data: st.DataObject) -> None:
+    precise = spec(precision="5%", max_repetitions=9)
+    to_run = data.draw(st.lists(st.sampled_from(plan_trials(precise, "run")), unique=True))
+    first, *later = rounds(precise, to_run, begun)
+    always = max(4, begun)
+    assert all(trial.repetition < always for trial in first)
+    for repetition, one in enumerate(later, always):
+        assert {trial.repetition for trial in one} <= {repetition}
+    found = [trial for one in (first, *later) for trial in one]
+    assert sorted(t.position for t in found) == sorted(t.position for t in to_run)
+
+
+def test_a_fixed_number_of_repetitions_is_one_round() -> None:
+    trials = plan_trials(spec(), "run")
+    assert rounds(spec(), trials) == [list(trials)]
 
 
 def test_the_order_of_arms_varies() -> None:

@@ -142,6 +142,45 @@ def test_mistakes_are_reported_with_their_place(
     assert said in message
 
 
+PRECISE = GOOD + "precision: 5%\nmax_repetitions: 20\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "said"),
+    [
+        ("precision: 5%", "precision: 5", "14:1", "neither a size nor a percentage"),
+        ("precision: 5%", "precision: 0%", "14:1", "must be above 0%"),
+        ("precision: 5%\n", "", "14:1", "add a precision"),
+        ("max_repetitions: 20", "", "14:1", "for example max_repetitions: 20"),
+        ("max_repetitions: 20", "max_repetitions: 2", "15:1", "3 repetitions always run"),
+        ("repetitions: 3\n", "repetitions: 1\n", "14:1", "an interval needs two repetitions"),
+        ("  - {name: none, method: none}\n", "", "13:1", "there is only one arm"),
+        ("method: none", "method: hinting", "10:1", "there is no control"),
+        ("{per_host", "{start: one by one, per_host", "14:1", "the figure is how many fit"),
+    ],
+)
+def test_mistakes_of_a_precision(old: str, new: str, where: str, said: str) -> None:
+    assert old in PRECISE
+    with pytest.raises(InvalidInput) as caught:
+        spec_file.parse(PRECISE.replace(old, new), "mine.yaml")
+    assert str(caught.value).startswith(f"mine.yaml:{where}: ")
+    assert said in str(caught.value)
+
+
+def test_a_precision() -> None:
+    spec = spec_file.parse(PRECISE, "mine.yaml").spec
+    assert (spec.repetitions, spec.most_repetitions) == (3, 20)
+    assert describe(spec).endswith("2 arms, 3 to 20 repetitions, until ±5 %")
+    size = spec_file.parse(PRECISE.replace(": 5%", ": 16MiB"), "mine.yaml").spec
+    assert describe(size).endswith("until ±16 MiB")
+    under = "under: {libvirt: {precision: 10%, max_repetitions: 4}}\n"
+    there = spec_file.parse(GOOD + under, "mine.yaml", {"driver": "libvirt"}).spec
+    assert describe(there).endswith("3 to 4 repetitions, until ±10 %")
+    here = spec_file.parse(GOOD + under, "mine.yaml").spec
+    assert here.precision is None
+    assert here.most_repetitions == 3
+
+
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file() -> None:
     with pytest.raises(InvalidInput) as caught:
         spec_file.parse(

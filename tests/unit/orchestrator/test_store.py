@@ -606,8 +606,8 @@ def test_a_run_that_the_version_before_stored_is_read_and_goes_on(
         assert [(trial.arm.name, trial.repetition, trial.attempt) for trial in again.to_run] == [
             ("wrong", 1, 2), ("reported", 1, 2),
         ]  # fmt: skip
-        arms = Progress(again.trials, 0.0, again.kept).arms
-        assert {name: (arm.ended, arm.undecided, arm.total) for name, arm in arms.items()} == {
+        arms = Progress(again.trials, 0.0, again.kept, least_repetitions=2).arms
+        assert {name: (arm.ended, arm.undecided, arm.most) for name, arm in arms.items()} == {
             "none": (2, 0, 2), "bitmap": (2, 0, 2), "reported": (1, 1, 2), "wrong": (1, 1, 2),
         }  # fmt: skip
     assert run_command(["show", "--data-dir", str(tmp_path)]) == 130

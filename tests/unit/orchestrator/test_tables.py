@@ -11,6 +11,7 @@ from hintfleet.settings import Driver
 from hintfleet.units import MIB
 from orchestrator.results.comparison import ArmCost
 from orchestrator.results.footprint import Footprint, Returned
+from orchestrator.results.precision import Precision
 from orchestrator.results.savings import Savings
 from orchestrator.results.statistics import Interval
 from orchestrator.results.store.reader import Run, StoredTrial
@@ -111,13 +112,33 @@ COST = ArmCost(
 @pytest.mark.parametrize("width", [80, 100])
 def test_what_it_cost_can_be_read(width: int) -> None:
     nothing = replace(COST, arm="reporting", settle_s=None, guest_cpu_s=None, tracker_bytes=0)
-    shown = rendered(tables.savings_and_costs([ROW], [COST, nothing]), width)
+    shown = rendered(tables.savings_and_costs(RUN, [ROW], [COST, nothing]), width)
     for figure in ("1.23 s", "max 2.46 s", "+12 %", "[-15, 52]", "0.28 s", "[0.26, 0.29]"):
         assert figure in shown
     for figure in ("10.7 s", "[-10.6, 31.7]", "2.1", "5.83 KiB", "0.12 s"):
         assert figure in shown
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_summary_says_whether_a_run_is_precise(width: int) -> None:
+    """A run's interval is ±11 MiB, from its first look on; 5 % of 1 GiB is enough, 1 % is not."""
+    assert ROW.saved_bytes is not None
+    interval = replace(ROW.saved_bytes, first_look=3)
+    row = replace(ROW, saved_bytes=interval, control_bytes=1024.0 * MIB)
+    wanted = Precision(percent=5.0, size_bytes=None, least_repetitions=3, most_repetitions=9)
+    shown = " ".join(
+        rendered(tables.savings_and_costs(replace(RUN, precision=wanted), [row], []), width).split()
+    )
+    assert "intervals hold whenever a run stops" in shown
+    assert "precision ±5 % of what the control uses, after 3 repetitions: reached" in shown
+    missed = replace(RUN, precision=replace(wanted, percent=1.0))
+    shown = " ".join(rendered(tables.savings_and_costs(missed, [row], []), width).split())
+    assert "not reached: bitmap ±11 MiB, ±10.2 MiB wanted, about 1 more at this spread" in shown
+    plain = rendered(tables.savings_and_costs(RUN, [ROW], []), width)
+    assert "precision" not in plain
+    assert "whenever" not in plain
 
 
 def test_what_is_missing_is_told_with_the_guests_that_need_it() -> None:

@@ -1,0 +1,84 @@
+"""Progress counts what is sure and what may come, for a run whose number of trials is not known."""
+
+import io
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from orchestrator.results.precision import Look, Reached
+from orchestrator.results.store.writer import RunHeader
+from orchestrator.results.trial_outcome import TrialOutcome, TrialStatus
+from orchestrator.spec.model import Spec, describe
+from orchestrator.trial.plan import plan_trials
+from orchestrator.view.live import LiveView, PlainView
+from orchestrator.view.progress import Progress
+from tests.unit.orchestrator.test_plan import spec
+
+FIXED = spec(repetitions=2)
+PRECISE = spec(repetitions=2, precision="5%", max_repetitions=5)
+DONE = TrialOutcome(status=TrialStatus.DONE)
+
+
+def progress(of: Spec, ended: int, kept: int = 0, seconds_each: float = 10.0) -> Progress:
+    """Return the progress of a run with three arms, in which so many trials have ended."""
+    trials = plan_trials(of, "run")
+    found = Progress(trials, 0.0, dict.fromkeys(range(kept), TrialStatus.DONE), of.repetitions)
+    for i in range(ended):
+        found.trial_started(trials[kept + i], i * seconds_each)
+        found.trial_ended(trials[kept + i], undecided=False, now_s=(i + 1) * seconds_each)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("of", "ended", "kept", "least", "most"),
+    [
+        (FIXED, 0, 0, 6, 6),
+        (FIXED, 3, 0, 6, 6),
+        (PRECISE, 0, 0, 6, 15),
+        (PRECISE, 6, 0, 6, 15),
+        (PRECISE, 7, 0, 9, 15),
+        (PRECISE, 0, 7, 9, 15),
+        (PRECISE, 15, 0, 15, 15),
+    ],
+)
+def test_trials_are_counted(of: Spec, ended: int, kept: int, least: int, most: int) -> None:
+    found = progress(of, ended, kept)
+    assert (found.least_trials, len(found.trials)) == (least, most)
+    for arm in found.arms.values():
+        assert (arm.least, arm.most) == (least // 3, most // 3)
+
+
+def test_the_time_left_is_a_range() -> None:
+    assert progress(PRECISE, 0).remaining_s(0.0) is None
+    assert progress(FIXED, 2).remaining_s(25.0) == (35.0, 35.0)
+    assert progress(PRECISE, 2).remaining_s(25.0) == (35.0, 125.0)
+    assert progress(PRECISE, 6).remaining_s(60.0) == (0.0, 90.0)
+
+
+@pytest.mark.parametrize("view", [PlainView, LiveView])
+def test_a_view_says_how_many_there_may_be(view: Callable[[Console], LiveView | PlainView]) -> None:
+    shown = shown_by(view, PRECISE)
+    assert "2 to 5 repetitions, until ±5 %" in shown
+    assert "trial 7 of 9 to 15: " in shown
+    assert "00:00 to 00:00 left" not in shown
+    assert "after 2 repetitions: a ±3 MiB, ±2 MiB wanted, about 4 more at this spread" in shown
+    assert "trial 4 of 6: " in shown_by(view, FIXED, trials=4)
+
+
+def shown_by(view: Callable[[Console], LiveView | PlainView], of: Spec, trials: int = 7) -> str:
+    out = io.StringIO()
+    shows = view(Console(file=out, width=100, force_terminal=True, color_system=None))
+    header = RunHeader(run_id="run", spec=of, spec_text="", summary=describe(of))
+    planned = plan_trials(of, "run")
+    shows.starting(header, planned, {})
+    for trial in planned[:trials]:
+        shows.trial_started(trial)
+        if trial.position < trials - 1:
+            shows.trial_ended(trial, DONE)
+        if of is PRECISE and trial.position == 5:
+            reached = Reached(half_width_bytes=3 << 20, wanted_bytes=2 << 20, more_repetitions=4)
+            shows.looked(Look(repetitions=2, arms={"a": reached, "b": None}))
+    if isinstance(shows, LiveView):
+        shows.close()
+    return out.getvalue()
