@@ -104,7 +104,7 @@ def new_experiment(
         spec_text=loaded.document.text,
         summary=describe(loaded.spec),
         environment=environment(),
-        overrides=overrides,
+        overrides=loaded.overrides,
         libvirt_uri=libvirt_uri,
     )
     trials = plan_trials(loaded.spec, header.run_id)

@@ -68,6 +68,8 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
     """
     header = asdict(run)
     del header["spec_text"]
+    if "recordings" in run.overrides:  # thousands of points
+        header["overrides"] = header["overrides"] | {"recordings": run.recordings}
     arms = [savings_as_data(row) for row in rows]
     cost_rows = store.cost_rows(run.run_id)
     costs = {cost.arm: asdict(cost) for cost in compare(cost_rows, run.driver)}

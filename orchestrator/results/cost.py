@@ -43,7 +43,8 @@ class Cost:
     :ivar settle_s: one value for each guest and free step after which memory came back to the
         host: time from the end of the step until 95 % of that memory was back.
     :ivar asked_settle_s: how long each Settle call took.
-    :ivar step_s: total time of all steps of all guests, except loops, whose time is given.
+    :ivar step_s: total time of all steps of all guests, except loops, whose time is given, and
+        without the time that replays waited.
     :ivar agent_cpu_s: CPU time of the guests' agents. For an embedded guest this is the whole
         guest process, but 0 under method none.
     :ivar process_cpu_s: CPU time of the guests' processes on the host (embedded process,
@@ -96,8 +97,7 @@ def host_cost(
     return Cost(
         settle_s=tuple(s for guest, part in series.items() for s in _settle_s(part, steps[guest])),
         asked_settle_s=tuple(done.duration_us / _US_PER_S for done in settled),
-        step_s=sum(s.duration_us for done in steps.values() for s in done[:-1] if not s.loop)
-        / _US_PER_S,
+        step_s=sum(_work_us(step) for done in steps.values() for step in done[:-1]) / _US_PER_S,
         agent_cpu_s=sum(spent("agent_cpu_us")) / _US_PER_S,
         process_cpu_s=sum(spent("process_cpu_us")) / _US_PER_S,
         host_agent_cpu_s=max(spent("host_agent_cpu_us")) / _US_PER_S - observing_s,
@@ -107,6 +107,11 @@ def host_cost(
         tracker_bytes=max(int(part.counters["tracker_bytes"].max()) for part in series.values()),
         loops=loops_of(steps),
     )
+
+
+def _work_us(step: StepDone) -> int:
+    """Return how long the guest worked on a step; 0 for a loop, whose time is given."""
+    return 0 if step.loop else step.duration_us - step.waited_us
 
 
 def _increase(series: Series, counter: str, window: Window) -> int:

@@ -26,10 +26,10 @@ from orchestrator.spec.model import Arm, Spec, Start
 from orchestrator.spec.phases import Kind
 from orchestrator.spec.workload import (
     Step,
-    expand,
     held_after,
     held_during,
     step_count,
+    steps_of,
     total_allocated_bytes,
 )
 
@@ -105,7 +105,7 @@ def could_become_resident_bytes(spec: Spec) -> int:
     if spec.driver is Driver.LIBVIRT:
         per_guest = memory_bytes + _QEMU_PROCESS_BYTES
     else:
-        touched = total_allocated_bytes(spec.workload, memory_bytes)
+        touched = total_allocated_bytes(steps_of(spec), memory_bytes)
         per_guest = min(touched, memory_bytes) + _EMBEDDED_PROCESS_BYTES
     per_host = per_guest * spec.guests.per_host
     if spec.hosts.memory_bytes is not None:
@@ -313,8 +313,16 @@ def _workload_problems(spec: Spec) -> Iterator[Problem]:
             hint="repeat less: a repeat multiplies all repeats before it",
         )
         return
+    recorded = {recording.name for recording in spec.recordings}
+    for i, phase in enumerate(phases):
+        if phase.replay and phase.replay not in recorded:
+            yield Problem(
+                path=("workload", "phases", i, "replay"),
+                message=f"there is no recording {phase.replay!r}",
+            )
+            return
     held_bytes = 0
-    for step in expand(spec.workload):
+    for step in steps_of(spec):
         if problem := _step_problem(spec, step, held_bytes):
             yield problem
             return

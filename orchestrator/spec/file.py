@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -26,6 +27,7 @@ from orchestrator.spec.model import (
     UnderDriver,
 )
 from orchestrator.spec.phases import Phase, Workload
+from orchestrator.spec.recording import Recording, read_recording
 from orchestrator.spec.values import keys_of
 from orchestrator.spec.yaml_reader import Document, read_yaml
 from orchestrator.spec.yaml_reader import Path as Keys
@@ -40,6 +42,7 @@ _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
     ("workload",): Workload,
     ("workload", "phases"): Phase,
     ("arms",): Arm,
+    ("recordings",): Recording,
     ("timeouts",): Timeouts,
     ("under",): Under,
     **{("under", driver): UnderDriver for driver in Driver},
@@ -50,11 +53,14 @@ _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
 class LoadedSpec:
     """A spec and the document that it was read from.
 
+    :ivar overrides: the top-level keys that replaced those in the document, recordings that were
+        read from files included.
     :ivar moved: the path in the document of each key that was taken from `under`.
     """
 
     spec: Spec
     document: Document
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     moved: Mapping[Hashable, Keys] = field(default_factory=dict)
 
     def error(self, problems: Iterable[Problem]) -> InvalidInput:
@@ -70,14 +76,21 @@ def load(name_or_path: str, overrides: dict[str, Any] | None = None) -> LoadedSp
         message has the problems with their lines).
     """
     text, source = _read(name_or_path)
-    return parse(text, source, overrides)
+    return parse(text, source, overrides, Path(name_or_path).parent)
 
 
-def parse(text: str, source: str, overrides: dict[str, Any] | None = None) -> LoadedSpec:
+def parse(
+    text: str,
+    source: str,
+    overrides: dict[str, Any] | None = None,
+    folder: Path | None = None,
+) -> LoadedSpec:
     """Parse the text of a spec into the model.
 
     :param source: the file's name, for messages.
     :param overrides: top-level keys that replace those in the text.
+    :param folder: from which files with recordings are read; None: they are in the text or in
+        `overrides`.
     :raises InvalidInput: the spec is not valid; the message has the problems with their lines.
     """
     document = read_yaml(text, source)
@@ -91,14 +104,46 @@ def parse(text: str, source: str, overrides: dict[str, Any] | None = None) -> Lo
     moved: dict[Hashable, Keys] = {
         key: ("under", driver, key) for key in section if key not in overrides
     }
+    values = document.data | section | overrides
+    if folder is not None:
+        recordings, problems = _recordings(values, folder)
+        if problems:
+            raise _error(document, moved, problems)
+        if recordings:
+            overrides = overrides | {"recordings": recordings}
     try:
-        spec = Spec.model_validate(document.data | section | overrides)
+        spec = Spec.model_validate(values | overrides)
     except ValidationError as error:
         raise _error(document, moved, _problems(error)) from None
-    loaded = LoadedSpec(spec=spec, document=document, moved=moved)
+    loaded = LoadedSpec(spec=spec, document=document, overrides=overrides, moved=moved)
     if problems := list(spec_checks.problems(spec)):
         raise loaded.error(problems)
     return loaded
+
+
+def _recordings(
+    values: Mapping[str, Any], folder: Path
+) -> tuple[tuple[dict[str, Any], ...], list[Problem]]:
+    """Read the files that the phases replay.
+
+    :returns: the recordings, those in `values` included, as plain data; empty if no file was read.
+        And the problems, with the paths of the phases that name the files.
+    """
+    # Values of a wrong type are ignored here: validating the spec reports them.
+    workload, known = values.get("workload"), values.get("recordings", ())
+    phases = workload.get("phases") if isinstance(workload, dict) else None
+    recordings = {one.get("name"): one for one in known if isinstance(one, dict)}
+    read: dict[str, dict[str, Any]] = {}
+    found = []
+    for i, phase in enumerate(phases if isinstance(phases, tuple) else ()):
+        name = phase.get("replay") if isinstance(phase, dict) else None
+        if isinstance(name, str) and name not in recordings and name not in read:
+            try:
+                read[name] = read_recording(folder / name, name).model_dump()
+            except InvalidInput as error:
+                path = ("workload", "phases", i, "replay")
+                found.append(Problem(path=path, message=error.message, hint=error.hint))
+    return (*known, *read.values()) if read else (), found
 
 
 def _driver_section(data: dict[str, Any], driver: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from hintfleet.settings import (
 )
 from hintfleet.units import format_size
 from orchestrator.spec.phases import Workload
+from orchestrator.spec.recording import Recording
 from orchestrator.spec.values import (
     AmountOrPercent,
     ColdAfterS,
@@ -220,7 +221,10 @@ class Spec(Part):
         the number of repetitions is fixed.
     :ivar max_repetitions: how many run at most; set if `precision` is.
     :ivar under: as in the file. The part for this driver is merged into the other fields already.
+    :ivar recordings: what the workload replays; those in files were read.
     """
+
+    LATER = frozenset({"precision", "max_repetitions", "recordings"})
 
     name: Name
     description: str = ""
@@ -237,6 +241,7 @@ class Spec(Part):
     sample_period_s: SamplePeriodS = Field(default=0.1, alias="sample_period")
     timeouts: Timeouts = Timeouts()
     under: Under = Under()
+    recordings: Annotated[tuple[Recording, ...], Field(max_length=100)] = ()
 
     @property
     def trial_arms(self) -> tuple[Arm, ...]:

@@ -13,6 +13,7 @@ from orchestrator.spec.values import (
     AmountOrPercent,
     Command,
     DurationS,
+    FileName,
     FragmentSize,
     Part,
     PositiveDurationS,
@@ -32,6 +33,7 @@ class Kind(StrEnum):
     READ = "read"
     DROP_CACHES = "drop_caches"
     COMMAND = "command"
+    REPLAY = "replay"
 
     @property
     def needs_kernel(self) -> bool:
@@ -57,19 +59,20 @@ class Phase(Part):
 
     Exactly one key of `Kind` is set, or `repeat` (how often all phases before this one run in
     total). The value of `free` is a size, or a percentage of the memory that the workload holds;
-    that of `drop_caches` is true; that of `command` is a program with its arguments; that of the
-    others is a size, or a percentage of the guest's memory.
+    that of `drop_caches` is true; that of `command` is a program with its arguments; that of
+    `replay` is a recording; that of the others is a size, or a percentage of the guest's memory.
 
     :ivar hold_s: how long to hold after the step; how long a loop lasts; how long a command may
         take.
     :ivar fragment_bytes: allocate: the size of the pieces in which memory is allocated and freed.
+    :ivar speed: replay: how many seconds of the recording pass in a second; 1 if None.
     :ivar pause_s: churn: how long to wait between two cycles.
     """
 
     LATER = frozenset(
         {
             *("churn", "fault", "bandwidth", "pause_s", "fragment_bytes"),
-            *("read", "drop_caches", "command"),
+            *("read", "drop_caches", "command", "replay", "speed"),
         }
     )
 
@@ -81,6 +84,8 @@ class Phase(Part):
     read: AmountOrPercent | None = None
     drop_caches: Literal[True] | None = None
     command: Command | None = None
+    replay: FileName | None = None
+    speed: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     fragment_bytes: FragmentSize | None = Field(default=None, alias="fragments")
     repeat: int | None = Field(default=None, ge=1, le=10000)
     hold_s: DurationS = Field(default=0.0, alias="for")
@@ -128,7 +133,7 @@ class Phase(Part):
         return value if isinstance(value, Amount) else None
 
 
-_KEYS_OF = {"fragment_bytes": Kind.ALLOCATE, "pause_s": Kind.CHURN}
+_KEYS_OF = {"fragment_bytes": Kind.ALLOCATE, "pause_s": Kind.CHURN, "speed": Kind.REPLAY}
 """Keys that only one kind of phase has."""
 
 

@@ -84,8 +84,8 @@ def _fragment_size(value: Any) -> int:
     return size_bytes
 
 
-def _argument(value: str) -> str:
-    # It becomes a string of a protobuf message, and an argument of a process.
+def _printable(value: str) -> str:
+    # It becomes a string of a protobuf message, an argument of a process, or a part of a line.
     if not value.isprintable():
         raise invalid_value(f"{value!r} is not printable text")
     return value
@@ -165,8 +165,9 @@ ReportPeriodS = Annotated[
 ColdAfterS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.001, le=7 * 86400)]
 WholePercent = Annotated[int, BeforeValidator(_whole_percent)]
 AmountOrPercent = Annotated[Amount, BeforeValidator(_amount)]
-Argument = Annotated[str, AfterValidator(_argument), Field(max_length=1000)]
-Command = Annotated[tuple[Argument, ...], Field(min_length=1, max_length=100)]
+Printable = Annotated[str, AfterValidator(_printable), Field(max_length=1000)]
+Command = Annotated[tuple[Printable, ...], Field(min_length=1, max_length=100)]
+FileName = Annotated[Printable, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
 Strings = tuple[str, ...]
 Repetitions = Annotated[int, Field(ge=1, le=10000)]

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from hintfleet.units import format_size
+from orchestrator.spec.model import Spec
 from orchestrator.spec.phases import Kind, Phase, Workload
+from orchestrator.spec.recording import Recording
 from orchestrator.spec.values import Amount
 
 _TITLE_LENGTH = 60
+
+
+class Point(NamedTuple):
+    """How much memory to hold, from how many seconds after the start of the step on."""
+
+    at_s: float
+    held_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +31,7 @@ class Step:
     :ivar phase_index: the index of its phase in the spec.
     :ivar amount: how much to allocate, to free or to read; of a loop, how much memory it uses.
     :ivar command: a program with its arguments; empty for other steps.
+    :ivar points: replay: what to hold from when on; empty for other steps.
     :ivar limit_s: how long a loop lasts, or how long a command may take; 0 for other steps.
     :ivar pause_s: churn: how long to wait between two cycles.
     :ivar fragment_bytes: allocate: the size of the pieces; 0 for extents.
@@ -31,6 +44,7 @@ class Step:
     kind: Kind
     amount: Amount | None = None
     command: tuple[str, ...] = ()
+    points: tuple[Point, ...] = ()
     limit_s: float = 0.0
     pause_s: float = 0.0
     fragment_bytes: int = 0
@@ -40,6 +54,8 @@ class Step:
     @property
     def title(self) -> str:
         """The step as text: `allocate 192 MiB`."""
+        if self.points:
+            return f"{self.kind} for {self.points[-1].at_s:.3g} s"
         if self.command:
             return f"{self.kind} {shlex.join(self.command)}"[:_TITLE_LENGTH]
         pieces = f" in {format_size(self.fragment_bytes)}" if self.fragment_bytes else ""
@@ -52,15 +68,35 @@ class Step:
         return self.amount.of(held_bytes if self.kind is Kind.FREE else memory_bytes)
 
 
-def expand(workload: Workload) -> tuple[Step, ...]:
+def expand(workload: Workload, recordings: Sequence[Recording] = ()) -> tuple[Step, ...]:
     """Return the steps of a workload with its repeats expanded.
 
     `repeat: 3` means that all phases before it run three times in total.
+
+    :param recordings: at least those that the workload replays.
     """
+    by_name = {recording.name: recording for recording in recordings}
     steps: tuple[Step, ...] = ()
     for i, phase in enumerate(workload.phases):
-        steps = steps * phase.repeat if phase.repeat is not None else (*steps, _step(i, phase))
+        if phase.repeat is not None:
+            steps = steps * phase.repeat
+        else:
+            points = _points(by_name[phase.replay], phase.speed or 1.0) if phase.replay else ()
+            steps = (*steps, _step(i, phase, points))
     return steps
+
+
+def steps_of(spec: Spec) -> tuple[Step, ...]:
+    """Return the steps of each guest of an experiment."""
+    return expand(spec.workload, spec.recordings)
+
+
+def _points(recording: Recording, speed: float) -> tuple[Point, ...]:
+    began_s = recording.time_s[0]
+    return tuple(
+        Point(at_s=(time_s - began_s) / speed, held_bytes=used_bytes)
+        for time_s, used_bytes in zip(recording.time_s, recording.used_bytes, strict=True)
+    )
 
 
 def step_count(workload: Workload) -> int:
@@ -71,13 +107,14 @@ def step_count(workload: Workload) -> int:
     return count
 
 
-def _step(phase_index: int, phase: Phase) -> Step:
+def _step(phase_index: int, phase: Phase, points: tuple[Point, ...]) -> Step:
     has_limit = phase.kind.most_s > 0
     return Step(
         phase_index=phase_index,
         kind=phase.kind,
         amount=phase.amount,
         command=phase.command or (),
+        points=points,
         limit_s=phase.hold_s if has_limit else 0.0,
         pause_s=phase.pause_s or 0.0,
         fragment_bytes=phase.fragment_bytes or 0,
@@ -88,6 +125,8 @@ def _step(phase_index: int, phase: Phase) -> Step:
 
 def held_after(step: Step, held_bytes: int, memory_bytes: int) -> int:
     """Return the bytes that a guest should hold after a step."""
+    if step.points:
+        return step.points[-1].held_bytes
     size_bytes = step.size_bytes(held_bytes, memory_bytes)
     changes = {Kind.ALLOCATE: size_bytes, Kind.FREE: -size_bytes}
     return held_bytes + changes.get(step.kind, 0)
@@ -95,15 +134,24 @@ def held_after(step: Step, held_bytes: int, memory_bytes: int) -> int:
 
 def held_during(step: Step, held_bytes: int, memory_bytes: int) -> int:
     """Return the most bytes that a guest uses for its workload during a step."""
+    if step.points:
+        return max(held_bytes, *(point.held_bytes for point in step.points))
     if step.kind is Kind.ALLOCATE or step.kind.is_loop:
         return held_bytes + step.size_bytes(held_bytes, memory_bytes)
     return held_bytes
 
 
-def total_allocated_bytes(workload: Workload, memory_bytes: int) -> int:
+def total_allocated_bytes(steps: Sequence[Step], memory_bytes: int) -> int:
     """Return the bytes that all steps of one guest allocate, those of a loop once; what the steps
     free is not subtracted."""
-    return sum(held_during(step, 0, memory_bytes) for step in expand(workload))
+    return sum(_allocated_bytes(step, memory_bytes) for step in steps)
+
+
+def _allocated_bytes(step: Step, memory_bytes: int) -> int:
+    if not step.points:
+        return held_during(step, 0, memory_bytes)
+    grown = (max(0, b.held_bytes - a.held_bytes) for a, b in pairwise(step.points))
+    return step.points[0].held_bytes + sum(grown)
 
 
 def programs(workload: Workload) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from orchestrator.spec.model import Arm, Spec, Start
-from orchestrator.spec.workload import Step, expand
+from orchestrator.spec.workload import Step, steps_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def host_names(spec: Spec) -> tuple[str, ...]:
 
 def host_task(spec: Spec, trial: Trial, host: str) -> HostTask:
     """Return one host's part of a trial."""
-    steps = expand(spec.workload)
+    steps = steps_of(spec)
     names = [f"{host}-guest{i + 1}" for i in range(spec.guests.per_host)]
     return HostTask(
         trial=trial,

@@ -96,6 +96,7 @@ class StepDone:
     :ivar kind: a `phases.Kind`, or `verify`.
     :ivar changed_bytes: the bytes that the step allocated or freed.
     :ivar held_bytes: the bytes that the guest's workload holds after the step.
+    :ivar waited_us: the part of `duration_us` in which a replay waited for the next point.
     """
 
     host: str
@@ -108,6 +109,7 @@ class StepDone:
     verified_pages: int
     wrong_pages: int
     duration_us: int
+    waited_us: int = 0
     loop: LoopFigures | None = None
 
     @property

@@ -34,7 +34,7 @@ from orchestrator.trial.records import (
     StepDone,
     columns_of,
 )
-from orchestrator.trial.steps import loop_figures, step_request
+from orchestrator.trial.steps import hold_request, loop_figures, step_request
 
 _FLUSH_PERIOD_S = 0.25
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
@@ -244,7 +244,8 @@ class _TrialRunner:
     async def _run_phase(self, guests: Sequence[GuestTask], index: int, step: Step) -> None:
         about = f"{guests[0].name}: " if self._task.one_by_one else ""
         self._announce(f"{about}{step.title}", step.hold_s)
-        await self._on(guests, lambda guest: self._step(guest, index, step))
+        do = self._replay if step.points else self._step
+        await self._on(guests, lambda guest: do(guest, index, step))
         if step.settle and self._trial.arm.method is not Method.NONE:
             await self._on(guests, self._settle)
         await asyncio.sleep(step.hold_s)
@@ -259,14 +260,30 @@ class _TrialRunner:
     async def _step(self, guest: GuestTask, index: int, step: Step) -> None:
         size_bytes = step.size_bytes(self._held_bytes[guest.name], self._spec.guests.memory_bytes)
         request = step_request(step, size_bytes, guest.step_seeds[index])
-        await self._run_step(guest, request, step.kind)
+        self._post_step(guest, step.kind, [await self._run_step(guest, request)])
+
+    async def _replay(self, guest: GuestTask, index: int, step: Step) -> None:
+        """Have a guest hold what each point says, from its time on; post one record of all."""
+        began_s = time.monotonic()
+        answers: list[host_pb2.RunStepResponse] = []
+        try:
+            for i, point in enumerate(step.points):
+                await asyncio.sleep(max(0.0, began_s + point.at_s - time.monotonic()))
+                grow_bytes = point.held_bytes - self._held_bytes[guest.name]
+                request = hold_request(grow_bytes, guest.step_seeds[index] + i)
+                answers.append(await self._run_step(guest, request))
+        finally:
+            # Also after an error: pages that came back wrong before it are a result.
+            if answers:
+                self._post_step(guest, step.kind, answers)
 
     async def _verify(self, guest: GuestTask) -> None:
-        await self._run_step(guest, host_pb2.RunStepRequest(verify=True), "verify")
+        request = host_pb2.RunStepRequest(verify=True)
+        self._post_step(guest, "verify", [await self._run_step(guest, request)])
 
     async def _run_step(
-        self, guest: GuestTask, request: host_pb2.RunStepRequest, kind: str
-    ) -> None:
+        self, guest: GuestTask, request: host_pb2.RunStepRequest
+    ) -> host_pb2.RunStepResponse:
         request.command.CopyFrom(self._command())
         request.guest_name = guest.name
         try:
@@ -277,19 +294,28 @@ class _TrialRunner:
             raise StepFailed(error.message, hint=error.hint) from error
         self._held_bytes[guest.name] = done.held_bytes
         self._last_step_us = max(self._last_step_us, done.done_at_unix_us)
+        return done
+
+    def _post_step(
+        self, guest: GuestTask, kind: str, answers: Sequence[host_pb2.RunStepResponse]
+    ) -> None:
+        """Post the record of a step that the host agent did in one part or several."""
+        first, last = answers[0], answers[-1]
+        duration_us = last.done_at_unix_us - (first.done_at_unix_us - first.duration_us)
         self._post(
             StepDone(
                 host=self._task.host,
                 trial_id=self._trial.trial_id,
                 guest=guest.name,
-                at_unix_us=done.done_at_unix_us,
+                at_unix_us=last.done_at_unix_us,
                 kind=kind,
-                changed_bytes=done.changed_bytes,
-                held_bytes=done.held_bytes,
-                verified_pages=done.verified_pages,
-                wrong_pages=done.wrong_pages,
-                duration_us=done.duration_us,
-                loop=loop_figures(done),
+                changed_bytes=sum(done.changed_bytes for done in answers),
+                held_bytes=last.held_bytes,
+                verified_pages=sum(done.verified_pages for done in answers),
+                wrong_pages=sum(done.wrong_pages for done in answers),
+                duration_us=duration_us,
+                waited_us=max(0, duration_us - sum(done.duration_us for done in answers)),
+                loop=loop_figures(last),
             )
         )
 

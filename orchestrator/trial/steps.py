@@ -32,6 +32,13 @@ def step_request(step: Step, size_bytes: int, seed: int) -> host_pb2.RunStepRequ
     return request
 
 
+def hold_request(grow_bytes: int, seed: int) -> host_pb2.RunStepRequest:
+    """Return the request to hold so much more, or if it is negative, so much less."""
+    if grow_bytes >= 0:
+        return host_pb2.RunStepRequest(allocate_bytes=grow_bytes, seed=seed)
+    return host_pb2.RunStepRequest(free_bytes=-grow_bytes, seed=seed)
+
+
 def loop_figures(done: host_pb2.RunStepResponse) -> LoopFigures | None:
     """Return what a loop did; None after a step that is none."""
     if not done.HasField("looped"):

@@ -172,3 +172,24 @@ def test_nothing_acknowledged_is_lost_with_the_orchestrator(cleaning_lab: Lab) -
     assert seen <= acknowledged(lab)
     check_readable(lab, acknowledged(lab))
     lab.check_nothing_is_left()
+
+
+def test_a_replay_goes_on_without_the_file_that_was_recorded(lab: Lab) -> None:
+    recorded = lab.folder / "day.csv"
+    recorded.write_text("time_s,used_bytes\n0,10000000\n60,40000000\n120,8000000\n")
+    phases = "    - {replay: day.csv, speed: 60, for: 500ms}\narms:\n"
+    before, _, after = SPEC.partition("    - {allocate")
+    path = lab.spec(before + phases + after.partition("arms:\n")[2])
+    with lab.started("run", path) as process:
+        wait_for_line(process, "trial 2 ")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(RUN_TIMEOUT_S) == 130
+    recorded.unlink()
+    data = result(lab.run("run", "--resume", "latest", "-o", "json"))
+    assert [arm["footprint"]["wrong_pages"] for arm in data["arms"]] == [0, 0]
+    assert {arm["footprint"]["peak_resident_bytes"] for arm in data["arms"]} == {2 * 40 << 20}, (
+        "both guests held what was recorded, in whole extents"
+    )
+    assert data["arms"][1]["saved_bytes"]["pairs"] == 2
+    assert len(data["overrides"]["recordings"]["day.csv"]) == 64
+    lab.check_nothing_is_left()

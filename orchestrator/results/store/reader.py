@@ -78,10 +78,16 @@ class Run:
 
     @property
     def annotated_spec(self) -> str:
-        """The text of the spec, after a comment with `options` if there are any."""
-        if not self.options:
-            return self.spec_text
-        return f"# run with {shlex.join(self.options)}\n{self.spec_text}"
+        """The text of the spec, after comments with `options` and the files with recordings."""
+        comments = [f"# run with {shlex.join(self.options)}"] if self.options else []
+        comments += [f"# {name}: sha256 {digest}" for name, digest in self.recordings.items()]
+        return "".join(f"{comment}\n" for comment in comments) + self.spec_text
+
+    @property
+    def recordings(self) -> dict[str, str]:
+        """The SHA-256 of each file with a recording that the run replays, by the file's name."""
+        stored = self.overrides.get("recordings", ())
+        return {one["name"]: one["sha256"] for one in stored if one.get("sha256")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -298,10 +298,12 @@ def precision_of(spec: Spec) -> Precision | None:
 def spec_hash(spec: Spec) -> str:
     """Return a hash that is equal for specs that give the same trials, however they are written."""
     # Left out: description and timeouts, which change no figure, and `under`: its part for this
-    # run's driver is merged into the other fields already, and its other parts are not used. Keys
-    # of a precision are left out where there is none: stored specs had no such keys.
-    unset = {key for key in ("precision", "max_repetitions") if getattr(spec, key) is None}
-    content = spec.model_dump_json(exclude={"description", "timeouts", "under", *unset})
+    # run's driver is merged into the other fields already, and its other parts are not used.
+    # A recording is its points, in whichever file they were.
+    recordings = {"__all__": {"sha256"}}
+    content = spec.model_dump_json(
+        exclude={"description": True, "timeouts": True, "under": True, "recordings": recordings}
+    )
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from orchestrator.spec import catalogue
 from orchestrator.spec import checks as spec_checks
 from orchestrator.spec.file import parse
 from orchestrator.spec.model import Spec, describe
-from orchestrator.spec.workload import expand
+from orchestrator.spec.workload import steps_of
 from tests.fuzz.target import Target
 
 _SOURCE = "fuzz.yaml"
@@ -33,7 +33,8 @@ _AGENTS = b"""name: b
 driver: libvirt
 hosts: {agents: ['127.0.0.1:50051', 'unix:/run/x']}
 guests: {per_host: 1, memory: 1GiB}
-workload: {phases: [{allocate: 50%}, {free: 100%, settle: true}]}
+workload: {phases: [{allocate: 50%}, {free: 100%, settle: true}, {replay: r, speed: 2}]}
+recordings: [{name: r, time_s: [0, 1.5], used_bytes: [4096, 0]}]
 arms:
   - {name: none, method: none}
   - {name: b, method: balloon, reserve: 10%, step: 5%, kernel_parameters: init_on_alloc=0}
@@ -76,7 +77,7 @@ def _can_be_used(spec: Spec) -> None:
     find."""
     hash(spec)
     assert describe(spec).encode()
-    assert len(expand(spec.workload)) <= _MOST_STEPS
+    assert len(steps_of(spec)) <= _MOST_STEPS
     assert not list(spec_checks.problems(spec))
     assert spec_checks.could_become_resident_bytes(spec) > 0
     with suppress(AttributeError, TypeError, ValueError):  # pydantic raises one of these
@@ -105,6 +106,11 @@ TARGET = Target.of(
             "read:",
             "drop_caches:",
             "command:",
+            "replay:",
+            "speed:",
+            "recordings:",
+            "time_s:",
+            "used_bytes:",
         ),
         *("allocate:", "free:", "repeat:", "for:", "settle:", "method:", "tracker:", "policy:"),
         *("isolator:", "threshold:", "chunk_order:", "cold_after:", "reserve:", "step:"),

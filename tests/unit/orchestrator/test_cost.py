@@ -101,6 +101,11 @@ def test_counters_are_of_the_window_and_of_all_guests() -> None:
     assert cost.asked_settle_s == (0.25,)
 
 
+def test_a_replay_costs_what_it_works_and_not_what_it_waits() -> None:
+    steps = [STEPS[0], replace(step("replay", 3, 8), waited_us=4 * S), STEPS[-1]]
+    assert host_cost({"g": series((0, 0), (10, 0))}, {"g": steps}, []).step_s == pytest.approx(2)
+
+
 def test_a_loop_lasts_as_long_as_it_should_and_is_no_slowdown() -> None:
     loop = LoopFigures(cycles=1, touched_bytes=1, allocation_us=Sketch(), bytes_per_s=Sketch())
     steps = [*STEPS[:2], replace(step("churn", 5, 8), loop=loop), STEPS[-1]]

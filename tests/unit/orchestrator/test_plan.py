@@ -14,10 +14,10 @@ from orchestrator.spec.checks import problems
 from orchestrator.spec.model import Spec
 from orchestrator.spec.phases import Kind, Workload
 from orchestrator.spec.values import Amount
-from orchestrator.spec.workload import Step, expand, held_after
+from orchestrator.spec.workload import Step, expand, held_after, steps_of
 from orchestrator.trial.guest_spec import guest_spec
 from orchestrator.trial.plan import host_names, host_task, plan_trials, rounds
-from orchestrator.trial.steps import step_request
+from orchestrator.trial.steps import hold_request, step_request
 
 
 def spec(**changes: Any) -> Spec:
@@ -163,6 +163,24 @@ def test_a_program_may_take_its_time_and_no_other_may_run() -> None:
     assert request.run_program.timeout_ms == 600_000
     task = host_task(real, plan_trials(real, "run")[0], "host1")
     assert list(guest_spec(task).programs) == ["make"]
+
+
+def test_a_replay_holds_what_was_recorded_only_faster() -> None:
+    phases = ({"allocate": "8MiB"}, {"replay": "day", "speed": 60, "for": "1s"}, {"repeat": 2})
+    recording = {"name": "day", "time_s": (100, 160, 400.0), "used_bytes": (0, 64 * MIB, 4096)}
+    made = spec(workload={"phases": phases}, recordings=(recording,))
+    assert not list(problems(made))
+    steps = steps_of(made)
+    assert [step.title for step in steps] == ["allocate 8 MiB", "replay for 5 s"] * 2
+    assert steps[1].points == ((0.0, 0), (1.0, 64 * MIB), (5.0, 4096))
+    assert (steps[1].hold_s, held_after(steps[1], 8 * MIB, 256 * MIB)) == (1.0, 4096)
+    assert hold_request(-5, 3) == host_pb2.RunStepRequest(free_bytes=5, seed=3)
+    assert hold_request(5, 3) == host_pb2.RunStepRequest(allocate_bytes=5, seed=3)
+    too_much = recording | {"used_bytes": (0, 250 * MIB, 4096)}
+    (problem,) = problems(spec(workload={"phases": phases}, recordings=(too_much,)))
+    assert "248 MiB is usable" in problem.message
+    (problem,) = problems(spec(workload={"phases": phases}))
+    assert problem.message == "there is no recording 'day'"
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 100)), max_size=20))

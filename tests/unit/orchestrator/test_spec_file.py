@@ -9,6 +9,7 @@ from hintfleet.errors import InvalidInput
 from hintfleet.settings import Driver, Method, hinting_parts
 from hintfleet.system.machine_limits import Bound
 from hintfleet.units import GIB, MIB
+from orchestrator.results.store.writer import spec_hash
 from orchestrator.spec import catalogue
 from orchestrator.spec import checks as spec_checks
 from orchestrator.spec import file as spec_file
@@ -82,6 +83,13 @@ def test_a_good_spec() -> None:
         ("allocate: 96MiB", "command: [make]", "7:8", "an embedded guest cannot do command"),
         ("allocate: 96MiB", "command: []", "7:8", "is empty"),
         ("allocate: 96MiB", 'command: [sh, "a\\nb"]', "7:22", "is not printable text"),
+        ("for: 1s", "for: 1s, speed: 2", "7:7", "only replay takes speed"),
+        (
+            "repetitions: 3",
+            "recordings: [{name: a, time_s: [1, 1], used_bytes: [0, 0]}]",
+            "13:14",
+            "time_s does not grow from point 1 to 2",
+        ),
         ("for: 1s", "for: 1s, pause: 1s", "7:7", "only churn takes pause"),
         ("driver: embedded", "driver: qemu", "2:1", "'embedded' or 'libvirt'"),
         ("driver: embedded", "driver: {a: b}\nunder: {libvirt: {}}", "2:1", "or 'libvirt'"),
@@ -179,6 +187,41 @@ def test_a_precision() -> None:
     here = spec_file.parse(GOOD + under, "mine.yaml").spec
     assert here.precision is None
     assert here.most_repetitions == 3
+
+
+REPLAY = GOOD.replace("{allocate: 96MiB, for: 1s}", "{replay: day.csv, speed: 60}")
+
+
+def test_a_recording_is_read_from_beside_the_spec(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(REPLAY)
+    (tmp_path / "day.csv").write_text("time_s,used_bytes\n0,1000000\n600,2000000\n")
+    loaded = spec_file.load(str(path))
+    (recording,) = loaded.spec.recordings
+    assert (recording.name, recording.used_bytes) == ("day.csv", (1000000, 2000000))
+    again = spec_file.parse(REPLAY, "stored", dict(loaded.overrides))
+    assert again.spec == loaded.spec, "the file is not needed any more"
+    same = (
+        REPLAY + "recordings: [{name: day.csv, time_s: [0, 600], used_bytes: [1000000, 2000000]}]"
+    )
+    inside = spec_file.parse(same, "mine.yaml").spec
+    assert inside.recordings[0].sha256 == ""
+    assert spec_hash(inside) == spec_hash(loaded.spec), "they give the same trials"
+
+
+def test_a_recording_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(REPLAY)
+    with pytest.raises(InvalidInput, match=r"mine.yaml:7:8: .*cannot read .*day.csv: No such file"):
+        spec_file.load(str(path))
+    (tmp_path / "day.csv").write_text("time_s,used_bytes\n0,1\n1,x\n")
+    with pytest.raises(InvalidInput, match=r"7:8: .*replay: day.csv:3: 'x' is not a number"):
+        spec_file.load(str(path))
+    (tmp_path / "day.csv").write_text("time_s,used_bytes\n0,1\n1,999000000\n")
+    with pytest.raises(InvalidInput, match=r"7:7: .*953 MiB here"):
+        spec_file.load(str(path))
+    with pytest.raises(InvalidInput, match=r"7:8: .*there is no recording 'day.csv'"):
+        spec_file.parse(REPLAY, "mine.yaml")
 
 
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file() -> None:
