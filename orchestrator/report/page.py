@@ -108,7 +108,10 @@ def _loops(contents: Contents) -> str:
     """Return the section with what the loops of the workload measured; empty if it has none."""
     if not contents.loops:
         return ""
-    measured = [_html_table(one) for one in loop_tables(contents.loops)]
+    measured = [
+        f"<h3>{escape(str(one.title))}</h3>{_html_table(one)}"
+        for one in loop_tables(contents.loops)
+    ]
     return _section("What the loops measured", *measured, note=LOOP_NOTE.plain)
 
 

@@ -54,7 +54,7 @@ class Cost:
     :ivar observing_cpu_s: CPU time of the host agent for samples, and for audits that serve
         only samples: the price of measuring, not of the method.
     :ivar tracker_bytes: the maximum over all guests and samples.
-    :ivar loops: one sum for each kind of loops in the workload.
+    :ivar loops: one sum for each title of loops in the workload.
     """
 
     settle_s: tuple[float, ...]

@@ -31,8 +31,9 @@ class LoopFigure:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmLoops:
-    """What one kind of loops measured under one arm. A figure without values is None.
+    """What loops of one title measured under one arm. A figure without values is None.
 
+    :ivar title: of their steps: `churn 64 MiB`.
     :ivar cycles: in one guest and one trial.
     :ivar allocation_p50_us, allocation_p99_us: how long it took to allocate an extent of 2 MiB and
         to write to it for the first time.
@@ -41,6 +42,7 @@ class ArmLoops:
     """
 
     arm: str
+    title: str
     kind: str
     cycles: LoopFigure | None
     allocation_p50_us: LoopFigure | None
@@ -61,36 +63,34 @@ _Trials = dict[Hashable, LoopSum]
 
 
 def compare_loops(rows: Sequence[CostRow]) -> list[ArmLoops]:
-    """Return what loops measured: for each kind, a row for each arm whose trials all count.
+    """Return what loops measured: for each title, a row for each arm whose trials all count.
 
     Arms are in the order of `rows`; so the control, which is there, too, is first.
     """
-    not_counted = {row.arm for row in rows if not row.counts}
-    by_kind: dict[str, dict[str, _Trials]] = {}
+    left_out = {row.arm for row in rows if not row.counts}
     controls = {row.arm for row in rows if row.is_control}
     first_look = max((row.first_look for row in rows), default=0)
-    for (kind, arm, repetition), parts in _by_trial(rows).items():
-        if arm not in not_counted:
-            by_kind.setdefault(kind, {}).setdefault(arm, {})[repetition] = summed(parts)
-    return [
-        ArmLoops(
-            arm=arm,
-            kind=kind,
-            **_figures(trials, {} if arm in controls else control, first_look),
-        )
-        for kind, arms in by_kind.items()
-        for control in [next((arms[arm] for arm in arms if arm in controls), {})]
-        for arm, trials in arms.items()
-    ]
+    found = []
+    for title, arms in _by_title(rows).items():
+        control = next((trials for arm, trials in arms.items() if arm in controls - left_out), {})
+        for arm, trials in arms.items():
+            if arm not in left_out:
+                kind = next(iter(trials.values())).kind
+                figures = _figures(trials, {} if arm in controls else control, first_look)
+                found.append(ArmLoops(arm=arm, title=title, kind=kind, **figures))
+    return found
 
 
-def _by_trial(rows: Sequence[CostRow]) -> dict[tuple[str, str, int], list[LoopSum]]:
-    """Return the loops of all hosts, by kind, arm and repetition."""
-    found: dict[tuple[str, str, int], list[LoopSum]] = {}
+def _by_title(rows: Sequence[CostRow]) -> dict[str, dict[str, _Trials]]:
+    """Return the loops of all hosts together, by title, arm and repetition."""
+    parts: dict[tuple[str, str, int], list[LoopSum]] = {}
     for row in rows:
         for loops in row.cost.loops if row.cost else ():
-            found.setdefault((loops.kind, row.arm, row.repetition), []).append(loops)
-    return found
+            parts.setdefault((loops.title, row.arm, row.repetition), []).append(loops)
+    by_title: dict[str, dict[str, _Trials]] = {}
+    for (title, arm, repetition), of_trial in parts.items():
+        by_title.setdefault(title, {}).setdefault(arm, {})[repetition] = summed(of_trial)
+    return by_title
 
 
 def _figures(trials: _Trials, control: _Trials, first_look: int) -> dict[str, LoopFigure | None]:

@@ -6,21 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hintfleet.sketch import Sketch
-from orchestrator.trial.records import StepDone
+from orchestrator.trial.records import LoopFigures, StepDone
 
 _US_PER_S = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSum:
-    """All loops of one kind that some guests ran in a trial.
+    """All loops of one title that some guests ran in a trial.
 
+    :ivar title: of their steps: `churn 64 MiB`.
     :ivar kind: churn, fault or bandwidth.
     :ivar guests: how many guests ran them.
     :ivar loop_s: how long they lasted; the sum over guests.
     :ivar allocation_us, bytes_per_s: as in `records.LoopFigures`.
     """
 
+    title: str
     kind: str
     guests: int
     cycles: int
@@ -31,18 +33,21 @@ class LoopSum:
 
 
 def loops_of(steps: Mapping[str, Sequence[StepDone]]) -> tuple[LoopSum, ...]:
-    """Return the loops of a host's guests in a trial, one sum for each kind.
+    """Return the loops of a host's guests in a trial, one sum for each title.
 
     :param steps: of each guest.
     """
-    done = [step for of_guest in steps.values() for step in of_guest if step.loop]
-    kinds = dict.fromkeys(step.kind for step in done)
-    return tuple(_sum_of_kind([step for step in done if step.kind == kind]) for kind in kinds)
+    by_title: dict[str, list[tuple[StepDone, LoopFigures]]] = {}
+    for step in (step for of_guest in steps.values() for step in of_guest):
+        if step.loop:
+            by_title.setdefault(step.loop.title, []).append((step, step.loop))
+    return tuple(_sum(title, done) for title, done in by_title.items())
 
 
-def _sum_of_kind(steps: Sequence[StepDone]) -> LoopSum:
-    loops = [step.loop for step in steps if step.loop]
+def _sum(title: str, done: Sequence[tuple[StepDone, LoopFigures]]) -> LoopSum:
+    steps, loops = zip(*done, strict=True)
     return LoopSum(
+        title=title,
         kind=steps[0].kind,
         guests=len({step.guest for step in steps}),
         cycles=sum(loop.cycles for loop in loops),
@@ -54,8 +59,9 @@ def _sum_of_kind(steps: Sequence[StepDone]) -> LoopSum:
 
 
 def summed(parts: Sequence[LoopSum]) -> LoopSum:
-    """Return the sum of loops of the same kind on several hosts."""
+    """Return the sum of loops of the same title on several hosts."""
     return LoopSum(
+        title=parts[0].title,
         kind=parts[0].kind,
         guests=sum(part.guests for part in parts),
         cycles=sum(part.cycles for part in parts),

@@ -58,8 +58,9 @@ class Step:
             return f"{self.kind} for {self.points[-1].at_s:.3g} s"
         if self.command:
             return f"{self.kind} {shlex.join(self.command)}"[:_TITLE_LENGTH]
+        pause = f", pause {self.pause_s:g} s" if self.pause_s else ""
         pieces = f" in {format_size(self.fragment_bytes)}" if self.fragment_bytes else ""
-        return f"{self.kind.replace('_', ' ')} {self.amount or ''}{pieces}".rstrip()
+        return f"{self.kind.replace('_', ' ')} {self.amount or ''}{pieces}{pause}".rstrip()
 
     def size_bytes(self, held_bytes: int, memory_bytes: int) -> int:
         """Return the bytes that the step is about, in a guest that holds `held_bytes` now."""

@@ -77,12 +77,14 @@ class PhaseStarted:
 class LoopFigures:
     """What a loop did.
 
+    :ivar title: of its step. Loops with the same title are compared.
     :ivar cycles: whole cycles.
     :ivar touched_bytes: written, faulted in, or read and written (bandwidth).
     :ivar allocation_us: how long each allocation of an extent took, with the first write to it.
     :ivar bytes_per_s: touched bytes per second, one value for each 100 ms.
     """
 
+    title: str
     cycles: int
     touched_bytes: int
     allocation_us: Sketch

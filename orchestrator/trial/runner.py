@@ -260,7 +260,7 @@ class _TrialRunner:
     async def _step(self, guest: GuestTask, index: int, step: Step) -> None:
         size_bytes = step.size_bytes(self._held_bytes[guest.name], self._spec.guests.memory_bytes)
         request = step_request(step, size_bytes, guest.step_seeds[index])
-        self._post_step(guest, step.kind, [await self._run_step(guest, request)])
+        self._post_step(guest, step, [await self._run_step(guest, request)])
 
     async def _replay(self, guest: GuestTask, index: int, step: Step) -> None:
         """Have a guest hold what each point says, from its time on; post one record of all."""
@@ -275,11 +275,11 @@ class _TrialRunner:
         finally:
             # Also after an error: pages that came back wrong before it are a result.
             if answers:
-                self._post_step(guest, step.kind, answers)
+                self._post_step(guest, step, answers)
 
     async def _verify(self, guest: GuestTask) -> None:
         request = host_pb2.RunStepRequest(verify=True)
-        self._post_step(guest, "verify", [await self._run_step(guest, request)])
+        self._post_step(guest, None, [await self._run_step(guest, request)])
 
     async def _run_step(
         self, guest: GuestTask, request: host_pb2.RunStepRequest
@@ -297,9 +297,9 @@ class _TrialRunner:
         return done
 
     def _post_step(
-        self, guest: GuestTask, kind: str, answers: Sequence[host_pb2.RunStepResponse]
+        self, guest: GuestTask, step: Step | None, answers: Sequence[host_pb2.RunStepResponse]
     ) -> None:
-        """Post the record of a step that the host agent did in one part or several."""
+        """Post the record of a step, or None for the read-back, that was done in some parts."""
         first, last = answers[0], answers[-1]
         duration_us = last.done_at_unix_us - (first.done_at_unix_us - first.duration_us)
         self._post(
@@ -308,14 +308,14 @@ class _TrialRunner:
                 trial_id=self._trial.trial_id,
                 guest=guest.name,
                 at_unix_us=last.done_at_unix_us,
-                kind=kind,
+                kind=step.kind if step else "verify",
                 changed_bytes=sum(done.changed_bytes for done in answers),
                 held_bytes=last.held_bytes,
                 verified_pages=sum(done.verified_pages for done in answers),
                 wrong_pages=sum(done.wrong_pages for done in answers),
                 duration_us=duration_us,
                 waited_us=max(0, duration_us - sum(done.duration_us for done in answers)),
-                loop=loop_figures(last),
+                loop=loop_figures(step.title, last) if step else None,
             )
         )
 

@@ -39,12 +39,16 @@ def hold_request(grow_bytes: int, seed: int) -> host_pb2.RunStepRequest:
     return host_pb2.RunStepRequest(free_bytes=-grow_bytes, seed=seed)
 
 
-def loop_figures(done: host_pb2.RunStepResponse) -> LoopFigures | None:
-    """Return what a loop did; None after a step that is none."""
+def loop_figures(title: str, done: host_pb2.RunStepResponse) -> LoopFigures | None:
+    """Return what a loop did; None after a step that is none.
+
+    :param title: of its step.
+    """
     if not done.HasField("looped"):
         return None
     looped = done.looped
     return LoopFigures(
+        title=title,
         cycles=looped.cycles,
         touched_bytes=looped.touched_bytes,
         allocation_us=_sketch(looped.allocation_us),

@@ -58,14 +58,14 @@ _COLUMNS: Mapping[str, Sequence[_Column]] = {
 
 
 def loop_tables(loops: Sequence[ArmLoops]) -> list[Table]:
-    """Return a table for each kind of loops, with a row for each arm."""
-    kinds = dict.fromkeys(row.kind for row in loops)
-    return [_table(kind, [row for row in loops if row.kind == kind]) for kind in kinds]
+    """Return a table for each title of loops, with a row for each arm."""
+    titles = dict.fromkeys(row.title for row in loops)
+    return [_table(title, [row for row in loops if row.title == title]) for title in titles]
 
 
-def _table(kind: str, rows: Sequence[ArmLoops]) -> Table:
-    columns = _COLUMNS[kind]
-    result = table((f"{kind}\narm",), [heading for heading, _, _ in columns])
+def _table(title: str, rows: Sequence[ArmLoops]) -> Table:
+    columns = _COLUMNS[rows[0].kind]
+    result = table(("\narm",), [heading for heading, _, _ in columns], title=title)
     for row in rows:
         cells = (_cell(getattr(row, figure), write) for _, figure, write in columns)
         result.add_row(name_cell(row.arm), *cells)

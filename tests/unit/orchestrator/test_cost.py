@@ -107,7 +107,9 @@ def test_a_replay_costs_what_it_works_and_not_what_it_waits() -> None:
 
 
 def test_a_loop_lasts_as_long_as_it_should_and_is_no_slowdown() -> None:
-    loop = LoopFigures(cycles=1, touched_bytes=1, allocation_us=Sketch(), bytes_per_s=Sketch())
+    loop = LoopFigures(
+        title="churn", cycles=1, touched_bytes=1, allocation_us=Sketch(), bytes_per_s=Sketch()
+    )
     steps = [*STEPS[:2], replace(step("churn", 5, 8), loop=loop), STEPS[-1]]
     cost = host_cost({"g": series((0, 0), (10, 0))}, {"g": steps}, [])
     assert cost.step_s == pytest.approx(1.5)

@@ -42,6 +42,7 @@ def churned(guest: str, cycles: int, *allocation_us: float, kind: str = "churn")
         wrong_pages=0,
         duration_us=2_000_000,
         loop=LoopFigures(
+            title=f"{kind} 1 MiB",
             cycles=cycles,
             touched_bytes=cycles * MIB,
             allocation_us=sketch(*allocation_us),
@@ -50,13 +51,14 @@ def churned(guest: str, cycles: int, *allocation_us: float, kind: str = "churn")
     )
 
 
-def test_loops_of_one_kind_are_one_sum() -> None:
+def test_loops_of_one_title_are_one_sum() -> None:
     steps = {
         "a": [churned("a", 10, 100, 100), churned("a", 20, 100), churned("a", 7, kind="fault")],
         "b": [churned("b", 30, 5000), replace(churned("b", 9), kind="free", loop=None)],
     }
     churn, fault = loops_of(steps)
     assert churn == LoopSum(
+        title="churn 1 MiB",
         kind="churn",
         guests=2,
         cycles=60,
@@ -104,7 +106,7 @@ def more(found: LoopFigure | None) -> Interval:
 
 def test_an_arm_against_the_control() -> None:
     none, hint = compare_loops(ROWS)
-    assert (none.arm, hint.arm, hint.kind) == ("none", "hint", "churn")
+    assert (none.arm, hint.arm, hint.title) == ("none", "hint", "churn 1 MiB")
     assert figure(none.cycles) == LoopFigure(mean=40.0, more_percent=None)
     assert figure(hint.cycles).mean == 20.0, "in one guest"
     assert more(hint.cycles).mean == pytest.approx(-50)
@@ -148,6 +150,7 @@ def test_a_table_shows_every_figure_at_80_columns(kind: str) -> None:
     interval = Interval(mean=-12.3, low=-1234.5, high=1234.5, pairs=6)
     arm = ArmLoops(
         arm="an-arm-whose-name-is-as-long-as-names-get",
+        title=f"{kind} 1 MiB",
         kind=kind,
         cycles=LoopFigure(mean=12345.6, more_percent=interval),
         allocation_p50_us=LoopFigure(mean=345.6, more_percent=interval),

@@ -118,7 +118,7 @@ def test_repeats_are_written_out(phases: Any, titles: list[str]) -> None:
 def test_a_loop_lasts_as_long_as_it_says_and_holds_nothing_afterwards() -> None:
     phases = ({"churn": "25%", "for": "30s", "pause": "500ms"}, {"bandwidth": "8MiB", "for": "1s"})
     churn, bandwidth = expand(Workload.model_validate({"phases": phases}))
-    assert [churn.title, bandwidth.title] == ["churn 25 %", "bandwidth 8 MiB"]
+    assert [churn.title, bandwidth.title] == ["churn 25 %, pause 0.5 s", "bandwidth 8 MiB"]
     assert (churn.limit_s, churn.hold_s) == (30.0, 0.0)
     request = step_request(churn, churn.size_bytes(0, 256 * MIB), seed=3)
     wanted = "loop { pattern: CHURN size_bytes: 67108864 duration_ms: 30000 pause_ms: 500 } seed: 3"
