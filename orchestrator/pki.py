@@ -26,7 +26,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -78,7 +78,7 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         """Read the authority's certificate and key.
 
-        :raises InvalidInput: one of the two files is missing, cannot be read or is not valid.
+        :raises InvalidInput: one of them is missing, cannot be read, or is no certificate or EC key.
         """
         self._folder = folder
         self._cert = _read_certificate(folder / CA_FILE)
@@ -339,7 +339,8 @@ def _read_key(path: Path) -> _Key:
         key = load_pem_private_key(read_at_most(path, MOST_FILE_BYTES), password=None)
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
+    # UnsupportedAlgorithm: for example a curve that OpenSSL has, but not the library.
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise InvalidInput(f"{path} is not an unencrypted private key") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise InvalidInput(f"{path} is not an EC key")

@@ -18,7 +18,7 @@ class Source(Protocol):
     def allocate(self, size_bytes: int) -> int:
         """Allocate one block and return its address.
 
-        :raises MemoryError: there is no memory left, even after waiting for isolated chunks.
+        :raises MemoryError: no such block can be had, even after waiting for memory.
         """
 
     def write(self, at: int, data: memoryview) -> None:

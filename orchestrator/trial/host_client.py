@@ -98,7 +98,7 @@ class HostClient:
     async def attach_guest(
         self, request: host_pb2.AttachGuestRequest
     ) -> host_pb2.AttachGuestResponse:
-        """Attach a running domain; with `dry_run`, only return the obstacles to that."""
+        """Attach a running domain and return its guest; with `dry_run`, only the obstacles."""
         call = self._stub.AttachGuest(request, timeout=self._timeouts.create_s)
         return await self._answer(call, f"attaching {request.domain}")
 

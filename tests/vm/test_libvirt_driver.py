@@ -1,5 +1,5 @@
-"""The libvirt driver makes and adopts real guests, and refuses what this host cannot run. Also the
-kernel module, while agents run and die."""
+"""The libvirt driver makes real guests, refuses what this host cannot run, and loses a guest that
+is killed while it is adopted. Also the kernel module, while agents run and die."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds and checks the guest image that deploy/image/build.py has built."""
+"""Finds the guest image of deploy/image/build.py, and checks that it can be read."""
 
 from __future__ import annotations
 

@@ -185,7 +185,18 @@ def test_no_authority(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         Authority(tmp_path)
 
 
-def test_an_authority_without_its_key_issues_nothing(folder: Path) -> None:
-    (folder / "ca.key").write_text("x")
+# On prime239v1, which OpenSSL has, but not the library.
+UNKNOWN_CURVE = """\
+-----BEGIN EC PRIVATE KEY-----
+MHECAQEEHhflBaHX0OFYKRl/WkGM9gyWrK+vsbC/VWAzg+oBqKAKBggqhkjOPQMB
+BKFAAz4ABAD34ZdKaxENDSN9Fweb+gTM1NW7P98kFIElMEbyyz75TCTanao+v4tP
+c9IYDF9n+9i3mH1Ovo2vV5U1Tg==
+-----END EC PRIVATE KEY-----
+"""
+
+
+@pytest.mark.parametrize("key", ["x", UNKNOWN_CURVE])
+def test_an_authority_without_its_key_issues_nothing(folder: Path, key: str) -> None:
+    (folder / "ca.key").write_text(key)
     with pytest.raises(InvalidInput, match="is not an unencrypted private key"):
         Authority(folder)
