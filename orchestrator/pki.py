@@ -78,7 +78,7 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         """Read the authority's certificate and key.
 
-        :raises InvalidInput: one of them is missing, cannot be read, or is no certificate or EC key.
+        :raises InvalidInput: one is missing, cannot be read, or is no certificate or EC key.
         """
         self._folder = folder
         self._cert = _read_certificate(folder / CA_FILE)

@@ -136,7 +136,6 @@ def _next_hold(now_s: float, guest: GuestView, before: Hold | None) -> Hold:
     if took_bytes and took_bytes > OSCILLATION_SHARE * gave_bytes:
         length_s = min(max(SHORTEST_HOLD_S, 2 * before.length_s), LONGEST_HOLD_S)
         return replace(seen, until_s=now_s + length_s, length_s=length_s)
-    # A guest takes memory back some time after it gave it, so an oscillation may show only at a
-    # later call. So the length is not set to 0: it is halved if the guest gave memory, and kept if
-    # it gave nothing.
+    # No oscillation since the call before. But a guest takes memory back some time after it gave
+    # it, so one may still show: the length is not set to 0, but halved if the guest gave memory.
     return replace(seen, length_s=before.length_s / 2 if gave_bytes else before.length_s)

@@ -64,7 +64,8 @@ def resident_in_trial(
     phases: Mapping[str, Sequence[PhaseStarted]],
     marks: Sequence[Mark],
 ) -> Numbers:
-    """Return resident bytes of all guests together in one trial, at the times of `times_s`.
+    """Return resident bytes of all guests together in one trial, at the times of `times_s`, to
+    which the time of each host is stretched phase by phase.
 
     :param guests: the series of each host's guests.
     :param phases: the phases of each host, with times of the same clock as its samples.

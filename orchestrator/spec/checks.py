@@ -304,8 +304,8 @@ def _workload_problems(spec: Spec) -> Iterator[Problem]:
     if phases[0].repeat is not None:
         yield Problem(path=("workload", "phases", 0), message="there is no phase to repeat")
         return
-    # Checked before `expand` is called: with a few repeats of 10000 in a row, the steps would not
-    # fit into memory.
+    # Checked before `expand` is called: a repeat multiplies those before it, so the steps of a few
+    # repeats of 10000 would not fit into memory.
     if step_count(spec.workload) > _MAX_STEPS:
         yield Problem(
             path=("workload", "phases"),

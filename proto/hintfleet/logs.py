@@ -89,7 +89,7 @@ def _handlers() -> list[_Handler]:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """The handler of `configure`; its class distinguishes it from handlers that others add."""
+    """The handler of `configure`; `_handlers` tells it by its class from those of others."""
 
 
 _Style = Callable[[logging.LogRecord, str, dict[str, Any]], str]

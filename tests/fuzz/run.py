@@ -32,8 +32,8 @@ class Result:
     """The result of one worker.
 
     :ivar edges: how many branches of the measured packages were reached.
-    :ivar new_entries: how many inputs were added to the folder of found inputs, because they
-        reached new branches.
+    :ivar new_entries: how many inputs were added to the folder of found inputs: for new branches
+        or hit counts, or as smaller inputs.
     :ivar crashes: new files with inputs that violated the oracle, or took too much time or memory.
     :ivar exit_code: the worker's exit code; 0 if it finished.
     :ivar output: all output of the worker, for people.

@@ -72,7 +72,7 @@ def qemu_ram(domain: Any) -> GuestRam:
             pfn = dimm.address // 4096
         left, offset_bytes = os.fstat(fd).st_size // 4096, 0
         while left:
-            # On q35, addresses from 2 to 4 GiB belong to devices; memory continues at 4 GiB.
+            # On q35, RAM of 2.75 GiB or more ends at 2 GiB, and continues at 4 GiB.
             page_count = min(left, _LOW_PAGES - pfn) if pfn < _LOW_PAGES else left
             segments.append(
                 Segment(pfn=pfn, page_count=page_count, fd=fd, offset_bytes=offset_bytes)

@@ -167,7 +167,7 @@ class AttachedPlace(Place):
             await super()._gone(victim, said)
 
     async def _is_kept(self) -> bool:
-        """Return whether the guest waits for its domain, or runs again; wait until it is known."""
+        """Return whether the guest waits for its domain or runs again; False if not known."""
         for _ in range(_KEPT_TRIES):
             with contextlib.suppress(grpc.RpcError):
                 listed = await self._stub.ListGuests(
@@ -183,7 +183,7 @@ class AttachedPlace(Place):
         return False
 
     async def _destroy(self, name: str) -> None:
-        for through in (True, False):  # a guest that boots has no agent yet
+        for through in (True, False):  # a booting guest has no QEMU agent yet
             request = host_pb2.DetachGuestRequest(name=name, through_guest_agent=through)
             with contextlib.suppress(grpc.RpcError):
                 await self._stub.DetachGuest(

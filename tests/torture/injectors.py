@@ -31,7 +31,7 @@ _LONGEST_DELAY_S = 0.05
 
 
 class Missed(Exception):
-    """Nothing was injected: the target does not exist (any more), or libvirt or the call failed."""
+    """Not injected, as far as is known: there is no target, or libvirt or the call failed."""
 
 
 class Injector(Protocol):
