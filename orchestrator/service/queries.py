@@ -28,7 +28,8 @@ def ask_store(store: Store, by: By, run: str = "", since_unix_s: int = 0) -> lis
     :raises InvalidInput: there is no such run, or more than one.
     """
     run_id = store.find_run(run).run_id if run else ""
-    return aggregate(store.footprint_rows(run_id, since_unix_s), by)
+    rows = store.footprint_rows(run_id, since_unix_s, of_guests=by is By.GUEST)
+    return aggregate(rows, by)
 
 
 def ask_server(

@@ -189,18 +189,24 @@ class Store(AbstractContextManager["Store"]):
         return [_stored_trial(row) for row in rows]
 
     def footprint_rows(
-        self, run_id: str = "", since_unix_s: int = 0, *, even_running: bool = False
+        self,
+        run_id: str = "",
+        since_unix_s: int = 0,
+        *,
+        of_guests: bool = False,
+        even_running: bool = False,
     ) -> list[FootprintRow]:
         """Return the footprints of runs that have ended, for `savings.aggregate`.
 
         Only the last attempt at each trial counts. The newest run is first. Within a run the
         control is first, then the other arms in the order of the spec. A trial that was cut off
-        has no figures. It still has rows, without a footprint: one for each host and guest that
-        an ended trial of the same run has, or a single row if no trial of the run has ended. Runs
-        with capacities (guests started one by one) have no footprints and no rows.
+        has no figures. It still has rows, without a footprint: one for each host (or guest) that an
+        ended trial of the same run has, or a single row if no trial of the run has ended. Runs with
+        capacities (guests started one by one) have no footprints and no rows.
 
         :param run_id: only this run; empty for all.
         :param since_unix_s: only runs that started at or after this time; 0 for all.
+        :param of_guests: return the rows of guests, not those of hosts: there are many more.
         :param even_running: also of runs that have not ended.
         """
         # The join with `units` adds the rows of trials that were cut off. Without these rows, an
@@ -209,7 +215,7 @@ class Store(AbstractContextManager["Store"]):
             "WITH units AS ("
             "  SELECT DISTINCT t.run_id, f.host, f.guest "
             "  FROM footprints f JOIN trials t USING (trial_id) "
-            "  WHERE ?1 = '' OR t.run_id = ?1) "
+            "  WHERE (?1 = '' OR t.run_id = ?1) AND (f.guest != '') = ?3) "
             "SELECT r.run_id, r.name, r.spec_hash, r.control, r.precision, t.arm, t.repetition, "
             "       ifnull(u.host, '') AS host, ifnull(u.guest, '') AS guest, "
             "       t.undecided, t.lost, f.footprint "
@@ -218,13 +224,14 @@ class Store(AbstractContextManager["Store"]):
             "     LEFT JOIN footprints f "
             "     ON f.trial_id = t.trial_id AND f.host = u.host AND f.guest = u.guest "
             "WHERE (?1 = '' OR r.run_id = ?1) AND r.started_unix_us >= ?2 "
-            "  AND (?3 OR r.state != 'running') "
-            "  AND NOT EXISTS (SELECT 1 FROM footprints c JOIN trials ct USING (trial_id) "
-            "                  WHERE ct.run_id = r.run_id AND c.capacity IS NOT NULL) "
+            "  AND (?4 OR r.state != 'running') "
+            "  AND r.run_id NOT IN (SELECT run_id FROM footprints JOIN trials USING (trial_id) "
+            "                       WHERE guest = '' AND capacity IS NOT NULL) "
             "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position, "
             "         u.host, u.guest",
             run_id,
             since_unix_s * 1_000_000,
+            of_guests,
             even_running,
         )
         return [_footprint_row(row) for row in rows]
