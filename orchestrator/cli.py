@@ -16,6 +16,7 @@ from orchestrator.commands.compare import compare
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.domains import attach, detach, domains, guests
 from orchestrator.commands.experiments import experiments
+from orchestrator.commands.export import export
 from orchestrator.commands.pki import pki
 from orchestrator.commands.report import report
 from orchestrator.commands.run import run
@@ -31,6 +32,7 @@ Examples:
   hintfleet show latest                 the results of the newest run
   hintfleet report latest               its results as one HTML file with plots
   hintfleet compare 4ynra latest        two runs of one spec; --fail-on: a gate for CI
+  hintfleet export latest > all.csv     its samples, with the run's parameters in each row
   hintfleet savings --by host --since 1h
 
 \b
@@ -89,6 +91,7 @@ for command in (
     doctor,
     domains,
     experiments,
+    export,
     guests,
     pki,
     report,

@@ -12,14 +12,15 @@ from typing import Any, Protocol
 
 from ulid import ULID
 
-from hintfleet.errors import InvalidInput, Refused
+from hintfleet.errors import Refused
 from hintfleet.logs import fields
 from hintfleet.system.machine_limits import available_memory
 from orchestrator.machine import environment
 from orchestrator.results.precision import Look, look
 from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store, StoredTrial
-from orchestrator.results.store.writer import RunHeader, RunWriter, precision_of, spec_hash
+from orchestrator.results.store.run_spec import read_spec
+from orchestrator.results.store.writer import RunHeader, RunWriter, precision_of
 from orchestrator.results.trial_outcome import (
     TrialOutcome,
     TrialStatus,
@@ -158,21 +159,11 @@ def _spec_of(run: Run) -> LoadedSpec:
         f"{shlex.join(('hintfleet', 'run', 'again.yaml', *run.options))}"
     )
     try:
-        loaded = spec_file.parse(run.spec_text, f"spec of run {run.run_id}", run.overrides)
-    except InvalidInput as error:
-        raise Refused(
-            f"run {run.run_id} cannot be resumed; this version cannot read its spec:\n"
-            f"{error.message}",
-            hint=hint,
-        ) from error
-    # A default may differ between versions: the trials of both parts of the run would not be
-    # comparable.
-    if spec_hash(loaded.spec) != run.spec_hash:
-        raise Refused(
-            f"run {run.run_id} cannot be resumed; this version reads its spec differently",
-            hint=hint,
-        )
-    return loaded
+        # The same text with another meaning is refused, too: the trials of both parts of the run
+        # would not be comparable.
+        return read_spec(run)
+    except Refused as error:
+        raise Refused(f"run {run.run_id} cannot be resumed; {error.message}", hint=hint) from error
 
 
 _THEN = ", then "

@@ -90,12 +90,11 @@ def compare(
 
 def _warn(runs: tuple[Run, Run]) -> None:
     from orchestrator.view.change_tables import differences
-    from orchestrator.view.figures import first_line
+    from orchestrator.view.figures import state_line
 
     for run in runs:
         if run.state != "done":
-            said = f"run {run.run_id[-6:]} is {run.state}: {first_line(run.reason)}"
-            click.echo(f"warning: {said}", err=True)
+            click.echo(f"warning: {state_line(run.run_id, run.state, run.reason)}", err=True)
     for fact in differences(*runs):
         said = f"{fact['what']}: first {fact['first']}, second {fact['second']}"
         click.echo(f"warning: not the same {said}", err=True)

@@ -65,7 +65,7 @@ def savings(
         store_runs,
     )
     from orchestrator.view import tables
-    from orchestrator.view.figures import first_line
+    from orchestrator.view.figures import state_line
 
     since_unix_s = _since_unix_s(since)
     if server:
@@ -78,8 +78,7 @@ def savings(
             runs = store_runs(store)
     emit([savings_as_data(row) for row in rows], output_format, lambda: tables.savings(rows))
     for run in not_done(runs, run_name, since_unix_s):
-        reason = f": {first_line(run.reason)}" if run.reason else ""
-        click.echo(f"run {run.run_id[-6:]} is {run.state}{reason}", err=True)
+        click.echo(state_line(run.run_id, run.state, run.reason), err=True)
     return ExitCode.UNDECIDED if any(row.undecided for row in rows) else ExitCode.DONE
 
 

@@ -107,6 +107,12 @@ def first_line(text: str) -> str:
     return printable(text.split("\n", 1)[0])
 
 
+def state_line(run_id: str, state: str, reason: str) -> str:
+    """Return `run 0y9q50 is interrupted: interrupted by the user`, for a run that is not done."""
+    # The last 6 characters: a ULID begins with the time, so ids of one day have the same start.
+    return f"run {run_id[-6:]} is {state}" + (f": {first_line(reason)}" if reason else "")
+
+
 def clock(seconds: float) -> str:
     """Return a duration as `00:42` or `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.spec.file import load
 from tests.support.agents import HANG_S
 from tests.support.stored import store_run
 
@@ -60,6 +61,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("hintfleet", "savings", "--server", LONG), 2, "has 120 bytes, and the kernel allows 107"),
         (("hintfleet", "serve", "--listen", LONG), 2, "has 120 bytes, and the kernel allows 107"),
         (("hintfleet", "serve", "--listen", "unix:file"), 1, "unix:file: Address already in use"),
+        (("hintfleet", "compare", "a", "b", "--data-dir", "file/x"), 1, "Not a directory"),
+        (("hintfleet", "export", "--to", "folder"), 2, "is a directory"),
         (("hintfleet", "serve", "--data-dir", "/proc/x"), 1, "cannot use /proc/x: No such"),
         (("hintfleet", "pki", "init", "--folder", "file/x"), 1, "Not a directory"),
         (("hintfleet", "pki", "show", "/dev/zero"), 2, "larger than"),
@@ -133,6 +136,8 @@ COMMANDS = (
     ("hintfleet", "show", "--spec", "--data-dir", "store"),
     ("hintfleet", "savings", "-o", "json", "--data-dir", "store"),
     ("hintfleet", "savings", "-o", "yaml", "--data-dir", "store"),
+    ("hintfleet", "export", "--data-dir", "store"),
+    ("hintfleet", "export", "-o", "parquet", "--data-dir", "store"),
     ("hintfleet", "pki", "init", "--folder", "pki"),
     ("hintfleet-host", "--doctor", "--libvirt-uri", "test:///default"),
     ("hintfleet-host", "--help"),
@@ -142,7 +147,8 @@ COMMANDS = (
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_an_output_that_cannot_be_written(command: tuple[str, ...]) -> None:
-    store_run(Path("store"))
+    text = load("quickstart").document.text
+    store_run(Path("store"), spec_text=text, overrides={})
     full = ran(*command, redirect=">/dev/full")
     assert (full.returncode, full.stderr.count("\n")) == (1, 1)
     assert "stdout: No space left on device" in full.stderr

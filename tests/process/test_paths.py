@@ -62,6 +62,12 @@ def test_a_store(folder: Path) -> None:
     assert ran("hintfleet", "show", *data_dir).startswith("quickstart: ")
     rows = json.loads(ran("hintfleet", "savings", "--by", "host", *data_dir, "-o", "json"))
     assert {row["key"] for row in rows} == {"host1", "host2"}
+    assert ran("hintfleet", "compare", "run1", "run1", *data_dir, code=2).startswith("error: both")
+    rows = ran("hintfleet", "export", *data_dir)
+    exported = folder / f"{folder.name}.csv"
+    ran("hintfleet", "export", *data_dir, "--to", exported)
+    assert exported.read_text() == rows
+    assert rows.count("run1,quickstart,") == 6 * 420
     for option, name in (("--output", "page.html"), ("--plot", "plot.svg")):
         pytest.importorskip("altair")
         path = folder / f"{folder.name}.{name}"

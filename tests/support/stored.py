@@ -1,7 +1,8 @@
 """Makes up the records of trials, and stores a run of them: guests allocate, then free; under arm
 `bitmap`, less stays resident."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from orchestrator.experiment import store_records
 from orchestrator.results.cost import COUNTERS
+from orchestrator.results.footprint import Numbers
 from orchestrator.results.store.reader import Store
 from orchestrator.results.store.writer import RunHeader, RunWriter
 from orchestrator.results.trial_outcome import TrialStatus
@@ -39,7 +41,7 @@ def phase(title: str, at_s: float, host: str = "h", trial_id: str = "t") -> Phas
     )
 
 
-def guest_records(task: HostTask) -> list[Event]:
+def guest_records(task: HostTask, end_s: float = 4.0) -> list[Event]:
     """Return the events of a host whose guests did their steps, were read back and ended."""
 
     def step(guest: str, kind: str, at_s: float) -> StepDone:
@@ -61,7 +63,7 @@ def guest_records(task: HostTask) -> list[Event]:
             host=task.host,
             trial_id=task.trial.trial_id,
             guest=guest.name,
-            at_unix_us=4 * S,
+            at_unix_us=round(end_s * S),
             provisioned_bytes=1 << 28,
             reclaimed_now_bytes=0,
             refaulted_total_bytes=0,
@@ -71,9 +73,9 @@ def guest_records(task: HostTask) -> list[Event]:
     steps = [
         step(guest.name, kind, at_s)
         for guest in task.guests
-        for kind, at_s in (("allocate", 1.0), ("verify", 3.0))
+        for kind, at_s in (("allocate", 1.0), ("verify", end_s - 1))
     ]
-    done = HostDone(host=task.host, trial_id=task.trial.trial_id, at_unix_us=4 * S)
+    done = HostDone(host=task.host, trial_id=task.trial.trial_id, at_unix_us=round(end_s * S))
     return [*steps, *ended, done]
 
 
@@ -82,31 +84,37 @@ def left_mib(arm: str, repetition: int) -> int:
     return (30 if arm == "bitmap" else 100) + repetition
 
 
-def store_trial(
-    writer: RunWriter, trial: Trial, spec: Spec, left: Callable[[str, int], int] = left_mib
-) -> None:
-    tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
-    writer.begin_trial(trial)
-    records = _records(trial, tasks, left(trial.arm.name, trial.repetition))
-    outcome = store_records(writer, tasks, records)
-    assert outcome.status is TrialStatus.DONE
+def samples(task: HostTask, times_us: Numbers, **values: Numbers) -> Samples:
+    """Return samples of all guests of a host.
+
+    :param values: columns with a value for each time and guest: those of one time are together.
+    """
+    names = np.array([guest.name for guest in task.guests], dtype=object)
+    columns: Columns = {
+        "at_unix_us": np.repeat(times_us, len(names)),
+        "guest": np.tile(names, len(times_us)),
+        **{name: column.astype(np.uint64) for name, column in values.items()},
+    }
+    return Samples(host=task.host, trial_id=task.trial.trial_id, columns=columns)
 
 
-def _records(trial: Trial, tasks: dict[str, HostTask], left: int) -> Iterator[Record]:
+def records_of(
+    tasks: Mapping[str, HostTask], left: Callable[[str, int], int] = left_mib
+) -> Iterator[Record]:
+    """Yield the records of hosts whose guests hold 100 MiB, and then free all but `left`."""
     for host, task in tasks.items():
+        trial = task.trial
         # Phases have the actor's clock, which is an hour ahead of the host's clock here.
         for title, said_s in (("allocate 192 MiB", 3601), ("free 75 %", 3603), ("verify", 3606)):
             yield phase(title, said_s, host, trial.trial_id)
         names = [guest.name for guest in task.guests]
         times = np.arange(0, 7 * S, S // 10, dtype=np.int64)
-        resident = np.where(times < 3.2 * S, 100, left) * MIB
-        columns: Columns = {
-            "at_unix_us": np.repeat(times, len(names)),
-            "guest": np.tile(np.array(names, dtype=object), len(times)),
-            "resident_bytes": np.repeat(resident, len(names)).astype(np.uint64),
-            **{name: np.repeat(times, len(names)).astype(np.uint64) for name in COUNTERS},
-        }
-        yield Samples(host=host, trial_id=trial.trial_id, columns=columns)
+        left_now = left(trial.arm.name, trial.repetition)
+        resident = np.where(times < 3.2 * S, 100, left_now) * MIB
+        spent = np.repeat(times, len(names))
+        resident_bytes = np.repeat(resident, len(names))
+        counters = dict.fromkeys(COUNTERS, spent)
+        yield samples(task, times, resident_bytes=resident_bytes, **counters)
         common: dict[str, Any] = {"host": host, "trial_id": trial.trial_id}
         for name in names:
             for kind, at_s in (("allocate", 1.5), ("free", 3.1), ("verify", 6.5)):
@@ -132,25 +140,40 @@ def _records(trial: Trial, tasks: dict[str, HostTask], left: int) -> Iterator[Re
         yield HostDone(**common, at_unix_us=7 * S)
 
 
+def store_trial(
+    writer: RunWriter,
+    trial: Trial,
+    spec: Spec,
+    records: Callable[[Mapping[str, HostTask]], Iterable[Record]] = records_of,
+) -> None:
+    """Store a trial whose hosts, by name, have the records that `records` yields. It is done."""
+    tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
+    writer.begin_trial(trial)
+    assert store_records(writer, tasks, records(tasks)).status is TrialStatus.DONE
+
+
 def store_run(
     folder: Path,
     spec: Spec = QUICKSTART,
-    run_id: str = "run1",
-    environment: dict[str, str] | None = None,
     left: Callable[[str, int], int] = left_mib,
+    **header: Any,
 ) -> None:
-    """Store a run. Its texts contain HTML that a report must not interpret."""
-    header = RunHeader(
-        run_id=run_id,
-        spec=spec,
-        spec_text="name: </script><b>\n",
-        summary="a test of <reports>",
-        environment=environment or {"kernel": "Linux & more"},
-        overrides={"hosts": {"agents": ["unix:/a & b"]}},
-    )
-    with Store(folder) as store, RunWriter(store, header) as writer:
-        for trial in plan_trials(spec, run_id):
-            store_trial(writer, trial, spec, left)
+    """Store a run. Its texts contain HTML that a report must not interpret.
+
+    :param header: replaces values of its header.
+    """
+    usual: dict[str, Any] = {
+        "run_id": "run1",
+        "spec": spec,
+        "spec_text": "name: </script><b>\n",
+        "summary": "a test of <reports>",
+        "environment": {"kernel": "Linux & more"},
+        "overrides": {"hosts": {"agents": ["unix:/a & b"]}},
+    }
+    run = RunHeader(**usual | header)
+    with Store(folder) as store, RunWriter(store, run) as writer:
+        for trial in plan_trials(spec, run.run_id):
+            store_trial(writer, trial, spec, partial(records_of, left=left))
 
 
 def store_filled_run(folder: Path) -> None:

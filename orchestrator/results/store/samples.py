@@ -84,17 +84,22 @@ def write_part(folder: Path, number: int, batches: Sequence[Samples]) -> Path:
             # fsync of a file or folder does not sync its name (fsync(2)). So the parent is synced
             # after a new folder is made here, and the folder after the rename below.
             _sync(folder.parent)
-        with _path_for_duckdb(folder) as plain:
+        with path_for_duckdb(folder) as plain:
             _copy_to(f"{plain}/{unfinished.name}", _table(batches))
         _sync(unfinished)
         unfinished.rename(part)
         _sync(folder)
     except Exception as error:
         unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError | _duckdb_error()):
+        if isinstance(error, OSError | duckdb_error()):
             raise storage_error(part, error) from error
         raise
     return part
+
+
+def parts_in(folder: Path) -> list[Path]:
+    """Return the parts of a trial, in the order in which they were written."""
+    return sorted(folder.glob("*.parquet"))
 
 
 def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[str, Series]:
@@ -105,17 +110,17 @@ def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[s
     :param counters: columns to read besides `resident_bytes`.
     :raises Refused: a part is damaged, or cannot be read.
     """
-    if not any(folder.glob("*.parquet")):
+    if not parts_in(folder):
         return {}
     columns = ", ".join(("guest", "at_unix_us", "resident_bytes", *counters))
     try:
-        with _path_for_duckdb(folder) as plain, _connect() as connection:
+        with path_for_duckdb(folder) as plain, connect() as connection:
             rows = connection.execute(
                 f"SELECT {columns} FROM read_parquet(?) "  # noqa: S608 - names of our own
                 "WHERE host = ? ORDER BY guest, at_unix_us",
                 [f"{plain}/*.parquet", host],
             ).fetchnumpy()
-    except (OSError, _duckdb_error()) as error:
+    except (OSError, duckdb_error()) as error:
         raise Refused(f"cannot read samples of {folder.name}: {error}") from error
     # Rows are ordered by guest, so the first index of each name begins its slice.
     names, starts = np.unique(rows["guest"].astype(str), return_index=True)
@@ -140,7 +145,7 @@ def _table(batches: Sequence[Samples]) -> Columns:
 
 
 @contextmanager
-def _path_for_duckdb(folder: Path) -> Iterator[str]:
+def path_for_duckdb(folder: Path) -> Iterator[str]:
     """Yield another name of `folder`, without characters that DuckDB interprets.
 
     Errors of DuckDB in the block are raised with `folder` in place of that name.
@@ -152,19 +157,19 @@ def _path_for_duckdb(folder: Path) -> Iterator[str]:
     plain = f"/proc/self/fd/{fd}"
     try:
         yield plain
-    except _duckdb_error() as error:
+    except duckdb_error() as error:
         raise type(error)(str(error).replace(plain, str(folder))) from error
     finally:
         os.close(fd)
 
 
 def _copy_to(path: str, table: Columns) -> None:
-    with _connect() as connection:
+    with connect() as connection:
         connection.register("batch", table)
         connection.execute(f"COPY batch TO '{path}' (FORMAT parquet)")
 
 
-def _connect() -> duckdb.DuckDBPyConnection:
+def connect() -> duckdb.DuckDBPyConnection:
     """Return a connection to DuckDB, with no tables; a context manager that closes it."""
     connection = _database().cursor()
     # Where Python seems to be interactive (`python -c`), DuckDB would write a bar to stdout.
@@ -181,7 +186,7 @@ def _database() -> duckdb.DuckDBPyConnection:
     return duckdb.connect(config={"threads": 1, "temp_directory": ""})
 
 
-def _duckdb_error() -> type[Exception]:
+def duckdb_error() -> type[Exception]:
     import duckdb
 
     return duckdb.Error

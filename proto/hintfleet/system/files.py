@@ -1,10 +1,14 @@
-"""Reads files whose paths users give."""
+"""Reads and writes files whose paths users give."""
 
 from __future__ import annotations
 
 import errno
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def read_at_most(path: str | Path, most_bytes: int) -> bytes:
@@ -24,3 +28,25 @@ def _open_at_once(path: str, flags: int) -> int:
     # Without O_NONBLOCK, opening a pipe that has no writer blocks until a writer opens it
     # (fifo(7)). With O_NONBLOCK, it opens at once, and a read returns end of file.
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write to. It gets the name `path` when the block ends without an error, and
+    replaces a file of this name; after an error, nothing is left of it.
+
+    :raises OSError: it cannot be made, synced or renamed, or `path` is something else than a file:
+        a device, for example, must not be replaced.
+    """
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    aside = target.with_name(f".hintfleet-{uuid.uuid4().hex}.unfinished")
+    try:
+        with open(aside, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(target)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
-"""Small files whose paths users give, and what may be in their place."""
+"""Files whose paths users give: what may be in their place, and what is left after an error."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from hintfleet.system.files import read_at_most
+from hintfleet.system.files import read_at_most, written_whole
 
 
 def test_a_file_is_read_if_it_is_small(tmp_path: Path) -> None:
@@ -26,3 +26,39 @@ def test_a_folder_is_named_and_not_left_open(tmp_path: Path) -> None:
         read_at_most(tmp_path, 5)
     assert caught.value.filename == str(tmp_path)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    with written_whole(tmp_path / "file") as file:
+        file.write(b"new")
+        assert not (tmp_path / "file").exists()
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_after_an_error_the_old_file_is_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(ValueError, match="x"), written_whole(tmp_path / "file") as file:  # noqa: PT012
+        file.write(b"new")
+        raise ValueError("x")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("file")
+    for content in (b"first", b"second"):
+        with written_whole(tmp_path / "link") as file:
+            file.write(content)
+        assert (tmp_path / "file").read_bytes() == content
+        assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder", "/dev/null"])
+def test_what_is_no_file_is_not_replaced(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    before = (tmp_path / name).stat()
+    with pytest.raises(OSError, match="not a regular file"), written_whole(tmp_path / name):
+        pass
+    assert (tmp_path / name).stat().st_mode == before.st_mode

@@ -37,6 +37,8 @@ from orchestrator.commands.run import Interrupts
         (["compare", "latest"], 2, "Missing argument"),
         (["compare", "nothing", "latest"], 2, "no run 'nothing'"),
         (["compare", "a", "b", "--fail-on", "saved"], 2, "is not a bound"),
+        (["export", "nothing"], 2, "no run 'nothing'"),
+        (["export", "-o", "json"], 2, "'json'"),
         (["serve", "--listen", "0.0.0.0:1"], 2, "loopback"),
         (["report", "nothing"], 2, "no run 'nothing'"),
         (["report", "--plot", "plot.jpeg"], 2, "must end in .png or .svg"),
@@ -131,7 +133,9 @@ def test_no_arguments_show_help_with_examples(capsys: pytest.CaptureFixture[str]
     assert "hintfleet run quickstart" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "serve", "savings", "doctor", "report", "compare"])
+@pytest.mark.parametrize(
+    "command", ["run", "serve", "savings", "doctor", "report", "compare", "export"]
+)
 def test_help_has_no_need_of_the_heavy_libraries(command: str) -> None:
     program = (
         "import sys\nfrom orchestrator.cli import run_command\n"

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -493,22 +493,6 @@ def test_an_unfinished_part_is_no_part(tmp_path: Path) -> None:
         with duckdb.connect() as connection:
             stored = connection.read_parquet(f"{folder}/*.parquet")
             assert stored.shape[0] == 2 * 40 * 3
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 3 MiB; return its folder."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "hintfleet-test", str(tmp_path)],
-        check=False,
-        capture_output=True,
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode()}")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def write_one_trial_and(folder: Path, fail: Callable[[RunWriter], object]) -> None:
