@@ -34,6 +34,7 @@ lies beyond it, within it, or on both sides. Without ARM it is about each arm. F
              under the control, without the cost of observing
   settle     time until 95 % of the memory that comes back      % or a duration
              after a free step is back
+  guests     how many fitted, if they were started one by one   %
 % is of the figure in the first run; of slowdown: of the steps' time over the control's there.
 
 \b
@@ -150,8 +151,12 @@ def _rows(store: Store, run: Run) -> RunRows:
     from hintfleet.errors import InvalidInput
     from orchestrator.results.changes import RunRows
 
-    rows = RunRows(footprints=store.footprint_rows(run.run_id), costs=store.cost_rows(run.run_id))
-    if not rows.footprints:
+    rows = RunRows(
+        footprints=store.footprint_rows(run.run_id),
+        costs=store.cost_rows(run.run_id),
+        capacities=store.capacity_rows(run.run_id),
+    )
+    if not rows.footprints and not rows.capacities:
         reason = f": {run.reason}" if run.reason else ""
         raise InvalidInput(f"run {run.run_id[-6:]} has no figures: it is {run.state}{reason}")
     return rows

@@ -25,6 +25,7 @@ _TAKES = {
     Unit.BYTES: "a percentage or a size, as in 5% or 20MiB",
     Unit.SECONDS: "a percentage or a duration, as in 5% or 2s",
     Unit.GIB_MIN: "a percentage, as in 5%",
+    Unit.GUESTS: "a percentage, as in 5%",
     Unit.PERCENT: "a percentage, as in 5%",
 }
 
@@ -125,19 +126,18 @@ def judge(bound: Bound, changes: Sequence[Change]) -> list[Judgement]:
 
     :raises InvalidInput: there is no such arm, or it cannot have the figure.
     """
-    arms = dict.fromkeys(change.arm for change in changes)
-    if bound.arm and bound.arm not in arms:
+    of_arm = [change for change in changes if bound.arm in ("", change.arm)]
+    if not of_arm:
+        arms = ", ".join(dict.fromkeys(change.arm for change in changes))
         raise InvalidInput(
-            f"{bound.text!r}: there is no arm {bound.arm!r}", hint=f"arms are {', '.join(arms)}"
+            f"{bound.text!r}: there is no arm {bound.arm!r}", hint=f"arms are {arms}"
         )
-    about = [change for change in changes if change.figure is bound.figure]
-    about = [change for change in about if bound.arm in ("", change.arm)]
+    about = [change for change in of_arm if change.figure is bound.figure]
     if not about:
         who = f"arm {bound.arm} has" if bound.arm else "the arms have"
+        figures = ", ".join(dict.fromkeys(change.figure for change in of_arm))
         raise InvalidInput(
-            f"{bound.text!r}: {who} no figure {bound.figure}",
-            hint="the control has only resident and gib_min; without a control, arms have only "
-            "these two and settle",
+            f"{bound.text!r}: {who} no figure {bound.figure}", hint=f"figures are {figures}"
         )
     return [_judge(bound, change) for change in about]
 

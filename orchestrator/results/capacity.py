@@ -106,11 +106,11 @@ def _arm(rows: Sequence[CapacityRow], control: Sequence[CapacityRow]) -> ArmCapa
     if arm.undecided:
         return arm
     found = [row.capacity for row in rows if row.capacity]
-    sums = list(_by_trial(rows).values())
+    sums = list(guests_by_trial(rows).values())
     more = None
     if not arm.is_control and control and not _first_undecided(control):
         # The arm minus the control: more guests are better.
-        more = mean_interval(paired_differences(_by_trial(rows), _by_trial(control)))
+        more = mean_interval(paired_differences(guests_by_trial(rows), guests_by_trial(control)))
     return ArmCapacity(
         arm=arm.arm,
         is_control=arm.is_control,
@@ -135,5 +135,6 @@ def _first_undecided(rows: Iterable[CapacityRow]) -> str:
     )
 
 
-def _by_trial(rows: Iterable[CapacityRow]) -> dict[Hashable, float]:
+def guests_by_trial(rows: Iterable[CapacityRow]) -> dict[Hashable, float]:
+    """Return how many guests fitted in each trial of one arm, by repetition, summed over hosts."""
     return sum_by_trial((row.repetition, row.capacity.guests) for row in rows if row.capacity)

@@ -12,6 +12,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from orchestrator.results.capacity import (
+    ArmCapacity,
+    CapacityRow,
+    capacities,
+    guests_by_trial,
+)
 from orchestrator.results.comparison import CostRow, by_trial, step_s
 from orchestrator.results.footprint import Footprint
 from orchestrator.results.savings import By, FootprintRow, aggregate
@@ -34,6 +40,7 @@ class Unit(StrEnum):
     GIB_MIN = "GiB·min"
     PERCENT = "%"
     SECONDS = "s"
+    GUESTS = "guests"
 
 
 class Figure(StrEnum):
@@ -51,6 +58,8 @@ class Figure(StrEnum):
     """`Cost.host_cpu_s` minus that under the control."""
     SETTLE = "settle"
     """The mean of all `Cost.settle_s` of a trial."""
+    GUESTS = "guests"
+    """How many guests fitted, in a run that started them one by one; such a run has no others."""
 
     @property
     def unit(self) -> Unit:
@@ -69,6 +78,7 @@ _UNITS = {
     Figure.SLOWDOWN: Unit.PERCENT,
     Figure.HOST_CPU: Unit.SECONDS,
     Figure.SETTLE: Unit.SECONDS,
+    Figure.GUESTS: Unit.GUESTS,
 }
 _PERCENT_OF = {
     Figure.SAVED: "memory saved",
@@ -77,15 +87,20 @@ _PERCENT_OF = {
     Figure.SLOWDOWN: "time of the steps, divided by that under the control,",
     Figure.HOST_CPU: "host CPU time more than under the control",
     Figure.SETTLE: "settle time",
+    Figure.GUESTS: "number of guests that fitted",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRows:
-    """The footprints and costs of one run, as the store returns them."""
+    """The figures of one run, as the store returns them.
+
+    :ivar capacities: those of a run that started its guests one by one, which has no footprints.
+    """
 
     footprints: Sequence[FootprintRow]
     costs: Sequence[CostRow]
+    capacities: Sequence[CapacityRow] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +166,8 @@ def compare_runs(first: RunRows, second: RunRows) -> list[Change]:
     """Return the change of each figure of each arm: arms in the order of the spec, and in each the
     figures that it can have.
 
-    The control has only RESIDENT and GIB_MIN. If there is no control, no arm has SAVED, SLOWDOWN
-    and HOST_CPU.
+    In runs that started their guests one by one, arms have only GUESTS. In other runs, the control
+    has only RESIDENT and GIB_MIN; if there is no control, no arm has SAVED, SLOWDOWN and HOST_CPU.
 
     :param first, second: rows of two runs of the same spec.
     """
@@ -180,11 +195,21 @@ class _Arm:
 
 
 def _arms(run: RunRows) -> dict[str, _Arm]:
+    if run.capacities:
+        return {arm.arm: _arm_that_was_filled(run, arm) for arm in capacities(run.capacities)}
     control = next((row.arm for row in run.footprints if row.is_control), "")
     return {
         row.arm: _Arm(values=_values(run, row.arm, control), undecided=row.undecided)
         for row in aggregate(run.footprints, By.FLEET)
     }
+
+
+def _arm_that_was_filled(run: RunRows, arm: ArmCapacity) -> _Arm:
+    fitted = guests_by_trial(row for row in run.capacities if row.arm == arm.arm)
+    undecided = arm.undecided
+    if not undecided and arm.at_least:
+        undecided = f"{arm.arm}, a host took all guests of the spec, and more might fit"
+    return _Arm(values={Figure.GUESTS: fitted}, undecided=undecided)
 
 
 def _values(run: RunRows, arm: str, control: str) -> dict[Figure, _Values]:
@@ -250,7 +275,7 @@ def _undecided(run: str, arm: _Arm | None, figure: Figure) -> str:
         return f"{run} run: no trial of this arm has ended"
     if arm.undecided:
         return f"{run} run: {arm.undecided}"
-    count, expected = len(arm.values.get(figure, ())), len(arm.values[Figure.RESIDENT])
+    count, expected = len(arm.values.get(figure, ())), max(map(len, arm.values.values()))
     if count < expected:
         return f"{run} run: {count} of {expected} repetitions have the figure {figure}"
     return ""

@@ -27,6 +27,7 @@ from orchestrator.view.figures import (
 from orchestrator.view.tables import name_cell, table
 
 _STYLES = {Verdict.KEPT: "green", Verdict.BROKEN: "red", Verdict.UNDECIDED: "yellow"}
+_MORE_IS_BETTER = (Figure.SAVED, Figure.GUESTS)
 _NOTE = (
     "saved, slowdown, host_cpu: against the control of the same run; change: second run minus "
     "first, over pairs of repetitions with the same seeds, [95 % CI]; in %: of the figure in the "
@@ -134,7 +135,7 @@ def _style(change: Change) -> str:
     interval = change.difference or change.percent
     if interval is None or interval.low <= 0 <= interval.high:
         return ""
-    return "green" if (interval.low > 0) is (change.figure is Figure.SAVED) else "red"
+    return "green" if (interval.low > 0) is (change.figure in _MORE_IS_BETTER) else "red"
 
 
 def _value(figure: Figure, value: float | None) -> str:
@@ -156,6 +157,7 @@ def _interval(unit: Unit, interval: Interval | None) -> str:
         Unit.SECONDS: seconds_interval,
         Unit.PERCENT: percent_interval,
         Unit.GIB_MIN: number_interval,
+        Unit.GUESTS: number_interval,
     }[unit]
     text = show(interval)
     return text if text.startswith(("-", "+")) else f"+{text}"

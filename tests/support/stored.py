@@ -176,21 +176,21 @@ def store_run(
             store_trial(writer, trial, spec, partial(records_of, left=left))
 
 
-def store_filled_run(folder: Path) -> None:
-    """Store a run of `density` in which 2 guests fit under `none`, and 5 under the other arms."""
+def store_filled_run(folder: Path, run_id: str = "run1", fitting: int = 5) -> None:
+    """Store a run of `density` in which 2 guests fit under `none`, and `fitting` under the other
+    arms."""
     spec = spec_file.load("density").spec
-    header = RunHeader(run_id="run1", spec=spec, spec_text="", summary="a test")
+    header = RunHeader(run_id=run_id, spec=spec, spec_text="", summary="a test")
     with Store(folder) as store, RunWriter(store, header) as writer:
-        for trial in plan_trials(spec, "run1"):
+        for trial in plan_trials(spec, run_id):
             task = host_task(spec, trial, "host1")
             writer.begin_trial(trial)
-            store_records(writer, {"host1": task}, _filling(task))
+            store_records(writer, {"host1": task}, _filling(task, fitting))
 
 
-def _filling(task: HostTask) -> Iterator[Event]:
+def _filling(task: HostTask, fitting: int) -> Iterator[Event]:
     common: dict[str, Any] = {"host": task.host, "trial_id": task.trial.trial_id}
-    fitting = 2 if task.trial.arm.name == "none" else 5
-    for i in range(fitting):
+    for i in range(2 if task.trial.arm.name == "none" else fitting):
         yield GuestFits(
             **common, guest=task.guests[i].name, at_unix_us=i * S, used_bytes=(i + 1) * 10 * MIB
         )

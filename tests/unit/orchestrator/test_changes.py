@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hintfleet.units import MIB
+from orchestrator.results.capacity import Capacity, CapacityRow
 from orchestrator.results.changes import Change, Figure, RunRows, Unit, compare_runs
 from orchestrator.results.comparison import CostRow
 from orchestrator.results.cost import Cost
@@ -173,6 +174,30 @@ def test_settle_times_are_not_compared_if_memory_did_not_always_come_back() -> N
         "second run: 2 of 3 repetitions have the figure settle"
     )
     assert not found[Figure.HOST_CPU].undecided
+
+
+def filled(*guests: int, ran_out: bool = True) -> RunRows:
+    """Return a run on one host that so many guests fitted on, in repetition 0, 1 and so on."""
+    rows = [
+        CapacityRow(
+            arm="hint",
+            is_control=False,
+            repetition=repetition,
+            host="a",
+            capacity=Capacity(guests=count, ran_out=ran_out),
+        )
+        for repetition, count in enumerate(guests)
+    ]
+    return RunRows(footprints=(), costs=(), capacities=rows)
+
+
+def test_guests_that_fit_are_compared_if_the_hosts_were_full() -> None:
+    (found,) = compare_runs(filled(5, 6), filled(6, 8))
+    assert (found.figure, found.pairs) == (Figure.GUESTS, ((5, 6), (6, 8)))
+    (found,) = compare_runs(filled(5, 6), filled(6, 6, ran_out=False))
+    assert found.undecided == (
+        "second run: hint, a host took all guests of the spec, and more might fit"
+    )
 
 
 def change(pairs: Sequence[tuple[float, float]], figure: Figure = Figure.SAVED) -> Change:

@@ -13,7 +13,7 @@ from orchestrator.cli import run_command
 from orchestrator.results.store.reader import Store
 from orchestrator.results.store.writer import RunHeader, RunWriter
 from orchestrator.trial.plan import plan_trials
-from tests.support.stored import QUICKSTART, left_mib, store_run, store_trial
+from tests.support.stored import QUICKSTART, left_mib, store_filled_run, store_run, store_trial
 
 
 def more_left(arm: str, repetition: int) -> int:
@@ -185,6 +185,20 @@ def test_a_run_that_goes_on_has_no_figures_yet(
     with Store(tmp_path) as store, RunWriter(store, header):
         _, err = ran(tmp_path, capsys, 2, "base", "going")
     assert "run going has no figures: it is running" in err
+
+
+def test_how_many_guests_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store_filled_run(tmp_path, "five")
+    store_filled_run(tmp_path, "four", fitting=4)
+    out, _ = ran(tmp_path, capsys, 1, "five", "four", "--fail-on", "guests < -10%", "-o", "json")
+    changes = {change["arm"]: change for change in json.loads(out)["changes"]}
+    assert {change["figure"] for change in changes.values()} == {"guests"}
+    assert changes["none"]["difference"]["mean"] == 0
+    hinted = next(change for arm, change in changes.items() if arm != "none")
+    assert (hinted["first"], hinted["second"]) == (5, 4)
+    assert hinted["percent"]["mean"] == pytest.approx(-20)
+    _, err = ran(tmp_path, capsys, 2, "five", "four", "--fail-on", "saved < -10%")
+    assert "the arms have no figure saved\n  try: figures are guests" in err
 
 
 def test_it_can_be_read_at_80_columns(
