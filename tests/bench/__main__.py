@@ -20,6 +20,7 @@ from tests.bench import (
     real_guest,
     restart,
     sparse,
+    store,
     tracker,
 )
 from tests.support import agents
@@ -34,6 +35,7 @@ _SUITES = {
     "agent_in_guest": agent_in_guest.run,
     "restart": restart.run,
     "flood": flood.run,
+    "store": store.run,
     "host_at_rest": host_at_rest.run,
     "real_guest": real_guest.run,
 }
