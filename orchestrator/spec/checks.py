@@ -24,6 +24,7 @@ from hintfleet.system.machine_limits import Bound
 from hintfleet.units import MIB, format_size
 from orchestrator.spec.model import Arm, Spec, Start
 from orchestrator.spec.phases import Kind
+from orchestrator.spec.values import LONGEST_NAME
 from orchestrator.spec.workload import (
     Step,
     held_after,
@@ -34,6 +35,7 @@ from orchestrator.spec.workload import (
 )
 
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
+_MAX_ARMS = 100
 _MAX_STEPS = 100_000
 _MAX_PIECES = 1 << 16  # a guest's workload takes some hundred bytes of its own for each
 _FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload"
@@ -145,7 +147,15 @@ def hosts_problem(spec: Spec, *, encrypted: bool) -> Problem | None:
 
 
 def _arm_problems(spec: Spec) -> Iterator[Problem]:
-    arms = [(i, arm) for i, arm in enumerate(spec.arms) if arm.runs_under(spec.driver)]
+    running = [(i, arm) for i, arm in enumerate(spec.arms) if arm.runs_under(spec.driver)]
+    arms = [(i, one) for i, arm in running for one in arm.swept()]
+    if len(arms) > _MAX_ARMS:
+        yield Problem(
+            path=("arms",),
+            message=f"with what they sweep, there are {len(arms)} arms; at most {_MAX_ARMS}",
+            hint="sweep fewer values",
+        )
+        return
     if not arms:
         yield Problem(
             path=("arms",),
@@ -180,6 +190,12 @@ def _name_problems(arms: list[tuple[int, Arm]]) -> Iterator[Problem]:
         if count > 1:
             last = max(i for i, arm in arms if arm.name == name)
             yield Problem(path=("arms", last, "name"), message=f"{name!r} names two arms")
+        if len(name) > LONGEST_NAME:
+            yield Problem(
+                path=("arms", next(i for i, arm in arms if arm.name == name), "name"),
+                message=f"{name!r} is longer than {LONGEST_NAME} characters",
+                hint="the values that are swept become a part of the name: choose a shorter one",
+            )
 
 
 def _driver_problems(driver: Driver, i: int, arm: Arm) -> Iterator[Problem]:

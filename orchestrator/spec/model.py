@@ -7,8 +7,10 @@ seconds.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -21,8 +23,6 @@ from hintfleet.settings import (
     DEFAULT_RESERVE_PERCENT,
     DEFAULT_STEP_PERCENT,
     DEFAULT_THRESHOLD_CHUNKS,
-    MAX_ORDER,
-    MOST_THRESHOLD_CHUNKS,
     Driver,
     Method,
     Policy,
@@ -32,6 +32,7 @@ from orchestrator.spec.phases import Workload
 from orchestrator.spec.recording import Recording
 from orchestrator.spec.values import (
     AmountOrPercent,
+    ChunkOrder,
     ColdAfterS,
     Name,
     Part,
@@ -41,6 +42,8 @@ from orchestrator.spec.values import (
     SamplePeriodS,
     Size,
     Strings,
+    Threshold,
+    Values,
     WholePercent,
     invalid_value,
     key_of,
@@ -102,6 +105,29 @@ class Guests(Part):
     start: Annotated[Start, Field(strict=False)] = Start.TOGETHER
 
 
+class Sweep(Part):
+    """Values of settings, of which an arm takes every combination.
+
+    Each field has the name of the setting in `Arm`.
+    """
+
+    chunk_order: Values[ChunkOrder] = ()
+    report_period_s: Values[ReportPeriodS] = Field(default=(), alias="report_period")
+    threshold_chunks: Values[Threshold] = Field(default=(), alias="threshold")
+
+    @model_validator(mode="after")
+    def _has_values(self) -> Sweep:
+        if not any(self.settings.values()):
+            raise invalid_value("nothing to sweep", "for example chunk_order: [9, 10]")
+        return self
+
+    @property
+    def settings(self) -> dict[str, tuple[Any, ...]]:
+        """The values of each setting that is swept, by its name in `Arm`."""
+        every = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: values for name, values in every.items() if values}
+
+
 class Arm(Part):
     """One method with its settings.
 
@@ -115,8 +141,11 @@ class Arm(Part):
     :ivar reserve_percent: method balloon: the share of its memory that a guest keeps free.
     :ivar step_percent: method balloon: the largest share of its memory that a guest loses at a
         time.
+    :ivar sweep: the arm stands for several, one for each combination of these values.
     :ivar kernel_parameters: added to the kernel command line of a real guest.
     """
+
+    LATER = frozenset({"sweep"})
 
     name: Name
     method: Annotated[Method, Field(strict=False)]
@@ -131,13 +160,11 @@ class Arm(Part):
     report_period_s: ReportPeriodS = Field(
         default=DEFAULT_REPORT_PERIOD_MS / 1000, alias="report_period"
     )
-    threshold_chunks: int = Field(
-        default=DEFAULT_THRESHOLD_CHUNKS, ge=1, le=MOST_THRESHOLD_CHUNKS, alias="threshold"
-    )
-    # From 1: on the wire 0 means the default (host.proto).
-    chunk_order: int = Field(default=DEFAULT_CHUNK_ORDER, ge=1, le=MAX_ORDER)
+    threshold_chunks: Threshold = Field(default=DEFAULT_THRESHOLD_CHUNKS, alias="threshold")
+    chunk_order: ChunkOrder = DEFAULT_CHUNK_ORDER
     reserve_percent: WholePercent = Field(default=DEFAULT_RESERVE_PERCENT, alias="reserve")
     step_percent: WholePercent = Field(default=DEFAULT_STEP_PERCENT, alias="step")
+    sweep: Sweep | None = None
     # Printable ASCII only: the text becomes part of the domain's XML and of the guest kernel's
     # command line.
     kernel_parameters: str = Field(default="", max_length=500, pattern=r"^[ -~]*$")
@@ -153,11 +180,32 @@ class Arm(Part):
             if name in self.model_fields_set and self.policy is not policy:
                 key = key_of(Arm, name)
                 raise invalid_value(f"{key} needs policy {policy}, but the policy is {self.policy}")
+        if self.sweep and (fixed := self.model_fields_set & self.sweep.settings.keys()):
+            key = key_of(Arm, min(fixed))
+            raise invalid_value(f"{key} is given, and swept, too", f"remove one of the two {key}")
         return self
+
+    def swept(self) -> Iterator[Arm]:
+        """Yield the arms that this one stands for: itself, unless it sweeps settings."""
+        if self.sweep is None:
+            yield self
+            return
+        settings = self.sweep.settings
+        for values in itertools.product(*settings.values()):
+            chosen = dict(zip(settings, values, strict=True))
+            name = "-".join((self.name, *itertools.starmap(_part_of_name, chosen.items())))
+            yield self.model_copy(update={**chosen, "name": name, "sweep": None})
 
     def runs_under(self, driver: Driver) -> bool:
         """Return whether the arm runs under this driver."""
         return not self.drivers or driver in self.drivers
+
+
+def _part_of_name(setting: str, value: float) -> str:
+    """Return a swept value as a part of an arm's name: `o9`, `100ms`, `b16`."""
+    if setting == "report_period_s":
+        return f"{round(value * 1000)}ms"
+    return f"{'o' if setting == 'chunk_order' else 'b'}{value}"
 
 
 _SETTINGS_OF_ALL = {"name", "method", "drivers", "kernel_parameters"}
@@ -174,6 +222,7 @@ _SETTINGS_OF: dict[Method, set[str]] = {
         "report_period_s",
         "threshold_chunks",
         "chunk_order",
+        "sweep",
         *_SETTINGS_OF_POLICIES,
     },
     Method.REPORTING: set(),
@@ -245,8 +294,9 @@ class Spec(Part):
 
     @property
     def trial_arms(self) -> tuple[Arm, ...]:
-        """The arms that run under this driver."""
-        return tuple(arm for arm in self.arms if arm.runs_under(self.driver))
+        """The arms that run under this driver, with those that sweeps stand for."""
+        running = (arm for arm in self.arms if arm.runs_under(self.driver))
+        return tuple(one for arm in running for one in arm.swept())
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -255,7 +305,7 @@ class Spec(Part):
         A name is not among them if another arm with the same name runs.
         """
         # Two arms may share a name if they run under different drivers (methods.yaml: bitmap).
-        running = {arm.name for arm in self.trial_arms}
+        running = {arm.name for arm in self.arms if arm.runs_under(self.driver)}
         return tuple(arm.name for arm in self.arms if arm.name not in running)
 
     @property

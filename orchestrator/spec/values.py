@@ -5,7 +5,7 @@ Sizes become integer bytes, durations become seconds, and percentages become num
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,9 +19,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hintfleet.errors import InvalidInput
-from hintfleet.settings import SHORTEST_REPORT_PERIOD_MS, SHORTEST_SAMPLE_PERIOD_MS
+from hintfleet.settings import (
+    MAX_ORDER,
+    MOST_THRESHOLD_CHUNKS,
+    SHORTEST_REPORT_PERIOD_MS,
+    SHORTEST_SAMPLE_PERIOD_MS,
+)
 from hintfleet.units import MIB, PAGE_BYTES, format_size, parse_duration_s, parse_size
 
+LONGEST_NAME = 40
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 
 
@@ -89,6 +95,12 @@ def _printable(value: str) -> str:
     if not value.isprintable():
         raise invalid_value(f"{value!r} is not printable text")
     return value
+
+
+def _different(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise invalid_value("a value is there twice")
+    return values
 
 
 def _amount(value: Any) -> Amount:
@@ -163,13 +175,18 @@ ReportPeriodS = Annotated[
     float, BeforeValidator(_duration_s), Field(ge=SHORTEST_REPORT_PERIOD_MS / 1000, le=7 * 86400)
 ]
 ColdAfterS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.001, le=7 * 86400)]
+# From 1: on the wire 0 means the default (host.proto).
+ChunkOrder = Annotated[int, Field(ge=1, le=MAX_ORDER)]
+Threshold = Annotated[int, Field(ge=1, le=MOST_THRESHOLD_CHUNKS)]
 WholePercent = Annotated[int, BeforeValidator(_whole_percent)]
 AmountOrPercent = Annotated[Amount, BeforeValidator(_amount)]
 Printable = Annotated[str, AfterValidator(_printable), Field(max_length=1000)]
 Command = Annotated[tuple[Printable, ...], Field(min_length=1, max_length=100)]
 FileName = Annotated[Printable, Field(min_length=1)]
-Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=LONGEST_NAME)]
 Strings = tuple[str, ...]
+_T = TypeVar("_T")
+Values = Annotated[tuple[_T, ...], AfterValidator(_different), Field(max_length=10)]
 Repetitions = Annotated[int, Field(ge=1, le=10000)]
 SamplePeriodS = Annotated[
     float, BeforeValidator(_duration_s), Field(ge=SHORTEST_SAMPLE_PERIOD_MS / 1000, le=60)

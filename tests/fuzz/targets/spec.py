@@ -107,6 +107,7 @@ TARGET = Target.of(
             "drop_caches:",
             "command:",
             "replay:",
+            "sweep:",
             "speed:",
             "recordings:",
             "time_s:",

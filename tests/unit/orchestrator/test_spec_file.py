@@ -83,6 +83,30 @@ def test_a_good_spec() -> None:
         ("allocate: 96MiB", "command: [make]", "7:8", "an embedded guest cannot do command"),
         ("allocate: 96MiB", "command: []", "7:8", "is empty"),
         ("allocate: 96MiB", 'command: [sh, "a\\nb"]', "7:22", "is not printable text"),
+        ("tracker: bitmap", "sweep: {}", "12:37", "nothing to sweep"),
+        ("tracker: bitmap", "sweep: {batch: [9]}", "12:45", "known keys: chunk_order, report_per"),
+        ("tracker: bitmap", "sweep: {chunk_order: [9, 9]}", "12:45", "a value is there twice"),
+        ("tracker: bitmap", "sweep: {chunk_order: [9, 11]}", "12:62", "less than or equal to 10"),
+        (
+            "tracker: bitmap",
+            "chunk_order: 9, sweep: {chunk_order: [9, 10]}",
+            "12:5",
+            "chunk_order is given, and swept, too",
+        ),
+        ("method: none", "method: none, sweep: {threshold: [1]}", "11:5", "does not take sweep"),
+        (
+            "name: bitmap",
+            f"sweep: {{threshold: [16]}}, name: {'a' * 38}",
+            "12:32",
+            "longer than 40",
+        ),
+        (
+            "tracker: bitmap",
+            "sweep: {chunk_order: [1, 2, 3, 4, 5, 6], threshold: [1, 2, 3, 4, 5, 6], "
+            "report_period: [1s, 2s, 3s]}",
+            "10:1",
+            "there are 109 arms; at most 100",
+        ),
         ("for: 1s", "for: 1s, speed: 2", "7:7", "only replay takes speed"),
         (
             "repetitions: 3",
@@ -187,6 +211,24 @@ def test_a_precision() -> None:
     here = spec_file.parse(GOOD + under, "mine.yaml").spec
     assert here.precision is None
     assert here.most_repetitions == 3
+
+
+def test_a_sweep_stands_for_an_arm_of_each_combination() -> None:
+    values = "{chunk_order: [9, 10], report_period: [100ms, 1.5s], threshold: [16]}"
+    text = GOOD.replace("tracker: bitmap", f"tracker: bitmap, sweep: {values}")
+    spec = spec_file.parse(text, "mine.yaml").spec
+    assert [arm.name for arm in spec.trial_arms] == [
+        "none",
+        "bitmap-o9-100ms-b16",
+        "bitmap-o9-1500ms-b16",
+        "bitmap-o10-100ms-b16",
+        "bitmap-o10-1500ms-b16",
+    ]
+    last = spec.trial_arms[-1]
+    assert (last.chunk_order, last.report_period_s, last.threshold_chunks) == (10, 1.5, 16)
+    assert (last.tracker, last.sweep) == ("bitmap", None)
+    assert spec.left_out == ()
+    assert "5 arms" in describe(spec)
 
 
 REPLAY = GOOD.replace("{allocate: 96MiB, for: 1s}", "{replay: day.csv, speed: 60}")
