@@ -170,8 +170,7 @@ class HintingSession:
         self._isolator.idle()  # ends a pass of hugetlb, which returns its chunks to the guest
 
     async def _run_once(self) -> grpc.RpcError | None:
-        """Run one stream from Hello to its end; return the gRPC error that ended it. None if there
-        was none, and if the host agent broke the protocol."""
+        """Run one stream, Hello to end; return its gRPC error; None also after a violation."""
         self._outbox = asyncio.Queue()
         self._outbox.put_nowait(pb.GuestMessage(hello=self._hello()))
         # Without wait_for_ready, a call that begins while gRPC pauses between two attempts to
