@@ -34,6 +34,7 @@ from orchestrator.spec.values import (
     AmountOrPercent,
     ChunkOrder,
     ColdAfterS,
+    DurationS,
     Name,
     Part,
     PositiveDurationS,
@@ -96,13 +97,21 @@ class Guests(Part):
     """The guests of every host.
 
     :ivar per_host: how many; with `start: one by one` the most that are started.
+    :ivar stagger_s: how much later each guest of a host begins its workload than the one before.
     """
 
-    LATER = frozenset({"start"})
+    LATER = frozenset({"start", "stagger_s"})
 
     per_host: int = Field(ge=1, le=1000)
     memory_bytes: Size = Field(alias="memory")
     start: Annotated[Start, Field(strict=False)] = Start.TOGETHER
+    stagger_s: DurationS = Field(default=0.0, alias="stagger")
+
+    @model_validator(mode="after")
+    def _one_kind_of_start(self) -> Guests:
+        if self.stagger_s and self.start is Start.ONE_BY_ONE:
+            raise invalid_value("guests that start one by one are not staggered", "remove stagger")
+        return self
 
 
 class Sweep(Part):

@@ -31,10 +31,9 @@ from orchestrator.trial.records import (
     PhaseStarted,
     Record,
     Samples,
-    StepDone,
     columns_of,
 )
-from orchestrator.trial.steps import hold_request, loop_figures, step_request
+from orchestrator.trial.steps import hold_request, step_done, step_request
 
 _FLUSH_PERIOD_S = 0.25
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
@@ -203,11 +202,20 @@ class _TrialRunner:
         await self._on(self._task.guests, self._destroy)
 
     async def _work(self, guests: Sequence[GuestTask]) -> None:
-        """Create guests, and have them do all steps of the workload together."""
+        """Create guests, and have them do all steps of the workload: together, or staggered."""
         await self._on(guests, self._create)
         await self._wait_for_samples(guests, since_us=0)
+        if self._spec.guests.stagger_s:
+            await self._on(guests, self._work_later)
+            return
         for i, step in enumerate(self._task.steps):
             await self._run_phase(guests, i, step)
+
+    async def _work_later(self, guest: GuestTask) -> None:
+        """Have one guest do all steps, later than the guests before it."""
+        await asyncio.sleep(self._task.guests.index(guest) * self._spec.guests.stagger_s)
+        for i, step in enumerate(self._task.steps):
+            await self._run_phase([guest], i, step)
 
     async def _fits(self, guest: GuestTask) -> None:
         """Post that a guest fits, once a sample after its last step does not say that the host ran
@@ -243,7 +251,9 @@ class _TrialRunner:
 
     async def _run_phase(self, guests: Sequence[GuestTask], index: int, step: Step) -> None:
         about = f"{guests[0].name}: " if self._task.one_by_one else ""
-        self._announce(f"{about}{step.title}", step.hold_s)
+        # Of staggered guests the first one is followed: a host is in one phase.
+        if not self._spec.guests.stagger_s or guests[0] is self._task.guests[0]:
+            self._announce(f"{about}{step.title}", step.hold_s)
         do = self._replay if step.points else self._step
         await self._on(guests, lambda guest: do(guest, index, step))
         if step.settle and self._trial.arm.method is not Method.NONE:
@@ -300,24 +310,7 @@ class _TrialRunner:
         self, guest: GuestTask, step: Step | None, answers: Sequence[host_pb2.RunStepResponse]
     ) -> None:
         """Post the record of a step, or None for the read-back, that was done in some parts."""
-        first, last = answers[0], answers[-1]
-        duration_us = last.done_at_unix_us - (first.done_at_unix_us - first.duration_us)
-        self._post(
-            StepDone(
-                host=self._task.host,
-                trial_id=self._trial.trial_id,
-                guest=guest.name,
-                at_unix_us=last.done_at_unix_us,
-                kind=step.kind if step else "verify",
-                changed_bytes=sum(done.changed_bytes for done in answers),
-                held_bytes=last.held_bytes,
-                verified_pages=sum(done.verified_pages for done in answers),
-                wrong_pages=sum(done.wrong_pages for done in answers),
-                duration_us=duration_us,
-                waited_us=max(0, duration_us - sum(done.duration_us for done in answers)),
-                loop=loop_figures(step.title, last) if step else None,
-            )
-        )
+        self._post(step_done(self._task.host, self._trial.trial_id, guest.name, step, answers))
 
     async def _settle(self, guest: GuestTask) -> None:
         started_us = _now_us()

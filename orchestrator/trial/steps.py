@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hintfleet.sketch import Sketch
 from hintfleet.v1 import hinting_pb2, host_pb2
 from orchestrator.spec.phases import Kind
 from orchestrator.spec.workload import Step
-from orchestrator.trial.records import LoopFigures
+from orchestrator.trial.records import LoopFigures, StepDone
 
 
 def step_request(step: Step, size_bytes: int, seed: int) -> host_pb2.RunStepRequest:
@@ -39,11 +41,37 @@ def hold_request(grow_bytes: int, seed: int) -> host_pb2.RunStepRequest:
     return host_pb2.RunStepRequest(free_bytes=-grow_bytes, seed=seed)
 
 
-def loop_figures(title: str, done: host_pb2.RunStepResponse) -> LoopFigures | None:
-    """Return what a loop did; None after a step that is none.
+def step_done(
+    host: str,
+    trial_id: str,
+    guest: str,
+    step: Step | None,
+    answers: Sequence[host_pb2.RunStepResponse],
+) -> StepDone:
+    """Return the record of a step that was done in one part or, a replay, in several.
 
-    :param title: of its step.
+    :param step: None for the read-back at the end.
+    :param answers: of all parts, in order.
     """
+    first, last = answers[0], answers[-1]
+    duration_us = last.done_at_unix_us - (first.done_at_unix_us - first.duration_us)
+    return StepDone(
+        host=host,
+        trial_id=trial_id,
+        guest=guest,
+        at_unix_us=last.done_at_unix_us,
+        kind=step.kind if step else "verify",
+        changed_bytes=sum(done.changed_bytes for done in answers),
+        held_bytes=last.held_bytes,
+        verified_pages=sum(done.verified_pages for done in answers),
+        wrong_pages=sum(done.wrong_pages for done in answers),
+        duration_us=duration_us,
+        waited_us=max(0, duration_us - sum(done.duration_us for done in answers)),
+        loop=_loop_figures(step.title, last) if step else None,
+    )
+
+
+def _loop_figures(title: str, done: host_pb2.RunStepResponse) -> LoopFigures | None:
     if not done.HasField("looped"):
         return None
     looped = done.looped

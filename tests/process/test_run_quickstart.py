@@ -240,6 +240,16 @@ def test_a_lost_guest_makes_its_trial_undecided_and_the_run_goes_on(lab: Lab) ->
     lab.check_nothing_is_left()
 
 
+def test_staggered_guests_have_their_peaks_apart(lab: Lab) -> None:
+    """With hinting, a guest's memory is back before the next guest needs as much; without, it is
+    not."""
+    apart = spec(count="1", free="100%").replace("per_host: 2", "per_host: 2, stagger: 4s")
+    data = result(lab.run("run", lab.spec(apart), "-o", "json"))
+    peaks = {arm: found["footprint"]["peak_resident_bytes"] for arm, found in arms(data).items()}
+    assert peaks == {"none": 80 * MIB, "bitmap": 40 * MIB}
+    lab.check_nothing_is_left()
+
+
 def test_a_step_that_a_guest_cannot_do_makes_its_trial_undecided(lab: Lab) -> None:
     """There is enough free memory, but an embedded guest cannot move what lies between."""
     phases = """\

@@ -108,6 +108,7 @@ TARGET = Target.of(
             "command:",
             "replay:",
             "sweep:",
+            "stagger:",
             "speed:",
             "recordings:",
             "time_s:",

@@ -17,7 +17,7 @@ from orchestrator.spec.values import Amount
 from orchestrator.spec.workload import Step, expand, held_after, steps_of
 from orchestrator.trial.guest_spec import guest_spec
 from orchestrator.trial.plan import host_names, host_task, plan_trials, rounds
-from orchestrator.trial.steps import hold_request, step_request
+from orchestrator.trial.steps import hold_request, step_done, step_request
 
 
 def spec(**changes: Any) -> Spec:
@@ -163,6 +163,28 @@ def test_a_program_may_take_its_time_and_no_other_may_run() -> None:
     assert request.run_program.timeout_ms == 600_000
     task = host_task(real, plan_trials(real, "run")[0], "host1")
     assert list(guest_spec(task).programs) == ["make"]
+
+
+def test_the_parts_of_a_replay_are_one_record() -> None:
+    parts = [
+        host_pb2.RunStepResponse(
+            done_at_unix_us=at_s * 1_000_000,
+            duration_us=500_000,
+            changed_bytes=MIB,
+            held_bytes=held,
+            verified_pages=7,
+            wrong_pages=1,
+        )
+        for at_s, held in ((10, MIB), (14, 2 * MIB))
+    ]
+    replay = Step(phase_index=0, kind=Kind.REPLAY)
+    done = step_done("host1", "t", "g", replay, parts)
+    assert (done.kind, done.started_unix_us, done.at_unix_us) == ("replay", 9_500_000, 14_000_000)
+    assert (done.duration_us, done.waited_us) == (4_500_000, 3_500_000)
+    assert (done.changed_bytes, done.held_bytes) == (2 * MIB, 2 * MIB)
+    assert (done.verified_pages, done.wrong_pages, done.loop) == (14, 2, None)
+    verified = step_done("host1", "t", "g", None, parts[:1])
+    assert (verified.kind, verified.duration_us, verified.waited_us) == ("verify", 500_000, 0)
 
 
 def test_a_replay_holds_what_was_recorded_only_faster() -> None:

@@ -83,6 +83,13 @@ def test_a_good_spec() -> None:
         ("allocate: 96MiB", "command: [make]", "7:8", "an embedded guest cannot do command"),
         ("allocate: 96MiB", "command: []", "7:8", "is empty"),
         ("allocate: 96MiB", 'command: [sh, "a\\nb"]', "7:22", "is not printable text"),
+        ("per_host: 3", "per_host: 3, stagger: 2", "4:23", "for example 2s"),
+        (
+            "per_host: 3",
+            "per_host: 3, stagger: 2s, start: one by one",
+            "4:1",
+            "one by one are not staggered",
+        ),
         ("tracker: bitmap", "sweep: {}", "12:37", "nothing to sweep"),
         ("tracker: bitmap", "sweep: {batch: [9]}", "12:45", "known keys: chunk_order, report_per"),
         ("tracker: bitmap", "sweep: {chunk_order: [9, 9]}", "12:45", "a value is there twice"),
