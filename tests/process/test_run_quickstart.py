@@ -268,7 +268,7 @@ arms:
     lab.check_nothing_is_left()
 
 
-@pytest.mark.parametrize(("precision", "repetitions"), [("100%", 2), ("4KiB", 3)])
+@pytest.mark.parametrize(("precision", "repetitions"), [("1GiB", 2), ("4KiB", 3)])
 def test_a_run_goes_on_until_it_is_precise(lab: Lab, precision: str, repetitions: int) -> None:
     asked = f"precision: {precision}\nmax_repetitions: 3\n"
     data = result(lab.run("run", lab.spec(spec(count="1", per_host="1") + asked), "-o", "json"))
@@ -277,7 +277,7 @@ def test_a_run_goes_on_until_it_is_precise(lab: Lab, precision: str, repetitions
     bitmap = arms(data)["bitmap"]
     assert bitmap["saved_bytes"]["pairs"] == repetitions
     assert bitmap["saved_bytes"]["first_look"] == 2
-    assert bitmap["precision"]["is_enough"] == (precision == "100%")
+    assert bitmap["precision"]["is_enough"] == (precision == "1GiB")
     again = lab.run("run", "--resume", "latest", "-o", "json")
     assert "has no trial left to run" in again.stderr
     assert result(again) == data
