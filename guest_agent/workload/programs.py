@@ -13,8 +13,10 @@ import time
 from collections.abc import Collection, Sequence
 
 from hintfleet.errors import Refused
+from hintfleet.system.processes import other_processes
 
 _POLL_S = 0.1
+_KILL_ROUNDS = 20
 _TITLE_LENGTH = 100
 _OUTPUT_BYTES = 600
 """How much of the end of a failed program's output is told. With the title, that is less than the
@@ -89,10 +91,23 @@ def _ended(process: subprocess.Popen[bytes], deadline_s: float) -> bool:
         ended = True
     except subprocess.TimeoutExpired:
         ended = False
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill_session(process.pid)
     process.wait()
     return ended
+
+
+def _kill_session(leader_pid: int) -> None:
+    # Not killpg: a shell with job control, or timeout(1), makes process groups of its own. A
+    # process that starts others while it is killed needs another round; a pid cannot be reused as
+    # long as it is a session's.
+    for _ in range(_KILL_ROUNDS):
+        left = [found.pid for found in other_processes() if found.session == leader_pid]
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_S)
 
 
 def _status(returncode: int) -> str:

@@ -19,8 +19,8 @@ from hintfleet.system.file_lock import lock_folder
 from hintfleet.system.owned_folders import OwnedFolders
 
 PREFIX = "hintfleet-budget-"
-# libvirt adds this ending to a partition whose name has no dot (virCgroupSetPartitionSuffix in
-# src/util/vircgroup.c).
+# libvirt looks for partition /x (no dot in x) in the folder x.partition
+# (virCgroupSetPartitionSuffix in src/util/vircgroup.c).
 _PARTITION = ".partition"
 _SYSTEMD = Path("/run/systemd/system")
 _REMOVE_TIMEOUT_S = 2.0

@@ -120,8 +120,7 @@ class RunningGuest(Protocol):
 
 
 class GuestMaker(Protocol):
-    """Makes or attaches guests of one kind. Methods may block; they are called from worker
-    threads."""
+    """Makes or attaches one driver's guests. Methods may block: call them from worker threads."""
 
     def create(self, request: GuestRequest) -> RunningGuest:
         """Start or attach a guest; its agent connects by itself later. After a failure nothing is

@@ -16,10 +16,10 @@ PEERS = frozenset({host_pb2.REPORTING, host_pb2.BALLOON})
 
 
 class Peer:
-    """Runs the peer of one guest; does nothing if the guest's method is not a peer.
+    """Runs reporting or the balloon for one guest; does nothing under other methods.
 
-    :ivar works: whether the peer works in the guest, as far as that can be found out; true from
-        the start if the method is not a peer.
+    :ivar works: whether it works in the guest, as far as that can be found out; true from the start
+        under other methods.
     """
 
     def __init__(self, spec: host_pb2.GuestSpec) -> None:

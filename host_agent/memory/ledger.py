@@ -129,7 +129,7 @@ class Ledger:
         self.audit(resident)
 
     def _gone(self, pages: PageMap) -> None:
-        """Enter pages that are resident by the books as reclaimed."""
+        """Enter pages as reclaimed; all of them must be resident by the books."""
         self._reclaimed_total += pages.page_count
         self.reclaimed |= pages
         self._absent_pages |= pages

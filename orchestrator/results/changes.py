@@ -296,7 +296,7 @@ def _percent_of_first(pairs: Sequence[tuple[float, float]], first_look: int) -> 
     if first is None or second is None or change is None:
         return None
     # With m for means and h for half widths, the ends are the roots p of
-    # (m_change - p * m_first)^2 = h_change^2 - 2 * p * h_both + p^2 * h_first^2.
+    # (m_change - p * m_first)^2 = h_change^2 - 2 * p * both + p^2 * h_first^2.
     # `both` is the covariance of first and change, scaled as the squares of the half widths are.
     squares = [((i.high - i.low) / 2) ** 2 for i in (first, second, change)]
     both = (squares[1] - squares[0] - squares[2]) / 2

@@ -79,7 +79,7 @@ def table(left: Sequence[str], right: Sequence[str] = (), title: str = "") -> Ta
 
 
 def heading(run: Run, answer: str) -> RenderableType:
-    """Return the top of a run's summary: its size and state, and its answer if it has one."""
+    """Return the top of a run's summary: its size and state; once it has ended, its answer."""
     top = Text.assemble(
         (run.name, "bold"), f": {run.summary}\n", (f"run {run.run_id}, ", "dim"), _state(run)
     )

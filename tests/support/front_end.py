@@ -70,7 +70,7 @@ class FrontEnd:
         assert self.ask(Request.ADD_MEM_REG, region, fd=fd) == bytes(8)
 
     def remove(self, address: int, size: int) -> None:
-        """Take a region of memory back, and check that the door accepts that."""
+        """Take a region back from the door, and check that the door accepts it."""
         region = struct.pack("=QQQQQ", 0, address, size, 0x7F0000000000 + address, 0)
         assert self.ask(Request.REM_MEM_REG, region) == bytes(8)
 

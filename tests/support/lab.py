@@ -132,12 +132,13 @@ def parent_pid(pid: int) -> int:
 
 @contextmanager
 def on_this_machine(*, alone: bool = False) -> Iterator[None]:
-    """Hold a lock for the whole machine until the block ends.
+    """Hold a lock of this machine's tests until the block ends.
 
     :param alone: exclusively; otherwise together with other tests. For `doctor --clean`, which acts
         on the whole machine and would remove what another test needs.
     """
-    lock = os.open(Path(__file__).parent, os.O_RDONLY)
+    # Not in this source tree: tests of another clone run on the same machine.
+    lock = os.open(f"/tmp/hintfleet-tests-{os.geteuid()}.lock", os.O_RDWR | os.O_CREAT, 0o600)  # noqa: S108
     try:
         fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield

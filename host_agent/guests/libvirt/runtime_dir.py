@@ -57,7 +57,7 @@ class RuntimeDir:
 
     @property
     def console(self) -> Path:
-        """The guest's console, written by libvirt's log daemon or by QEMU."""
+        """The console's file, written by libvirt's log daemon or by QEMU."""
         return self.path / "console.log"
 
     @property

@@ -1,7 +1,7 @@
 """Exports what a run stored, as CSV or Parquet, with the run's parameters in each row.
 
-DuckDB writes the rows into a pipe. So the memory for them does not grow with their number, DuckDB
-needs no path that a user has named, and an error while they are written somewhere is Python's.
+DuckDB writes the rows into a pipe. So the memory for samples does not grow with their number,
+DuckDB needs no path that a user has named, and an error while rows are written is Python's.
 """
 
 from __future__ import annotations

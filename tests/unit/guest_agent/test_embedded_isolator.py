@@ -65,9 +65,24 @@ def test_exactly_the_freed_chunks_are_isolated(
     assert not drain(isolator), "released chunks are not new"
 
 
-def test_both_bounds_of_a_batch_are_kept(allocator: BuddyAllocator, tracker: TrackerKind) -> None:
-    """Version 11 of Lal's patches sent stale entries of its array if the last batch was not
-    full."""
+def test_no_batch_has_more_ranges_than_asked_for(
+    allocator: BuddyAllocator, tracker: TrackerKind
+) -> None:
+    isolator = tracking(allocator, tracker)
+    held = sorted(allocator.allocate(9) for _ in range(24))
+    for pfn in held[::2]:  # none is beside another
+        allocator.free(pfn, 9)
+    seen = EMPTY
+    while ranges := isolator.isolate(5, 100 * CHUNK):
+        assert len(ranges) <= 5
+        seen |= ranges
+    assert seen == RangeSet((pfn, CHUNK) for pfn in held[::2])
+
+
+def test_no_batch_has_more_pages_than_asked_for(
+    allocator: BuddyAllocator, tracker: TrackerKind
+) -> None:
+    """Version 11 of Lal's patches sent stale ranges in a partial last batch."""
     isolator = tracking(allocator, tracker)
     chunks = freed(allocator, 24)
     sizes = []

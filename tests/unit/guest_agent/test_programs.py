@@ -72,8 +72,12 @@ def test_a_program_that_takes_too_long_is_killed_with_all_that_it_started(tmp_pa
         assert time.monotonic() < deadline_s
 
 
-def test_what_a_program_left_running_is_killed_and_not_waited_for(tmp_path: Path) -> None:
-    run("sh", "-c", f"sleep {HANG_S} & echo $! > '{tmp_path}/child'")
+@pytest.mark.parametrize("job_control", ["", "set -m; "])
+def test_what_a_program_left_running_is_killed_and_not_waited_for(
+    tmp_path: Path, job_control: str
+) -> None:
+    """With job control, a shell makes a process group for what it starts."""
+    run("sh", "-c", f"{job_control}sleep {HANG_S} & echo $! > '{tmp_path}/child'")
     child = int((tmp_path / "child").read_text())
     deadline_s = time.monotonic() + HANG_S
     while not ended(child):

@@ -1,5 +1,5 @@
-"""Reports show what the store has of a run with two arms. If there is nothing to show, or a file
-cannot be read or written, the error says so."""
+"""Reports show what the store has of a run. If there is nothing to show, or a file cannot be read
+or written, the error says so."""
 
 import itertools
 import json
