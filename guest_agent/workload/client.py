@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from grpc import aio
@@ -34,26 +35,28 @@ async def serve_workload(
 ) -> None:
     """Run the host's commands until cancelled, one after the other, in a worker thread.
 
-    A lost stream is opened again. The last 16 answers are kept: a command that the host repeats
-    because its answer was lost gets the kept answer, and is not run again.
+    A lost stream is opened again, also while a command runs. A command that the host repeats,
+    because its answer was lost or is still missing, is not run again: it gets its one answer. The
+    last 16 answers are kept.
 
     :raises HintfleetError: the host refused this guest's identity.
     """
-    answers: dict[int, pb.Done] = {}
     ends = LogRateLimit()
     attach = pb.WorkloadEvent(attach=pb.Attach(identity=identity, boot_id=boot_id))
     stub = HintingServiceStub(channel)
+    answers = _Answers(workload)
     try:
         while True:
             call = stub.Workload(wait_for_ready=True)  # type: ignore[call-arg]
+            over = _end_of(call)
             try:
                 await call.write(attach)
                 async for command in call:
-                    if command.command_id not in answers:
-                        answers[command.command_id] = await asyncio.to_thread(workload.run, command)
-                        if len(answers) > _MOST_ANSWERS:
-                            del answers[next(iter(answers))]  # the oldest
-                    await call.write(pb.WorkloadEvent(done=answers[command.command_id]))
+                    answer = answers.of(command)
+                    await asyncio.wait((answer, over), return_when=asyncio.FIRST_COMPLETED)
+                    # If the stream is over, the next read says why.
+                    if answer.done():
+                        await call.write(pb.WorkloadEvent(done=answer.result()))
             except grpc.RpcError as error:
                 if error.code() in _FINAL_CODES:
                     raise from_rpc_error(error, "the host agent refused the workload") from error
@@ -61,10 +64,42 @@ async def serve_workload(
                     reason = error.details() or error.code().name
                     _log.info("workload stream ended", extra=fields(reason=reason, **left_out))
             except asyncio.InvalidStateError:
-                # The stream ended while the command ran: for a write to a finished call, grpc.aio
-                # raises InvalidStateError, not an RpcError (grpc/aio/_call.py).
+                # For a write to a call that has just finished, grpc.aio raises InvalidStateError,
+                # not an RpcError (grpc/aio/_call.py).
                 pass
             await asyncio.sleep(_RECONNECT_PAUSE_S)
     finally:
-        # The end of the event loop waits for its worker threads, so one that runs a loop must end.
-        workload.stop()
+        answers.close()
+
+
+def _end_of(call: aio.Call) -> asyncio.Future[None]:
+    """Return a future that is done when the stream is over."""
+    over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    call.add_done_callback(lambda _: over.set_result(None))
+    return over
+
+
+class _Answers:
+    """The answers to the last commands, also of the one that runs."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        self._kept: dict[int, asyncio.Future[pb.Done]] = {}
+        # One thread: the host may send another command when it has given up one that still runs.
+        self._thread = ThreadPoolExecutor(1)
+
+    def of(self, command: pb.WorkloadCommand) -> asyncio.Future[pb.Done]:
+        """Return the answer to a command; run it if it was not run before."""
+        if command.command_id not in self._kept:
+            loop = asyncio.get_running_loop()
+            answer = loop.run_in_executor(self._thread, self._workload.run, command)
+            self._kept[command.command_id] = answer
+            if len(self._kept) > _MOST_ANSWERS:
+                del self._kept[next(iter(self._kept))]  # the oldest
+        return self._kept[command.command_id]
+
+    def close(self) -> None:
+        """End the command that runs, if it is a loop or a program: the end of the process waits for
+        its thread."""
+        self._workload.stop()
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -4,6 +4,7 @@ connect to the address that is advertised."""
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
+from hintfleet.v1.hinting_pb2 import Loop
 from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
 from tests.support.relay import Address, Link, Relay
 
@@ -83,6 +85,18 @@ def test_steps_are_done_once_however_often_the_link_is_cut(broken: BrokenLink) -
     checked = broken.host.verify()
     assert checked.held_bytes == 80 * MIB
     assert checked.wrong_pages == 0
+
+
+def test_a_loop_goes_on_while_its_link_is_cut(broken: BrokenLink) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        loop = pool.submit(broken.host.loop, Loop.CHURN, size_bytes=16 * MIB, duration_ms=6000)
+        for _ in range(2):
+            time.sleep(1)
+            broken.links(Link.cut)
+        done = loop.result(HANG_S)
+    assert done.duration_us >= 6_000_000
+    assert done.looped.touched_bytes > 0
+    assert broken.host.verify().wrong_pages == 0
 
 
 def test_a_cut_link_is_a_new_epoch_and_what_was_freed_comes_back(broken: BrokenLink) -> None:
