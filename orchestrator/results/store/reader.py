@@ -13,6 +13,7 @@ import sqlite3
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ from orchestrator.trial.records import LoopFigures
 
 LATEST = "latest"
 _E = TypeVar("_E")
+# The fleet service reads the same rows for each query: what is decoded from their texts is kept.
+_remembered = lru_cache(maxsize=1 << 15)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +321,7 @@ def _run(row: sqlite3.Row) -> Run:
     return Run(**values | decoded)
 
 
+@_remembered
 def _precision(stored: str) -> Precision | None:
     values = json.loads(stored)
     return Precision(**values) if values else None
@@ -348,7 +352,7 @@ def _footprint_row(row: sqlite3.Row) -> FootprintRow:
         repetition=row["repetition"],
         host=row["host"],
         guest=row["guest"],
-        footprint=_footprint(json.loads(row["footprint"])) if row["footprint"] else None,
+        footprint=_footprint(row["footprint"]) if row["footprint"] else None,
         undecided=row["undecided"],
         lost=bool(row["lost"]),
         first_look=_first_look(row),
@@ -395,6 +399,8 @@ def _with_sketches(stored: dict[str, Any]) -> dict[str, Any] | Sketch:
     return Sketch(first_bucket=stored["first_bucket"], counts=tuple(stored["counts"]))
 
 
-def _footprint(stored: dict[str, Any]) -> Footprint:
+@_remembered
+def _footprint(text: str) -> Footprint:
+    stored = json.loads(text)
     returned = stored.pop("returned")
     return Footprint(**stored, returned=Returned(**returned) if returned else None)
