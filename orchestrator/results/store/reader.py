@@ -13,28 +13,27 @@ import sqlite3
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hintfleet.errors import InvalidInput
-from hintfleet.sketch import Sketch
-from orchestrator.results.capacity import Capacity, CapacityRow
+from orchestrator.results.capacity import CapacityRow
 from orchestrator.results.comparison import CostRow
-from orchestrator.results.cost import Cost
-from orchestrator.results.footprint import Footprint, Returned
-from orchestrator.results.loops import LoopSum
 from orchestrator.results.precision import Precision
 from orchestrator.results.savings import FootprintRow
 from orchestrator.results.store.database import errors_mapped, open_database
+from orchestrator.results.store.figure_rows import (
+    capacity_row,
+    cost_row,
+    event_values,
+    footprint_row,
+    precision,
+)
 from orchestrator.results.store.lock import try_lock
 from orchestrator.results.trial_outcome import TrialStatus
-from orchestrator.trial.records import LoopFigures
 
 LATEST = "latest"
 _E = TypeVar("_E")
-# The fleet service reads the same rows for each query: what is decoded from their texts is kept.
-_remembered = lru_cache(maxsize=1 << 15)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +236,7 @@ class Store(AbstractContextManager["Store"]):
             of_guests,
             even_running,
         )
-        return [_footprint_row(row) for row in rows]
+        return [footprint_row(row) for row in rows]
 
     def cost_rows(self, run_id: str) -> list[CostRow]:
         """Return the costs of a run's hosts, for `comparison.compare`; empty while the run runs.
@@ -254,7 +253,7 @@ class Store(AbstractContextManager["Store"]):
             "ORDER BY t.arm_position, t.position, f.host",
             run_id,
         )
-        return [_cost_row(row) for row in rows]
+        return [cost_row(row) for row in rows]
 
     def capacity_rows(self, run_id: str) -> list[CapacityRow]:
         """Return the capacities of a run's hosts, for `capacity.capacities`; empty while the run
@@ -272,7 +271,7 @@ class Store(AbstractContextManager["Store"]):
             "ORDER BY t.arm IS NOT r.control, t.arm_position, t.position, f.host",
             run_id,
         )
-        return [_capacity_row(row) for row in rows if any(r["capacity"] for r in rows)]
+        return [capacity_row(row) for row in rows if any(r["capacity"] for r in rows)]
 
     def events(self, run_id: str, kind: type[_E]) -> list[_E]:
         """Return all events of one kind in a run, ordered by time."""
@@ -282,7 +281,7 @@ class Store(AbstractContextManager["Store"]):
             run_id,
             kind.__name__,
         )
-        return [kind(**_event_values(row["detail"])) for row in rows]
+        return [kind(**event_values(row["detail"])) for row in rows]
 
     def _query(self, sql: str, *values: object) -> list[sqlite3.Row]:
         with errors_mapped(self.path):
@@ -316,20 +315,9 @@ def _run(row: sqlite3.Row) -> Run:
     decoded = {
         "environment": environment,
         "overrides": overrides,
-        "precision": _precision(row["precision"]),
+        "precision": precision(row["precision"]),
     }
     return Run(**values | decoded)
-
-
-@_remembered
-def _precision(stored: str) -> Precision | None:
-    values = json.loads(stored)
-    return Precision(**values) if values else None
-
-
-def _first_look(row: sqlite3.Row) -> int:
-    precision = _precision(row["precision"])
-    return precision.least_repetitions if precision else 0
 
 
 def _with_tuples(stored: dict[str, Any]) -> dict[str, Any]:
@@ -340,67 +328,3 @@ def _with_tuples(stored: dict[str, Any]) -> dict[str, Any]:
 def _stored_trial(row: sqlite3.Row) -> StoredTrial:
     values = {name: row[name] for name in StoredTrial.__dataclass_fields__}
     return StoredTrial(**values | {name: bool(values[name]) for name in ("lost", "counted")})
-
-
-def _footprint_row(row: sqlite3.Row) -> FootprintRow:
-    return FootprintRow(
-        run_id=row["run_id"],
-        experiment=row["name"],
-        spec_hash=row["spec_hash"],
-        arm=row["arm"],
-        is_control=row["arm"] == row["control"],
-        repetition=row["repetition"],
-        host=row["host"],
-        guest=row["guest"],
-        footprint=_footprint(row["footprint"]) if row["footprint"] else None,
-        undecided=row["undecided"],
-        lost=bool(row["lost"]),
-        first_look=_first_look(row),
-    )
-
-
-def _cost_row(row: sqlite3.Row) -> CostRow:
-    return CostRow(
-        arm=row["arm"],
-        is_control=row["arm"] == row["control"],
-        repetition=row["repetition"],
-        host=row["host"],
-        cost=_cost(json.loads(row["cost"], object_hook=_with_sketches)) if row["cost"] else None,
-        undecided=row["undecided"],
-        first_look=_first_look(row),
-    )
-
-
-def _capacity_row(row: sqlite3.Row) -> CapacityRow:
-    return CapacityRow(
-        arm=row["arm"],
-        is_control=row["arm"] == row["control"],
-        repetition=row["repetition"],
-        host=row["host"],
-        capacity=Capacity(**json.loads(row["capacity"])) if row["capacity"] else None,
-        undecided=row["undecided"],
-    )
-
-
-def _cost(stored: dict[str, Any]) -> Cost:
-    lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
-    loops = tuple(LoopSum(**one) for one in stored.get("loops", ()))
-    return Cost(**stored | lists | {"loops": loops})
-
-
-def _event_values(detail: str) -> dict[str, Any]:
-    stored: dict[str, Any] = json.loads(detail, object_hook=_with_sketches)
-    return stored | {"loop": LoopFigures(**stored["loop"])} if stored.get("loop") else stored
-
-
-def _with_sketches(stored: dict[str, Any]) -> dict[str, Any] | Sketch:
-    if stored.keys() != {"first_bucket", "counts"}:
-        return stored
-    return Sketch(first_bucket=stored["first_bucket"], counts=tuple(stored["counts"]))
-
-
-@_remembered
-def _footprint(text: str) -> Footprint:
-    stored = json.loads(text)
-    returned = stored.pop("returned")
-    return Footprint(**stored, returned=Returned(**returned) if returned else None)

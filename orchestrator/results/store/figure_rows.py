@@ -1,0 +1,101 @@
+"""Converts rows of the database into figures and records."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from functools import lru_cache
+from typing import Any
+
+from hintfleet.sketch import Sketch
+from orchestrator.results.capacity import Capacity, CapacityRow
+from orchestrator.results.comparison import CostRow
+from orchestrator.results.cost import Cost
+from orchestrator.results.footprint import Footprint, Returned
+from orchestrator.results.loops import LoopSum
+from orchestrator.results.precision import Precision
+from orchestrator.results.savings import FootprintRow
+from orchestrator.trial.records import LoopFigures
+
+# The fleet service reads the same rows for each query: what is decoded from their texts is kept.
+_remembered = lru_cache(maxsize=1 << 15)
+
+
+@_remembered
+def precision(stored: str) -> Precision | None:
+    """Return a run's stored precision; None if it has none."""
+    values = json.loads(stored)
+    return Precision(**values) if values else None
+
+
+def _first_look(row: sqlite3.Row) -> int:
+    wanted = precision(row["precision"])
+    return wanted.least_repetitions if wanted else 0
+
+
+def footprint_row(row: sqlite3.Row) -> FootprintRow:
+    """Convert a row of `Store.footprint_rows`."""
+    return FootprintRow(
+        run_id=row["run_id"],
+        experiment=row["name"],
+        spec_hash=row["spec_hash"],
+        arm=row["arm"],
+        is_control=row["arm"] == row["control"],
+        repetition=row["repetition"],
+        host=row["host"],
+        guest=row["guest"],
+        footprint=_footprint(row["footprint"]) if row["footprint"] else None,
+        undecided=row["undecided"],
+        lost=bool(row["lost"]),
+        first_look=_first_look(row),
+    )
+
+
+def cost_row(row: sqlite3.Row) -> CostRow:
+    """Convert a row of `Store.cost_rows`."""
+    return CostRow(
+        arm=row["arm"],
+        is_control=row["arm"] == row["control"],
+        repetition=row["repetition"],
+        host=row["host"],
+        cost=_cost(json.loads(row["cost"], object_hook=_with_sketches)) if row["cost"] else None,
+        undecided=row["undecided"],
+        first_look=_first_look(row),
+    )
+
+
+def capacity_row(row: sqlite3.Row) -> CapacityRow:
+    """Convert a row of `Store.capacity_rows`."""
+    return CapacityRow(
+        arm=row["arm"],
+        is_control=row["arm"] == row["control"],
+        repetition=row["repetition"],
+        host=row["host"],
+        capacity=Capacity(**json.loads(row["capacity"])) if row["capacity"] else None,
+        undecided=row["undecided"],
+    )
+
+
+def _cost(stored: dict[str, Any]) -> Cost:
+    lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
+    loops = tuple(LoopSum(**one) for one in stored.get("loops", ()))
+    return Cost(**stored | lists | {"loops": loops})
+
+
+def event_values(detail: str) -> dict[str, Any]:
+    """Return the values of a stored event, by field."""
+    stored: dict[str, Any] = json.loads(detail, object_hook=_with_sketches)
+    return stored | {"loop": LoopFigures(**stored["loop"])} if stored.get("loop") else stored
+
+
+def _with_sketches(stored: dict[str, Any]) -> dict[str, Any] | Sketch:
+    if stored.keys() != {"first_bucket", "counts"}:
+        return stored
+    return Sketch(first_bucket=stored["first_bucket"], counts=tuple(stored["counts"]))
+
+
+@_remembered
+def _footprint(text: str) -> Footprint:
+    stored = json.loads(text)
+    returned = stored.pop("returned")
+    return Footprint(**stored, returned=Returned(**returned) if returned else None)
