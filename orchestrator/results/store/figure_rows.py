@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 from hintfleet.sketch import Sketch
@@ -33,22 +34,40 @@ def _first_look(row: sqlite3.Row) -> int:
     return wanted.least_repetitions if wanted else 0
 
 
-def footprint_row(row: sqlite3.Row) -> FootprintRow:
-    """Convert a row of `Store.footprint_rows`."""
-    return FootprintRow(
-        run_id=row["run_id"],
-        experiment=row["name"],
-        spec_hash=row["spec_hash"],
-        arm=row["arm"],
-        is_control=row["arm"] == row["control"],
-        repetition=row["repetition"],
-        host=row["host"],
-        guest=row["guest"],
-        footprint=_footprint(row["footprint"]) if row["footprint"] else None,
-        undecided=row["undecided"],
-        lost=bool(row["lost"]),
-        first_look=_first_look(row),
-    )
+def footprint_rows(
+    trials: Sequence[sqlite3.Row], figures: Sequence[sqlite3.Row]
+) -> list[FootprintRow]:
+    """Return a row for each trial and each host (or guest) that has figures in the trial's run.
+
+    Without the rows of trials that have none, because they were cut off, an arm would be compared
+    by its other trials alone.
+
+    :param figures: of all attempts at trials of these runs.
+    """
+    texts: dict[tuple[str, str, str], str | None] = {}
+    units: dict[str, set[tuple[str, str]]] = {}
+    for run_id, trial_id, host, guest, text in figures:
+        texts[trial_id, host, guest] = text
+        units.setdefault(run_id, set()).add((host, guest))
+    rows = []
+    for trial in trials:
+        of_trial = partial(
+            FootprintRow,
+            run_id=trial["run_id"],
+            experiment=trial["name"],
+            spec_hash=trial["spec_hash"],
+            arm=trial["arm"],
+            is_control=trial["arm"] == trial["control"],
+            repetition=trial["repetition"],
+            undecided=trial["undecided"],
+            lost=bool(trial["lost"]),
+            first_look=_first_look(trial),
+        )
+        for host, guest in sorted(units.get(trial["run_id"], {("", "")})):
+            text = texts.get((trial["trial_id"], host, guest))
+            footprint = _footprint(text) if text else None
+            rows.append(of_trial(host=host, guest=guest, footprint=footprint))
+    return rows
 
 
 def cost_row(row: sqlite3.Row) -> CostRow:

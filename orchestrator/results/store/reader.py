@@ -26,7 +26,7 @@ from orchestrator.results.store.figure_rows import (
     capacity_row,
     cost_row,
     event_values,
-    footprint_row,
+    footprint_rows,
     precision,
 )
 from orchestrator.results.store.lock import try_lock
@@ -211,32 +211,27 @@ class Store(AbstractContextManager["Store"]):
         :param of_guests: return the rows of guests, not those of hosts: there are many more.
         :param even_running: also of runs that have not ended.
         """
-        # The join with `units` adds the rows of trials that were cut off. Without these rows, an
-        # arm would be compared by its other trials alone.
-        rows = self._query(
-            "WITH units AS ("
-            "  SELECT DISTINCT t.run_id, f.host, f.guest "
-            "  FROM footprints f JOIN trials t USING (trial_id) "
-            "  WHERE (?1 = '' OR t.run_id = ?1) AND (f.guest != '') = ?3) "
-            "SELECT r.run_id, r.name, r.spec_hash, r.control, r.precision, t.arm, t.repetition, "
-            "       ifnull(u.host, '') AS host, ifnull(u.guest, '') AS guest, "
-            "       t.undecided, t.lost, f.footprint "
-            "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
-            "     LEFT JOIN units u ON u.run_id = t.run_id "
-            "     LEFT JOIN footprints f "
-            "     ON f.trial_id = t.trial_id AND f.host = u.host AND f.guest = u.guest "
-            "WHERE (?1 = '' OR r.run_id = ?1) AND r.started_unix_us >= ?2 "
-            "  AND (?4 OR r.state != 'running') "
-            "  AND r.run_id NOT IN (SELECT run_id FROM footprints JOIN trials USING (trial_id) "
-            "                       WHERE guest = '' AND capacity IS NOT NULL) "
-            "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position, "
-            "         u.host, u.guest",
+        trials = self._query(
+            "SELECT r.run_id, r.name, r.spec_hash, r.control, r.precision, "
+            "       t.trial_id, t.arm, t.repetition, t.undecided, t.lost "
+            "FROM counted_trials t JOIN runs r USING (run_id) "
+            "WHERE (?1 = '' OR run_id = ?1) AND r.started_unix_us >= ?2 "
+            "  AND (?3 OR r.state != 'running') "
+            "  AND run_id NOT IN (SELECT run_id FROM footprints JOIN trials USING (trial_id) "
+            "                     WHERE guest = '' AND capacity IS NOT NULL) "
+            "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position",
             run_id,
             since_unix_s * 1_000_000,
-            of_guests,
             even_running,
         )
-        return [footprint_row(row) for row in rows]
+        figures = self._query(
+            "SELECT run_id, trial_id, host, guest, footprint "
+            "FROM json_each(?) JOIN trials ON run_id = value JOIN footprints USING (trial_id) "
+            "WHERE (guest != '') = ?",
+            json.dumps(list({trial["run_id"] for trial in trials})),
+            of_guests,
+        )
+        return footprint_rows(trials, figures)
 
     def cost_rows(self, run_id: str) -> list[CostRow]:
         """Return the costs of a run's hosts, for `comparison.compare`; empty while the run runs.
