@@ -53,6 +53,7 @@ _SAMPLES_PER_GUEST = 1000
 _SAMPLES_PER_PART = 20
 _SAMPLE_PERIOD_US = S // 10
 _QUERIES = 300
+_TIMEOUT_S = 60
 _EXPORTS = 3
 _BARE_COPY = """
 import duckdb, sys
@@ -117,9 +118,9 @@ def _queries(folder: Path) -> Iterator[Figure]:
         bare = health_pb2_grpc.HealthStub(channel)
         for by in By:
             request = fleet_pb2.QuerySavingsRequest(by=BY_PB2[by])
-            ask = partial(service.QuerySavings, request)
+            ask = partial(service.QuerySavings, request, timeout=_TIMEOUT_S)
             name = f"savings by {by}, {len(ask().rows)} rows"
-            check = partial(bare.Check, health_pb2.HealthCheckRequest())
+            check = partial(bare.Check, health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
             before_s = cpu_s(pid)
             taken_ms = [(_milliseconds(ask), _milliseconds(check)) for _ in range(_QUERIES)]
             spent_s = cpu_s(pid) - before_s
