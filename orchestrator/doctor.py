@@ -20,7 +20,7 @@ from hintfleet.settings import Driver
 from hintfleet.system.machine_limits import available_memory, processors, total_memory
 from hintfleet.units import format_size
 from orchestrator.spec import file as spec_file
-from orchestrator.spec.checks import needed_bytes
+from orchestrator.spec.memory_needs import needed_bytes
 
 _HOST_AGENT_TIMEOUT_S = 120
 _INSTALL = "pip install 'hintfleet[orchestrator]'"
@@ -36,6 +36,16 @@ def can_run(findings: list[Finding], driver: Driver) -> bool:
     return all(finding.ok for finding in findings if finding.needed_by(driver))
 
 
+def libvirt_guests(libvirt_uri: str) -> tuple[bool, str]:
+    """Return whether libvirt guests can run here; and on what, or the first thing that is missing,
+    in one line."""
+    findings = list(_libvirt(libvirt_uri))
+    missing = next((finding for finding in findings if not finding.ok), None)
+    if missing is None:
+        return True, findings[-1].detail
+    return False, f"{missing.name}: {missing.detail.splitlines()[0]}"
+
+
 def _examine(libvirt_uri: str) -> Iterator[Finding]:
     yield _python()
     yield _memory()
@@ -43,6 +53,10 @@ def _examine(libvirt_uri: str) -> Iterator[Finding]:
     yield _memfd()
     for module in ("ray", "duckdb", "scipy"):
         yield _importable(module, Driver.EMBEDDED, _INSTALL)
+    yield from _libvirt(libvirt_uri)
+
+
+def _libvirt(libvirt_uri: str) -> Iterator[Finding]:
     yield _importable(
         "libvirt",
         Driver.LIBVIRT,

@@ -15,6 +15,8 @@ from ulid import ULID
 from hintfleet.errors import Refused
 from hintfleet.logs import fields
 from hintfleet.system.machine_limits import available_memory
+from orchestrator.cluster.fleet import Fleet
+from orchestrator.cluster.ray_cluster import PRIVATE, ClusterAddress
 from orchestrator.machine import environment
 from orchestrator.results.precision import Look, look
 from orchestrator.results.store.lock import busy_error
@@ -32,10 +34,15 @@ from orchestrator.spec import file as spec_file
 from orchestrator.spec.checks import hosts_problem, machine_problem
 from orchestrator.spec.file import LoadedSpec
 from orchestrator.spec.model import Spec, describe
-from orchestrator.trial import ray_actors
-from orchestrator.trial.host_process import LogicalHost
-from orchestrator.trial.host_session import HostPlace
-from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials, rounds
+from orchestrator.trial.host_place import host_places
+from orchestrator.trial.plan import (
+    HostTask,
+    Trial,
+    host_names,
+    host_tasks,
+    plan_trials,
+    rounds,
+)
 from orchestrator.trial.records import Event, Record, Samples
 
 _log = logging.getLogger("hintfleet.run")
@@ -51,6 +58,9 @@ class View(Protocol):
 
         :param kept: the trials that already have a result and do not run, by position.
         """
+
+    def waiting(self, reason: str) -> None:
+        """Show that the hosts cannot be started yet, and why."""
 
     def trial_started(self, trial: Trial) -> None:
         """Show that this trial runs now."""
@@ -198,6 +208,8 @@ def run_experiment(
     experiment: Experiment,
     store: Store,
     view: View,
+    *,
+    address: ClusterAddress = PRIVATE,
     retries: int = 1,
     tls_folder: str = "",
     check: Callable[[], None] = lambda: None,
@@ -206,10 +218,11 @@ def run_experiment(
 
     A run with a precision does so in rounds (`plan.rounds`), and ends when it is precise enough.
 
+    :param address: the Ray cluster to run them on.
     :param retries: how often each trial that was lost is run again in this call.
     :param check: called several times a second; an exception that it raises ends the run.
-    :raises InvalidInput: this machine has too little memory, a host's address needs TLS,
-        or RAY_ADDRESS is malformed. Nothing was started.
+    :raises InvalidInput: this machine alone is to run it and has too little memory, or a host's
+        address needs TLS, or the node of a host agent is not certain. No host was started.
     :raises HintfleetError: a host cannot be reached or used, or results cannot be
         stored. If a trial had begun, the run is stored as failed. All guests and processes of
         the run have ended.
@@ -220,10 +233,17 @@ def run_experiment(
         # The run was cut off after its last trial. RunWriter stores the end of the run.
         with RunWriter(store, header, resume=True):
             return
-    problem = machine_problem(spec, available_memory())
+    # In a cluster, memory is that of its nodes: cluster/placement.py.
+    problem = None if address.value else machine_problem(spec, available_memory())
     if problem := problem or hosts_problem(spec, encrypted=bool(tls_folder)):
         raise experiment.loaded.error([problem])
-    fleet = ray_actors.Fleet(_places(spec, header.libvirt_uri, tls_folder))
+    fleet = Fleet(
+        address,
+        host_places(spec, header.libvirt_uri, tls_folder, in_cluster=bool(address.value)),
+        libvirt_uri=header.libvirt_uri,
+        wait_s=spec.timeouts.nodes_s,
+        say=view.waiting,
+    )
     view.starting(header, experiment.trials, experiment.kept)
     about = {"run": header.run_id, "spec": spec.name, "hosts": len(host_names(spec))}
     _log.info("run begun", extra=fields(**about, trials=len(to_run), kept=len(experiment.kept)))
@@ -281,13 +301,13 @@ def _is_enough(header: RunHeader, store: Store, view: View) -> bool:
 def _run_trial(
     spec: Spec,
     trial: Trial,
-    fleet: ray_actors.Fleet,
+    fleet: Fleet,
     writer: RunWriter,
     view: View,
     check: Callable[[], None],
 ) -> TrialStatus:
-    tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
-    writer.begin_trial(trial)
+    tasks = host_tasks(spec, trial)
+    writer.begin_trial(trial, fleet.prepare())
     view.trial_started(trial)
     _log.info("trial begun", extra=fields(trial=trial.trial_id))
     outcome = store_records(writer, tasks, fleet.run_trial(tasks, check), view.record)
@@ -303,60 +323,46 @@ def _run_trial(
 def store_records(
     writer: RunWriter,
     tasks: Mapping[str, HostTask],
-    records: Iterable[Record],
+    batches: Iterable[Sequence[Record]],
     seen: Callable[[Record], None] = lambda _: None,
 ) -> TrialOutcome:
     """Store the records of the open trial; compute, store and return its outcome.
 
     :param writer: has an open trial (`begin_trial`).
-    :param records: of all hosts; the trial has ended when this iterable ends.
+    :param batches: of records of all hosts; the trial has ended when this iterable ends.
     :param seen: called with each record after it was stored.
     """
     events: defaultdict[str, list[Event]] = defaultdict(list)
-    for record in records:
-        writer.append(record)
-        seen(record)
-        if not isinstance(record, Samples):
-            events[record.host].append(record)
-    hosts = [host_outcome(task, events[host], writer.series(host)) for host, task in tasks.items()]
-    outcome = trial_outcome(hosts)
+    for batch in batches:
+        writer.append(batch)
+        for record in batch:
+            seen(record)
+            if not isinstance(record, Samples):
+                events[record.host].append(record)
+    outcome = trial_outcome(
+        [
+            host_outcome(tasks[host], events[host], series)
+            for host, series in writer.series(list(tasks))
+        ]
+    )
     writer.end_trial(outcome)
     return outcome
 
 
-def _places(spec: Spec, libvirt_uri: str, tls_folder: str) -> Mapping[str, HostPlace]:
-    return {
-        name: HostPlace(
-            name=name,
-            driver=spec.driver,
-            memory_needed_bytes=spec.guests.memory_bytes,
-            timeouts=spec.timeouts,
-            logical=_logical(spec, name, libvirt_uri),
-            address=spec.hosts.agents[i] if spec.hosts.agents else "",
-            tls_folder=tls_folder,
-        )
-        for i, name in enumerate(host_names(spec))
-    }
-
-
-def _logical(spec: Spec, name: str, libvirt_uri: str) -> LogicalHost | None:
-    if spec.hosts.memory_bytes is None:
-        return None
-    return LogicalHost(
-        name=name,
-        memory_budget_bytes=spec.hosts.memory_bytes,
-        driver=spec.driver,
-        libvirt_uri=libvirt_uri,
-        start_timeout_s=spec.timeouts.connect_s,
-    )
-
-
-def overrides(driver: str | None, agents: tuple[str, ...]) -> dict[str, object]:
+def overrides(driver: str | None, agents: Sequence[str]) -> dict[str, object]:
     """Return the top-level keys of a spec that options of the command line replace, with the
-    new values."""
+    new values.
+
+    :param agents: values of --host: an address, or ADDRESS,node=NAME.
+    """
     keys: dict[str, object] = {}
     if driver:
         keys["driver"] = driver
     if agents:
-        keys["hosts"] = {"agents": agents}
+        keys["hosts"] = {"agents": tuple(map(_agent, agents))}
     return keys
+
+
+def _agent(text: str) -> str | dict[str, str]:
+    address, node_follows, node = text.rpartition(",node=")
+    return {"address": address, "node": node} if node_follows else text

@@ -1,7 +1,9 @@
-"""Options that several commands share."""
+"""Options that several commands share, and checks of what they were given."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +47,13 @@ tls_option = click.option(
     "[env: HINTFLEET_TLS]",
 )
 
+address_option = click.option(
+    "--address",
+    metavar="ADDR",
+    help="The Ray cluster: HOST:PORT of its GCS, or `auto` for that of this machine; `local`: "
+    "none.  [env: RAY_ADDRESS]",
+)
+
 
 def data_dir_or_default(chosen: Path | None) -> Path:
     """Return the folder with the results: `chosen`, or hintfleet in the XDG data folder."""
@@ -66,3 +75,25 @@ def tls_or_none(folder: str, *, server: bool = False) -> Tls | None:
     from hintfleet.net.tls import Tls
 
     return Tls.read(folder, server=server)
+
+
+def check_names() -> None:
+    """Check that the command line and the current folder can be given to Ray.
+
+    :raises Refused: one of them is not UTF-8, or the folder was removed.
+    """
+    from hintfleet.errors import Refused
+
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:
+        raise Refused("the current folder was removed", hint="change to another one (cd)") from None
+    # Ray sends these names to its GCS as text: `connect` in ray/_private/worker.py (2.60).
+    for name in (*sys.argv, folder):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise Refused(
+                f"{name}: Ray cannot run with a name that is not UTF-8",
+                hint="use a link with another name (ln -s), and run from another folder",
+            ) from error

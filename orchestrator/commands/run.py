@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,6 +15,8 @@ import click
 from hintfleet import logs
 from hintfleet.settings import Driver
 from orchestrator.commands.options import (
+    address_option,
+    check_names,
     data_dir_option,
     data_dir_or_default,
     libvirt_uri_option,
@@ -25,6 +26,7 @@ from orchestrator.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from orchestrator.cluster.ray_cluster import ClusterAddress
     from orchestrator.experiment import Experiment, View
     from orchestrator.results.store.reader import Store
 
@@ -34,6 +36,7 @@ Examples:
   hintfleet run quickstart-vm -o json > result.json
   hintfleet run my.yaml --host unix:/run/hintfleet/host.sock
   hintfleet run my.yaml --host h1.example.org:7070 --tls ~/operator-alice
+  hintfleet run my.yaml --address auto      on the Ray cluster of this machine
   hintfleet run --resume latest
 """
 
@@ -51,9 +54,11 @@ Examples:
     multiple=True,
     metavar="ADDR",
     help="A running host agent (unix:PATH, or HOST:PORT; off loopback, --tls is required), "
-    "instead of the hosts in SPEC. May be repeated.",
+    "instead of the hosts in SPEC. ADDR,node=NAME: it is on that node of the Ray cluster. May be "
+    "repeated.",
 )
 @tls_option
+@address_option
 @click.option(
     "--resume",
     metavar="RUN",
@@ -75,6 +80,7 @@ def run(
     driver: str | None,
     agents: tuple[str, ...],
     tls_folder: str,
+    address: str | None,
     resume: str | None,
     retries: int,
     libvirt_uri: str,
@@ -94,9 +100,12 @@ def run(
     host, or with the Ray actor that controls it, run again too. A run without such trials is
     only shown.
 
-    If the run could need more memory than this machine or a cgroup of this command has,
-    nothing is started and the exit code is 2.
+    Without a Ray cluster (--address), all hosts run on this machine. If they could need more
+    memory than this machine or a cgroup of this command has, nothing is started and the exit
+    code is 2. With a cluster, each host needs that memory on its node; the run waits for more
+    nodes if it must (timeouts: {nodes: 30s} in SPEC). `hintfleet cluster` shows them.
     """
+    from orchestrator.cluster.ray_cluster import cluster_address
     from orchestrator.commands.show_run import print_run
     from orchestrator.experiment import new_experiment, overrides, stored_experiment
     from orchestrator.results.store.reader import Store
@@ -112,13 +121,14 @@ def run(
     # Read here only to find a bad folder before anything is started: the actors read the folder of
     # this name on their own nodes.
     tls_or_none(tls_folder)
-    _check_names()
+    cluster = cluster_address(address, os.environ)
+    check_names()
     interrupts = Interrupts()
     with Store(data_dir_or_default(data_dir)) as store:
         if resume is not None:
             experiment = stored_experiment(store, store.find_run(resume), libvirt_uri)
         run_id = experiment.header.run_id
-        ray_wrote = _run(experiment, store, retries, tls_folder, interrupts)
+        ray_wrote = _run(experiment, store, cluster, retries, tls_folder, interrupts)
         code = print_run(store, store.find_run(run_id), output_format)
     if ray_wrote:
         log = _log(run_id, store.folder)
@@ -127,39 +137,22 @@ def run(
     return code
 
 
-def _check_names() -> None:
-    """Check that the command line and the current folder can be given to Ray.
-
-    :raises Refused: one of them is not UTF-8, or the folder was removed.
-    """
-    from hintfleet.errors import Refused
-
-    try:
-        folder = os.getcwd()
-    except FileNotFoundError:
-        raise Refused("the current folder was removed", hint="change to another one (cd)") from None
-    # Ray sends these names to its GCS as text: `connect` in ray/_private/worker.py (2.60).
-    for name in (*sys.argv, folder):
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise Refused(
-                f"{name}: Ray cannot run with a name that is not UTF-8",
-                hint="use a link with another name (ln -s), and run from another folder",
-            ) from error
-
-
 def _run(
-    experiment: Experiment, store: Store, retries: int, tls_folder: str, interrupts: Interrupts
+    experiment: Experiment,
+    store: Store,
+    cluster: ClusterAddress,
+    retries: int,
+    tls_folder: str,
+    interrupts: Interrupts,
 ) -> bool:
     """Run an experiment, if it has trials left; if it is cut off, say how to resume it.
 
     :returns: whether Ray wrote anything into the run's log during this call.
     """
     from hintfleet.errors import HintfleetError
+    from orchestrator.cluster.stray_output import stray_output_to
     from orchestrator.commands.show_run import print_resume_hint
     from orchestrator.experiment import run_experiment
-    from orchestrator.trial.stray_output import stray_output_to
 
     run_id = experiment.header.run_id
     if experiment.is_over:
@@ -173,7 +166,15 @@ def _run(
             logs.written_to(terminal),
             _view(terminal) as view,
         ):
-            run_experiment(experiment, store, view, retries, tls_folder, interrupts.check)
+            run_experiment(
+                experiment,
+                store,
+                view,
+                address=cluster,
+                retries=retries,
+                tls_folder=tls_folder,
+                check=interrupts.check,
+            )
     except HintfleetError as error:
         if _size(log) > size_before:
             error.hint += f"{'; ' if error.hint else ''}read Ray's log: {log}"

@@ -34,13 +34,14 @@ def runs(limit: int, data_dir: Path | None, output_format: str) -> None:
     print_resume_hint([run.run_id for run in found if run.was_cut_off])
 
 
-@click.command(short_help="Show one run: its savings and its trials.")
+@click.command(short_help="Show one run: its savings, its trials, and where its hosts ran.")
 @click.argument("run", default="latest")
 @click.option("--spec", "only_spec", is_flag=True, help="Print only the spec of the run.")
 @data_dir_option
 @output_option
 def show(run: str, only_spec: bool, data_dir: Path | None, output_format: str) -> int:
-    """Show one run: the memory that its arms used and saved, and its trials.
+    """Show one run: the memory that its arms used and saved, its trials, and on which nodes
+    of a Ray cluster its hosts ran.
 
     RUN is an id, a unique part of an id, or `latest`. The exit code is that of the run:
     1 if it failed, 3 if it is undecided, 130 if it was interrupted.

@@ -30,7 +30,8 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
     Also print on stderr what would decide trials that have no figures; and with JSON and YAML, why
     the run is undecided, and whether it has its precision.
 
-    :param with_trials: also print a table of trials; JSON and YAML contain them in any case.
+    :param with_trials: also print a table of trials, and one of the nodes that the hosts were on;
+        JSON and YAML contain them in any case.
     """
     rows = aggregate(store.footprint_rows(run.run_id), By.FLEET)
     emit(
@@ -111,6 +112,7 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
     from orchestrator.view.answer import capacity_answer, savings_answer
     from orchestrator.view.capacity_table import capacity_summary
     from orchestrator.view.loop_tables import LOOP_NOTE, loop_tables
+    from orchestrator.view.node_tables import places_table
 
     cost_rows = store.cost_rows(run.run_id)
     costs = compare(cost_rows, run.driver)
@@ -126,5 +128,8 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
             parts += [Text(), table]
         parts += [Text(), LOOP_NOTE]
     if with_trials:
-        parts += [Text(), tables.trials(store.trials(run.run_id))]
+        trials = store.trials(run.run_id)
+        parts += [Text(), tables.trials(trials)]
+        if run.nodes:
+            parts += [Text(), places_table(run, trials)]
     return Group(*parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,10 +27,11 @@ class Contents:
 
     `costs`, `loops` and `curves` have their arms in the order of `rows`, but may lack some of them.
     If guests were started one by one, there are only `capacities` and `fills`; else there are
-    neither.
+    neither. `trials` are all attempts.
     """
 
     run: Run
+    trials: Sequence[StoredTrial] = ()
     rows: Sequence[Savings] = ()
     costs: Sequence[ArmCost] = ()
     loops: Sequence[ArmLoops] = ()
@@ -77,12 +78,14 @@ def read_contents(store: Store, run: Run) -> Contents:
     """
     if run.state == "running":
         raise busy_error(run.run_id)
-    trials = [t for t in store.trials(run.run_id) if t.counted and t.status is TrialStatus.DONE]
+    attempts = store.trials(run.run_id)
+    trials = [t for t in attempts if t.counted and t.status is TrialStatus.DONE]
     if not trials:
         raise Refused(f"run {run.run_id} has no trial to show: it is {run.state}")
     if capacity_rows := store.capacity_rows(run.run_id):
         fitted = capacities(capacity_rows)
-        return Contents(run=run, capacities=fitted, fills=list(_fills(store, run, trials)))
+        fills = list(_fills(store, run, trials))
+        return Contents(run=run, trials=attempts, capacities=fitted, fills=fills)
     phases = _phases(store, run, {trial.trial_id for trial in trials})
     marks = mean_marks([begun for hosts in phases.values() for begun in hosts.values()])
     rows = aggregate(store.footprint_rows(run.run_id), By.FLEET)
@@ -90,11 +93,12 @@ def read_contents(store: Store, run: Run) -> Contents:
     for trial in trials:
         hosts = phases[trial.trial_id]
         folder = store.samples_dir(run.run_id) / trial.trial_id
-        guests = {host: list(_series(folder, host)) for host in hosts}
+        guests = _series(folder, list(hosts))
         by_arm[trial.arm].append(resident_in_trial(guests, hosts, marks))
     cost_rows = store.cost_rows(run.run_id)
     return Contents(
         run=run,
+        trials=attempts,
         rows=rows,
         costs=compare(cost_rows, run.driver),
         loops=compare_loops(cost_rows),
@@ -114,14 +118,14 @@ def _fills(store: Store, run: Run, trials: Sequence[StoredTrial]) -> Iterator[Fi
             yield Fill(arm=arm, used_bytes=tuple(fitted.get(at, ())), ran_out=out.get(at))
 
 
-def _series(folder: Path, host: str) -> Iterable[Series]:
-    series = read_series(folder, host)
-    if not series:
+def _series(folder: Path, hosts: Sequence[str]) -> dict[str, list[Series]]:
+    series = read_series(folder, hosts)
+    if missing := [host for host in hosts if host not in series]:
         raise Refused(
-            f"the samples of {host} are missing in {folder}",
+            f"the samples of {missing[0]} are missing in {folder}",
             hint="`hintfleet show` needs no samples: the savings are stored separately",
         )
-    return series.values()
+    return {host: list(series[host].values()) for host in hosts}
 
 
 def _phases(

@@ -22,6 +22,7 @@ from orchestrator.view import tables
 from orchestrator.view.capacity_table import capacity_table
 from orchestrator.view.figures import first_line, when
 from orchestrator.view.loop_tables import LOOP_NOTE, loop_tables
+from orchestrator.view.node_tables import places_table
 from orchestrator.view.precision import outcome
 
 _FITTED = """How many guests had done their workload when the host ran out of memory, all hosts
@@ -57,6 +58,7 @@ def page(contents: Contents) -> str:
         figures=_fitted(contents) if contents.capacities else _saved(contents),
         more="" if contents.capacities else _returned_and_spent(contents),
         spec=escape(run.annotated_spec),
+        nodes=_html_table(places_table(run, contents.trials)),
         environment=_html_table(_environment(run.environment)),
         version=__version__,
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),

@@ -4,7 +4,7 @@ From the fault to the next attempt, in the order of this file:
 
 1. The last record of a host's part of a trial, HostDone, says whether and why that part ended
    early, and whether its host agent was lost (`trial/runner.py`) or its actor died
-   (`trial/ray_actors.py`).
+   (`cluster/fleet.py`).
 2. `host_outcome` computes one host's figures from its records, or says why there are none. The
    host's part is done, undecided or lost. With wrong pages it is undecided, even if HostDone says
    that the host was lost.
@@ -118,7 +118,6 @@ def host_outcome(
     :param series: the samples of the host's guests by name, with cost.COUNTERS; without the
         guests that have no samples.
     """
-    # If the actor dies after the host was done, there are two HostDone: the last one counts.
     done = next((e for e in reversed(events) if isinstance(e, HostDone)), None)
     figures: tuple[TrialFigures, ...] = ()
     reason = done.undecided if done else f"{task.host}: did not finish"

@@ -22,6 +22,7 @@ from hintfleet.settings import (
 )
 from hintfleet.system.machine_limits import Bound
 from hintfleet.units import MIB, format_size
+from orchestrator.spec.memory_needs import needed_bytes
 from orchestrator.spec.model import Arm, Spec, Start
 from orchestrator.spec.phases import Kind
 from orchestrator.spec.values import LONGEST_NAME
@@ -31,7 +32,6 @@ from orchestrator.spec.workload import (
     held_during,
     step_count,
     steps_of,
-    total_allocated_bytes,
 )
 
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
@@ -39,13 +39,6 @@ _MAX_ARMS = 100
 _MAX_STEPS = 100_000
 _MAX_PIECES = 1 << 16  # a guest's workload takes some hundred bytes of its own for each
 _FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload"
-
-_EMBEDDED_PROCESS_BYTES = 48 * MIB  # a guest process apart from its RAM: Python and gRPC
-_QEMU_PROCESS_BYTES = 96 * MIB  # QEMU apart from the guest's RAM, TCG's translations included
-# The next three were measured in memory cgroups, and include the program text that is in use.
-_FLEET_BYTES = 480 * MIB  # the command itself and a private Ray cluster
-_ACTOR_BYTES = 64 * MIB  # the Ray actor of one host
-_HOST_AGENT_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,39 +77,6 @@ def usable_bytes(driver: Driver, memory_bytes: int) -> int:
     return memory_bytes - 128 * MIB - memory_bytes // 32
 
 
-def needed_bytes(spec: Spec) -> int:
-    """Return the most bytes of memory that a run can use on this machine at once.
-
-    Counted are the command, Ray and its actors. Unless the spec names host agents, the guests
-    and the host agents of the logical hosts are counted, too.
-    """
-    fleet_bytes = _FLEET_BYTES + spec.hosts.number * _ACTOR_BYTES
-    if spec.hosts.agents:
-        return fleet_bytes
-    agents_bytes = spec.hosts.number * _HOST_AGENT_BYTES
-    return could_become_resident_bytes(spec) + agents_bytes + fleet_bytes
-
-
-def could_become_resident_bytes(spec: Spec) -> int:
-    """Return the most bytes of host memory that all guests of one trial, with their processes, can
-    use at once."""
-    # An embedded guest under `none` keeps each page that it has touched resident, and each
-    # allocation may touch other pages. So the sum of all allocations counts, up to the guest's
-    # memory. For a real guest, all of its memory counts.
-    memory_bytes = spec.guests.memory_bytes
-    if spec.driver is Driver.LIBVIRT:
-        per_guest = memory_bytes + _QEMU_PROCESS_BYTES
-    else:
-        touched = total_allocated_bytes(steps_of(spec), memory_bytes)
-        per_guest = min(touched, memory_bytes) + _EMBEDDED_PROCESS_BYTES
-    per_host = per_guest * spec.guests.per_host
-    if spec.hosts.memory_bytes is not None:
-        # A trial ends when a host's guests use more than its budget. Where no cgroup stops them,
-        # one of them may go on until that is seen.
-        per_host = min(per_host, spec.hosts.memory_bytes + per_guest)
-    return per_host * spec.hosts.number
-
-
 def machine_problem(spec: Spec, available: Bound[int]) -> Problem | None:
     """Return the problem if the available memory is not enough to run the spec; else None."""
     needed = needed_bytes(spec)
@@ -140,8 +100,8 @@ def hosts_problem(spec: Spec, *, encrypted: bool) -> Problem | None:
 
     :param encrypted: whether there is TLS.
     """
-    for i, address in enumerate(spec.hosts.agents):
-        if not encrypted and (problem := plain_text_problem(address)):
+    for i, agent in enumerate(spec.hosts.agents):
+        if not encrypted and (problem := plain_text_problem(agent.address)):
             return Problem(path=("hosts", "agents", i), message=problem, hint=ENCRYPT_HINT)
     return None
 
@@ -299,8 +259,8 @@ def _precision_problems(spec: Spec) -> Iterator[Problem]:
 
 
 def _host_problems(spec: Spec) -> Iterator[Problem]:
-    for i, address in enumerate(spec.hosts.agents):
-        if problem := address_problem(address):
+    for i, agent in enumerate(spec.hosts.agents):
+        if problem := address_problem(agent.address):
             yield Problem(path=("hosts", "agents", i), message=problem)
     budget_bytes = spec.hosts.memory_bytes
     if budget_bytes is not None and spec.guests.memory_bytes > budget_bytes:

@@ -18,6 +18,7 @@ from orchestrator.spec import catalogue
 from orchestrator.spec import checks as spec_checks
 from orchestrator.spec.checks import Problem
 from orchestrator.spec.model import (
+    Agent,
     Arm,
     Guests,
     Hosts,
@@ -39,6 +40,7 @@ _MAX_FILE_BYTES = 1 << 20
 _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
     (): Spec,
     ("hosts",): Hosts,
+    ("hosts", "agents"): Agent,
     ("guests",): Guests,
     ("workload",): Workload,
     ("workload", "phases"): Phase,

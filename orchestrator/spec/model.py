@@ -8,11 +8,12 @@ seconds.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hintfleet.settings import (
     DEFAULT_CHUNK_ORDER,
@@ -42,7 +43,6 @@ from orchestrator.spec.values import (
     ReportPeriodS,
     SamplePeriodS,
     Size,
-    Strings,
     Threshold,
     Values,
     WholePercent,
@@ -51,18 +51,47 @@ from orchestrator.spec.values import (
 )
 
 
+class Agent(Part):
+    """A host agent that runs already; in a spec, its address alone or a mapping.
+
+    :ivar node: the node of a Ray cluster that it is on, by name, hostname or IP address. Needed if
+        only that node can reach the address and the cluster has several nodes; else empty.
+    """
+
+    address: str
+    node: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _address_alone(cls, value: Any) -> Any:
+        return {"address": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _node_is_one_word(self) -> Agent:
+        if re.search(r"[\s,=]", self.node):
+            raise invalid_value(
+                f"{self.node!r} is not the name of a node", "a name has no space, comma or '='"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _address_alone_again(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        # So that a spec without nodes has the hash that it had before there were nodes.
+        return serialize(self) if self.node else self.address
+
+
 class Hosts(Part):
     """The hosts under test.
 
     Either `count` logical hosts on the machines that run the experiment, or the host agents
-    at the addresses `agents`.
+    `agents`.
 
     :ivar memory_bytes: the memory budget of each logical host.
     """
 
     count: int | None = Field(default=None, ge=1, le=1000)
     memory_bytes: Size | None = Field(default=None, alias="memory")
-    agents: Strings = ()
+    agents: tuple[Agent, ...] = ()
 
     @model_validator(mode="after")
     def _one_kind(self) -> Hosts:
@@ -240,8 +269,12 @@ _SETTINGS_OF: dict[Method, set[str]] = {
 
 
 class Timeouts(Part):
-    """Deadlines for starting or reaching a host agent, and for the calls to it."""
+    """Deadlines for starting or reaching a host agent, and for the calls to it.
 
+    :ivar nodes_s: how long to wait until a Ray cluster has nodes for all hosts.
+    """
+
+    nodes_s: DurationS = Field(default=30.0, alias="nodes")
     connect_s: PositiveDurationS = Field(default=30.0, alias="connect")
     create_s: PositiveDurationS = Field(default=180.0, alias="create")
     step_s: PositiveDurationS = Field(default=120.0, alias="step")

@@ -184,7 +184,6 @@ Printable = Annotated[str, AfterValidator(_printable), Field(max_length=1000)]
 Command = Annotated[tuple[Printable, ...], Field(min_length=1, max_length=100)]
 FileName = Annotated[Printable, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=LONGEST_NAME)]
-Strings = tuple[str, ...]
 _T = TypeVar("_T")
 Values = Annotated[tuple[_T, ...], AfterValidator(_different), Field(max_length=10)]
 Repetitions = Annotated[int, Field(ge=1, le=10000)]

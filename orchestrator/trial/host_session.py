@@ -1,52 +1,29 @@
-"""Reaches, uses and releases one host under test, on behalf of its actor."""
+"""Reaches, uses and releases one host under test, in the process of its actor."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from hintfleet.errors import OutcomeUnknown, Refused, TransientError
 from hintfleet.net.tls import Tls
-from hintfleet.settings import Driver
-from hintfleet.system.owned_folders import OwnedFolder
 from hintfleet.units import format_size
 from hintfleet.v1 import host_pb2
-from orchestrator.machine import runtime_dirs
-from orchestrator.spec.model import Timeouts
 from orchestrator.trial.guest_spec import driver_pb2
 from orchestrator.trial.host_client import HostClient
-from orchestrator.trial.host_process import HostProcess, LogicalHost
+from orchestrator.trial.host_place import HostPlace
+from orchestrator.trial.host_process import HostProcess
 from orchestrator.trial.plan import HostTask
-from orchestrator.trial.records import HostDone, Record
+from orchestrator.trial.records import Event, HostDone, HostSamples
 from orchestrator.trial.runner import run_host_task
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostPlace:
-    """How to reach a host: a logical host to start, or the address of a host agent.
-
-    :ivar memory_needed_bytes: the size of one guest; the host's memory budget must not be less.
-    :ivar tls_folder: the operator's TLS folder; empty for plain text. The actor reads it on its own
-        node, because keys are not sent to other nodes.
-    """
-
-    name: str
-    driver: Driver
-    memory_needed_bytes: int
-    timeouts: Timeouts
-    logical: LogicalHost | None = None
-    address: str = ""
-    tls_folder: str = ""
 
 
 class HostSession:
     """Owns the client of a host agent and, for a logical host, the host agent's process."""
 
-    def __init__(self, place: HostPlace, folder: Path | None) -> None:
-        """:param folder: for the files of a logical host; None: `open` creates one on this node."""
+    def __init__(self, place: HostPlace, folder: Path) -> None:
+        """:param folder: for the files of a logical host, which creates and removes it."""
         self._folder = folder
-        self._own_folder: OwnedFolder | None = None
         self._place = place
         self._process: HostProcess | None = None
         self._client: HostClient | None = None
@@ -54,8 +31,7 @@ class HostSession:
     async def open(self, wait: bool = False) -> None:
         """Reach the host, and check that it can run the guests.
 
-        After a failure the session is closed: a logical host that was started is stopped, and its
-        folder is removed.
+        After a failure the session is closed, and a logical host that was started is stopped.
 
         :param wait: wait for a host agent that does not listen yet.
         :raises Refused: the host cannot run the guests; says why and what to do.
@@ -73,17 +49,11 @@ class HostSession:
         place = self._place
         address = place.address
         if place.logical is not None:
-            self._process = await HostProcess.start(place.logical, self._host_folder())
+            self._process = await HostProcess.start(place.logical, self._folder)
             address = self._process.address
         tls = Tls.read(place.tls_folder, server=False) if place.tls_folder else None
         self._client = HostClient(address, place.timeouts, tls)
         self._check(await self._client.get_host(driver_pb2(place.driver), wait))
-
-    def _host_folder(self) -> Path:
-        if self._folder is not None:
-            return self._folder
-        self._own_folder = self._own_folder or runtime_dirs().make()
-        return self._own_folder.path / self._place.name
 
     def _check(self, host: host_pb2.Host) -> None:
         place = self._place
@@ -104,8 +74,8 @@ class HostSession:
                 return
         raise Refused(f"{place.name} has no {place.driver} driver")
 
-    async def run(self, task: HostTask) -> AsyncIterator[Record]:
-        """Run this host's part of a trial; yield its records.
+    async def run(self, task: HostTask) -> AsyncIterator[Event | HostSamples]:
+        """Run this host's part of a trial; yield its events and samples.
 
         If the host was lost in an earlier trial, first start its logical host again, or wait
         until the host agent at its address can be reached.
@@ -142,7 +112,7 @@ class HostSession:
     async def close(self) -> None:
         """Close the client, so that the host agent ends the trial's guests; stop a logical host.
 
-        Removes the folder that `open` created. May be called twice.
+        May be called twice.
         """
         # Set to None before anything is closed: a second call, or one after an error here, must
         # not close the same things again.
@@ -152,6 +122,3 @@ class HostSession:
             await client.aclose()
         if process is not None:
             await process.stop()
-        if self._own_folder is not None:
-            self._own_folder.remove()
-            self._own_folder = None

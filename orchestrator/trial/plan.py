@@ -98,9 +98,13 @@ def host_names(spec: Spec) -> tuple[str, ...]:
     return tuple(f"host{i + 1}" for i in range(spec.hosts.number))
 
 
-def host_task(spec: Spec, trial: Trial, host: str) -> HostTask:
-    """Return one host's part of a trial."""
+def host_tasks(spec: Spec, trial: Trial) -> dict[str, HostTask]:
+    """Return each host's part of a trial, by the host's name."""
     steps = steps_of(spec)
+    return {host: _host_task(spec, trial, host, steps) for host in host_names(spec)}
+
+
+def _host_task(spec: Spec, trial: Trial, host: str, steps: tuple[Step, ...]) -> HostTask:
     names = [f"{host}-guest{i + 1}" for i in range(spec.guests.per_host)]
     return HostTask(
         trial=trial,

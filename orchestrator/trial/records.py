@@ -1,5 +1,6 @@
-"""Defines the records of a trial. A host's runner yields them; if its actor dies, the orchestrator
-makes the host's last record, HostDone.
+"""Defines the records of a trial. A host's runner yields events and sample sets; its actor turns
+the sample sets of all its hosts into Samples. If the actor dies, the orchestrator makes the last
+record of each of its hosts, HostDone.
 
 `at_unix_us` is a time in microseconds since 1970: of the host's clock in Samples, StepDone and
 HostRanOut, of the orchestrator's clock in the HostDone of an actor that died, and of the actor's
@@ -18,7 +19,7 @@ from hintfleet.sketch import Sketch
 from hintfleet.v1 import host_pb2
 
 # Columns of the stored samples, and how each is read from a sample. All are uint64. `columns_of`
-# adds four more columns.
+# adds five more columns.
 _COLUMNS: dict[str, Callable[[host_pb2.Sample], int]] = {
     "provisioned_bytes": lambda s: s.ledger.provisioned_bytes,
     "resident_bytes": lambda s: s.ledger.resident_bytes,
@@ -38,18 +39,27 @@ _COLUMNS: dict[str, Callable[[host_pb2.Sample], int]] = {
     "guest_free_bytes": lambda s: s.guest_free_bytes,
     "process_cpu_us": lambda s: s.process_cpu_us,
 }
+_OF_SETS = {"at_unix_us": np.int64, "host_agent_cpu_us": np.uint64, "observing_cpu_us": np.uint64}
+"""Columns whose values all samples of a set share, with their types; fields of SampleSet."""
 Columns = dict[str, "np.ndarray[Any, Any]"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
-    """Samples of a host's guests: one row per guest and time.
+class HostSamples:
+    """One sample set as a host agent sent it."""
 
-    :ivar columns: `at_unix_us`, `guest`, `host_agent_cpu_us`, `observing_cpu_us`, and the
+    host: str
+    samples: host_pb2.SampleSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Samples of guests on any number of hosts: one row per guest and time.
+
+    :ivar columns: `host`, `guest`, `at_unix_us`, `host_agent_cpu_us`, `observing_cpu_us`, and the
         columns of the ledger and telemetry.
     """
 
-    host: str
     trial_id: str
     columns: Columns
 
@@ -197,15 +207,17 @@ Event = PhaseStarted | StepDone | GuestSettled | GuestFits | HostRanOut | GuestE
 Record = Samples | Event
 
 
-def columns_of(sets: Sequence[host_pb2.SampleSet]) -> Columns:
+def columns_of(sets: Sequence[HostSamples]) -> Columns:
     """Convert sample sets into columns, with one row per sample."""
-    rows = [(a, sample) for a in sets for sample in a.samples]
+    samples = [sample for host in sets for sample in host.samples.samples]
+    counts = [len(host.samples.samples) for host in sets]
     columns: Columns = {
-        "at_unix_us": np.array([a.at_unix_us for a, _ in rows], dtype=np.int64),
-        "guest": np.array([sample.guest_name for _, sample in rows], dtype=object),
-        "host_agent_cpu_us": np.array([a.host_agent_cpu_us for a, _ in rows], dtype=np.uint64),
-        "observing_cpu_us": np.array([a.observing_cpu_us for a, _ in rows], dtype=np.uint64),
+        "host": np.repeat(np.array([host.host for host in sets], dtype=object), counts),
+        "guest": np.array([sample.guest_name for sample in samples], dtype=object),
     }
+    for name, kind in _OF_SETS.items():
+        values = np.array([getattr(host.samples, name) for host in sets], dtype=kind)
+        columns[name] = np.repeat(values, counts)
     for name, value in _COLUMNS.items():
-        columns[name] = np.array([value(sample) for _, sample in rows], dtype=np.uint64)
+        columns[name] = np.array([value(sample) for sample in samples], dtype=np.uint64)
     return columns

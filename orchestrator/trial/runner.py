@@ -28,14 +28,11 @@ from orchestrator.trial.records import (
     GuestFits,
     GuestSettled,
     HostDone,
+    HostSamples,
     PhaseStarted,
-    Record,
-    Samples,
-    columns_of,
 )
 from orchestrator.trial.steps import hold_request, step_done, step_request
 
-_FLUSH_PERIOD_S = 0.25
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
 _WATCH_BREAKS_WITHIN_S = 0.5
 # How long to wait, beside two periods, for samples before and after the measured window. The
@@ -44,8 +41,8 @@ _WATCH_BREAKS_WITHIN_S = 0.5
 _SAMPLE_TIMEOUT_S = 10.0
 
 
-async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Record]:
-    """Run one host's part of a trial; yield its records, the last one a HostDone.
+async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Event | HostSamples]:
+    """Run one host's part of a trial; yield its events and samples, the last one a HostDone.
 
     If a guest or the host agent is lost, or a command fails in another way, the part ends early,
     and HostDone says why. If the iterator is closed early, the host agent ends the guests.
@@ -72,7 +69,7 @@ class StepFailed(HintfleetError):
 
 class _TrialRunner:
     def __init__(self, client: HostClient, task: HostTask) -> None:
-        self.records: asyncio.Queue[Record | None] = asyncio.Queue()
+        self.records: asyncio.Queue[Event | HostSamples | None] = asyncio.Queue()
         self._client = client
         self._task = task
         self._spec: Spec = task.spec
@@ -159,33 +156,15 @@ class _TrialRunner:
         return ""
 
     async def _watch(self) -> None:
-        # The samples of 0.25 s become one record: each record that an actor yields becomes an
-        # object in Ray, and each object has a cost.
         stream = self._client.watch(self._trial.trial_id, self._spec.sample_period_s)
-        buffered: list[host_pb2.SampleSet] = []
-        flushed_at = time.monotonic()
-        try:
-            async for samples in stream:
-                self._watching.set()
-                buffered.append(samples)
-                self._budget.take(samples)
-                made_us = samples.at_unix_us
-                self._sampled_us |= dict.fromkeys((s.guest_name for s in samples.samples), made_us)
-                self._sample_came.set()
-                if time.monotonic() - flushed_at >= _FLUSH_PERIOD_S:
-                    self._flush(buffered)
-                    flushed_at = time.monotonic()
-            raise TransientError(f"{self._task.host}: the host agent ended the samples")
-        finally:
-            self._flush(buffered)
-
-    def _flush(self, buffered: list[host_pb2.SampleSet]) -> None:
-        columns = columns_of(buffered)
-        buffered.clear()
-        if len(columns["guest"]):
-            self._post(
-                Samples(host=self._task.host, trial_id=self._trial.trial_id, columns=columns)
-            )
+        async for samples in stream:
+            self._watching.set()
+            self._post(HostSamples(host=self._task.host, samples=samples))
+            self._budget.take(samples)
+            made_us = samples.at_unix_us
+            self._sampled_us |= dict.fromkeys((s.guest_name for s in samples.samples), made_us)
+            self._sample_came.set()
+        raise TransientError(f"{self._task.host}: the host agent ended the samples")
 
     async def _script(self) -> None:
         # The host agent makes no guest while no watch of the guest's trial is open.
@@ -373,7 +352,7 @@ class _TrialRunner:
             )
         )
 
-    def _post(self, record: Samples | Event) -> None:
+    def _post(self, record: Event | HostSamples) -> None:
         self.records.put_nowait(record)
 
 

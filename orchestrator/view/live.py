@@ -45,7 +45,7 @@ class LiveView:
             refresh_per_second=_FRAMES_PER_S,
             transient=True,
             # By default Rich replaces sys.stdout and sys.stderr. That is not needed: during a run
-            # both go to a file (orchestrator/trial/stray_output.py), and nothing else writes to
+            # both go to a file (orchestrator/cluster/stray_output.py), and nothing else writes to
             # this terminal.
             redirect_stdout=False,
             redirect_stderr=False,
@@ -64,6 +64,9 @@ class LiveView:
         if header.spec.left_out:
             self._console.print(left_out_note(header.spec), style="dim", highlight=False)
         self._live.start()
+
+    def waiting(self, reason: str) -> None:
+        self._console.print(Text(reason, style="yellow"))
 
     def trial_started(self, trial: Trial) -> None:
         if self._progress:
@@ -114,6 +117,9 @@ class PlainView:
             count = _trials(self._progress)
             self._say(f"{len(kept)} of {count} trials have their results and are kept")
         self._say(f"run {header.run_id}: starting hosts")
+
+    def waiting(self, reason: str) -> None:
+        self._say(reason)
 
     def trial_started(self, trial: Trial) -> None:
         if self._progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -110,12 +111,17 @@ class Progress:
             host.phase, host.phases_begun = "starting guests", 0
 
     def record(self, record: Record) -> None:
-        host = self.hosts.setdefault(record.host, HostProgress())
         if isinstance(record, PhaseStarted):
+            host = self._host(record.host)
             host.phase = record.title
             host.phases_begun += 1
         elif isinstance(record, Samples):
-            _add_samples(host, record)
+            hosts = record.columns["host"]
+            for name in dict.fromkeys(hosts):
+                _add_samples(self._host(name), record, hosts == name)
+
+    def _host(self, name: str) -> HostProgress:
+        return self.hosts.setdefault(name, HostProgress())
 
     def trial_ended(self, trial: Trial, undecided: bool, now_s: float) -> None:
         self._undecided_by_position[trial.position] = undecided
@@ -169,12 +175,13 @@ class Progress:
         return left_s(self.least_trials), left_s(len(self.trials))
 
 
-def _add_samples(host: HostProgress, samples: Samples) -> None:
+def _add_samples(host: HostProgress, samples: Samples, rows: np.ndarray[Any, Any]) -> None:
+    """:param rows: which of the samples are those of the host's guests."""
     # A batch has several times, and for each time a row per guest: np.add.at sums these rows.
     # `sums[0][inverse] += ...` would add only one of the rows with the same index.
-    times, inverse = np.unique(samples.columns["at_unix_us"], return_inverse=True)
+    times, inverse = np.unique(samples.columns["at_unix_us"][rows], return_inverse=True)
     sums = np.zeros((2, len(times)), dtype=np.uint64)
-    np.add.at(sums[0], inverse, samples.columns["resident_bytes"])
-    np.add.at(sums[1], inverse, samples.columns["provisioned_bytes"])
+    np.add.at(sums[0], inverse, samples.columns["resident_bytes"][rows])
+    np.add.at(sums[1], inverse, samples.columns["provisioned_bytes"][rows])
     host.resident_bytes.extend(int(value) for value in sums[0])
     host.provisioned_bytes = max(host.provisioned_bytes, int(sums[1].max(initial=0)))

@@ -12,7 +12,7 @@ import pytest
 
 from hintfleet.units import MIB, format_size
 from orchestrator.spec import file as spec_file
-from orchestrator.spec.checks import needed_bytes
+from orchestrator.spec.memory_needs import needed_bytes
 from tests.support.agents import wait_until
 from tests.support.lab import Lab, made_lab, result
 

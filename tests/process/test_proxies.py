@@ -62,7 +62,7 @@ def test_a_run_on_this_machine(lab: Lab) -> None:
 
 def test_a_run_on_a_ray_cluster(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_grpc_enable_http_proxy")
-    with ray_cluster(lab, nodes=1) as cluster:
+    with ray_cluster(lab, "head") as cluster:
         for name, value in cluster.environment.items():
             monkeypatch.setenv(name, value)
         assert result(lab.run("run", lab.spec(SPEC), "-o", "json"))["state"] == "done"

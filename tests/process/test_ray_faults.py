@@ -1,6 +1,5 @@
 """If no Ray cluster answers, or a process of a run's private Ray dies, the run ends with one error.
-If a node of a cluster dies, only a trial is lost. Ray's own output goes to a file, not to
-stderr."""
+Ray's own output goes to a file, not to stderr."""
 
 import os
 import signal
@@ -18,7 +17,6 @@ import pytest
 
 from tests.support.agents import wait_until
 from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, wait_for_line
-from tests.support.ray_cluster import ray_cluster
 
 SPEC = """\
 name: tiny
@@ -95,34 +93,6 @@ def test_an_address_where_no_ray_cluster_answers(
     assert error.startswith(f"error: no Ray cluster answers at RAY_ADDRESS={address}: ")
     assert hint.startswith("  try: ")
     lab.check_nothing_is_left()
-
-
-def check_said(lab: Lab, err: str, starts: tuple[str, ...]) -> None:
-    """Check that every line of `err` begins with one of `starts`, and that `err` names a file with
-    Ray's output."""
-    assert not [line for line in err.splitlines() if line and not line.startswith(starts)]
-    (log,) = lab.folder.glob("hintfleet/logs/*.log")
-    assert str(log) in err
-    assert log.read_text()
-
-
-def test_a_node_that_dies_costs_a_trial(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ray_cluster(lab, nodes=2) as cluster:
-        for name, value in cluster.environment.items():
-            monkeypatch.setenv(name, value)
-        with lab.started("run", lab.spec(SPEC)) as process:
-            wait_for_line(process, "trial 1 ")
-            assert cluster.actors(lab) == [2, 2]
-            os.kill(cluster.raylets[1], signal.SIGKILL)
-            out, err = process.communicate(timeout=RUN_TIMEOUT_S)
-    assert process.returncode == 0, err
-    assert "none" in out
-    assert "its actor died" in next(line for line in err.splitlines() if line.startswith("lost: "))
-    check_said(
-        lab,
-        err,
-        ("lost: ", "trial ", "warning: ", "stored in ", "next: ", "      hintfleet report "),
-    )
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import venv
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.agents import HANG_S, wait_until
 from tests.support.lab import Lab, parent_pid
 
-_RAY = Path(sys.executable).with_name("ray")
 _ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -36,51 +38,103 @@ while ray.cluster_resources().get("CPU", 0) < int(sys.argv[2]):
 """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RayCluster:
     """A running cluster.
 
-    :ivar environment: the variables with which a program uses the cluster.
-    :ivar raylets: process ids, the head's first.
+    :ivar prefixes: by node, words before its commands: a program that starts them elsewhere.
+    :ivar raylets: process ids by the name of the node; the first is the head.
     """
 
-    environment: dict[str, str]
-    raylets: list[int]
+    lab: Lab
+    head_address: str
+    raylets: dict[str, int] = field(default_factory=dict)
+    prefixes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _stack: ExitStack
 
-    def actors(self, lab: Lab) -> list[int]:
-        """Return the number of our actors on each node, in the order of `raylets`."""
-        parents = list(map(parent_pid, lab.find("ray::_HostActor")))
-        return [parents.count(raylet) for raylet in self.raylets]
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables with which a program uses the cluster."""
+        return _ENVIRONMENT | {"RAY_ADDRESS": self.head_address}
+
+    def add(
+        self,
+        name: str,
+        *options: str,
+        python: str = sys.executable,
+        prefix: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start a node, the head if it is the first; return when the cluster knows it.
+
+        :param options: more options of `ray start`.
+        :param python: runs Ray there.
+        """
+        where = self._head_options() if not self.raylets else (f"--address={self.head_address}",)
+        command = (*prefix, python, "-m", "ray.scripts.scripts", "start", f"--node-name={name}")
+        variables = self.lab.environment | _ENVIRONMENT | dict(environment or {})
+        log = self.lab.folder / f"ray-{name}.log"
+        before = set(self.lab.find("raylet/raylet "))
+        self._stack.enter_context(_node((*command, *where, *_NODE, *options), variables, log))
+        (self.raylets[name],) = set(self.lab.find("raylet/raylet ")) - before
+        self.prefixes[name] = prefix
+        self._wait_until_known()
+
+    def _head_options(self) -> tuple[str, ...]:
+        return (
+            *("--head", f"--port={self.head_address.rpartition(':')[2]}"),
+            *(f"--temp-dir={self.lab.temporary}/ray", "--include-dashboard=false"),
+            f"--ray-client-server-port={_free_port()}",
+        )
+
+    def _wait_until_known(self) -> None:
+        # Until the head's scheduler knows all nodes, which may be later than their start.
+        head = next(iter(self.prefixes.values()))
+        script = (sys.executable, "-c", _WAIT_FOR_NODES, self.head_address, str(len(self.raylets)))
+        variables = self.lab.environment | _ENVIRONMENT
+        subprocess.run([*head, *script], env=variables, check=True, timeout=HANG_S)
+
+    def kill(self, name: str) -> None:
+        """Kill the raylet of a node. The processes that it had started end as well."""
+        os.kill(self.raylets.pop(name), signal.SIGKILL)
+
+    def actors(self) -> dict[str, int]:
+        """Return the number of our actors on each node."""
+        parents = list(map(parent_pid, self.lab.find("ray::_HostActor")))
+        return {name: parents.count(raylet) for name, raylet in self.raylets.items()}
 
 
 @contextmanager
-def ray_cluster(lab: Lab, nodes: int) -> Iterator[RayCluster]:
-    """Run a cluster until the block ends; its processes carry the lab's mark."""
-    port = _free_port()
-    head: tuple[str, ...] = ("--head", f"--port={port}", f"--temp-dir={lab.temporary}/ray")
-    head = (*head, "--include-dashboard=false", f"--ray-client-server-port={_free_port()}")
-    raylets: list[int] = []
+def ray_cluster(lab: Lab, *nodes: str, head_address: str = "") -> Iterator[RayCluster]:
+    """Run a cluster until the block ends; its processes carry the lab's mark.
+
+    :param nodes: their names.
+    :param head_address: HOST:PORT; on loopback if empty.
+    """
     with ExitStack() as stack:
-        for arguments in (head, *[(f"--address=127.0.0.1:{port}",)] * (nodes - 1)):
-            log = lab.folder / f"ray-node-{len(raylets)}.log"
-            stack.enter_context(_node(arguments, lab.environment | _ENVIRONMENT, log))
-            raylets += set(lab.find("raylet/raylet ")) - set(raylets)
-        # Wait until the head's scheduler knows all nodes, which may be later than their start.
-        # Else all actors could be placed on the head, and a test that kills an actor on another
-        # node would not find one.
-        counted = [sys.executable, "-c", _WAIT_FOR_NODES, f"127.0.0.1:{port}", str(nodes)]
-        subprocess.run(counted, env=lab.environment | _ENVIRONMENT, check=True, timeout=HANG_S)
-        yield RayCluster(
-            environment=_ENVIRONMENT | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, raylets=raylets
-        )
+        address = head_address or f"127.0.0.1:{_free_port()}"
+        cluster = RayCluster(lab=lab, head_address=address, _stack=stack)
+        for name in nodes:
+            cluster.add(name)
+        yield cluster
+
+
+def python_without(folder: Path, *packages: str) -> str:
+    """Make a virtual environment in `folder` with all packages of this one but those that begin
+    with these names; return its Python."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    (theirs,) = folder.glob("lib/python*/site-packages")
+    (ours,) = Path(sys.executable).parents[1].glob("lib/python*/site-packages")
+    for entry in ours.iterdir():
+        if not entry.name.lower().startswith(packages):
+            (theirs / entry.name).symlink_to(entry)
+    return str(folder / "bin/python")
 
 
 @contextmanager
-def _node(arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> Iterator[None]:
+def _node(command: tuple[str, ...], environment: dict[str, str], log: Path) -> Iterator[None]:
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [str(_RAY), "start", *arguments, *_NODE], env=environment, stdout=file, stderr=file
-        )
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
         wait_until(lambda: process.poll() is not None or _is_up(log), f"a node of Ray: {log}")
         assert process.poll() is None, log.read_text()

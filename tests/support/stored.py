@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.cluster.nodes import Node
 from orchestrator.experiment import store_records
 from orchestrator.results.cost import COUNTERS
 from orchestrator.results.footprint import Numbers
@@ -16,7 +17,7 @@ from orchestrator.results.store.writer import RunHeader, RunWriter
 from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.model import Spec
-from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
+from orchestrator.trial.plan import HostTask, Trial, host_tasks, plan_trials
 from orchestrator.trial.records import (
     Columns,
     Event,
@@ -32,6 +33,12 @@ from orchestrator.trial.records import (
 
 S = 1_000_000
 MIB = 1 << 20
+NODE = Node(
+    node_id="1a2b",
+    name="rack-1",
+    address="10.0.0.1",
+    environment={"Python": "3.11.2", "ray": "2.60.0", "hintfleet": "0.1.0", "kernel": "Linux 6.1"},
+)
 QUICKSTART = spec_file.load("quickstart").spec
 
 
@@ -91,11 +98,12 @@ def samples(task: HostTask, times_us: Numbers, **values: Numbers) -> Samples:
     """
     names = np.array([guest.name for guest in task.guests], dtype=object)
     columns: Columns = {
+        "host": np.full(len(times_us) * len(names), task.host, dtype=object),
         "at_unix_us": np.repeat(times_us, len(names)),
         "guest": np.tile(names, len(times_us)),
         **{name: column.astype(np.uint64) for name, column in values.items()},
     }
-    return Samples(host=task.host, trial_id=task.trial.trial_id, columns=columns)
+    return Samples(trial_id=task.trial.trial_id, columns=columns)
 
 
 def records_of(
@@ -147,9 +155,9 @@ def store_trial(
     records: Callable[[Mapping[str, HostTask]], Iterable[Record]] = records_of,
 ) -> None:
     """Store a trial whose hosts, by name, have the records that `records` yields. It is done."""
-    tasks = {host: host_task(spec, trial, host) for host in host_names(spec)}
-    writer.begin_trial(trial)
-    assert store_records(writer, tasks, records(tasks)).status is TrialStatus.DONE
+    tasks = host_tasks(spec, trial)
+    writer.begin_trial(trial, dict.fromkeys(tasks, NODE))
+    assert store_records(writer, tasks, [list(records(tasks))]).status is TrialStatus.DONE
 
 
 def store_run(
@@ -183,9 +191,9 @@ def store_filled_run(folder: Path, run_id: str = "run1", fitting: int = 5) -> No
     header = RunHeader(run_id=run_id, spec=spec, spec_text="", summary="a test")
     with Store(folder) as store, RunWriter(store, header) as writer:
         for trial in plan_trials(spec, run_id):
-            task = host_task(spec, trial, "host1")
-            writer.begin_trial(trial)
-            store_records(writer, {"host1": task}, _filling(task, fitting))
+            task = host_tasks(spec, trial)["host1"]
+            writer.begin_trial(trial, {"host1": NODE})
+            store_records(writer, {"host1": task}, [list(_filling(task, fitting))])
 
 
 def _filling(task: HostTask, fitting: int) -> Iterator[Event]:

@@ -94,6 +94,12 @@ _MIGRATIONS = (
     """
     ALTER TABLE runs ADD COLUMN precision TEXT NOT NULL DEFAULT 'null';
     """,
+    # nodes: the nodes.Node of each node that hosts of the run ran on, by Ray's id.
+    # places: by host, the id of the node that the host ran on in this trial.
+    """
+    ALTER TABLE runs ADD COLUMN nodes TEXT NOT NULL DEFAULT '{}';
+    ALTER TABLE trials ADD COLUMN places TEXT NOT NULL DEFAULT '{}';
+    """,
 )
 
 

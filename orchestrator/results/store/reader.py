@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hintfleet.errors import InvalidInput
+from orchestrator.cluster.nodes import Node
 from orchestrator.results.capacity import CapacityRow
 from orchestrator.results.comparison import CostRow
 from orchestrator.results.precision import Precision
@@ -43,6 +44,7 @@ class Run:
     :ivar state: running, done, failed, undecided or interrupted.
     :ivar summary: the size of the experiment, in one line.
     :ivar ended_unix_us: 0 while the run runs.
+    :ivar nodes: those that its hosts ran on, by the ids in `StoredTrial.places`.
     :ivar overrides: the top-level keys of the spec that options of the command line replaced,
         with their new values.
     :ivar precision: None if the number of repetitions is fixed.
@@ -59,6 +61,7 @@ class Run:
     ended_unix_us: int
     state: str
     reason: str
+    nodes: dict[str, Node] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     libvirt_uri: str = ""
@@ -75,7 +78,7 @@ class Run:
         driver, agents = self.overrides.get("driver"), self.overrides.get("hosts", {}).get("agents")
         return (
             *(("--driver", driver) if driver else ()),
-            *(word for address in agents or () for word in ("--host", address)),
+            *(word for agent in agents or () for word in ("--host", _host_option(agent))),
         )
 
     @property
@@ -100,6 +103,7 @@ class StoredTrial:
     :ivar undecided: the reason of its TrialOutcome: empty if the trial is done or has not ended.
     :ivar lost: whether the status of its TrialOutcome is LOST.
     :ivar counted: whether this is the last attempt at the trial; figures use only last attempts.
+    :ivar places: by host, the id of the node that the host ran on (`Run.nodes`).
     :ivar sample_count: how many samples are safely on disk.
     """
 
@@ -113,6 +117,7 @@ class StoredTrial:
     attempt: int = 1
     lost: bool = False
     counted: bool = True
+    places: dict[str, str] = field(default_factory=dict)
     sample_count: int = 0
 
     @property
@@ -303,13 +308,19 @@ class Store(AbstractContextManager["Store"]):
                     os.close(fd)
 
 
+def _host_option(agent: str | dict[str, str]) -> str:
+    return agent if isinstance(agent, str) else f"{agent['address']},node={agent['node']}"
+
+
 def _run(row: sqlite3.Row) -> Run:
     values = {name: row[name] for name in Run.__dataclass_fields__}
     environment = json.loads(values["environment"])
     overrides = json.loads(values["overrides"], object_hook=_with_tuples)
+    nodes = {node_id: Node(**facts) for node_id, facts in json.loads(row["nodes"]).items()}
     decoded = {
         "environment": environment,
         "overrides": overrides,
+        "nodes": nodes,
         "precision": precision(row["precision"]),
     }
     return Run(**values | decoded)
@@ -322,4 +333,5 @@ def _with_tuples(stored: dict[str, Any]) -> dict[str, Any]:
 
 def _stored_trial(row: sqlite3.Row) -> StoredTrial:
     values = {name: row[name] for name in StoredTrial.__dataclass_fields__}
-    return StoredTrial(**values | {name: bool(values[name]) for name in ("lost", "counted")})
+    values |= {name: bool(values[name]) for name in ("lost", "counted")}
+    return StoredTrial(**values | {"places": json.loads(values["places"])})

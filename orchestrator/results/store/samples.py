@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,46 +103,47 @@ def parts_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
 
 
-def read_series(folder: Path, host: str, counters: Sequence[str] = ()) -> dict[str, Series]:
-    """Return the samples of a host in a trial by guest, from all parts in `folder`.
+def read_series(
+    folder: Path, hosts: Sequence[str], counters: Sequence[str] = ()
+) -> dict[str, dict[str, Series]]:
+    """Return the samples of these hosts in a trial by host and guest, from all parts in `folder`.
 
-    The result is empty if there are no parts or the host has no samples in them.
+    A host without samples is not in the result.
 
     :param counters: columns to read besides `resident_bytes`.
     :raises Refused: a part is damaged, or cannot be read.
     """
     if not parts_in(folder):
         return {}
-    columns = ", ".join(("guest", "at_unix_us", "resident_bytes", *counters))
+    columns = ", ".join(("host", "guest", "at_unix_us", "resident_bytes", *counters))
     try:
         with path_for_duckdb(folder) as plain, connect() as connection:
             rows = connection.execute(
                 f"SELECT {columns} FROM read_parquet(?) "  # noqa: S608 - names of our own
-                "WHERE host = ? ORDER BY guest, at_unix_us",
-                [f"{plain}/*.parquet", host],
+                "WHERE list_contains(?, host) ORDER BY host, guest, at_unix_us",
+                [f"{plain}/*.parquet", list(hosts)],
             ).fetchnumpy()
     except (OSError, duckdb_error()) as error:
         raise Refused(f"cannot read samples of {folder.name}: {error}") from error
-    # Rows are ordered by guest, so the first index of each name begins its slice.
-    names, starts = np.unique(rows["guest"].astype(str), return_index=True)
-    cuts = [*starts.tolist(), len(rows["guest"])]
-    return {
-        str(name): Series(
+    found: dict[str, dict[str, Series]] = {}
+    host_names, guest_names = rows["host"].astype(str), rows["guest"].astype(str)
+    # Rows are ordered by host and guest: a slice of one guest begins where either name changes.
+    begins = (host_names[1:] != host_names[:-1]) | (guest_names[1:] != guest_names[:-1])
+    cuts = [0, *(np.flatnonzero(begins) + 1).tolist(), len(host_names)]
+    for start, end in pairwise(cuts if len(host_names) else []):
+        found.setdefault(str(host_names[start]), {})[str(guest_names[start])] = Series(
             at_unix_us=rows["at_unix_us"][start:end],
             resident_bytes=rows["resident_bytes"][start:end],
             counters={counter: rows[counter][start:end] for counter in counters},
         )
-        for name, start, end in zip(names, cuts, cuts[1:], strict=False)
-    }
+    return found
 
 
 def _table(batches: Sequence[Samples]) -> Columns:
-    table = {
+    return {
         name: np.concatenate([batch.columns[name] for batch in batches])
         for name in batches[0].columns
     }
-    hosts = [np.full(batch.row_count, batch.host, dtype=object) for batch in batches]
-    return {"host": np.concatenate(hosts), **table}
 
 
 @contextmanager

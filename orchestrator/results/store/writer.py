@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hintfleet.errors import HintfleetError
+from orchestrator.cluster.nodes import Node
 from orchestrator.results.cost import COUNTERS
 from orchestrator.results.footprint import Series
 from orchestrator.results.precision import Precision
@@ -28,11 +29,14 @@ from orchestrator.results.store.samples import PartWriter, read_series
 from orchestrator.results.trial_outcome import TrialFigures, TrialOutcome, TrialStatus
 from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
-from orchestrator.trial.records import Record, Samples
+from orchestrator.trial.records import Event, Record, Samples
 
 # Far more space than SQLite's log needs for the rows that end a run.
 _RESERVE_BYTES = 1 << 20
 RESERVE = "reserve"
+# Each read goes through all parts of a trial; what it returns is in memory at once.
+_HOSTS_PER_READ = 50
+_NO_NODES: Mapping[str, Node] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,57 +110,68 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         finally:
             os.close(self._lock_fd)
 
-    def begin_trial(self, trial: Trial) -> None:
-        """Store the start of a trial. Records can be appended to it until `end_trial`."""
-        self._trial = _OpenTrial(trial, self._folder / trial.trial_id)
-        self._execute(
-            "INSERT INTO trials (trial_id, run_id, position, arm, arm_position, repetition, "
-            "attempt, started_unix_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            trial.trial_id,
-            trial.run_id,
-            trial.position,
-            trial.arm.name,
-            self._header.spec.trial_arms.index(trial.arm),
-            trial.repetition,
-            trial.attempt,
-            _now_us(),
-        )
+    def begin_trial(self, trial: Trial, nodes: Mapping[str, Node] = _NO_NODES) -> None:
+        """Store the start of a trial. Records can be appended to it until `end_trial`.
 
-    def append(self, record: Record) -> None:
-        """Store a record. An event is on disk on return. Samples are buffered; while samples
-        arrive, the buffer is written to disk about every 2 s.
+        :param nodes: where each host runs, by the host's name.
+        """
+        self._trial = _OpenTrial(trial, self._folder / trial.trial_id)
+        facts = {node.node_id: asdict(node) for node in nodes.values()}
+        with self._transaction():
+            self._execute(
+                "INSERT INTO trials (trial_id, run_id, position, arm, arm_position, repetition, "
+                "attempt, started_unix_us, places) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                trial.trial_id,
+                trial.run_id,
+                trial.position,
+                trial.arm.name,
+                self._header.spec.trial_arms.index(trial.arm),
+                trial.repetition,
+                trial.attempt,
+                _now_us(),
+                json.dumps({host: node.node_id for host, node in nodes.items()}),
+            )
+            self._execute(
+                "UPDATE runs SET nodes = json_patch(nodes, ?) WHERE run_id = ?",
+                json.dumps(facts),
+                trial.run_id,
+            )
+
+    def append(self, batch: Sequence[Record]) -> None:
+        """Store records. Events are on disk on return. Samples are buffered; while samples arrive,
+        the buffer is written to disk about every 2 s.
 
         :raises LimitExceeded: the disk is full. Buffered samples may be lost; all that is on disk
             is intact.
         """
         trial = self._open_trial()
-        if isinstance(record, Samples):
-            # Buffered: each host sends samples every 0.25 s (trial/runner.py), and a part costs
-            # a file and two fsyncs.
-            trial.parts.add(record)
-            if trial.parts.is_due:
-                self._flush(trial)
-            return
-        self._execute(
-            "INSERT INTO events (trial_id, host, at_unix_us, kind, detail) VALUES (?, ?, ?, ?, ?)",
-            record.trial_id,
-            record.host,
-            record.at_unix_us,
-            type(record).__name__,
-            json.dumps(asdict(record)),
-        )
+        events = [record for record in batch if not isinstance(record, Samples)]
+        if events:
+            with self._transaction():  # one for all: each transaction waits for the disk
+                for event in events:
+                    self._insert_event(event)
+        # Buffered: each actor sends samples every 0.25 s (trial/host_group.py), and a part costs
+        # a file and two fsyncs.
+        for record in batch:
+            if isinstance(record, Samples):
+                trial.parts.add(record)
+                if trial.parts.is_due:
+                    self._flush(trial)
 
-    def series(self, host: str) -> dict[str, Series]:
-        """Return all samples of a host in the open trial, by guest, with COUNTERS.
+    def series(self, hosts: Sequence[str]) -> Iterator[tuple[str, dict[str, Series]]]:
+        """Yield each of these hosts with its samples in the open trial, by guest, with COUNTERS.
 
-        Stores the buffered samples first.
+        Stores the buffered samples first. 50 hosts are in memory at a time.
 
         :raises LimitExceeded: the disk is full.
         :raises Refused: a part is damaged, or cannot be read.
         """
         trial = self._open_trial()
         self._flush(trial)
-        return read_series(trial.folder, host, COUNTERS)
+        for begin in range(0, len(hosts), _HOSTS_PER_READ):
+            some = hosts[begin : begin + _HOSTS_PER_READ]
+            found = read_series(trial.folder, some, COUNTERS)
+            yield from ((host, found.get(host, {})) for host in some)
 
     def end_trial(self, outcome: TrialOutcome) -> None:
         """Store the trial's figures and its end in one transaction.
@@ -234,6 +249,16 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             "WHERE run_id = ?",
             json.dumps(self._header.environment),
             self._header.run_id,
+        )
+
+    def _insert_event(self, event: Event) -> None:
+        self._execute(
+            "INSERT INTO events (trial_id, host, at_unix_us, kind, detail) VALUES (?, ?, ?, ?, ?)",
+            event.trial_id,
+            event.host,
+            event.at_unix_us,
+            type(event).__name__,
+            json.dumps(asdict(event)),
         )
 
     def _insert_figures(self, trial: _OpenTrial, figures: TrialFigures) -> None:

@@ -64,9 +64,15 @@ def address_problem(address: str) -> str:
 def plain_text_problem(address: str) -> str:
     """Return why `address` is not valid or may not be used without TLS; empty if it may be."""
     problem = address_problem(address)
-    if problem or is_unix(address) or _is_loopback(address.rpartition(":")[0].strip("[]")):
+    if problem or is_local(address):
         return problem
     return f"{address!r} is not on this machine's loopback: plain text is allowed only there"
+
+
+def is_local(address: str) -> bool:
+    """Return whether a valid address is a unix socket or on loopback: only its machine can reach
+    it."""
+    return is_unix(address) or _is_loopback(address.rpartition(":")[0].strip("[]"))
 
 
 def check_address(address: str) -> str:

@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 
 from hintfleet.errors import InvalidInput
-from orchestrator.spec import catalogue
+from orchestrator.spec import catalogue, memory_needs
 from orchestrator.spec import checks as spec_checks
 from orchestrator.spec.file import parse
 from orchestrator.spec.model import Spec, describe
@@ -31,7 +31,7 @@ seed: 1
 """
 _AGENTS = b"""name: b
 driver: libvirt
-hosts: {agents: ['127.0.0.1:50051', 'unix:/run/x']}
+hosts: {agents: ['127.0.0.1:50051', {address: 'unix:/run/x', node: n1}]}
 guests: {per_host: 1, memory: 1GiB}
 workload: {phases: [{allocate: 50%}, {free: 100%, settle: true}, {replay: r, speed: 2}]}
 recordings: [{name: r, time_s: [0, 1.5], used_bytes: [4096, 0]}]
@@ -39,7 +39,7 @@ arms:
   - {name: none, method: none}
   - {name: b, method: balloon, reserve: 10%, step: 5%, kernel_parameters: init_on_alloc=0}
 under: {embedded: {hosts: {count: 1, memory: 1GiB}}}
-timeouts: {connect: 1min}
+timeouts: {connect: 1min, nodes: 5min}
 """
 
 
@@ -79,7 +79,7 @@ def _can_be_used(spec: Spec) -> None:
     assert describe(spec).encode()
     assert len(steps_of(spec)) <= _MOST_STEPS
     assert not list(spec_checks.problems(spec))
-    assert spec_checks.could_become_resident_bytes(spec) > 0
+    assert memory_needs.could_become_resident_bytes(spec) > 0
     with suppress(AttributeError, TypeError, ValueError):  # pydantic raises one of these
         spec.name = "changed"
         raise AssertionError("a spec can be changed")
@@ -97,6 +97,7 @@ TARGET = Target.of(
         *("name:", "driver:", "hosts:", "guests:", "workload:", "phases:", "arms:", "under:"),
         *("precision:", "max_repetitions:"),
         *("timeouts:", "repetitions:", "seed:", "count:", "memory:", "agents:", "per_host:"),
+        *("address:", "node:", "nodes:"),
         *(
             "churn:",
             "fault:",

@@ -19,7 +19,7 @@ from orchestrator.results.store.export import Format, What, export
 from orchestrator.results.store.reader import Store
 from orchestrator.results.store.writer import RunHeader, RunWriter
 from orchestrator.spec import file as spec_file
-from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
+from orchestrator.trial.plan import HostTask, Trial, host_tasks, plan_trials
 from orchestrator.trial.records import HostDone, Samples
 from tests.support.stored import records_of, store_filled_run, store_run, store_trial
 
@@ -31,7 +31,7 @@ Row = dict[str, str]
 
 
 def tasks_of(trial: Trial) -> dict[str, HostTask]:
-    return {host: host_task(SPEC, trial, host) for host in host_names(SPEC)}
+    return host_tasks(SPEC, trial)
 
 
 def samples_of(trial: Trial) -> list[Samples]:
@@ -44,7 +44,7 @@ def store_lost_trial(writer: RunWriter, trial: Trial) -> None:
         for host in tasks_of(trial)
     ]
     writer.begin_trial(trial)
-    store_records(writer, tasks_of(trial), [*samples_of(trial), *lost])
+    store_records(writer, tasks_of(trial), [samples_of(trial), lost])
 
 
 def store_with_faults(folder: Path) -> None:
@@ -57,7 +57,7 @@ def store_with_faults(folder: Path) -> None:
         store_trial(writer, replace(first, attempt=2), SPEC)
         writer.begin_trial(third)
         for samples in samples_of(third):
-            writer.append(samples)
+            writer.append([samples])
         raise KeyboardInterrupt
 
 
@@ -146,7 +146,7 @@ def test_the_format_is_that_of_the_name_or_as_asked(
 
 def test_footprints_with_costs(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     rows = rows_of(ran(folder, capfdbinary, "--what", "footprints")[0])
-    units = len(host_names(SPEC)) + SPEC.guest_count
+    units = SPEC.hosts.number + SPEC.guest_count
     assert len(rows) == 3 * units, "the trial that was cut off has none"
     lost, done = rows[:units], rows[units : 2 * units]
     assert {row["undecided"] for row in lost} == {"gone"}

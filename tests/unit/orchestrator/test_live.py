@@ -25,9 +25,9 @@ def begun(host: str, title: str) -> PhaseStarted:
 def samples(host: str, *resident_mib: int) -> Samples:
     count = len(resident_mib)
     return Samples(
-        host=host,
         trial_id="t",
         columns={
+            "host": np.array([host] * count, dtype=object),
             "at_unix_us": np.arange(count),
             "guest": np.array([f"{host}-guest1"] * count, dtype=object),
             "resident_bytes": np.array(resident_mib, dtype=np.uint64) * MIB,

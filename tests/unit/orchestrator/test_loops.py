@@ -138,7 +138,7 @@ def test_the_store_keeps_what_loops_measured(tmp_path: Path) -> None:
             trial = plan_trials(QUICKSTART, "run1")[0]
             writer.begin_trial(trial)
             stored = replace(step, trial_id=trial.trial_id)
-            writer.append(stored)
+            writer.append([stored])
             figures = TrialFigures(host="host1", guest="", cost=cost)
             writer.end_trial(TrialOutcome(status=TrialStatus.DONE, figures=(figures,)))
         assert [one.cost for one in store.cost_rows("run1")] == [cost]

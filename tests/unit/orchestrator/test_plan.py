@@ -16,7 +16,7 @@ from orchestrator.spec.phases import Kind, Workload
 from orchestrator.spec.values import Amount
 from orchestrator.spec.workload import Step, expand, held_after, steps_of
 from orchestrator.trial.guest_spec import guest_spec
-from orchestrator.trial.plan import host_names, host_task, plan_trials, rounds
+from orchestrator.trial.plan import host_names, host_tasks, plan_trials, rounds
 from orchestrator.trial.steps import hold_request, step_done, step_request
 
 
@@ -86,7 +86,7 @@ def test_guests_do_the_same_in_every_arm_of_a_repetition(seed: int) -> None:
     for trial in plan_trials(made, "run"):
         for host in host_names(made):
             key = trial.repetition, host
-            tasks.setdefault(key, set()).add(host_task(made, trial, host).guests)
+            tasks.setdefault(key, set()).add(host_tasks(made, trial)[host].guests)
     assert all(len(guests) == 1 for guests in tasks.values()), "arms of a repetition form a pair"
     guests = [guest for group in tasks.values() for made_guests in group for guest in made_guests]
     seeds = [step_seed for guest in guests for step_seed in guest.step_seeds]
@@ -94,7 +94,7 @@ def test_guests_do_the_same_in_every_arm_of_a_repetition(seed: int) -> None:
 
 
 def test_a_plan_is_the_same_everywhere() -> None:
-    first = host_task(spec(), plan_trials(spec(), "run")[0], "host1")
+    first = host_tasks(spec(), plan_trials(spec(), "run")[0])["host1"]
     assert first.guests[0].name == "host1-guest1"
     assert first.guests[0].step_seeds[0] == 0x2BD71C83D990F2BE
 
@@ -161,7 +161,7 @@ def test_a_program_may_take_its_time_and_no_other_may_run() -> None:
     request = step_request(make, make.size_bytes(0, 256 * MIB), 1)
     assert list(request.run_program.arguments) == ["make", "-j2", "a file"]
     assert request.run_program.timeout_ms == 600_000
-    task = host_task(real, plan_trials(real, "run")[0], "host1")
+    task = host_tasks(real, plan_trials(real, "run")[0])["host1"]
     assert list(guest_spec(task).programs) == ["make"]
 
 
@@ -251,7 +251,7 @@ def test_a_repeat_that_fills_the_guest_is_refused() -> None:
 )
 def test_what_guests_are_made_of(driver: str, arm: dict[str, str], made: str) -> None:
     only = spec(driver=driver, arms=({"name": "a", **arm},))
-    task = host_task(only, plan_trials(only, "run")[0], "host1")
+    task = host_tasks(only, plan_trials(only, "run")[0])["host1"]
     wanted = text_format.Parse(f"memory_bytes: {256 * MIB} {made}", host_pb2.GuestSpec())
     assert guest_spec(task) == wanted
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -11,8 +12,10 @@ from orchestrator.results.store.writer import RunHeader
 from orchestrator.results.trial_outcome import TrialOutcome, TrialStatus
 from orchestrator.spec.model import Spec, describe
 from orchestrator.trial.plan import plan_trials
+from orchestrator.trial.records import Samples
 from orchestrator.view.live import LiveView, PlainView
 from orchestrator.view.progress import Progress
+from tests.support.stored import phase
 from tests.unit.orchestrator.test_plan import spec
 
 FIXED = spec(repetitions=2)
@@ -82,3 +85,24 @@ def shown_by(view: Callable[[Console], LiveView | PlainView], of: Spec, trials: 
     if isinstance(shows, LiveView):
         shows.close()
     return out.getvalue()
+
+
+def test_each_host_gets_its_own_samples() -> None:
+    found = progress(FIXED, 0)
+    rows = [  # host, time, resident bytes; two guests each
+        *[("host1", 1, 10), ("host1", 1, 20), ("host2", 1, 5), ("host2", 1, 6)],
+        *[("host1", 2, 30), ("host1", 2, 40)],
+    ]
+    hosts, times, resident = zip(*rows, strict=True)
+    columns = {
+        "host": np.array(hosts, dtype=object),
+        "at_unix_us": np.array(times, dtype=np.int64),
+        "resident_bytes": np.array(resident, dtype=np.uint64),
+        "provisioned_bytes": np.full(len(rows), 100, dtype=np.uint64),
+    }
+    found.record(Samples(trial_id="t", columns=columns))
+    found.record(phase("free 75 %", 3, "host2"))
+    assert list(found.hosts["host1"].resident_bytes) == [30, 70]
+    assert list(found.hosts["host2"].resident_bytes) == [11]
+    assert found.hosts["host1"].provisioned_bytes == 200
+    assert found.hosts["host2"].phase == "free 75 %"

@@ -10,7 +10,7 @@ from hintfleet.settings import Driver, Method, hinting_parts
 from hintfleet.system.machine_limits import Bound
 from hintfleet.units import GIB, MIB
 from orchestrator.results.store.writer import spec_hash
-from orchestrator.spec import catalogue
+from orchestrator.spec import catalogue, memory_needs
 from orchestrator.spec import checks as spec_checks
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.model import Arm, describe
@@ -156,6 +156,20 @@ def test_a_good_spec() -> None:
         ("memory: 1GiB", "memory: 128MiB", "4:23", "larger than its host"),
         ("count: 2, memory: 1GiB", "agents: ['10.0.0.1']", "3:18", "no address"),
         ("count: 2, memory: 1GiB", "agents: [], memory: 1GiB", "3:1", "either count and memory"),
+        (
+            "count: 2, memory: 1GiB",
+            "agents: [{address: 'unix:/x', on: n1}]",
+            "3:39",
+            "known keys: address, node",
+        ),
+        ("count: 2, memory: 1GiB", "agents: [{node: n1}]", "3:18", "'address' is missing"),
+        (
+            "count: 2, memory: 1GiB",
+            "agents: [{address: 'unix:/x', node: 'a b'}]",
+            "3:18",
+            "not the name of a node",
+        ),
+        ("count: 2, memory: 1GiB", "agents: ['unix:/x', {address: 'unix:/x'}]", "3:1", "twice"),
         ("repetitions: 3", "repetitions: [3", "14:1", "not YAML"),
         ("repetitions: 3", "repetitions: &a 3", None, ""),
         ("name: mine", "name: !foo mine", "1:7", "tags are not supported"),
@@ -397,8 +411,8 @@ def test_all_methods_can_be_compared_under_both_drivers(driver: str) -> None:
 
 def test_more_memory_than_the_machine_has() -> None:
     spec = spec_file.load("quickstart").spec
-    needed = spec_checks.needed_bytes(spec)
-    assert needed > spec_checks.could_become_resident_bytes(spec) >= 6 * 192 * MIB
+    needed = memory_needs.needed_bytes(spec)
+    assert needed > memory_needs.could_become_resident_bytes(spec) >= 6 * 192 * MIB
     assert spec_checks.machine_problem(spec, Bound(value=needed)) is None
     problem = spec_checks.machine_problem(spec, Bound(value=needed - 1, cgroup="/cg"))
     assert problem is not None
@@ -409,12 +423,34 @@ def test_more_memory_than_the_machine_has() -> None:
 
 def test_a_run_with_hosts_elsewhere_needs_memory_here() -> None:
     spec = spec_file.load("quickstart", {"hosts": {"agents": ("127.0.0.1:5",)}}).spec
-    needed = spec_checks.needed_bytes(spec)
+    needed = memory_needs.needed_bytes(spec)
     assert spec_checks.machine_problem(spec, Bound(value=needed)) is None
     problem = spec_checks.machine_problem(spec, Bound(value=needed - 1))
     assert problem is not None
     assert "this command and Ray could need" in problem.message
     assert "on this machine" in problem.message
+
+
+def test_a_host_agent_may_be_on_a_certain_node() -> None:
+    plain = spec_file.load("quickstart", {"hosts": {"agents": ("unix:/x", "h1:5")}}).spec
+    agents = ("unix:/x", {"address": "unix:/x", "node": "n1"}, {"address": "h1:5"})
+    spec = spec_file.load("quickstart", {"hosts": {"agents": agents}}).spec
+    assert [(agent.address, agent.node) for agent in spec.hosts.agents] == [
+        ("unix:/x", ""),
+        ("unix:/x", "n1"),
+        ("h1:5", ""),
+    ]
+    dumped = plain.hosts.model_dump(mode="json")["agents"]
+    assert dumped == ["unix:/x", "h1:5"], "runs that are stored keep their spec's hash"
+    assert spec.hosts.model_dump(mode="json")["agents"][1] == {"address": "unix:/x", "node": "n1"}
+
+
+def test_what_a_host_needs_of_its_node() -> None:
+    spec = spec_file.load("quickstart").spec
+    guests = memory_needs.could_become_resident_bytes(spec)
+    assert spec.hosts.number * memory_needs.host_bytes(spec) > guests
+    agents = spec_file.load("quickstart", {"hosts": {"agents": ("unix:/x",)}}).spec
+    assert memory_needs.host_bytes(agents) <= 2 * MIB, "its guests are on another machine"
 
 
 def test_hosts_elsewhere_need_tls() -> None:

@@ -38,7 +38,7 @@ from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.service.queries import ask_store
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.model import Spec
-from orchestrator.trial.plan import HostTask, Trial, host_names, host_task, plan_trials
+from orchestrator.trial.plan import HostTask, Trial, host_tasks, plan_trials
 from orchestrator.trial.records import Columns, HostDone, Record, Samples, StepDone
 from orchestrator.view.progress import Progress
 from tests.support.stored import guest_records
@@ -66,26 +66,27 @@ def trial_of(
     spec: Spec, run_id: str, index: int, attempt: int = 1
 ) -> tuple[Trial, dict[str, HostTask]]:
     trial = replace(plan_trials(spec, run_id)[index], attempt=attempt)
-    return trial, {host: host_task(spec, trial, host) for host in host_names(spec)}
+    return trial, host_tasks(spec, trial)
 
 
 def samples(task: HostTask, start_s: float, end_s: float, resident_bytes: int) -> Samples:
     times = np.arange(round(start_s * S), round(end_s * S), S // 10, dtype=np.int64)
     names = np.array([guest.name for guest in task.guests], dtype=object)
     columns: Columns = {
+        "host": np.full(len(times) * len(names), task.host, dtype=object),
         "at_unix_us": np.repeat(times, len(names)),
         "guest": np.tile(names, len(times)),
         "resident_bytes": np.full(len(times) * len(names), resident_bytes, dtype=np.uint64),
         **{name: np.repeat(times, len(names)).astype(np.uint64) for name in COUNTERS},
     }
-    return Samples(host=task.host, trial_id=task.trial.trial_id, columns=columns)
+    return Samples(trial_id=task.trial.trial_id, columns=columns)
 
 
 def whole_trial(
     writer: RunWriter, trial: Trial, tasks: dict[str, HostTask], records: Iterable[Record]
 ) -> End:
     writer.begin_trial(trial)
-    outcome = store_records(writer, tasks, records)
+    outcome = store_records(writer, tasks, [list(records)])
     return outcome.status, outcome.reason
 
 
@@ -397,7 +398,7 @@ def test_what_the_command_line_said_is_asked_for_again(
     with Store(tmp_path) as store:
         taken_up = stored_experiment(store, stored_run(store, asked)).header
     assert taken_up.spec == asked.spec
-    assert taken_up.spec.hosts.agents == ("unix:/one", "unix:/two")
+    assert [agent.address for agent in taken_up.spec.hosts.agents] == ["unix:/one", "unix:/two"]
     assert taken_up.libvirt_uri == "qemu:///session"
     assert taken_up.environment == asked.environment
     assert run_command(["show", "--spec", "--data-dir", str(tmp_path)]) == 0
@@ -443,7 +444,7 @@ with Store(Path(sys.argv[1])) as store, RunWriter(store, t.header()) as writer:
     task = tasks["host1"]
     event, number = t.guest_records(task)[0], 0
     while True:
-        writer.append(event)
+        writer.append([event])
         number += 1
         print(number, flush=True)
 """
@@ -507,7 +508,7 @@ def append_without_end(writer: RunWriter) -> None:
     writer.begin_trial(trial)
     record = guest_records(tasks["host1"])[0]
     for _ in range(200_000):
-        writer.append(record)
+        writer.append([record])
 
 
 def check_after_a_full_disk(folder: Path) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from hintfleet.errors import Refused
-from orchestrator.trial.stray_output import stray_output_to
+from orchestrator.cluster.stray_output import stray_output_to
 
 _PROGRAM = """
 import os, subprocess, sys
 from pathlib import Path
-from orchestrator.trial.stray_output import stray_output_to
+from orchestrator.cluster.stray_output import stray_output_to
 
 print("before", end=" ")  # not flushed yet
 with stray_output_to(Path(sys.argv[1])) as terminal:
@@ -46,7 +46,7 @@ def test_noise_goes_into_the_file(tmp_path: Path) -> None:
 _FAILS = """
 import sys
 from pathlib import Path
-from orchestrator.trial.stray_output import stray_output_to
+from orchestrator.cluster.stray_output import stray_output_to
 
 try:
     with stray_output_to(Path(sys.argv[1])):

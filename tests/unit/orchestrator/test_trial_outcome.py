@@ -23,12 +23,12 @@ from orchestrator.results.trial_outcome import (
     trial_outcome,
 )
 from orchestrator.spec import file as spec_file
-from orchestrator.trial.plan import HostTask, host_task, plan_trials
+from orchestrator.trial.plan import HostTask, host_tasks, plan_trials
 from orchestrator.trial.records import Event, HostDone, StepDone
 from tests.support.stored import guest_records
 
 S = 1_000_000
-SPEC = spec_file.load("quickstart").spec
+SPEC = spec_file.load("quickstart", {"hosts": {"count": 4, "memory": "1GiB"}}).spec
 TRIAL = plan_trials(SPEC, "run1")[0]
 DONE, UNDECIDED, LOST, CUT_OFF = TrialStatus
 
@@ -52,7 +52,7 @@ class Part:
 
 def whole(host: str) -> Part:
     """Return a part without a fault: all guests did their steps, were read back and ended."""
-    task = host_task(SPEC, TRIAL, host)
+    task = host_tasks(SPEC, TRIAL)[host]
     at_us = np.arange(0, 4 * S, S // 10, dtype=np.int64)
     series = Series(
         at_unix_us=at_us,

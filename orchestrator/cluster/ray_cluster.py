@@ -1,5 +1,4 @@
-"""Finds the Ray cluster to use, spreads hosts over its nodes, and watches whether the cluster and
-the node of this process are alive.
+"""Finds the Ray cluster to use, and watches whether it and the node of this process are alive.
 
 Does not import Ray: ray_actors.py does, and starts or joins the cluster.
 """
@@ -8,8 +7,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -40,66 +39,97 @@ RAY_ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
-_UNSET_HINT = "unset RAY_ADDRESS to run on this machine alone"
 
+@dataclass(frozen=True, kw_only=True)
+class ClusterAddress:
+    """Which Ray cluster to use.
 
-def cluster_address(environment: Mapping[str, str]) -> str:
-    """Return RAY_ADDRESS, `auto` or HOST:PORT; empty, for a private cluster, if it is unset, empty
-    or `local`.
-
-    :raises InvalidInput: RAY_ADDRESS has another value.
+    :ivar value: `auto`, or HOST:PORT of its GCS; empty for a private cluster on this machine.
+    :ivar given: the value with where it was given, for messages: `RAY_ADDRESS=auto`.
+    :ivar otherwise: for hints: what to do for a run on this machine alone.
     """
-    address = environment.get("RAY_ADDRESS", "")
-    if address in ("", "local"):
-        return ""
-    if address.startswith("ray://"):  # the Ray Client has no streaming generators
+
+    value: str
+    given: str = ""
+    otherwise: str = ""
+
+
+PRIVATE = ClusterAddress(value="")
+
+
+def cluster_address(option: str | None, environment: Mapping[str, str]) -> ClusterAddress:
+    """Return the address in the option --address; if there was none, that in RAY_ADDRESS.
+
+    `local`, an empty RAY_ADDRESS or none mean a private cluster.
+
+    :raises InvalidInput: it is not the address of a cluster.
+    """
+    if option is None:
+        value, source, otherwise = (
+            environment.get("RAY_ADDRESS", ""),
+            "RAY_ADDRESS=",
+            "unset RAY_ADDRESS",
+        )
+    else:
+        value, source, otherwise = option, "--address ", "write --address local"
+    given, otherwise = f"{source}{value}", f"{otherwise} to run on this machine alone"
+    if value == "local" or (option is None and not value):
+        return PRIVATE
+    if value.startswith("ray://"):  # the Ray Client has no streaming generators
         raise InvalidInput(
-            f"RAY_ADDRESS={address}: experiments cannot run over the Ray Client (ray://)",
+            f"{given}: experiments cannot run over the Ray Client (ray://)",
             hint="run on a node of that cluster with RAY_ADDRESS=auto, or with HOST:PORT of its"
-            f" GCS (`ray start` prints it; port 6379 by default); or {_UNSET_HINT}",
+            f" GCS (`ray start` prints it; port 6379 by default); or {otherwise}",
         )
-    host = address.rpartition(":")[0]
-    if address != "auto" and (address_problem(address) or not re.fullmatch(r"[^\s/]+", host)):
+    host = value.rpartition(":")[0]
+    if value != "auto" and (address_problem(value) or not re.fullmatch(r"[^\s/]+", host)):
         raise InvalidInput(
-            f"RAY_ADDRESS={address!r} is not the address of a Ray cluster",
-            hint=f"write HOST:PORT of its GCS, or `auto` on one of its nodes; or {_UNSET_HINT}",
+            f"{source}{value!r} is not the address of a Ray cluster",
+            hint=f"write HOST:PORT of its GCS, or `auto` on one of its nodes; or {otherwise}",
         )
-    return address
+    return ClusterAddress(value=value, given=given, otherwise=otherwise)
 
 
-def no_answer_error(address: str, reason: str) -> HintfleetError:
+def no_answer_error(address: ClusterAddress, reason: str) -> HintfleetError:
     """Return the error for a cluster that cannot be reached.
 
     :param reason: its first line becomes part of the message.
     """
     line = next(iter(reason.splitlines()), "")
     return TransientError(
-        f"no Ray cluster answers at RAY_ADDRESS={address}: {line}",
-        hint=f"check that it runs and that this machine is one of its nodes; or {_UNSET_HINT}",
+        f"no Ray cluster answers at {address.given}: {line}",
+        hint="check that it runs and that this machine is one of its nodes; or "
+        f"{address.otherwise}",
     )
 
 
-def cannot_join_error(address: str, reason: str) -> HintfleetError:
+def cannot_join_error(address: ClusterAddress, reason: str) -> HintfleetError:
     """Return the error for a cluster that answers but cannot be used.
 
     :param reason: becomes part of the message, as one line.
     """
     line = " ".join(line.strip() for line in reason.splitlines())
     return Refused(
-        f"cannot join the Ray cluster at RAY_ADDRESS={address}: {line}",
-        hint=f"Ray and Python must have the same versions on all of its nodes; or {_UNSET_HINT}",
+        f"cannot join the Ray cluster at {address.given}: {line}",
+        hint="Ray and Python must have the same versions on all of its nodes; or "
+        f"{address.otherwise}",
     )
 
 
-def check_answers(
-    address: str, check_alive: Any, request: Any, *, needs_token: bool = True
-) -> None:
-    """Ask once whether a GCS answers.
+def no_token_error(address: ClusterAddress) -> HintfleetError:
+    """Return the error for a cluster whose token is missing here, or another one."""
+    return Refused(
+        f"the Ray cluster at {address.given} requires its token",
+        hint="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to"
+        f" the token that it was started with; or {address.otherwise}",
+    )
 
+
+def check_answers(address: ClusterAddress, check_alive: Any, request: Any) -> bool:
+    """Ask once whether a GCS answers; return whether it accepts our token, if it needs one.
+
+    :param address: as it was given; for messages.
     :param check_alive: the method CheckAlive of Ray's NodeInfoGcsService.
-    :param needs_token: False if Ray will find the token of the cluster by itself: then the answer
-        that a token is missing or wrong is accepted.
-    :raises Refused: the token is missing or wrong, and `needs_token` is set.
     :raises TransientError: no GCS answers within 10 s, or what answers is no GCS.
     """
     try:
@@ -108,12 +138,8 @@ def check_answers(
         code, why = _status(error)
         if code is not grpc.StatusCode.UNAUTHENTICATED:
             raise no_answer_error(address, why) from error
-        if needs_token:
-            raise Refused(
-                f"the Ray cluster at RAY_ADDRESS={address} requires its token",
-                hint="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to"
-                f" the token that it was started with; or {_UNSET_HINT}",
-            ) from error
+        return False
+    return True
 
 
 class ClusterWatch:
@@ -167,23 +193,6 @@ class ClusterWatch:
         """Cancel the call in progress and close the channel."""
         self._call.cancel()
         self._channel.close()
-
-
-def spread(hosts: Sequence[str], nodes: Mapping[str, str], alive: Sequence[str]) -> dict[str, str]:
-    """Choose a node for each host: each time the one with the fewest hosts.
-
-    Ray's own strategy "SPREAD" sends actors that need no CPU to nodes at random: with four actors
-    and two nodes, often all four to the same node.
-
-    :param nodes: the node that each host had so far. An entry for one of `hosts` is not counted.
-    :param alive: nodes to choose from, at least one.
-    """
-    counts = Counter(node for host, node in nodes.items() if host not in hosts)
-    chosen = {}
-    for host in hosts:
-        chosen[host] = min(alive, key=lambda node: counts[node])
-        counts[chosen[host]] += 1
-    return chosen
 
 
 def _status(error: Any) -> tuple[grpc.StatusCode, str]:

@@ -1,0 +1,70 @@
+"""How each host of a spec is reached, and what it needs of the node of its actor. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hintfleet.settings import Driver
+from orchestrator.spec.memory_needs import host_bytes
+from orchestrator.spec.model import Spec, Timeouts
+from orchestrator.trial.host_process import LogicalHost
+from orchestrator.trial.plan import host_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostPlace:
+    """How to reach a host: a logical host to start, or the address of a host agent.
+
+    :ivar memory_needed_bytes: the size of one guest; the host's memory budget must not be less.
+    :ivar node: the node whose address it is, by any of its names; empty if none was named.
+    :ivar node_memory_bytes: the most memory that the host can take from its node; 0: not counted.
+    :ivar tls_folder: the operator's TLS folder; empty for plain text. The actor reads it on its own
+        node, because keys are not sent to other nodes.
+    """
+
+    name: str
+    driver: Driver
+    memory_needed_bytes: int
+    timeouts: Timeouts
+    logical: LogicalHost | None = None
+    address: str = ""
+    node: str = ""
+    node_memory_bytes: int = 0
+    tls_folder: str = ""
+
+
+def host_places(
+    spec: Spec, libvirt_uri: str, tls_folder: str, *, in_cluster: bool
+) -> list[HostPlace]:
+    """Return how each host of a spec is reached.
+
+    :param in_cluster: whether the memory of nodes counts. On this machine alone,
+        `checks.machine_problem` has looked at all memory already.
+    """
+    agents = spec.hosts.agents or (None,) * spec.hosts.number
+    return [
+        HostPlace(
+            name=name,
+            driver=spec.driver,
+            memory_needed_bytes=spec.guests.memory_bytes,
+            timeouts=spec.timeouts,
+            logical=_logical(spec, name, libvirt_uri),
+            address=agent.address if agent else "",
+            node=agent.node if agent else "",
+            node_memory_bytes=host_bytes(spec) if in_cluster else 0,
+            tls_folder=tls_folder,
+        )
+        for name, agent in zip(host_names(spec), agents, strict=True)
+    ]
+
+
+def _logical(spec: Spec, name: str, libvirt_uri: str) -> LogicalHost | None:
+    if spec.hosts.memory_bytes is None:
+        return None
+    return LogicalHost(
+        name=name,
+        memory_budget_bytes=spec.hosts.memory_bytes,
+        driver=spec.driver,
+        libvirt_uri=libvirt_uri,
+        start_timeout_s=spec.timeouts.connect_s,
+    )
