@@ -12,6 +12,7 @@ from contextlib import suppress
 import click
 
 from hintfleet import logs, program
+from orchestrator.commands.cluster import cluster
 from orchestrator.commands.compare import compare
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.domains import attach, detach, domains, guests
@@ -34,6 +35,7 @@ Examples:
   hintfleet compare 4ynra latest        two runs of one spec; --fail-on: a gate for CI
   hintfleet export latest > all.csv     its samples, with the run's parameters in each row
   hintfleet savings --by host --since 1h
+  hintfleet cluster                     what the nodes of a Ray cluster could run
 
 \b
 Environment: HINTFLEET_TLS, LIBVIRT_DEFAULT_URI, XDG_DATA_HOME, NO_COLOR; RAY_ADDRESS
@@ -86,6 +88,7 @@ def cli(context: click.Context, log_level: str | None, log_format: str) -> None:
 
 for command in (
     attach,
+    cluster,
     compare,
     detach,
     doctor,
