@@ -204,9 +204,14 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
 
 @contextlib.contextmanager
 def running_host_agent(
-    *arguments: str, stderr: IO[bytes] | None = None, module: str = "host_agent"
+    *arguments: str,
+    stderr: IO[bytes] | None = None,
+    module: str = "host_agent",
+    prefix: tuple[str, ...] = (),
 ) -> Iterator[HostAgent]:
     """Run a host agent until the block ends; then close its lifeline, so that it ends.
+
+    :param prefix: words to put before the command: a program that then starts it.
 
     Checks that it ends with exit code 0, unless the test has killed it, and that its child
     processes end.
@@ -217,7 +222,7 @@ def running_host_agent(
         address = f"unix:{folder}/host.sock"
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", module, "--listen", address),
+                *(*prefix, sys.executable, "-m", module, "--listen", address),
                 *("--ready-fd", str(ready_write), "--lifeline-fd", str(lifeline_read)),
                 *("--log-level", LOG_LEVEL),
                 *arguments,  # last: they override the options above
