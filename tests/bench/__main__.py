@@ -17,6 +17,7 @@ from tests.bench import (
     guest_cost,
     host_at_rest,
     host_path,
+    many_hosts,
     real_guest,
     restart,
     sparse,
@@ -37,6 +38,7 @@ _SUITES = {
     "flood": flood.run,
     "store": store.run,
     "host_at_rest": host_at_rest.run,
+    "many_hosts": many_hosts.run,
     "real_guest": real_guest.run,
 }
 
