@@ -27,7 +27,7 @@ def look(wanted: dict[str, str], libvirt_uri: str | None) -> dict[str, Any]:
     The result has `hostname`, `environment` (facts as text, by name; at least those of `versions`)
     and `missing` (packages that hintfleet needs). If the versions are those wanted and nothing is
     missing, it also has `processors`, `memory_bytes`, `available_bytes`, and `libvirt` and
-    `libvirt_usable`, which are empty and False if libvirt was not asked.
+    `libvirt_usable`, which are empty and None if libvirt was not asked.
 
     :param wanted: as `versions` returns them.
     :param libvirt_uri: ask libvirt at this URI; empty: at the host agent's default; None: do not
@@ -47,7 +47,7 @@ def look(wanted: dict[str, str], libvirt_uri: str | None) -> dict[str, Any]:
     from orchestrator.doctor import libvirt_guests
     from orchestrator.machine import environment
 
-    usable, detail = (False, "") if libvirt_uri is None else libvirt_guests(libvirt_uri)
+    usable, detail = (None, "") if libvirt_uri is None else libvirt_guests(libvirt_uri)
     return answer | {
         "environment": environment(),
         "processors": processors().value,

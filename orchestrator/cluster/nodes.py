@@ -23,6 +23,7 @@ class Node:
     :ivar processors: how many processors actors and guests may use there.
     :ivar memory_bytes: the memory that they may use; `available_bytes`: of it, not in use.
     :ivar libvirt: what libvirt guests would run on, or why they cannot run; empty if not asked.
+    :ivar libvirt_usable: None if not asked.
     :ivar problem: why no host can run there; empty if hosts can.
     """
 
@@ -35,7 +36,7 @@ class Node:
     memory_bytes: int = 0
     available_bytes: int = 0
     libvirt: str = ""
-    libvirt_usable: bool = False
+    libvirt_usable: bool | None = None
     problem: str = ""
 
     @property

@@ -145,7 +145,8 @@ def shortage(placement: Placement) -> str:
 def _suits(host: HostPlace, node: Node) -> bool:
     if host.node and not node.is_called(host.node):
         return False
-    return node.libvirt_usable or not needs_libvirt(host)
+    # Where libvirt was not asked (on this machine alone), the host agent says if it is missing.
+    return node.libvirt_usable is not False or not needs_libvirt(host)
 
 
 def _fits(host: HostPlace, node: Node, there: Sequence[HostPlace]) -> bool:

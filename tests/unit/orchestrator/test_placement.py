@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hintfleet.errors import InvalidInput, Refused
 from hintfleet.settings import Driver
 from hintfleet.units import GIB
-from orchestrator.cluster.nodes import Node
+from orchestrator.cluster import node_probe
+from orchestrator.cluster.nodes import Node, node_of
 from orchestrator.cluster.placement import (
     actor_count,
     check_nodes_named,
@@ -99,6 +100,13 @@ def test_libvirt_hosts_go_only_where_libvirt_is() -> None:
     nowhere = place(hosts, [nodes[0], nodes[2]], {})
     assert "3 x libvirt host" in shortage(nowhere)
     assert "libvirt: no libvirt" in shortage_error(nowhere, nodes[:1], 30).message
+
+
+def test_libvirt_hosts_may_run_on_this_machine_alone_where_libvirt_is_not_asked() -> None:
+    here = node_probe.versions()
+    alone = node_of("1", "here", "127.0.0.1", node_probe.look(here, None), here)
+    placement = place(logical(2, gib=0, driver=Driver.LIBVIRT), [alone], {})
+    assert not placement.missing
 
 
 @pytest.mark.parametrize("called", ["b", "b.example.org", "10.0.0.98", "id-b"])
