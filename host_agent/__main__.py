@@ -46,8 +46,9 @@ exit codes: 0 stopped, 1 failed, 2 wrong usage, 130 interrupted before it served
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, and exit with its exit code.
 
-    Without --doctor, --leaks and --clean: serve until SIGTERM, SIGINT or end of file on
-    --lifeline-fd. With --state, guests survive SIGTERM and SIGINT; at end of file they are ended.
+    Without --doctor, --leaks and --clean: serve until SIGTERM, SIGINT, end of file on
+    --lifeline-fd, or a bug that ends one of the host agent's loops. Then the guests are ended; but
+    with --state, only end of file ends them.
     """
     tell = program.prepare("hintfleet-host")
     sys.exit(program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet[host]"))
@@ -125,7 +126,7 @@ def _add_addresses(add: Callable[..., argparse.Action]) -> None:
 
 
 def _absolute(path: str) -> Path:
-    # libvirt and QEMU, whose working directories are others, get paths in the folder.
+    # libvirt and QEMU are given paths in this folder, and have other working directories.
     return Path(path).absolute()
 
 
@@ -213,8 +214,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
         if arguments.listen == default_control_address():
             _refuse_if_not_ours(folder, SHARED_FOLDER)
     keep_latency_steady()
-    # Raise the soft limit of open files: each guest and each connection takes a few descriptors.
-    # It is 1024 by default for programs that use select(2); this one uses epoll and poll only.
+    # Raise the soft limit of open files to the hard one: guests and connections take descriptors.
+    # It is low by default (1024) only because select(2) fails above; we use epoll and poll.
     hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     stop = asyncio.Event()
@@ -236,8 +237,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
             addresses = {"control": served.control, "guests_at": served.guest}
             _log.info("serving", extra=logs.fields(**addresses, version=__version__))
             await _until_stopped(stop, served.failure)
-            # The guests were made for the parent. The parent is gone, so nobody needs them any
-            # more: end them even with --state.
+            # The guests were made for the parent. If it is gone, nobody needs them any more: end
+            # them even with --state.
             if parent_gone.is_set():
                 await served.registry.end_all()
 
@@ -249,7 +250,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     from host_agent.server import Settings
 
     if arguments.enforce_budget and arguments.state:
-        # The cgroup ends with this host agent, but its guests would not.
+        # With --state, guests outlive this host agent, but the cgroup is removed when it ends.
         raise InvalidInput("--enforce-budget does not work with --state", hint="leave one out")
     return Settings(
         name=arguments.name,
@@ -284,12 +285,12 @@ def _read_lifeline(fd: int, *events: asyncio.Event) -> None:
 
 
 def _refuse_if_not_ours(folder: Path, shared: Path) -> None:
-    """Refuse a socket folder of another user, who could replace the socket in it. Deny other users
-    access to the folder (mode 0700).
+    """Refuse a socket folder of another user, who could replace the socket in it.
 
-    :param shared: a folder where every user may make folders. `folder` and the folders above it
-        are checked only as far as they are below `shared`.
-    :raises Refused: one of them belongs to another user or is not a folder.
+    Check `folder` and the folders above it, but only those below `shared`, where every user may
+    make folders. Deny other users access to each folder that is checked (mode 0700).
+
+    :raises Refused: a folder that is checked is another user's, or no folder.
     """
     from hintfleet.errors import Refused
 

@@ -1,5 +1,5 @@
 """Checks each guest when the guest's next check is due (`Audits.check`). A check may start an audit
-of the guest's RAM, or report refaults to the guest.
+of the guest's RAM, report refaults to the guest, or both.
 
 One task checks all guests. It sleeps until the first check is due, at most one second.
 """
@@ -14,7 +14,7 @@ from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
 from host_agent.waking import next_wake_s, sleep_until
 
-# The least sleep between two wakes: all checks that become due during it are done in one wake.
+# The least time from one wake to the next: checks that become due meanwhile are done in one wake.
 _MIN_SLEEP_S = 0.02
 # How many guests are checked in one turn of the event loop. An ack needs about five turns, and in
 # each it waits for the checks of that turn. 99th percentile of ack latency, with 1,000 silent

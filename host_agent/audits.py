@@ -11,10 +11,12 @@ from host_agent.memory.guest_memory import GuestMemory
 from host_agent.session.guest_sessions import GuestSessions
 from host_agent.tasks import LastingTasks
 
-# Audits of a guest that does not hint serve samples and metrics only: at most 1 % of a processor.
+# Audits of a guest that does not hint serve samples and metrics only: those that `check` starts
+# take at most 1 % of a processor for each guest in the long run.
 _OBSERVING = Pace(period_s=1.0, share=1 / 100)
 
-# Audits of a hinting guest may take more: the guest is told what they find.
+# Share of a processor that audits of a hinting guest may take in the long run: more than those of
+# other guests, because a hinting guest is told what they find.
 _TELLING_SHARE = 1 / 20
 
 
@@ -30,8 +32,8 @@ class Audits:
         report_period_s: float | None,
         observing: CpuMeter,
     ) -> None:
-        """:param report_period_s: how often `check` tells the guest its refaults; None for a guest
-            that does not hint.
+        """:param report_period_s: shortest time between two messages about refaults that `check`
+            starts; None for a guest that does not hint.
         :param observing: counts the processor time of the audits that `check` starts for a guest
             that does not hint: they serve samples and metrics only.
         """
@@ -56,7 +58,7 @@ class Audits:
         """Start an audit, a message about refaults to the guest, or both, if they are due; neither
         while the work of an earlier check runs. Set `next_check_s`."""
         busy = self._task is not None and not self._task.done()
-        # While an audit runs, report no moved pages: else the pace could note a look as begun now,
+        # While earlier work runs, pass 0 moved pages: else the pace could note a look as begun now,
         # though none begins.
         look = self._pace.check(now_s, 0 if busy else self._memory.moved_pages())
         tell = self._sessions.has_refaults_to_tell and now_s >= self._next_tell_s

@@ -17,7 +17,7 @@ class CpuMeter:
         self.cpu_ns = 0
 
     def add(self, cpu_s: float) -> None:
-        """Add processor time that another thread has spent, in seconds."""
+        """Add processor time, in seconds, that the caller has measured itself."""
         self.cpu_ns += round(cpu_s * 1e9)
 
     @contextmanager

@@ -1,6 +1,6 @@
 """Finds out what this host can run: `hintfleet-host --doctor`.
 
-It punches a hole, reads the guest image, and connects to libvirt; it starts no guest.
+It punches a hole into a memfd, reads the guest image, and connects to libvirt; it starts no guest.
 orchestrator/doctor.py runs that command, and has more checks.
 """
 

@@ -114,7 +114,8 @@ class Guest:
     # Life
 
     def started(self, running: RunningGuest) -> None:
-        """Take over the guest that the driver has made. Its books begin with all RAM untouched."""
+        """Take over a guest that its driver has made or attached. Its books begin, with all RAM
+        untouched."""
         self.memory.started(running.ram)
         self._take_over(running)
         _log.info("guest made", extra=self._fields(pid=running.pid))
@@ -260,8 +261,8 @@ class Guest:
         return "\n".join(filter(None, (output, str(self.sessions.conduct))))
 
     def record(self) -> GuestRecord | None:
-        """Return what the next host agent needs to adopt the guest, or to attach it again; None if
-        the guest does not run or its books are closed."""
+        """Return what the next host agent needs to adopt the guest. None if its books are closed,
+        unless the guest waits to be attached again."""
         if self.to_attach_again is not None:
             return self.to_attach_again
         books = self.memory.books()
@@ -307,7 +308,7 @@ class Guest:
 
     async def unplugged(self, pages: RangeSet) -> None:
         """Free memory that the driver has unplugged, and remove it from the RAM and the books. If
-        a later batch hints this memory, it is skipped as OUTSIDE_RAM (I3).
+        a later batch hints it, this memory is skipped as OUTSIDE_RAM (I3).
 
         :raises GuestLost: the guest does not run.
         :raises Refused: the host's kernel did not free it; it is still in the books.

@@ -1,12 +1,12 @@
 """Finds what killed host agents left on this host: processes, domains, memory doors, cgroups,
 folders.
 
-An embedded guest, and a host agent with --lifeline-fd, has a lifeline, a pipe. A guest's folder has
-a lock, and a domain has the folder of its console. When the owner dies, the kernel closes the other
-end of the pipe, or releases the lock. So these are leaks: a process whose lifeline has no other
-end, a folder whose lock is free, the domain of such a folder, and a memory door on whose socket
-nobody listens. Guests that outlive their host agent (--state) are not examined: each ends by itself
-after --orphan-after.
+An embedded guest, and a host agent with --lifeline-fd, has a lifeline, a pipe. A guest's folder and
+a cgroup have a lock, and a domain has its console in a guest's folder. When the owner dies, the
+kernel closes the other end of the pipe, or releases the lock. So these are leaks: a process whose
+lifeline has no other end, a folder or cgroup whose lock is free, the domain of such a folder, and a
+memory door on whose socket nobody listens. Guests that a host agent has made under --state are not
+examined: each ends by itself after --orphan-after.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """All guests of this host agent: makes, adopts, ends and releases them.
 
-A trial's guests are ended when the trial's last Watch ends, except while the host agent itself
-ends: with --state it releases all guests, unless its parent is gone (--lifeline-fd), else it ends
-them. Adopted guests are also ended if their trial has no Watch after a grace period.
+A trial's guests are ended when the trial's last Watch ends, unless this host agent is ending. When
+it ends, it ends all guests; with --state it releases them instead, unless its parent is gone
+(--lifeline-fd). A trial's adopted guests are also ended if it has no Watch after a grace period.
 """
 
 from __future__ import annotations
@@ -105,9 +105,10 @@ class Registry:
         """Make a guest and wait until it is ready. If this fails, end the guest.
 
         :raises InvalidInput: the name, the UUID or the spec is invalid.
-        :raises Refused: no Watch of the trial is open, the name or UUID is taken, or the driver
-            cannot make the guest.
+        :raises Refused: no Watch of the trial is open, the name or UUID is taken, or this machine
+            or the driver cannot make the guest.
         :raises GuestLost: it ended or was not ready in time; with its last output.
+        :raises TransientError: the state cannot be written.
         """
         # An earlier guest with this name may still be ending: `close_watch` does not wait for it.
         if name in self._guests and self._ending:
@@ -139,9 +140,9 @@ class Registry:
         spec: host_pb2.GuestSpec,
         token: str | None = None,
     ) -> Guest:
-        """Enter a guest that does not run yet; `make` starts it, `end` removes it.
+        """Register a guest. After that, `make` starts or attaches it, or `adopt` takes it over.
 
-        :param token: the token of a guest that is adopted; None: make a new token.
+        :param token: of a guest that had one before; None: make a new token.
         """
         guest = self._guests[name] = Guest(
             name=name,
@@ -175,6 +176,7 @@ class Registry:
         :raises InvalidInput: a setting is out of its bounds.
         :raises Refused: the driver cannot make or attach it.
         :raises GuestLost: the guest ended meanwhile, or the domain to attach is gone.
+        :raises OutcomeUnknown: the domain to attach did not release an old memory door in time.
         :raises TransientError: the state cannot be written.
         """
         driver = self._driver_of(guest)
@@ -224,7 +226,7 @@ class Registry:
         """End a guest, or detach its domain if it is attached; return its closed books. May be
         called again.
 
-        :raises HintfleetError: as `destroy`.
+        :raises HintfleetError: the driver or the state failed; what that means is at `destroy`.
         """
         guest.ending, guest.to_attach_again = True, None
         ledger = await guest.close()
@@ -239,7 +241,7 @@ class Registry:
         its domain starts again, or end it if the domain runs on without the door."""
         guest.lost(reason)
         if self.shutting_down or guest.to_attach_again is not None:
-            return  # the next host agent finds out; or it is kept already
+            return  # this host agent ends, or the guest is kept already
         task = asyncio.create_task(self._keep_or_end(guest))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
@@ -253,9 +255,9 @@ class Registry:
                 has_ended = await in_driver_thread(
                     self._attached.has_ended, guest.uuid, guest.running.handle
                 )
-            except HintfleetError:  # libvirt does not answer: found out when it does
+            except HintfleetError:  # libvirt does not answer: assume that the domain has ended
                 has_ended = True
-        await guest.audits.ledger()  # what is stored are the last books
+        await guest.audits.ledger()  # the record must have the last books
         record = guest.record()
         if not has_ended or record is None or guest.ending:
             return await self._destroy_all([guest])
@@ -271,9 +273,9 @@ class Registry:
         """Attach a guest whose domain has started again, with the same name and token.
 
         :param earlier: sums of the books of the domain's earlier starts.
-        :raises HintfleetError: it cannot be attached; it stays as it is.
+        :raises HintfleetError: it cannot be attached; it waits to be attached, as before.
         """
-        await ended.close()  # if libvirt did not answer when its domain ended
+        await ended.close()  # not closed yet if libvirt did not answer when its domain ended
         if ended.ending or self._guests.get(ended.name) is not ended:
             return  # it was detached meanwhile
         guest = self.add(ended.name, ended.uuid, "", ended.spec, ended.token)
@@ -285,19 +287,18 @@ class Registry:
             if not guest.ending and self._guests.get(ended.name) is guest:
                 self._guests[ended.name] = ended
                 self.saver.changed(ended)
-            await guest.close()  # once `creation` has ended
+            await guest.close()  # waits until `creation` has ended
             raise
 
     # Guests of an earlier host agent
 
     async def adopt(self, records: Sequence[GuestRecord], grace_s: float) -> None:
         """Take over the guests of an earlier host agent. A guest that is gone stays registered as
-        lost; an attached one is attached again when its domain runs.
+        lost; if it is an attached one, it is attached again when its domain runs.
 
-        :param grace_s: guests whose trial has no Watch after this time are ended.
+        :param grace_s: guests of a trial that has no open Watch after this time are ended.
         :raises Refused: a driver cannot find out whether a guest is gone, or cannot use it. No
-            running guest is ended. Of several errors, the first is raised, and the others are
-            logged.
+            running guest is ended. The first error is raised, the others are logged.
         """
         adopting = [asyncio.create_task(self._adopt(record)) for record in records]
         if adopting:
@@ -325,7 +326,7 @@ class Registry:
                 guest.to_attach_again = record
         else:
             if guest.is_attached and running.handle != record.handle:
-                # Another start of the domain: these books are about other memory.
+                # The domain was started anew: the stored books are about the memory it had before.
                 guest.earlier = summed(record.earlier, record.books.totals)
                 guest.started(running)
             else:
@@ -372,9 +373,8 @@ class Registry:
     async def leave(self) -> None:
         """Save and release all guests. They live on, and the next host agent can adopt them.
 
-        :raises TransientError: the state cannot be written: it has older books of some guests.
-            All are released all the same. Of several errors, the first is raised, and the others
-            are logged.
+        :raises TransientError: the state cannot be written, so it has older books of some guests.
+            All are released all the same. The first error is raised, the others are logged.
         """
         await asyncio.gather(*self._ending)
         guests = self.guests

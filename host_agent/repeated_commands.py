@@ -1,6 +1,6 @@
 """Carries out a command of the control API once, even if the client sends it again, and answers
-it each time. Only a command that has no sequence number, or that has failed with another error than
-GuestLost, is carried out again.
+it each time. A command that has no sequence number, that has failed with another error than
+GuestLost, or whose answer is not kept any more, is carried out again.
 
 The client chooses the commands' ids (orchestrator/trial/runner.py; for commands of no trial,
 orchestrator/commands/domains.py). The guest remembers its last answers as well: a step that it has
@@ -23,13 +23,15 @@ _Key = tuple[str, int]
 """A command's run and sequence number."""
 _Answers = dict[_Key, asyncio.Task[object]]
 
-# No end of a trial drops the answers to commands of no trial (AttachGuest, DetachGuest), so only
-# those to the last ones are kept. Operators send few, and a client retries within minutes.
+# Answers to a trial's commands are dropped at its end. Commands of no trial (AttachGuest,
+# DetachGuest) have no such end, so the answers to only so many of them are kept. Operators send
+# few, and a client retries within minutes.
 ANSWERS_WITHOUT_TRIAL = 100
 
 
 class RepeatedCommands:
-    """The commands by id, with their answers: all of each trial, and the last ones of no trial."""
+    """The answers to commands, by the commands' ids: to all commands of trials that have not ended,
+    and to the last commands of no trial."""
 
     def __init__(self) -> None:
         self._answers: dict[str, _Answers] = {}

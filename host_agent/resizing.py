@@ -41,10 +41,11 @@ _log = logging.getLogger("hintfleet.host.guest")
 
 
 def check_memory(name: str, spec: host_pb2.GuestSpec) -> None:
-    """Check that a guest's memory is whole MiB, that its maximum is right, and that this machine
-    has as much memory.
+    """Check that a guest's start size is whole MiB, that `check_maximum` allows its maximum, and
+    that this process may use as much memory as the larger of the two.
 
-    :raises InvalidInput, Refused: it is not; says why.
+    :raises InvalidInput: a size is not allowed.
+    :raises Refused: this process may not use as much.
     """
     if not spec.memory_bytes or spec.memory_bytes % MIB:
         raise InvalidInput(f"guest {name}: memory must be whole MiB, not {spec.memory_bytes} bytes")
@@ -123,7 +124,7 @@ async def _follow(guest: Guest) -> None:
             return
         ram = guest.running.ram
         if not door.pages():
-            return  # QEMU has hung up: the books are closed as they are
+            return  # QEMU has hung up: leave the books as they are
         if not (gone := ram.pages - door.pages()) and not door.pages() - ram.pages:
             return
         try:
@@ -145,7 +146,7 @@ async def resize(guest: Guest, memory_bytes: int) -> None:
     :raises InvalidInput: as `check`.
     :raises Refused: as `check`; or the guest still uses the memory, or the driver cannot plug
         or unplug this size. The guest has what it had before, less the devices that were
-        unplugged before a later one was refused.
+        unplugged before a later one was refused, or plus a new one that it did not release.
     :raises GuestLost: the guest is gone.
     :raises TransientError: its agent is not connected now, or the state cannot be written; the
         guest has what it had before.

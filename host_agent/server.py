@@ -87,13 +87,15 @@ class Settings:
 
     :ivar listen: address of the control API: `unix:PATH` or `HOST:PORT`.
     :ivar guest_listen: `HOST:PORT` at which virtual machines reach the agent.
-    :ivar guest_advertise: address that guests are told; empty: one that the agent listens at.
+    :ivar guest_advertise: address that guests are told; empty: derived from where the agent
+        listens.
     :ivar enforce_budget: keep the guests of this driver within the budget with a cgroup, where one
         can be made; not with `state`.
     :ivar tls, guest_tls: certificates for TCP at the control API and the guests' address; None
         for plain text, which is allowed on loopback only.
     :ivar state: folder with what guests need to outlive the agent; None: guests end with it.
-    :ivar orphan_after_s: after this time without an agent a surviving guest ends by itself.
+    :ivar orphan_after_s: with `state`, a guest that was made (not attached) ends by itself when it
+        had no host agent for this time.
     :ivar watch_grace_s: adopted guests end if no Watch of their trial is open after this time.
     """
 
@@ -129,12 +131,12 @@ class Serving:
 async def serving(settings: Settings) -> AsyncIterator[Serving]:
     """Serve until the block ends; then end every guest and close the sockets.
 
-    With a state folder, first adopt the guests of an earlier host agent. Then, at the end, all
-    guests live on for the next host agent.
+    With a state folder, adopt the guests of an earlier host agent before serving; at the end, do
+    not end the guests: they live on for the next host agent.
 
     :raises Refused: an address cannot be bound, or the state cannot be used.
     :raises InvalidInput: an address is not valid, or needs TLS.
-    :raises TransientError: the state cannot be written at the end; all is closed all the same.
+    :raises TransientError: the state cannot be written; at the end, all is closed all the same.
     """
     with opened(settings.state) if settings.state else nullcontext() as state:
         async with _serving(settings, state) as served:

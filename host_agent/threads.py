@@ -1,4 +1,4 @@
-"""A thread pool of its own for the blocking calls of drivers, so that they do not delay batches.
+"""A separate thread pool for the blocking calls of drivers, so that they do not delay batches.
 
 A driver's call may take seconds: libvirt makes a domain, or a guest releases a DIMM. Punches,
 looks at RAM files and writes of books use the event loop's default thread pool. If drivers used

@@ -22,14 +22,14 @@ from host_agent.threads import in_driver_thread
 
 
 async def domains(registry: Registry, driver: AttachedDriver) -> list[host_pb2.Domain]:
-    """Return all domains of this host's libvirt, by name, with their obstacles.
+    """Return all domains of this host's libvirt, sorted by name, each with its obstacles.
 
     :raises Refused: libvirt does not answer.
     """
     found = await in_driver_thread(driver.domains)
     for domain in found:
         if guest := _attached(registry, domain):
-            # Its door looks like that of another host agent.
+            # The driver took our own door for another host agent's: replace what it found.
             del domain.obstacles[:]
             domain.obstacles.add(what=f"it is attached, as guest {guest.name}", change="nothing")
     return found
@@ -42,12 +42,17 @@ def _attached(registry: Registry, domain: host_pb2.Domain) -> Guest | None:
 async def attach(
     registry: Registry, driver: AttachedDriver, request: host_pb2.AttachGuestRequest
 ) -> host_pb2.AttachGuestResponse:
-    """Attach a domain; with dry_run, only return its obstacles. See host.proto.
+    """Attach a domain; with dry_run, only return it with its obstacles. See host.proto.
+
+    After an error, a memory door that this call plugged in is taken out again, if the guest
+    releases it.
 
     :raises NotFound: there is no such domain.
-    :raises Refused: it cannot be attached; says why. The domain is as it was before.
+    :raises Refused: it cannot be attached; says why.
     :raises InvalidInput: a setting is out of its bounds.
     :raises GuestLost: the domain is gone.
+    :raises OutcomeUnknown: the guest did not release a door in time.
+    :raises TransientError: the state cannot be written.
     """
     domain = await in_driver_thread(driver.find, request.domain)
     if request.dry_run:
@@ -61,7 +66,7 @@ async def attach(
     refuse_if_any(domain)
     guest = _added(registry, domain, request.hinting)
     try:
-        # Before the door is plugged: wrong settings must change nothing in the domain.
+        # Checked before the door is plugged in: wrong settings must change nothing in the domain.
         config = driver.agent_config(registry.request(guest), request.server)
         guest.creation = asyncio.create_task(registry.make(guest))
         await asyncio.shield(guest.creation)
@@ -92,12 +97,12 @@ def _added(registry: Registry, domain: host_pb2.Domain, hinting: host_pb2.Hintin
 async def detach(
     registry: Registry, driver: AttachedDriver, request: host_pb2.DetachGuestRequest
 ) -> host_pb2.DetachGuestResponse:
-    """Make the guest stop hinting, wait until it has nothing in flight (two seconds at most), and
-    unplug its memory door.
+    """Have the guest stop hinting, wait until no batch is in flight (two seconds at most), unplug
+    its memory door, and return the closed books. With through_guest_agent, stop its agent before.
 
     :raises NotFound: no such domain is attached.
-    :raises HintfleetError: its agent could not be stopped: it stays attached. Or the guest did
-        not release the door: it stays in the list of guests, but is not hinted any more. In both
+    :raises HintfleetError: the agent could not be stopped; the guest stays attached. Or the guest
+        did not release the door; the guest stays in the list, but is not hinted any more. In both
         cases `detach` can be called again.
     """
     found = [g for g in registry.guests if g.is_attached and request.name in (g.name, g.uuid)]

@@ -20,18 +20,18 @@ from host_agent.memory.ledger import summed
 from host_agent.registry import Registry
 from host_agent.threads import in_driver_thread
 
-# libvirt reports starts by events, but events are lost with libvirtd. To ask costs less than a
-# millisecond, and only while a guest waits.
+# How often to ask whether a domain runs. libvirt also reports starts by events, but those are lost
+# while libvirtd restarts. Asking takes less than a millisecond, and is done only if a guest waits.
 _PERIOD_S = 5.0
-# A domain that has just started cannot be attached before its kernel binds the door's device. One
-# that cannot be attached at all is not bothered all the time.
+# The pause doubles with each failed attempt, up to this. Attempts fail while a domain boots: its
+# kernel must bind the door's device. A domain that can never be attached is tried at this pace.
 _LONGEST_PAUSE_S = 300.0
 
 _log = logging.getLogger("hintfleet.host.guest")
 
 
 async def attach_when_started(registry: Registry, driver: Attacher) -> None:
-    """Attach guests again whose domain runs, until cancelled."""
+    """Until cancelled, attach each waiting guest again when its domain runs; see `_turn`."""
     pauses: dict[str, _Pause] = {}
     while True:
         await asyncio.sleep(_PERIOD_S)
@@ -43,14 +43,15 @@ async def attach_when_started(registry: Registry, driver: Attacher) -> None:
 
 @dataclass
 class _Pause:
-    """When the next attempt is due, and how long the pause after that is if it fails."""
+    """When the next attempt is due, and how long to pause if that attempt fails."""
 
     until_s: float = 0.0
     length_s: float = _PERIOD_S
 
 
 async def _turn(registry: Registry, driver: Attacher, guest: Guest, pause: _Pause) -> None:
-    """Attach a guest again if its domain runs and the pause after the last attempt is over."""
+    """Attach a guest again if its domain runs and the pause after the last attempt is over. End it
+    if its domain does not exist any more."""
     try:
         if not await in_driver_thread(driver.runs, guest.uuid):
             pause.until_s, pause.length_s = 0.0, _PERIOD_S
@@ -63,7 +64,7 @@ async def _turn(registry: Registry, driver: Attacher, guest: Guest, pause: _Paus
 
 
 async def _failed(registry: Registry, guest: Guest, error: HintfleetError) -> None:
-    """Log why a guest was not attached; end it if there is no such domain any more."""
+    """End a guest whose domain does not exist any more; for others, log why the attempt failed."""
     try:
         if isinstance(error, GuestLost):
             await registry.end(guest)

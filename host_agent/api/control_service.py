@@ -185,7 +185,8 @@ class ControlService(HostServiceServicer):
     async def Watch(
         self, request: host_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[host_pb2.SampleSet]:
-        """Stream samples of a trial's guests. When the trial's last stream ends, they are ended."""
+        """Stream samples of a trial's guests. When the trial's last Watch ends, its guests are
+        ended, unless this host agent is ending itself."""
         if not request.trial_id:
             await abort(context, InvalidInput("Watch needs a trial"))
         await _check_period(request.period_ms, context)
@@ -210,13 +211,13 @@ class ControlService(HostServiceServicer):
     async def _samples(
         self, period_ms: int, guests: Callable[[], Sequence[Guest]]
     ) -> AsyncIterator[host_pb2.SampleSet]:
-        """Yield samples of these guests, one set in each period, without those that need not be
-        sent."""
+        """Make one set of samples of these guests in each period; yield the sets that must be sent
+        (`SampleFilter`)."""
         period_s = period_ms / 1000
         sample_filter, answered = SampleFilter(), self._answered
         next_s = time.monotonic()
-        # The first sample is made at once. If the period is a second or more, the second one is
-        # made at the next common wake time, and each later one a period after the one before.
+        # The first set is made at once. If the period is a second or more, the second set is made
+        # at the next common wake time, and each later one a period after the one before.
         if period_s >= WAKE_S:
             next_s = next_wake_s(next_s) - period_s
         while True:
@@ -224,7 +225,7 @@ class ControlService(HostServiceServicer):
             current = sample_set(guests(), self._budget, self._registry.observing)
             for samples in sample_filter.to_send(current, commanded=answered != before):
                 yield samples
-            # If a sample took longer than the period, those that were due meanwhile are left out.
+            # If a set took longer than the period, those that were due meanwhile are left out.
             next_s = max(next_s + period_s, time.monotonic())
             await sleep_until(next_s)
 

@@ -28,7 +28,7 @@ async def abort(context: Context, error: HintfleetError) -> NoReturn:
     """End the call with the status for `error`. Always raises."""
     code, details, metadata = to_status(error)
     await context.abort(code, details, metadata)
-    raise error  # not reached: abort raises
+    raise error  # not reached: `context.abort` raises
 
 
 class OperatorsOnly(aio.ServerInterceptor):  # type: ignore[type-arg] # generic in stubs only
@@ -102,8 +102,8 @@ async def received(messages: AsyncIterator[_M]) -> AsyncIterator[_M]:
 
 @asynccontextmanager
 async def ended_by(stream: Stream, reader: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `reader` during the block. If it ends first, end `stream`, with the error that `reader`
-    raised, if any."""
+    """Run `reader` during the block. If `reader` ends first, end `stream`: with the HintfleetError
+    that it raised, with a TransientError if it raised another error (a bug), else without error."""
     task = asyncio.create_task(_read_then_end(stream, reader))
     try:
         yield

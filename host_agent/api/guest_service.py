@@ -118,15 +118,16 @@ class GuestService(HintingServiceServicer):
         """Return the guest with this identity. Its token must be right, and under TLS its
         certificate, too.
 
-        :raises HintfleetError: there is no such guest on this host, or it may not open a stream
-            now. Raised after a pause.
+        :raises HintfleetError: no guest on this host has this identity and token, the certificate
+            is wrong, or the guest may not open a stream now. Raised after a pause.
         """
         try:
             peer = check_role(context.auth_context(), Role.GUEST)
             if peer is not None and peer.guest_uuid != identity.guest_uuid:
                 raise Refused(f"the certificate is not for guest {identity.guest_uuid}")
             guest = self._registry.authenticate(identity)
-            # A kept guest has `running` as long as libvirt does not answer.
+            # `running` alone does not tell: a guest that waits to be attached again keeps it while
+            # libvirt does not answer.
             if guest.to_attach_again or (guest.is_attached and guest.running is None):
                 raise TransientError(f"guest {guest.name}: its memory door is not plugged in now")
             guest.sessions.conduct.check_may_open(time.monotonic())

@@ -183,7 +183,8 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._free_slots.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore the error: the client hung up, stalled or showed no certificate."""
+        """Ignore an error of a connection: most often its client hung up, stalled or showed no
+        certificate."""
         # The method of socketserver would print a traceback.
 
 

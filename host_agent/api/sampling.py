@@ -18,7 +18,7 @@ _MAX_LEFT_OUT = 3
 
 
 async def guest_message(guest: Guest) -> host_pb2.Guest:
-    """Return a guest as the control API has it. Its books are audited first."""
+    """Return a guest as a message of the control API. Its books are audited first."""
     return host_pb2.Guest(
         name=guest.name,
         uuid=guest.uuid,

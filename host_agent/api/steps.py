@@ -1,5 +1,5 @@
-"""Converts workload steps of the control API into commands to a guest's workload, and answers
-back. Pure."""
+"""Converts workload steps of the control API into commands to a guest's workload, and the
+workload's answers into responses. Pure."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def number_of(command: host_pb2.CommandId) -> int:
     if the command has no sequence number: `run_step` then chooses a new id."""
     if not command.sequence:
         return 0
-    # A hash, not a counter: a retry may be sent to another host agent. With the same id there, the
-    # workload answers from memory, and does not do the step twice.
+    # A hash, not a counter: a retry may come through another host agent, and must get the same id
+    # there. Then the workload answers from memory, and does not do the step twice.
     digest = hashlib.blake2b(command.SerializeToString(deterministic=True), digest_size=8)
     return int.from_bytes(digest.digest())
 

@@ -15,8 +15,8 @@ from host_agent.budget.memory_cgroup import MemoryCgroup
 class Budget:
     """A host's memory budget.
 
-    :ivar cgroup: keeps the guests within it; None if it is only watched.
-    :ivar why_watched: why there is no cgroup; empty if there is one.
+    :ivar cgroup: keeps the guests of one driver within the budget; None if it is only watched.
+    :ivar why_watched: why no cgroup could be made; empty if there is one, or none was asked for.
     """
 
     limit_bytes: int
@@ -47,7 +47,7 @@ class Budget:
             self.cgroup.add(pid)
 
     def message(self) -> host_pb2.Budget:
-        """Return the budget as the control API has it."""
+        """Return how the budget is kept, as a message of the control API."""
         return host_pb2.Budget(
             cgroup=str(self.cgroup.folder) if self.cgroup else "",
             why_watched=self.why_watched,
@@ -66,6 +66,6 @@ class Budget:
         return use
 
     def close(self) -> None:
-        """Remove the cgroup, if there is one. All guests have ended."""
+        """Remove the cgroup, if there is one. All guests in it must have ended before."""
         if self.cgroup is not None:
             self.cgroup.remove()

@@ -1,7 +1,7 @@
 """A memory cgroup of a host agent, in which its guests run: the kernel keeps them within a limit.
 
-Sources: Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst of the kernel. A host
-agent holds a lock on its cgroup's folder, so that what a killed one left can be told apart.
+A host agent holds a lock on its cgroup's folder. If the lock is free, the host agent was killed.
+Sources: Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst of the kernel.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class MemoryCgroup:
     """A memory cgroup with a limit. Make it with `make`, and end it with `remove`.
 
     :ivar folder: of the cgroup.
-    :ivar partition: its name for libvirt (`<resource><partition>`); empty if it is for processes.
+    :ivar partition: its name for libvirt (`<resource><partition>`); empty if it is for embedded
+        guests.
     """
 
     def __init__(self, folder: Path, partition: str, others: list[Path]) -> None:
-        """Lock the folder. Use `make`.
+        """Lock the folder. Call `make` instead: it makes the folder.
 
         :param others: the folders of the same name in other hierarchies.
         """
@@ -49,12 +50,12 @@ class MemoryCgroup:
 
     @classmethod
     def make(cls, limit_bytes: int, driver: Driver) -> MemoryCgroup:
-        """Make a memory cgroup for guests of this driver. After a failure nothing is left.
+        """Make a memory cgroup for guests of this driver. After a failure no folder is left.
 
         For embedded guests it is below the cgroup of this process, for domains at the top of the
         hierarchy, where libvirt looks for partitions.
 
-        :raises Refused: this process may make none here; says why.
+        :raises Refused: none can be made here; says why.
         """
         if _SYSTEMD.is_dir():
             # systemd wants to be the only one that makes cgroups (systemd.io/CGROUP_DELEGATION).
@@ -76,7 +77,7 @@ class MemoryCgroup:
         memory = _with_memory(found)
         if driver is Driver.EMBEDDED:
             return cls(_new(memory, Path(memory.own) / name), "", [])
-        # libvirt refuses a partition that is missing in a hierarchy which it uses.
+        # In all hierarchies: libvirt refuses a partition that is missing in one that it uses.
         with contextlib.ExitStack() as undo:
             folders = {}
             for hierarchy in found:
@@ -98,7 +99,8 @@ class MemoryCgroup:
 
     def _watch_oom(self) -> None:
         # v1 counts a kill in the killed process's own cgroup, which libvirt removes with the
-        # domain. The event comes for the cgroup whose limit was hit (memory.rst, "OOM Control").
+        # domain. So count events: they come for the cgroup whose limit was hit (memory.rst, "OOM
+        # Control").
         self._oom_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         control = self.folder / "memory.oom_control"
         fd = os.open(control, os.O_RDONLY | os.O_CLOEXEC)
@@ -108,7 +110,7 @@ class MemoryCgroup:
             os.close(fd)
 
     def add(self, pid: int) -> None:
-        """Put a process into the cgroup. What it used before stays counted where it was.
+        """Put a process into the cgroup. Memory that it used before stays counted where it was.
 
         :raises Refused: the kernel does not take it.
         """
@@ -125,8 +127,8 @@ class MemoryCgroup:
 
     @property
     def oom_count(self) -> int:
-        """How often the kernel had to kill because the limit was reached (in v1: or would have had
-        to)."""
+        """How many processes of the cgroup the kernel has killed for lack of memory. In v1, how
+        often the limit was hit and the kernel could free nothing, so that it had to kill one."""
         if self._is_v2:
             return _counted(self.folder / "memory.events", "oom_kill")
         with contextlib.suppress(BlockingIOError):
@@ -134,7 +136,8 @@ class MemoryCgroup:
         return self._oom_count
 
     def remove(self) -> None:
-        """Remove the cgroup, and release its lock. Its processes have ended. May be called twice.
+        """Remove the cgroup, whose processes must have ended, and release its lock. May be called
+        twice.
 
         If the kernel does not let go of it within 2 s, it is left, for `hintfleet doctor --clean`.
         """
@@ -148,7 +151,7 @@ class MemoryCgroup:
 
 
 def abandoned() -> Iterator[Path]:
-    """Yield the folders of cgroups whose host agents are gone; of a partition, one for each
+    """Yield the folders of cgroups whose host agents are gone. A partition has a folder in each
     hierarchy."""
     for hierarchy in hierarchies():
         yield from _abandoned(Path(hierarchy.top).rglob(f"{PREFIX}*"))
@@ -171,17 +174,17 @@ def _with_memory(found: list[Hierarchy]) -> Hierarchy:
 
 
 def _new(hierarchy: Hierarchy, folder: Path) -> Path:
-    """Make a cgroup, so that processes can be put into it; return its folder. Before, remove what
-    killed host agents left beside it.
+    """Make a cgroup, so that processes can be put into it; return its folder. Before, remove the
+    empty cgroups that killed host agents left beside it.
 
-    :raises OSError: the kernel refused. Nothing is left.
+    :raises OSError: the kernel refused. The folder is not left.
     """
     for other in _abandoned(folder.parent.glob(f"{PREFIX}*")):
         with contextlib.suppress(OSError):  # it has processes, or somebody else removes it now
             other.rmdir()
     if hierarchy.is_v2 and "memory" in _words(folder.parent / "cgroup.controllers"):
-        # The kernel refuses it below a cgroup that has processes, except the root ("no internal
-        # processes", cgroup-v2.rst).
+        # The kernel refuses this write if the parent itself has processes, except in the root ("no
+        # internal processes", cgroup-v2.rst).
         _write(folder.parent / "cgroup.subtree_control", "+memory")
     folder.mkdir()
     try:
@@ -207,7 +210,8 @@ def _remove(folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    # Not write_text: cgroup files are neither created nor truncated.
+    # Not write_text: for a missing file it asks the kernel to make one, and so gets EACCES, not
+    # ENOENT.
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode())

@@ -120,7 +120,7 @@ class MemoryDoor:
             ) from error
         return cls(loop, listener, path, uids, guest)
 
-    # For the guest's owner, on the event loop
+    # Methods for the guest's owner, to be called on the event loop
 
     def watch(self, moved: Callable[[str | None], None]) -> None:
         """Call `moved` now and whenever the door opens or closes: with None if the door is open,
@@ -128,7 +128,7 @@ class MemoryDoor:
         self._moved = moved
         moved(None if self._is_open else "its memory door is not open")
 
-    # From any thread, except that `wait_until_open` and `close` block: not on the event loop
+    # Methods for any thread; but do not block the event loop with `wait_until_open` and `close`
 
     def wait_until_open(self, timeout_s: float) -> bool:
         """Wait until the door is open, at most for `timeout_s`; return whether it is open."""
@@ -169,8 +169,8 @@ class MemoryDoor:
         return segments
 
     def when_disconnected(self, call: Callable[[str], None]) -> None:
-        """Call `call` with the reason, on the event loop, when the connection to QEMU ends; at once
-        if there is none now. Replaces an earlier `call`."""
+        """Call `call` with the reason, on the event loop, when the connection to QEMU ends (except
+        by `close`), and now if there is none. Replaces an earlier `call`."""
 
         def begin() -> None:
             self._disconnected = call
@@ -199,7 +199,7 @@ class MemoryDoor:
         self._listener.close()
         self.path.unlink(missing_ok=True)
 
-    # The socket
+    # Serving the socket
 
     def _begin(self) -> None:
         self._serving = self._loop.create_task(self._serve())
@@ -242,7 +242,7 @@ class MemoryDoor:
             reason = f"{type(error).__name__}: {error}"
             _log.error("door failed", extra=self._fields(), exc_info=error)
         finally:
-            # Wait for punches before the socket is closed: then QEMU continues.
+            # Wait for punches first: QEMU continues as soon as the socket is closed.
             await self._stop(reason)
             regions = backend.regions
             self._set_regions(())

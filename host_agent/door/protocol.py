@@ -24,10 +24,10 @@ MAX_PAYLOAD_BYTES = 1024
 MAX_DESCRIPTORS = 8
 """What one message may carry: a table has eight regions at most."""
 
-# As many as QEMU allows (VHOST_USER_MAX_RAM_SLOTS): with fewer, QEMU would refuse to plug more
-# memory into a guest.
+# As many as QEMU itself allows (VHOST_USER_MAX_RAM_SLOTS). QEMU does not plug memory into a guest
+# that would then have more regions than the back end allows.
 MAX_REGIONS = 512
-# Guest physical addresses have 52 bits at most (x86-64). The bound for offsets in files, too.
+# Guest physical addresses have 52 bits at most (x86-64). Offsets in files have the same bound.
 _MAX_ADDRESS = 1 << 52
 _MAX_QUEUES = 256
 
@@ -51,7 +51,8 @@ _NO_FD = -1
 
 
 class Request(IntEnum):
-    """The requests that this back end acts on or answers. It ignores most others."""
+    """The requests that this back end handles. It refuses those of `_UNANSWERABLE`, and only
+    acknowledges all others, if QEMU asks for that."""
 
     GET_FEATURES = 1
     RESET_OWNER = 4
@@ -93,7 +94,7 @@ class Region:
         it identifies the region that QEMU removes.
     :ivar offset_bytes: offset of the first byte in the file.
     :ivar fd: the file. Whoever called `Backend.received` owns it, and closes it when a `Drop` names
-        it.
+        it, or when the connection ends.
     """
 
     address: int
@@ -192,7 +193,7 @@ class Backend:
         return _U64.pack(0) if must_acknowledge and self._acknowledges else None
 
     def _memory(self, request: int, payload: bytes, fds: Sequence[int]) -> list[Action]:
-        """Handle a message about the table, with its descriptors. Return no action for others."""
+        """Handle a message about the table, with its descriptors. For others, return no action."""
         match request:
             case Request.SET_MEM_TABLE:
                 return self._table(_table(payload, fds))
@@ -207,8 +208,8 @@ class Backend:
         return []
 
     def _queues(self, request: int, payload: bytes) -> list[Action]:
-        """Handle a message about the queues. Return a `Stop` if it stops the running device, else
-        nothing: `_started` returns `Start`."""
+        """Handle a message about the queues, or a reset of the device. Return a `Stop` if it stops
+        the running device, else no action: a `Start` comes from `_started`."""
         match request:
             case Request.SET_VRING_KICK:
                 (value,) = _unpacked(_U64, payload)

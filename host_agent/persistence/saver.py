@@ -1,9 +1,9 @@
 """Saves the guests for the next host agent. Their books are saved in the background, so that no
 batch waits for the disk.
 
-A batch is acknowledged before the books with the batch are saved. What happened between the last
-save and the end of the process is derived from the RAM file (`Ledger.recover`). An epoch cannot be
-derived from anything, so it is saved before its Welcome is sent.
+The ack of a batch does not wait until the books with the batch are saved. What happened between
+the last save and the end of the process is derived from the RAM file, as far as the file shows it
+(`Ledger.recover`). An epoch cannot be derived, so it is saved before its Welcome is sent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Saved(Protocol):
     name: str
 
     def record(self) -> GuestRecord | None:
-        """Return what the next host agent needs to adopt the guest; None if it does not run."""
+        """Return what the next host agent needs to adopt the guest; None: store nothing."""
 
 
 class Saver:
@@ -75,7 +75,7 @@ class Saver:
             self._has_changes.clear()
 
     async def save(self, guest: Saved) -> None:
-        """Save one guest, and return when it is written. Do nothing if it does not run.
+        """Save one guest, and return when it is written. Write nothing if `record` returns None.
 
         :raises TransientError: the state cannot be written; `run` will save the guest later.
         """
@@ -85,7 +85,7 @@ class Saver:
         """Remove a guest that has ended from the state.
 
         :raises TransientError: the state cannot be written; the guest stays in it. The next host
-            agent will find that the guest is gone.
+            agent finds that the guest is gone, but attaches a detached domain again if it runs.
         """
         if self._state is not None:
             await self._write(self._forget(self._state, guest.name))

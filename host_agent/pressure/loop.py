@@ -33,7 +33,8 @@ class Pressure:
             self.act()
 
     def act(self) -> None:
-        """Compute the present allowance of each guest under the policy, and send it."""
+        """Compute the present allowance of each running guest under the policy, and send it; 0 is
+        not sent twice in succession."""
         guests = {g.name: g for g in self._guests() if g.running is not None}
         ruled = [g for g in guests.values() if _is_under_policy(g)]
         self._any_under_policy = bool(ruled)

@@ -60,8 +60,9 @@ class Hold:
     """Back-off of one guest: during a hold, the guest may hint nothing.
 
     :ivar until_s: when the hold ends, exclusive; a time in the past if there is no hold.
-    :ivar length_s: length of the present or last hold. Each oscillation doubles it, within
-        SHORTEST_HOLD_S and LONGEST_HOLD_S. Giving memory without oscillating halves it.
+    :ivar length_s: during a hold, its length. The next hold is twice as long, within
+        SHORTEST_HOLD_S and LONGEST_HOLD_S. Each call of `suggest` that sees that the guest
+        gave memory without oscillating halves this value.
     :ivar reclaimed_total_bytes, refaulted_total_bytes: the guest's totals at the last call of
         `suggest` that was not during a hold.
     """
@@ -136,6 +137,6 @@ def _next_hold(now_s: float, guest: GuestView, before: Hold | None) -> Hold:
     if took_bytes and took_bytes > OSCILLATION_SHARE * gave_bytes:
         length_s = min(max(SHORTEST_HOLD_S, 2 * before.length_s), LONGEST_HOLD_S)
         return replace(seen, until_s=now_s + length_s, length_s=length_s)
-    # No oscillation since the call before. But a guest takes memory back some time after it gave
-    # it, so one may still show: the length is not set to 0, but halved if the guest gave memory.
+    # No oscillation since the last call. But a guest may take back later what it gave meanwhile: so
+    # do not set the length to 0, but halve it, and only if the guest gave memory.
     return replace(seen, length_s=before.length_s / 2 if gave_bytes else before.length_s)
