@@ -32,7 +32,7 @@ def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingPar
     """Return the isolator and the tracker of a guest with these settings.
 
     :raises Refused: the driver has no such isolator or tracker, or the two do not fit together or
-        to the policy or the chunk order. The hint lists what is possible.
+        to the policy or the chunk order. The hint says what is possible.
     """
     isolators, trackers = zip(*PARTS[driver], strict=True)
     for what, value, there in (
@@ -63,7 +63,7 @@ def agent_config(
     *,
     tls: bool = False,
 ) -> AgentConfig:
-    """Return the part of an agent's configuration that is the same for all drivers.
+    """Return an agent's configuration. For an embedded guest its driver adds the RAM later.
 
     :param server: address at which the guest finds the host agent.
     :param tls: whether the guest must use TLS; its certificate must be in the guest already, in
@@ -77,7 +77,7 @@ def agent_config(
         server=server,
         guest_uuid=request.uuid,
         token=request.token,
-        # Under a peer, as under method none, the agent only runs the workload.
+        # Under methods reporting and balloon, as under none, a guest only runs the workload.
         method=Method.HINTING if spec.method == host_pb2.HINTING else Method.NONE,
         isolator=parts.isolator,
         tracker=parts.tracker,
@@ -85,11 +85,12 @@ def agent_config(
         threshold_chunks=hinting.threshold_chunks or DEFAULT_THRESHOLD_CHUNKS,
         memory=Memory.EMBEDDED if driver is Driver.EMBEDDED else Memory.KERNEL,
         max_memory_bytes=spec.max_memory_bytes,
-        # An attached guest has none: only who owns the guest can allow programs there, in its file.
+        # Empty for an embedded guest, which runs no programs, and for an attached one: only its
+        # owner may allow programs, in the configuration file in the guest.
         programs=tuple(spec.programs) if spec.driver == host_pb2.LIBVIRT else (),
         tls_folder=_GUEST_TLS_FOLDER if tls else "",
-        # 0 is never: without Survival, the driver ends its guests when the host agent ends, and
-        # the agent of an attached guest waits for a host agent without limit.
+        # 0 means never: without Survival, a guest ends with the host agent in any case, and the
+        # agent of an attached guest waits for a host agent without limit.
         orphan_after_s=survival.orphan_after_s if survival else 0,
     )
 

@@ -125,7 +125,7 @@ class Silence:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """The rule with the settings of one guest."""
+    """The rule for the balloon's target, with the settings of one guest."""
 
     memory_bytes: int
     reserve_bytes: int

@@ -34,8 +34,8 @@ async def follow(
     :param has_moved: returns whether the guest's resident memory has moved by 1 MiB or more since
         it last returned true.
     :raises hintfleet.errors.GuestLost: the guest is gone.
-    :raises hintfleet.errors.Refused: the guest has sent no usable statistics for SILENT_AFTER_S,
-        or the hypervisor failed.
+    :raises hintfleet.errors.Refused: the guest has sent no new usable statistics for
+        SILENT_AFTER_S, or the hypervisor failed.
     """
     moved_at_s = 0.0
     silence, schedule = Silence(time.monotonic()), PollSchedule()
@@ -48,8 +48,8 @@ async def follow(
             raise Refused(problem)
         # `size_bytes` is of now, `unused_bytes` of the last update: if the target has moved since
         # that update, their difference is not what the guest uses. So wait for the next update.
-        # The clock may have been set back since the move. Then the move counts as of now, and an
-        # update with a later time is an old one.
+        # If the clock was set back since the move, count the move as of now. An update with a time
+        # in the future is from before the clock was set back, so it is not used.
         now_s = time.time()
         moved_at_s = min(moved_at_s, now_s)
         if stats.unused_bytes is None or not moved_at_s < stats.last_update_s <= now_s:

@@ -24,7 +24,8 @@ class Survival:
     :ivar folder: contains a folder for each guest's files.
     :ivar doors: folder for the sockets of memory doors; its path is kept short, because a socket's
         path has 107 bytes at most (unix(7)).
-    :ivar orphan_after_s: after this time without a host agent a guest ends by itself.
+    :ivar orphan_after_s: after this time without a host agent a guest ends by itself; not an
+        attached guest.
     """
 
     folder: Path
@@ -43,9 +44,9 @@ class GuestRequest:
     :ivar name: unique on this host; letters, digits and `-`.
     :ivar token: the secret that authenticates the guest's streams; made in registry.py: `add`.
     :ivar spec: the guest's driver, sizes, method and settings (host.proto).
-    :ivar on_gone: ends the guest's epoch. The driver calls it, from any thread, with the reason,
-        when the guest is gone or about to be (stopped, crashed, reset), or when its memory door
-        was taken out. It may also be called again, and after `close`.
+    :ivar on_gone: treats the guest as lost. The driver calls it, from any thread, with the reason:
+        the guest has ended, was reset or went to sleep, the connection to libvirt was lost, or an
+        attached guest's door is disconnected. It may be called again, and after `close`.
     """
 
     name: str
@@ -74,7 +75,7 @@ class RunningGuest(Protocol):
 
     @property
     def handle(self) -> Handle:
-        """What another host agent needs for `adopt`."""
+        """What identifies the guest, for `adopt` by a later host agent and for `has_ended`."""
 
     def plugged(self) -> RangeSet:
         """Return the pages that `plug` has added, and that are not unplugged yet."""
@@ -92,13 +93,13 @@ class RunningGuest(Protocol):
         """Return the pages to unplug to make the guest smaller by this size: one set for each
         memory device.
 
-        :raises hintfleet.errors.Refused: no memory devices have this size together; the message
-            lists what can be unplugged.
+        :raises hintfleet.errors.Refused: the memory devices with the highest addresses do not add
+            up to exactly this size (the message lists all devices), or the guest is attached.
         """
 
     def unplug(self, pages: RangeSet) -> None:
-        """Unplug one memory device: `pages` is one of the sets that `to_unplug` returned, and the
-        guest does not use it any more. `ram` is not changed.
+        """Unplug one memory device. `pages` are all pages of this device, and the guest does not
+        use them any more. `ram` is not changed.
 
         :raises hintfleet.errors.Refused: the guest did not release it; nothing has changed.
         :raises hintfleet.errors.OutcomeUnknown: the guest did not answer in time, and may still
@@ -106,16 +107,17 @@ class RunningGuest(Protocol):
         """
 
     def evidence(self) -> str:
-        """Return the last lines of the guest's console or log; empty if it has neither."""
+        """Return the last lines of the guest's console or log, or why there are none; empty for an
+        attached guest."""
 
     def close(self) -> None:
         """End the guest and free all that it held: process, domain, memory, files. The domain of
         an attached guest is not ended: only the memory door is taken out of it.
 
-        May be called twice, and after the guest has ended by itself.
+        May be called again, and after the guest has ended by itself.
 
-        :raises hintfleet.errors.HintfleetError: the guest could not be ended, or the door not be
-            taken out. Nothing is freed then.
+        :raises hintfleet.errors.HintfleetError: the guest could not be ended, or the door could not
+            be taken out. Then nothing is freed, except RAM that QEMU does not share any more.
         """
 
 
@@ -128,12 +130,14 @@ class GuestMaker(Protocol):
 
         :raises hintfleet.errors.Refused: this host cannot run it; says why.
         :raises hintfleet.errors.InvalidInput: a setting is out of its bounds.
-        :raises hintfleet.errors.GuestLost: it ended before it could be used.
+        :raises hintfleet.errors.GuestLost: it ended, or did not become usable in time.
+        :raises hintfleet.errors.OutcomeUnknown: an attached guest did not release the door of an
+            earlier host agent in time.
         """
 
     def adopt(self, request: GuestRequest, handle: Handle) -> RunningGuest:
-        """Take over a guest that an earlier host agent made from this request. A failure does not
-        end the guest.
+        """Take over a guest that an earlier host agent made or attached from an equal request. A
+        failure does not end the guest.
 
         Call it only under Survival, and only if no other host agent can work on the guest.
 
@@ -143,7 +147,8 @@ class GuestMaker(Protocol):
         """
 
     def close(self) -> None:
-        """Close connections. Before, close all guests except those that survive the host agent."""
+        """Close the connection to libvirt, if there is one. The caller must have closed all guests,
+        except those that survive the host agent."""
 
 
 class Attacher(GuestMaker, Protocol):
@@ -151,15 +156,14 @@ class Attacher(GuestMaker, Protocol):
 
     def has_ended(self, uuid_text: str, handle: Handle) -> bool:
         """Return whether a domain whose door is disconnected has ended. If not, somebody has taken
-        the door out, or QEMU broke the protocol. Waits until libvirt knows.
+        the door out, or QEMU broke the protocol. Wait up to 10 s for libvirt to notice the end.
 
-        :param handle: of the guest that it was.
-
+        :param handle: the handle of the guest that was attached.
         :raises hintfleet.errors.Refused: libvirt does not answer.
         """
 
     def runs(self, uuid_text: str) -> bool:
-        """Return whether a domain runs now.
+        """Return whether a domain runs, or is suspended, now.
 
         :raises hintfleet.errors.GuestLost: there is no such domain.
         :raises hintfleet.errors.Refused: libvirt does not answer.

@@ -49,7 +49,7 @@ class _Process(Protocol):
         """Kill the process, if it has not ended; `wait` returns soon after."""
 
     def close(self) -> None:
-        """Close descriptors; call it after `wait`."""
+        """Close the host agent's descriptors for the process."""
 
 
 class _Child:
@@ -154,12 +154,12 @@ class EmbeddedGuest:
         return self.ram.pages - self._first
 
     def plug(self, size_bytes: int) -> list[Segment]:
-        """Return the part of the RAM file that follows the present RAM, as one segment."""
+        """Return the next `size_bytes` of the RAM file after the present RAM, as one segment."""
         (ram,) = self.ram.pages
         return [_segment(ram.end_pfn, size_bytes, self.ram.only_fd())]
 
     def to_unplug(self, size_bytes: int) -> list[RangeSet]:
-        """Return the last pages of the RAM, as one device."""
+        """Return the last `size_bytes` of the RAM, as the pages of one device."""
         (ram,) = self.ram.pages
         page_count = size_bytes // PAGE_BYTES
         return [RangeSet([(ram.end_pfn - page_count, page_count)])]
@@ -238,8 +238,8 @@ class EmbeddedDriver:
         """Store settings.
 
         :param server: the address at which guests reach this host agent.
-        :param contain: called with the pid of each guest, before the guest uses its RAM; puts it
-            into the cgroup of the host's budget.
+        :param contain: called with the pid of each guest that is started, before the guest uses its
+            RAM; puts the process into the cgroup of the host's budget, if there is one.
         """
         self._server = server
         self._survival = survival
@@ -254,8 +254,8 @@ class EmbeddedDriver:
     def create(self, request: GuestRequest) -> EmbeddedGuest:
         """Start a guest process.
 
-        :raises Refused: no embedded guest has such settings, or the kernel refused the RAM file or
-            a process in the cgroup.
+        :raises Refused: no embedded guest can have such settings, or the kernel refused to make the
+            RAM file or to put the process into the cgroup.
         :raises InvalidInput: a setting is out of its bounds.
         """
         _check_settings(request.spec)

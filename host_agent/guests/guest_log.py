@@ -16,7 +16,8 @@ class GuestLog:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """:param folder: where to open the file `log`; made if it is missing. None for no name."""
+        """:param folder: folder of the file `log`; both are made if missing. None: use a file
+        without a name."""
         if folder is None:
             self.file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         else:

@@ -173,8 +173,8 @@ class Gate:
         return ended
 
     def door_closed(self, error: HintfleetError) -> Sequence[Instruction]:
-        """Note that the guest's memory must not be punched now, because the guest was stopped or
-        reset. The epoch ends, and the session is ended with `error`."""
+        """Note that the guest's memory must not be punched until `door_opened`. The epoch ends, and
+        the session is ended with `error`."""
         self.door_is_open = False
         return self._end_session(error, pb.GUEST_STOPPED)
 

@@ -1,5 +1,5 @@
 """The addresses at which guests connect to the host agent. With --state, the next host agent
-listens at the same ones, unless its --guest-listen names another port."""
+listens at the same ones, unless its --guest-listen names another host or port."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hintfleet.net.tls import Tls, listen
 
 @dataclass(frozen=True, kw_only=True)
 class GuestAddress:
-    """The addresses of one host agent. A guest gets one of them with its configuration.
+    """The addresses at which one host agent listens for guests.
 
     :ivar socket: `unix-abstract:NAME`, for guests that are processes of this host.
     :ivar address: `HOST:PORT`, for guests that are virtual machines.
@@ -75,8 +75,8 @@ def _lasting_port(host: str) -> int:
     :raises Refused: none of 50 random ports is free.
     """
     # Between two host agents nobody listens at the port. The kernel may give a port of
-    # ip_local_port_range to any outgoing connection, and guests that try to reach the host agent
-    # make many connections.
+    # ip_local_port_range to any outgoing connection, for example to one by which a guest tries to
+    # reach the host agent.
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     family = AF_INET6 if ":" in host else AF_INET
     for port in random.sample(range(low // 2, low), 50):

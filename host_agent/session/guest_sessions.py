@@ -33,9 +33,9 @@ from host_agent.tasks import LastingTasks
 
 _T = TypeVar("_T")
 
-# How long a command waits for a workload whose stream was cut to attach again.
+# How long a command waits for a workload to attach: its stream may just have been cut.
 _RECONNECT_S = 1.0
-# How long `settle` waits for a session. A suspended guest connects again when it is resumed.
+# How long `settle` waits for a session: a guest that was just resumed has to connect again.
 _SESSION_S = 5.0
 _POLL_S = 0.05
 # If a guest that was told to rest has sent no batch for so long, it has none in flight.
@@ -116,8 +116,8 @@ class GuestSessions:
         self.workload_is_there.set()
 
     def door_moved(self, why_closed: str | None) -> None:
-        """Note that the memory door has opened, or has closed: then the session and its epoch end.
-        The agent may connect again at once; its new session is welcomed when the door opens.
+        """Note that the memory door has opened or closed. If it has closed, the session and its
+        epoch end. The agent may connect again at once, and is welcomed when the door opens.
 
         :param why_closed: None if the door has opened.
         """
@@ -144,8 +144,8 @@ class GuestSessions:
         return session
 
     def batch_arrived(self, session: int, batch: gate.Batch) -> None:
-        """Hand a batch that came on a session to the gate. The batch is run or skipped later, and
-        acknowledged if its session is still open then.
+        """Hand a batch that came on a session to the gate. It is skipped at once if the session was
+        superseded; else it is run or skipped later, and acknowledged if the session is open then.
 
         :raises InvalidInput: the batch breaks the protocol; the caller must end the session with
             this error.
@@ -211,8 +211,8 @@ class GuestSessions:
     # What the guest is told
 
     async def tell_refaults(self) -> None:
-        """Report to the guest in which chunks it uses absent memory again, if there are any and it
-        has a session. The caller holds the memory's lock."""
+        """Report to the guest the chunks with memory that was absent and is in use again, if there
+        are any and it has a session. The caller holds the memory's lock."""
         # Without the lock, batches could replace the set each time while the thread works, and a
         # busy guest might never be told.
         used = self._memory.refaults_to_tell
@@ -237,9 +237,9 @@ class GuestSessions:
         return bool(self._memory.refaults_to_tell) and self._hinting is not None
 
     def tell_allowance(self, allowance_bytes: int) -> None:
-        """Tell the guest how much it may hint now, if it has a session. An allowance of 0 is not
-        sent twice in succession."""
-        # An allowance of 0 is the normal case, and each period would send it again.
+        """Tell the guest how much it may hint now, if it has a session. An allowance of 0 is sent
+        only after one that was larger."""
+        # 0 is the normal case: without this rule it would be sent again in each period.
         policy = policy_of(self._settings, allowance_bytes)
         nothing_again = not policy.allowance_pages and not self._allowed_something
         if self._hinting is not None and not nothing_again:
@@ -263,8 +263,8 @@ class GuestSessions:
         """Send workload commands to this stream from now on, and end the stream before it.
 
         Commands without an answer are sent again, because they or their answers may have been lost
-        with the stream before. The workload runs no command twice: if it gets one again, it repeats
-        its answer.
+        with the stream before. The workload runs no command twice: if it gets one again, it only
+        sends the answer.
         """
         if self._workload is not None:
             self._workload.end()
@@ -297,7 +297,8 @@ class GuestSessions:
             0 for a new id.
         :raises GuestLost: the guest is gone.
         :raises TransientError: no workload is attached, and none attached within a second.
-        :raises OutcomeUnknown: the workload's stream ended before the answer arrived.
+        :raises OutcomeUnknown: the workload's stream ended before the answer arrived, and no new
+            stream was attached within a second; or the answer is of another type.
         :raises Refused: the workload failed to run the command (out of memory, for example).
         """
         with contextlib.suppress(TimeoutError):

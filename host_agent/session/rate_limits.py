@@ -2,10 +2,10 @@
 
 Pure: the caller passes the time. If a guest breaks the protocol, the stream on which it did so is
 ended, with the reason. If a guest sends more than its rate limits, its messages are read more
-slowly; if it continues for 5 s with messages other than batches, the stream is ended, too. Both
-ends count as violations. A guest with too many violations is banned for a while; the third ban is
-for ever. New streams of a guest that is banned, or that opens too many, are refused; a refusal is
-not a violation.
+slowly; if it continues for 5 s with messages other than batches, the stream is ended, too. Each
+such end of a stream counts as a violation. A guest with too many violations is banned for a while;
+the third ban is for ever. New streams of a guest that is banned, or that opens too many, are
+refused; a refusal is not a violation.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ BATCHES = Rate(per_s=300, burst=250)
 RANGE_BYTES = 2  # size of a typical range on the wire
 RANGES_AS_A_BATCH = 32
 
-# Messages of one guest other than batches. An honest guest sends telemetry once per second, and
-# answers to requests.
+# Messages of one guest other than batches. An honest guest sends only answers to requests, and
+# telemetry at most once per second.
 MESSAGES = Rate(per_s=50, burst=50)
 
 # Streams that one guest opens. An agent whose streams fail pauses longer after each, up to 2 s.
@@ -140,8 +140,8 @@ class Conduct:
         """Count pieces of memory as `count_batch` counts ranges, so that later batches wait.
 
         :param pieces: how many more runs of reclaimed or absent pages a batch had than ranges; a
-            negative number counts as 0. A guest can use every second page, and hint all of its
-            pages in one range.
+            negative number counts as 0. If only every second page of a range was in use, each of
+            its pages is such a run.
         """
         self._batches.take(now_s, max(0, pieces) / RANGES_AS_A_BATCH)
 
@@ -159,8 +159,8 @@ class Conduct:
         return wait_s
 
     def count_violation(self, error: HintfleetError, now_s: float) -> bool:
-        """Count a violation, and ban the guest if it was one too many. Return whether the ban is
-        for ever, so that the caller must drop the guest."""
+        """Count a violation, and ban the guest if it was one too many. Return whether this has
+        banned the guest for ever: then the caller must drop it."""
         self.violations += 1
         self._last = error.message
         self._recent_violations.append(now_s)
@@ -170,7 +170,7 @@ class Conduct:
         ):
             return False
         self._recent_violations.clear()
-        # Streams that were open when the last ban began may still break the protocol.
+        # `min`, because streams that were open when the third ban began may cause a fourth one.
         self._banned_until_s = now_s + BANS_S[min(self._bans, len(BANS_S) - 1)]
         self._bans += 1
         return self._banned_until_s == math.inf

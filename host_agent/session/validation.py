@@ -21,9 +21,9 @@ _MAX_TEXT_LENGTH = 1000
 
 
 def check_hello(hello: pb.Hello) -> None:
-    """Check the first message of a hinting session, without the identity.
+    """Check the page size, chunk order and boot id in the first message of a hinting session.
 
-    :raises InvalidInput: the guest's page size is not this host's, or another field is too large.
+    :raises InvalidInput: the page size is not this host's, or the order or the id is too large.
     """
     if hello.page_size_bytes != PAGE_BYTES:
         raise InvalidInput(
@@ -36,7 +36,7 @@ def check_hello(hello: pb.Hello) -> None:
 def check_telemetry(told: pb.Telemetry, memory_bytes: int) -> None:
     """Check what a guest's agent reports about itself.
 
-    :raises InvalidInput: more memory is free than `memory_bytes`, or a figure is impossible.
+    :raises InvalidInput: more memory is free than `memory_bytes`, or another figure is too large.
     """
     _check_at_most("free_bytes", told.free_bytes, memory_bytes)
     for name in ("agent_cpu_us", "agent_rss_bytes", "tracker_bytes"):
@@ -51,7 +51,7 @@ def check_done(done: pb.Done, memory_bytes: int) -> None:
     """
     for name in ("changed_bytes", "held_bytes"):
         _check_at_most(name, getattr(done, name), memory_bytes)
-    # A loop verifies the same memory again and again.
+    # A loop verifies the same pages again and again, so it may count more than the guest has.
     most_pages = _MAX_FIGURE if done.HasField("looped") else memory_bytes // PAGE_BYTES
     for name in ("verified_pages", "wrong_pages"):
         _check_at_most(name, getattr(done, name), most_pages)

@@ -1,9 +1,9 @@
 """Attached guests: running domains that somebody else made.
 
 All that changes on such a domain is one device, the memory door, in its live configuration. The
-domain is never ended, suspended, reset or resized from here. Only libvirt/devices.py has libvirt
-calls that change such a domain. Inside the guest, `start_agent` and `stop_agent` change the agent's
-configuration and service, through qemu_guest_agent.py.
+domain is never ended, suspended, reset or resized from here. All libvirt calls that change such a
+domain are in guests/libvirt/devices.py. Inside the guest, `start_agent` and `stop_agent` change the
+agent's configuration and service, through qemu_guest_agent.py.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class AttachedGuest:
         ram: GuestRam,
         owned: contextlib.ExitStack,
     ) -> None:
-        """:param owned: closes RAM and door, and removes the folder made for the door's socket."""
+        """:param owned: closes RAM and door, and removes the folder of the door's socket, except
+        under Survival."""
         self.pid = door.pid
         self.domain: str = domain.name()
         self._uuid = uuid_text
@@ -86,20 +87,20 @@ class AttachedGuest:
 
     def close(self) -> None:
         """Take the door out of the domain, which runs on, and free RAM and door. May be called
-        twice.
+        again. If it raises, nothing is freed, except the RAM if QEMU has hung up.
 
-        :raises Refused: the guest did not release the door; nothing is freed.
-        :raises OutcomeUnknown: the guest did not answer in time; nothing is freed.
+        :raises Refused: libvirt does not answer, or the guest did not release the door.
+        :raises OutcomeUnknown: the guest did not answer in time.
         """
         if self.door is not None and not self.door.pages():
-            self.ram.close()  # QEMU is gone: the host has its memory back, even without libvirt
+            self.ram.close()  # QEMU has hung up: free the memory even if libvirt does not answer
         with contextlib.suppress(GuestLost):
             unplug_door(self._connection.domain(self._uuid))
         self._owned.close()
 
 
 class AttachedDriver:
-    """Plugs the memory door into domains, and takes it out again."""
+    """Finds domains, plugs a memory door into them, and starts and stops the agents in them."""
 
     def __init__(
         self,
@@ -137,8 +138,8 @@ class AttachedDriver:
         :raises NotFound: there is none.
         :raises Refused: libvirt does not answer.
         """
-        # Not lookupByUUIDString: for a name, it raises an error that becomes Refused, as a failure
-        # of libvirt does.
+        # Not lookupByUUIDString: given a name, it raises an error that `errors_as` turns into
+        # Refused, as if libvirt had failed.
         with errors_as("looking for the domain"):
             domains = self._connection.get().listAllDomains()
         for domain in domains:
@@ -152,20 +153,20 @@ class AttachedDriver:
 
         :param server: address at which the guest finds the host agent; empty for a guest on
             user-mode networking.
-        :raises Refused: a setting that no such guest has.
+        :raises Refused: no attached guest can have such settings.
         :raises InvalidInput: a setting is out of its bounds.
         """
         server = server or self._guest_server
-        # Survival is None: without a host agent, this agent waits without limit.
+        # None for Survival: without a host agent, an attached guest's agent waits without limit.
         config = agent_config(Driver.LIBVIRT, request, server, None, tls=self._guest_tls)
         return config.to_json()
 
     def start_agent(self, uuid_text: str, config: str) -> None:
-        """Put the agent's configuration into the guest, and enable and start its service, through
-        the QEMU guest agent.
+        """Put the agent's configuration into the guest, and enable and restart the agent's service,
+        through the QEMU guest agent. After a failure, do what `stop_agent` does, if that works.
 
         :raises Refused: the QEMU guest agent does not answer, or a command fails in the guest.
-            What was done is undone, if that works.
+        :raises GuestLost: the domain is gone.
         """
         guest_agent = QemuGuestAgent(self._connection.domain(uuid_text))
         with contextlib.ExitStack() as undo:
@@ -184,6 +185,7 @@ class AttachedDriver:
         guest agent.
 
         :raises Refused: the QEMU guest agent does not answer, or a command fails in the guest.
+        :raises GuestLost: the domain is gone.
         """
         guest_agent = QemuGuestAgent(self._connection.domain(uuid_text))
         guest_agent.run("systemctl", "disable", "--now", _SERVICE)
@@ -193,9 +195,9 @@ class AttachedDriver:
         """Plug the door into the domain with the request's UUID. A door that a killed host agent
         left there is taken out first.
 
-        :raises Refused: libvirt refused, the guest's kernel does not bind the device, or the
-            guest's memory cannot be punched. The device is taken out again, if the guest
-            releases it.
+        :raises Refused: the domain has obstacles, the guest does not release an old door, libvirt
+            or QEMU failed, the guest's kernel does not bind the device, or the guest's memory
+            cannot be punched. The new door is taken out again, if the guest releases it.
         :raises OutcomeUnknown: the guest did not release an old door in time.
         :raises GuestLost: the domain is gone.
         """
@@ -205,8 +207,8 @@ class AttachedDriver:
         try:
             return self._attach(request)
         except (Refused, OutcomeUnknown) as error:
-            # For example, a suspended guest releases no device. GuestLost, because Refused would
-            # keep this host agent from starting, and so from serving all other guests.
+            # For example, the guest is suspended. Not Refused: that would keep this host agent
+            # from starting, and so from serving all other guests.
             raise GuestLost(f"it cannot be attached again: {error.message}") from error
 
     def has_ended(self, uuid_text: str, handle: Handle) -> bool:
@@ -216,10 +218,12 @@ class AttachedDriver:
                 domain = self._connection.domain(uuid_text)
                 with errors_as("looking at a domain"):
                     xml = ET.fromstring(domain.XMLDesc())  # noqa: S314 - libvirt's own
-                # Both from one answer: the domain may end between two calls. Only live XML has it.
+                # `id` and the doors are read from one answer of libvirt: the domain may end between
+                # two. The XML has an `id` only while the domain runs.
                 if xml.get("id") != str(handle["start"]):
                     return True
-                # QEMU hangs up a moment before libvirt knows that it has ended.
+                # While the door is in the XML, ask again: QEMU may have ended, and libvirt notices
+                # that a moment later.
                 if not doors_in(xml):
                     return False
             except GuestLost:
@@ -234,15 +238,15 @@ class AttachedDriver:
 
     def _attach(self, request: GuestRequest) -> AttachedGuest:
         domain = self._connection.domain(request.uuid)
-        # Also a domain that was attached before: its configuration may have changed since.
+        # Check a domain that is attached again, too: its configuration may have changed since.
         if found := described(domain):
             refuse_if_any(found)
-        # Nobody serves a door that is still there.
+        # A door that is still there is served by nobody: a served one is an obstacle.
         unplug_door(domain)
         with contextlib.ExitStack() as owned:
             door = self._door(request, owned)
             with contextlib.ExitStack() as undo:
-                # Registered before plugging: libvirt may fail after the device is plugged in.
+                # Register this before plugging: libvirt may fail after the device is plugged in.
                 undo.callback(_unplug_quietly, domain)
                 plug_door(domain, door.path)
                 if not door.wait_until_open(_OPEN_TIMEOUT_S):

@@ -1,9 +1,9 @@
 """Finds what keeps the free memory of a domain that somebody else made from being hinted.
 
 Each obstacle has a text that says what to change. If a domain has no obstacle, QEMU can hand over
-its memory at the memory door, and the host can drop that memory page by page. Only the domain's XML
-and state are examined, not what runs in the guest: the guest also needs its agent, and the driver
-virtiofs.
+its memory at the memory door, and the host can drop that memory page by page. The domain's XML and
+state are examined, and who listens on a door's socket, but not what runs in the guest: it also
+needs hintfleet's agent and the driver virtiofs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _COLD = ", then shut the domain down and start it again"
 def obstacles(
     domain_xml: str, *, is_running: bool, is_suspended: bool = False
 ) -> list[host_pb2.Obstacle]:
-    """Return what keeps the memory door from being plugged in, in the order in which to remove it;
-    an empty list if nothing does.
+    """Return what keeps a domain from being hinted, in the order in which to remove it; an empty
+    list if nothing does.
 
     :param domain_xml: the live XML of a domain, or its persistent one if it does not run.
     """
@@ -49,7 +49,8 @@ def _obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
         return
     if any(map(is_served, doors_in(domain))):
         yield "another host agent is attached to it", "detach it there"
-    # What a killed host agent left is taken out before another door is plugged in.
+    # Ignore doors of killed host agents, and count their ports as free: `AttachedDriver.create`
+    # takes these doors out before it plugs in another one.
     if (devices := domain.find("devices")) is not None:
         for door in doors_in(domain):
             devices.remove(door)

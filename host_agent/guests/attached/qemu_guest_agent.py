@@ -27,9 +27,11 @@ class QemuGuestAgent:
         self._domain = domain
 
     def write(self, path: str, text: str) -> None:
-        """Write a file that only root can read, over an older one; make its folder if needed.
+        """Write a file that only its owner can read (root, if it is new). Replace the text of an
+        older file; make the folder if it is missing.
 
-        :raises Refused: the QEMU guest agent does not answer, or a step fails in the guest.
+        :raises Refused: the QEMU guest agent does not answer, or a step fails in the guest. The
+            file may be empty or incomplete then.
         """
         self.run("mkdir", "-p", str(PurePosixPath(path).parent))
         self.run("touch", path)
@@ -45,8 +47,8 @@ class QemuGuestAgent:
         """Run a program and wait for its end, 30 s at most.
 
         :raises Refused: the QEMU guest agent does not answer; the program has not ended in time,
-            and runs on; or it failed: the message has the last line of its stderr, or its exit
-            code.
+            and runs on; or it failed: the message has the last line of its stderr, or, if
+            there is none, its exit code.
         """
         started = self._ask(
             "guest-exec", path=program, arg=list(arguments), **{"capture-output": True}

@@ -58,8 +58,8 @@ def _run_events(libvirt: ModuleType) -> NoReturn:
 
 @contextlib.contextmanager
 def errors_as(what: str, hint: str = "") -> Iterator[None]:
-    """Turn libvirt's errors in the block into GuestLost, if the domain does not exist, or Refused.
-    `what` begins the message."""
+    """Turn libvirt's errors in the block into GuestLost if the domain does not exist, else into
+    Refused. `what` begins the message."""
     libvirt, _ = modules()
     try:
         yield

@@ -102,7 +102,7 @@ class Connection:
                 (libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, reboot),
             ):
                 number = connection.domainEventRegisterAny(None, kind, callback, None)
-                # A callback keeps its connection open, also after `close`
+                # A callback keeps its connection open even after `close`, so it is removed before
                 # (src/conf/object_event.c: virObjectEventCallbackListAddID).
                 undo.callback(_quietly, connection.domainEventDeregisterAny, number)
             connection.registerCloseCallback(closed, None)
@@ -117,9 +117,9 @@ class Connection:
     def watch(
         self, uuid_text: str, on_gone: Callable[[str], None], undo: contextlib.ExitStack
     ) -> EndNotice:
-        """Watch a domain from now on: when the domain ends, the returned EndNotice calls `on_gone`.
-        Closing `undo` stops the watching. Call this before the domain is made or looked up, so
-        that no event is missed."""
+        """Watch a domain from now on: the returned EndNotice calls `on_gone` when the domain ends,
+        is reset or goes to sleep, or when the connection is lost. Closing `undo` stops that. Call
+        this before the domain is made or looked up, so that no event is missed."""
         notice = self._watched[uuid_text] = EndNotice(on_gone)
         undo.callback(self.forget, uuid_text)
         undo.callback(notice.silence)
@@ -141,8 +141,8 @@ class Connection:
     def listen_for_qemu(
         self, loop: asyncio.AbstractEventLoop, path: Path, guest: str
     ) -> MemoryDoor:
-        """Return a memory door that listens at `path`, for each user that QEMU may run as: its own,
-        this process's, or root. Raises as `MemoryDoor.listening`."""
+        """Return a memory door that listens at `path` and serves the users that QEMU may run as:
+        its own, this process's, and root. Raises as `MemoryDoor.listening`."""
         uids = {0, os.geteuid()} | ({self.qemu_user.uid} if self.qemu_user else set())
         return MemoryDoor.listening(loop, path, uids, guest)
 

@@ -44,14 +44,14 @@ def doors_in(domain: ET.Element) -> list[ET.Element]:
 
 
 def is_served(door: ET.Element) -> bool:
-    """Return whether somebody listens on the socket of a memory door, given its element: false if
-    the host agent that plugged it in was killed."""
+    """Return whether somebody listens on the socket of this memory door; true if that cannot be
+    found out. False, for example, if the host agent that plugged the door in was killed."""
     source = door.find("source")
     path = source.get("socket", "") if source is not None else ""
     if path in _listening_paths():
         return True
-    # The kernel's list has only the sockets of this network namespace. It comes first because a
-    # door that is served would take a connection for QEMU's, once QEMU has hung up.
+    # The kernel's list has only the sockets of this network namespace, so try to connect, too. Not
+    # if the list has it: a served door from which QEMU has hung up takes any connection for QEMU's.
     with socket(AF_UNIX) as probe:
         probe.settimeout(_PROBE_S)
         try:
@@ -84,8 +84,9 @@ def plug_door(domain: Any, path: Path) -> None:
             xml = ET.tostring(door_element(path), encoding="unicode")
             domain.attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
     except Refused as error:
-        # libvirt before 9.2 forgets this when it is restarted, unless the domain has a NUMA cell
-        # (bug 2078693 of Red Hat). Obstacles of the domain itself were looked for before.
+        # libvirt before 9.2 forgets at a restart that memory is shared, unless the domain has a
+        # NUMA cell (Red Hat's bug 2078693). A domain whose memory is not shared would have been
+        # refused earlier (attached/obstacles.py).
         if "requires shared memory" in error.message:
             error.hint = (
                 "libvirt was restarted, and has forgotten that the domain's memory is shared:"
@@ -97,8 +98,8 @@ def plug_door(domain: Any, path: Path) -> None:
 def unplug_door(domain: Any) -> None:
     """Take all memory doors out of a domain; do nothing if it has none or does not run.
 
-    :raises Refused: the guest refused to release it.
-    :raises OutcomeUnknown: the guest did not answer in time.
+    :raises Refused: libvirt failed, or the guest refused to release a door.
+    :raises OutcomeUnknown: the guest did not answer in time, and may still release the door.
     :raises GuestLost: the domain is gone.
     """
     for device in _doors(domain):
@@ -125,7 +126,8 @@ def detach(domain: Any, alias: str, xml: str) -> None:
 
     :param alias: libvirt's name for the device.
     :param xml: the device's element of the live XML.
-    :raises Refused: libvirt or the guest refused; the device stays.
+    :raises Refused: the guest refused, and the device stays; or libvirt failed, for example because
+        the device is gone already.
     :raises OutcomeUnknown: the guest did not answer in time, and may still release the device.
     """
     libvirt, _ = modules()

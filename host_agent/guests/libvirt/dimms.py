@@ -16,7 +16,7 @@ from host_agent.memory.ram import Segment, close_files
 
 
 class Dimms:
-    """The DIMMs of a domain. It can get some only if it was made with a maximum size and slots."""
+    """The DIMMs of a domain. Only a domain with a maximum size and slots can get any."""
 
     def __init__(self, domain: Any, door: MemoryDoor, node: int) -> None:
         """:param door: the memory door at which QEMU hands over the memory of a new DIMM.
@@ -31,11 +31,11 @@ class Dimms:
         return RangeSet(pages for dimm in self._dimms() for pages in dimm.pages)
 
     def plug(self, size_bytes: int, ram: RangeSet) -> list[Segment]:
-        """Attach one DIMM; return its segments.
+        """Attach one DIMM; return its segments, which the caller then owns.
 
         :param ram: the RAM that the domain had before.
         :raises Refused: libvirt refused (for example, no slot is free), or QEMU did not hand over
-            the DIMM's memory in a shared memfd. A DIMM that was attached is detached again, if
+            the DIMM's memory in a shared memfd. In the second case the DIMM is detached again, if
             the guest releases it; else `pages` has it.
         """
         libvirt, _ = modules()

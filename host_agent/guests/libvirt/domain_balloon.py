@@ -44,8 +44,8 @@ class LibvirtReporting:
     def problem(self) -> str:
         """Return why the guest does not report free pages; empty if it does, or if QEMU does not
         show whether it does."""
-        # A guest reports if its balloon driver has accepted that feature. QEMU 7.2 and newer show
-        # the accepted features, by a command that QEMU calls unstable (qapi/virtio.json).
+        # A guest reports if its balloon driver has accepted _REPORTING_FEATURE. QEMU 7.2 and newer
+        # show the accepted features, by a command that QEMU calls unstable (qapi/virtio.json).
         libvirt, libvirt_qemu = modules()
 
         def ask(command: str, **arguments: str) -> Any:

@@ -17,7 +17,8 @@ _EVIDENCE_LINES = 40
 
 
 class EndNotice:
-    """Calls `on_gone` at the first report that a guest is gone, once; never after `silence`."""
+    """Calls `on_gone` once, at the first report that a guest is gone; not for reports that come
+    after `silence`."""
 
     def __init__(self, on_gone: Callable[[str], None]) -> None:
         self._on_gone = on_gone

@@ -27,7 +27,7 @@ from host_agent.guests.libvirt.runtime_dir import runtime_dirs
 
 
 def abandoned_domains(uri: str) -> list[Removable]:
-    """Return the abandoned domains and memory doors at this URI.
+    """Return the abandoned domains and memory doors at this URI, each with what removes it.
 
     :raises Refused: libvirt is not installed, does not answer, or runs on another machine, whose
         processes and folders cannot be examined from here.
@@ -52,8 +52,8 @@ def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
                 continue
             if (folder := _folder_of(xml)) is None:
                 continue
-            # The first entry serves for all: entries differ only in their base, which is_abandoned
-            # does not use.
+            # Any entry would do: entries differ only in their base, which is_abandoned does not
+            # use.
             if runtime_dirs()[0].is_abandoned(folder):
                 leak = Leak(
                     what="domain",

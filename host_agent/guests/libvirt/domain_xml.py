@@ -76,7 +76,7 @@ def domain_xml(spec: DomainSpec) -> str:
     _memory_backing(domain)
     _boot(domain, spec)
     _cpu(domain, spec)
-    # A guest that resets or crashes must end: the host agent ends its epoch, and calls it lost.
+    # A guest that resets or crashes must end, not boot again: the host agent treats it as lost.
     for event in ("poweroff", "reboot", "crash"):
         _text(domain, f"on_{event}", "destroy")
     _devices(domain, spec)
@@ -136,8 +136,8 @@ def _boot(domain: ET.Element, spec: DomainSpec) -> None:
 
 def _parameters(spec: DomainSpec) -> list[str]:
     # panic=-1: after a panic the kernel resets at once, which ends the domain.
-    # no_timer_check: skips a check that may fail on a busy host. There a vCPU under TCG may not run
-    # for so long that the kernel counts no tick, takes the timer for unconnected and hangs or
+    # no_timer_check: skips a check that may fail on a busy host, where a vCPU under TCG may stand
+    # still for so long that the kernel counts no tick, takes the timer for unconnected and hangs or
     # panics ("MP-BIOS bug", arch/x86/kernel/apic/io_apic.c: check_timer). Under KVM, Linux sets
     # no_timer_check by itself.
     parameters = ["console=ttyS0", "quiet", "panic=-1", "no_timer_check"]
@@ -177,6 +177,6 @@ def _balloon(devices: ET.Element, use: Memballoon) -> None:
     elif use is Memballoon.REPORTING:
         ET.SubElement(devices, "memballoon", model="virtio", freePageReporting="on")
     else:
-        # autodeflate: a guest that runs out of memory takes some back by itself.
+        # autodeflate: a guest that runs out of memory takes some out of the balloon by itself.
         balloon = ET.SubElement(devices, "memballoon", model="virtio", autodeflate="on")
         ET.SubElement(balloon, "stats", period=str(round(PERIOD_S)))

@@ -48,7 +48,7 @@ _MEMBALLOONS = {
 
 
 class LibvirtDriver:
-    """Makes guests on one connection to libvirt."""
+    """Makes and adopts guests on one connection to libvirt."""
 
     def __init__(
         self,
@@ -130,8 +130,8 @@ class LibvirtDriver:
                 unplug_door(domain)
                 plug_door(domain, door.path)
             except (Refused, OutcomeUnknown) as error:
-                # For example, a suspended guest releases no device. GuestLost, because Refused
-                # would keep this host agent from starting, and so from serving all other guests.
+                # For example, a suspended guest releases no device. Not Refused: that would keep
+                # this host agent from starting, and so from serving all other guests.
                 raise GuestLost(f"it cannot be adopted: {error.message}") from error
             return self._take_over(request, domain, files, door, end_notice, undo)
 
@@ -149,8 +149,8 @@ class LibvirtDriver:
         return door
 
     def _check_reach(self, image: GuestImage) -> None:
-        """Check that QEMU's user can read the image's root disk and enter the state folder. QEMU
-        itself would fail on them later, with a message that is less clear.
+        """Check that QEMU's user can read the image's root disk and, under Survival, enter the
+        guests' folder. Without this check QEMU would fail later, with a message that is less clear.
 
         :raises Refused: it cannot; names the folder or file that denies access.
         """
@@ -243,8 +243,8 @@ class LibvirtDriver:
 
     def _boots_under_kvm(self, connection: Any, image: GuestImage) -> bool | None:
         """Boot a guest without agent under KVM, and end it. Return whether it booted; None if it
-        could not be started. KVM need not be the reason for that, so the caller does not store
-        None for later host agents."""
+        could not be started or ended. KVM need not be the reason for that, so the caller does not
+        store None for later host agents."""
         identity = uuid.uuid4()
         name = f"kvm-probe-{identity.hex[:8]}"
         files = self._files(name)

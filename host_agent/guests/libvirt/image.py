@@ -1,4 +1,4 @@
-"""Finds the guest image of deploy/image/build.py, and checks that it can be read."""
+"""Finds the guest image that deploy/image/build.py made, and checks that it can be read."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A /dev/kvm that can be opened proves little: under some nested hypervisors a stock kernel hangs.
 So a guest is booted once (by driver.py), and the result is stored beside the images. The result is
 used until the host reboots, or the guest's kernel or the owner or mode of /dev/kvm changes. Nothing
-is stored if the guest could not be started. Without access to /dev/kvm no guest is booted.
+is stored if the guest could not be started. Without access to /dev/kvm the answer is no, and no
+guest is booted to find out.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class QemuUser:
 
     @property
     def name(self) -> str:
-        """Its name, or its number if it has none."""
+        """The user's name, or the uid if it has no name."""
         try:
             return pwd.getpwuid(self.uid).pw_name
         except KeyError:

@@ -17,7 +17,7 @@ _SHARED = Path("/tmp")  # noqa: S108
 
 
 def runtime_dirs() -> list[OwnedFolders]:
-    """Return where the host agents of this machine make guests' folders: $TMPDIR, then /tmp."""
+    """Return where guests' folders are made, in order of preference: $TMPDIR, then /tmp."""
     # /tmp too, because a private TMPDIR (libpam-tmpdir) may deny access to QEMU's user.
     bases = dict.fromkeys((Path(tempfile.gettempdir()), _SHARED))
     return [OwnedFolders(base=base, prefix="hintfleet-guest-") for base in bases]
@@ -25,7 +25,7 @@ def runtime_dirs() -> list[OwnedFolders]:
 
 @dataclass(frozen=True)
 class RuntimeDir:
-    """A directory for one guest's files that QEMU's user can enter.
+    """A directory for one guest's files. Its mode lets every user enter it, but not list it.
 
     :ivar owned: the same directory, locked by this process; None if it outlives the host agent.
     """
@@ -44,7 +44,7 @@ class RuntimeDir:
         places = runtime_dirs()
         accessible = (p for p in places if user is None or user.first_denied(p.base) is None)
         owned = next(accessible, places[0]).make()
-        # QEMU's user must enter the directory to reach the console, but need not list it.
+        # QEMU's user must be able to enter the directory to reach the files, but not to list it.
         owned.path.chmod(0o711)
         return cls(owned.path, owned)
 
@@ -72,12 +72,13 @@ class RuntimeDir:
         return self.path / "door.sock"
 
     def write_config(self, text: str) -> None:
-        """Write the agent's configuration; no other user can read it."""
+        """Write the agent's configuration. No other user can read it before the domain starts."""
         self.config.touch(mode=0o600)
         self.config.write_text(text)
 
     def console_tail(self, line_count: int) -> str:
-        """Return the last lines in the last 4 KiB of the console, or why it cannot be read."""
+        """Return the last `line_count` lines of the console, at most 4 KiB, or why it cannot be
+        read."""
         try:
             with self.console.open("rb") as console:
                 console.seek(max(0, self.console.stat().st_size - _TAIL_BYTES))
