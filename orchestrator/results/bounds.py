@@ -2,7 +2,7 @@
 
 A bound says what must not be. It is broken if the whole 95 % interval of the change lies beyond it,
 kept if none of the interval does, else undecided. Each bound is judged on its own: if the true
-change is just at the bound, one bound in 40 is broken by chance.
+change is just at the bound, about one bound in 40 is broken by chance.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Verdict(StrEnum):
 class Judgement:
     """The verdict on a bound for one arm.
 
-    :ivar change: the change that was compared with the bound, in the unit of its value; None if
-        there is none.
-    :ivar reason: why the verdict is undecided, and what would decide it; else empty.
+    :ivar change: the change that was compared with the bound, in the unit of the bound's value;
+        None if there is none.
+    :ivar reason: why the verdict is undecided; else empty.
     """
 
     bound: Bound
@@ -124,7 +124,8 @@ def _amount(text: str, figure: Figure, amount: str) -> float:
 def judge(bound: Bound, changes: Sequence[Change]) -> list[Judgement]:
     """Return the verdict on the bound for each arm that it is about.
 
-    :raises InvalidInput: there is no such arm, or it cannot have the figure.
+    :raises InvalidInput: the bound names an arm that is not there, or no arm that the bound is
+        about can have the figure.
     """
     of_arm = [change for change in changes if bound.arm in ("", change.arm)]
     if not of_arm:
@@ -144,7 +145,7 @@ def judge(bound: Bound, changes: Sequence[Change]) -> list[Judgement]:
 
 def _judge(bound: Bound, change: Change) -> Judgement:
     shown = change.percent if bound.is_percent else change.difference
-    # Positive is within the bound, for both kinds of bounds.
+    # Positive is within the bound, for lower and for upper bounds.
     room = [value if bound.is_lower else -value for value in _excess(bound, change)]
     interval = mean_interval(room, change.first_look)
     verdict, reason = Verdict.UNDECIDED, change.undecided
@@ -158,7 +159,7 @@ def _judge(bound: Bound, change: Change) -> Judgement:
     elif interval.low >= 0:
         verdict = Verdict.KEPT
     else:
-        # About so many pairs give an interval without 0, if mean and spread stay as they are.
+        # An interval of about `needed` pairs excludes 0, if mean and spread stay as they are.
         needed = pairs_needed(interval, abs(interval.mean)) if interval.mean else None
         count = f"about {needed}" if needed else f"more than {MOST_PAIRS}"
         reason = f"needs {count} repetitions, at the spread seen"
@@ -166,7 +167,7 @@ def _judge(bound: Bound, change: Change) -> Judgement:
 
 
 def _excess(bound: Bound, change: Change) -> list[float]:
-    """Return for each pair by how much the change exceeds the bound."""
+    """Return for each pair by how much the change is above the bound; negative if below."""
     if bound.figure is Figure.SLOWDOWN:
         return change.excess(offset=math.log1p(bound.value / 100))
     if bound.is_percent:

@@ -26,8 +26,8 @@ class Capacity:
 
     :ivar ran_out: whether the host ran out of memory with the next guest; else all guests of the
         spec fitted, and more might.
-    :ivar enforced: whether a cgroup kept the guests within the host's memory; None if the host did
-        not run out.
+    :ivar enforced: whether a cgroup kept the guests within the host's memory budget; None if the
+        host did not run out.
     """
 
     guests: int
@@ -37,8 +37,10 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True)
 class CapacityRow:
-    """The capacity of one host in one trial; None if the trial was cut off or does not count.
+    """The capacity of one host in one trial.
 
+    :ivar capacity: None if the host's part of the trial was cut off, or ended without a capacity.
+        It may be set in a trial that does not count.
     :ivar undecided: why the trial does not count; empty if it counts or was cut off.
     """
 
@@ -54,13 +56,13 @@ class CapacityRow:
 class ArmCapacity:
     """How many guests fitted under one arm, summed over hosts.
 
-    :ivar guests: the mean over trials; None if a trial has no result.
-    :ivar fewest, most: of all trials.
+    :ivar guests: the mean over trials; None if `undecided` is set.
+    :ivar fewest, most: of all trials; 0 if `undecided` is set.
     :ivar at_least: whether in some trial a host took all guests of the spec without running out,
         so that more guests might fit.
-    :ivar more: guests more than under the control; None for the control, without one, and with
-        fewer than two pairs of trials.
-    :ivar watched: whether some host had no cgroup, so that its memory was only watched.
+    :ivar more: guests more than under the control; None for the control, without a control whose
+        trials all count, and with fewer than two pairs of trials.
+    :ivar watched: whether some host that ran out had no cgroup: its memory was only watched.
     :ivar undecided: why there is no figure; empty otherwise.
     """
 

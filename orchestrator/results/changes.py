@@ -1,8 +1,9 @@
 """Computes how the figures of each arm changed from one run to another run of the same spec. Pure.
 
 In both runs, the guests of a repetition get the same seeds. So a repetition is a pair: its figure
-in the second run, and in the first. Figures are summed over the hosts of a trial; those that
-compare an arm with the control do so within their own run, as in `savings` and `comparison`.
+in the second run, and in the first. Figures are summed over the hosts of a trial, but settle times
+are averaged; figures that compare an arm with the control do so within their own run, as in
+`savings` and `comparison`.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ class Change:
     def difference(self) -> Interval | None:
         """The second run minus the first, in the figure's unit.
 
-        None if `undecided` is set, and for the slowdown, whose change is a ratio.
+        None if `undecided` is set, with fewer than `first_look` pairs, and for the slowdown, whose
+        change is a ratio.
         """
         return None if self.figure is Figure.SLOWDOWN else self._interval()
 
@@ -141,8 +143,9 @@ class Change:
     def percent(self) -> Interval | None:
         """The difference in percent of `figure.percent_of`.
 
-        None if `undecided` is set, and if the figure is not above 0 in the first run with 95 %
-        confidence: a percentage of it would say nothing.
+        None if `undecided` is set, and with fewer than `first_look` pairs. Also None, except for
+        the slowdown, if the figure is not above 0 in the first run with 95 % confidence: a
+        percentage of it would say nothing.
         """
         if self.figure is Figure.SLOWDOWN:
             return percent_of_logs(self._interval())
@@ -163,16 +166,16 @@ class Change:
 
 
 def compare_runs(first: RunRows, second: RunRows) -> list[Change]:
-    """Return the change of each figure of each arm: arms in the order of the spec, and in each the
-    figures that it can have.
+    """Return the change of each figure of each arm: first of the control, then of the other arms in
+    the order of the spec. An arm has only the figures that it can have.
 
     In runs that started their guests one by one, arms have only GUESTS. In other runs, the control
-    has only RESIDENT and GIB_MIN; if there is no control, no arm has SAVED, SLOWDOWN and HOST_CPU.
+    has only RESIDENT and GIB_MIN; if there is no control, no arm has SAVED, SLOWDOWN or HOST_CPU.
 
     :param first, second: rows of two runs of the same spec.
     """
     before, after = _arms(first), _arms(second)
-    # The runs have one spec, and so the same first look.
+    # Both runs have the same spec, and so the same first look.
     first_look = max((row.first_look for row in first.footprints), default=0)
     return [
         replace(_change(name, figure, before.get(name), after.get(name)), first_look=first_look)
@@ -270,7 +273,7 @@ def _change(name: str, figure: Figure, first: _Arm | None, second: _Arm | None) 
 
 
 def _undecided(run: str, arm: _Arm | None, figure: Figure) -> str:
-    """Return why the arm has no such figure in this run; empty if it has."""
+    """Return why the figure of the arm in this run cannot be compared; empty if it can."""
     if arm is None:
         return f"{run} run: no trial of this arm has ended"
     if arm.undecided:
@@ -288,7 +291,8 @@ def _percent_of_first(pairs: Sequence[tuple[float, float]], first_look: int) -> 
     second - (1 + p) * first. So it also covers the noise of the first value (E. C. Fieller,
     "Some problems in interval estimation", J. R. Stat. Soc. B 16, 1954).
 
-    :return: None if the interval of the first value is not above 0, or for fewer than two pairs.
+    :returns: None if the interval of the first value is not above 0, or if there are too few pairs
+        for an interval (`mean_interval`).
     """
     first = mean_interval([first for first, _ in pairs], first_look)
     second = mean_interval([second for _, second in pairs], first_look)

@@ -53,7 +53,7 @@ class ArmCost:
 
     `slowdown_percent`, `guest_cpu_s` and `host_cpu_s` are comparisons with the control: hosts
     are summed in each trial, then the mean over pairs of trials is taken. They are None if there
-    are fewer than two pairs. All other values are about the arm alone.
+    are too few pairs (`statistics.mean_interval`). All other values are about the arm alone.
 
     :ivar settle_s: the mean of all times in `Cost.settle_s`: how long after a free step 95 % of
         the memory that came back to the host was back. None if there are no such times.
@@ -86,8 +86,8 @@ class ArmCost:
 def compare(rows: Sequence[CostRow], driver: str) -> list[ArmCost]:
     """Return the cost of each arm whose trials all count, except the control.
 
-    Arms are in the order of `rows`. If a trial of the control does not count, all comparisons
-    with the control are None.
+    Arms are in the order of `rows`. If there is no control, or one of its trials does not count,
+    all comparisons with the control are None.
     """
     arms: dict[str, list[CostRow]] = {}
     for row in rows:
@@ -140,5 +140,5 @@ def _slowdown_percent(control: Sequence[CostRow], arm: Sequence[CostRow]) -> Int
 
 
 def step_s(rows: Sequence[CostRow]) -> dict[Hashable, float]:
-    """Return the time that the workload's steps took in each trial of one arm, by repetition."""
+    """Return the sum of `Cost.step_s` over the hosts of each trial of one arm, by repetition."""
     return by_trial(rows, lambda cost: cost.step_s)

@@ -2,7 +2,8 @@
 
 CPU time, wire bytes and ranges are counted over the measured window (see `footprint`): from the
 last sample at or before the window's start to the last sample at or before its end. The size of the
-tracker is the maximum over all samples. The other figures are times of steps and Settle calls.
+tracker is the maximum over all samples. The other figures are times of steps and Settle calls, and
+what loops did.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from orchestrator.results.loops import LoopSum, loops_of
 from orchestrator.trial.records import GuestSettled, StepDone
 
 SETTLED_SHARE = 0.95
-# If a smaller share of the freed bytes came back, the step has no settle time: so small a change
-# may be other memory of the guest.
+# If less than this share of the freed bytes came back, the step has no settle time: so small a
+# change may be other memory of the guest.
 _MIN_CAME_BACK_SHARE = 0.05
 _US_PER_S = 1_000_000
 
@@ -43,8 +44,8 @@ class Cost:
     :ivar settle_s: one value for each guest and free step after which memory came back to the
         host: time from the end of the step until 95 % of that memory was back.
     :ivar asked_settle_s: how long each Settle call took.
-    :ivar step_s: total time of all steps of all guests, except loops, whose time is given, and
-        without the time that replays waited.
+    :ivar step_s: total time of all steps of all guests, without the read-back, without loops,
+        whose time is given, and without the time that replays waited.
     :ivar agent_cpu_s: CPU time of the guests' agents. For an embedded guest this is the whole
         guest process, but 0 under method none.
     :ivar process_cpu_s: CPU time of the guests' processes on the host (embedded process,
@@ -92,7 +93,7 @@ def host_cost(
         return [_increase(part, counter, windows[guest]) for guest, part in series.items()]
 
     # The series of every guest has the same counters of the host agent, so their increases are
-    # not summed. The windows of the guests differ a little: the largest increase is taken.
+    # not summed. The windows of the guests differ: the largest increase is taken.
     observing_s = max(spent("observing_cpu_us")) / _US_PER_S
     return Cost(
         settle_s=tuple(s for guest, part in series.items() for s in _settle_s(part, steps[guest])),

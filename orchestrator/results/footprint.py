@@ -74,7 +74,7 @@ class Footprint:
     """The memory that a guest, or several guests together, used in a trial.
 
     :ivar resident_gib_min: the integral of resident memory over the window, in GiB times minutes.
-    :ivar returned: None if the workload freed nothing.
+    :ivar returned: None if no free step freed anything.
     """
 
     provisioned_bytes: int

@@ -21,8 +21,8 @@ class LoopFigure:
     """A figure of an arm.
 
     :ivar mean: over trials.
-    :ivar more_percent: how much more that is than under the control, a geometric mean; None for
-        the control, without a control, and with fewer than two pairs.
+    :ivar more_percent: how much more the figure is than under the control, a geometric mean; None
+        for the control, without a control whose trials all count, and with too few pairs.
     """
 
     mean: float
@@ -33,12 +33,12 @@ class LoopFigure:
 class ArmLoops:
     """What loops of one title measured under one arm. A figure without values is None.
 
-    :ivar title: of their steps: `churn 64 MiB`.
-    :ivar cycles: in one guest and one trial.
+    :ivar title: of their steps, for example `churn 64 MiB`.
+    :ivar cycles: the mean for one guest and one trial.
     :ivar allocation_p50_us, allocation_p99_us: how long it took to allocate an extent of 2 MiB and
         to write to it for the first time.
     :ivar bytes_per_s: in one guest: touched bytes, divided by the time that the loops lasted.
-    :ivar bytes_per_s_p1: the rate in the slowest 1 % of all parts of 100 ms, at most.
+    :ivar bytes_per_s_p1: the rate that the slowest 1 % of all parts of 100 ms do not exceed.
     """
 
     arm: str
@@ -65,7 +65,7 @@ _Trials = dict[Hashable, LoopSum]
 def compare_loops(rows: Sequence[CostRow]) -> list[ArmLoops]:
     """Return what loops measured: for each title, a row for each arm whose trials all count.
 
-    Arms are in the order of `rows`; so the control, which is there, too, is first.
+    Arms are in the order of `rows`. The control has rows, too.
     """
     left_out = {row.arm for row in rows if not row.counts}
     controls = {row.arm for row in rows if row.is_control}

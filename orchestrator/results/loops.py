@@ -15,7 +15,7 @@ _US_PER_S = 1_000_000
 class LoopSum:
     """All loops of one title that some guests ran in a trial.
 
-    :ivar title: of their steps: `churn 64 MiB`.
+    :ivar title: of their steps, for example `churn 64 MiB`.
     :ivar kind: churn, fault or bandwidth.
     :ivar guests: how many guests ran them.
     :ivar loop_s: how long they lasted; the sum over guests.

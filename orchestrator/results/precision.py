@@ -1,13 +1,13 @@
 """Decides whether a run with a precision goes on. Pure.
 
 The run looks after each round (`trial/plan.rounds`), and goes on until the interval of each arm's
-savings is narrow enough, or `most_repetitions` have run. That intervals hold although the run
-looks at them is up to `statistics.py`.
+savings is narrow enough, or `most_repetitions` have run. `statistics.py` says why such intervals
+are valid although the run looks at them several times.
 
 A trial that counts for nothing must not end a run early: a lost trial is left out, with its pair,
 because `run --resume` may still give it a result. An undecided trial never gets another result, so
-its arm has no savings, and the run does not wait for it. If that is the control, no arm will have
-savings, and the run ends after the repetitions that always run.
+its arm has no savings, and the run does not wait for that arm. If a trial of the control is
+undecided, no arm will have savings, and the run ends at the next look.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Look:
     """What a run saw when it looked.
 
     :ivar repetitions: how many had run.
-    :ivar arms: the arms that the run waits for, by name; None for an arm that has no interval yet.
+    :ivar arms: how narrow the interval of each arm is, by name; None if it has no interval yet.
+        Without the control and arms with an undecided trial; empty if the control has one.
     """
 
     repetitions: int
@@ -73,7 +74,7 @@ class Look:
 def reached(row: Savings, precision: Precision) -> Reached | None:
     """Return how narrow the interval of a row is; None if it has none.
 
-    :param row: of a run and its whole fleet.
+    :param row: of the whole fleet in one run (By.FLEET).
     """
     if row.saved_bytes is None or row.control_bytes is None:
         return None
@@ -87,7 +88,7 @@ def reached(row: Savings, precision: Precision) -> Reached | None:
 
 
 def look(rows: Iterable[FootprintRow], precision: Precision) -> Look:
-    """Return what a run sees, with all trials of its repetitions ended.
+    """Return what a run sees when all trials of the repetitions that have begun have ended.
 
     :param rows: of all attempts that count, in one run.
     """

@@ -22,7 +22,7 @@ class RunOutcome:
 def run_outcome(error: BaseException | None, undecided: Sequence[str]) -> RunOutcome:
     """Return the outcome of a run that has ended.
 
-    :param error: the exception that ended the run; None if all trials ran.
+    :param error: the exception that ended the run; None if no exception ended it.
     :param undecided: the reasons of the trials whose last attempts are undecided or lost.
     """
     if isinstance(error, KeyboardInterrupt):

@@ -5,7 +5,7 @@ Controlled savings compare an arm with the control of the same run, pair by pair
 one repetition (so the same seeds) of the whole fleet, of a host or of a guest, depending on what
 the row covers. A row is undecided if a trial of its arm or of the control was cut off, undecided
 or lost, even if that was because of a host or guest that the row does not cover: as in
-`comparison`, the parts of such a trial are no figures.
+`comparison`, no part of such a trial counts.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ class FootprintRow:
 class Savings:
     """One row of an answer: what one arm used and saved.
 
-    :ivar run_id: empty by arm, because runs of the same spec are pooled.
-    :ivar key: the host's or guest's name; empty by fleet and by arm.
+    :ivar run_id: empty with By.ARM, because runs of the same spec are pooled.
+    :ivar key: the host's or guest's name; empty with By.FLEET and By.ARM.
     :ivar footprint: means over trials, with three exceptions: the peak is the highest of all
         trials (of several hosts, the sum of their peaks), pages and `returned` are sums.
         None if a host or guest has no footprint in a trial of the arm.
     :ivar saved_bytes: mean resident memory saved; None for the control, without a control, and
         where `undecided` is set.
-    :ivar control_bytes: the mean resident memory of the control in the same pairs, as the whole of
-        which `saved_bytes` is a part; None where `saved_bytes` is.
+    :ivar control_bytes: the mean resident memory of the control in the same pairs, to give
+        `saved_bytes` as a percentage of it; None if `saved_bytes` is None.
     :ivar undecided: why figures are missing or do not count, for example wrong pages or only one
         pair of trials; empty otherwise.
     """
@@ -107,7 +107,7 @@ def aggregate(rows: Iterable[FootprintRow], by: By) -> list[Savings]:
 
 
 def _of_measured_trials(rows: Sequence[FootprintRow]) -> Iterator[FootprintRow]:
-    """Yield all rows, without footprints if one of the same trial has none."""
+    """Yield all rows, but without footprints those of a trial in which any row has none."""
     # A trial is one result: when a guest is lost, others on its machine have more room.
     unmeasured = {(row.run_id, row.arm, row.repetition) for row in rows if row.footprint is None}
     for row in rows:
@@ -116,7 +116,7 @@ def _of_measured_trials(rows: Sequence[FootprintRow]) -> Iterator[FootprintRow]:
 
 
 def _group(row: FootprintRow, by: By) -> tuple[str, str, str]:
-    """Return the group of a row: spec hash, run id (empty by arm), and key as in `Savings`.
+    """Return the group of a row: spec hash, run id (empty with By.ARM), key as in `Savings`.
 
     Arms are compared only within a group.
     """

@@ -51,7 +51,7 @@ class Interval:
 def sum_by_trial(values: Iterable[tuple[Hashable, float]]) -> dict[Hashable, float]:
     """Return the sum of the values of each trial: of its hosts, or of its guests.
 
-    :param values: the key of a trial, and a value.
+    :param values: pairs of a trial's key and a value.
     """
     # Hosts of one trial share its noise. If each host were a pair of its own, one random draw
     # would count several times, and the interval would be too narrow.
@@ -66,8 +66,8 @@ def paired_differences(
 ) -> list[float]:
     """Return control minus treated for each key that both have, in the order of `treated`.
 
-    The interval is valid only if the differences are independent, so a key must be a whole
-    trial, not a part of one.
+    An interval of the differences is valid only if they are independent: so each key must be of
+    another trial, not of another host or guest of the same trial.
     """
     return [control[key] - value for key, value in treated.items() if key in control]
 
@@ -104,7 +104,8 @@ def ratio_percent(
 
 
 def logs(values: Mapping[Hashable, float]) -> dict[Hashable, float]:
-    """Return the logarithm of each value, for differences that stand for ratios.
+    """Return the logarithm of each value (values below 1e-6 count as 1e-6), for differences that
+    stand for ratios.
 
     Logarithms of ratios are averaged, not ratios: a trial that is twice as slow and one that is
     twice as fast then cancel out.
@@ -153,7 +154,7 @@ def half_width_in_deviations(pairs: int, first_look: int = 0) -> float:
     n, m = pairs, first_look
     if not m:
         return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) / math.sqrt(n)
-    # Lai: the mean is outside its interval when (1 + T_n^2 / (n - 1))^n > b n, where T_n is
+    # Lai: the true mean is outside the interval if (1 + T_n^2 / (n - 1))^n > b n, where T_n is
     # Student's statistic of n pairs. b is such that T_m = a is on the bound, where
     # P(|T_m| > a) + 2 a f(a) = 0.05, and f is the density of T_m. The left side is P(F > a^2 / 3),
     # where F has Fisher's distribution with 3 and m - 1 degrees of freedom: both vanish at

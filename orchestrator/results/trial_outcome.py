@@ -66,10 +66,11 @@ class TrialStatus(StrEnum):
 class TrialFigures:
     """The figures of one guest, or of all guests of a host together (guest ""), in a trial.
 
-    :ivar footprint: None if the host's part of the trial was not measured to the end.
+    :ivar footprint: None if the host's part of the trial was not measured to the end, or if guests
+        were started one by one.
     :ivar cost: set for a host with a footprint; None for a guest.
     :ivar capacity: set for a host whose guests were started one by one, instead of a footprint.
-    :ivar undecided: why there is no footprint; empty if there is one.
+    :ivar undecided: why there is neither a footprint nor a capacity; empty if there is one.
     """
 
     host: str
@@ -85,7 +86,8 @@ class HostOutcome:
     """The outcome of one host's part of a trial.
 
     :ivar reason: why the part is not done; empty if it is done.
-    :ivar figures: those of the host, then those of each of its guests.
+    :ivar figures: those of the host, then those of each of its guests; if guests were started one
+        by one and the host has a capacity, only those of the host.
     :ivar has_wrong_pages: whether a guest read back other data than it had written. If so, the
         host is undecided, but `figures` has footprints if the host was measured to the end.
     """

@@ -37,7 +37,7 @@ from orchestrator.spec.workload import (
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
 _MAX_ARMS = 100
 _MAX_STEPS = 100_000
-_MAX_PIECES = 1 << 16  # a guest's workload takes some hundred bytes of its own for each
+_MAX_PIECES = 1 << 16  # a guest's workload takes some hundred bytes of its own for each piece
 _FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload"
 
 
@@ -231,7 +231,7 @@ def _precision_problems(spec: Spec) -> Iterator[Problem]:
             "how many fit",
             hint="remove precision, and give repetitions",
         )
-    if len(spec.trial_arms) < 2:  # with two arms, _control_problems sees that there is no control
+    if len(spec.trial_arms) < 2:  # with more arms, _control_problems finds a missing control
         yield Problem(
             path=("precision",),
             message="precision is about what an arm saves compared with the control, but there is "
@@ -280,8 +280,8 @@ def _workload_problems(spec: Spec) -> Iterator[Problem]:
     if phases[0].repeat is not None:
         yield Problem(path=("workload", "phases", 0), message="there is no phase to repeat")
         return
-    # Checked before `expand` is called: a repeat multiplies those before it, so the steps of a few
-    # repeats of 10000 would not fit into memory.
+    # Checked before `expand` is called: a repeat multiplies all steps before it, so the steps of a
+    # few repeats of 10000 would not fit into memory.
     if step_count(spec.workload) > _MAX_STEPS:
         yield Problem(
             path=("workload", "phases"),

@@ -196,7 +196,7 @@ def _problems(error: ValidationError) -> list[Problem]:
         (*e["loc"][:-1], _near(e["loc"])) for e in details if e["type"] == "extra_forbidden"
     }
     # Left out: errors that pydantic reports only because of another error. A sequence with an
-    # invalid item is reported as too short, and the right name of a misspelt key as missing.
+    # invalid item is also reported as too short, and the right name of a misspelt key as missing.
     implied = {"too_short": around, "missing": misspelt}
     return [_problem(e) for e in details if e["loc"] not in implied.get(e["type"], ())]
 
@@ -244,7 +244,7 @@ def _near(path: tuple[Hashable, ...]) -> str:
 def _error(
     document: Document, moved: Mapping[Hashable, Keys], problems: Iterable[Problem]
 ) -> InvalidInput:
-    # A mistake in `under` is found twice: at its path in `under`, and at its path in the merged
+    # A mistake in `under` may be found twice: at its path in `under`, and at its path in the merged
     # spec. The second path is replaced by the first: both are then equal, and `fromkeys` keeps one.
     unique = dict.fromkeys(
         replace(problem, path=(*moved.get(problem.path[0], problem.path[:1]), *problem.path[1:]))

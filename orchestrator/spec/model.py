@@ -55,7 +55,7 @@ class Agent(Part):
     """A host agent that runs already; in a spec, its address alone or a mapping.
 
     :ivar node: the node of a Ray cluster that it is on, by name, hostname or IP address. Needed if
-        only that node can reach the address and the cluster has several nodes; else empty.
+        only that node can reach the address and the cluster has several nodes; else may be empty.
     """
 
     address: str
@@ -76,7 +76,7 @@ class Agent(Part):
 
     @model_serializer(mode="wrap")
     def _address_alone_again(self, serialize: SerializerFunctionWrapHandler) -> Any:
-        # So that a spec without nodes has the hash that it had before there were nodes.
+        # So that a spec that names no nodes keeps the hash that it had before `node` existed.
         return serialize(self) if self.node else self.address
 
 
@@ -283,7 +283,7 @@ class Timeouts(Part):
 
 
 class UnderDriver(Part):
-    """Keys that replace those of the spec under one driver; a key that is None replaces nothing."""
+    """Keys that replace those of the spec under one driver. None: the spec has no such key here."""
 
     hosts: Hosts | None = None
     guests: Guests | None = None
@@ -336,7 +336,7 @@ class Spec(Part):
 
     @property
     def trial_arms(self) -> tuple[Arm, ...]:
-        """The arms that run under this driver, with those that sweeps stand for."""
+        """The arms that run under this driver; for an arm with a sweep, all that it stands for."""
         running = (arm for arm in self.arms if arm.runs_under(self.driver))
         return tuple(one for arm in running for one in arm.swept())
 
@@ -362,7 +362,7 @@ class Spec(Part):
 
     @property
     def guest_count(self) -> int:
-        """The number of guests that run at once, on all hosts."""
+        """The most guests that run at once, on all hosts together."""
         return self.hosts.number * self.guests.per_host
 
 

@@ -42,8 +42,8 @@ class Kind(StrEnum):
 
     @property
     def most_s(self) -> float:
-        """The longest time that the step may take, which `for` sets then; 0 if `for` is how long to
-        hold after it."""
+        """The largest value of `for`, if `for` is how long the step lasts or may take; 0 if it is
+        how long to hold after the step."""
         if self is Kind.COMMAND:
             return MOST_PROGRAM_MS / 1000
         return MOST_LOOP_MS / 1000 if self.is_loop else 0.0

@@ -59,8 +59,8 @@ def read_recording(path: Path, name: str) -> Recording:
     columns are ignored.
 
     :param name: of the recording, and in messages.
-    :raises InvalidInput: the file cannot be read, or has no such recording; the message names the
-        line or the point.
+    :raises InvalidInput: the file cannot be read, or is not a valid recording; if one line or point
+        is wrong, the message names it.
     """
     try:
         return parse_recording(read_at_most(path, _MOST_BYTES), name)
@@ -71,7 +71,7 @@ def read_recording(path: Path, name: str) -> Recording:
 def parse_recording(content: bytes, name: str) -> Recording:
     """Parse the contents of a file; see `read_recording`.
 
-    :raises InvalidInput: it has no recording.
+    :raises InvalidInput: the contents are not a valid recording.
     """
     points = _parquet(content, name) if content.startswith(b"PAR1") else _csv(content, name)
     found = list(itertools.islice(points, MOST_POINTS + 1))
@@ -83,7 +83,7 @@ def parse_recording(content: bytes, name: str) -> Recording:
             sha256=hashlib.sha256(content).hexdigest(),
         )
     except ValidationError as error:
-        # About the whole recording: each point was checked when it was read.
+        # About the whole recording: each point by itself was checked when it was read.
         problem = error.errors()[0]
         hint = problem.get("ctx", {}).get("hint", "")
         raise InvalidInput(f"{name}: {problem['msg']}", hint=hint) from None
@@ -139,7 +139,7 @@ def _parquet(content: bytes, name: str) -> Iterator[_Point]:
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(content)
-        # By a name without characters that DuckDB would interpret.
+        # DuckDB opens the memfd by a name without characters that DuckDB would interpret.
         with duckdb.connect(config={"threads": 1, "temp_directory": ""}) as connection:
             rows = connection.execute(
                 "SELECT CAST(time_s AS DOUBLE), CAST(used_bytes AS DOUBLE) "

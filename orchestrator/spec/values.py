@@ -82,7 +82,7 @@ def _whole_percent(value: Any) -> int:
 
 def _fragment_size(value: Any) -> int:
     size_bytes = _size(value)
-    # Smaller than a chunk of 2 MiB, so that memory between two of them is not a free chunk.
+    # Smaller than a chunk of 2 MiB: so one freed fragment between two held ones is no free chunk.
     if size_bytes.bit_count() != 1 or not PAGE_BYTES <= size_bytes <= MIB:
         raise invalid_value(
             f"{value!r} must be a power of two from 4KiB to 1MiB", "write for example 64KiB"
@@ -91,7 +91,8 @@ def _fragment_size(value: Any) -> int:
 
 
 def _printable(value: str) -> str:
-    # It becomes a string of a protobuf message, an argument of a process, or a part of a line.
+    # The text becomes a string in a protobuf message, an argument of a process, or part of a line
+    # of output.
     if not value.isprintable():
         raise invalid_value(f"{value!r} is not printable text")
     return value

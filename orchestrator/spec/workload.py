@@ -143,8 +143,8 @@ def held_during(step: Step, held_bytes: int, memory_bytes: int) -> int:
 
 
 def total_allocated_bytes(steps: Sequence[Step], memory_bytes: int) -> int:
-    """Return the bytes that one guest's steps allocate, a step that loops its size once; what they
-    free is not subtracted."""
+    """Return the bytes that one guest's steps allocate. A loop counts with its size, once. What the
+    steps free is not subtracted."""
     return sum(_allocated_bytes(step, memory_bytes) for step in steps)
 
 

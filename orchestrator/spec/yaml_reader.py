@@ -93,7 +93,7 @@ def read_yaml(text: str, source: str) -> Document:
 
 
 def _refuse_tags(text: str, source: str) -> None:
-    # Nodes do not tell: ruamel.yaml gives `!<tag:yaml.org,2002:int> 5` the same tag as `5`.
+    # Found in tokens, not in nodes: as nodes, `!<tag:yaml.org,2002:int> 5` and `5` have equal tags.
     for token in YAML(typ="safe", pure=True).scan(text):
         if isinstance(token, TagToken):
             where = f"{source}:{token.start_mark.line + 1}:{token.start_mark.column + 1}"

@@ -1,1 +1,1 @@
-"""Runs trials: the plan, the hosts, the Ray actors."""
+"""Runs trials on hosts: the plan, host agents and their clients, and records. Not Ray."""

@@ -1,4 +1,4 @@
-"""Finds in a host's samples whether its guests needed more memory than its budget. No I/O."""
+"""Finds in a host's samples whether the guests needed more memory than its budget. No I/O."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BudgetWatch:
         use = samples.budget_use
         self.used_bytes = use.used_bytes
         if self._oom_before is None:
-            self._oom_before = use.oom_count  # earlier trials on this host agent
+            self._oom_before = use.oom_count  # kills in earlier trials on this host agent
         over = not use.enforced and use.used_bytes > use.limit_bytes
         if (over or use.oom_count > self._oom_before) and not self.ran_out.is_set():
             self._seen = samples

@@ -51,8 +51,8 @@ _SETTLE_MARGIN_S = 5
 class HostClient:
     """The client of one host agent. Close it with `aclose`.
 
-    Every call raises errors of hintfleet.errors: those of the host agent; TransientError if it
-    cannot be reached; OutcomeUnknown if the answer did not arrive before the deadline.
+    A call that fails raises an error of hintfleet.errors: that of the host agent; TransientError if
+    it cannot be reached; OutcomeUnknown if the answer did not arrive before the deadline.
     """
 
     def __init__(self, address: str, timeouts: Timeouts, tls: Tls | None = None) -> None:
@@ -84,7 +84,7 @@ class HostClient:
         return await self._answer(call, "GetHost")
 
     async def list_domains(self) -> list[host_pb2.Domain]:
-        """Return the domains of the host's libvirt by name, each with its obstacles to hinting."""
+        """Return the domains of the host's libvirt, sorted by name, with obstacles to hinting."""
         request = host_pb2.ListDomainsRequest()
         call = self._stub.ListDomains(request, timeout=self._timeouts.connect_s)
         return list((await self._answer(call, "listing domains")).domains)
@@ -98,7 +98,10 @@ class HostClient:
     async def attach_guest(
         self, request: host_pb2.AttachGuestRequest
     ) -> host_pb2.AttachGuestResponse:
-        """Attach a running domain and return its guest; with `dry_run`, only the obstacles."""
+        """Attach a running domain; return its guest and the configuration for the guest's agent.
+
+        With `dry_run`, attach nothing; return only the domain with its obstacles.
+        """
         call = self._stub.AttachGuest(request, timeout=self._timeouts.create_s)
         return await self._answer(call, f"attaching {request.domain}")
 
@@ -117,7 +120,7 @@ class HostClient:
     async def run_step(self, request: host_pb2.RunStepRequest) -> host_pb2.RunStepResponse:
         """Run one step of the workload on a guest; return when the guest has done the step.
 
-        Its deadline is the timeout of steps, and the time that a loop or a program takes.
+        Its deadline is the timeout of steps, plus the time that a loop lasts or a program may take.
         """
         limit_ms = request.loop.duration_ms or request.run_program.timeout_ms
         timeout_s = self._timeouts.step_s + limit_ms / 1000
@@ -125,7 +128,11 @@ class HostClient:
         return await self._answer(call, f"{request.WhichOneof('step')} on {request.guest_name}")
 
     async def settle(self, guest_name: str) -> host_pb2.SettleResponse:
-        """Return when a guest has given back all memory that it can; ask for it, if possible."""
+        """Have a guest hint all its free memory, and return when that is reclaimed.
+
+        A guest under `reporting` or `balloon` cannot be asked: return when no memory has left it
+        for some seconds.
+        """
         timeout_s = self._timeouts.settle_s
         request = host_pb2.SettleRequest(guest_name=guest_name, timeout_ms=int(timeout_s * 1000))
         call = self._stub.Settle(request, timeout=timeout_s + _SETTLE_MARGIN_S)

@@ -23,8 +23,8 @@ _Item = TypeVar("_Item")
 
 # Each batch becomes an object in Ray, and each object has a cost.
 _BATCH_PERIOD_S = 0.25
-# The deadline to start or reach a host begins when it is its turn: hundreds of host agents that
-# start at once would exceed it on a small machine.
+# On a small machine, hundreds of host agents that start at once would exceed their deadline. So few
+# start at once, and the deadline of each begins when it is its turn.
 _OPENED_AT_ONCE = 16
 
 
@@ -32,7 +32,7 @@ class HostGroup:
     """The sessions of the hosts that one actor controls."""
 
     def __init__(self, places: Sequence[HostPlace], folder: Path | None) -> None:
-        """:param folder: for the files of logical hosts; None: `open` makes one on this node."""
+        """:param folder: for the files of logical hosts; None: `open` makes one if needed."""
         self._places = places
         self._folder = folder
         self._own_folder: OwnedFolder | None = None
@@ -41,7 +41,7 @@ class HostGroup:
     async def open(self) -> None:
         """Reach all hosts, up to 16 at a time, and check that they can run the guests.
 
-        After a failure, those that were reached stay open until `close`.
+        After a failure, hosts that were reached stay open until `close`.
 
         :raises HintfleetError: a host cannot be reached or used.
         """
@@ -76,7 +76,8 @@ class HostGroup:
             ended = False
             while not ended:
                 await asyncio.wait((parts,), timeout=_BATCH_PERIOD_S)
-                # Before the records are taken: more may come, and the parts end, during `yield`.
+                # Read before the records are taken: during `yield`, more records may come and the
+                # parts may end; then the loop must go on.
                 ended = parts.done()
                 batch = _merged(tasks[0].trial.trial_id, records)
                 records.clear()

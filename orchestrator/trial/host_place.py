@@ -16,7 +16,8 @@ class HostPlace:
     """How to reach a host: a logical host to start, or the address of a host agent.
 
     :ivar memory_needed_bytes: the size of one guest; the host's memory budget must not be less.
-    :ivar node: the node whose address it is, by any of its names; empty if none was named.
+    :ivar node: the node that the host agent at `address` is on, by any of the node's names; empty
+        if none was named.
     :ivar node_memory_bytes: the most memory that the host can take from its node; 0: not counted.
     :ivar tls_folder: the operator's TLS folder; empty for plain text. The actor reads it on its own
         node, because keys are not sent to other nodes.

@@ -60,7 +60,7 @@ class HostTask:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether the guests are started one by one, until the host runs out of memory."""
+        """Whether guests are started one by one, until the host runs out of memory or all run."""
         return self.spec.guests.start is Start.ONE_BY_ONE
 
 
@@ -94,7 +94,7 @@ def rounds(spec: Spec, to_run: Sequence[Trial], begun: int = 0) -> list[list[Tri
 
 
 def host_names(spec: Spec) -> tuple[str, ...]:
-    """Return the names of the spec's hosts, as the store and all output use them: host1, host2."""
+    """Return the names of the spec's hosts, as the store and all output use them: host1, ..."""
     return tuple(f"host{i + 1}" for i in range(spec.hosts.number))
 
 

@@ -1,6 +1,6 @@
 """Defines the records of a trial. A host's runner yields events and sample sets; its actor turns
 the sample sets of all its hosts into Samples. If the actor dies, the orchestrator makes the last
-record of each of its hosts, HostDone.
+record, HostDone, of each of its hosts whose part of the trial has not ended.
 
 `at_unix_us` is a time in microseconds since 1970: of the host's clock in Samples, StepDone and
 HostRanOut, of the orchestrator's clock in the HostDone of an actor that died, and of the actor's
@@ -56,8 +56,8 @@ class HostSamples:
 class Samples:
     """Samples of guests on any number of hosts: one row per guest and time.
 
-    :ivar columns: `host`, `guest`, `at_unix_us`, `host_agent_cpu_us`, `observing_cpu_us`, and the
-        columns of the ledger and telemetry.
+    :ivar columns: `host`, `guest`, `at_unix_us`, `host_agent_cpu_us`, `observing_cpu_us`, and those
+        in `_COLUMNS`.
     """
 
     trial_id: str
@@ -70,9 +70,13 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseStarted:
-    """All guests of a host begin a step of the workload, or the read-back at its end.
+    """The guests of a host begin a step of the workload, or the read-back at its end.
 
-    :ivar title: the title of the step; `verify` for the read-back.
+    With staggered guests, a step begins only on the first guest now. With guests that are started
+    one by one, it begins only on the newest.
+
+    :ivar title: the title of the step, after the guest's name if guests are started one by one;
+        `verify` for the read-back.
     :ivar hold_s: how long to wait after the step; 0 for the read-back.
     """
 
@@ -90,8 +94,9 @@ class LoopFigures:
     :ivar title: of its step. Loops with the same title are compared.
     :ivar cycles: whole cycles.
     :ivar touched_bytes: written, faulted in, or read and written (bandwidth).
-    :ivar allocation_us: how long each allocation of an extent took, with the first write to it.
-    :ivar bytes_per_s: touched bytes per second, one value for each 100 ms.
+    :ivar allocation_us: churn and fault: how long each allocation of an extent took, with the first
+        write to it.
+    :ivar bytes_per_s: fault and bandwidth: touched bytes per second, one value for each 100 ms.
     """
 
     title: str
@@ -103,7 +108,7 @@ class LoopFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """A guest has done a step.
+    """A guest has done a step; or the points of a replay up to one that failed.
 
     :ivar kind: a `phases.Kind`, or `verify`.
     :ivar changed_bytes: the bytes that the step allocated or freed.
@@ -131,7 +136,8 @@ class StepDone:
 
 @dataclass(frozen=True, kw_only=True)
 class GuestSettled:
-    """A guest has given back all that it could, `duration_us` after it was asked."""
+    """A Settle call for a guest has returned, `duration_us` after it began; see
+    `HostClient.settle`."""
 
     host: str
     trial_id: str
@@ -159,7 +165,8 @@ class GuestFits:
 
 @dataclass(frozen=True, kw_only=True)
 class HostRanOut:
-    """The guests of a host needed more memory than its budget. Its part of the trial ends with it.
+    """The guests of a host needed more memory than the host's budget. This ends the host's part of
+    the trial; of guests that were started one by one, those that fit are read back first.
 
     :ivar at_unix_us: of the sample that shows it; a sample period late at most.
     :ivar enforced: whether a cgroup keeps the guests within the budget, so that the kernel has
@@ -189,9 +196,10 @@ class GuestEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class HostDone:
-    """A host's part of a trial has ended. This is the host's last record.
+    """A host's part of a trial has ended. This is the last record of that part.
 
-    :ivar undecided: why the part ended early; empty if it was completed.
+    :ivar undecided: why the part ended early; empty if it was completed, or if guests were started
+        one by one until the host ran out of memory.
     :ivar lost: whether the reason is that the host agent or its actor was lost.
         results/trial_outcome.py decides whether the trial is run again.
     """

@@ -44,10 +44,12 @@ _SAMPLE_TIMEOUT_S = 10.0
 async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Event | HostSamples]:
     """Run one host's part of a trial; yield its events and samples, the last one a HostDone.
 
-    If a guest or the host agent is lost, or a command fails in another way, the part ends early,
-    and HostDone says why. If the iterator is closed early, the host agent ends the guests.
+    If a guest or the host agent is lost, or a command fails with an error that is no StableError,
+    the part ends early, and HostDone says why. If the iterator is closed early, the host agent ends
+    the guests.
 
-    :raises StableError: the host cannot run the trial, and another attempt would fail alike.
+    :raises StableError: the host cannot run the trial, and another attempt would fail alike. There
+        is no HostDone.
     """
     runner = _TrialRunner(client, task)
     script = asyncio.create_task(runner.run())
@@ -122,8 +124,8 @@ class _TrialRunner:
                 raise
             except HintfleetError as error:
                 # If a guest is lost, only the command fails. If the host agent is lost, the watch
-                # breaks, too; if the host ran out of memory, a sample says so. Both may come a
-                # little later than the command's error, so wait for them.
+                # breaks, too; if the host ran out of memory, a sample says so. Either may come a
+                # little later than the command's error, so wait for it.
                 await asyncio.wait(
                     (watch, ran_out),
                     timeout=self._spec.sample_period_s + _WATCH_BREAKS_WITHIN_S,
@@ -144,8 +146,8 @@ class _TrialRunner:
                 await _cancelled(job)
 
     async def _end_out_of_memory(self) -> str:
-        """Handle that the host ran out of memory. Return why the trial is undecided; empty if it is
-        the question of the trial how many guests fit."""
+        """Post that the host ran out of memory, and return why the trial is undecided. If guests
+        were started one by one, read back those that fit, and return an empty text."""
         event = self._budget.event(self._task.host, self._trial.trial_id)
         self._post(event)
         if not self._task.one_by_one:
@@ -167,7 +169,7 @@ class _TrialRunner:
         raise TransientError(f"{self._task.host}: the host agent ended the samples")
 
     async def _script(self) -> None:
-        # The host agent makes no guest while no watch of the guest's trial is open.
+        # The host agent creates guests only while a watch of their trial is open.
         await self._wait_watching()
         if self._task.one_by_one:
             for guest in self._task.guests:
@@ -197,8 +199,8 @@ class _TrialRunner:
             await self._run_phase([guest], i, step)
 
     async def _fits(self, guest: GuestTask) -> None:
-        """Post that a guest fits, once a sample after its last step does not say that the host ran
-        out of memory."""
+        """Wait for a sample after the guest's last step; then post that the guest fits, unless the
+        host ran out of memory."""
         await self._wait_for_samples([guest], since_us=self._last_step_us)
         if self._budget.ran_out.is_set():
             return  # the script is about to be cancelled
@@ -220,8 +222,8 @@ class _TrialRunner:
             raise TransientError(f"{self._task.host}: no samples from the host agent") from None
 
     async def _wait_for_samples(self, guests: Sequence[GuestTask], since_us: int) -> None:
-        """Wait until there is a sample of each of these guests that was made at this time or later,
-        on the host's clock. If none comes for long, go on: the trial will be undecided."""
+        """Wait until there is a sample of each of these guests from `since_us` or later, on the
+        host's clock. After some time go on without it: the trial may then have no footprint."""
         with suppress(TimeoutError):
             async with asyncio.timeout(2 * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S):
                 while min(self._sampled_us[guest.name] for guest in guests) < since_us:
@@ -230,7 +232,8 @@ class _TrialRunner:
 
     async def _run_phase(self, guests: Sequence[GuestTask], index: int, step: Step) -> None:
         about = f"{guests[0].name}: " if self._task.one_by_one else ""
-        # Of staggered guests the first one is followed: a host is in one phase.
+        # Of staggered guests, only the first one's steps are announced: a view shows one phase for
+        # each host.
         if not self._spec.guests.stagger_s or guests[0] is self._task.guests[0]:
             self._announce(f"{about}{step.title}", step.hold_s)
         do = self._replay if step.points else self._step
@@ -278,8 +281,8 @@ class _TrialRunner:
         try:
             done = await self._client.run_step(request)
         except Refused as error:
-            # Not that the host cannot run the trial, but what this trial has come to: a method may
-            # be why a guest runs out of memory, or why a program fails in it.
+            # Not raised as Refused, a StableError, which would end the run: the method under test
+            # may be why a guest runs out of memory, or why a program fails in it.
             raise StepFailed(error.message, hint=error.hint) from error
         self._held_bytes[guest.name] = done.held_bytes
         self._last_step_us = max(self._last_step_us, done.done_at_unix_us)
@@ -288,7 +291,8 @@ class _TrialRunner:
     def _post_step(
         self, guest: GuestTask, step: Step | None, answers: Sequence[host_pb2.RunStepResponse]
     ) -> None:
-        """Post the record of a step, or None for the read-back, that was done in some parts."""
+        """Post the record of a step, whose parts have these answers; `step` is None for the
+        read-back."""
         self._post(step_done(self._task.host, self._trial.trial_id, guest.name, step, answers))
 
     async def _settle(self, guest: GuestTask) -> None:
@@ -357,7 +361,7 @@ class _TrialRunner:
 
 
 async def _cancelled(job: asyncio.Task[Any]) -> None:
-    """Cancel a task if it has not ended, and wait for its end."""
+    """Cancel a task if it has not ended, and wait for its end; drop its HintfleetError."""
     job.cancel()
     with suppress(asyncio.CancelledError, HintfleetError):
         await job

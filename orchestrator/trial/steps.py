@@ -1,4 +1,4 @@
-"""Converts steps of a workload into requests to a host agent, and the answers back. Pure."""
+"""Converts steps of a workload into requests to a host agent, and answers into records. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.trial.records import LoopFigures, StepDone
 
 
 def step_request(step: Step, size_bytes: int, seed: int) -> host_pb2.RunStepRequest:
-    """Return the request to do a step; the command and the guest's name are still missing."""
+    """Return the request to do a step, still without its CommandId and the guest's name."""
     request = host_pb2.RunStepRequest(seed=seed)
     if step.kind is Kind.ALLOCATE:
         request.allocate_bytes = size_bytes
@@ -35,7 +35,7 @@ def step_request(step: Step, size_bytes: int, seed: int) -> host_pb2.RunStepRequ
 
 
 def hold_request(grow_bytes: int, seed: int) -> host_pb2.RunStepRequest:
-    """Return the request to hold so much more, or if it is negative, so much less."""
+    """Return the request to hold `grow_bytes` more; if negative, to hold that much less."""
     if grow_bytes >= 0:
         return host_pb2.RunStepRequest(allocate_bytes=grow_bytes, seed=seed)
     return host_pb2.RunStepRequest(free_bytes=-grow_bytes, seed=seed)

@@ -68,7 +68,7 @@ _MIGRATIONS = (
     """,
     # attempt: see plan.Trial. Figures use the last attempts only (view counted_trials).
     # lost: 1 if the outcome of the trial is LOST (trial_outcome.TrialStatus).
-    # overrides, libvirt_uri: options of the command line, needed to resume the run.
+    # overrides: see reader.Run. libvirt_uri: --libvirt-uri. Both are needed to resume the run.
     # parts: a row acknowledges a part that is whole and on disk.
     """
     ALTER TABLE trials ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1;
@@ -86,7 +86,7 @@ _MIGRATIONS = (
         AND later.position = t.position AND later.attempt > t.attempt
     );
     """,
-    # capacity: set in the row of a host whose guests were started one by one.
+    # capacity: set in the row of a host whose guests were started one by one, if it has figures.
     """
     ALTER TABLE footprints ADD COLUMN capacity TEXT;
     """,
@@ -104,7 +104,7 @@ _MIGRATIONS = (
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """Open or create the database, and migrate it to this version.
+    """Open or create the database, and migrate it to the schema of this version.
 
     :raises LimitExceeded: the disk is full.
     :raises Refused: a newer version of hintfleet wrote the file, it is not an SQLite database, or

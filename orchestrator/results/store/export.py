@@ -1,7 +1,8 @@
 """Exports what a run stored, as CSV or Parquet, with the run's parameters in each row.
 
-DuckDB writes the rows into a pipe. So the memory for samples does not grow with their number,
-DuckDB needs no path that a user has named, and an error while rows are written is Python's.
+DuckDB writes the rows into a pipe, and the caller writes the bytes that come out of it. So the
+memory for samples does not grow with their number, DuckDB is given no path that a user has named,
+and an error of writing is an error of Python, not of DuckDB.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def _parameters_of_spec(spec: Spec, name: str) -> dict[str, object]:
 
 
 def _query(store: Store, run: Run, what: What) -> list[dict[str, object]]:
-    """Return what SQLite has of footprints or events, in the order in which it was stored."""
+    """Return the rows of footprints or events, in the order in which they were stored."""
     table, columns = {
         What.FOOTPRINTS: (
             "footprints",
@@ -194,7 +195,8 @@ def _parts(
     """
 
     def columns(paths: list[str]) -> list[Any]:
-        # All parts of a trial are by one version. A resumed run may have trials of two.
+        # One version of hintfleet writes all parts of a trial, but several may write those of a
+        # resumed run.
         return connection.execute("DESCRIBE FROM read_parquet(?)", paths[:1]).fetchall()
 
     by_trial = [
@@ -208,7 +210,7 @@ def _parts(
 
 
 def _footprints() -> str:
-    """Return a query of the rows in `stored`, with a column for each figure."""
+    """Return a query of the rows in `stored`, with a column for each figure but those of loops."""
     columns = (
         "trial_id, host, guest, nullif(undecided, '') AS undecided",
         *_columns("footprint", Footprint),
@@ -224,8 +226,8 @@ def _footprints() -> str:
 
 
 def _columns(json_object: str, kind: type[Any], prefix: str = "") -> list[str]:
-    """Return a column for each field of a class that is a number, a truth value or a list of
-    numbers.
+    """Return an SQL expression of a column for each field of `kind` whose type is a number, a truth
+    value or a list of numbers.
 
     :param json_object: an object of the class, as an expression of DuckDB.
     :param prefix: what the columns' names begin with.
@@ -241,7 +243,7 @@ def _columns(json_object: str, kind: type[Any], prefix: str = "") -> list[str]:
 def _register(
     connection: duckdb.DuckDBPyConnection, name: str, rows: Sequence[Mapping[str, object]]
 ) -> None:
-    """Make a table of rows that have the same keys."""
+    """Make a table in DuckDB of rows, which all have the same keys; no table without rows."""
     if rows:
         table = {key: np.array([row[key] for row in rows], dtype=object) for key in rows[0]}
         connection.register(name, table)
@@ -258,8 +260,8 @@ def _copied(
         f"CAST(trials.{name} AS {kind}) AS {name}" for name, kind in _PARAMETERS.items()
     )
     read_fd, write_fd = os.pipe()
-    # A pipe has 64 KiB by default, and is filled and emptied 16 times as often: that is a third
-    # of the CPU time. An ordinary user may not be allowed to enlarge it (pipe(7)).
+    # A pipe has 64 KiB by default, and is filled and emptied 16 times as often as one of 1 MiB:
+    # that takes a third of the CPU time. A user may not be allowed to enlarge a pipe (pipe(7)).
     with suppress(OSError):
         fcntl(read_fd, F_SETPIPE_SZ, _CHUNK_BYTES)
 
@@ -274,7 +276,8 @@ def _copied(
         finally:
             os.close(write_fd)  # the reader then sees the end
 
-    # If the reader ends early, its end of the pipe is closed first, so that the thread ends, too.
+    # If the reader ends early, its end of the pipe is closed before the thread is waited for: then
+    # the thread fails to write, and ends.
     with ThreadPoolExecutor(1) as thread, open(read_fd, "rb", buffering=0) as pipe:
         done = thread.submit(copy)
         while chunk := pipe.read(_CHUNK_BYTES):

@@ -37,10 +37,11 @@ def _first_look(row: sqlite3.Row) -> int:
 def footprint_rows(
     trials: Sequence[sqlite3.Row], figures: Sequence[sqlite3.Row]
 ) -> list[FootprintRow]:
-    """Return a row for each trial and each host (or guest) that has figures in the trial's run.
+    """Return a row for each trial and each host (or guest) that has figures in the trial's run; one
+    row for each trial if none has figures.
 
-    Without the rows of trials that have none, because they were cut off, an arm would be compared
-    by its other trials alone.
+    A trial that was cut off has no figures, but it has these rows, too: without them, its arm would
+    be compared by its other trials alone.
 
     :param figures: of all attempts at trials of these runs.
     """

@@ -1,7 +1,7 @@
 """Reads stored runs, their trials and their figures as rows.
 
-Opening a store creates or migrates the database if needed, and stores runs that were abandoned as
-interrupted. Nothing else is written.
+Opening a store creates or migrates the database if needed, and marks abandoned runs as
+interrupted. Nothing else is written to the database.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Run:
     :ivar summary: the size of the experiment, in one line.
     :ivar ended_unix_us: 0 while the run runs.
     :ivar nodes: those that its hosts ran on, by the ids in `StoredTrial.places`.
-    :ivar overrides: the top-level keys of the spec that options of the command line replaced,
-        with their new values.
+    :ivar overrides: the top-level keys that replaced those in `spec_text`, with their values: from
+        options of the command line, and recordings that were read from files.
     :ivar precision: None if the number of repetitions is fixed.
     """
 
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def was_cut_off(self) -> bool:
-        """Whether the run ended early, so that trials may be left to run."""
+        """Whether the run was interrupted or failed, so that trials may be left to run."""
         return self.state in ("interrupted", "failed")
 
     @property
@@ -83,7 +83,8 @@ class Run:
 
     @property
     def annotated_spec(self) -> str:
-        """The text of the spec, after comments with `options` and the files with recordings."""
+        """The text of the spec, after comments with `options`, and with the name and SHA-256 of
+        each file with a recording."""
         comments = [f"# run with {shlex.join(self.options)}"] if self.options else []
         comments += [f"# {name}: sha256 {digest}" for name, digest in self.recordings.items()]
         return "".join(f"{comment}\n" for comment in comments) + self.spec_text
@@ -134,7 +135,7 @@ class Store(AbstractContextManager["Store"]):
     """The results in one folder. A context manager that closes the store."""
 
     def __init__(self, folder: Path) -> None:
-        """Open or create the store, and store abandoned runs as interrupted.
+        """Open or create the store, and mark abandoned runs as interrupted.
 
         :raises LimitExceeded: the disk is full.
         :raises Refused: the folder cannot be used.
@@ -288,7 +289,7 @@ class Store(AbstractContextManager["Store"]):
             return self.database.execute(sql, values).fetchall()
 
     def _end_abandoned_runs(self) -> None:
-        """Store as interrupted each run whose state is `running`, but whose lock nobody holds: its
+        """Mark as interrupted each run whose state is `running`, but whose lock nobody holds: its
         process was killed, or the power failed."""
         for row in self._query("SELECT run_id FROM runs WHERE state = 'running'"):
             with errors_mapped(self.path):
@@ -296,7 +297,7 @@ class Store(AbstractContextManager["Store"]):
                 if fd is None:
                     continue
                 # The lock is held until the update is committed. Otherwise another process could
-                # resume the run before the update, which would store that run as interrupted.
+                # resume the run just before the update, which would then mark it as interrupted.
                 try:
                     self.database.execute(
                         "UPDATE runs SET state = 'interrupted', ended_unix_us = ?, "

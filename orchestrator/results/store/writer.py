@@ -321,7 +321,7 @@ def precision_of(spec: Spec) -> Precision | None:
 
 
 def spec_hash(spec: Spec) -> str:
-    """Return a hash that is equal for specs that give the same trials, however they are written."""
+    """Return a hash that is equal for specs with equal values, however their text is written."""
     # Left out: description and timeouts, which change no figure, and `under`: its part for this
     # run's driver is merged into the other fields already, and its other parts are not used.
     # A recording is its points, in whichever file they were.
