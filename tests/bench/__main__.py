@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("suite", nargs="*", choices=[[], *_SUITES], help="default: all")
     parser.add_argument("-o", "--output", type=Path, default=Path("build/bench.json"))
     arguments = parser.parse_args()
-    agents.LOG_LEVEL = "warning"  # lines of level info would hide the figures
+    agents.LOG_LEVEL = "warning"  # host agents' info lines would hide the figures
     figures = []
     for name in arguments.suite or _SUITES:
         print(f"{name} ...", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Measure what the agent costs in an idle real guest, with each isolator: its memory and CPU time
-beside bare gRPC clients, and its reads and ioctls in a period. With hugetlb, also measure how fast
-page flags and free lists are read, beside bare reads."""
+"""Measure what the agent costs in an idle real guest, with kmod and with hugetlb: its memory and
+CPU time beside bare gRPC clients, and the reads and ioctls of its main thread in PERIOD_S (0.2 s).
+With hugetlb, also measure how fast page flags and free lists are read, beside bare reads."""
 
 from __future__ import annotations
 

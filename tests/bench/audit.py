@@ -23,7 +23,8 @@ _CUT_UP_PAGES = 65536
 
 
 def run() -> Iterator[Figure]:
-    """Yield the CPU time of one audit, as a ratio to another way, or to another guest."""
+    """Yield the CPU time of an audit / of another way to find the same memory (two figures), and of
+    an audit of one guest / of another guest (two figures)."""
     yield _beside("walk through the whole file with SEEK_DATA and SEEK_HOLE, in C", _walk_all)
     yield _beside("the same without cachestat (before Linux 6.5)", _uncounted)
     yield _within(f"with {_LARGE_BYTES // GIB} GiB absent / with 64 MiB absent", _large())

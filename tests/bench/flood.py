@@ -114,8 +114,8 @@ class _Neighbour:
 
 
 def run() -> Iterator[Figure]:
-    """Yield CPU time, median and 99th percentile of ack latency, with / without the hostile guest,
-    for each kind of hostile guest."""
+    """Yield CPU time, median and 99th percentile of ack latency, while the hostile guest is
+    active / while it pauses, for each kind of hostile guest."""
     yield from _beside("floods")
     yield from _beside("shreds")
 
@@ -142,7 +142,7 @@ def _beside(kind: str) -> Iterator[Figure]:
 async def _measure(
     address: str, guests: list[dict[str, str]], flooder: subprocess.Popen[str], host_pid: int
 ) -> list[tuple[_Phase, _Phase]]:
-    """Return a pair of phases for each round: with the flood, without the flood."""
+    """Return two phases for each round: the hostile guest was active, and it paused."""
     neighbours = [_Neighbour(address, guest) for guest in guests]
     for neighbour in neighbours:
         await neighbour.open()
@@ -199,8 +199,11 @@ def _tell(process: subprocess.Popen[str], word: str) -> None:
 
 @contextmanager
 def process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a module that ends when its stdin is closed; at the end of the block, close it, and wait
-    for at most 30 s."""
+    """Run a module that ends when its stdin is closed; at the end of the block, close that stdin,
+    and wait for the process.
+
+    :raises subprocess.TimeoutExpired: it still runs 30 s later.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,

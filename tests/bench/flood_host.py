@@ -65,7 +65,7 @@ async def _make(registry: Registry, name: str) -> dict[str, str]:
     making = asyncio.create_task(registry.create(name, _TRIAL, spec))
     while not any(guest.name == name and guest.running for guest in registry.guests):
         await asyncio.sleep(0)
-    registry.get(name).sessions.attach_workload(Stream())  # `create` waits for it
+    registry.get(name).sessions.attach_workload(Stream())  # `create` waits for this stream
     guest = await making
     running = guest.running
     assert isinstance(running, _Guest)

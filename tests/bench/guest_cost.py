@@ -26,7 +26,7 @@ _BARE_CLIENT = str(Path(__file__).with_name("in_guest") / "bare_client.py")
 
 def run() -> Iterator[Figure]:
     """Yield the bytes on the wire for each hinted range, then RSS and CPU of an idle embedded guest
-    that has hinted 640 MiB, and of the agent of a real guest with nothing to do.
+    that has used and freed 64 MiB ten times, and of the agent of a real guest with nothing to do.
 
     The embedded guest contains more than an agent: the workload with its pattern, and the
     allocator.
@@ -102,7 +102,7 @@ def _private_mib(pid: int) -> float:
 
 
 def _cpu_s(pid: int) -> float:
-    """Return the user and system time of all threads that run now, from the scheduler's counters
+    """Return the CPU time of all threads that have not ended, in s, from the scheduler's counters
     of nanoseconds."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9

@@ -57,8 +57,8 @@ _EMBEDDED = host_pb2.GuestSpec(
 
 
 def run() -> Iterator[Figure]:
-    """Yield figures of three real guests of each method, of embedded guests, and of bare
-    sessions."""
+    """Yield figures of three real guests of each arm, of embedded guests, and of idle sessions.
+    Leave out the real guests if libvirt or the guest image is missing."""
     punch_s_per_byte = _punch_s_per_byte()
     try:
         find_image()

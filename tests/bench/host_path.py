@@ -106,8 +106,8 @@ def _ours(chunks: list[int]) -> float:
     fd = _touched_ram(chunks)
     ram = GuestRam([Segment(pfn=0, page_count=_RAM_BYTES // PAGE_BYTES, fd=fd, offset_bytes=0)])
     ledger, gate = Ledger(ram.page_map), Gate()
-    # The host agent does this once per period. Without it, all memory would be absent by the books,
-    # and would be looked up before the punch.
+    # Tell the books what is resident, as the host agent's audits do. Else all memory would be
+    # absent by the books, and would be looked up before the punch.
     ledger.audit(ram.resident(ledger.absent_pages))
     gate.connected(1)
     packed = encode(RangeSet((c * _CHUNK_PAGES, _CHUNK_PAGES) for c in chunks))

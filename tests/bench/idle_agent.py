@@ -2,7 +2,7 @@
 
     python -m tests.bench.idle_agent HOST:PORT
 
-Its code is an agent's, and it reads real files of /proc every period; only its huge page pool is a
+Its code is an agent's, and it reads real files of /proc at each poll; only its huge page pool is a
 fake one, which stays empty. But this machine is not as idle as such a guest. So the threshold is
 too high for any pass to begin, and the agent is told that free memory never changes.
 """

@@ -55,7 +55,7 @@ class _Spent:
 
 
 def run(hosts: int = 1000) -> Iterator[Figure]:
-    """Yield the figures of one run with so many hosts.
+    """Yield the figures of one run with this number of hosts.
 
     :raises AssertionError: the run failed.
     """
@@ -78,7 +78,7 @@ def run(hosts: int = 1000) -> Iterator[Figure]:
         before, before_s = _spent(lab, command.pid), time.monotonic()
         time.sleep(_MEASURED_S)
         after, elapsed_s = _spent(lab, command.pid), time.monotonic() - before_s
-        for _ in range(2):  # free, verify
+        for _ in range(2):  # the steps that follow: free, verify
             _wait_for(fakes, "step")
         ending_s = time.monotonic()
         out, err = command.communicate()
@@ -141,8 +141,8 @@ def _rss_bytes(pid: int) -> int:
 
 
 def _stored(lab: Lab) -> tuple[int, int, float]:
-    """Return the number of stored samples; how many are missing, as hosts number the samples of
-    each guest in the column `batches`; and how many came in a second."""
+    """Return how many samples are stored, how many are missing, and how many came per second. The
+    missing ones are gaps in `batches`, in which a fake host numbers each guest's samples."""
     with duckdb.connect() as connection:
         (row,) = connection.execute(
             "SELECT sum(n), sum(last - n), 1e6 * sum(n) / (max(ended) - min(began)) FROM ("

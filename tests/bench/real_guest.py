@@ -48,7 +48,7 @@ _ARMS: Mapping[str, host_pb2.GuestSpec] = {
 class _Return:
     """How memory came back in one round.
 
-    :ivar back_bytes: memory that had left the RAM file at the end.
+    :ivar back_bytes: the most resident bytes of the RAM file minus the fewest.
     :ivar took_s: from the workload's last free until 95 % of `back_bytes` had left; at least
         _SAMPLE_S.
     :ivar moving_s: from the moment when 1 % of `back_bytes` had left until 95 % had left.
@@ -117,7 +117,7 @@ def _measure_asked(host: HostAgent, isolator: str) -> list[_Return]:
     to settle. Before that it hints nothing, because its period is 60 s.
 
     So little is freed that it comes back in less than the 2 s between two passes of the kernel's
-    page reporting.
+    page reporting, which gives kmod its chunks.
     """
     wanted = spec(isolator=isolator, parameters=_NO_ZEROING)
     wanted.hinting.report_period_ms = 60_000
@@ -163,7 +163,7 @@ def _slowdown(arm: str, seconds: list[float], none: list[float]) -> Figure:
 
 class _Bench:
     """One guest, which is destroyed at the end of the block. While its memory is given back, the
-    size of its RAM file is sampled every 10 ms, with one system call."""
+    resident bytes of its RAM file are sampled every 10 ms, with one system call."""
 
     def __init__(self, host: HostAgent, name: str, wanted: host_pb2.GuestSpec) -> None:
         self._host = host
@@ -205,7 +205,7 @@ class _Bench:
         return _judge(sampled.seen, freed_at_s)
 
     def agent_rss_mib(self) -> float:
-        """Return the agent's RSS from its last telemetry; 0 if no sample has it."""
+        """Return the agent's RSS from the last sample of the guest; 0 if there is no sample."""
         for samples in reversed(self._host.samples):
             for sample in samples.samples:
                 if sample.guest_name == self._name:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 class Figure:
     """One figure: a comparison, or a value of ours alone.
 
-    :ivar ours, other: medians over rounds, in `unit`; `other` is None if nothing is compared.
-    :ivar ratio: the median of the rounds' ratios, ours / other; None if it is not computed.
+    :ivar ours, other: in `unit`, mostly medians of rounds; `other` is None if nothing is compared.
+    :ivar ratio: ours / other, mostly the median of the rounds' ratios; None if it is not computed.
     :ivar wanted: the goal for the ratio or the figure, as text; empty if there is none.
     """
 
@@ -37,7 +37,7 @@ class Figure:
 def side_by_side(
     name: str, unit: str, pairs: Sequence[tuple[float, float]], wanted: str = ""
 ) -> Figure:
-    """Return a figure from rounds of (ours, other), where each pair was measured together."""
+    """Return a figure of medians from rounds of (ours, other): of both, and of their ratios."""
     return Figure(
         name=name,
         unit=unit,

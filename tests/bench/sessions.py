@@ -55,7 +55,7 @@ def idle_sessions(count: int) -> Iterator[Figure]:
     yield Figure(
         name=f"memory of a session, of {what}",
         unit="MiB",
-        ours=(held_bytes - before_bytes) / (count + 1) / MIB,  # and the one that `_measure` uses
+        ours=(held_bytes - before_bytes) / (count + 1) / MIB,  # + 1: the active session
     )
     for name, percent, wanted in (("p50", 50, ""), ("p99", 99, "<= 1.25")):
         values = [(_percentile(ack, percent), _percentile(bare, percent)) for ack, bare in pairs]

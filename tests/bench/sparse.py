@@ -70,8 +70,8 @@ def _hinted(spread: int) -> tuple[float, float]:
 
 
 def _make_kernel(root: Path, spread: int) -> None:
-    """Make, in `root`, the files of /sys and /proc that the agent of a guest with this spread
-    reads. The file of page flags has holes where the guest's memory has holes."""
+    """Make, in `root`, the memory blocks (of /sys) and the page flags (of /proc) of a guest with
+    this spread. The file of page flags has holes where the guest's memory has holes."""
     blocks = root / "devices/system/memory"
     blocks.mkdir(parents=True)
     (blocks / "block_size_bytes").write_text(f"{128 * MIB:x}\n")

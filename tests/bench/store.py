@@ -1,8 +1,9 @@
 """Measure the store with 10 million samples: how fast they are stored, the latency of queries of
-savings over gRPC, and the time and the memory of exports beside a bare copy by DuckDB.
+savings over gRPC, the CPU time of exports beside a bare copy by DuckDB, and their memory beside
+that of exports of 1 million samples.
 
-The samples are of 1,000 guests on 100 hosts, in 10 trials of one run. They are stored by the code
-that stores a real run, in parts of 2 s, and so are their figures.
+The samples are of 1,000 guests on 100 hosts, in 10 trials of one run. The code that stores a real
+run stores them, in parts of 2 s, and each trial's figures.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def run() -> Iterator[Figure]:
 
 
 def _store(folder: Path, trial_count: int) -> int:
-    """Store a run of so many trials; return the number of its samples."""
+    """Store a run of `trial_count` trials; return the number of its samples."""
     spec = parse(_SPEC, "spec").spec
     header = RunHeader(run_id="run1", spec=spec, spec_text=_SPEC, summary="")
     with Store(folder) as store:
@@ -161,7 +162,7 @@ def _serving(folder: Path) -> Iterator[tuple[int, str]]:
     ) as server:
         assert server.stderr is not None
         try:
-            yield server.pid, server.stderr.readline().split()[-1]  # serving on ADDRESS
+            yield server.pid, server.stderr.readline().split()[-1]  # line: serving on ADDRESS
         finally:
             server.send_signal(signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""`make fuzz`: fuzz everything that takes input from outside, and report what was found."""
+"""`make fuzz`: fuzz interfaces that take input from outside, and report what was found."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _try(names: list[str], files: list[Path]) -> int:
-    """Feed every file to every target. Return 0, or raise the exception of the first finding."""
+    """Feed each file to each target. Return 0, or raise the exception of the first finding."""
     for name in names:
         with load(name).opened() as try_input:
             for file in files:

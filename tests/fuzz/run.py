@@ -1,5 +1,5 @@
 """Runs libFuzzer in workers, each in a process of its own: `fuzz` fuzzes a target, and returns
-figures and findings; `keep` merges the inputs that were found into the kept corpus."""
+figures and findings; `keep` makes a new kept corpus from the old one and the found inputs."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ HEADING = (
 
 
 def fuzz(name: str, *, runs: int = -1, seconds: int = 0, found_in: Path = FOUND) -> Result:
-    """Fuzz one target for a number of inputs or seconds, whichever ends first. There is no limit if
-    `runs` is -1 or `seconds` is 0.
+    """Fuzz one target until `runs` inputs are run, `seconds` have passed, or there is a finding.
+    -1 runs, and 0 seconds, mean that there is no such limit.
 
     With the same kept and found inputs and the same number of runs, the inputs are the same again,
     because the seed is fixed.
@@ -101,8 +101,8 @@ def fuzz(name: str, *, runs: int = -1, seconds: int = 0, found_in: Path = FOUND)
 
 
 def keep(name: str) -> int:
-    """Replace a target's kept corpus by the fewest inputs that reach all that the kept corpus, the
-    seeds and `FOUND` reach.
+    """Replace a target's kept corpus by a few inputs that reach all that the kept corpus, the
+    seeds and the inputs in `FOUND` reach.
 
     :returns: how many inputs are kept.
     :raises RuntimeError: no input would be kept; the corpus is unchanged.
@@ -146,7 +146,10 @@ def _quoted(word: str) -> str:
 
 
 def _run(command: list[str], timeout_s: float | None) -> tuple[str, int]:
-    """Run a worker; return its output and its exit code."""
+    """Run a worker; return its output and its exit code.
+
+    :raises subprocess.TimeoutExpired: it took too long, and was killed.
+    """
     with tempfile.TemporaryDirectory(prefix="hf-fuzz-") as scratch:
         done = subprocess.run(
             command,

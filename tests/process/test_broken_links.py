@@ -117,7 +117,7 @@ def test_a_hello_that_comes_late_ends_the_session_but_not_the_agent(broken: Brok
     host.free(96 * MIB)
     host.settle()
     assert upstream is not None
-    # The longest: on a busy machine, the agent's first attempt to connect may have been given up.
+    # The longest recording: another may be of an attempt to connect that the agent gave up.
     said = max((bytes(link.recorded) for link in broken.relay.links), key=len)
     host.allocate(96 * MIB)  # the memory that the recorded batches name is now in use
     before = broken.epoch
@@ -135,8 +135,8 @@ def test_a_hello_that_comes_late_ends_the_session_but_not_the_agent(broken: Brok
 
 
 def test_a_link_with_seconds_of_delay_is_slow_and_not_lost(broken: BrokenLink) -> None:
-    """To connect takes several round trips, and so many seconds: as if guest or host had almost no
-    CPU time."""
+    """Connecting takes several round trips, and each of them takes seconds: as if guest or host had
+    almost no CPU time."""
     before = broken.epoch
     broken.relay.delay_s = 1.5
     broken.links(Link.cut)

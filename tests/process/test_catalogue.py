@@ -1,5 +1,5 @@
 """Experiments of the catalogue that have loops, on embedded guests and shorter: each arm has the
-figures that its page promises."""
+figures that the experiment's page (docs/experiments) promises."""
 
 import re
 from typing import Any

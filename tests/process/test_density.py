@@ -1,5 +1,5 @@
-"""Guests are started one by one until their host runs out of memory, with a real budget where one
-can be made; and what a host that runs out means for other experiments."""
+"""Guests are started one by one until their host runs out of memory; a cgroup enforces the budget
+where one can be made. A trial whose guests start together is undecided if its host runs out."""
 
 import os
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from orchestrator.results.store.reader import Store
 from orchestrator.trial.records import GuestFits, HostRanOut
 from tests.support.lab import Lab, made_lab, on_this_machine, result
 
-# Of 300 MiB, three guests' processes and two guests' RAM are too much under none; under hinting, a
-# guest keeps little more than its process.
+# Under none, three guests' processes and two guests' RAM need more than 300 MiB. Under hinting, a
+# guest that has freed its memory keeps little more than its process.
 SPEC = """\
 name: fill
 driver: embedded

@@ -70,7 +70,7 @@ class ScriptedHost(HintingServiceServicer):
 
 
 class CountingIsolator(EmbeddedIsolator):
-    """Counts in `looks` how often the session polls this isolator."""
+    """Counts in `looks` the calls of `idle`: a poll makes one or two."""
 
     looks = 0
 

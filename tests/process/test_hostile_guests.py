@@ -34,8 +34,9 @@ Identity = tuple[str, str]
 
 @pytest.fixture
 def host_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHost]:
-    """Run a host agent in this process, with limits and times that keep the tests short. Only the
-    wait for a stream's first message is longer than by default, so that no test reaches its end."""
+    """Run a host agent in this process, with limits and times that keep the tests short. The rate
+    limit of batches and the wait for a stream's first message are so large that no test reaches
+    them."""
     monkeypatch.setattr(rate_limits, "FLOOD_S", 0.5)
     monkeypatch.setattr(rate_limits, "BATCHES", rate_limits.Rate(per_s=1e6, burst=1000))
     monkeypatch.setattr(rate_limits, "BANS_S", (3.0, 0.1, float("inf")))
@@ -81,7 +82,7 @@ def assert_served(host: InProcessHost, name: str = "neighbour") -> None:
 
 
 def misbehave(speaker: Speaker, identity: Identity) -> tuple[grpc.StatusCode, str]:
-    """Send a batch with a wrong number; return the status that ends or refuses the session."""
+    """Send an empty batch; return the status and the text that end or refuse the session."""
     speaker.hello(*identity)
     speaker.batch(1, 7, RangeSet())
     return speaker.refusal()

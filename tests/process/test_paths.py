@@ -1,5 +1,5 @@
 """Real commands work with folders and files of any name that a file system allows. One exception: a
-run refuses a data folder whose name is not UTF-8, because Ray cannot have it."""
+run refuses a data folder whose name is not UTF-8, because Ray cannot use it."""
 
 import json
 import os

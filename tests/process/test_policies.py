@@ -26,7 +26,7 @@ def test_cold_memory_leaves_only_when_it_has_been_free_for_long(host_agent: Host
     host_agent.free(FREED)
     while True:
         found_bytes = resident_bytes(host_agent)
-        if time.monotonic() > freed_at_s + 1.2:  # the freed memory may be cold by now
+        if time.monotonic() > freed_at_s + 1.2:  # soon the freed memory is cold
             break
         assert found_bytes == HELD
         time.sleep(0.1)

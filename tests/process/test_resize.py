@@ -125,7 +125,7 @@ def shrink_when_possible(host: HostAgent) -> None:
 
 
 def test_unplugging_frees_the_memory(host_agent: HostAgent) -> None:
-    """The guest does not hint, so nothing but unplugging can free its memory."""
+    """The guest does not hint, so only unplugging gives its memory back to the host."""
     host_agent.watch()
     host_agent.create(method=host_pb2.NONE, max_memory_bytes=HALF)
     host_agent.resize(HALF)

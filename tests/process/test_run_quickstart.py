@@ -80,7 +80,7 @@ def test_memory_comes_back_and_nothing_is_left(finished: tuple[Lab, dict[str, An
     assert none["footprint"]["returned"]["share"] < 0.05
     assert bitmap["footprint"]["reclaimed_now_bytes"] >= 4 * 30 * MIB * 0.9
     assert bitmap["saved_bytes"]["pairs"] == 2, "two repetitions, whatever the hosts"
-    assert bitmap["saved_bytes"]["mean"] > 20 * MIB  # not "low": two pairs have a wide interval
+    assert bitmap["saved_bytes"]["mean"] > 20 * MIB  # "low" is lower: two pairs are few
     lab.check_nothing_is_left()
 
 
@@ -251,7 +251,7 @@ def test_staggered_guests_have_their_peaks_apart(lab: Lab) -> None:
 
 
 def test_a_step_that_a_guest_cannot_do_makes_its_trial_undecided(lab: Lab) -> None:
-    """There is enough free memory, but an embedded guest cannot move what lies between."""
+    """There is enough free memory, but in pieces: an embedded guest cannot move used memory."""
     phases = """\
     - {allocate: 40MiB, fragments: 64KiB}
     - {free: 50%}

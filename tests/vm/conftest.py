@@ -1,8 +1,8 @@
 """Fixtures for real guests: libvirt, the guest image, a driver, and guests that the tests of a
 module share.
 
-If libvirt, the image or the driver is missing, the tests are skipped with the reason; with
-HINTFLEET_REQUIRE_VM=1, they fail.
+If libvirt or the image cannot be had, or the driver cannot be used, the tests are skipped with the
+reason; with HINTFLEET_REQUIRE_VM=1, they fail.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def driver(
 
 @pytest.fixture
 def readable_by_qemu() -> Iterator[Path]:
-    """Make a directory that QEMU's own user can enter (it cannot enter pytest's tmp_path)."""
+    """Make a directory that QEMU's user can enter, unlike pytest's tmp_path."""
     directory = Path(tempfile.mkdtemp(prefix="hf-vm-"))
     directory.chmod(0o755)
     yield directory

@@ -2,7 +2,7 @@
 XML and devices are as before. Also what happens when its host agent ends or is killed, and when the
 domain is suspended or ends.
 
-The host agent is an ordinary user in the group libvirt; libvirtd is the tests' own.
+The host agent runs as an ordinary user in the group libvirt; libvirtd is the tests' own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def foreign(libvirt: OwnLibvirt, image: GuestImage) -> Iterator[ForeignDomain]:
 
 @pytest.fixture
 def folder(readable_by_qemu: Path) -> Path:
-    """Make a folder of the host agent's user."""
+    """Make a folder that belongs to the host agent's user."""
     os.chown(readable_by_qemu, pwd.getpwnam(USER).pw_uid, -1)
     return readable_by_qemu
 

@@ -25,7 +25,7 @@ PORTS = "<controller type='pci' index='0' model='pcie-root'/>" + "".join(
 HUGE_AND_LOCKED = ("hugepages", "locked")
 NO_BALLOON = "<memballoon model='none'/>"
 REPORTING = "<memballoon model='virtio' freePageReporting='on'/>"
-# The only port is taken. Without this line, libvirt adds a USB controller, and a port for it.
+# The only port is taken. Without the line `usb`, libvirt adds a USB controller, and a port for it.
 NO_FREE_PORT = (
     "<controller type='usb' model='none'/><controller type='pci' index='0' model='pcie-root'/>"
     "<controller type='pci' index='1' model='pcie-root-port'/>"
@@ -60,7 +60,7 @@ def running_domain(connection: Any, backing: str, devices: str) -> Iterator[Any]
 
 @contextmanager
 def shut_off_domain(connection: Any, backing: str, devices: str) -> Iterator[Any]:
-    """Define a domain that this machine could not start."""
+    """Define a domain, and do not start it: this machine may be unable to."""
     domain = connection.defineXML(xml(backing, devices))
     try:
         yield domain
@@ -69,7 +69,7 @@ def shut_off_domain(connection: Any, backing: str, devices: str) -> Iterator[Any
 
 
 def found_in(*domains: Any) -> list[list[str]]:
-    """Return what a host agent reports of each of these domains, which all run or all do not."""
+    """Return the obstacles that a host agent reports of each of these domains."""
     with running_host_agent() as host:
         answer = host.stub.ListDomains(host_pb2.ListDomainsRequest(), timeout=HANG_S)
     found = {domain.uuid: domain for domain in answer.domains}

@@ -53,8 +53,8 @@ def test_a_guest_with_virtio_mem_is_refused(
     image: object,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A guest with CMA is refused for the same reason, which tests/unit tests. It cannot be tested
-    here: Debian's cloud kernel is built without CONFIG_CMA and ignores `cma=`."""
+    """A guest with CMA is refused for the same reason. Only tests/unit can test that: Debian's
+    cloud kernel is built without CONFIG_CMA and ignores `cma=`."""
 
     def with_virtio_mem(spec: DomainSpec) -> str:
         domain = ET.fromstring(domain_xml(spec))  # noqa: S314 - our own
@@ -114,7 +114,7 @@ def test_what_a_dead_agent_isolated_stays_so_until_the_next_is_welcomed(
     total, free, reserved, adopted = map(int, found.groups())
     assert total == free == reserved == adopted > 0, "somebody could have used them"
     assert "PROBE second agent: another guest agent uses the hugetlb pool" in said
-    # The second agent released what it found after its Welcome, and has hinted it since.
+    # After its Welcome, the second agent released what it had found, and has hinted it since.
     assert guests.ledger("dying").hinted_total_bytes >= adopted * 2 * MIB
 
 

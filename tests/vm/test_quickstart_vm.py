@@ -1,5 +1,5 @@
 """`hintfleet run` on real guests: with hinting, freed memory comes back to the host; no guest,
-process or file is left."""
+process or temporary file is left."""
 
 import json
 import re

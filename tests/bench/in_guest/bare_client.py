@@ -1,4 +1,4 @@
-"""A gRPC client that only holds a stream. What an agent costs is compared with what it costs.
+"""A gRPC client that only holds a stream. What an agent costs is compared with what this costs.
 
 python3 bare_client.py aio|sync HOST:PORT
 """

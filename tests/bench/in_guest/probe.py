@@ -1,5 +1,5 @@
-"""Runs in a guest beside its agent. Measures the agent, two bare clients that it starts, and how
-fast it reads page flags and free lists itself.
+"""Runs in a guest beside its agent. Measures the agent, two bare clients that this program starts,
+and how fast this program reads page flags and free lists.
 
     python3 probe.py HOST:PORT     the host to which the bare clients hold streams
 
@@ -57,8 +57,7 @@ def over_a_window(pids: Mapping[str, int]) -> dict[str, object]:
 
 
 def cpu_ns(pid: int) -> int:
-    """Return the user and system time of all threads that run now, from the scheduler's counters
-    of nanoseconds."""
+    """Return the CPU time of all threads that have not ended, from the scheduler's counters."""
     return sum(
         int((task / "schedstat").read_text().split()[0])
         for task in Path(f"/proc/{pid}/task").iterdir()

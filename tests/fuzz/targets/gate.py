@@ -1,9 +1,9 @@
 """The gate keeps its guarantees in any order of new and ended sessions, batches, turns and the loss
 of the guest.
 
-The oracle is not another gate but the guarantees themselves: I2, one batch at a time, each batch
-posted once, each ack right after its post and to the welcomed session, in the order in which the
-batches arrived, and the batches of an epoch in sequence.
+The oracle is not another gate but the guarantees themselves: I2, one batch at a time, each accepted
+batch posted once, each ack right after its post and to the newest session, in the order in which
+the batches arrived, and the batches of an epoch in sequence.
 """
 
 from __future__ import annotations

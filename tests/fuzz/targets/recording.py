@@ -13,7 +13,7 @@ from tests.fuzz.target import Target
 
 def try_input(data: bytes) -> None:
     if data.startswith(b"PAR1"):
-        return  # read by DuckDB
+        return  # Parquet: DuckDB would read it
     try:
         recording = parse_recording(data, "fuzzed.csv")
     except InvalidInput as error:

@@ -3,7 +3,7 @@ limits off.
 
 Each input is one call of a method, which may not exist, with any frames. The call must end with a
 documented status. Another guest, which has a real agent, must keep its memory and its session: this
-is checked after every 256th input and at the end.
+is checked after the first of every 256 inputs, and at the end.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ def ram_fd() -> int:
 
 @pytest.fixture
 def ram(ram_fd: int) -> Iterator[GuestRam]:
-    """Yield RAM in one file that has a hole in its guest physical addresses, as QEMU lays out a
-    guest with more than 3 GiB: pages 0 to 1023 are at offset 0 of the file, pages 2048 to 5119
-    right behind them."""
+    """Yield RAM in one file. Its guest physical addresses have a gap, as in a QEMU guest with more
+    than 3 GiB: pages 0 to 1023 are at offset 0 of the file, pages 2048 to 5119 right behind
+    them."""
     low = Segment(pfn=0, page_count=1024, fd=ram_fd, offset_bytes=0)
     high = Segment(pfn=2048, page_count=3072, fd=ram_fd, offset_bytes=1024 * PAGE_BYTES)
     made = GuestRam([high, low])

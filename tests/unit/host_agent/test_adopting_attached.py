@@ -21,7 +21,7 @@ from tests.support.attached_domain import (
 
 
 class Again(Driver):
-    """Adopts guests of the start of the domain that `start` says."""
+    """Attaches and adopts guests of a domain that has been started `start` times."""
 
     def __init__(self, folder: Path, start: int) -> None:
         super().__init__(folder)

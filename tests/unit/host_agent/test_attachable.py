@@ -84,7 +84,7 @@ def test_a_domain_whose_cells_are_shared_one_by_one() -> None:
 
 
 def door_at(path: Path) -> str:
-    """Return the memory door of a domain, in its last free port."""
+    """Return the XML of a memory door in the last free port of `domain()`."""
     return (
         f"<filesystem><source socket='{path}'/><target dir='hintfleet'/>"
         "<address type='pci' bus='0x02' slot='0x00'/></filesystem>"
@@ -100,7 +100,7 @@ def test_a_domain_that_is_attached_is_not_attached_again(tmp_path: Path) -> None
             domain(devices=PORTS + DISK + door_at(path))
         )
         listener.setblocking(False)
-        with pytest.raises(BlockingIOError):  # no connection was made: one could end the guest
+        with pytest.raises(BlockingIOError):  # nobody connected: that could end the guest
             listener.accept()
 
 

@@ -184,7 +184,7 @@ def test_an_attempt_that_fails_does_not_undo_a_detach(tmp_path: Path) -> None:
 
 
 class Asked(Driver):
-    """The answer whether the domain runs takes until the test says so."""
+    """Does not answer whether the domain runs until the test sets `answer`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -297,7 +297,7 @@ def test_an_error_when_a_guest_is_ended_keeps_no_other_from_being_attached(
 
 
 class Several(Driver):
-    """Makes guests of several domains. From `at_once` on, an attempt waits for the others."""
+    """Makes guests of several domains. If `at_once` is set, attempts wait there for each other."""
 
     at_once: Barrier | None = None
 

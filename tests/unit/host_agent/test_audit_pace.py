@@ -12,8 +12,8 @@ PACE = Pace(period_s=0.2, share=1 / 20)
 
 
 def looks(pace: AuditPace, moved_pages: int, took_s: float, until_s: float) -> list[float]:
-    """Return the times before `until_s` when audits begin, if so many pages have moved at each
-    check, and each audit takes `took_s`."""
+    """Return the times before `until_s` when audits begin, if each check finds `moved_pages` moved,
+    and each audit takes `took_s`."""
     seen, now_s = [], 0.0
     while now_s < until_s:
         if pace.check(now_s, moved_pages):

@@ -144,7 +144,7 @@ def test_an_audit_is_awaited_though_its_caller_is_gone(
 
 
 def test_a_guest_whose_batch_was_half_dropped_unseen_is_lost(ram_fd: int) -> None:
-    """Its books would count the dropped half as resident for ever, and hide as many refaults."""
+    """Otherwise its books would count the dropped half as resident, and hide as many refaults."""
     other_fd = os.memfd_create("other")
     os.truncate(other_fd, 8 * PAGE_BYTES)
     ram = GuestRam(

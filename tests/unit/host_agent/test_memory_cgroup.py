@@ -60,7 +60,7 @@ def make(driver: Driver) -> MemoryCgroup:
 
 @contextmanager
 def using(cgroup: MemoryCgroup, mib: int) -> Iterator["subprocess.Popen[str]"]:
-    """Run a process in the cgroup that writes this much memory of a memfd, and then sleeps."""
+    """Run a process in the cgroup that writes `mib` MiB of a memfd, and then sleeps."""
     process = subprocess.Popen(
         [sys.executable, "-c", USE_MEMORY, str(mib)],
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Reclaim punches exactly what was hinted and exists, and reports what was resident. An audit of
+"""Reclaim drops exactly the hinted pages that are RAM, and reports which were resident. An audit of
 the RAM file finds what is resident."""
 
 import os

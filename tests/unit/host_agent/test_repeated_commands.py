@@ -1,5 +1,5 @@
-"""A command that is sent again gets the stored answer. It is carried out again only if it has
-failed; but a lost guest stays the answer."""
+"""A command that is sent again gets the stored answer. It is carried out again if it failed, or if
+its answer was forgotten; but a lost guest stays the answer."""
 
 import asyncio
 

@@ -38,7 +38,7 @@ class Running:
 
 
 def resized(ram: GuestRam, *, releases: bool) -> Any:
-    """Resize such a guest to the size that it has; return it."""
+    """Resize a guest that has a stray DIMM to the size in its books; return its `Running`."""
     size_bytes = ram.pages.page_count * PAGE_BYTES
     spec = host_pb2.GuestSpec(
         memory_bytes=size_bytes,

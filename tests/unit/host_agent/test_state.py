@@ -111,8 +111,8 @@ def test_a_state_that_cannot_be_used_is_refused(tmp_path: Path, change: str, sai
 
 
 def make_older(folder: Path, guest: GuestRecord) -> Path:
-    """Make a state folder of format 2 with one guest, and return its file: format 2 has no column
-    for the books of earlier starts."""
+    """Make a state folder with one guest in format 2, which has no column for the books of earlier
+    starts; return its database file."""
     with opened(folder) as state:
         state.save([guest])
         (path,) = folder.glob("*/state.db")
@@ -168,7 +168,7 @@ def test_a_host_agent_that_is_killed_while_it_changes_an_older_state_leaves_it_w
 
 
 class Saved:
-    """A guest that is saved."""
+    """A guest as the Saver needs it: it only has a record."""
 
     name = "g"
 

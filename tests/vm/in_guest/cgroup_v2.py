@@ -1,5 +1,5 @@
-"""Runs in a guest when Python starts there for the first time: puts itself into cgroups (v2) with
-limits, and prints on the console which limits hintfleet finds.
+"""Runs in a guest when Python starts there for the first time: puts its process into cgroups (v2)
+with limits, and prints on the console which limits hintfleet finds.
 
 It runs in a guest because the host may have only cgroups v1; the guest's kernel always has v2.
 """
