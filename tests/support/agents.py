@@ -88,7 +88,7 @@ class HostClient:
         max_memory_bytes: int = 0,
         uuid: str = "",
     ) -> host_pb2.Guest:
-        """Create an embedded guest of 128 MiB in trial TRIAL, which must be watched."""
+        """Create an embedded guest of 128 MiB in trial TRIAL; call `watch` first."""
         spec = host_pb2.GuestSpec(
             driver=host_pb2.EMBEDDED,
             memory_bytes=128 * MIB,
@@ -137,7 +137,7 @@ class HostClient:
 
 @dataclass(kw_only=True)
 class HostAgent(HostClient):
-    """A running `python -m host_agent`."""
+    """A client of a host agent that runs in a process of its own."""
 
     process: subprocess.Popen[bytes]
     control: str
@@ -152,7 +152,7 @@ class HostAgent(HostClient):
 
 @dataclass(kw_only=True)
 class InProcessHost(HostClient):
-    """A host agent in a thread of the test process, so that a test can read its registry."""
+    """A client of a host agent in a thread of this process, whose registry a test can read."""
 
     registry: Registry
 
@@ -181,8 +181,8 @@ def host_in_process(guest_tls: Tls | None = None) -> Iterator[InProcessHost]:
             await stop.wait()
 
     with tempfile.TemporaryDirectory(prefix="hf-test-") as folder:
-        # If the servers do not start, nobody stops the thread. As a daemon thread, it does not keep
-        # the test process from ending.
+        # If the servers hang while they start, nobody stops the thread. As it is a daemon thread,
+        # the test process can end all the same.
         thread = threading.Thread(
             target=lambda: loop.run_until_complete(serve(folder)), daemon=True
         )
@@ -211,10 +211,10 @@ def running_host_agent(
 ) -> Iterator[HostAgent]:
     """Run a host agent until the block ends; then close its lifeline, so that it ends.
 
-    :param prefix: words to put before the command: a program that then starts it.
+    Checks that it ends with exit code 0, unless it was killed by SIGKILL, and that the child
+    processes that it has when the block ends end, too.
 
-    Checks that it ends with exit code 0, unless the test has killed it, and that its child
-    processes end.
+    :param prefix: words to put before the command: a program that then starts it.
     """
     ready_read, ready_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()

@@ -1,5 +1,6 @@
-"""A domain of somebody else that is attached, without libvirt: QEMU is a front end in this process.
-The registry, the memory door and the RAM are real."""
+"""A fake of a domain that somebody else made and that is attached. There is no libvirt, and a
+vhost-user front end in this process acts as QEMU. The registry, the memory door and the RAM are
+real."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ WAIT_S = 30.0
 
 
 class Running:
-    """A domain whose QEMU is a front end in this process.
+    """A running domain; a vhost-user front end in this process acts as its QEMU.
 
     :ivar closed: how often it was closed.
     :ivar close_fails: the error that `close` raises; None: it raises none.
@@ -132,7 +133,7 @@ class Driver:
 
 
 class HangsUp(Driver):
-    """QEMU hangs up, and the registry is told, before `create` or `adopt` returns."""
+    """The domain ends, and the registry is told so, before `create` or `adopt` returns."""
 
     def create(self, request: GuestRequest) -> Running:
         told = Event()
@@ -151,7 +152,8 @@ class HangsUp(Driver):
 
 
 class Booting(Driver):
-    """From the second time on, an attempt to attach the domain fails when the test says so."""
+    """The first attempt to attach the domain succeeds. Each later one waits until the test sets
+    `fail`, and then fails."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -170,7 +172,7 @@ def run(
     driver: Driver,
     state: Database | None = None,
 ) -> None:
-    """Run a scenario with a registry whose guests this driver attaches; end all guests then."""
+    """Run a scenario with a registry that attaches guests with `driver`; then end all guests."""
 
     async def whole() -> None:
         driver.loop = asyncio.get_running_loop()
@@ -195,7 +197,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def looking_often(registry: Registry, driver: Any) -> Iterator[None]:
-    """Attach guests again during the block; look for domains that run without a pause."""
+    """During the block, attach guests again whose domains run; look for them every 10 ms."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attaching_again, "_PERIOD_S", 0.01)
         task = asyncio.create_task(attaching_again.attach_when_started(registry, driver))
@@ -213,7 +215,7 @@ async def attached(registry: Registry, driver: Driver) -> Guest:
 
 
 async def kept(registry: Registry, driver: Driver) -> Guest:
-    """Attach the domain and shut it off; return its guest, which waits."""
+    """Attach the domain, and shut it off. Return its guest, which waits for the domain to start."""
     guest = await attached(registry, driver)
     driver.end()
     await until(lambda: guest.to_attach_again is not None and guest.running is None)
@@ -228,5 +230,5 @@ async def reclaim_one_page(guest: Guest) -> None:
 
 async def ends_are_dealt_with(registry: Registry) -> None:
     """Wait until the registry has dealt with all ends of domains that it was told of."""
-    await asyncio.sleep(0)  # from here on it knows
+    await asyncio.sleep(0)  # let the event loop tell it of all ends
     await asyncio.gather(*registry._ending)

@@ -59,7 +59,8 @@ Rule = Callable[[Seen], npt.NDArray[np.bool_]]
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How runs ended: how often an interval has the true value, and the mean repetitions."""
+    """How runs ended: the share whose last interval has the true value, and the mean number of
+    repetitions."""
 
     coverage: float
     repetitions: float
@@ -82,7 +83,7 @@ def narrow_at(spread: float) -> Rule:
 def look(differences: Floats, first_look: int) -> Seen:
     """Return what runs see with the intervals of hintfleet.
 
-    :param differences: a row for each run, of MOST pairs.
+    :param differences: a row for each run: the differences of MOST pairs.
     :param first_look: as in `mean_interval`; 0 for Student's t at each look.
     """
     found = [
@@ -101,7 +102,8 @@ def seen_by(first_look: int, shape: str = "normal") -> Seen:
 
 
 def ended(seen: Seen, effect: float, rule: Rule) -> Ended:
-    """Return how runs end that see this, moved by the true difference, and stop by this rule."""
+    """Return how runs end that stop by this rule and see these intervals, each moved by `effect`,
+    the true difference."""
     ends = rule(Seen(means=seen.means + effect, half_widths=seen.half_widths))
     ends[:, -1] = True
     at = np.arange(len(ends)), ends.argmax(axis=1)
@@ -122,7 +124,8 @@ def student_at(alpha: float) -> Seen:
 
 
 def pocock_alpha() -> float:
-    """Return the error probability that, used at each look, sums up to 5 % over all looks."""
+    """Return the error probability to use at each look, so that in 5 % of all runs at least one
+    interval misses the true value."""
     drawn = np.random.default_rng(2).normal(size=(100_000, MOST))
     n = np.arange(1, MOST + 1)
     means = drawn.cumsum(axis=1) / n

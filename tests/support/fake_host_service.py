@@ -1,8 +1,8 @@
-"""Many host agents in one process: each is a gRPC server of its own that speaks the control API at
-a unix socket. Their guests are numbers only.
+"""Many fake host agents in one process: each is a gRPC server at a unix socket that answers some
+calls of the control API. Their guests are numbers only.
 
-As a program, it prints a line when all listen, and one whenever all guests of all hosts have done
-another step; it serves until stdin ends.
+As a program, it prints a line when all listen, and one whenever as many more steps are done as
+there are guests on all hosts; it serves until stdin ends.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Host(host_pb2_grpc.HostServiceServicer):
         while True:
             number += 1
             for books in self._guests.values():
-                books.batches += 1  # a number without gaps: what is lost would be seen
+                books.batches += 1  # numbers the samples: a gap shows a lost one
             yield host_pb2.SampleSet(
                 at_unix_us=time.time_ns() // 1000,
                 samples=[
@@ -75,7 +75,7 @@ class _Host(host_pb2_grpc.HostServiceServicer):
 
 
 async def start(address: str, step_done: Callable[[], None] = lambda: None) -> grpc.aio.Server:
-    """Start a host agent at a unix socket; return its server."""
+    """Start a fake host agent at a unix socket; return its server."""
     server = grpc.aio.server()
     host = _Host(address, step_done)  # type: ignore[abstract]
     host_pb2_grpc.add_HostServiceServicer_to_server(host, server)
@@ -85,7 +85,7 @@ async def start(address: str, step_done: Callable[[], None] = lambda: None) -> g
 
 
 async def main(folder: str, first: int, hosts: int, guests_per_host: int) -> None:
-    """Serve host agents at unix:FOLDER/N, N from `first` on."""
+    """Serve `hosts` fake host agents at unix:FOLDER/N, N from `first` on, until stdin ends."""
     done = itertools.count(1)
 
     def step_done() -> None:

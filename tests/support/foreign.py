@@ -1,5 +1,5 @@
 """A guest that somebody else could have made: Debian with its stock kernel, systemd and the QEMU
-guest agent. hintfleet's agent is installed. Needs root."""
+guest agent. hintfleet's agent is installed, and not started. Needs root."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ _PARAMETERS = "root=/dev/vda rw console=ttyS0 init_on_alloc=0 no_timer_check"
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """What a foreign guest has that others have not.
+    """What one foreign guest has in addition to what all of them have.
 
     :ivar parameters: more parameters of the kernel.
     :ivar packages: more packages.
     :ivar files: more files, by their paths in the guest.
-    :ivar enabled: units of these files that start with the guest.
+    :ivar enabled: systemd units among `files` that start with the guest.
     :ivar has_cell: whether the domain's XML has a NUMA cell, so that DIMMs can be plugged. libvirt
         before 9.2 forgets, when it is restarted, that the memory of a running domain without a
         cell is shared.
@@ -127,7 +127,8 @@ class ForeignDomain:
         return self.find()
 
     def run(self, *command: str) -> str:
-        """Run a program in the guest, which must end with exit code 0; return its output."""
+        """Run a program in the guest, and wait for its end. Fail if its exit code is not 0; return
+        what it wrote to stdout."""
         started = self._ask("guest-exec", path=command[0], arg=command[1:], **_CAPTURE)
         deadline_s = time.monotonic() + HANG_S
         while not (status := self._ask("guest-exec-status", pid=started["pid"]))["exited"]:
@@ -166,8 +167,8 @@ _CAPTURE = {"capture-output": True}
 def foreign_domain(
     libvirt: OwnLibvirt, image: GuestImage, name: str = "", extra: Extra = _NOTHING
 ) -> Iterator[ForeignDomain]:
-    """Start a persistent domain whose XML has nothing of hintfleet; yield it while it boots. Remove
-    its disk after the block; `libvirt` ends the domain."""
+    """Start a persistent domain whose XML has nothing of hintfleet; yield it while it boots. After
+    the block remove its disk; the domain runs on until `libvirt` is ended."""
     layer = foreign_layer(image, extra.packages)
     module = kit.kit(layer.parent) / "modules/hintfleet_kmod.ko"
     folder = Path(tempfile.mkdtemp(prefix="hf-foreign-"))

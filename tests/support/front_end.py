@@ -86,7 +86,7 @@ class FrontEnd:
                 os.close(event)
 
     def ask_to_stop(self) -> None:
-        """Begin to stop the device; `wait_until_stopped` waits for the answers."""
+        """Begin to stop the device: ask for queue 0. `wait_until_stopped` does the rest."""
         self.send(Request.GET_VRING_BASE, struct.pack("=II", 0, 0))
 
     def wait_until_stopped(self) -> None:

@@ -132,12 +132,12 @@ def parent_pid(pid: int) -> int:
 
 @contextmanager
 def on_this_machine(*, alone: bool = False) -> Iterator[None]:
-    """Hold a lock of this machine's tests until the block ends.
+    """Hold a lock of this user's tests on this machine until the block ends.
 
-    :param alone: exclusively; otherwise together with other tests. For `doctor --clean`, which acts
-        on the whole machine and would remove what another test needs.
+    :param alone: let no other test hold it meanwhile; else others may. For `doctor --clean`, which
+        acts on the whole machine and would remove what another test needs.
     """
-    # Not in this source tree: tests of another clone run on the same machine.
+    # Not in this source tree: tests of another clone may run on the same machine.
     lock = os.open(f"/tmp/hintfleet-tests-{os.geteuid()}.lock", os.O_RDWR | os.O_CREAT, 0o600)  # noqa: S108
     try:
         fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
@@ -148,7 +148,7 @@ def on_this_machine(*, alone: bool = False) -> Iterator[None]:
 
 @contextmanager
 def made_lab(folder: Path) -> Iterator[Lab]:
-    # Not below `folder`: unix sockets are made here, and their paths must be short.
+    # `temporary` is not below `folder`: unix sockets are made in it, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="hft-") as temporary:
         made = Lab(folder=folder, temporary=Path(temporary))
         try:

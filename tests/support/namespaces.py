@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-_PREFIX = f"hf-{os.getpid()}-"  # two processes, or what a killed one left, do not meet
+_PREFIX = f"hf-{os.getpid()}-"  # no other process uses these names
 _SWITCH = f"{_PREFIX}switch"
 """The namespace of the bridge; so the machine's own interfaces and routes are left alone."""
 NEEDS = "needs root and ip (iproute2)"
 
 
 def are_possible() -> bool:
-    """Return whether this user can make namespaces."""
+    """Return whether this user is root, and the program `ip` is installed."""
     return os.geteuid() == 0 and shutil.which("ip") is not None
 
 
@@ -36,7 +36,7 @@ class Machine:
         return ("ip", "netns", "exec", _PREFIX + self.name)
 
     def processes(self) -> list[int]:
-        """Return the ids of all processes in it."""
+        """Return the ids of all processes in the namespace."""
         listed = subprocess.run(
             ["ip", "netns", "pids", _PREFIX + self.name], capture_output=True, text=True, check=True
         )
@@ -55,7 +55,7 @@ def machines(*names: str) -> Iterator[list[Machine]]:
             machine = Machine(name=name, address=f"10.99.0.{i + 1}")
             space, port = _PREFIX + name, f"port{i + 1}"
             stack.enter_context(_namespace(space))
-            # Both ends are made where they belong: nothing appears on this machine itself.
+            # Make each end in its namespace: no interface appears in this machine's own.
             _ip(
                 *("-n", space, "link", "add", "eth0", "type", "veth"),
                 *("peer", "name", port, "netns", _SWITCH),
@@ -64,7 +64,7 @@ def machines(*names: str) -> Iterator[list[Machine]]:
             _ip("-n", space, "address", "add", f"{machine.address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 _ip("-n", space, "link", "set", device, "up")
-            # Ray asks the kernel by which address it would reach the internet.
+            # Ray takes the address from which the kernel would reach the internet: have a route.
             _ip("-n", space, "route", "add", "default", "via", "10.99.0.254")
             made.append(machine)
         yield made

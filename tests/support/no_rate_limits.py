@@ -15,7 +15,8 @@ _PLENTY = 1 << 30
 
 @contextlib.contextmanager
 def no_rate_limits() -> Iterator[None]:
-    """In this block, let new guests break rules and open streams without limit or delay."""
+    """In this block, lift the rate limits, the limit of streams and the bans of guests that are
+    added in it, and refuse streams without delay."""
     plenty = rate_limits.Rate(per_s=_PLENTY, burst=_PLENTY)
     with (
         mock.patch.multiple(rate_limits, VIOLATIONS_BEFORE_BAN=_PLENTY, STREAMS=_PLENTY),

@@ -37,7 +37,7 @@ def _become(user: pwd.struct_passwd) -> None:
     os.setgid(user.pw_gid)
     os.setuid(user.pw_uid)
     os.environ["HOME"] = "/nonexistent"
-    # Where it was started, it may not be able to enter.
+    # The user may not be able to enter the folder in which root started this.
     os.chdir("/")
     status = Path("/proc/self/status").read_text()
     assert "CapEff:\t0000000000000000" in status, status

@@ -34,7 +34,7 @@ unix_sock_group = "libvirt"
 unix_sock_rw_perms = "0770"
 auth_unix_rw = "none"
 """
-# Without virtlogd, which has folders of its own, too.
+# QEMU writes its log itself: virtlogd would be one more daemon that needs folders of the test.
 _QEMU = 'stdio_handler = "file"\n'
 
 
@@ -46,7 +46,7 @@ class OwnLibvirt:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Use `own_libvirt`."""
+        """Do not call this: `own_libvirt` makes one."""
         self.uri = f"qemu:///system?socket={folder}/sock/libvirt-sock"
         self._folder = folder
         self._daemon: subprocess.Popen[bytes] | None = None
@@ -64,7 +64,10 @@ class OwnLibvirt:
         return self.open().lookupByUUIDString(uuid_text)
 
     def start(self) -> None:
-        """Start libvirtd and wait until it answers. Domains of the one before are there again."""
+        """Start libvirtd, and wait until it answers. It finds the domains that an earlier one left.
+
+        :raises RuntimeError: it ended, or does not answer within _START_S.
+        """
         self._daemon = subprocess.Popen(
             ["unshare", "--mount", "sh", "-c", _RUN, "sh", str(self._folder)],
             stdout=subprocess.DEVNULL,

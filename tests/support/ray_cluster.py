@@ -68,7 +68,7 @@ class RayCluster:
         """Start a node, the head if it is the first; return when the cluster knows it.
 
         :param options: more options of `ray start`.
-        :param python: runs Ray there.
+        :param python: the Python that runs Ray on this node.
         """
         where = self._head_options() if not self.raylets else (f"--address={self.head_address}",)
         command = (*prefix, python, "-m", "ray.scripts.scripts", "start", f"--node-name={name}")
@@ -88,7 +88,7 @@ class RayCluster:
         )
 
     def _wait_until_known(self) -> None:
-        # Until the head's scheduler knows all nodes, which may be later than their start.
+        # Wait until the head's scheduler knows all nodes: that may be later than their start.
         head = next(iter(self.prefixes.values()))
         script = (sys.executable, "-c", _WAIT_FOR_NODES, self.head_address, str(len(self.raylets)))
         variables = self.lab.environment | _ENVIRONMENT
@@ -108,7 +108,7 @@ class RayCluster:
 def ray_cluster(lab: Lab, *nodes: str, head_address: str = "") -> Iterator[RayCluster]:
     """Run a cluster until the block ends; its processes carry the lab's mark.
 
-    :param nodes: their names.
+    :param nodes: the names of the nodes; the first is the head.
     :param head_address: HOST:PORT; on loopback if empty.
     """
     with ExitStack() as stack:
@@ -120,8 +120,8 @@ def ray_cluster(lab: Lab, *nodes: str, head_address: str = "") -> Iterator[RayCl
 
 
 def python_without(folder: Path, *packages: str) -> str:
-    """Make a virtual environment in `folder` with all packages of this one but those that begin
-    with these names; return its Python."""
+    """Make a virtual environment in `folder` with all packages of this one, except those whose
+    names begin with one of `packages`; return the Python of the new one."""
     venv.create(folder, with_pip=False, symlinks=True)
     (theirs,) = folder.glob("lib/python*/site-packages")
     (ours,) = Path(sys.executable).parents[1].glob("lib/python*/site-packages")

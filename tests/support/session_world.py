@@ -3,9 +3,9 @@
 `HintingCore`, `Gate` and `Fence` are the shipped classes, or subclasses of them that a test passes
 in. This module simulates the guest's kernel, the links and the punches, and carries out the
 instructions of `HintingCore` and `Gate`. The guest has a few chunks with contents. Messages of one
-stream arrive in order; those of two streams do not. A punch on the host takes several steps.
-Nothing happens by itself: the test calls a method for each step. Some methods assert what must hold
-then.
+stream arrive in order; messages of different streams may overtake each other. A punch on the host
+takes several steps. Nothing happens by itself: the test calls a method for each step. Some methods
+assert what must hold then.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class Host:
             self.carry_out(self.gate.arrived(session, batch))
 
     def leave(self, stream: Stream) -> None:
-        """Notice that a stream has ended; its other messages to the host are lost."""
+        """Notice that a stream has ended; messages that did not reach the host yet are lost."""
         session = self._session_of(stream)
         del self.sessions[session]
         stream.lose()
@@ -232,7 +232,7 @@ class Host:
         self._entered.close()
 
     def qemu_asks_to_stop(self, when_stopped: Callable[[], None]) -> None:
-        """Do what host_agent/door/door.py does when QEMU asks: close the gate, then the fence.
+        """Do what the memory door does when QEMU stops the device: close the gate, then the fence.
 
         :param when_stopped: the fence calls it when no slice runs.
         """

@@ -23,7 +23,7 @@ class Speaker:
         options = (
             # Each speaker gets its own connection, as different guests have.
             ("grpc.use_local_subchannel_pool", 1),
-            # gRPC's window for unread bytes does not grow: if the test reads nothing, the host
+            # Have gRPC keep its window for unread bytes small: if the test reads nothing, the host
             # agent can soon send nothing more.
             ("grpc.http2.bdp_probe", 0),
         )

@@ -87,7 +87,7 @@ def guest_records(task: HostTask, end_s: float = 4.0) -> list[Event]:
 
 
 def left_mib(arm: str, repetition: int) -> int:
-    """Return how much of each guest stays resident after it has freed memory."""
+    """Return how many MiB of each guest stay resident after it has freed memory."""
     return (30 if arm == "bitmap" else 100) + repetition
 
 
@@ -109,7 +109,8 @@ def samples(task: HostTask, times_us: Numbers, **values: Numbers) -> Samples:
 def records_of(
     tasks: Mapping[str, HostTask], left: Callable[[str, int], int] = left_mib
 ) -> Iterator[Record]:
-    """Yield the records of hosts whose guests hold 100 MiB, and then free all but `left`."""
+    """Yield the records of hosts. Of each guest, 100 MiB are resident before 3.2 s, then as many
+    MiB as `left` returns for arm and repetition."""
     for host, task in tasks.items():
         trial = task.trial
         # Phases have the actor's clock, which is an hour ahead of the host's clock here.
@@ -154,7 +155,8 @@ def store_trial(
     spec: Spec,
     records: Callable[[Mapping[str, HostTask]], Iterable[Record]] = records_of,
 ) -> None:
-    """Store a trial whose hosts, by name, have the records that `records` yields. It is done."""
+    """Store a trial with the records that `records` yields for its hosts; check that its status is
+    DONE."""
     tasks = host_tasks(spec, trial)
     writer.begin_trial(trial, dict.fromkeys(tasks, NODE))
     assert store_records(writer, tasks, [list(records(tasks))]).status is TrialStatus.DONE
@@ -166,9 +168,9 @@ def store_run(
     left: Callable[[str, int], int] = left_mib,
     **header: Any,
 ) -> None:
-    """Store a run. Its texts contain HTML that a report must not interpret.
+    """Store a run. By default its texts contain HTML that a report must not interpret.
 
-    :param header: replaces values of its header.
+    :param header: replaces values of the run's header.
     """
     usual: dict[str, Any] = {
         "run_id": "run1",

@@ -141,7 +141,7 @@ class Guests:
         return self.host.stub.CreateGuest(request, timeout=HANG_S)
 
     def wait(self) -> None:
-        """Wait until all guests have booted, because a boot would disturb what a test measures."""
+        """Wait until each guest has booted, or failed to: a boot disturbs what a test measures."""
         self._pool.shutdown()
 
     def __getitem__(self, name: str) -> host_pb2.Guest:
@@ -166,14 +166,15 @@ class Guests:
             return ram.resident(ram.page_map).ranges()
 
     def falls_to(self, name: str, resident_bytes: int) -> None:
-        """Wait until no more than `resident_bytes` of the guest are resident."""
+        """Wait until, by its books, no more than `resident_bytes` of the guest are resident."""
         wait_until(
             lambda: self.ledger(name).resident_bytes <= resident_bytes,
             f"no more than {resident_bytes // MIB} MiB of {name} to be resident",
         )
 
     def balances(self, name: str, connection: Any) -> None:
-        """Suspend the guest; check that its books balance, and agree with its RAM files."""
+        """Check that the books of a guest balance, and agree with its RAM files. The guest is
+        suspended while both are read."""
         domain = connection.lookupByName(NAME_PREFIX + name)
         domain.suspend()
         try:

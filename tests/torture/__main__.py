@@ -30,7 +30,7 @@ exit codes: 0 no wrong page and no other problem, 1 otherwise, 2 wrong usage, 13
 
 
 def main() -> None:
-    """Run what the command line asks for, and exit with its code."""
+    """Run what the command line asks for, and exit with one of the exit codes in _EPILOG."""
     arguments = _parser().parse_args()
     seed = arguments.seed if arguments.seed is not None else secrets.randbits(32)
     only = {_kind(name) for name in (arguments.only or "").split(",") if name}
@@ -114,7 +114,7 @@ def _kind(name: str) -> Kind:
 def _setting(arguments: argparse.Namespace, seed: int) -> AbstractContextManager[Setting]:
     if arguments.driver == "embedded":
         return nullcontext(embedded.SETTING)
-    from tests.torture import attached, real  # imported late, because they need libvirt
+    from tests.torture import attached, real  # imported late: embedded guests need neither
 
     if arguments.driver == "attached":
         return attached.setting(seed, short=arguments.short)

@@ -114,7 +114,7 @@ class AttachedVictim(RealVictim):
 
 
 class AttachedPlace(Place):
-    """Attaches its domain, and again whenever it has been let go."""
+    """Attaches its domain, and attaches it again whenever it is not attached any more."""
 
     pause_s = 1.0  # a domain that boots cannot be attached
 
@@ -138,12 +138,12 @@ class AttachedPlace(Place):
         return attached.guest
 
     def _start_workload(self) -> None:
-        # It has its token from the configuration of the time when it was started.
+        # The workload reads the token only when it starts, and each attachment has a new token.
         with contextlib.suppress(AssertionError, _libvirt_error()):
             self._foreign.run("/usr/bin/systemctl", "restart", _WORKLOAD)
 
     def _not_made(self, error: grpc.RpcError | ProcessLookupError) -> None:
-        """Report a problem if the domain has not been attached for too long."""
+        """Report a problem if no attempt to attach the domain has succeeded for `silence_s`."""
         gone_s = time.monotonic() - self._gone_since_s
         if gone_s > self._deadlines.silence_s:
             self._gone_since_s = time.monotonic()
@@ -154,20 +154,21 @@ class AttachedPlace(Place):
     async def _lost(self, victim: Victim) -> None:
         self._gone_since_s = time.monotonic()
         with contextlib.suppress(_libvirt_error()):
-            # It is suspended if `finish` has come to its end.
+            # `finish` has suspended it, if it came so far.
             await asyncio.to_thread(lambda: victim.domain.resume())
         await super()._lost(victim)
 
     async def _gone(self, victim: Victim, said: str) -> None:
-        """Handle a step on a guest that is gone. If the host agent only waits for its domain, the
-        guest is not lost: meanwhile it does not answer."""
+        """Handle the error of a step that the guest is gone. If the guest is not doomed and waits
+        for its domain, or runs again, it is not lost: count a step without an answer."""
         if not victim.doomed and await self._is_kept():
             await self._silent(victim, said)
         else:
             await super()._gone(victim, said)
 
     async def _is_kept(self) -> bool:
-        """Return whether the guest waits for its domain or runs again; False if not known."""
+        """Return whether the guest waits for its domain to start, or runs again; False if the host
+        agent does not say so in _KEPT_TRIES answers."""
         for _ in range(_KEPT_TRIES):
             with contextlib.suppress(grpc.RpcError):
                 listed = await self._stub.ListGuests(
@@ -183,7 +184,8 @@ class AttachedPlace(Place):
         return False
 
     async def _destroy(self, name: str) -> None:
-        for through in (True, False):  # a booting guest has no QEMU agent yet
+        # If that fails, without the QEMU guest agent: a booting guest has none yet.
+        for through in (True, False):
             request = host_pb2.DetachGuestRequest(name=name, through_guest_agent=through)
             with contextlib.suppress(grpc.RpcError):
                 await self._stub.DetachGuest(
@@ -193,7 +195,7 @@ class AttachedPlace(Place):
 
 
 def _run_in_guest(command: str, scene: Scene) -> None:
-    """Run a command that ends the guest's boot; the next boot begins at once."""
+    """Start a command in the guest that makes it boot again; do not wait for the boot."""
     assert isinstance(scene.victim, AttachedVictim)
     scene.victim.foreign.spawn("/bin/sh", "-c", command)
 
@@ -215,12 +217,12 @@ def _end_domain(scene: Scene) -> None:
 
 
 def _unplug_door(scene: Scene) -> None:
-    """Take the memory door out, as its operator may."""
+    """Take the memory door out of the domain, as the operator of the domain may do."""
     scene.victim.doomed = True
     try:
         unplug_door(scene.victim.domain)
-    except HintfleetError as error:  # a guest that boots releases no device now
-        # After OutcomeUnknown, it may still do so.
+    except HintfleetError as error:  # a guest that boots releases no device
+        # After OutcomeUnknown, the guest may still release it.
         scene.victim.doomed = isinstance(error, OutcomeUnknown)
         raise Missed from error
 
@@ -249,7 +251,7 @@ def _save(scene: Scene) -> None:
 
 
 class _Detach(Task):
-    """`hintfleet detach`, with the guest's agent stopped before it or not."""
+    """`hintfleet detach`; for some faults, the service of the guest's agent is stopped first."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()
@@ -266,7 +268,7 @@ class _Detach(Task):
         try:
             await self._scene.stub.DetachGuest(request, timeout=60)
         except grpc.RpcError as error:
-            # Without an answer, it may have been done, or be done yet.
+            # Without an answer, the domain may be detached, or be detached later.
             unknown = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
             self._scene.victim.doomed = error.code() in (*unknown, grpc.StatusCode.UNKNOWN)
             raise Missed from error
@@ -302,7 +304,7 @@ def _injectors(libvirt: OwnLibvirt) -> Mapping[Kind, Callable[[Scene], Injector]
 
 @contextmanager
 def setting(seed: int, *, short: bool = False) -> Iterator[Setting]:
-    """Return what to torture: domains under a libvirtd of the test's own. Needs root.
+    """Yield what to torture: domains under a libvirtd of the test's own. Needs root.
 
     :param short: one domain with hugetlb and without stress-ng, which is reset seldom, because it
         takes long to boot; else one with hugetlb and one with kmod, both with stress-ng.

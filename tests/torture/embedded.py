@@ -1,4 +1,4 @@
-"""The setting for torture of embedded guests, which are many, small and quick."""
+"""The setting for torture of embedded guests: six small ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _spec(number: int) -> host_pb2.GuestSpec:
         hinting=host_pb2.HintingSettings(
             tracker=("bitmap", "reported")[number % 2],
             chunk_order=(9, 9, 7)[number % 3],
-            # So a freed chunk is hinted after 20 ms at the latest, or when two chunks are free.
+            # Look for free chunks every 20 ms, and hint at once if two are free.
             report_period_ms=20,
             threshold_chunks=2,
         ),

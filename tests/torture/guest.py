@@ -23,7 +23,8 @@ class Victim:
     :ivar find_domain: returns its libvirt.virDomain; None for an embedded guest.
     :ivar is_grown: whether memory is plugged into it now.
     :ivar answered_s: when it last answered a step of its workload, on the monotonic clock.
-    :ivar doomed: a fault has ended it, or will. The end of a guest that is not doomed is a problem.
+    :ivar doomed: a fault has ended it, will end it, or may. The end of a guest that is not doomed
+        is a problem.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Victim:
         )
 
     def __post_init__(self) -> None:
-        # Not the process id: another process may have it when a fault is injected.
+        # Signals go to a pidfd: another process may have the id when a fault is injected.
         self._pidfd = os.pidfd_open(self.pid)
 
     def signal(self, number: int) -> None:
@@ -103,9 +104,9 @@ class Victim:
         return ""
 
     def forget(self) -> None:
-        """Note that the guest is gone: faults that are injected into it later have no effect."""
+        """Note that the guest is gone: `signal` raises ProcessLookupError from now on."""
         if self._pidfd >= 0:
-            # SIGCONT, because a process that a fault has stopped could not end.
+            # SIGCONT: a process that a fault has suspended could not end by itself.
             with contextlib.suppress(ProcessLookupError):
                 self.signal(signal.SIGCONT)
             os.close(self._pidfd)

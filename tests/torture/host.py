@@ -71,7 +71,8 @@ class HostAgent:
     async def start(self) -> None:
         """Start a host agent, or the successor of a killed one, and wait until it serves.
 
-        :raises RuntimeError: it ended before that.
+        :raises RuntimeError: it ended before it served.
+        :raises TimeoutError: it did not serve within _START_S.
         """
         ready_read, ready_write = os.pipe()
         lifeline_read, lifeline = os.pipe()

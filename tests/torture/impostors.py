@@ -67,8 +67,8 @@ async def replay(to: Address, said: bytes, hold_s: float) -> None:
 async def pretend(to: Address, hello: pb.Hello, hold_s: float) -> None:
     """Send a Hello as a second agent would, and keep the session open for `hold_s`.
 
-    :raises grpc.RpcError: the host ended the session earlier: it refused the Hello, or another
-        session of the guest began.
+    :raises grpc.RpcError: the session ended earlier: the host refused the Hello, began another
+        session of the guest, or died.
     """
     async with open_aio_channel(
         str(to), options=(("grpc.use_local_subchannel_pool", 1),)

@@ -31,11 +31,12 @@ _LONGEST_DELAY_S = 0.05
 
 
 class Missed(Exception):
-    """Not injected, as far as is known: there is no target, or libvirt or the call failed."""
+    """The fault was not injected, as far as is known: it had no target, was refused, or failed."""
 
 
 class Injector(Protocol):
-    """One fault. `end` is called once for every `begin`, also if `begin` raised Missed."""
+    """One fault. `end` is called once after `begin`, also if `begin` raised Missed, or if the run
+    was interrupted before `begin` was called."""
 
     lasts: bool
     """Whether the fault lasts until `end` is called. If not, it takes as long as it takes."""
@@ -112,7 +113,7 @@ class Cut:
             link.cut()
 
     async def end(self) -> None:
-        """Do nothing: the guest connects again."""
+        """Do nothing: the guest connects again by itself."""
 
 
 class Stall:
@@ -211,8 +212,8 @@ class Impostor(Task):
 
 
 class Replay(Impostor):
-    """Send on a new connection what the guest sent on an earlier one: the one with the longest
-    record."""
+    """Send on a new connection what the guest sent on another one, open or closed: the one with the
+    longest record."""
 
     def begin(self) -> None:
         victim, upstream = self._scene.victim, self._scene.victim.relay.upstream

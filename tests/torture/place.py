@@ -43,7 +43,7 @@ class Deadlines:
 class Place:
     """Makes a guest, has it allocate, free and verify, and makes the next when it is lost.
 
-    :cvar pause_s: the pause after an attempt to make a guest that has failed.
+    :cvar pause_s: the pause after a failed attempt to make a guest.
     """
 
     pause_s = _PAUSE_AFTER_FAILURE_S
@@ -122,7 +122,7 @@ class Place:
         if self._there is not None:
             await self._lost(self._there)
 
-    # Life
+    # Making and ending guests
 
     async def _make(self) -> None:
         self._made += 1
@@ -160,7 +160,8 @@ class Place:
         return name.startswith(f"{self.name}-")
 
     async def _sweep(self) -> None:
-        """End guests of this place whose creation or end a dying host agent did not finish."""
+        """End all guests of this place that the host agent lists: there may be some whose creation
+        or end an earlier host agent did not finish before it died."""
         listed = await self._stub.ListGuests(
             host_pb2.ListGuestsRequest(), timeout=self._deadlines.step_s, wait_for_ready=True
         )
@@ -185,7 +186,7 @@ class Place:
         except grpc.RpcError:  # the guest is gone, or will end with its trial
             pass
 
-    # Work
+    # Steps of the workload
 
     async def _step(self, victim: Victim) -> None:
         try:
@@ -268,7 +269,7 @@ class Place:
                     raise
             await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
 
-    # Books
+    # Checks of a guest's books
 
     async def _books(self, victim: Victim) -> host_pb2.Ledger:
         listed = await self._stub.ListGuests(

@@ -11,7 +11,7 @@ _ONE_IN = 50
 
 
 class Kind(Enum):
-    """The kind of a fault in a guest, its link or its host agent."""
+    """The kind of a fault in a guest, its link, its host agent or its libvirtd."""
 
     GUEST_KILLED = "guest killed"
     """kill -9 of QEMU, or of an embedded guest, which is one process with its agent."""
@@ -78,8 +78,8 @@ class Fault:
 class Pace:
     """The longest times of a fault; they are shorter for embedded guests than for real ones.
 
-    :ivar longest_hold_s: the longest `hold_s` of one fault in fifty, so that it outlasts keepalives
-        and deadlines; 0: there are no such faults.
+    :ivar longest_hold_s: the longest `hold_s` of about one fault in fifty, so that some outlast
+        keepalives and deadlines; 0: `hold_s` is the longest of all faults.
     """
 
     pause_s: float
@@ -95,7 +95,7 @@ class Pace:
 
 
 def faults(seed: str, weights: Mapping[Kind, int], pace: Pace) -> Iterator[Fault]:
-    """Yield faults without end; the same ones for the same arguments.
+    """Yield faults without end, the same ones for the same arguments; none if there are no weights.
 
     Kinds are dealt like cards: a deck has each kind as often as its weight says, and a new deck
     begins when the old one is used up. So every kind comes soon.

@@ -56,7 +56,7 @@ _ENDS: Mapping[Kind, int] = {Kind.GUEST_KILLED: 1, Kind.GUEST_RESET: 1}
 class RealVictim(Victim):
     """A virtual machine. Its console shows when its agent ends, and when stress-ng fails.
 
-    :ivar said: how often the console has shown what is counted.
+    :ivar said: how often each text that is counted has been found on the console so far.
     """
 
     said: Counter[str] = field(default_factory=Counter)
@@ -100,7 +100,7 @@ def setting(seed: int, *, short: bool = False, stress: bool = False) -> Iterator
         images = Path(tempfile.mkdtemp(prefix="hf-torture-images-"))
         undo.callback(shutil.rmtree, images)
         images.chmod(0o755)
-        # Its agents kill themselves.
+        # This file has the agents of the image kill themselves.
         dying = {"hintfleet/sitecustomize.py": Path(__file__).parent / "in_guest/sitecustomize.py"}
         image_with(built_image(["stress-ng"] if stress else []), dying, images)
         connection = libvirt.open(os.environ.get("LIBVIRT_DEFAULT_URI", "qemu:///system"))

@@ -21,8 +21,8 @@ class Report:
     :ivar problems: what happened and must not happen, with details for finding the cause: a guest
         that ended though nobody had killed it, books that do not balance, a process that was left
         behind.
-    :ivar missed: faults that were not injected because the victim was gone, or were refused (memory
-        in use cannot be unplugged); not counted as faults.
+    :ivar missed: faults that were not injected, because the victim was gone, a call failed, or they
+        were refused (memory in use cannot be unplugged); not in `faults`.
     """
 
     driver: str
@@ -81,8 +81,8 @@ class Report:
 
     @property
     def skipped_bytes(self) -> Mapping[str, int]:
-        """Return how much memory the host skipped, by reason. WRONG_EPOCH and STALE are batches
-        that arrived or ran too late, and that the gate kept out."""
+        """Return how much memory the host skipped, by reason. `wrong_epoch` and `stale`: the gate
+        did not run a batch, because it came from an earlier session, or had waited too long."""
         total: Counter[str] = Counter()
         for books in self._books.values():
             total.update(books.skipped_total_bytes)

@@ -99,7 +99,7 @@ async def torture(
 ) -> Report:
     """Run the guests of `setting`, inject faults until `until` is reached, and return the report.
 
-    :param progress: called ten times a second, with the report so far.
+    :param progress: called about ten times a second, with the report so far.
     :param host_module: the module to run as the host agent.
     """
     report = Report(driver=setting.driver, seed=seed, guest_count=len(setting.guests))
@@ -223,7 +223,8 @@ class _Run:
     async def _begin_at_moment(
         self, fault: Fault, victim: Victim, begin: Callable[[], None]
     ) -> None:
-        """Call `begin` at the fault's moment, or after the longest wait for that moment.
+        """Call `begin` at the fault's moment, or after the longest wait for that moment. If the
+        guest has no connection, call it at once.
 
         :raises Missed: `begin` raised it.
         """
@@ -294,14 +295,14 @@ class _Run:
             await asyncio.sleep(_LOOK_S / 10)
 
     def _label(self, guest: str) -> str:
-        """Return a guest's name in the report. An attached guest has the name of its place each
-        time."""
+        """Return a guest's name in the report. All guests of an attached place have the name of the
+        place; its label tells them apart."""
         return next((place.label for place in self._places if place.name == guest), guest)
 
 
 def plan_of(setting: Setting, seed: int, count: int) -> Iterator[tuple[str, Fault]]:
-    """Yield the first `count` faults of each lane, with the lane's name: those that a run with this
-    seed injects."""
+    """Yield the first `count` faults that each lane of a run with this seed injects, with the name
+    of the lane."""
     lanes = dict.fromkeys(setting.guests, setting.kinds) | {"host": setting.host_kinds}
     for name, kinds in lanes.items():
         for fault in itertools.islice(faults(f"{seed} {name}", kinds, setting.pace), count):

@@ -19,8 +19,8 @@ MOUNT_NAMESPACE = (
 
 @pytest.mark.parametrize("option", MOUNT_NAMESPACE)
 def test_the_guest_agents_mounts_outlive_it(option: str) -> None:
-    """The agent's hugetlbfs holds the reservations of isolated chunks. If it were unmounted with a
-    dead agent, others could use chunks that the host may still drop (I4)."""
+    """The agent's hugetlbfs holds the reservations of isolated chunks. If it were unmounted at the
+    death of the agent, others could use chunks that the host may still drop (I4)."""
     unit = (ROOT / "deploy/systemd/hintfleet-guest.service").read_text()
     assert not any(line.startswith(f"{option}=") for line in unit.splitlines())
 

@@ -33,7 +33,7 @@ PAGES = sorted(
 # A room is a folder, or a module at the root of a package. The table has all imports between the
 # rooms of a package: each room, and the rooms that it imports. A room may import only rooms that
 # are listed above it. A test fails if code and table differ, so that each new import is a
-# decision. Imports of the contract, proto/hintfleet, are allowed everywhere, and not listed.
+# decision. Other packages may import all of the contract, proto/hintfleet; that is not listed.
 ARROWS = {
     "hintfleet": {
         "errors": "",
@@ -134,7 +134,7 @@ MODULES = {module_name(path): path for path in SOURCES}
 
 
 def imports_of_ours(module: str) -> set[str]:
-    """Return the modules of SOURCES that `module` imports, in functions and for types only, too."""
+    """Return the modules of SOURCES that `module` imports, also in functions or only for types."""
     names = set()
     for node in ast.walk(SOURCES[MODULES[module]]):
         if isinstance(node, ast.Import):

@@ -27,8 +27,7 @@ def allocator() -> BuddyAllocator:
 
 
 def tracking(allocator: BuddyAllocator, tracker: TrackerKind) -> EmbeddedIsolator:
-    """Return an isolator for which no chunk is new: it has isolated and released all free
-    chunks."""
+    """Return an isolator for which no chunk waits: it has isolated and released all that waited."""
     isolator = EmbeddedIsolator(allocator, tracker=tracker, threshold_chunks=16)
     drain(isolator)
     return isolator
@@ -47,7 +46,7 @@ def freed(allocator: BuddyAllocator, chunks: int) -> RangeSet:
 
 
 def drain(isolator: EmbeddedIsolator, max_ranges: int = 512) -> RangeSet:
-    """Isolate and release until nothing is left; return all isolated ranges."""
+    """Isolate and release until `isolate` returns nothing; return all ranges that it returned."""
     seen = EMPTY
     while ranges := isolator.isolate(max_ranges, 1 << 20):
         seen |= ranges
@@ -70,7 +69,7 @@ def test_no_batch_has_more_ranges_than_asked_for(
 ) -> None:
     isolator = tracking(allocator, tracker)
     held = sorted(allocator.allocate(9) for _ in range(24))
-    for pfn in held[::2]:  # none is beside another
+    for pfn in held[::2]:  # no two of them are neighbours
         allocator.free(pfn, 9)
     seen = EMPTY
     while ranges := isolator.isolate(5, 100 * CHUNK):

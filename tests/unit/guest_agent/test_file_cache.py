@@ -1,4 +1,4 @@
-"""Reading fills the page cache with a file that takes no disk, and what is not possible is said."""
+"""Reading a file that takes no disk space fills the page cache. Errors say what is not possible."""
 
 import shutil
 import subprocess

@@ -122,7 +122,8 @@ def test_each_node_keeps_its_reserve(kernel: Path) -> None:
 def test_pages_of_somebody_else_stay_where_an_agent_left_nothing_reserved(
     kernel: Path, monkeypatch: pytest.MonkeyPatch, counts: dict[str, int]
 ) -> None:
-    """An agent that died between two steps leaves an empty file."""
+    """An agent that died before it reserved its chunks leaves an empty file: the pages in the pool
+    may be of somebody else."""
     (kernel / "mount").mkdir()
     (kernel / "mount/isolated").touch()
     (kernel / "kpageflags").touch()

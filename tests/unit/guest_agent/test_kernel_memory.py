@@ -128,7 +128,7 @@ def test_one_entry_a_chunk_is_read(tmp_path: Path) -> None:
 def test_only_present_chunks_of_a_sparse_guest_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """4 GiB spread over 1 TiB take 2048 reads, as in one piece."""
+    """4 GiB spread over 1 TiB take 2048 reads, as many as 4 GiB in one piece."""
     memory_blocks(tmp_path, *range(0, 8192, 256))
     with (tmp_path / "kpageflags").open("wb") as file:
         file.truncate(8 << 28)

@@ -1,4 +1,5 @@
-"""Programs of a guest run only if they are allowed, in time, and leave nothing behind."""
+"""Programs of a guest run only if they are allowed, are killed when they take too long or their
+agent ends, and leave no process running."""
 
 import os
 import threading

@@ -71,7 +71,7 @@ def test_fragments_keep_what_is_freed_between_them_from_being_a_chunk(ram: mmap.
     workload = Workload(BuddySource(allocator, ram), BuddyPlugs(allocator))
     workload.run(fragments(48 * MIB, 64 << 10))
     free_chunks = len(allocator.unreported_chunks(allocator.zones[0], 99))
-    for share in (2, 4):  # every other one, then all but every fourth of those
+    for share in (2, 4):  # free every other one, then three of every four that are left
         done = workload.run(free(workload.held_bytes - workload.held_bytes // share))
         assert done.changed_bytes == done.verified_pages * PAGE_BYTES
         assert len(allocator.unreported_chunks(allocator.zones[0], 99)) == free_chunks
@@ -223,7 +223,7 @@ def test_a_pause_between_cycles(source: Source) -> None:
 
 
 def test_a_page_dropped_during_a_loop_is_counted_as_wrong(ram: mmap.mmap) -> None:
-    """Of the copies of bandwidth, each has the pattern of what it was copied from."""
+    """Loop bandwidth copies memory, and checks that each copy has the pattern of its source."""
 
     class Dropping(BuddySource):
         def copy(self, source_at: int, target_at: int) -> None:

@@ -106,7 +106,7 @@ def test_a_cgroup_that_is_full_has_nothing(machine: Machine) -> None:
     [
         ("/", "/"),  # in a cgroup namespace, and the mount was made in it
         ("/docker/3f", "/docker/3f"),  # in no namespace: both are the host's path
-        ("/docker/3f/x", "/docker/3f"),  # the same, in a cgroup below
+        ("/docker/3f/x", "/docker/3f"),  # in no namespace, in a cgroup below that of the mount
         ("/", "/.."),  # in a namespace, and the mount was made outside
         ("/kubepods/elsewhere", "/docker/3f"),  # the process was moved to another cgroup
         ("/only/on/the/host", "/"),  # the mount does not show its real root

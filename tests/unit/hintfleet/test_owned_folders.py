@@ -1,4 +1,4 @@
-"""Folders that belong to one process: which of them are abandoned, even if process ids are
+"""Folders of which each belongs to one process: which are abandoned, even if process ids are
 reused."""
 
 import fcntl

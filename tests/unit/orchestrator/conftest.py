@@ -1,4 +1,4 @@
-"""A full disk, for tests of what is written."""
+"""A small disk, which tests of writing can fill."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 3 MiB; return its folder."""
+    """Mount a tmpfs of 3 MiB until the test ends; yield its folder. Skip the test if that fails."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root")
     mounted = subprocess.run(

@@ -25,7 +25,8 @@ def noise(arm: str, repetition: int) -> int:
 
 
 def cut_off(folder: Path, run_id: str, trials: int) -> None:
-    """Store a run that was interrupted after some trials, in the next one if there was any."""
+    """Store a run that was interrupted after `trials` trials: before the first trial if 0, else
+    during the next one."""
     header = RunHeader(run_id=run_id, spec=QUICKSTART, spec_text="", summary="")
     planned = plan_trials(QUICKSTART, run_id)
     with suppress(KeyboardInterrupt), Store(folder) as store, RunWriter(store, header) as writer:
@@ -76,7 +77,7 @@ def test_the_second_run_against_the_first(folder: Path, capsys: pytest.CaptureFi
     assert saved["difference"]["high"] < 0 < resident["difference"]["low"]
     assert saved["second"] - saved["first"] == pytest.approx(saved["difference"]["mean"])
     assert saved["difference"]["mean"] == pytest.approx(-resident["difference"]["mean"])
-    # 70 MiB less of each guest were left, now 17 MiB more.
+    # The first run saved 70 MiB of each guest, the second 17 MiB less.
     assert saved["percent"]["mean"] == pytest.approx(-100 * 17 / 70)
     none = changes["none", "resident"]
     assert none["difference"] == {

@@ -109,7 +109,7 @@ def test_wrong_pages_are_counted() -> None:
 
 
 def test_a_host_is_the_sum_of_its_guests_at_each_time() -> None:
-    # The peak of a ends when that of b begins, so the host's peak is not the sum of both peaks.
+    # Guest a falls while b rises, so the host's peak is that of one guest, not the sum of both.
     a = series((0, 0), (1, 4 * G), (2, 4 * G), (3, 0), (4, 0), (9, 0))
     b = series((0, 0), (1, 0), (2, 0), (3, 4 * G), (4, 4 * G), (9, 4 * G))
     steps = [step("allocate", 1, 1), step("verify", 4, 5)]

@@ -49,10 +49,10 @@ def places(folder: Path) -> list[HostPlace]:
 
 
 async def run(folder: Path, loses: str = "", pause_s: float = 0.0) -> list[Sequence[Record]]:
-    """Run a trial; return its batches.
+    """Run a trial; return its records, in the batches in which they came.
 
     :param loses: the host whose host agent ends when its first step is done.
-    :param pause_s: how long to do something else after each batch.
+    :param pause_s: how long to wait after each batch before taking the next.
     """
     servers: dict[str, grpc.aio.Server] = {}
 

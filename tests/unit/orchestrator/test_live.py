@@ -1,5 +1,5 @@
-"""The live view: each host where there are few; those in the same phase together where there are
-many, at any width of the terminal."""
+"""The live view: if there are few hosts, each has a line; if there are many, all hosts in the same
+phase share one. No line is wider than the terminal."""
 
 import io
 import re

@@ -185,7 +185,7 @@ def test_no_authority(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         Authority(tmp_path)
 
 
-# On prime239v1, which OpenSSL has, but not the library.
+# A key on the curve prime239v1, which OpenSSL has, but the library cryptography has not.
 UNKNOWN_CURVE = """\
 -----BEGIN EC PRIVATE KEY-----
 MHECAQEEHhflBaHX0OFYKRl/WkGM9gyWrK+vsbC/VWAzg+oBqKAKBggqhkjOPQMB

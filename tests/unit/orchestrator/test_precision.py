@@ -1,5 +1,5 @@
-"""Runs with a precision go on until all intervals are narrow enough. Neither a lost nor an
-undecided trial ends one early, and a run that was cut off goes on as if it had not been."""
+"""Runs with a precision go on until the intervals of all arms that can still be decided are narrow
+enough, or max_repetitions are done. A run that was cut off goes on as if it had not been."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -80,7 +80,7 @@ def rows(**saved: Sequence[float]) -> list[FootprintRow]:
 def spoilt(
     found: Iterable[FootprintRow], arm: str, repetition: int, *, lost: bool
 ) -> list[FootprintRow]:
-    """Return the trials, of which this one has no figures."""
+    """Return the trials, without the figures of the one of this arm and repetition."""
     return [
         replace(row, footprint=None, undecided="host gone", lost=lost)
         if (row.arm, row.repetition) == (arm, repetition)
@@ -219,7 +219,8 @@ MEDIUM = 20.0
 
 
 def saved_mib(of: Trial, spread_mib: float) -> float:
-    """Return how much this trial saves: an arm's noise is that of the repetition and the arm."""
+    """Return how much this trial saves: 0 under the control, else 300 MiB and noise that depends
+    only on arm and repetition."""
     if of.arm.name == "none":
         return 0.0
     return 300 + random.Random(f"{of.arm.name}{of.repetition}").gauss(0, spread_mib)

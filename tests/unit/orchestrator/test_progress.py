@@ -1,4 +1,5 @@
-"""Progress counts what is sure and what may come, for a run whose number of trials is not known."""
+"""Progress counts the trials that are sure and those that may come, also for a run whose number of
+trials is not known."""
 
 import io
 from collections.abc import Callable
@@ -24,7 +25,8 @@ DONE = TrialOutcome(status=TrialStatus.DONE)
 
 
 def progress(of: Spec, ended: int, kept: int = 0, seconds_each: float = 10.0) -> Progress:
-    """Return the progress of a run with three arms, in which so many trials have ended."""
+    """Return the progress of a run with three arms, in which `ended` trials have ended after the
+    `kept` ones of an earlier start."""
     trials = plan_trials(of, "run")
     found = Progress(trials, 0.0, dict.fromkeys(range(kept), TrialStatus.DONE), of.repetitions)
     for i in range(ended):

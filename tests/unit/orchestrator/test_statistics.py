@@ -1,5 +1,5 @@
-"""Intervals agree with values from t tables, and keep invariants. In simulated runs they have the
-true value as often as they say, also if a run stops by what they say."""
+"""Intervals agree with values from t tables, and keep invariants. In simulated runs with normal
+differences they have the true value about as often as they say, whenever a run stops."""
 
 import math
 from collections.abc import Hashable

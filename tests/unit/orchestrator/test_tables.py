@@ -123,7 +123,7 @@ def test_what_it_cost_can_be_read(width: int) -> None:
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_a_summary_says_whether_a_run_is_precise(width: int) -> None:
-    """A run's interval is ±11 MiB, from its first look on; 5 % of 1 GiB is enough, 1 % is not."""
+    """The interval is ±11 MiB: narrow enough for 5 % of 1 GiB, too wide for 1 %."""
     assert ROW.saved_bytes is not None
     interval = replace(ROW.saved_bytes, first_look=3)
     row = replace(ROW, saved_bytes=interval, control_bytes=1024.0 * MIB)

@@ -68,7 +68,7 @@ def untouched(part: Part) -> Part:
 
 
 def actor_died(part: Part) -> Part:
-    """Add the HostDone of `Fleet` for a dead actor. It may follow the HostDone of the host."""
+    """Add the HostDone that `Fleet` makes for a dead actor, also after the host's own HostDone."""
     return part.with_end(undecided=f"{part.task.host}: its actor died", lost=True)
 
 
@@ -103,7 +103,7 @@ def samples_with_a_gap(part: Part) -> Part:
 
 
 def wrong_pages(part: Part) -> Part:
-    """Change the part: the last guest finds 3 wrong pages in its read-back."""
+    """Return the part, but with 3 wrong pages in the read-back of the last guest."""
     events = list(part.events)
     last = max(i for i, event in enumerate(events) if isinstance(event, StepDone))
     step = events[last]
