@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _avoid_huge_pages() -> None:
     """Turn off transparent huge pages for this process."""
-    # Where transparent huge pages are set to "always", heap and stacks get pages of 2 MiB. Most of
-    # this memory is never used: up to 8 MiB of an agent (docs/measurements.md).
+    # Where transparent huge pages are set to "always", heap and stacks would get pages of 2 MiB and
+    # use only a part of them: up to 8 MiB of an agent (docs/measurements.md).
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0)))
 
 

@@ -1,7 +1,7 @@
 """Builds what runs in a guest from its configuration, and runs it.
 
 An embedded guest is one process (`run`), which runs the workload and, unless the method is none,
-hints. In a real guest, the agent hints (`run`), and another process runs the workload
+hints. In a real guest, `run` hints and runs no workload: the workload is a process of its own
 (`run_workload_only`).
 """
 
@@ -136,7 +136,7 @@ async def _until_one_fails(*work: Coroutine[Any, Any, None]) -> None:
 async def _run_embedded(config: AgentConfig) -> None:
     """Run an embedded guest in this process: its workload, and hinting unless the method is `none`.
 
-    :raises InvalidInput: the configuration has no RAM file, or no memory in whole pages.
+    :raises InvalidInput: the configuration has no RAM file, or its memory is not whole pages.
     """
     # Imports inside functions, here and below: each kind of guest loads only the modules that it
     # needs, which saves memory.
@@ -208,7 +208,7 @@ def _isolator(config: AgentConfig) -> Isolator:
 
     Imports only the one that is needed.
 
-    :raises Refused: hugetlb, and the kernel zeroes pages as they are freed.
+    :raises Refused: it is hugetlb, and the kernel zeroes pages when they are freed.
     """
     if config.isolator is IsolatorKind.HUGETLB:
         from guest_agent.isolation.hugetlb import HugetlbIsolator

@@ -63,8 +63,8 @@ class Send:
 class Release:
     """Call the isolator's `release`, which gives the ranges back to the guest's allocator.
 
-    :ivar hinted: False if the ranges are to be hinted again: the host skipped their batch for
-        now, or the ack was lost.
+    :ivar hinted: False if the ranges are to be hinted again: the host skipped their batch because
+        it was too old, or no ack of it came.
     """
 
     ranges: RangeSet
@@ -83,7 +83,7 @@ class ReportNow:
 
 @dataclass(frozen=True, kw_only=True)
 class SendSettled:
-    """Answer a settle request with the batches and pages that were hinted since it arrived."""
+    """Answer a settle request: how many batches and pages were hinted since it arrived."""
 
     request_id: int
     batches: int
@@ -103,7 +103,7 @@ class _Settling:
 class HintingCore:
     """One guest's side of the protocol, over any number of sessions.
 
-    Every method except `stop` takes an event and returns instructions, which the caller must
+    Every public method except `stop` takes an event and returns instructions, which the caller must
     carry out in order. For an event that came too late (an ack of an earlier epoch) the method
     returns no instructions.
     """
@@ -141,8 +141,8 @@ class HintingCore:
         self.lost()
         self.state = State.OPEN
         self._epoch, self._seq, self._limits = epoch, 0, limits
-        # The acks of these ranges are lost, so the guest does not know whether the host has
-        # punched the ranges: they are hinted again.
+        # No ack of these ranges came, so the guest does not know whether the host has punched
+        # them: they are hinted again.
         released = [Release(ranges, hinted=False) for ranges in self._awaiting_welcome]
         self._awaiting_welcome = []
         return [*released, *self._report_now()]
@@ -161,8 +161,8 @@ class HintingCore:
 
         Do nothing if the ack is of another epoch, or if the session is not open.
 
-        :param acted: False if the host skipped the batch because it arrived too late: its ranges
-            are to be hinted again.
+        :param acted: False if the host skipped the batch because it had waited too long or is of
+            an earlier epoch: its ranges are to be hinted again.
         :raises ProtocolViolation: this epoch has no such batch in flight. Nothing was released;
             the caller should end the session.
         """
@@ -186,8 +186,8 @@ class HintingCore:
     def period_passed(self, *, isolator_idle: bool) -> Sequence[Instruction]:
         """Ask for free chunks, without a signal of the isolator.
 
-        If the isolator is idle, nothing may be hinted or no session is open, continue settle
-        requests instead.
+        Do not ask if the isolator is idle, if nothing may be hinted, or if no session is open: then
+        only continue settle requests.
         """
         nothing = isolator_idle or not self._may_hint
         if self.state is not State.OPEN or nothing:
@@ -230,8 +230,8 @@ class HintingCore:
         return self._report_now(thorough=True)
 
     def stop(self) -> None:
-        """Begin no new batch from now on; only the rest of an unfinished one is still isolated and
-        hinted. Isolated ranges are still released by their acks."""
+        """Isolate and hint nothing more, except the rest of an unfinished batch of the kernel
+        module. Isolated ranges are still released by their acks."""
         self._stopped = True
 
     @property

@@ -17,8 +17,8 @@ def boot_id() -> str:
 
 def mem_free_bytes() -> int:
     """Return the memory that nobody uses, not even as a cache."""
-    # sysconf uses sysinfo(2), not /proc/meminfo: this function is called once a second even in an
-    # idle guest, and one system call is cheaper than reading and parsing a file.
+    # sysconf uses sysinfo(2), not /proc/meminfo: this function is called every second or two, even
+    # in an idle guest, and one system call is cheaper than reading and parsing a file.
     return os.sysconf("SC_AVPHYS_PAGES") * PAGE_BYTES
 
 
@@ -29,7 +29,7 @@ def mem_total_bytes() -> int:
 
 def mem_available_bytes() -> int:
     """Return how much memory can be allocated without swapping, as the kernel estimates it: free
-    memory and caches, minus the watermarks."""
+    memory and most of the caches, minus reserves."""
     return _meminfo("MemAvailable")
 
 
@@ -70,21 +70,21 @@ def _read(path: str) -> bytes:
 
 def init_on_alloc() -> bool:
     """Return whether the kernel zeroes pages when it allocates them; True if unknown."""
-    # True is the safe assumption: memory that the kernel has zeroed is resident, so it must be
-    # hinted again.
+    # If unknown, True is safe: memory that the kernel has zeroed is resident, so it must be hinted
+    # again.
     return _auto_init("alloc", if_unknown=True)
 
 
 def init_on_free() -> bool:
     """Return whether the kernel zeroes pages when they are freed; False if unknown."""
-    # False, because kernels do not zero freed pages by default. A wrong False loses no data, only
-    # savings: the hinted pages become resident again.
+    # If unknown, False: by default, kernels do not zero freed pages. A wrong False loses no data,
+    # only savings: the hinted pages become resident again.
     return _auto_init("free", if_unknown=False)
 
 
 def _auto_init(when: str, *, if_unknown: bool) -> bool:
     parameters = _read("/proc/cmdline").decode().split()
-    for parameter in reversed(parameters):  # the last one wins
+    for parameter in reversed(parameters):  # if it is given twice, the last one counts
         if parameter.startswith(f"init_on_{when}="):
             return parameter.partition("=")[2].lower() in ("1", "y", "yes", "on")
     # Without a parameter, the kernel's build configuration decides; the kernel logs its setting at

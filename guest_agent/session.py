@@ -34,16 +34,16 @@ from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
-# The period while a settle request waits for its answer.
+# The pause between two polls while a settle request waits for its answer.
 _SETTLING_PERIOD_S = 0.02
 _TELEMETRY_PERIOD_S = 1.0
 _POLLS_BEFORE_REST = 10
-# The least period after 0, 10 and 20 idle polls in a row. The kernel's own reporting waits 2 s, too
-# (mm/page_reporting.c: PAGE_REPORTING_DELAY). A rest delays few hints: hinted memory is used before
-# it is freed again, and the host's report of that use (Refaulted) ends the rest.
+# The least pause between two polls after 0, 10 and 20 idle polls in a row (a rest). The kernel's
+# own reporting waits 2 s, too (mm/page_reporting.c: PAGE_REPORTING_DELAY). A rest delays few hints:
+# hinted memory is used before it is freed again, and the host's report of that (Refaulted) ends it.
 _RESTING_PERIODS_S = (0.0, 1.0, 2.0)
-# A poll is idle if fewer pages than this (8 MiB) refault or are hinted before the next poll. A few
-# pages end no rest: even in an idle guest, kernel and daemons split and merge a chunk now and then.
+# A poll is idle if fewer pages than this (8 MiB) refault or are hinted before the next poll. So few
+# do not end a rest: even in an idle guest, kernel and daemons split and merge a chunk now and then.
 _LEAST_ACTIVE_PAGES = 2048
 _LONGEST_TELEMETRY_PERIOD_S = 10.0
 _LEAST_FREE_CHANGE_BYTES = 1 << 20
@@ -51,7 +51,7 @@ _SHORTEST_RECONNECT_PAUSE_S, _LONGEST_RECONNECT_PAUSE_S = 0.05, 2.0
 _ACK_POLL_S = 0.01
 
 # If the host skipped a batch for one of these reasons, its ranges are hinted again. After
-# OUTSIDE_RAM and the like they are not: the host would skip the same ranges each time, for ever.
+# OUTSIDE_RAM or HOST_ERROR they are not: the host would most likely skip them each time, for ever.
 _SKIPPED_FOR_NOW = frozenset({pb.STALE, pb.WRONG_EPOCH})
 
 # The status codes with which the host ends a session if it will never accept this agent.
@@ -161,8 +161,8 @@ class HintingSession:
         """Begin no new batch, and return when no range is isolated any more.
 
         If a part of a batch of the kernel module is in flight, the rest of that batch is still
-        hinted. Waits for all acks, so for ever if there is no host agent. `run` must be running
-        until `finish` returns.
+        hinted. Waits for all acks (or a new Welcome), so for ever if there is no host agent.
+        `run` must be running until `finish` returns.
         """
         self._core.stop()
         while self._core.still_isolated:
@@ -170,7 +170,7 @@ class HintingSession:
         self._isolator.idle()  # ends a pass of hugetlb, which returns its chunks to the guest
 
     async def _run_once(self) -> grpc.RpcError | None:
-        """Run one stream, Hello to end; return its gRPC error; None also after a violation."""
+        """Run one stream; return the gRPC error that ended it, None if something else ended it."""
         self._outbox = asyncio.Queue()
         self._outbox.put_nowait(pb.GuestMessage(hello=self._hello()))
         # Without wait_for_ready, a call that begins while gRPC pauses between two attempts to
@@ -226,7 +226,7 @@ class HintingSession:
                     self._carry_out(self._core.ready())
                 if self._core.settling or self._active_pages >= _LEAST_ACTIVE_PAGES:
                     self._idle_polls = 0
-                # The next tick may be due earlier: a settle, a first free chunk, the end of a rest.
+                # A settle request, a wake or the end of a rest may make the next tick due earlier.
                 if self._core.settling or event is _Event.WAKE or was_resting:
                     self._schedule_tick()
         finally:
@@ -234,7 +234,7 @@ class HintingSession:
 
     @property
     def _resting_period_s(self) -> float:
-        """The least period while the guest is at rest; 0 if it is not at rest."""
+        """The least pause between two polls of a guest at rest; 0 if it is not at rest."""
         # An idle agent uses CPU time mostly to wake up, so it polls less often.
         tens = self._idle_polls // _POLLS_BEFORE_REST
         return _RESTING_PERIODS_S[min(tens, len(_RESTING_PERIODS_S) - 1)]
@@ -284,7 +284,7 @@ class HintingSession:
         """Send telemetry if free memory has changed by 1 MiB or more, or if none was sent for 10 s.
 
         Send it only in an open session, and once per second at the most: each message costs CPU
-        time, and the agent of an idle guest must use almost none.
+        time, of which the agent of an idle guest must use almost none.
         """
         now_s = time.monotonic()
         due = now_s - self._free_checked_at_s >= _TELEMETRY_PERIOD_S

@@ -1,6 +1,7 @@
 """Trackers: each finds the free chunks of one zone of an embedded guest that wait to be hinted.
 
-Both designs of the 2019 kernel thread on free page hinting are here (see README.md).
+Both designs of free page hinting that the kernel's mailing list discussed in 2019 are here (see
+README.md).
 
 `BitmapTracker` (Lal) has a bit per chunk. The allocator's free hook sets it; under policy cold it
 is set later, when the chunk has been free for long enough. A word holds the bits of 64 chunks
@@ -43,19 +44,19 @@ class Tracker(Protocol):
     def take(self, max_chunks: int) -> list[int]:
         """Take up to `max_chunks` waiting chunks; return their first pfns.
 
-        The caller must isolate them at once.
+        The caller must isolate them at once, and skip those that are in use again.
         """
 
     def only_cold(self, after_s: float) -> None:
-        """From now on, a chunk that is freed waits to be hinted only after it has been free for
-        `after_s`; 0 for at once.
+        """From now on, a freed chunk waits to be hinted only when it has been free for `after_s`
+        seconds (0: at once).
 
         :raises hintfleet.errors.Refused: this tracker does not know how long a chunk has been
             free.
         """
 
     def memory_bytes(self) -> int:
-        """Memory that the tracker holds."""
+        """Return the size of the tracker's own data."""
 
 
 class ReportedTracker:
@@ -154,7 +155,7 @@ class BitmapTracker:
             )
 
     def _mark_cold(self) -> None:
-        """Set the bits of chunks that have been free for `_cold_after_s`."""
+        """Set the bits of chunks freed `_cold_after_s` ago or earlier; some may be in use again."""
         freed_before_s = self._clock() - self._cold_after_s
         while self._not_yet_cold:
             pfn, freed_at_s = next(iter(self._not_yet_cold.items()))

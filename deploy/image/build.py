@@ -5,18 +5,18 @@
 
 The image is kept outside the tree, in a directory named by a hash of its inputs in this tree and of
 the names in --package, and reused while they do not change (newer Debian packages are not noticed).
-The base directory is HINTFLEET_IMAGE_DIR; by default
+The base directory (DIR) is HINTFLEET_IMAGE_DIR; by default
 /var/cache/hintfleet/images for root (QEMU runs as another user and must be able to read it) and
-the XDG cache directory for others.
+hintfleet/images in the XDG cache directory for others.
 
-    DIR/layers/kit-HASH/     kernel, modules, shell; built (minutes) when the module changes
-    DIR/layers/root-HASH/    root disk; built (minutes) when a wheel or --package changes
+    DIR/layers/kit-HASH/     kernel, modules, shell; built (minutes) if our module or kit.py changed
+    DIR/layers/root-HASH/    root disk; built (minutes) if wheels, --package or rootfs.py changed
     DIR/HASH/                the image: root.img vmlinuz initrd.img image.json
     DIR/current              a link to the image of the last build without --package
 
 A build removes all images except `current` and the KEPT_IMAGES others that builds used last, and
-all layers that no image uses and that are older than a day. A guest runs on if its image is
-removed: QEMU has the disk open, and has read the other files.
+all layers that no image uses and that are older than a day. A running guest does not need its
+image any more: QEMU has the disk open, and has read the other files.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def image_dir(environ: dict[str, str], is_root: bool) -> Path:
 
 
 def build(images: Path, packages: Sequence[str] = ()) -> Path:
-    """Build this tree's image if it is not there, and return its directory; `current` points to it.
+    """Build this tree's image if it is not there, and return its directory.
 
-    :param packages: more Debian packages for the root disk; `current` does not point to such an
-        image.
+    :param packages: more Debian packages for the root disk. If there are none, `current` points to
+        the image afterwards; else `current` is not changed.
     :raises BuildError: a step failed; earlier images are still there.
     """
     sources = [path for _, package in PACKAGES for path in _sources(package)]
@@ -80,7 +80,7 @@ def prune(images: Path) -> None:
     """Remove all images except `current` and the KEPT_IMAGES others that builds used last. Also
     remove layers that no image uses and that are older than KEPT_LAYERS_S.
 
-    Younger layers are kept, because another builder may be about to use one for its first image.
+    Younger layers are kept, because another builder may be about to make an image of one.
     """
     there = [path.parent for path in images.glob("*/image.json")]
     current = (images / "current").resolve()
@@ -124,12 +124,12 @@ def _assemble(to: Path, key: str, kit_layer: Path, root_layer: Path) -> None:
 
 
 def _stage_agent(to: Path, compiled: bool) -> None:
-    """Copy the agent's packages to `to`.
+    """Copy the .py files of the agent's Python packages to `to`.
 
-    :param compiled: whether to add .pyc files; they must have the format of the guest's Python.
-        That Python uses them without a look at the sources (UNCHECKED_HASH): nobody edits sources
-        in the guest, and in the initrd (cpio.py) all files have the time 0, so that .pyc files
-        checked by time would be rejected.
+    :param compiled: whether to add .pyc files: only if this Python writes the guest's .pyc format.
+        The guest uses them without a look at the sources (UNCHECKED_HASH): nobody edits sources in
+        the guest, and in the initrd (cpio.py) all files have the time 0, so that .pyc files checked
+        by time would be rejected.
     """
     for name, package in PACKAGES:
         for source in _sources(package):
@@ -160,7 +160,7 @@ def _initrd(kit_layer: Path, load: list[str], code: Path) -> Iterator[cpio.Entry
 
 
 def _point(link: Path, target: str) -> None:
-    """Make `link` point to `target` in one step: readers always find a link."""
+    """Make `link` point to `target` in one step: readers find the old or the new target."""
     if link.is_symlink() and os.readlink(link) == target:
         return
     with tempfile.TemporaryDirectory(dir=link.parent, prefix=".building-") as aside:

@@ -1,6 +1,6 @@
 """Errors, commands, hashes and layers, shared by the steps of the image builder.
 
-The builder runs before anything is installed, so it imports only the standard library.
+The builder must run where hintfleet is not installed: it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BuildError(Exception):
 def require_tools() -> None:
     """Check that mmdebstrap, mke2fs and tar are installed.
 
-    :raises BuildError: some are missing; names them and their Debian packages.
+    :raises BuildError: some are missing; the message names them and their Debian packages.
     """
     path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
     missing = [tool for tool in _INSTALL if not shutil.which(tool, path=path)]
@@ -64,8 +64,8 @@ def mmdebstrap(
 ) -> None:
     """Make a Debian tree with `packages`, and run `hooks` on it.
 
-    Needs no mounts and no privileges: the files of a root file system have several owners, and a
-    user namespace lets an ordinary user make such files.
+    The caller need not be root: the files of such a tree have several owners, and for an ordinary
+    user mmdebstrap makes them in a user namespace.
 
     :param target: tar file to write the tree to; None to drop the tree after the hooks.
     :param hooks: stage of mmdebstrap and command, for each hook.
@@ -100,7 +100,7 @@ def digest(parts: Iterable[str | Path]) -> str:
 
 
 def build_once(directory: Path, marker: str, build: Callable[[Path], None]) -> Path:
-    """Make `directory` by `build` if it has no file `marker`; return `directory`.
+    """Return `directory`; it is made by `build` unless it is there, with the file `marker`.
 
     `build` fills another directory, which is then renamed. So `directory` is complete if it exists,
     and two builders may run at once.

@@ -17,7 +17,7 @@ PACKAGES = (KERNEL, "linux-headers-cloud-amd64", "gcc", "make", "busybox-static"
 
 DRIVERS = (
     *("virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon", "virtio_mem"),
-    "virtiofs",  # binds the device of the memory door; nothing is mounted
+    "virtiofs",  # the driver of the memory door's device; no file system is mounted
     "qemu_fw_cfg",
 )
 """What the guest needs before it runs the agent; ext4 and serial are built into the kernel."""
@@ -44,7 +44,7 @@ def kit(layers: Path) -> Path:
     there.
 
     kit.json has `kernel` (release), `kernel_package` (Debian version) and `load`: the files in
-    modules/ that the guest loads before it runs the agent, in loading order.
+    modules/ that every guest loads, in loading order (our module, for kmod only, is not in it).
 
     :raises BuildError: a step failed.
     """

@@ -1,7 +1,7 @@
 """The image's second layer: a read-only root file system with Python and gRPC.
 
-All guests of a host share it. It does not contain the agent itself, which is in the initrd: so a
-change to the agent needs no new disk.
+All guests that use the image share it. It does not contain the agent itself, which is in the
+initrd: so a change to the agent needs no new disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ AGENT_PATH = "/opt/hintfleet"
 _SITE = f"/usr/local/lib/python{PYTHON[0]}.{PYTHON[1]}/dist-packages"
 _SPARE_BYTES = 16 << 20
 
-# Read to fill the page cache (guest_agent/workload/file_cache.py). It is a hole: it takes no space.
+# A file that workloads read to fill the page cache (guest_agent/workload/file_cache.py). It is one
+# hole: it takes no space on the disk.
 _CACHED = "var/lib/hintfleet/cached"
 _CACHED_BYTES = 64 << 30
 
@@ -104,7 +105,8 @@ def _install_wheels(site: Path, wheels: Sequence[str]) -> None:
 
 
 def _make_disk(tar: Path, disk: Path) -> None:
-    """Make an ext4 file system of what is in `tar`, except the files in /dev, without mounting it.
+    """Make the ext4 file system `disk`, without mounting it: what is in `tar`, except the files in
+    /dev, and the file _CACHED.
 
     If the caller is not root, the files belong to the caller's user instead of root. That does not
     matter: in the guest only root uses them, and the file system is read-only.

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Build the kernel module for the newest Debian kernels, with warnings as errors: one of each of
-FLAVOURS in SUITE, and one in its backports.
+"""Build the kernel module, with warnings as errors, for two Debian kernels of each of FLAVOURS: the
+newest one in SUITE and the newest one in the backports of SUITE.
 
 The headers of these kernels are installed in a throwaway tree (as for the guest image,
 deploy/image). Prints a line for each kernel, and the log of a build that fails. Exits with 1 if a

@@ -90,7 +90,7 @@ class EmbeddedIsolator:
             tracker.only_cold(after_s)
 
     def refaulted(self, ranges: RangeSet) -> None:
-        """Do nothing: when a refaulted chunk is freed, the allocator's free hook reports it."""
+        """Do nothing: when a refaulted chunk is freed, the free hook tells the tracker."""
 
     def idle(self) -> bool:
         return not any(

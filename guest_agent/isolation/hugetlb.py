@@ -15,15 +15,15 @@ the new chunks are at least an eighth of the free memory beyond the reserve; if 
 `threshold_chunks` are enough. An allowance (policy pressure) smaller than all free memory may gain
 nothing: it is spent on absent chunks, too.
 
-Tracking: a chunk counts as absent from the host's ack until the host reports a refault. A new
-agent begins no pass before the host has reported which memory is resident; all other free chunks
-then count as absent. A pass is worthwhile when enough new chunks are free. Chunks that the last
-pass could not have (the reserve) do not count, except for a requested pass without `init_on_alloc`.
-After a pass, the next one waits four times as long as the pass took, half a second at the most,
-unless one is requested.
+Tracking: a chunk that the host has acknowledged counts as absent until the host reports a refault.
+A new agent begins no pass before the host has reported which memory is resident; all other free
+chunks then count as absent. A pass is worthwhile when enough new chunks are free. Chunks that the
+last pass could not have (the reserve) do not count, except for a requested pass without
+`init_on_alloc`. After a pass, the next one waits four times as long as the pass took, half a second
+at the most, unless one is requested.
 
 A guest that allocates while a pass holds memory may run out of memory. So no pass begins
-while free memory falls, unless one is requested. When the guest has used half of the reserve,
+while free memory falls fast, unless one is requested. When the guest has used half of the reserve,
 no more chunks are hinted, and the pass ends when all batches in flight are acknowledged.
 
 If the host is lost while a batch is in flight, the pool stays as it is until the next Welcome;
@@ -50,10 +50,10 @@ from hintfleet.settings import IsolatorKind
 
 _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
-# The rest after a pass is this many times as long as the pass. Without a rest, a workload took
+# The pause after a pass is this many times as long as the pass. Without a pause, a workload took
 # 4 times as long to run; a factor of 10 cost more, since memory is hinted later, than it saved.
 _REST_FACTOR = 4
-# This bounds the rest, so that memory that is freed meanwhile does not wait long.
+# The longest pause after a pass, so that memory that is freed meanwhile does not wait long.
 _LONGEST_REST_S = 0.5
 # The first step moves this part (1/16) of the movable chunks. It finds most new chunks, because the
 # kernel allocates first what was freed last.
@@ -77,7 +77,7 @@ class Pool(Protocol):
 
 
 class HugetlbIsolator:
-    """Isolates on request: `isolate` grows the pool if enough new chunks are free."""
+    """Isolates on request: `isolate` grows the pool if enough free chunks may be resident."""
 
     name = IsolatorKind.HUGETLB
     unfinished = False
@@ -132,7 +132,7 @@ class HugetlbIsolator:
         self._began_at_s = self._rest_until_s = 0.0
 
     def start(self, wake: Callable[[], None]) -> RangeSet:
-        del wake  # a stock kernel notifies nobody: the core's period starts the passes
+        del wake  # not called: a stock kernel notifies nobody, so this agent polls
         self._began_at_s = self._clock()  # chunks left by a dead agent count as a pass
         self._in_pool = self._pool.open()
         self._in_flight_pages = self._in_pool.page_count
@@ -170,15 +170,16 @@ class HugetlbIsolator:
     def report_now(self, *, thorough: bool) -> None:
         """If `thorough`, request a pass; else do nothing.
 
-        A requested pass begins even during a rest or while the guest allocates memory, and even
-        for a single new chunk (with zeroing, for `threshold_chunks`).
+        A requested pass begins even in the pause after a pass or while the guest allocates memory,
+        and even for a single new chunk (with zeroing, for `threshold_chunks`).
         """
         self._pass_requested |= thorough
 
     def idle(self) -> bool:
-        """Return whether a batch is in flight or no pass is worthwhile now. Costs one small read.
+        """Return whether a batch is in flight or no pass is worthwhile now.
 
-        This call ends a pass that has nothing in flight: all its chunks leave the pool.
+        This call ends a pass that has nothing in flight: all its chunks leave the pool. Without
+        such a pass, it costs one small read at most.
         """
         if self._in_flight_pages:
             return True  # the next ack continues the pass
@@ -218,7 +219,8 @@ class HugetlbIsolator:
     # Methods that carry out a pass
 
     def _advance_pass(self, wanted_chunks: int) -> None:
-        """Begin or continue a pass until it has found chunks to hint; end it if it finds none.
+        """Continue the pass, or begin one if it is worthwhile, until it has found chunks to hint;
+        end it if it finds none.
 
         Do nothing while a batch is in flight: a silent host must not make the guest lose more
         and more of its free memory.
@@ -307,7 +309,7 @@ class HugetlbIsolator:
         return self._pool.free_chunks() - self._reserve_chunks
 
     def _gain(self, free_chunks: int) -> int:
-        """Return how many chunks a pass has to find; 0 if no pass is worthwhile now."""
+        """Return how many maybe resident chunks a pass must find; 0 if no pass is worthwhile."""
         movable = free_chunks - self._reserve_chunks
         must_rest = self._guest_grows or self._clock() < self._rest_until_s
         if movable <= 0 or not self._resident_known or (must_rest and not self._pass_requested):

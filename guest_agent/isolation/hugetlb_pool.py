@@ -91,11 +91,11 @@ class HugetlbPool:
     # Methods that the isolator calls
 
     def open(self) -> RangeSet:
-        """Take over the pool, and return the chunks that an earlier agent left in it.
+        """Take over the pool, and return the chunks that an earlier agent left isolated in it.
 
-        :raises Refused: there is no such pool, or somebody else or the kernel may use, move or
-            replace its free pages. The message says why and what to do. No chunk was moved into
-            the pool.
+        :raises Refused: there is no such pool, it cannot be used safely, somebody else uses it, or
+            this process may not use it. The message says why and what to do. No chunk was moved
+            into the pool.
         :raises TransientError: somebody else has just begun to use the pool.
         """
         self._refuse_if_unsafe()
@@ -125,8 +125,8 @@ class HugetlbPool:
     def free_ranges(self) -> RangeSet:
         """Return the chunks whose first page is in the free lists of the buddy allocator.
 
-        Other pages of such a chunk may be in use. But if the host reports no page of the chunk as
-        resident, the chunk counts as free.
+        Other pages of such a chunk may be in use. The caller counts the chunk as absent only if the
+        host reports no page of it as resident.
         """
         return RangeSet((pfn, CHUNK_PAGES) for pfn in self._chunks_with(KPF_BUDDY))
 
@@ -293,7 +293,8 @@ class HugetlbPool:
         return 0
 
     def _adopt(self) -> None:
-        """Reserve all chunks that an earlier agent of this boot left.
+        """Reserve the chunks that an earlier agent of this boot left; if it had reserved none, give
+        all of them back.
 
         :raises Refused: somebody uses some of them.
         """
@@ -351,7 +352,7 @@ class HugetlbPool:
 
         Nothing is written to these pages.
 
-        :raises TransientError: somebody else took a page.
+        :raises TransientError: somebody else uses the pool: the counts are not as they should be.
         """
         os.ftruncate(self._fd, (before + chunks) * CHUNK_BYTES)
         if chunks:

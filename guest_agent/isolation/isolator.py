@@ -1,7 +1,7 @@
 """The interface of isolators: take free chunks out of the guest's allocator, and give them back.
 
 `embedded` and `hugetlb` look for free chunks when the core asks; `kmod` returns those that the
-kernel's page reporting has isolated before. All three have the same interface, and the core asks
+kernel's page reporting has isolated already. All three have the same interface, and the core asks
 each of them at the same moments: for example when it is woken, when its period has passed, and
 after each ack.
 """
@@ -16,9 +16,9 @@ from hintfleet.settings import IsolatorKind
 
 
 class Isolator(Protocol):
-    """Takes free chunks out of use and gives them back.
+    """Takes free chunks out of the guest's allocator and gives them back.
 
-    All methods are called from one thread.
+    The session calls all methods from one thread.
     """
 
     name: IsolatorKind
@@ -39,14 +39,15 @@ class Isolator(Protocol):
 
         :param wake: called when there may be chunks to isolate, from any thread.
         :raises hintfleet.errors.Refused: isolation is not safe or not possible here. The message
-            says why and what to do. This call has isolated no chunk.
+            says why and, if known, what to do. This call has isolated no chunk.
         :raises hintfleet.errors.TransientError: somebody else uses what isolation needs (hugetlb).
         """
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
         """Isolate free chunks within both bounds, and return them. Never waits for chunks.
 
-        Return an empty set if no chunk is ready. Returned ranges stay isolated until `release`.
+        Return an empty set if no chunk is ready. Returned ranges stay isolated at least until
+        `release`.
         """
 
     def enough_ready(self) -> bool:
@@ -72,20 +73,21 @@ class Isolator(Protocol):
     def refaulted(self, ranges: RangeSet) -> None:
         """Note ranges that were absent and that the host reports as resident now (Refaulted).
 
-        If such a range is free, hinting it gains memory. The first call of a session has all
-        resident ranges.
+        If such a range is free, hinting it gives the host memory. The first call of a session has
+        all resident ranges.
         """
 
     def only_cold(self, after_s: float) -> None:
-        """From now on, isolate a chunk that is freed only after it has been free for `after_s`; 0
-        for at once.
+        """From now on, do not isolate a freed chunk before it has been free for `after_s` seconds
+        (0: at once).
 
         :raises hintfleet.errors.Refused: this isolator does not know how long a chunk has been
             free.
         """
 
     def idle(self) -> bool:
-        """Return whether no chunk is ready and none is being made ready.
+        """Return whether no chunk is ready and none is being made ready; hugetlb also returns True
+        while a batch is in flight.
 
         If hugetlb holds chunks of a pass and none of them is in flight, this call ends the pass
         and gives all its chunks back, even those that `isolate` has not returned: the core may
@@ -93,7 +95,7 @@ class Isolator(Protocol):
         """
 
     def tracker_bytes(self) -> int:
-        """Memory that the tracker behind this isolator holds; 0 where the kernel tracks."""
+        """Return the size of the tracker's own data; 0 where the kernel tracks."""
 
     def close(self) -> None:
         """Close all files. Isolated chunks stay isolated, for the next agent (I4)."""

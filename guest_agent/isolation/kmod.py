@@ -1,10 +1,10 @@
 """Isolation by the hintfleet kernel module: /dev/hintfleet (deploy/kmod/hintfleet.h).
 
-The kernel's page reporting isolates up to 32 free blocks of a chunk or more; the module shows them
-as one batch. Once an agent has read the batch, its blocks stay isolated until that agent, or the
-next one after its death, acknowledges or returns the batch. A batch that nobody reads is taken back
-after a second. The module shows the next batch only after the one before was released or taken
-back.
+The kernel's page reporting isolates up to 32 free blocks, each a chunk or larger; the module shows
+them as one batch. Once an agent has read the batch, its blocks stay isolated until that agent or a
+later one acknowledges or returns the batch. A batch that nobody reads is taken back after a second,
+or when the device is closed. The module shows the next batch only after the one before was released
+or taken back.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class KmodIsolator:
             )
 
     def idle(self) -> bool:
-        """Return whether no pass is queued or running, and none is due."""
+        """Return whether no pass is queued, running or due, and no refused chunk needs one."""
         # Cheap, even in an idle guest: the kernel's page reporting schedules a pass when a chunk
         # is freed. So it is enough to ask whether one is scheduled; no free list is scanned here.
         status = fcntl.ioctl(self._fd, _IOC_STATUS, bytes(_STATUS.size))
@@ -202,9 +202,9 @@ class KmodIsolator:
         poll.register(self._closing, select.POLLIN)
         while not any(fd == self._closing for fd, _ in poll.poll()):
             wake()
-            # Pause until the batch is answered. The device stays readable until the batch is read,
-            # and the core may not read it now: without a pause, poll would return at once, again
-            # and again. After the timeout the module takes an unread batch back.
+            # Pause until the batch is answered, a second at most. The device stays readable until
+            # the batch is read, and the core does not always read it now: without a pause, poll
+            # would return again and again. After a second the module takes an unread batch back.
             self._acknowledged.wait(_UNREAD_TIMEOUT_S)
             self._acknowledged.clear()
 

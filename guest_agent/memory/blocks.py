@@ -37,8 +37,8 @@ class MemoryBlocks:
     ) -> None:
         """Prepare; nothing is read yet.
 
-        :param timeout_s: how long the kernel may take to show new blocks, or to empty the
-            blocks that are to go offline.
+        :param timeout_s: how long a call may take to change the blocks, and as long again to set
+            them back if that fails.
         :param available_bytes: return the memory that the guest can still use.
         """
         self._root = root

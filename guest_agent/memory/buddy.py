@@ -1,12 +1,12 @@
 """A Linux-like buddy allocator: the memory of an embedded guest.
 
 It has zones, orders 0 to MAX_ORDER, splitting and merging as in mm/page_alloc.c, and low and min
-watermarks. It also has what both designs of the 2019 kernel thread (README.md) need: a hook in the
-free path that is called for each chunk that became free (Lal), and a mark on free blocks that were
-reported (Duyck; PageReported in mm/page_reporting.h). Chunks can be isolated and released, pages
-onlined and offlined. Not covered: per-CPU lists, migrate types, compaction, reclaim. So an
-allocation that finds no free block large enough can only wait for the release of isolated chunks;
-it fails if there are none, or after a timeout.
+watermarks. It also has what the two designs of the kernel's mailing list in 2019 (README.md) need:
+a hook in the free path that is called for each chunk that became free (Lal), and a mark on free
+blocks that were reported (Duyck; PageReported in mm/page_reporting.h). Chunks can be isolated and
+released, pages onlined and offlined. Not covered: per-CPU lists, migrate types, compaction,
+reclaim. So an allocation that finds no free block large enough can only wait for the release of
+isolated chunks; it fails if there are none, or after a timeout.
 
 The allocator manages page frames only; their contents are in the guest's RAM file.
 """
@@ -50,8 +50,8 @@ class Zone:
         # A dict keeps insertion order, so each list is a stack: the block freed last is
         # allocated first, as in the kernel, which puts it at the head of the free list.
         self.free_area: list[dict[int, None]] = [{} for _ in range(MAX_ORDER + 1)]
-        # Free blocks of at least a chunk without the reported mark: first pfn -> order. The kernel
-        # has no such list: it keeps these blocks at the head of each free list.
+        # Free blocks that are at least a chunk and have no reported mark: first pfn -> order. The
+        # kernel has no such list: it keeps these blocks at the head of each free list.
         self.unreported: dict[int, int] = {}
         self.unreported_page_count = 0
         self._chunk_order = chunk_order
@@ -190,7 +190,7 @@ class BuddyAllocator:
         return found
 
     def _allocate(self, order: int) -> int | None:
-        for zone in reversed(self.zones):  # the kernel's zonelist: highest zone first
+        for zone in reversed(self.zones):  # as in the kernel's zonelist: highest zone first
             if zone.free_page_count - (1 << order) >= zone.min_watermark_pages:
                 found = zone.take(order)
                 if found is not None:
@@ -226,9 +226,9 @@ class BuddyAllocator:
     def unreported_chunks(self, zone: Zone, max_chunks: int) -> list[int]:
         """Return the first pfns of up to `max_chunks` free chunks without the reported mark.
 
-        Those in the blocks that were freed last are returned first. A pass of mm/page_reporting.c
-        handles the same chunks. The cost depends on `max_chunks`, not on the length of the free
-        lists.
+        Those in the blocks that were freed last are returned first, as mm/page_reporting.c takes
+        them from the head of each free list. The cost depends on `max_chunks`, not on the length of
+        the free lists.
         """
         found: list[int] = []
         with self._lock:

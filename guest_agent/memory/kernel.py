@@ -118,7 +118,7 @@ def free_chunk_count(free_blocks: Iterable[list[int]], chunk_order: int) -> int:
 def present_spans(sys_root: Path = Path("/sys"), proc_root: Path = Path("/proc")) -> list[range]:
     """Return where the guest has memory now, as ranges of pfns.
 
-    These are the ranges of its memory blocks, online or offline, without the holes of sparse zones
+    These are the ranges of its memory blocks, online or offline, without the holes between blocks
     (Documentation/admin-guide/mm/memory-hotplug.rst). The blocks are listed anew by each call, so
     hot-plugged ones are included. A kernel without memory hotplug has no blocks: then the result is
     the spans of the zones, with their holes.
@@ -135,7 +135,7 @@ def present_spans(sys_root: Path = Path("/sys"), proc_root: Path = Path("/proc")
 
 
 class FreeLists:
-    """Reads /proc/buddyinfo: one system call per read, and no parsing while nothing changes."""
+    """Reads /proc/buddyinfo, mostly by one system call; parses it only if it has changed."""
 
     def __init__(self, chunk_order: int, path: str = "/proc/buddyinfo") -> None:
         """:raises Refused: the file cannot be opened."""

@@ -36,10 +36,10 @@ async def serve_workload(
     """Run the host's commands until cancelled, one after the other, in a worker thread.
 
     A lost stream is opened again, also while a command runs. A command that the host repeats,
-    because its answer was lost or is still missing, is not run again: it gets its one answer. The
-    last 16 answers are kept.
+    because its answer was lost or is still missing, is not run again: the answer of its one run is
+    sent. This holds for the last 16 commands, whose answers are kept.
 
-    :raises HintfleetError: the host refused this guest's identity.
+    :raises HintfleetError: the host will never accept this workload.
     """
     ends = LogRateLimit()
     attach = pb.WorkloadEvent(attach=pb.Attach(identity=identity, boot_id=boot_id))
@@ -80,16 +80,17 @@ def _end_of(call: aio.Call) -> asyncio.Future[None]:
 
 
 class _Answers:
-    """The answers to the last commands, also of the one that runs."""
+    """The answers to the last commands, as futures: one that runs or waits is among them."""
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
         self._kept: dict[int, asyncio.Future[pb.Done]] = {}
-        # One thread: the host may send another command when it has given up one that still runs.
+        # One thread, so that commands run one by one: the host may send another one when it has
+        # given up one that still runs.
         self._thread = ThreadPoolExecutor(1)
 
     def of(self, command: pb.WorkloadCommand) -> asyncio.Future[pb.Done]:
-        """Return the answer to a command; run it if it was not run before."""
+        """Return the answer to a command, as a future; run the command if no answer is kept."""
         if command.command_id not in self._kept:
             loop = asyncio.get_running_loop()
             answer = loop.run_in_executor(self._thread, self._workload.run, command)
@@ -99,7 +100,7 @@ class _Answers:
         return self._kept[command.command_id]
 
     def close(self) -> None:
-        """End the command that runs, if it is a loop or a program: the end of the process waits for
-        its thread."""
+        """End the command that runs if it is a loop or a program, and cancel those that wait: a
+        normal exit of the interpreter waits for the thread that runs them."""
         self._workload.stop()
         self._thread.shutdown(wait=False, cancel_futures=True)

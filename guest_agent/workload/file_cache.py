@@ -1,7 +1,8 @@
 """The page cache of a real guest: filled by reading a file, and dropped.
 
-The file is one hole. Reading it takes no disk, but each page takes a page of the page cache, which
-the kernel keeps until it needs the memory. These pages hold zeros, and are not verified.
+The file is one hole. Reading it reads nothing from the disk, but each page takes a page of the page
+cache, which the kernel keeps until it needs the memory. These pages hold zeros, and are not
+verified.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ class FileCache:
     """Fills and drops the page cache."""
 
     def __init__(self, path: Path = _FILE, drop_caches: Path = _DROP_CACHES) -> None:
-        """:param path: on a disk: files of a tmpfs are no page cache. Made if it is not there."""
+        """:param path: a file on a disk, not on a tmpfs (whose pages `drop` does not free). `read`
+        makes it if it is missing, and extends it if it is too short."""
         self._path = path
         self._drop_caches = drop_caches
 
     def read(self, size_bytes: int) -> None:
-        """Read the first bytes of the file, so that the page cache holds them.
+        """Read the first `size_bytes` of the file, so that the page cache holds them.
 
-        :raises Refused: the file can be neither made nor read.
+        :raises Refused: the file cannot be made, or cannot be read.
         """
         buffer = memoryview(bytearray(_READ_BYTES))
         try:
@@ -54,7 +56,7 @@ class FileCache:
         """
         os.sync()  # pages that are not written back yet cannot be dropped
         try:
-            # Linux, Documentation/admin-guide/sysctl/vm.rst: 3 is both.
+            # 3: pages of files and slabs (Documentation/admin-guide/sysctl/vm.rst).
             self._drop_caches.write_text("3\n")
         except OSError as error:
             raise Refused(f"cannot write to {self._drop_caches}: {error.strerror}") from error

@@ -21,7 +21,7 @@ class Pattern:
 
     The patterns of all keys are parts of the same pseudo-random bytes; the key decides at which
     offset its pattern begins. Two keys have the same offset in one of 262,144 cases. So a page that
-    holds zeros, older content or the content of another page is noticed, by one memcmp.
+    holds zeros, older content or the content of another page is almost surely noticed.
     """
 
     def __init__(self) -> None:
@@ -81,8 +81,8 @@ class Holding:
     def free_some(self, size_bytes: int, seed: int) -> None:
         """Check and free whole blocks, `size_bytes` at most: the same share of those of each size.
 
-        Extents are picked by the seed. Of smaller blocks, evenly spaced ones are picked: so what
-        stays held lies between what is free, and keeps it from becoming whole chunks.
+        Extents are picked at random, by the seed. Of smaller blocks, evenly spaced ones are picked:
+        so the blocks that stay lie between the freed ones, and keep them from merging into chunks.
         """
         held_bytes = self.held_bytes
         by_size: dict[int, list[int]] = {}

@@ -1,9 +1,9 @@
 """Loops: for a time, the workload works in memory that it takes only for that, as fast as it can.
 
-`churn` allocates, writes and frees; each block is verified before it is freed. `fault` does what
-page_fault1 of will-it-scale does: map, write one byte to each page, unmap. `bandwidth` copies
-memory, as STREAM's Copy does, and verifies the copies at the end. One thread does all of this, an
-extent at a time; what takes long is one call into C.
+`churn` allocates, writes and frees, and may pause; each block is verified before it is freed.
+`fault` does what page_fault1 of will-it-scale does: map, write one byte to each page, unmap.
+`bandwidth` copies memory, as STREAM's Copy does, and verifies the copies at the end. One thread
+does all of this, an extent at a time; the slow part of each step is one call into C.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class _Meter:
         return time.monotonic() < self._end_s and not self._stop.is_set()
 
     def allocated(self, began_s: float) -> None:
-        """Count an extent that was allocated and first written to since `began_s`."""
+        """Record the time since `began_s`, in which one extent was allocated and written to."""
         self._allocation_us[bucket_of((time.monotonic() - began_s) * 1e6)] += 1
 
     def touched(self, size_bytes: int) -> None:
-        """Count memory that was touched."""
+        """Count memory that was touched, for the total and for the rate."""
         self._touched_bytes += size_bytes
         self._rate_bytes += size_bytes
         now_s = time.monotonic()
@@ -54,7 +54,7 @@ class _Meter:
             self._rate_began_s, self._rate_bytes = now_s, 0
 
     def pause(self, pause_s: float) -> None:
-        """Wait, but not until after the end of the loop."""
+        """Wait for `pause_s`, but no longer than until the loop ends."""
         self._stop.wait(min(pause_s, max(0.0, self._end_s - time.monotonic())))
 
     def result(self) -> pb.Looped:

@@ -25,10 +25,10 @@ _POLL_S = 0.1
 
 
 class BuddySource:
-    """Blocks of the embedded allocator; their bytes are in the RAM file, at the same addresses."""
+    """Blocks of a buddy allocator; the bytes of a block are in `ram`, at its address + `start`."""
 
     def __init__(self, allocator: BuddyAllocator, ram: mmap.mmap, start: int = 0) -> None:
-        """:param start: where address 0 is in `ram`."""
+        """:param start: the offset in `ram` of the byte with address 0."""
         self._allocator = allocator
         self._ram = ram
         self._start = start
@@ -46,7 +46,7 @@ class BuddySource:
 
     def copy(self, source_at: int, target_at: int) -> None:
         source, target = self._start + source_at, self._start + target_at
-        # Without the view, the slice would be a copy of its own (bytes), written and read again.
+        # Without the view, the slice would first be copied into a bytes object.
         with memoryview(self._ram) as view:
             view[target : target + EXTENT_BYTES] = view[source : source + EXTENT_BYTES]
 
@@ -84,7 +84,7 @@ class BuddyPlugs:
 class AnonymousSource(BuddySource):
     """Blocks are aligned parts of one private mapping; they are freed with MADV_DONTNEED.
 
-    Which addresses of the mapping are in use is kept by an allocator as that of embedded guests.
+    A buddy allocator, as in an embedded guest, records which addresses of the mapping are in use.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class AnonymousSource(BuddySource):
         super().free(at, size_bytes)
 
     def _wait_for_memory(self, size_bytes: int) -> int:
-        """Wait until there is memory for a block of this size; return how much there is.
+        """Wait until a block of this size leaves 8 MiB available; return how much may be used.
 
-        :raises MemoryError: there is not so much in time.
+        :raises MemoryError: so much was not available in time.
         """
         # Do not just write to the block: memory is overcommitted, so a kernel without free memory
         # kills a process instead of returning an error.

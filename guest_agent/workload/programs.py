@@ -27,15 +27,15 @@ class Programs:
     """Starts programs, one at a time."""
 
     def __init__(self, allowed: Collection[str]) -> None:
-        """:param allowed: the programs, as the first arguments of commands name them."""
+        """:param allowed: the programs that may run, as first arguments of commands name them."""
         self._allowed = allowed
 
     def run(self, arguments: Sequence[str], timeout_s: float, stop: threading.Event) -> None:
         """Run a command to its end; then kill what is left of its session.
 
-        :param stop: kills the program early when it is set.
-        :raises Refused: it is not allowed, or cannot be started; it did not end in time, or failed:
-            with the end of its output.
+        :param stop: when it is set, the program is killed as if its time were over.
+        :raises Refused: it is not allowed, or cannot be started; or it did not end in time or
+            failed, then the message has the end of its output.
         """
         title = shlex.join(arguments)[:_TITLE_LENGTH]
         if not arguments or arguments[0] not in self._allowed:
@@ -70,7 +70,7 @@ def _start(arguments: Sequence[str], write_fd: int, title: str) -> subprocess.Po
 def _output(
     process: subprocess.Popen[bytes], fd: int, deadline_s: float, stop: threading.Event
 ) -> str:
-    """Read output until there can be no more; return the end of it, as a part of an error."""
+    """Read output until its end, the deadline or `stop`; return its last bytes for an error."""
     tail = b""
     while time.monotonic() < deadline_s and not stop.is_set():
         if select.select([fd], [], [], _POLL_S)[0]:
@@ -79,7 +79,7 @@ def _output(
                 break
             tail = (tail + data)[-_OUTPUT_BYTES:]
         elif process.poll() is not None:
-            break  # something that it has started still has the pipe
+            break  # something that the ended program has started still has the pipe
     text = tail.decode(errors="replace").strip()
     return f"; its last output:\n{text}" if text else "; it wrote nothing"
 
@@ -98,8 +98,8 @@ def _ended(process: subprocess.Popen[bytes], deadline_s: float) -> bool:
 
 def _kill_session(leader_pid: int) -> None:
     # Not killpg: a shell with job control, or timeout(1), makes process groups of its own. A
-    # process that starts others while it is killed needs another round; a pid cannot be reused as
-    # long as it is a session's.
+    # process that starts others while it is killed needs another round. The kernel does not reuse
+    # the leader's pid while its session has processes.
     for _ in range(_KILL_ROUNDS):
         left = [found.pid for found in other_processes() if found.session == leader_pid]
         if not left:

@@ -31,8 +31,8 @@ class Source(Protocol):
         """Copy one extent to another."""
 
     def touch(self, at: int) -> None:
-        """Write one byte to each page of an extent that was just allocated, so that each page is a
-        page fault."""
+        """Write one byte to each page of an extent that was just allocated, so that each write is
+        a page fault."""
 
     def free(self, at: int, size_bytes: int) -> None:
         """Free the block at this address."""
@@ -49,7 +49,8 @@ class Plugs(Protocol):
         """
 
     def offline(self, pages: RangeSet) -> None:
-        """Stop using pages; those that are offline already stay offline. Waits for isolated chunks.
+        """Stop using pages; those that are offline already stay offline. Waits until isolated
+        chunks are released.
 
         :raises hintfleet.errors.Refused: some pages are in use. Pages that were offlined by this
             call are online again if that is possible.

@@ -1,7 +1,7 @@
-"""The workload that an experiment runs in a guest: answers commands to allocate, free, verify and
-loop.
+"""The workload that an experiment runs in a guest: carries out the host's commands.
 
-It also carries out the guest's part of a resize.
+The commands allocate, free and verify memory, run loops and programs, read a file into the page
+cache or drop the cache, and online or offline memory: the guest's part of a resize.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Workload:
         """Run one command, and return its result.
 
         If there is not enough memory, or the command is refused, `Done.error` is the reason.
-        Blocks that were allocated before the failure stay allocated.
+        Blocks that an `allocate` took before it failed stay allocated; a loop frees its own.
         """
         started_s = time.monotonic()
         holding = self._holding
@@ -70,7 +70,7 @@ class Workload:
         return done
 
     def stop(self) -> None:
-        """End a loop or a program that runs, and all later ones at once. For any thread."""
+        """End a loop or a program that runs, and all later ones at once. Any thread may call it."""
         self._stop.set()
 
     def _run(self, command: pb.WorkloadCommand, done: pb.Done) -> None:
@@ -105,7 +105,7 @@ class Workload:
 
     def _allocate(self, order: pb.Allocate) -> None:
         block_bytes = order.block_bytes or EXTENT_BYTES
-        # A block of another size would overlap the next one.
+        # The allocator would round a size that is no power of two down, and blocks would overlap.
         if block_bytes.bit_count() != 1 or not PAGE_BYTES <= block_bytes <= EXTENT_BYTES:
             raise InvalidInput(f"blocks of {block_bytes} bytes: not a power of two, 4 KiB to 2 MiB")
         for _ in range(-(-order.size_bytes // block_bytes)):
