@@ -79,8 +79,8 @@ def cli(context: click.Context, log_level: str | None, log_format: str) -> None:
     if log_level is not None:
         logs.configure(log_level, log_format)
     else:
-        # A record without a handler goes to logging.lastResort, where hintfleet/program.py would
-        # print it.
+        # Without a handler, warnings and errors would go to logging.lastResort, and be printed
+        # (hintfleet/program.py).
         logging.getLogger("hintfleet").addHandler(logging.NullHandler())
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

@@ -219,13 +219,14 @@ def run_experiment(
     A run with a precision does so in rounds (`plan.rounds`), and ends when it is precise enough.
 
     :param address: the Ray cluster to run them on.
-    :param retries: how often each trial that was lost is run again in this call.
-    :param check: called several times a second; an exception that it raises ends the run.
+    :param retries: how often a trial that is lost is run again in this call, at most.
+    :param check: called about twice a second or more often while a trial runs, but not while hosts
+        are started; an exception that it raises ends the run.
     :raises InvalidInput: this machine alone is to run it and has too little memory, or a host's
         address needs TLS, or the node of a host agent is not certain. No host was started.
     :raises HintfleetError: a host cannot be reached or used, or results cannot be
-        stored. If a trial had begun, the run is stored as failed. All guests and processes of
-        the run have ended.
+        stored. If all hosts had been reached once, the run is stored, as failed. All guests and
+        processes of the run have ended.
     """
     spec, header = experiment.header.spec, experiment.header
     to_run = experiment.to_run
@@ -233,7 +234,7 @@ def run_experiment(
         # The run was cut off after its last trial. RunWriter stores the end of the run.
         with RunWriter(store, header, resume=True):
             return
-    # In a cluster, memory is that of its nodes: cluster/placement.py.
+    # In a cluster, cluster/placement.py compares the memory of its nodes with what hosts need.
     problem = None if address.value else machine_problem(spec, available_memory())
     if problem := problem or hosts_problem(spec, encrypted=bool(tls_folder)):
         raise experiment.loaded.error([problem])
@@ -270,7 +271,7 @@ def run_rounds(
     """Run trials round by round: in each round all trials, then again those that were lost.
 
     :param to_run: the trials of each round (`plan.rounds`).
-    :param retries: how often each trial that was lost is run again.
+    :param retries: how often a trial that is lost is run again, at most.
     :param is_enough: called after each round; if it returns True, no other round is run.
     """
     for trials in to_run:
@@ -330,7 +331,7 @@ def store_records(
 
     :param writer: has an open trial (`begin_trial`).
     :param batches: of records of all hosts; the trial has ended when this iterable ends.
-    :param seen: called with each record after it was stored.
+    :param seen: called with each record after `writer.append`, which may only buffer samples.
     """
     events: defaultdict[str, list[Event]] = defaultdict(list)
     for batch in batches:

@@ -100,7 +100,8 @@ def _shares_namespaces(process: Process) -> bool:
 
 
 def _runtime_folder(process: Process) -> Path | None:
-    """Return the runtime folder of a Ray process; None if the process is not Ray's."""
+    """Return the runtime folder of a Ray process that a run of ours started; None for any other
+    process."""
     words = "\0".join(process.argv)
     # Ray's workers overwrite their command line with a title (setproctitle), `ray::NAME`. So search
     # their open files: their logs are in the runtime folder.

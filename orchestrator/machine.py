@@ -18,7 +18,8 @@ _MAX_BASE_LENGTH = 30
 
 
 def runtime_dirs() -> OwnedFolders:
-    """Return the private folders of runs; the paths of unix sockets in them are short enough."""
+    """Return what makes and finds the private folders of runs, in a folder whose path is so short
+    that unix sockets fit."""
     base = Path(tempfile.gettempdir())
     short = base if len(str(base)) <= _MAX_BASE_LENGTH else Path("/tmp")  # noqa: S108
     return OwnedFolders(base=short, prefix="hf-")

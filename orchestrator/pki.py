@@ -86,7 +86,7 @@ class Authority:
 
     @classmethod
     def init(cls, folder: Path, name: str, days: int, now: datetime | None = None) -> Authority:
-        """Create an authority in `folder`, valid from `now` on (default: the current time).
+        """Create an authority in `folder`, valid for `days` from `now` (default: the current time).
 
         :raises InvalidInput: the name is not valid.
         :raises Refused: the folder has an authority already, other users may enter it, or it

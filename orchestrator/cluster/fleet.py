@@ -1,5 +1,5 @@
-"""Runs the hosts of a run on a Ray cluster: gives each a node and an actor, and merges the streams
-of the actors.
+"""Runs the hosts of a run on a Ray cluster: puts each host on a node and into an actor with other
+hosts, and merges the streams of the actors.
 
 placement.py decides where a host runs, ray_actors.py speaks with Ray.
 """
@@ -52,8 +52,9 @@ class _Group:
 class Fleet(AbstractContextManager["Fleet"]):
     """All hosts of a run, as a context manager.
 
-    When the block ends, also by an error or Ctrl-C, all guests, logical hosts, Ray processes
-    and folders that the fleet created are gone within a bounded time.
+    When the block ends, also by an error or Ctrl-C, all guests, logical hosts and Ray processes
+    that the fleet created are gone within a bounded time. So are its folders; but that of an actor
+    that died may stay on a node of a cluster that others started, until the next run there.
     """
 
     def __init__(
@@ -65,10 +66,13 @@ class Fleet(AbstractContextManager["Fleet"]):
         wait_s: float = 0.0,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Start nothing before the block begins.
+        """Store the arguments. Nothing is started before the block begins.
 
-        :param libvirt_uri: at which nodes are asked whether they can run libvirt guests.
-        :param wait_s: how long to wait for nodes of a cluster that others started.
+        :param libvirt_uri: of the libvirt that nodes are asked about; empty: the host agent's
+            default. They are asked only if a logical host needs libvirt, and not if the cluster is
+            private.
+        :param wait_s: how long to wait for nodes to join if some host fits on none; not used with a
+            private cluster.
         :param say: called with a text for people when the fleet begins to wait for nodes.
         """
         self._places = list(places)
@@ -77,16 +81,17 @@ class Fleet(AbstractContextManager["Fleet"]):
         self._say = say
         self._cluster = Cluster(address)
         self._groups: list[_Group] = []
-        self._nodes: dict[str, Node] = {}  # all that were used
+        self._nodes: dict[str, Node] = {}  # by id: all that hosts could be placed on so far
 
     def __enter__(self) -> Fleet:
         """Connect to Ray, and reach all hosts.
 
+        After an error, all that was started has been ended.
+
         :raises InvalidInput: it is not certain on which node a host agent is.
-        :raises Refused: nodes have other versions than this machine; or no nodes for all hosts were
-            found in time.
-        :raises HintfleetError: the cluster or a host cannot be reached or used. In each case, all
-            that was started has been ended.
+        :raises Refused: some node cannot be used (other versions, missing packages, no answer); or
+            some host found no node in time.
+        :raises HintfleetError: the cluster or a host cannot be reached or used.
         """
         try:
             self._cluster.open()
@@ -105,7 +110,8 @@ class Fleet(AbstractContextManager["Fleet"]):
             raise unusable_error(bad, node_probe.versions())
 
     def prepare(self) -> Mapping[str, Node]:
-        """Give each host that has lost its actor another one; return the nodes of all hosts.
+        """Give an actor to each host that has none yet, or has lost its actor; return the node of
+        each host, by the host's name.
 
         :raises HintfleetError: there is no node for a host; or an actor cannot reach a host, or
             died at each of four starts; or the cluster is gone.
@@ -162,8 +168,8 @@ class Fleet(AbstractContextManager["Fleet"]):
     def close(self) -> None:
         """End all guests, logical hosts and actors; end a private cluster, or leave another one.
 
-        Takes some seconds, half a minute at most; meanwhile Ctrl-C and SIGTERM are ignored. May be
-        called twice.
+        Waits up to 30 s for the actors; then kills them. Meanwhile Ctrl-C and SIGTERM are ignored
+        (in the main thread). May be called twice.
         """
         groups, self._groups = self._groups, []
         self._cluster.close([group.actor for group in groups])
@@ -172,7 +178,8 @@ class Fleet(AbstractContextManager["Fleet"]):
         """Start actors for the hosts without one; wait until each has reached its hosts or died.
 
         :returns: a host of each actor that died, with the reason.
-        :raises HintfleetError: there is no node for a host; or an actor cannot reach a host.
+        :raises HintfleetError: there is no node for a host; or an actor cannot reach a host; or
+            the cluster is gone.
         """
         placed = self._node_ids()
         waiting = [host.name for host in self._places if host.name not in placed]
@@ -208,9 +215,11 @@ class Fleet(AbstractContextManager["Fleet"]):
         return died
 
     def _find_nodes(self, placed: Mapping[str, str]) -> tuple[Placement, list[Node]]:
-        """Return the nodes for all hosts, and all nodes that can be used; wait for nodes if needed.
+        """Place the hosts that have no node yet; return where all hosts are placed, and all nodes
+        that can be used. If a host fits on no node, wait for nodes that join.
 
-        :raises HintfleetError: there is no node for a host; or the cluster is gone.
+        :raises HintfleetError: a host found no node in time; or it is not certain on which node a
+            host agent is; or the cluster is gone.
         """
         started_s = time.monotonic()
         told = False
@@ -221,7 +230,8 @@ class Fleet(AbstractContextManager["Fleet"]):
             if not placement.missing:
                 return placement, nodes
             waited_s = time.monotonic() - started_s
-            # Without any node, this process's node is dead, too: `check` will soon say so.
+            # If `nodes` is empty, this process's node is dead, too: the cluster's `check` below
+            # will soon raise that.
             if nodes and (self._cluster.is_private or waited_s >= self._wait_s):
                 raise shortage_error(placement, nodes, waited_s)
             if nodes and not told:
@@ -232,9 +242,11 @@ class Fleet(AbstractContextManager["Fleet"]):
             self._cluster.check()
 
     def _keep_local_hosts(self, placement: Placement) -> None:
-        """Bind the host agents that only their nodes can reach to those nodes, by Ray's ids.
+        """Bind each host agent at a unix socket or on loopback to the node it was placed on, by
+        Ray's id.
 
-        A cluster may begin with one node, and have several when an actor must be started again.
+        A cluster may begin with one node, and have several when an actor must be started again:
+        then such an address alone no longer tells the node.
         """
         self._places = [
             replace(host, node=placement.node_ids[host.name])

@@ -1,8 +1,8 @@
 """Looks at a node of a Ray cluster, on the node itself.
 
 This module is sent to nodes by value: it must work on a node without hintfleet, or with another
-version of it. So it imports only the standard library, and what else it needs after it has found
-the right versions. It returns plain values only.
+version of it. So until it has found the right versions, it imports only the standard library and
+`packaging`, which Ray needs as well. Its functions return plain values only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _EXTRAS = ("", "embedded", "orchestrator")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that must be equal on all nodes; empty for what is not installed."""
+    """Return this node's versions of Python, ray and hintfleet, which must be equal on all nodes;
+    empty for what is not installed."""
     return {"Python": platform.python_version()} | {
         name: _version(name) for name in ("ray", "hintfleet")
     }
@@ -25,9 +26,10 @@ def look(wanted: dict[str, str], libvirt_uri: str | None) -> dict[str, Any]:
     """Return what this node is.
 
     The result has `hostname`, `environment` (facts as text, by name; at least those of `versions`)
-    and `missing` (packages that hintfleet needs). If the versions are those wanted and nothing is
-    missing, it also has `processors`, `memory_bytes`, `available_bytes`, and `libvirt` and
-    `libvirt_usable`, which are empty and None if libvirt was not asked.
+    and `missing` (packages that hintfleet, if it is installed, needs and that are not installed).
+    If the versions are those wanted and nothing is missing, it also has `processors`,
+    `memory_bytes`, `available_bytes`, and `libvirt` and `libvirt_usable`, which are empty and None
+    if libvirt was not asked.
 
     :param wanted: as `versions` returns them.
     :param libvirt_uri: ask libvirt at this URI; empty: at the host agent's default; None: do not
@@ -67,7 +69,7 @@ def _version(name: str) -> str:
 
 def _missing() -> list[str]:
     """Return the packages that hintfleet needs on a node and that are not installed here."""
-    from packaging.requirements import Requirement  # Ray needs it, too
+    from packaging.requirements import Requirement  # installed: Ray needs it, too
 
     needed = map(Requirement, metadata.requires("hintfleet") or ())
     names = {

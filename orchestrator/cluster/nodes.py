@@ -16,12 +16,14 @@ class Node:
     """A machine or container of a Ray cluster, as it was when it was asked.
 
     :ivar node_id: Ray's id.
-    :ivar name: the name from `ray start --node-name`; without that, the hostname.
+    :ivar name: the name from `ray start --node-name`; without that, the hostname, or the address if
+        the node did not answer.
     :ivar address: the IP address at which other nodes reach it.
     :ivar environment: versions and hardware as text, by name (machine.environment); of a node with
-        a problem only the versions that are known.
+        a problem only some versions and the kernel, or nothing.
     :ivar processors: how many processors actors and guests may use there.
-    :ivar memory_bytes: the memory that they may use; `available_bytes`: of it, not in use.
+    :ivar memory_bytes: the memory that they may use; `available_bytes`: the part of it that was
+        not in use. Both are 0 if there is a problem.
     :ivar libvirt: what libvirt guests would run on, or why they cannot run; empty if not asked.
     :ivar libvirt_usable: None if not asked.
     :ivar problem: why no host can run there; empty if hosts can.

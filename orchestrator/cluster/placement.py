@@ -2,7 +2,7 @@
 
 A logical host needs memory of its node, and under the driver libvirt a node that can run such
 guests. A host agent at a unix socket or on loopback is on one certain node. A host agent at any
-other address can be reached from all nodes.
+other address counts as reachable from all nodes, unless its node is named.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NODES_SHOWN = 8
 class Placement:
     """Where hosts run.
 
-    :ivar node_ids: the node of each host, by the host's name.
+    :ivar node_ids: the id of each placed host's node, by the host's name.
     :ivar missing: the hosts for which there is no node.
     """
 
@@ -38,14 +38,15 @@ class Placement:
 def place(
     hosts: Sequence[HostPlace], nodes: Sequence[Node], placed: Mapping[str, str]
 ) -> Placement:
-    """Choose a node for each host: of those with what it needs, the one with the fewest hosts for
-    each processor.
+    """Choose a node for each host that is not in `placed`: of the nodes with what the host needs,
+    the one that then has the fewest hosts for each processor. Then hosts of one kind exchange nodes
+    (`_in_order`).
 
     Ray does not choose: its strategy "SPREAD" sends actors that need no CPU to nodes at random.
     With four actors and two nodes, often all four go to the same node.
 
     :param nodes: those that are alive and have no problem.
-    :param placed: the nodes of hosts that stay where they are.
+    :param placed: the node ids of the hosts that stay where they are, by the host's name.
     """
     node_ids = dict(placed)
     on_node: dict[str, list[HostPlace]] = {node.node_id: [] for node in nodes}
@@ -53,7 +54,7 @@ def place(
         if node_ids.get(host.name) in on_node:
             on_node[node_ids[host.name]].append(host)
     missing = []
-    # Hosts that can run on few nodes first: another host could take their room.
+    # First place hosts that can run on few nodes only: another host could take their room there.
     moving = [host for host in hosts if host.name not in placed]
     for host in sorted(moving, key=lambda host: not (host.node or needs_libvirt(host))):
         fitting = [
@@ -73,8 +74,8 @@ def place(
 def actor_count(hosts: int, processors: float) -> int:
     """Return the number of actors that control so many hosts on a node.
 
-    An actor for 32 hosts, but no more actors than processors: an actor is one thread, and its
-    memory is that of about 30 hosts that it controls.
+    One for each 32 hosts or part of them, but not more than the node has whole processors (or one):
+    an actor uses one thread, and 64 MiB of memory before it has any host (ACTOR_BYTES).
     """
     return min(math.ceil(hosts / HOSTS_PER_ACTOR), max(1, int(processors)))
 
@@ -82,9 +83,9 @@ def actor_count(hosts: int, processors: float) -> int:
 def groups(
     hosts: Iterable[str], node_ids: Mapping[str, str], nodes: Sequence[Node]
 ) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield the hosts of each new actor, with the actor's node.
+    """Yield for each new actor the id of its node, and the names of its hosts.
 
-    :param hosts: those that have no actor yet, in their order.
+    :param hosts: the names of those that have no actor yet; each has a node in `node_ids`.
     """
     of_node: defaultdict[str, list[str]] = defaultdict(list)
     for host in hosts:
@@ -97,10 +98,10 @@ def groups(
 
 
 def check_nodes_named(hosts: Sequence[HostPlace], nodes: Sequence[Node]) -> None:
-    """Check that it is certain on which node each host agent is that only its node can reach.
+    """Check that no host agent's node is in doubt.
 
-    :raises InvalidInput: an address is that of one machine, but there are several nodes and none is
-        named for it; or several nodes have the name.
+    :raises InvalidInput: a host agent is at a unix socket or on loopback, there are several nodes,
+        and its node is not named; or several nodes have the name that is given for its node.
     """
     for host in hosts:
         called = [node.label for node in nodes if host.node and node.is_called(host.node)]
@@ -119,7 +120,8 @@ def check_nodes_named(hosts: Sequence[HostPlace], nodes: Sequence[Node]) -> None
 
 
 def shortage_error(placement: Placement, nodes: Sequence[Node], waited_s: float) -> HintfleetError:
-    """Return the error for hosts that have no node: how many of which kind, and what there is."""
+    """Return the error for hosts that have no node: how many of which kind; and for up to 8 nodes
+    how many hosts are placed there, and what memory and libvirt they have."""
     taken = Counter(placement.node_ids.values())
     missing = shortage(placement)
     there = [f"{node.label}: {_offer(node, taken[node.node_id])}" for node in nodes[:_NODES_SHOWN]]
@@ -156,7 +158,7 @@ def _fits(host: HostPlace, node: Node, there: Sequence[HostPlace]) -> bool:
 
 
 def needs_libvirt(host: HostPlace) -> bool:
-    """Return whether it is a logical host whose guests libvirt makes."""
+    """Return whether `host` is a logical host whose guests libvirt makes."""
     return host.logical is not None and host.driver is Driver.LIBVIRT
 
 
@@ -169,8 +171,8 @@ def _kind(host: HostPlace) -> str:
 def _in_order(
     moving: Sequence[HostPlace], node_ids: Mapping[str, str], nodes: Sequence[Node]
 ) -> Iterator[tuple[str, str]]:
-    """Yield hosts and nodes again, so that hosts of one kind that follow each other share nodes:
-    people then read `host1-40` instead of 40 names."""
+    """Yield each moving host that has a node, with a node: hosts of one kind exchange their nodes,
+    so that neighbours are on the same node, and people read `host1-40` instead of 40 names."""
     order = {node.node_id: i for i, node in enumerate(nodes)}
     kinds: defaultdict[str, list[str]] = defaultdict(list)
     for host in moving:

@@ -46,43 +46,44 @@ _OBJECT_STORE_BYTES = 80 << 20
 # How long to wait for actors to stop. Longer than `HostProcess.stop` waits for a host agent (25 s).
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.5
-# A new node may first have to start a process for the question.
+# How long a node may take to say what it is: it may first have to start a process for that.
 _NODE_ANSWERS_WITHIN_S = 60.0
-# What the host agent's doctor may take there (orchestrator/doctor.py) comes on top.
+# With libvirt, the 120 s that the host agent's doctor may take (orchestrator/doctor.py) are added.
 _LIBVIRT_ANSWERS_WITHIN_S = 180.0
 
 _log = logging.getLogger("hintfleet.ray")
 
 
 class ActorLost(TransientError):
-    """An actor is gone, or what it had sent was on a node that is gone."""
+    """An actor is gone or out of reach, or what it had sent was on a node that is gone."""
 
 
 class Actor:
     """An actor on a node of the cluster; it carries hosts.
 
-    `open`, `run` and `stop` return at once: with a reference to wait for (`Cluster.ready`), and to
-    pass to `result`; `run` with a stream of batches, to pass to `next_batch`.
+    `open`, `run` and `stop` return at once. `open` and `stop` return a reference: wait for it with
+    `Cluster.ready`, then pass it to `result`. `run` returns a stream of batches: wait for each
+    batch with `Cluster.ready`, then pass the stream to `next_batch`.
     """
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
     def open(self) -> Any:
-        """Reach all hosts; see `HostGroup.open`."""
+        """Begin to reach all of its hosts; see `HostGroup.open`."""
         return self._handle.open.remote()
 
     def run(self, tasks: Sequence[HostTask]) -> Any:
-        """Run the hosts' parts of a trial; see `HostGroup.run`."""
+        """Begin to run its hosts' parts of a trial; see `HostGroup.run`."""
         # "streaming": Ray delivers each batch when the actor yields it, not all at the end.
         return self._handle.run.options(num_returns="streaming").remote(tasks)
 
     def stop(self) -> Any:
-        """Close all sessions; see `HostGroup.close`."""
+        """Begin to close the sessions of all of its hosts; see `HostGroup.close`."""
         return self._handle.stop.remote()
 
     def kill(self) -> None:
-        """End its process. The kernel closes the lifelines of its logical hosts, which then end."""
+        """Kill its process. That closes the lifelines of its logical hosts, which then end."""
         import ray
 
         ray.kill(self._handle)
@@ -96,7 +97,7 @@ class Cluster:
         self._address = address
         self._runtime_dir: OwnedFolder | None = None  # None unless the cluster is private
         self._watch: ClusterWatch | None = None
-        self._nodes: dict[str, Node] = {}  # each as it was when it was asked
+        self._nodes: dict[str, Node] = {}  # by id, each as it was when it was asked
         self._actor_count = 0
 
     def open(self) -> None:
@@ -110,11 +111,11 @@ class Cluster:
         _log.info("ray connected", extra=fields(address=self._address.value or "private"))
 
     def close(self, actors: Iterable[Actor] = ()) -> None:
-        """End these actors with their hosts and guests; end a private cluster, or leave another
-        one.
+        """End these actors with their guests and logical hosts; end a private cluster, or leave
+        another one.
 
-        Takes some seconds, half a minute at most; meanwhile Ctrl-C and SIGTERM are ignored. May be
-        called twice.
+        Waits up to 30 s for the actors; then kills them. Meanwhile Ctrl-C and SIGTERM are ignored
+        (in the main thread). May be called twice.
         """
         import ray
 
@@ -122,9 +123,9 @@ class Cluster:
             watch, self._watch = self._watch, None
             if watch is not None:
                 watch.close()
-            # Actors of a dead cluster are not called: the calls would never return. Those actors
-            # end with their nodes. That closes the lifelines of their logical hosts, whose host
-            # agents then end the guests.
+            # Actors of a dead cluster are not called: no answer would ever come. Ray ends those
+            # actors. That closes the lifelines of their logical hosts, whose host agents then end
+            # the guests.
             if ray.is_initialized() and not (watch and watch.lost):
                 actors = list(actors)
                 stopping = [actor.stop() for actor in actors]
@@ -137,8 +138,8 @@ class Cluster:
                 self._runtime_dir.remove()
 
     def nodes(self, libvirt_uri: str | None = None) -> list[Node]:
-        """Return the nodes that are alive, by name. Nodes that are new here are asked what they
-        are; that may take a minute, or three with libvirt.
+        """Return the nodes that are alive, sorted by name. Nodes that no earlier call has returned
+        are asked what they are, for up to a minute, or three with libvirt.
 
         :param libvirt_uri: also ask new nodes whether libvirt guests can run there, at this URI;
             empty: at their host agents' default.
@@ -194,8 +195,8 @@ class Cluster:
         return Actor(there.remote(places, self._folder()))
 
     def _folder(self) -> Path | None:
-        # A new folder for each actor: after an actor died, its host agents may still be ending
-        # guests, and use the earlier folder.
+        # None: the actor makes a folder on its own node. Else a new one for each actor: after an
+        # actor died, its host agents may still be ending guests, and use the earlier folder.
         if self._runtime_dir is None:
             return None
         self._actor_count += 1
@@ -224,7 +225,7 @@ class Cluster:
 
 
 class _HostActor:
-    """Controls many hosts, on any node of the cluster.
+    """Runs on one node of the cluster, and controls many hosts from there.
 
     When the actor's process dies, the lifelines of its logical hosts close; then their host agents
     destroy their guests and exit.
@@ -250,7 +251,7 @@ class _HostActor:
 def result(ref: Any) -> Any:
     """Return the value of a reference that is ready.
 
-    :raises ActorLost: the actor is gone, or Ray does not know the actor's node.
+    :raises ActorLost: the actor is gone or out of reach, or the value was lost with a node.
     :raises HintfleetError: the actor's method raised this or any other error; or Ray failed.
     """
     import ray
@@ -296,7 +297,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _init_ray(address: ClusterAddress, runtime_dir: Path | None) -> None:
-    # Ray reads it in several places, and prefers it to an address `auto` that it is given.
+    # Ray reads RAY_ADDRESS in several places, and prefers it where `auto` is passed as the address.
     os.environ.pop("RAY_ADDRESS", None)
     if address.value:
         os.environ["RAY_ADDRESS"] = address.value
@@ -327,7 +328,7 @@ def _connect(address: ClusterAddress, quiet: dict[str, Any]) -> None:
         # does not (ray/_private/worker.py, 2.60).
         if not has_token and address.value != "auto":
             raise no_token_error(address)
-        ray.init(address=address.value, **quiet)  # refuses other versions of Ray and Python
+        ray.init(address=address.value, **quiet)  # refuses a cluster with other versions
     except HintfleetError:
         raise
     except ConnectionError as error:
@@ -344,12 +345,12 @@ def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:
         # the user who started Ray. So clients must show a secret token.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        # 0 turns clusters of several nodes off, the default on macOS and Windows. Otherwise Ray
+        # 0, the default on macOS and Windows, turns clusters of several nodes off. With 1, Ray
         # replaces 127.0.0.1 by an address that other machines can reach: get_node_ip_address in
         # ray/_private/services.py (2.60).
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Ray's default, too. A user who turned it on did so for other clusters, not for this one on
-        # loopback.
+        # No HTTP proxy, as is Ray's default. A user who has set 1 did so for other clusters, not
+        # for this one on loopback.
         "RAY_grpc_enable_http_proxy": "0",
     }
     import ray

@@ -1,6 +1,6 @@
-"""Finds the Ray cluster to use, and watches whether it and the node of this process are alive.
+"""Decides which Ray cluster to use, and watches whether it and the node of this process are alive.
 
-Does not import Ray: ray_actors.py does, and starts or joins the cluster.
+Does not import Ray, nor start or join a cluster: ray_actors.py does both.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class ClusterAddress:
     """Which Ray cluster to use.
 
     :ivar value: `auto`, or HOST:PORT of its GCS; empty for a private cluster on this machine.
-    :ivar given: the value with where it was given, for messages: `RAY_ADDRESS=auto`.
-    :ivar otherwise: for hints: what to do for a run on this machine alone.
+    :ivar given: for messages: the value, and where it was given, such as `RAY_ADDRESS=auto`.
+    :ivar otherwise: for hints: what to change so that a run uses this machine alone.
     """
 
     value: str
@@ -58,11 +58,11 @@ PRIVATE = ClusterAddress(value="")
 
 
 def cluster_address(option: str | None, environment: Mapping[str, str]) -> ClusterAddress:
-    """Return the address in the option --address; if there was none, that in RAY_ADDRESS.
+    """Return the address in the option --address; without that option, the one in RAY_ADDRESS.
 
-    `local`, an empty RAY_ADDRESS or none mean a private cluster.
+    `local` means a private cluster; so does a missing option with an empty or unset RAY_ADDRESS.
 
-    :raises InvalidInput: it is not the address of a cluster.
+    :raises InvalidInput: it is not an address that can be used, for example one of the Ray Client.
     """
     if option is None:
         value, source, otherwise = (
@@ -117,7 +117,7 @@ def cannot_join_error(address: ClusterAddress, reason: str) -> HintfleetError:
 
 
 def no_token_error(address: ClusterAddress) -> HintfleetError:
-    """Return the error for a cluster whose token is missing here, or another one."""
+    """Return the error for a cluster that needs a token: this process has none, or a wrong one."""
     return Refused(
         f"the Ray cluster at {address.given} requires its token",
         hint="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to"
@@ -126,11 +126,12 @@ def no_token_error(address: ClusterAddress) -> HintfleetError:
 
 
 def check_answers(address: ClusterAddress, check_alive: Any, request: Any) -> bool:
-    """Ask once whether a GCS answers; return whether it accepts our token, if it needs one.
+    """Ask a GCS once. Return False if it refuses the call because our token is missing or wrong,
+    else True.
 
     :param address: as it was given; for messages.
     :param check_alive: the method CheckAlive of Ray's NodeInfoGcsService.
-    :raises TransientError: no GCS answers within 10 s, or what answers is no GCS.
+    :raises TransientError: no GCS answers within 10 s, the call fails, or what answers is no GCS.
     """
     try:
         check_alive(request, timeout=_ANSWER_TIMEOUT_S)
@@ -143,9 +144,9 @@ def check_answers(address: ClusterAddress, check_alive: Any, request: Any) -> bo
 
 
 class ClusterWatch:
-    """Asks a GCS, every 2 s at most, whether it and the node of this process are alive.
+    """Asks a GCS, at most once in 2 s, whether it and the node of this process are alive.
 
-    `check` sends the requests and reads the answers.
+    Nothing runs in the background: `check`, called often, reads answers and sends requests.
 
     :ivar lost: whether `check` has raised.
     """
@@ -172,7 +173,8 @@ class ClusterWatch:
 
         :raises TransientError: this process's node is dead, or the GCS has not answered for 30 s.
         """
-        # Ray reports neither: a `ray.wait` for an actor on a dead cluster never returns.
+        # Ray reports neither a dead GCS nor our dead node: without a timeout, a `ray.wait` for an
+        # actor would then never return.
         now_s = time.monotonic()
         error = self._call.exception() if self._call.done() else None
         if self._call.done() and error is None:
@@ -203,6 +205,6 @@ def _status(error: Any) -> tuple[grpc.StatusCode, str]:
         case grpc.StatusCode.DEADLINE_EXCEEDED as code:
             return code, f"no answer within {_ANSWER_TIMEOUT_S:g} s"
         case code:
-            # gRPC wraps the reason of a failed connection: only what follows the last "last
-            # error: " is wanted.
+            # gRPC puts text before the reason of a failed connection: return only what follows
+            # the last "last error: ", or all if that is not in the text.
             return code, str(error.details()).rpartition("last error: ")[2]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def sigterm_handler_kept() -> Iterator[None]:
-    """Restore the handler of SIGTERM when the block ends; in the main thread only."""
+    """When the block ends, restore the handler of SIGTERM; outside the main thread, do nothing."""
     # ray.init replaces our handler by one that calls sys.exit (`init` in
     # ray/_private/worker.py, 2.60). With our handler, SIGTERM ends a run like Ctrl-C.
     before = signal.getsignal(signal.SIGTERM)
@@ -27,7 +27,7 @@ def sigterm_handler_kept() -> Iterator[None]:
 def signals_ignored() -> Iterator[None]:
     """Ignore Ctrl-C and SIGTERM in the block, so that cleanup is not cut short.
 
-    Does nothing if called outside the main thread.
+    Outside the main thread, the block runs and signals are not ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -114,7 +114,7 @@ def _explain(changes: Sequence[Change], judgements: Sequence[Judgement]) -> None
 
 
 def _check_same_spec(first: Run, second: Run) -> None:
-    """:raises InvalidInput: the runs are the same, or of another spec or driver."""
+    """:raises InvalidInput: both are one run, or they have different specs or drivers."""
     from hintfleet.errors import InvalidInput
 
     ids = first.run_id[-6:], second.run_id[-6:]
@@ -146,7 +146,7 @@ def _check_same_spec(first: Run, second: Run) -> None:
 def _rows(store: Store, run: Run) -> RunRows:
     """Read the figures of a run.
 
-    :raises InvalidInput: it has none.
+    :raises InvalidInput: the run has none.
     """
     from hintfleet.errors import InvalidInput
     from orchestrator.results.changes import RunRows

@@ -1,5 +1,5 @@
-"""The commands `domains`, `attach` and `detach`, for domains that no host agent created, and
-`guests`."""
+"""The commands `domains` and `guests`, which list them; and `attach` and `detach`, for domains that
+no host agent created."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def _ask(
 
 
 def _new_command() -> host_pb2.CommandId:
-    """Return the id of a new command of no trial, which gRPC may send again (host_client.py)."""
+    """Return the id of a new command outside all trials. The host agent knows a command that gRPC
+    sends again by its id (host_client.py)."""
     from hintfleet.v1 import host_pb2
 
     return host_pb2.CommandId(run_id=str(uuid.uuid4()), sequence=1)

@@ -33,7 +33,7 @@ def _json(data: Any) -> str:
     try:
         # Not every text can be encoded: Python reads bytes of a file name that are not UTF-8 as
         # lone surrogates (PEP 383), and stdout may have another encoding than UTF-8. Then all
-        # characters that are not ASCII are written as JSON's escapes (\udcXX).
+        # characters that are not ASCII are written as JSON's escapes (\uXXXX).
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         return json.dumps(data, indent=2)

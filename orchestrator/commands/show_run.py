@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 def print_run(store: Store, run: Run, output_format: str, with_trials: bool = False) -> int:
     """Print a run on stdout; return the exit code for its state.
 
-    Also print on stderr what would decide trials that have no figures; and with JSON and YAML, why
-    the run is undecided, and whether it has its precision.
+    Also print on stderr how to resume a run that was cut off or has lost trials, and that undecided
+    trials do not run again; with JSON and YAML also why arms are undecided, and whether the run has
+    its precision.
 
     :param with_trials: also print a table of trials, and one of the nodes that the hosts were on;
         JSON and YAML contain them in any case.
@@ -62,14 +63,14 @@ def print_resume_hint(run_ids: Sequence[str]) -> None:
 
 
 def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
-    """Return a run as plain data: its header without the spec, a row per arm, and its trials.
+    """Return a run as plain data: its header without the spec, its arms, capacities and trials.
 
-    If the run has a precision, each arm says how narrow its interval is, and whether that is
-    enough.
+    If the run has a precision, each arm with an interval says how narrow that is, and whether it
+    is narrow enough.
     """
     header = asdict(run)
     del header["spec_text"]
-    if "recordings" in run.overrides:  # thousands of points
+    if "recordings" in run.overrides:  # left out: each may have thousands of points
         header["overrides"] = header["overrides"] | {"recordings": run.recordings}
     arms = [savings_as_data(row) for row in rows]
     cost_rows = store.cost_rows(run.run_id)

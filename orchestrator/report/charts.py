@@ -14,7 +14,7 @@ from orchestrator.report.curves import Curve, Mark
 from orchestrator.report.style import FAINT, WIDTH, VegaLite, arm_colours, chart, styled
 
 _HEIGHT = 360
-_LABEL_PX = 17  # the distance between two lines of text
+_LABEL_PX = 17  # the distance from one line of text to the next
 # The estimated width of an average character at font size 11. Labels are placed before they are
 # rendered, so their width cannot be measured.
 _CHARACTER_PX = 6.0
@@ -26,7 +26,7 @@ def resident_chart(contents: Contents) -> VegaLite:
     """Return the chart of resident memory over time.
 
     Each arm has a line (the mean of its trials), a band (from the lowest to the highest trial)
-    and its name. A vertical rule marks the start of each phase.
+    and its name. A vertical rule marks the start of each phase, except that of the read-back.
     """
     top = max(float(c.high_bytes.max()) for c in contents.curves)
     unit_bytes, unit = (GIB, "GiB") if top >= 2 * GIB else (MIB, "MiB")
@@ -206,15 +206,15 @@ def _name(arm: str, saved: Any) -> str:
 
 
 def _height(contents: Contents) -> int:
-    """Return the height of the plot in pixels: enough for one line of text for each arm."""
+    """Return the height of the plot in pixels: at least 360, and one line of text for each arm."""
     return max(_HEIGHT, len(contents.curves) * _LABEL_PX)
 
 
 def _spread(wanted: dict[str, float], distance: float, highest: float) -> dict[str, float]:
     """Return the wanted heights, moved apart until any two differ by at least `distance`.
 
-    All results are near the wanted heights and at most `highest`. They are at least 0, except if
-    so many heights do not fit between 0 and `highest`.
+    All results are at most `highest`, and at least 0, except if so many heights do not fit between
+    0 and `highest`: then some are below 0.
     """
     placed: dict[str, float] = {}
     lowest = 0.0

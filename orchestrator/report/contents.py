@@ -26,8 +26,8 @@ class Contents:
     """The contents of a report on one run.
 
     `costs`, `loops` and `curves` have their arms in the order of `rows`, but may lack some of them.
-    If guests were started one by one, there are only `capacities` and `fills`; else there are
-    neither. `trials` are all attempts.
+    If guests were started one by one, only `run`, `trials`, `capacities` and `fills` are set; else
+    `capacities` and `fills` are empty. `trials` are all attempts.
     """
 
     run: Run

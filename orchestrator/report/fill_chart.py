@@ -18,8 +18,8 @@ def fill_chart(contents: Contents) -> VegaLite:
     """Return the chart of the memory that hosts used as guests were added.
 
     Each host of each trial has a line with a point for each guest that fitted, in the colour of its
-    arm. It ends with a cross where the next guest needed more than the host's memory, which is a
-    rule across the chart.
+    arm. If the host ran out of memory, its line ends with a cross: the next guest did not fit. A
+    rule across the chart marks the memory of the hosts that ran out.
     """
     points = list(_points(contents.fills))
     x = alt.X("guests:Q", title="guests on the host", axis=alt.Axis(format="d", tickMinStep=1))

@@ -30,7 +30,8 @@ def run_as_pb2(run: Run) -> fleet_pb2.Run:
 
 
 def savings_as_pb2(row: Savings) -> fleet_pb2.Savings:
-    """Convert a row of savings into its message; bytes in the footprint become whole numbers."""
+    """Convert a row of savings into its message; bytes of the footprint and of the control become
+    whole numbers."""
     return fleet_pb2.Savings(
         experiment=row.experiment,
         run_id=row.run_id,

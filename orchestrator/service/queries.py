@@ -1,5 +1,5 @@
 """Asks the store, or a fleet service, for runs and savings. Both give the same answer, except that
-the service rounds the bytes in footprints to whole numbers."""
+the service rounds the bytes of footprints and of the control to whole numbers."""
 
 from __future__ import annotations
 

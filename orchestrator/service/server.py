@@ -79,11 +79,11 @@ def serve(
     """Serve until SIGTERM or SIGINT. Call from the main thread.
 
     :param ready: called with the bound address when the server serves.
-    :raises InvalidInput: the address needs TLS.
+    :raises InvalidInput: the address is not valid, or needs TLS.
     :raises Refused: the address cannot be bound, or the store cannot be used.
     """
-    # Asked once now, so that a store that cannot be used is an error at the start, not at the first
-    # call, and so that all modules are imported.
+    # Query the store once now, so that a store that cannot be used is an error at the start, not at
+    # the first call, and so that the modules for queries are imported.
     with Store(data_dir) as store:
         ask_store(store, By.FLEET)
     stop = threading.Event()
@@ -101,7 +101,7 @@ def serve(
 
 def _bind(address: str, service: FleetService, tls: Tls | None) -> tuple[grpc.Server, str]:
     # gRPC sets SO_REUSEPORT by default on Linux: a second server could then bind the same address
-    # and would get half of the calls. Without SO_REUSEPORT, the second bind is an error.
+    # and would get a part of the calls. Without SO_REUSEPORT, the second bind is an error.
     server = grpc.server(ThreadPoolExecutor(_WORKERS), options=(("grpc.so_reuseport", 0),))
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
     state = health.HealthServicer()

@@ -13,10 +13,11 @@ from orchestrator.view.figures import percent_interval, size_interval
 
 
 def savings_answer(rows: Sequence[Savings], costs: Sequence[ArmCost]) -> str:
-    """Return what the arm that surely saves most saves, of what, and how much slower its workload
-    is; empty if no arm has an interval.
+    """Return what one arm saves, of how much, and how much slower its workload is. The arm is the
+    one whose interval of savings has the highest low end.
 
-    "Surely": the low end of its interval is the highest.
+    If that low end is not above 0, the text says that no arm surely saves. Empty if no arm has an
+    interval, or the control has no footprint.
     """
     measured = [(row.saved_bytes, row.arm) for row in rows if row.saved_bytes is not None]
     control = next((row for row in rows if row.saved_bytes is None and row.footprint), None)
@@ -44,7 +45,8 @@ def capacity_answer(arms: Sequence[ArmCapacity]) -> str:
 
 
 def guests_text(arm: ArmCapacity) -> str:
-    """Return `7`, `6.7` for a mean over trials, or `at least 12`; the arm has a figure."""
+    """Return how many guests fit under an arm that has a figure: `7`, `6.7` (a mean over trials),
+    or `at least 12`."""
     guests = arm.guests or 0.0
     number = f"{guests:.0f}" if guests == int(guests) else f"{guests:.1f}"
     return f"at least {number}" if arm.at_least else number

@@ -55,8 +55,8 @@ def change_tables(
 def comparison_as_data(
     runs: tuple[Run, Run], changes: Sequence[Change], judgements: Sequence[Judgement]
 ) -> dict[str, Any]:
-    """Return a comparison as plain data. The runs differ in `differences`, though they have the
-    same spec."""
+    """Return a comparison as plain data. `differences` are facts about machine and versions: both
+    runs have the same spec."""
     return {
         "first": runs[0].run_id,
         "second": runs[1].run_id,
@@ -83,7 +83,8 @@ def differences(first: Run, second: Run) -> list[dict[str, str]]:
 
 
 def undecided(changes: Sequence[Change]) -> list[str]:
-    """Return why arms cannot be compared, or some of their figures, one line for each reason."""
+    """Return why arms, or some of their figures, cannot be compared: one line for each arm and
+    reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for change in changes:
         reasons.setdefault((change.arm, change.undecided), []).append(change.figure)
@@ -131,7 +132,8 @@ def _intervals(change: Change) -> list[Text]:
 
 
 def _style(change: Change) -> str:
-    """Return green for a change for the better, red for one for the worse, if it is clear."""
+    """Return green for a change for the better, red for one for the worse; empty if its interval
+    is missing or contains 0."""
     interval = change.difference or change.percent
     if interval is None or interval.low <= 0 <= interval.high:
         return ""

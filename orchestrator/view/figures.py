@@ -84,8 +84,8 @@ def decimals(largest: float) -> int:
 
 
 def returned(part: Returned | None) -> str:
-    """Return `97 % in 2 s`: the share of the freed bytes that left the guests, and how long after
-    the free steps this was measured; `-` for None."""
+    """Return `97 % in 2 s`: the share of the freed bytes that went back to the host, and how long
+    after the free steps this was measured, at least; `-` for None."""
     if part is None:
         return NO_FIGURE
     return f"{part.share * 100:z.0f} % in {part.after_s:.2g} s"

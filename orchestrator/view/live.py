@@ -27,9 +27,9 @@ from orchestrator.view.progress import HostGroup, HostProgress, Progress
 
 _FRAMES_PER_S = 5
 _BAR_WIDTH = 24
-# With more hosts, those in the same phase share a line.
+# Up to so many hosts have a line each; if there are more, hosts in the same phase share a line.
 _MAX_HOSTS = 12
-# The width of all that is beside the line of bars.
+# The characters of a host's line that are not its bars.
 _BESIDE_LINE = 60
 
 
@@ -100,7 +100,8 @@ class LiveView:
 
 
 class PlainView:
-    """Prints a line when a trial starts, and when it ends undecided or lost: for logs and pipes."""
+    """Prints lines, for logs and pipes: when the run starts, waits or looks, when a trial starts,
+    and when a trial ends undecided or lost."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -144,7 +145,7 @@ class PlainView:
 
 
 def left_out_note(spec: Spec) -> str:
-    """Return a line that names the arms that do not run."""
+    """Return a line that names the arms that do not run under the spec's driver."""
     return f"left out under the {spec.driver} driver: {', '.join(spec.left_out)}"
 
 

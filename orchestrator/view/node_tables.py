@@ -45,7 +45,7 @@ def _can_run(node: Node) -> Text:
 def places_table(run: Run, trials: Iterable[StoredTrial]) -> Table:
     """Return a table with a row per node that hosts of the run were on, in any attempt at a trial.
 
-    A machine that was several nodes, as when the run was resumed on it alone, has one row.
+    A machine has one row even if it had several node ids, as when the run was resumed on it alone.
     """
     hosts = hosts_by_node(trials)
     machines: dict[object, tuple[Node, set[str]]] = {}
@@ -75,7 +75,7 @@ def short_list(hosts: Iterable[str]) -> str:
     """Return names of hosts (plan.host_names) as text: `host1-3, host7`."""
     numbers = sorted(int(host.removeprefix("host")) for host in hosts)
     parts = []
-    # In a run of consecutive numbers, number and index differ by the same.
+    # For consecutive numbers, number minus index is the same.
     for _, pairs in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         run = [number for _, number in pairs]
         parts.append(f"host{run[0]}" if len(run) == 1 else f"host{run[0]}-{run[-1]}")

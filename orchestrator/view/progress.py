@@ -155,7 +155,8 @@ class Progress:
 
     @property
     def _sure_repetitions(self) -> int:
-        """The number of repetitions that always run or have begun."""
+        """The number of repetitions that run in any case: those that always run, or those that have
+        begun if they are more."""
         begun = [t.repetition for t in self.trials if t.position in self._undecided_by_position]
         if self.trial is not None:
             begun.append(self.trial.repetition)
