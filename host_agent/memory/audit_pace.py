@@ -1,7 +1,7 @@
 """Decides when to look at a guest's RAM for what the books cannot know. Pure: the caller passes
 the time.
 
-Only a look at the RAM files shows which pages became resident again (and, under a peer, which
+Only a look at the RAM files shows which absent pages became resident (and, under a peer, which
 became absent). A look costs time for each run of pages that it passes. One fstat(2) for each file
 returns how much is resident, and from this sum follows how much a look would find (under a peer,
 the least that it would find). So the sum is checked often, at rest once a second. A look follows
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from host_agent.waking import WAKE_S, next_wake_s
 
-# If a look would find fewer pages (less than 1 MiB), the guest is calm: the kernel and the daemons
-# of a guest at rest move that much.
+# If a look would find fewer changed pages than this (1 MiB), the guest is calm: even at rest, its
+# kernel and its daemons change some.
 CALM_PAGES = 256
 # In a calm guest: the shortest time from one look to the next, and the largest share of a processor
 # that looks may take.
@@ -40,7 +40,7 @@ class Pace:
 class AuditPace:
     """Decides when to check how much of one guest's RAM is resident, and when to look at its RAM.
 
-    :ivar next_check_s: when the caller must call `check` next, on the clock of `check`.
+    :ivar next_check_s: when the caller must call `check` next, by the clock of its `now_s`.
     """
 
     def __init__(self, pace: Pace) -> None:
@@ -53,7 +53,7 @@ class AuditPace:
     def check(self, now_s: float, moved_pages: int) -> bool:
         """Return whether the caller must look now, and set `next_check_s`.
 
-        :param moved_pages: how many pages a look would find (`GuestMemory.moved_pages`).
+        :param moved_pages: how many changed pages a look would find (`GuestMemory.moved_pages`).
         """
         shortest_s = self._pace.period_s
         calm = moved_pages < CALM_PAGES
@@ -72,5 +72,5 @@ class AuditPace:
         return max(self._pace.period_s, self._took_s / self._pace.share)
 
     def looked(self, took_s: float) -> None:
-        """Note how much processor time the last look took: the longer, the later the next look."""
+        """Note how much processor time the last look took: a long one delays the next look."""
         self._took_s = took_s

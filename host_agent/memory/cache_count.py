@@ -54,4 +54,4 @@ def _can_count() -> bool:
         os.close(fd)
 
 
-CAN_COUNT = _can_count()  # tried, not inferred from the kernel: a filter may deny the call
+CAN_COUNT = _can_count()  # tried, not inferred from the kernel's version: a filter may deny it

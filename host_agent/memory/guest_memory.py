@@ -30,8 +30,8 @@ _T = TypeVar("_T")
 # A batch within these bounds (at most 1 MiB to drop, in few runs) takes less time than handing it
 # to a thread.
 _LIGHT_RANGES, _LIGHT_SPAN_PAGES, _LIGHT_PAGES = 8, 8192, 256
-# A look that is not in full ends after this processor time, because batches wait until it ends. The
-# next look begins where this look ended.
+# A look that is not in full stops at the latest after about this processor time, because batches
+# wait until it ends. The next look continues from there.
 _SLICE_S = 0.01
 
 
@@ -49,7 +49,7 @@ class GuestMemory:
         """:param name: the guest's name, for messages.
         :param others_reclaim: whether memory may leave the RAM without a batch (peers).
         :param changed: called after each change of the books.
-        :param lost: called with the reason when a look at the RAM has failed, after `closed`.
+        :param lost: called with the reason when a look at the RAM failed; the RAM is closed then.
         """
         self.lock = asyncio.Lock()
         self.refaults_to_tell = NO_PAGES
@@ -74,7 +74,7 @@ class GuestMemory:
         self._moved_from_bytes = 0
         """How much was resident when `has_moved` last returned true."""
 
-    # Life
+    # Opening and closing
 
     def started(self, ram: GuestRam) -> None:
         """Open the RAM and the books of a new guest."""
@@ -102,7 +102,7 @@ class GuestMemory:
 
     def tell_all_again(self) -> None:
         """Make the next Refaulted message report all memory that is resident by the books, and all
-        unplugged memory: earlier messages may have been lost."""
+        that was unplugged since `started` or `recovered`: earlier messages may have been lost."""
         if self._open:
             ram, ledger = self._open
             self.refaults_to_tell = (ram.page_map - ledger.absent_pages) | self._forgotten
@@ -123,8 +123,9 @@ class GuestMemory:
         """Reclaim the pages of a batch whose turn has just come; return the outcome, for `post`.
         Locked.
 
-        The whole batch is skipped if the RAM is not open. If a look at it fails, the guest is lost:
-        a punch that failed before the look may have dropped a part, and nobody knows which.
+        The whole batch is skipped if the RAM is not open. It is also skipped, and the guest is
+        lost, if a look at the RAM fails: a punch before that look may have dropped a part, and
+        nobody knows which.
         """
         if self._open is None:
             return skip(hinted, hinting_pb2.GUEST_GONE)
@@ -136,7 +137,7 @@ class GuestMemory:
             if self._is_light(hinted):
                 return reclaim(ram, hinted, ledger.absent_pages, permit)
             return await asyncio.to_thread(reclaim, ram, hinted, ledger.absent_pages, permit)
-        except OSError as error:  # a look failed; a failed punch is handled in `reclaim`
+        except OSError as error:  # a look failed; a failed punch is handled in reclaim.py
             self._look_failed(error)
             return skip(hinted, hinting_pb2.HOST_ERROR)
 
@@ -167,14 +168,14 @@ class GuestMemory:
         if self._open:
             self._open[1].post(hinted, outcome, wire_bytes)
             self._books_changed()
-        # Else a Refaulted message after the ack could report pages that this batch has reclaimed.
+        # Without this, a Refaulted message after the ack could report pages that this batch has
+        # reclaimed.
         self.refaults_to_tell -= outcome.reclaimed
 
     # Hotplug
 
     def plugged(self, segments: Sequence[Segment]) -> RangeSet:
-        """Add memory that the driver has plugged to the RAM and the books; return its pages.
-        Locked.
+        """Add to the RAM and the books what the driver has plugged; return its pages. Locked.
 
         :raises GuestLost: the guest does not run.
         """
@@ -196,13 +197,13 @@ class GuestMemory:
         Locked.
 
         :raises GuestLost: the guest does not run.
-        :raises Refused: the host's kernel did not drop all of it; it is still in the books.
+        :raises Refused: the host's kernel did not drop all of it. All is still in the books.
         """
         ram, _ = self._opened()
         try:
             await asyncio.to_thread(ram.punch, pages, ram.permit())
         except FenceClosed:
-            pass  # QEMU has removed the device: closing the device's file frees the memory
+            pass  # QEMU has removed the DIMM: `taken_out` closes its file, which frees the memory
         except OSError as error:
             raise Refused(
                 f"guest {self._name}: unplugged memory cannot be dropped: {error}"
@@ -210,7 +211,7 @@ class GuestMemory:
         self.taken_out(pages)
 
     def taken_out(self, pages: RangeSet) -> None:
-        """Remove memory that the guest does not have any more from the RAM and the books. Locked.
+        """Remove from the RAM and the books memory that the guest no longer has. Locked.
 
         :raises GuestLost: the guest does not run.
         """
@@ -248,8 +249,8 @@ class GuestMemory:
         return self.last_ledger
 
     def moved_pages(self) -> int:
-        """Return how many pages a look would find, judged by how much is resident; 0 if the RAM is
-        not open."""
+        """Return how many changed pages a look would find, judged by how much is resident; 0 if the
+        RAM is not open."""
         resident_bytes = self.books_now().resident_bytes
         if self._open is None:
             return 0
@@ -269,8 +270,8 @@ class GuestMemory:
         return moved
 
     async def audit(self) -> host_pb2.Ledger:
-        """Look at all pages that may be absent, unless as much is resident as the books say. Return
-        the books as `books_now` does. Locked."""
+        """Look at all pages that may be absent; if nobody else reclaims, only if more or less is
+        resident than the books say. Return the books as `books_now` does. Locked."""
         if self._open:
             _, ledger = self._open
             resident_bytes = self.books_now().resident_bytes
@@ -282,9 +283,9 @@ class GuestMemory:
         """Look at the RAM for changes that the books do not know, and enter them. Return the
         processor time that this took, in seconds. Locked.
 
-        The look ends when it has found as many pages as came back by the sum, or after _SLICE_S of
-        processor time. If it is `in_full`, or if others reclaim, it covers all pages that may be
-        absent. If it fails, the guest is lost, and 0 is returned.
+        If it is `in_full`, or if others reclaim, it covers all pages that may be absent. Otherwise
+        it ends early: when it has found `Ledger.unseen_pages` pages, or after _SLICE_S of processor
+        time. If the look fails, the guest is lost. Then, or if the RAM is not open, return 0.
         """
         if self._open is None:
             return 0.0

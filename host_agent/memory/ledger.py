@@ -1,6 +1,6 @@
 """The books of one guest: a pure state machine over sets of pages.
 
-These two balances hold after an `audit`, while the guest's memory does not change:
+These two balances hold after a full look and its `audit`, until the guest's memory changes:
 
     resident + reclaimed_now + untouched = provisioned
     hinted_total = reclaimed_total + absent_total + sum(skipped_total)
@@ -47,8 +47,8 @@ class Books:
 
 
 def summed(one: host_pb2.Ledger, other: host_pb2.Ledger) -> host_pb2.Ledger:
-    """Return the sums of two closed books: of what only grows, not of what is resident, reclaimed
-    or untouched now."""
+    """Return the sums of two books that are closed. Only totals that never shrink are added; what
+    is provisioned, resident, reclaimed or untouched now is 0 in the result."""
     sums = host_pb2.Ledger(
         hinted_total_bytes=one.hinted_total_bytes + other.hinted_total_bytes,
         reclaimed_total_bytes=one.reclaimed_total_bytes + other.reclaimed_total_bytes,
@@ -79,8 +79,8 @@ class Ledger:
         """Pages that were never seen resident."""
         self.reclaimed = NO_PAGES
         """Pages that were reclaimed and have not been seen resident since."""
-        # The union of `untouched` and `reclaimed`, and its size. They are stored because every
-        # batch needs them, and computing them goes through all sections of the RAM.
+        # The union of `untouched` and `reclaimed`, and its size. They are kept, not computed again,
+        # because every batch needs them, and computing them goes through all sections of the RAM.
         self._absent_pages, self._absent_page_count = ram_pages, ram_pages.page_count
         self._hinted = self._reclaimed_total = self._absent = self._refaulted = 0
         self._unplugged = 0
@@ -92,7 +92,7 @@ class Ledger:
         """Return a ledger with stored books. The caller must call `recover` next, because the guest
         has run since the books were stored.
 
-        :param ram_pages: what is RAM now. Memory may have been plugged or unplugged since then.
+        :param ram_pages: what is RAM now; it may differ from what was RAM in the stored books.
         """
         ledger, totals = cls(books.ram, others_reclaim=others_reclaim), books.totals
         ledger.untouched, ledger.reclaimed = books.untouched, books.reclaimed
@@ -112,13 +112,13 @@ class Ledger:
         return ledger
 
     def recover(self, resident: PageMap) -> None:
-        """Bring restored books up to date from the RAM file alone.
+        """Bring restored books up to date from the RAM files alone.
 
-        A page that is absent in the file and resident by the books was reclaimed by a batch that
-        the killed host agent did not save: it is entered as hinted and reclaimed (where others
-        reclaim, as reclaimed only). Pages that such a batch hinted while they were absent, or
-        that it reclaimed and the guest used again, are missing in the totals. The balances hold
-        nevertheless.
+        A page that is absent in the files and resident by the books was reclaimed by a batch that
+        the killed host agent did not save: it is entered as hinted and reclaimed (under a peer, the
+        peer took it: it is entered as reclaimed only). Pages that an unsaved batch hinted while
+        they were absent, or that it reclaimed and the guest used again, are missing in the totals.
+        The balances hold nevertheless.
 
         :param resident: all resident pages of the RAM; no batch may be running.
         """
@@ -151,16 +151,16 @@ class Ledger:
 
     @property
     def absent_pages(self) -> PageMap:
-        """Pages that may be absent; where others reclaim, all of the RAM. Before an `audit`, only
-        these must be looked at."""
+        """Pages that may be absent; where others reclaim, all of the RAM. An `audit` needs a look
+        at no other pages."""
         return self._ram if self._others_reclaim else self._absent_pages
 
     def unseen_pages(self, resident_bytes: int) -> int:
         """Return how many more pages are resident in the RAM files than by the books; negative if
         fewer.
 
-        If no others reclaim, each page that is resident by the books is resident in the files.
-        Then this is exactly the number of pages that a look will find resident again.
+        If no others reclaim and no batch runs, each page that is resident by the books is resident
+        in the files. Then this is exactly how many resident pages are absent by the books.
 
         :param resident_bytes: how much of the RAM files is resident.
         """
@@ -204,10 +204,11 @@ class Ledger:
 
     def audit(self, resident: PageMap) -> PageMap:
         """Enter the result of a look; return the pages that are resident but were absent by the
-        books. Where others reclaim, pages that are not in `resident` are entered as reclaimed.
+        books. Where others reclaim, enter as reclaimed the pages that were resident by the books
+        and are not in `resident`.
 
-        :param resident: the resident pages that the look found; where others reclaim, all that
-            there are. Pages outside of `absent_pages` change nothing.
+        :param resident: the resident pages that the look found; where others reclaim, all resident
+            pages of the RAM. Pages outside of `absent_pages` change nothing.
         """
         if self._others_reclaim:
             self._gone(self._ram - resident - self._absent_pages)

@@ -160,7 +160,7 @@ class PageMap:
     def unpack(cls, packed: bytes) -> PageMap:
         """Return the set that `pack` packed.
 
-        :raises InvalidInput: the bytes are truncated, or have an impossible section.
+        :raises InvalidInput: a section is truncated or impossible.
         """
         sections: dict[int, int] = {}
         at = 0
@@ -184,8 +184,8 @@ def first_pfn(section: int) -> int:
 
 
 def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of a section's number and the bits that `ranges` set in it. Consecutive ranges in
-    one section are yielded together; the same section may be yielded more than once."""
+    """Yield pairs of a section's number and the bits that `ranges` set in it. Ranges of one section
+    that come one after the other are yielded together; a section may be yielded more than once."""
     section, bits = -1, 0
     for pfn, page_count in ranges:
         if not page_count:

@@ -44,7 +44,7 @@ def loop_in_c(library: Path) -> Punch:
 
 def loop_in_ctypes() -> Punch:
     """Return a loop that calls fallocate(2) through ctypes for each range."""
-    # With this loop, a batch takes 1 % to 5 % longer than with that in C (docs/measurements.md).
+    # With this loop, a batch took 1 % to 5 % longer than with the loop in C (docs/measurements.md).
     fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 

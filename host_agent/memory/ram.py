@@ -1,11 +1,11 @@
-"""A guest's RAM on the host: parts of files, in guest physical order. Parts are plugged and
+"""A guest's RAM on the host: parts of files, in guest physical order. Parts may be plugged and
 unplugged while the guest runs.
 
 What is resident is read from the file itself (SEEK_DATA and SEEK_HOLE of lseek(2), cachestat(2),
 st_blocks of fstat(2)), the same way for the memfd of an embedded guest and for those of QEMU. The
 file must be shared memory (shmem), where a page is data exactly if it is in memory or swapped out
 (mm/shmem.c); both count as resident. A look costs a few system calls for each run of pages that it
-passes, and at most about 30 ns for each resident page that the kernel walks through.
+passes, and some tens of nanoseconds for each resident page that the kernel walks through.
 
 Holes are punched in slices, through a fence (fence.py).
 """
@@ -110,7 +110,7 @@ class GuestRam:
 
     def resident_bytes(self) -> int:
         """Return how much of the RAM files is resident: one system call for each file."""
-        # st_blocks counts units of 512 bytes, whatever the file system's block (stat(2)).
+        # st_blocks counts units of 512 bytes, whatever the file system's block size (stat(2)).
         return sum(os.fstat(fd).st_blocks * 512 for fd in self._files)
 
     def resident(self, within: PageMap) -> PageMap:
@@ -125,9 +125,9 @@ class GuestRam:
         slice_s: float = math.inf,
     ) -> Look:
         """Look for the resident pages of `within`, section by section: from the section of
-        `start_pfn` to the last, then from the first to the one before.
+        `start_pfn` to the last, then from the first to the one before the section of `start_pfn`.
 
-        :param max_pages: stop after the section in which this number of pages is reached.
+        :param max_pages: stop after the section in which this number of resident pages is reached.
         :param slice_s: stop after the section in which this processor time is over.
         :raises OSError: the kernel does not report what is resident.
         """
@@ -150,16 +150,16 @@ class GuestRam:
         return Look(resident=PageMap.union(found), next_pfn=next_pfn)
 
     def permit(self) -> int:
-        """Return a permit for `punch`. The permit ends when the guest is stopped or reset."""
+        """Return a permit for `punch`. It ends when QEMU stops or resets the guest (fence.py)."""
         return self._fence.permit()
 
     def punch(self, ranges: RangeSet, permit: int) -> None:
-        """Drop the memory behind those of `ranges` that are RAM, slice by slice. A range is cut at
-        the ends of slices and segments; each piece costs one system call.
+        """Drop the memory behind those parts of `ranges` that are RAM, slice by slice. A range is
+        cut at the ends of slices and segments; each piece costs one system call.
 
         :param permit: taken when it was decided that these ranges may be dropped.
         :raises OSError: the kernel refused a piece; others may have been dropped.
-        :raises FenceClosed: the permit has ended; a part may have been dropped.
+        :raises FenceClosed: the fence is closed, or the permit ended; a part may have been dropped.
         """
         for segment, parts in self._parts(ranges):
             for pieces in _slices(parts):
@@ -274,7 +274,7 @@ class _Walk:
                 return
             if self._hole <= data:
                 # First count what is resident from `data` to `end`: if all is, SEEK_HOLE is not
-                # needed. SEEK_HOLE does not stop at `end`, but walks through all data behind it.
+                # needed. SEEK_HOLE does not stop at `end`: it walks through data to the next hole.
                 left = cached_bytes(fd, data, end - data) if left < 0 else left
                 self._hole = end if left == end - data else os.lseek(fd, data, os.SEEK_HOLE)
             at = min(end, self._hole)

@@ -54,15 +54,16 @@ class AgentConfig:
     :ivar tls_folder: the folder with ca.pem, cert.pem and key.pem for a server with TLS; empty
         for plain text.
     :ivar method: HINTING, or NONE for a guest that only runs workloads.
-    :ivar isolator, tracker: a pair of `settings.PARTS`, of the driver whose guests have `memory`.
+    :ivar isolator, tracker: a pair that `settings.PARTS` has for guests with this `memory`.
     :ivar chunk_order: log2 of the pages in a chunk.
-    :ivar threshold_chunks: how many free chunks that wait make the agent hint at once.
+    :ivar threshold_chunks: how many new free chunks make isolator embedded hint at once, and
+        hugetlb begin a pass by itself; kmod does not use it.
     :ivar ram_fd, memory_bytes: for an embedded guest only: the descriptor of its RAM file, and
         the size of the RAM at the start.
     :ivar max_memory_bytes: the size up to which the guest may be resized; 0 if it may not.
-    :ivar programs: what the workload may start in a guest with a kernel of its own, as the first
-        arguments of commands name it.
-    :ivar orphan_after_s: the agent ends after so long without a host agent; 0 for never.
+    :ivar programs: in a guest with a kernel of its own, the programs that the workload may start:
+        a command is allowed if its first argument is exactly one of these.
+    :ivar orphan_after_s: the agent ends after so long without a link to a host agent; 0 for never.
     """
 
     server: str

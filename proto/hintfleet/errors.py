@@ -10,7 +10,7 @@
     |-- GuestLost          the guest is gone or not usable          ABORTED
     `-- OutcomeUnknown     it may or may not have been done         UNKNOWN
 
-`from_status` returns an error of the same class as the one that `to_status` converted, except for
+For each class in this tree, `from_status` returns the class that `to_status` converted, except for
 StableError, which is only a base. The string of an error is for people: what failed and, if there
 is a hint, on a line of its own what to try.
 """
@@ -37,7 +37,7 @@ class ExitCode(IntEnum):
 
 
 class HintfleetError(Exception):
-    """Base of all errors that a user may see.
+    """Base of our errors that a user may see.
 
     :ivar message: what failed, with its details.
     :ivar hint: what to try; may be empty.

@@ -1,7 +1,7 @@
 """`Leak`: a thing that a crash left on a machine. `remove_all` removes such things.
 
-`hintfleet-host --leaks` and `--clean` print as JSON what killed host agents left. `hintfleet doctor
---leaks` and `--clean` run that command, and also find what killed runs left.
+`hintfleet-host --leaks` prints as JSON what killed host agents left; `--clean` also removes it.
+`hintfleet doctor --leaks` and `--clean` run that command, and add what killed runs left.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def fields(**values: object) -> dict[str, dict[str, object]]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options --log-level and --log-format, whose values `configure` takes.
 
-    `hintfleet` declares the same two itself, for click: orchestrator/cli.py.
+    The command `hintfleet` declares the same two itself, for click: orchestrator/cli.py.
     """
     parser.add_argument(
         "--log-level", choices=LEVELS, default="info", help="what to log (default: %(default)s)"
@@ -89,7 +89,7 @@ def _handlers() -> list[_Handler]:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """The handler of `configure`; `_handlers` tells it by its class from those of others."""
+    """The handler that `configure` sets; `_handlers` recognizes it by its class."""
 
 
 _Style = Callable[[logging.LogRecord, str, dict[str, Any]], str]

@@ -68,8 +68,8 @@ def prepare(program: str) -> Tell:
     def tell(message: str) -> None:
         say(f"{program}: {message}")
 
-    # asyncio and gRPC log exceptions of callbacks and handlers. Where no handler is configured,
-    # logging.lastResort would print them with a traceback.
+    # asyncio and gRPC log exceptions of callbacks and RPC handlers. While no log handler is
+    # configured, logging.lastResort would print them with a traceback.
     logging.lastResort = _LoggedBugs(tell)
     threading.excepthook = lambda found: _tell_bug(found.exc_value or SystemError(), tell)
     return tell
@@ -112,7 +112,7 @@ def _explain(error: BaseException, tell: Tell, needs: str) -> int:
     if isinstance(error, ImportError) and not _is_ours(error.name):
         tell(f"{error}\n  try: pip install '{needs}'")
         return _FAILED
-    from hintfleet.errors import HintfleetError  # here: it needs gRPC, which may be missing
+    from hintfleet.errors import HintfleetError  # only here: it needs gRPC, which may be missing
 
     if isinstance(error, HintfleetError):
         tell(str(error))
@@ -208,7 +208,7 @@ def _append(report: str) -> str:
 
 
 class _LoggedBugs(logging.Handler):
-    """Prints warnings and errors that are logged without a configured handler.
+    """Prints warnings and errors that are logged while no log handler is configured.
 
     A record with an exception is a bug that asyncio or gRPC has caught: it is reported as one.
     """
@@ -226,7 +226,7 @@ class _LoggedBugs(logging.Handler):
 
 
 class _Stream(FileIO):
-    """Stdout or stderr; an error of `write` has its name as `filename`."""
+    """Stdout or stderr; an OSError of `write` has the stream's name as `filename`."""
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd, "w", closefd=False)

@@ -236,7 +236,7 @@ def _varints(packed: bytes) -> Sequence[int]:
 
     :raises InvalidInput: a number has more than 42 bits, is truncated, or has a needless byte.
     """
-    # A byte below 128 is a whole number. If all bytes are, as is usual, the bytes are the numbers.
+    # A byte below 128 ends a number. If all are below, as is usual, each byte is one number.
     if packed.isascii():
         return packed
     numbers: list[int] = []

@@ -2,8 +2,8 @@
 
 A sketch counts how many values fall into each bucket; each bucket's bounds are 2 % apart. Sketches
 of different guests are merged by adding their counts, and nothing is lost by that. This is DDSketch
-(Masson, Rim, Lee: VLDB 2019). Its library would be the only one in a guest beside gRPC; what is
-needed of it is this file.
+(Masson, Rim, Lee: VLDB 2019). We do not use its library, because guests would need it as well, and
+this file has all that we need of it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Sketch:
         return sum(self.counts)
 
     def quantile(self, share: float) -> float | None:
-        """Return the value that this share of all values does not exceed; None without values."""
+        """Return, right to 1 %, the value that this share of all values does not exceed; None
+        without values."""
         left = math.ceil(share * self.total)
         for bucket, count in enumerate(self.counts, self.first_bucket):
             left -= count

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def check(folder: Path, **bounds: int) -> str:
-    """Let Spin check the model; return the output, once every state was visited or an error found.
+    """Let Spin check the model, at most to the first error or its memory limit; return the output.
 
     :param bounds: macros to define in the model.
     """

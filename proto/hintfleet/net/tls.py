@@ -3,8 +3,8 @@ credentials, and makes gRPC servers listen, with TLS or in plain text.
 
 A TLS folder has `ca.pem` (the authority to trust), `cert.pem` (the certificate of the program that
 reads the folder) and `key.pem` (the key of that certificate); `hintfleet pki issue` makes such
-folders. On a TLS connection, both sides present a certificate. A program that was given a TLS
-folder uses TLS on every TCP address that the folder is for, also on loopback. Without a TLS folder,
+folders. On a TLS connection, both sides present a certificate. A program may have TLS folders for
+some of its addresses: on those that are TCP it uses TLS, also on loopback. Without a TLS folder,
 servers listen, and operators connect, only on loopback or a unix socket, in plain text; a guest
 agent connects in plain text to whatever address its configuration names. Unix sockets are never
 encrypted.
@@ -84,7 +84,7 @@ class Peer:
 
 
 def check_role(auth_context: Mapping[str, Any], wanted: Role) -> Peer | None:
-    """Return the peer of a server's connection; None on a connection without TLS.
+    """Return the client at the other end of a server's connection; None if it has no TLS.
 
     :param auth_context: gRPC's authentication context of the connection: lists of bytes by name.
     :raises Refused: the peer's certificate has another role than `wanted`, or none.
@@ -139,7 +139,7 @@ class Tls:
             message = f"its certificate cannot be used: {reason}"
             raise InvalidInput(f"TLS folder {where}: {message}", hint=_ISSUE_HINT) from error
         except OSError as error:
-            # A failed read names no file.
+            # The error of a failed open() names the file, that of a failed read() does not.
             message = f"{Path(error.filename or where).name}: {error.strerror}"
             raise InvalidInput(f"TLS folder {where}: {message}", hint=_ISSUE_HINT) from error
         return cls(folder=where, ca=ca, cert=cert, key=key)
@@ -227,7 +227,7 @@ def _handshake(folder: Path, *, server: bool) -> None:
     """Run a TLS handshake in memory: one side presents the certificate, the other verifies it.
 
     :param server: whether the side that presents it is the server; else it is the client.
-    :raises ssl.SSLError: the certificate is not valid for that side.
+    :raises ssl.SSLError: the certificate cannot be loaded, or is not valid for that side.
     """
     presenter = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     verifier = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if server else ssl.PROTOCOL_TLS_SERVER)

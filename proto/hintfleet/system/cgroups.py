@@ -21,7 +21,7 @@ class Hierarchy:
 
     :ivar controllers: of v1, for example `memory`, or `name=systemd`; of v2, none.
     :ivar top: folder of the topmost cgroup that this process can see.
-    :ivar own: folder of this process's cgroup: `top`, or below it.
+    :ivar own: folder of this process's cgroup, `top` or below it; `top` if it cannot be found.
     """
 
     controllers: frozenset[str]

@@ -66,8 +66,8 @@ def is_held(path: Path) -> bool:
     except OSError:
         return True
     try:
-        # Try a shared lock: with exclusive ones, two callers at the same time would each take the
-        # other for the holder.
+        # Try a shared lock: with exclusive ones, one of two callers at the same time could take
+        # the other for the holder.
         return not _try(fd, fcntl.LOCK_SH)
     finally:
         os.close(fd)

@@ -18,7 +18,7 @@ def read_at_most(path: str | Path, most_bytes: int) -> bytes:
     """
     with open(path, "rb", opener=_open_at_once) as file:
         os.set_blocking(file.fileno(), True)
-        content = file.read(most_bytes + 1)  # not read(): a device such as /dev/zero never ends
+        content = file.read(most_bytes + 1)  # bounded: a device such as /dev/zero never ends
     if len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", os.fspath(path))
     return content
@@ -32,8 +32,8 @@ def _open_at_once(path: str, flags: int) -> int:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write to. It gets the name `path` when the block ends without an error, and
-    replaces a file of this name; after an error, nothing is left of it.
+    """Yield a new file to write to. When the block ends without an error, it gets the name `path`
+    and replaces an old file of this name; after an error, it is removed, and the old file stays.
 
     :raises OSError: it cannot be made, synced or renamed, or `path` is something else than a file:
         a device, for example, must not be replaced.

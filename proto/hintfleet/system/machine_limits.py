@@ -33,7 +33,7 @@ _Number = TypeVar("_Number", int, float)
 class Bound(Generic[_Number]):
     """The most that this process may use: bytes of memory, or processors.
 
-    :ivar cgroup: folder of the cgroup whose limit this is; empty if it is the machine's size.
+    :ivar cgroup: folder of the cgroup in which the limit was found; empty if not in a cgroup.
     """
 
     value: _Number
@@ -75,7 +75,7 @@ def available_memory(root: Path = _ROOT) -> Bound[int]:
 
 
 def processors(root: Path = _ROOT) -> Bound[float]:
-    """Return how many processors this process may use at once; a quota may be a fraction."""
+    """Return how many processors this process may use at once; not always a whole number."""
     found = [Bound(value=float(len(os.sched_getaffinity(0))))]
     for folder in _cgroups("cpu", root):
         quota = _cpu_quota(_below(root, folder))
@@ -130,7 +130,8 @@ def _cpu_quota(folder: Path) -> float | None:
 
 
 def _cgroups(controller: str, root: Path) -> Iterator[PurePosixPath]:
-    """Yield the folders of this process's cgroup and of those above it, from the top."""
+    """Yield the folders of this process's cgroup and of those above it, from the top, for each
+    hierarchy that is v2 or has `controller`."""
     for hierarchy in hierarchies(root):
         if hierarchy.is_v2 or controller in hierarchy.controllers:
             yield from hierarchy.from_the_top()

@@ -2,7 +2,7 @@
 removes them before it makes another one.
 
 A process holds a lock on its folder until it removes the folder or ends. Unlike a process id, the
-lock shows whether the process runs even after the id was reused, and between containers. The
+lock shows whether the process runs even if the id was reused, or is of another container. The
 process id in the folder's name is checked as well: it protects a folder that its process has made
 but not yet locked.
 """
@@ -42,7 +42,7 @@ class OwnedFolders:
         return OwnedFolder(path, -1 if fd is None else fd)
 
     def abandoned(self) -> list[Path]:
-        """Return this user's folders whose processes are gone."""
+        """Return this user's folders of this kind whose processes are gone."""
         return [
             path
             for path in self.base.glob(f"{self.prefix}*-*")

@@ -1,4 +1,4 @@
-"""Finds processes of this machine in /proc (proc(5)), and ends them.
+"""Finds processes of this machine in /proc (proc(5)), and can end them.
 
 A `Process` is identified by its pid and its start time, so `end` never ends a later process that
 has the same pid.
