@@ -73,7 +73,8 @@ class Fleet(AbstractContextManager["Fleet"]):
             private.
         :param wait_s: how long to wait for nodes to join if some host fits on none; not used with a
             private cluster.
-        :param say: called with a text for people when the fleet begins to wait for nodes.
+        :param say: called with a text for people when the fleet begins to wait for nodes, and if a
+            node does not answer.
         """
         self._places = list(places)
         self._libvirt_uri = libvirt_uri if any(map(needs_libvirt, places)) else None
@@ -106,8 +107,12 @@ class Fleet(AbstractContextManager["Fleet"]):
         self.close()
 
     def _check_nodes(self) -> None:
-        if bad := [node for node in self._alive_nodes() if node.problem]:
+        nodes = self._alive_nodes()
+        if bad := [node for node in nodes if node.problem and not node.is_silent]:
             raise unusable_error(bad, node_probe.versions())
+        for node in nodes:
+            if node.is_silent:
+                self._say(f"node {node.label} {node.problem}: no host runs there")
 
     def prepare(self) -> Mapping[str, Node]:
         """Give an actor to each host that has none yet, or has lost its actor; return the node of
@@ -243,14 +248,14 @@ class Fleet(AbstractContextManager["Fleet"]):
 
     def _keep_local_hosts(self, placement: Placement) -> None:
         """Bind each host agent at a unix socket or on loopback to the node it was placed on, by
-        Ray's id.
+        Ray's id, unless its node was named: a node that comes back has its name, but a new id.
 
         A cluster may begin with one node, and have several when an actor must be started again:
         then such an address alone no longer tells the node.
         """
         self._places = [
             replace(host, node=placement.node_ids[host.name])
-            if host.address and is_local(host.address)
+            if host.address and is_local(host.address) and not host.node
             else host
             for host in self._places
         ]

@@ -27,6 +27,7 @@ class Node:
     :ivar libvirt: what libvirt guests would run on, or why they cannot run; empty if not asked.
     :ivar libvirt_usable: None if not asked.
     :ivar problem: why no host can run there; empty if hosts can.
+    :ivar is_silent: whether the problem is that it did not answer in time.
     """
 
     node_id: str
@@ -40,6 +41,7 @@ class Node:
     libvirt: str = ""
     libvirt_usable: bool | None = None
     problem: str = ""
+    is_silent: bool = False
 
     @property
     def label(self) -> str:
@@ -55,17 +57,24 @@ def node_of(
     node_id: str,
     name: str,
     address: str,
-    answer: Mapping[str, Any] | str,
+    answer: Mapping[str, Any] | str | None,
     wanted: Mapping[str, str],
 ) -> Node:
     """Return a node from what it answered.
 
     :param name: as Ray knows it; without `ray start --node-name`, Ray uses the address.
-    :param answer: from `node_probe.look`; a text if there was no answer, which says why.
+    :param answer: from `node_probe.look`; a text that says why the node cannot be asked; None if it
+        did not answer in time.
     :param wanted: the versions of this machine (`node_probe.versions`).
     """
-    if isinstance(answer, str):
-        return Node(node_id=node_id, name=name, address=address, problem=answer)
+    if answer is None or isinstance(answer, str):
+        return Node(
+            node_id=node_id,
+            name=name,
+            address=address,
+            problem=answer or "did not answer in time",
+            is_silent=answer is None,
+        )
     facts = dict(answer)
     missing = facts.pop("missing")
     hostname = facts["hostname"]

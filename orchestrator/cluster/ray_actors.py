@@ -1,17 +1,16 @@
-"""Ray: joins or starts a cluster, asks its nodes what they are, and controls hosts through actors.
+"""Ray: asks the nodes of a cluster what they are, and controls hosts through actors.
 
-The only module that imports Ray; fleet.py decides what is done with it. Each actor carries many
-hosts. A private cluster runs on loopback, and ends when it is closed.
+Only this module and ray_connection.py import Ray; fleet.py decides what is done with it. Each actor
+carries many hosts. A private cluster runs on loopback, and ends when it is closed.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,16 +19,9 @@ from hintfleet.logs import fields
 from hintfleet.system.owned_folders import OwnedFolder
 from orchestrator.cluster import node_probe
 from orchestrator.cluster.nodes import Node, node_of
-from orchestrator.cluster.ray_cluster import (
-    RAY_ENVIRONMENT,
-    ClusterAddress,
-    ClusterWatch,
-    cannot_join_error,
-    check_answers,
-    no_answer_error,
-    no_token_error,
-)
-from orchestrator.cluster.signals import signals_ignored, sigterm_handler_kept
+from orchestrator.cluster.ray_cluster import ClusterAddress, ClusterWatch
+from orchestrator.cluster.ray_connection import connect, first_line
+from orchestrator.cluster.signals import signals_ignored
 from orchestrator.machine import runtime_dirs
 from orchestrator.trial.host_group import HostGroup
 from orchestrator.trial.host_place import HostPlace
@@ -37,12 +29,8 @@ from orchestrator.trial.plan import HostTask
 from orchestrator.trial.records import Record
 
 if TYPE_CHECKING:
-    import grpc
     from ray import ObjectRef
 
-# Batches of records are small, so a small store is enough. Ray refuses less than 75 MiB
-# (ray/_private/ray_constants.py, 2.60).
-_OBJECT_STORE_BYTES = 80 << 20
 # How long to wait for actors to stop. Longer than `HostProcess.stop` waits for a host agent (25 s).
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.5
@@ -106,8 +94,8 @@ class Cluster:
         :raises HintfleetError: the cluster cannot be reached or used, or does not start.
         """
         self._runtime_dir = runtime_dirs().make() if self.is_private else None
-        _init_ray(self._address, self._runtime_dir.path if self._runtime_dir else None)
-        self._watch = _watch()
+        folder = self._runtime_dir.path if self._runtime_dir else None
+        self._watch = connect(self._address, folder)
         _log.info("ray connected", extra=fields(address=self._address.value or "private"))
 
     def close(self, actors: Iterable[Actor] = ()) -> None:
@@ -145,23 +133,44 @@ class Cluster:
             empty: at their host agents' default.
         :raises TransientError: the cluster is gone.
         """
-        import ray
-
-        listed: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        alive = {node["NodeID"]: node for node in listed if node["Alive"]}
+        alive = {node["NodeID"]: node for node in self._listed() if node["Alive"]}
         wanted = node_probe.versions()
-        for node_id, answer in self._ask(alive.keys() - self._nodes, wanted, libvirt_uri).items():
+        found = {node_id: self._nodes[node_id] for node_id in self._nodes.keys() & alive}
+        for node_id, answer in self._ask(alive.keys() - found, wanted, libvirt_uri).items():
             known = alive[node_id]
-            self._nodes[node_id] = node_of(
+            found[node_id] = node_of(
                 node_id, known["NodeName"], known["NodeManagerAddress"], answer, wanted
             )
-        found = (self._nodes[node_id] for node_id in alive)
-        return sorted(found, key=lambda node: (node.name, node.address, node.node_id))
+        # A node that was silent is asked again: it may have been busy, or be about to be dead.
+        self._nodes |= {node_id: node for node_id, node in found.items() if not node.is_silent}
+        return sorted(found.values(), key=lambda node: (node.name, node.address, node.node_id))
+
+    def _listed(self) -> list[dict[str, Any]]:
+        """Return what Ray knows of its nodes.
+
+        :raises TransientError: the cluster is gone.
+        """
+        import ray
+
+        # In a thread: if the cluster is gone, Ray does not return, and later ends the process.
+        answer: Future[list[dict[str, Any]]] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(ray.nodes())  # type: ignore[no-untyped-call]
+            except Exception as error:  # noqa: BLE001 - it is raised in the other thread
+                answer.set_exception(TransientError(f"Ray failed: {first_line(error)}"))
+
+        threading.Thread(target=ask, daemon=True).start()
+        while not wait([answer], _POLL_S).done:
+            self.check()
+        return answer.result()
 
     def _ask(
         self, node_ids: Collection[str], wanted: dict[str, str], libvirt_uri: str | None
-    ) -> dict[str, Mapping[str, Any] | str]:
-        """Return what each node answers to `node_probe.look`, or why there is no answer."""
+    ) -> dict[str, Mapping[str, Any] | str | None]:
+        """Return what each node answers to `node_probe.look`, or as text why it cannot; None if it
+        does not answer in time."""
         import ray
 
         # The module is sent with the question, because a node may lack it.
@@ -173,16 +182,16 @@ class Cluster:
         }
         limit_s = _NODE_ANSWERS_WITHIN_S if libvirt_uri is None else _LIBVIRT_ANSWERS_WITHIN_S
         deadline_s = time.monotonic() + limit_s
-        answers: dict[str, Mapping[str, Any] | str] = {}
+        answers: dict[str, Mapping[str, Any] | str | None] = dict.fromkeys(node_ids)
         while pending and time.monotonic() < deadline_s:
             for ref in self.ready(pending):
                 node_id = pending.pop(ref)
                 try:
                     answers[node_id] = ray.get(ref)
                 except ray.exceptions.RayError as error:
-                    cause = getattr(error, "cause", None)
-                    answers[node_id] = f"cannot be asked: {cause or _first_line(error)}"
-        return answers | dict.fromkeys(pending.values(), f"did not answer in {limit_s:.0f} s")
+                    cause = getattr(error, "cause", None) or error
+                    answers[node_id] = f"cannot be asked: {first_line(cause)}"
+        return answers
 
     def start_actor(self, node_id: str, places: Sequence[HostPlace]) -> Actor:
         """Start an actor for these hosts on a node, without waiting until it runs."""
@@ -203,8 +212,7 @@ class Cluster:
         return self._runtime_dir.path / str(self._actor_count)
 
     def ready(self, refs: Collection[Any]) -> list[Any]:
-        """Wait up to half a second until one reference or stream is ready; return it in a list, or
-        [].
+        """Wait up to half a second until a reference or stream is ready; return all that are.
 
         :raises TransientError: the cluster is gone, so no reference will ever be ready.
         """
@@ -213,7 +221,8 @@ class Cluster:
         # Without a timeout, Ray would wait for ever for an actor on a dead cluster.
         ready, _ = ray.wait(list(refs), timeout=_POLL_S)
         self.check()
-        return ready
+        # All that are ready, or else the first one that is always ready would hide the others.
+        return ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if ready else []
 
     def check(self) -> None:
         """Check that the cluster and the node of this process are alive.
@@ -268,9 +277,9 @@ def result(ref: Any) -> Any:
         ray.exceptions.ActorUnschedulableError,
         ray.exceptions.ObjectLostError,
     ) as error:
-        raise ActorLost(_first_line(error)) from error
+        raise ActorLost(first_line(error)) from error
     except ray.exceptions.RayError as error:
-        raise TransientError(f"Ray failed: {_first_line(error)}") from error
+        raise TransientError(f"Ray failed: {first_line(error)}") from error
 
 
 def next_batch(stream: Any) -> Sequence[Record] | None:
@@ -289,109 +298,3 @@ def _on(node_id: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node_id, soft=False)
-
-
-def _first_line(error: Exception) -> str:
-    # Ray's errors have many more lines: ids, nodes, addresses and advice.
-    return (str(error).splitlines() or [repr(error)])[0]
-
-
-def _init_ray(address: ClusterAddress, runtime_dir: Path | None) -> None:
-    # Ray reads RAY_ADDRESS in several places, and prefers it where `auto` is passed as the address.
-    os.environ.pop("RAY_ADDRESS", None)
-    if address.value:
-        os.environ["RAY_ADDRESS"] = address.value
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # log_to_driver would print the output of all actors on our stderr.
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    with sigterm_handler_kept():
-        if runtime_dir is None:
-            _connect(address, quiet)
-        else:
-            _start_private(runtime_dir, quiet)
-
-
-def _connect(address: ClusterAddress, quiet: dict[str, Any]) -> None:
-    import ray
-    from ray._private.services import canonicalize_bootstrap_address
-
-    has_token = True
-    try:
-        # Ray resolves `auto`, and turns a loopback address into one that other nodes can reach.
-        gcs_address = canonicalize_bootstrap_address(address.value) or address.value
-        if gcs_address != address.value:
-            address = replace(address, given=f"{address.given} ({gcs_address})")
-        with _gcs_channel(gcs_address) as channel:
-            has_token = check_answers(address, *_check_alive(channel))
-        # For `auto`, ray.init itself looks for the token of a local cluster; for an address it
-        # does not (ray/_private/worker.py, 2.60).
-        if not has_token and address.value != "auto":
-            raise no_token_error(address)
-        ray.init(address=address.value, **quiet)  # refuses a cluster with other versions
-    except HintfleetError:
-        raise
-    except ConnectionError as error:
-        if not has_token:
-            raise no_token_error(address) from error
-        raise no_answer_error(address, str(error)) from error
-    except Exception as error:
-        raise cannot_join_error(address, str(error.__cause__ or error)) from error
-
-
-def _start_private(runtime_dir: Path, quiet: dict[str, Any]) -> None:
-    os.environ |= {
-        # Every user of this machine can reach its loopback, and a client of Ray can run code as
-        # the user who started Ray. So clients must show a secret token.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        # 0, the default on macOS and Windows, turns clusters of several nodes off. With 1, Ray
-        # replaces 127.0.0.1 by an address that other machines can reach: get_node_ip_address in
-        # ray/_private/services.py (2.60).
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # No HTTP proxy, as is Ray's default. A user who has set 1 did so for other clusters, not
-        # for this one on loopback.
-        "RAY_grpc_enable_http_proxy": "0",
-    }
-    import ray
-
-    try:
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=str(runtime_dir / "ray"),
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
-    # ray/_private/node.py raises a bare Exception when one of Ray's processes does not start.
-    except Exception as error:
-        raise TransientError(f"Ray did not start: {_first_line(error)}") from error
-
-
-def _gcs_channel(address: str) -> grpc.Channel:
-    """Open a channel to a GCS with Ray's own function, which uses Ray's token, TLS and proxies."""
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
-
-    return cast("grpc.Channel", init_grpc_channel(address, GLOBAL_GRPC_OPTIONS))
-
-
-def _check_alive(channel: grpc.Channel, *node_ids: bytes) -> tuple[Any, Any]:
-    """Return the GCS's method CheckAlive, and the request to ask it whether these nodes live."""
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
-
-    pb2: Any = gcs_service_pb2
-    rpc: Any = gcs_service_pb2_grpc
-    stub = rpc.NodeInfoGcsServiceStub(channel)
-    return stub.CheckAlive, pb2.CheckAliveRequest(node_ids=node_ids)
-
-
-def _watch() -> ClusterWatch:
-    """Begin to watch the cluster that this process is connected to, and this process's node."""
-    import ray
-
-    context = ray.get_runtime_context()
-    channel = _gcs_channel(context.gcs_address)
-    return ClusterWatch(channel, *_check_alive(channel, bytes.fromhex(context.get_node_id())))

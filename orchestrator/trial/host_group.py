@@ -37,6 +37,7 @@ class HostGroup:
         self._folder = folder
         self._own_folder: OwnedFolder | None = None
         self._sessions: Mapping[str, HostSession] = {}
+        self._working: set[asyncio.Task[None]] = set()  # of `open` and `run`
 
     async def open(self) -> None:
         """Reach all hosts, up to 16 at a time, and check that they can run the guests.
@@ -56,7 +57,7 @@ class HostGroup:
             async with turns:
                 await session.open()
 
-        await _on_all(open_one, self._sessions.values())
+        await self._started(_on_all(open_one, self._sessions.values()))
 
     async def run(self, tasks: Sequence[HostTask]) -> AsyncGenerator[list[Record], None]:
         """Run the hosts' parts of one trial at once; yield batches of their records.
@@ -71,7 +72,7 @@ class HostGroup:
             async for record in self._sessions[task.host].run(task):
                 records.append(record)
 
-        parts = asyncio.create_task(_on_all(run_one, tasks))
+        parts = self._started(_on_all(run_one, tasks))
         try:
             ended = False
             while not ended:
@@ -90,16 +91,27 @@ class HostGroup:
                 await parts
 
     async def close(self) -> None:
-        """Close all sessions, so that host agents end their guests; stop logical hosts.
+        """Close all sessions, so that host agents end their guests; stop logical hosts. An `open`
+        or `run` that is not over is cut off first: it could start another host afterwards.
 
         May be called twice.
         """
+        for task in self._working:
+            task.cancel()
+        if self._working:
+            await asyncio.wait(self._working)
         closing = (session.close() for session in self._sessions.values())
         ended = await asyncio.gather(*closing, return_exceptions=True)
         if self._own_folder is not None:
             self._own_folder.remove()
         for error in filter(None, ended):
             raise error
+
+    def _started(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+        return task
 
 
 async def _on_all(

@@ -1,9 +1,11 @@
-"""How each host of a spec is reached, and what it needs of the node of its actor. Pure."""
+"""How each host of a spec is reached, and what it needs of the node of its actor."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from hintfleet.net.addresses import socket_path
 from hintfleet.settings import Driver
 from orchestrator.spec.memory_needs import host_bytes
 from orchestrator.spec.model import Spec, Timeouts
@@ -57,6 +59,17 @@ def host_places(
         )
         for name, agent in zip(host_names(spec), agents, strict=True)
     ]
+
+
+def from_here(place: HostPlace) -> HostPlace:
+    """Return a place whose paths do not depend on the current folder: that of an actor in a cluster
+    is another one."""
+    path = socket_path(place.address)
+    return replace(
+        place,
+        address=f"unix:{path.absolute()}" if path else place.address,
+        tls_folder=str(Path(place.tls_folder).absolute()) if place.tls_folder else "",
+    )
 
 
 def _logical(spec: Spec, name: str, libvirt_uri: str) -> LogicalHost | None:

@@ -201,7 +201,8 @@ class _TrialRunner:
     async def _fits(self, guest: GuestTask) -> None:
         """Wait for a sample after the guest's last step; then post that the guest fits, unless the
         host ran out of memory."""
-        await self._wait_for_samples([guest], since_us=self._last_step_us)
+        if not await self._wait_for_samples([guest], since_us=self._last_step_us):
+            raise TransientError(f"{self._task.host}: no sample of {guest.name} in time")
         if self._budget.ran_out.is_set():
             return  # the script is about to be cancelled
         self._fitting.append(guest)
@@ -221,14 +222,16 @@ class _TrialRunner:
         except TimeoutError:
             raise TransientError(f"{self._task.host}: no samples from the host agent") from None
 
-    async def _wait_for_samples(self, guests: Sequence[GuestTask], since_us: int) -> None:
+    async def _wait_for_samples(self, guests: Sequence[GuestTask], since_us: int) -> bool:
         """Wait until there is a sample of each of these guests from `since_us` or later, on the
-        host's clock. After some time go on without it: the trial may then have no footprint."""
+        host's clock, but only for some time; return whether there is. Without it, the trial may
+        have no footprint."""
         with suppress(TimeoutError):
             async with asyncio.timeout(2 * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S):
                 while min(self._sampled_us[guest.name] for guest in guests) < since_us:
                     self._sample_came.clear()
                     await self._sample_came.wait()
+        return min(self._sampled_us[guest.name] for guest in guests) >= since_us
 
     async def _run_phase(self, guests: Sequence[GuestTask], index: int, step: Step) -> None:
         about = f"{guests[0].name}: " if self._task.one_by_one else ""

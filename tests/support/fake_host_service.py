@@ -21,9 +21,12 @@ from hintfleet.v1 import host_pb2, host_pb2_grpc
 
 
 class _Host(host_pb2_grpc.HostServiceServicer):
-    def __init__(self, name: str, step_done: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, step_done: Callable[[], None], sampling: Callable[[], bool]
+    ) -> None:
         self._name = name
         self._step_done = step_done
+        self._sampling = sampling
         self._guests: dict[str, host_pb2.Ledger] = {}
 
     async def GetHost(self, request: host_pb2.GetHostRequest, _: Any) -> host_pb2.Host:
@@ -62,22 +65,30 @@ class _Host(host_pb2_grpc.HostServiceServicer):
             number += 1
             for books in self._guests.values():
                 books.batches += 1  # numbers the samples: a gap shows a lost one
-            yield host_pb2.SampleSet(
-                at_unix_us=time.time_ns() // 1000,
-                samples=[
-                    host_pb2.Sample(guest_name=name, ledger=books)
-                    for name, books in self._guests.items()
-                ],
-                host_agent_cpu_us=number,
-            )
+            if self._sampling():
+                yield host_pb2.SampleSet(
+                    at_unix_us=time.time_ns() // 1000,
+                    samples=[
+                        host_pb2.Sample(guest_name=name, ledger=books)
+                        for name, books in self._guests.items()
+                    ],
+                    host_agent_cpu_us=number,
+                )
             due_s += request.period_ms / 1000
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
 
 
-async def start(address: str, step_done: Callable[[], None] = lambda: None) -> grpc.aio.Server:
-    """Start a fake host agent at a unix socket; return its server."""
+async def start(
+    address: str,
+    step_done: Callable[[], None] = lambda: None,
+    sampling: Callable[[], bool] = lambda: True,
+) -> grpc.aio.Server:
+    """Start a fake host agent at a unix socket; return its server.
+
+    :param sampling: asked before each sample set, which is not sent if it returns False.
+    """
     server = grpc.aio.server()
-    host = _Host(address, step_done)  # type: ignore[abstract]
+    host = _Host(address, step_done, sampling)  # type: ignore[abstract]
     host_pb2_grpc.add_HostServiceServicer_to_server(host, server)
     server.add_insecure_port(address)
     await server.start()

@@ -4,7 +4,8 @@ servers in this process (tests/support/fake_host_service.py)."""
 import asyncio
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,15 @@ import grpc.aio
 import pytest
 
 from hintfleet.errors import HintfleetError
+from hintfleet.system.processes import other_processes
+from hintfleet.units import GIB
 from orchestrator.spec import file as spec_file
+from orchestrator.spec.model import Start
 from orchestrator.trial.host_group import HostGroup
 from orchestrator.trial.host_place import HostPlace
+from orchestrator.trial.host_process import LogicalHost
 from orchestrator.trial.plan import host_tasks, plan_trials
-from orchestrator.trial.records import HostDone, Record, Samples, StepDone
+from orchestrator.trial.records import GuestFits, HostDone, Record, Samples, StepDone
 from tests.support.fake_host_service import start
 
 HOSTS = ("host1", "host2", "host3")
@@ -130,6 +135,57 @@ def test_a_host_that_cannot_be_reached_is_named(folder: Path) -> None:
 
     with pytest.raises(HintfleetError, match=f"unix:{folder}/host3: GetHost: "):
         asyncio.run(open_without_one())
+
+
+def test_no_host_is_started_after_the_end(folder: Path) -> None:
+    """Some host agents are about to be started when the actor is told to stop."""
+
+    async def stop_while_opening() -> None:
+        logical = [
+            replace(
+                place,
+                address="",
+                logical=LogicalHost(name=place.name, memory_budget_bytes=GIB, driver=SPEC.driver),
+            )
+            for place in places(folder)
+        ]
+        group = HostGroup(logical, folder / "hosts")
+        opening = asyncio.create_task(group.open())
+        await asyncio.sleep(0.2)
+        await group.close()
+        with suppress(asyncio.CancelledError):
+            await opening
+        await asyncio.sleep(1)
+
+    asyncio.run(stop_while_opening())
+    assert not any(str(folder) in " ".join(found.argv) for found in other_processes())
+    assert not list((folder / "hosts").glob("*"))
+
+
+def test_a_guest_that_no_sample_shows_does_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.trial.runner._SAMPLE_TIMEOUT_S", 0.5)
+    spec = SPEC.model_copy(
+        update={"guests": SPEC.guests.model_copy(update={"start": Start.ONE_BY_ONE})}
+    )
+    (task, *_) = host_tasks(spec, plan_trials(spec, "run1")[0]).values()
+    steps: list[None] = []
+
+    async def run_without_samples() -> list[Record]:
+        place = places(folder)[0]
+        server = await start(place.address, lambda: steps.append(None), lambda: not steps)
+        group = HostGroup([place], None)
+        await group.open()
+        records = [record async for batch in group.run([task]) for record in batch]
+        await group.close()
+        await server.stop(None)
+        return records
+
+    records = asyncio.run(run_without_samples())
+    assert not [record for record in records if isinstance(record, GuestFits)]
+    (done,) = (record for record in records if isinstance(record, HostDone))
+    assert "no sample of host1-guest1" in done.undecided
 
 
 def test_a_trial_that_is_cut_off_ends(folder: Path) -> None:

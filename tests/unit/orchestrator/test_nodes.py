@@ -56,6 +56,13 @@ def test_this_machine_could_be_a_node() -> None:
     assert node.libvirt == ""
 
 
+def test_a_silent_node_is_told_apart_from_one_that_cannot_run_hosts() -> None:
+    silent = node_of("1", "n1", "10.0.0.1", None, HERE)
+    assert (silent.is_silent, silent.problem) == (True, "did not answer in time")
+    refused = node_of("1", "n1", "10.0.0.1", "cannot be asked: no module", HERE)
+    assert (refused.is_silent, refused.problem) == (False, "cannot be asked: no module")
+
+
 def test_libvirt_is_asked_on_the_node() -> None:
     answer = node_probe.look(node_probe.versions(), "qemu+unix:///session?socket=/nothing")
     assert not answer["libvirt_usable"]

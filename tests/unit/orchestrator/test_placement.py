@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,7 +23,7 @@ from orchestrator.cluster.placement import (
 )
 from orchestrator.spec.memory_needs import ACTOR_BYTES
 from orchestrator.spec.model import Timeouts
-from orchestrator.trial.host_place import HostPlace
+from orchestrator.trial.host_place import HostPlace, from_here
 from orchestrator.trial.host_process import LogicalHost
 
 
@@ -107,6 +108,19 @@ def test_libvirt_hosts_may_run_on_this_machine_alone_where_libvirt_is_not_asked(
     alone = node_of("1", "here", "127.0.0.1", node_probe.look(here, None), here)
     placement = place(logical(2, gib=0, driver=Driver.LIBVIRT), [alone], {})
     assert not placement.missing
+
+
+def test_paths_mean_the_folder_of_the_command_not_that_of_an_actor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = from_here(replace(agent("unix:run/host.sock"), tls_folder="tls"))
+    assert (place.address, place.tls_folder) == (
+        f"unix:{tmp_path}/run/host.sock",
+        f"{tmp_path}/tls",
+    )
+    for address in ("h1:7070", "unix-abstract:x", "unix:/run/x"):
+        assert from_here(agent(address)) == agent(address)
 
 
 @pytest.mark.parametrize("called", ["b", "b.example.org", "10.0.0.98", "id-b"])
