@@ -178,7 +178,7 @@ def compare_runs(first: RunRows, second: RunRows) -> list[Change]:
     # Both runs have the same spec, and so the same first look.
     first_look = max((row.first_look for row in first.footprints), default=0)
     return [
-        replace(_change(name, figure, before.get(name), after.get(name)), first_look=first_look)
+        _change(name, figure, before.get(name), after.get(name), first_look)
         for name in before | after
         for figure in Figure
         if any(figure in arms[name].values for arms in (before, after) if name in arms)
@@ -260,16 +260,18 @@ def _minus(values: _Values, others: _Values) -> _Values:
     return {trial: value - others[trial] for trial, value in values.items() if trial in others}
 
 
-def _change(name: str, figure: Figure, first: _Arm | None, second: _Arm | None) -> Change:
+def _change(
+    name: str, figure: Figure, first: _Arm | None, second: _Arm | None, first_look: int
+) -> Change:
     undecided = _undecided("first", first, figure) or _undecided("second", second, figure)
     if undecided or first is None or second is None:
-        return Change(arm=name, figure=figure, undecided=undecided)
+        return Change(arm=name, figure=figure, undecided=undecided, first_look=first_look)
     before, after = first.values[figure], second.values[figure]
     pairs = tuple((value, after[trial]) for trial, value in before.items() if trial in after)
-    if len(pairs) < 2:
-        undecided = "an interval needs two repetitions that both runs have"
-        return Change(arm=name, figure=figure, undecided=undecided)
-    return Change(arm=name, figure=figure, pairs=pairs)
+    if len(pairs) < (needed := max(2, first_look)):
+        undecided = f"an interval needs {needed} repetitions that both runs have"
+        return Change(arm=name, figure=figure, undecided=undecided, first_look=first_look)
+    return Change(arm=name, figure=figure, pairs=pairs, first_look=first_look)
 
 
 def _undecided(run: str, arm: _Arm | None, figure: Figure) -> str:

@@ -65,7 +65,7 @@ _Trials = dict[Hashable, LoopSum]
 def compare_loops(rows: Sequence[CostRow]) -> list[ArmLoops]:
     """Return what loops measured: for each title, a row for each arm whose trials all count.
 
-    Arms are in the order of `rows`. The control has rows, too.
+    Arms are in the order of `rows`: from the store, the control is first.
     """
     left_out = {row.arm for row in rows if not row.counts}
     controls = {row.arm for row in rows if row.is_control}

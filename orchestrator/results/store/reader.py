@@ -251,7 +251,7 @@ class Store(AbstractContextManager["Store"]):
             "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
             "     LEFT JOIN footprints f ON f.trial_id = t.trial_id AND f.guest = '' "
             "WHERE t.run_id = ? AND r.state != 'running' "
-            "ORDER BY t.arm_position, t.position, f.host",
+            "ORDER BY t.arm IS NOT r.control, t.arm_position, t.position, f.host",
             run_id,
         )
         return [cost_row(row) for row in rows]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hintfleet.units import MIB
+from orchestrator.results.bounds import Verdict, judge, parse_bound
 from orchestrator.results.capacity import Capacity, CapacityRow
 from orchestrator.results.changes import Change, Figure, RunRows, Unit, compare_runs
 from orchestrator.results.comparison import CostRow
@@ -143,7 +144,16 @@ def test_only_repetitions_that_both_runs_have_are_pairs() -> None:
         assert change.undecided, figure
         assert (change.first, change.second, change.difference, change.percent) == (None,) * 4
     (resident, _) = changed(BEFORE, one, "none").values()
-    assert "two repetitions that both runs have" in resident.undecided
+    assert "2 repetitions that both runs have" in resident.undecided
+
+
+def test_a_run_with_a_precision_has_no_interval_before_its_first_look() -> None:
+    first = run("r1", [60, 62])
+    looked = replace(first, footprints=[replace(row, first_look=3) for row in first.footprints])
+    change = changed(looked, looked, "none")[Figure.RESIDENT]
+    assert "3 repetitions that both runs have" in change.undecided
+    verdict = judge(parse_bound("resident > 1MiB"), [change])[0]
+    assert (verdict.verdict, verdict.reason) == (Verdict.UNDECIDED, change.undecided)
 
 
 def test_an_undecided_arm_has_no_changes() -> None:

@@ -41,7 +41,7 @@ from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import HostTask, Trial, host_tasks, plan_trials
 from orchestrator.trial.records import Columns, HostDone, Record, Samples, StepDone
 from orchestrator.view.progress import Progress
-from tests.support.stored import guest_records
+from tests.support.stored import guest_records, store_trial
 
 S = 1_000_000
 _TIMEOUT_S = 60
@@ -133,6 +133,17 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
         assert run.environment == {"kernel": "Linux"}
         assert len(ask_store(store, By.GUEST)) == 12
         assert ask_store(store, By.FLEET, since_unix_s=int(time.time()) + 60) == []
+
+
+def test_the_control_comes_first_wherever_the_spec_has_it(tmp_path: Path) -> None:
+    spec = header().spec
+    turned = spec.model_copy(update={"arms": tuple(reversed(spec.arms))})
+    with Store(tmp_path) as store:
+        with RunWriter(store, replace(header(), spec=turned)) as writer:
+            for trial in plan_trials(turned, "run1"):
+                store_trial(writer, trial, turned)
+        assert store.cost_rows("run1")[0].arm == "none"
+        assert store.footprint_rows("run1")[0].arm == "none"
 
 
 def test_an_undecided_trial_makes_the_run_undecided(tmp_path: Path) -> None:
