@@ -154,8 +154,10 @@ class HostServiceServicer:
     def AttachGuest(self, request, context):
         """Plug the memory door into a running domain of somebody else, so that its free memory can be
         hinted. The guest is kept until DetachGuest, or until its domain is removed; when the domain
-        ends and starts, it is attached again. Nothing else about the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
-        NOT_FOUND if there is no such domain.
+        ends and starts, it is attached again. Nothing else about the domain changes; with
+        through_guest_agent, the configuration and the service of the agent in the guest do.
+        FAILED_PRECONDITION, with the obstacles, if it cannot be attached; NOT_FOUND if there is no
+        such domain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,7 +165,8 @@ class HostServiceServicer:
 
     def DetachGuest(self, request, context):
         """Take the memory door out of an attached guest, once the guest has nothing isolated. The
-        domain is as it was before. NOT_FOUND if there is no such guest.
+        domain is as it was before, except that a configuration that its agent had earlier is gone.
+        NOT_FOUND if there is no such guest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

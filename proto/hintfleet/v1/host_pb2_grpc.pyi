@@ -60,12 +60,15 @@ class HostServiceStub:
     AttachGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.AttachGuestRequest, _host_pb2.AttachGuestResponse]
     """Plug the memory door into a running domain of somebody else, so that its free memory can be
     hinted. The guest is kept until DetachGuest, or until its domain is removed; when the domain
-    ends and starts, it is attached again. Nothing else about the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
-    NOT_FOUND if there is no such domain.
+    ends and starts, it is attached again. Nothing else about the domain changes; with
+    through_guest_agent, the configuration and the service of the agent in the guest do.
+    FAILED_PRECONDITION, with the obstacles, if it cannot be attached; NOT_FOUND if there is no
+    such domain.
     """
     DetachGuest: _grpc.UnaryUnaryMultiCallable[_host_pb2.DetachGuestRequest, _host_pb2.DetachGuestResponse]
     """Take the memory door out of an attached guest, once the guest has nothing isolated. The
-    domain is as it was before. NOT_FOUND if there is no such guest.
+    domain is as it was before, except that a configuration that its agent had earlier is gone.
+    NOT_FOUND if there is no such guest.
     """
     RunStep: _grpc.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]
     """Run one workload step on one guest; returns when the guest has done it.
@@ -123,12 +126,15 @@ class HostServiceAsyncStub(HostServiceStub):
     AttachGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.AttachGuestRequest, _host_pb2.AttachGuestResponse]  # type: ignore[assignment]
     """Plug the memory door into a running domain of somebody else, so that its free memory can be
     hinted. The guest is kept until DetachGuest, or until its domain is removed; when the domain
-    ends and starts, it is attached again. Nothing else about the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
-    NOT_FOUND if there is no such domain.
+    ends and starts, it is attached again. Nothing else about the domain changes; with
+    through_guest_agent, the configuration and the service of the agent in the guest do.
+    FAILED_PRECONDITION, with the obstacles, if it cannot be attached; NOT_FOUND if there is no
+    such domain.
     """
     DetachGuest: _aio.UnaryUnaryMultiCallable[_host_pb2.DetachGuestRequest, _host_pb2.DetachGuestResponse]  # type: ignore[assignment]
     """Take the memory door out of an attached guest, once the guest has nothing isolated. The
-    domain is as it was before. NOT_FOUND if there is no such guest.
+    domain is as it was before, except that a configuration that its agent had earlier is gone.
+    NOT_FOUND if there is no such guest.
     """
     RunStep: _aio.UnaryUnaryMultiCallable[_host_pb2.RunStepRequest, _host_pb2.RunStepResponse]  # type: ignore[assignment]
     """Run one workload step on one guest; returns when the guest has done it.
@@ -225,8 +231,10 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_host_pb2.AttachGuestResponse, _abc.Awaitable[_host_pb2.AttachGuestResponse]]:
         """Plug the memory door into a running domain of somebody else, so that its free memory can be
         hinted. The guest is kept until DetachGuest, or until its domain is removed; when the domain
-        ends and starts, it is attached again. Nothing else about the domain changes. FAILED_PRECONDITION, with the obstacles, if it cannot be attached;
-        NOT_FOUND if there is no such domain.
+        ends and starts, it is attached again. Nothing else about the domain changes; with
+        through_guest_agent, the configuration and the service of the agent in the guest do.
+        FAILED_PRECONDITION, with the obstacles, if it cannot be attached; NOT_FOUND if there is no
+        such domain.
         """
 
     @_abc_1.abstractmethod
@@ -236,7 +244,8 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.DetachGuestResponse, _abc.Awaitable[_host_pb2.DetachGuestResponse]]:
         """Take the memory door out of an attached guest, once the guest has nothing isolated. The
-        domain is as it was before. NOT_FOUND if there is no such guest.
+        domain is as it was before, except that a configuration that its agent had earlier is gone.
+        NOT_FOUND if there is no such guest.
         """
 
     @_abc_1.abstractmethod
