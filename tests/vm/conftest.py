@@ -61,10 +61,10 @@ def libvirt_uri() -> str:
 
 @pytest.fixture(scope="session")
 def may_have_own_libvirt() -> None:
-    """Skip tests that need a libvirtd of their own where there can be none: it needs root and a
-    mount namespace (tests/support/own_libvirt.py)."""
+    """Check that there can be a libvirtd of the tests' own: it needs root and a mount namespace
+    (tests/support/own_libvirt.py)."""
     if os.geteuid() or subprocess.run(["unshare", "--mount", "true"]).returncode:
-        pytest.skip("no libvirtd of the tests' own: it needs root and a mount namespace")
+        cannot_be_had("no libvirtd of the tests' own: it needs root and a mount namespace")
 
 
 @pytest.fixture(scope="session")
