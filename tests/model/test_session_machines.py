@@ -99,8 +99,8 @@ class Sessions(RuleBasedStateMachine):
             yield from self.agent_events(agent)
 
     def workload_goes_on(self) -> None:
-        """Allocate a chunk if one is free and less than a third is in use; else free one. Do
-        nothing while the guest is stopped, or is asked to stop."""
+        """Allocate a chunk if one is free and less than a third of all is in use; else free one.
+        Do nothing while the guest is stopped, or QEMU has begun to stop it."""
         if self.is_stopped or self.asks_to_stop:
             return
         if self.kernel.free and len(self.kernel.in_use) < CHUNK_COUNT // 3:
@@ -145,7 +145,7 @@ class Sessions(RuleBasedStateMachine):
             yield from (self.host_takes_its_turn,) * 3
             yield self.host_takes_its_turn_late
         for stream in self.streams:
-            # Streams that are over are among them: their messages arrive late.
+            # Among `self.streams` are streams that were cut: their messages arrive late.
             if stream.to_host:
                 yield partial(self.host_hears, stream)
         for stream in host.sessions.values():
@@ -211,8 +211,8 @@ class Sessions(RuleBasedStateMachine):
     # Faults
 
     def faults(self) -> Iterator[Event]:
-        """Yield the faults that can happen now. A fault that would interrupt something is yielded
-        twice, so that it is picked more often."""
+        """Yield the faults that can happen now. Some are yielded twice when they would interrupt
+        something, so that they are picked more often."""
         for agent in self.agents:
             yield partial(self.agent_dies, agent)
             if (stream := agent.stream) is not None:
@@ -332,8 +332,8 @@ class Sessions(RuleBasedStateMachine):
             )
 
     def teardown(self) -> None:
-        """Unless the guest was reset, continue without faults; then check that no chunk is isolated
-        any more, and that no batch is missing in the books."""
+        """Unless the guest was reset or `comes_to_rest` is false: continue without faults, then
+        check that no chunk is isolated any more, and that no batch is missing in the books."""
         if self.reset or not self.comes_to_rest:
             return
         self.kernel.busy = False
@@ -347,7 +347,7 @@ class Sessions(RuleBasedStateMachine):
         assert not self.host or not self.host.unposted, "missing in the books"
 
     def necessary_events(self) -> list[Event]:
-        """Return the events that can happen now, without faults, late turns and polls."""
+        """Return the events that can happen now, except faults, late turns and polls."""
         by_chance = {
             self.host_takes_its_turn_late,
             *(agent.poll for agent in self.agents),
