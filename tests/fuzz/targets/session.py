@@ -90,8 +90,8 @@ class _Running:
         os.pwrite(self.fd, (page + 1).to_bytes(8, "little"), page * PAGE_BYTES)
 
     def lost(self) -> set[int]:
-        """Return the pages of the file that do not hold what was written to them: of the guest's
-        RAM that it has not hinted, and of the rest of the file."""
+        """Return the pages of the file that do not hold what was written to them. Pages that the
+        guest has hinted since it wrote to them are not checked."""
         written = {_OFFSET[pfn] for pfn in self.touched}
         written |= set(range(_FILE_PAGES)) - set(_OFFSET.values())
         return {p for p in written if os.pread(self.fd, 8, p * PAGE_BYTES)[0] != p + 1}
@@ -156,8 +156,8 @@ class _Call:
         self.say(hello=pb.Hello(**fields))  # type: ignore[arg-type]
 
     def batch(self, epoch: int, seq: int, packed: bytes) -> RangeSet:
-        """Send a batch; return what it hints, and note its size for `check`. Return nothing and
-        note nothing if `packed` cannot be decoded."""
+        """Send a batch; return what it hints, and note its size for `check`. If `packed` cannot be
+        decoded, send it, too, but return EMPTY and note nothing."""
         self.say(batch=pb.Batch(epoch=epoch, seq=seq, ranges=packed))
         try:
             hinted = decode(packed)
