@@ -56,7 +56,7 @@ class Holding:
     def take(self, size_bytes: int, seed: int) -> int:
         """Allocate a block, write its pattern to it, and return its address.
 
-        :raises MemoryError: there is no memory left.
+        :raises MemoryError: no such block can be had, even after waiting for memory.
         """
         at = self._source.allocate(size_bytes)
         key = seed << 32 ^ self._next_key

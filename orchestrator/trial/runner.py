@@ -66,7 +66,7 @@ async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Eve
 
 
 class StepFailed(HintfleetError):
-    """A guest could not do a step of the workload; the trial is undecided."""
+    """A step was refused, for example for lack of memory. Unlike Refused, it does not end the run."""
 
 
 class _TrialRunner:

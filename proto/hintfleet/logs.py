@@ -39,7 +39,8 @@ def fields(**values: object) -> dict[str, dict[str, object]]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options --log-level and --log-format, whose values `configure` takes.
 
-    The command `hintfleet` declares the same two itself, for click: orchestrator/cli.py.
+    The command `hintfleet` has its own two, for click, and logs nothing by default:
+    orchestrator/cli.py.
     """
     parser.add_argument(
         "--log-level", choices=LEVELS, default="info", help="what to log (default: %(default)s)"

@@ -168,7 +168,7 @@ class AttachedPlace(Place):
 
     async def _is_kept(self) -> bool:
         """Return whether the guest waits for its domain to start, or runs again; False if the host
-        agent does not say so in _KEPT_TRIES answers."""
+        agent does not have it, or does not say so in _KEPT_TRIES tries."""
         for _ in range(_KEPT_TRIES):
             with contextlib.suppress(grpc.RpcError):
                 listed = await self._stub.ListGuests(
