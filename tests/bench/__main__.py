@@ -18,6 +18,7 @@ from tests.bench import (
     host_at_rest,
     host_path,
     many_hosts,
+    parallel,
     real_guest,
     restart,
     sparse,
@@ -39,6 +40,7 @@ _SUITES = {
     "store": store.run,
     "host_at_rest": host_at_rest.run,
     "many_hosts": many_hosts.run,
+    "parallel": parallel.run,
     "real_guest": real_guest.run,
 }
 
