@@ -34,8 +34,9 @@ demo: $(VENV)/base
 system:
 	@deploy/system/install
 
+# VARIANT=compiler: the image of `hintfleet run footprint`.
 image: $(VENV)/base
-	$(BIN)/python deploy/image/build.py
+	$(BIN)/python deploy/image/build.py $(if $(VARIANT),--variant $(VARIANT))
 
 # tests/unit/test_house.py runs ruff and mypy.
 check: $(VENV)/dev

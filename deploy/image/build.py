@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Builds the guest image: kernel, initrd and a read-only root disk.
 
-    python3 deploy/image/build.py [--print-path] [--package NAME ...]
+    python3 deploy/image/build.py [--print-path] [--variant NAME] [--package NAME ...]
 
 The image is kept outside the tree, in a directory named by a hash of its inputs in this tree and of
-the names in --package, and reused while they do not change (newer Debian packages are not noticed).
-The base directory (DIR) is HINTFLEET_IMAGE_DIR; by default
+the names of its packages, and reused while they do not change (newer Debian packages are not
+noticed). The base directory (DIR) is HINTFLEET_IMAGE_DIR; by default
 /var/cache/hintfleet/images for root (QEMU runs as another user and must be able to read it) and
 hintfleet/images in the XDG cache directory for others.
 
@@ -13,10 +13,11 @@ hintfleet/images in the XDG cache directory for others.
     DIR/layers/root-HASH/    root disk; built (minutes) if wheels, --package or rootfs.py changed
     DIR/HASH/                the image: root.img vmlinuz initrd.img image.json
     DIR/current              a link to the image of the last build without --package
+    DIR/compiler             the same for --variant compiler, and so for each variant
 
-A build removes all images except `current` and the KEPT_IMAGES others that builds used last, and
-all layers that no image uses and that are older than a day. A running guest does not need its
-image any more: QEMU has the disk open, and has read the other files.
+A build removes all images except those that such links name and the KEPT_IMAGES others that builds
+used last, and all layers that no image uses and that are older than a day. A running guest does not
+need its image any more: QEMU has the disk open, and has read the other files.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ from rootfs import rootfs
 PACKAGES = (("hintfleet", TREE / "proto/hintfleet"), ("guest_agent", TREE / "guest_agent"))
 INIT = Path(__file__).with_name("init")
 BUILDER = tuple(Path(__file__).with_name(f"{name}.py") for name in ("build", "common", "cpio"))
+VARIANTS = {"current": (), "compiler": ("g++",)}
+"""More Debian packages of each variant. A spec names it: `guests: {image: compiler}`."""
+
 KEPT_IMAGES = 8
 KEPT_LAYERS_S = 24 * 3600
 COMMANDS = ("chroot", "cat", "echo", "insmod", "ip", "mount", "poweroff", "rm", "sed", "sh")
@@ -57,34 +61,34 @@ def image_dir(environ: dict[str, str], is_root: bool) -> Path:
     return Path(cache, "hintfleet/images")
 
 
-def build(images: Path, packages: Sequence[str] = ()) -> Path:
+def build(images: Path, variant: str = "current", packages: Sequence[str] = ()) -> Path:
     """Build this tree's image if it is not there, and return its directory.
 
-    :param packages: more Debian packages for the root disk. If there are none, `current` points to
-        the image afterwards; else `current` is not changed.
+    :param packages: more Debian packages for the root disk. If there are none, the link with the
+        name of the variant points to the image afterwards; else no link is changed.
     :raises BuildError: a step failed; earlier images are still there.
     """
     sources = [path for _, package in PACKAGES for path in _sources(package)]
-    layers = (kit(images / "layers"), rootfs(images / "layers", packages))
+    layers = (kit(images / "layers"), rootfs(images / "layers", (*VARIANTS[variant], *packages)))
     names = [str(path.relative_to(TREE)) for path in sources]
     key = digest([*(layer.name for layer in layers), *names, *sources, INIT, *BUILDER])
     image = build_once(images / key, "image.json", lambda to: _assemble(to, key, *layers))
     if not packages:
-        _point(images / "current", key)
+        _point(images / variant, key)
     os.utime(image)  # time of use: `prune` keeps the images that were used last
     prune(images)
     return image
 
 
 def prune(images: Path) -> None:
-    """Remove all images except `current` and the KEPT_IMAGES others that builds used last. Also
-    remove layers that no image uses and that are older than KEPT_LAYERS_S.
+    """Remove all images except those that links name and the KEPT_IMAGES others that builds used
+    last. Also remove layers that no image uses and that are older than KEPT_LAYERS_S.
 
     Younger layers are kept, because another builder may be about to make an image of one.
     """
     there = [path.parent for path in images.glob("*/image.json")]
-    current = (images / "current").resolve()
-    ours = [image for image in there if not image.is_symlink() and image.resolve() != current]
+    linked = {image.resolve() for image in there if image.is_symlink()}
+    ours = [image for image in there if not image.is_symlink() and image.resolve() not in linked]
     ours.sort(key=lambda image: image.stat().st_mtime, reverse=True)
     for image in ours[KEPT_IMAGES:]:
         shutil.rmtree(image, ignore_errors=True)
@@ -164,7 +168,7 @@ def _point(link: Path, target: str) -> None:
     if link.is_symlink() and os.readlink(link) == target:
         return
     with tempfile.TemporaryDirectory(dir=link.parent, prefix=".building-") as aside:
-        new = Path(aside, "current")
+        new = Path(aside, link.name)
         new.symlink_to(target)
         new.replace(link)
 
@@ -173,6 +177,12 @@ def main() -> int:
     """Build the image, and print where it is; return the exit code."""
     parser = argparse.ArgumentParser(description="build the guest image")
     parser.add_argument("--print-path", action="store_true", help="print the image's directory")
+    parser.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        default="current",
+        help="which image: `current` has Python and little else, `compiler` has g++ besides",
+    )
     parser.add_argument(
         "--package",
         action="append",
@@ -184,7 +194,8 @@ def main() -> int:
     started = time.monotonic()
     try:
         require_tools()
-        image = build(image_dir(dict(os.environ), os.geteuid() == 0), arguments.package)
+        images = image_dir(dict(os.environ), os.geteuid() == 0)
+        image = build(images, arguments.variant, arguments.package)
     except BuildError as error:
         print(f"image: {error}", file=sys.stderr)
         return 1

@@ -332,5 +332,7 @@ def _check_settings(spec: host_pb2.GuestSpec) -> None:
             f"an embedded guest has no method {host_pb2.Method.Name(spec.method).lower()}",
             hint="driver: libvirt",
         )
+    if spec.image:
+        raise Refused("an embedded guest has no image", hint="driver: libvirt")
     if spec.node_count > 1:
         raise Refused("an embedded guest has one NUMA node", hint="driver: libvirt")

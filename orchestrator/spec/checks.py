@@ -262,6 +262,12 @@ def _host_problems(spec: Spec) -> Iterator[Problem]:
     for i, agent in enumerate(spec.hosts.agents):
         if problem := address_problem(agent.address):
             yield Problem(path=("hosts", "agents", i), message=problem)
+    if spec.guests.image and spec.driver is Driver.EMBEDDED:
+        yield Problem(
+            path=("guests", "image"),
+            message="an embedded guest has no image",
+            hint="run it with --driver libvirt, or remove image",
+        )
     budget_bytes = spec.hosts.memory_bytes
     if budget_bytes is not None and spec.guests.memory_bytes > budget_bytes:
         yield Problem(

@@ -127,14 +127,16 @@ class Guests(Part):
 
     :ivar per_host: how many; with `start: one by one` the most that are started.
     :ivar stagger_s: how much later each guest of a host begins its workload than the one before.
+    :ivar image: the variant of the guest image; empty for the one with Python and little else.
     """
 
-    LATER = frozenset({"start", "stagger_s"})
+    LATER = frozenset({"start", "stagger_s", "image"})
 
     per_host: int = Field(ge=1, le=1000)
     memory_bytes: Size = Field(alias="memory")
     start: Annotated[Start, Field(strict=False)] = Start.TOGETHER
     stagger_s: DurationS = Field(default=0.0, alias="stagger")
+    image: Name = ""
 
     @model_validator(mode="after")
     def _one_kind_of_start(self) -> Guests:

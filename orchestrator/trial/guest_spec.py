@@ -24,6 +24,7 @@ def guest_spec(task: HostTask) -> host_pb2.GuestSpec:
         balloon=_balloon_settings(arm) if arm.method is Method.BALLOON else None,
         kernel_parameters=arm.kernel_parameters,
         programs=programs(task.spec.workload),
+        image=task.spec.guests.image,
     )
 
 

@@ -98,7 +98,7 @@ class LibvirtDriver:
 
     def create(self, request: GuestRequest) -> LibvirtGuest:
         config = self._agent_config(request)
-        image = find_image(self._images)
+        image = find_image(self._images, request.spec.image)
         connection = self._connection.get()
         self._check_reach(image)
         _refuse_if_taken(connection, request)

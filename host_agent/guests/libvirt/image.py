@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from hintfleet.errors import Refused
 from hintfleet.system.files import read_at_most
 
 _MAX_MANIFEST_BYTES = 1 << 20
-_BUILD_HINT = "make image (or set HINTFLEET_IMAGE_DIR to where it was built)"
+_CURRENT = "current"
+# A name is a part of a path, and comes from another machine.
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +52,33 @@ def default_image_dir(environ: Mapping[str, str]) -> Path:
     return Path(cache, "hintfleet/images")
 
 
-def find_image(images: Path | None = None) -> GuestImage:
-    """Return the image that `current`, the builder's link, points to.
+def find_image(images: Path | None = None, variant: str = "") -> GuestImage:
+    """Return the image that the builder's link of a variant points to.
 
     :param images: the directory of all images; None for the default one.
+    :param variant: one of those that deploy/image/build.py knows; empty for `current`.
     :raises Refused: there is none, a part of it cannot be read, or image.json is damaged.
     """
-    current = (images or default_image_dir(os.environ)) / "current"
-    manifest = current / "image.json"
+    variant = variant or _CURRENT
+    if not _NAME.fullmatch(variant):
+        raise Refused(f"{variant!r} is not the name of a guest image")
+    link = (images or default_image_dir(os.environ)) / variant
+    manifest = link / "image.json"
+    build = f"make image{'' if variant == _CURRENT else f' VARIANT={variant}'}"
+    hint = f"{build} (or set HINTFLEET_IMAGE_DIR to where it was built)"
     try:
-        directory = current.resolve(strict=True)
+        directory = link.resolve(strict=True)
         release = json.loads(read_at_most(manifest, _MAX_MANIFEST_BYTES))["kernel"]
         image = GuestImage(directory=directory, kernel_release=release)
         for path in (image.kernel, image.initrd, image.root_disk):
             with path.open("rb") as file:
                 file.read(1)
     except FileNotFoundError as error:
-        raise Refused(f"no guest image: {error.filename} is missing", hint=_BUILD_HINT) from error
+        raise Refused(f"no guest image: {error.filename} is missing", hint=hint) from error
     except OSError as error:
         raise Refused(
             f"the guest image cannot be read: {error}", hint="make it readable for this user"
         ) from error
-    except (ValueError, KeyError) as error:
-        raise Refused(f"the guest image's {manifest} is damaged", hint=_BUILD_HINT) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"the guest image's {manifest} is damaged", hint=hint) from error
     return image

@@ -231,6 +231,7 @@ class GuestSpec(_message.Message):
     MAX_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     NODE_COUNT_FIELD_NUMBER: _builtins.int
     PROGRAMS_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     driver: Global___Driver.ValueType
     memory_bytes: _builtins.int
     method: Global___Method.ValueType
@@ -245,6 +246,10 @@ class GuestSpec(_message.Message):
     node_count: _builtins.int
     """Driver LIBVIRT only: number of NUMA nodes that memory_bytes is spread over evenly;
     0 means 1. Plugged memory belongs to the last node.
+    """
+    image: _builtins.str
+    """Driver LIBVIRT only: the variant of the guest image that the host's builder made
+    ("compiler"); empty for the one without a name.
     """
     @_builtins.property
     def hinting(self) -> Global___HintingSettings:
@@ -270,10 +275,11 @@ class GuestSpec(_message.Message):
         max_memory_bytes: _builtins.int = ...,
         node_count: _builtins.int = ...,
         programs: _abc.Iterable[_builtins.str] | None = ...,
+        image: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "hinting", b"hinting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "driver", b"driver", "hinting", b"hinting", "kernel_parameters", b"kernel_parameters", "max_memory_bytes", b"max_memory_bytes", "memory_bytes", b"memory_bytes", "method", b"method", "node_count", b"node_count", "programs", b"programs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "driver", b"driver", "hinting", b"hinting", "image", b"image", "kernel_parameters", b"kernel_parameters", "max_memory_bytes", b"max_memory_bytes", "memory_bytes", b"memory_bytes", "method", b"method", "node_count", b"node_count", "programs", b"programs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -154,7 +154,8 @@ def test_a_program_may_take_its_time_and_no_other_may_run() -> None:
     phases = ({"command": ("make", "-j2", "a file"), "for": "10min"}, {"command": ("ls",)})
     with pytest.raises(ValueError, match="command needs a time of at most 1440 minutes"):
         Workload.model_validate({"phases": phases})
-    real = spec(driver="libvirt", workload={"phases": phases[:1]})
+    guests = {"per_host": 2, "memory": "256MiB", "image": "compiler"}
+    real = spec(driver="libvirt", workload={"phases": phases[:1]}, guests=guests)
     assert not list(problems(real))
     (make,) = expand(real.workload)
     assert (make.title, make.limit_s, make.hold_s) == ("command make -j2 'a file'", 600.0, 0.0)
@@ -162,7 +163,7 @@ def test_a_program_may_take_its_time_and_no_other_may_run() -> None:
     assert list(request.run_program.arguments) == ["make", "-j2", "a file"]
     assert request.run_program.timeout_ms == 600_000
     task = host_tasks(real, plan_trials(real, "run")[0])["host1"]
-    assert list(guest_spec(task).programs) == ["make"]
+    assert (list(guest_spec(task).programs), guest_spec(task).image) == (["make"], "compiler")
 
 
 def test_the_parts_of_a_replay_are_one_record() -> None:

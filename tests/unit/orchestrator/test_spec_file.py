@@ -154,6 +154,7 @@ def test_a_good_spec() -> None:
         ("{name: none, method: none}", "{name: a, method: hinting}", "10:1", "no control"),
         ("method: hinting, tracker: bitmap", "method: none", "12:20", "second control"),
         ("memory: 1GiB", "memory: 128MiB", "4:23", "larger than its host"),
+        ("per_host: 3", "per_host: 3, image: compiler", "4:23", "embedded guest has no image"),
         ("count: 2, memory: 1GiB", "agents: ['10.0.0.1']", "3:18", "no address"),
         ("count: 2, memory: 1GiB", "agents: [], memory: 1GiB", "3:1", "either count and memory"),
         (
