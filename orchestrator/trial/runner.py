@@ -66,7 +66,7 @@ async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Eve
 
 
 class StepFailed(HintfleetError):
-    """A step was refused, for example for lack of memory. Unlike Refused, it does not end the run."""
+    """A step was refused, as for lack of memory. Unlike Refused, this does not end the run."""
 
 
 class _TrialRunner:
