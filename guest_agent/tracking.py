@@ -114,7 +114,7 @@ class BitmapTracker:
     def mark(self, pfn: int) -> None:
         with self._lock:
             if self._cold_after_s:
-                self._clear(pfn)  # if set, the bit is of an earlier free
+                self._clear(pfn)  # a bit of an earlier free would count it as cold
                 # Remove the pfn first, so that it is inserted at the end: the dict must stay sorted
                 # by time.
                 self._not_yet_cold.pop(pfn, None)

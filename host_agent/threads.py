@@ -2,8 +2,8 @@
 
 A driver's call may take seconds: libvirt makes a domain, or a guest releases a DIMM. Punches,
 looks at RAM files and writes of books use the event loop's default thread pool. If drivers used
-that pool too, slow calls could take all of its threads. (The calls of a peer, in balloon_loop.py,
-do use the default pool.)
+that pool too, slow calls could take all of its threads. (The calls in balloon_loop.py do use the
+default pool.)
 """
 
 from __future__ import annotations

@@ -101,9 +101,10 @@ async def detach(
     its memory door, and return the closed books. With through_guest_agent, stop its agent before.
 
     :raises NotFound: no such domain is attached.
-    :raises HintfleetError: the agent could not be stopped; the guest stays attached. Or the guest
-        did not release the door; the guest stays in the list, but is not hinted any more. In both
+    :raises HintfleetError: the agent could not be stopped; the guest stays attached. Or the door
+        could not be taken out; the guest stays in the list, but is not hinted any more. In both
         cases `detach` can be called again.
+    :raises TransientError: the guest is detached, but the state cannot be written.
     """
     found = [g for g in registry.guests if g.is_attached and request.name in (g.name, g.uuid)]
     if not found:

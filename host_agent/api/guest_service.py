@@ -150,7 +150,7 @@ def _stream(guest: Guest, context: Context) -> Stream:
 
 @contextlib.contextmanager
 def _counting_violations(guest: Guest) -> Iterator[None]:
-    """If the block raises InvalidInput or LimitExceeded, count a violation for the guest."""
+    """Count an InvalidInput or LimitExceeded of the block as a violation; raise it again."""
     try:
         yield
     except (InvalidInput, LimitExceeded) as error:

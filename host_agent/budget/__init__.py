@@ -1,1 +1,1 @@
-"""How much memory the guests of a host may use together, and who keeps them to it."""
+"""A host's memory budget: the limit of all its guests together, enforced by a cgroup or watched."""

@@ -174,4 +174,4 @@ class GuestDriver(GuestMaker, Protocol):
     """Makes guests for trials."""
 
     def state(self) -> host_pb2.DriverState:
-        """Return whether this host can run such guests, and with which versions, or why not."""
+        """Return whether this host can run such guests, and with what, or why not."""

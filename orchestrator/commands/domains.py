@@ -174,8 +174,8 @@ Examples:
 def detach(domain: str, address: str, via: str | None, tls_folder: str) -> int:
     """Stop hinting in an attached DOMAIN, and take the device out of it again.
 
-    Needed before the domain can be saved, snapshotted or migrated: QEMU refuses that while
-    the device is there.
+    Needed before a save, a migration or a snapshot with memory: QEMU refuses them while the
+    device is there.
     """
     from hintfleet.units import format_size
     from hintfleet.v1 import host_pb2

@@ -102,8 +102,8 @@ def show(path: Path | None, output_format: str) -> int:
     """Show the subject, the last day and the fingerprint of certificates.
 
     PATH is a certificate, a folder with one, or an authority's folder (the default). For an
-    authority, all certificates that it issued are shown. The exit code is 1 unless all of
-    them are valid.
+    authority, its own certificate and those in its folder `issued` are shown. The exit code is
+    1 unless all that are shown are valid.
     """
     from dataclasses import asdict
 

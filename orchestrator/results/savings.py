@@ -1,11 +1,11 @@
 """Computes what arms used and saved. The summary of a run, the command `savings` and the fleet
 service all use this module.
 
-Controlled savings compare an arm with the control of the same run, pair by pair. A pair is
+Savings compare an arm with the control of the same run, pair by pair. A pair is
 one repetition (so the same seeds) of the whole fleet, of a host or of a guest, depending on what
 the row covers. A row is undecided if a trial of its arm or of the control was cut off, undecided
 or lost, even if that was because of a host or guest that the row does not cover: as in
-`comparison`, no part of such a trial counts.
+`comparison`, no part of such a trial counts as saved.
 """
 
 from __future__ import annotations

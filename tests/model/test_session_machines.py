@@ -2,7 +2,7 @@
 in random orders of events and faults.
 
 The same test must find mistakes like those of session.pml when they are made in the real machines,
-or in what carries out their instructions.
+or around them: when agents start or die, or the guest is reset.
 """
 
 from __future__ import annotations
@@ -509,7 +509,7 @@ MUTATIONS: dict[str, dict[str, object]] = {
             SkipsWithoutAWord,
         )
     },
-    # Mistakes outside of the state machines: in what carries out their instructions.
+    # Mistakes outside of the state machines: when agents start or die, or the guest is reset.
     "DeathReleases": {"death_releases": True},
     # This one never comes to rest: two agents supersede each other for ever.
     "AgentsShareTheIsolator": {"agents_share_the_isolator": True, "comes_to_rest": False},

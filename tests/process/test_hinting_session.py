@@ -1,4 +1,4 @@
-"""How a real host agent answers guests that follow the hinting protocol, or break its rules."""
+"""How a host agent's servers answer guests that follow the hinting protocol, or break its rules."""
 
 from collections.abc import Iterator
 

@@ -140,7 +140,8 @@ def test_a_guest_may_not_watch_or_ask_for_health(host_agent: HostAgent, folders:
 
 
 def test_an_operator_sees_health_and_samples(host_agent: HostAgent, folders: Folders) -> None:
-    """The check of the role lets unary calls and streams of an operator pass unchanged."""
+    """The check of the role lets an operator's streams pass, of both kinds of handlers: a coroutine
+    (health) and an async generator (samples)."""
     credentials = folders.tls(Role.OPERATOR).for_client()
     with grpc.secure_channel(host_agent.control, credentials) as channel:
         health = health_pb2_grpc.HealthStub(channel)

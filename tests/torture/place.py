@@ -118,7 +118,7 @@ class Place:
             self._there.read_console(self._report)
 
     async def destroy(self) -> None:
-        """Destroy the guest, if there is one."""
+        """End or detach the guest, if there is one."""
         if self._there is not None:
             await self._lost(self._there)
 

@@ -112,8 +112,7 @@ def _device_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
 
 
 def _has_free_port(domain: ET.Element) -> bool:
-    """Return whether a device can be plugged in: into a free PCIe port, or into a bus that is not
-    PCIe."""
+    """Return whether there is a free PCIe port; True without PCIe, where a free slot is assumed."""
     controllers = domain.findall("devices/controller[@type='pci']")
     if not any(one.get("model") == "pcie-root" for one in controllers):
         return True  # i440FX: its bus has 31 slots; one is assumed to be free

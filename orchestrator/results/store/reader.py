@@ -74,7 +74,7 @@ class Run:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The options of `hintfleet run` that give `overrides`, for example --driver libvirt."""
+        """The options of `hintfleet run` that give the driver and the hosts in `overrides`."""
         driver, agents = self.overrides.get("driver"), self.overrides.get("hosts", {}).get("agents")
         return (
             *(("--driver", driver) if driver else ()),

@@ -144,7 +144,7 @@ class _Call:
         raise _Ended
 
     def auth_context(self) -> dict[str, list[bytes]]:
-        """Return the context of a connection on loopback, without certificate."""
+        """Return the context of a connection without TLS."""
         return {}
 
     def say(self, **kind: object) -> None:

@@ -50,9 +50,13 @@ def test_what_goes_wrong_is_said(arguments: tuple[str, ...], said: str) -> None:
 def test_much_output_is_read_and_its_end_is_told() -> None:
     with pytest.raises(Refused) as caught:
         run("sh", "-c", "yes \N{SNOWMAN} | head -c 1000000; echo the end; exit 1")
-    message = caught.value.message
-    assert message.endswith("\N{SNOWMAN}\nthe end")
-    check_done(pb.Done(error=message), 1 << 30)  # a host accepts an error of this length
+    assert caught.value.message.endswith("\N{SNOWMAN}\nthe end")
+
+
+def test_a_host_accepts_the_longest_error() -> None:
+    with pytest.raises(Refused) as caught:
+        run("sh", "-c", "yes | head -c 1000000; exit 1", "x" * 1000)
+    check_done(pb.Done(error=caught.value.message), 1 << 30)
 
 
 def ended(pid: int) -> bool:
