@@ -1,12 +1,12 @@
-"""Finds what killed host agents left on this host: processes, domains, memory doors, cgroups,
-folders.
+"""Finds what killed host agents left on this host: processes, domains, memory doors, cgroups, zram
+devices, folders.
 
-An embedded guest, and a host agent with --lifeline-fd, has a lifeline, a pipe. A guest's folder and
-a cgroup have a lock, and a domain has its console in a guest's folder. When the owner dies, the
-kernel closes the other end of the pipe, or releases the lock. So these are leaks: a process whose
-lifeline has no other end, a folder or cgroup whose lock is free, the domain of such a folder, and a
-memory door on whose socket nobody listens. Guests that a host agent has made under --state are not
-examined: each ends by itself after --orphan-after.
+An embedded guest, and a host agent with --lifeline-fd, has a lifeline, a pipe. A guest's folder, a
+cgroup and a zram device have a lock, and a domain has its console in a guest's folder. When the
+owner dies, the kernel closes the other end of the pipe, or releases the lock. So these are leaks: a
+process whose lifeline has no other end, a folder, cgroup or zram device whose lock is free, the
+domain of such a folder, and a memory door on whose socket nobody listens. Guests that a host agent
+has made under --state are not examined: each ends by itself after --orphan-after.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from hintfleet.errors import HintfleetError
 from hintfleet.leaks import Leak, Removable
 from hintfleet.system.processes import Process, other_processes
 from host_agent.budget.memory_cgroup import abandoned as abandoned_cgroups
+from host_agent.budget.zram import abandoned as abandoned_zram
+from host_agent.budget.zram import remove as remove_zram
 from host_agent.guests.libvirt.domain_leaks import abandoned_domains
 from host_agent.guests.libvirt.runtime_dir import runtime_dirs
 
@@ -35,6 +37,7 @@ def find(libvirt_uri: str) -> tuple[list[Removable], list[str]]:
     except HintfleetError as error:
         not_examined.append(f"domains: {error.message}")
     found += [_cgroup(path) for path in abandoned_cgroups()]
+    found += [_zram(device) for device in abandoned_zram()]
     found += [_folder(path) for dirs in runtime_dirs() for path in dirs.abandoned()]
     return found, not_examined
 
@@ -145,6 +148,17 @@ def _cgroup(path: Path) -> Removable:
         why="the host agent that made it is gone",
     )
     return leak, path.rmdir
+
+
+def _zram(device: Path) -> Removable:
+    leak = Leak(
+        what="zram swap",
+        where=str(device),
+        since_unix_s=round(device.lstat().st_mtime),
+        size_bytes=0,
+        why="the host agent that made it is gone",
+    )
+    return leak, lambda: remove_zram(device)
 
 
 def _size_bytes(paths: Iterable[Path]) -> int:

@@ -14,13 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from hintfleet.errors import (
-    GuestLost,
-    HintfleetError,
-    InvalidInput,
-    NotFound,
-    Refused,
-)
+from hintfleet.errors import GuestLost, HintfleetError, InvalidInput, NotFound, Refused
 from hintfleet.logs import fields
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
@@ -68,7 +62,8 @@ class Registry:
         self._watches: Counter[str] = Counter()
         self.shutting_down = False
         """Whether this host agent ends: then the end of a Watch does not end its guests."""
-        self._ending: set[asyncio.Task[None]] = set()
+        self.ending: set[asyncio.Task[None]] = set()
+        """Tasks that end guests: `close_watch` does not wait for them."""
         # A trial's answers stay until the trial ends: its client may retry a command at any time.
         self.commands = RepeatedCommands()
 
@@ -111,8 +106,8 @@ class Registry:
         :raises TransientError: the state cannot be written.
         """
         # An earlier guest with this name may still be ending: `close_watch` does not wait for it.
-        if name in self._guests and self._ending:
-            await asyncio.wait(self._ending)
+        if name in self._guests and self.ending:
+            await asyncio.wait(self.ending)
         self._check_new(name, trial_id, spec)
         guest = self.add(name, checked_uuid(guest_uuid, self.guests), trial_id, spec)
         guest.creation = asyncio.create_task(self.make(guest))
@@ -243,8 +238,8 @@ class Registry:
         if self.shutting_down or guest.to_attach_again is not None:
             return  # this host agent ends, or the guest is kept already
         task = asyncio.create_task(self._keep_or_end(guest))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self.ending.add(task)
+        task.add_done_callback(self.ending.discard)
 
     async def _keep_or_end(self, guest: Guest) -> None:
         if guest.creation is not None:
@@ -358,8 +353,8 @@ class Registry:
         if self.shutting_down or self._watches[trial_id] > 0:
             return
         task = asyncio.create_task(self._end_trial(trial_id))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self.ending.add(task)
+        task.add_done_callback(self.ending.discard)
 
     async def _end_trial(self, trial_id: str) -> None:
         await self._destroy_all([g for g in self.guests if g.trial_id == trial_id])
@@ -367,7 +362,7 @@ class Registry:
 
     async def end_all(self) -> None:
         """End every guest; detach the attached ones. If a guest cannot be ended, log that."""
-        await asyncio.gather(*self._ending)
+        await asyncio.gather(*self.ending)
         await self._destroy_all(self.guests)
 
     async def leave(self) -> None:
@@ -376,7 +371,7 @@ class Registry:
         :raises TransientError: the state cannot be written, so it has older books of some guests.
             All are released all the same. The first error is raised, the others are logged.
         """
-        await asyncio.gather(*self._ending)
+        await asyncio.gather(*self.ending)
         guests = self.guests
         left = await asyncio.gather(*(g.leave() for g in guests), return_exceptions=True)
         raise_first([guest.name for guest in guests], left)

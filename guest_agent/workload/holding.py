@@ -8,6 +8,7 @@ has punched although it was in use reads as zeros.
 from __future__ import annotations
 
 import random
+from typing import NamedTuple
 
 from guest_agent.workload.source import EXTENT_BYTES, Source
 from hintfleet.units import PAGE_BYTES
@@ -24,8 +25,14 @@ class Pattern:
     holds zeros, older content or the content of another page is almost surely noticed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, zero_percent: int = 0) -> None:
+        """:param zero_percent: the part of each page that is zeros."""
         random_bytes = random.Random(_PATTERN_SEED).randbytes(2 * EXTENT_BYTES)
+        if zero_percent:
+            kept = PAGE_BYTES * (100 - zero_percent) // 100
+            pages = range(0, len(random_bytes), PAGE_BYTES)
+            parts = (random_bytes[at : at + kept].ljust(PAGE_BYTES, b"\0") for at in pages)
+            random_bytes = b"".join(parts)
         self._random_bytes = memoryview(random_bytes)
 
     def of(self, key: int, size_bytes: int = EXTENT_BYTES) -> memoryview:
@@ -34,6 +41,12 @@ class Pattern:
         mixed = (key * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 32
         start = mixed % (EXTENT_BYTES // _OFFSET_STEP_BYTES) * _OFFSET_STEP_BYTES
         return self._random_bytes[start : start + size_bytes]
+
+
+class _Block(NamedTuple):
+    size_bytes: int
+    key: int
+    zero_percent: int
 
 
 class Holding:
@@ -49,20 +62,22 @@ class Holding:
         self.verified_pages = 0
         self.wrong_pages = 0
         self._source = source
-        self._pattern = Pattern()
-        self._blocks: dict[int, tuple[int, int]] = {}  # address -> size in bytes, key
+        self._patterns: dict[int, Pattern] = {}  # by the percentage of zeros
+        self._blocks: dict[int, _Block] = {}  # by address
         self._next_key = 1
 
-    def take(self, size_bytes: int, seed: int) -> int:
+    def take(self, size_bytes: int, seed: int, zero_percent: int = 0) -> int:
         """Allocate a block, write its pattern to it, and return its address.
 
+        :param zero_percent: the part of each page that is zeros.
         :raises MemoryError: no such block can be had, even after waiting for memory.
         """
         at = self._source.allocate(size_bytes)
         key = seed << 32 ^ self._next_key
         self._next_key += 1
-        self._source.write(at, self._pattern.of(key, size_bytes))
-        self._blocks[at] = size_bytes, key
+        block = _Block(size_bytes, key, zero_percent)
+        self._source.write(at, self._content(block))
+        self._blocks[at] = block
         self.held_bytes += size_bytes
         return at
 
@@ -74,7 +89,7 @@ class Holding:
     def free(self, at: int) -> None:
         """Check a block, and free it."""
         self.check(at)
-        size_bytes, _ = self._blocks.pop(at)
+        size_bytes = self._blocks.pop(at).size_bytes
         self.held_bytes -= size_bytes
         self._source.free(at, size_bytes)
 
@@ -86,8 +101,8 @@ class Holding:
         """
         held_bytes = self.held_bytes
         by_size: dict[int, list[int]] = {}
-        for at, (block_bytes, _) in self._blocks.items():
-            by_size.setdefault(block_bytes, []).append(at)
+        for at, block in self._blocks.items():
+            by_size.setdefault(block.size_bytes, []).append(at)
         for block_bytes, blocks in by_size.items():
             wanted = min(len(blocks) * size_bytes // held_bytes, len(blocks))
             if block_bytes == EXTENT_BYTES:
@@ -104,8 +119,9 @@ class Holding:
 
     def check(self, at: int) -> None:
         """Compare one block with its pattern."""
-        size_bytes, key = self._blocks[at]
-        expected = self._pattern.of(key, size_bytes).tobytes()
+        block = self._blocks[at]
+        size_bytes = block.size_bytes
+        expected = self._content(block).tobytes()
         found = self._source.read(at, size_bytes)
         self.verified_pages += size_bytes // PAGE_BYTES
         if found != expected:
@@ -113,6 +129,12 @@ class Holding:
                 found[i : i + PAGE_BYTES] != expected[i : i + PAGE_BYTES]
                 for i in range(0, size_bytes, PAGE_BYTES)
             )
+
+    def _content(self, block: _Block) -> memoryview:
+        pattern = self._patterns.get(block.zero_percent)
+        if pattern is None:
+            pattern = self._patterns[block.zero_percent] = Pattern(block.zero_percent)
+        return pattern.of(block.key, block.size_bytes)
 
 
 def _evenly_spaced(blocks: list[int], wanted: int) -> list[int]:

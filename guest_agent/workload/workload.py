@@ -17,6 +17,7 @@ from guest_agent.workload.programs import Programs
 from guest_agent.workload.source import EXTENT_BYTES, Plugs, Source
 from hintfleet.errors import HintfleetError, InvalidInput, Refused
 from hintfleet.ranges import decode
+from hintfleet.settings import MOST_COMPRESSIBLE_PERCENT
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
@@ -108,5 +109,7 @@ class Workload:
         # The allocator would round a size that is no power of two down, and blocks would overlap.
         if block_bytes.bit_count() != 1 or not PAGE_BYTES <= block_bytes <= EXTENT_BYTES:
             raise InvalidInput(f"blocks of {block_bytes} bytes: not a power of two, 4 KiB to 2 MiB")
+        if order.compressible_percent > MOST_COMPRESSIBLE_PERCENT:
+            raise InvalidInput(f"{order.compressible_percent} % of a page cannot be zeros")
         for _ in range(-(-order.size_bytes // block_bytes)):
-            self._holding.take(block_bytes, order.seed)
+            self._holding.take(block_bytes, order.seed, order.compressible_percent)

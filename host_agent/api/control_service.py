@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 from hintfleet import __version__
-from hintfleet.errors import HintfleetError, InvalidInput, OutcomeUnknown
+from hintfleet.errors import HintfleetError, InvalidInput, OutcomeUnknown, Refused
 from hintfleet.logs import fields
 from hintfleet.settings import SHORTEST_SAMPLE_PERIOD_MS
 from hintfleet.system.machine_limits import processors
@@ -49,6 +49,7 @@ class ControlService(HostServiceServicer):
         self._attached = attached
         self._name = name
         self._budget = budget
+        self._swap_changes = asyncio.Lock()
         self._answered = 0
         """How many commands were answered."""
 
@@ -73,12 +74,24 @@ class ControlService(HostServiceServicer):
         """Make a guest for a trial and wait until it is ready."""
 
         async def create() -> host_pb2.Guest:
+            await self._use_swap(request)
             guest = await self._registry.create(
                 request.name, request.command.trial_id, request.spec, request.uuid
             )
             return await guest_message(guest)
 
         return await self._once("CreateGuest", request.command, create, context)
+
+    async def _use_swap(self, request: host_pb2.CreateGuestRequest) -> None:
+        """Give the guests of a trial the swap that its spec asks for, before the first is made."""
+        async with self._swap_changes:  # the trial's guests are made side by side
+            if self._budget.swap_bytes == request.spec.zram_bytes:
+                return
+            if ending := self._registry.ending:
+                await asyncio.wait(ending)
+            if guests := self._registry.guests:
+                raise Refused(f"guest {guests[0].name} uses another swap", hint="end it first")
+            await in_driver_thread(self._budget.use_swap, request.spec.zram_bytes)
 
     async def ResizeGuest(
         self, request: host_pb2.ResizeGuestRequest, context: Context

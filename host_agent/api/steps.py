@@ -32,6 +32,7 @@ def command_of(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.Wor
         command.allocate.size_bytes = request.allocate_bytes
         command.allocate.seed = request.seed
         command.allocate.block_bytes = request.block_bytes
+        command.allocate.compressible_percent = request.compressible_percent
     elif step == "free_bytes":
         command.free.size_bytes = request.free_bytes
         command.free.seed = request.seed

@@ -9,9 +9,10 @@ from hintfleet.errors import Refused
 from hintfleet.settings import Driver
 from hintfleet.v1 import host_pb2
 from host_agent.budget.memory_cgroup import MemoryCgroup
+from host_agent.budget.swap import Swap
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Budget:
     """A host's memory budget.
 
@@ -21,6 +22,8 @@ class Budget:
 
     limit_bytes: int
     cgroup: MemoryCgroup | None = None
+    swap: Swap | None = None
+    _earlier_overflows: int = 0
     why_watched: str = ""
 
     @classmethod
@@ -46,6 +49,33 @@ class Budget:
         if self.cgroup is not None and not self.partition:
             self.cgroup.add(pid)
 
+    @property
+    def swap_bytes(self) -> int:
+        """The size of the swap; 0 if there is none."""
+        return self.swap.size_bytes if self.swap else 0
+
+    def use_swap(self, size_bytes: int) -> None:
+        """Let the kernel swap guests out to a zram device of this size from now on; 0: not at all.
+        The memory that the device takes counts into the budget. No guest runs now.
+
+        :raises Refused: no cgroup enforces the budget, or no device can be made; without swap then.
+        """
+        self._end_swap()
+        if not size_bytes:
+            return
+        if self.cgroup is None:
+            raise Refused(
+                "zram needs a memory budget that a cgroup enforces",
+                hint=f"here it is only watched: {self.why_watched or 'nobody asked for a cgroup'}",
+            )
+        self.swap = Swap(size_bytes, self.cgroup, self.limit_bytes)
+
+    def _end_swap(self) -> None:
+        swap, self.swap = self.swap, None
+        if swap is not None:
+            swap.close()
+            self._earlier_overflows += swap.overflows
+
     def message(self) -> host_pb2.Budget:
         """Return how the budget is kept, as a message of the control API."""
         return host_pb2.Budget(
@@ -63,9 +93,14 @@ class Budget:
             use.used_bytes = sum(resident_bytes)
         else:
             use.used_bytes, use.oom_count = self.cgroup.used_bytes, self.cgroup.oom_count
+            if self.swap is not None:
+                use.used_bytes += self.swap.used_bytes
+                use.oom_count += self.swap.overflows
+            use.oom_count += self._earlier_overflows  # it never falls
         return use
 
     def close(self) -> None:
-        """Remove the cgroup, if there is one. All guests in it must have ended before."""
+        """Remove the cgroup and the swap, if there are any. All guests must have ended before."""
+        self._end_swap()
         if self.cgroup is not None:
             self.cgroup.remove()

@@ -97,6 +97,36 @@ class MemoryCgroup:
             _write(self.folder / "memory.memsw.limit_in_bytes", str(limit_bytes))
         self._watch_oom()
 
+    def allow_swap(self, swap_bytes: int, limit_bytes: int) -> None:
+        """Let so much of what the processes use be swapped out; 0: nothing.
+
+        :param limit_bytes: of the memory that they use, from now on.
+        :raises Refused: the kernel does not count swap for cgroups.
+        """
+        try:
+            if self._is_v2:
+                _write(self.folder / "memory.swap.max", str(swap_bytes))
+            else:
+                # v1 limits memory and swap together.
+                both_bytes = limit_bytes + swap_bytes
+                _write(self.folder / "memory.memsw.limit_in_bytes", str(both_bytes))
+        except OSError as error:
+            if swap_bytes:
+                raise Refused(f"no swap in cgroup {self.folder}: {error}") from error
+        self.set_limit(limit_bytes)
+
+    def set_limit(self, limit_bytes: int) -> bool:
+        """Set the limit of memory; before, the kernel swaps out what exceeds it.
+
+        :returns: False if it cannot swap out enough: v1 then leaves the limit as it was, v2 kills.
+        """
+        name = "memory.max" if self._is_v2 else "memory.limit_in_bytes"
+        try:
+            _write(self.folder / name, str(max(0, limit_bytes)))
+        except OSError:
+            return False
+        return True
+
     def _watch_oom(self) -> None:
         # v1 counts a kill in the killed process's own cgroup, which libvirt removes with the
         # domain. So count events: they come for the cgroup whose limit was hit (memory.rst, "OOM

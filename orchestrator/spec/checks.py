@@ -22,8 +22,9 @@ from hintfleet.settings import (
 )
 from hintfleet.system.machine_limits import Bound
 from hintfleet.units import MIB, format_size
+from orchestrator.spec.arms import Arm
 from orchestrator.spec.memory_needs import needed_bytes
-from orchestrator.spec.model import Arm, Spec, Start
+from orchestrator.spec.model import Spec, Start
 from orchestrator.spec.phases import Kind
 from orchestrator.spec.values import LONGEST_NAME
 from orchestrator.spec.workload import (
@@ -124,6 +125,7 @@ def _arm_problems(spec: Spec) -> Iterator[Problem]:
         )
     yield from _control_problems(arms)
     yield from _name_problems(arms)
+    yield from _swap_problems(spec, arms)
     for i, arm in arms:
         yield from _driver_problems(spec.driver, i, arm)
         if arm.method is Method.HINTING:
@@ -131,7 +133,7 @@ def _arm_problems(spec: Spec) -> Iterator[Problem]:
 
 
 def _control_problems(arms: list[tuple[int, Arm]]) -> Iterator[Problem]:
-    controls = [(i, arm.name) for i, arm in arms if arm.method is Method.NONE]
+    controls = [(i, arm.name) for i, arm in arms if arm.is_control]
     if len(arms) > 1 and not controls:
         yield Problem(
             path=("arms",),
@@ -143,6 +145,16 @@ def _control_problems(arms: list[tuple[int, Arm]]) -> Iterator[Problem]:
             path=("arms", i, "method"),
             message=f"{name!r} is a second control; {controls[0][1]!r} has method none already",
         )
+
+
+def _swap_problems(spec: Spec, arms: list[tuple[int, Arm]]) -> Iterator[Problem]:
+    for i, arm in arms:
+        if arm.swap and spec.hosts.count != 1:
+            yield Problem(
+                path=("arms", i, "swap"),
+                message="the swap of a machine is shared by all hosts on it",
+                hint="hosts: {count: 1, memory: ...}",
+            )
 
 
 def _name_problems(arms: list[tuple[int, Arm]]) -> Iterator[Problem]:

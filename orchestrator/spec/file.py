@@ -16,18 +16,9 @@ from hintfleet.settings import Driver
 from hintfleet.system.files import read_at_most
 from orchestrator.spec import catalogue
 from orchestrator.spec import checks as spec_checks
+from orchestrator.spec.arms import Arm, Swap, Sweep
 from orchestrator.spec.checks import Problem
-from orchestrator.spec.model import (
-    Agent,
-    Arm,
-    Guests,
-    Hosts,
-    Spec,
-    Sweep,
-    Timeouts,
-    Under,
-    UnderDriver,
-)
+from orchestrator.spec.model import Agent, Guests, Hosts, Spec, Timeouts, Under, UnderDriver
 from orchestrator.spec.phases import Phase, Workload
 from orchestrator.spec.recording import Recording, read_recording
 from orchestrator.spec.values import keys_of
@@ -46,6 +37,7 @@ _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
     ("workload", "phases"): Phase,
     ("arms",): Arm,
     ("arms", "sweep"): Sweep,
+    ("arms", "swap"): Swap,
     ("recordings",): Recording,
     ("timeouts",): Timeouts,
     ("under",): Under,

@@ -12,6 +12,7 @@ from orchestrator.spec.values import (
     Amount,
     AmountOrPercent,
     Command,
+    Compressible,
     DurationS,
     FileName,
     FragmentSize,
@@ -65,6 +66,8 @@ class Phase(Part):
     :ivar hold_s: how long to hold after the step; how long a loop lasts; how long a command may
         take.
     :ivar fragment_bytes: allocate: the size of the pieces in which memory is allocated and freed.
+    :ivar compressible_percent: allocate: the part of each page that is zeros. The rest cannot be
+        compressed; that is all of it if None.
     :ivar speed: replay: how many seconds of the recording pass in a second; 1 if None.
     :ivar pause_s: churn: how long to wait between two cycles.
     """
@@ -72,7 +75,7 @@ class Phase(Part):
     LATER = frozenset(
         {
             *("churn", "fault", "bandwidth", "pause_s", "fragment_bytes"),
-            *("read", "drop_caches", "command", "replay", "speed"),
+            *("read", "drop_caches", "command", "replay", "speed", "compressible_percent"),
         }
     )
 
@@ -87,6 +90,7 @@ class Phase(Part):
     replay: FileName | None = None
     speed: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     fragment_bytes: FragmentSize | None = Field(default=None, alias="fragments")
+    compressible_percent: Compressible | None = Field(default=None, alias="compressible")
     repeat: int | None = Field(default=None, ge=1, le=10000)
     hold_s: DurationS = Field(default=0.0, alias="for")
     pause_s: PositiveDurationS | None = Field(default=None, alias="pause")
@@ -133,7 +137,12 @@ class Phase(Part):
         return value if isinstance(value, Amount) else None
 
 
-_KEYS_OF = {"fragment_bytes": Kind.ALLOCATE, "pause_s": Kind.CHURN, "speed": Kind.REPLAY}
+_KEYS_OF = {
+    "fragment_bytes": Kind.ALLOCATE,
+    "compressible_percent": Kind.ALLOCATE,
+    "pause_s": Kind.CHURN,
+    "speed": Kind.REPLAY,
+}
 """Keys that only one kind of phase has."""
 
 

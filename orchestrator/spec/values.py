@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from hintfleet.errors import InvalidInput
 from hintfleet.settings import (
     MAX_ORDER,
+    MOST_COMPRESSIBLE_PERCENT,
     MOST_THRESHOLD_CHUNKS,
     SHORTEST_REPORT_PERIOD_MS,
     SHORTEST_SAMPLE_PERIOD_MS,
@@ -180,6 +181,7 @@ ColdAfterS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.001, le=7
 ChunkOrder = Annotated[int, Field(ge=1, le=MAX_ORDER)]
 Threshold = Annotated[int, Field(ge=1, le=MOST_THRESHOLD_CHUNKS)]
 WholePercent = Annotated[int, BeforeValidator(_whole_percent)]
+Compressible = Annotated[WholePercent, Field(le=MOST_COMPRESSIBLE_PERCENT)]
 AmountOrPercent = Annotated[Amount, BeforeValidator(_amount)]
 Printable = Annotated[str, AfterValidator(_printable), Field(max_length=1000)]
 Command = Annotated[tuple[Printable, ...], Field(min_length=1, max_length=100)]

@@ -35,6 +35,7 @@ class Step:
     :ivar limit_s: how long a loop lasts, or how long a command may take; 0 for other steps.
     :ivar pause_s: churn: how long to wait between two cycles.
     :ivar fragment_bytes: allocate: the size of the pieces; 0 for extents.
+    :ivar compressible_percent: allocate: the part of each page that is zeros.
     :ivar hold_s: how long to wait after the step.
     :ivar settle: whether the guest gives back all that it can before the hold; ignored under
         method none.
@@ -48,6 +49,7 @@ class Step:
     limit_s: float = 0.0
     pause_s: float = 0.0
     fragment_bytes: int = 0
+    compressible_percent: int = 0
     hold_s: float = 0.0
     settle: bool = False
 
@@ -119,6 +121,7 @@ def _step(phase_index: int, phase: Phase, points: tuple[Point, ...]) -> Step:
         limit_s=phase.hold_s if has_limit else 0.0,
         pause_s=phase.pause_s or 0.0,
         fragment_bytes=phase.fragment_bytes or 0,
+        compressible_percent=phase.compressible_percent or 0,
         hold_s=0.0 if has_limit else phase.hold_s,
         settle=phase.settle,
     )

@@ -50,7 +50,7 @@ class BudgetWatch:
 def describe(event: HostRanOut) -> str:
     """Return what happened, in one line."""
     seen = (
-        "the kernel killed one of them in their cgroup"
+        "the kernel had no more for their cgroup"
         if event.enforced
         else f"they used {format_size(event.used_bytes)}"
     )

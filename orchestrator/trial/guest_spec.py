@@ -5,7 +5,7 @@ from __future__ import annotations
 from hintfleet.errors import InvalidInput
 from hintfleet.settings import Driver, Method, hinting_parts
 from hintfleet.v1 import host_pb2
-from orchestrator.spec.model import Arm
+from orchestrator.spec.arms import Arm
 from orchestrator.spec.workload import programs
 from orchestrator.trial.plan import HostTask
 
@@ -25,6 +25,7 @@ def guest_spec(task: HostTask) -> host_pb2.GuestSpec:
         kernel_parameters=arm.kernel_parameters,
         programs=programs(task.spec.workload),
         image=task.spec.guests.image,
+        zram_bytes=arm.swap.zram_bytes if arm.swap else 0,
     )
 
 

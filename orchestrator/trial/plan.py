@@ -13,7 +13,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.spec.model import Arm, Spec, Start
+from orchestrator.spec.arms import Arm
+from orchestrator.spec.model import Spec, Start
 from orchestrator.spec.workload import Step, steps_of
 
 

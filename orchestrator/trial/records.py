@@ -169,8 +169,8 @@ class HostRanOut:
     the trial; of guests that were started one by one, those that fit are read back first.
 
     :ivar at_unix_us: of the sample that shows it; a sample period late at most.
-    :ivar enforced: whether a cgroup keeps the guests within the budget, so that the kernel has
-        killed one of them; else they were seen to use more.
+    :ivar enforced: whether a cgroup keeps the guests within the budget: the kernel has killed one
+        of them, or could not swap out enough of them; else they were seen to use more.
     """
 
     host: str

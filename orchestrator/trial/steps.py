@@ -17,6 +17,7 @@ def step_request(step: Step, size_bytes: int, seed: int) -> host_pb2.RunStepRequ
     if step.kind is Kind.ALLOCATE:
         request.allocate_bytes = size_bytes
         request.block_bytes = step.fragment_bytes
+        request.compressible_percent = step.compressible_percent
     elif step.kind is Kind.FREE:
         request.free_bytes = size_bytes
     elif step.kind is Kind.READ:

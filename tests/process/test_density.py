@@ -12,6 +12,7 @@ from hintfleet.settings import Driver
 from hintfleet.system.cgroups import hierarchies
 from hintfleet.units import MIB
 from host_agent.budget.memory_cgroup import MemoryCgroup
+from host_agent.budget.zram import Zram, abandoned
 from orchestrator.results.store.reader import Store
 from orchestrator.trial.records import GuestFits, HostRanOut
 from tests.support.lab import Lab, made_lab, on_this_machine, result
@@ -49,6 +50,14 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, dict
         with on_this_machine():
             done = lab.run("run", lab.spec(SPEC), "-o", "json")
         yield lab, result(done)
+
+
+def can_swap() -> bool:
+    try:
+        Zram.make(MIB).remove()
+    except Refused:
+        return False
+    return can_enforce()
 
 
 def capacities(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -101,3 +110,29 @@ def test_where_no_cgroup_can_be_made_the_budget_is_watched(lab: Lab) -> None:
     assert (none["guests"], none["watched"]) == (1.0, True)
     assert bitmap["guests"] >= 3
     assert "only watched" in " ".join(lab.run("show", "latest").stdout.split())
+
+
+ZRAM = SPEC.replace("80%", "80%, compressible: 75%").replace(
+    "  - {name: bitmap, method: hinting, tracker: bitmap}",
+    "  - {name: zram, method: none, swap: {zram: 512MiB}}",
+)
+
+
+@pytest.mark.skipif(not can_swap(), reason="no zram in a cgroup's budget here")
+def test_more_guests_fit_with_zram_and_only_while_its_arm_runs(lab: Lab) -> None:
+    with on_this_machine(), on_this_machine("swap", alone=True):
+        data = result(lab.run("run", lab.spec(ZRAM), "-o", "json"))
+    none, zram = capacities(data)["none"], capacities(data)["zram"]
+    assert none["guests"] in (1.0, 2.0)
+    assert zram["guests"] > none["guests"]
+    assert none["is_control"]
+    assert not zram["is_control"]
+    lab.check_nothing_is_left()
+    assert not set(abandoned())
+
+
+@pytest.mark.skipif(can_swap(), reason="zram can be had here")
+def test_without_zram_the_arm_says_why(lab: Lab) -> None:
+    done = lab.run("run", lab.spec(ZRAM))
+    assert done.returncode == 1
+    assert "zram" in done.stderr

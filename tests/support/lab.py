@@ -131,14 +131,15 @@ def parent_pid(pid: int) -> int:
 
 
 @contextmanager
-def on_this_machine(*, alone: bool = False) -> Iterator[None]:
+def on_this_machine(what: str = "tests", *, alone: bool = False) -> Iterator[None]:
     """Hold a lock of this user's tests on this machine until the block ends.
 
+    :param what: which lock. "swap": the kernel moves pages of any process to any device.
     :param alone: let no other test hold it meanwhile; else others may. For `doctor --clean`, which
         acts on the whole machine and would remove what another test needs.
     """
     # Not in this source tree: tests of another clone may run on the same machine.
-    lock = os.open(f"/tmp/hintfleet-tests-{os.geteuid()}.lock", os.O_RDWR | os.O_CREAT, 0o600)  # noqa: S108
+    lock = os.open(f"/tmp/hintfleet-{what}-{os.geteuid()}.lock", os.O_RDWR | os.O_CREAT, 0o600)  # noqa: S108
     try:
         fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield

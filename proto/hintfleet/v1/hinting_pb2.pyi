@@ -588,22 +588,26 @@ class Allocate(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    COMPRESSIBLE_PERCENT_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
     seed: _builtins.int
     block_bytes: _builtins.int
     """Size of the blocks that it is made of and freed in: a power of two, 4 KiB to 2 MiB;
     0 means 2 MiB.
     """
+    compressible_percent: _builtins.int
+    """The part of each page that is zeros, up to 90; the rest cannot be compressed."""
     def __init__(
         self,
         *,
         size_bytes: _builtins.int = ...,
         seed: _builtins.int = ...,
         block_bytes: _builtins.int = ...,
+        compressible_percent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "seed", b"seed", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "compressible_percent", b"compressible_percent", "seed", b"seed", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

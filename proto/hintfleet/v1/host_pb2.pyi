@@ -232,6 +232,7 @@ class GuestSpec(_message.Message):
     NODE_COUNT_FIELD_NUMBER: _builtins.int
     PROGRAMS_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    ZRAM_BYTES_FIELD_NUMBER: _builtins.int
     driver: Global___Driver.ValueType
     memory_bytes: _builtins.int
     method: Global___Method.ValueType
@@ -250,6 +251,10 @@ class GuestSpec(_message.Message):
     image: _builtins.str
     """Driver LIBVIRT only: the variant of the guest image that the host's builder made
     ("compiler"); empty for the one without a name.
+    """
+    zram_bytes: _builtins.int
+    """Swap for the guests of this trial, in compressed memory that counts into the host's memory
+    budget; 0: none. Needs a budget that a cgroup enforces.
     """
     @_builtins.property
     def hinting(self) -> Global___HintingSettings:
@@ -276,10 +281,11 @@ class GuestSpec(_message.Message):
         node_count: _builtins.int = ...,
         programs: _abc.Iterable[_builtins.str] | None = ...,
         image: _builtins.str = ...,
+        zram_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "hinting", b"hinting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "driver", b"driver", "hinting", b"hinting", "image", b"image", "kernel_parameters", b"kernel_parameters", "max_memory_bytes", b"max_memory_bytes", "memory_bytes", b"memory_bytes", "method", b"method", "node_count", b"node_count", "programs", b"programs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balloon", b"balloon", "driver", b"driver", "hinting", b"hinting", "image", b"image", "kernel_parameters", b"kernel_parameters", "max_memory_bytes", b"max_memory_bytes", "memory_bytes", b"memory_bytes", "method", b"method", "node_count", b"node_count", "programs", b"programs", "zram_bytes", b"zram_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -814,6 +820,7 @@ class RunStepRequest(_message.Message):
     RUN_PROGRAM_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    COMPRESSIBLE_PERCENT_FIELD_NUMBER: _builtins.int
     guest_name: _builtins.str
     allocate_bytes: _builtins.int
     free_bytes: _builtins.int
@@ -824,6 +831,8 @@ class RunStepRequest(_message.Message):
     seed: _builtins.int
     block_bytes: _builtins.int
     """With allocate_bytes: the size of the blocks, see Allocate in hinting.proto."""
+    compressible_percent: _builtins.int
+    """With allocate_bytes: see Allocate in hinting.proto."""
     @_builtins.property
     def command(self) -> Global___CommandId: ...
     @_builtins.property
@@ -848,10 +857,11 @@ class RunStepRequest(_message.Message):
         run_program: _hinting_pb2.RunProgram | None = ...,
         seed: _builtins.int = ...,
         block_bytes: _builtins.int = ...,
+        compressible_percent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "command", b"command", "drop_caches", b"drop_caches", "free_bytes", b"free_bytes", "loop", b"loop", "read_bytes", b"read_bytes", "run_program", b"run_program", "step", b"step", "verify", b"verify"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "block_bytes", b"block_bytes", "command", b"command", "drop_caches", b"drop_caches", "free_bytes", b"free_bytes", "guest_name", b"guest_name", "loop", b"loop", "read_bytes", b"read_bytes", "run_program", b"run_program", "seed", b"seed", "step", b"step", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocate_bytes", b"allocate_bytes", "block_bytes", b"block_bytes", "command", b"command", "compressible_percent", b"compressible_percent", "drop_caches", b"drop_caches", "free_bytes", b"free_bytes", "guest_name", b"guest_name", "loop", b"loop", "read_bytes", b"read_bytes", "run_program", b"run_program", "seed", b"seed", "step", b"step", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["allocate_bytes", "free_bytes", "verify", "loop", "read_bytes", "drop_caches", "run_program"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
@@ -1043,8 +1053,9 @@ class BudgetUse(_message.Message):
     enforced: _builtins.bool
     """Whether a cgroup keeps the guests within the limit."""
     oom_count: _builtins.int
-    """How often the guests of this host agent needed more than the limit, so that the kernel had to
-    kill one of them. 0 without a cgroup.
+    """How often the guests of this host agent needed more than the limit: so that the kernel had to
+    kill one of them, or because too little of them could be swapped out to zram. 0 without a
+    cgroup.
     """
     def __init__(
         self,

@@ -3,6 +3,7 @@ runs out, is plugged or is unplugged."""
 
 import mmap
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -99,6 +100,33 @@ def test_blocks_of_a_size_that_would_overlap_are_refused(source: Source, block_b
     done = Workload(source, MemoryBlocks()).run(fragments(8 * MIB, block_bytes))
     assert "not a power of two" in done.error
     assert done.held_bytes == 0
+
+
+def test_memory_can_be_compressed_as_well_as_was_asked(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = Workload(source, MemoryBlocks())
+    written: list[bytes] = []
+    monkeypatch.setattr(source, "write", lambda _, data: written.append(bytes(data)))
+    for percent in (0, 50, 90):
+        order = pb.Allocate(size_bytes=4 * MIB, seed=7, compressible_percent=percent)
+        workload.run(pb.WorkloadCommand(command_id=4, allocate=order))
+        pages = [written[-1][at : at + PAGE_BYTES] for at in range(0, 2 * MIB, PAGE_BYTES)]
+        sizes = [len(zlib.compress(page, 1)) / PAGE_BYTES for page in pages]
+        assert max(sizes) == pytest.approx(1 - percent / 100, abs=0.03)
+        assert len(set(pages)) == len(pages)
+
+
+def test_compressible_memory_is_verified(source: Source) -> None:
+    workload = Workload(source, MemoryBlocks())
+    order = pb.Allocate(size_bytes=16 * MIB, seed=7, compressible_percent=50)
+    assert workload.run(pb.WorkloadCommand(command_id=4, allocate=order)).error == ""
+    workload.run(allocate(16 * MIB))
+    done = workload.run(VERIFY)
+    assert (done.verified_pages, done.wrong_pages) == (32 * MIB // PAGE_BYTES, 0)
+    assert workload.run(free(32 * MIB)).wrong_pages == 0
+    order.compressible_percent = 91
+    assert "91 %" in workload.run(pb.WorkloadCommand(command_id=5, allocate=order)).error
 
 
 def test_freed_memory_is_used_again(source: Source) -> None:

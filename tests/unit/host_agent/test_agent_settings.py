@@ -12,7 +12,7 @@ from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.guests.agent_settings import agent_config, check_hinting
 from host_agent.guests.driver import GuestRequest, Survival
 from host_agent.session.messages import policy_of
-from orchestrator.spec.model import Arm
+from orchestrator.spec.arms import Arm
 
 
 def request(method: host_pb2.Method.ValueType, **hinting: Any) -> GuestRequest:

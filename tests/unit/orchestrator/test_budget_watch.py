@@ -22,7 +22,7 @@ def test_a_kill_in_the_cgroup_counts_and_not_one_of_an_earlier_trial() -> None:
     event = watch.event("host1", "t")
     assert (event.at_unix_us, event.used_bytes, event.enforced) == (7, 90 * MIB, True)
     assert "host1: ran out of memory" in describe(event)
-    assert "the kernel killed one of them" in describe(event)
+    assert "the kernel had no more for their cgroup" in describe(event)
 
 
 def test_without_a_cgroup_more_than_the_budget_is_too_much() -> None:

@@ -126,6 +126,24 @@ def test_a_loop_lasts_as_long_as_it_says_and_holds_nothing_afterwards() -> None:
     assert held_after(churn, 4096, 256 * MIB) == 4096
 
 
+def test_what_zram_needs_reaches_the_guest_and_the_host() -> None:
+    arms = (
+        {"name": "zram", "method": "none", "swap": {"zram": "1GiB"}},
+        {"name": "none", "method": "none"},
+    )
+    phase = {"allocate": "64MiB", "compressible": "50%"}
+    swapped = spec(hosts={"count": 1, "memory": "1GiB"}, arms=arms, workload={"phases": (phase,)})
+    assert not list(problems(swapped))
+    assert swapped.control == "none", "zram is an arm to compare"
+    (step,) = expand(swapped.workload)
+    assert step_request(step, 64 * MIB, seed=3).compressible_percent == 50
+    found = {
+        trial.arm.name: guest_spec(host_tasks(swapped, trial)["host1"]).zram_bytes
+        for trial in plan_trials(swapped, "run")
+    }
+    assert found == {"zram": 1 << 30, "none": 0}
+
+
 def test_fragments_reach_the_guest_and_are_not_too_many() -> None:
     phase = {"allocate": "64MiB", "fragments": "64KiB"}
     (step,) = expand(Workload.model_validate({"phases": (phase,)}))

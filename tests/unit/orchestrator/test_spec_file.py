@@ -13,7 +13,8 @@ from orchestrator.results.store.writer import spec_hash
 from orchestrator.spec import catalogue, memory_needs
 from orchestrator.spec import checks as spec_checks
 from orchestrator.spec import file as spec_file
-from orchestrator.spec.model import Arm, describe
+from orchestrator.spec.arms import Arm
+from orchestrator.spec.model import describe
 
 GOOD = """\
 name: mine
@@ -115,6 +116,16 @@ def test_a_good_spec() -> None:
             "there are 109 arms; at most 100",
         ),
         ("for: 1s", "for: 1s, speed: 2", "7:7", "only replay takes speed"),
+        ("free: 75%", "free: 75%, compressible: 50%", "8:7", "only allocate takes compressible"),
+        ("for: 1s", "for: 1s, compressible: 95%", "7:34", "less than or equal to 90"),
+        ("method: none", "method: none, swap: {zram: 1GiB}", "10:1", "no control"),
+        (
+            "tracker: bitmap",
+            "swap: {zram: 1GiB}",
+            "12:37",
+            "shared by all hosts",
+        ),
+        ("tracker: bitmap", "swap: {disk: 1GiB}", "12:37", "known keys: zram"),
         (
             "repetitions: 3",
             "recordings: [{name: a, time_s: [1, 1], used_bytes: [0, 0]}]",
