@@ -46,6 +46,8 @@ _OPTIONS = (
 # How much longer this side waits for a Settle than the host agent does. So the host agent's own
 # error arrives here, which says more than "deadline exceeded".
 _SETTLE_MARGIN_S = 5
+# What the QEMU guest agent may take for a few programs (guests/attached/qemu_guest_agent.py).
+_GUEST_AGENT_S = 300.0
 
 
 class HostClient:
@@ -102,14 +104,16 @@ class HostClient:
 
         With `dry_run`, attach nothing; return only the domain with its obstacles.
         """
-        call = self._stub.AttachGuest(request, timeout=self._timeouts.create_s)
+        asking_s = _GUEST_AGENT_S if request.through_guest_agent else 0.0
+        call = self._stub.AttachGuest(request, timeout=self._timeouts.create_s + asking_s)
         return await self._answer(call, f"attaching {request.domain}")
 
     async def detach_guest(
         self, request: host_pb2.DetachGuestRequest
     ) -> host_pb2.DetachGuestResponse:
         """Detach a guest; return its final books."""
-        call = self._stub.DetachGuest(request, timeout=self._timeouts.destroy_s)
+        asking_s = _GUEST_AGENT_S if request.through_guest_agent else 0.0
+        call = self._stub.DetachGuest(request, timeout=self._timeouts.destroy_s + asking_s)
         return await self._answer(call, f"detaching {request.name}")
 
     async def create_guest(self, request: host_pb2.CreateGuestRequest) -> host_pb2.Guest:

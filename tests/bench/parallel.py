@@ -63,4 +63,4 @@ def _trial_s(lab: Lab, phases: str, hosts: int) -> float:
     done = lab.run("run", lab.spec(_SPEC.format(hosts=hosts, phases=phases)), "-o", "json")
     assert done.returncode == 0, done.stderr
     trials: list[dict[str, Any]] = json.loads(done.stdout)["trials"]
-    return mean(trial["ended_unix_us"] - trial["started_unix_us"] for trial in trials) / 1e6
+    return mean(float(t["ended_unix_us"] - t["started_unix_us"]) for t in trials) / 1e6

@@ -16,7 +16,9 @@ from hintfleet.errors import Refused
 from host_agent.guests.libvirt.api import errors_as, modules
 
 _TIMEOUT_S = 10
-_RUN_TIMEOUT_S = 30.0
+# As long as systemd waits for a service to stop (DefaultTimeoutStopSec), and more: a guest that has
+# just begun to boot, on a busy host, has taken longer than 30 s.
+_RUN_TIMEOUT_S = 120.0
 _POLL_S = 0.1
 
 
@@ -44,7 +46,7 @@ class QemuGuestAgent:
             self._ask("guest-file-close", handle=handle)
 
     def run(self, program: str, *arguments: str) -> None:
-        """Run a program and wait for its end, 30 s at most.
+        """Run a program and wait for its end, 120 s at most.
 
         :raises Refused: the QEMU guest agent does not answer; the program has not ended in time,
             and runs on; or it failed: the message has the last line of its stderr, or, if
