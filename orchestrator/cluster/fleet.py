@@ -90,8 +90,8 @@ class Fleet(AbstractContextManager["Fleet"]):
         After an error, all that was started has been ended.
 
         :raises InvalidInput: it is not certain on which node a host agent is.
-        :raises Refused: some node cannot be used (other versions, missing packages, no answer); or
-            some host found no node in time.
+        :raises Refused: some node cannot be used (other versions, missing packages); or some host
+            found no node in time.
         :raises HintfleetError: the cluster or a host cannot be reached or used.
         """
         try:
@@ -229,17 +229,18 @@ class Fleet(AbstractContextManager["Fleet"]):
         started_s = time.monotonic()
         told = False
         while True:
-            nodes = [node for node in self._alive_nodes() if not node.problem]
+            alive = self._alive_nodes()
+            nodes = [node for node in alive if not node.problem]
             check_nodes_named(self._places, nodes)
             placement = place(self._places, nodes, placed)
             if not placement.missing:
                 return placement, nodes
             waited_s = time.monotonic() - started_s
-            # If `nodes` is empty, this process's node is dead, too: the cluster's `check` below
-            # will soon raise that.
-            if nodes and (self._cluster.is_private or waited_s >= self._wait_s):
+            # If none is alive, neither is this process's node: the cluster's `check` below will
+            # soon raise that.
+            if alive and (self._cluster.is_private or waited_s >= self._wait_s):
                 raise shortage_error(placement, nodes, waited_s)
-            if nodes and not told:
+            if alive and not told:
                 told = True
                 _log.warning("waiting for nodes", extra=fields(reason=shortage(placement)))
                 self._say(f"{shortage(placement)}: waiting up to {self._wait_s:g} s for more nodes")

@@ -86,6 +86,7 @@ class Cluster:
         self._runtime_dir: OwnedFolder | None = None  # None unless the cluster is private
         self._watch: ClusterWatch | None = None
         self._nodes: dict[str, Node] = {}  # by id, each as it was when it was asked
+        self._questions: dict[str, tuple[Any, float]] = {}  # without an answer; their deadlines
         self._actor_count = 0
 
     def open(self) -> None:
@@ -141,7 +142,7 @@ class Cluster:
             found[node_id] = node_of(
                 node_id, known["NodeName"], known["NodeManagerAddress"], answer, wanted
             )
-        # A node that was silent is asked again: it may have been busy, or be about to be dead.
+        # A silent node may have been busy, and answer later; or it is about to be dead.
         self._nodes |= {node_id: node for node_id, node in found.items() if not node.is_silent}
         return sorted(found.values(), key=lambda node: (node.name, node.address, node.node_id))
 
@@ -167,30 +168,34 @@ class Cluster:
         return answer.result()
 
     def _ask(
-        self, node_ids: Collection[str], wanted: dict[str, str], libvirt_uri: str | None
+        self, node_ids: set[str], wanted: dict[str, str], libvirt_uri: str | None
     ) -> dict[str, Mapping[str, Any] | str | None]:
         """Return what each node answers to `node_probe.look`, or as text why it cannot; None if it
-        does not answer in time."""
+        does not answer in time. Each is asked once; an answer that is late is returned by a later
+        call, which does not wait for it."""
         import ray
 
         # The module is sent with the question, because a node may lack it.
         ray.cloudpickle.register_pickle_by_value(node_probe)  # type: ignore[no-untyped-call]
         look = ray.remote(num_cpus=0, max_retries=0)(node_probe.look)
-        pending = {
-            look.options(scheduling_strategy=_on(node_id)).remote(wanted, libvirt_uri): node_id
-            for node_id in node_ids
-        }
         limit_s = _NODE_ANSWERS_WITHIN_S if libvirt_uri is None else _LIBVIRT_ANSWERS_WITHIN_S
-        deadline_s = time.monotonic() + limit_s
+        for node_id in node_ids - self._questions.keys():
+            asked = look.options(scheduling_strategy=_on(node_id)).remote(wanted, libvirt_uri)
+            self._questions[node_id] = asked, time.monotonic() + limit_s
+        pending = {self._questions[node_id][0]: node_id for node_id in node_ids}
+        deadline_s = max((self._questions[node_id][1] for node_id in node_ids), default=0.0)
         answers: dict[str, Mapping[str, Any] | str | None] = dict.fromkeys(node_ids)
-        while pending and time.monotonic() < deadline_s:
+        while pending:
             for ref in self.ready(pending):
                 node_id = pending.pop(ref)
+                del self._questions[node_id]
                 try:
                     answers[node_id] = ray.get(ref)
                 except ray.exceptions.RayError as error:
                     cause = getattr(error, "cause", None) or error
                     answers[node_id] = f"cannot be asked: {first_line(cause)}"
+            if time.monotonic() > deadline_s:
+                break
         return answers
 
     def start_actor(self, node_id: str, places: Sequence[HostPlace]) -> Actor:

@@ -23,8 +23,8 @@ _Item = TypeVar("_Item")
 
 # Each batch becomes an object in Ray, and each object has a cost.
 _BATCH_PERIOD_S = 0.25
-# On a small machine, hundreds of host agents that start at once would exceed their deadline. So few
-# start at once, and the deadline of each begins when it is its turn.
+# Hundreds of host agents that start at once on a small machine would exceed their deadline. So each
+# actor opens few at once, and the deadline of each begins when it is its turn.
 _OPENED_AT_ONCE = 16
 
 
@@ -96,12 +96,12 @@ class HostGroup:
 
         May be called twice.
         """
-        for task in self._working:
+        working = list(self._working)
+        for task in working:
             task.cancel()
-        if self._working:
-            await asyncio.wait(self._working)
         closing = (session.close() for session in self._sessions.values())
         ended = await asyncio.gather(*closing, return_exceptions=True)
+        await asyncio.gather(*working, return_exceptions=True)
         if self._own_folder is not None:
             self._own_folder.remove()
         for error in filter(None, ended):
