@@ -50,6 +50,7 @@ from host_agent.persistence.database import Database, opened
 from host_agent.pressure.loop import Pressure
 from host_agent.registry import Registry
 from host_agent.session.guest_address import GuestAddress, open_address, open_lasting_address
+from host_agent.threads import in_driver_thread
 
 _log = logging.getLogger("hintfleet.host")
 
@@ -191,8 +192,8 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
         try:
             await registry.leave()
         finally:
+            await in_driver_thread(budget.close)
             await registry.close()
-            budget.close()
             if socket_file is not None:
                 socket_file.unlink(missing_ok=True)
 

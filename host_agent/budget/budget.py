@@ -23,7 +23,6 @@ class Budget:
     limit_bytes: int
     cgroup: MemoryCgroup | None = None
     swap: Swap | None = None
-    _earlier_overflows: int = 0
     why_watched: str = ""
 
     @classmethod
@@ -34,7 +33,7 @@ class Budget:
             cgroup = MemoryCgroup.make(limit_bytes, driver)
         except Refused as error:
             return cls(limit_bytes=limit_bytes, why_watched=error.message)
-        return cls(limit_bytes=limit_bytes, cgroup=cgroup)
+        return cls(limit_bytes=limit_bytes, cgroup=cgroup, swap=Swap(cgroup, limit_bytes))
 
     @property
     def partition(self) -> str:
@@ -60,21 +59,13 @@ class Budget:
 
         :raises Refused: no cgroup enforces the budget, or no device can be made; without swap then.
         """
-        self._end_swap()
-        if not size_bytes:
-            return
-        if self.cgroup is None:
+        if self.swap is not None:
+            self.swap.change(size_bytes)
+        elif size_bytes:
             raise Refused(
                 "zram needs a memory budget that a cgroup enforces",
                 hint=f"here it is only watched: {self.why_watched or 'nobody asked for a cgroup'}",
             )
-        self.swap = Swap(size_bytes, self.cgroup, self.limit_bytes)
-
-    def _end_swap(self) -> None:
-        swap, self.swap = self.swap, None
-        if swap is not None:
-            swap.close()
-            self._earlier_overflows += swap.overflows
 
     def message(self) -> host_pb2.Budget:
         """Return how the budget is kept, as a message of the control API."""
@@ -93,14 +84,13 @@ class Budget:
             use.used_bytes = sum(resident_bytes)
         else:
             use.used_bytes, use.oom_count = self.cgroup.used_bytes, self.cgroup.oom_count
-            if self.swap is not None:
-                use.used_bytes += self.swap.used_bytes
-                use.oom_count += self.swap.overflows
-            use.oom_count += self._earlier_overflows  # it never falls
+        if self.swap is not None:
+            use.used_bytes += self.swap.used_bytes
+            use.oom_count += self.swap.overflows
         return use
 
     def close(self) -> None:
         """Remove the cgroup and the swap, if there are any. All guests must have ended before."""
-        self._end_swap()
+        self.use_swap(0)
         if self.cgroup is not None:
             self.cgroup.remove()

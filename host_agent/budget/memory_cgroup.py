@@ -77,7 +77,7 @@ class MemoryCgroup:
         memory = _with_memory(found)
         if driver is Driver.EMBEDDED:
             return cls(_new(memory, Path(memory.own) / name), "", [])
-        # In all hierarchies: libvirt refuses a partition that is missing in one that it uses.
+        # Make it in each: libvirt refuses a partition that is missing in one that it uses.
         with contextlib.ExitStack() as undo:
             folders = {}
             for hierarchy in found:
@@ -101,7 +101,7 @@ class MemoryCgroup:
         """Let so much of what the processes use be swapped out; 0: nothing.
 
         :param limit_bytes: of the memory that they use, from now on.
-        :raises Refused: the kernel does not count swap for cgroups.
+        :raises Refused: the kernel does not count swap for cgroups. Never for 0.
         """
         try:
             if self._is_v2:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import threading
 
-from hintfleet.errors import Refused
 from host_agent.budget.memory_cgroup import MemoryCgroup
 from host_agent.budget.zram import Zram
 
-# How often the limit follows what the device takes; how long the budget may be exceeded meanwhile,
-# for guests that are writing.
+# How often the limit follows what the device takes; for how long that may be impossible.
 _PERIOD_S = 0.05
 _PERIODS_OVER = 20
 _ROUNDS = 8
@@ -18,60 +16,82 @@ _SLACK_BYTES = 1 << 20
 
 
 class Swap:
-    """A zram device, to which the kernel moves what a cgroup uses beyond its limit. The limit is
-    lowered by the memory that the device takes, which the kernel counts for no cgroup.
+    """The swap of a cgroup: none, or a zram device, to which the kernel moves what the cgroup uses
+    beyond its limit. The limit is lowered by the memory that the device takes, which the kernel
+    counts for no cgroup.
 
+    :ivar size_bytes: of the device; 0 if there is none.
     :ivar overflows: how often too little could be swapped out, for a second or more, to keep both
-        within the budget.
+        within the budget. It never falls.
     """
 
-    def __init__(self, size_bytes: int, cgroup: MemoryCgroup, budget_bytes: int) -> None:
-        """Make the device, and begin to lower the limit.
-
-        :raises Refused: there can be no such device, or the cgroup cannot swap.
-        """
-        self.size_bytes = size_bytes
+    def __init__(self, cgroup: MemoryCgroup, budget_bytes: int) -> None:
+        self.size_bytes = 0
         self.overflows = 0
         self._cgroup = cgroup
         self._budget_bytes = budget_bytes
-        self._zram = Zram.make(size_bytes)
-        try:
-            cgroup.allow_swap(size_bytes, budget_bytes)
-        except Refused:
-            self._zram.remove()
-            raise
+        self._zram: Zram | None = None
+        self._changes = threading.Lock()
         self._end = threading.Event()
-        # A thread: to lower the limit takes as long as the kernel swaps out.
-        self._thread = threading.Thread(target=self._keep, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     @property
     def used_bytes(self) -> int:
-        """The memory that the device takes."""
-        return self._zram.used_bytes
+        """The memory that the device takes; 0 if there is none."""
+        zram = self._zram
+        try:
+            return zram.used_bytes if zram else 0
+        except OSError:  # it is just being removed
+            return 0
 
-    def close(self) -> None:
-        """End the device, and swap in the cgroup. May be called twice."""
+    def change(self, size_bytes: int) -> None:
+        """Use a device of this size from now on; 0: none. Takes as long as the kernel needs to move
+        back what is swapped out.
+
+        :raises Refused: there can be no such device, or the cgroup cannot swap. There is none then.
+        """
+        with self._changes:
+            self._remove()
+            if not size_bytes:
+                return
+            zram = Zram.make(size_bytes)
+            try:
+                self._cgroup.allow_swap(size_bytes, self._budget_bytes)
+            except BaseException:
+                zram.remove()
+                raise
+            self._zram, self.size_bytes = zram, size_bytes
+            self._end.clear()
+            # A thread: to lower the limit takes as long as the kernel swaps out.
+            self._thread = threading.Thread(target=self._keep, args=(zram,), daemon=True)
+            self._thread.start()
+
+    def _remove(self) -> None:
+        if self._zram is None or self._thread is None:
+            return
         self._end.set()
         self._thread.join()
         self._zram.remove()
+        self._zram, self.size_bytes = None, 0
         self._cgroup.allow_swap(0, self._budget_bytes)
 
-    def _keep(self) -> None:
+    def _keep(self, zram: Zram) -> None:
         over = 0
         while not self._end.wait(_PERIOD_S):
-            over = 0 if self._fits() else over + 1
+            over = 0 if self._follow(zram) else over + 1
             if over == _PERIODS_OVER:
                 self.overflows += 1
 
-    def _fits(self) -> bool:
-        """Swap out until memory and device are within the budget; return whether they are."""
-        for _ in range(_ROUNDS):
-            left_bytes = self._budget_bytes - self._zram.used_bytes
-            if not self._cgroup.set_limit(left_bytes):
-                return False
-            # What was swapped out since takes memory of the device, too, but less and less.
-            used_bytes = self._cgroup.used_bytes + self._zram.used_bytes
-            if used_bytes <= self._budget_bytes + _SLACK_BYTES:
-                return True
-        return False
+    def _follow(self, zram: Zram) -> bool:
+        """Lower the limit by what the device takes; return whether that could be done."""
+        try:
+            for _ in range(_ROUNDS):
+                if not self._cgroup.set_limit(self._budget_bytes - zram.used_bytes):
+                    return False
+                # What was swapped out for it takes memory of the device, too, but less.
+                used_bytes = self._cgroup.used_bytes + zram.used_bytes
+                if used_bytes <= self._budget_bytes + _SLACK_BYTES:
+                    break
+        except OSError:  # somebody else has removed the device or the cgroup
+            return False
+        return True  # guests that are writing may be ahead for some time

@@ -13,12 +13,13 @@ import ctypes
 import errno
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from hintfleet.errors import Refused
 from hintfleet.system.file_lock import is_held, lock_file
-from hintfleet.units import PAGE_BYTES
+from hintfleet.units import MIB, PAGE_BYTES
 
 _CONTROL = Path("/sys/class/zram-control")
 _BLOCKS = Path("/sys/block")
@@ -27,6 +28,12 @@ _LABEL = b"hintfleet"
 # signature is at the end of the first page.
 _HEADER = struct.Struct("=1024xIII16x16s")
 _SIGNATURE = b"SWAPSPACE2"
+# SWAP_FLAG_PREFER, and the highest priority: else the kernel would first use other swap, which does
+# not count into the budget (swapon(2)).
+_HIGHEST_PRIORITY = 0x8000 | 0x7FFF
+_MOST_BYTES = 1 << 40
+_REMOVE_TIMEOUT_S = 2.0
+_POLL_S = 0.05
 
 
 class Zram:
@@ -40,13 +47,17 @@ class Zram:
 
     @classmethod
     def make(cls, size_bytes: int) -> Zram:
-        """Make a device for `size_bytes` of pages, and swap on it. Before, remove those that killed
-        host agents left. After a failure nothing is left.
+        """Make a device for `size_bytes` of pages, and swap on it, before all other swap. Before,
+        remove those that killed host agents left. After a failure nothing is left.
 
-        :raises Refused: this process may not, or the kernel has no zram.
+        :raises Refused: the size is too small or too large, this process may not, or the kernel has
+            no zram.
         """
+        if not MIB <= size_bytes <= _MOST_BYTES:
+            raise Refused(f"zram of {size_bytes} bytes: it must be 1 MiB to 1 TiB")
         for device in abandoned():
-            remove(device)
+            with contextlib.suppress(OSError):  # left for `hintfleet doctor`
+                remove(device)
         try:
             number = int((_CONTROL / "hot_add").read_text())
         except FileNotFoundError as error:
@@ -57,25 +68,36 @@ class Zram:
         try:
             return cls(device, size_bytes, _swapped_on(device, size_bytes))
         except OSError as error:
-            _forget(device)
+            with contextlib.suppress(OSError):
+                _forget(device)
             raise Refused(f"{device} cannot be used as swap: {error}") from error
 
     @property
     def used_bytes(self) -> int:
-        """The memory that the device takes, for compressed pages and for itself."""
-        # The third field of mm_stat: mem_used_total.
-        return int((_BLOCKS / self._device.name / "mm_stat").read_text().split()[2])
+        """The memory that the device takes: for compressed pages, and for its table of pages."""
+        # The third field of mm_stat, mem_used_total, is without the table, which has 16 bytes for
+        # each page (struct zram_table_entry of drivers/block/zram/zram_drv.h).
+        statistics = (_BLOCKS / self._device.name / "mm_stat").read_text().split()
+        return int(statistics[2]) + self.size_bytes // PAGE_BYTES * 16
 
     def remove(self) -> None:
         """Move what is swapped out back into memory, and remove the device. May be called twice.
 
         If the kernel refuses, the device is left, for `hintfleet doctor --clean`.
         """
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
-            with contextlib.suppress(OSError):
-                remove(self._device)
+        fd, self._lock_fd = self._lock_fd, None
+        if fd is None:
+            return
+        try:
+            _swap_off(self._device)
+            # Nobody must take the device, or the next one of its name, for an abandoned one.
+            os.pwrite(fd, bytes(_HEADER.size), 0)
+        except OSError:
+            return
+        finally:
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            _forget(self._device)
 
 
 def abandoned() -> Iterator[Path]:
@@ -99,8 +121,8 @@ def _swapped_on(device: Path, size_bytes: int) -> int:
     try:
         os.pwrite(fd, _header(size_bytes), 0)
         os.fsync(fd)
-        _call("swapon", device, 0)
-    except OSError:
+        _call("swapon", device, _HIGHEST_PRIORITY)
+    except BaseException:
         os.close(fd)
         raise
     return fd
@@ -111,14 +133,33 @@ def remove(device: Path) -> None:
 
     :raises OSError: the kernel refused.
     """
-    # EINVAL: it is not swapped on.
-    with contextlib.suppress(OSError):
-        _call("swapoff", device)
+    _swap_off(device)
     _forget(device)
 
 
+def _swap_off(device: Path) -> None:
+    while True:
+        try:
+            return _call("swapoff", device)
+        except InterruptedError:  # by a signal; Python retries only its own calls (PEP 475)
+            continue
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # it is not swapped on
+                return None
+            raise
+
+
 def _forget(device: Path) -> None:
-    _write(_BLOCKS / device.name / "reset", "1")
+    """Remove a device that is not swapped on."""
+    give_up_s = time.monotonic() + _REMOVE_TIMEOUT_S
+    while True:
+        try:
+            _write(_BLOCKS / device.name / "reset", "1")
+            break
+        except OSError:  # EBUSY: somebody, for example udev, looks at the device
+            if time.monotonic() > give_up_s:
+                raise
+            time.sleep(_POLL_S)
     _write(_CONTROL / "hot_remove", device.name.removeprefix("zram"))
 
 

@@ -155,6 +155,12 @@ def _swap_problems(spec: Spec, arms: list[tuple[int, Arm]]) -> Iterator[Problem]
                 message="the swap of a machine is shared by all hosts on it",
                 hint="hosts: {count: 1, memory: ...}",
             )
+        if arm.swap and spec.guests.start is not Start.ONE_BY_ONE:
+            yield Problem(
+                path=("arms", i, "swap"),
+                message="what is swapped out counts as resident, so nothing would be saved by it",
+                hint="ask how many guests fit: guests: {start: one by one, ...}",
+            )
 
 
 def _name_problems(arms: list[tuple[int, Arm]]) -> Iterator[Problem]:

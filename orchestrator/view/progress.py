@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from hintfleet.settings import Method
 from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import PhaseStarted, Record, Samples
@@ -92,7 +91,7 @@ class Progress:
         arms: dict[str, ArmProgress] = {}
         sure = self._sure_repetitions
         controls_first = sorted(
-            self.trials, key=lambda trial: (trial.arm.method is not Method.NONE, trial.position)
+            self.trials, key=lambda trial: (not trial.arm.is_control, trial.position)
         )
         for trial in controls_first:
             arm = arms.setdefault(trial.arm.name, ArmProgress())

@@ -108,8 +108,9 @@ SHORTEST_SAMPLE_PERIOD_MS = 10
 MOST_LOOP_MS = 3_600_000
 """The longest time that a loop of a workload may take."""
 MOST_PROGRAM_MS = 86_400_000
-MOST_COMPRESSIBLE_PERCENT = 90
 """The longest time that a program in a guest may take."""
+MOST_COMPRESSIBLE_PERCENT = 90
+"""The largest part of a page that a workload leaves zeros."""
 
 DEFAULT_ORPHAN_AFTER_S = 60
 DEFAULT_WATCH_GRACE_S = 30

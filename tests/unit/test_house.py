@@ -87,7 +87,7 @@ ARROWS = {
         "api": "guests threads waking cpu_meter budget memory session guests.attached guest "
         "resizing registry",
         "server": "budget session guests guests.libvirt guests.attached persistence auditor "
-        "pressure registry api",
+        "pressure registry api threads",
         "doctor": "memory guests.libvirt",
         "leaks": "budget guests.libvirt",
         "__main__": "steady api server doctor leaks",

@@ -89,7 +89,9 @@ def test_more_fits_when_it_is_compressed_and_that_counts(budget: Budget) -> None
             assert budget.use([]).used_bytes <= BUDGET_BYTES + MIB
         finally:
             process.kill()
-    device = budget.swap._zram._device
+    zram = budget.swap._zram
+    assert zram is not None
+    device = zram._device
     budget.use_swap(0)
     assert str(device) not in swaps()
     assert not Path("/sys/block", device.name).exists()
@@ -127,6 +129,22 @@ def test_what_a_killed_host_agent_left_is_removed() -> None:
     remove()
     assert str(device) not in swaps()
     assert not device.exists()
+
+
+@pytest.mark.parametrize("size_bytes", [4095, MIB - 1, 1 << 50])
+def test_a_device_of_an_impossible_size_is_refused(size_bytes: int) -> None:
+    before = sorted(Path("/sys/block").glob("zram*"))
+    with pytest.raises(Refused, match="must be 1 MiB to 1 TiB"):
+        Zram.make(size_bytes)
+    assert sorted(Path("/sys/block").glob("zram*")) == before
+
+
+def test_guests_are_swapped_to_zram_before_other_swap(budget: Budget) -> None:
+    assert budget.swap_bytes == 256 * MIB
+    lines = Path("/proc/swaps").read_text().splitlines()[1:]
+    priorities = {line.split()[0]: int(line.split()[4]) for line in lines}
+    ours = [value for name, value in priorities.items() if name.startswith("/dev/zram")]
+    assert max(ours) == 0x7FFF == max(priorities.values())
 
 
 def test_without_a_cgroup_there_is_no_zram() -> None:

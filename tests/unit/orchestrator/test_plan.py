@@ -132,7 +132,12 @@ def test_what_zram_needs_reaches_the_guest_and_the_host() -> None:
         {"name": "none", "method": "none"},
     )
     phase = {"allocate": "64MiB", "compressible": "50%"}
-    swapped = spec(hosts={"count": 1, "memory": "1GiB"}, arms=arms, workload={"phases": (phase,)})
+    swapped = spec(
+        hosts={"count": 1, "memory": "1GiB"},
+        guests={"per_host": 2, "memory": "256MiB", "start": "one by one"},
+        arms=arms,
+        workload={"phases": (phase,)},
+    )
     assert not list(problems(swapped))
     assert swapped.control == "none", "zram is an arm to compare"
     (step,) = expand(swapped.workload)
