@@ -75,6 +75,8 @@ def build(images: Path, variant: str = "current", packages: Sequence[str] = ()) 
     image = build_once(images / key, "image.json", lambda to: _assemble(to, key, *layers))
     if not packages:
         _point(images / variant, key)
+        if not (images / "current").exists():
+            _point(images / "current", key)  # the other variants have all that it has
     os.utime(image)  # time of use: `prune` keeps the images that were used last
     prune(images)
     return image
