@@ -320,11 +320,15 @@ class HugetlbPool:
     def _lock_pool(self) -> None:
         """Lock the pool against other agents, until `close` or the end of this process.
 
-        :raises Refused: another agent holds the lock.
+        :raises Refused: another agent holds the lock, or this process may not lock it.
         """
         # Without the lock, two agents would each release the chunks that the other one has in
         # flight (I1). The kernel releases the lock of a dead agent.
-        fd = lock_file(self._lock)
+        try:
+            fd = lock_file(self._lock)
+        except OSError as error:
+            hint = "run the guest agent as root"
+            raise Refused(f"the hugetlb pool cannot be locked: {error}", hint=hint) from error
         if fd is None:
             raise Refused("another guest agent uses the hugetlb pool", hint="stop that one first")
         self._lock_fd = fd

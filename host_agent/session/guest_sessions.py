@@ -38,7 +38,7 @@ _RECONNECT_S = 1.0
 # How long `settle` waits for a session: a guest that was just resumed has to connect again.
 _SESSION_S = 5.0
 _POLL_S = 0.05
-# If a guest that was told to rest has sent no batch for so long, it has none in flight.
+# If a guest sends no batch for so long after it was told to rest, it has none in flight.
 _QUIET_S = 0.3
 _REST_S = 2.0
 
@@ -248,12 +248,13 @@ class GuestSessions:
 
     async def rest(self) -> None:
         """Tell the guest to hint no more, if it has a session. Wait until no batch is waiting or
-        running and none has arrived for 0.3 s, but two seconds at most."""
+        running and none has arrived since for 0.3 s, but two seconds at most."""
         deadline_s = time.monotonic() + _REST_S
         if self._hinting is not None:
             policy = policy_of(self._settings)
             policy.kind = hinting_pb2.Policy.PRESSURE  # with an allowance of 0, the default
             self._hinting.send(hinting_pb2.HostMessage(policy=policy))
+            await asyncio.sleep(_QUIET_S)
         while self._gate.idle_s(time.monotonic()) < _QUIET_S and time.monotonic() < deadline_s:
             await asyncio.sleep(_POLL_S)
 

@@ -88,6 +88,13 @@ def test_only_one_agent_uses_the_pool(kernel: Path) -> None:
     assert "kpageflags" in refusal(kernel), "the lock dies with its holder"
 
 
+def test_a_lock_that_cannot_be_opened_is_refused(kernel: Path) -> None:
+    """As for an ordinary user, who may not write to /run. Root may write to any file, but to no
+    folder."""
+    (kernel / "mount.lock").mkdir()
+    assert "cannot be locked" in refusal(kernel)
+
+
 def test_each_node_keeps_its_reserve(kernel: Path) -> None:
     """If only the total were set, the kernel would take from each node in turn, and compact node 0,
     which has too few free chunks."""
