@@ -95,7 +95,7 @@ def _shares_namespaces(process: Process) -> bool:
             os.readlink(f"/proc/{process.pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
             for kind in ("pid", "mnt")
         )
-    except OSError:  # gone meanwhile, or another user's
+    except OSError:  # the process is gone, or another user's
         return False
 
 

@@ -28,8 +28,8 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
     """Print a run on stdout; return the exit code for its state.
 
     Also print on stderr how to resume a run that was cut off or has lost trials, and that undecided
-    trials do not run again; with JSON and YAML also why arms are undecided, and whether the run has
-    its precision.
+    trials do not run again; with JSON and YAML also why the exit code is UNDECIDED, and whether a
+    run that has ended has its precision.
 
     :param with_trials: also print a table of trials, and one of the nodes that the hosts were on;
         JSON and YAML contain them in any case.

@@ -25,7 +25,8 @@ from orchestrator.view.answer import capacity_answer, savings_answer
 class Contents:
     """The contents of a report on one run.
 
-    `costs`, `loops` and `curves` have their arms in the order of `rows`, but may lack some of them.
+    The arms of `costs`, of `curves`, and of each title in `loops` are in the order of `rows`; some
+    may be missing.
     If guests were started one by one, only `run`, `trials`, `capacities` and `fills` are set; else
     `capacities` and `fills` are empty. `trials` are all attempts.
     """

@@ -2,7 +2,7 @@
 
 A bound says what must not be. It is broken if the whole 95 % interval of the change lies beyond it,
 kept if none of the interval does, else undecided. Each bound is judged on its own: if the true
-change is just at the bound, about one bound in 40 is broken by chance.
+change is just at the bound, at most about one bound in 40 is broken by chance.
 """
 
 from __future__ import annotations

@@ -304,10 +304,10 @@ def _injectors(libvirt: OwnLibvirt) -> Mapping[Kind, Callable[[Scene], Injector]
 
 @contextmanager
 def setting(seed: int, *, short: bool = False) -> Iterator[Setting]:
-    """Yield what to torture: domains under a libvirtd of the test's own. Needs root.
+    """Yield the setting: domains under a libvirtd of the test's own, and their faults. Needs root.
 
-    :param short: one domain with hugetlb and without stress-ng, which is reset seldom, because it
-        takes long to boot; else one with hugetlb and one with kmod, both with stress-ng.
+    :param short: one domain with isolator hugetlb and without stress-ng, which is reset seldom,
+        because it takes long to boot; else one with hugetlb and one with kmod, with stress-ng.
     """
     isolators = {"db-torture": "hugetlb"} | ({} if short else {"web-torture": "kmod"})
     with contextlib.ExitStack() as undo:

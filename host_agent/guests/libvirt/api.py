@@ -1,4 +1,4 @@
-"""The only module that imports libvirt-python.
+"""The only module, apart from tests, that imports libvirt-python.
 
 libvirt-python is imported at the first use: a host with embedded guests only need not have it. This
 module also turns libvirt's errors into ours, and keeps libvirt's event loop running.

@@ -72,7 +72,8 @@ class RuntimeDir:
         return self.path / "door.sock"
 
     def write_config(self, text: str) -> None:
-        """Write the agent's configuration. No other user can read it before the domain starts."""
+        """Write the guest agent's configuration. Before the domain starts, only this user can read
+        it."""
         self.config.touch(mode=0o600)
         self.config.write_text(text)
 

@@ -1,4 +1,4 @@
-"""What a resize does about a DIMM that an earlier resize plugged, but that is in no books."""
+"""A resize first unplugs a DIMM that an earlier, failed one plugged, and that is in no books."""
 
 import asyncio
 from typing import Any

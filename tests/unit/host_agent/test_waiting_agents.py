@@ -34,7 +34,7 @@ class Refusal(Exception):
 
 
 class Call:
-    """The context of a call on loopback, without certificate."""
+    """The context of a call without TLS; keeps the status that ends it."""
 
     code: grpc.StatusCode | None = None
 
