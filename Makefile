@@ -1,6 +1,7 @@
 # make demo    set up a venv in the tree and run the quickstart on embedded guests
 # make check   after every edit: format, lint, types, unit and model tests; no root, about a minute
 # make test    run all tests, real guests included; as root it installs what they need (VM=no: it does without)
+# make image [VARIANT=compiler]    build the image of real guests; with g++ in it: for `hintfleet run footprint`
 # make lowest  unit and model tests with the lowest versions that pyproject.toml allows; minutes, and the network
 # make bench [SUITE...]    compare with bare loops, bare clients and the peers; measure what hintfleet costs
 # make torture [SECONDS_TO_RUN=60] [DRIVER=embedded|libvirt|attached] [SEED=N]    inject faults while guests work
@@ -34,7 +35,6 @@ demo: $(VENV)/base
 system:
 	@deploy/system/install
 
-# VARIANT=compiler: the image of `hintfleet run footprint`.
 image: $(VENV)/base
 	$(BIN)/python deploy/image/build.py $(if $(VARIANT),--variant $(VARIANT))
 
