@@ -37,6 +37,8 @@ def main() -> None:
     with _setting(arguments, seed) as setting:
         if only:
             setting = replace(setting, kinds=dict.fromkeys(only, 1), host_kinds={})
+        if arguments.pause is not None:
+            setting = replace(setting, pace=replace(setting.pace, pause_s=arguments.pause))
         try:
             sys.exit(_run(arguments, setting, seed))
         except (KeyboardInterrupt, asyncio.CancelledError):
@@ -96,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         metavar="KINDS",
         help="inject only these kinds into guests, and none into host agents: guest_reset,link_cut",
+    )
+    add(
+        "--pause",
+        type=float,
+        metavar="S",
+        help="the longest pause before a fault (default: the driver's)",
     )
     add("--short", action="store_true", help="attached: one domain, which is reset seldom")
     add("-o", "--output", choices=["table", "json"], default="table")

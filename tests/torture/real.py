@@ -38,6 +38,9 @@ _AGENT_ENDED = {
     Kind.AGENT_STOPPED: "the agent was stopped",
 }
 _STRESS_ENDED = "STRESS round ended with status "
+# The kernel's line about a program that jumped into memory which is not what it was
+# (arch/x86/mm/fault.c: show_signal_msg).
+_CRASHED = ": segfault at "
 
 _KINDS: Mapping[Kind, int] = {
     Kind.LINK_CUT: 6,
@@ -54,7 +57,8 @@ _ENDS: Mapping[Kind, int] = {Kind.GUEST_KILLED: 1, Kind.GUEST_RESET: 1}
 
 @dataclass(kw_only=True)
 class RealVictim(Victim):
-    """A virtual machine. Its console shows when its agent ends, and when stress-ng fails.
+    """A virtual machine. Its console shows when its agent ends, when stress-ng fails, and when any
+    program crashes: pages of programs, too, can be lost.
 
     :ivar said: how often each text that is counted has been found on the console so far.
     """
@@ -71,6 +75,8 @@ class RealVictim(Victim):
             report.stress_rounds += rounds
             if rounds != well:
                 report.problem(f"guest {self.name}: stress-ng failed:\n{self.evidence()}")
+            if crashed := self._news(text, _CRASHED):
+                report.problem(f"guest {self.name}: {crashed} crashes:\n{self.evidence()}")
 
     def evidence(self) -> str:
         with contextlib.suppress(OSError, IndexError):

@@ -7,6 +7,6 @@ from host_agent.memory.fence import Fence
 from tests.torture.planted.slow_punch import slow_down
 
 if __name__ == "__main__":
-    slow_down()
     Fence.close = lambda _, when_empty: when_empty()  # type: ignore[assignment]
+    slow_down()
     main()
