@@ -30,7 +30,7 @@ under the allocator's lock: it must be quick, and must not call the allocator.""
 class ZoneSpec:
     """The description of a zone.
 
-    :ivar present: pages that exist; the span of a sparse zone has holes.
+    :ivar present: which pages exist; the span of a sparse zone has holes.
     :ivar node: NUMA node.
     """
 

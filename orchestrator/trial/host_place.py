@@ -1,4 +1,4 @@
-"""How each host of a spec is reached, and what it needs of the node of its actor."""
+"""How each host of a spec is reached, and how much memory it takes of its node."""
 
 from __future__ import annotations
 

@@ -224,8 +224,8 @@ class _TrialRunner:
 
     async def _wait_for_samples(self, guests: Sequence[GuestTask], since_us: int) -> bool:
         """Wait until there is a sample of each of these guests from `since_us` or later, on the
-        host's clock, but only for some time; return whether there is. Without it, the trial may
-        have no footprint."""
+        host's clock, but only for some time; return whether there is. Without one, the trial
+        may have no footprint."""
         with suppress(TimeoutError):
             async with asyncio.timeout(2 * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S):
                 while min(self._sampled_us[guest.name] for guest in guests) < since_us:

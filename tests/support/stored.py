@@ -87,7 +87,7 @@ def guest_records(task: HostTask, end_s: float = 4.0) -> list[Event]:
 
 
 def left_mib(arm: str, repetition: int) -> int:
-    """Return how many MiB of each guest stay resident after it has freed memory."""
+    """Make up how many MiB of each guest stay resident after it has freed memory."""
     return (30 if arm == "bitmap" else 100) + repetition
 
 
