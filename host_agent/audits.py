@@ -21,7 +21,7 @@ _TELLING_SHARE = 1 / 20
 
 
 class Audits:
-    """The audits of one guest."""
+    """Decides when one guest is audited, and when the guest is told of refaults."""
 
     def __init__(
         self,

@@ -319,8 +319,8 @@ class HugetlbIsolator:
         gain = free_chunks - _chunk_count(self._absent) - unobtainable
         least = 1 if thorough else self._threshold_chunks
         if self._zeroing and not self._pass_requested:
-            # Every guest uses a chunk or two now and then. Without this bound, a pass for so few
-            # chunks would zero all free memory, over and over.
+            # Every guest uses a chunk or two now and then. Without this bound, passes for so few
+            # chunks could zero all free memory, over and over.
             least = max(least, movable // _ZEROING_GAIN_SHARE)
         return gain if gain >= least else 0
 

@@ -91,8 +91,8 @@ class SampleFilter:
     def to_send(
         self, current: host_pb2.SampleSet, *, commanded: bool = False
     ) -> Iterator[host_pb2.SampleSet]:
-        """Take the current sample; yield what to send now: nothing, it, or before it one that was held
-        back.
+        """Take the current sample; yield what to send now: nothing; `current`; or one that was held
+        back, then `current`.
 
         :param commanded: whether a command was answered since the last sample. Then the current
             one is sent: the experiment needs the state after its command.

@@ -270,8 +270,8 @@ class GuestMemory:
         return moved
 
     async def audit(self) -> host_pb2.Ledger:
-        """Look at all pages that may be absent; if nobody else reclaims, only if more or less is
-        resident than the books say. Return the books as `books_now` does. Locked."""
+        """Look at all pages that may be absent, unless nobody else reclaims and as much is resident
+        as the books say. Return what `books_now` returns. The caller holds `lock`."""
         if self._open:
             _, ledger = self._open
             resident_bytes = self.books_now().resident_bytes

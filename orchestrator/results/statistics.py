@@ -149,7 +149,7 @@ def half_width_in_deviations(pairs: int, first_look: int = 0) -> float:
         in H. Wang and A. Ramdas, Anytime-valid t-tests and confidence sequences for Gaussian means
         with unknown variance, arXiv:2310.03722.
     """
-    from scipy.special import fdtri, stdtrit  # 0.3 s to import, and only a summary needs it
+    from scipy.special import fdtri, stdtrit  # 0.3 s to import, and only intervals need it
 
     n, m = pairs, first_look
     if not m:

@@ -239,7 +239,7 @@ class SecondAgent(Impostor):
 
 
 class OtherBoot(SecondAgent):
-    """Send a copy of the guest's Hello with another boot id, as if the guest had booted again."""
+    """Like SecondAgent, but with another boot id, on which the host agent does not act."""
 
     def _changed(self, hello: hinting_pb2.Hello) -> hinting_pb2.Hello:
         hello.boot_id = str(uuid.uuid4())

@@ -1,5 +1,5 @@
-"""An attached guest whose domain ends: what is kept of it and what is freed, who may detach it
-meanwhile, and what happens when its domain starts again."""
+"""An attached guest whose domain ends: what is kept of it and what is freed, what a detach does
+before and after, and what happens when its domain starts again."""
 
 import asyncio
 import os

@@ -60,7 +60,8 @@ def test_absent_memory_that_was_unplugged_is_reported(ram: GuestRam) -> None:
 
 
 def test_absent_memory_that_came_back_is_not_told(ram: GuestRam, ram_fd: int) -> None:
-    """Memory that was unplugged and plugged again is absent: to hint it would gain nothing."""
+    """Memory that was unplugged and plugged again is absent: a guest that was told otherwise would
+    hint it in vain."""
     device = Segment(pfn=4096, page_count=1024, fd=ram_fd, offset_bytes=3072 * PAGE_BYTES)
     assert asyncio.run(told_after_unplugging(ram, [device])) is None
 
