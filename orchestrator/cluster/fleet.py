@@ -238,7 +238,8 @@ class Fleet(AbstractContextManager["Fleet"]):
             waited_s = time.monotonic() - started_s
             # If none is alive, neither is this process's node: the cluster's `check` below will
             # soon raise that.
-            if alive and (self._cluster.is_private or waited_s >= self._wait_s):
+            no_more = self._cluster.is_private and nodes
+            if alive and (no_more or waited_s >= self._wait_s):
                 raise shortage_error(placement, nodes, waited_s)
             if alive and not told:
                 told = True

@@ -191,6 +191,15 @@ class Cluster:
                 del self._questions[node_id]
                 try:
                     answers[node_id] = ray.get(ref)
+                except (
+                    # Ray does not know the new node everywhere yet; or the node is about to be
+                    # dead, or busy. The next call asks again.
+                    ray.exceptions.TaskUnschedulableError,
+                    ray.exceptions.NodeDiedError,
+                    ray.exceptions.WorkerCrashedError,
+                    ray.exceptions.OutOfMemoryError,
+                ):
+                    continue
                 except ray.exceptions.RayError as error:
                     cause = getattr(error, "cause", None) or error
                     answers[node_id] = f"cannot be asked: {first_line(cause)}"
