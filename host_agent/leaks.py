@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hintfleet.errors import HintfleetError
@@ -36,10 +37,17 @@ def find(libvirt_uri: str) -> tuple[list[Removable], list[str]]:
         found += abandoned_domains(libvirt_uri)
     except HintfleetError as error:
         not_examined.append(f"domains: {error.message}")
-    found += [_cgroup(path) for path in abandoned_cgroups()]
-    found += [_zram(device) for device in abandoned_zram()]
-    found += [_folder(path) for dirs in runtime_dirs() for path in dirs.abandoned()]
+    found += _there(_cgroup, abandoned_cgroups())
+    found += _there(_zram, abandoned_zram())
+    found += _there(_folder, (path for dirs in runtime_dirs() for path in dirs.abandoned()))
     return found, not_examined
+
+
+def _there(leak_of: Callable[[Path], Removable], paths: Iterable[Path]) -> Iterator[Removable]:
+    """Yield the leaks at these paths, without those that are gone meanwhile."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            yield leak_of(path)
 
 
 def _processes(seen: list[Process]) -> Iterator[Removable]:
@@ -162,4 +170,8 @@ def _zram(device: Path) -> Removable:
 
 
 def _size_bytes(paths: Iterable[Path]) -> int:
-    return sum(path.lstat().st_blocks * 512 for path in paths)
+    sizes = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # its guest has just ended
+            sizes.append(path.lstat().st_blocks * 512)
+    return sum(sizes)

@@ -184,7 +184,9 @@ def abandoned() -> Iterator[Path]:
     """Yield the folders of cgroups whose host agents are gone. A partition has a folder in each
     hierarchy."""
     for hierarchy in hierarchies():
-        yield from _abandoned(Path(hierarchy.top).rglob(f"{PREFIX}*"))
+        # Not rglob: it fails if a cgroup is removed meanwhile (Python 3.11).
+        found = (Path(at, name) for at, names, _ in os.walk(hierarchy.top) for name in names)
+        yield from _abandoned(path for path in found if path.name.startswith(PREFIX))
 
 
 def _abandoned(folders: Iterable[Path]) -> Iterator[Path]:

@@ -60,11 +60,11 @@ class Swap:
             except BaseException:
                 zram.remove()
                 raise
-            self._zram, self.size_bytes = zram, size_bytes
             self._end.clear()
             # A thread: to lower the limit takes as long as the kernel swaps out.
-            self._thread = threading.Thread(target=self._keep, args=(zram,), daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._keep, args=(zram,), daemon=True)
+            thread.start()
+            self._zram, self._thread, self.size_bytes = zram, thread, size_bytes
 
     def _remove(self) -> None:
         if self._zram is None or self._thread is None:

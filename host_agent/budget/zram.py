@@ -32,7 +32,7 @@ _SIGNATURE = b"SWAPSPACE2"
 # not count into the budget (swapon(2)).
 _HIGHEST_PRIORITY = 0x8000 | 0x7FFF
 _MOST_BYTES = 1 << 40
-_REMOVE_TIMEOUT_S = 2.0
+_REMOVE_TIMEOUT_S = 5.0
 _POLL_S = 0.05
 
 
@@ -86,18 +86,9 @@ class Zram:
         If the kernel refuses, the device is left, for `hintfleet doctor --clean`.
         """
         fd, self._lock_fd = self._lock_fd, None
-        if fd is None:
-            return
-        try:
-            _swap_off(self._device)
-            # Nobody must take the device, or the next one of its name, for an abandoned one.
-            os.pwrite(fd, bytes(_HEADER.size), 0)
-        except OSError:
-            return
-        finally:
-            os.close(fd)
-        with contextlib.suppress(OSError):
-            _forget(self._device)
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                _end(self._device, fd)
 
 
 def abandoned() -> Iterator[Path]:
@@ -129,12 +120,35 @@ def _swapped_on(device: Path, size_bytes: int) -> int:
 
 
 def remove(device: Path) -> None:
-    """Swap off a device, and remove it.
+    """Swap off an abandoned device, and remove it; do nothing if it is not abandoned any more.
 
     :raises OSError: the kernel refused.
     """
-    _swap_off(device)
-    _forget(device)
+    if not device.exists() or (fd := lock_file(device)) is None:
+        return
+    if _is_ours(device):
+        _end(device, fd)
+    else:
+        os.close(fd)
+
+
+def _end(device: Path, lock_fd: int) -> None:
+    """Swap off a device, and remove it. Closes the descriptor, which holds its lock.
+
+    :raises OSError: the kernel refused; the device keeps our label.
+    """
+    try:
+        _swap_off(device)
+        # The next device has the same name. Nobody must take it for the abandoned one.
+        os.pwrite(lock_fd, bytes(_HEADER.size), 0)
+    finally:
+        os.close(lock_fd)
+    try:
+        _forget(device)
+    except OSError:
+        with contextlib.suppress(OSError), device.open("r+b") as file:
+            file.write(_HEADER.pack(1, 0, 0, _LABEL))
+        raise
 
 
 def _swap_off(device: Path) -> None:
@@ -150,17 +164,16 @@ def _swap_off(device: Path) -> None:
 
 
 def _forget(device: Path) -> None:
-    """Remove a device that is not swapped on."""
+    """Remove a device that is not swapped on; that frees its memory."""
     give_up_s = time.monotonic() + _REMOVE_TIMEOUT_S
     while True:
         try:
-            _write(_BLOCKS / device.name / "reset", "1")
-            break
-        except OSError:  # EBUSY: somebody, for example udev, looks at the device
-            if time.monotonic() > give_up_s:
+            return _write(_CONTROL / "hot_remove", device.name.removeprefix("zram"))
+        except OSError as error:
+            # Somebody looks at the device: udev, or `hintfleet doctor`.
+            if error.errno != errno.EBUSY or time.monotonic() > give_up_s:
                 raise
             time.sleep(_POLL_S)
-    _write(_CONTROL / "hot_remove", device.name.removeprefix("zram"))
 
 
 def _header(size_bytes: int) -> bytes:
