@@ -8,17 +8,23 @@ from hintfleet.units import format_size
 from hintfleet.v1 import host_pb2
 from orchestrator.trial.records import HostRanOut
 
+# The kernel counts pages of a cgroup in batches for each processor.
+_SLACK_BYTES = 1 << 20
+
 
 class BudgetWatch:
     """What the samples of one host's part of a trial say about its memory budget.
 
     :ivar ran_out: set when the guests have needed more than the budget. It stays set.
     :ivar used_bytes: how much of the budget was used in the last sample.
+    :ivar is_over: whether that was more than the budget. With a cgroup, the kernel is about to swap
+        out what is too much, or the host will run out.
     """
 
     def __init__(self) -> None:
         self.ran_out = asyncio.Event()
         self.used_bytes = 0
+        self.is_over = False
         self._oom_before: int | None = None
         self._seen = host_pb2.SampleSet()
         """The samples that show that the host ran out."""
@@ -27,6 +33,7 @@ class BudgetWatch:
         """Take the next samples of the host."""
         use = samples.budget_use
         self.used_bytes = use.used_bytes
+        self.is_over = use.used_bytes > use.limit_bytes + _SLACK_BYTES
         if self._oom_before is None:
             self._oom_before = use.oom_count  # kills in earlier trials on this host agent
         over = not use.enforced and use.used_bytes > use.limit_bytes

@@ -39,6 +39,7 @@ _WATCH_BREAKS_WITHIN_S = 0.5
 # footprint at an end of the window is interpolated (results/footprint.py): that needs a sample of
 # each guest before and after the window. On a busy host a sample may be late.
 _SAMPLE_TIMEOUT_S = 10.0
+_SWAP_OUT_TIMEOUT_S = 60.0
 
 
 async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Event | HostSamples]:
@@ -203,6 +204,12 @@ class _TrialRunner:
         host ran out of memory."""
         if not await self._wait_for_samples([guest], since_us=self._last_step_us):
             raise TransientError(f"{self._task.host}: no sample of {guest.name} in time")
+        # With swap, the kernel may still be swapping out what does not fit.
+        deadline_s = time.monotonic() + _SWAP_OUT_TIMEOUT_S
+        while self._budget.is_over and time.monotonic() < deadline_s:
+            await asyncio.sleep(self._spec.sample_period_s)
+        if self._budget.is_over:
+            raise TransientError(f"{self._task.host}: stays above its memory")
         if self._budget.ran_out.is_set():
             return  # the script is about to be cancelled
         self._fitting.append(guest)

@@ -35,6 +35,15 @@ def test_without_a_cgroup_more_than_the_budget_is_too_much() -> None:
     assert "more than its 100 MiB: they used 100 MiB" in describe(watch.event("host1", "t"))
 
 
+def test_a_host_that_is_still_swapping_out_is_over_its_budget() -> None:
+    watch = BudgetWatch()
+    watch.take(samples(enforced=True, used_bytes=130 * MIB))
+    assert watch.is_over
+    assert not watch.ran_out.is_set()
+    watch.take(samples(enforced=True, used_bytes=100 * MIB + 4096))
+    assert not watch.is_over
+
+
 def test_a_host_agent_that_says_nothing_of_a_budget_never_runs_out() -> None:
     watch = BudgetWatch()
     watch.take(host_pb2.SampleSet(at_unix_us=1))
