@@ -23,7 +23,7 @@ _ROUNDS = 3
 _HOSTS = 4
 _WORKLOADS = {
     "waits": "[{allocate: 96MiB, for: 1s}, {free: 75%, for: 2s}, {repeat: 4}]",
-    "works": "[{allocate: 128MiB}, {free: 100%}, {repeat: 40}]",
+    "works": "[{allocate: 128MiB}, {free: 100%}, {repeat: 8}]",
 }
 _SPEC = """\
 name: parallel
@@ -34,6 +34,7 @@ workload: {{phases: {phases}}}
 arms:
   - {{name: none, method: none}}
   - {{name: hinting, method: hinting}}
+repetitions: 2
 """
 
 
