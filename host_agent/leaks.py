@@ -137,36 +137,26 @@ def _memfd_bytes(process: Process, open_files: dict[int, str], counted: set[str]
 
 
 def _folder(path: Path) -> Removable:
-    leak = Leak(
-        what="guest's files",
-        where=str(path),
-        since_unix_s=round(path.lstat().st_mtime),
-        size_bytes=_size_bytes(path.rglob("*")),
-        why="the host agent that made it is gone",
-    )
-    return leak, lambda: shutil.rmtree(path)
+    size_bytes = _size_bytes(path.rglob("*"))
+    return _abandoned("guest's files", path, size_bytes), lambda: shutil.rmtree(path)
 
 
 def _cgroup(path: Path) -> Removable:
-    leak = Leak(
-        what="cgroup",
-        where=str(path),
-        since_unix_s=round(path.lstat().st_mtime),
-        size_bytes=0,
-        why="the host agent that made it is gone",
-    )
-    return leak, path.rmdir
+    return _abandoned("cgroup", path), path.rmdir
 
 
 def _zram(device: Path) -> Removable:
-    leak = Leak(
-        what="zram swap",
-        where=str(device),
-        since_unix_s=round(device.lstat().st_mtime),
-        size_bytes=0,
+    return _abandoned("zram swap", device), lambda: remove_zram(device)
+
+
+def _abandoned(what: str, path: Path, size_bytes: int = 0) -> Leak:
+    return Leak(
+        what=what,
+        where=str(path),
+        since_unix_s=round(path.lstat().st_mtime),
+        size_bytes=size_bytes,
         why="the host agent that made it is gone",
     )
-    return leak, lambda: remove_zram(device)
 
 
 def _size_bytes(paths: Iterable[Path]) -> int:

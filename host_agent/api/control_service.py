@@ -90,7 +90,7 @@ class ControlService(HostServiceServicer):
             if ending := self._registry.ending:
                 await asyncio.wait(ending)
             if guests := self._registry.guests:
-                raise Refused(f"guest {guests[0].name} uses another swap", hint="end it first")
+                raise Refused(f"guest {guests[0].name} runs with another swap", hint="end it first")
             await in_driver_thread(self._budget.use_swap, request.spec.zram_bytes)
 
     async def ResizeGuest(

@@ -17,6 +17,7 @@ class Budget:
     """A host's memory budget.
 
     :ivar cgroup: keeps the guests of one driver within the budget; None if it is only watched.
+    :ivar swap: what the cgroup is swapped out to; None if there is no cgroup.
     :ivar why_watched: why no cgroup could be made; empty if there is one, or none was asked for.
     """
 

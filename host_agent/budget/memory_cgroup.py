@@ -16,6 +16,7 @@ from hintfleet.errors import Refused
 from hintfleet.settings import Driver
 from hintfleet.system.cgroups import Hierarchy, hierarchies
 from hintfleet.system.file_lock import lock_folder
+from hintfleet.system.files import write_kernel_file
 from hintfleet.system.owned_folders import OwnedFolders
 
 PREFIX = "hintfleet-budget-"
@@ -88,13 +89,13 @@ class MemoryCgroup:
 
     def _limit(self, limit_bytes: int) -> None:
         if self._is_v2:
-            _write(self.folder / "memory.max", str(limit_bytes))
+            write_kernel_file(self.folder / "memory.max", str(limit_bytes))
             with contextlib.suppress(FileNotFoundError):  # a kernel without swap
-                _write(self.folder / "memory.swap.max", "0")
+                write_kernel_file(self.folder / "memory.swap.max", "0")
             return
-        _write(self.folder / "memory.limit_in_bytes", str(limit_bytes))
+        write_kernel_file(self.folder / "memory.limit_in_bytes", str(limit_bytes))
         with contextlib.suppress(FileNotFoundError, PermissionError):  # without swap accounting
-            _write(self.folder / "memory.memsw.limit_in_bytes", str(limit_bytes))
+            write_kernel_file(self.folder / "memory.memsw.limit_in_bytes", str(limit_bytes))
         self._watch_oom()
 
     def allow_swap(self, swap_bytes: int, limit_bytes: int) -> None:
@@ -105,11 +106,11 @@ class MemoryCgroup:
         """
         try:
             if self._is_v2:
-                _write(self.folder / "memory.swap.max", str(swap_bytes))
+                write_kernel_file(self.folder / "memory.swap.max", str(swap_bytes))
             else:
                 # v1 limits memory and swap together.
                 both_bytes = limit_bytes + swap_bytes
-                _write(self.folder / "memory.memsw.limit_in_bytes", str(both_bytes))
+                write_kernel_file(self.folder / "memory.memsw.limit_in_bytes", str(both_bytes))
         except OSError as error:
             if swap_bytes:
                 raise Refused(f"no swap in cgroup {self.folder}: {error}") from error
@@ -122,7 +123,7 @@ class MemoryCgroup:
         """
         name = "memory.max" if self._is_v2 else "memory.limit_in_bytes"
         try:
-            _write(self.folder / name, str(max(0, limit_bytes)))
+            write_kernel_file(self.folder / name, str(max(0, limit_bytes)))
         except OSError:
             return False
         return True
@@ -135,7 +136,7 @@ class MemoryCgroup:
         control = self.folder / "memory.oom_control"
         fd = os.open(control, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _write(self.folder / "cgroup.event_control", f"{self._oom_fd} {fd}")
+            write_kernel_file(self.folder / "cgroup.event_control", f"{self._oom_fd} {fd}")
         finally:
             os.close(fd)
 
@@ -145,7 +146,7 @@ class MemoryCgroup:
         :raises Refused: the kernel does not take it.
         """
         try:
-            _write(self.folder / "cgroup.procs", str(pid))
+            write_kernel_file(self.folder / "cgroup.procs", str(pid))
         except OSError as error:
             raise Refused(f"cannot put process {pid} into cgroup {self.folder}: {error}") from error
 
@@ -217,13 +218,13 @@ def _new(hierarchy: Hierarchy, folder: Path) -> Path:
     if hierarchy.is_v2 and "memory" in _words(folder.parent / "cgroup.controllers"):
         # The kernel refuses this write if the parent itself has processes, except in the root ("no
         # internal processes", cgroup-v2.rst).
-        _write(folder.parent / "cgroup.subtree_control", "+memory")
+        write_kernel_file(folder.parent / "cgroup.subtree_control", "+memory")
     folder.mkdir()
     try:
         # Until these are set, cpuset of v1 takes no process.
         for name in ("cpuset.cpus", "cpuset.mems"):
             if "cpuset" in hierarchy.controllers:
-                _write(folder / name, (folder.parent / name).read_text())
+                write_kernel_file(folder / name, (folder.parent / name).read_text())
     except OSError:
         folder.rmdir()
         raise
@@ -239,19 +240,6 @@ def _remove(folder: Path) -> None:
             if time.monotonic() > give_up_s:
                 return
             time.sleep(_POLL_S)
-
-
-def _write(path: Path, text: str) -> None:
-    # Not write_text: for a missing file it asks the kernel to make one, and so gets EACCES, not
-    # ENOENT.
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        os.close(fd)
 
 
 def _words(path: Path) -> list[str]:

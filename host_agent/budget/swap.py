@@ -11,8 +11,6 @@ from host_agent.budget.zram import Zram
 _PERIOD_S = 0.05
 _PERIODS_OVER = 20
 _ROUNDS = 8
-# The kernel counts pages of a cgroup in batches for each processor.
-_SLACK_BYTES = 1 << 20
 
 
 class Swap:
@@ -31,6 +29,7 @@ class Swap:
         self._cgroup = cgroup
         self._budget_bytes = budget_bytes
         self._zram: Zram | None = None
+        self._followed_bytes = -1  # what the device took when the limit was set last
         self._changes = threading.Lock()
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -61,6 +60,7 @@ class Swap:
                 zram.remove()
                 raise
             self._end.clear()
+            self._followed_bytes = -1
             # A thread: to lower the limit takes as long as the kernel swaps out.
             thread = threading.Thread(target=self._keep, args=(zram,), daemon=True)
             thread.start()
@@ -83,15 +83,17 @@ class Swap:
                 self.overflows += 1
 
     def _follow(self, zram: Zram) -> bool:
-        """Lower the limit by what the device takes; return whether that could be done."""
+        """Lower the limit by what the device takes, if that has changed; return whether that could
+        be done."""
         try:
+            # What the kernel swaps out for it takes memory of the device, too, but less and less.
             for _ in range(_ROUNDS):
-                if not self._cgroup.set_limit(self._budget_bytes - zram.used_bytes):
-                    return False
-                # What was swapped out for it takes memory of the device, too, but less.
-                used_bytes = self._cgroup.used_bytes + zram.used_bytes
-                if used_bytes <= self._budget_bytes + _SLACK_BYTES:
+                taken_bytes = zram.used_bytes
+                if taken_bytes == self._followed_bytes:
                     break
+                if not self._cgroup.set_limit(self._budget_bytes - taken_bytes):
+                    return False
+                self._followed_bytes = taken_bytes
         except OSError:  # somebody else has removed the device or the cgroup
             return False
         return True  # guests that are writing may be ahead for some time

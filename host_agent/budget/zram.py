@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hintfleet.errors import Refused
 from hintfleet.system.file_lock import is_held, lock_file
+from hintfleet.system.files import write_kernel_file
 from hintfleet.units import MIB, PAGE_BYTES
 
 _CONTROL = Path("/sys/class/zram-control")
@@ -102,7 +103,7 @@ def abandoned() -> Iterator[Path]:
 
 def _swapped_on(device: Path, size_bytes: int) -> int:
     """Swap on a new device; return the descriptor that holds its lock."""
-    _write(_BLOCKS / device.name / "disksize", str(size_bytes))
+    write_kernel_file(_BLOCKS / device.name / "disksize", str(size_bytes))
     if not device.is_block_device():
         raise FileNotFoundError(errno.ENOENT, "no such device", str(device))
     # Locked before it has our label: another host agent must not take it for an abandoned one.
@@ -126,10 +127,11 @@ def remove(device: Path) -> None:
     """
     if not device.exists() or (fd := lock_file(device)) is None:
         return
-    if _is_ours(device):
-        _end(device, fd)
-    else:
-        os.close(fd)
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, fd)
+        if _is_ours(device):
+            undo.pop_all()
+            _end(device, fd)
 
 
 def _end(device: Path, lock_fd: int) -> None:
@@ -168,7 +170,7 @@ def _forget(device: Path) -> None:
     give_up_s = time.monotonic() + _REMOVE_TIMEOUT_S
     while True:
         try:
-            return _write(_CONTROL / "hot_remove", device.name.removeprefix("zram"))
+            return write_kernel_file(_CONTROL / "hot_remove", device.name.removeprefix("zram"))
         except OSError as error:
             # Somebody looks at the device: udev, or `hintfleet doctor`.
             if error.errno != errno.EBUSY or time.monotonic() > give_up_s:
@@ -194,11 +196,3 @@ def _call(name: str, device: Path, *flags: int) -> None:
     if getattr(libc, name)(os.fsencode(device), *flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(device))
-
-
-def _write(path: Path, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)

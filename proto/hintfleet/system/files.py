@@ -1,4 +1,4 @@
-"""Reads and writes files whose paths users give."""
+"""Reads and writes files: those whose paths users give, and settings of the kernel."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ def read_at_most(path: str | Path, most_bytes: int) -> bytes:
     if len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", os.fspath(path))
     return content
+
+
+def write_kernel_file(path: Path, text: str) -> None:
+    """Write a setting to a file of /sys or of a cgroup, which is there already.
+
+    :raises OSError: the kernel refused it, or there is no such file; with the file's name.
+    """
+    # Not write_text: for a missing file it asks the kernel to make one, and so gets EACCES, not
+    # ENOENT.
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(fd)
 
 
 def _open_at_once(path: str, flags: int) -> int:
