@@ -34,15 +34,8 @@ from orchestrator.spec import file as spec_file
 from orchestrator.spec.checks import hosts_problem, machine_problem
 from orchestrator.spec.file import LoadedSpec
 from orchestrator.spec.model import Spec, describe
-from orchestrator.trial.host_place import from_here, host_places
-from orchestrator.trial.plan import (
-    HostTask,
-    Trial,
-    host_names,
-    host_tasks,
-    plan_trials,
-    rounds,
-)
+from orchestrator.trial.host_place import host_places
+from orchestrator.trial.plan import HostTask, Trial, host_names, host_tasks, plan_trials, rounds
 from orchestrator.trial.records import Event, Record, Samples
 
 _log = logging.getLogger("hintfleet.run")
@@ -238,10 +231,9 @@ def run_experiment(
     problem = None if address.value else machine_problem(spec, available_memory())
     if problem := problem or hosts_problem(spec, encrypted=bool(tls_folder)):
         raise experiment.loaded.error([problem])
-    places = host_places(spec, header.libvirt_uri, tls_folder, in_cluster=bool(address.value))
     fleet = Fleet(
         address,
-        [from_here(place) for place in places] if address.value else places,
+        host_places(spec, header.libvirt_uri, tls_folder, in_cluster=bool(address.value)),
         libvirt_uri=header.libvirt_uri,
         wait_s=spec.timeouts.nodes_s,
         say=view.waiting,

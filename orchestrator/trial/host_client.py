@@ -104,16 +104,16 @@ class HostClient:
 
         With `dry_run`, attach nothing; return only the domain with its obstacles.
         """
-        asking_s = _GUEST_AGENT_S if request.through_guest_agent else 0.0
-        call = self._stub.AttachGuest(request, timeout=self._timeouts.create_s + asking_s)
+        timeout_s = self._timeouts.create_s + _asking_s(request)
+        call = self._stub.AttachGuest(request, timeout=timeout_s)
         return await self._answer(call, f"attaching {request.domain}")
 
     async def detach_guest(
         self, request: host_pb2.DetachGuestRequest
     ) -> host_pb2.DetachGuestResponse:
         """Detach a guest; return its final books."""
-        asking_s = _GUEST_AGENT_S if request.through_guest_agent else 0.0
-        call = self._stub.DetachGuest(request, timeout=self._timeouts.destroy_s + asking_s)
+        timeout_s = self._timeouts.destroy_s + _asking_s(request)
+        call = self._stub.DetachGuest(request, timeout=timeout_s)
         return await self._answer(call, f"detaching {request.name}")
 
     async def create_guest(self, request: host_pb2.CreateGuestRequest) -> host_pb2.Guest:
@@ -180,3 +180,7 @@ async def connected(address: str, tls: Tls | None) -> AsyncIterator[HostClient]:
         yield client
     finally:
         await client.aclose()
+
+
+def _asking_s(request: host_pb2.AttachGuestRequest | host_pb2.DetachGuestRequest) -> float:
+    return _GUEST_AGENT_S if request.through_guest_agent else 0.0

@@ -41,11 +41,12 @@ def host_places(
 ) -> list[HostPlace]:
     """Return how each host of a spec is reached.
 
-    :param in_cluster: whether the memory of nodes counts. On this machine alone,
-        `checks.machine_problem` has looked at all memory already.
+    :param in_cluster: whether the memory of nodes counts, and paths must not depend on the current
+        folder. On this machine alone, `checks.machine_problem` has looked at all memory already,
+        and an actor has the folder of the command.
     """
     agents = spec.hosts.agents or (None,) * spec.hosts.number
-    return [
+    places = [
         HostPlace(
             name=name,
             driver=spec.driver,
@@ -59,6 +60,7 @@ def host_places(
         )
         for name, agent in zip(host_names(spec), agents, strict=True)
     ]
+    return [from_here(place) for place in places] if in_cluster else places
 
 
 def from_here(place: HostPlace) -> HostPlace:

@@ -205,10 +205,7 @@ class _TrialRunner:
         if not await self._wait_for_samples([guest], since_us=self._last_step_us):
             raise TransientError(f"{self._task.host}: no sample of {guest.name} in time")
         # With swap, the kernel may still be swapping out what does not fit.
-        deadline_s = time.monotonic() + _SWAP_OUT_TIMEOUT_S
-        while self._budget.is_over and time.monotonic() < deadline_s:
-            await asyncio.sleep(self._spec.sample_period_s)
-        if self._budget.is_over:
+        if not await self._sampled(lambda: not self._budget.is_over, _SWAP_OUT_TIMEOUT_S):
             raise TransientError(f"{self._task.host}: stays above its memory")
         if self._budget.ran_out.is_set():
             return  # the script is about to be cancelled
@@ -233,12 +230,20 @@ class _TrialRunner:
         """Wait until there is a sample of each of these guests from `since_us` or later, on the
         host's clock, but only for some time; return whether there is. Without one, the trial
         may have no footprint."""
+        return await self._sampled(
+            lambda: min(self._sampled_us[guest.name] for guest in guests) >= since_us,
+            2 * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S,
+        )
+
+    async def _sampled(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until samples say that something holds, or the time is over; return whether it
+        holds."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(2 * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S):
-                while min(self._sampled_us[guest.name] for guest in guests) < since_us:
+            async with asyncio.timeout(timeout_s):
+                while not holds():
                     self._sample_came.clear()
                     await self._sample_came.wait()
-        return min(self._sampled_us[guest.name] for guest in guests) >= since_us
+        return holds()
 
     async def _run_phase(self, guests: Sequence[GuestTask], index: int, step: Step) -> None:
         about = f"{guests[0].name}: " if self._task.one_by_one else ""

@@ -17,20 +17,9 @@ import pytest
 
 from tests.support.agents import wait_until
 from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, wait_for_line
+from tests.support.ray_cluster import TINY
 
-SPEC = """\
-name: tiny
-driver: embedded
-hosts: {count: 4, memory: 256MiB}
-guests: {per_host: 1, memory: 64MiB}
-workload:
-  phases:
-    - {allocate: 40MiB, for: 6s}
-    - {free: 75%, for: 500ms}
-arms:
-  - {name: none, method: none}
-repetitions: 2
-"""
+SPEC = TINY.replace("count: 3", "count: 4")
 TOLD_WITHIN_S = 60
 """The error must come within this time; Ray itself would try for minutes."""
 

@@ -11,22 +11,9 @@ import pytest
 
 from tests.support.agents import running_host_agent, wait_until
 from tests.support.lab import RUN_TIMEOUT_S, Lab, result, wait_for_line
-from tests.support.ray_cluster import RayCluster, python_without, ray_cluster
+from tests.support.ray_cluster import TINY, RayCluster, python_without, ray_cluster
 
-SPEC = """\
-name: tiny
-driver: embedded
-hosts: {count: 3, memory: 256MiB}
-guests: {per_host: 1, memory: 64MiB}
-workload:
-  phases:
-    - {allocate: 40MiB, for: 6s}
-    - {free: 75%, for: 500ms}
-arms:
-  - {name: none, method: none}
-repetitions: 2
-timeouts: {nodes: 3s}
-"""
+SPEC = TINY + "timeouts: {nodes: 3s}\n"
 SHORT = SPEC.replace("6s", "500ms").replace("repetitions: 2", "repetitions: 1")
 
 

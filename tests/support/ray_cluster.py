@@ -16,6 +16,21 @@ from pathlib import Path
 from tests.support.agents import HANG_S, wait_until
 from tests.support.lab import Lab, parent_pid
 
+TINY = """\
+name: tiny
+driver: embedded
+hosts: {count: 3, memory: 256MiB}
+guests: {per_host: 1, memory: 64MiB}
+workload:
+  phases:
+    - {allocate: 40MiB, for: 6s}
+    - {free: 75%, for: 500ms}
+arms:
+  - {name: none, method: none}
+repetitions: 2
+"""
+"""A spec whose trials take some seconds, so that something can happen meanwhile."""
+
 _ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

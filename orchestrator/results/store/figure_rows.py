@@ -74,12 +74,8 @@ def footprint_rows(
 def cost_row(row: sqlite3.Row) -> CostRow:
     """Convert a row of `Store.cost_rows`."""
     return CostRow(
-        arm=row["arm"],
-        is_control=row["arm"] == row["control"],
-        repetition=row["repetition"],
-        host=row["host"],
+        **_of_host(row),
         cost=_cost(json.loads(row["cost"], object_hook=_with_sketches)) if row["cost"] else None,
-        undecided=row["undecided"],
         first_look=_first_look(row),
     )
 
@@ -87,13 +83,20 @@ def cost_row(row: sqlite3.Row) -> CostRow:
 def capacity_row(row: sqlite3.Row) -> CapacityRow:
     """Convert a row of `Store.capacity_rows`."""
     return CapacityRow(
-        arm=row["arm"],
-        is_control=row["arm"] == row["control"],
-        repetition=row["repetition"],
-        host=row["host"],
+        **_of_host(row),
         capacity=Capacity(**json.loads(row["capacity"])) if row["capacity"] else None,
-        undecided=row["undecided"],
     )
+
+
+def _of_host(row: sqlite3.Row) -> dict[str, Any]:
+    """Return what a row about a host in a trial has, whatever its figures are."""
+    return {
+        "arm": row["arm"],
+        "is_control": row["arm"] == row["control"],
+        "repetition": row["repetition"],
+        "host": row["host"],
+        "undecided": row["undecided"],
+    }
 
 
 def _cost(stored: dict[str, Any]) -> Cost:
