@@ -30,3 +30,4 @@ if not INNER.exists():
         print(f"PROBE total {total.value >> 20} MiB {total.where}", flush=True)
         print(f"PROBE less {0 < total.value - left.value < 100 << 20} {left.where}", flush=True)
         print(f"PROBE processors {cpus.value} {cpus.where}", flush=True)
+    print("PROBE done", flush=True)
