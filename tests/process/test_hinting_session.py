@@ -41,7 +41,7 @@ def test_a_batch_is_reclaimed_and_acknowledged(
     welcome = guest.next().welcome
     everything = RangeSet([(0, 32768)])
     guest.batch(welcome.epoch, 1, everything)
-    ack = guest.next().ack
+    ack = guest.ack()
     assert (ack.epoch, ack.seq) == (welcome.epoch, 1)
     assert ack.reclaimed_bytes == 96 * MIB
     assert ack.absent_bytes == 32 * MIB
@@ -67,7 +67,7 @@ def test_pages_outside_the_ram_are_skipped_with_the_reason(
     guest.hello(*identity)
     welcome = guest.next().welcome
     guest.batch(welcome.epoch, 1, RangeSet([(32768, 512), (1 << 30, 512)]))
-    (skipped,) = guest.next().ack.skipped
+    (skipped,) = guest.ack().skipped
     assert skipped.reason == pb.OUTSIDE_RAM
     assert skipped.ranges == encode(RangeSet([(32768, 512), (1 << 30, 512)]))
 
@@ -79,7 +79,7 @@ def test_a_batch_of_an_earlier_epoch_is_skipped(
     guest.hello(*identity)
     welcome = guest.next().welcome
     guest.batch(welcome.epoch - 1, 1, RangeSet([(0, 32768)]))
-    ack = guest.next().ack
+    ack = guest.ack()
     assert [s.reason for s in ack.skipped] == [pb.WRONG_EPOCH]
     assert ack.reclaimed_bytes == 0
     assert host_agent.verify().wrong_pages == 0
@@ -119,7 +119,7 @@ def test_the_newest_of_two_agents_wins(
     assert code is grpc.StatusCode.UNAVAILABLE, "transient: its Hello may only have been late"
     assert "another agent" in said
     second.batch(second_epoch := host_agent.guests()["g"].epoch, 1, RangeSet([(0, 512)]))
-    assert second.next().ack.epoch == second_epoch
+    assert second.ack().epoch == second_epoch
     second.close()
 
 

@@ -47,6 +47,13 @@ class Speaker:
     def next(self) -> pb.HostMessage:
         return next(iter(self.call))
 
+    def ack(self) -> pb.Ack:
+        """Return the next ack. Reports of refaults come whenever there are any."""
+        while (message := self.next()).WhichOneof("message") == "refaulted":
+            pass
+        assert message.WhichOneof("message") == "ack", message
+        return message.ack
+
     def refusal(self) -> tuple[grpc.StatusCode, str]:
         """Return the status and the text with which the host ended the session."""
         with pytest.raises(grpc.RpcError) as caught:

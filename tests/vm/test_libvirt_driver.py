@@ -144,7 +144,8 @@ def test_kvm_that_starts_no_guest_is_tried_once(
 def test_a_guest_that_is_killed_while_it_is_adopted_is_lost(
     driver: LibvirtDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = a_request([])
+    gone: list[str] = []
+    request = a_request(gone)
     guest = driver.create(request)
     try:
 
@@ -153,8 +154,15 @@ def test_a_guest_that_is_killed_while_it_is_adopted_is_lost(
             os.kill(guest.pid, signal.SIGKILL)
 
         monkeypatch.setattr("host_agent.guests.libvirt.driver.plug_door", plug_too_late)
-        with pytest.raises(GuestLost):
-            driver.adopt(request, guest.handle)
+        try:
+            adopted = driver.adopt(request, guest.handle)
+        except GuestLost:
+            return
+        # QEMU had handed over its memory before it died.
+        try:
+            wait_until(lambda: bool(gone), "the loss to be reported")
+        finally:
+            adopted.close()
     finally:
         guest.close()
 
