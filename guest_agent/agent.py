@@ -32,7 +32,7 @@ from hintfleet.errors import InvalidInput, Refused, TransientError
 from hintfleet.logs import fields
 from hintfleet.net.channels import open_aio_channel
 from hintfleet.ranges import RangeSet
-from hintfleet.settings import IsolatorKind, Method
+from hintfleet.settings import HUGE_PAGE_ORDER, IsolatorKind, Method
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
@@ -40,6 +40,10 @@ _log = logging.getLogger("hintfleet.guest")
 
 _FINISH_TIMEOUT_S = 1.0
 """How long an agent that is asked to end waits for the acks of what it has in flight."""
+
+_NICENESS = 10
+"""Of the agent in a real guest: it waits until the guest's work pauses, but it is not starved. When
+it was as nice as the work, each of its wakes made an allocation of the work wait."""
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 1 << 20),
@@ -151,6 +155,11 @@ async def _run_embedded(config: AgentConfig) -> None:
     if config.ram_fd < 0 or config.memory_bytes <= 0 or config.memory_bytes % PAGE_BYTES:
         raise InvalidInput("an embedded guest needs ram_fd and memory_bytes, in whole pages")
     ram = mmap.mmap(config.ram_fd, max(config.memory_bytes, config.max_memory_bytes))
+    if config.chunk_order >= HUGE_PAGE_ORDER:
+        # As QEMU does for its guests: where the host lets shared memory have huge pages
+        # (shmem_enabled), a refault then costs one page fault for a chunk, not 512.
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            ram.madvise(mmap.MADV_HUGEPAGE)
     pages = config.memory_bytes // PAGE_BYTES
     allocator = BuddyAllocator(
         [ZoneSpec(name="Normal", present=RangeSet([(0, pages)]))], chunk_order=config.chunk_order
@@ -168,16 +177,23 @@ async def _run_embedded(config: AgentConfig) -> None:
         allocator, tracker=config.tracker, threshold_chunks=config.threshold_chunks
     )
     facts = HelloFacts(
-        identity=identity, boot_id=boot, chunk_order=config.chunk_order, tracker=config.tracker
+        identity=identity,
+        boot_id=boot,
+        chunk_order=config.chunk_order,
+        tracker=config.tracker,
+        most_memory_bytes=max(config.memory_bytes, config.max_memory_bytes),
     )
     session = HintingSession(
-        channel, isolator, facts, lambda: allocator.free_page_count * PAGE_BYTES
+        channel,
+        isolator,
+        facts,
+        lambda: allocator.free_page_count * PAGE_BYTES,
     )
     await _until_one_fails(session.run(), serving, orphaned)
 
 
 async def _run_in_guest(config: AgentConfig) -> None:
-    """Run the agent of a real guest.
+    """Run the agent of a real guest, with less of a right to the processor than the guest's work.
 
     The workload runs in another process (--workload-only), so that its memory and CPU time are not
     counted as the agent's, and so that it survives the agent.
@@ -188,12 +204,14 @@ async def _run_in_guest(config: AgentConfig) -> None:
         raise InvalidInput(
             "method none: there is nothing to hint", hint="hintfleet-guest --workload-only"
         )
+    os.nice(_NICENESS)
     channel, identity = _connect(config)
     facts = HelloFacts(
         identity=identity,
         boot_id=boot_id(),
         chunk_order=config.chunk_order,
         tracker=config.tracker,
+        most_memory_bytes=max(mem_total_bytes(), config.max_memory_bytes),
     )
     session = HintingSession(channel, _isolator(config), facts, mem_free_bytes)
     await _until_one_fails(
@@ -226,7 +244,7 @@ def _isolator(config: AgentConfig) -> Isolator:
         return HugetlbIsolator(HugetlbPool(), threshold_chunks=threshold, zeroing=zeroing)
     from guest_agent.isolation.kmod import KmodIsolator
 
-    return KmodIsolator()
+    return KmodIsolator(chunk_order=config.chunk_order)
 
 
 def run_workload_only(config: AgentConfig) -> None:

@@ -22,6 +22,11 @@ def mem_free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * PAGE_BYTES
 
 
+def mem_used_pages() -> int:
+    """Return how many pages are not free: in use, as a cache too, or isolated."""
+    return os.sysconf("SC_PHYS_PAGES") - os.sysconf("SC_AVPHYS_PAGES")
+
+
 def mem_total_bytes() -> int:
     """Return the memory that the kernel manages, whatever it is used for now."""
     return _meminfo("MemTotal")

@@ -3,7 +3,7 @@
 The core and the isolator are used on one event loop only. The isolator's wake callback, the
 stream's reader and a timer put events into an inbox, and one task handles them. A stream that has
 ended is opened again after a pause, which grows up to 2 s until there is a Welcome. The agent ends
-if the host refuses it for good, or if the isolator cannot follow the host's policy.
+if the host refuses it for good.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import grpc
 from grpc import aio
 
 from guest_agent import hinting
-from guest_agent.isolation.isolator import Isolator
-from guest_agent.procfs import own_rss_bytes
+from guest_agent.holding_back import HoldingBack
+from guest_agent.isolation.isolator import HeldPages, Isolator, UsedPages, nothing_held_back
+from guest_agent.resting import Resting
+from guest_agent.telemetry import TELEMETRY_PERIOD_S, TelemetryPace
 from hintfleet import __version__
 from hintfleet.errors import InvalidInput, from_rpc_error
 from hintfleet.logs import fields
@@ -36,17 +38,6 @@ from hintfleet.v1.hinting_pb2_grpc import HintingServiceStub
 
 # The pause between two polls while a settle request waits for its answer.
 _SETTLING_PERIOD_S = 0.02
-_TELEMETRY_PERIOD_S = 1.0
-_POLLS_BEFORE_REST = 10
-# The least pause between two polls after 0, 10 and 20 idle polls in a row (a rest). The kernel's
-# own reporting waits 2 s, too (mm/page_reporting.c: PAGE_REPORTING_DELAY). A rest delays few hints:
-# hinted memory is used before it is freed again, and the host's report of that (Refaulted) ends it.
-_RESTING_PERIODS_S = (0.0, 1.0, 2.0)
-# A poll is idle if fewer pages than this (8 MiB) refault or are hinted before the next poll. So few
-# do not end a rest: even in an idle guest, kernel and daemons split and merge a chunk now and then.
-_LEAST_ACTIVE_PAGES = 2048
-_LONGEST_TELEMETRY_PERIOD_S = 10.0
-_LEAST_FREE_CHANGE_BYTES = 1 << 20
 _SHORTEST_RECONNECT_PAUSE_S, _LONGEST_RECONNECT_PAUSE_S = 0.05, 2.0
 _ACK_POLL_S = 0.01
 
@@ -68,12 +59,16 @@ _FINAL_CODES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class HelloFacts:
-    """The fields of Hello that the maker of a `HintingSession` must supply."""
+    """What the maker of a `HintingSession` must supply: fields of Hello, and
+
+    :ivar most_memory_bytes: the guest's memory, with all that can be plugged.
+    """
 
     identity: pb.Identity
     boot_id: str
     chunk_order: int
     tracker: str
+    most_memory_bytes: int
 
 
 class _Event(Enum):
@@ -113,16 +108,17 @@ class HintingSession:
         self._stub = HintingServiceStub(channel)
         self._isolator = isolator
         self._facts = facts
-        self._free_bytes = free_bytes
-        self._sent_free_bytes = -_LEAST_FREE_CHANGE_BYTES
-        self._telemetry_sent_at_s = self._free_checked_at_s = 0.0
+        self._holding_back = HoldingBack(
+            facts.most_memory_bytes // PAGE_BYTES, 1 << facts.chunk_order
+        )
+        self._telemetry = TelemetryPace(free_bytes, isolator, self._holding_back)
         self._period_s = 1.0
-        self._idle_polls = 0
-        """Idle polls in a row."""
-        self._active_pages = 0
-        """Pages that refaulted or were hinted since the last poll."""
+        self._policy_kind = pb.Policy.KIND_UNSPECIFIED
+        self._resting = Resting()
         self._epoch = 0
         """The epoch of this session; 0 until the Welcome."""
+        self._knows_resident = False
+        """Whether the host has sent this session's first list, of all that is resident."""
         self._inbox: asyncio.Queue[pb.HostMessage | _Event | Exception] = asyncio.Queue()
         self._outbox: asyncio.Queue[pb.GuestMessage] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -133,13 +129,13 @@ class HintingSession:
             # The isolator calls `wake` from its own thread or from the workload's thread.
             loop.call_soon_threadsafe(self._inbox.put_nowait, _Event.WAKE)
 
-        self._core = hinting.HintingCore(isolator.start(wake))
+        self._core = hinting.HintingCore(isolator.start(wake, self._held_back_pages))
 
     async def run(self) -> None:
         """Hold sessions until cancelled, then close the isolator. Isolated ranges stay isolated.
 
-        :raises HintfleetError: the host will never accept this agent, or the isolator cannot
-            follow the host's policy. The isolator is closed then, too.
+        :raises HintfleetError: the host will never accept this agent. The isolator is closed then,
+            too.
         """
         reconnect_pause_s = _SHORTEST_RECONNECT_PAUSE_S
         try:
@@ -215,7 +211,7 @@ class HintingSession:
         self._schedule_tick()
         try:
             while (event := await self._inbox.get()) is not _Event.ENDED:
-                was_resting = self._resting_period_s > 0
+                was_resting = self._resting.period_s > 0
                 if isinstance(event, Exception):
                     raise event
                 if event is _Event.TICK:
@@ -224,20 +220,25 @@ class HintingSession:
                     self._carry_out(self._handle_message(event))
                 elif self._isolator.enough_ready():
                     self._carry_out(self._core.ready())
-                if self._core.settling or self._active_pages >= _LEAST_ACTIVE_PAGES:
-                    self._idle_polls = 0
+                if self._core.settling:
+                    self._resting.end()
                 # A settle request, a wake or the end of a rest may make the next tick due earlier.
                 if self._core.settling or event is _Event.WAKE or was_resting:
                     self._schedule_tick()
         finally:
             self._next_tick.cancel()
 
-    @property
-    def _resting_period_s(self) -> float:
-        """The least pause between two polls of a guest at rest; 0 if it is not at rest."""
-        # An idle agent uses CPU time mostly to wake up, so it polls less often.
-        tens = self._idle_polls // _POLLS_BEFORE_REST
-        return _RESTING_PERIODS_S[min(tens, len(_RESTING_PERIODS_S) - 1)]
+    def _held_back_pages(self, used: UsedPages | None) -> HeldPages:
+        """Return how many free pages to hold back now; none for a settle request."""
+        now_s = time.monotonic()
+        if used is not None:
+            self._resting.used(used)
+            self._holding_back.observe(now_s, used.now, used.peak)
+        if self._core.settling:
+            return nothing_held_back(used)
+        return HeldPages(
+            self._holding_back.held_back_pages(now_s), self._holding_back.would_hold_pages()
+        )
 
     def _schedule_tick(self) -> None:
         """Schedule the next tick, unless one is due earlier."""
@@ -255,9 +256,9 @@ class HintingSession:
             return _SETTLING_PERIOD_S
         if not polled and not self._isolator.idle():
             return self._period_s
-        if self._resting_period_s:
-            return max(self._period_s, self._resting_period_s)
-        return self._period_s if polled else _TELEMETRY_PERIOD_S
+        if self._resting.period_s:
+            return max(self._period_s, self._resting.period_s)
+        return self._period_s if polled else TELEMETRY_PERIOD_S
 
     def _period_passed(self) -> None:
         try:
@@ -275,34 +276,15 @@ class HintingSession:
         self._next_tick.cancel()  # so that `_schedule_tick` may choose a later time
         if self._core.settling or not self._isolator.idle():
             self._inbox.put_nowait(_Event.TICK)
-        self._idle_polls += 1
-        self._active_pages = 0
+        self._resting.polled()
         self._schedule_tick()
         self._send_telemetry()
 
     def _send_telemetry(self) -> None:
-        """Send telemetry if free memory has changed by 1 MiB or more, or if none was sent for 10 s.
-
-        Send it only in an open session, and once per second at the most: each message costs CPU
-        time, of which the agent of an idle guest must use almost none.
-        """
-        now_s = time.monotonic()
-        due = now_s - self._free_checked_at_s >= _TELEMETRY_PERIOD_S
-        if not due or self._core.state is not hinting.State.OPEN:
-            return
-        self._free_checked_at_s = now_s
-        free_bytes = self._free_bytes()
-        unchanged = abs(free_bytes - self._sent_free_bytes) < _LEAST_FREE_CHANGE_BYTES
-        if unchanged and now_s - self._telemetry_sent_at_s < _LONGEST_TELEMETRY_PERIOD_S:
-            return
-        self._sent_free_bytes, self._telemetry_sent_at_s = free_bytes, now_s
-        telemetry = pb.Telemetry(
-            agent_cpu_us=time.process_time_ns() // 1000,
-            agent_rss_bytes=own_rss_bytes(),
-            tracker_bytes=self._isolator.tracker_bytes(),
-            free_bytes=free_bytes,
-        )
-        self._outbox.put_nowait(pb.GuestMessage(telemetry=telemetry))
+        if self._core.state is hinting.State.OPEN:
+            telemetry = self._telemetry.if_due(time.monotonic())
+            if telemetry is not None:
+                self._outbox.put_nowait(pb.GuestMessage(telemetry=telemetry))
 
     def _handle_message(self, message: pb.HostMessage) -> Sequence[hinting.Instruction]:
         kind = message.WhichOneof("message")
@@ -313,6 +295,7 @@ class HintingSession:
         if kind == "welcome":
             welcome = message.welcome
             self._epoch = welcome.epoch
+            self._knows_resident = False
             _log.info("session welcomed", extra=fields(epoch=welcome.epoch))
             self._apply_policy(welcome.policy)
             return self._core.welcomed(
@@ -327,17 +310,25 @@ class HintingSession:
             return self._core.settle_requested(message.settle.request_id)
         if kind == "refaulted":
             ranges = decode(message.refaulted.ranges)
-            self._active_pages += ranges.page_count
+            self._resting.moved(ranges.page_count)
+            if self._knows_resident:
+                self._holding_back.refaulted(time.monotonic(), ranges.page_count)
+            self._knows_resident = True
             self._isolator.refaulted(ranges)
         elif kind == "policy":
             return self._apply_policy(message.policy)
         return []
 
     def _apply_policy(self, policy: pb.Policy) -> Sequence[hinting.Instruction]:
-        self._idle_polls = 0
-        self._period_s = max(SHORTEST_REPORT_PERIOD_MS, policy.report_period_ms) / 1000
-        self._isolator.only_cold(
-            policy.cold_after_ms / 1000 if policy.kind == pb.Policy.COLD else 0.0
+        period_s = max(SHORTEST_REPORT_PERIOD_MS, policy.report_period_ms) / 1000
+        if (policy.kind, period_s) != (self._policy_kind, self._period_s):
+            self._resting.end()
+        self._policy_kind, self._period_s = policy.kind, period_s
+        hold_ms = {pb.Policy.COLD: policy.cold_after_ms, pb.Policy.ADAPTIVE: policy.break_even_ms}
+        self._holding_back.set_policy(
+            hold_ms.get(policy.kind, 0) / 1000,
+            learns=policy.kind != pb.Policy.COLD,
+            report_period_s=period_s,
         )
         bounded = policy.kind == pb.Policy.PRESSURE
         return self._core.allowed(policy.allowance_pages if bounded else None)
@@ -351,7 +342,7 @@ class HintingSession:
         match instruction:
             case hinting.Isolate(max_ranges, max_pages):
                 ranges = self._isolator.isolate(max_ranges, max_pages)
-                self._active_pages += ranges.page_count
+                self._resting.moved(ranges.page_count)
                 idle = bool(ranges) or self._isolator.idle()
                 more = self._isolator.unfinished
                 return self._core.isolated(ranges, isolator_idle=idle, unfinished=more)

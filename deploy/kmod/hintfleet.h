@@ -76,5 +76,13 @@ struct hintfleet_status {
  * later pass will bring its chunks again. ESTALE as for HINTFLEET_IOC_ACK.
  */
 #define HINTFLEET_IOC_RETURN _IOW('h', 4, __u64)
+/*
+ * Not 0: begin no pass, and refuse what one that runs reports, so that nothing is
+ * isolated, until this is called with 0 or the device is closed. A chunk that is
+ * freed may have the kernel plan another pass, so call this again now and then. A
+ * batch that waits is not affected. What was refused comes again after
+ * HINTFLEET_IOC_REPORT_NOW. The agent calls this while it holds free memory back.
+ */
+#define HINTFLEET_IOC_REFUSE _IOW('h', 5, __u32)
 
 #endif

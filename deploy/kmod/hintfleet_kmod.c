@@ -66,6 +66,8 @@ static struct {
 	bool taken;
 	/* It was read through the present open. */
 	bool seen;
+	/* The agent wants nothing now. */
+	bool refuse;
 	/* Free chunks were refused since the last REPORT_NOW. */
 	bool refused;
 	int result;
@@ -100,7 +102,7 @@ static int publish(struct scatterlist *sgl, unsigned int nents)
 	BUILD_BUG_ON(PAGE_REPORTING_CAPACITY > HINTFLEET_CAPACITY);
 
 	mutex_lock(&hf.lock);
-	if (hf.agent) {
+	if (hf.agent && !hf.refuse) {
 		fill_batch(sgl, nents);
 		hf.taken = false;
 		hf.seen = false;
@@ -108,7 +110,7 @@ static int publish(struct scatterlist *sgl, unsigned int nents)
 		wake_up_interruptible(&hf.published);
 	} else {
 		hf.refused = true;
-		err = -ENODEV;
+		err = -EBUSY;
 	}
 	mutex_unlock(&hf.lock);
 	return err;
@@ -213,6 +215,7 @@ static int hintfleet_release(struct inode *inode, struct file *file)
 {
 	mutex_lock(&hf.lock);
 	hf.agent = false;
+	hf.refuse = false;
 	take_back();
 	mutex_unlock(&hf.lock);
 	return 0;
@@ -296,6 +299,21 @@ static void report_now(void)
 	start_pass();
 }
 
+static void set_refuse(bool refuse)
+{
+	mutex_lock(&hf.lock);
+	hf.refuse = refuse;
+	/*
+	 * The kernel gives refused chunks back to the end of its free lists, so a
+	 * pass for nothing would have the guest use them last. One that is planned
+	 * and not begun is cancelled. Its state stays "requested", so that the next
+	 * free chunk plans none; report_now() begins it.
+	 */
+	if (refuse && cancel_delayed_work(&reporting.work))
+		hf.refused = true;
+	mutex_unlock(&hf.lock);
+}
+
 static u32 reporting_state(void)
 {
 	bool delayed = timer_pending(&reporting.work.timer);
@@ -330,6 +348,7 @@ static long copy_status(struct hintfleet_status __user *to)
 static long hintfleet_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	void __user *user = (void __user *)arg;
+	u32 refuse;
 	u64 seq;
 
 	switch (cmd) {
@@ -340,6 +359,11 @@ static long hintfleet_ioctl(struct file *file, unsigned int cmd, unsigned long a
 		return release_batch(seq, cmd == HINTFLEET_IOC_ACK);
 	case HINTFLEET_IOC_REPORT_NOW:
 		report_now();
+		return 0;
+	case HINTFLEET_IOC_REFUSE:
+		if (copy_from_user(&refuse, user, sizeof(refuse)))
+			return -EFAULT;
+		set_refuse(refuse);
 		return 0;
 	case HINTFLEET_IOC_STATUS:
 		return copy_status(user);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from guest_agent.isolation.isolator import HeldBack, UsedPages, nothing_held_back
 from guest_agent.memory.buddy import BuddyAllocator, Zone
 from guest_agent.tracking import BitmapTracker, ReportedTracker, Tracker
 from hintfleet.ranges import EMPTY, RangeSet
@@ -37,30 +38,53 @@ class EmbeddedIsolator:
         self._threshold_chunks = threshold_chunks
         self._chunk_pages = 1 << allocator.chunk_order
         self._trackers = {zone: TRACKERS[tracker](allocator, zone) for zone in allocator.zones}
+        self._held_back: HeldBack = nothing_held_back
+        self._held_back_chunks = self._quiet_chunks = 0
         self._wakes = 0
         self._wake: Callable[[], None] = lambda: None
         allocator.on_chunk_free = self._on_chunk_free
 
-    def start(self, wake: Callable[[], None]) -> RangeSet:
+    def start(self, wake: Callable[[], None], held_back: HeldBack = nothing_held_back) -> RangeSet:
         self._wake = wake
+        self._held_back = held_back
         return EMPTY  # an embedded guest dies with its agent, so no chunk is left isolated
 
     def _on_chunk_free(self, zone: Zone, pfn: int) -> None:
         self._trackers[zone].mark(pfn)
         # This runs in the allocator's free path, so wake the event loop at most twice between two
         # calls of `isolate`: for the first chunk (this starts the period), and at the threshold.
-        wakes_due = 2 if self.enough_ready() else 1
+        if self._allocator.unreported_chunk_count() <= self._quiet_chunks:
+            return
+        wakes_due = 2 if self._enough_spare() else 1
         if self._wakes < wakes_due:
             self._wakes = wakes_due
             self._wake()
 
     def enough_ready(self) -> bool:
-        return any(t.waiting_count >= self._threshold_chunks for t in self._trackers.values())
+        self._update_held_back()
+        if self._held_back_chunks:
+            self._wakes = 0  # `isolate` may not be called before more than that is free
+        return self._enough_spare()
+
+    def _update_held_back(self) -> None:
+        held = self._held_back(UsedPages(*self._allocator.used_pages()))
+        self._held_back_chunks = held.free // self._chunk_pages
+        self._quiet_chunks = (held.free + held.in_use) // self._chunk_pages
+
+    def _enough_spare(self) -> bool:
+        waiting = max(tracker.waiting_count for tracker in self._trackers.values())
+        return min(waiting, self._spare_chunks()) >= self._threshold_chunks
+
+    def _spare_chunks(self) -> int:
+        """Return how many free chunks that may be resident are not held back."""
+        # A chunk can wait in a bitmap and be in use again; none of these is counted here.
+        return self._allocator.unreported_chunk_count() - self._held_back_chunks
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
         self._wakes = 0
+        self._update_held_back()
         # A chunk makes at most one range, so one bound on chunks keeps to both bounds.
-        max_chunks = min(max_ranges, max_pages // self._chunk_pages)
+        max_chunks = min(max_ranges, max_pages // self._chunk_pages, self._spare_chunks())
         isolated: list[tuple[int, int]] = []
         for zone, tracker in self._trackers.items():
             while len(isolated) < max_chunks:
@@ -85,15 +109,12 @@ class EmbeddedIsolator:
     def report_now(self, *, thorough: bool) -> None:
         """Do nothing: `isolate` finds all chunks that wait, without preparation."""
 
-    def only_cold(self, after_s: float) -> None:
-        for tracker in self._trackers.values():
-            tracker.only_cold(after_s)
-
     def refaulted(self, ranges: RangeSet) -> None:
         """Do nothing: when a refaulted chunk is freed, the free hook tells the tracker."""
 
     def idle(self) -> bool:
-        return not any(
+        self._update_held_back()
+        return self._spare_chunks() <= 0 or not any(
             tracker.waiting_count and self._allocator.isolation_budget_chunks(zone)
             for zone, tracker in self._trackers.items()
         )

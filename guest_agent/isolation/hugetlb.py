@@ -43,7 +43,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from guest_agent.isolation.hugetlb_pool import CHUNK_ORDER, CHUNK_PAGES
-from hintfleet.errors import Refused, TransientError
+from guest_agent.isolation.isolator import HeldBack, UsedPages, nothing_held_back
+from guest_agent.procfs import mem_used_pages
+from hintfleet.errors import TransientError
 from hintfleet.logs import fields
 from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.settings import IsolatorKind
@@ -126,13 +128,17 @@ class HugetlbIsolator:
         self._last_free_chunks = 0
         self._guest_grows = False
         """Whether the guest allocated memory between the last two polls."""
+        self._held_back: HeldBack = nothing_held_back
+        self._held_back_chunks = 0
+        """How many chunks that are free and not absent no pass looks for."""
         self._conflict_logged = False
         """Whether another user of the pool was logged and has not gone since."""
         self._clock = clock
         self._began_at_s = self._rest_until_s = 0.0
 
-    def start(self, wake: Callable[[], None]) -> RangeSet:
+    def start(self, wake: Callable[[], None], held_back: HeldBack = nothing_held_back) -> RangeSet:
         del wake  # not called: a stock kernel notifies nobody, so this agent polls
+        self._held_back = held_back
         self._began_at_s = self._clock()  # chunks left by a dead agent count as a pass
         self._in_pool = self._pool.open()
         self._in_flight_pages = self._in_pool.page_count
@@ -199,14 +205,6 @@ class HugetlbIsolator:
             self._resident_known = True
         self._absent -= ranges.whole_chunks(CHUNK_ORDER)
 
-    def only_cold(self, after_s: float) -> None:
-        if after_s:
-            raise Refused(
-                "hugetlb cannot follow policy cold: the kernel does not tell how long a chunk"
-                " has been free",
-                hint="policy eager or pressure",
-            )
-
     def tracker_bytes(self) -> int:
         return sum(
             sys.getsizeof(r) + sys.getsizeof(r.pfn) + sys.getsizeof(r.page_count)
@@ -238,7 +236,8 @@ class HugetlbIsolator:
             # A quarter of the reserve is a 64th of the memory. The steps are larger in a larger
             # guest because each step reads the flags of all chunks: with steps of a fixed size, the
             # cost of a pass would grow with the square of the memory.
-            return min(max(_ZEROING_STEP_CHUNKS, self._reserve_chunks // 4), wanted_chunks)
+            most = self._to_find_chunks if self._held_back_chunks else wanted_chunks
+            return min(max(_ZEROING_STEP_CHUNKS, self._reserve_chunks // 4), wanted_chunks, most)
         step = self._step_chunks
         self._step_chunks *= 2
         return step
@@ -286,6 +285,8 @@ class HugetlbIsolator:
         self._in_pool |= new
         found = new - self._absent
         self._to_hint = _first_pfns(new if self._zeroing else found)
+        if self._held_back_chunks and not self._zeroing:
+            del self._to_hint[self._to_find_chunks :]  # these leave the pool as they came
         self._to_find_chunks -= _chunk_count(found)
         if self._to_find_chunks <= 0:
             self._unmoved_chunks += self._to_move_chunks
@@ -294,7 +295,10 @@ class HugetlbIsolator:
     def _end_pass(self) -> None:
         free = min(self._pool.free_chunks(), self._reserve_chunks + self._unmoved_chunks)
         # Subtract the absent chunks outside the pool, which `free` includes.
-        self._unobtainable_chunks = free - _chunk_count(self._absent - self._in_pool)
+        left = free - _chunk_count(self._absent - self._in_pool)
+        # A pass that found all that it looked for has left what is held back, which it could have.
+        obtainable = self._held_back_chunks if self._to_find_chunks <= 0 else 0
+        self._unobtainable_chunks = max(0, left - obtainable)
         self._to_hint, self._in_pool, self._to_move_chunks = [], EMPTY, 0
         # The next `idle` must not compare its count of free chunks with one from before the pass.
         self._last_free_chunks = 0
@@ -310,13 +314,16 @@ class HugetlbIsolator:
 
     def _gain(self, free_chunks: int) -> int:
         """Return how many maybe resident chunks a pass must find; 0 if no pass is worthwhile."""
+        used = mem_used_pages() - self._in_pool.page_count
+        self._held_back_chunks = self._held_back(UsedPages(used, used)).free // CHUNK_PAGES
         movable = free_chunks - self._reserve_chunks
         must_rest = self._guest_grows or self._clock() < self._rest_until_s
         if movable <= 0 or not self._resident_known or (must_rest and not self._pass_requested):
             return 0
         thorough = self._pass_requested and not self._zeroing
         unobtainable = 0 if thorough else self._unobtainable_chunks
-        gain = free_chunks - _chunk_count(self._absent) - unobtainable
+        gain = free_chunks - _chunk_count(self._absent)
+        gain -= max(unobtainable, self._held_back_chunks)  # what a pass cannot have is held, too
         least = 1 if thorough else self._threshold_chunks
         if self._zeroing and not self._pass_requested:
             # Every guest uses a chunk or two now and then. Without this bound, passes for so few

@@ -9,10 +9,40 @@ after each ack.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hintfleet.ranges import RangeSet
 from hintfleet.settings import IsolatorKind
+
+
+class UsedPages(NamedTuple):
+    """How much of a guest's memory is in use: neither free nor isolated.
+
+    :ivar peak: the most since the last look; `now` where only that is known.
+    """
+
+    now: int
+    peak: int
+
+
+class HeldPages(NamedTuple):
+    """How much to hold back.
+
+    :ivar free: so many free pages that are resident on the host should be left unhinted.
+    :ivar in_use: so many pages more, if those that are in use now are freed.
+    """
+
+    free: int
+    in_use: int
+
+
+HeldBack = Callable[[UsedPages | None], HeldPages]
+"""Takes what is in use (None if that cannot be known now), and returns how much to hold back."""
+
+
+def nothing_held_back(_used: UsedPages | None) -> HeldPages:
+    """Let all free memory be hinted."""
+    return HeldPages(0, 0)
 
 
 class Isolator(Protocol):
@@ -34,17 +64,23 @@ class Isolator(Protocol):
         The core must then isolate the rest, too, even beyond its allowance.
         """
 
-    def start(self, wake: Callable[[], None]) -> RangeSet:
+    def start(self, wake: Callable[[], None], held_back: HeldBack = nothing_held_back) -> RangeSet:
         """Begin, and return the ranges that an earlier agent left isolated (may be empty).
 
         :param wake: called when there may be chunks to isolate, from any thread.
+        :param held_back: asked whenever it matters how much to hold back: in `idle`, `isolate` and
+            `enough_ready`.
         :raises hintfleet.errors.Refused: isolation is not safe or not possible here. The message
             says why and, if known, what to do. This call has isolated no chunk.
         :raises hintfleet.errors.TransientError: somebody else uses what isolation needs (hugetlb).
         """
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
-        """Isolate free chunks within both bounds, and return them. Never waits for chunks.
+        """Isolate free chunks within both bounds, and leave what is held back. Never waits for
+        chunks.
+
+        kmod isolates whole batches: it leaves more where the next batch would be mostly held back,
+        and up to a quarter of a batch less where it would not.
 
         Return an empty set if no chunk is ready. Returned ranges stay isolated at least until
         `release`.
@@ -77,16 +113,9 @@ class Isolator(Protocol):
         all resident ranges.
         """
 
-    def only_cold(self, after_s: float) -> None:
-        """From now on, do not isolate a freed chunk before it has been free for `after_s` seconds
-        (0: at once).
-
-        :raises hintfleet.errors.Refused: this isolator does not know how long a chunk has been
-            free.
-        """
-
     def idle(self) -> bool:
-        """Return whether no chunk is ready and none is being made ready; hugetlb also returns True
+        """Return whether no chunk is ready and none is being made ready, but those that are held
+        back; hugetlb also returns True
         while a batch is in flight.
 
         If hugetlb holds chunks of a pass and none of them is in flight, this call ends the pass

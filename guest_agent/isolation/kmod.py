@@ -18,9 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event, Thread
 
+from guest_agent.isolation.isolator import HeldBack, UsedPages, nothing_held_back
+from guest_agent.memory.kernel import KPF_BUDDY, FreeLists, PageFlags, present_spans
+from guest_agent.procfs import mem_used_pages
 from hintfleet.errors import Refused
 from hintfleet.ranges import EMPTY, Range, RangeSet
-from hintfleet.settings import IsolatorKind
+from hintfleet.settings import DEFAULT_CHUNK_ORDER, MAX_ORDER, IsolatorKind
 
 DEVICE = "/dev/hintfleet"
 
@@ -33,11 +36,13 @@ _STATUS = struct.Struct("=QQII")
 _SEQ = struct.Struct("=Q")
 
 _BATCH_STILL_ISOLATED = 1 << 0
+_RUNNING = 1 << 0
 
 # include/uapi/asm-generic/ioctl.h: direction, size, type, number
 _IOC_WRITE, _IOC_READ = 1, 2
 _IOC_ACK = _IOC_WRITE << 30 | _SEQ.size << 16 | ord("h") << 8 | 1
 _IOC_REPORT_NOW = ord("h") << 8 | 2
+_IOC_REFUSE = _IOC_WRITE << 30 | struct.calcsize("=I") << 16 | ord("h") << 8 | 5
 _IOC_RETURN = _IOC_WRITE << 30 | _SEQ.size << 16 | ord("h") << 8 | 4
 _IOC_STATUS = _IOC_READ << 30 | _STATUS.size << 16 | ord("h") << 8 | 3
 
@@ -84,6 +89,9 @@ class KmodIsolator:
     `isolate` returns a large batch of the module in parts; the batch is acknowledged or returned to
     the module when all its parts are released. So an allowance (policy pressure) is rounded up to
     whole batches: up to 64 MiB each or, if the kernel has merged chunks to order 10, 128 MiB.
+
+    A batch that is mostly held back is returned at once, and the module then refuses what the
+    kernel reports until so much more is free that a batch is worth it.
     """
 
     name = IsolatorKind.KMOD
@@ -91,9 +99,19 @@ class KmodIsolator:
     # (mm/page_reporting.c: PAGE_REPORTING_DELAY). `report_now` begins a pass at once.
     must_be_polled = True
 
-    def __init__(self, device: str = DEVICE) -> None:
+    def __init__(self, device: str = DEVICE, *, chunk_order: int = DEFAULT_CHUNK_ORDER) -> None:
         """Prepare; nothing is opened before `start`."""
         self._device = device
+        self._chunk_order = chunk_order
+        self._free_lists: FreeLists | None = None
+        self._absent = EMPTY
+        """Chunks without memory on the host, as in `HugetlbIsolator`. Empty until the host's first
+        list of what is resident."""
+        self._resident_known = False
+        self._held_back: HeldBack = nothing_held_back
+        self._held_back_chunks = 0
+        self._batch_pages = 0
+        """Pages of the batch that was read and is not answered."""
         self._fd = -1
         self._seq = 0
         self._remaining: list[Range] = []
@@ -103,8 +121,17 @@ class KmodIsolator:
         self._closing = -1
         self._watcher: Thread | None = None
 
-    def start(self, wake: Callable[[], None]) -> RangeSet:
+    def start(self, wake: Callable[[], None], held_back: HeldBack = nothing_held_back) -> RangeSet:
+        self._held_back = held_back
         self._fd = _open(self._device)
+        try:
+            self._refuse(False)
+        except OSError as error:
+            os.close(self._fd)
+            raise Refused(
+                f"{self._device} does not know a request of this agent: {error.strerror}",
+                hint="load the module of the same version as the guest agent",
+            ) from error
         left = EMPTY
         batch = self._read()
         if batch is not None:
@@ -126,7 +153,46 @@ class KmodIsolator:
             batch = self._read()
             if batch is not None:
                 self._seq, self._remaining = batch.seq, batch.ranges
+                used = mem_used_pages() - self._batch_pages
+                self._update_held_back(UsedPages(used, used))
+                if not self._worth_hinting(self._batch_pages >> self._chunk_order):
+                    self._remaining = []
+                    # First: the kernel may begin its next pass as soon as this one has ended.
+                    self._refuse(True)
+                    self._answer(_IOC_RETURN)
         return self._take(max_ranges, max_pages)
+
+    def _worth_hinting(self, batch_chunks: int) -> bool:
+        """Return whether so much is free that at most a quarter of a batch should be held back.
+
+        A smaller part would leave more memory unhinted, if a little is held back all the time.
+        """
+        if not self._held_back_chunks:
+            return True
+        spare = self._free_chunks() - self._held_back_chunks
+        return spare > 0 and 4 * spare >= 3 * batch_chunks
+
+    def _free_chunks(self) -> int:
+        """Return how many free chunks may be resident, those of a batch included."""
+        if self._free_lists is None:
+            self._free_lists = FreeLists(self._chunk_order)
+        free = self._free_lists.free_chunk_count() + (self._batch_pages >> self._chunk_order)
+        return free - (self._absent.page_count >> self._chunk_order)
+
+    def _update_held_back(self, used: UsedPages | None) -> None:
+        self._held_back_chunks = self._held_back(used).free >> self._chunk_order
+
+    def _free_ranges(self) -> RangeSet:
+        """Return the chunks that are free now, and maybe some of which only a part is."""
+        flags = PageFlags()
+        try:
+            pfns = flags.chunks_with(KPF_BUDDY, present_spans(), self._chunk_order)
+        finally:
+            flags.close()
+        return RangeSet((pfn, 1 << self._chunk_order) for pfn in pfns)
+
+    def _refuse(self, refuse: bool) -> None:
+        fcntl.ioctl(self._fd, _IOC_REFUSE, struct.pack("=I", refuse))
 
     def _take(self, max_ranges: int, max_pages: int) -> RangeSet:
         taken: list[Range] = []
@@ -150,6 +216,8 @@ class KmodIsolator:
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
         self._parts_in_flight -= bool(ranges)
         self._all_hinted &= hinted
+        if hinted and self._resident_known:
+            self._absent |= ranges
         if ranges and not self._remaining and not self._parts_in_flight:
             # A batch can only be acknowledged or returned as a whole. If the host did not act on
             # one part, return the whole batch: the kernel will report its chunks again.
@@ -158,29 +226,48 @@ class KmodIsolator:
     def _answer(self, request: int) -> None:
         fcntl.ioctl(self._fd, request, _SEQ.pack(self._seq))
         self._all_hinted = True
+        self._batch_pages = 0
         self._acknowledged.set()
 
     def report_now(self, *, thorough: bool) -> None:  # noqa: ARG002 - the kernel knows
+        self._refuse(False)
         fcntl.ioctl(self._fd, _IOC_REPORT_NOW)
 
     def refaulted(self, ranges: RangeSet) -> None:
-        """Do nothing: when a refaulted chunk is freed, the kernel itself notices it."""
-
-    def only_cold(self, after_s: float) -> None:
-        if after_s:
-            raise Refused(
-                "kmod cannot follow policy cold: the kernel does not tell how long a chunk has"
-                " been free",
-                hint="policy eager or pressure",
-            )
+        """Note what is not absent any more. (When such a chunk is freed, the kernel itself notices
+        it.)"""
+        if not self._resident_known:
+            self._absent = self._free_ranges()
+            self._resident_known = True
+        self._absent -= ranges.whole_chunks(self._chunk_order)
 
     def idle(self) -> bool:
-        """Return whether no pass is queued, running or due, and no refused chunk needs one."""
+        """Return whether no pass is queued, running or due, and no refused chunk needs one; while
+        memory is held back, also if a batch would be mostly of that."""
         # Cheap, even in an idle guest: the kernel's page reporting schedules a pass when a chunk
         # is freed. So it is enough to ask whether one is scheduled; no free list is scanned here.
+        # The counts of free memory come first: a pass that is running after it may have changed
+        # them, by a batch that was not read yet.
+        used = mem_used_pages() - self._batch_pages
+        state = self._state()
+        unknown = not self._batch_pages and state & _RUNNING
+        self._update_held_back(None if unknown else UsedPages(used, used))
+        if not self._held_back_chunks:
+            self._refuse(False)
+            return not state
+        most = _CAPACITY << MAX_ORDER - self._chunk_order
+        worth = self._worth_hinting(min(self._free_chunks(), most))
+        if not worth:
+            # Each time, since a free chunk has the kernel plan another pass. A pass that is refused
+            # moves what is held back to the end of the free lists: it would be used last.
+            self._refuse(True)
+        return not worth or not state
+
+    def _state(self) -> int:
+        """Return HINTFLEET_RUNNING and HINTFLEET_MORE."""
         status = fcntl.ioctl(self._fd, _IOC_STATUS, bytes(_STATUS.size))
         _batch_count, _page_count, state, _order = _STATUS.unpack(status)
-        return not state
+        return int(state)
 
     def tracker_bytes(self) -> int:
         return 0
@@ -194,6 +281,8 @@ class KmodIsolator:
         self._watcher = None
         os.close(self._closing)
         os.close(self._fd)
+        if self._free_lists is not None:
+            self._free_lists.close()
 
     def _watch(self, wake: Callable[[], None]) -> None:
         """Call `wake` for each batch that the module shows, until `close`."""
@@ -213,7 +302,9 @@ class KmodIsolator:
             data = os.read(self._fd, _BATCH_BYTES)
         except BlockingIOError:
             return None
-        return parse_batch(data)
+        batch = parse_batch(data)
+        self._batch_pages = sum(one.page_count for one in batch.ranges)
+        return batch
 
 
 def _open(device: str) -> int:

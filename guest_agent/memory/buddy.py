@@ -13,6 +13,7 @@ The allocator manages page frames only; their contents are in the guest's RAM fi
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -50,10 +51,9 @@ class Zone:
         # A dict keeps insertion order, so each list is a stack: the block freed last is
         # allocated first, as in the kernel, which puts it at the head of the free list.
         self.free_area: list[dict[int, None]] = [{} for _ in range(MAX_ORDER + 1)]
-        # Free blocks that are at least a chunk and have no reported mark: first pfn -> order. The
-        # kernel has no such list: it keeps these blocks at the head of each free list.
-        self.unreported: dict[int, int] = {}
-        self.unreported_page_count = 0
+        # The first pfns of the wholly free chunks without the reported mark. The kernel has no such
+        # list: it keeps these blocks at the head of each free list.
+        self.unreported: dict[int, None] = {}
         self._chunk_order = chunk_order
         self.resize(spec.present)
 
@@ -73,14 +73,25 @@ class Zone:
     def take(self, order: int) -> int | None:
         """Take a block of `order` out of the smallest free block that is large enough.
 
+        Chunks with the reported mark are taken last, as in the kernel, which puts them at the tail
+        of its free lists (mm/page_alloc.c: __putback_isolated_page, FPI_TO_TAIL): the host has no
+        memory behind them. Here even chunks in larger blocks are taken before them.
+
         Return the first pfn of the taken block; None if no free block is large enough.
         """
-        for have in range(order, MAX_ORDER + 1):
-            if self.free_area[have]:
-                pfn = next(reversed(self.free_area[have]))
-                self._split(pfn, have, pfn, order)
-                return pfn
-        return None
+        parts = range(order, self._chunk_order)
+        pfn = self._first_free(parts)
+        if pfn is None and order <= self._chunk_order and self.unreported:
+            pfn = next(reversed(self.unreported))
+        if pfn is None:
+            pfn = self._first_free(range(max(order, self._chunk_order), MAX_ORDER + 1))
+        if pfn is not None:
+            self.take_at(pfn, order)
+        return pfn
+
+    def _first_free(self, orders: range) -> int | None:
+        lists = (self.free_area[order] for order in orders)
+        return next((next(reversed(blocks)) for blocks in lists if blocks), None)
 
     def take_at(self, pfn: int, order: int) -> bool:
         """Take exactly this block; return False, with nothing done, if it is not wholly free."""
@@ -102,70 +113,72 @@ class Zone:
 
     def put(self, pfn: int, order: int, *, reported: bool = False) -> int:
         """Free a block, merge it with its free buddies, and return the order of the result."""
-        # The result is marked as reported if all its parts were. Here we differ from the kernel: it
-        # drops the mark whenever blocks merge or are split, and reports such memory once more.
+        # Each chunk has its own mark, which it keeps when blocks merge or are split. Here we differ
+        # from the kernel: there a block has one mark, which is dropped then, and such memory is
+        # reported once more.
+        put_pfn, put_order = pfn, order
         while order < MAX_ORDER:
             buddy = pfn ^ 1 << order
             if buddy not in self.free_area[order]:
                 break
-            reported &= self._remove(buddy, order)
+            self._remove(buddy, order)
             pfn &= buddy
             order += 1
-        self._insert(pfn, order, reported)
+        self._insert(pfn, order)
+        if order >= self._chunk_order and not reported:
+            self.unreported.update(dict.fromkeys(self._chunks(put_pfn, put_order)))
         return order
+
+    def _chunks(self, pfn: int, order: int) -> range:
+        """Return the first pfns of the chunks that this block consists of, or is a part of."""
+        return range(pfn & -(1 << self._chunk_order), pfn + (1 << order), 1 << self._chunk_order)
 
     def _split(self, head: int, have: int, pfn: int, order: int) -> None:
         """Take the block at `pfn`, of `order`, out of the free block at `head`, of order `have`.
 
         The rest of the free block stays free.
         """
-        reported = self._remove(head, have)
+        self._remove(head, have)
+        for chunk in self._chunks(pfn, order):
+            self.unreported.pop(chunk, None)
         while have > order:
             have -= 1
             half = head + (1 << have)
             if pfn < half:
-                self._insert(half, have, reported)
+                self._insert(half, have)
             else:
-                self._insert(head, have, reported)
+                self._insert(head, have)
                 head = half
 
-    def _insert(self, pfn: int, order: int, reported: bool) -> None:
+    def _insert(self, pfn: int, order: int) -> None:
         self.free_area[order][pfn] = None
         self.free_page_count += 1 << order
-        if order >= self._chunk_order and not reported:
-            self.unreported[pfn] = order
-            self.unreported_page_count += 1 << order
 
-    def _remove(self, pfn: int, order: int) -> bool:
-        """Take a whole block off its list; return whether it was marked as reported."""
+    def _remove(self, pfn: int, order: int) -> None:
         del self.free_area[order][pfn]
         self.free_page_count -= 1 << order
-        if order < self._chunk_order:
-            return False
-        if pfn not in self.unreported:
-            return True
-        del self.unreported[pfn]
-        self.unreported_page_count -= 1 << order
-        return False
 
 
 class BuddyAllocator:
     """The zones of a guest behind one lock. Safe to use from several threads."""
 
     def __init__(self, zones: Iterable[ZoneSpec], *, chunk_order: int) -> None:
-        """Make all present pages free, without the reported mark and without calling the hook.
+        """Make all present pages free, with the reported mark and without calling the hook: the
+        host has no memory behind them yet.
 
         :param chunk_order: log2 of the pages in a chunk, 0 to MAX_ORDER.
         """
         self.zones = tuple(Zone(spec, chunk_order) for spec in zones)
         self.chunk_order = chunk_order
         self.isolated_page_count = 0
+        self.used_page_count = 0
+        self._peak_page_count = 0
         self.on_chunk_free: FreeHook = _untracked
         self._lock = threading.Lock()
         self._pages_returned = threading.Condition(self._lock)
         for zone in self.zones:
             for pfn, order in _aligned_blocks(zone.present):
-                zone.put(pfn, order)
+                zone.put(pfn, order, reported=True)
 
     @property
     def free_page_count(self) -> int:
@@ -185,9 +198,18 @@ class BuddyAllocator:
             while (found := self._allocate(order)) is None and self.isolated_page_count:
                 if not self._pages_returned.wait(deadline - time.monotonic()):
                     break
+            if found is not None:
+                self.used_page_count += 1 << order
+                self._peak_page_count = max(self._peak_page_count, self.used_page_count)
         if found is None:
             raise MemoryError(f"no free block of order {order}")
         return found
+
+    def used_pages(self) -> tuple[int, int]:
+        """Return how many pages are in use now, and the most that were since the last call."""
+        with self._lock:
+            peak, self._peak_page_count = self._peak_page_count, self.used_page_count
+            return self.used_page_count, peak
 
     def _allocate(self, order: int) -> int | None:
         for zone in reversed(self.zones):  # as in the kernel's zonelist: highest zone first
@@ -201,6 +223,7 @@ class BuddyAllocator:
         """Free a block; call the hook for each chunk that becomes wholly free by this call."""
         zone = self.zone_of(pfn)
         with self._lock:
+            self.used_page_count -= 1 << order
             merged_order = zone.put(pfn, order)
             if merged_order >= self.chunk_order:
                 first = pfn & -(1 << self.chunk_order)
@@ -226,18 +249,16 @@ class BuddyAllocator:
     def unreported_chunks(self, zone: Zone, max_chunks: int) -> list[int]:
         """Return the first pfns of up to `max_chunks` free chunks without the reported mark.
 
-        Those in the blocks that were freed last are returned first, as mm/page_reporting.c takes
-        them from the head of each free list. The cost depends on `max_chunks`, not on the length of
-        the free lists.
+        Those that were freed first are returned first: they would be allocated last. (The kernel
+        takes them from the head of each free list: mm/page_reporting.c.) The cost depends on
+        `max_chunks`, not on the length of the free lists.
         """
-        found: list[int] = []
         with self._lock:
-            for pfn in reversed(zone.unreported):
-                end = pfn + (1 << zone.unreported[pfn])
-                found += range(pfn, end, 1 << self.chunk_order)
-                if len(found) >= max_chunks:
-                    break
-        return found[:max_chunks]
+            return list(itertools.islice(zone.unreported, max_chunks))
+
+    def unreported_chunk_count(self) -> int:
+        """Return how many chunks of all zones are wholly free and not marked as reported."""
+        return sum(len(zone.unreported) for zone in self.zones)
 
     def release(self, ranges: RangeSet, *, reported: bool) -> None:
         """Free isolated chunks without calling the hook: nobody has used them.

@@ -90,6 +90,14 @@ class LedgerCollector(Collector):
             for labels, guest in guests:
                 family.add_metric(labels, getattr(guest.memory.last_ledger, field))
             yield family
+        held_back = GaugeMetricFamily(
+            "hintfleet_guest_held_back_bytes",
+            "Free memory that the guest holds back, to use it again soon",
+            labels=_LABELS,
+        )
+        for labels, guest in guests:
+            held_back.add_metric(labels, guest.sessions.telemetry.held_back_bytes)
+        yield held_back
         yield from self._conduct(guests)
         skipped = CounterMetricFamily(
             "hintfleet_guest_skipped_bytes_total",

@@ -29,6 +29,7 @@ async def guest_message(guest: Guest) -> host_pb2.Guest:
         pid=guest.running.pid if guest.running else 0,
         domain=guest.domain,
         guest_free_bytes=guest.sessions.telemetry.free_bytes,
+        held_back_bytes=guest.sessions.telemetry.held_back_bytes,
         epoch_began_unix_us=int(guest.sessions.epoch_began_s * 1e6),
         not_hinting_because=guest.why_not_hinting,
         earlier=guest.earlier,
@@ -62,6 +63,7 @@ def _sample(guest: Guest) -> host_pb2.Sample:
         agent_rss_bytes=told.agent_rss_bytes,
         tracker_bytes=told.tracker_bytes,
         guest_free_bytes=told.free_bytes,
+        held_back_bytes=told.held_back_bytes,
         refusals=guest.sessions.refusals,
         process_cpu_us=_cpu_us(guest.running.pid) if guest.running else 0,
     )

@@ -9,7 +9,6 @@ from hintfleet.agent_config import AgentConfig, Memory
 from hintfleet.errors import Refused
 from hintfleet.settings import (
     DEFAULT_CHUNK_ORDER,
-    DEFAULT_POLICY,
     DEFAULT_THRESHOLD_CHUNKS,
     HUGE_PAGE_ORDER,
     PARTS,
@@ -17,8 +16,8 @@ from hintfleet.settings import (
     HintingParts,
     IsolatorKind,
     Method,
+    Policy,
     hinting_parts,
-    policies_of,
 )
 from hintfleet.v1 import host_pb2
 from host_agent.guests.driver import GuestRequest, Survival
@@ -32,7 +31,7 @@ def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingPar
     """Return the isolator and the tracker of a guest with these settings.
 
     :raises Refused: the driver has no such isolator or tracker, or the two do not fit together or
-        to the policy or the chunk order. The hint says what is possible.
+        to the chunk order; or there is no such policy. The hint says what is possible.
     """
     isolators, trackers = zip(*PARTS[driver], strict=True)
     for what, value, there in (
@@ -45,9 +44,8 @@ def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingPar
     if parts is None:
         its_own = [pair.tracker for pair in PARTS[driver] if pair.isolator == asked.isolator]
         raise _has_no(f"isolator {asked.isolator}", "tracker", asked.tracker, its_own)
-    policies = policies_of(parts)
-    if (asked.policy or DEFAULT_POLICY) not in policies:
-        raise _has_no(" with tracker ".join(parts), "policy", asked.policy, policies)
+    if asked.policy and asked.policy not in tuple(Policy):
+        raise _has_no("hinting", "policy", asked.policy, tuple(Policy))
     if parts.isolator is IsolatorKind.HUGETLB and asked.chunk_order not in (0, HUGE_PAGE_ORDER):
         raise Refused(
             f"isolator hugetlb moves chunks of order {HUGE_PAGE_ORDER} only", hint="isolator: kmod"

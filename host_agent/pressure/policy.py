@@ -1,4 +1,5 @@
-"""Policy `pressure` as a pure function: how much memory each guest may hint now.
+"""What the host decides, as pure functions: under policy `pressure`, how much memory each guest may
+hint now; under policy `adaptive`, for how long it may hold memory back.
 
 The other policies, `eager` and `cold`, need no decision of the host: the guest follows them by
 itself.
@@ -6,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -71,6 +73,29 @@ class Hold:
     length_s: float = 0.0
     reclaimed_total_bytes: int = 0
     refaulted_total_bytes: int = 0
+
+
+_PATIENCE_STEPS = 8
+"""So that guests are told only when it has changed by much."""
+
+
+def patience(host: HostView, before: float) -> float:
+    """Return for which share of their break-even times guests may hold memory back: all up to the
+    threshold, none when the budget is used up, and in between the less the fuller the host is.
+
+    One share for all guests: so what goes first is what its guest is the least likely to use again
+    soon (`guest_agent.holding_back`), whichever guest has it.
+
+    :param before: what it was until now. It grows only when it can by more than half a step, so
+        that what is held back again does not lower it at once.
+    """
+    room_bytes = int(host.budget_bytes * (1 - host.threshold))
+    left = 1 - host.excess_bytes / room_bytes if room_bytes else float(not host.excess_bytes)
+    left_steps = max(0.0, left) * _PATIENCE_STEPS
+    steps, steps_before = math.ceil(left_steps), round(before * _PATIENCE_STEPS)
+    if steps > steps_before and left < 1:
+        steps = max(steps_before, math.ceil(left_steps - 0.5))
+    return steps / _PATIENCE_STEPS
 
 
 class Reason(Enum):

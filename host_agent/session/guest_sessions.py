@@ -88,7 +88,7 @@ class GuestSessions:
         the guest has another policy."""
         self.why_closed = "its agent has not connected"
         """Why there is no session; means nothing while one is welcomed."""
-        self._allowed_something = False
+        self._policy = policy_of(settings)
         self._skips = LogRateLimit()
 
     @property
@@ -171,7 +171,8 @@ class GuestSessions:
         for instruction in instructions:
             match instruction:
                 case gate.Welcome(session):
-                    self._by_session[session].send(welcome_of(session, self._settings))
+                    self._policy.allowance_pages = 0  # what was allowed was for the session before
+                    self._by_session[session].send(welcome_of(session, self._policy))
                     _log.info("session welcomed", extra=self._fields(epoch=session))
                     self.epoch_began_s = time.time()
                     self._opened()
@@ -236,15 +237,15 @@ class GuestSessions:
         """Whether `tell_refaults` would send a message."""
         return bool(self._memory.refaults_to_tell) and self._hinting is not None
 
-    def tell_allowance(self, allowance_bytes: int) -> None:
-        """Tell the guest how much it may hint now, if it has a session. An allowance of 0 is sent
-        only after one that was larger."""
-        # 0 is the normal case: without this rule it would be sent again in each period.
-        policy = policy_of(self._settings, allowance_bytes)
-        nothing_again = not policy.allowance_pages and not self._allowed_something
-        if self._hinting is not None and not nothing_again:
-            self._allowed_something = bool(policy.allowance_pages)
-            self._hinting.send(hinting_pb2.HostMessage(policy=policy))
+    def tell_policy(self, *, allowance_bytes: int = 0, patience: float = 1.0) -> None:
+        """Tell the guest its policy as it is now, if it has a session, and if that has changed or
+        allows it something more (policy pressure). A later session begins with it, too."""
+        policy = policy_of(self._settings, allowance_bytes=allowance_bytes, patience=patience)
+        # Nothing allowed is the normal case: it is not sent again in each period.
+        if policy.allowance_pages or policy != self._policy:
+            self._policy = policy
+            if self._hinting is not None:
+                self._hinting.send(hinting_pb2.HostMessage(policy=policy))
 
     async def rest(self) -> None:
         """Tell the guest to hint no more, if it has a session. Wait until no batch is waiting or

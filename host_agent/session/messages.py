@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from hintfleet.ranges import encode
 from hintfleet.settings import (
+    DEFAULT_BREAK_EVEN_MS,
     DEFAULT_COLD_AFTER_MS,
     DEFAULT_POLICY,
     DEFAULT_REPORT_PERIOD_MS,
@@ -18,28 +19,33 @@ from host_agent.memory.reclaim import Outcome
 from host_agent.session.gate import LIMITS, Batch
 
 _KINDS: Mapping[Policy, pb.Policy.Kind.ValueType] = {
+    Policy.ADAPTIVE: pb.Policy.ADAPTIVE,
     Policy.EAGER: pb.Policy.EAGER,
     Policy.COLD: pb.Policy.COLD,
     Policy.PRESSURE: pb.Policy.PRESSURE,
 }
 
 
-def policy_of(settings: host_pb2.HintingSettings, allowance_bytes: int = 0) -> pb.Policy:
+def policy_of(
+    settings: host_pb2.HintingSettings, *, allowance_bytes: int = 0, patience: float = 1.0
+) -> pb.Policy:
     """Return the policy for a guest with these settings; a setting that is 0 or empty means its
-    default."""
+    default.
+
+    :param patience: policy adaptive: see `host_agent.pressure.policy.patience`.
+    """
     return pb.Policy(
         kind=_KINDS[Policy(settings.policy or DEFAULT_POLICY)],
         report_period_ms=settings.report_period_ms or DEFAULT_REPORT_PERIOD_MS,
         cold_after_ms=settings.cold_after_ms or DEFAULT_COLD_AFTER_MS,
         allowance_pages=allowance_bytes // PAGE_BYTES,
+        break_even_ms=round(patience * (settings.break_even_ms or DEFAULT_BREAK_EVEN_MS)),
     )
 
 
-def welcome_of(epoch: int, settings: host_pb2.HintingSettings) -> pb.HostMessage:
+def welcome_of(epoch: int, policy: pb.Policy) -> pb.HostMessage:
     """Return the Welcome, the host's first message in a session."""
-    return pb.HostMessage(
-        welcome=pb.Welcome(epoch=epoch, policy=policy_of(settings), limits=LIMITS)
-    )
+    return pb.HostMessage(welcome=pb.Welcome(epoch=epoch, policy=policy, limits=LIMITS))
 
 
 def ack_of(batch: Batch, outcome: Outcome) -> pb.HostMessage:

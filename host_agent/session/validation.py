@@ -36,9 +36,11 @@ def check_hello(hello: pb.Hello) -> None:
 def check_telemetry(told: pb.Telemetry, memory_bytes: int) -> None:
     """Check what a guest's agent reports about itself.
 
-    :raises InvalidInput: more memory is free than `memory_bytes`, or another figure is too large.
+    :raises InvalidInput: more memory is free than `memory_bytes`, more is held back than is free,
+        or another figure is too large.
     """
     _check_at_most("free_bytes", told.free_bytes, memory_bytes)
+    _check_at_most("held_back_bytes", told.held_back_bytes, told.free_bytes)
     for name in ("agent_cpu_us", "agent_rss_bytes", "tracker_bytes"):
         _check_at_most(name, getattr(told, name), _MAX_FIGURE)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from hintfleet.settings import (
+    DEFAULT_BREAK_EVEN_MS,
     DEFAULT_CHUNK_ORDER,
     DEFAULT_COLD_AFTER_MS,
     DEFAULT_POLICY,
@@ -22,6 +23,7 @@ from hintfleet.settings import (
     Policy,
 )
 from orchestrator.spec.values import (
+    BreakEvenS,
     ChunkOrder,
     ColdAfterS,
     Name,
@@ -74,7 +76,9 @@ class Arm(Part):
 
     :ivar drivers: the drivers under which the arm runs; empty for all.
     :ivar tracker, isolator: empty for the default; see `hintfleet.settings.PARTS`.
-    :ivar cold_after_s: policy cold: how long a chunk must have been free before it is hinted.
+    :ivar break_even_s: policy adaptive: holding a chunk back for so long costs as much as taking
+        it back.
+    :ivar cold_after_s: policy cold: how long memory must have been free before it is hinted.
     :ivar pressure_above_percent: policy pressure: the share of the host's memory
         budget above which the host wants memory back.
     :ivar report_period_s: how often a guest hints even below the threshold.
@@ -87,7 +91,7 @@ class Arm(Part):
     :ivar kernel_parameters: added to the kernel command line of a real guest.
     """
 
-    LATER = frozenset({"sweep", "swap"})
+    LATER = frozenset({"sweep", "swap", "break_even_s"})
 
     name: Name
     method: Annotated[Method, Field(strict=False)]
@@ -95,6 +99,7 @@ class Arm(Part):
     tracker: str = ""
     isolator: str = ""
     policy: Annotated[Policy, Field(strict=False)] = DEFAULT_POLICY
+    break_even_s: BreakEvenS = Field(default=DEFAULT_BREAK_EVEN_MS / 1000, alias="break_even")
     cold_after_s: ColdAfterS = Field(default=DEFAULT_COLD_AFTER_MS / 1000, alias="cold_after")
     pressure_above_percent: WholePercent = Field(
         default=DEFAULT_PRESSURE_PERCENT, alias="pressure_above"
@@ -158,6 +163,7 @@ def _part_of_name(setting: str, value: float) -> str:
 
 _SETTINGS_OF_ALL = {"name", "method", "drivers", "kernel_parameters", "swap"}
 _SETTINGS_OF_POLICIES = {
+    "break_even_s": Policy.ADAPTIVE,
     "cold_after_s": Policy.COLD,
     "pressure_above_percent": Policy.PRESSURE,
 }

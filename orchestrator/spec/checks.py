@@ -18,7 +18,6 @@ from hintfleet.settings import (
     IsolatorKind,
     Method,
     hinting_parts,
-    policies_of,
 )
 from hintfleet.system.machine_limits import Bound
 from hintfleet.units import MIB, format_size
@@ -199,13 +198,6 @@ def _hinting_problems(driver: Driver, i: int, arm: Arm) -> Iterator[Problem]:
     if parts is None:
         yield _no_such_parts(driver, i, arm)
         return
-    if arm.policy not in policies_of(parts):
-        yield Problem(
-            path=("arms", i, "policy"),
-            message="policy cold needs a tracker that knows how long a chunk has been free",
-            hint="use the embedded driver's tracker bitmap; for other drivers leave the arm out "
-            "with drivers: [embedded]",
-        )
     if parts.isolator is IsolatorKind.HUGETLB and arm.chunk_order != HUGE_PAGE_ORDER:
         yield Problem(
             path=("arms", i, "chunk_order"),

@@ -171,12 +171,13 @@ Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 FragmentSize = Annotated[int, BeforeValidator(_fragment_size)]
 DurationS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0, le=7 * 86400)]
 PositiveDurationS = Annotated[float, BeforeValidator(_duration_s), Field(gt=0, le=7 * 86400)]
-# ReportPeriodS and ColdAfterS are at least a millisecond: on the wire they are whole milliseconds,
-# and 0 means the default.
+# ReportPeriodS, ColdAfterS and BreakEvenS are at least a millisecond: on the wire they are whole
+# milliseconds, and 0 means the default.
 ReportPeriodS = Annotated[
     float, BeforeValidator(_duration_s), Field(ge=SHORTEST_REPORT_PERIOD_MS / 1000, le=7 * 86400)
 ]
 ColdAfterS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.001, le=7 * 86400)]
+BreakEvenS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.001, le=86400)]
 # From 1: on the wire 0 means the default (host.proto).
 ChunkOrder = Annotated[int, Field(ge=1, le=MAX_ORDER)]
 Threshold = Annotated[int, Field(ge=1, le=MOST_THRESHOLD_CHUNKS)]

@@ -40,6 +40,7 @@ def _hinting_settings(driver: Driver, arm: Arm) -> host_pb2.HintingSettings:
         policy=arm.policy,
         report_period_ms=round(arm.report_period_s * 1000),
         threshold_chunks=arm.threshold_chunks,
+        break_even_ms=round(arm.break_even_s * 1000),
         cold_after_ms=round(arm.cold_after_s * 1000),
         pressure_percent=arm.pressure_above_percent,
     )

@@ -73,6 +73,7 @@ def guest_as_data(guest: host_pb2.Guest) -> dict[str, object]:
         "reclaimed_total_bytes": books.reclaimed_total_bytes,
         "refaulted_total_bytes": books.refaulted_total_bytes,
         "guest_free_bytes": guest.guest_free_bytes,
+        "held_back_bytes": guest.held_back_bytes,
         "earlier_reclaimed_total_bytes": guest.earlier.reclaimed_total_bytes,
         "earlier_refaulted_total_bytes": guest.earlier.refaulted_total_bytes,
     }
@@ -84,7 +85,7 @@ def guest_table(guests: Sequence[host_pb2.Guest]) -> RenderableType:
         return Text("this host agent has no guests")
     shown = table(
         ("guest", "method", "hinting"),
-        ("memory", "resident", "reclaimed now", "used again", "free in guest"),
+        ("memory", "resident", "reclaimed now", "used again", "free in guest", "held back"),
     )
     for guest in guests:
         books = guest.ledger
@@ -94,6 +95,7 @@ def guest_table(guests: Sequence[host_pb2.Guest]) -> RenderableType:
             books.reclaimed_now_bytes,
             books.refaulted_total_bytes,
             guest.guest_free_bytes,
+            guest.held_back_bytes,
         )
         shown.add_row(
             Text(f"{printable(guest.name)}\n{host_pb2.Driver.Name(guest.spec.driver).lower()}"),

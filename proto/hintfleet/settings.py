@@ -31,6 +31,7 @@ class Method(StrEnum):
 class Policy(StrEnum):
     """When the host takes back memory that a guest has freed."""
 
+    ADAPTIVE = "adaptive"
     EAGER = "eager"
     COLD = "cold"
     PRESSURE = "pressure"
@@ -74,10 +75,7 @@ In a real guest, the isolator decides which tracker is used: KMOD is called by t
 reporting, which itself marks the blocks that it has reported; HUGETLB keeps its own record of the
 chunks that it has hinted."""
 
-COLD_PARTS = HintingParts(IsolatorKind.EMBEDDED, TrackerKind.BITMAP)
-"""The only pair that records how long a chunk has been free, which policy COLD needs."""
-
-DEFAULT_POLICY = Policy.EAGER
+DEFAULT_POLICY = Policy.ADAPTIVE
 
 # The largest order of the kernel's buddy allocator on x86-64: blocks of 4 MiB. Before Linux 6.4,
 # the kernel's own MAX_ORDER was one more than this (11).
@@ -98,6 +96,7 @@ SHORTEST_REPORT_PERIOD_MS = 10
 """A guest that is given a shorter period uses this one."""
 
 DEFAULT_COLD_AFTER_MS = 5000
+DEFAULT_BREAK_EVEN_MS = 10_000
 DEFAULT_PRESSURE_PERCENT = 80
 
 DEFAULT_RESERVE_PERCENT = 10
@@ -129,11 +128,6 @@ def hinting_parts(driver: Driver, isolator: str = "", tracker: str = "") -> Hint
         if isolator in ("", parts.isolator) and tracker in ("", parts.tracker):
             return parts
     return None
-
-
-def policies_of(parts: HintingParts) -> tuple[Policy, ...]:
-    """Return the policies that this isolator and tracker can follow."""
-    return tuple(p for p in Policy if p is not Policy.COLD or parts == COLD_PARTS)
 
 
 ATTACHED_CONFIG_PATH = "/etc/hintfleet/guest.json"

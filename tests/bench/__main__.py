@@ -18,12 +18,14 @@ from tests.bench import (
     host_at_rest,
     host_path,
     many_hosts,
+    no_regrets,
     parallel,
     real_guest,
     restart,
     sparse,
     store,
     tracker,
+    working_day,
 )
 from tests.support import agents
 
@@ -42,6 +44,8 @@ _SUITES = {
     "many_hosts": many_hosts.run,
     "parallel": parallel.run,
     "real_guest": real_guest.run,
+    "no_regrets": no_regrets.run,
+    "working_day": working_day.run,
 }
 
 

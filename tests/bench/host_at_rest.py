@@ -18,14 +18,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
-from hintfleet.errors import Refused
 from hintfleet.ranges import RangeSet
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
-from host_agent.guests.libvirt.api import modules
-from host_agent.guests.libvirt.image import find_image
 from host_agent.memory.ram import GuestRam, Segment
 from tests.bench.flood import cpu_s
+from tests.bench.real_guests import can_have_real_guests
 from tests.bench.report import Figure
 from tests.bench.sessions import idle_sessions
 from tests.support.agents import TRIAL, HostAgent, running_host_agent
@@ -60,13 +58,9 @@ def run() -> Iterator[Figure]:
     """Yield figures of three real guests of each arm, of embedded guests, and of idle sessions.
     Leave out the real guests if libvirt or the guest image is missing."""
     punch_s_per_byte = _punch_s_per_byte()
-    try:
-        find_image()
-        modules()
+    if can_have_real_guests():
         for arm, wanted in _ARMS.items():
             yield from _real(arm, wanted, punch_s_per_byte)
-    except Refused as error:
-        print(f"skipped: {error}", file=sys.stderr)
     yield from _embedded(punch_s_per_byte)
     for count in _SESSIONS:
         yield from idle_sessions(count)

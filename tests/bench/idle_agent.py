@@ -17,7 +17,7 @@ from guest_agent.agent import _connect
 from guest_agent.isolation.hugetlb import HugetlbIsolator
 from guest_agent.isolation.hugetlb_pool import HugetlbPool
 from guest_agent.memory.kernel import FreeLists
-from guest_agent.procfs import mem_free_bytes
+from guest_agent.procfs import mem_free_bytes, mem_total_bytes
 from guest_agent.session import HelloFacts, HintingSession
 from hintfleet.agent_config import AgentConfig
 from hintfleet.ranges import EMPTY, RangeSet
@@ -36,7 +36,13 @@ class _UnusedPool(HugetlbPool):
 async def _run(server: str) -> None:
     channel, identity = _connect(AgentConfig(server=server, guest_uuid="", token=""))
     isolator = HugetlbIsolator(_UnusedPool(), threshold_chunks=1 << 40, zeroing=True)
-    facts = HelloFacts(identity=identity, boot_id="", chunk_order=_CHUNK_ORDER, tracker="bitmap")
+    facts = HelloFacts(
+        identity=identity,
+        boot_id="",
+        chunk_order=_CHUNK_ORDER,
+        tracker="bitmap",
+        most_memory_bytes=mem_total_bytes(),
+    )
     await HintingSession(channel, isolator, facts, _read_and_forget).run()
 
 

@@ -1,23 +1,21 @@
-"""Measure how much memory comes back from a real guest, and how fast, by hinting and by its peers;
-how much each method slows the guest down; and the RSS of the agent of guests that hint."""
+"""Measure how much memory comes back from a real guest, and how fast, by eager hinting and by its
+peers; how much each method slows the guest down; and the RSS of the agent of guests that hint."""
 
 from __future__ import annotations
 
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Event, Thread
 
-from hintfleet.errors import Refused
 from hintfleet.units import GIB, MIB
 from hintfleet.v1 import host_pb2
 from host_agent.guests.libvirt.api import errors_as, modules
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX
-from host_agent.guests.libvirt.image import find_image
 from host_agent.memory.ram import GuestRam
+from tests.bench.real_guests import can_have_real_guests
 from tests.bench.report import Figure, side_by_side
 from tests.support.agents import HostAgent, running_host_agent
 from tests.support.vm import Guests, qemu_ram, spec
@@ -37,8 +35,8 @@ _NO_ZEROING = "init_on_alloc=0"
 _ONE_STEP = host_pb2.BalloonSettings(step_percent=100)
 _ARMS: Mapping[str, host_pb2.GuestSpec] = {
     "none": spec(host_pb2.NONE, parameters=_NO_ZEROING),
-    "kmod": spec(parameters=_NO_ZEROING),
-    "hugetlb": spec(isolator="hugetlb", parameters=_NO_ZEROING),
+    "kmod": spec(policy="eager", parameters=_NO_ZEROING),
+    "hugetlb": spec(isolator="hugetlb", policy="eager", parameters=_NO_ZEROING),
     "reporting": spec(host_pb2.REPORTING, parameters=_NO_ZEROING),
     "balloon": spec(host_pb2.BALLOON, parameters=_NO_ZEROING, balloon=_ONE_STEP),
 }
@@ -66,11 +64,7 @@ class _Return:
 def run() -> Iterator[Figure]:
     """Measure the guests of all arms, one after the other, so that none disturbs another. Yield
     nothing if libvirt or the guest image is missing."""
-    try:
-        find_image()
-        modules()
-    except Refused as error:
-        print(f"skipped: {error}", file=sys.stderr)
+    if not can_have_real_guests():
         return
     with running_host_agent() as host:
         host.watch(timeout_s=1800)

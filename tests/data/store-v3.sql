@@ -99,13 +99,13 @@ workload:
     - {allocate: 40MiB, for: 1s}
 arms:
   - {name: none, method: none}
-  - {name: bitmap, method: hinting, tracker: bitmap}
-  - {name: reported, method: hinting, tracker: reported}
-  - {name: wrong, method: hinting, tracker: bitmap, chunk_order: 8}
+  - {name: bitmap, method: hinting, tracker: bitmap, policy: eager}
+  - {name: reported, method: hinting, tracker: reported, policy: eager}
+  - {name: wrong, method: hinting, tracker: bitmap, chunk_order: 8, policy: eager}
 repetitions: 2
 seed: 1
 sample_period: 100ms
-','995e90f6fb03ed8a','none','a run of the version before',500000,10000000,'interrupted','interrupted by the user','{"kernel": "Linux"}','{}','');
+','038e44e21b221ef3','none','a run of the version before',500000,10000000,'interrupted','interrupted by the user','{"kernel": "Linux"}','{}','');
 CREATE TABLE trials (
         trial_id TEXT PRIMARY KEY,
         run_id TEXT NOT NULL REFERENCES runs,

@@ -93,7 +93,13 @@ async def in_session(host: ScriptedHost, *, polled: bool = False) -> AsyncIterat
     await server.start()
     zone = ZoneSpec(name="Normal", present=RangeSet([(0, CHUNK_COUNT * 512)]))
     allocator = BuddyAllocator([zone], chunk_order=9)
-    facts = HelloFacts(identity=pb.Identity(), boot_id="boot", chunk_order=9, tracker="bitmap")
+    facts = HelloFacts(
+        identity=pb.Identity(),
+        boot_id="boot",
+        chunk_order=9,
+        tracker="bitmap",
+        most_memory_bytes=CHUNK_COUNT * 512 * PAGE_BYTES,
+    )
     async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         isolator = CountingIsolator(allocator, threshold_chunks=1)
         isolator.must_be_polled = polled

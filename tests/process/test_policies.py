@@ -1,9 +1,9 @@
-"""Policies cold and pressure decide when freed memory leaves the host, with real agents."""
+"""Policies decide when freed memory leaves the host, with real agents."""
 
 import time
 
 from hintfleet.units import MIB
-from hintfleet.v1 import host_pb2
+from hintfleet.v1 import hinting_pb2, host_pb2
 from tests.support.agents import HostAgent, running_host_agent, wait_until
 
 HELD = 96 * MIB
@@ -40,6 +40,39 @@ def test_memory_that_is_soon_used_again_never_leaves_when_cold(host_agent: HostA
         host_agent.allocate(HELD)
         host_agent.free(HELD)
     assert host_agent.guests()["g"].ledger.hinted_total_bytes == 0
+
+
+def churn(host: HostAgent) -> int:
+    """Use and free FREED over and over for a while; return how many bytes were refaults."""
+    before_bytes = host.guests()["g"].ledger.refaulted_total_bytes
+    host.loop(hinting_pb2.Loop.CHURN, size_bytes=FREED, duration_ms=3000, pause_ms=200)
+    return host.guests()["g"].ledger.refaulted_total_bytes - before_bytes
+
+
+def test_what_a_guest_uses_again_at_once_stays_until_its_habit_ends(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create(hinting=with_policy("adaptive", break_even_ms=4000))
+    churn(host_agent)
+    assert churn(host_agent) <= FREED, "one regret at most, where eager has fifteen"
+    wait_until(lambda: host_agent.samples[-1].samples[0].held_back_bytes > 0, "what is held")
+    wait_until(lambda: resident_bytes(host_agent) == 0, "all of it to leave, without a settle")
+
+
+def test_what_was_used_once_leaves_at_once(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create(hinting=with_policy("adaptive", break_even_ms=3_600_000))
+    host_agent.allocate(HELD)
+    host_agent.free(FREED)
+    wait_until(lambda: resident_bytes(host_agent) == HELD - FREED, "memory used once to leave")
+
+
+def test_a_full_host_lets_nothing_be_held_back() -> None:
+    with running_host_agent("--memory-budget", "24MiB") as host:
+        host.watch()
+        host.create(hinting=with_policy("adaptive", break_even_ms=3_600_000))
+        for _ in range(2):
+            churn(host)
+        wait_until(lambda: resident_bytes(host) <= 20 * MIB, "what is over the threshold to leave")
 
 
 def test_without_pressure_memory_stays(host_agent: HostAgent) -> None:

@@ -87,6 +87,7 @@ def spec(
     method: host_pb2.Method.ValueType = host_pb2.HINTING,
     *,
     isolator: str = "",
+    policy: str = "",
     parameters: str = "",
     memory_bytes: int = GIB,
     max_memory_bytes: int = 0,
@@ -100,7 +101,7 @@ def spec(
         max_memory_bytes=max_memory_bytes,
         node_count=node_count,
         method=method,
-        hinting=host_pb2.HintingSettings(isolator=isolator),
+        hinting=host_pb2.HintingSettings(isolator=isolator, policy=policy),
         kernel_parameters=parameters,
         balloon=balloon,
     )

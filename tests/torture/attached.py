@@ -361,7 +361,7 @@ def _spec(foreign: ForeignDomain, isolator: str) -> host_pb2.GuestSpec:
         driver=host_pb2.ATTACHED,
         memory_bytes=foreign.domain.maxMemory() * KIB,
         method=host_pb2.HINTING,
-        hinting=host_pb2.HintingSettings(isolator=isolator),
+        hinting=host_pb2.HintingSettings(isolator=isolator, policy="eager"),
     )
 
 

@@ -132,7 +132,9 @@ def setting(seed: int, *, short: bool = False, stress: bool = False) -> Iterator
 
 
 def _spec(isolator: str, parameters: str) -> host_pb2.GuestSpec:
-    made = spec(isolator=isolator, parameters=parameters, memory_bytes=_MEMORY_BYTES)
+    made = spec(
+        isolator=isolator, policy="eager", parameters=parameters, memory_bytes=_MEMORY_BYTES
+    )
     made.max_memory_bytes = _MEMORY_BYTES + 128 * MIB
     return made
 

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from hintfleet.units import MIB
-from hintfleet.v1 import host_pb2
+from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.guests.driver import GuestRequest
 from host_agent.guests.libvirt.domain_xml import NAME_PREFIX, DomainSpec, Memballoon
 from host_agent.guests.libvirt.driver import LibvirtDriver
@@ -77,6 +77,25 @@ def test_memory_used_and_freed_between_two_looks_leaves_nothing_behind(
         assert absent_bytes < 0.1 * hinted_bytes, "hinted chunks that were not resident"
     guests.balances(name, connection)
     assert host.verify(name).wrong_pages == 0
+
+
+@pytest.mark.parametrize("name", GUESTS)
+def test_a_guest_keeps_what_it_uses_again_until_a_settle(
+    guests: Guests, connection: Any, name: str
+) -> None:
+    host = guests.host
+    host.settle(name)
+    churn = {"size_bytes": 64 * MIB, "duration_ms": 8000, "seed": 1}
+    host.loop(hinting_pb2.Loop.CHURN, name, **churn)  # learns
+    before = guests.ledger(name)
+    cycles = host.loop(hinting_pb2.Loop.CHURN, name, **churn).looped.cycles
+    after = guests.ledger(name)
+    assert cycles > 4
+    taken_back_bytes = after.refaulted_total_bytes - before.refaulted_total_bytes
+    assert taken_back_bytes < cycles * 64 * MIB / 4
+    settled = host.settle(name).ledger
+    assert settled.resident_bytes < after.resident_bytes - 40 * MIB
+    guests.balances(name, connection)
 
 
 def test_under_pressure_a_guest_gives_what_is_wanted_and_keeps_nothing_back(

@@ -278,23 +278,32 @@ class Policy(_message.Message):
         EAGER: Policy._Kind.ValueType  # 1
         """Hint every free chunk soon after it was freed."""
         COLD: Policy._Kind.ValueType  # 2
-        """Hint only chunks that have been free for cold_after_ms."""
+        """Hint only memory that has been free for cold_after_ms."""
         PRESSURE: Policy._Kind.ValueType  # 3
         """Hint only as much as the host allows (allowance_pages) when it wants memory back."""
+        ADAPTIVE: Policy._Kind.ValueType  # 4
+        """Hold back free memory that the guest takes again soon, for break_even_ms at most, and
+        hint all other free memory soon after it was freed.
+        """
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: Policy.Kind.ValueType  # 0
     EAGER: Policy.Kind.ValueType  # 1
     """Hint every free chunk soon after it was freed."""
     COLD: Policy.Kind.ValueType  # 2
-    """Hint only chunks that have been free for cold_after_ms."""
+    """Hint only memory that has been free for cold_after_ms."""
     PRESSURE: Policy.Kind.ValueType  # 3
     """Hint only as much as the host allows (allowance_pages) when it wants memory back."""
+    ADAPTIVE: Policy.Kind.ValueType  # 4
+    """Hold back free memory that the guest takes again soon, for break_even_ms at most, and
+    hint all other free memory soon after it was freed.
+    """
 
     KIND_FIELD_NUMBER: _builtins.int
     REPORT_PERIOD_MS_FIELD_NUMBER: _builtins.int
     COLD_AFTER_MS_FIELD_NUMBER: _builtins.int
     ALLOWANCE_PAGES_FIELD_NUMBER: _builtins.int
+    BREAK_EVEN_MS_FIELD_NUMBER: _builtins.int
     kind: Global___Policy.Kind.ValueType
     report_period_ms: _builtins.int
     """How often the guest looks for free chunks. It hints earlier if as many chunks are free
@@ -307,6 +316,10 @@ class Policy(_message.Message):
     before. An isolator that can only release whole batches (kmod) may exceed it: it
     finishes the batch that it has begun.
     """
+    break_even_ms: _builtins.int
+    """ADAPTIVE only: holding a chunk back for so long costs as much as taking it back. 0: hold
+    nothing back.
+    """
     def __init__(
         self,
         *,
@@ -314,10 +327,11 @@ class Policy(_message.Message):
         report_period_ms: _builtins.int = ...,
         cold_after_ms: _builtins.int = ...,
         allowance_pages: _builtins.int = ...,
+        break_even_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowance_pages", b"allowance_pages", "cold_after_ms", b"cold_after_ms", "kind", b"kind", "report_period_ms", b"report_period_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowance_pages", b"allowance_pages", "break_even_ms", b"break_even_ms", "cold_after_ms", b"cold_after_ms", "kind", b"kind", "report_period_ms", b"report_period_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -497,12 +511,15 @@ class Telemetry(_message.Message):
     AGENT_RSS_BYTES_FIELD_NUMBER: _builtins.int
     TRACKER_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_BACK_BYTES_FIELD_NUMBER: _builtins.int
     agent_cpu_us: _builtins.int
     agent_rss_bytes: _builtins.int
     tracker_bytes: _builtins.int
     """Memory of the tracker itself."""
     free_bytes: _builtins.int
     """Free memory of the guest (of the embedded allocator, or MemFree)."""
+    held_back_bytes: _builtins.int
+    """The part of it that the guest holds back: it is likely to use that again soon."""
     def __init__(
         self,
         *,
@@ -510,10 +527,11 @@ class Telemetry(_message.Message):
         agent_rss_bytes: _builtins.int = ...,
         tracker_bytes: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
+        held_back_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "free_bytes", b"free_bytes", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "free_bytes", b"free_bytes", "held_back_bytes", b"held_back_bytes", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -331,6 +331,7 @@ class HintingSettings(_message.Message):
     THRESHOLD_CHUNKS_FIELD_NUMBER: _builtins.int
     COLD_AFTER_MS_FIELD_NUMBER: _builtins.int
     PRESSURE_PERCENT_FIELD_NUMBER: _builtins.int
+    BREAK_EVEN_MS_FIELD_NUMBER: _builtins.int
     tracker: _builtins.str
     """"bitmap" or "reported"; empty: the one that fits to the isolator. In a real guest each
     isolator has one tracker: "hugetlb" has "bitmap", "kmod" has "reported".
@@ -340,16 +341,20 @@ class HintingSettings(_message.Message):
     chunk_order: _builtins.int
     """log2 of the pages in a chunk; 0 means 9."""
     policy: _builtins.str
-    """"eager" (also if empty), "cold" or "pressure"."""
+    """"adaptive" (also if empty), "eager", "cold" or "pressure"."""
     report_period_ms: _builtins.int
     """How often the guest looks for free chunks below the threshold; 0 means 100 ms."""
     threshold_chunks: _builtins.int
     """Free chunks that make the guest hint at once; 0 means 16."""
     cold_after_ms: _builtins.int
-    """Policy cold: how long a chunk must have been free; 0 means 5 s."""
+    """Policy cold: how long memory must have been free; 0 means 5 s."""
     pressure_percent: _builtins.int
     """Policy pressure: percent of the host's memory budget above which the host wants
     memory back; 0 means 80.
+    """
+    break_even_ms: _builtins.int
+    """Policy adaptive: holding a chunk back for so long costs as much as taking it back. While
+    the host uses more than 80 % of its memory budget, less; 0 means 10 s.
     """
     def __init__(
         self,
@@ -362,10 +367,11 @@ class HintingSettings(_message.Message):
         threshold_chunks: _builtins.int = ...,
         cold_after_ms: _builtins.int = ...,
         pressure_percent: _builtins.int = ...,
+        break_even_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_order", b"chunk_order", "cold_after_ms", b"cold_after_ms", "isolator", b"isolator", "policy", b"policy", "pressure_percent", b"pressure_percent", "report_period_ms", b"report_period_ms", "threshold_chunks", b"threshold_chunks", "tracker", b"tracker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["break_even_ms", b"break_even_ms", "chunk_order", b"chunk_order", "cold_after_ms", b"cold_after_ms", "isolator", b"isolator", "policy", b"policy", "pressure_percent", b"pressure_percent", "report_period_ms", b"report_period_ms", "threshold_chunks", b"threshold_chunks", "tracker", b"tracker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -418,6 +424,7 @@ class Guest(_message.Message):
     EPOCH_BEGAN_UNIX_US_FIELD_NUMBER: _builtins.int
     NOT_HINTING_BECAUSE_FIELD_NUMBER: _builtins.int
     EARLIER_FIELD_NUMBER: _builtins.int
+    HELD_BACK_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     uuid: _builtins.str
     trial_id: _builtins.str
@@ -432,6 +439,8 @@ class Guest(_message.Message):
     """Host wall clock when the epoch began; 0 before the first one."""
     not_hinting_because: _builtins.str
     """For people: why no memory of the guest can be hinted now; empty if it can."""
+    held_back_bytes: _builtins.int
+    """Free memory that the guest holds back from hinting, as its agent last sent it."""
     @_builtins.property
     def spec(self) -> Global___GuestSpec: ...
     @_builtins.property
@@ -457,10 +466,11 @@ class Guest(_message.Message):
         epoch_began_unix_us: _builtins.int = ...,
         not_hinting_because: _builtins.str = ...,
         earlier: Global___Ledger | None = ...,
+        held_back_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["earlier", b"earlier", "ledger", b"ledger", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "earlier", b"earlier", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "earlier", b"earlier", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "held_back_bytes", b"held_back_bytes", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1105,6 +1115,7 @@ class Sample(_message.Message):
     GUEST_FREE_BYTES_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
     PROCESS_CPU_US_FIELD_NUMBER: _builtins.int
+    HELD_BACK_BYTES_FIELD_NUMBER: _builtins.int
     guest_name: _builtins.str
     agent_cpu_us: _builtins.int
     """CPU time of the guest's agent, from its last telemetry; 0 if there is no agent."""
@@ -1113,6 +1124,8 @@ class Sample(_message.Message):
     guest_free_bytes: _builtins.int
     process_cpu_us: _builtins.int
     """CPU time of the guest's process on its host (embedded process or QEMU)."""
+    held_back_bytes: _builtins.int
+    """Free memory that the guest holds back from hinting, as its agent last sent it."""
     @_builtins.property
     def ledger(self) -> Global___Ledger:
         """resident_bytes is current. Figures from audits (refaulted, untouched; under REPORTING
@@ -1137,10 +1150,11 @@ class Sample(_message.Message):
         guest_free_bytes: _builtins.int = ...,
         refusals: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         process_cpu_us: _builtins.int = ...,
+        held_back_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "guest_free_bytes", b"guest_free_bytes", "guest_name", b"guest_name", "ledger", b"ledger", "process_cpu_us", b"process_cpu_us", "refusals", b"refusals", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "guest_free_bytes", b"guest_free_bytes", "guest_name", b"guest_name", "held_back_bytes", b"held_back_bytes", "ledger", b"ledger", "process_cpu_us", b"process_cpu_us", "refusals", b"refusals", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

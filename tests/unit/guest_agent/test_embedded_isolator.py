@@ -4,6 +4,7 @@ when it wakes the core."""
 import pytest
 
 from guest_agent.isolation.embedded import EmbeddedIsolator
+from guest_agent.isolation.isolator import HeldPages
 from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
 from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.settings import TrackerKind
@@ -34,11 +35,7 @@ def tracking(allocator: BuddyAllocator, tracker: TrackerKind) -> EmbeddedIsolato
 
 
 def freed(allocator: BuddyAllocator, chunks: int) -> RangeSet:
-    """Allocate `chunks` chunks, free them, and return their ranges.
-
-    `chunks` must be even: otherwise the last chunk merges with a buddy that was reported, and
-    `ReportedTracker` takes both chunks, as the kernel does.
-    """
+    """Allocate `chunks` chunks, free them, and return their ranges."""
     pfns = [allocator.allocate(9) for _ in range(chunks)]
     for pfn in pfns:
         allocator.free(pfn, 9)
@@ -181,3 +178,35 @@ def test_a_set_bit_of_an_offline_chunk_is_ignored(
     assert isolator.idle()
     allocator.online(allocator.zones[1], gone)
     assert allocator.free_page_count == 2 * CHUNKS * CHUNK
+
+
+def test_as_much_stays_unhinted_as_is_held_back(
+    allocator: BuddyAllocator, tracker: TrackerKind
+) -> None:
+    isolator = tracking(allocator, tracker)
+    held_pages = 12 * CHUNK
+    isolator.start(lambda: None, lambda _: HeldPages(held_pages, 0))
+    chunks = freed(allocator, 40)
+    hinted = drain(isolator)
+    assert hinted.page_count == chunks.page_count - held_pages
+    assert isolator.idle()
+    assert freed(allocator, 12) == chunks - hinted, "what is resident is used first"
+    assert isolator.idle()
+    held_pages = 0
+    assert not isolator.idle()
+    assert drain(isolator) == chunks - hinted
+
+
+def test_chunks_that_may_be_resident_are_allocated_before_those_that_were_hinted(
+    allocator: BuddyAllocator, tracker: TrackerKind
+) -> None:
+    isolator = tracking(allocator, tracker)
+    taken = [allocator.allocate(9) for _ in range(20)]
+    for pfn in taken[::2]:
+        allocator.free(pfn, 9)
+    again = sorted(allocator.allocate(9) for _ in range(10))
+    assert again == sorted(taken[::2])
+    for pfn in again:
+        allocator.free(pfn, 9)
+    assert sorted(allocator.allocate(0) & -CHUNK for _ in range(10 * CHUNK))[::CHUNK] == again
+    assert isolator.idle()

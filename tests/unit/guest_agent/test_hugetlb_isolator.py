@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from guest_agent.isolation.hugetlb import HugetlbIsolator
 from guest_agent.isolation.hugetlb_pool import CHUNK_PAGES
-from hintfleet.errors import Refused, TransientError
+from guest_agent.isolation.isolator import HeldPages
+from hintfleet.errors import TransientError
 from hintfleet.ranges import EMPTY, RangeSet
 
 RESERVE_CHUNKS = 6
@@ -305,11 +306,39 @@ def test_a_pool_is_not_touched_while_others_use_it() -> None:
     assert host.run() == 44
 
 
-def test_policy_cold_is_refused() -> None:
-    isolator, _ = started(ModelKernel(10, zeroing=False))
-    isolator.only_cold(0)
-    with pytest.raises(Refused, match="how long a chunk has been free"):
-        isolator.only_cold(5)
+@pytest.mark.parametrize("zeroing", [False, True])
+def test_as_much_stays_resident_as_is_held_back_until_it_is_not(zeroing: bool) -> None:
+    kernel = ModelKernel(64, zeroing=zeroing)
+    isolator = HugetlbIsolator(kernel, threshold_chunks=1, zeroing=zeroing, clock=lambda: 0.0)
+    held_pages = 20 * CHUNK_PAGES
+    isolator.start(lambda: None, lambda _: HeldPages(held_pages, 0))
+    host = Host(kernel, isolator)
+    host.run()
+    assert len(kernel.resident) == 20
+    kernel.allocate(20)
+    kernel.release(20)
+    host.run()
+    assert len(kernel.resident) == 20
+    held_pages = 0
+    host.run()
+    assert len(kernel.resident) <= RESERVE_CHUNKS
+
+
+@pytest.mark.parametrize("held", [0, 10, 20, 25, 29, 40])
+def test_what_is_held_back_causes_no_pass_after_pass(held: int) -> None:
+    kernel = ModelKernel(400, zeroing=False, reserve=45)
+    kernel.resident = set(range(400))
+    isolator = HugetlbIsolator(kernel, threshold_chunks=16, zeroing=False, clock=lambda: 0.0)
+    isolator.start(lambda: None, lambda _: HeldPages(held * CHUNK_PAGES, 0))
+    host = Host(kernel, isolator)
+    host.known_absent = set()
+    host.tell_used()
+    passes = 0
+    while not isolator.idle():
+        passes += 1
+        assert passes < 5
+        while batch := isolator.isolate(64, 1 << 20):
+            host.acknowledge(batch)
 
 
 class PassMachine(RuleBasedStateMachine):

@@ -1,5 +1,4 @@
-"""The bitmap tracker has the design of version 11 of Lal's kernel patches, but not their bugs. Also
-policy cold."""
+"""The bitmap tracker has the design of version 11 of Lal's kernel patches, but not their bugs."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,32 +53,3 @@ def test_a_sparse_zone_costs_only_its_present_chunks() -> None:
     assert tracker.memory_bytes() < 2048
     assert len(tracker.take(1000)) == 16
     assert tracker.memory_bytes() < 1024
-
-
-def test_only_chunks_that_have_been_free_for_long_are_taken() -> None:
-    now = [0.0]
-    tracker = BitmapTracker(ORDER, clock=lambda: now[0])
-    tracker.only_cold(5)
-    tracker.mark(512)
-    now[0] = 3
-    tracker.mark(1024)
-    assert tracker.waiting_count == 0
-    now[0] = 5
-    assert tracker.waiting_count == 1
-    tracker.mark(512)  # used and freed again, so its time starts again
-    assert tracker.take(9) == []
-    now[0] = 8
-    assert tracker.take(9) == [1024]
-    now[0] = 10
-    assert tracker.take(9) == [512]
-
-
-def test_a_change_of_policy_loses_no_chunk() -> None:
-    now = [0.0]
-    tracker = BitmapTracker(ORDER, clock=lambda: now[0])
-    tracker.mark(512)
-    tracker.only_cold(5)
-    tracker.mark(1024)
-    assert tracker.take(9) == [512]
-    tracker.only_cold(0)
-    assert tracker.take(9) == [1024]

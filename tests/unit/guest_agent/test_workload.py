@@ -79,7 +79,7 @@ def test_fragments_keep_what_is_freed_between_them_from_being_a_chunk(ram: mmap.
     assert workload.held_bytes == 6 * MIB
     assert workload.run(VERIFY).wrong_pages == 0
     workload.run(free(RAM_BYTES))
-    assert len(allocator.unreported_chunks(allocator.zones[0], 99)) == 32
+    assert len(allocator.unreported_chunks(allocator.zones[0], 99)) == 24
 
 
 def test_extents_and_fragments_are_held_and_freed_side_by_side(source: Source) -> None:

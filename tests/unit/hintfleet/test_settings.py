@@ -18,5 +18,6 @@ def test_the_contract_says_the_defaults() -> None:
         "report_period_ms": f"{settings.DEFAULT_REPORT_PERIOD_MS} ms",
         "threshold_chunks": f"{settings.DEFAULT_THRESHOLD_CHUNKS}",
         "cold_after_ms": f"{settings.DEFAULT_COLD_AFTER_MS // 1000} s",
+        "break_even_ms": f"{settings.DEFAULT_BREAK_EVEN_MS // 1000} s",
         "pressure_percent": f"{settings.DEFAULT_PRESSURE_PERCENT}",
     }

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from host_agent.pressure.policy import (
     HostView,
     Reason,
     Suggestion,
+    patience,
     suggest,
 )
 
@@ -107,3 +109,30 @@ def test_a_guest_that_behaves_is_forgiven_in_steps() -> None:
     holds = {"a": Hold(until_s=0, length_s=8)}
     _, holds = suggest(host(900, 1), [guest("a", 100, 100, 0)], holds)
     assert holds["a"].length_s == 4
+
+
+@pytest.mark.parametrize(
+    ("resident_bytes", "share"), [(0, 1), (800, 1), (801, 1), (851, 0.75), (995, 0.125), (1000, 0)]
+)
+def test_the_fuller_the_host_the_shorter_memory_is_held_back(
+    resident_bytes: int, share: float
+) -> None:
+    host = HostView(now_s=0, resident_bytes=resident_bytes, budget_bytes=1000, threshold=0.8)
+    assert patience(host, 1.0) == share
+
+
+def test_over_the_budget_nothing_is_held_back() -> None:
+    host = HostView(now_s=0, resident_bytes=3000, budget_bytes=1000, threshold=1.0)
+    assert patience(host, 1.0) == 0
+
+
+def test_what_is_held_back_again_does_not_lower_it_at_once() -> None:
+    def at(resident_bytes: int, before: float) -> float:
+        host = HostView(now_s=0, resident_bytes=resident_bytes, budget_bytes=1000, threshold=0.8)
+        return patience(host, before)
+
+    assert at(851, 1.0) == 0.75
+    assert at(849, 0.75) == 0.75, "not even half a step more"
+    assert at(830, 0.75) == 0.875
+    assert at(800, 0.75) == 1
+    assert at(990, 0.75) == 0.125, "and down at once"

@@ -20,10 +20,12 @@ def shown(*guests: host_pb2.Guest) -> str:
 
 
 def test_a_guest_that_hints_shows_since_when_and_its_free_memory() -> None:
-    text = shown(guest(epoch_began_unix_us=1_700_000_000_000_000, guest_free_bytes=3 * GIB))
+    has = {"guest_free_bytes": 3 * GIB, "held_back_bytes": GIB // 4}
+    text = shown(guest(epoch_began_unix_us=1_700_000_000_000_000, **has))
     assert "since 2023-11-1" in text
     assert "3 GiB" in text
-    assert "eager" in text, "the policy that is used if none was asked for"
+    assert "256 MiB" in text
+    assert "adaptive" in text, "the policy that is used if none was asked for"
 
 
 def test_a_guest_that_does_not_hint_shows_why() -> None:
@@ -35,6 +37,6 @@ def test_a_guest_that_does_not_hint_shows_why() -> None:
 def test_scripts_get_the_same() -> None:
     data = guest_as_data(guest(domain="db1", epoch_began_unix_us=1_700_000_000_500_000))
     assert data["domain"] == "db1"
-    assert data["policy"] == "eager"
+    assert data["policy"] == "adaptive"
     assert data["epoch_began"] == "2023-11-14T22:13:20.500000+00:00"
     assert guest_as_data(guest())["epoch_began"] == ""

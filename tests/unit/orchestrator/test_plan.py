@@ -256,14 +256,15 @@ def test_a_repeat_that_fills_the_guest_is_refused() -> None:
             {"method": "hinting", "policy": "cold", "cold_after": "1.5s"},
             "driver: EMBEDDED method: HINTING hinting { tracker: 'bitmap' isolator: 'embedded' "
             "chunk_order: 9 policy: 'cold' report_period_ms: 100 threshold_chunks: 16 "
-            "cold_after_ms: 1500 pressure_percent: 80 }",
+            "cold_after_ms: 1500 pressure_percent: 80 break_even_ms: 10000 }",
         ),
         (
             "libvirt",
             {"method": "hinting", "tracker": "bitmap", "kernel_parameters": "init_on_alloc=0"},
             "driver: LIBVIRT method: HINTING hinting { tracker: 'bitmap' isolator: 'hugetlb' "
-            "chunk_order: 9 policy: 'eager' report_period_ms: 100 threshold_chunks: 16 "
-            "cold_after_ms: 5000 pressure_percent: 80 } kernel_parameters: 'init_on_alloc=0'",
+            "chunk_order: 9 policy: 'adaptive' report_period_ms: 100 threshold_chunks: 16 "
+            "cold_after_ms: 5000 pressure_percent: 80 break_even_ms: 10000 } "
+            "kernel_parameters: 'init_on_alloc=0'",
         ),
         ("libvirt", {"method": "reporting"}, "driver: LIBVIRT method: REPORTING"),
         (

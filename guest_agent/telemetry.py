@@ -1,0 +1,59 @@
+"""What an agent tells its host about its guest and itself, and when it is worth a message.
+
+Each message costs CPU time, of which the agent of an idle guest must use almost none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from guest_agent.holding_back import HoldingBack
+from guest_agent.isolation.isolator import Isolator
+from guest_agent.procfs import own_rss_bytes
+from hintfleet.units import PAGE_BYTES
+from hintfleet.v1 import hinting_pb2 as pb
+
+TELEMETRY_PERIOD_S = 1.0
+_LONGEST_PERIOD_S = 10.0
+_LEAST_CHANGE_BYTES = 1 << 20
+
+
+class TelemetryPace:
+    """Makes telemetry: once per second at the most, and if free memory or what is held back has
+    changed by 1 MiB or more, or if none was made for 10 s."""
+
+    def __init__(
+        self, free_bytes: Callable[[], int], isolator: Isolator, holding_back: HoldingBack
+    ) -> None:
+        self._free_bytes = free_bytes
+        self._isolator = isolator
+        self._holding_back = holding_back
+        self._made = pb.Telemetry()
+        self._made_at_s = -_LONGEST_PERIOD_S
+        self._checked_at_s = -TELEMETRY_PERIOD_S
+
+    def if_due(self, now_s: float) -> pb.Telemetry | None:
+        """Return telemetry if it is due, else None."""
+        if now_s - self._checked_at_s < TELEMETRY_PERIOD_S:
+            return None
+        self._checked_at_s = now_s
+        free_bytes = self._free_bytes()
+        # A guest whose memory is full of small pieces has less to hold back than the levels say.
+        held_pages = self._holding_back.held_back_pages(now_s)
+        held_back_bytes = min(held_pages * PAGE_BYTES, free_bytes)
+        changed_bytes = max(
+            abs(free_bytes - self._made.free_bytes),
+            abs(held_back_bytes - self._made.held_back_bytes),
+        )
+        if changed_bytes < _LEAST_CHANGE_BYTES and now_s - self._made_at_s < _LONGEST_PERIOD_S:
+            return None
+        self._made_at_s = now_s
+        self._made = pb.Telemetry(
+            agent_cpu_us=time.process_time_ns() // 1000,
+            agent_rss_bytes=own_rss_bytes(),
+            tracker_bytes=self._isolator.tracker_bytes(),
+            free_bytes=free_bytes,
+            held_back_bytes=held_back_bytes,
+        )
+        return self._made
