@@ -14,6 +14,7 @@ from hintfleet import __version__, logs, program
 from hintfleet.settings import ATTACHED_CONFIG_PATH
 
 _PR_SET_THP_DISABLE = 41  # include/uapi/linux/prctl.h
+_PR_THP_DISABLE_EXCEPT_ADVISED = 1 << 1
 
 _DESCRIPTION = """\
 Find free memory of this guest, isolate it, and hint it to the host agent, which takes it back.
@@ -65,10 +66,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _avoid_huge_pages() -> None:
-    """Turn off transparent huge pages for this process."""
-    # Where transparent huge pages are set to "always", heap and stacks would get pages of 2 MiB and
-    # use only a part of them: up to 8 MiB of an agent (docs/measurements.md).
-    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0)))
+    """Turn off transparent huge pages for this process, but those that it asks for."""
+    # Where transparent huge pages are set to "always", the kernel gives heap and stacks whole pages
+    # of 2 MiB, of which they use only a part. Such pages were up to 8 MiB of an agent's memory
+    # (docs/measurements.md). Before Linux 6.18, an embedded guest's RAM gets none either.
+    prctl = ctypes.CDLL(None).prctl
+    for flags in (_PR_THP_DISABLE_EXCEPT_ADVISED, 0):
+        if not prctl(_PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, flags, 0, 0))):
+            return
 
 
 def _run(arguments: argparse.Namespace) -> None:

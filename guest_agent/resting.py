@@ -28,8 +28,9 @@ class Resting:
         self._now_pages = self._lowest_pages = self._highest_pages = 0
         """Pages in use: as last seen, and the fewest and the most since the last poll."""
         self._busy = False
-        """Whether they were far apart: what is used again must be seen, even if nothing is hinted,
-        since it is held back."""
+        """Whether the fewest and the most pages in use between the last two polls were far apart.
+        Then the guest does not rest: what it uses again must be seen, even if nothing is hinted
+        because it is held back."""
 
     @property
     def period_s(self) -> float:

@@ -52,8 +52,8 @@ from hintfleet.settings import IsolatorKind
 
 _ZEROING_STEP_CHUNKS = 32
 _ZEROING_GAIN_SHARE = 8
-# The pause after a pass is this many times as long as the pass. Without a pause, a workload took
-# 4 times as long to run; a factor of 10 cost more, since memory is hinted later, than it saved.
+# The pause after a pass is this many times as long as the pass. Without pauses, a workload ran four
+# times as long. With a factor of 10, memory was hinted later, and that cost more than it saved.
 _REST_FACTOR = 4
 # The longest pause after a pass, so that memory that is freed meanwhile does not wait long.
 _LONGEST_REST_S = 0.5
@@ -95,8 +95,8 @@ class HugetlbIsolator:
     ) -> None:
         """Prepare; the kernel's pool is not touched before `start`.
 
-        :param threshold_chunks: the fewest free chunks that are not known to be absent on the host
-            for which a pass begins by itself.
+        :param threshold_chunks: no pass begins by itself while fewer free chunks than this may be
+            resident on the host; with `zeroing`, not even a requested pass.
         :param zeroing: whether the kernel writes to chunks as it moves them.
         """
         self._pool = pool

@@ -107,16 +107,16 @@ class Isolator(Protocol):
         """
 
     def refaulted(self, ranges: RangeSet) -> None:
-        """Note ranges that were absent and that the host reports as resident now (Refaulted).
+        """Note ranges that do not count as absent any more (Refaulted): the host has found them
+        resident, or they were unplugged.
 
         If such a range is free, hinting it gives the host memory. The first call of a session has
         all resident ranges.
         """
 
     def idle(self) -> bool:
-        """Return whether no chunk is ready and none is being made ready, but those that are held
-        back; hugetlb also returns True
-        while a batch is in flight.
+        """Return whether no chunk is ready or being made ready, except those that are held back;
+        hugetlb also returns True while a batch is in flight.
 
         If hugetlb holds chunks of a pass and none of them is in flight, this call ends the pass
         and gives all its chunks back, even those that `isolate` has not returned: the core may

@@ -9,6 +9,7 @@ or taken back.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -183,12 +184,16 @@ class KmodIsolator:
         self._held_back_chunks = self._held_back(used).free >> self._chunk_order
 
     def _free_ranges(self) -> RangeSet:
-        """Return the chunks that are free now, and maybe some of which only a part is."""
-        flags = PageFlags()
+        """Return the chunks that are free now, and some that are not, which do not matter: of these
+        at least a page is resident. On a kernel without page flags, return all memory: what was
+        reserved at boot then counts as free, and as much more is held back."""
+        spans = present_spans()
         try:
-            pfns = flags.chunks_with(KPF_BUDDY, present_spans(), self._chunk_order)
-        finally:
-            flags.close()
+            flags = PageFlags()
+        except Refused:
+            return RangeSet((span.start, len(span)) for span in spans)
+        with contextlib.closing(flags):
+            pfns = flags.chunks_with(KPF_BUDDY, spans, self._chunk_order)
         return RangeSet((pfn, 1 << self._chunk_order) for pfn in pfns)
 
     def _refuse(self, refuse: bool) -> None:

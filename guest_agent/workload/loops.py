@@ -1,7 +1,7 @@
 """Loops: for a time, the workload works in memory that it takes only for that, as fast as it can.
 
 `churn` allocates, writes and frees, and may pause; each block is verified before it is freed.
-`fault` does what page_fault1 of will-it-scale does: map, write one byte to each page, unmap.
+`fault` does as page_fault1 of will-it-scale: take memory, write one byte to each page, free it.
 `bandwidth` copies memory, as STREAM's Copy does, and verifies the copies at the end. One thread
 does all of this, an extent at a time; the slow part of each step is one call into C.
 """

@@ -18,7 +18,7 @@ from hintfleet.units import MIB, PAGE_BYTES, format_size
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; in Python's mmap since 3.13
 _SPARE_BYTES = 8 * MIB
 _CHECK_EVERY_BYTES = 16 * MIB
-"""How much is allocated before available memory is read again."""
+"""How much is allocated, at most, before available memory is read again."""
 _ONE_BYTE_PER_PAGE = bytes(EXTENT_BYTES // PAGE_BYTES)
 _TIMEOUT_S = 10.0
 _POLL_S = 0.1

@@ -83,7 +83,11 @@ class ControlService(HostServiceServicer):
         return await self._once("CreateGuest", request.command, create, context)
 
     async def _use_swap(self, request: host_pb2.CreateGuestRequest) -> None:
-        """Give the guests of a trial the swap that its spec asks for, before the first is made."""
+        """Give the host's guests a zram swap of the size that the guest's spec asks for. The size
+        can change only while no guest runs, so the first guest of a trial decides it.
+
+        :raises Refused: a guest runs with another size, or no zram can be used.
+        """
         async with self._swap_changes:  # the trial's guests are made side by side
             if self._budget.swap_bytes == request.spec.zram_bytes:
                 return

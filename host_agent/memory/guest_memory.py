@@ -54,7 +54,7 @@ class GuestMemory:
         self.lock = asyncio.Lock()
         self.refaults_to_tell = NO_PAGES
         """What the next Refaulted message must report: absent memory that was found in use again,
-        and what `tell_all_again` and `taken_out` add."""
+        and what `recovered`, `tell_all_again` and `taken_out` add."""
         self.plugged_pages = EMPTY
         """Memory that was plugged and not unplugged since, by the books."""
         self._forgotten = NO_PAGES

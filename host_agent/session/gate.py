@@ -143,8 +143,9 @@ class Gate:
         self._gone: HintfleetError | None = None
 
     def connected(self, session: int) -> Sequence[Instruction]:
-        """Make a stream that sent Hello the guest's session, and welcome it if that is possible
-        now. The session before is ended, with its epoch. After `gone`, end the new one instead.
+        """Note that a stream has sent Hello: it is the guest's session from now on, and is welcomed
+        at once if that is possible. The session before it is ended, with its epoch. After `gone`,
+        the new session is ended instead.
 
         :param session: a number larger than those of all sessions before.
         """

@@ -45,10 +45,11 @@ def open_lasting_address(
     """Let the guests' server listen at addresses that the next host agent can use again; return
     them.
 
-    :param address: HOST:PORT. Port 0 means the port of `earlier`, or without `earlier` any free
-        port that is suitable.
-    :param earlier: where the host agent before this one listened. Its socket is used again.
-    :raises Refused, InvalidInput: as hintfleet.net.tls.listen; or no suitable port is free.
+    :param address: HOST:PORT. Port 0 means the port of `earlier`, or without `earlier` a free port
+        that the kernel gives to no outgoing connection (`_lasting_port`).
+    :param earlier: where the host agent before this one listened. This one listens at the same
+        abstract socket.
+    :raises Refused, InvalidInput: as hintfleet.net.tls.listen; or no such port is free.
     """
     host, _, port = address.rpartition(":")
     if earlier is None:

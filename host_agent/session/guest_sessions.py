@@ -87,7 +87,7 @@ class GuestSessions:
         """Why policy `pressure` allows the guest nothing now; empty if it allows something, or if
         the guest has another policy."""
         self.why_closed = "its agent has not connected"
-        """Why there is no session; means nothing while one is welcomed."""
+        """Why no session is welcomed. While one is, this text is out of date, and is not used."""
         self._policy = policy_of(settings)
         self._skips = LogRateLimit()
 

@@ -167,7 +167,8 @@ def _judge(bound: Bound, change: Change) -> Judgement:
 
 
 def _excess(bound: Bound, change: Change) -> list[float]:
-    """Return for each pair by how much the change is above the bound; negative if below."""
+    """Return for each pair by how much it is above the bound, in the figure's unit (slowdown: as a
+    logarithm); negative if below."""
     if bound.figure is Figure.SLOWDOWN:
         return change.excess(offset=math.log1p(bound.value / 100))
     if bound.is_percent:

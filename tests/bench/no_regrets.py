@@ -192,7 +192,7 @@ def _touch_s(host: HostAgent, name: str) -> float:
 
 
 class _Cost:
-    """Adds to a `_Seen` what both agents used of the processors in a block."""
+    """Adds to a `_Seen` the CPU time that both agents use during a block."""
 
     def __init__(self, host: HostAgent, name: str, seen: _Seen) -> None:
         self._host, self._name, self._seen = host, name, seen

@@ -156,8 +156,8 @@ def _slowdown(arm: str, seconds: list[float], none: list[float]) -> Figure:
 
 
 class _Bench:
-    """One guest, which is destroyed at the end of the block. While its memory is given back, the
-    resident bytes of its RAM file are sampled every 10 ms, with one system call."""
+    """One guest, which is destroyed at the end of the block. While it gives memory back, the
+    resident bytes of its RAM file are sampled every 10 ms: one system call for each sample."""
 
     def __init__(self, host: HostAgent, name: str, wanted: host_pb2.GuestSpec) -> None:
         self._host = host

@@ -38,8 +38,8 @@ _AGENT_ENDED = {
     Kind.AGENT_STOPPED: "the agent was stopped",
 }
 _STRESS_ENDED = "STRESS round ended with status "
-# The kernel's line about a program that jumped into memory which is not what it was
-# (arch/x86/mm/fault.c: show_signal_msg).
+# The kernel's line about a program that used an address that it must not use, and died of it
+# (arch/x86/mm/fault.c: show_signal_msg). A program that has lost pages often does that.
 _CRASHED = ": segfault at "
 
 _KINDS: Mapping[Kind, int] = {
