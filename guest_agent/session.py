@@ -311,6 +311,8 @@ class HintingSession:
         if kind == "refaulted":
             ranges = decode(message.refaulted.ranges)
             self._resting.moved(ranges.page_count)
+            # Look first: most of what has refaulted is in use now.
+            self._held_back_pages(self._isolator.used_pages())
             if self._knows_resident:
                 self._holding_back.refaulted(time.monotonic(), ranges.page_count)
             self._knows_resident = True

@@ -66,8 +66,11 @@ class EmbeddedIsolator:
             self._wakes = 0  # `isolate` may not be called before more than that is free
         return self._enough_spare()
 
+    def used_pages(self) -> UsedPages:
+        return UsedPages(*self._allocator.used_pages())
+
     def _update_held_back(self) -> None:
-        held = self._held_back(UsedPages(*self._allocator.used_pages()))
+        held = self._held_back(self.used_pages())
         self._held_back_chunks = held.free // self._chunk_pages
         self._quiet_chunks = (held.free + held.in_use) // self._chunk_pages
 

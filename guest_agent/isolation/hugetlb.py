@@ -157,6 +157,10 @@ class HugetlbIsolator:
         self._in_flight_pages += len(taken) * CHUNK_PAGES
         return RangeSet((pfn, CHUNK_PAGES) for pfn in taken)
 
+    def used_pages(self) -> UsedPages:
+        used = mem_used_pages() - self._in_pool.page_count
+        return UsedPages(used, used)
+
     def enough_ready(self) -> bool:
         return True  # whatever is in the pool is missing in the guest: hint it at once
 
@@ -314,8 +318,7 @@ class HugetlbIsolator:
 
     def _gain(self, free_chunks: int) -> int:
         """Return how many maybe resident chunks a pass must find; 0 if no pass is worthwhile."""
-        used = mem_used_pages() - self._in_pool.page_count
-        self._held_back_chunks = self._held_back(UsedPages(used, used)).free // CHUNK_PAGES
+        self._held_back_chunks = self._held_back(self.used_pages()).free // CHUNK_PAGES
         movable = free_chunks - self._reserve_chunks
         must_rest = self._guest_grows or self._clock() < self._rest_until_s
         if movable <= 0 or not self._resident_known or (must_rest and not self._pass_requested):

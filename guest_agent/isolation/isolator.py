@@ -68,12 +68,15 @@ class Isolator(Protocol):
         """Begin, and return the ranges that an earlier agent left isolated (may be empty).
 
         :param wake: called when there may be chunks to isolate, from any thread.
-        :param held_back: asked whenever it matters how much to hold back: in `idle`, `isolate` and
-            `enough_ready`.
+        :param held_back: asked whenever it matters how much to hold back, with what `used_pages`
+            returns: in `idle`, `isolate` and `enough_ready`.
         :raises hintfleet.errors.Refused: isolation is not safe or not possible here. The message
             says why and, if known, what to do. This call has isolated no chunk.
         :raises hintfleet.errors.TransientError: somebody else uses what isolation needs (hugetlb).
         """
+
+    def used_pages(self) -> UsedPages | None:
+        """Return how much of the guest's memory is in use; None if that cannot be known now."""
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
         """Isolate free chunks within both bounds, and leave what is held back. Never waits for

@@ -154,8 +154,7 @@ class KmodIsolator:
             batch = self._read()
             if batch is not None:
                 self._seq, self._remaining = batch.seq, batch.ranges
-                used = mem_used_pages() - self._batch_pages
-                self._update_held_back(UsedPages(used, used))
+                self._update_held_back()
                 if not self._worth_hinting(self._batch_pages >> self._chunk_order):
                     self._remaining = []
                     # First: the kernel may begin its next pass as soon as this one has ended.
@@ -180,8 +179,14 @@ class KmodIsolator:
         free = self._free_lists.free_chunk_count() + (self._batch_pages >> self._chunk_order)
         return free - (self._absent.page_count >> self._chunk_order)
 
-    def _update_held_back(self, used: UsedPages | None) -> None:
-        self._held_back_chunks = self._held_back(used).free >> self._chunk_order
+    def _update_held_back(self) -> None:
+        self._held_back_chunks = self._held_back(self.used_pages()).free >> self._chunk_order
+
+    def used_pages(self) -> UsedPages | None:
+        # In this order: a pass that is not running afterwards has isolated nothing before.
+        used = mem_used_pages() - self._batch_pages
+        unknown = not self._batch_pages and self._state() & _RUNNING
+        return None if unknown else UsedPages(used, used)
 
     def _free_ranges(self) -> RangeSet:
         """Return the chunks that are free now, and some that are not, which do not matter: of these
@@ -251,12 +256,8 @@ class KmodIsolator:
         memory is held back, also if a batch would be mostly of that."""
         # Cheap, even in an idle guest: the kernel's page reporting schedules a pass when a chunk
         # is freed. So it is enough to ask whether one is scheduled; no free list is scanned here.
-        # The counts of free memory come first: a pass that is running after it may have changed
-        # them, by a batch that was not read yet.
-        used = mem_used_pages() - self._batch_pages
+        self._update_held_back()
         state = self._state()
-        unknown = not self._batch_pages and state & _RUNNING
-        self._update_held_back(None if unknown else UsedPages(used, used))
         if not self._held_back_chunks:
             self._refuse(False)
             return not state
