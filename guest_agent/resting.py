@@ -12,6 +12,9 @@ _POLLS_BEFORE_REST = 10
 # own reporting waits 2 s, too (mm/page_reporting.c: PAGE_REPORTING_DELAY). A rest delays few hints:
 # hinted memory is used before it is freed again, and the host's report of that (Refaulted) ends it.
 _RESTING_PERIODS_S = (0.0, 1.0, 2.0)
+# In a guest that uses and frees memory of which nothing is hinted, because it is held back: its use
+# must be seen, but each look takes time from it (under TCG, ten looks a second took 5 to 10 %).
+_LONGEST_BUSY_PERIOD_S = 0.3
 # A poll is idle if fewer pages than this (8 MiB) refault or are hinted before the next poll. So few
 # do not end a rest: even in an idle guest, kernel and daemons split and merge a chunk now and then.
 _LEAST_ACTIVE_PAGES = 2048
@@ -28,16 +31,14 @@ class Resting:
         self._now_pages = self._lowest_pages = self._highest_pages = 0
         """Pages in use: as last seen, and the fewest and the most since the last poll."""
         self._busy = False
-        """Whether the fewest and the most pages in use between the last two polls were far apart.
-        Then the guest does not rest: what it uses again must be seen, even if nothing is hinted
-        because it is held back."""
+        """Whether the fewest and the most pages in use between the last polls were far apart."""
 
     @property
     def period_s(self) -> float:
         """The least pause between two polls; 0 if the guest is not at rest."""
         tens = self._idle_polls // _POLLS_BEFORE_REST
         period_s = _RESTING_PERIODS_S[min(tens, len(_RESTING_PERIODS_S) - 1)]
-        return 0.0 if self._busy else period_s
+        return min(period_s, _LONGEST_BUSY_PERIOD_S) if self._busy else period_s
 
     def end(self) -> None:
         """End the rest."""
