@@ -11,7 +11,7 @@ the lowest first. Each level is a problem of its own: was it right to hold it ba
 it was idle? (A server that is switched off when it is idle is the same problem: Lu, Chen and
 Andrew, "Simple and Effective Dynamic Provisioning for Power-Proportional Data Centers", IEEE TPDS
 24(6), 2013.) An isolator has only to keep as much memory as all held levels have together, and it
-may choose any: allocators use first what was freed last, and what was hinted last.
+may choose any. Most allocators use memory that was freed lately before memory that was hinted.
 
 The costs: a refault of one chunk costs c; holding one chunk back for a second costs p. Both are in
 one number, the break-even time c / p: holding a chunk for so long costs as much as a refault. A

@@ -59,7 +59,7 @@ _FINAL_CODES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class HelloFacts:
-    """What the maker of a `HintingSession` must supply: fields of Hello, and
+    """What the maker of a `HintingSession` must supply. All but the last are fields of Hello.
 
     :ivar most_memory_bytes: the guest's memory, with all that can be plugged.
     """
