@@ -39,7 +39,7 @@ class TelemetryPace:
             return None
         self._checked_at_s = now_s
         free_bytes = self._free_bytes()
-        # A guest whose memory is full of small pieces has less to hold back than the levels say.
+        # What HoldingBack would hold back for refaults may be more than is free.
         held_pages = self._holding_back.held_back_pages(now_s)
         held_back_bytes = min(held_pages * PAGE_BYTES, free_bytes)
         changed_bytes = max(

@@ -88,7 +88,7 @@ class HugetlbPool:
         self._free_lists: FreeLists | None = None
         self._fd = self._lock_fd = -1
 
-    # Methods that the isolator calls
+    # Methods that the isolator calls, with their helpers
 
     def open(self) -> RangeSet:
         """Take over the pool, and return the chunks that an earlier agent left isolated in it.

@@ -70,7 +70,8 @@ def _start(arguments: Sequence[str], write_fd: int, title: str) -> subprocess.Po
 def _output(
     process: subprocess.Popen[bytes], fd: int, deadline_s: float, stop: threading.Event
 ) -> str:
-    """Read output until its end, the deadline or `stop`; return its last bytes for an error."""
+    """Read output until its end, the deadline or `stop`, or until the program has ended and wrote
+    nothing for a moment; return the last of it, as the end of an error message."""
     tail = b""
     while time.monotonic() < deadline_s and not stop.is_set():
         if select.select([fd], [], [], _POLL_S)[0]:

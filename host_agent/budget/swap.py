@@ -94,6 +94,6 @@ class Swap:
                 if not self._cgroup.set_limit(self._budget_bytes - taken_bytes):
                     return False
                 self._followed_bytes = taken_bytes
-        except OSError:  # somebody else has removed the device or the cgroup
+        except OSError:  # somebody else has removed the device: too little can be swapped out
             return False
         return True  # guests that are writing may be ahead for some time

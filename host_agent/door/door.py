@@ -95,8 +95,8 @@ class MemoryDoor:
     def listening(
         cls, loop: asyncio.AbstractEventLoop, path: Path, uids: Collection[int], guest: str
     ) -> MemoryDoor:
-        """Listen on a socket at `path`, for one QEMU at a time; return the door. A file that is at
-        `path` already is replaced.
+        """Listen on a socket at `path`, for one QEMU at a time; return the door, which the caller
+        must close. A file that is at `path` already is replaced.
 
         :param loop: serves the socket; runs in another thread than the caller's.
         :param uids: the users to serve; others are disconnected when their turn comes.

@@ -38,7 +38,7 @@ from host_agent.memory.ram import GuestRam, Segment
 
 
 class _Process(Protocol):
-    """A guest's process: a child of this process, or of an earlier host agent."""
+    """The process of an embedded guest: a child of this process, or of an earlier host agent."""
 
     pid: int
 

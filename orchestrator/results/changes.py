@@ -122,12 +122,13 @@ class Change:
 
     @property
     def first(self) -> float | None:
-        """The mean of the figure in the first run, in its unit; None if `undecided` is set."""
+        """The mean of the figure in the first run, over the repetitions that both runs have, in its
+        unit (of the slowdown, the geometric mean); None if `undecided` is set."""
         return self._mean(0)
 
     @property
     def second(self) -> float | None:
-        """The mean of the figure in the second run, in its unit; None if `undecided` is set."""
+        """As `first`, in the second run."""
         return self._mean(1)
 
     @property

@@ -221,7 +221,8 @@ def _sum(parts: Sequence[Series]) -> Series:
 
 
 def _returned(series: Series, steps: Sequence[StepDone]) -> Returned | None:
-    """Return how much memory left one guest after its free steps; None if it freed nothing.
+    """Return what one guest freed in its free steps, and how much memory left it after them, summed
+    over these steps; None if it freed nothing.
 
     Resident memory at the start of a free step is compared with that 3 s after its end, or at the
     start of the next step if that is earlier.

@@ -173,7 +173,7 @@ def _read(name_or_path: str) -> tuple[str, str]:
 
 
 def _no_such_spec(name: str) -> InvalidInput:
-    near = difflib.get_close_matches(name, catalogue.names(), 1)  # 1: only the best
+    near = difflib.get_close_matches(name, catalogue.names(), n=1)
     known = f"did you mean {near[0]!r}? " if near else ""
     return InvalidInput(
         f"there is no file {name!r} and no such experiment in the catalogue",

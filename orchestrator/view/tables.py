@@ -119,8 +119,8 @@ def savings(rows: Sequence[Savings]) -> RenderableType:
 
 
 def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
-    """Return the columns that name a row: `arm`; `of` if a row has a key; `run` if there are
-    several; `experiment` if there are several, or if rows pool several runs."""
+    """Return the columns that name a row: `arm`; `of` if rows are of single hosts or guests; `run`
+    if there are several; `experiment` if there are several, or if rows are of no single run."""
     columns = []
     if len({row.experiment for row in rows}) > 1 or not rows[0].run_id:
         columns.append("experiment")

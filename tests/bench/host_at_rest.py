@@ -111,7 +111,8 @@ def _rest_and_churn(
     with _Share(host) as churn:
         _use_and_free(_CHURN_BYTES, host, names[0])
     guest = host.guests()[names[0]]
-    ours = guest.spec.method == host_pb2.HINTING  # under a peer, QEMU punches, not the host agent
+    # Under reporting and balloon, QEMU punches, not the host agent.
+    ours = guest.spec.method == host_pb2.HINTING
     punched = (guest.ledger.reclaimed_total_bytes - before) if ours else 0
     punches = punched * punch_s_per_byte / churn.elapsed_s
     at_rest = rest.of_a_core / len(names)

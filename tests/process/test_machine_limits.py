@@ -28,7 +28,8 @@ def cgroup(controller: str, **values: str) -> Iterator[Path]:
     """Make a cgroup, v1 or v2 as this machine has them; after the block, wait until it is empty and
     remove it. Skip the test if no such cgroup can be made here.
 
-    :param values: for `v1` and for `v2`, FILE=VALUE to write into the cgroup.
+    :param controller: for example `memory`.
+    :param values: `v1` and `v2`: the FILE=VALUE to write into a cgroup of that version.
     """
     v1 = CGROUPS / controller
     made = (v1 if v1.is_dir() else CGROUPS) / f"hintfleet-test-{uuid.uuid4().hex[:8]}"

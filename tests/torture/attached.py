@@ -105,7 +105,7 @@ _COMMANDS: Mapping[Kind, str] = {
 
 @dataclass(kw_only=True)
 class AttachedVictim(RealVictim):
-    """A domain of somebody else, while it is attached."""
+    """A domain of somebody else that is attached, or waits to be attached again; faults hit it."""
 
     foreign: ForeignDomain
 

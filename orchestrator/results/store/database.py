@@ -116,7 +116,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         # of them commits on its own.
         connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
         connection.row_factory = sqlite3.Row
-        # WAL: readers (`show`, `serve`) neither wait for the writer of a run nor block it.
+        # WAL: to read (`show`, `serve`), nobody waits for the writer of a run or blocks it.
         connection.execute("PRAGMA journal_mode = WAL")
         # In WAL mode only FULL syncs the log at every commit; with NORMAL a power failure can
         # undo commits (sqlite.org/pragma.html#pragma_synchronous).

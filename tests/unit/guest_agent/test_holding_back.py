@@ -1,5 +1,6 @@
-"""What a guest holds back: nothing that rests, soon all that it takes again, and never at more than
-the stated times the cost of knowing the future."""
+"""What a guest holds back: at first nothing, soon all that it takes again, and nothing that has
+rested for the break-even time. It costs at most COMPETITIVE_RATIO times what knowing the future
+would have cost, and ADDED_COST refaults more for each level."""
 
 import math
 
