@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ulid import ULID
 
-from hintfleet.errors import Refused
+from hintfleet.errors import InvalidInput, Refused
 from hintfleet.logs import fields
 from hintfleet.system.machine_limits import available_memory
 from orchestrator.cluster.fleet import Fleet
@@ -343,18 +343,31 @@ def store_records(
     return outcome
 
 
-def overrides(driver: str | None, agents: Sequence[str]) -> dict[str, object]:
-    """Return the top-level keys of a spec that options of the command line replace, with the
-    new values.
+def overrides(
+    driver: str | None, agents: Sequence[str], settings: Sequence[str] = ()
+) -> dict[str, object]:
+    """Return what options of the command line replace in a spec, for `spec.file.load`.
 
     :param agents: values of --host: an address, or ADDRESS,node=NAME.
+    :param settings: values of --set: KEY=VALUE.
     """
     keys: dict[str, object] = {}
     if driver:
         keys["driver"] = driver
     if agents:
         keys["hosts"] = {"agents": tuple(map(_agent, agents))}
+    if settings:
+        keys[spec_file.SET] = dict(map(_setting, settings))
     return keys
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise InvalidInput(
+            f"--set {text!r} is not KEY=VALUE", hint="for example --set guests.per_host=4"
+        )
+    return key, value
 
 
 def _agent(text: str) -> str | dict[str, str]:

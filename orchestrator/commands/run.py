@@ -34,6 +34,7 @@ _EPILOG = """\b
 Examples:
   hintfleet run quickstart
   hintfleet run quickstart-vm -o json > result.json
+  hintfleet run staggered --set guests.stagger=0s --set repetitions=5
   hintfleet run my.yaml --host unix:/run/hintfleet/host.sock
   hintfleet run my.yaml --host h1.example.org:7070 --tls ~/operator-alice
   hintfleet run my.yaml --address auto      on the Ray cluster of this machine
@@ -57,6 +58,14 @@ Examples:
     "instead of the hosts in SPEC. ADDR,node=NAME: it is on that node of the Ray cluster. May be "
     "repeated.",
 )
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another value for a key of SPEC, both as in a spec; a key within a key follows a dot. "
+    "May be repeated.",
+)
 @tls_option
 @address_option
 @click.option(
@@ -79,6 +88,7 @@ def run(
     spec: str | None,
     driver: str | None,
     agents: tuple[str, ...],
+    settings: tuple[str, ...],
     tls_folder: str,
     address: str | None,
     resume: str | None,
@@ -112,12 +122,12 @@ def run(
 
     if (spec is None) == (resume is None):
         raise click.UsageError("give either a SPEC or --resume RUN")
-    if resume is not None and (driver or agents):
+    if resume is not None and (driver or agents or settings):
         raise click.UsageError(
-            "--resume uses the run's own driver and hosts: leave out --driver and --host"
+            "--resume runs the stored spec: leave out --driver, --host and --set"
         )
     if spec is not None:
-        experiment = new_experiment(spec, overrides(driver, agents), libvirt_uri)
+        experiment = new_experiment(spec, overrides(driver, agents, settings), libvirt_uri)
     # Read here only to find a bad folder before anything is started: the actors read the folder of
     # this name on their own nodes.
     tls_or_none(tls_folder)

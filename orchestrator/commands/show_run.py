@@ -12,11 +12,13 @@ from hintfleet.errors import ExitCode
 from orchestrator.commands.output import emit, savings_as_data
 from orchestrator.results.capacity import capacities
 from orchestrator.results.comparison import compare
+from orchestrator.results.frontier import frontier
 from orchestrator.results.loop_comparison import compare_loops
 from orchestrator.results.precision import reached
 from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.statistics import CONFIDENCE
 from orchestrator.results.store.reader import Run, Store
+from orchestrator.results.store.run_spec import spec_or_none
 from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.view.precision import outcome
 
@@ -63,7 +65,8 @@ def print_resume_hint(run_ids: Sequence[str]) -> None:
 
 
 def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
-    """Return a run as plain data: its header without the spec, its arms, capacities and trials.
+    """Return a run as plain data: its header without the spec, its arms, capacities, frontier
+    and trials.
 
     If the run has a precision, each arm with an interval says how narrow that is, and whether it
     is narrow enough.
@@ -82,11 +85,12 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
         found = reached(row, run.precision) if run.precision else None
         arm["precision"] = asdict(found) | {"is_enough": found.is_enough} if found else None
         arm["loops"] = [loop for loop in loops if loop["arm"] == arm["arm"]]
-    fitted = [asdict(arm) for arm in capacities(store.capacity_rows(run.run_id))]
+    capacity_rows = store.capacity_rows(run.run_id)
     return header | {
         "confidence": CONFIDENCE,
         "arms": arms,
-        "capacities": fitted,
+        "capacities": [asdict(arm) for arm in capacities(capacity_rows)],
+        "frontier": [asdict(point) for point in frontier(capacity_rows, spec_or_none(run))],
         "trials": [asdict(t) for t in store.trials(run.run_id)],
     }
 
@@ -110,20 +114,25 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
     from rich.text import Text
 
     from orchestrator.view import tables
-    from orchestrator.view.answer import capacity_answer, savings_answer
+    from orchestrator.view.answer import capacity_answer, frontier_answer, savings_answer
     from orchestrator.view.capacity_table import capacity_summary
+    from orchestrator.view.frontier_table import frontier_summary
     from orchestrator.view.loop_tables import LOOP_NOTE, loop_tables
     from orchestrator.view.node_tables import places_table
 
     cost_rows = store.cost_rows(run.run_id)
     costs = compare(cost_rows, run.driver)
-    fitted = capacities(store.capacity_rows(run.run_id))
-    answer = capacity_answer(fitted) or savings_answer(rows, costs)
+    capacity_rows = store.capacity_rows(run.run_id)
+    figures: RenderableType
+    if points := frontier(capacity_rows, spec_or_none(run)):
+        answer, figures = frontier_answer(points), frontier_summary(points)
+    elif fitted := capacities(capacity_rows):
+        answer, figures = capacity_answer(fitted), capacity_summary(fitted)
+    else:
+        answer, figures = savings_answer(rows, costs), tables.savings_and_costs(run, rows, costs)
     parts: list[RenderableType] = [tables.heading(run, answer)]
     if run.state != "running":
-        parts.append(
-            capacity_summary(fitted) if fitted else tables.savings_and_costs(run, rows, costs)
-        )
+        parts.append(figures)
     if loops := compare_loops(cost_rows):
         for table in loop_tables(loops):
             parts += [Text(), table]

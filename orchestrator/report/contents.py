@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,14 +11,16 @@ from orchestrator.report.curves import Curve, Mark, arm_curve, mean_marks, resid
 from orchestrator.results.capacity import ArmCapacity, capacities
 from orchestrator.results.comparison import ArmCost, compare
 from orchestrator.results.footprint import Numbers, Series
+from orchestrator.results.frontier import Point, frontier
 from orchestrator.results.loop_comparison import ArmLoops, compare_loops
 from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store, StoredTrial
+from orchestrator.results.store.run_spec import spec_or_none
 from orchestrator.results.store.samples import read_series
 from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.trial.records import GuestFits, HostRanOut, PhaseStarted, StepDone
-from orchestrator.view.answer import capacity_answer, savings_answer
+from orchestrator.view.answer import capacity_answer, frontier_answer, savings_answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,9 @@ class Contents:
 
     The arms of `costs`, of `curves`, and of each title in `loops` are in the order of `rows`; some
     may be missing.
-    If guests were started one by one, only `run`, `trials`, `capacities` and `fills` are set; else
-    `capacities` and `fills` are empty. `trials` are all attempts.
+    If the figure is how many guests a host can run, only `run`, `trials`, `capacities` and, if
+    guests were started one by one, `fills` are set, else `frontier`. Otherwise these three are
+    empty. `trials` are all attempts.
     """
 
     run: Run
@@ -40,15 +43,20 @@ class Contents:
     marks: Sequence[Mark] = ()
     capacities: Sequence[ArmCapacity] = ()
     fills: Sequence[Fill] = ()
+    frontier: Sequence[Point] = ()
 
     @property
     def arms(self) -> list[str]:
         """The names of all arms; the control is first."""
+        if self.frontier:
+            return list(dict.fromkeys(point.arm for point in self.frontier))
         return [row.arm for row in self.rows] or [arm.arm for arm in self.capacities]
 
     @property
     def answer(self) -> str:
         """The run's answer in one sentence; empty if it has none."""
+        if self.frontier:
+            return frontier_answer(self.frontier)
         return capacity_answer(self.capacities) or savings_answer(self.rows, self.costs)
 
     @property
@@ -85,6 +93,8 @@ def read_contents(store: Store, run: Run) -> Contents:
         raise Refused(f"run {run.run_id} has no trial to show: it is {run.state}")
     if capacity_rows := store.capacity_rows(run.run_id):
         fitted = capacities(capacity_rows)
+        if points := frontier(capacity_rows, spec_or_none(run)):
+            return Contents(run=run, trials=attempts, capacities=fitted, frontier=points)
         fills = list(_fills(store, run, trials))
         return Contents(run=run, trials=attempts, capacities=fitted, fills=fills)
     phases = _phases(store, run, {trial.trial_id for trial in trials})
@@ -135,7 +145,7 @@ def _phases(
     """Return the phases in the given trials, by trial and host, with times of the host's clock."""
     # A PhaseStarted has the time of the actor's clock. Samples and StepDone have the time of the
     # host's clock, and the host may be another machine (trial/records.py). So the start of a
-    # phase is replaced by the time when the first guest of the host began its step of that phase.
+    # phase is replaced by the time when the first of its guests began its step of that phase.
     steps: dict[tuple[str, str], dict[str, list[int]]] = {}
     for done in store.events(run.run_id, StepDone):
         guests = steps.setdefault((done.trial_id, done.host), {})
@@ -144,7 +154,19 @@ def _phases(
     for event in store.events(run.run_id, PhaseStarted):
         if event.trial_id in trial_ids:
             host_phases = phases.setdefault(event.trial_id, {}).setdefault(event.host, [])
-            guests = steps[event.trial_id, event.host]
-            began_us = min(starts[len(host_phases)] for starts in guests.values())
+            began_us = _began_us(event, len(host_phases), steps[event.trial_id, event.host])
             host_phases.append(replace(event, at_unix_us=began_us))
     return phases
+
+
+def _began_us(event: PhaseStarted, number: int, steps: Mapping[str, Sequence[int]]) -> int:
+    """Return when the first guest that a phase is about began its step.
+
+    :param number: how many phases were announced before.
+    :param steps: when each guest began each of its steps, the read-back last.
+    """
+    if event.guest:
+        return steps[event.guest][number]
+    # Guests that are not in step may have different numbers of steps before the read-back.
+    place = -1 if event.title == "verify" else number
+    return min(began_us[place] for began_us in steps.values())

@@ -17,10 +17,12 @@ from hintfleet import __version__
 from orchestrator.report.charts import resident_chart, savings_chart
 from orchestrator.report.contents import Contents
 from orchestrator.report.fill_chart import fill_chart
+from orchestrator.report.frontier_chart import frontier_chart
 from orchestrator.report.style import DARK, LIGHT, VegaLite
 from orchestrator.view import tables
 from orchestrator.view.capacity_table import capacity_table
 from orchestrator.view.figures import first_line, when
+from orchestrator.view.frontier_table import NOTE, frontier_table
 from orchestrator.view.loop_tables import LOOP_NOTE, loop_tables
 from orchestrator.view.node_tables import places_table
 from orchestrator.view.precision import outcome
@@ -37,7 +39,7 @@ of the guests' processes and the host agents together; it includes guest CPU."""
 def page(contents: Contents) -> str:
     """Return the HTML page: the answer first, then tables, plots, the spec and the machine."""
     run = contents.run
-    main_chart = "fills" if contents.capacities else "resident"
+    main_chart = _main_name(contents)
     charts = {main_chart: main_plot(contents)}
     if (savings := savings_chart(contents)) is not None:
         charts["savings"] = savings
@@ -69,12 +71,23 @@ def page(contents: Contents) -> str:
     )
 
 
+def _main_name(contents: Contents) -> str:
+    if contents.frontier:
+        return "frontier"
+    return "fills" if contents.capacities else "resident"
+
+
 def main_plot(contents: Contents) -> VegaLite:
     """Return the chart that answers the question of the run."""
+    if contents.frontier:
+        return frontier_chart(contents)
     return fill_chart(contents) if contents.capacities else resident_chart(contents)
 
 
 def _fitted(contents: Contents) -> str:
+    if contents.frontier:
+        table = _html_table(frontier_table(contents.frontier))
+        return _section("How often hosts ran out of memory", table, note=NOTE)
     table = _html_table(capacity_table(contents.capacities))
     return _section("How many guests fit", table, note=_FITTED)
 

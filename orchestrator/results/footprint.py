@@ -75,6 +75,10 @@ class Footprint:
 
     :ivar resident_gib_min: the integral of resident memory over the window, in GiB times minutes.
     :ivar returned: None if no free step freed anything.
+    :ivar coincidence: the most that the workloads of a host's guests held together at a time / the
+        sum of the most that each held: 1 if all peaks come together, 1 / guests if they never meet.
+        None for a single guest, and if nothing was held. With loops, too: what they use is not
+        recorded.
     """
 
     provisioned_bytes: int
@@ -86,6 +90,7 @@ class Footprint:
     verified_pages: int
     wrong_pages: int
     returned: Returned | None
+    coincidence: float | None = None
 
 
 class Undecided(Exception):
@@ -140,6 +145,7 @@ def host_footprint(
         verified_pages=sum(g.verified_pages for g in guests),
         wrong_pages=sum(g.wrong_pages for g in guests),
         returned=sum_returned([g.returned for g in guests]),
+        coincidence=coincidence(steps),
     )
 
 
@@ -218,6 +224,28 @@ def _sum(parts: Sequence[Series]) -> Series:
     for part in parts:
         total += part.resident_bytes[np.searchsorted(part.at_unix_us, at)]
     return Series(at_unix_us=at, resident_bytes=total)
+
+
+def coincidence(steps: Mapping[str, Sequence[StepDone]]) -> float | None:
+    """Return how far the peaks of what guests' workloads hold coincide (`Footprint.coincidence`).
+
+    A replay counts with what it holds at its end.
+
+    :param steps: of each guest, in order.
+    """
+    peaks = sum(max(step.held_bytes for step in of_guest) for of_guest in steps.values())
+    loops = any(step.loop for of_guest in steps.values() for step in of_guest)
+    if len(steps) < 2 or not peaks or loops:
+        return None
+    changes: list[tuple[int, int]] = []
+    for of_guest in steps.values():
+        held = 0
+        for step in of_guest:
+            grown = step.held_bytes - held
+            changes.append((step.started_unix_us if grown > 0 else step.at_unix_us, grown))
+            held = step.held_bytes
+    together = np.cumsum([grown for _, grown in sorted(changes)])
+    return float(together.max() / peaks)
 
 
 def _returned(series: Series, steps: Sequence[StepDone]) -> Returned | None:

@@ -70,8 +70,9 @@ class Savings:
 
     :ivar run_id: empty with By.ARM, because runs of the same spec are pooled.
     :ivar key: the host's or guest's name; empty with By.FLEET and By.ARM.
-    :ivar footprint: means over trials, with three exceptions: the peak is the highest of all
-        trials (of several hosts, the sum of their peaks), pages and `returned` are sums.
+    :ivar footprint: means over trials (of `coincidence`, over hosts and trials), with three
+        exceptions: the peak is the highest of all trials (of several hosts, the sum of their
+        peaks), pages and `returned` are sums.
         None if a host or guest has no footprint in a trial of the arm.
     :ivar saved_bytes: mean resident memory saved; None for the control, without a control, and
         where `undecided` is set.
@@ -223,7 +224,13 @@ def _together(rows: Sequence[FootprintRow]) -> Footprint:
         verified_pages=sum(f.verified_pages for f in footprints),
         wrong_pages=sum(f.wrong_pages for f in footprints),
         returned=sum_returned([f.returned for f in footprints]),
+        coincidence=_mean_coincidence(footprints),
     )
+
+
+def _mean_coincidence(footprints: Sequence[Footprint]) -> float | None:
+    found = [f.coincidence for f in footprints if f.coincidence is not None]
+    return fsum(found) / len(found) if found else None
 
 
 def _sum_of_peaks(rows: Sequence[FootprintRow]) -> float:

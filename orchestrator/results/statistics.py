@@ -124,6 +124,22 @@ def percent_of_logs(log_ratio: Interval | None) -> Interval | None:
     return replace(log_ratio, mean=mean, low=low, high=high)
 
 
+def share_interval(count: int, of: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of which `count` in `of` independent observations were
+    seen, as two numbers from 0 to 1.
+
+    C. J. Clopper and E. S. Pearson, The use of confidence or fiducial limits illustrated in the
+    case of the binomial, Biometrika 26 (1934), 404-413: it covers the true share in at least 95 %
+    of all cases, for every share and number.
+    """
+    from scipy.special import betaincinv  # see half_width_in_deviations
+
+    outside = (1 - CONFIDENCE) / 2
+    low = float(betaincinv(count, of - count + 1, outside)) if count else 0.0
+    high = float(betaincinv(count + 1, of - count, 1 - outside)) if count < of else 1.0
+    return low, high
+
+
 def pairs_needed(interval: Interval, half_width: float) -> int | None:
     """Return about how many pairs an interval of this half width needs, if the spread stays as it
     is; at least the pairs that are there. None if 10,000 are not enough."""

@@ -44,8 +44,8 @@ class TrialStatus(StrEnum):
     """How an attempt at a trial, or one host's part of it, ended."""
 
     DONE = "done"
-    """Every guest was measured and read back; or guests were started one by one until the host ran
-    out of memory, or until all were there."""
+    """Every guest was measured and read back; or, if the figure is how many guests a host can run,
+    it ran out of memory or all guests have done their workload."""
     UNDECIDED = "undecided"
     """It has no figures that count: a guest was lost, the outcome of a command is unknown,
     samples are missing, or pages came back wrong. This is a result: the method under test may
@@ -66,10 +66,10 @@ class TrialStatus(StrEnum):
 class TrialFigures:
     """The figures of one guest, or of all guests of a host together (guest ""), in a trial.
 
-    :ivar footprint: None if the host's part of the trial was not measured to the end, or if guests
-        were started one by one.
+    :ivar footprint: None if the host's part of the trial was not measured to the end, or if the
+        figure is how many guests a host can run.
     :ivar cost: set for a host with a footprint; None for a guest.
-    :ivar capacity: set for a host whose guests were started one by one, instead of a footprint.
+    :ivar capacity: set for a host if the figure is how many guests it can run.
     :ivar undecided: why there is neither a footprint nor a capacity; empty if there is one.
     """
 
@@ -86,8 +86,8 @@ class HostOutcome:
     """The outcome of one host's part of a trial.
 
     :ivar reason: why the part is not done; empty if it is done.
-    :ivar figures: those of the host, then those of each of its guests; if guests were started one
-        by one and the host has a capacity, only those of the host.
+    :ivar figures: those of the host, then those of each of its guests; if the host has a capacity,
+        only those of the host.
     :ivar has_wrong_pages: whether a guest read back other data than it had written. If so, the
         host is undecided, but `figures` has footprints if the host was measured to the end.
     """
@@ -123,7 +123,7 @@ def host_outcome(
     done = next((e for e in reversed(events) if isinstance(e, HostDone)), None)
     figures: tuple[TrialFigures, ...] = ()
     reason = done.undecided if done else f"{task.host}: did not finish"
-    if not reason and task.one_by_one:
+    if not reason and task.spec.asks_how_many:
         figures = (TrialFigures(host=task.host, guest="", capacity=host_capacity(events)),)
     elif not reason:
         try:

@@ -80,6 +80,7 @@ def _footprint_as_pb2(footprint: Footprint) -> fleet_pb2.Footprint:
         refaulted_total_bytes=footprint.refaulted_total_bytes,
         verified_pages=footprint.verified_pages,
         wrong_pages=footprint.wrong_pages,
+        coincidence=footprint.coincidence,
     )
     if footprint.returned is not None:
         returned = footprint.returned
@@ -100,6 +101,7 @@ def _footprint_from_pb2(message: fleet_pb2.Footprint) -> Footprint:
         verified_pages=message.verified_pages,
         wrong_pages=message.wrong_pages,
         returned=_returned_from_pb2(message.returned) if message.HasField("returned") else None,
+        coincidence=message.coincidence if message.HasField("coincidence") else None,
     )
 
 

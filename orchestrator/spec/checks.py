@@ -7,8 +7,7 @@ Pure: the caller passes the available memory.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from hintfleet.net.addresses import ENCRYPT_HINT, address_problem, plain_text_problem
 from hintfleet.settings import (
@@ -20,61 +19,27 @@ from hintfleet.settings import (
     hinting_parts,
 )
 from hintfleet.system.machine_limits import Bound
-from hintfleet.units import MIB, format_size
+from hintfleet.units import format_size
 from orchestrator.spec.arms import Arm
+from orchestrator.spec.guest_checks import guest_problems
+from orchestrator.spec.guests import Guests
 from orchestrator.spec.memory_needs import needed_bytes
-from orchestrator.spec.model import Spec, Start
-from orchestrator.spec.phases import Kind
+from orchestrator.spec.model import Spec
+from orchestrator.spec.problem import Problem
 from orchestrator.spec.values import LONGEST_NAME
-from orchestrator.spec.workload import (
-    Step,
-    held_after,
-    held_during,
-    step_count,
-    steps_of,
-)
 
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
 _MAX_ARMS = 100
-_MAX_STEPS = 100_000
-_MAX_PIECES = 1 << 16  # a guest's workload takes some hundred bytes of its own for each piece
 _FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """A mistake in a spec.
-
-    :ivar path: the keys and indexes that lead to the value.
-    """
-
-    path: tuple[Hashable, ...]
-    message: str
-    hint: str = ""
-
-
 def problems(spec: Spec) -> Iterator[Problem]:
-    """Yield the problems of a spec that the model does not find; nothing if there are none.
-
-    Of the steps of the workload, only the first with a problem is reported.
-    """
+    """Yield the problems of a spec that the model does not find; nothing if there are none."""
     yield from _arm_problems(spec)
+    yield from _vary_problems(spec)
     yield from _precision_problems(spec)
     yield from _host_problems(spec)
-    yield from _workload_problems(spec)
-
-
-def usable_bytes(driver: Driver, memory_bytes: int) -> int:
-    """Return the bytes that a workload may hold in a guest of this size.
-
-    Negative if a real guest is too small for its own kernel.
-    """
-    if driver is Driver.EMBEDDED:
-        # Subtracted: the watermarks, which the embedded allocator keeps free, and a margin.
-        return memory_bytes - max(4 * MIB, memory_bytes // 32)
-    # Subtracted: the guest's kernel (its struct pages take 1/64 of the memory), its services and
-    # the agent.
-    return memory_bytes - 128 * MIB - memory_bytes // 32
+    yield from guest_problems(spec)
 
 
 def machine_problem(spec: Spec, available: Bound[int]) -> Problem | None:
@@ -109,11 +74,12 @@ def hosts_problem(spec: Spec, *, encrypted: bool) -> Problem | None:
 def _arm_problems(spec: Spec) -> Iterator[Problem]:
     running = [(i, arm) for i, arm in enumerate(spec.arms) if arm.runs_under(spec.driver)]
     arms = [(i, one) for i, arm in running for one in arm.swept()]
-    if len(arms) > _MAX_ARMS:
+    if len(spec.variants) > _MAX_ARMS:
         yield Problem(
             path=("arms",),
-            message=f"with what they sweep, there are {len(arms)} arms; at most {_MAX_ARMS}",
-            hint="sweep fewer values",
+            message=f"with what is swept and varied, there are {len(spec.variants)} arms; at most "
+            f"{_MAX_ARMS}",
+            hint="sweep or vary fewer values",
         )
         return
     if not arms:
@@ -123,7 +89,8 @@ def _arm_problems(spec: Spec) -> Iterator[Problem]:
             hint="choose another driver, or add it to an arm's drivers",
         )
     yield from _control_problems(arms)
-    yield from _name_problems(arms)
+    endings = [f"-{number}" for number in spec.vary.per_host] if spec.vary else [""]
+    yield from _name_problems([(i, arm.name + ending) for i, arm in arms for ending in endings])
     yield from _swap_problems(spec, arms)
     for i, arm in arms:
         yield from _driver_problems(spec.driver, i, arm)
@@ -154,7 +121,7 @@ def _swap_problems(spec: Spec, arms: list[tuple[int, Arm]]) -> Iterator[Problem]
                 message="the swap of a machine is shared by all hosts on it",
                 hint="hosts: {count: 1, memory: ...}",
             )
-        if arm.swap and spec.guests.start is not Start.ONE_BY_ONE:
+        if arm.swap and not spec.asks_how_many:
             yield Problem(
                 path=("arms", i, "swap"),
                 message="what is swapped out counts as resident, so nothing would be saved by it",
@@ -162,16 +129,17 @@ def _swap_problems(spec: Spec, arms: list[tuple[int, Arm]]) -> Iterator[Problem]
             )
 
 
-def _name_problems(arms: list[tuple[int, Arm]]) -> Iterator[Problem]:
-    for name, count in Counter(arm.name for _, arm in arms).items():
+def _name_problems(names: list[tuple[int, str]]) -> Iterator[Problem]:
+    for name, count in Counter(name for _, name in names).items():
         if count > 1:
-            last = max(i for i, arm in arms if arm.name == name)
+            last = max(i for i, other in names if other == name)
             yield Problem(path=("arms", last, "name"), message=f"{name!r} names two arms")
         if len(name) > LONGEST_NAME:
             yield Problem(
-                path=("arms", next(i for i, arm in arms if arm.name == name), "name"),
+                path=("arms", next(i for i, other in names if other == name), "name"),
                 message=f"{name!r} is longer than {LONGEST_NAME} characters",
-                hint="the values that are swept become a part of the name: choose a shorter one",
+                hint="values that are swept or varied become a part of the name: choose a shorter "
+                "one",
             )
 
 
@@ -234,11 +202,11 @@ def _precision_problems(spec: Spec) -> Iterator[Problem]:
                 hint="add a precision, for example precision: 5%, or give repetitions instead",
             )
         return
-    if spec.guests.start is Start.ONE_BY_ONE:
+    if spec.asks_how_many:
         yield Problem(
             path=("precision",),
-            message="precision is about savings, but with guests started one by one the figure is "
-            "how many fit",
+            message="precision is about savings, but with guests started one by one, or a varied "
+            "number of guests, the figure is how many a host can run",
             hint="remove precision, and give repetitions",
         )
     if len(spec.trial_arms) < 2:  # with more arms, _control_problems finds a missing control
@@ -272,99 +240,28 @@ def _host_problems(spec: Spec) -> Iterator[Problem]:
     for i, agent in enumerate(spec.hosts.agents):
         if problem := address_problem(agent.address):
             yield Problem(path=("hosts", "agents", i), message=problem)
-    if spec.guests.image and spec.driver is Driver.EMBEDDED:
-        yield Problem(
-            path=("guests", "image"),
-            message="an embedded guest has no image",
-            hint="run it with --driver libvirt, or remove image",
-        )
-    budget_bytes = spec.hosts.memory_bytes
-    if budget_bytes is not None and spec.guests.memory_bytes > budget_bytes:
-        yield Problem(
-            path=("guests", "memory"),
-            message=f"a guest of {format_size(spec.guests.memory_bytes)} is larger than its host "
-            f"({format_size(budget_bytes)})",
-            hint="give hosts.memory more, or guests.memory less",
-        )
 
 
-def _workload_problems(spec: Spec) -> Iterator[Problem]:
-    phases = spec.workload.phases
-    memory_bytes = spec.guests.memory_bytes
-    if memory_bytes % (4 * MIB):
-        yield Problem(path=("guests", "memory"), message="not a multiple of 4MiB")
-    if phases[0].repeat is not None:
-        yield Problem(path=("workload", "phases", 0), message="there is no phase to repeat")
+def _vary_problems(spec: Spec) -> Iterator[Problem]:
+    if spec.vary is None:
         return
-    # Checked before `expand` is called: a repeat multiplies all steps before it, so the steps of a
-    # few repeats of 10000 would not fit into memory.
-    if step_count(spec.workload) > _MAX_STEPS:
+    if not isinstance(spec.guests, Guests):
         yield Problem(
-            path=("workload", "phases"),
-            message=f"with its repeats the workload has more than {_MAX_STEPS} steps",
-            hint="repeat less: a repeat multiplies all repeats before it",
+            path=("vary",),
+            message="the number of guests can only vary if all are alike",
+            hint="write guests as a mapping: guests: {per_host: 8, memory: 256MiB}",
         )
         return
-    recorded = {recording.name for recording in spec.recordings}
-    for i, phase in enumerate(phases):
-        if phase.replay and phase.replay not in recorded:
-            yield Problem(
-                path=("workload", "phases", i, "replay"),
-                message=f"there is no recording {phase.replay!r}",
-            )
-            return
-    held_bytes = 0
-    for step in steps_of(spec):
-        if problem := _step_problem(spec, step, held_bytes):
-            yield problem
-            return
-        held_bytes = held_after(step, held_bytes, memory_bytes)
-
-
-def _step_problem(spec: Spec, step: Step, held_bytes: int) -> Problem | None:
-    """Return the problem of a step in a guest that holds `held_bytes` before it; else None."""
-    path = ("workload", "phases", step.phase_index)
-    memory_bytes = spec.guests.memory_bytes
-    if step.kind.needs_kernel and spec.driver is Driver.EMBEDDED:
-        return Problem(
-            path=(*path, step.kind),
-            message=f"an embedded guest cannot do {step.kind}: it has no kernel of its own",
-            hint="run it with --driver libvirt, or give libvirt a workload of its own (under)",
+    if spec.one_by_one:
+        yield Problem(
+            path=("vary",),
+            message="guests that start one by one find out how many fit by themselves",
+            hint="remove vary, or start",
         )
-    if step.kind is Kind.FREE:
-        if not step.size_bytes(held_bytes, memory_bytes):
-            return Problem(path=path, message="nothing is held that could be freed")
-        if step.amount and (step.amount.size_bytes or 0) > held_bytes:
-            return Problem(
-                path=(*path, step.kind),
-                message=f"{step.amount} to free, but only {format_size(held_bytes)} is held then",
-                hint="free less, or a percentage",
-            )
-    elif step.kind is Kind.BANDWIDTH and step.size_bytes(held_bytes, memory_bytes) < 4 * MIB:
-        return Problem(
-            path=(*path, step.kind),
-            message=f"{step.amount} is too small: it copies from one 2 MiB to another",
-            hint="write at least 4MiB; more than the processor's caches have",
+    if (most := max(spec.vary.per_host)) != spec.guests.per_host:
+        yield Problem(
+            path=("vary", "per_host"),
+            message=f"the most guests here are {most}, but guests.per_host is "
+            f"{spec.guests.per_host}",
+            hint=f"guests: {{per_host: {most}, ...}}",
         )
-    elif step.amount and not step.size_bytes(held_bytes, memory_bytes):
-        return Problem(
-            path=(*path, step.kind),
-            message=f"{step.amount} is less than a page, so nothing would be done",
-        )
-    if step.fragment_bytes and step.size_bytes(0, memory_bytes) > _MAX_PIECES * step.fragment_bytes:
-        return Problem(
-            path=(*path, "fragments"),
-            message=f"{step.amount} would be more than {_MAX_PIECES} pieces",
-            hint="write larger fragments",
-        )
-    most_bytes = held_during(step, held_bytes, memory_bytes)
-    usable = usable_bytes(spec.driver, memory_bytes)
-    if most_bytes > usable:
-        return Problem(
-            path=path,
-            message=f"the workload holds {format_size(most_bytes)} here, but of a guest's "
-            f"{format_size(memory_bytes)} at most {format_size(max(usable, 0))} is usable "
-            f"({spec.driver} driver)",
-            hint="allocate less, or give guests.memory more",
-        )
-    return None

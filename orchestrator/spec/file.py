@@ -4,7 +4,7 @@ and column."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,35 @@ from hintfleet.system.files import read_at_most
 from orchestrator.spec import catalogue
 from orchestrator.spec import checks as spec_checks
 from orchestrator.spec.arms import Arm, Swap, Sweep
-from orchestrator.spec.checks import Problem
-from orchestrator.spec.model import Agent, Guests, Hosts, Spec, Timeouts, Under, UnderDriver
+from orchestrator.spec.guests import LIST, MAPPING, GuestClass, Guests, Vary
+from orchestrator.spec.model import Agent, Hosts, Spec, Timeouts, Under, UnderDriver
 from orchestrator.spec.phases import Phase, Workload
+from orchestrator.spec.problem import Problem
 from orchestrator.spec.recording import Recording, read_recording
 from orchestrator.spec.values import keys_of
 from orchestrator.spec.yaml_reader import Document, read_yaml
 from orchestrator.spec.yaml_reader import Path as Keys
 
 _MAX_FILE_BYTES = 1 << 20
+SET = "--set"
+"""A key of overrides: a mapping of dotted keys of the spec to their values, as YAML text."""
 
-# The class of the model at each path. Indexes of lists are left out of the paths.
+# The class of the model at each path. An index of a list is "*".
 _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
     (): Spec,
     ("hosts",): Hosts,
-    ("hosts", "agents"): Agent,
+    ("hosts", "agents", "*"): Agent,
     ("guests",): Guests,
+    ("guests", "*"): GuestClass,
+    ("guests", "*", "workload"): Workload,
+    ("guests", "*", "workload", "phases", "*"): Phase,
+    ("vary",): Vary,
     ("workload",): Workload,
-    ("workload", "phases"): Phase,
-    ("arms",): Arm,
-    ("arms", "sweep"): Sweep,
-    ("arms", "swap"): Swap,
-    ("recordings",): Recording,
+    ("workload", "phases", "*"): Phase,
+    ("arms", "*"): Arm,
+    ("arms", "*", "sweep"): Sweep,
+    ("arms", "*", "swap"): Swap,
+    ("recordings", "*"): Recording,
     ("timeouts",): Timeouts,
     ("under",): Under,
     **{("under", driver): UnderDriver for driver in Driver},
@@ -67,7 +74,7 @@ class LoadedSpec:
 def load(name_or_path: str, overrides: dict[str, Any] | None = None) -> LoadedSpec:
     """Read an experiment of the catalogue, or, if none has this name, a spec file.
 
-    :param overrides: top-level keys that replace those in the file.
+    :param overrides: top-level keys that replace those in the file; and SET.
     :raises InvalidInput: there is no such file, it cannot be read, or the spec is not valid (the
         message has the problems with their lines).
     """
@@ -84,7 +91,7 @@ def parse(
     """Parse the text of a spec into the model.
 
     :param source: the file's name, for messages.
-    :param overrides: top-level keys that replace those in the text.
+    :param overrides: top-level keys that replace those in the text; and SET.
     :param folder: from which files with recordings are read; None: they are in the text or in
         `overrides`.
     :raises InvalidInput: the spec is not valid; the message has the problems with their lines.
@@ -95,26 +102,52 @@ def parse(
             f"{document.where(())}: a spec must be a mapping, for example 'name: quickstart'"
         )
     overrides = overrides or {}
-    driver = (document.data | overrides).get("driver")
-    section = _driver_section(document.data, driver)
+    settings = overrides.get(SET, {})
+    changed = {key: value for key, value in overrides.items() if key != SET}
+    # Twice: a setting may be about a part of `under`, and it replaces what that part replaces.
+    data = _with_settings(document.data, settings)
+    driver = (data | changed).get("driver")
+    section = _driver_section(data, driver)
     moved: dict[Hashable, Keys] = {
-        key: ("under", driver, key) for key in section if key not in overrides
+        key: ("under", driver, key) for key in section if key not in changed
     }
-    values = document.data | section | overrides
+    values = _with_settings(data | section | changed, settings)
     if folder is not None:
         recordings, problems = _recordings(values, folder)
         if problems:
             raise _error(document, moved, problems)
         if recordings:
             overrides = overrides | {"recordings": recordings}
+            values["recordings"] = recordings
     try:
-        spec = Spec.model_validate(values | overrides)
+        spec = Spec.model_validate(values)
     except ValidationError as error:
         raise _error(document, moved, _problems(error)) from None
     loaded = LoadedSpec(spec=spec, document=document, overrides=overrides, moved=moved)
     if problems := list(spec_checks.problems(spec)):
         raise loaded.error(problems)
     return loaded
+
+
+def _with_settings(values: dict[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of a spec with those of `--set KEY=VALUE`.
+
+    :raises InvalidInput: a value is not YAML, or a key is within something that is no mapping.
+    """
+    changed = dict(values)
+    for key, text in settings.items():
+        around = changed
+        *outer, last = key.split(".")
+        for step in outer:
+            inside = around.get(step, {})
+            if not isinstance(inside, dict):
+                raise InvalidInput(
+                    f"--set {key}: {step} is no mapping in the spec",
+                    hint=f"set it as a whole: --set '{step}=...'",
+                )
+            around[step] = around = dict(inside)
+        around[last] = read_yaml(text, f"--set {key}").data
+    return changed
 
 
 def _recordings(
@@ -125,21 +158,32 @@ def _recordings(
     :returns: the recordings, those in `values` included, as plain data; empty if no file was read.
         And the problems, with the paths of the phases that name the files.
     """
-    # Values of a wrong type are ignored here: validating the spec reports them.
-    workload, known = values.get("workload"), values.get("recordings", ())
-    phases = workload.get("phases") if isinstance(workload, dict) else None
+    known = values.get("recordings", ())
     recordings = {one.get("name"): one for one in known if isinstance(one, dict)}
     read: dict[str, dict[str, Any]] = {}
     found = []
-    for i, phase in enumerate(phases if isinstance(phases, tuple) else ()):
-        name = phase.get("replay") if isinstance(phase, dict) else None
-        if isinstance(name, str) and name not in recordings and name not in read:
+    for path, name in _replayed(values):
+        if name not in recordings and name not in read:
             try:
                 read[name] = read_recording(folder / name, name).model_dump()
             except InvalidInput as error:
-                path = ("workload", "phases", i, "replay")
                 found.append(Problem(path=path, message=error.message, hint=error.hint))
     return (*known, *read.values()) if read else (), found
+
+
+def _replayed(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
+    """Yield the recordings that phases name, each with its path in the spec."""
+    # Values of a wrong type are ignored here: validating the spec reports them.
+    guests = values.get("guests")
+    classes = enumerate(guests if isinstance(guests, tuple) else ())
+    owners = [((), values), *((("guests", i), one) for i, one in classes)]
+    for path, owner in owners:
+        workload = owner.get("workload") if isinstance(owner, dict) else None
+        phases = workload.get("phases") if isinstance(workload, dict) else None
+        for i, phase in enumerate(phases if isinstance(phases, tuple) else ()):
+            name = phase.get("replay") if isinstance(phase, dict) else None
+            if isinstance(name, str):
+                yield (*path, "workload", "phases", i, "replay"), name
 
 
 def _driver_section(data: dict[str, Any], driver: Any) -> dict[str, Any]:
@@ -182,7 +226,7 @@ def _no_such_spec(name: str) -> InvalidInput:
 
 
 def _problems(error: ValidationError) -> list[Problem]:
-    details = error.errors()
+    details = [e | {"loc": _keys(e["loc"])} for e in error.errors()]
     around = {e["loc"][:n] for e in details for n in range(len(e["loc"]))}
     misspelt = {
         (*e["loc"][:-1], _near(e["loc"])) for e in details if e["type"] == "extra_forbidden"
@@ -193,8 +237,13 @@ def _problems(error: ValidationError) -> list[Problem]:
     return [_problem(e) for e in details if e["loc"] not in implied.get(e["type"], ())]
 
 
+def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the path of an error without the form of `guests` that the value has."""
+    return tuple(step for step in path if step not in (MAPPING, LIST))
+
+
 def _problem(error: Any) -> Problem:
-    path: tuple[Hashable, ...] = tuple(error["loc"])
+    path: tuple[Hashable, ...] = error["loc"]
     kind, context = error["type"], error.get("ctx", {})
     if kind == "hintfleet":
         return Problem(path=path, message=context["message"], hint=context["hint"])
@@ -224,7 +273,7 @@ def _unknown_key(path: tuple[Hashable, ...]) -> Problem:
 
 def _known(path: tuple[Hashable, ...]) -> tuple[str, ...]:
     """Return the keys that are allowed in place of the last key of `path`."""
-    around = tuple(step for step in path[:-1] if not isinstance(step, int))
+    around = tuple("*" if isinstance(step, int) else step for step in path[:-1])
     return keys_of(_PARTS[around]) if around in _PARTS else ()
 
 

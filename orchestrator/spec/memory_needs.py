@@ -6,6 +6,7 @@ import math
 
 from hintfleet.settings import Driver
 from hintfleet.units import MIB
+from orchestrator.spec.guests import GuestClass
 from orchestrator.spec.model import Spec
 from orchestrator.spec.workload import steps_of, total_allocated_bytes
 
@@ -46,15 +47,18 @@ def could_become_resident_bytes(spec: Spec) -> int:
     # An embedded guest under `none` keeps each page that it has touched resident, and each
     # allocation may touch other pages. So the sum of all allocations counts, up to the guest's
     # memory. For a real guest, all of its memory counts.
-    memory_bytes = spec.guests.memory_bytes
-    if spec.driver is Driver.LIBVIRT:
-        per_guest = memory_bytes + _QEMU_PROCESS_BYTES
-    else:
-        touched = total_allocated_bytes(steps_of(spec), memory_bytes)
-        per_guest = min(touched, memory_bytes) + _EMBEDDED_PROCESS_BYTES
-    per_host = per_guest * spec.guests.per_host
+    guests = [(_guest_bytes(spec, one), one.count) for one in spec.classes]
+    per_host = sum(guest_bytes * count for guest_bytes, count in guests)
     if spec.hosts.memory_bytes is not None:
         # A trial ends when a host's guests use more than its budget. Where no cgroup stops them,
         # one of them may go on until that is seen.
-        per_host = min(per_host, spec.hosts.memory_bytes + per_guest)
+        largest = max(guest_bytes for guest_bytes, _ in guests)
+        per_host = min(per_host, spec.hosts.memory_bytes + largest)
     return per_host * spec.hosts.number
+
+
+def _guest_bytes(spec: Spec, one: GuestClass) -> int:
+    if spec.driver is Driver.LIBVIRT:
+        return one.memory_bytes + _QEMU_PROCESS_BYTES
+    touched = total_allocated_bytes(steps_of(spec, one), one.memory_bytes)
+    return min(touched, one.memory_bytes) + _EMBEDDED_PROCESS_BYTES

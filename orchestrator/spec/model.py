@@ -8,8 +8,7 @@ seconds.
 from __future__ import annotations
 
 import re
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -18,6 +17,14 @@ from hintfleet.settings import (
 )
 from hintfleet.units import format_size
 from orchestrator.spec.arms import Arm
+from orchestrator.spec.guests import (
+    GuestClass,
+    Guests,
+    GuestsOrClasses,
+    Start,
+    Vary,
+    classes_of,
+)
 from orchestrator.spec.phases import Workload
 from orchestrator.spec.recording import Recording
 from orchestrator.spec.values import (
@@ -95,38 +102,6 @@ class Hosts(Part):
         return self.count or len(self.agents)
 
 
-class Start(StrEnum):
-    """When the guests of a host are started."""
-
-    TOGETHER = "together"
-    ONE_BY_ONE = "one by one"
-    """The next one when the one before has done its workload, until the host runs out of memory
-    or all are there. The earlier ones stay."""
-
-
-class Guests(Part):
-    """The guests of every host.
-
-    :ivar per_host: how many; with `start: one by one` the most that are started.
-    :ivar stagger_s: how much later each guest of a host begins its workload than the one before.
-    :ivar image: the variant of the guest image; empty for the one with Python and little else.
-    """
-
-    LATER = frozenset({"start", "stagger_s", "image"})
-
-    per_host: int = Field(ge=1, le=1000)
-    memory_bytes: Size = Field(alias="memory")
-    start: Annotated[Start, Field(strict=False)] = Start.TOGETHER
-    stagger_s: DurationS = Field(default=0.0, alias="stagger")
-    image: Name = ""
-
-    @model_validator(mode="after")
-    def _one_kind_of_start(self) -> Guests:
-        if self.stagger_s and self.start is Start.ONE_BY_ONE:
-            raise invalid_value("guests that start one by one are not staggered", "remove stagger")
-        return self
-
-
 class Timeouts(Part):
     """Deadlines for starting or reaching a host agent, and for the calls to it.
 
@@ -144,8 +119,11 @@ class Timeouts(Part):
 class UnderDriver(Part):
     """Keys that replace those of the spec under one driver. None: the spec has no such key here."""
 
+    LATER = frozenset({"vary"})
+
     hosts: Hosts | None = None
-    guests: Guests | None = None
+    guests: GuestsOrClasses | None = None
+    vary: Vary | None = None
     workload: Workload | None = None
     repetitions: Repetitions | None = None
     precision: AmountOrPercent | None = None
@@ -161,9 +139,25 @@ class Under(Part):
     libvirt: UnderDriver | None = None
 
 
+class Variant(NamedTuple):
+    """What a trial runs.
+
+    :ivar arm: with a name of its own, also if the arm of the spec stands for several.
+    :ivar method_name: the name of the arm without the number of guests.
+    :ivar classes: the guests of each host.
+    """
+
+    arm: Arm
+    method_name: str
+    classes: tuple[GuestClass, ...]
+
+
 class Spec(Part):
     """An experiment under one driver.
 
+    :ivar vary: each arm runs with each of these numbers of guests, and the figure is how many
+        hosts run out of memory. None if the number is fixed.
+    :ivar workload: what guests do whose class has no workload of its own; None if each has.
     :ivar arms: all arms, also those that do not run under this driver.
     :ivar repetitions: how many run; with `precision`, how many run at least.
     :ivar precision: repetitions go on until the half width of the interval of each arm's savings
@@ -174,15 +168,16 @@ class Spec(Part):
     :ivar recordings: what the workload replays; those in files were read.
     """
 
-    LATER = frozenset({"precision", "max_repetitions", "recordings"})
+    LATER = frozenset({"vary", "precision", "max_repetitions", "recordings"})
 
     name: Name
     description: str = ""
     # strict=False: in strict mode pydantic rejects a str in place of an enum.
     driver: Annotated[Driver, Field(strict=False)]
     hosts: Hosts
-    guests: Guests
-    workload: Workload
+    guests: GuestsOrClasses
+    vary: Vary | None = None
+    workload: Workload | None = None
     arms: Annotated[tuple[Arm, ...], Field(min_length=1, max_length=100)]
     repetitions: Repetitions = 1
     precision: AmountOrPercent | None = None
@@ -194,10 +189,48 @@ class Spec(Part):
     recordings: Annotated[tuple[Recording, ...], Field(max_length=100)] = ()
 
     @property
-    def trial_arms(self) -> tuple[Arm, ...]:
-        """The arms that run under this driver; for an arm with a sweep, all that it stands for."""
+    def classes(self) -> tuple[GuestClass, ...]:
+        """The guests of each host, if their number is fixed; else the most. Each class has its
+        workload, unless it is missing (`checks.problems`)."""
+        return self._with_workloads(classes_of(self.guests))
+
+    def _with_workloads(self, classes: tuple[GuestClass, ...]) -> tuple[GuestClass, ...]:
+        return tuple(
+            one if one.workload else one.model_copy(update={"workload": self.workload})
+            for one in classes
+        )
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What trials run: each arm, with each number of guests."""
         running = (arm for arm in self.arms if arm.runs_under(self.driver))
-        return tuple(one for arm in running for one in arm.swept())
+        arms = [one for arm in running for one in arm.swept()]
+        if self.vary is None:
+            return tuple(Variant(arm, arm.name, self.classes) for arm in arms)
+        return tuple(
+            Variant(
+                arm.model_copy(update={"name": f"{arm.name}-{number}"}),
+                arm.name,
+                self._with_workloads(classes_of(self.guests, number)),
+            )
+            for arm in arms
+            for number in self.vary.per_host
+        )
+
+    @property
+    def trial_arms(self) -> tuple[Arm, ...]:
+        """The arms that run under this driver; for an arm that stands for several, all of them."""
+        return tuple(variant.arm for variant in self.variants)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether guests are started one by one, until the host runs out of memory or all run."""
+        return isinstance(self.guests, Guests) and self.guests.start is Start.ONE_BY_ONE
+
+    @property
+    def asks_how_many(self) -> bool:
+        """Whether the figure is how many guests a host can run; else it is their memory."""
+        return self.one_by_one or self.vary is not None
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -211,7 +244,10 @@ class Spec(Part):
 
     @property
     def control(self) -> str | None:
-        """The name of the control under this driver; None if there is none."""
+        """The name of the control under this driver; None if there is none, or if there are several
+        because the number of guests varies."""
+        if self.vary:
+            return None
         return next((arm.name for arm in self.trial_arms if arm.is_control), None)
 
     @property
@@ -220,9 +256,14 @@ class Spec(Part):
         return self.max_repetitions or self.repetitions
 
     @property
+    def guests_per_host(self) -> int:
+        """The most guests that run on a host at once."""
+        return sum(one.count for one in self.classes)
+
+    @property
     def guest_count(self) -> int:
         """The most guests that run at once, on all hosts together."""
-        return self.hosts.number * self.guests.per_host
+        return self.hosts.number * self.guests_per_host
 
 
 def describe(spec: Spec) -> str:
@@ -231,17 +272,27 @@ def describe(spec: Spec) -> str:
     For example `embedded, 2 hosts x 3 guests of 256 MiB, 2 arms, 3 repetitions`; with a precision
     `3 to 20 repetitions, until ±5 %`.
     """
-    at_most = "up to " if spec.guests.start is Start.ONE_BY_ONE else ""
     repetitions = _count(spec.repetitions, "repetition")
     if spec.precision:
         most = _count(spec.most_repetitions, "repetition")
         repetitions = f"{spec.repetitions} to {most}, until ±{spec.precision}"
+    arms = len(spec.trial_arms) // (len(spec.vary.per_host) if spec.vary else 1)
     return (
-        f"{spec.driver}, {_count(spec.hosts.number, 'host')} × "  # noqa: RUF001
-        f"{at_most}{_count(spec.guests.per_host, 'guest')} of "
-        f"{format_size(spec.guests.memory_bytes)}, "
-        f"{_count(len(spec.trial_arms), 'arm')}, {repetitions}"
+        f"{spec.driver}, {_count(spec.hosts.number, 'host')} × {_guests(spec)}, "  # noqa: RUF001
+        f"{_count(arms, 'arm')}, {repetitions}"
     )
+
+
+def _guests(spec: Spec) -> str:
+    if spec.vary:
+        numbers = sorted(spec.vary.per_host)
+        return f"{numbers[0]} to {_of_class(spec.classes[0])}"
+    each = " and ".join(map(_of_class, spec.classes))
+    return f"up to {each}" if spec.one_by_one else each
+
+
+def _of_class(one: GuestClass) -> str:
+    return f"{_count(one.count, 'guest')} of {format_size(one.memory_bytes)}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from hintfleet.units import format_size
+from orchestrator.spec.guests import GuestClass
 from orchestrator.spec.model import Spec
 from orchestrator.spec.phases import Kind, Phase, Workload
 from orchestrator.spec.recording import Recording
@@ -89,9 +90,9 @@ def expand(workload: Workload, recordings: Sequence[Recording] = ()) -> tuple[St
     return steps
 
 
-def steps_of(spec: Spec) -> tuple[Step, ...]:
-    """Return the steps of each guest of an experiment."""
-    return expand(spec.workload, spec.recordings)
+def steps_of(spec: Spec, one: GuestClass) -> tuple[Step, ...]:
+    """Return the steps of each guest of a class (`Spec.classes`)."""
+    return expand(one.workload, spec.recordings) if one.workload else ()
 
 
 def _points(recording: Recording, speed: float) -> tuple[Point, ...]:

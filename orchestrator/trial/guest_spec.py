@@ -7,24 +7,24 @@ from hintfleet.settings import Driver, Method, hinting_parts
 from hintfleet.v1 import host_pb2
 from orchestrator.spec.arms import Arm
 from orchestrator.spec.workload import programs
-from orchestrator.trial.plan import HostTask
+from orchestrator.trial.plan import GuestTask, HostTask
 
 
-def guest_spec(task: HostTask) -> host_pb2.GuestSpec:
-    """Return the spec from which the host agent creates the guests of a trial.
+def guest_spec(task: HostTask, guest: GuestTask) -> host_pb2.GuestSpec:
+    """Return the spec from which the host agent creates a guest of a trial.
 
     :raises InvalidInput: the driver has no pair of the arm's tracker and isolator.
     """
     arm, driver = task.trial.arm, task.spec.driver
     return host_pb2.GuestSpec(
         driver=driver_pb2(driver),
-        memory_bytes=task.spec.guests.memory_bytes,
+        memory_bytes=guest.kind.memory_bytes,
         method=host_pb2.Method.Value(arm.method.name),
         hinting=_hinting_settings(driver, arm) if arm.method is Method.HINTING else None,
         balloon=_balloon_settings(arm) if arm.method is Method.BALLOON else None,
         kernel_parameters=arm.kernel_parameters,
-        programs=programs(task.spec.workload),
-        image=task.spec.guests.image,
+        programs=programs(guest.kind.workload) if guest.kind.workload else (),
+        image=guest.kind.image,
         zram_bytes=arm.swap.zram_bytes if arm.swap else 0,
     )
 

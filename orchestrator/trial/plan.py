@@ -9,12 +9,14 @@ spec/workload.py expands `repeat` in a workload.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from orchestrator.spec.arms import Arm
-from orchestrator.spec.model import Spec, Start
+from orchestrator.spec.guests import GuestClass
+from orchestrator.spec.model import Spec
 from orchestrator.spec.workload import Step, steps_of
 
 
@@ -43,10 +45,18 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class GuestTask:
-    """One guest's part of a trial: its name, and a seed for each step."""
+    """One guest's part of a trial.
+
+    :ivar kind: its class; it has a workload.
+    :ivar step_seeds: one for each step.
+    :ivar begins_s: how long after the guests were created it begins its workload.
+    """
 
     name: str
+    kind: GuestClass
+    steps: tuple[Step, ...]
     step_seeds: tuple[int, ...]
+    begins_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +66,13 @@ class HostTask:
     trial: Trial
     host: str
     spec: Spec
-    steps: tuple[Step, ...]
     guests: tuple[GuestTask, ...]
 
     @property
-    def one_by_one(self) -> bool:
-        """Whether guests are started one by one, until the host runs out of memory or all run."""
-        return self.spec.guests.start is Start.ONE_BY_ONE
+    def in_step(self) -> bool:
+        """Whether all guests do the same at the same time, phase by phase."""
+        kind = self.guests[0].kind
+        return not kind.begins_apart and all(guest.kind == kind for guest in self.guests)
 
 
 def plan_trials(spec: Spec, run_id: str) -> tuple[Trial, ...]:
@@ -101,27 +111,32 @@ def host_names(spec: Spec) -> tuple[str, ...]:
 
 def host_tasks(spec: Spec, trial: Trial) -> dict[str, HostTask]:
     """Return each host's part of a trial, by the host's name."""
-    steps = steps_of(spec)
-    return {host: _host_task(spec, trial, host, steps) for host in host_names(spec)}
+    variant = next(variant for variant in spec.variants if variant.arm.name == trial.arm.name)
+    kinds = [(kind, steps_of(spec, kind)) for kind in variant.classes]
+    return {
+        host: HostTask(
+            trial=trial, host=host, spec=spec, guests=tuple(_guest_tasks(spec, trial, host, kinds))
+        )
+        for host in host_names(spec)
+    }
 
 
-def _host_task(spec: Spec, trial: Trial, host: str, steps: tuple[Step, ...]) -> HostTask:
-    names = [f"{host}-guest{i + 1}" for i in range(spec.guests.per_host)]
-    return HostTask(
-        trial=trial,
-        host=host,
-        spec=spec,
-        steps=steps,
-        guests=tuple(
-            GuestTask(
+def _guest_tasks(
+    spec: Spec, trial: Trial, host: str, kinds: Sequence[tuple[GuestClass, tuple[Step, ...]]]
+) -> Iterator[GuestTask]:
+    numbers = itertools.count(1)
+    for kind, steps in kinds:
+        for i in range(kind.count):
+            name = f"{host}-guest{next(numbers)}"
+            seeds = [_seed_from(spec.seed, trial.repetition, name, n) for n in range(len(steps))]
+            later = random.Random(_seed_from(spec.seed, trial.repetition, name, "begins"))
+            yield GuestTask(
                 name=name,
-                step_seeds=tuple(
-                    _seed_from(spec.seed, trial.repetition, name, i) for i in range(len(steps))
-                ),
+                kind=kind,
+                steps=steps,
+                step_seeds=tuple(seeds),
+                begins_s=i * kind.stagger_s + later.uniform(0, kind.begin_within_s),
             )
-            for name in names
-        ),
-    )
 
 
 def _seed_from(*parts: object) -> int:

@@ -72,12 +72,13 @@ class Samples:
 class PhaseStarted:
     """The guests of a host begin a step of the workload, or the read-back at its end.
 
-    With staggered guests, a step begins only on the first guest now. With guests that are started
-    one by one, it begins only on the newest.
+    If guests are not in step, only the steps of the first guest are announced. With guests that are
+    started one by one, a step begins only on the newest.
 
     :ivar title: the title of the step, after the guest's name if guests are started one by one;
         `verify` for the read-back.
     :ivar hold_s: how long to wait after the step; 0 for the read-back.
+    :ivar guest: on which guest alone it begins; empty: on all.
     """
 
     host: str
@@ -85,6 +86,7 @@ class PhaseStarted:
     at_unix_us: int
     title: str
     hold_s: float
+    guest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +152,8 @@ class GuestSettled:
 
 @dataclass(frozen=True, kw_only=True)
 class GuestFits:
-    """Guests are started one by one: this one has done its workload, and the host has not run out
-    of memory.
+    """The figure is how many guests a host can run: this one has done its workload, and the host
+    has not run out of memory.
 
     :ivar used_bytes: how much of its memory budget the host uses then.
     """

@@ -77,6 +77,7 @@ class _TrialRunner:
         self._task = task
         self._spec: Spec = task.spec
         self._trial = task.trial
+        self._in_step = task.in_step
         self._sequence = 0
         self._held_bytes = dict.fromkeys((guest.name for guest in task.guests), 0)
         self._watching = asyncio.Event()
@@ -86,7 +87,7 @@ class _TrialRunner:
         self._last_step_us = 0
         self._budget = BudgetWatch()
         self._fitting: list[GuestTask] = []
-        """Guests that were started one by one, and have done their workload."""
+        """Guests that have done their workload, if the figure is how many a host can run."""
 
     async def run(self) -> None:
         """Put all records into the queue, and None after the last one."""
@@ -147,11 +148,11 @@ class _TrialRunner:
                 await _cancelled(job)
 
     async def _end_out_of_memory(self) -> str:
-        """Post that the host ran out of memory, and return why the trial is undecided. If guests
-        were started one by one, read back those that fit, and return an empty text."""
+        """Post that the host ran out of memory, and return why the trial is undecided. If the
+        figure is how many guests it can run, read back those that fit, and return an empty text."""
         event = self._budget.event(self._task.host, self._trial.trial_id)
         self._post(event)
-        if not self._task.one_by_one:
+        if not self._spec.asks_how_many:
             return describe(event)
         self._announce("verify", 0.0)
         with suppress(HintfleetError):  # the kernel may have killed any of them
@@ -172,31 +173,30 @@ class _TrialRunner:
     async def _script(self) -> None:
         # The host agent creates guests only while a watch of their trial is open.
         await self._wait_watching()
-        if self._task.one_by_one:
-            for guest in self._task.guests:
-                await self._work([guest])
-                await self._fits(guest)
-        else:
-            await self._work(self._task.guests)
+        one_by_one = self._spec.one_by_one
+        for guests in [[one] for one in self._task.guests] if one_by_one else [self._task.guests]:
+            await self._work(guests)
+            if self._spec.asks_how_many:
+                await self._on(guests, self._fits)
         self._announce("verify", 0.0)
         await self._on(self._task.guests, self._verify)
         await self._wait_for_samples(self._task.guests, since_us=self._last_step_us)
         await self._on(self._task.guests, self._destroy)
 
     async def _work(self, guests: Sequence[GuestTask]) -> None:
-        """Create guests, and have them do all steps of the workload: together, or staggered."""
+        """Create guests, and have them do all steps of their workload: in step, or each by
+        itself."""
         await self._on(guests, self._create)
         await self._wait_for_samples(guests, since_us=0)
-        if self._spec.guests.stagger_s:
-            await self._on(guests, self._work_later)
+        if not self._in_step:
+            await self._on(guests, self._work_alone)
             return
-        for i, step in enumerate(self._task.steps):
+        for i, step in enumerate(guests[0].steps):
             await self._run_phase(guests, i, step)
 
-    async def _work_later(self, guest: GuestTask) -> None:
-        """Have one guest do all steps, later than the guests before it."""
-        await asyncio.sleep(self._task.guests.index(guest) * self._spec.guests.stagger_s)
-        for i, step in enumerate(self._task.steps):
+    async def _work_alone(self, guest: GuestTask) -> None:
+        await asyncio.sleep(guest.begins_s)
+        for i, step in enumerate(guest.steps):
             await self._run_phase([guest], i, step)
 
     async def _fits(self, guest: GuestTask) -> None:
@@ -246,11 +246,12 @@ class _TrialRunner:
         return holds()
 
     async def _run_phase(self, guests: Sequence[GuestTask], index: int, step: Step) -> None:
-        about = f"{guests[0].name}: " if self._task.one_by_one else ""
-        # Of staggered guests, only the first one's steps are announced: a view shows one phase for
-        # each host.
-        if not self._spec.guests.stagger_s or guests[0] is self._task.guests[0]:
-            self._announce(f"{about}{step.title}", step.hold_s)
+        about = f"{guests[0].name}: " if self._spec.one_by_one else ""
+        # Of guests that are not in step, only the first one's steps are announced: a view shows one
+        # phase for each host.
+        if self._in_step or guests[0] is self._task.guests[0]:
+            alone = "" if self._in_step else guests[0].name
+            self._announce(f"{about}{step.title}", step.hold_s, alone)
         do = self._replay if step.points else self._step
         await self._on(guests, lambda guest: do(guest, index, step))
         if step.settle and self._trial.arm.method is not Method.NONE:
@@ -260,12 +261,12 @@ class _TrialRunner:
     async def _create(self, guest: GuestTask) -> None:
         await self._client.create_guest(
             host_pb2.CreateGuestRequest(
-                command=self._command(), name=guest.name, spec=guest_spec(self._task)
+                command=self._command(), name=guest.name, spec=guest_spec(self._task, guest)
             )
         )
 
     async def _step(self, guest: GuestTask, index: int, step: Step) -> None:
-        size_bytes = step.size_bytes(self._held_bytes[guest.name], self._spec.guests.memory_bytes)
+        size_bytes = step.size_bytes(self._held_bytes[guest.name], guest.kind.memory_bytes)
         request = step_request(step, size_bytes, guest.step_seeds[index])
         self._post_step(guest, step, [await self._run_step(guest, request)])
 
@@ -360,7 +361,7 @@ class _TrialRunner:
             run_id=self._trial.run_id, trial_id=self._trial.trial_id, sequence=self._sequence
         )
 
-    def _announce(self, title: str, hold_s: float) -> None:
+    def _announce(self, title: str, hold_s: float, guest: str = "") -> None:
         self._post(
             PhaseStarted(
                 host=self._task.host,
@@ -368,6 +369,7 @@ class _TrialRunner:
                 at_unix_us=_now_us(),
                 title=title,
                 hold_s=hold_s,
+                guest=guest,
             )
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hintfleet.units import format_size
 from orchestrator.results.capacity import ArmCapacity
 from orchestrator.results.comparison import ArmCost
+from orchestrator.results.frontier import Point, most_without_running_out
 from orchestrator.results.savings import Savings
 from orchestrator.results.statistics import Interval
 from orchestrator.view.figures import percent_interval, size_interval
@@ -42,6 +43,33 @@ def capacity_answer(arms: Sequence[ArmCapacity]) -> str:
     best = max(others, key=lambda arm: arm.guests or 0)
     fitted = f"{best.arm} fits {guests_text(best)} guests where {control.arm} fits"
     return f"{fitted} {guests_text(control)}{_more(best.more) if best.more else ''}"
+
+
+def frontier_answer(points: Sequence[Point]) -> str:
+    """Return with how many guests no host ran out of memory under the arm with the most of them,
+    and under the first arm; empty if hosts ran out under each arm with the fewest guests."""
+    arms: dict[str, list[Point]] = {}
+    for point in points:
+        arms.setdefault(point.arm, []).append(point)
+    most = {arm: most_without_running_out(of_arm) for arm, of_arm in arms.items()}
+    best = max((one for one in most.values() if one), key=lambda one: one.guests, default=None)
+    if best is None:
+        return ""
+    first = next(iter(arms))
+    answer = f"{best.arm} runs {_guests_of(best)}, and none of {best.hosts} hosts ran out of memory"
+    fewest = min(arms[first], key=lambda one: one.guests)
+    if best.arm == first:
+        return f"{answer}; no arm runs more"
+    if fewest.undecided:
+        return answer
+    if one := most[first]:
+        return f"{answer}; {first} runs {one.guests}"
+    return f"{answer}; under {first} some did with {fewest.guests} already"
+
+
+def _guests_of(point: Point) -> str:
+    times = f" ({point.overcommit:.2g} times its memory)" if point.overcommit else ""
+    return f"{point.guests} guest{'' if point.guests == 1 else 's'} on a host{times}"
 
 
 def guests_text(arm: ArmCapacity) -> str:

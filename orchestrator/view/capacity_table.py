@@ -17,7 +17,7 @@ _NOTE = (
     "fit: guests that have done their workload before the host ran out of memory, all hosts "
     "together; more: than under none, pairs of same seeds"
 )
-_WATCHED = (
+WATCHED = (
     "the hosts' memory was only watched: no cgroup could be made for it here, so a host ran out "
     "when its guests used more, without what their processes use"
 )
@@ -27,7 +27,7 @@ def capacity_summary(arms: Sequence[ArmCapacity]) -> RenderableType:
     """Return the table of the arms' capacities with notes, and why arms are undecided."""
     parts: list[RenderableType] = [capacity_table(arms), Text(), Text(_NOTE, "dim")]
     if any(arm.watched for arm in arms):
-        parts.append(Text(_WATCHED, "yellow"))
+        parts.append(Text(WATCHED, "yellow"))
     for reason in dict.fromkeys(arm.undecided for arm in arms if arm.undecided):
         parts.append(Text.assemble(("undecided: ", "yellow"), first_line(reason)))
     return Group(*parts)

@@ -48,6 +48,9 @@ _STATE_STYLES = {
 # Columns that tell rows apart. Rich does not wrap them, and shrinks all other columns first.
 _NAMES = ("experiment", "run", "of", "arm", "trial")
 _NAME_WIDTH = 16
+_IN_STEP = 0.99
+"""Coincidence from which on guests' workloads are in step: they do not begin a step at the same
+microsecond."""
 _NONE = Text(NO_FIGURE, style="dim")
 _SPENT_NOTE = Text(
     "slower, more: than under none, pairs of same seeds, [95 % CI]; host CPU: of guests' processes "
@@ -115,7 +118,24 @@ def savings(rows: Sequence[Savings]) -> RenderableType:
     note = Text("saved: less mean resident memory than under none, pairs of same seeds", "dim")
     if any(row.saved_bytes and row.saved_bytes.first_look for row in rows):
         note.append("; intervals hold whenever a run stops (docs/statistics.md)")
+    if coincidence := _coincidence(rows):
+        note.append(coincidence)
     return Group(memory(rows), Text(), returned_memory(rows), Text(), note, *reasons)
+
+
+def _coincidence(rows: Sequence[Savings]) -> str:
+    """Return how far the peaks of guests coincide; empty if all workloads are in step."""
+    found = [row.footprint.coincidence for row in rows if row.footprint]
+    apart = [share for share in found if share is not None and share < _IN_STEP]
+    if not apart:
+        return ""
+    percent = f"{100 * min(apart):.0f}"
+    if (most := f"{100 * max(apart):.0f}") != percent:
+        percent = f"{percent} to {most}"
+    return (
+        f"\npeaks of guests coincide to {percent} %: that is the most that their workloads held at "
+        "a time, of the sum of the most that each held"
+    )
 
 
 def _names(rows: Sequence[Savings]) -> tuple[str, ...]:

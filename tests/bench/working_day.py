@@ -15,7 +15,7 @@ from hintfleet.units import GIB, MIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.phases import Kind
-from orchestrator.spec.workload import Step, expand
+from orchestrator.spec.workload import Step, steps_of
 from orchestrator.trial.steps import step_request
 from tests.bench.real_guests import can_have_real_guests
 from tests.bench.report import Figure
@@ -79,7 +79,8 @@ class _Day:
 def run() -> Iterator[Figure]:
     """Let one guest for each policy have the same day at the same time, and yield what each paid /
     the least possible, for three break-even times."""
-    steps = expand(spec_file.load("workday").spec.workload)
+    spec_of_day = spec_file.load("workday").spec
+    steps = steps_of(spec_of_day, spec_of_day.classes[0])
     with running_host_agent() as host:
         host.watch(timeout_s=3600)
         arms = _arms()

@@ -1,6 +1,8 @@
 """Makes up the records of trials, and stores a run of them: guests allocate, then free; under arm
 `bitmap`, less stays resident."""
 
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -184,6 +186,14 @@ def store_run(
     with Store(folder) as store, RunWriter(store, run) as writer:
         for trial in plan_trials(spec, run.run_id):
             store_trial(writer, trial, spec, partial(records_of, left=left))
+
+
+def charts_of(page: str) -> dict[str, Any]:
+    """Return the charts of a report, by name."""
+    found = re.search(r"const charts = Object\.entries\((\{.*\})\);", page)
+    assert found
+    charts: dict[str, Any] = json.loads(found[1])
+    return charts
 
 
 def store_filled_run(folder: Path, run_id: str = "run1", fitting: int = 5) -> None:

@@ -103,7 +103,7 @@ ARROWS = {
         "doctor": "spec",
         "trial": "machine spec",
         "cluster": "machine spec doctor trial",
-        "results": "trial",
+        "results": "spec trial",
         "results.store": "spec trial cluster results",
         "experiment": "machine spec trial cluster results results.store",
         "service": "results results.store",

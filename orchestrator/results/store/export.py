@@ -152,10 +152,12 @@ def _parameters(run: Run, spec: Spec | None, trial: StoredTrial) -> dict[str, ob
 
 
 def _parameters_of_spec(spec: Spec, name: str) -> dict[str, object]:
-    arm = next(arm for arm in spec.trial_arms if arm.name == name)
+    variant = next(variant for variant in spec.variants if variant.arm.name == name)
+    arm = variant.arm
+    sizes = {one.memory_bytes for one in variant.classes}
     found: dict[str, object] = {
         "seed": spec.seed,
-        "guest_memory_bytes": spec.guests.memory_bytes,
+        "guest_memory_bytes": sizes.pop() if len(sizes) == 1 else None,
         "method": arm.method.value,
     }
     parts = hinting_parts(spec.driver, arm.isolator, arm.tracker)

@@ -32,6 +32,7 @@ from orchestrator.results.store.figure_rows import (
 )
 from orchestrator.results.store.lock import try_lock
 from orchestrator.results.trial_outcome import TrialStatus
+from orchestrator.spec.file import SET
 
 LATEST = "latest"
 _E = TypeVar("_E")
@@ -74,11 +75,13 @@ class Run:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The options of `hintfleet run` that give the driver and the hosts in `overrides`."""
+        """The options of `hintfleet run` that give what is in `overrides`, but for recordings."""
         driver, agents = self.overrides.get("driver"), self.overrides.get("hosts", {}).get("agents")
+        settings: dict[str, str] = self.overrides.get(SET, {})
         return (
             *(("--driver", driver) if driver else ()),
             *(word for agent in agents or () for word in ("--host", _host_option(agent))),
+            *(word for key, text in settings.items() for word in (SET, f"{key}={text}")),
         )
 
     @property

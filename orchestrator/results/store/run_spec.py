@@ -7,6 +7,16 @@ from orchestrator.results.store.reader import Run
 from orchestrator.results.store.writer import spec_hash
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.file import LoadedSpec
+from orchestrator.spec.model import Spec
+
+
+def spec_or_none(run: Run) -> Spec | None:
+    """Return the spec of a stored run; None if this version cannot read it, or reads it
+    differently."""
+    try:
+        return read_spec(run).spec
+    except Refused:
+        return None
 
 
 def read_spec(run: Run) -> LoadedSpec:

@@ -259,6 +259,7 @@ class Footprint(_message.Message):
     VERIFIED_PAGES_FIELD_NUMBER: _builtins.int
     WRONG_PAGES_FIELD_NUMBER: _builtins.int
     RETURNED_FIELD_NUMBER: _builtins.int
+    COINCIDENCE_FIELD_NUMBER: _builtins.int
     provisioned_bytes: _builtins.int
     peak_resident_bytes: _builtins.int
     """The highest of all trials; for several hosts, the sum of the hosts' peaks."""
@@ -271,6 +272,11 @@ class Footprint(_message.Message):
     verified_pages: _builtins.int
     """The sum over all trials."""
     wrong_pages: _builtins.int
+    coincidence: _builtins.float
+    """How far the peaks of guests' workloads coincide: the most that they held together at a time /
+    the sum of the most that each held. The mean over hosts and trials; absent for single guests,
+    and if workloads have loops.
+    """
     @_builtins.property
     def returned(self) -> Global___Returned:
         """Absent if the workload frees nothing."""
@@ -287,12 +293,15 @@ class Footprint(_message.Message):
         verified_pages: _builtins.int = ...,
         wrong_pages: _builtins.int = ...,
         returned: Global___Returned | None = ...,
+        coincidence: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["returned", b"returned"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_coincidence", b"_coincidence", "coincidence", b"coincidence", "returned", b"returned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_resident_bytes", b"mean_resident_bytes", "peak_resident_bytes", b"peak_resident_bytes", "provisioned_bytes", b"provisioned_bytes", "reclaimed_now_bytes", b"reclaimed_now_bytes", "refaulted_total_bytes", b"refaulted_total_bytes", "resident_gib_min", b"resident_gib_min", "returned", b"returned", "verified_pages", b"verified_pages", "wrong_pages", b"wrong_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coincidence", b"_coincidence", "coincidence", b"coincidence", "mean_resident_bytes", b"mean_resident_bytes", "peak_resident_bytes", b"peak_resident_bytes", "provisioned_bytes", b"provisioned_bytes", "reclaimed_now_bytes", b"reclaimed_now_bytes", "refaulted_total_bytes", b"refaulted_total_bytes", "resident_gib_min", b"resident_gib_min", "returned", b"returned", "verified_pages", b"verified_pages", "wrong_pages", b"wrong_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__coincidence: _TypeAlias = _typing.Literal["coincidence"]  # noqa: Y015
+    _WhichOneofArgType__coincidence: _TypeAlias = _typing.Literal["_coincidence", b"_coincidence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coincidence) -> _WhichOneofReturnType__coincidence | None: ...
 
 Global___Footprint: _TypeAlias = Footprint  # noqa: Y015
 

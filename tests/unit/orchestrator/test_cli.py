@@ -43,7 +43,7 @@ from orchestrator.commands.run import Interrupts
         (["report", "nothing"], 2, "no run 'nothing'"),
         (["report", "--plot", "plot.jpeg"], 2, "must end in .png or .svg"),
         (["report", "-o", "a.html", "--plot", "a.png"], 2, "give either --output or --plot"),
-        (["experiments", "nothing"], 2, "it has churn, density, footprint, interference"),
+        (["experiments", "nothing"], 2, "it has churn, density, footprint, frontier, interf"),
     ],
 )
 def test_bad_input(
@@ -106,8 +106,8 @@ def test_experiments_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["experiments", "-o", "json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in listed] == [
-        *("churn", "density", "footprint", "interference", "methods", "quickstart"),
-        *("quickstart-vm", "sweep", "workday"),
+        *("churn", "density", "footprint", "frontier", "interference", "methods"),
+        *("quickstart", "quickstart-vm", "staggered", "sweep", "workday"),
     ]
     assert run_command(["experiments", "quickstart"]) == 0
     assert capsys.readouterr().out.startswith("#")

@@ -157,7 +157,7 @@ def test_footprints_with_costs(folder: Path, capfdbinary: pytest.CaptureFixture[
         assert float(row["returned_freed_bytes"]) > 0
         assert bool(row["host_agent_cpu_s"]) == (row["guest"] == ""), "hosts have costs"
     hinted = next(row for row in rows if row["arm"] == "bitmap" and row["settle_s"])
-    assert json.loads(hinted["settle_s"]) == [0.1] * SPEC.guests.per_host
+    assert json.loads(hinted["settle_s"]) == [0.1] * SPEC.guests_per_host
 
 
 def test_how_many_guests_fitted(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

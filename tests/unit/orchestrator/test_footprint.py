@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hintfleet.units import GIB
-from orchestrator.results.footprint import Series, Undecided, guest_footprint, host_footprint
+from orchestrator.results.footprint import (
+    Series,
+    Undecided,
+    coincidence,
+    guest_footprint,
+    host_footprint,
+)
 from orchestrator.trial.records import GuestEnded, StepDone
 
 S = 1_000_000
@@ -21,7 +27,9 @@ def series(*points: tuple[float, int]) -> Series:
     )
 
 
-def step(kind: str, start: float, end: float, changed: int = 0, wrong: int = 0) -> StepDone:
+def step(
+    kind: str, start: float, end: float, changed: int = 0, wrong: int = 0, held: int = 0
+) -> StepDone:
     return StepDone(
         host="h",
         trial_id="t",
@@ -29,7 +37,7 @@ def step(kind: str, start: float, end: float, changed: int = 0, wrong: int = 0) 
         at_unix_us=round(end * S),
         kind=kind,
         changed_bytes=changed,
-        held_bytes=0,
+        held_bytes=held,
         verified_pages=10,
         wrong_pages=wrong,
         duration_us=round((end - start) * S),
@@ -100,6 +108,32 @@ def test_books_left_open_are_undecided() -> None:
     steps = [step("allocate", 1, 2), step("verify", 8, 9)]
     with pytest.raises(Undecided, match="books"):
         guest_footprint("g", series((0, 0), (9, 0)), steps, None, period_s=9)
+
+
+def peak(at: float, size: int) -> list[StepDone]:
+    """Return the steps of a guest that holds this much for a second."""
+    return [
+        step("allocate", at, at + 0.1, held=size),
+        step("free", at + 1, at + 1.1),
+        step("verify", 9, 9.1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("peaks", "share"),
+    [
+        (((0, 2 * G), (0, 2 * G)), 1.0),
+        (((0, 2 * G), (0.5, 2 * G)), 1.0),
+        (((0, 2 * G), (2, 2 * G)), 0.5),
+        (((0, 3 * G), (2, 1 * G)), 0.75),
+        (((0, 1 * G), (2, 1 * G), (4, 1 * G), (4.5, 1 * G)), 0.5),
+        (((0, 2 * G),), None),
+        (((0, 0), (1, 0)), None),
+    ],
+)
+def test_how_far_peaks_coincide(peaks: list[tuple[float, int]], share: float | None) -> None:
+    steps = {f"guest{i}": peak(at, size) for i, (at, size) in enumerate(peaks)}
+    assert coincidence(steps) == share
 
 
 def test_wrong_pages_are_counted() -> None:

@@ -16,7 +16,7 @@ from hintfleet.errors import HintfleetError
 from hintfleet.system.processes import other_processes
 from hintfleet.units import GIB
 from orchestrator.spec import file as spec_file
-from orchestrator.spec.model import Start
+from orchestrator.spec.guests import Guests, Start
 from orchestrator.trial.host_group import HostGroup
 from orchestrator.trial.host_place import HostPlace
 from orchestrator.trial.host_process import LogicalHost
@@ -45,7 +45,7 @@ def places(folder: Path) -> list[HostPlace]:
         HostPlace(
             name=name,
             driver=SPEC.driver,
-            memory_needed_bytes=SPEC.guests.memory_bytes,
+            memory_needed_bytes=SPEC.classes[0].memory_bytes,
             timeouts=SPEC.timeouts,
             address=f"unix:{folder}/{name}",
         )
@@ -166,9 +166,9 @@ def test_a_guest_that_no_sample_shows_does_not_fit(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestrator.trial.runner._SAMPLE_TIMEOUT_S", 0.5)
-    spec = SPEC.model_copy(
-        update={"guests": SPEC.guests.model_copy(update={"start": Start.ONE_BY_ONE})}
-    )
+    assert isinstance(SPEC.guests, Guests)
+    guests = SPEC.guests.model_copy(update={"start": Start.ONE_BY_ONE})
+    spec = SPEC.model_copy(update={"guests": guests})
     (task, *_) = host_tasks(spec, plan_trials(spec, "run1")[0]).values()
     steps: list[None] = []
 

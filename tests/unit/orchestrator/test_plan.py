@@ -16,7 +16,7 @@ from orchestrator.spec.phases import Kind, Workload
 from orchestrator.spec.values import Amount
 from orchestrator.spec.workload import Step, expand, held_after, steps_of
 from orchestrator.trial.guest_spec import guest_spec
-from orchestrator.trial.plan import host_names, host_tasks, plan_trials, rounds
+from orchestrator.trial.plan import HostTask, host_names, host_tasks, plan_trials, rounds
 from orchestrator.trial.steps import hold_request, step_done, step_request
 
 
@@ -37,6 +37,12 @@ def spec(**changes: Any) -> Spec:
             **changes,
         }
     )
+
+
+def only_guest_spec(task: HostTask) -> host_pb2.GuestSpec:
+    (made, *others) = [guest_spec(task, guest) for guest in task.guests]
+    assert all(other == made for other in others)
+    return made
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 12))
@@ -140,10 +146,10 @@ def test_what_zram_needs_reaches_the_guest_and_the_host() -> None:
     )
     assert not list(problems(swapped))
     assert swapped.control == "none", "zram is an arm to compare"
-    (step,) = expand(swapped.workload)
+    (step,) = steps_of(swapped, swapped.classes[0])
     assert step_request(step, 64 * MIB, seed=3).compressible_percent == 50
     found = {
-        trial.arm.name: guest_spec(host_tasks(swapped, trial)["host1"]).zram_bytes
+        trial.arm.name: only_guest_spec(host_tasks(swapped, trial)["host1"]).zram_bytes
         for trial in plan_trials(swapped, "run")
     }
     assert found == {"zram": 1 << 30, "none": 0}
@@ -166,7 +172,7 @@ def test_steps_of_the_page_cache_reach_a_real_guest() -> None:
     phases = ({"read": "25%"}, {"drop_caches": True, "for": "1s"})
     real = spec(driver="libvirt", workload={"phases": phases})
     assert not list(problems(real))
-    read, drop = expand(real.workload)
+    read, drop = steps_of(real, real.classes[0])
     assert (read.title, drop.title, drop.hold_s) == ("read 25 %", "drop caches", 1.0)
     assert step_request(read, read.size_bytes(0, 256 * MIB), 1).read_bytes == 64 * MIB
     assert step_request(drop, 0, 1).drop_caches
@@ -180,13 +186,14 @@ def test_a_program_may_take_its_time_and_no_other_may_run() -> None:
     guests = {"per_host": 2, "memory": "256MiB", "image": "compiler"}
     real = spec(driver="libvirt", workload={"phases": phases[:1]}, guests=guests)
     assert not list(problems(real))
-    (make,) = expand(real.workload)
+    (make,) = steps_of(real, real.classes[0])
     assert (make.title, make.limit_s, make.hold_s) == ("command make -j2 'a file'", 600.0, 0.0)
     request = step_request(make, make.size_bytes(0, 256 * MIB), 1)
     assert list(request.run_program.arguments) == ["make", "-j2", "a file"]
     assert request.run_program.timeout_ms == 600_000
     task = host_tasks(real, plan_trials(real, "run")[0])["host1"]
-    assert (list(guest_spec(task).programs), guest_spec(task).image) == (["make"], "compiler")
+    made = only_guest_spec(task)
+    assert (list(made.programs), made.image) == (["make"], "compiler")
 
 
 def test_the_parts_of_a_replay_are_one_record() -> None:
@@ -216,7 +223,7 @@ def test_a_replay_holds_what_was_recorded_only_faster() -> None:
     recording = {"name": "day", "time_s": (100, 160, 400.0), "used_bytes": (0, 64 * MIB, 4096)}
     made = spec(workload={"phases": phases}, recordings=(recording,))
     assert not list(problems(made))
-    steps = steps_of(made)
+    steps = steps_of(made, made.classes[0])
     assert [step.title for step in steps] == ["allocate 8 MiB", "replay for 5 s"] * 2
     assert steps[1].points == ((0.0, 0), (1.0, 64 * MIB), (5.0, 4096))
     assert (steps[1].hold_s, held_after(steps[1], 8 * MIB, 256 * MIB)) == (1.0, 4096)
@@ -278,7 +285,49 @@ def test_what_guests_are_made_of(driver: str, arm: dict[str, str], made: str) ->
     only = spec(driver=driver, arms=({"name": "a", **arm},))
     task = host_tasks(only, plan_trials(only, "run")[0])["host1"]
     wanted = text_format.Parse(f"memory_bytes: {256 * MIB} {made}", host_pb2.GuestSpec())
-    assert guest_spec(task) == wanted
+    assert only_guest_spec(task) == wanted
+
+
+def test_each_class_of_guests_has_its_own_size_and_workload() -> None:
+    many = {"phases": ({"allocate": "8MiB"}, {"repeat": 3})}
+    classes = (
+        {"count": 1, "memory": "512MiB", "workload": many},
+        {"count": 2, "memory": "256MiB"},
+    )
+    made = spec(guests=classes)
+    assert not list(problems(made))
+    assert (made.guests_per_host, made.guest_count) == (3, 6)
+    task = host_tasks(made, plan_trials(made, "run")[0])["host2"]
+    assert [guest.name for guest in task.guests] == [f"host2-guest{i}" for i in (1, 2, 3)]
+    assert [guest_spec(task, guest).memory_bytes // MIB for guest in task.guests] == [512, 256, 256]
+    assert [len(guest.steps) for guest in task.guests] == [3, 2, 2]
+    assert [len(guest.step_seeds) for guest in task.guests] == [3, 2, 2]
+    assert not task.in_step
+
+
+def test_guests_begin_at_a_random_time_that_is_the_same_under_every_arm() -> None:
+    apart = spec(guests={"per_host": 9, "memory": "256MiB", "begin_within": "4s"})
+    found: dict[int, set[tuple[float, ...]]] = {}
+    for trial in plan_trials(apart, "run"):
+        task = host_tasks(apart, trial)["host1"]
+        assert not task.in_step
+        begins = tuple(guest.begins_s for guest in task.guests)
+        assert all(0 <= begins_s <= 4 for begins_s in begins)
+        assert len(set(begins)) == len(begins)
+        found.setdefault(trial.repetition, set()).add(begins)
+    assert [len(of_repetition) for of_repetition in found.values()] == [1] * 4
+    assert len(set.union(*found.values())) == 4
+
+
+def test_each_arm_runs_with_each_number_of_guests() -> None:
+    varied = spec(guests={"per_host": 4, "memory": "256MiB"}, vary={"per_host": (1, 4)})
+    assert not list(problems(varied))
+    assert varied.control is None
+    assert varied.asks_how_many
+    trials = plan_trials(varied, "run")
+    assert len(trials) == 3 * 2 * 4
+    numbers = {trial.arm.name: len(host_tasks(varied, trial)["host1"].guests) for trial in trials}
+    assert numbers == {f"{arm}-{n}": n for arm in ("none", "a", "b") for n in (1, 4)}
 
 
 def test_arms_of_other_drivers_are_not_planned() -> None:

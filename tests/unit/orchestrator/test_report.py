@@ -2,12 +2,10 @@
 or written, the error says so."""
 
 import itertools
-import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from tests.support.stored import (
     MIB,
     QUICKSTART,
     S,
+    charts_of,
     phase,
     store_filled_run,
     store_run,
@@ -92,13 +91,6 @@ def test_the_page_has_all_in_it_and_trusts_no_text(
     assert charts_of(page).keys() == {"resident", "savings"}
     assert re.search(r"<td>\d+ MiB<br>\[\d+, \d+\]</td>", page)
     assert page.index('<p class="answer">bitmap saves') < page.index("<table>"), "the answer first"
-
-
-def charts_of(page: str) -> dict[str, Any]:
-    found = re.search(r"const charts = Object\.entries\((\{.*\})\);", page)
-    assert found
-    charts: dict[str, Any] = json.loads(found[1])
-    return charts
 
 
 def test_the_page_of_a_run_that_filled_a_host(tmp_path: Path) -> None:

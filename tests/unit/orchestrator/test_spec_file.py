@@ -43,6 +43,7 @@ def refusal(old: str, new: str) -> str:
 def test_a_good_spec() -> None:
     spec = spec_file.parse(GOOD, "mine.yaml").spec
     assert spec.hosts.memory_bytes == GIB
+    assert spec.workload
     assert spec.workload.phases[1].hold_s == 0.5
     assert spec.workload.phases[1].settle
     assert spec.control == "none"
@@ -89,7 +90,31 @@ def test_a_good_spec() -> None:
             "per_host: 3",
             "per_host: 3, stagger: 2s, start: one by one",
             "4:1",
-            "one by one are not staggered",
+            "one by one do not take stagger",
+        ),
+        (
+            "guests: {per_host: 3, memory: 256MiB}",
+            "guests: [{count: 2, memory: 256MiB}, {count: 1, memori: 256MiB}]",
+            "4:49",
+            "did you mean 'memory'?",
+        ),
+        ("{per_host: 3, memory: 256MiB}", "[{count: 0, memory: 256MiB}]", "4:11", "equal to 1"),
+        ("{per_host: 3, memory: 256MiB}", "[]", "4:1", "is empty"),
+        ("{per_host: 3, memory: 256MiB}", "3", "4:1", "valid dictionary"),
+        (
+            "{per_host: 3, memory: 256MiB}",
+            "[{count: 1, memory: 256MiB, workload: {phases: [{free: 1MiB}]}}]",
+            "4:57",
+            "nothing is held that could be freed",
+        ),
+        ("arms:", "vary: {per_host: [2, 4]}\narms:", "10:8", "the most guests here are 4"),
+        ("arms:", "vary: {per_host: [3, 3]}\narms:", "10:8", "a value is there twice"),
+        ("arms:", "vary: {per_hosts: [3]}\narms:", "10:8", "did you mean 'per_host'?"),
+        (
+            "per_host: 3, memory: 256MiB}",
+            "per_host: 3, memory: 256MiB, start: one by one}\nvary: {per_host: [3]}",
+            "5:1",
+            "find out how many fit by themselves",
         ),
         ("tracker: bitmap", "sweep: {}", "12:37", "nothing to sweep"),
         ("tracker: bitmap", "sweep: {batch: [9]}", "12:45", "known keys: chunk_order, report_per"),
@@ -217,7 +242,7 @@ PRECISE = GOOD + "precision: 5%\nmax_repetitions: 20\n"
         ("repetitions: 3\n", "repetitions: 1\n", "14:1", "an interval needs two repetitions"),
         ("  - {name: none, method: none}\n", "", "13:1", "there is only one arm"),
         ("method: none", "method: hinting", "10:1", "there is no control"),
-        ("{per_host", "{start: one by one, per_host", "14:1", "the figure is how many fit"),
+        ("{per_host", "{start: one by one, per_host", "14:1", "how many a host can run"),
     ],
 )
 def test_mistakes_of_a_precision(old: str, new: str, where: str, said: str) -> None:
@@ -334,7 +359,7 @@ def test_the_catalogue_is_sound(name: str) -> None:
     spec = spec_file.load(name).spec
     assert spec.name == name
     assert spec.description
-    assert spec.control == "none"
+    assert spec.control == "none" or spec.vary
     assert spec.repetitions >= 2, "an interval needs two repetitions"
 
 
@@ -350,14 +375,46 @@ under:
 ).replace("arms:\n", "arms:\n  - {name: peer, method: reporting, drivers: [libvirt]}\n")
 
 
+def test_settings_of_the_command_line_replace_values() -> None:
+    settings = {
+        "guests.per_host": "1",
+        "repetitions": "7",
+        "workload": "{phases: [{allocate: 8MiB}]}",
+        "under.libvirt.hosts": "{count: 1, memory: 3GiB}",
+        "timeouts.settle": "9s",
+    }
+    made = spec_file.parse(BOTH, "mine.yaml", {spec_file.SET: settings}).spec
+    assert (made.guests_per_host, made.repetitions, made.timeouts.settle_s) == (1, 7, 9.0)
+    assert made.workload
+    assert len(made.workload.phases) == 1
+    there = {spec_file.SET: settings, "driver": "libvirt"}
+    assert spec_file.parse(BOTH, "mine.yaml", there).spec.hosts.number == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"guests.perhost": "1"}, "did you mean 'per_host'?"),
+        ({"repetitions": "many"}, "should be a valid integer"),
+        ({"name.first": "a"}, "--set name.first: name is no mapping"),
+        ({"repetitions": "["}, "--set repetitions:1:"),
+        ({"repetitions": ""}, "--set repetitions:1:1: the file is empty"),
+    ],
+)
+def test_settings_that_cannot_be(setting: dict[str, str], said: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        spec_file.parse(GOOD, "mine.yaml", {spec_file.SET: setting})
+    assert said in str(caught.value)
+
+
 def test_the_part_of_a_driver_replaces_values() -> None:
     here = spec_file.parse(BOTH, "mine.yaml").spec
     assert [arm.name for arm in here.trial_arms] == ["none", "bitmap"]
     assert here.left_out == ("peer",)
-    assert (here.guests.memory_bytes, here.repetitions) == (256 * MIB, 3)
+    assert (here.classes[0].memory_bytes, here.repetitions) == (256 * MIB, 3)
     there = spec_file.parse(BOTH, "mine.yaml", {"driver": "libvirt"}).spec
     assert [arm.name for arm in there.trial_arms] == ["peer", "none"]
-    assert (there.guests.memory_bytes, there.guests.per_host) == (512 * MIB, 1)
+    assert (there.classes[0].memory_bytes, there.guests_per_host) == (512 * MIB, 1)
     assert there.repetitions == 2
     assert describe(there) == "libvirt, 2 hosts × 1 guest of 512 MiB, 2 arms, 2 repetitions"  # noqa: RUF001
 

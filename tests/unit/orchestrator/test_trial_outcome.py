@@ -176,7 +176,7 @@ def test_what_a_trial_came_to_and_whether_it_is_run_again(faults: list[Fault], l
     else:
         assert outcome.status is (UNDECIDED if failed else DONE)
     assert (outcome.reason == "") == (outcome.status is DONE)
-    assert len(outcome.figures) == len(faults) * (1 + SPEC.guests.per_host)
+    assert len(outcome.figures) == len(faults) * (1 + SPEC.guests_per_host)
     again = next_attempt(TRIAL, outcome.status, left)
     if outcome.status is LOST and left:
         assert again == replace(TRIAL, attempt=2)
