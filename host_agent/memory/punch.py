@@ -9,13 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
 
-Punch = Callable[[int, Sequence[int], Sequence[int]], None]
+Punch = Callable[[int, "array[int]", "array[int]"], None]
 """Drop the memory behind ranges of a file. Parameters: the file's descriptor, the ranges' offsets
-and their lengths, both in bytes.
+and their lengths, both in bytes and of type "q".
 
 :raises OSError: the kernel refused a range; those before it have been dropped.
 """
@@ -33,9 +33,8 @@ def loop_in_c(library: Path) -> Punch:
     punch_all = ctypes.CDLL(str(library)).punch_all
     punch_all.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
-    def punch(fd: int, offsets: Sequence[int], lengths: Sequence[int]) -> None:
-        starts, sizes = array("q", offsets), array("q", lengths)
-        code = punch_all(fd, starts.buffer_info()[0], sizes.buffer_info()[0], len(starts))
+    def punch(fd: int, offsets: array[int], lengths: array[int]) -> None:
+        code = punch_all(fd, offsets.buffer_info()[0], lengths.buffer_info()[0], len(offsets))
         if code:
             raise _refused(code)
 
@@ -48,7 +47,7 @@ def loop_in_ctypes() -> Punch:
     fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
-    def punch(fd: int, offsets: Sequence[int], lengths: Sequence[int]) -> None:
+    def punch(fd: int, offsets: array[int], lengths: array[int]) -> None:
         if any(map(fallocate, repeat(fd), repeat(_PUNCH_HOLE), offsets, lengths)):
             raise _refused(ctypes.get_errno())
 

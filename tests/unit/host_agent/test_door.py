@@ -7,6 +7,7 @@ import asyncio
 import errno
 import os
 import struct
+from array import array
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_qemu_waits_for_the_slice_but_not_for_the_batch(
     inside, go_on = Event(), Event()
     punched: list[int] = []
 
-    def slow_punch(fd: int, offsets: list[int], lengths: list[int]) -> None:
+    def slow_punch(fd: int, offsets: array[int], lengths: array[int]) -> None:
         inside.set()
         assert go_on.wait(30)
         punched.append(sum(lengths))

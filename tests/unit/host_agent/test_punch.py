@@ -4,6 +4,7 @@ compiler."""
 import errno
 import os
 import shutil
+from array import array
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,10 @@ def fd() -> Iterator[int]:
     os.close(file)
 
 
+def in_bytes(*pages: int) -> "array[int]":
+    return array("q", [page * PAGE_BYTES for page in pages])
+
+
 def pages_with_data(fd: int) -> list[int]:
     data = os.pread(fd, PAGES * PAGE_BYTES, 0)
     return [page for page in range(PAGES) if data[page * PAGE_BYTES]]
@@ -44,21 +49,21 @@ def pages_with_data(fd: int) -> list[int]:
 
 def test_only_the_ranges_are_dropped(fd: int, punch_all: Punch) -> None:
     ranges = [(1, 2), (5, 1), (8, 4)]
-    punch_all(fd, [p * PAGE_BYTES for p, _ in ranges], [n * PAGE_BYTES for _, n in ranges])
+    offsets, lengths = zip(*ranges, strict=True)
+    punch_all(fd, in_bytes(*offsets), in_bytes(*lengths))
     assert pages_with_data(fd) == [0, 3, 4, 6, 7, 12, 13, 14, 15]
     assert os.fstat(fd).st_size == PAGES * PAGE_BYTES
     assert os.fstat(fd).st_blocks * 512 == 9 * PAGE_BYTES
 
 
 def test_nothing_to_drop(fd: int, punch_all: Punch) -> None:
-    punch_all(fd, [], [])
+    punch_all(fd, in_bytes(), in_bytes())
     assert len(pages_with_data(fd)) == PAGES
 
 
 def test_it_ends_at_the_first_that_is_refused(fd: int, punch_all: Punch) -> None:
-    offsets = [0, -PAGE_BYTES, 4 * PAGE_BYTES]
     with pytest.raises(OSError, match="punching a hole") as refused:
-        punch_all(fd, offsets, [PAGE_BYTES] * 3)
+        punch_all(fd, in_bytes(0, -1, 4), in_bytes(1, 1, 1))
     assert refused.value.errno == errno.EINVAL
     assert pages_with_data(fd) == list(range(1, PAGES))
 

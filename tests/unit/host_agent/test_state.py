@@ -231,13 +231,14 @@ def test_a_save_that_failed_does_not_displace_a_later_guest_of_the_name(tmp_path
 
 PUNCHER = """
 import os, sys, threading, time
+from array import array
 from pathlib import Path
 from host_agent.memory.punch import punch
 from host_agent.persistence.database import opened
 
 fd, size_bytes = int(sys.argv[2]), int(sys.argv[3])
 with opened(Path(sys.argv[1])):
-    threading.Thread(target=punch, args=[fd, [0], [size_bytes]]).start()
+    threading.Thread(target=punch, args=[fd, array("q", [0]), array("q", [size_bytes])]).start()
     time.sleep(60)
 """
 
