@@ -123,9 +123,7 @@ def run(
     if (spec is None) == (resume is None):
         raise click.UsageError("give either a SPEC or --resume RUN")
     if resume is not None and (driver or agents or settings):
-        raise click.UsageError(
-            "--resume runs the stored spec: leave out --driver, --host and --set"
-        )
+        raise click.UsageError("--resume runs its own spec: leave out --driver, --host and --set")
     if spec is not None:
         experiment = new_experiment(spec, overrides(driver, agents, settings), libvirt_uri)
     # Read here only to find a bad folder before anything is started: the actors read the folder of

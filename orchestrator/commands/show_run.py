@@ -20,6 +20,7 @@ from orchestrator.results.statistics import CONFIDENCE
 from orchestrator.results.store.reader import Run, Store
 from orchestrator.results.store.run_spec import spec_or_none
 from orchestrator.results.trial_outcome import TrialStatus
+from orchestrator.view.glossary import glossary
 from orchestrator.view.precision import outcome
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def print_resume_hint(run_ids: Sequence[str]) -> None:
 
 
 def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
-    """Return a run as plain data: its header without the spec, its arms, capacities, frontier
-    and trials.
+    """Return a run as plain data: its header without the spec, the units of figures, its arms,
+    capacities, frontier and trials.
 
     If the run has a precision, each arm with an interval says how narrow that is, and whether it
     is narrow enough.
@@ -88,6 +89,7 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
     capacity_rows = store.capacity_rows(run.run_id)
     return header | {
         "confidence": CONFIDENCE,
+        "figures": glossary(),
         "arms": arms,
         "capacities": [asdict(arm) for arm in capacities(capacity_rows)],
         "frontier": [asdict(point) for point in frontier(capacity_rows, spec_or_none(run))],

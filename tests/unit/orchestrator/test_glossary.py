@@ -1,0 +1,51 @@
+"""Every number in the JSON of a run has a unit, and something that it is measured against."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.cli import run_command
+from tests.support.stored import store_filled_run, store_run
+
+WITHOUT_UNIT = {"mean", "low", "high", "pairs", "first_look"}
+"""Of an interval, and of a loop's figure: the unit is that of the whole."""
+
+
+def numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from numbers(one, (*path, key))
+    elif isinstance(value, list):
+        for one in value:
+            yield from numbers(one, path)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path
+
+
+def name_of(path: tuple[str, ...]) -> str:
+    if "more_percent" in path:
+        return "loops.more_percent"
+    inside = path[1:] if path[0] == "arms" else path
+    if inside[-1] in WITHOUT_UNIT and inside[0] != "frontier":
+        inside = inside[:-1]
+    return ".".join(inside)
+
+
+@pytest.mark.parametrize("store", [store_run, store_filled_run])
+def test_every_number_has_a_unit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], store: Any
+) -> None:
+    store(tmp_path)
+    run_command(["show", "latest", "-o", "json", "--data-dir", str(tmp_path)])
+    data = json.loads(capsys.readouterr().out)
+    found = {
+        name_of(path)
+        for key in ("arms", "capacities", "frontier")
+        for path in numbers(data[key], (key,))
+    }
+    assert len(found) > 3
+    assert found <= data["figures"].keys()
+    assert all(one["unit"] and one["of"] for one in data["figures"].values())
