@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hintfleet.errors import Refused
+from hintfleet.sketch import Sketch
 from orchestrator.report.curves import Curve, Mark, arm_curve, mean_marks, resident_in_trial
 from orchestrator.results.capacity import ArmCapacity, capacities
 from orchestrator.results.comparison import ArmCost, compare
 from orchestrator.results.footprint import Numbers, Series
 from orchestrator.results.frontier import Point, frontier
-from orchestrator.results.loop_comparison import ArmLoops, compare_loops
+from orchestrator.results.loop_comparison import ArmLoops, allocation_times, compare_loops
 from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store, StoredTrial
@@ -28,7 +29,7 @@ class Contents:
     """The contents of a report on one run.
 
     The arms of `costs`, of `curves`, and of each title in `loops` are in the order of `rows`; some
-    may be missing.
+    may be missing. `allocations` is by title and arm (`loop_comparison.allocation_times`).
     If the figure is how many guests a host can run, only `run`, `trials`, `capacities` and, if
     guests were started one by one, `fills` are set, else `frontier`. Otherwise these three are
     empty. `trials` are all attempts.
@@ -39,6 +40,7 @@ class Contents:
     rows: Sequence[Savings] = ()
     costs: Sequence[ArmCost] = ()
     loops: Sequence[ArmLoops] = ()
+    allocations: Mapping[str, Mapping[str, Sketch]] = field(default_factory=dict)
     curves: Sequence[Curve] = ()
     marks: Sequence[Mark] = ()
     capacities: Sequence[ArmCapacity] = ()
@@ -113,6 +115,7 @@ def read_contents(store: Store, run: Run) -> Contents:
         rows=rows,
         costs=compare(cost_rows, run.driver),
         loops=compare_loops(cost_rows),
+        allocations=allocation_times(cost_rows),
         curves=[arm_curve(arm, trials, marks) for arm, trials in by_arm.items() if trials],
         marks=marks,
     )

@@ -18,6 +18,7 @@ from orchestrator.report.charts import resident_chart, savings_chart
 from orchestrator.report.contents import Contents
 from orchestrator.report.fill_chart import fill_chart
 from orchestrator.report.frontier_chart import frontier_chart
+from orchestrator.report.loop_charts import allocation_charts
 from orchestrator.report.style import DARK, LIGHT, VegaLite
 from orchestrator.view import tables
 from orchestrator.view.capacity_table import capacity_table
@@ -43,6 +44,8 @@ def page(contents: Contents) -> str:
     charts = {main_chart: main_plot(contents)}
     if (savings := savings_chart(contents)) is not None:
         charts["savings"] = savings
+    allocations = allocation_charts(contents)
+    charts |= {_plot_of(contents, title): plot for title, plot in allocations.items()}
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(f"{run.name}: run {run.run_id}"),
@@ -123,11 +126,18 @@ def _loops(contents: Contents) -> str:
     """Return the section with what the loops of the workload measured; empty if it has none."""
     if not contents.loops:
         return ""
-    measured = [
-        f"<h3>{escape(str(one.title))}</h3>{_html_table(one)}"
-        for one in loop_tables(contents.loops)
-    ]
+    measured = []
+    for one in loop_tables(contents.loops):
+        title = str(one.title)
+        measured += [f"<h3>{escape(title)}</h3>", _html_table(one)]
+        if title in contents.allocations:
+            measured.append(f'<div class="wide" id="{_plot_of(contents, title)}"></div>')
     return _section("What the loops measured", *measured, note=LOOP_NOTE.plain)
+
+
+def _plot_of(contents: Contents, title: str) -> str:
+    """Return the id of the plot of a loop's allocations."""
+    return f"allocations-{list(contents.allocations).index(title)}"
 
 
 def _environment(environment: Mapping[str, str]) -> Table:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hintfleet.sketch import Sketch
 from orchestrator.results.comparison import CostRow
 from orchestrator.results.loops import LoopSum, summed
 from orchestrator.results.statistics import Interval, ratio_percent
@@ -78,6 +79,19 @@ def compare_loops(rows: Sequence[CostRow]) -> list[ArmLoops]:
                 kind = next(iter(trials.values())).kind
                 figures = _figures(trials, {} if arm in controls else control, first_look)
                 found.append(ArmLoops(arm=arm, title=title, kind=kind, **figures))
+    return found
+
+
+def allocation_times(rows: Sequence[CostRow]) -> dict[str, dict[str, Sketch]]:
+    """Return how long allocations took, in microseconds, by the title of loops that allocate and by
+    arm: those of all guests in all trials. Without arms that `compare_loops` leaves out."""
+    left_out = {row.arm for row in rows if not row.counts}
+    found: dict[str, dict[str, Sketch]] = {}
+    for title, arms in _by_title(rows).items():
+        for arm, trials in arms.items():
+            times_us = Sketch.merged(loops.allocation_us for loops in trials.values())
+            if times_us.total and arm not in left_out:
+                found.setdefault(title, {})[arm] = times_us
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 RELATIVE_ERROR = 0.01
@@ -62,10 +62,24 @@ class Sketch:
     def quantile(self, share: float) -> float | None:
         """Return, right to 1 %, the value that this share of all values does not exceed; None
         without values."""
-        left = math.ceil(share * self.total)
-        for bucket, count in enumerate(self.counts, self.first_bucket):
-            left -= count
-            if count and left <= 0:
-                # The point that is at most RELATIVE_ERROR away from any value in the bucket.
-                return 2 * _GROWTH**bucket / (_GROWTH + 1)
+        wanted = math.ceil(share * self.total)
+        for value, seen in self._seen():
+            if seen >= wanted:
+                return value
         return None
+
+    def cumulative(self) -> Iterator[tuple[float, float]]:
+        """Yield values, right to 1 % and growing, each with the share of all values that do not
+        exceed it; nothing without values."""
+        total = self.total
+        for value, seen in self._seen():
+            yield value, seen / total
+
+    def _seen(self) -> Iterator[tuple[float, int]]:
+        """Yield a value for each bucket that has any, and how many are in it and those before."""
+        seen = 0
+        for bucket, count in enumerate(self.counts, self.first_bucket):
+            seen += count
+            if count:
+                # The point that is at most RELATIVE_ERROR away from any value in the bucket.
+                yield 2 * _GROWTH**bucket / (_GROWTH + 1), seen

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.spec import catalogue
 from tests.support.lab import Lab, result
+from tests.support.stored import charts_of
 
 
 def shortened(name: str) -> str:
@@ -72,4 +73,9 @@ def test_each_arm_has_its_figures(
     shown = lab.run("show").stdout
     for title in figures:
         assert title in shown
+    page = lab.folder / "report.html"
+    assert lab.run("report", "-o", str(page)).returncode == 0
+    allocating = {title for title, names in figures.items() if "allocation_p99_us" in names}
+    plots = {name for name in charts_of(page.read_text()) if name.startswith("allocations-")}
+    assert plots == {f"allocations-{i}" for i in range(len(allocating))}
     lab.check_nothing_is_left()

@@ -30,6 +30,15 @@ def test_a_quantile_is_near_the_exact_one(some: list[float], more: list[float], 
     assert abs(found - exact) <= exact * (RELATIVE_ERROR + 1e-9)
 
 
+@given(VALUES)
+def test_shares_grow_to_one_and_agree_with_quantiles(values: list[float]) -> None:
+    made = sketch(values)
+    found = list(made.cumulative())
+    assert found == sorted(set(found))
+    assert (found[-1][1] if found else 1.0) == 1.0
+    assert all(made.quantile(share) == value for value, share in found)
+
+
 def test_values_beyond_the_bounds_are_in_the_first_and_the_last_bucket() -> None:
     assert bucket_of(0) == bucket_of(0.5) == bucket_of(1) == 0
     assert bucket_of(1e300) == bucket_of(LARGEST_VALUE) == MOST_BUCKETS - 1
