@@ -34,6 +34,10 @@ lies beyond it, within it, or on both sides. Without ARM it is about each arm. F
              under the control, without the cost of observing
   settle     time until 95 % of the memory that comes back      % or a duration
              after a free step is back
+  loop_rate  what a guest touched in the workload's loops, in   %
+             a second
+  allocation_p99   how long 99 % of the loops' allocations took % or a duration, such as 2ms
+             at most
   guests     how many fitted, if they were started one by one   %
 % is of the figure in the first run; of slowdown: of the steps' time over the control's there.
 

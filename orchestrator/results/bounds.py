@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,6 +26,8 @@ _TAKES = {
     Unit.SECONDS: "a percentage or a duration, as in 5% or 2s",
     Unit.GIB_MIN: "a percentage, as in 5%",
     Unit.GUESTS: "a percentage, as in 5%",
+    Unit.BYTES_PER_S: "a percentage, as in 5%",
+    Unit.MILLISECONDS: "a percentage or a duration, as in 5% or 2ms",
     Unit.PERCENT: "a percentage, as in 5%",
 }
 
@@ -111,7 +113,11 @@ def _figure(text: str, name: str) -> Figure:
 
 
 def _amount(text: str, figure: Figure, amount: str) -> float:
-    parse = {Unit.BYTES: parse_size, Unit.SECONDS: parse_duration_s}.get(figure.unit)
+    parse: Callable[[str], float] | None = {
+        Unit.BYTES: parse_size,
+        Unit.SECONDS: parse_duration_s,
+        Unit.MILLISECONDS: lambda text: 1000 * parse_duration_s(text),
+    }.get(figure.unit)
     hint = f"{figure} takes {_TAKES[figure.unit]}"
     if parse is None:
         raise InvalidInput(f"{text!r}: {amount!r} is not a percentage", hint=hint)

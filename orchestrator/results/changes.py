@@ -21,6 +21,7 @@ from orchestrator.results.capacity import (
 )
 from orchestrator.results.comparison import CostRow, by_trial, step_s
 from orchestrator.results.footprint import Footprint
+from orchestrator.results.loops import LoopSum, summed
 from orchestrator.results.savings import By, FootprintRow, aggregate
 from orchestrator.results.statistics import (
     Interval,
@@ -30,6 +31,7 @@ from orchestrator.results.statistics import (
     sum_by_trial,
 )
 
+_US_PER_MS = 1000
 _Values = Mapping[Hashable, float]
 """A figure of one arm in one run, by repetition."""
 
@@ -42,6 +44,8 @@ class Unit(StrEnum):
     PERCENT = "%"
     SECONDS = "s"
     GUESTS = "guests"
+    BYTES_PER_S = "bytes/s"
+    MILLISECONDS = "ms"
 
 
 class Figure(StrEnum):
@@ -59,6 +63,11 @@ class Figure(StrEnum):
     """`Cost.host_cpu_s` minus that under the control."""
     SETTLE = "settle"
     """The mean of all `Cost.settle_s` of a trial."""
+    LOOP_RATE = "loop_rate"
+    """The bytes that a guest touched in all loops of its workload, divided by the time that they
+    lasted."""
+    ALLOCATION_P99 = "allocation_p99"
+    """How long 99 % of the allocations in all loops took at most."""
     GUESTS = "guests"
     """How many guests fitted, in a run that started them one by one; such a run has no others."""
 
@@ -79,6 +88,8 @@ _UNITS = {
     Figure.SLOWDOWN: Unit.PERCENT,
     Figure.HOST_CPU: Unit.SECONDS,
     Figure.SETTLE: Unit.SECONDS,
+    Figure.LOOP_RATE: Unit.BYTES_PER_S,
+    Figure.ALLOCATION_P99: Unit.MILLISECONDS,
     Figure.GUESTS: Unit.GUESTS,
 }
 _PERCENT_OF = {
@@ -88,6 +99,8 @@ _PERCENT_OF = {
     Figure.SLOWDOWN: "time of the steps, divided by that under the control,",
     Figure.HOST_CPU: "host CPU time more than under the control",
     Figure.SETTLE: "settle time",
+    Figure.LOOP_RATE: "rate of the loops",
+    Figure.ALLOCATION_P99: "99th percentile of the loops' allocation times",
     Figure.GUESTS: "number of guests that fitted",
 }
 
@@ -171,7 +184,8 @@ def compare_runs(first: RunRows, second: RunRows) -> list[Change]:
     the order of the spec. An arm has only the figures that it can have.
 
     In runs that started their guests one by one, arms have only GUESTS. In other runs, the control
-    has only RESIDENT and GIB_MIN; if there is no control, no arm has SAVED, SLOWDOWN or HOST_CPU.
+    has no figure that compares with the control, and no SETTLE; if there is no control, no arm has
+    SAVED, SLOWDOWN or HOST_CPU. Arms have LOOP_RATE and ALLOCATION_P99 if the workload has loops.
 
     :param first, second: rows of two runs of the same spec.
     """
@@ -222,10 +236,15 @@ def _values(run: RunRows, arm: str, control: str) -> dict[Figure, _Values]:
         Figure.RESIDENT: resident,
         Figure.GIB_MIN: _memory(run, arm, lambda f: f.resident_gib_min),
     }
+    costs = _costs(run, arm)
+    loops = _loops(costs)
+    values |= {figure: found for figure, found in loops.items() if found}
     if arm == control:
         return values
-    costs = _costs(run, arm)
-    values[Figure.SETTLE] = _mean_settle_s(costs)
+    # Where nothing is freed, there is nothing that could come back.
+    settle_s = _mean_settle_s(costs)
+    if settle_s or any(row.footprint and row.footprint.returned for row in run.footprints):
+        values[Figure.SETTLE] = settle_s
     if control:
         of_control = _costs(run, control)
         values[Figure.SAVED] = _minus(
@@ -248,6 +267,18 @@ def _memory(run: RunRows, arm: str, value: Callable[[Footprint], float]) -> _Val
 
 def _costs(run: RunRows, arm: str) -> list[CostRow]:
     return [row for row in run.costs if row.arm == arm]
+
+
+def _loops(costs: Sequence[CostRow]) -> dict[Figure, _Values]:
+    by_trial: dict[Hashable, list[LoopSum]] = {}
+    for row in costs:
+        by_trial.setdefault(row.repetition, []).extend(row.cost.loops if row.cost else ())
+    loops = {trial: summed(found) for trial, found in by_trial.items() if found}
+    p99_us = {trial: one.allocation_us.quantile(0.99) for trial, one in loops.items()}
+    return {
+        Figure.LOOP_RATE: {t: one.touched_bytes / one.loop_s for t, one in loops.items()},
+        Figure.ALLOCATION_P99: {t: us / _US_PER_MS for t, us in p99_us.items() if us is not None},
+    }
 
 
 def _mean_settle_s(costs: Sequence[CostRow]) -> _Values:

@@ -27,7 +27,7 @@ from orchestrator.view.figures import (
 from orchestrator.view.tables import name_cell, table
 
 _STYLES = {Verdict.KEPT: "green", Verdict.BROKEN: "red", Verdict.UNDECIDED: "yellow"}
-_MORE_IS_BETTER = (Figure.SAVED, Figure.GUESTS)
+_MORE_IS_BETTER = (Figure.SAVED, Figure.GUESTS, Figure.LOOP_RATE)
 _NOTE = (
     "saved, slowdown, host_cpu: against the control of the same run; change: second run minus "
     "first, over pairs of repetitions with the same seeds, [95 % CI]; in %: of the figure in the "
@@ -143,12 +143,14 @@ def _style(change: Change) -> str:
 def _value(figure: Figure, value: float | None) -> str:
     if value is None:
         return NO_FIGURE
-    if figure.unit is Unit.BYTES:
-        return format_size(value)
+    if figure.unit in (Unit.BYTES, Unit.BYTES_PER_S):
+        return f"{format_size(value)}{'/s' if figure.unit is Unit.BYTES_PER_S else ''}"
     if figure.unit is Unit.PERCENT:
         return f"{value:+.1f} %"
     digits = decimals(abs(value))
-    return f"{value:.{min(digits, 2)}f} s" if figure.unit is Unit.SECONDS else f"{value:.{digits}f}"
+    if figure.unit is Unit.SECONDS:
+        return f"{value:.{min(digits, 2)}f} s"
+    return f"{value:.{digits}f}{' ms' if figure.unit is Unit.MILLISECONDS else ''}"
 
 
 def _interval(unit: Unit, interval: Interval | None) -> str:
@@ -160,8 +162,11 @@ def _interval(unit: Unit, interval: Interval | None) -> str:
         Unit.PERCENT: percent_interval,
         Unit.GIB_MIN: number_interval,
         Unit.GUESTS: number_interval,
+        Unit.BYTES_PER_S: size_interval,
+        Unit.MILLISECONDS: number_interval,
     }[unit]
-    text = show(interval)
+    after = {Unit.BYTES_PER_S: "/s", Unit.MILLISECONDS: " ms"}.get(unit, "")
+    text = show(interval).replace("\n", f"{after}\n")
     return text if text.startswith(("-", "+")) else f"+{text}"
 
 

@@ -22,6 +22,8 @@ from orchestrator.results.changes import Change, Figure
         ("settle > 500ms", "", Figure.SETTLE, False, 0.5, False),
         ("gib_min > 0.5 %", "", Figure.GIB_MIN, False, 0.5, True),
         ("slowdown < -99%", "", Figure.SLOWDOWN, True, -99, True),
+        ("allocation_p99 > 2ms", "", Figure.ALLOCATION_P99, False, 2, False),
+        ("kmod.loop_rate < -3%", "kmod", Figure.LOOP_RATE, True, -3, True),
     ],
 )
 def test_what_a_bound_says(

@@ -1,6 +1,7 @@
 """Changes between two runs: what forms a pair, what a percentage is of, and when there is none."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hintfleet.sketch import Sketch, bucket_of
 from hintfleet.units import MIB
 from orchestrator.results.bounds import Verdict, judge, parse_bound
 from orchestrator.results.capacity import Capacity, CapacityRow
@@ -16,6 +18,7 @@ from orchestrator.results.changes import Change, Figure, RunRows, Unit, compare_
 from orchestrator.results.comparison import CostRow
 from orchestrator.results.cost import Cost
 from orchestrator.results.footprint import Footprint
+from orchestrator.results.loops import LoopSum
 from orchestrator.results.savings import FootprintRow
 from orchestrator.results.statistics import Interval, mean_interval
 
@@ -36,7 +39,12 @@ def footprint(mib: float) -> Footprint:
     )
 
 
-def cost(step_s: float = 1.0, cpu_s: float = 1.0, settle_s: tuple[float, ...] = ()) -> Cost:
+def cost(
+    step_s: float = 1.0,
+    cpu_s: float = 1.0,
+    settle_s: tuple[float, ...] = (),
+    loops: tuple[LoopSum, ...] = (),
+) -> Cost:
     return Cost(
         settle_s=settle_s,
         asked_settle_s=(),
@@ -47,6 +55,20 @@ def cost(step_s: float = 1.0, cpu_s: float = 1.0, settle_s: tuple[float, ...] = 
         wire_bytes=0,
         ranges=0,
         tracker_bytes=0,
+        loops=loops,
+    )
+
+
+def loop(title: str, touched_mib: int, allocations_us: Sequence[float]) -> LoopSum:
+    return LoopSum(
+        title=title,
+        kind="churn",
+        guests=1,
+        cycles=1,
+        touched_bytes=touched_mib * MIB,
+        loop_s=2.0,
+        allocation_us=Sketch.of(Counter(map(bucket_of, allocations_us))),
+        bytes_per_s=Sketch(),
     )
 
 
@@ -101,6 +123,19 @@ def test_a_repetition_of_the_whole_fleet_is_a_pair() -> None:
     assert saved.difference == mean_interval([-2.0 * MIB, -4.0 * MIB, -6.0 * MIB])
     assert saved.percent is not None
     assert saved.percent.mean == pytest.approx(100 * -4 / 76)
+
+
+def test_all_loops_of_a_trial_are_one_figure() -> None:
+    calm = cost(loops=(loop("a", 100, [1000] * 99), loop("b", 60, [1000, 9000, 9000])))
+    slow = cost(loops=(loop("a", 40, [4000] * 99), loop("b", 40, [9000])))
+    found = changed(run("r1", [60, 61], calm), run("r2", [60, 61], slow))
+    rate = found[Figure.LOOP_RATE]
+    assert (rate.first, rate.second) == (40 * MIB, 20 * MIB)
+    p99 = found[Figure.ALLOCATION_P99]
+    assert p99.first == pytest.approx(9.0, rel=0.01)
+    assert p99.second == pytest.approx(4.0, rel=0.01)
+    assert Figure.SETTLE not in found, "nothing was freed"
+    assert Figure.LOOP_RATE not in changed(run("r1", [60, 61], calm), BEFORE, "none")
 
 
 def exactly(value: float) -> Any:
