@@ -188,6 +188,7 @@ async def _run_embedded(config: AgentConfig) -> None:
         isolator,
         facts,
         lambda: allocator.free_page_count * PAGE_BYTES,
+        allocator.memory_use,
     )
     await _until_one_fails(session.run(), serving, orphaned)
 
@@ -204,6 +205,8 @@ async def _run_in_guest(config: AgentConfig) -> None:
         raise InvalidInput(
             "method none: there is nothing to hint", hint="hintfleet-guest --workload-only"
         )
+    from guest_agent.memory.memory_use import KernelMemoryUse
+
     os.nice(_NICENESS)
     channel, identity = _connect(config)
     facts = HelloFacts(
@@ -213,7 +216,8 @@ async def _run_in_guest(config: AgentConfig) -> None:
         tracker=config.tracker,
         most_memory_bytes=max(mem_total_bytes(), config.max_memory_bytes),
     )
-    session = HintingSession(channel, _isolator(config), facts, mem_free_bytes)
+    memory_use = KernelMemoryUse(config.chunk_order)
+    session = HintingSession(channel, _isolator(config), facts, mem_free_bytes, memory_use)
     await _until_one_fails(
         session.run(),
         _end_when_terminated(session),

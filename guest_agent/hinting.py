@@ -115,7 +115,7 @@ class HintingCore:
         """
         self.state = State.DISCONNECTED
         self.batch_count = 0
-        self.hinted_page_count = 0
+        self.hinted_page_count = self.acknowledged_page_count = 0
         self._epoch = 0
         self._seq = 0
         self._limits = Limits(ranges_per_batch=0, pages_per_batch=0, batches_in_flight=0)
@@ -170,7 +170,9 @@ class HintingCore:
             return []
         if seq not in self._in_flight:
             raise ProtocolViolation(f"ack of batch {seq}, which is not in flight")
-        return [Release(self._in_flight.pop(seq), hinted=acted), *self._isolate()]
+        ranges = self._in_flight.pop(seq)
+        self.acknowledged_page_count += ranges.page_count
+        return [Release(ranges, hinted=acted), *self._isolate()]
 
     def allowed(self, pages: int | None) -> Sequence[Instruction]:
         """Note how many pages the host allows to be hinted from now on (None for no bound), and ask

@@ -136,6 +136,18 @@ class HoldingBack:
         self._end_holds(now_s)
         return sum(map(len, self._held.values())) * self._level_pages
 
+    def held_back_for_s(self, now_s: float) -> float:
+        """Return after how many seconds nothing is held back any more, if the guest uses no memory
+        again until then; 0.0 if nothing is held back now."""
+        self._end_holds(now_s)
+        # Each queue begins with its oldest hold, so its newest one ends last.
+        ends_s = (
+            next(reversed(held.values())) + share * self._break_even_s
+            for share, held in self._held.items()
+            if held
+        )
+        return max(ends_s, default=now_s) - now_s
+
     def would_hold_pages(self) -> int:
         """Return how many of the pages that are in use would be held back if they were freed now,
         at least: of those that would be freed first."""

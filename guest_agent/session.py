@@ -26,7 +26,7 @@ from guest_agent import hinting
 from guest_agent.holding_back import HoldingBack
 from guest_agent.isolation.isolator import HeldPages, Isolator, UsedPages, nothing_held_back
 from guest_agent.resting import Resting
-from guest_agent.telemetry import TELEMETRY_PERIOD_S, TelemetryPace
+from guest_agent.telemetry import TELEMETRY_PERIOD_S, MemoryUseOf, TelemetryPace
 from hintfleet import __version__
 from hintfleet.errors import InvalidInput, from_rpc_error
 from hintfleet.logs import fields
@@ -97,10 +97,12 @@ class HintingSession:
         isolator: Isolator,
         facts: HelloFacts,
         free_bytes: Callable[[], int],
+        memory_use: MemoryUseOf,
     ) -> None:
         """Start the isolator. Must be called on the event loop that will run the session.
 
         :param free_bytes: return the guest's free memory; called once per second at the most.
+        :param memory_use: called only for a message of telemetry.
         :raises Refused, TransientError: the isolator cannot work here, or not now.
         """
         # The channel is an asyncio one because gRPC's threaded client wakes up ten times a second
@@ -111,7 +113,7 @@ class HintingSession:
         self._holding_back = HoldingBack(
             facts.most_memory_bytes // PAGE_BYTES, 1 << facts.chunk_order
         )
-        self._telemetry = TelemetryPace(free_bytes, isolator, self._holding_back)
+        self._telemetry = TelemetryPace(free_bytes, memory_use, isolator, self._holding_back)
         self._period_s = 1.0
         self._policy_kind = pb.Policy.KIND_UNSPECIFIED
         self._resting = Resting()
@@ -282,7 +284,7 @@ class HintingSession:
 
     def _send_telemetry(self) -> None:
         if self._core.state is hinting.State.OPEN:
-            telemetry = self._telemetry.if_due(time.monotonic())
+            telemetry = self._telemetry.if_due(time.monotonic(), self._core.acknowledged_page_count)
             if telemetry is not None:
                 self._outbox.put_nowait(pb.GuestMessage(telemetry=telemetry))
 

@@ -23,6 +23,7 @@ from host_agent.audits import Audits
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guests.driver import RunningGuest
 from host_agent.guests.peer import PEERS, Peer
+from host_agent.guests.process_memory import ProcessMemory
 from host_agent.memory.guest_memory import GuestMemory
 from host_agent.memory.ledger import Books
 from host_agent.memory.ram import Segment
@@ -107,6 +108,7 @@ class Guest:
             report_period_s=report_period_s if self._hints else None,
             observing=observing or CpuMeter(),
         )
+        self.process_memory = ProcessMemory()
         self._peer = Peer(spec)
         self._ready = asyncio.Event()
         self._lost: str | None = None

@@ -122,6 +122,9 @@ class EmbeddedIsolator:
             for zone, tracker in self._trackers.items()
         )
 
+    def isolated_pages(self) -> int:
+        return self._allocator.isolated_page_count
+
     def tracker_bytes(self) -> int:
         return sum(tracker.memory_bytes() for tracker in self._trackers.values())
 

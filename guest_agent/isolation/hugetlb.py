@@ -209,6 +209,9 @@ class HugetlbIsolator:
             self._resident_known = True
         self._absent -= ranges.whole_chunks(CHUNK_ORDER)
 
+    def isolated_pages(self) -> int:
+        return self._in_pool.page_count
+
     def tracker_bytes(self) -> int:
         return sum(
             sys.getsizeof(r) + sys.getsizeof(r.pfn) + sys.getsizeof(r.page_count)

@@ -126,6 +126,10 @@ class Isolator(Protocol):
         have used up its allowance, may have lost the host, or may be about to end.
         """
 
+    def isolated_pages(self) -> int:
+        """Return how many pages are out of the guest's allocator because of this isolator: those
+        that were returned by `isolate` or `start`, and those that it still holds for it."""
+
     def tracker_bytes(self) -> int:
         """Return the size of the tracker's own data; 0 where the kernel tracks."""
 

@@ -275,6 +275,9 @@ class KmodIsolator:
         _batch_count, _page_count, state, _order = _STATUS.unpack(status)
         return int(state)
 
+    def isolated_pages(self) -> int:
+        return self._batch_pages
+
     def tracker_bytes(self) -> int:
         return 0
 

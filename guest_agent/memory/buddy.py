@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 from hintfleet.ranges import RangeSet
 from hintfleet.settings import MAX_ORDER
+from hintfleet.units import PAGE_BYTES
+from hintfleet.v1 import hinting_pb2 as pb
 
 FreeHook = Callable[["Zone", int], None]
 """Called with the zone and the first pfn of a chunk that has just become wholly free. It runs
@@ -210,6 +212,25 @@ class BuddyAllocator:
         with self._lock:
             peak, self._peak_page_count = self._peak_page_count, self.used_page_count
             return self.used_page_count, peak
+
+    def memory_use(self, isolated_pages: int) -> pb.MemoryUse:
+        """Return what the memory is used for: each figure is a count of its own, kept or taken at
+        one moment. Costs one step for each order and zone.
+
+        :param isolated_pages: `isolated_page_count`, as the isolator returns it.
+        """
+        with self._lock:
+            free_by_order = [
+                sum(len(zone.free_area[order]) for zone in self.zones) << order
+                for order in range(MAX_ORDER + 1)
+            ]
+            return pb.MemoryUse(
+                total_bytes=sum(zone.present.page_count for zone in self.zones) * PAGE_BYTES,
+                used_bytes=self.used_page_count * PAGE_BYTES,
+                free_chunks_bytes=sum(free_by_order[self.chunk_order :]) * PAGE_BYTES,
+                free_pieces_bytes=sum(free_by_order[: self.chunk_order]) * PAGE_BYTES,
+                isolated_bytes=isolated_pages * PAGE_BYTES,
+            )
 
     def _allocate(self, order: int) -> int | None:
         for zone in reversed(self.zones):  # as in the kernel's zonelist: highest zone first

@@ -23,6 +23,7 @@ from hintfleet.ranges import decode
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1.hinting_pb2_grpc import HintingServiceServicer
 from host_agent.api.grpc_calls import Context, abort, ended_by, force_close, received
+from host_agent.api.resident_parts import resident_parts
 from host_agent.guest import Guest
 from host_agent.registry import Registry
 from host_agent.session.gate import LIMITS, Batch
@@ -170,6 +171,9 @@ async def _read_session(
         elif kind == "telemetry":
             check_telemetry(message.telemetry, guest.largest_memory_bytes)
             guest.sessions.telemetry = message.telemetry
+            guest.sessions.telemetry_at_s = time.monotonic()
+            books = guest.memory.books_now()
+            guest.sessions.resident_parts = resident_parts(books, message.telemetry)
         else:
             raise InvalidInput(f"{kind or 'an empty message'} is not allowed after hello")
 

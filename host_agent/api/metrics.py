@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from hintfleet.errors import InvalidInput, Refused
 from hintfleet.net.addresses import address_problem, check_plain_text, is_unix
 from hintfleet.net.tls import Peer, Role, Tls
+from host_agent.api.sampling import parts_of, process_rss_bytes
 from host_agent.guest import Guest
 from host_agent.registry import Registry
 
@@ -62,6 +63,17 @@ _COUNTERS = {
     "hintfleet_guest_batches_total": ("batches", "Batches received"),
 }
 
+# Values of the label `part`, and fields of ResidentParts. One of them may be negative.
+_PARTS = {
+    "used": "used_bytes",
+    "file_cache": "file_cache_bytes",
+    "held_back": "held_back_bytes",
+    "free_pieces": "free_pieces_bytes",
+    "in_flight": "in_flight_bytes",
+    "waiting": "waiting_bytes",
+    "unexplained": "unexplained_bytes",
+}
+
 # The most connections at a time: each takes a thread, and everybody who can reach the port can
 # open one.
 _MAX_CONNECTIONS = 16
@@ -98,6 +110,7 @@ class LedgerCollector(Collector):
         for labels, guest in guests:
             held_back.add_metric(labels, guest.sessions.telemetry.held_back_bytes)
         yield held_back
+        yield from self._resident_parts(guests)
         yield from self._conduct(guests)
         skipped = CounterMetricFamily(
             "hintfleet_guest_skipped_bytes_total",
@@ -108,6 +121,32 @@ class LedgerCollector(Collector):
             for reason, size_bytes in guest.memory.last_ledger.skipped_total_bytes.items():
                 skipped.add_metric((*labels, reason), size_bytes)
         yield skipped
+
+    def _resident_parts(self, guests: Sequence[tuple[tuple[str, ...], Guest]]) -> Iterator[Metric]:
+        parts = GaugeMetricFamily(
+            "hintfleet_guest_resident_part_bytes",
+            "What hintfleet_guest_resident_bytes consisted of when the guest last said so",
+            labels=(*_LABELS, "part"),
+        )
+        age = GaugeMetricFamily(
+            "hintfleet_guest_resident_part_age_seconds",
+            "How long ago that was",
+            labels=_LABELS,
+        )
+        process = GaugeMetricFamily(
+            "hintfleet_guest_process_rss_bytes",
+            "Memory of the guest's process that is not the guest's RAM",
+            labels=_LABELS,
+        )
+        for labels, guest in guests:
+            found = parts_of(guest)
+            if found is not None:
+                for part, field in _PARTS.items():
+                    parts.add_metric((*labels, part), getattr(found, field))
+                age.add_metric(labels, found.age_ms / 1000)
+            if (process_bytes := process_rss_bytes(guest)) is not None:
+                process.add_metric(labels, process_bytes)
+        yield from (parts, age, process)
 
     def _labels(self, guest: Guest) -> tuple[str, ...]:
         return guest.name, guest.trial_id, self._host, guest.domain, guest.uuid

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
+from host_agent.api.resident_parts import aged
 from host_agent.budget.budget import Budget
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest
@@ -33,7 +34,21 @@ async def guest_message(guest: Guest) -> host_pb2.Guest:
         epoch_began_unix_us=int(guest.sessions.epoch_began_s * 1e6),
         not_hinting_because=guest.why_not_hinting,
         earlier=guest.earlier,
+        resident_parts=parts_of(guest),
+        process_rss_bytes=process_rss_bytes(guest),
     )
+
+
+def process_rss_bytes(guest: Guest) -> int | None:
+    """Return the memory of a guest's process that is not the guest's RAM; None if that is not
+    known."""
+    return guest.process_memory.rss_bytes(guest.running.pid) if guest.running else None
+
+
+def parts_of(guest: Guest) -> host_pb2.ResidentParts | None:
+    """Return what the resident memory of a guest consists of; None if that is not known."""
+    sessions = guest.sessions
+    return aged(sessions.resident_parts, time.monotonic() - sessions.telemetry_at_s)
 
 
 def sample_set(guests: Iterable[Guest], budget: Budget, observing: CpuMeter) -> host_pb2.SampleSet:
@@ -66,6 +81,8 @@ def _sample(guest: Guest) -> host_pb2.Sample:
         held_back_bytes=told.held_back_bytes,
         refusals=guest.sessions.refusals,
         process_cpu_us=_cpu_us(guest.running.pid) if guest.running else 0,
+        resident_parts=parts_of(guest),
+        process_rss_bytes=process_rss_bytes(guest),
     )
 
 

@@ -64,6 +64,10 @@ class GuestSessions:
         """
         self.conduct = Conduct()
         self.telemetry = hinting_pb2.Telemetry()
+        self.telemetry_at_s = 0.0
+        """When it arrived, by the monotonic clock."""
+        self.resident_parts: host_pb2.ResidentParts | None = None
+        """What was resident then; None if the telemetry does not tell."""
         self.refusals: Counter[str] = Counter()
         """How often policy `pressure` allowed the guest nothing, by reason."""
         self.workload_is_there = asyncio.Event()

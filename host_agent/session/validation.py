@@ -19,6 +19,14 @@ _MAX_FIGURE = 1 << 53
 
 _MAX_TEXT_LENGTH = 1000
 
+_MEMORY_USES = (
+    "used_bytes",
+    "file_cache_bytes",
+    "free_chunks_bytes",
+    "free_pieces_bytes",
+    "isolated_bytes",
+)
+
 
 def check_hello(hello: pb.Hello) -> None:
     """Check the page size, chunk order and boot id in the first message of a hinting session.
@@ -36,13 +44,20 @@ def check_hello(hello: pb.Hello) -> None:
 def check_telemetry(told: pb.Telemetry, memory_bytes: int) -> None:
     """Check what a guest's agent reports about itself.
 
+    `told.memory` may be about more than `memory_bytes`: somebody else may have plugged memory that
+    this host agent does not know of.
+
     :raises InvalidInput: more memory is free than `memory_bytes`, more is held back than is free,
-        or another figure is too large.
+        more is used for something than there is, or another figure is too large.
     """
     _check_at_most("free_bytes", told.free_bytes, memory_bytes)
     _check_at_most("held_back_bytes", told.held_back_bytes, told.free_bytes)
     for name in ("agent_cpu_us", "agent_rss_bytes", "tracker_bytes"):
         _check_at_most(name, getattr(told, name), _MAX_FIGURE)
+    use = told.memory
+    _check_at_most("total_bytes", use.total_bytes, _MAX_FIGURE)
+    for name in _MEMORY_USES:
+        _check_at_most(name, getattr(use, name), use.total_bytes)
 
 
 def check_done(done: pb.Done, memory_bytes: int) -> None:

@@ -201,24 +201,28 @@ def detach(domain: str, address: str, via: str | None, tls_folder: str) -> int:
     epilog="""\b
 Examples:
   hintfleet guests
+  hintfleet guests --memory    what the resident memory of each consists of
   hintfleet guests -o json
 """,
 )
 @_host_option
+@click.option(
+    "--memory", is_flag=True, help="Show what is resident of each guest, and why (docs/memory.md)."
+)
 @tls_option
 @output_option
-def guests(address: str, tls_folder: str, output_format: str) -> int:
+def guests(address: str, memory: bool, tls_folder: str, output_format: str) -> int:
     """Show the guests of a host agent, those that it made and those that it attached: how much
     memory each has, uses, has given back, used again and has free, and since when it hints, or why
-    it does not."""
+    it does not. JSON and YAML have both tables."""
     from orchestrator.commands.output import emit
     from orchestrator.trial.host_client import HostClient
-    from orchestrator.view.domain_tables import guest_as_data, guest_table
+    from orchestrator.view.domain_tables import guest_as_data, guest_table, memory_table
 
     found = _ask(address, tls_folder, HostClient.list_guests)
     emit(
         [guest_as_data(guest) for guest in found],
         output_format,
-        lambda: guest_table(found),
+        lambda: memory_table(found) if memory else guest_table(found),
     )
     return 0

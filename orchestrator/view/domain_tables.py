@@ -74,6 +74,8 @@ def guest_as_data(guest: host_pb2.Guest) -> dict[str, object]:
         "refaulted_total_bytes": books.refaulted_total_bytes,
         "guest_free_bytes": guest.guest_free_bytes,
         "held_back_bytes": guest.held_back_bytes,
+        "resident_parts": _parts_as_data(guest),
+        "process_rss_bytes": _process_rss_bytes(guest),
         "earlier_reclaimed_total_bytes": guest.earlier.reclaimed_total_bytes,
         "earlier_refaulted_total_bytes": guest.earlier.refaulted_total_bytes,
     }
@@ -104,6 +106,63 @@ def guest_table(guests: Sequence[host_pb2.Guest]) -> RenderableType:
             *map(format_size, sizes),
         )
     return shown
+
+
+def _parts_as_data(guest: host_pb2.Guest) -> dict[str, int] | None:
+    if not _is_told(guest):
+        return None
+    parts = guest.resident_parts
+    return {field.name: getattr(parts, field.name) for field in parts.DESCRIPTOR.fields}
+
+
+def _process_rss_bytes(guest: host_pb2.Guest) -> int | None:
+    return guest.process_rss_bytes if guest.HasField("process_rss_bytes") else None
+
+
+def memory_table(guests: Sequence[host_pb2.Guest]) -> RenderableType:
+    """Return a table of what the resident memory of each guest consists of, or a sentence if there
+    is no guest."""
+    if not guests:
+        return Text("this host agent has no guests")
+    parts = ("used", "file cache", "held back", "pieces", "in flight", "waiting", "unexplained")
+    shown = table(("guest",), ("resident", *parts, "process"))
+    for guest in guests:
+        process_bytes = _process_rss_bytes(guest)
+        told = f"told {_seconds(guest.resident_parts.age_ms)} ago" if _is_told(guest) else ""
+        shown.add_row(
+            Text(f"{printable(guest.name)}\n{told}"),
+            *(
+                _sizes(guest.resident_parts)
+                if _is_told(guest)
+                else [format_size(guest.ledger.resident_bytes), *[NO_FIGURE] * len(parts)]
+            ),
+            NO_FIGURE if process_bytes is None else format_size(process_bytes),
+        )
+    return shown
+
+
+def _is_told(guest: host_pb2.Guest) -> bool:
+    return guest.HasField("resident_parts")
+
+
+def _sizes(parts: host_pb2.ResidentParts) -> list[str]:
+    held_back = format_size(parts.held_back_bytes)
+    if parts.held_back_bytes:
+        held_back += f"\n{_seconds(parts.held_back_for_ms)} more"
+    return [
+        format_size(parts.resident_bytes),
+        format_size(parts.used_bytes),
+        format_size(parts.file_cache_bytes),
+        held_back,
+        format_size(parts.free_pieces_bytes),
+        format_size(parts.in_flight_bytes),
+        format_size(parts.waiting_bytes),
+        format_size(parts.unexplained_bytes),
+    ]
+
+
+def _seconds(milliseconds: int) -> str:
+    return f"{milliseconds / 1000:.0f} s"
 
 
 def _method(spec: host_pb2.GuestSpec) -> str:

@@ -17,6 +17,7 @@ from guest_agent.agent import _connect
 from guest_agent.isolation.hugetlb import HugetlbIsolator
 from guest_agent.isolation.hugetlb_pool import HugetlbPool
 from guest_agent.memory.kernel import FreeLists
+from guest_agent.memory.memory_use import KernelMemoryUse
 from guest_agent.procfs import mem_free_bytes, mem_total_bytes
 from guest_agent.session import HelloFacts, HintingSession
 from hintfleet.agent_config import AgentConfig
@@ -43,7 +44,8 @@ async def _run(server: str) -> None:
         tracker="bitmap",
         most_memory_bytes=mem_total_bytes(),
     )
-    await HintingSession(channel, isolator, facts, _read_and_forget).run()
+    memory_use = KernelMemoryUse(_CHUNK_ORDER)
+    await HintingSession(channel, isolator, facts, _read_and_forget, memory_use).run()
 
 
 def _read_and_forget() -> int:

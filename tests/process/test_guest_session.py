@@ -104,7 +104,11 @@ async def in_session(host: ScriptedHost, *, polled: bool = False) -> AsyncIterat
         isolator = CountingIsolator(allocator, threshold_chunks=1)
         isolator.must_be_polled = polled
         session = HintingSession(
-            channel, isolator, facts, lambda: allocator.free_page_count * PAGE_BYTES
+            channel,
+            isolator,
+            facts,
+            lambda: allocator.free_page_count * PAGE_BYTES,
+            allocator.memory_use,
         )
         for pfn in [allocator.allocate(9) for _ in range(CHUNK_COUNT // 2)]:
             allocator.free(pfn, 9)

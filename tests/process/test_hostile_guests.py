@@ -111,21 +111,31 @@ def test_an_impossible_hello_is_refused(
 
 @pytest.mark.parametrize(
     "telemetry",
-    [{"free_bytes": 128 * MIB + 1}, {"agent_cpu_us": 1 << 60}, {"tracker_bytes": (1 << 64) - 1}],
+    [
+        pb.Telemetry(free_bytes=128 * MIB + 1),
+        pb.Telemetry(agent_cpu_us=1 << 60),
+        pb.Telemetry(tracker_bytes=(1 << 64) - 1),
+        pb.Telemetry(memory=pb.MemoryUse(total_bytes=(1 << 64) - 1)),
+        pb.Telemetry(memory=pb.MemoryUse(used_bytes=1)),
+        pb.Telemetry(memory=pb.MemoryUse(isolated_bytes=(1 << 64) - 1)),
+    ],
+    ids=str,
 )
 def test_impossible_telemetry_is_refused(
     host_agent: InProcessHost,
     speaker: Callable[[], Speaker],
     identity: Identity,
-    telemetry: dict[str, int],
+    telemetry: pb.Telemetry,
 ) -> None:
     one = speaker()
     one.hello(*identity)
     one.next()
-    one.outbox.put(pb.GuestMessage(telemetry=pb.Telemetry(**telemetry)))
+    one.outbox.put(pb.GuestMessage(telemetry=telemetry))
     code, details = one.refusal()
     assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert f"{next(iter(telemetry))} is {next(iter(telemetry.values()))}" in details
+    told = telemetry.memory if telemetry.HasField("memory") else telemetry
+    [(field, value)] = told.ListFields()
+    assert f"{field.name} is {value}" in details
     assert host_agent.registry.get("g").sessions.telemetry == pb.Telemetry()
 
 

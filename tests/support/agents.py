@@ -85,13 +85,14 @@ class HostClient:
         *,
         method: host_pb2.Method.ValueType = host_pb2.HINTING,
         hinting: host_pb2.HintingSettings | None = None,
+        memory_bytes: int = 128 * MIB,
         max_memory_bytes: int = 0,
         uuid: str = "",
     ) -> host_pb2.Guest:
-        """Create an embedded guest of 128 MiB in trial TRIAL; call `watch` first."""
+        """Create an embedded guest in trial TRIAL; call `watch` first."""
         spec = host_pb2.GuestSpec(
             driver=host_pb2.EMBEDDED,
-            memory_bytes=128 * MIB,
+            memory_bytes=memory_bytes,
             max_memory_bytes=max_memory_bytes,
             method=method,
             hinting=hinting,

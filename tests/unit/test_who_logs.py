@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 SILENT = {
     "pure: takes values and returns values, and its caller logs what follows": (
+        "host_agent/api/resident_parts.py",
         "host_agent/api/steps.py",
         "host_agent/door/protocol.py",
         "host_agent/guests/attached/obstacles.py",
@@ -81,6 +82,7 @@ SILENT = {
         "host_agent/auditor.py",
         "host_agent/audits.py",
         "host_agent/cpu_meter.py",
+        "host_agent/guests/process_memory.py",
         "host_agent/pressure/loop.py",
     ),
     "answers on stdout": ("host_agent/doctor.py", "host_agent/leaks.py"),

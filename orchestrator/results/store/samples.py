@@ -140,10 +140,12 @@ def read_series(
 
 
 def _table(batches: Sequence[Samples]) -> Columns:
-    return {
-        name: np.concatenate([batch.columns[name] for batch in batches])
-        for name in batches[0].columns
-    }
+    joined: Columns = {}
+    for name, first in batches[0].columns.items():
+        # np.concatenate forgets the mask of a masked array.
+        concatenate = np.ma.concatenate if np.ma.isMaskedArray(first) else np.concatenate
+        joined[name] = concatenate([batch.columns[name] for batch in batches])
+    return joined
 
 
 @contextmanager

@@ -512,6 +512,8 @@ class Telemetry(_message.Message):
     TRACKER_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
     HELD_BACK_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_BACK_FOR_MS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
     agent_cpu_us: _builtins.int
     agent_rss_bytes: _builtins.int
     tracker_bytes: _builtins.int
@@ -520,6 +522,14 @@ class Telemetry(_message.Message):
     """Free memory of the guest (of the embedded allocator, or MemFree)."""
     held_back_bytes: _builtins.int
     """The part of it that the guest holds back: it is likely to use that again soon."""
+    held_back_for_ms: _builtins.int
+    """When the last of that is hinted at the latest, if it is not used before: in so many
+    milliseconds. 0: nothing is held back.
+    """
+    @_builtins.property
+    def memory(self) -> Global___MemoryUse:
+        """Not set by older agents, nor in a guest whose kernel does not show it."""
+
     def __init__(
         self,
         *,
@@ -528,14 +538,62 @@ class Telemetry(_message.Message):
         tracker_bytes: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
         held_back_bytes: _builtins.int = ...,
+        held_back_for_ms: _builtins.int = ...,
+        memory: Global___MemoryUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "free_bytes", b"free_bytes", "held_back_bytes", b"held_back_bytes", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "free_bytes", b"free_bytes", "held_back_bytes", b"held_back_bytes", "held_back_for_ms", b"held_back_for_ms", "memory", b"memory", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Telemetry: _TypeAlias = Telemetry  # noqa: Y015
+
+@_typing.final
+class MemoryUse(_message.Message):
+    """What a guest's memory is used for, as the guest sees it: every page of total_bytes is in one of
+    the figures below. Only the host knows what of it is resident.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    FILE_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_CHUNKS_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_PIECES_BYTES_FIELD_NUMBER: _builtins.int
+    ISOLATED_BYTES_FIELD_NUMBER: _builtins.int
+    total_bytes: _builtins.int
+    """All memory that the guest's kernel has. Not what is plugged and not online, nor what is kept
+    for a crash kernel.
+    """
+    used_bytes: _builtins.int
+    """All the rest: processes, and the kernel with what it keeps for itself before MemTotal."""
+    file_cache_bytes: _builtins.int
+    """Pages of files, without tmpfs: what the kernel can drop or write back."""
+    free_chunks_bytes: _builtins.int
+    """Free, in whole chunks."""
+    free_pieces_bytes: _builtins.int
+    """Free, and in no whole chunk, so that it cannot be hinted: fragments, and lists of processors."""
+    isolated_bytes: _builtins.int
+    """Taken out of the guest's allocator by its agent and not given back."""
+    def __init__(
+        self,
+        *,
+        total_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        file_cache_bytes: _builtins.int = ...,
+        free_chunks_bytes: _builtins.int = ...,
+        free_pieces_bytes: _builtins.int = ...,
+        isolated_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_cache_bytes", b"file_cache_bytes", "free_chunks_bytes", b"free_chunks_bytes", "free_pieces_bytes", b"free_pieces_bytes", "isolated_bytes", b"isolated_bytes", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryUse: _TypeAlias = MemoryUse  # noqa: Y015
 
 @_typing.final
 class WorkloadCommand(_message.Message):

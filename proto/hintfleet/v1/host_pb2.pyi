@@ -425,6 +425,8 @@ class Guest(_message.Message):
     NOT_HINTING_BECAUSE_FIELD_NUMBER: _builtins.int
     EARLIER_FIELD_NUMBER: _builtins.int
     HELD_BACK_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_PARTS_FIELD_NUMBER: _builtins.int
+    PROCESS_RSS_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     uuid: _builtins.str
     trial_id: _builtins.str
@@ -441,6 +443,7 @@ class Guest(_message.Message):
     """For people: why no memory of the guest can be hinted now; empty if it can."""
     held_back_bytes: _builtins.int
     """Free memory that the guest holds back from hinting, as its agent last sent it."""
+    process_rss_bytes: _builtins.int
     @_builtins.property
     def spec(self) -> Global___GuestSpec: ...
     @_builtins.property
@@ -450,6 +453,10 @@ class Guest(_message.Message):
         """Attached guests: books of the domain's earlier starts since it was attached, closed and
         summed. Only the totals, batches, wire_bytes and ranges are set.
         """
+
+    @_builtins.property
+    def resident_parts(self) -> Global___ResidentParts:
+        """As in Sample."""
 
     def __init__(
         self,
@@ -467,12 +474,16 @@ class Guest(_message.Message):
         not_hinting_because: _builtins.str = ...,
         earlier: Global___Ledger | None = ...,
         held_back_bytes: _builtins.int = ...,
+        resident_parts: Global___ResidentParts | None = ...,
+        process_rss_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["earlier", b"earlier", "ledger", b"ledger", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes", "earlier", b"earlier", "ledger", b"ledger", "process_rss_bytes", b"process_rss_bytes", "resident_parts", b"resident_parts", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "earlier", b"earlier", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "held_back_bytes", b"held_back_bytes", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes", "domain", b"domain", "earlier", b"earlier", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "held_back_bytes", b"held_back_bytes", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "process_rss_bytes", b"process_rss_bytes", "resident_parts", b"resident_parts", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__process_rss_bytes: _TypeAlias = _typing.Literal["process_rss_bytes"]  # noqa: Y015
+    _WhichOneofArgType__process_rss_bytes: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__process_rss_bytes) -> _WhichOneofReturnType__process_rss_bytes | None: ...
 
 Global___Guest: _TypeAlias = Guest  # noqa: Y015
 
@@ -1116,6 +1127,8 @@ class Sample(_message.Message):
     REFUSALS_FIELD_NUMBER: _builtins.int
     PROCESS_CPU_US_FIELD_NUMBER: _builtins.int
     HELD_BACK_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_PARTS_FIELD_NUMBER: _builtins.int
+    PROCESS_RSS_BYTES_FIELD_NUMBER: _builtins.int
     guest_name: _builtins.str
     agent_cpu_us: _builtins.int
     """CPU time of the guest's agent, from its last telemetry; 0 if there is no agent."""
@@ -1126,6 +1139,10 @@ class Sample(_message.Message):
     """CPU time of the guest's process on its host (embedded process or QEMU)."""
     held_back_bytes: _builtins.int
     """Free memory that the guest holds back from hinting, as its agent last sent it."""
+    process_rss_bytes: _builtins.int
+    """Memory of the guest's process on its host that is not the guest's RAM, and not in
+    resident_bytes: RssAnon + RssFile of proc(5), up to 10 s old. Not set if it is not known.
+    """
     @_builtins.property
     def ledger(self) -> Global___Ledger:
         """resident_bytes is current. Figures from audits (refaulted, untouched; under REPORTING
@@ -1139,6 +1156,12 @@ class Sample(_message.Message):
     def refusals(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Policy pressure: how often the guest got no allowance, by reason."""
 
+    @_builtins.property
+    def resident_parts(self) -> Global___ResidentParts:
+        """What ledger.resident_bytes consists of. Not set while no agent has said what the guest's
+        memory is used for: before its first telemetry, and under all methods except HINTING.
+        """
+
     def __init__(
         self,
         *,
@@ -1151,14 +1174,83 @@ class Sample(_message.Message):
         refusals: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         process_cpu_us: _builtins.int = ...,
         held_back_bytes: _builtins.int = ...,
+        resident_parts: Global___ResidentParts | None = ...,
+        process_rss_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes", "ledger", b"ledger", "process_rss_bytes", b"process_rss_bytes", "resident_parts", b"resident_parts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "guest_free_bytes", b"guest_free_bytes", "guest_name", b"guest_name", "held_back_bytes", b"held_back_bytes", "ledger", b"ledger", "process_cpu_us", b"process_cpu_us", "refusals", b"refusals", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes", "agent_cpu_us", b"agent_cpu_us", "agent_rss_bytes", b"agent_rss_bytes", "guest_free_bytes", b"guest_free_bytes", "guest_name", b"guest_name", "held_back_bytes", b"held_back_bytes", "ledger", b"ledger", "process_cpu_us", b"process_cpu_us", "process_rss_bytes", b"process_rss_bytes", "refusals", b"refusals", "resident_parts", b"resident_parts", "tracker_bytes", b"tracker_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__process_rss_bytes: _TypeAlias = _typing.Literal["process_rss_bytes"]  # noqa: Y015
+    _WhichOneofArgType__process_rss_bytes: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__process_rss_bytes) -> _WhichOneofReturnType__process_rss_bytes | None: ...
+
+Global___Sample: _TypeAlias = Sample  # noqa: Y015
+
+@_typing.final
+class ResidentParts(_message.Message):
+    """What a guest's resident memory consists of: the guest's last telemetry, combined with what was
+    resident when it came. The parts and unexplained_bytes together are resident_bytes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    FILE_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_BACK_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_BACK_FOR_MS_FIELD_NUMBER: _builtins.int
+    FREE_PIECES_BYTES_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    WAITING_BYTES_FIELD_NUMBER: _builtins.int
+    UNEXPLAINED_BYTES_FIELD_NUMBER: _builtins.int
+    AGE_MS_FIELD_NUMBER: _builtins.int
+    resident_bytes: _builtins.int
+    """Resident when the guest's figures came."""
+    used_bytes: _builtins.int
+    """Neither free nor file cache: processes, the guest's kernel."""
+    file_cache_bytes: _builtins.int
+    held_back_bytes: _builtins.int
+    """Free, and held back from hinting (policies adaptive and cold)."""
+    held_back_for_ms: _builtins.int
+    """When the last of that is hinted at the latest, if it is not used before: in so many
+    milliseconds from now.
+    """
+    free_pieces_bytes: _builtins.int
+    """Free, and in no whole chunk: fragments, and lists of processors. It cannot be hinted."""
+    in_flight_bytes: _builtins.int
+    """Isolated, and not given back to the guest yet."""
+    waiting_bytes: _builtins.int
+    """Free whole chunks that are neither: below the threshold, before the report period, the reserve
+    of the guest's kernel, not allowed (policy pressure), or not known to the tracker.
+    """
+    unexplained_bytes: _builtins.int
+    """What the parts leave over. Negative: not only free chunks are absent, but also memory that the
+    guest counts as used or as pieces. Positive: the guest's figures do not add up to its memory.
+    """
+    age_ms: _builtins.int
+    """How long ago the guest's figures came: a second at most while they change, else ten."""
+    def __init__(
+        self,
+        *,
+        resident_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        file_cache_bytes: _builtins.int = ...,
+        held_back_bytes: _builtins.int = ...,
+        held_back_for_ms: _builtins.int = ...,
+        free_pieces_bytes: _builtins.int = ...,
+        in_flight_bytes: _builtins.int = ...,
+        waiting_bytes: _builtins.int = ...,
+        unexplained_bytes: _builtins.int = ...,
+        age_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "file_cache_bytes", b"file_cache_bytes", "free_pieces_bytes", b"free_pieces_bytes", "held_back_bytes", b"held_back_bytes", "held_back_for_ms", b"held_back_for_ms", "in_flight_bytes", b"in_flight_bytes", "resident_bytes", b"resident_bytes", "unexplained_bytes", b"unexplained_bytes", "used_bytes", b"used_bytes", "waiting_bytes", b"waiting_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Sample: _TypeAlias = Sample  # noqa: Y015
+Global___ResidentParts: _TypeAlias = ResidentParts  # noqa: Y015
 
 @_typing.final
 class Ledger(_message.Message):

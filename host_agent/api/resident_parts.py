@@ -1,0 +1,72 @@
+"""What a guest's resident memory consists of. Pure.
+
+The guest knows what its pages are used for, and not which of them are resident. The host knows how
+many are resident, and not what for. Two assumptions put both together:
+
+1. What the guest's kernel does not have is absent: memory that is plugged and not online, what is
+   kept for a crash kernel, holes of the firmware (less than 1 MiB of them is resident).
+2. All other absent memory lies in free whole chunks, in the guest's allocator or isolated: only
+   these are hinted, and what was never used is free, too.
+
+So the resident ones of the free chunks are known, and the parts should leave nothing over. What
+they do leave over (`unexplained_bytes`) is shown, and no part is adjusted for it:
+
+- less than nothing, if more is absent than free chunks can hold. Then assumption 2 is wrong:
+  pieces of chunks that were absent when they were split, or memory that is in use by the guest's
+  figures and was never touched (a balloon, for example).
+- more than nothing, if the guest's figures do not add up to its memory.
+
+While more free chunks are resident than that, the error is not seen: as much less seems to wait.
+
+Both halves must be of the same moment, so they are combined when telemetry comes. A guest that
+allocates in the milliseconds between seems to have that memory waiting.
+"""
+
+from __future__ import annotations
+
+from hintfleet.v1 import hinting_pb2, host_pb2
+
+_MOST_MS = (1 << 32) - 1
+
+
+def resident_parts(
+    ledger: host_pb2.Ledger, told: hinting_pb2.Telemetry
+) -> host_pb2.ResidentParts | None:
+    """Combine a guest's books with the telemetry that has just come.
+
+    Return None if the telemetry does not say what the memory is used for, or if that is about more
+    memory than the host knows of. `age_ms` of the result is 0.
+
+    :param told: checked by `check_telemetry`.
+    """
+    use = told.memory
+    if not told.HasField("memory") or use.total_bytes > ledger.provisioned_bytes:
+        return None
+    absent_bytes = use.total_bytes - ledger.resident_bytes
+    free_bytes = use.free_chunks_bytes + use.isolated_bytes
+    resident_free_bytes = max(0, min(free_bytes, free_bytes - absent_bytes))
+    in_flight_bytes = min(use.isolated_bytes, resident_free_bytes)
+    held_back_bytes = min(told.held_back_bytes, resident_free_bytes - in_flight_bytes)
+    others_bytes = use.used_bytes + use.file_cache_bytes + use.free_pieces_bytes
+    return host_pb2.ResidentParts(
+        resident_bytes=ledger.resident_bytes,
+        used_bytes=use.used_bytes,
+        file_cache_bytes=use.file_cache_bytes,
+        held_back_bytes=held_back_bytes,
+        held_back_for_ms=told.held_back_for_ms if held_back_bytes else 0,
+        free_pieces_bytes=use.free_pieces_bytes,
+        in_flight_bytes=in_flight_bytes,
+        waiting_bytes=resident_free_bytes - in_flight_bytes - held_back_bytes,
+        unexplained_bytes=ledger.resident_bytes - others_bytes - resident_free_bytes,
+    )
+
+
+def aged(parts: host_pb2.ResidentParts | None, age_s: float) -> host_pb2.ResidentParts | None:
+    """Return parts as they are to be shown so long after they were computed."""
+    if parts is None:
+        return None
+    shown = host_pb2.ResidentParts()
+    shown.CopyFrom(parts)
+    shown.age_ms = min(round(age_s * 1000), _MOST_MS)
+    shown.held_back_for_ms = max(0, parts.held_back_for_ms - shown.age_ms)
+    return shown
