@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from tests.support.agents import HANG_S, HostAgent, running_host_agent
+from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
 from tests.support.lab import on_this_machine
 
 
@@ -61,11 +61,21 @@ def test_metrics_are_the_books() -> None:
         host.allocate(96 * MIB)
         host.free(64 * MIB)
         books = host.settle().ledger
+        wait_until(lambda: host.guests()["g"].HasField("resident_parts"), "telemetry")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S) as page:
             lines = page.read().decode().splitlines()
     series = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "{" in line}
     assert series["hintfleet_guest_resident_bytes"] == books.resident_bytes == 32 * MIB
     assert series["hintfleet_guest_reclaimed_bytes_total"] == books.reclaimed_total_bytes
+    prefix = "hintfleet_guest_resident_part_bytes{"
+    parts = {
+        line.split('part="')[1].split('"')[0]: float(line.split()[-1])
+        for line in lines
+        if line.startswith(prefix)
+    }
+    assert {"used", "held_back", "waiting", "unexplained"} < set(parts)
+    assert sum(parts.values()) >= 32 * MIB, "they are of the last telemetry"
+    assert series["hintfleet_guest_process_rss_bytes"] > MIB
     (one,) = (line for line in lines if line.startswith("hintfleet_guest_provisioned_bytes{"))
     for label in ('guest="g"', 'trial="test-trial"', 'host="', 'domain=""', 'uuid="'):
         assert label in one

@@ -4,6 +4,7 @@ Refused."""
 from __future__ import annotations
 
 from guest_agent.memory.kernel import free_chunk_count, parse_buddyinfo, parse_zoneinfo
+from guest_agent.memory.memory_use import memory_use_of
 from guest_agent.procfs import parse_kib
 from hintfleet.errors import Refused
 from hintfleet.ranges import MAX_PFN
@@ -53,8 +54,34 @@ def _meminfo(data: bytes) -> None:
     assert lines[0][2] == b"kB"
 
 
+def _memory_use(data: bytes, text: str) -> None:
+    """The input is all three texts at once, then only one of them."""
+    real = (_SMALL + b"              count: 7\n", _ONE_ZONE, _MEMINFO)
+    for zoneinfo, buddyinfo, meminfo in (
+        (data, text, data),
+        (data, *real[1:]),
+        (real[0], text, real[2]),
+        (*real[:2], data),
+    ):
+        try:
+            use = memory_use_of(
+                zoneinfo=zoneinfo,
+                buddyinfo=buddyinfo,
+                meminfo=meminfo,
+                crash_kernel_bytes=0,
+                chunk_order=9,
+                isolated_pages=0,
+            )
+        except Refused as error:
+            str(error).encode()
+            continue
+        figures = (use.used_bytes, use.file_cache_bytes, use.free_chunks_bytes)
+        assert sum(figures) + use.free_pieces_bytes == use.total_bytes
+
+
 def try_input(data: bytes) -> None:
     text = data.decode(errors="replace")
+    _memory_use(data, text)
     _meminfo(data)
     _zoneinfo(text)
     _buddyinfo(text)
@@ -73,10 +100,14 @@ Node 0, zone  Movable
         present  0
 """
 
+_ONE_ZONE = "Node 0, zone DMA 1 0 0 0 0 0 0 0 0 1 1\n"
+_MEMINFO = b"Buffers:  10 kB\nCached:   900 kB\nShmem:   20 kB\n"
+
 TARGET = Target.of(
     try_input,
     seeds=(
         _SMALL,
+        _SMALL + _ONE_ZONE.encode() + _MEMINFO,
         b"MemTotal:       24576000 kB\nMemFree:        20000000 kB\nMemAvailable: 0 kB\n",
         (DATA / "zoneinfo-24GiB.txt").read_bytes(),
         (DATA / "buddyinfo-24GiB.txt").read_bytes(),
@@ -84,6 +115,7 @@ TARGET = Target.of(
     words=(
         *("Node 0, zone ", "Normal", "        low      ", "        spanned  ", "\u0661", "9" * 30),
         *("        present  ", "  start_pfn: ", "\n", "1099511627776", "MemFree: ", " kB"),
+        *("Cached: ", "Shmem: ", "              count: "),
     ),
     max_bytes=2048,
     quick_runs=15_000,

@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from guest_agent.memory.buddy import BuddyAllocator, Zone, ZoneSpec
 from hintfleet.ranges import RangeSet
 from hintfleet.settings import MAX_ORDER
+from hintfleet.units import PAGE_BYTES
 from tests.support.agents import HANG_S
 
 CHUNK_ORDER = 9
@@ -113,6 +114,18 @@ class BuddyMachine(RuleBasedStateMachine):
         assert free.page_count == self.allocator.free_page_count
         assert not free & self.held
         assert free | self.held == ALL
+
+    @invariant()
+    def each_page_has_one_use(self) -> None:
+        free = free_ranges(self.allocator)
+        isolated_pages = self.allocator.isolated_page_count
+        use = self.allocator.memory_use(isolated_pages)
+        assert use.total_bytes == ALL.page_count * PAGE_BYTES
+        assert use.used_bytes == (self.held.page_count - isolated_pages) * PAGE_BYTES
+        assert use.isolated_bytes == isolated_pages * PAGE_BYTES
+        whole = [c for c in range(0, 70 * CHUNK, CHUNK) if not RangeSet([(c, CHUNK)]) - free]
+        assert use.free_chunks_bytes == len(whole) * CHUNK * PAGE_BYTES
+        assert use.free_pieces_bytes == (free.page_count - len(whole) * CHUNK) * PAGE_BYTES
 
 
 TestBuddy = BuddyMachine.TestCase

@@ -194,6 +194,21 @@ def test_eager_holds_nothing_and_cold_holds_all_for_its_time() -> None:
     assert rule.held_back_pages(8) == 0
 
 
+def test_it_is_known_when_the_last_hold_ends() -> None:
+    rule = HoldingBack(TOTAL_CHUNKS * CHUNK, CHUNK)
+    rule.set_policy(5, learns=False)
+    assert rule.held_back_for_s(0) == 0
+    rule.observe(1, 40 * CHUNK)
+    rule.observe(2, 30 * CHUNK)
+    rule.observe(4, 10 * CHUNK)
+    assert rule.held_back_for_s(4) == 5
+    assert rule.held_back_for_s(7.5) == 1.5, "the older hold has ended"
+    rule.set_policy(4, learns=False)
+    assert rule.held_back_for_s(7.5) == 0.5, "a shorter break-even time counts at once"
+    assert rule.held_back_for_s(8) == 0
+    assert rule.held_back_pages(8) == 0
+
+
 def test_a_shorter_break_even_time_lets_go_at_once() -> None:
     guest = Guest()
     for _ in range(50):
