@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from hintfleet.errors import GuestLost, HintfleetError, InvalidInput, Refused
 from hintfleet.logs import fields
 from hintfleet.ranges import RangeSet
+from hintfleet.settings import MOST_PAUSE_MS
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.audits import Audits
 from host_agent.cpu_meter import CpuMeter
@@ -183,7 +185,7 @@ class Guest:
                 "its method did not begin to work" if peer_is_late else "its agent did not attach"
             )
             raise GuestLost(f"guest {self.name}: {what} within {timeout_s:.0f} s") from None
-        self._check_alive()
+        self.check_alive()
 
     async def close(self) -> host_pb2.Ledger:
         """End the guest, free all that it held, and return its closed books. An attached domain
@@ -235,7 +237,8 @@ class Guest:
         if conduct.count_violation(error, time.monotonic()):
             self.lost(f"dropped: it {conduct}")
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """:raises GuestLost: the guest is gone."""
         if self._lost is not None:
             raise GuestLost(f"guest {self.name}: {self._lost}")
 
@@ -293,7 +296,8 @@ class Guest:
         if not self._hints:
             return f"its method is {host_pb2.Method.Name(self.spec.method).lower()}"
         if sessions.is_welcome:
-            return sessions.refusal
+            paused_s = math.ceil(sessions.policy.pause_left_s)
+            return f"paused for another {paused_s} s" if paused_s else sessions.refusal
         if sessions.conduct.is_banned(time.monotonic()):
             return f"it is banned: it {sessions.conduct}"
         return sessions.why_closed
@@ -337,13 +341,29 @@ class Guest:
         since_s = time.monotonic()
         while time.monotonic() - since_s < _QUIET_S:
             await asyncio.sleep(_QUIET_POLL_S)
-            self._check_alive()
+            self.check_alive()
             resident_bytes = self.memory.books_now().resident_bytes
             if resident_bytes < lowest_bytes - _NOISE_BYTES:
                 lowest_bytes, since_s = resident_bytes, time.monotonic()
 
     def _fields(self, **more: object) -> dict[str, dict[str, object]]:
         return fields(guest=self.name, trial=self.trial_id, **more)
+
+
+def pause_hinting(guest: Guest, for_s: float) -> float:
+    """Have a guest hint nothing for a time (`ToldPolicy.pause`); 0 ends the pause.
+
+    :returns: how long an earlier pause would still have lasted, in seconds; 0 if there was none.
+    :raises InvalidInput: a pause may not be so long.
+    :raises Refused: the guest's method is not hinting.
+    :raises GuestLost: the guest is gone.
+    """
+    if for_s * 1000 > MOST_PAUSE_MS:
+        raise InvalidInput(f"{for_s:.0f} s is too long a pause", hint="at most an hour")
+    if guest.spec.method != host_pb2.HINTING:
+        raise Refused(f"guest {guest.name} has no hinting to pause: {guest.why_not_hinting}")
+    guest.check_alive()
+    return guest.sessions.policy.pause(for_s)
 
 
 def checked_uuid(asked: str, guests: Iterable[Guest]) -> str:

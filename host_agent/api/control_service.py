@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from host_agent.api.grpc_calls import Context, abort
 from host_agent.api.sampling import SampleFilter, guest_message, sample_set
 from host_agent.api.steps import command_of, number_of, response_of
 from host_agent.budget.budget import Budget
-from host_agent.guest import Guest
+from host_agent.guest import Guest, pause_hinting
 from host_agent.guests.attached.driver import AttachedDriver
 from host_agent.registry import Registry
 from host_agent.resizing import resize
@@ -194,6 +195,18 @@ class ControlService(HostServiceServicer):
                 context,
                 OutcomeUnknown(f"guest {request.guest_name} did not settle within {timeout_s:g} s"),
             )
+        except HintfleetError as error:
+            await abort(context, error)
+        finally:
+            self._answered += 1
+
+    async def PauseHinting(
+        self, request: host_pb2.PauseHintingRequest, context: Context
+    ) -> host_pb2.PauseHintingResponse:
+        """Have one guest hint nothing for a time; 0 ends the pause."""
+        try:
+            left_s = pause_hinting(self._registry.get(request.name), request.for_ms / 1000)
+            return host_pb2.PauseHintingResponse(left_ms=math.ceil(left_s * 1000))
         except HintfleetError as error:
             await abort(context, error)
         finally:

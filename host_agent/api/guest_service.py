@@ -59,7 +59,9 @@ class GuestService(HintingServiceServicer):
             guest = await self._authenticated(hello.identity, context)
             with _counting_violations(guest), _stream(guest, context) as stream:
                 check_hello(hello)
-                session = guest.sessions.connect_hinting(stream, self._registry.epochs)
+                session = guest.sessions.connect_hinting(
+                    stream, self._registry.epochs, hello.boot_id
+                )
                 try:
                     welcome = await stream.next()
                     # Save the epoch before the Welcome is sent: the next host agent must choose a

@@ -111,6 +111,14 @@ class LedgerCollector(Collector):
             held_back.add_metric(labels, guest.sessions.telemetry.held_back_bytes)
         yield held_back
         yield from self._resident_parts(guests)
+        paused = GaugeMetricFamily(
+            "hintfleet_guest_hinting_paused_seconds",
+            "How long the pause of the guest's hinting will last; 0 without one",
+            labels=_LABELS,
+        )
+        for labels, guest in guests:
+            paused.add_metric(labels, guest.sessions.policy.pause_left_s)
+        yield paused
         yield from self._conduct(guests)
         skipped = CounterMetricFamily(
             "hintfleet_guest_skipped_bytes_total",

@@ -36,6 +36,7 @@ async def guest_message(guest: Guest) -> host_pb2.Guest:
         earlier=guest.earlier,
         resident_parts=parts_of(guest),
         process_rss_bytes=process_rss_bytes(guest),
+        boot_id=guest.sessions.boot_id if guest.sessions.is_welcome else "",
     )
 
 

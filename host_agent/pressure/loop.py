@@ -60,7 +60,7 @@ class Pressure:
         usual = replace(host, threshold=DEFAULT_PRESSURE_PERCENT / 100)
         self._patience = patience(usual, self._patience)
         for guest in adaptive:
-            guest.sessions.tell_policy(patience=self._patience)
+            guest.sessions.policy.update(patience=self._patience)
         if allowed:
             views = [_view(guest, books[guest.name]) for guest in allowed]
             suggestions, self._holds = suggest(host, views, self._holds)
@@ -93,4 +93,4 @@ def _carry_out(guest: Guest, suggestion: Suggestion) -> None:
     guest.sessions.refusal = suggestion.reason.value if suggestion.reason else ""
     if suggestion.reason is not None:
         guest.sessions.refusals[suggestion.reason.value] += 1
-    guest.sessions.tell_policy(allowance_bytes=suggestion.allowance_bytes)
+    guest.sessions.policy.update(allowance_bytes=suggestion.allowance_bytes)

@@ -24,10 +24,11 @@ from host_agent.memory.page_map import NO_PAGES
 from host_agent.memory.reclaim import Outcome
 from host_agent.session import gate
 from host_agent.session.gate import Epochs, Gate, State
-from host_agent.session.messages import ack_of, policy_of, welcome_of
+from host_agent.session.messages import ack_of, welcome_of
 from host_agent.session.rate_limits import Conduct
 from host_agent.session.requests import Requests
 from host_agent.session.stream import Stream
+from host_agent.session.told_policy import ToldPolicy
 from host_agent.session.validation import printable
 from host_agent.tasks import LastingTasks
 
@@ -74,7 +75,9 @@ class GuestSessions:
         """Set while a workload is attached. Also set when the guest is lost, so that nobody waits
         any longer."""
         self._name = guest_name
-        self._settings = settings
+        self.policy = ToldPolicy(guest_name, settings, self._send_policy)
+        self.boot_id = ""
+        """Of the boot of the guest whose agent sent the last Hello; empty before the first."""
         self.chunk_order = settings.chunk_order or DEFAULT_CHUNK_ORDER
         """The order of the chunks that the guest hints."""
         self._memory = memory
@@ -92,7 +95,6 @@ class GuestSessions:
         the guest has another policy."""
         self.why_closed = "its agent has not connected"
         """Why no session is welcomed. While one is, this text is out of date, and is not used."""
-        self._policy = policy_of(settings)
         self._skips = LogRateLimit()
 
     @property
@@ -113,6 +115,7 @@ class GuestSessions:
     def end_all(self, error: GuestLost) -> None:
         """End all streams of a guest that is gone; all requests to it fail with `error`."""
         self._lost = error
+        self.policy.close()
         self._carry_out(self._gate.gone(error))
         if self._workload is not None:
             self._workload.end(error)
@@ -134,14 +137,14 @@ class GuestSessions:
 
     # Hinting sessions
 
-    def connect_hinting(self, stream: Stream, epochs: Epochs) -> int:
+    def connect_hinting(self, stream: Stream, epochs: Epochs, boot_id: str = "") -> int:
         """Add a stream that sent Hello; return its session number, for `batch_arrived` and
         `leave_hinting`. An earlier session is ended. The stream's first message is the Welcome,
         which is sent when the gate allows it."""
         session = epochs.next()
         if self._by_session:
             _log.info("session superseded", extra=self._fields(epoch=max(self._by_session)))
-        self._by_session[session] = stream
+        self._by_session[session], self.boot_id = stream, boot_id
         # Refaults that were sent on an earlier stream may not have arrived before its end.
         self._memory.tell_all_again()
         self._carry_out(self._gate.connected(session))
@@ -175,8 +178,8 @@ class GuestSessions:
         for instruction in instructions:
             match instruction:
                 case gate.Welcome(session):
-                    self._policy.allowance_pages = 0  # what was allowed was for the session before
-                    self._by_session[session].send(welcome_of(session, self._policy))
+                    welcome = welcome_of(session, self.policy.of_new_session())
+                    self._by_session[session].send(welcome)
                     _log.info("session welcomed", extra=self._fields(epoch=session))
                     self.epoch_began_s = time.time()
                     self._opened()
@@ -241,24 +244,16 @@ class GuestSessions:
         """Whether `tell_refaults` would send a message."""
         return bool(self._memory.refaults_to_tell) and self._hinting is not None
 
-    def tell_policy(self, *, allowance_bytes: int = 0, patience: float = 1.0) -> None:
-        """Tell the guest its policy as it is now, if it has a session, and if that has changed or
-        allows it something more (policy pressure). A later session begins with it, too."""
-        policy = policy_of(self._settings, allowance_bytes=allowance_bytes, patience=patience)
-        # Nothing allowed is the normal case: it is not sent again in each period.
-        if policy.allowance_pages or policy != self._policy:
-            self._policy = policy
-            if self._hinting is not None:
-                self._hinting.send(hinting_pb2.HostMessage(policy=policy))
+    def _send_policy(self, policy: hinting_pb2.Policy) -> None:
+        if self._hinting is not None:
+            self._hinting.send(hinting_pb2.HostMessage(policy=policy))
 
     async def rest(self) -> None:
         """Tell the guest to hint no more, if it has a session. Wait until no batch is waiting or
         running and none has arrived since for 0.3 s, but two seconds at most."""
         deadline_s = time.monotonic() + _REST_S
         if self._hinting is not None:
-            policy = policy_of(self._settings)
-            policy.kind = hinting_pb2.Policy.PRESSURE  # with an allowance of 0, the default
-            self._hinting.send(hinting_pb2.HostMessage(policy=policy))
+            self.policy.rest()
             await asyncio.sleep(_QUIET_S)
         while self._gate.idle_s(time.monotonic()) < _QUIET_S and time.monotonic() < deadline_s:
             await asyncio.sleep(_POLL_S)

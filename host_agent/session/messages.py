@@ -43,6 +43,12 @@ def policy_of(
     )
 
 
+def nothing_allowed(policy: pb.Policy) -> pb.Policy:
+    """Return a policy under which a guest hints nothing, at the periods of `policy`."""
+    # Not a message of its own: agents of every version obey an allowance of 0.
+    return pb.Policy(kind=pb.Policy.PRESSURE, report_period_ms=policy.report_period_ms)
+
+
 def welcome_of(epoch: int, policy: pb.Policy) -> pb.HostMessage:
     """Return the Welcome, the host's first message in a session."""
     return pb.HostMessage(welcome=pb.Welcome(epoch=epoch, policy=policy, limits=LIMITS))

@@ -104,6 +104,8 @@ DEFAULT_STEP_PERCENT = 5
 
 SHORTEST_SAMPLE_PERIOD_MS = 10
 
+MOST_PAUSE_MS = 3_600_000
+"""The longest pause of a guest's hinting."""
 MOST_LOOP_MS = 3_600_000
 """The longest time that a loop of a workload may take."""
 MOST_PROGRAM_MS = 86_400_000

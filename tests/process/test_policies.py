@@ -100,3 +100,18 @@ def test_under_pressure_as_much_comes_back_as_is_wanted() -> None:
         wait_until(lambda: resident_bytes(host) <= threshold, "the excess to come back")
         time.sleep(1)
         assert resident_bytes(host) > threshold - 4 * MIB, "and not much more"
+
+
+def test_a_paused_guest_hints_nothing_until_the_pause_ends(host_agent: HostAgent) -> None:
+    host_agent.watch()
+    host_agent.create(hinting=with_policy("eager"))
+    host_agent.allocate(HELD)
+    host_agent.pause_hinting(600)
+    host_agent.free(FREED)
+    assert host_agent.settle().hinted_bytes == 0, "not even when it is asked to"
+    assert resident_bytes(host_agent) == HELD
+    paused = host_agent.guests()["g"]
+    assert paused.not_hinting_because.startswith("paused for another ")
+    assert 0 < host_agent.pause_hinting(0.2) <= 600
+    wait_until(lambda: resident_bytes(host_agent) == HELD - FREED, "hinting to go on by itself")
+    assert host_agent.guests()["g"].epoch == paused.epoch, "in the same session"

@@ -131,6 +131,11 @@ class HostClient:
     def settle(self, name: str = "g") -> host_pb2.SettleResponse:
         return self.stub.Settle(host_pb2.SettleRequest(guest_name=name), timeout=HANG_S)
 
+    def pause_hinting(self, for_s: float, name: str = "g") -> float:
+        """Pause a guest's hinting; return how long an earlier pause would still have lasted."""
+        request = host_pb2.PauseHintingRequest(name=name, for_ms=round(for_s * 1000))
+        return self.stub.PauseHinting(request, timeout=HANG_S).left_ms / 1000
+
     def guests(self) -> dict[str, host_pb2.Guest]:
         listed = self.stub.ListGuests(host_pb2.ListGuestsRequest(), timeout=HANG_S)
         return {guest.name: guest for guest in listed.guests}

@@ -427,6 +427,7 @@ class Guest(_message.Message):
     HELD_BACK_BYTES_FIELD_NUMBER: _builtins.int
     RESIDENT_PARTS_FIELD_NUMBER: _builtins.int
     PROCESS_RSS_BYTES_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     uuid: _builtins.str
     trial_id: _builtins.str
@@ -444,6 +445,8 @@ class Guest(_message.Message):
     held_back_bytes: _builtins.int
     """Free memory that the guest holds back from hinting, as its agent last sent it."""
     process_rss_bytes: _builtins.int
+    boot_id: _builtins.str
+    """Hello.boot_id of the session that is open; empty if none is."""
     @_builtins.property
     def spec(self) -> Global___GuestSpec: ...
     @_builtins.property
@@ -476,10 +479,11 @@ class Guest(_message.Message):
         held_back_bytes: _builtins.int = ...,
         resident_parts: Global___ResidentParts | None = ...,
         process_rss_bytes: _builtins.int | None = ...,
+        boot_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes", "earlier", b"earlier", "ledger", b"ledger", "process_rss_bytes", b"process_rss_bytes", "resident_parts", b"resident_parts", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes", "domain", b"domain", "earlier", b"earlier", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "held_back_bytes", b"held_back_bytes", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "process_rss_bytes", b"process_rss_bytes", "resident_parts", b"resident_parts", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes", "boot_id", b"boot_id", "domain", b"domain", "earlier", b"earlier", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "held_back_bytes", b"held_back_bytes", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "process_rss_bytes", b"process_rss_bytes", "resident_parts", b"resident_parts", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__process_rss_bytes: _TypeAlias = _typing.Literal["process_rss_bytes"]  # noqa: Y015
     _WhichOneofArgType__process_rss_bytes: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes"]  # noqa: Y015
@@ -978,6 +982,49 @@ class SettleResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SettleResponse: _TypeAlias = SettleResponse  # noqa: Y015
+
+@_typing.final
+class PauseHintingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FOR_MS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    for_ms: _builtins.int
+    """At most an hour."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        for_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["for_ms", b"for_ms", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseHintingRequest: _TypeAlias = PauseHintingRequest  # noqa: Y015
+
+@_typing.final
+class PauseHintingResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEFT_MS_FIELD_NUMBER: _builtins.int
+    left_ms: _builtins.int
+    """How long an earlier pause would still have lasted; 0 if there was none."""
+    def __init__(
+        self,
+        *,
+        left_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_ms", b"left_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseHintingResponse: _TypeAlias = PauseHintingResponse  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):

@@ -84,6 +84,11 @@ class HostServiceStub:
                 request_serializer=hintfleet_dot_v1_dot_host__pb2.SettleRequest.SerializeToString,
                 response_deserializer=hintfleet_dot_v1_dot_host__pb2.SettleResponse.FromString,
                 _registered_method=True)
+        self.PauseHinting = channel.unary_unary(
+                '/hintfleet.v1.HostService/PauseHinting',
+                request_serializer=hintfleet_dot_v1_dot_host__pb2.PauseHintingRequest.SerializeToString,
+                response_deserializer=hintfleet_dot_v1_dot_host__pb2.PauseHintingResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/hintfleet.v1.HostService/Watch',
                 request_serializer=hintfleet_dot_v1_dot_host__pb2.WatchRequest.SerializeToString,
@@ -189,6 +194,20 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseHinting(self, request, context):
+        """Have a guest under HINTING hint nothing for a time, instead of what is left of an earlier
+        pause; 0 ends the pause, and hinting goes on. What is isolated is acknowledged and released as
+        usual; memory that was reclaimed before comes back only as the guest uses it. A pause ends by
+        itself: whoever wants a longer one asks again, and if nobody does, the guest saves memory
+        again. It outlives the guest's sessions, but not this host agent. Repeating a call does no
+        harm.
+        NOT_FOUND if there is no such guest, INVALID_ARGUMENT beyond an hour, FAILED_PRECONDITION
+        under another method, ABORTED if the guest is lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """Samples of a trial's guests, once per period, until cancelled. Up to three samples in a
         row are left out while no guest's books change, less than 1 MiB moves in each guest, and
@@ -263,6 +282,11 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.Settle,
                     request_deserializer=hintfleet_dot_v1_dot_host__pb2.SettleRequest.FromString,
                     response_serializer=hintfleet_dot_v1_dot_host__pb2.SettleResponse.SerializeToString,
+            ),
+            'PauseHinting': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseHinting,
+                    request_deserializer=hintfleet_dot_v1_dot_host__pb2.PauseHintingRequest.FromString,
+                    response_serializer=hintfleet_dot_v1_dot_host__pb2.PauseHintingResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -545,6 +569,33 @@ class HostService:
             '/hintfleet.v1.HostService/Settle',
             hintfleet_dot_v1_dot_host__pb2.SettleRequest.SerializeToString,
             hintfleet_dot_v1_dot_host__pb2.SettleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseHinting(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hintfleet.v1.HostService/PauseHinting',
+            hintfleet_dot_v1_dot_host__pb2.PauseHintingRequest.SerializeToString,
+            hintfleet_dot_v1_dot_host__pb2.PauseHintingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -79,6 +79,16 @@ class HostServiceStub:
     methods REPORTING and BALLOON cannot be asked: there, return when nothing has left
     the RAM file for some seconds.
     """
+    PauseHinting: _grpc.UnaryUnaryMultiCallable[_host_pb2.PauseHintingRequest, _host_pb2.PauseHintingResponse]
+    """Have a guest under HINTING hint nothing for a time, instead of what is left of an earlier
+    pause; 0 ends the pause, and hinting goes on. What is isolated is acknowledged and released as
+    usual; memory that was reclaimed before comes back only as the guest uses it. A pause ends by
+    itself: whoever wants a longer one asks again, and if nobody does, the guest saves memory
+    again. It outlives the guest's sessions, but not this host agent. Repeating a call does no
+    harm.
+    NOT_FOUND if there is no such guest, INVALID_ARGUMENT beyond an hour, FAILED_PRECONDITION
+    under another method, ABORTED if the guest is lost.
+    """
     Watch: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]
     """Samples of a trial's guests, once per period, until cancelled. Up to three samples in a
     row are left out while no guest's books change, less than 1 MiB moves in each guest, and
@@ -144,6 +154,16 @@ class HostServiceAsyncStub(HostServiceStub):
     """Hint now on one guest, and return when all that can be reclaimed is reclaimed. The
     methods REPORTING and BALLOON cannot be asked: there, return when nothing has left
     the RAM file for some seconds.
+    """
+    PauseHinting: _aio.UnaryUnaryMultiCallable[_host_pb2.PauseHintingRequest, _host_pb2.PauseHintingResponse]  # type: ignore[assignment]
+    """Have a guest under HINTING hint nothing for a time, instead of what is left of an earlier
+    pause; 0 ends the pause, and hinting goes on. What is isolated is acknowledged and released as
+    usual; memory that was reclaimed before comes back only as the guest uses it. A pause ends by
+    itself: whoever wants a longer one asks again, and if nobody does, the guest saves memory
+    again. It outlives the guest's sessions, but not this host agent. Repeating a call does no
+    harm.
+    NOT_FOUND if there is no such guest, INVALID_ARGUMENT beyond an hour, FAILED_PRECONDITION
+    under another method, ABORTED if the guest is lost.
     """
     Watch: _aio.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]  # type: ignore[assignment]
     """Samples of a trial's guests, once per period, until cancelled. Up to three samples in a
@@ -267,6 +287,22 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         """Hint now on one guest, and return when all that can be reclaimed is reclaimed. The
         methods REPORTING and BALLOON cannot be asked: there, return when nothing has left
         the RAM file for some seconds.
+        """
+
+    @_abc_1.abstractmethod
+    def PauseHinting(
+        self,
+        request: _host_pb2.PauseHintingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.PauseHintingResponse, _abc.Awaitable[_host_pb2.PauseHintingResponse]]:
+        """Have a guest under HINTING hint nothing for a time, instead of what is left of an earlier
+        pause; 0 ends the pause, and hinting goes on. What is isolated is acknowledged and released as
+        usual; memory that was reclaimed before comes back only as the guest uses it. A pause ends by
+        itself: whoever wants a longer one asks again, and if nobody does, the guest saves memory
+        again. It outlives the guest's sessions, but not this host agent. Repeating a call does no
+        harm.
+        NOT_FOUND if there is no such guest, INVALID_ARGUMENT beyond an hour, FAILED_PRECONDITION
+        under another method, ABORTED if the guest is lost.
         """
 
     @_abc_1.abstractmethod
