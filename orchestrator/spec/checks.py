@@ -26,6 +26,7 @@ from orchestrator.spec.guests import Guests
 from orchestrator.spec.memory_needs import needed_bytes
 from orchestrator.spec.model import Spec
 from orchestrator.spec.problem import Problem
+from orchestrator.spec.switchback_checks import switchback_problems
 from orchestrator.spec.values import LONGEST_NAME
 
 _EMBEDDED_METHODS = (Method.NONE, Method.HINTING)
@@ -35,11 +36,17 @@ _FEWER_GUESTS = "fewer guests (hosts.count, guests.per_host), a smaller workload
 
 def problems(spec: Spec) -> Iterator[Problem]:
     """Yield the problems of a spec that the model does not find; nothing if there are none."""
+    if spec.switchback is None and "guests" not in spec.model_fields_set:
+        yield Problem(path=("guests",), message="the key 'guests' is missing")
+        return
     yield from _arm_problems(spec)
     yield from _vary_problems(spec)
     yield from _precision_problems(spec)
     yield from _host_problems(spec)
-    yield from guest_problems(spec)
+    if spec.switchback:
+        yield from switchback_problems(spec, spec.switchback)
+    else:
+        yield from guest_problems(spec)
 
 
 def machine_problem(spec: Spec, available: Bound[int]) -> Problem | None:

@@ -22,6 +22,7 @@ from orchestrator.spec.model import Agent, Hosts, Spec, Timeouts, Under, UnderDr
 from orchestrator.spec.phases import Phase, Workload
 from orchestrator.spec.problem import Problem
 from orchestrator.spec.recording import Recording, read_recording
+from orchestrator.spec.switchback import Switchback
 from orchestrator.spec.values import keys_of
 from orchestrator.spec.yaml_reader import Document, read_yaml
 from orchestrator.spec.yaml_reader import Path as Keys
@@ -42,6 +43,7 @@ _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
     ("vary",): Vary,
     ("workload",): Workload,
     ("workload", "phases", "*"): Phase,
+    ("switchback",): Switchback,
     ("arms", "*"): Arm,
     ("arms", "*", "sweep"): Sweep,
     ("arms", "*", "swap"): Swap,

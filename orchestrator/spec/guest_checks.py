@@ -60,9 +60,9 @@ def _class_problems(spec: Spec, path: Path, one: GuestClass, owner: Path) -> Ite
         yield Problem(path=(*path, "memory"), message="not a multiple of 4MiB")
     if one.workload is None:
         yield Problem(
-            path=path,
-            message="there is no workload",
-            hint="add one to the spec, or to each class of guests: workload: {phases: [...]}",
+            path=(*owner, "workload"),
+            message="the key 'workload' is missing",
+            hint="a class of guests may have one, too" if isinstance(spec.guests, tuple) else "",
         )
         return
     yield from _workload_problems(spec, (*owner, "workload"), one, one.workload)

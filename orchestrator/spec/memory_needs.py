@@ -52,7 +52,7 @@ def could_become_resident_bytes(spec: Spec) -> int:
     if spec.hosts.memory_bytes is not None:
         # A trial ends when a host's guests use more than its budget. Where no cgroup stops them,
         # one of them may go on until that is seen.
-        largest = max(guest_bytes for guest_bytes, _ in guests)
+        largest = max((guest_bytes for guest_bytes, _ in guests), default=0)
         per_host = min(per_host, spec.hosts.memory_bytes + largest)
     return per_host * spec.hosts.number
 

@@ -27,6 +27,7 @@ from orchestrator.spec.guests import (
 )
 from orchestrator.spec.phases import Workload
 from orchestrator.spec.recording import Recording
+from orchestrator.spec.switchback import Switchback
 from orchestrator.spec.values import (
     AmountOrPercent,
     DurationS,
@@ -158,6 +159,8 @@ class Spec(Part):
     :ivar vary: each arm runs with each of these numbers of guests, and the figure is how many
         hosts run out of memory. None if the number is fixed.
     :ivar workload: what guests do whose class has no workload of its own; None if each has.
+    :ivar switchback: of guests that are there already: then `guests` is empty, and `workload` None.
+        None for guests that are made for the experiment.
     :ivar arms: all arms, also those that do not run under this driver.
     :ivar repetitions: how many run; with `precision`, how many run at least.
     :ivar precision: repetitions go on until the half width of the interval of each arm's savings
@@ -168,16 +171,22 @@ class Spec(Part):
     :ivar recordings: what the workload replays; those in files were read.
     """
 
-    LATER = frozenset({"vary", "precision", "max_repetitions", "recordings"})
+    LATER = frozenset(
+        {
+            *("vary", "precision", "max_repetitions", "recordings"),
+            *("guests", "workload", "switchback"),
+        }
+    )
 
     name: Name
     description: str = ""
     # strict=False: in strict mode pydantic rejects a str in place of an enum.
     driver: Annotated[Driver, Field(strict=False)]
     hosts: Hosts
-    guests: GuestsOrClasses
+    guests: GuestsOrClasses = ()
     vary: Vary | None = None
     workload: Workload | None = None
+    switchback: Switchback | None = None
     arms: Annotated[tuple[Arm, ...], Field(min_length=1, max_length=100)]
     repetitions: Repetitions = 1
     precision: AmountOrPercent | None = None
@@ -257,12 +266,12 @@ class Spec(Part):
 
     @property
     def guests_per_host(self) -> int:
-        """The most guests that run on a host at once."""
+        """The most guests that run on a host at once; 0 for a switchback."""
         return sum(one.count for one in self.classes)
 
     @property
     def guest_count(self) -> int:
-        """The most guests that run at once, on all hosts together."""
+        """The most guests that run at once, on all hosts together; 0 for a switchback."""
         return self.hosts.number * self.guests_per_host
 
 
@@ -284,6 +293,8 @@ def describe(spec: Spec) -> str:
 
 
 def _guests(spec: Spec) -> str:
+    if spec.switchback:
+        return spec.switchback.summary
     if spec.vary:
         numbers = sorted(spec.vary.per_host)
         return f"{numbers[0]} to {_of_class(spec.classes[0])}"

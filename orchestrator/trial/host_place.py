@@ -50,7 +50,7 @@ def host_places(
         HostPlace(
             name=name,
             driver=spec.driver,
-            memory_needed_bytes=max(one.memory_bytes for one in spec.classes),
+            memory_needed_bytes=max((one.memory_bytes for one in spec.classes), default=0),
             timeouts=spec.timeouts,
             logical=_logical(spec, name, libvirt_uri),
             address=agent.address if agent else "",

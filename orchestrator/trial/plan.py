@@ -4,6 +4,11 @@ A repetition is a block of one trial per arm, in an order drawn from the spec's 
 of the machine affects all arms alike. In all trials of a repetition, a guest gets the same seeds
 for its steps, whatever the arm. So two arms can be compared repetition by repetition, in pairs.
 spec/workload.py expands `repeat` in a workload.
+
+A trial of a switchback is a block of time. Its length is drawn for each repetition: if the moments
+at which hinting is turned off and on were regular, guests that work in a rhythm would be met at the
+same beat each time. The two blocks of a repetition are of one length, because sums over time (GiB
+times minutes, processor time) are compared in pairs.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from dataclasses import dataclass
 from orchestrator.spec.arms import Arm
 from orchestrator.spec.guests import GuestClass
 from orchestrator.spec.model import Spec
+from orchestrator.spec.switchback import Switchback
 from orchestrator.spec.workload import Step, steps_of
 
 
@@ -43,11 +49,15 @@ class Trial:
         return f"{self.run_id}-{self.arm.name}-{self.repetition + 1}{suffix}"
 
 
+_IS_THERE = GuestClass.model_construct(count=1, memory_bytes=0)
+"""The class of a guest of a switchback, which is not made."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuestTask:
     """One guest's part of a trial.
 
-    :ivar kind: its class; it has a workload.
+    :ivar kind: its class; it has a workload, except in a switchback.
     :ivar step_seeds: one for each step.
     :ivar begins_s: how long after the guests were created it begins its workload.
     """
@@ -61,12 +71,17 @@ class GuestTask:
 
 @dataclass(frozen=True, kw_only=True)
 class HostTask:
-    """One host's part of a trial: all that the runner needs."""
+    """One host's part of a trial: all that the runner needs.
+
+    :ivar guests: of a switchback: those that are named; empty if it takes all that are attached.
+    :ivar block_s: how long a block of a switchback lasts, with its cut; else 0.
+    """
 
     trial: Trial
     host: str
     spec: Spec
     guests: tuple[GuestTask, ...]
+    block_s: float = 0.0
 
     @property
     def in_step(self) -> bool:
@@ -111,6 +126,16 @@ def host_names(spec: Spec) -> tuple[str, ...]:
 
 def host_tasks(spec: Spec, trial: Trial) -> dict[str, HostTask]:
     """Return each host's part of a trial, by the host's name."""
+    if spec.switchback:
+        length_s = block_s(spec.seed, trial.repetition, spec.switchback)
+        there = tuple(
+            GuestTask(name=name, kind=_IS_THERE, steps=(), step_seeds=())
+            for name in spec.switchback.guests
+        )
+        return {
+            host: HostTask(trial=trial, host=host, spec=spec, guests=there, block_s=length_s)
+            for host in host_names(spec)
+        }
     variant = next(variant for variant in spec.variants if variant.arm.name == trial.arm.name)
     kinds = [(kind, steps_of(spec, kind)) for kind in variant.classes]
     return {
@@ -137,6 +162,13 @@ def _guest_tasks(
                 step_seeds=tuple(seeds),
                 begins_s=i * kind.stagger_s + later.uniform(0, kind.begin_within_s),
             )
+
+
+def block_s(seed: int, repetition: int, switchback: Switchback) -> float:
+    """Return how long both blocks of a repetition last, in whole milliseconds: any time from the
+    shortest to the longest is as likely."""
+    drawn = random.Random(_seed_from(seed, "block", repetition))
+    return round(drawn.uniform(switchback.shortest_s, switchback.longest_s), 3)
 
 
 def _seed_from(*parts: object) -> int:

@@ -160,6 +160,8 @@ def _parameters_of_spec(spec: Spec, name: str) -> dict[str, object]:
         "guest_memory_bytes": sizes.pop() if len(sizes) == 1 else None,
         "method": arm.method.value,
     }
+    if spec.switchback:  # its guests keep the settings that they have
+        return found
     parts = hinting_parts(spec.driver, arm.isolator, arm.tracker)
     if arm.method is not Method.HINTING or parts is None:
         return found

@@ -41,7 +41,14 @@ arms:
 under: {embedded: {hosts: {count: 1, memory: 1GiB}}}
 timeouts: {connect: 1min, nodes: 5min}
 """
-
+_SWITCHBACK = b"""name: c
+driver: libvirt
+hosts: {agents: ['127.0.0.1:50051']}
+switchback: {guests: [vm1, vm2], shortest: 5min, longest: 15min, cut: 2min}
+arms:
+  - {name: off, method: none}
+  - {name: on, method: hinting}
+"""
 
 # The fuzzer would hardly ever make these inputs from a valid spec; each once crashed the parser.
 _BOMBS = (
@@ -80,7 +87,7 @@ def _can_be_used(spec: Spec) -> None:
     for one in spec.classes:
         assert len(steps_of(spec, one)) <= _MOST_STEPS
     assert not list(spec_checks.problems(spec))
-    assert memory_needs.could_become_resident_bytes(spec) > 0
+    assert memory_needs.needed_bytes(spec) > 0
     with suppress(AttributeError, TypeError, ValueError):  # pydantic raises one of these
         spec.name = "changed"
         raise AssertionError("a spec can be changed")
@@ -91,6 +98,7 @@ TARGET = Target.of(
     seeds=(
         _SMALL,
         _AGENTS,
+        _SWITCHBACK,
         *_BOMBS,
         *(catalogue.text(name).encode() for name in catalogue.names()),
     ),
@@ -99,6 +107,7 @@ TARGET = Target.of(
         *("precision:", "max_repetitions:"),
         *("timeouts:", "repetitions:", "seed:", "count:", "memory:", "agents:", "per_host:"),
         *("address:", "node:", "nodes:"),
+        *("switchback:", "shortest:", "longest:", "cut:", "all"),
         *(
             "churn:",
             "fault:",
