@@ -22,7 +22,7 @@ from orchestrator.results.capacity import (
 from orchestrator.results.comparison import CostRow, by_trial, step_s
 from orchestrator.results.footprint import Footprint
 from orchestrator.results.loops import LoopSum, summed
-from orchestrator.results.savings import By, FootprintRow, aggregate
+from orchestrator.results.savings import By, FootprintRow, aggregate, counted
 from orchestrator.results.statistics import (
     Interval,
     logs,
@@ -185,11 +185,13 @@ def compare_runs(first: RunRows, second: RunRows) -> list[Change]:
 
     In runs that started their guests one by one, arms have only GUESTS. In other runs, the control
     has no figure that compares with the control, and no SETTLE; if there is no control, no arm has
-    SAVED, SLOWDOWN or HOST_CPU. Arms have LOOP_RATE and ALLOCATION_P99 if the workload has loops.
+    SAVED, SLOWDOWN or HOST_CPU. Arms have LOOP_RATE and ALLOCATION_P99 if the workload has loops,
+    SETTLE if it frees something, and SLOWDOWN if it has steps that take as long as the guest needs
+    for them (so not in a switchback).
 
     :param first, second: rows of two runs of the same spec.
     """
-    before, after = _arms(first), _arms(second)
+    before, after = _arms(_counted(first)), _arms(_counted(second))
     # Both runs have the same spec, and so the same first look.
     first_look = max((row.first_look for row in first.footprints), default=0)
     return [
@@ -198,6 +200,10 @@ def compare_runs(first: RunRows, second: RunRows) -> list[Change]:
         for figure in Figure
         if any(figure in arms[name].values for arms in (before, after) if name in arms)
     ]
+
+
+def _counted(run: RunRows) -> RunRows:
+    return replace(run, footprints=counted(run.footprints), costs=counted(run.costs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,12 +251,15 @@ def _values(run: RunRows, arm: str, control: str) -> dict[Figure, _Values]:
     settle_s = _mean_settle_s(costs)
     if settle_s or any(row.footprint and row.footprint.returned for row in run.footprints):
         values[Figure.SETTLE] = settle_s
+    took_s = step_s(costs)
+    has_steps = not took_s or any(took_s.values())
     if control:
         of_control = _costs(run, control)
         values[Figure.SAVED] = _minus(
             _memory(run, control, lambda f: f.mean_resident_bytes), resident
         )
-        values[Figure.SLOWDOWN] = _minus(logs(step_s(costs)), logs(step_s(of_control)))
+        if has_steps:
+            values[Figure.SLOWDOWN] = _minus(logs(took_s), logs(step_s(of_control)))
         values[Figure.HOST_CPU] = _minus(
             by_trial(costs, lambda c: c.host_cpu_s), by_trial(of_control, lambda c: c.host_cpu_s)
         )

@@ -3,7 +3,7 @@ alone (`ArmCost`). Pure.
 
 In a comparison, as in `savings`, each repetition is one pair: the arm's trial and the control's,
 each summed over its hosts. An arm has no figures if one of its trials is undecided, lost or was cut
-off.
+off, unless the pair is left out (`savings.counted`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from hintfleet.settings import Driver
 from orchestrator.results.cost import Cost
+from orchestrator.results.savings import counted
 from orchestrator.results.statistics import (
     Interval,
     mean_interval,
@@ -30,7 +31,7 @@ class CostRow:
     :ivar cost: None if the host was not measured, or the trial was cut off.
     :ivar undecided: why the trial does not count, for example wrong pages; empty if it counts
         or was cut off.
-    :ivar first_look: as in `savings.FootprintRow`.
+    :ivar first_look, left_out: as in `savings.FootprintRow`.
     """
 
     arm: str
@@ -40,6 +41,7 @@ class CostRow:
     cost: Cost | None
     undecided: str = ""
     first_look: int = 0
+    left_out: bool = False
 
     @property
     def counts(self) -> bool:
@@ -60,7 +62,7 @@ class ArmCost:
     :ivar slowest_settle_s: the longest of these times; None if there are none.
     :ivar asked_settle_s: mean time that a Settle call took; None if there was no call.
     :ivar slowdown_percent: how much longer the workload's steps took than under the
-        control; a geometric mean.
+        control; a geometric mean. Also None if no step takes as long as the guest needs for it.
     :ivar guest_cpu_s: CPU time of the guests' agents (embedded: of the whole guest process), minus
         that under the control.
     :ivar host_cpu_s: CPU time of the guests' processes and the host agents, minus that
@@ -90,7 +92,7 @@ def compare(rows: Sequence[CostRow], driver: str) -> list[ArmCost]:
     all comparisons with the control are None.
     """
     arms: dict[str, list[CostRow]] = {}
-    for row in rows:
+    for row in counted(rows):
         arms.setdefault(row.arm, []).append(row)
     whole = {name: arm for name, arm in arms.items() if all(row.counts for row in arm)}
     control = next((arm for arm in whole.values() if arm[0].is_control), [])
@@ -136,6 +138,8 @@ def _extra(
 
 
 def _slowdown_percent(control: Sequence[CostRow], arm: Sequence[CostRow]) -> Interval | None:
+    if not any(step_s(control).values()):
+        return None
     return ratio_percent(step_s(control), step_s(arm), arm[0].first_look)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from orchestrator.results.footprint import Series, Window, last_index, window_of
 from orchestrator.results.loops import LoopSum, loops_of
-from orchestrator.trial.records import GuestSettled, StepDone
+from orchestrator.trial.records import BLOCK, CUT, GuestSettled, StepDone
 
 SETTLED_SHARE = 0.95
 # If less than this share of the freed bytes came back, the step has no settle time: so small a
@@ -44,8 +44,9 @@ class Cost:
     :ivar settle_s: one value for each guest and free step after which memory came back to the
         host: time from the end of the step until 95 % of that memory was back.
     :ivar asked_settle_s: how long each Settle call took.
-    :ivar step_s: total time of all steps of all guests, without the read-back, without loops,
-        whose time is given, and without the time that replays waited.
+    :ivar step_s: total time of all steps of all guests, without the read-back, without loops
+        and blocks, whose time is given, and without the time that replays waited. 0 if there are
+        no others.
     :ivar agent_cpu_s: CPU time of the guests' agents. For an embedded guest this is the whole
         guest process, but 0 under method none.
     :ivar process_cpu_s: CPU time of the guests' processes on the host (embedded process,
@@ -111,8 +112,9 @@ def host_cost(
 
 
 def _work_us(step: StepDone) -> int:
-    """Return how long the guest worked on a step; 0 for a loop, whose time is given."""
-    return 0 if step.loop else step.duration_us - step.waited_us
+    """Return how long the guest worked on a step; 0 for one whose time is given."""
+    is_given = step.loop or step.kind in (CUT, BLOCK)
+    return 0 if is_given else step.duration_us - step.waited_us
 
 
 def _increase(series: Series, counter: str, window: Window) -> int:

@@ -3,7 +3,8 @@
 Resident memory is computed over the measured window, which begins with the first step of the
 workload, and ends when the last hold ends and the read-back begins. The creation, the boot and the
 end of guests are not part of it. Provisioned, reclaimed and refaulted bytes are from a guest's
-final books. Verified and wrong pages are those of all steps, with the read-back.
+final books. Verified and wrong pages are those of all steps, with the read-back. In a block of a
+switchback, the window begins with the end of its cut, and ends with the block.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hintfleet.units import GIB
-from orchestrator.trial.records import GuestEnded, StepDone
+from orchestrator.trial.records import BLOCK_END, CUT, VERIFY, GuestEnded, StepDone
 
 RETURNED_AFTER_S = 3.0
 # In sample periods. With a longer gap between two samples there is no footprint: memory may have
@@ -166,9 +167,10 @@ def window_of(guest: str, steps: Sequence[StepDone]) -> Window:
 
     :raises Undecided: its workload did not finish.
     """
-    if len(steps) < 2 or steps[-1].kind != "verify":
+    counted = [step for step in steps if step.kind != CUT]
+    if len(counted) < 2 or counted[-1].kind not in (VERIFY, BLOCK_END):
         raise Undecided(f"{guest}: the workload did not finish")
-    return Window(start_us=steps[0].started_unix_us, end_us=steps[-1].started_unix_us)
+    return Window(start_us=counted[0].started_unix_us, end_us=counted[-1].started_unix_us)
 
 
 def _check_gaps(guest: str, series: Series, window: Window, period_s: float) -> None:

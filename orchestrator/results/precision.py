@@ -7,7 +7,8 @@ are valid although the run looks at them several times.
 A trial that counts for nothing must not end a run early: a lost trial is left out, with its pair,
 because `run --resume` may still give it a result. An undecided trial never gets another result, so
 its arm has no savings, and the run does not wait for that arm. If a trial of the control is
-undecided, no arm will have savings, and the run ends at the next look.
+undecided, no arm will have savings, and the run ends at the next look. In a switchback, an
+undecided block only leaves its pair out.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def look(rows: Iterable[FootprintRow], precision: Precision) -> Look:
     :param rows: of all attempts that count, in one run.
     """
     rows = list(rows)
-    given_up = {row.arm for row in rows if row.undecided and not row.lost}
+    given_up = {row.arm for row in rows if row.undecided and not (row.lost or row.left_out)}
     controls = {row.arm for row in rows if row.is_control}
     arms = [] if controls & given_up else dict.fromkeys(row.arm for row in rows)
     counted = [row for row in rows if not row.undecided]

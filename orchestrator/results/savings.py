@@ -5,7 +5,9 @@ Savings compare an arm with the control of the same run, pair by pair. A pair is
 one repetition (so the same seeds) of the whole fleet, of a host or of a guest, depending on what
 the row covers. A row is undecided if a trial of its arm or of the control was cut off, undecided
 or lost, even if that was because of a host or guest that the row does not cover: as in
-`comparison`, no part of such a trial counts as saved.
+`comparison`, no part of such a trial counts as saved. In a switchback, a pair of blocks in which
+one is undecided is left out instead, and counted: its guests are somebody else's, who may restart
+them in any block.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import fsum
+from typing import Protocol, TypeVar
 
 from orchestrator.results.footprint import Footprint, sum_returned
 from orchestrator.results.statistics import (
@@ -48,6 +51,7 @@ class FootprintRow:
     :ivar lost: whether the trial is lost: `run --resume` runs it again.
     :ivar first_look: 0 if the run had a fixed number of repetitions, else how many it had when it
         looked first (`statistics.Interval`).
+    :ivar left_out: whether the pair of the trial is left out.
     """
 
     run_id: str
@@ -62,6 +66,7 @@ class FootprintRow:
     undecided: str = ""
     lost: bool = False
     first_look: int = 0
+    left_out: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,8 @@ class Savings:
         `saved_bytes` as a percentage of it; None if `saved_bytes` is None.
     :ivar undecided: why figures are missing or do not count, for example wrong pages or only one
         pair of trials; empty otherwise.
+    :ivar left_out_pairs: how many pairs of blocks are left out of a switchback, and count in no
+        figure.
     """
 
     experiment: str
@@ -92,6 +99,21 @@ class Savings:
     saved_gib_min: Interval | None = None
     control_bytes: float | None = None
     undecided: str = ""
+    left_out_pairs: int = 0
+
+
+class _Row(Protocol):
+    @property
+    def left_out(self) -> bool: ...
+
+
+_R = TypeVar("_R", bound=_Row)
+
+
+def counted(rows: Sequence[_R]) -> Sequence[_R]:
+    """Return the rows of a run without those of pairs that are left out; all rows if that leaves
+    none, so that they say why there is no figure."""
+    return [row for row in rows if not row.left_out] or rows
 
 
 def aggregate(rows: Iterable[FootprintRow], by: By) -> list[Savings]:
@@ -127,10 +149,12 @@ def _group(row: FootprintRow, by: By) -> tuple[str, str, str]:
 
 def _arms(group: tuple[str, str, str], rows: Sequence[FootprintRow]) -> list[Savings]:
     arms: dict[str, list[FootprintRow]] = {}
-    for row in rows:
+    for row in counted(rows):
         arms.setdefault(row.arm, []).append(row)
     control = next((arm for arm in arms.values() if arm[0].is_control), [])
-    return [_arm(group, arm, control) for arm in arms.values()]
+    left_out = len({(row.run_id, row.repetition) for row in rows if row.left_out})
+    found = (_arm(group, arm, control) for arm in arms.values())
+    return [replace(saving, left_out_pairs=left_out) for saving in found]
 
 
 def _arm(

@@ -190,6 +190,8 @@ def _measured(
     :raises Undecided: samples, steps or the final books of a guest are missing.
     """
     names = [guest.name for guest in task.guests]
+    if task.spec.switchback:  # they may be all that were attached then
+        names = [event.guest for event in _of_kind(events, GuestEnded)]
     missing = [name for name in names if name not in series]
     if missing:
         raise Undecided(f"{missing[0]}: there are no samples")

@@ -58,6 +58,12 @@ _OF_SETS = {"at_unix_us": np.int64, "host_agent_cpu_us": np.uint64, "observing_c
 Columns = dict[str, "np.ndarray[Any, Any]"]
 
 
+VERIFY = "verify"
+CUT, BLOCK, BLOCK_END = "cut", "block", "block end"
+"""The steps of a switchback: the beginning of a block that does not count, the rest of it, and its
+end, which takes no time. Between them the guest does what it does."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostSamples:
     """One sample set as a host agent sent it."""
@@ -90,7 +96,7 @@ class PhaseStarted:
     started one by one, a step begins only on the newest.
 
     :ivar title: the title of the step, after the guest's name if guests are started one by one;
-        `verify` for the read-back.
+        `verify` for the read-back; of a switchback, the kind of the step.
     :ivar hold_s: how long to wait after the step; 0 for the read-back.
     :ivar guest: on which guest alone it begins; empty: on all.
     """
@@ -126,7 +132,7 @@ class LoopFigures:
 class StepDone:
     """A guest has done a step; or the points of a replay up to one that failed.
 
-    :ivar kind: a `phases.Kind`, or `verify`.
+    :ivar kind: a `phases.Kind`, or VERIFY; of a switchback CUT, BLOCK or BLOCK_END.
     :ivar changed_bytes: the bytes that the step allocated or freed.
     :ivar held_bytes: the bytes that the guest's workload holds after the step.
     :ivar waited_us: the part of `duration_us` in which a replay waited for the next point.
@@ -199,7 +205,9 @@ class HostRanOut:
 
 @dataclass(frozen=True, kw_only=True)
 class GuestEnded:
-    """A guest was destroyed; the figures are from its final books."""
+    """A guest was destroyed, and the figures are from its final books; or a block of a switchback
+    has ended, and they are from its books then. `refaulted_total_bytes` is since the trial began;
+    of a block, since its cut."""
 
     host: str
     trial_id: str

@@ -8,7 +8,7 @@ from hintfleet.sketch import Sketch
 from hintfleet.v1 import hinting_pb2, host_pb2
 from orchestrator.spec.phases import Kind
 from orchestrator.spec.workload import Step
-from orchestrator.trial.records import LoopFigures, StepDone
+from orchestrator.trial.records import VERIFY, LoopFigures, StepDone
 
 
 def step_request(step: Step, size_bytes: int, seed: int) -> host_pb2.RunStepRequest:
@@ -61,7 +61,7 @@ def step_done(
         trial_id=trial_id,
         guest=guest,
         at_unix_us=last.done_at_unix_us,
-        kind=step.kind if step else "verify",
+        kind=step.kind if step else VERIFY,
         changed_bytes=sum(done.changed_bytes for done in answers),
         held_bytes=last.held_bytes,
         verified_pages=sum(done.verified_pages for done in answers),

@@ -100,6 +100,24 @@ _MIGRATIONS = (
     ALTER TABLE runs ADD COLUMN nodes TEXT NOT NULL DEFAULT '{}';
     ALTER TABLE trials ADD COLUMN places TEXT NOT NULL DEFAULT '{}';
     """,
+    # switchback: 1 for a run whose trials are blocks of guests that were there already.
+    # left_out_pairs: those of switchbacks in which a block is undecided, or that have a guest in
+    # one block only (savings.counted).
+    """
+    ALTER TABLE runs ADD COLUMN switchback INTEGER NOT NULL DEFAULT 0;
+    CREATE VIEW left_out_pairs AS
+    SELECT run_id, repetition FROM counted_trials JOIN runs USING (run_id)
+    WHERE switchback AND undecided != '' AND NOT lost
+    UNION
+    SELECT run_id, repetition FROM counted_trials AS t JOIN runs USING (run_id)
+    JOIN footprints AS f USING (trial_id)
+    WHERE switchback AND guest != '' AND (
+        SELECT count(*) FROM counted_trials AS o
+        WHERE (o.run_id, o.repetition, o.undecided) = (t.run_id, t.repetition, '')
+        AND o.ended_unix_us
+    ) = 2
+    GROUP BY run_id, repetition, host, guest HAVING count(*) = 1;
+    """,
 )
 
 

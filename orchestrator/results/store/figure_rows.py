@@ -63,6 +63,7 @@ def footprint_rows(
             undecided=trial["undecided"],
             lost=bool(trial["lost"]),
             first_look=_first_look(trial),
+            left_out=bool(trial["left_out"]),
         )
         for host, guest in sorted(units.get(trial["run_id"], {("", "")})):
             text = texts.get((trial["trial_id"], host, guest))
@@ -77,6 +78,7 @@ def cost_row(row: sqlite3.Row) -> CostRow:
         **_of_host(row),
         cost=_cost(json.loads(row["cost"], object_hook=_with_sketches)) if row["cost"] else None,
         first_look=_first_look(row),
+        left_out=bool(row["left_out"]),
     )
 
 

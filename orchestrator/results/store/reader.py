@@ -49,6 +49,7 @@ class Run:
     :ivar overrides: the top-level keys that replaced those in `spec_text`, with their values: from
         options of the command line, and recordings that were read from files.
     :ivar precision: None if the number of repetitions is fixed.
+    :ivar switchback: 1 for a switchback: pairs with an undecided trial are left out.
     """
 
     run_id: str
@@ -67,6 +68,7 @@ class Run:
     overrides: dict[str, Any] = field(default_factory=dict)
     libvirt_uri: str = ""
     precision: Precision | None = None
+    switchback: int = 0
 
     @property
     def was_cut_off(self) -> bool:
@@ -222,7 +224,8 @@ class Store(AbstractContextManager["Store"]):
         """
         trials = self._query(
             "SELECT r.run_id, r.name, r.spec_hash, r.control, r.precision, "
-            "       t.trial_id, t.arm, t.repetition, t.undecided, t.lost "
+            "       t.trial_id, t.arm, t.repetition, t.undecided, t.lost, "
+            "       (run_id, t.repetition) IN left_out_pairs AS left_out "
             "FROM counted_trials t JOIN runs r USING (run_id) "
             "WHERE (?1 = '' OR run_id = ?1) AND r.started_unix_us >= ?2 "
             "  AND (?3 OR r.state != 'running') "
@@ -250,6 +253,7 @@ class Store(AbstractContextManager["Store"]):
         """
         rows = self._query(
             "SELECT r.control, r.precision, t.arm, t.repetition, t.undecided, "
+            "       (t.run_id, t.repetition) IN left_out_pairs AS left_out, "
             "       ifnull(f.host, '') AS host, f.cost "
             "FROM counted_trials t JOIN runs r ON r.run_id = t.run_id "
             "     LEFT JOIN footprints f ON f.trial_id = t.trial_id AND f.guest = '' "

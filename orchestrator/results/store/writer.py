@@ -209,12 +209,13 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
     def _undecided(self) -> list[str]:
         """Return the reasons of the trials whose last attempts are undecided or lost: each reason
-        once, in the order of the trials."""
+        once, in the order of the trials. Those of a switchback's undecided blocks are not among
+        them: their pairs are left out."""
         with errors_mapped(self._store.path):
             rows = self._store.database.execute(
                 "SELECT DISTINCT undecided FROM counted_trials "
-                "WHERE run_id = ? AND undecided != '' ORDER BY position",
-                (self._header.run_id,),
+                "WHERE run_id = ? AND undecided != '' AND (lost OR NOT ?) ORDER BY position",
+                (self._header.run_id, self._header.spec.switchback is not None),
             ).fetchall()
         return [row["undecided"] for row in rows]
 
@@ -227,8 +228,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         spec = self._header.spec
         self._execute(
             "INSERT INTO runs (run_id, name, driver, spec_text, spec_hash, control, summary, "
-            "started_unix_us, state, environment, overrides, libvirt_uri, precision) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?)",
+            "started_unix_us, state, environment, overrides, libvirt_uri, precision, switchback) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, ?)",
             self._header.run_id,
             spec.name,
             spec.driver,
@@ -241,6 +242,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             json.dumps(self._header.overrides),
             self._header.libvirt_uri,
             json.dumps(asdict(precision) if (precision := precision_of(spec)) else None),
+            spec.switchback is not None,
         )
 
     def _resume_run(self) -> None:
