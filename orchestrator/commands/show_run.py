@@ -31,8 +31,8 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
     """Print a run on stdout; return the exit code for its state.
 
     Also print on stderr how to resume a run that was cut off or has lost trials, and that undecided
-    trials do not run again; with JSON and YAML also why the exit code is UNDECIDED, and whether a
-    run that has ended has its precision.
+    trials do not run again (those of a switchback are only left out); with JSON and YAML also why
+    the exit code is UNDECIDED, and whether a run that has ended has its precision.
 
     :param with_trials: also print a table of trials, and one of the nodes that the hosts were on;
         JSON and YAML contain them in any case.
@@ -45,7 +45,7 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
     trials = [trial for trial in store.trials(run.run_id) if trial.counted]
     if run.was_cut_off or any(trial.status is TrialStatus.LOST for trial in trials):
         print_resume_hint([run.run_id])
-    if any(trial.status is TrialStatus.UNDECIDED for trial in trials):
+    if any(trial.status is TrialStatus.UNDECIDED for trial in trials) and not run.switchback:
         click.echo("an undecided trial is never run again: only a new run decides it", err=True)
     # The table contains the reasons. JSON and YAML go to a program, so also print the reasons for a
     # person who watches stderr.

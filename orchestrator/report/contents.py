@@ -20,7 +20,7 @@ from orchestrator.results.store.reader import Run, Store, StoredTrial
 from orchestrator.results.store.run_spec import spec_or_none
 from orchestrator.results.store.samples import read_series
 from orchestrator.results.trial_outcome import TrialStatus
-from orchestrator.trial.records import GuestFits, HostRanOut, PhaseStarted, StepDone
+from orchestrator.trial.records import VERIFY, GuestFits, HostRanOut, PhaseStarted, StepDone
 from orchestrator.view.answer import capacity_answer, frontier_answer, savings_answer
 
 
@@ -171,5 +171,5 @@ def _began_us(event: PhaseStarted, number: int, steps: Mapping[str, Sequence[int
     if event.guest:
         return steps[event.guest][number]
     # Guests that are not in step may have different numbers of steps before the read-back.
-    place = -1 if event.title == "verify" else number
+    place = -1 if event.title == VERIFY else number
     return min(began_us[place] for began_us in steps.values())

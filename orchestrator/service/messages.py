@@ -43,6 +43,7 @@ def savings_as_pb2(row: Savings) -> fleet_pb2.Savings:
         saved_gib_min=_interval_as_pb2(row.saved_gib_min),
         control_bytes=None if row.control_bytes is None else round(row.control_bytes),
         undecided=row.undecided,
+        left_out_pairs=row.left_out_pairs,
     )
 
 
@@ -67,6 +68,7 @@ def savings_from_pb2(message: fleet_pb2.Savings) -> Savings:
         ),
         control_bytes=message.control_bytes if message.HasField("control_bytes") else None,
         undecided=message.undecided,
+        left_out_pairs=message.left_out_pairs,
     )
 
 

@@ -1,12 +1,12 @@
 """Calls the control API of a host agent; raises errors of hintfleet.errors. Every call except Watch
-has a deadline."""
+and WatchHost has a deadline."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -18,6 +18,7 @@ from hintfleet.v1 import host_pb2, host_pb2_grpc
 from orchestrator.spec.model import Timeouts
 
 _Answer = TypeVar("_Answer")
+_SampleCall = grpc.aio.UnaryStreamCall[Any, host_pb2.SampleSet]
 
 # gRPC retries a call that failed with UNAVAILABLE, although the host agent may have carried it
 # out before the connection broke. That is safe: each command has a CommandId, and the host agent
@@ -142,6 +143,13 @@ class HostClient:
         call = self._stub.Settle(request, timeout=timeout_s + _SETTLE_MARGIN_S)
         return await self._answer(call, f"settling {guest_name}")
 
+    async def pause_hinting(self, name: str, for_s: float) -> float:
+        """Have a guest hint nothing for a time; 0 ends the pause. Return how long an earlier pause
+        would still have lasted, in seconds; 0 if there was none."""
+        request = host_pb2.PauseHintingRequest(name=name, for_ms=round(for_s * 1000))
+        call = self._stub.PauseHinting(request, timeout=self._timeouts.connect_s)
+        return (await self._answer(call, f"pausing {name}")).left_ms / 1000
+
     async def destroy_guest(
         self, request: host_pb2.DestroyGuestRequest
     ) -> host_pb2.DestroyGuestResponse:
@@ -149,14 +157,22 @@ class HostClient:
         call = self._stub.DestroyGuest(request, timeout=self._timeouts.destroy_s)
         return await self._answer(call, f"destroying guest {request.name}")
 
-    async def watch(self, trial_id: str, period_s: float) -> AsyncIterator[host_pb2.SampleSet]:
+    def watch(self, trial_id: str, period_s: float) -> AsyncGenerator[host_pb2.SampleSet, None]:
         """Yield samples of a trial's guests until the iterator is closed or the stream ends.
 
         When the stream has ended, the host agent ends the trial's guests.
         """
         request = host_pb2.WatchRequest(trial_id=trial_id, period_ms=round(period_s * 1000))
-        # The only call without a deadline: the stream lasts as long as the trial.
-        call = self._stub.Watch(request)
+        return self._watched(self._stub.Watch(request))
+
+    def watch_host(self, period_s: float) -> AsyncGenerator[host_pb2.SampleSet, None]:
+        """Yield samples of all guests of the host until the iterator is closed or the stream
+        ends. No guest's life depends on it."""
+        request = host_pb2.WatchHostRequest(period_ms=round(period_s * 1000))
+        return self._watched(self._stub.WatchHost(request))
+
+    async def _watched(self, call: _SampleCall) -> AsyncGenerator[host_pb2.SampleSet, None]:
+        # The only calls without a deadline: the stream lasts as long as the trial.
         try:
             async for samples in call:
                 yield samples

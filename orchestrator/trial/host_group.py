@@ -26,6 +26,8 @@ _BATCH_PERIOD_S = 0.25
 # Hundreds of host agents that start at once on a small machine would exceed their deadline. So each
 # actor opens few at once, and the deadline of each begins when it is its turn.
 _OPENED_AT_ONCE = 16
+# How long what is cut off may take, before the connections are closed under it.
+_END_S = 6.0
 
 
 class HostGroup:
@@ -99,6 +101,8 @@ class HostGroup:
         working = list(self._working)
         for task in working:
             task.cancel()
+        if working:  # so that scripts can end the pauses of guests, over connections that are open
+            await asyncio.wait(working, timeout=_END_S)
         closing = (session.close() for session in self._sessions.values())
         ended = await asyncio.gather(*closing, return_exceptions=True)
         await asyncio.gather(*working, return_exceptions=True)

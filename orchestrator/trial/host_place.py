@@ -9,6 +9,7 @@ from hintfleet.net.addresses import socket_path
 from hintfleet.settings import Driver
 from orchestrator.spec.memory_needs import host_bytes
 from orchestrator.spec.model import Spec, Timeouts
+from orchestrator.spec.switchback import Switchback
 from orchestrator.trial.host_process import LogicalHost
 from orchestrator.trial.plan import host_names
 
@@ -21,6 +22,7 @@ class HostPlace:
     :ivar node: the node that the host agent at `address` is on, by any of the node's names; empty
         if none was named.
     :ivar node_memory_bytes: the most memory that the host can take from its node; 0: not counted.
+    :ivar switchback: of guests that are there already; None for guests that are made.
     :ivar tls_folder: the operator's TLS folder; empty for plain text. The actor reads it on its own
         node, because keys are not sent to other nodes.
     """
@@ -34,6 +36,7 @@ class HostPlace:
     node: str = ""
     node_memory_bytes: int = 0
     tls_folder: str = ""
+    switchback: Switchback | None = None
 
 
 def host_places(
@@ -57,6 +60,7 @@ def host_places(
             node=agent.node if agent else "",
             node_memory_bytes=host_bytes(spec) if in_cluster else 0,
             tls_folder=tls_folder,
+            switchback=spec.switchback,
         )
         for name, agent in zip(host_names(spec), agents, strict=True)
     ]

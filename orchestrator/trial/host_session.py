@@ -9,6 +9,7 @@ from hintfleet.errors import OutcomeUnknown, Refused, TransientError
 from hintfleet.net.tls import Tls
 from hintfleet.units import format_size
 from hintfleet.v1 import host_pb2
+from orchestrator.trial.block_runner import check_guests
 from orchestrator.trial.guest_spec import driver_pb2
 from orchestrator.trial.host_client import HostClient
 from orchestrator.trial.host_place import HostPlace
@@ -34,7 +35,8 @@ class HostSession:
         After a failure the session is closed, and a logical host that was started is stopped.
 
         :param wait: wait for a host agent that does not listen yet.
-        :raises Refused: the host cannot run the guests; says why and what to do.
+        :raises Refused: the host cannot run the guests, or has not those of a switchback; says why
+            and what to do.
         :raises InvalidInput: the address or the TLS folder cannot be used.
         :raises TransientError: the host cannot be reached.
         :raises OutcomeUnknown: the host agent did not answer before the deadline.
@@ -53,7 +55,13 @@ class HostSession:
             address = self._process.address
         tls = Tls.read(place.tls_folder, server=False) if place.tls_folder else None
         self._client = HostClient(address, place.timeouts, tls)
-        self._check(await self._client.get_host(driver_pb2(place.driver), wait))
+        if place.switchback is None:
+            self._check(await self._client.get_host(driver_pb2(place.driver), wait))
+            return
+        # Whether it could make guests does not matter.
+        await self._client.get_host(host_pb2.ATTACHED, wait)
+        listed = await self._client.list_guests()
+        check_guests(place.name, place.driver, place.switchback.guests, listed)
 
     def _check(self, host: host_pb2.Host) -> None:
         place = self._place

@@ -11,13 +11,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 from hintfleet.errors import HintfleetError, Refused, StableError, TransientError
 from hintfleet.settings import Method
 from hintfleet.v1 import host_pb2
 from orchestrator.spec.model import Spec
 from orchestrator.spec.workload import Step
+from orchestrator.trial.block_runner import BlockRunner
 from orchestrator.trial.budget_watch import BudgetWatch, describe
 from orchestrator.trial.guest_spec import guest_spec
 from orchestrator.trial.host_client import HostClient
@@ -31,6 +31,7 @@ from orchestrator.trial.records import (
     HostSamples,
     PhaseStarted,
 )
+from orchestrator.trial.script import cancelled, now_us, records_of
 from orchestrator.trial.steps import hold_request, step_done, step_request
 
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
@@ -42,28 +43,20 @@ _SAMPLE_TIMEOUT_S = 10.0
 _SWAP_OUT_TIMEOUT_S = 60.0
 
 
-async def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Event | HostSamples]:
+def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Event | HostSamples]:
     """Run one host's part of a trial; yield its events and samples, the last one a HostDone.
 
     If a guest or the host agent is lost, or a command fails with an error that is no StableError,
     the part ends early, and HostDone says why. If the iterator is closed early, the host agent ends
-    the guests.
+    the guests; those of a switchback hint again.
 
     :raises StableError: the host cannot run the trial, and another attempt would fail alike. There
         is no HostDone.
     """
-    runner = _TrialRunner(client, task)
-    script = asyncio.create_task(runner.run())
-    try:
-        while (record := await runner.records.get()) is not None:
-            yield record
-        await script
-    finally:
-        # Wait until the cancelled task has closed the watch: as long as the watch is open, the
-        # host agent keeps the guests.
-        script.cancel()
-        with suppress(asyncio.CancelledError, HintfleetError):
-            await script
+    switchback = task.spec.switchback
+    if switchback:
+        return records_of(BlockRunner(client, task, switchback))
+    return records_of(_TrialRunner(client, task))
 
 
 class StepFailed(HintfleetError):
@@ -97,7 +90,7 @@ class _TrialRunner:
                 HostDone(
                     host=self._task.host,
                     trial_id=self._trial.trial_id,
-                    at_unix_us=_now_us(),
+                    at_unix_us=now_us(),
                     undecided=undecided,
                     lost=lost,
                 )
@@ -139,13 +132,13 @@ class _TrialRunner:
                     return str(error), False
             if not ran_out.done():
                 return "", False
-            await _cancelled(script)
+            await cancelled(script)
             return await self._end_out_of_memory(), False
         finally:
             # The script is cancelled first: its commands need the guests, which the host agent ends
             # when the watch ends.
             for job in (script, ran_out, watch):
-                await _cancelled(job)
+                await cancelled(job)
 
     async def _end_out_of_memory(self) -> str:
         """Post that the host ran out of memory, and return why the trial is undecided. If the
@@ -215,7 +208,7 @@ class _TrialRunner:
                 host=self._task.host,
                 trial_id=self._trial.trial_id,
                 guest=guest.name,
-                at_unix_us=_now_us(),
+                at_unix_us=now_us(),
                 used_bytes=self._budget.used_bytes,
             )
         )
@@ -312,9 +305,9 @@ class _TrialRunner:
         self._post(step_done(self._task.host, self._trial.trial_id, guest.name, step, answers))
 
     async def _settle(self, guest: GuestTask) -> None:
-        started_us = _now_us()
+        started_us = now_us()
         settled = await self._client.settle(guest.name)
-        ended_us = _now_us()
+        ended_us = now_us()
         self._post(
             GuestSettled(
                 host=self._task.host,
@@ -336,7 +329,7 @@ class _TrialRunner:
                 host=self._task.host,
                 trial_id=self._trial.trial_id,
                 guest=guest.name,
-                at_unix_us=_now_us(),
+                at_unix_us=now_us(),
                 provisioned_bytes=closed.ledger.provisioned_bytes,
                 reclaimed_now_bytes=closed.ledger.reclaimed_now_bytes,
                 refaulted_total_bytes=closed.ledger.refaulted_total_bytes,
@@ -366,7 +359,7 @@ class _TrialRunner:
             PhaseStarted(
                 host=self._task.host,
                 trial_id=self._trial.trial_id,
-                at_unix_us=_now_us(),
+                at_unix_us=now_us(),
                 title=title,
                 hold_s=hold_s,
                 guest=guest,
@@ -375,14 +368,3 @@ class _TrialRunner:
 
     def _post(self, record: Event | HostSamples) -> None:
         self.records.put_nowait(record)
-
-
-async def _cancelled(job: asyncio.Task[Any]) -> None:
-    """Cancel a task if it has not ended, and wait for its end; drop its HintfleetError."""
-    job.cancel()
-    with suppress(asyncio.CancelledError, HintfleetError):
-        await job
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000

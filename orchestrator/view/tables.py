@@ -120,7 +120,18 @@ def savings(rows: Sequence[Savings]) -> RenderableType:
         note.append("; intervals hold whenever a run stops (docs/statistics.md)")
     if coincidence := _coincidence(rows):
         note.append(coincidence)
-    return Group(memory(rows), Text(), returned_memory(rows), Text(), note, *reasons)
+    left_out = [
+        Text(line, style="yellow") for line in dict.fromkeys(map(left_out_line, rows)) if line
+    ]
+    return Group(memory(rows), Text(), returned_memory(rows), Text(), note, *left_out, *reasons)
+
+
+def left_out_line(row: Savings) -> str:
+    """Return how many pairs are left out of a row of a switchback; empty if none is."""
+    if not row.left_out_pairs:
+        return ""
+    of = row.trials + row.left_out_pairs * (not row.undecided)
+    return f"left out: {row.left_out_pairs} of {of} pairs of blocks; `hintfleet show RUN` says why"
 
 
 def _coincidence(rows: Sequence[Savings]) -> str:

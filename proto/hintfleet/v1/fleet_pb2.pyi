@@ -193,6 +193,7 @@ class Savings(_message.Message):
     SAVED_GIB_MIN_FIELD_NUMBER: _builtins.int
     UNDECIDED_FIELD_NUMBER: _builtins.int
     CONTROL_BYTES_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_PAIRS_FIELD_NUMBER: _builtins.int
     experiment: _builtins.str
     """The name in the spec."""
     run_id: _builtins.str
@@ -207,6 +208,10 @@ class Savings(_message.Message):
     control_bytes: _builtins.int
     """Mean resident memory of `none` in the same pairs: the whole of which saved_bytes is
     a part. Absent where saved_bytes is.
+    """
+    left_out_pairs: _builtins.int
+    """Pairs of blocks that are left out of a switchback, and count in no figure: a guest was lost or
+    restarted in one of the two.
     """
     @_builtins.property
     def footprint(self) -> Global___Footprint:
@@ -233,10 +238,11 @@ class Savings(_message.Message):
         saved_gib_min: Global___Interval | None = ...,
         undecided: _builtins.str = ...,
         control_bytes: _builtins.int | None = ...,
+        left_out_pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "control_bytes", b"control_bytes", "footprint", b"footprint", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "arm", b"arm", "control_bytes", b"control_bytes", "experiment", b"experiment", "footprint", b"footprint", "key", b"key", "run_id", b"run_id", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min", "trials", b"trials", "undecided", b"undecided"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "arm", b"arm", "control_bytes", b"control_bytes", "experiment", b"experiment", "footprint", b"footprint", "key", b"key", "left_out_pairs", b"left_out_pairs", "run_id", b"run_id", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min", "trials", b"trials", "undecided", b"undecided"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__control_bytes: _TypeAlias = _typing.Literal["control_bytes"]  # noqa: Y015
     _WhichOneofArgType__control_bytes: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes"]  # noqa: Y015

@@ -1,15 +1,43 @@
 """A switchback: what its spec may say, when its blocks are, and what they come to."""
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hintfleet.errors import InvalidInput
+from hintfleet.errors import InvalidInput, Refused
+from hintfleet.settings import Driver
+from hintfleet.v1 import host_pb2
+from orchestrator.experiment import store_records
+from orchestrator.results.changes import Figure, RunRows, compare_runs
+from orchestrator.results.comparison import compare
+from orchestrator.results.cost import COUNTERS
+from orchestrator.results.precision import Precision, look
+from orchestrator.results.savings import By, Savings, aggregate
+from orchestrator.results.store.reader import Store
+from orchestrator.results.store.writer import RunHeader, RunWriter
+from orchestrator.service.messages import savings_as_pb2, savings_from_pb2
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.memory_needs import host_bytes
 from orchestrator.spec.model import Spec, describe
 from orchestrator.spec.switchback import Switchback
-from orchestrator.trial.plan import block_s, host_tasks, plan_trials
+from orchestrator.trial.block_runner import boots_of, check_guests, why_left_out
+from orchestrator.trial.plan import HostTask, Trial, block_s, host_tasks, plan_trials
+from orchestrator.trial.records import (
+    BLOCK,
+    BLOCK_END,
+    CUT,
+    GuestEnded,
+    HostDone,
+    Record,
+    StepDone,
+)
+from orchestrator.view.tables import left_out_line
+from tests.support.stored import MIB, S, samples
 
 GOOD = """\
 name: mine
@@ -142,3 +170,227 @@ def test_lengths_vary_and_pairs_are_alike() -> None:
         assert not any(guest.steps for guest in task.guests)
     assert all(one == other for one, other in lengths.values())
     assert len({one for one, _ in lengths.values()}) == 6
+
+
+# The guests of a block
+
+
+def guest(name: str, boot_id: str = "b1", **changes: Any) -> host_pb2.Guest:
+    spec = host_pb2.GuestSpec(driver=host_pb2.ATTACHED, method=host_pb2.HINTING)
+    spec.MergeFrom(host_pb2.GuestSpec(**changes))
+    why = "" if boot_id else "its agent has not connected"
+    return host_pb2.Guest(name=name, boot_id=boot_id, spec=spec, not_hinting_because=why)
+
+
+HERE = [guest("vm1"), guest("vm2")]
+
+
+def test_guests_that_cannot_be_measured_are_refused() -> None:
+    check_guests("h", Driver.LIBVIRT, ("vm2",), HERE)
+    check_guests("h", Driver.LIBVIRT, (), HERE)
+    with pytest.raises(Refused, match="h has no guest 'vm3'; it has vm1, vm2"):
+        check_guests("h", Driver.LIBVIRT, ("vm1", "vm3"), HERE)
+    with pytest.raises(Refused, match="h has no guest 'vm3'; it has none"):
+        check_guests("h", Driver.LIBVIRT, ("vm3",), [])
+    with pytest.raises(Refused, match="guest vm1 has method balloon"):
+        check_guests("h", Driver.LIBVIRT, ("vm1",), [guest("vm1", method=host_pb2.BALLOON)])
+    with pytest.raises(Refused, match="guest vm1 is attached, but the driver of the spec is embed"):
+        check_guests("h", Driver.EMBEDDED, ("vm1",), HERE)
+    with pytest.raises(Refused, match="h has no attached guest"):
+        check_guests("h", Driver.LIBVIRT, (), [guest("g", driver=host_pb2.LIBVIRT)])
+
+
+def test_a_block_begins_when_its_guests_are_there() -> None:
+    assert boots_of(("vm1",), HERE) == ({"vm1": "b1"}, "")
+    assert boots_of(("vm3",), HERE) == ({}, "vm3 is not there")
+    down = [*HERE, guest("vm3", boot_id="")]
+    said = "vm3 has no hinting session: its agent has not connected"
+    assert boots_of(("vm1", "vm3"), down) == ({}, said)
+
+
+def test_all_guests_are_the_attached_ones_that_hint() -> None:
+    """Those of other experiments are left alone."""
+    others = [guest("made", driver=host_pb2.LIBVIRT), guest("vm3", boot_id="")]
+    assert boots_of((), [*HERE, *others]) == ({"vm1": "b1", "vm2": "b1"}, "")
+    assert boots_of((), others) == ({}, "no attached guest has a hinting session")
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (HERE, ""),
+        ([guest("vm1"), guest("vm2", boot_id="b2")], "vm2 was restarted in this block"),
+        ([guest("vm1")], "vm2 was detached or ended in this block"),
+        ([guest("vm1"), guest("vm2", boot_id="")], "vm2 lost its hinting in this block: its agent"),
+    ],
+)
+def test_what_became_of_the_guests_of_a_block(now: list[host_pb2.Guest], said: str) -> None:
+    found = why_left_out({"vm1": "b1", "vm2": "b1"}, now)
+    assert found.startswith(said)
+    assert bool(found) == bool(said)
+
+
+# What blocks come to
+
+
+def block_records(task: HostTask, guests: tuple[str, ...] = ("vm1", "vm2")) -> Iterator[Record]:
+    """Yield the records of a block: before 4 s, the cut, each guest has 900 MiB; then 300 MiB if it
+    is off, else 100 MiB and a MiB more in each repetition."""
+    trial = task.trial
+    times = np.arange(0, 12 * S, S, dtype=np.int64)
+    rest_mib = 300 if trial.arm.name == "off" else 100 + trial.repetition
+    resident = np.where(times < 4 * S, 900, rest_mib) * MIB
+    yield samples(
+        task,
+        times,
+        resident_bytes=np.repeat(resident, len(guests)),
+        **dict.fromkeys(COUNTERS, np.repeat(times, len(guests))),
+    )
+    about: dict[str, Any] = {"host": task.host, "trial_id": trial.trial_id}
+    for name in guests:
+        for kind, start_s, end_s in ((CUT, 1, 4), (BLOCK, 4, 10), (BLOCK_END, 10, 10)):
+            yield StepDone(
+                **about,
+                guest=name,
+                at_unix_us=end_s * S,
+                kind=kind,
+                changed_bytes=0,
+                held_bytes=0,
+                verified_pages=0,
+                wrong_pages=0,
+                duration_us=(end_s - start_s) * S,
+            )
+        yield GuestEnded(
+            **about,
+            guest=name,
+            at_unix_us=11 * S,
+            provisioned_bytes=1024 * MIB,
+            reclaimed_now_bytes=0,
+            refaulted_total_bytes=0,
+        )
+    yield HostDone(**about, at_unix_us=11 * S)
+
+
+def stored(
+    folder: Path,
+    undecided: Mapping[int, str] = {},
+    run_id: str = "run1",
+    spec: Spec | None = None,
+) -> None:
+    """Store a run.
+
+    :param undecided: why the blocks of `off` in these repetitions do not count.
+    """
+    spec = spec or parsed()
+    header = RunHeader(run_id=run_id, spec=spec, spec_text=GOOD, summary="a test")
+
+    def records(trial: Trial, task: HostTask) -> list[Record]:
+        found = list(block_records(task))
+        if trial.arm.name == "off" and trial.repetition in undecided:
+            done = HostDone(
+                host=task.host,
+                trial_id=trial.trial_id,
+                at_unix_us=11 * S,
+                undecided=undecided[trial.repetition],
+            )
+            return [found[0], done]
+        return found
+
+    with Store(folder) as store, RunWriter(store, header) as writer:
+        for trial in plan_trials(spec, run_id):
+            tasks = host_tasks(spec, trial)
+            writer.begin_trial(trial)
+            store_records(writer, tasks, [records(trial, task) for task in tasks.values()])
+
+
+def savings_of(folder: Path) -> dict[str, Savings]:
+    with Store(folder) as store:
+        return {row.arm: row for row in aggregate(store.footprint_rows("run1"), By.FLEET)}
+
+
+def test_the_cut_does_not_count(tmp_path: Path) -> None:
+    stored(tmp_path)
+    found = savings_of(tmp_path)
+    on, off = found["on"], found["off"]
+    assert off.footprint is not None
+    assert off.footprint.peak_resident_bytes == 600 * MIB, "not the 1800 MiB of the cut"
+    assert off.footprint.mean_resident_bytes == 600 * MIB
+    assert (off.footprint.provisioned_bytes, off.footprint.verified_pages) == (2048 * MIB, 0)
+    assert on.saved_bytes is not None
+    assert on.saved_bytes.mean == 2 * (200 - 2.5) * MIB
+    assert (on.saved_bytes.pairs, on.left_out_pairs, left_out_line(on)) == (6, 0, "")
+    with Store(tmp_path) as store:
+        (cost,) = compare(store.cost_rows("run1"), "libvirt")
+        assert cost.slowdown_percent is None
+        assert cost.settle_s is None
+        assert cost.guest_cpu_s is not None
+        assert store.find_run("run1").state == "done"
+
+
+def test_a_pair_with_an_undecided_block_is_left_out_and_counted(tmp_path: Path) -> None:
+    stored(tmp_path, {1: "vm1 was restarted in this block", 4: "vm2 is not there"})
+    on = savings_of(tmp_path)["on"]
+    assert on.undecided == ""
+    assert on.saved_bytes is not None
+    assert on.saved_bytes.mean == 2 * (200 - (0 + 2 + 3 + 5) / 4) * MIB
+    assert (on.saved_bytes.pairs, on.trials, on.left_out_pairs) == (4, 4, 2)
+    assert left_out_line(on).startswith("left out: 2 of 6 pairs of blocks;")
+    assert savings_from_pb2(savings_as_pb2(on)).left_out_pairs == 2
+    with Store(tmp_path) as store:
+        run = store.find_run("run1")
+        assert (run.state, run.reason) == ("done", ""), "its figures count"
+        (cost,) = compare(store.cost_rows("run1"), "libvirt")
+        assert cost.guest_cpu_s is not None
+        assert cost.guest_cpu_s.pairs == 4
+
+
+def test_if_no_pair_is_left_it_says_why(tmp_path: Path) -> None:
+    stored(tmp_path, dict.fromkeys(range(6), "vm1 was restarted in this block"))
+    on = savings_of(tmp_path)["on"]
+    assert on.saved_bytes is None
+    assert on.undecided == "off, repetition 1, vm1 was restarted in this block"
+    assert left_out_line(on).startswith("left out: 6 of 6 pairs")
+
+
+def test_a_pair_whose_blocks_have_other_guests_is_left_out(tmp_path: Path) -> None:
+    """With `guests: all`: a guest was attached between the two."""
+    spec = parsed(GOOD.replace("[vm1, vm2]", "all"))
+    header = RunHeader(run_id="run1", spec=spec, spec_text=GOOD, summary="a test")
+    with Store(tmp_path) as store, RunWriter(store, header) as writer:
+        for trial in plan_trials(spec, "run1"):
+            # From the second block of the third pair on, there are two.
+            names = ("vm1", "vm2") if trial.position > 4 else ("vm1",)
+            named = parsed(GOOD.replace("[vm1, vm2]", f"[{', '.join(names)}]"))
+            task = host_tasks(named, trial)["host1"]
+            writer.begin_trial(trial)
+            store_records(writer, host_tasks(spec, trial), [list(block_records(task, names))])
+    on = savings_of(tmp_path)["on"]
+    assert on.left_out_pairs == 1
+    assert on.saved_bytes is not None
+    assert on.saved_bytes.pairs == 5
+
+
+def test_a_precision_goes_on_without_the_pairs_that_are_left_out(tmp_path: Path) -> None:
+    wanted = Precision(percent=5.0, size_bytes=None, least_repetitions=3, most_repetitions=9)
+    precise = parsed(
+        GOOD.replace("repetitions: 6", "repetitions: 3") + "precision: 5%\nmax_repetitions: 3\n"
+    )
+    stored(tmp_path, {0: "vm1 was restarted in this block"}, spec=precise)
+    with Store(tmp_path) as store:
+        seen = look(store.footprint_rows("run1"), wanted)
+    assert seen.arms == {"on": None}, "two pairs are too few for its first look, at three"
+    assert not seen.is_enough
+
+
+def test_two_switchbacks_are_compared_by_the_pairs_that_both_have(tmp_path: Path) -> None:
+    stored(tmp_path, {1: "vm1 was restarted in this block"})
+    stored(tmp_path, {2: "vm2 is not there"}, run_id="run2")
+    with Store(tmp_path) as store:
+        runs = [
+            RunRows(footprints=store.footprint_rows(run), costs=store.cost_rows(run))
+            for run in ("run1", "run2")
+        ]
+    changes = {(change.arm, change.figure): change for change in compare_runs(*runs)}
+    assert len(changes["on", Figure.SAVED].pairs) == 4
+    assert not any(change.undecided for change in changes.values())
+    assert not {("on", Figure.SLOWDOWN), ("on", Figure.SETTLE)} & changes.keys()

@@ -1,0 +1,321 @@
+"""Runs one host's part of a block of a switchback, on guests that are there already: pauses their
+hinting or lets it go on, and receives samples. It makes, resizes, settles, verifies and ends no
+guest.
+
+The measured time is one of the host's clock, as that of its samples: it begins when the cut is
+over. results/trial_outcome.py decides how a block that is left out is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
+
+from hintfleet.errors import (
+    GuestLost,
+    HintfleetError,
+    NotFound,
+    Refused,
+    StableError,
+    TransientError,
+)
+from hintfleet.settings import Driver, Method
+from hintfleet.v1 import host_pb2
+from orchestrator.spec.switchback import Switchback
+from orchestrator.trial.host_client import HostClient
+from orchestrator.trial.plan import HostTask
+from orchestrator.trial.records import (
+    BLOCK,
+    BLOCK_END,
+    CUT,
+    Event,
+    GuestEnded,
+    HostDone,
+    HostSamples,
+    PhaseStarted,
+    StepDone,
+)
+from orchestrator.trial.script import cancelled, now_us
+
+# For how long hinting is paused at a time, and how often the pause is renewed: if this process is
+# lost, the guests hint again after the first of these times.
+_PAUSE_S = 60.0
+_RENEWED_EVERY_S = 20.0
+_HAND_BACK_S = 5.0
+_POLL_S = 1.0
+# How long to wait for a sample, beside some periods: a host agent leaves out up to three in a row.
+_PERIODS_WITHOUT_SAMPLES = 8
+_SAMPLE_TIMEOUT_S = 10.0
+
+
+class LeftOut(HintfleetError):
+    """The block does not count; the message says why."""
+
+
+def check_guests(
+    host: str, driver: Driver, names: Sequence[str], listed: Iterable[host_pb2.Guest]
+) -> None:
+    """Check that a host has the guests of a switchback, and that their hinting can be paused.
+
+    :param names: empty for all attached guests.
+    :raises Refused: one is missing, or is another kind of guest; or there is none.
+    """
+    guests = {guest.name: guest for guest in listed}
+    if not names and not any(map(_is_attached, guests.values())):
+        raise Refused(f"{host} has no attached guest", hint="hintfleet attach DOMAIN")
+    kinds = ("embedded",) if driver is Driver.EMBEDDED else ("libvirt", "attached")
+    for name in names:
+        if name not in guests:
+            raise Refused(
+                f"{host} has no guest {name!r}; it has {', '.join(sorted(guests)) or 'none'}",
+                hint="`hintfleet guests` shows their names, `hintfleet attach` attaches a domain",
+            )
+        spec = guests[name].spec
+        if spec.method != host_pb2.HINTING:
+            method = host_pb2.Method.Name(spec.method).lower()
+            raise Refused(f"{host}: guest {name} has method {method}, so it has no hinting to turn")
+        if (kind := host_pb2.Driver.Name(spec.driver).lower()) not in kinds:
+            raise Refused(f"{host}: guest {name} is {kind}, but the driver of the spec is {driver}")
+
+
+def boots_of(names: Sequence[str], listed: Iterable[host_pb2.Guest]) -> tuple[dict[str, str], str]:
+    """Return the boot of each guest of a block, by name; and why the block cannot begin yet, empty
+    if it can.
+
+    :param names: empty for the attached guests that have a session now.
+    """
+    guests = {guest.name: guest for guest in listed}
+    names = names or [n for n, guest in guests.items() if _is_attached(guest) and guest.boot_id]
+    if not names:
+        return {}, "no attached guest has a hinting session"
+    for name in names:
+        if name not in guests:
+            return {}, f"{name} is not there"
+        if not guests[name].boot_id:
+            return {}, f"{name} has no hinting session: {guests[name].not_hinting_because}"
+    return {name: guests[name].boot_id for name in names}, ""
+
+
+def why_left_out(boots: Mapping[str, str], listed: Iterable[host_pb2.Guest]) -> str:
+    """Return what has become of the guests of a block since it began; empty if each is there and
+    has not booted.
+
+    :param boots: as `boots_of` returned them.
+    """
+    guests = {guest.name: guest for guest in listed}
+    for name, boot in boots.items():
+        if name not in guests:
+            return f"{name} was detached or ended in this block"
+        if guests[name].boot_id and guests[name].boot_id != boot:
+            return f"{name} was restarted in this block"
+        if not guests[name].boot_id:
+            return f"{name} lost its hinting in this block: {guests[name].not_hinting_because}"
+    return ""
+
+
+def _is_attached(guest: host_pb2.Guest) -> bool:
+    return guest.spec.driver == host_pb2.ATTACHED and guest.spec.method == host_pb2.HINTING
+
+
+class BlockRunner:
+    """The script of one host's part of a block (`script.Script`)."""
+
+    def __init__(self, client: HostClient, task: HostTask, switchback: Switchback) -> None:
+        self.records: asyncio.Queue[Event | HostSamples | None] = asyncio.Queue()
+        self._client = client
+        self._task = task
+        self._cut_us = round(switchback.carry_over_s * 1e6)
+        self._pauses = task.trial.arm.method is Method.NONE
+        self._boots: Mapping[str, str] = {}
+        """The boot of each guest, by its name."""
+        self._last: dict[str, host_pb2.Sample] = {}
+        """The last sample of each guest."""
+        self._sampled_us = 0
+        """When they were made, on the host's clock."""
+        self._sampled_s = 0.0
+        """When they came, on this machine's monotonic clock."""
+        self._sample_came = asyncio.Event()
+        self._renew_s = 0.0
+
+    async def run(self) -> None:
+        """Put all records into the queue, and None after the last one."""
+        try:
+            undecided, lost = await self._outcome()
+            done = HostDone(
+                host=self._task.host,
+                trial_id=self._task.trial.trial_id,
+                at_unix_us=now_us(),
+                undecided=undecided,
+                lost=lost,
+            )
+            self.records.put_nowait(done)
+        finally:
+            self.records.put_nowait(None)
+
+    async def _outcome(self) -> tuple[str, bool]:
+        """Run the block.
+
+        :returns: why it is undecided, or ""; and whether the host agent was lost.
+        :raises StableError: the host cannot run it.
+        """
+        try:
+            self._boots = await self._wait_until_there()
+            await self._watched_block()
+        except LeftOut as error:
+            return error.message, False
+        except StableError:
+            raise
+        except HintfleetError as error:
+            return f"{self._task.host}: its host agent was lost: {error.message}", True
+        return "", False
+
+    async def _wait_until_there(self) -> dict[str, str]:
+        """Wait until each guest is there and has a session, for as long as the block would last: so
+        a guest that is down for a while does not spoil all blocks at once."""
+        names = [guest.name for guest in self._task.guests]
+        deadline_s = time.monotonic() + self._task.block_s
+        while True:
+            boots, problem = boots_of(names, await self._client.list_guests())
+            if not problem:
+                return boots
+            if time.monotonic() > deadline_s:
+                raise LeftOut(problem)
+            await asyncio.sleep(_POLL_S)
+
+    async def _watched_block(self) -> None:
+        self._sampled_s = time.monotonic()
+        watch = asyncio.create_task(self._watch())
+        block = asyncio.create_task(self._block())
+        try:
+            await asyncio.wait((watch, block), return_when=asyncio.FIRST_COMPLETED)
+            await (block if block.done() else watch)
+        finally:
+            for job in (block, watch):
+                await cancelled(job)
+            if self._pauses:
+                with suppress(HintfleetError, TimeoutError):
+                    await asyncio.wait_for(self._pause(0), _HAND_BACK_S)
+
+    async def _watch(self) -> None:
+        # Closed by hand: a LeftOut leaves the loop while the stream is open.
+        async with aclosing(self._client.watch_host(self._task.spec.sample_period_s)) as stream:
+            async for samples in stream:
+                found = {s.guest_name: s for s in samples.samples if s.guest_name in self._boots}
+                if len(found) < len(self._boots):
+                    raise LeftOut(await self._why_left_out() or "a guest was lost in this block")
+                del samples.samples[:]
+                samples.samples.extend(found.values())
+                self.records.put_nowait(HostSamples(host=self._task.host, samples=samples))
+                self._last, self._sampled_us = found, samples.at_unix_us
+                self._sampled_s = time.monotonic()
+                self._sample_came.set()
+        raise TransientError(f"{self._task.host}: the host agent ended the samples")
+
+    async def _block(self) -> None:
+        await self._pass(1)
+        await self._pause(_PAUSE_S if self._pauses else 0)
+        await self._pass(self._sampled_us + 1)
+        begin_us = self._sampled_us
+        start_us, end_us = begin_us + self._cut_us, begin_us + round(self._task.block_s * 1e6)
+        self._announce(CUT, self._cut_us)
+        await self._pass(start_us)
+        at_start = self._last
+        self._announce(BLOCK, end_us - start_us)
+        await self._pass(end_us)
+        at_end = self._last
+        self._announce(BLOCK_END, 0)
+        await self._check()
+        for name in self._boots:
+            self._post_step(name, CUT, begin_us, start_us)
+            self._post_step(name, BLOCK, start_us, end_us)
+            self._post_step(name, BLOCK_END, end_us, end_us)
+            self._post_books(name, at_start[name].ledger, at_end[name].ledger)
+
+    async def _pass(self, until_us: int) -> None:
+        """Wait until there are samples from this time of the host's clock or later; keep up the
+        pause meanwhile.
+
+        :raises LeftOut: the samples, or a guest's pause, ended.
+        """
+        timeout_s = _PERIODS_WITHOUT_SAMPLES * self._task.spec.sample_period_s + _SAMPLE_TIMEOUT_S
+        while self._sampled_us < until_us:
+            if self._renew_s and time.monotonic() > self._renew_s:
+                await self._renew()
+            if time.monotonic() > self._sampled_s + timeout_s:
+                raise LeftOut(f"{self._task.host}: no samples for {timeout_s:.0f} s")
+            self._sample_came.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._sample_came.wait(), _POLL_S)
+
+    async def _renew(self) -> None:
+        left_s = await self._pause(_PAUSE_S)
+        if lapsed := [name for name, one_s in left_s.items() if not one_s]:
+            raise LeftOut(f"{lapsed[0]} hinted in this block: its pause had ended")
+
+    async def _check(self) -> None:
+        """Check that hinting was off, or on, until now, and end the pause.
+
+        :raises LeftOut: it was not, or a guest has booted.
+        """
+        left_s = await self._pause(0)
+        if why := await self._why_left_out():
+            raise LeftOut(why)
+        for name, one_s in left_s.items():
+            if bool(one_s) != self._pauses:
+                what = "hinted: its pause had ended" if self._pauses else "was paused by others"
+                raise LeftOut(f"{name} {what} in this block")
+
+    async def _pause(self, for_s: float) -> dict[str, float]:
+        """Pause the hinting of all guests, or end the pause; return how long each would still have
+        been paused."""
+        self._renew_s = time.monotonic() + _RENEWED_EVERY_S if for_s else 0.0
+        left_s = await asyncio.gather(*(self._pause_one(name, for_s) for name in self._boots))
+        return dict(zip(self._boots, left_s, strict=True))
+
+    async def _pause_one(self, name: str, for_s: float) -> float:
+        try:
+            return await self._client.pause_hinting(name, for_s)
+        except (GuestLost, NotFound) as error:
+            raise LeftOut(await self._why_left_out() or error.message) from error
+
+    async def _why_left_out(self) -> str:
+        return why_left_out(self._boots, await self._client.list_guests())
+
+    def _announce(self, title: str, length_us: int) -> None:
+        started = PhaseStarted(
+            host=self._task.host,
+            trial_id=self._task.trial.trial_id,
+            at_unix_us=now_us(),
+            title=title,
+            hold_s=length_us / 1e6,
+        )
+        self.records.put_nowait(started)
+
+    def _post_step(self, guest: str, kind: str, start_us: int, end_us: int) -> None:
+        done = StepDone(
+            host=self._task.host,
+            trial_id=self._task.trial.trial_id,
+            guest=guest,
+            at_unix_us=end_us,
+            kind=kind,
+            changed_bytes=0,
+            held_bytes=0,
+            verified_pages=0,
+            wrong_pages=0,
+            duration_us=end_us - start_us,
+        )
+        self.records.put_nowait(done)
+
+    def _post_books(self, guest: str, start: host_pb2.Ledger, end: host_pb2.Ledger) -> None:
+        ended = GuestEnded(
+            host=self._task.host,
+            trial_id=self._task.trial.trial_id,
+            guest=guest,
+            at_unix_us=now_us(),
+            provisioned_bytes=end.provisioned_bytes,
+            reclaimed_now_bytes=end.reclaimed_now_bytes,
+            refaulted_total_bytes=end.refaulted_total_bytes - start.refaulted_total_bytes,
+        )
+        self.records.put_nowait(ended)
