@@ -107,7 +107,7 @@ def test_experiments_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     listed = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in listed] == [
         *("churn", "density", "footprint", "frontier", "interference", "methods"),
-        *("quickstart", "quickstart-vm", "staggered", "sweep", "workday"),
+        *("quickstart", "quickstart-vm", "staggered", "sweep", "switchback", "workday"),
     ]
     assert run_command(["experiments", "quickstart"]) == 0
     assert capsys.readouterr().out.startswith("#")
