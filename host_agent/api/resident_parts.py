@@ -5,18 +5,18 @@ many are resident, and not what for. Two assumptions put both together:
 
 1. What the guest's kernel does not have is absent: memory that is plugged and not online, what is
    kept for a crash kernel, holes of the firmware (less than 1 MiB of them is resident).
-2. All other absent memory lies in free whole chunks, in the guest's allocator or isolated: only
-   these are hinted, and what was never used is free, too.
+2. All other absent memory is free: it lies in whole chunks, in the guest's allocator or isolated,
+   because only these are hinted; and where these cannot hold all of it, in pieces of chunks that
+   were absent when the allocator split them.
 
-So the resident ones of the free chunks are known, and the parts should leave nothing over. What
-they do leave over (`unexplained_bytes`) is shown, and no part is adjusted for it:
+So what is resident of free memory is known, and the parts should leave nothing over. What they do
+leave over (`unexplained_bytes`) is shown, and no part is adjusted for it:
 
-- less than nothing, if more is absent than free chunks can hold. Then assumption 2 is wrong:
-  pieces of chunks that were absent when they were split, or memory that is in use by the guest's
-  figures and was never touched (a balloon, for example).
+- less than nothing, if more is absent than is free. Then assumption 2 is wrong: memory that is in
+  use by the guest's figures was never touched (a balloon, for example).
 - more than nothing, if the guest's figures do not add up to its memory.
 
-While more free chunks are resident than that, the error is not seen: as much less seems to wait.
+While more free memory is resident than that, the error is not seen: as much less seems to wait.
 
 Both halves must be of the same moment, so they are combined when telemetry comes. A guest that
 allocates in the milliseconds between seems to have that memory waiting.
@@ -47,14 +47,17 @@ def resident_parts(
     resident_free_bytes = max(0, min(free_bytes, free_bytes - absent_bytes))
     in_flight_bytes = min(use.isolated_bytes, resident_free_bytes)
     held_back_bytes = min(told.held_back_bytes, resident_free_bytes - in_flight_bytes)
-    others_bytes = use.used_bytes + use.file_cache_bytes + use.free_pieces_bytes
+    pieces_bytes = use.free_pieces_bytes - min(
+        use.free_pieces_bytes, max(0, absent_bytes - free_bytes)
+    )
+    others_bytes = use.used_bytes + use.file_cache_bytes + pieces_bytes
     return host_pb2.ResidentParts(
         resident_bytes=ledger.resident_bytes,
         used_bytes=use.used_bytes,
         file_cache_bytes=use.file_cache_bytes,
         held_back_bytes=held_back_bytes,
         held_back_for_ms=told.held_back_for_ms if held_back_bytes else 0,
-        free_pieces_bytes=use.free_pieces_bytes,
+        free_pieces_bytes=pieces_bytes,
         in_flight_bytes=in_flight_bytes,
         waiting_bytes=resident_free_bytes - in_flight_bytes - held_back_bytes,
         unexplained_bytes=ledger.resident_bytes - others_bytes - resident_free_bytes,

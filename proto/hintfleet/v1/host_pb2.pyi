@@ -1272,8 +1272,8 @@ class ResidentParts(_message.Message):
     of the guest's kernel, not allowed (policy pressure), or not known to the tracker.
     """
     unexplained_bytes: _builtins.int
-    """What the parts leave over. Negative: not only free chunks are absent, but also memory that the
-    guest counts as used or as pieces. Positive: the guest's figures do not add up to its memory.
+    """What the parts leave over. Negative: not only free memory is absent, but also memory that the
+    guest counts as used. Positive: the guest's figures do not add up to its memory.
     """
     age_ms: _builtins.int
     """How long ago the guest's figures came: a second at most while they change, else ten."""

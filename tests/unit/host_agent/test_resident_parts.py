@@ -67,10 +67,16 @@ def test_what_is_free_and_resident_is_first_in_flight_then_held_back() -> None:
     assert parts_of(telemetry, 424 + 60).in_flight_bytes == 60 * MIB, "the rest is punched already"
 
 
-def test_absent_memory_outside_of_free_chunks_is_unexplained() -> None:
-    parts = parts_of(told(**GUEST), resident=400)
-    assert parts.unexplained_bytes == -24 * MIB
-    assert parts.waiting_bytes == 0
+def test_what_free_chunks_cannot_hold_of_absent_memory_is_in_pieces() -> None:
+    parts = parts_of(told(**GUEST), resident=410)
+    assert (parts.waiting_bytes, parts.free_pieces_bytes) == (0, 10 * MIB)
+    assert parts.unexplained_bytes == 0
+
+
+def test_absent_memory_that_is_not_free_is_unexplained() -> None:
+    parts = parts_of(told(**GUEST), resident=390)
+    assert parts.unexplained_bytes == -10 * MIB
+    assert parts.waiting_bytes == parts.free_pieces_bytes == 0
 
 
 def test_figures_that_do_not_add_up_are_unexplained() -> None:
