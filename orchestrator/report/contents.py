@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import fsum
 from pathlib import Path
 
 from hintfleet.errors import Refused
@@ -18,7 +19,7 @@ from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store, StoredTrial
 from orchestrator.results.store.run_spec import spec_or_none
-from orchestrator.results.store.samples import read_series
+from orchestrator.results.store.samples import mean_parts, read_series
 from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.trial.records import VERIFY, GuestFits, HostRanOut, PhaseStarted, StepDone
 from orchestrator.view.answer import capacity_answer, frontier_answer, savings_answer
@@ -30,6 +31,7 @@ class Contents:
 
     The arms of `costs`, of `curves`, and of each title in `loops` are in the order of `rows`; some
     may be missing. `allocations` is by title and arm (`loop_comparison.allocation_times`).
+    `parts`, what resident memory consisted of, is by arm: means of `mean_parts` over trials.
     If the figure is how many guests a host can run, only `run`, `trials`, `capacities` and, if
     guests were started one by one, `fills` are set, else `frontier`. Otherwise these three are
     empty. `trials` are all attempts.
@@ -41,6 +43,7 @@ class Contents:
     costs: Sequence[ArmCost] = ()
     loops: Sequence[ArmLoops] = ()
     allocations: Mapping[str, Mapping[str, Sketch]] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     curves: Sequence[Curve] = ()
     marks: Sequence[Mark] = ()
     capacities: Sequence[ArmCapacity] = ()
@@ -103,11 +106,14 @@ def read_contents(store: Store, run: Run) -> Contents:
     marks = mean_marks([begun for hosts in phases.values() for begun in hosts.values()])
     rows = aggregate(store.footprint_rows(run.run_id), By.FLEET)
     by_arm: dict[str, list[Numbers]] = {row.arm: [] for row in rows}
+    parts: dict[str, list[dict[str, float]]] = {row.arm: [] for row in rows}
     for trial in trials:
         hosts = phases[trial.trial_id]
         folder = store.samples_dir(run.run_id) / trial.trial_id
         guests = _series(folder, list(hosts))
         by_arm[trial.arm].append(resident_in_trial(guests, hosts, marks))
+        begins_us = [phase.at_unix_us for of_host in hosts.values() for phase in of_host]
+        parts[trial.arm].append(mean_parts(folder, min(begins_us), max(begins_us)))
     cost_rows = store.cost_rows(run.run_id)
     return Contents(
         run=run,
@@ -116,9 +122,14 @@ def read_contents(store: Store, run: Run) -> Contents:
         costs=compare(cost_rows, run.driver),
         loops=compare_loops(cost_rows),
         allocations=allocation_times(cost_rows),
+        parts={arm: _means(found) for arm, found in parts.items() if found and all(found)},
         curves=[arm_curve(arm, trials, marks) for arm, trials in by_arm.items() if trials],
         marks=marks,
     )
+
+
+def _means(trials: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fsum(one[name] for one in trials) / len(trials) for name in trials[0]}
 
 
 def _fills(store: Store, run: Run, trials: Sequence[StoredTrial]) -> Iterator[Fill]:

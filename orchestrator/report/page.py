@@ -19,6 +19,7 @@ from orchestrator.report.contents import Contents
 from orchestrator.report.fill_chart import fill_chart
 from orchestrator.report.frontier_chart import frontier_chart
 from orchestrator.report.loop_charts import allocation_charts
+from orchestrator.report.parts_chart import parts_chart
 from orchestrator.report.style import DARK, LIGHT, VegaLite
 from orchestrator.view import tables
 from orchestrator.view.capacity_table import capacity_table
@@ -37,6 +38,11 @@ _SPENT = """Slower, more: compared with the control, over the same pairs. Host C
 of the guests' processes and the host agents together; it includes guest CPU."""
 
 
+_PARTS = """What the guests' agents said of their memory, while the workload ran. Held back: free,
+and likely to be used again soon. In flight: being hinted. Waiting: free, not hinted yet. In pieces:
+free, but in no whole chunk. docs/memory.md"""
+
+
 def page(contents: Contents) -> str:
     """Return the HTML page: the answer first, then tables, plots, the spec and the machine."""
     run = contents.run
@@ -44,6 +50,8 @@ def page(contents: Contents) -> str:
     charts = {main_chart: main_plot(contents)}
     if (savings := savings_chart(contents)) is not None:
         charts["savings"] = savings
+    if (parts := parts_chart(contents)) is not None:
+        charts["parts"] = parts
     allocations = allocation_charts(contents)
     charts |= {_plot_of(contents, title): plot for title, plot in allocations.items()}
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
@@ -104,8 +112,10 @@ def _saved(contents: Contents) -> str:
 def _returned_and_spent(contents: Contents) -> str:
     returned = _html_table(tables.returned_memory(contents.rows))
     spent = _html_table(tables.cost_table(contents.costs))
+    consists = _section("What was resident", '<div class="wide" id="parts"></div>', note=_PARTS)
     return "".join(
         (
+            consists if contents.parts else "",
             _section("What came back, and whether the workload kept its data", returned),
             _section("What it cost", spent, note=_SPENT),
             _loops(contents),

@@ -18,10 +18,8 @@ import numpy as np
 from hintfleet.sketch import Sketch
 from hintfleet.v1 import host_pb2
 
-_PARTS = host_pb2.ResidentParts.DESCRIPTOR
-
 # Columns of the stored samples, and how each is read from a sample. All are uint64. `columns_of`
-# adds five more columns, and those of _NULLABLE.
+# adds five more columns, `process_rss_bytes`, and those of _PARTS.
 _COLUMNS: dict[str, Callable[[host_pb2.Sample], int]] = {
     "provisioned_bytes": lambda s: s.ledger.provisioned_bytes,
     "resident_bytes": lambda s: s.ledger.resident_bytes,
@@ -42,16 +40,9 @@ _COLUMNS: dict[str, Callable[[host_pb2.Sample], int]] = {
     "process_cpu_us": lambda s: s.process_cpu_us,
 }
 
-
-def _part(field: str) -> Callable[[host_pb2.Sample], int | None]:
-    return lambda s: getattr(s.resident_parts, field) if s.HasField("resident_parts") else None
-
-
-# Columns that are null in a sample that does not have them. All are int64: `process_rss_bytes`, and
-# the fields of ResidentParts, from `parts_resident_bytes` to `parts_age_ms`.
-_NULLABLE: dict[str, Callable[[host_pb2.Sample], int | None]] = {
-    "process_rss_bytes": lambda s: s.process_rss_bytes if s.HasField("process_rss_bytes") else None,
-} | {f"parts_{field.name}": _part(field.name) for field in _PARTS.fields}
+# Columns with the fields of ResidentParts, from `parts_resident_bytes` to `parts_age_ms`. As
+# `process_rss_bytes`, they are int64, and null in a sample that does not have them.
+_PARTS = {f"parts_{field.name}": field.name for field in host_pb2.ResidentParts.DESCRIPTOR.fields}
 
 _OF_SETS = {"at_unix_us": np.int64, "host_agent_cpu_us": np.uint64, "observing_cpu_us": np.uint64}
 """Columns whose values all samples of a set share, with their types; fields of SampleSet."""
@@ -77,7 +68,7 @@ class Samples:
     """Samples of guests on any number of hosts: one row per guest and time.
 
     :ivar columns: `host`, `guest`, `at_unix_us`, `host_agent_cpu_us`, `observing_cpu_us`, and those
-        in `_COLUMNS`; and those in `_NULLABLE`, which are masked arrays.
+        in `_COLUMNS`; and `process_rss_bytes` and those in `_PARTS`, which are masked arrays.
     """
 
     trial_id: str
@@ -252,8 +243,16 @@ def columns_of(sets: Sequence[HostSamples]) -> Columns:
         columns[name] = np.repeat(values, counts)
     for name, value in _COLUMNS.items():
         columns[name] = np.array([value(sample) for sample in samples], dtype=np.uint64)
-    for name, value_or_none in _NULLABLE.items():
-        found = [value_or_none(sample) for sample in samples]
-        is_null = [one is None for one in found]
-        columns[name] = np.ma.masked_array([one or 0 for one in found], is_null, dtype=np.int64)
+    columns["process_rss_bytes"] = _nullable(
+        [one.process_rss_bytes for one in samples],
+        [not one.HasField("process_rss_bytes") for one in samples],
+    )
+    parts = [one.resident_parts for one in samples]
+    is_null = [not one.HasField("resident_parts") for one in samples]
+    for name, field in _PARTS.items():
+        columns[name] = _nullable([getattr(one, field) for one in parts], is_null)
     return columns
+
+
+def _nullable(values: Sequence[int], is_null: Sequence[bool]) -> np.ndarray[Any, Any]:
+    return np.ma.masked_array(values, is_null, dtype=np.int64)

@@ -6,6 +6,7 @@ always whole. DuckDB is used because it writes Parquet from numpy arrays without
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # `*.parquet`.
 UNFINISHED = ".unfinished"
 _PART_PERIOD_S = 2.0
+RESIDENT_PARTS = ("used", "file_cache", "held_back", "in_flight", "waiting", "free_pieces")
+"""Of ResidentParts (host.proto): what a guest's resident memory consists of."""
 
 
 class PartWriter:
@@ -137,6 +140,32 @@ def read_series(
             counters={counter: rows[counter][start:end] for counter in counters},
         )
     return found
+
+
+def mean_parts(folder: Path, start_us: int, end_us: int) -> dict[str, float]:
+    """Return what resident memory consisted of in a trial, in bytes by the name in RESIDENT_PARTS:
+    the mean of each guest's samples from `start_us` to `end_us`, summed over all guests. Empty if
+    no sample says so: they are older, or no agent had told.
+
+    :raises Refused: a part is damaged, or cannot be read.
+    """
+    means = ", ".join(f"avg(parts_{name}_bytes)" for name in RESIDENT_PARTS)
+    try:
+        with path_for_duckdb(folder) as plain, connect() as connection:
+            files = f"{plain}/*.parquet"
+            columns = connection.execute("DESCRIBE SELECT * FROM read_parquet(?)", [files])
+            if "parts_used_bytes" not in {row[0] for row in columns.fetchall()}:
+                return {}
+            guests = connection.execute(
+                f"SELECT {means} FROM read_parquet(?) "  # noqa: S608 - names of our own
+                "WHERE parts_used_bytes IS NOT NULL AND at_unix_us BETWEEN ? AND ? "
+                "GROUP BY host, guest",
+                [files, start_us, end_us],
+            ).fetchall()
+    except (OSError, duckdb_error()) as error:
+        raise Refused(f"cannot read samples of {folder.name}: {error}") from error
+    sums = map(math.fsum, zip(*guests, strict=True))
+    return dict(zip(RESIDENT_PARTS, sums, strict=False))
 
 
 def _table(batches: Sequence[Samples]) -> Columns:
