@@ -195,8 +195,18 @@ class BlockRunner:
             for job in (block, watch):
                 await cancelled(job)
             if self._pauses:
-                with suppress(HintfleetError, TimeoutError):
-                    await asyncio.wait_for(self._pause(0), _HAND_BACK_S)
+                await self._hand_back()
+
+    async def _hand_back(self) -> None:
+        """End the pause, if that can be done within some seconds."""
+        ending = asyncio.create_task(self._pause(0))
+        until_s = time.monotonic() + _HAND_BACK_S
+        while not ending.done() and (left_s := until_s - time.monotonic()) > 0:
+            # Whoever cuts off a run may cancel this more than once: the end of the trial, and then
+            # that of the actor. The guests must get their hinting back all the same.
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait((ending,), timeout=left_s)
+        await cancelled(ending)
 
     async def _watch(self) -> None:
         # Closed by hand: a LeftOut leaves the loop while the stream is open.

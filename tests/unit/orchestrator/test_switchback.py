@@ -1,8 +1,10 @@
 """A switchback: what its spec may say, when its blocks are, and what they come to."""
 
-from collections.abc import Iterator, Mapping
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,7 +27,8 @@ from orchestrator.spec import file as spec_file
 from orchestrator.spec.memory_needs import host_bytes
 from orchestrator.spec.model import Spec, describe
 from orchestrator.spec.switchback import Switchback
-from orchestrator.trial.block_runner import boots_of, check_guests, why_left_out
+from orchestrator.trial.block_runner import BlockRunner, boots_of, check_guests, why_left_out
+from orchestrator.trial.host_client import HostClient
 from orchestrator.trial.plan import HostTask, Trial, block_s, host_tasks, plan_trials
 from orchestrator.trial.records import (
     BLOCK,
@@ -228,6 +231,51 @@ def test_what_became_of_the_guests_of_a_block(now: list[host_pb2.Guest], said: s
     found = why_left_out({"vm1": "b1", "vm2": "b1"}, now)
     assert found.startswith(said)
     assert bool(found) == bool(said)
+
+
+class SlowHost:
+    """A host agent of which each command takes a while.
+
+    :ivar paused: the guests whose hinting is off.
+    """
+
+    def __init__(self) -> None:
+        self.paused: set[str] = set()
+
+    async def list_guests(self) -> list[host_pb2.Guest]:
+        return HERE
+
+    async def watch_host(self, period_s: float) -> AsyncGenerator[host_pb2.SampleSet, None]:
+        while True:
+            await asyncio.sleep(0.01)
+            samples = [host_pb2.Sample(guest_name=one.name) for one in HERE]
+            yield host_pb2.SampleSet(at_unix_us=time.time_ns() // 1000, samples=samples)
+
+    async def pause_hinting(self, name: str, for_s: float) -> float:
+        await asyncio.sleep(0.1)
+        (self.paused.add if for_s else self.paused.discard)(name)
+        return 0.0
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3])
+def test_a_block_that_is_cut_off_more_than_once_still_ends_the_pause(cuts: int) -> None:
+    spec = parsed()
+    assert spec.switchback
+    trial = next(trial for trial in plan_trials(spec, "run") if trial.arm.name == "off")
+    host, task = SlowHost(), host_tasks(spec, trial)["host1"]
+
+    async def cut_off() -> None:
+        block = asyncio.create_task(BlockRunner(cast(HostClient, host), task, switchback).run())
+        while len(host.paused) < 2:
+            await asyncio.sleep(0.01)
+        for _ in range(cuts):
+            block.cancel()
+            await asyncio.sleep(0.02)
+        await asyncio.wait((block,), timeout=30)
+
+    switchback = spec.switchback
+    asyncio.run(cut_off())
+    assert not host.paused
 
 
 # What blocks come to
