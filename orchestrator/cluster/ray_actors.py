@@ -31,8 +31,8 @@ from orchestrator.trial.records import Record
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-# How long to wait for actors to stop. Longer than `HostProcess.stop` waits for a host agent (25 s).
-_STOP_TIMEOUT_S = 30.0
+# How long to wait for actors to stop. Longer than `HostProcess.stop` waits for a host agent (60 s).
+_STOP_TIMEOUT_S = 70.0
 _POLL_S = 0.5
 # How long a node may take to say what it is: it may first have to start a process for that.
 _NODE_ANSWERS_WITHIN_S = 60.0
@@ -103,7 +103,7 @@ class Cluster:
         """End these actors with their guests and logical hosts; end a private cluster, or leave
         another one.
 
-        Waits up to 30 s for the actors; then kills them. Meanwhile Ctrl-C and SIGTERM are ignored
+        Waits up to 70 s for the actors; then kills them. Meanwhile Ctrl-C and SIGTERM are ignored
         (in the main thread). May be called twice.
         """
         import ray

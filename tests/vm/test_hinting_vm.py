@@ -129,7 +129,8 @@ def test_under_pressure_a_guest_gives_what_is_wanted_and_keeps_nothing_back(
 
         wait_until(lambda: resident_bytes() <= threshold_bytes, "the excess to come back")
         host.settle("wanted")
-        assert resident_bytes() > threshold_bytes - 130 * MIB, "and no more than that"
+        # Besides the module's 128 MiB, what the guest stopped using by itself meanwhile.
+        assert resident_bytes() > threshold_bytes - 150 * MIB, "and no more than that"
         least_bytes = free_at_first_bytes - held_bytes - 16 * MIB
         wait_until(lambda: free_bytes() > least_bytes, "the guest to have the rest back")
 

@@ -58,7 +58,12 @@ def host(libvirt: OwnLibvirt, foreign: ForeignDomain) -> Iterator[HostAgent]:
     """Attach the domain, whose guest is at work; detach it after the test."""
     with running_host_agent("--libvirt-uri", libvirt.uri) as agent:
         name = foreign.domain.name()
-        attach = host_pb2.AttachGuestRequest(domain=name, through_guest_agent=True)
+        # Policy adaptive would hold back what is used again after 3 s.
+        attach = host_pb2.AttachGuestRequest(
+            domain=name,
+            through_guest_agent=True,
+            hinting=host_pb2.HintingSettings(policy="eager"),
+        )
         agent.stub.AttachGuest(attach, timeout=HANG_S)
         wait_until(lambda: not agent.guests()[name].not_hinting_because, "its agent")
         foreign.spawn("/usr/bin/python3", "-c", WORK)
