@@ -131,7 +131,7 @@ class HintingCore:
 
     @property
     def still_isolated(self) -> RangeSet:
-        """All isolated ranges that the core has yet to release; Hello contains them."""
+        """All isolated ranges for which this core has returned no Release yet; Hello has them."""
         held = [*self._awaiting_welcome, *self._in_flight.values()]
         return RangeSet(one for ranges in held for one in ranges)
 

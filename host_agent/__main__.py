@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, and exit with its exit code.
 
     Without --doctor, --leaks and --clean: serve until SIGTERM, SIGINT, end of file on
-    --lifeline-fd, or a bug that ends one of the host agent's loops. Then the guests are ended; but
-    with --state, only end of file ends them.
+    --lifeline-fd, or a bug that ends one of the host agent's loops. Then the guests that it made
+    are ended, and the attached ones detached; but with --state, only end of file does that.
     """
     tell = program.prepare("hintfleet-host")
     sys.exit(program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet[host]"))

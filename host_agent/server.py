@@ -130,10 +130,11 @@ class Serving:
 
 @asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[Serving]:
-    """Serve until the block ends; then end every guest and close the sockets.
+    """Serve until the block ends; then end every guest (detach the attached ones), and close the
+    sockets.
 
-    With a state folder, adopt the guests of an earlier host agent before serving; at the end, do
-    not end the guests: they live on for the next host agent.
+    With a state folder, adopt the guests of an earlier host agent before serving; at the end, leave
+    the guests as they are: they live on for the next host agent.
 
     :raises Refused: an address cannot be bound, or the state cannot be used.
     :raises InvalidInput: an address is not valid, or needs TLS.

@@ -137,8 +137,8 @@ class AnonymousSource(BuddySource):
 
         :raises MemoryError: so much was not available in time.
         """
-        # Do not just write to the block: memory is overcommitted, so a kernel without free memory
-        # kills a process instead of returning an error.
+        # Ask first, instead of just writing to the block: memory is overcommitted, so a kernel
+        # without free memory does not return an error, but kills a process.
         deadline_s = time.monotonic() + self._timeout_s
         while (usable_bytes := self._available_bytes() - _SPARE_BYTES) < size_bytes:
             if time.monotonic() > deadline_s:

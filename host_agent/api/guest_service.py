@@ -183,7 +183,8 @@ async def _read_session(
 async def _paced(guest: Guest, messages: AsyncIterator[_M]) -> AsyncIterator[_M]:
     """Yield messages, but read them only as fast as the guest's rate limits allow.
 
-    :raises LimitExceeded: the guest floods.
+    :raises LimitExceeded: the guest has sent so many messages besides batches that all of them had
+        to be delayed for some seconds (FLOOD_S). Batches are only delayed.
     """
     # Messages that are not read yet fill the stream's window (64 KiB). Then gRPC's flow control
     # makes the guest wait. So a flood costs little memory and time here.

@@ -18,8 +18,8 @@ PERIOD_S = 0.5
 
 
 class Pressure:
-    """Reads the books of all guests, and tells those under `pressure` and `adaptive` what they
-    mean for them."""
+    """Reads the books of all guests; by them, gives guests under policy `pressure` an allowance,
+    and tells those under `adaptive` how long to hold memory back (their patience)."""
 
     def __init__(self, guests: Callable[[], Sequence[Guest]], budget_bytes: int) -> None:
         """:param budget_bytes: how much memory all guests of this host may use together."""

@@ -106,7 +106,8 @@ def parse(
     overrides = overrides or {}
     settings = overrides.get(SET, {})
     changed = {key: value for key, value in overrides.items() if key != SET}
-    # Twice: a setting may be about a part of `under`, and it replaces what that part replaces.
+    # Settings are applied twice. Here, because one may be about `driver` or a part of `under`, from
+    # which the driver's section is taken; and below, because they win over that section.
     data = _with_settings(document.data, settings)
     driver = (data | changed).get("driver")
     section = _driver_section(data, driver)

@@ -53,5 +53,5 @@ def _balloon_settings(arm: Arm) -> host_pb2.BalloonSettings:
 
 
 def driver_pb2(driver: Driver) -> host_pb2.Driver.ValueType:
-    """Convert a driver into the value of the control API."""
+    """Return the value of the control API for embedded or real guests."""
     return host_pb2.EMBEDDED if driver is Driver.EMBEDDED else host_pb2.LIBVIRT

@@ -203,8 +203,8 @@ class Sessions(RuleBasedStateMachine):
             self.host.qemu_asks_to_stop(lambda: None)
 
     def host_hears_of_the_reset(self) -> None:
-        """Have the host agent end the guest, and close its RAM if no batch is running. If one is,
-        this event stays possible, and closes the RAM later."""
+        """Have the host agent learn that the guest was reset: it ends the guest, and closes its RAM
+        if no batch is running. If one is, this event stays possible, and closes the RAM later."""
         self.present_host.guest_is_gone()
         self.ram_is_open = bool(self.present_host.running)
 

@@ -29,7 +29,8 @@ def test_cgroups_of_v2_limit(
     driver = LibvirtDriver(libvirt_uri, loop, guest_server="10.0.2.2:9", images=images)
     guest = driver.create(request)
     try:
-        # The last line says so: what a guest prints arrives here in pieces of lines.
+        # Wait for the last line of the probe: what a guest prints arrives here in pieces, so an
+        # earlier look could find half a line.
         wait_until(lambda: "PROBE done" in guest.evidence(), "the limits")
         said = [line for line in guest.evidence().splitlines() if line.startswith("PROBE")]
     finally:

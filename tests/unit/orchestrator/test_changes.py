@@ -1,4 +1,5 @@
-"""Changes between two runs: what forms a pair, what a percentage is of, and when there is none."""
+"""Changes between two runs: what forms a pair, what a percentage is of, and when a change is
+undecided or left out."""
 
 import random
 from collections import Counter
