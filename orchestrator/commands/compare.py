@@ -150,11 +150,19 @@ def _check_same_spec(first: Run, second: Run) -> None:
 def _rows(store: Store, run: Run) -> RunRows:
     """Read the figures of a run.
 
-    :raises InvalidInput: the run has none.
+    :raises InvalidInput: the run has none, or none that are compared.
     """
     from hintfleet.errors import InvalidInput
     from orchestrator.results.changes import RunRows
+    from orchestrator.results.store.run_spec import spec_or_none
 
+    spec = spec_or_none(run)
+    if spec and spec.vary:
+        raise InvalidInput(
+            f"run {run.run_id[-6:]} has several numbers of guests: how often hosts run out is not "
+            "compared",
+            hint="look at both with `hintfleet show`",
+        )
     rows = RunRows(
         footprints=store.footprint_rows(run.run_id),
         costs=store.cost_rows(run.run_id),

@@ -126,10 +126,13 @@ def _tables(store: Store, run: Run, rows: list[Savings], with_trials: bool) -> A
     costs = compare(cost_rows, run.driver)
     capacity_rows = store.capacity_rows(run.run_id)
     figures: RenderableType
-    if points := frontier(capacity_rows, spec_or_none(run)):
+    spec = spec_or_none(run)
+    if points := frontier(capacity_rows, spec):
         answer, figures = frontier_answer(points), frontier_summary(points)
     elif fitted := capacities(capacity_rows):
         answer, figures = capacity_answer(fitted), capacity_summary(fitted)
+    elif spec and spec.asks_how_many:
+        answer, figures = "", Text("no trial has a figure", style="yellow")
     else:
         answer, figures = savings_answer(rows, costs), tables.savings_and_costs(run, rows, costs)
     parts: list[RenderableType] = [tables.heading(run, answer)]

@@ -15,7 +15,7 @@ from orchestrator.results.comparison import ArmCost, compare
 from orchestrator.results.footprint import Numbers, Series
 from orchestrator.results.frontier import Point, frontier
 from orchestrator.results.loop_comparison import ArmLoops, allocation_times, compare_loops
-from orchestrator.results.savings import By, Savings, aggregate
+from orchestrator.results.savings import By, Savings, aggregate, counted
 from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store, StoredTrial
 from orchestrator.results.store.run_spec import spec_or_none
@@ -102,9 +102,12 @@ def read_contents(store: Store, run: Run) -> Contents:
             return Contents(run=run, trials=attempts, capacities=fitted, frontier=points)
         fills = list(_fills(store, run, trials))
         return Contents(run=run, trials=attempts, capacities=fitted, fills=fills)
+    footprints = store.footprint_rows(run.run_id)
+    of_figures = {(row.arm, row.repetition) for row in counted(footprints)}
+    trials = [t for t in trials if (t.arm, t.repetition) in of_figures]
     phases = _phases(store, run, {trial.trial_id for trial in trials})
     marks = mean_marks([begun for hosts in phases.values() for begun in hosts.values()])
-    rows = aggregate(store.footprint_rows(run.run_id), By.FLEET)
+    rows = aggregate(footprints, By.FLEET)
     by_arm: dict[str, list[Numbers]] = {row.arm: [] for row in rows}
     parts: dict[str, list[dict[str, float]]] = {row.arm: [] for row in rows}
     for trial in trials:
@@ -179,8 +182,9 @@ def _began_us(event: PhaseStarted, number: int, steps: Mapping[str, Sequence[int
     :param number: how many phases were announced before.
     :param steps: when each guest began each of its steps, the read-back last.
     """
-    if event.guest:
+    if event.guest and number:
         return steps[event.guest][number]
+    # The first phase begins with the first guest, as the figures do.
     # Guests that are not in step may have different numbers of steps before the read-back.
     place = -1 if event.title == VERIFY else number
     return min(began_us[place] for began_us in steps.values())

@@ -66,6 +66,10 @@ def page(contents: Contents) -> str:
         reasons="".join(
             _paragraph("undecided", f"undecided: {first_line(r)}") for r in contents.reasons
         )
+        + "".join(
+            _paragraph("undecided", line)
+            for line in dict.fromkeys(map(tables.left_out_line, contents.rows))
+        )
         + _paragraph("faint", outcome(run, contents.rows)),
         plot=main_chart,
         figures=_fitted(contents) if contents.capacities else _saved(contents),

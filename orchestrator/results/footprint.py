@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hintfleet.units import GIB
+from orchestrator.spec.phases import Kind
 from orchestrator.trial.records import BLOCK_END, CUT, VERIFY, GuestEnded, StepDone
 
 RETURNED_AFTER_S = 3.0
@@ -78,8 +79,8 @@ class Footprint:
     :ivar returned: None if no free step freed anything.
     :ivar coincidence: the most that the workloads of a host's guests held together at a time / the
         sum of the most that each held: 1 if all peaks come together, 1 / guests if they never meet.
-        None for a single guest, and if nothing was held. With loops, too: what they use is not
-        recorded.
+        None for a single guest, and if nothing was held. With loops and replays, too: what they
+        hold meanwhile is not recorded.
     """
 
     provisioned_bytes: int
@@ -231,13 +232,12 @@ def _sum(parts: Sequence[Series]) -> Series:
 def coincidence(steps: Mapping[str, Sequence[StepDone]]) -> float | None:
     """Return how far the peaks of what guests' workloads hold coincide (`Footprint.coincidence`).
 
-    A replay counts with what it holds at its end.
-
     :param steps: of each guest, in order.
     """
     peaks = sum(max(step.held_bytes for step in of_guest) for of_guest in steps.values())
-    loops = any(step.loop for of_guest in steps.values() for step in of_guest)
-    if len(steps) < 2 or not peaks or loops:
+    all_steps = (step for of_guest in steps.values() for step in of_guest)
+    unknown = any(step.loop or step.kind == Kind.REPLAY for step in all_steps)
+    if len(steps) < 2 or not peaks or unknown:
         return None
     changes: list[tuple[int, int]] = []
     for of_guest in steps.values():

@@ -44,7 +44,8 @@ class Point:
 def frontier(rows: Iterable[CapacityRow], spec: Spec | None) -> list[Point]:
     """Return a point for each arm and number of guests, in the order of the spec.
 
-    Empty if the number of guests is fixed (`Spec.vary`), or the spec cannot be read.
+    Empty if the number of guests is fixed (`Spec.vary`), the spec cannot be read, or there are no
+    rows. A point whose trials have not run is undecided.
 
     :param rows: of a run of this spec.
     """
@@ -54,9 +55,9 @@ def frontier(rows: Iterable[CapacityRow], spec: Spec | None) -> list[Point]:
     for row in rows:
         by_arm.setdefault(row.arm, []).append(row)
     return [
-        _point(by_arm[variant.arm.name], variant, spec.hosts.memory_bytes)
+        _point(by_arm.get(variant.arm.name, []), variant, spec.hosts.memory_bytes)
         for variant in spec.variants
-        if variant.arm.name in by_arm
+        if by_arm
     ]
 
 
@@ -65,9 +66,11 @@ def _point(rows: Sequence[CapacityRow], variant: Variant, host_bytes: int | None
     promised = sum(one.count * one.memory_bytes for one in variant.classes)
     overcommit = promised / host_bytes if host_bytes else None
     found = [row.capacity for row in rows if row.capacity and not row.undecided]
-    if len(found) < len(rows):
-        bad = next(row for row in rows if row.undecided or row.capacity is None)
-        reason = f"{bad.arm}, repetition {bad.repetition + 1}, {bad.undecided or 'was cut off'}"
+    if not rows or len(found) < len(rows):
+        bad = next((row for row in rows if row.undecided or row.capacity is None), None)
+        reason = f"{variant.arm.name} has not run"
+        if bad:
+            reason = f"{bad.arm}, repetition {bad.repetition + 1}, {bad.undecided or 'was cut off'}"
         return Point(
             arm=variant.method_name, guests=guests, overcommit=overcommit, undecided=reason
         )

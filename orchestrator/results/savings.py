@@ -86,7 +86,7 @@ class Savings:
     :ivar undecided: why figures are missing or do not count, for example wrong pages or only one
         pair of trials; empty otherwise.
     :ivar left_out_pairs: how many pairs of blocks are left out of a switchback, and count in no
-        figure.
+        figure; `pairs` is the number of all pairs that have begun.
     """
 
     experiment: str
@@ -100,6 +100,7 @@ class Savings:
     control_bytes: float | None = None
     undecided: str = ""
     left_out_pairs: int = 0
+    pairs: int = 0
 
 
 class _Row(Protocol):
@@ -153,8 +154,9 @@ def _arms(group: tuple[str, str, str], rows: Sequence[FootprintRow]) -> list[Sav
         arms.setdefault(row.arm, []).append(row)
     control = next((arm for arm in arms.values() if arm[0].is_control), [])
     left_out = len({(row.run_id, row.repetition) for row in rows if row.left_out})
+    pairs = len({(row.run_id, row.repetition) for row in rows})
     found = (_arm(group, arm, control) for arm in arms.values())
-    return [replace(saving, left_out_pairs=left_out) for saving in found]
+    return [replace(saving, left_out_pairs=left_out, pairs=pairs) for saving in found]
 
 
 def _arm(

@@ -44,6 +44,7 @@ def savings_as_pb2(row: Savings) -> fleet_pb2.Savings:
         control_bytes=None if row.control_bytes is None else round(row.control_bytes),
         undecided=row.undecided,
         left_out_pairs=row.left_out_pairs,
+        pairs=row.pairs,
     )
 
 
@@ -69,6 +70,7 @@ def savings_from_pb2(message: fleet_pb2.Savings) -> Savings:
         control_bytes=message.control_bytes if message.HasField("control_bytes") else None,
         undecided=message.undecided,
         left_out_pairs=message.left_out_pairs,
+        pairs=message.pairs,
     )
 
 

@@ -28,6 +28,8 @@ from orchestrator.spec.yaml_reader import Document, read_yaml
 from orchestrator.spec.yaml_reader import Path as Keys
 
 _MAX_FILE_BYTES = 1 << 20
+_EARLY = ("driver", "under")
+"""Keys that decide which values the others have."""
 SET = "--set"
 """A key of overrides: a mapping of dotted keys of the spec to their values, as YAML text."""
 
@@ -108,13 +110,16 @@ def parse(
     changed = {key: value for key, value in overrides.items() if key != SET}
     # Settings are applied twice. Here, because one may be about `driver` or a part of `under`, from
     # which the driver's section is taken; and below, because they win over that section.
-    data = _with_settings(document.data, settings)
-    driver = (data | changed).get("driver")
+    early = {key: text for key, text in settings.items() if key.split(".")[0] in _EARLY}
+    data = _with_settings(document.data | changed, early)
+    driver = data.get("driver")
     section = _driver_section(data, driver)
     moved: dict[Hashable, Keys] = {
         key: ("under", driver, key) for key in section if key not in changed
     }
     values = _with_settings(data | section | changed, settings)
+    if "recordings" in changed:  # of a stored run: those that were set are among them
+        values["recordings"] = changed["recordings"]
     if folder is not None:
         recordings, problems = _recordings(values, folder)
         if problems:
@@ -144,9 +149,10 @@ def _with_settings(values: dict[str, Any], settings: Mapping[str, str]) -> dict[
         for step in outer:
             inside = around.get(step, {})
             if not isinstance(inside, dict):
+                whole = key[: key.index(step) + len(step)]
                 raise InvalidInput(
-                    f"--set {key}: {step} is no mapping in the spec",
-                    hint=f"set it as a whole: --set '{step}=...'",
+                    f"--set {key}: {whole} is no mapping in the spec",
+                    hint=f"set it as a whole: --set '{whole}=...'",
                 )
             around[step] = around = dict(inside)
         around[last] = read_yaml(text, f"--set {key}").data

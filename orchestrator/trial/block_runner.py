@@ -281,8 +281,16 @@ class BlockRunner:
         """Pause the hinting of all guests, or end the pause; return how long each would still have
         been paused."""
         self._renew_s = time.monotonic() + _RENEWED_EVERY_S if for_s else 0.0
-        left_s = await asyncio.gather(*(self._pause_one(name, for_s) for name in self._boots))
-        return dict(zip(self._boots, left_s, strict=True))
+        calls = (self._pause_one(name, for_s) for name in self._boots)
+        # With return_exceptions, all calls have ended here, also after an error of one.
+        left_s: dict[str, float] = {}
+        for name, found in zip(
+            self._boots, await asyncio.gather(*calls, return_exceptions=True), strict=True
+        ):
+            if isinstance(found, BaseException):
+                raise found
+            left_s[name] = found
+        return left_s
 
     async def _pause_one(self, name: str, for_s: float) -> float:
         try:

@@ -59,7 +59,8 @@ def frontier_answer(points: Sequence[Point]) -> str:
     answer = f"{best.arm} runs {_guests_of(best)}, and none of {best.hosts} hosts ran out of memory"
     fewest = min(arms[first], key=lambda one: one.guests)
     if best.arm == first:
-        return f"{answer}; no arm runs more"
+        # What stopped the others is known only if it was that hosts ran out.
+        return answer if any(point.undecided for point in points) else f"{answer}; no arm runs more"
     if fewest.undecided:
         return answer
     if one := most[first]:

@@ -24,7 +24,8 @@ _ALONE = "a trial, all hosts together; a mean over trials"
 # low, high) has the unit of the figure that it is of.
 GLOSSARY: dict[str, Meaning] = {
     "trials": Meaning("trials", "the arm"),
-    "left_out_pairs": Meaning("pairs", "the pairs of blocks of a switchback that have run"),
+    "left_out_pairs": Meaning("pairs", "pairs"),
+    "pairs": Meaning("pairs", "repetitions that have begun"),
     "control_bytes": Meaning("B", "mean resident memory of the control, in the pairs of saved"),
     "saved_bytes": Meaning("B", f"{_PAIRS}; control minus arm; a share of control_bytes"),
     "saved_gib_min": Meaning("GiB·min", f"{_PAIRS}; control minus arm"),

@@ -130,8 +130,8 @@ def left_out_line(row: Savings) -> str:
     """Return how many pairs are left out of a row of a switchback; empty if none is."""
     if not row.left_out_pairs:
         return ""
-    of = row.trials + row.left_out_pairs * (not row.undecided)
-    return f"left out: {row.left_out_pairs} of {of} pairs of blocks; `hintfleet show RUN` says why"
+    of = f"{row.left_out_pairs} of {row.pairs}"
+    return f"left out: {of} pairs of blocks; `hintfleet show RUN` says why"
 
 
 def _coincidence(rows: Sequence[Savings]) -> str:

@@ -30,11 +30,11 @@ SPEC = """\
 name: theirs
 driver: libvirt
 hosts: {{agents: ["{address}"]}}
-switchback: {{guests: all, shortest: {block}, longest: {block}, cut: 25s}}
+switchback: {{guests: all, shortest: {block}, longest: {block}, cut: 15s}}
 arms:
   - {{name: off, method: none}}
   - {{name: on, method: hinting}}
-repetitions: 3
+repetitions: 2
 seed: 1
 sample_period: 500ms
 """
@@ -84,12 +84,12 @@ def test_what_hinting_saves_on_an_attached_domain(
     lab: Lab, host: HostAgent, foreign: ForeignDomain
 ) -> None:
     (before,) = host.guests().values()
-    text = SPEC.format(address=host.control, block="60s")
+    text = SPEC.format(address=host.control, block="40s")
     data = result(lab.run("run", lab.spec(text), "-o", "json"))
     off, on = data["arms"]
     assert (off["arm"], on["arm"]) == ("off", "on")
     assert on["saved_bytes"]["mean"] > USED_MIB * MIB / 4
-    assert on["saved_bytes"]["pairs"] == 3
+    assert on["saved_bytes"]["pairs"] == 2
     (after,) = host.guests().values()
     assert (after.pid, after.epoch, after.boot_id) == (before.pid, before.epoch, before.boot_id)
     assert after.not_hinting_because == "", "nobody's hinting stays paused"
@@ -103,7 +103,7 @@ def test_a_block_in_which_the_domain_is_reset_is_left_out(
         (guest,) = host.guests().values()
         return guest.not_hinting_because.startswith("paused for another ")
 
-    text = SPEC.format(address=host.control, block="2min")
+    text = SPEC.format(address=host.control, block="1min")
     with lab.started("run", lab.spec(text)) as process:
         wait_until(is_paused, "a block without hinting")
         foreign.domain.reset()

@@ -102,21 +102,24 @@ _MIGRATIONS = (
     """,
     # switchback: 1 for a run whose trials are blocks of guests that were there already.
     # left_out_pairs: those of switchbacks in which a block is undecided, or that have a guest in
-    # one block only (savings.counted).
+    # one block only (savings.counted). CROSS JOIN: SQLite then joins in this order, and looks only
+    # at switchbacks; else it would scan the footprints of all runs.
     """
     ALTER TABLE runs ADD COLUMN switchback INTEGER NOT NULL DEFAULT 0;
     CREATE VIEW left_out_pairs AS
     SELECT run_id, repetition FROM counted_trials JOIN runs USING (run_id)
     WHERE switchback AND undecided != '' AND NOT lost
     UNION
-    SELECT run_id, repetition FROM counted_trials AS t JOIN runs USING (run_id)
-    JOIN footprints AS f USING (trial_id)
-    WHERE switchback AND guest != '' AND (
-        SELECT count(*) FROM counted_trials AS o
-        WHERE (o.run_id, o.repetition, o.undecided) = (t.run_id, t.repetition, '')
-        AND o.ended_unix_us
-    ) = 2
-    GROUP BY run_id, repetition, host, guest HAVING count(*) = 1;
+    SELECT run_id, repetition FROM (
+        SELECT w.run_id, w.repetition, f.host, f.guest FROM (
+            SELECT c.run_id, c.repetition
+            FROM runs AS r CROSS JOIN counted_trials AS c ON c.run_id = r.run_id
+            WHERE r.switchback AND c.undecided = '' AND c.ended_unix_us
+            GROUP BY c.run_id, c.repetition HAVING count(*) = 2
+        ) AS w
+        CROSS JOIN counted_trials AS t ON t.run_id = w.run_id AND t.repetition = w.repetition
+        CROSS JOIN footprints AS f ON f.trial_id = t.trial_id AND f.guest != ''
+    ) GROUP BY run_id, repetition, host, guest HAVING count(*) = 1;
     """,
 )
 

@@ -80,6 +80,7 @@ _PARAMETERS = {
 _TYPES = {
     "int": "BIGINT",
     "float": "DOUBLE",
+    "float | None": "DOUBLE",
     "bool": "BOOLEAN",
     "bool | None": "BOOLEAN",
     "tuple[float, ...]": "DOUBLE[]",

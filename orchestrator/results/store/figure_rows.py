@@ -66,6 +66,8 @@ def footprint_rows(
             left_out=bool(trial["left_out"]),
         )
         for host, guest in sorted(units.get(trial["run_id"], {("", "")})):
+            if guest and trial["is_whole_block"] and (trial["trial_id"], host, guest) not in texts:
+                continue  # a guest that was attached later, or detached before
             text = texts.get((trial["trial_id"], host, guest))
             footprint = _footprint(text) if text else None
             rows.append(of_trial(host=host, guest=guest, footprint=footprint))

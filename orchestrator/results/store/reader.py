@@ -225,7 +225,8 @@ class Store(AbstractContextManager["Store"]):
         trials = self._query(
             "SELECT r.run_id, r.name, r.spec_hash, r.control, r.precision, "
             "       t.trial_id, t.arm, t.repetition, t.undecided, t.lost, "
-            "       (run_id, t.repetition) IN left_out_pairs AS left_out "
+            "       (run_id, t.repetition) IN left_out_pairs AS left_out, "
+            "       r.switchback AND t.ended_unix_us AND t.undecided = '' AS is_whole_block "
             "FROM counted_trials t JOIN runs r USING (run_id) "
             "WHERE (?1 = '' OR run_id = ?1) AND r.started_unix_us >= ?2 "
             "  AND (?3 OR r.state != 'running') "

@@ -144,12 +144,13 @@ def read_series(
 
 def mean_parts(folder: Path, start_us: int, end_us: int) -> dict[str, float]:
     """Return what resident memory consisted of in a trial, in bytes by the name in RESIDENT_PARTS:
-    the mean of each guest's samples from `start_us` to `end_us`, summed over all guests. Empty if
+    the mean over time of each guest from `start_us` to `end_us`, summed over all guests. Empty if
     no sample says so: they are older, or no agent had told.
 
     :raises Refused: a part is damaged, or cannot be read.
     """
-    means = ", ".join(f"avg(parts_{name}_bytes)" for name in RESIDENT_PARTS)
+    # A sample counts until the next one: at rest, most samples are left out (host.proto: Watch).
+    means = ", ".join(f"sum(parts_{name}_bytes * us) / sum(us)" for name in RESIDENT_PARTS)
     try:
         with path_for_duckdb(folder) as plain, connect() as connection:
             files = f"{plain}/*.parquet"
@@ -157,10 +158,12 @@ def mean_parts(folder: Path, start_us: int, end_us: int) -> dict[str, float]:
             if "parts_used_bytes" not in {row[0] for row in columns.fetchall()}:
                 return {}
             guests = connection.execute(
-                f"SELECT {means} FROM read_parquet(?) "  # noqa: S608 - names of our own
-                "WHERE parts_used_bytes IS NOT NULL AND at_unix_us BETWEEN ? AND ? "
-                "GROUP BY host, guest",
-                [files, start_us, end_us],
+                f"SELECT {means} FROM (SELECT *, lead(at_unix_us, 1, ?) OVER "  # noqa: S608 - ours
+                "(PARTITION BY host, guest ORDER BY at_unix_us) - at_unix_us AS us "
+                "FROM read_parquet(?) "
+                "WHERE parts_used_bytes IS NOT NULL AND at_unix_us BETWEEN ? AND ?) "
+                "GROUP BY host, guest HAVING sum(us) > 0",
+                [end_us, files, start_us, end_us],
             ).fetchall()
     except (OSError, duckdb_error()) as error:
         raise Refused(f"cannot read samples of {folder.name}: {error}") from error

@@ -194,6 +194,7 @@ class Savings(_message.Message):
     UNDECIDED_FIELD_NUMBER: _builtins.int
     CONTROL_BYTES_FIELD_NUMBER: _builtins.int
     LEFT_OUT_PAIRS_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
     experiment: _builtins.str
     """The name in the spec."""
     run_id: _builtins.str
@@ -213,6 +214,8 @@ class Savings(_message.Message):
     """Pairs of blocks that are left out of a switchback, and count in no figure: a guest was lost or
     restarted in one of the two.
     """
+    pairs: _builtins.int
+    """All pairs that have begun."""
     @_builtins.property
     def footprint(self) -> Global___Footprint:
         """Absent if the arm was not measured completely; `undecided` says why."""
@@ -239,10 +242,11 @@ class Savings(_message.Message):
         undecided: _builtins.str = ...,
         control_bytes: _builtins.int | None = ...,
         left_out_pairs: _builtins.int = ...,
+        pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "control_bytes", b"control_bytes", "footprint", b"footprint", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "arm", b"arm", "control_bytes", b"control_bytes", "experiment", b"experiment", "footprint", b"footprint", "key", b"key", "left_out_pairs", b"left_out_pairs", "run_id", b"run_id", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min", "trials", b"trials", "undecided", b"undecided"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "arm", b"arm", "control_bytes", b"control_bytes", "experiment", b"experiment", "footprint", b"footprint", "key", b"key", "left_out_pairs", b"left_out_pairs", "pairs", b"pairs", "run_id", b"run_id", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min", "trials", b"trials", "undecided", b"undecided"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__control_bytes: _TypeAlias = _typing.Literal["control_bytes"]  # noqa: Y015
     _WhichOneofArgType__control_bytes: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes"]  # noqa: Y015
@@ -281,7 +285,7 @@ class Footprint(_message.Message):
     coincidence: _builtins.float
     """How far the peaks of guests' workloads coincide: the most that they held together at a time /
     the sum of the most that each held. The mean over hosts and trials; absent for single guests,
-    and if workloads have loops.
+    and if workloads have loops or replays.
     """
     @_builtins.property
     def returned(self) -> Global___Returned:

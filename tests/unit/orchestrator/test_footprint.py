@@ -136,6 +136,11 @@ def test_how_far_peaks_coincide(peaks: list[tuple[float, int]], share: float | N
     assert coincidence(steps) == share
 
 
+def test_what_a_replay_holds_meanwhile_is_not_known() -> None:
+    replayed = [step("replay", 0, 1, held=G), step("verify", 2, 3)]
+    assert coincidence({"a": replayed, "b": peak(0, G)}) is None
+
+
 def test_wrong_pages_are_counted() -> None:
     steps = [step("allocate", 1, 2), step("verify", 8, 9, wrong=2)]
     found = guest_footprint("g", series((0, 0), (9, 0)), steps, ENDED, period_s=9)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def ran_out(arm: str, *hosts: bool, **changed: Any) -> list[CapacityRow]:
 
 def test_each_host_of_each_trial_counts_and_the_memory_is_that_of_the_spec() -> None:
     rows = ran_out("none-3", False, False) + ran_out("none-5", True, False, True)
-    three, five = frontier(rows, spec())
+    three, five, *_ = frontier(rows, spec())
     assert (three.arm, three.guests, three.hosts, three.ran_out) == ("none", 3, 2, 0)
     assert three.overcommit == 1.0
     assert (five.guests, five.hosts, five.ran_out) == (5, 3, 2)
@@ -56,9 +57,18 @@ def test_each_host_of_each_trial_counts_and_the_memory_is_that_of_the_spec() -> 
 
 def test_a_bad_trial_leaves_no_figure() -> None:
     rows = ran_out("none-3", False, False) + ran_out("none-3", False, undecided="it was lost")
-    (point,) = frontier(rows, spec())
+    point, *_ = frontier(rows, spec())
     assert (point.hosts, point.low, point.high) == (0, 0.0, 1.0)
     assert point.undecided == "none-3, repetition 1, it was lost"
+
+
+def test_what_has_not_run_is_undecided() -> None:
+    (three, *others) = frontier(ran_out("none-3", False), spec())
+    assert (three.arm, three.guests, three.undecided) == ("none", 3, "")
+    assert {point.undecided for point in others if point.arm == "none"} == {
+        f"none-{n} has not run" for n in (5, 7, 9, 12)
+    }
+    assert frontier([], spec()) == []
 
 
 def test_a_fixed_number_of_guests_has_no_frontier() -> None:
@@ -105,6 +115,12 @@ def points(**ran_out_with: tuple[int, ...]) -> list[Point]:
             "memory; no arm runs more",
         ),
         (points(none=(1, 2), eager=(1, 0)), ""),
+        # Whether eager runs more is not known.
+        (
+            [*points(none=(0, 4)), replace(points(eager=(0,))[0], hosts=0, undecided="lost")],
+            "none runs 3 guests on a host (1 times its memory), and none of 4 hosts ran out of "
+            "memory",
+        ),
     ],
 )
 def test_the_answer(found: list[Point], said: str) -> None:
@@ -128,12 +144,13 @@ def _events(task: HostTask) -> list[Event]:
 def test_a_stored_run_shows_its_frontier(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    header = RunHeader(run_id="run1", spec=spec(), spec_text=TEXT, summary="a test")
-    with Store(tmp_path) as store, RunWriter(store, header) as writer:
-        for trial in plan_trials(spec(), "run1"):
-            tasks = host_tasks(spec(), trial)
-            writer.begin_trial(trial, dict.fromkeys(tasks, NODE))
-            store_records(writer, tasks, [_events(task) for task in tasks.values()])
+    for run_id in ("run1", "run2"):
+        header = RunHeader(run_id=run_id, spec=spec(), spec_text=TEXT, summary="a test")
+        with Store(tmp_path) as store, RunWriter(store, header) as writer:
+            for trial in plan_trials(spec(), run_id):
+                tasks = host_tasks(spec(), trial)
+                writer.begin_trial(trial, dict.fromkeys(tasks, NODE))
+                store_records(writer, tasks, [_events(task) for task in tasks.values()])
     assert run_command(["show", "run1", "--data-dir", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "adaptive runs 9 guests on a host (3 times its memory)" in shown
@@ -142,7 +159,22 @@ def test_a_stored_run_shows_its_frontier(
     found = json.loads(capsys.readouterr().out)["frontier"]
     assert [p["ran_out"] for p in found if p["arm"] == "none"] == [0, 6, 6, 6, 6]
     path = tmp_path / "report.html"
-    assert run_command(["report", "-o", str(path), "--data-dir", str(tmp_path)]) == 0
+    assert run_command(["report", "run1", "-o", str(path), "--data-dir", str(tmp_path)]) == 0
     page = path.read_text()
     assert "How often hosts ran out of memory" in page
     assert charts_of(page).keys() == {"frontier"}
+    assert run_command(["compare", "run1", "run2", "--data-dir", str(tmp_path)]) == 2
+    assert "how often hosts run out is not compared" in capsys.readouterr().err
+
+
+def test_a_run_that_was_cut_off_in_its_first_trial_has_no_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = RunHeader(run_id="run1", spec=spec(), spec_text=TEXT, summary="a test")
+    with Store(tmp_path) as store, RunWriter(store, header) as writer:
+        trial = plan_trials(spec(), "run1")[0]
+        writer.begin_trial(trial, dict.fromkeys(host_tasks(spec(), trial), NODE))
+    run_command(["show", "run1", "--data-dir", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "no trial has a figure" in shown
+    assert "saved" not in shown

@@ -397,6 +397,28 @@ def test_settings_of_the_command_line_replace_values() -> None:
     assert spec_file.parse(BOTH, "mine.yaml", there).spec.hosts.number == 1
 
 
+def test_settings_are_about_the_spec_of_the_driver() -> None:
+    one = "guests: {per_host: 3, memory: 256MiB}"
+    text = BOTH.replace(one, "guests: [{count: 1, memory: 256MiB}]")
+    settings = {spec_file.SET: {"guests.per_host": "2"}, "driver": "libvirt"}
+    assert spec_file.parse(text, "mine.yaml", settings).spec.guests_per_host == 2
+    switched = {spec_file.SET: {"driver": "libvirt"}}
+    assert spec_file.parse(BOTH, "mine.yaml", switched).spec.classes[0].memory_bytes == 512 * MIB
+
+
+def test_recordings_of_a_stored_run_are_those_that_were_read() -> None:
+    """Also beside some that the command line set."""
+    ramp = {"name": "ramp", "time_s": (0.0, 1.0), "used_bytes": (0, 4096)}
+    replayed = GOOD.replace("{allocate: 96MiB, for: 1s}", "{replay: read.csv}")
+    replayed = replayed.replace("{free: 75%,", "{allocate: 1MiB,")
+    overrides = {
+        spec_file.SET: {"recordings": "[{name: ramp, time_s: [0, 1], used_bytes: [0, 4096]}]"},
+        "recordings": (ramp, ramp | {"name": "read.csv"}),
+    }
+    spec = spec_file.parse(replayed, "mine.yaml", overrides).spec
+    assert [one.name for one in spec.recordings] == ["ramp", "read.csv"]
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [

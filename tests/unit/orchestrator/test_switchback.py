@@ -15,6 +15,8 @@ from hintfleet.errors import InvalidInput, Refused
 from hintfleet.settings import Driver
 from hintfleet.v1 import host_pb2
 from orchestrator.experiment import store_records
+from orchestrator.report.contents import read_contents
+from orchestrator.report.page import page
 from orchestrator.results.changes import Figure, RunRows, compare_runs
 from orchestrator.results.comparison import compare
 from orchestrator.results.cost import COUNTERS
@@ -36,6 +38,7 @@ from orchestrator.trial.records import (
     CUT,
     GuestEnded,
     HostDone,
+    PhaseStarted,
     Record,
     StepDone,
 )
@@ -295,6 +298,8 @@ def block_records(task: HostTask, guests: tuple[str, ...] = ("vm1", "vm2")) -> I
         **dict.fromkeys(COUNTERS, np.repeat(times, len(guests))),
     )
     about: dict[str, Any] = {"host": task.host, "trial_id": trial.trial_id}
+    for title, at_s in ((CUT, 1), (BLOCK, 4), (BLOCK_END, 10)):
+        yield PhaseStarted(**about, at_unix_us=at_s * S, title=title, hold_s=0)
     for name in guests:
         for kind, start_s, end_s in ((CUT, 1, 4), (BLOCK, 4, 10), (BLOCK_END, 10, 10)):
             yield StepDone(
@@ -400,6 +405,22 @@ def test_if_no_pair_is_left_it_says_why(tmp_path: Path) -> None:
     assert left_out_line(on).startswith("left out: 6 of 6 pairs")
 
 
+def test_one_pair_that_counts_is_too_few_and_the_others_are_said(tmp_path: Path) -> None:
+    stored(tmp_path, dict.fromkeys(range(5), "vm1 was restarted in this block"))
+    on = savings_of(tmp_path)["on"]
+    assert on.undecided.startswith("1 pair only")
+    assert left_out_line(on).startswith("left out: 5 of 6 pairs")
+
+
+def test_blocks_that_are_left_out_are_in_no_plot(tmp_path: Path) -> None:
+    stored(tmp_path, {5: "vm1 was restarted in this block"})
+    with Store(tmp_path) as store:
+        contents = read_contents(store, store.find_run("run1"))
+    last = {curve.arm: curve.high_bytes[-1] for curve in contents.curves}
+    assert last["on"] == 2 * 104 * MIB, "not the 105 of the block that is left out"
+    assert "left out: 1 of 6 pairs of blocks" in page(contents)
+
+
 def test_a_pair_whose_blocks_have_other_guests_is_left_out(tmp_path: Path) -> None:
     """With `guests: all`: a guest was attached between the two."""
     spec = parsed(GOOD.replace("[vm1, vm2]", "all"))
@@ -416,6 +437,10 @@ def test_a_pair_whose_blocks_have_other_guests_is_left_out(tmp_path: Path) -> No
     assert on.left_out_pairs == 1
     assert on.saved_bytes is not None
     assert on.saved_bytes.pairs == 5
+    with Store(tmp_path) as store:
+        rows = aggregate(store.footprint_rows("run1", of_guests=True), By.GUEST)
+    pairs = {row.key: row.saved_bytes.pairs for row in rows if row.saved_bytes}
+    assert pairs == {"vm1": 5, "vm2": 3}, "vm2 was not there before"
 
 
 def test_a_precision_goes_on_without_the_pairs_that_are_left_out(tmp_path: Path) -> None:
