@@ -265,10 +265,3 @@ def _vary_problems(spec: Spec) -> Iterator[Problem]:
             message="guests that start one by one find out how many fit by themselves",
             hint="remove vary, or start",
         )
-    if (most := max(spec.vary.per_host)) != spec.guests.per_host:
-        yield Problem(
-            path=("vary", "per_host"),
-            message=f"the most guests here are {most}, but guests.per_host is "
-            f"{spec.guests.per_host}",
-            hint=f"guests: {{per_host: {most}, ...}}",
-        )

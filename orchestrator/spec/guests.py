@@ -49,7 +49,8 @@ class GuestClass(Part):
 class Guests(Part):
     """The guests of every host, if all are alike; the other fields are those of `GuestClass`.
 
-    :ivar per_host: how many; with `start: one by one` or `vary` the most that run at once.
+    :ivar per_host: how many; with `start: one by one` the most that run at once. `vary` replaces
+        it.
     """
 
     LATER = frozenset({"start", "stagger_s", "begin_within_s", "image"})
@@ -72,7 +73,7 @@ class Guests(Part):
 class Vary(Part):
     """Numbers of guests, with each of which every arm runs.
 
-    :ivar per_host: each at most `guests.per_host`.
+    :ivar per_host: in place of `Guests.per_host`.
     """
 
     per_host: Annotated[Values[PerHost], Field(min_length=1)]

@@ -201,7 +201,8 @@ class Spec(Part):
     def classes(self) -> tuple[GuestClass, ...]:
         """The guests of each host, if their number is fixed; else the most. Each class has its
         workload, unless it is missing (`checks.problems`)."""
-        return self._with_workloads(classes_of(self.guests))
+        most = max(self.vary.per_host) if self.vary else None
+        return self._with_workloads(classes_of(self.guests, most))
 
     def _with_workloads(self, classes: tuple[GuestClass, ...]) -> tuple[GuestClass, ...]:
         return tuple(

@@ -69,7 +69,7 @@ def test_each_class_has_its_size_and_its_workload(lab: Lab) -> None:
 
 
 def test_every_arm_runs_with_every_number_of_guests(lab: Lab) -> None:
-    settings = ("--set", "guests.per_host=3", "--set", "vary.per_host=[1, 3]")
+    settings = ("--set", "vary.per_host=[1, 3]", "--set", "guests.begin_within=200ms")
     data = result(lab.run("run", lab.spec(VARIED), *settings, "-o", "json"))
     found = {(point["arm"], point["guests"]): point for point in data["frontier"]}
     assert {key: (point["hosts"], point["ran_out"]) for key, point in found.items()} == {
@@ -83,5 +83,7 @@ def test_every_arm_runs_with_every_number_of_guests(lab: Lab) -> None:
     assert "2 of 2" in shown.stdout
     assert "none runs 1 guest on a host" in shown.stdout
     spec = lab.run("show", "--spec").stdout
-    assert spec.startswith("# run with --set guests.per_host=3 --set 'vary.per_host=[1, 3]'\n")
+    assert spec.startswith(
+        "# run with --set 'vary.per_host=[1, 3]' --set guests.begin_within=200ms\n"
+    )
     lab.check_nothing_is_left()

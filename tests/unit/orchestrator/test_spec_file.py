@@ -113,7 +113,6 @@ def test_a_good_spec() -> None:
             "1:1",
             "a class of guests may have one, too",
         ),
-        ("arms:", "vary: {per_host: [2, 4]}\narms:", "10:8", "the most guests here are 4"),
         ("arms:", "vary: {per_host: [3, 3]}\narms:", "10:8", "a value is there twice"),
         ("arms:", "vary: {per_hosts: [3]}\narms:", "10:8", "did you mean 'per_host'?"),
         (
