@@ -110,8 +110,8 @@ async def _end_orphaned(channel: aio.Channel, after_s: int) -> None:
 
     :raises TransientError: there was no host agent for `after_s` seconds.
     """
-    # Only the host agent knows this guest and can end it. If the host agent is gone for good, this
-    # error ends the guest, which would otherwise run for ever.
+    # Nothing of ours but its host agent finds such a guest (made with --state) and ends it. If the
+    # host agent is gone for good, this error ends the guest, which would otherwise run for ever.
     while after_s:
         try:
             async with asyncio.timeout(after_s):

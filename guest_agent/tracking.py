@@ -1,7 +1,7 @@
 """Trackers: each finds the free chunks of one zone of an embedded guest that wait to be hinted.
 
-Both designs of free page hinting that the kernel's mailing list discussed in 2019 are here (see
-README.md).
+Both designs of free page hinting that the kernel's mailing list discussed in 2019 are here: that of
+Nitesh Narayan Lal, and that of Alexander Duyck.
 
 `BitmapTracker` (Lal) has a bit per chunk, which the allocator's free hook sets. A word holds the
 bits of 64 chunks (128 MiB at order 9), and only words with a set bit are stored. So a hole in a
@@ -70,7 +70,7 @@ class ReportedTracker:
 
 
 class BitmapTracker:
-    """Lal's tracker: a bit for each chunk that waits."""
+    """The tracker of Lal's patches: a bit for each chunk that waits to be hinted."""
 
     def __init__(self, chunk_order: int) -> None:
         self._chunk_order = chunk_order

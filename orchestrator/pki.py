@@ -105,8 +105,8 @@ class Authority:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_private(folder)
-            # Check both before writing one: a new key beside an old certificate would not match
-            # that certificate.
+            # Check that neither exists before one is written: a new key beside an old certificate
+            # would not match it.
             for file in files:
                 if (folder / file).exists():
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder / file)

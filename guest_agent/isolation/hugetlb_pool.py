@@ -117,7 +117,8 @@ class HugetlbPool:
         return chunks
 
     def free_chunks(self) -> int:
-        """Return how many chunks are in the free lists. Costs one small read."""
+        """Return how many chunks are in the free lists of the buddy allocator, so not in the pool.
+        Costs one small read."""
         if self._free_lists is None:
             raise Refused("the hugetlb pool is not open")
         return self._free_lists.free_chunk_count()

@@ -78,7 +78,8 @@ class Actor:
 
 
 class Cluster:
-    """The Ray cluster that this process uses. `close` it, also after an error."""
+    """The Ray cluster that this process uses. Call `close` in the end, also if `open` has
+    failed."""
 
     def __init__(self, address: ClusterAddress) -> None:
         self.is_private = not address.value

@@ -95,7 +95,9 @@ def printable(text: str) -> str:
 def _code_of(command: Callable[[], int | None]) -> int:
     try:
         return int(command() or 0)
-    except SystemExit as ended:  # argparse and click raise it after they have printed why
+    # argparse raises it when it has printed why, or help; click when it has completed a command
+    # line for a shell, and, without a word, when a pipe is closed.
+    except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
 
 

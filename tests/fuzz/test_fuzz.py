@@ -1,7 +1,7 @@
-"""Feeds the seeds and the kept inputs to each target; then, if atheris is installed, fuzzes each
-target with a fixed number of inputs, for at most 20 s.
+"""Feeds the seeds and the kept inputs (corpus/: they reach all branches that are known) to each
+target; then, if atheris is installed, fuzzes each with a fixed number of inputs, for at most 20 s.
 
-`python -m tests.fuzz --seconds N` fuzzes for as long as you like.
+`python -m tests.fuzz --seconds N` fuzzes all of them for N seconds together.
 """
 
 from __future__ import annotations

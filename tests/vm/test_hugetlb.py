@@ -53,8 +53,9 @@ def test_a_guest_with_virtio_mem_is_refused(
     image: object,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A guest with CMA is refused for the same reason. Only tests/unit can test that: Debian's
-    cloud kernel is built without CONFIG_CMA and ignores `cma=`."""
+    """A guest with CMA is refused for the same reason: it, too, may replace free huge pages
+    (alloc_contig_range). Only tests/unit can test that: Debian's cloud kernel is built without
+    CONFIG_CMA and ignores `cma=`."""
 
     def with_virtio_mem(spec: DomainSpec) -> str:
         domain = ET.fromstring(domain_xml(spec))  # noqa: S314 - our own

@@ -84,7 +84,8 @@ def test_a_domain_whose_cells_are_shared_one_by_one() -> None:
 
 
 def door_at(path: Path) -> str:
-    """Return the XML of a memory door in the last free port of `domain()`."""
+    """Return the XML of a memory door with its socket at `path`, in the only free port of
+    `domain()`."""
     return (
         f"<filesystem><source socket='{path}'/><target dir='hintfleet'/>"
         "<address type='pci' bus='0x02' slot='0x00'/></filesystem>"

@@ -111,8 +111,8 @@ def test_a_state_that_cannot_be_used_is_refused(tmp_path: Path, change: str, sai
 
 
 def make_older(folder: Path, guest: GuestRecord) -> Path:
-    """Make a state folder with one guest in format 2, which has no column for the books of earlier
-    starts; return its database file."""
+    """Make a state folder with one guest in format 2, which has no column for the books of an
+    attached domain's earlier starts; return the folder's database file."""
     with opened(folder) as state:
         state.save([guest])
         (path,) = folder.glob("*/state.db")
