@@ -39,9 +39,10 @@ class Tracker(Protocol):
         """
 
     def take(self, max_chunks: int) -> list[int]:
-        """Take up to `max_chunks` waiting chunks; return their first pfns.
+        """Return the first pfns of up to `max_chunks` waiting chunks.
 
-        The caller must isolate them at once, and skip those that are in use again.
+        The caller must isolate them at once, because a tracker may forget them here, and skip those
+        that are in use again.
         """
 
     def memory_bytes(self) -> int:

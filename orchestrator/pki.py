@@ -348,7 +348,8 @@ def _read_key(path: Path) -> _Key:
 
 
 def _write_folder(target: Path, files: dict[str, bytes]) -> None:
-    """Create `target` with these files in it: all of them or nothing."""
+    """Create `target`, which must not exist, with these files in it: with all of them, or not at
+    all."""
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # mkdtemp gives the new folder mode 0700. It has the same parent as `target`, because

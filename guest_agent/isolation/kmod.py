@@ -270,7 +270,7 @@ class KmodIsolator:
         return not worth or not state
 
     def _state(self) -> int:
-        """Return HINTFLEET_RUNNING and HINTFLEET_MORE."""
+        """Return which of the bits HINTFLEET_RUNNING and HINTFLEET_MORE are set."""
         status = fcntl.ioctl(self._fd, _IOC_STATUS, bytes(_STATUS.size))
         _batch_count, _page_count, state, _order = _STATUS.unpack(status)
         return int(state)

@@ -113,7 +113,7 @@ class Holding:
                 self.free(at)
 
     def check_all(self) -> None:
-        """Compare all blocks with their patterns."""
+        """Compare all blocks with their patterns; count the pages compared, and the wrong ones."""
         for at in self._blocks:
             self.check(at)
 

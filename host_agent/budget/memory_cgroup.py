@@ -1,6 +1,7 @@
 """A memory cgroup of a host agent, in which its guests run: the kernel keeps them within a limit.
 
-A host agent holds a lock on its cgroup's folder. If the lock is free, the host agent was killed.
+Until it removes its cgroup or ends, a host agent holds a lock on its folder (for domains, on that
+of the memory hierarchy). `OwnedFolders` says when a folder is abandoned.
 Sources: Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst of the kernel.
 """
 

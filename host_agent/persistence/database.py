@@ -137,8 +137,8 @@ class Database:
             raise self._unusable(f"is damaged: {verdict}")
 
     def guest_address(self) -> GuestAddress | None:
-        """Return where guests of an earlier host agent look for a host agent; None if there was no
-        earlier one.
+        """Return where the last host agent with this state listened for guests; None if there was
+        none.
 
         :raises Refused: the file is damaged.
         """
@@ -155,7 +155,7 @@ class Database:
             return [_record(*row) for row in self._db.execute("SELECT * FROM guest")]
 
     def set_guest_address(self, guest_address: GuestAddress) -> None:
-        """Store where guests find the host agent from now on.
+        """Store where this host agent listens for guests.
 
         :raises TransientError: the file cannot be written: the disk is full, for example.
         """

@@ -184,7 +184,7 @@ def run(
 
 
 def asked(**more: Any) -> host_pb2.AttachGuestRequest:
-    """Return a request that attaches the domain."""
+    """Return a request that attaches the domain `db 1`, with these fields besides."""
     return host_pb2.AttachGuestRequest(domain="db 1", **more)
 
 

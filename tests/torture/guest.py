@@ -21,7 +21,8 @@ class Victim:
     """One guest, from the moment when it is ready until it is gone.
 
     :ivar find_domain: returns its libvirt.virDomain; None for an embedded guest.
-    :ivar is_grown: whether memory is plugged into it now.
+    :ivar is_grown: whether the last ResizeGuest that was answered has plugged memory into it; not
+        kept for an attached guest.
     :ivar answered_s: when it last answered a step of its workload, on the monotonic clock.
     :ivar doomed: a fault has ended it, will end it, or may. The end of a guest that is not doomed
         is a problem.

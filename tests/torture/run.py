@@ -269,7 +269,8 @@ class _Run:
 
     @asynccontextmanager
     async def _watching(self) -> AsyncIterator[None]:
-        """Watch the trial while the block runs, because its guests end without a Watch."""
+        """Watch the trial and the host while the block runs, and check the books in the samples.
+        Without a Watch, the host agent would end the trial's guests."""
         trial = host_pb2.WatchRequest(trial_id=TRIAL, period_ms=_WATCH_PERIOD_MS)
         host = host_pb2.WatchHostRequest(period_ms=_WATCH_PERIOD_MS)
         tasks = [

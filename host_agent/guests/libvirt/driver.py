@@ -314,7 +314,7 @@ def _start(connection: Any, spec: DomainSpec, *, lasting: bool = False) -> Any:
 
 
 def _wait_until_open(door: MemoryDoor, domain: Any) -> None:
-    """Wait until the guest's kernel has bound the door's device.
+    """Wait until the guest's kernel has bound the memory door: a virtiofs device.
 
     :raises GuestLost: the domain has ended, or does not bind it in time.
     """

@@ -12,8 +12,8 @@ from pathlib import Path
 from hintfleet.errors import Refused
 from hintfleet.system.file_lock import lock_file, wait_for
 
-# How long to wait for readers: they take the lock for a moment, to find abandoned runs
-# (`Store._end_abandoned_runs`).
+# How long to wait for others that take the lock for a moment: to find abandoned runs
+# (`Store._end_abandoned_runs`), or leaks (orchestrator/leaks.py).
 _LOCK_TIMEOUT_S = 1.0
 
 
