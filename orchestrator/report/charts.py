@@ -11,7 +11,7 @@ import numpy as np
 from hintfleet.units import GIB, MIB
 from orchestrator.report.contents import Contents
 from orchestrator.report.curves import Curve, Mark
-from orchestrator.report.style import FAINT, WIDTH, VegaLite, arm_colours, chart, styled
+from orchestrator.report.style import FAINT, WIDTH, VegaLite, arm_colours, chart, styled, title
 
 _HEIGHT = 360
 _LABEL_PX = 17  # the distance from one line of text to the next
@@ -44,7 +44,14 @@ def resident_chart(contents: Contents) -> VegaLite:
     ]
     return styled(
         alt.layer(*layers).properties(
-            width=WIDTH, height=_height(contents), title=_title(contents)
+            width=WIDTH,
+            height=_height(contents),
+            title=title(
+                contents,
+                "host memory under each arm",
+                "Lines: mean of all trials; bands: lowest to highest trial; "
+                "saved: difference of the means over time.",
+            ),
         ),
         "Resident memory on the hosts over time, a line for each arm; figures are in the table.",
     )
@@ -128,18 +135,6 @@ def _points(curves: Sequence[Curve], unit_bytes: int) -> list[dict[str, Any]]:
             strict=True,
         )
     ]
-
-
-def _title(contents: Contents) -> alt.TitleParams:
-    run = contents.run
-    return alt.TitleParams(
-        f"{run.name}: host memory under each arm",
-        subtitle=f"{run.summary}. Lines: mean of all trials; bands: lowest to highest trial; "
-        "saved: difference of the means over time.",
-        anchor="start",
-        frame="group",
-        offset=14,
-    )
 
 
 def _phases(marks: Sequence[Mark], end_s: float, x: alt.X) -> list[alt.Chart]:

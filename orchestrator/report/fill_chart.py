@@ -9,7 +9,7 @@ import altair as alt
 
 from hintfleet.units import GIB
 from orchestrator.report.contents import Contents, Fill
-from orchestrator.report.style import FAINT, WIDTH, VegaLite, arm_colours, chart, styled
+from orchestrator.report.style import FAINT, WIDTH, VegaLite, arm_lines, chart, styled, title
 
 _HEIGHT = 360
 
@@ -24,11 +24,7 @@ def fill_chart(contents: Contents) -> VegaLite:
     points = list(_points(contents.fills))
     x = alt.X("guests:Q", title="guests on the host", axis=alt.Axis(format="d", tickMinStep=1))
     y = alt.Y("used:Q", title="used on the host, GiB", scale=alt.Scale(zero=True))
-    colour = alt.Color(
-        "arm:N",
-        scale=arm_colours(contents),
-        legend=alt.Legend(title=None, orient="top", symbolType="stroke"),
-    )
+    colour = arm_lines(contents)
     lines = chart(points).mark_line(strokeWidth=2, opacity=0.8)
     fitted = chart([point for point in points if not point["ran_out"]])
     dots = fitted.mark_point(filled=True, size=45, opacity=1).encode(
@@ -52,7 +48,15 @@ def fill_chart(contents: Contents) -> VegaLite:
             lines.encode(x=x, y=y, color=colour, detail="line:N"),
             dots,
             ends,
-        ).properties(width=WIDTH, height=_HEIGHT, title=_title(contents)),
+        ).properties(
+            width=WIDTH,
+            height=_HEIGHT,
+            title=title(
+                contents,
+                "memory of a host as guests are added",
+                "Lines: one host in one trial; cross: the next guest did not fit.",
+            ),
+        ),
         "Memory used on a host over the number of its guests, a line for each trial; how many "
         "fitted is in the table.",
     )
@@ -88,14 +92,3 @@ def _limits(fills: Sequence[Fill]) -> list[alt.Chart]:
         y="limit:Q", x=alt.value(0), text="text:N"
     )
     return [rule, text] if rows else []
-
-
-def _title(contents: Contents) -> alt.TitleParams:
-    run = contents.run
-    return alt.TitleParams(
-        f"{run.name}: memory of a host as guests are added",
-        subtitle=f"{run.summary}. Lines: one host in one trial; cross: the next guest did not fit.",
-        anchor="start",
-        frame="group",
-        offset=14,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 
 from orchestrator.report.contents import Contents
-from orchestrator.report.style import FAINT, WIDTH, VegaLite, arm_colours, chart, styled
+from orchestrator.report.style import WIDTH, VegaLite, arm_lines, chart, styled, title
 
 _HEIGHT = 360
 
@@ -37,11 +37,7 @@ def frontier_chart(contents: Contents) -> VegaLite:
         scale=alt.Scale(zero=False, nice=False, padding=12),
     )
     y = alt.Y("share:Q", title="hosts that ran out of memory", axis=alt.Axis(format=".0%"))
-    colour = alt.Color(
-        "arm:N",
-        scale=arm_colours(contents),
-        legend=alt.Legend(title=None, orient="top", symbolType="stroke"),
-    )
+    colour = arm_lines(contents)
     base = chart(rows)
     tooltip = [
         alt.Tooltip("arm:N"),
@@ -61,19 +57,15 @@ def frontier_chart(contents: Contents) -> VegaLite:
             base.mark_point(filled=True, size=55, opacity=1).encode(
                 x=x, y=y, color=colour, tooltip=tooltip
             ),
-        ).properties(width=WIDTH, height=_HEIGHT, title=_title(contents)),
+        ).properties(
+            width=WIDTH,
+            height=_HEIGHT,
+            title=title(
+                contents,
+                "hosts that ran out of memory, by their number of guests",
+                "Bars: 95 % interval of the share.",
+            ),
+        ),
         "The share of hosts that ran out of memory over the number of guests on a host, a line for "
         "each arm; the figures are in the table.",
-    )
-
-
-def _title(contents: Contents) -> alt.TitleParams:
-    run = contents.run
-    return alt.TitleParams(
-        f"{run.name}: hosts that ran out of memory, by their number of guests",
-        subtitle=f"{run.summary}. Bars: 95 % interval of the share.",
-        subtitleColor=FAINT,
-        anchor="start",
-        frame="group",
-        offset=14,
     )

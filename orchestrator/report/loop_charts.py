@@ -9,7 +9,7 @@ import altair as alt
 
 from hintfleet.sketch import Sketch
 from orchestrator.report.contents import Contents
-from orchestrator.report.style import WIDTH, VegaLite, arm_colours, chart, styled
+from orchestrator.report.style import WIDTH, VegaLite, arm_lines, chart, styled
 
 _HEIGHT = 260
 _US_PER_MS = 1000
@@ -30,11 +30,7 @@ def _chart(contents: Contents, arms: Mapping[str, Sketch]) -> VegaLite:
         axis=alt.Axis(format="~g"),
     )
     y = alt.Y("share:Q", title="of all allocations took at most so long", axis=alt.Axis(format="%"))
-    colour = alt.Color(
-        "arm:N",
-        scale=arm_colours(contents),
-        legend=alt.Legend(title=None, orient="top", symbolType="stroke"),
-    )
+    colour = arm_lines(contents)
     tooltip = [
         alt.Tooltip("arm:N"),
         alt.Tooltip("ms:Q", format=".3g", title="at most, ms"),

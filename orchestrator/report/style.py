@@ -52,6 +52,30 @@ def arm_colours(contents: Contents) -> alt.Scale:
     return alt.Scale(domain=arms, range=[colours.get(arm, _CONTROL_COLOUR) for arm in arms])
 
 
+def arm_lines(contents: Contents) -> alt.Color:
+    """Return the colour of each arm in a chart of lines, with a legend above it."""
+    return alt.Color(
+        "arm:N",
+        scale=arm_colours(contents),
+        legend=alt.Legend(title=None, orient="top", symbolType="stroke"),
+    )
+
+
+def title(contents: Contents, shows: str, explained: str) -> alt.TitleParams:
+    """Return the title of a run's chart.
+
+    :param explained: what the marks mean; below the title, behind the size of the run.
+    """
+    run = contents.run
+    return alt.TitleParams(
+        f"{run.name}: {shows}",
+        subtitle=f"{run.summary}. {explained}",
+        anchor="start",
+        frame="group",
+        offset=14,
+    )
+
+
 def styled(made: Any, description: str) -> VegaLite:
     """Return a chart as a Vega-Lite spec.
 

@@ -103,14 +103,14 @@ def _arm(rows: Sequence[CapacityRow], control: Sequence[CapacityRow]) -> ArmCapa
         arm=rows[0].arm,
         is_control=rows[0].is_control,
         trials=len({row.repetition for row in rows}),
-        undecided=_first_undecided(rows),
+        undecided=first_undecided(rows),
     )
     if arm.undecided:
         return arm
     found = [row.capacity for row in rows if row.capacity]
     sums = list(guests_by_trial(rows).values())
     more = None
-    if not arm.is_control and control and not _first_undecided(control):
+    if not arm.is_control and control and not first_undecided(control):
         # The arm minus the control: more guests are better.
         more = mean_interval(paired_differences(guests_by_trial(rows), guests_by_trial(control)))
     return ArmCapacity(
@@ -126,7 +126,8 @@ def _arm(rows: Sequence[CapacityRow], control: Sequence[CapacityRow]) -> ArmCapa
     )
 
 
-def _first_undecided(rows: Iterable[CapacityRow]) -> str:
+def first_undecided(rows: Iterable[CapacityRow]) -> str:
+    """Return why the first of these rows that has no figure has none; empty if all have one."""
     return next(
         (
             f"{row.arm}, repetition {row.repetition + 1}, {row.undecided or 'was cut off'}"

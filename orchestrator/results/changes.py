@@ -21,6 +21,7 @@ from orchestrator.results.capacity import (
 )
 from orchestrator.results.comparison import CostRow, by_trial, step_s
 from orchestrator.results.footprint import Footprint
+from orchestrator.results.loop_comparison import LOOP_FIGURES
 from orchestrator.results.loops import LoopSum, summed
 from orchestrator.results.savings import By, FootprintRow, aggregate, counted
 from orchestrator.results.statistics import (
@@ -279,14 +280,19 @@ def _costs(run: RunRows, arm: str) -> list[CostRow]:
 
 
 def _loops(costs: Sequence[CostRow]) -> dict[Figure, _Values]:
-    by_trial: dict[Hashable, list[LoopSum]] = {}
+    """Return the figures of all loops of each trial together; those without values are empty."""
+    parts: dict[Hashable, list[LoopSum]] = {}
     for row in costs:
-        by_trial.setdefault(row.repetition, []).extend(row.cost.loops if row.cost else ())
-    loops = {trial: summed(found) for trial, found in by_trial.items() if found}
-    p99_us = {trial: one.allocation_us.quantile(0.99) for trial, one in loops.items()}
+        parts.setdefault(row.repetition, []).extend(row.cost.loops if row.cost else ())
+    loops = {trial: summed(found) for trial, found in parts.items() if found}
+
+    def values(name: str, unit: float = 1.0) -> _Values:
+        found = {trial: LOOP_FIGURES[name](one) for trial, one in loops.items()}
+        return {trial: value / unit for trial, value in found.items() if value is not None}
+
     return {
-        Figure.LOOP_RATE: {t: one.touched_bytes / one.loop_s for t, one in loops.items()},
-        Figure.ALLOCATION_P99: {t: us / _US_PER_MS for t, us in p99_us.items() if us is not None},
+        Figure.LOOP_RATE: values("bytes_per_s"),
+        Figure.ALLOCATION_P99: values("allocation_p99_us", _US_PER_MS),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.results.capacity import CapacityRow
+from orchestrator.results.capacity import CapacityRow, first_undecided
 from orchestrator.results.statistics import share_interval
 from orchestrator.spec.model import Spec, Variant
 
@@ -65,15 +65,12 @@ def _point(rows: Sequence[CapacityRow], variant: Variant, host_bytes: int | None
     guests = sum(one.count for one in variant.classes)
     promised = sum(one.count * one.memory_bytes for one in variant.classes)
     overcommit = promised / host_bytes if host_bytes else None
-    found = [row.capacity for row in rows if row.capacity and not row.undecided]
-    if not rows or len(found) < len(rows):
-        bad = next((row for row in rows if row.undecided or row.capacity is None), None)
-        reason = f"{variant.arm.name} has not run"
-        if bad:
-            reason = f"{bad.arm}, repetition {bad.repetition + 1}, {bad.undecided or 'was cut off'}"
+    reason = first_undecided(rows) if rows else f"{variant.arm.name} has not run"
+    if reason:
         return Point(
             arm=variant.method_name, guests=guests, overcommit=overcommit, undecided=reason
         )
+    found = [row.capacity for row in rows if row.capacity]
     ran_out = sum(capacity.ran_out for capacity in found)
     low, high = share_interval(ran_out, len(found))
     return Point(

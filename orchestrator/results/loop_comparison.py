@@ -52,13 +52,14 @@ class ArmLoops:
     bytes_per_s_p1: LoopFigure | None
 
 
-_FIGURES: Mapping[str, Callable[[LoopSum], float | None]] = {
+LOOP_FIGURES: Mapping[str, Callable[[LoopSum], float | None]] = {
     "cycles": lambda one: one.cycles / one.guests,
     "allocation_p50_us": lambda one: one.allocation_us.quantile(0.5),
     "allocation_p99_us": lambda one: one.allocation_us.quantile(0.99),
     "bytes_per_s": lambda one: one.touched_bytes / one.loop_s if one.loop_s else None,
     "bytes_per_s_p1": lambda one: one.bytes_per_s.quantile(0.01),
 }
+"""The figures of `ArmLoops`, from the loops of one trial."""
 
 _Trials = dict[Hashable, LoopSum]
 
@@ -108,7 +109,9 @@ def _by_title(rows: Sequence[CostRow]) -> dict[str, dict[str, _Trials]]:
 
 
 def _figures(trials: _Trials, control: _Trials, first_look: int) -> dict[str, LoopFigure | None]:
-    return {name: _figure(trials, control, value, first_look) for name, value in _FIGURES.items()}
+    return {
+        name: _figure(trials, control, value, first_look) for name, value in LOOP_FIGURES.items()
+    }
 
 
 def _figure(

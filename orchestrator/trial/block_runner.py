@@ -30,14 +30,11 @@ from orchestrator.trial.records import (
     BLOCK,
     BLOCK_END,
     CUT,
-    Event,
     GuestEnded,
-    HostDone,
     HostSamples,
-    PhaseStarted,
     StepDone,
 )
-from orchestrator.trial.script import cancelled, now_us
+from orchestrator.trial.script import Script, cancelled, now_us
 
 # For how long hinting is paused at a time, and how often the pause is renewed: if this process is
 # lost, the guests hint again after the first of these times.
@@ -119,13 +116,12 @@ def _is_attached(guest: host_pb2.Guest) -> bool:
     return guest.spec.driver == host_pb2.ATTACHED and guest.spec.method == host_pb2.HINTING
 
 
-class BlockRunner:
-    """The script of one host's part of a block (`script.Script`)."""
+class BlockRunner(Script):
+    """The script of one host's part of a block."""
 
     def __init__(self, client: HostClient, task: HostTask, switchback: Switchback) -> None:
-        self.records: asyncio.Queue[Event | HostSamples | None] = asyncio.Queue()
+        super().__init__(task)
         self._client = client
-        self._task = task
         self._cut_us = round(switchback.carry_over_s * 1e6)
         self._pauses = task.trial.arm.method is Method.NONE
         self._boots: Mapping[str, str] = {}
@@ -139,27 +135,7 @@ class BlockRunner:
         self._sample_came = asyncio.Event()
         self._renew_s = 0.0
 
-    async def run(self) -> None:
-        """Put all records into the queue, and None after the last one."""
-        try:
-            undecided, lost = await self._outcome()
-            done = HostDone(
-                host=self._task.host,
-                trial_id=self._task.trial.trial_id,
-                at_unix_us=now_us(),
-                undecided=undecided,
-                lost=lost,
-            )
-            self.records.put_nowait(done)
-        finally:
-            self.records.put_nowait(None)
-
     async def _outcome(self) -> tuple[str, bool]:
-        """Run the block.
-
-        :returns: why it is undecided, or ""; and whether the host agent was lost.
-        :raises StableError: the host cannot run it.
-        """
         try:
             self._boots = await self._wait_until_there()
             await self._watched_block()
@@ -217,7 +193,7 @@ class BlockRunner:
                     raise LeftOut(await self._why_left_out() or "a guest was lost in this block")
                 del samples.samples[:]
                 samples.samples.extend(found.values())
-                self.records.put_nowait(HostSamples(host=self._task.host, samples=samples))
+                self._post(HostSamples(host=self._task.host, samples=samples))
                 self._last, self._sampled_us = found, samples.at_unix_us
                 self._sampled_s = time.monotonic()
                 self._sample_came.set()
@@ -229,10 +205,10 @@ class BlockRunner:
         await self._pass(self._sampled_us + 1)
         begin_us = self._sampled_us
         start_us, end_us = begin_us + self._cut_us, begin_us + round(self._task.block_s * 1e6)
-        self._announce(CUT, self._cut_us)
+        self._announce(CUT, self._cut_us / 1e6)
         await self._pass(start_us)
         at_start = self._last
-        self._announce(BLOCK, end_us - start_us)
+        self._announce(BLOCK, (end_us - start_us) / 1e6)
         await self._pass(end_us)
         at_end = self._last
         self._announce(BLOCK_END, 0)
@@ -301,16 +277,6 @@ class BlockRunner:
     async def _why_left_out(self) -> str:
         return why_left_out(self._boots, await self._client.list_guests())
 
-    def _announce(self, title: str, length_us: int) -> None:
-        started = PhaseStarted(
-            host=self._task.host,
-            trial_id=self._task.trial.trial_id,
-            at_unix_us=now_us(),
-            title=title,
-            hold_s=length_us / 1e6,
-        )
-        self.records.put_nowait(started)
-
     def _post_step(self, guest: str, kind: str, start_us: int, end_us: int) -> None:
         done = StepDone(
             host=self._task.host,
@@ -324,7 +290,7 @@ class BlockRunner:
             wrong_pages=0,
             duration_us=end_us - start_us,
         )
-        self.records.put_nowait(done)
+        self._post(done)
 
     def _post_books(self, guest: str, start: host_pb2.Ledger, end: host_pb2.Ledger) -> None:
         ended = GuestEnded(
@@ -336,4 +302,4 @@ class BlockRunner:
             reclaimed_now_bytes=end.reclaimed_now_bytes,
             refaulted_total_bytes=end.refaulted_total_bytes - start.refaulted_total_bytes,
         )
-        self.records.put_nowait(ended)
+        self._post(ended)

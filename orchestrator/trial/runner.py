@@ -27,11 +27,9 @@ from orchestrator.trial.records import (
     GuestEnded,
     GuestFits,
     GuestSettled,
-    HostDone,
     HostSamples,
-    PhaseStarted,
 )
-from orchestrator.trial.script import cancelled, now_us, records_of
+from orchestrator.trial.script import Script, cancelled, now_us, records_of
 from orchestrator.trial.steps import hold_request, step_done, step_request
 
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
@@ -63,11 +61,10 @@ class StepFailed(HintfleetError):
     """A step was refused, as for lack of memory. Unlike Refused, this does not end the run."""
 
 
-class _TrialRunner:
+class _TrialRunner(Script):
     def __init__(self, client: HostClient, task: HostTask) -> None:
-        self.records: asyncio.Queue[Event | HostSamples | None] = asyncio.Queue()
+        super().__init__(task)
         self._client = client
-        self._task = task
         self._spec: Spec = task.spec
         self._trial = task.trial
         self._in_step = task.in_step
@@ -82,29 +79,8 @@ class _TrialRunner:
         self._fitting: list[GuestTask] = []
         """Guests that have done their workload, if the figure is how many a host can run."""
 
-    async def run(self) -> None:
-        """Put all records into the queue, and None after the last one."""
-        try:
-            undecided, lost = await self._watched_script()
-            self._post(
-                HostDone(
-                    host=self._task.host,
-                    trial_id=self._trial.trial_id,
-                    at_unix_us=now_us(),
-                    undecided=undecided,
-                    lost=lost,
-                )
-            )
-        finally:
-            # Also after an error: without the None, the reader of the queue would wait for ever.
-            self.records.put_nowait(None)
-
-    async def _watched_script(self) -> tuple[str, bool]:
-        """Run the script while a watch is open.
-
-        :returns: why the trial is undecided, or ""; and whether the host agent was lost.
-        :raises StableError: the host cannot run the trial.
-        """
+    async def _outcome(self) -> tuple[str, bool]:
+        """Run the script while a watch is open."""
         watch = asyncio.create_task(self._watch())
         script = asyncio.create_task(self._script())
         ran_out = asyncio.create_task(self._budget.ran_out.wait())
@@ -353,18 +329,3 @@ class _TrialRunner:
         return host_pb2.CommandId(
             run_id=self._trial.run_id, trial_id=self._trial.trial_id, sequence=self._sequence
         )
-
-    def _announce(self, title: str, hold_s: float, guest: str = "") -> None:
-        self._post(
-            PhaseStarted(
-                host=self._task.host,
-                trial_id=self._trial.trial_id,
-                at_unix_us=now_us(),
-                title=title,
-                hold_s=hold_s,
-                guest=guest,
-            )
-        )
-
-    def _post(self, record: Event | HostSamples) -> None:
-        self.records.put_nowait(record)

@@ -1,5 +1,5 @@
 """What the scripts of a host's part of a trial have in common: a queue of records, filled by a
-task.
+task, the last of which says how the part ended.
 
 runner.py has the script for guests that are made for the trial, block_runner.py the one for guests
 that are there already.
@@ -9,22 +9,62 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from hintfleet.errors import HintfleetError
-from orchestrator.trial.records import Event, HostSamples
+from orchestrator.trial.plan import HostTask
+from orchestrator.trial.records import Event, HostDone, HostSamples, PhaseStarted
 
 
-class Script(Protocol):
+class Script(ABC):
     """One host's part of a trial."""
 
-    records: asyncio.Queue[Event | HostSamples | None]
+    def __init__(self, task: HostTask) -> None:
+        self.records: asyncio.Queue[Event | HostSamples | None] = asyncio.Queue()
+        self._task = task
 
     async def run(self) -> None:
-        """Put all records into the queue, the last one a HostDone, and None after it, also after an
-        error."""
+        """Put all records into the queue, the last one a HostDone, and None after it."""
+        try:
+            undecided, lost = await self._outcome()
+            self._post(
+                HostDone(
+                    host=self._task.host,
+                    trial_id=self._task.trial.trial_id,
+                    at_unix_us=now_us(),
+                    undecided=undecided,
+                    lost=lost,
+                )
+            )
+        finally:
+            # Also after an error: without the None, the reader of the queue would wait for ever.
+            self.records.put_nowait(None)
+
+    @abstractmethod
+    async def _outcome(self) -> tuple[str, bool]:
+        """Do the host's part, and post its records.
+
+        :returns: why it is undecided, or ""; and whether the host agent was lost.
+        :raises StableError: the host cannot do it.
+        """
+
+    def _announce(self, title: str, hold_s: float, guest: str = "") -> None:
+        self._post(
+            PhaseStarted(
+                host=self._task.host,
+                trial_id=self._task.trial.trial_id,
+                at_unix_us=now_us(),
+                title=title,
+                hold_s=hold_s,
+                guest=guest,
+            )
+        )
+
+    def _post(self, record: Event | HostSamples) -> None:
+        self.records.put_nowait(record)
 
 
 async def records_of(script: Script) -> AsyncIterator[Event | HostSamples]:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.results.capacity import ArmCapacity
+from orchestrator.results.frontier import Point
 from orchestrator.view.answer import guests_text, more_text
 from orchestrator.view.figures import NO_FIGURE, first_line
 from orchestrator.view.tables import name_cell, table
@@ -17,7 +18,7 @@ _NOTE = (
     "fit: guests that have done their workload before the host ran out of memory, all hosts "
     "together; more: than under none, pairs of same seeds"
 )
-WATCHED = (
+_WATCHED = (
     "the hosts' memory was only watched: no cgroup could be made for it here, so a host ran out "
     "when its guests used more, without what their processes use"
 )
@@ -25,10 +26,16 @@ WATCHED = (
 
 def capacity_summary(arms: Sequence[ArmCapacity]) -> RenderableType:
     """Return the table of the arms' capacities with notes, and why arms are undecided."""
-    parts: list[RenderableType] = [capacity_table(arms), Text(), Text(_NOTE, "dim")]
-    if any(arm.watched for arm in arms):
-        parts.append(Text(WATCHED, "yellow"))
-    for reason in dict.fromkeys(arm.undecided for arm in arms if arm.undecided):
+    return with_notes(capacity_table(arms), _NOTE, arms)
+
+
+def with_notes(shown: Table, note: str, figures: Sequence[ArmCapacity | Point]) -> RenderableType:
+    """Return a table of how many guests a host can run, with a note, whether budgets were only
+    watched, and why figures are undecided."""
+    parts: list[RenderableType] = [shown, Text(), Text(note, "dim")]
+    if any(figure.watched for figure in figures):
+        parts.append(Text(_WATCHED, "yellow"))
+    for reason in dict.fromkeys(figure.undecided for figure in figures if figure.undecided):
         parts.append(Text.assemble(("undecided: ", "yellow"), first_line(reason)))
     return Group(*parts)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from orchestrator.results.frontier import Point
-from orchestrator.view.capacity_table import WATCHED
-from orchestrator.view.figures import first_line
+from orchestrator.view.capacity_table import with_notes
 from orchestrator.view.tables import name_cell, table
 
 NOTE = (
@@ -22,12 +21,7 @@ NOTE = (
 
 def frontier_summary(points: Sequence[Point]) -> RenderableType:
     """Return the table of points with notes, and why points are undecided."""
-    parts: list[RenderableType] = [frontier_table(points), Text(), Text(NOTE, "dim")]
-    if any(point.watched for point in points):
-        parts.append(Text(WATCHED, "yellow"))
-    for reason in dict.fromkeys(point.undecided for point in points if point.undecided):
-        parts.append(Text.assemble(("undecided: ", "yellow"), first_line(reason)))
-    return Group(*parts)
+    return with_notes(frontier_table(points), NOTE, points)
 
 
 def frontier_table(points: Sequence[Point]) -> Table:

@@ -27,7 +27,9 @@ from host_agent.guests.libvirt.api import modules
 from host_agent.guests.libvirt.driver import LibvirtDriver
 from host_agent.guests.libvirt.image import GuestImage, find_image
 from tests.support.agents import running_host_agent
+from tests.support.foreign import ForeignDomain, foreign_domain
 from tests.support.loops import running_loop
+from tests.support.own_libvirt import OwnLibvirt, own_libvirt
 from tests.support.vm import Guests, image_with, nodes_spec, spec
 
 ROOT = Path(__file__).parents[2]
@@ -172,4 +174,19 @@ def guests(request: pytest.FixtureRequest, libvirt_uri: str, image: GuestImage) 
         host.watch()
         made = Guests(host, specs)
         made.wait()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def libvirt(may_have_own_libvirt: None) -> Iterator[OwnLibvirt]:
+    """Run a libvirtd of this module's own."""
+    with own_libvirt() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def foreign(libvirt: OwnLibvirt, image: GuestImage) -> Iterator[ForeignDomain]:
+    """Make a domain of somebody else under it, and wait until its guest has booted."""
+    with foreign_domain(libvirt, image) as made:
+        made.wait_for_boot()
         yield made

@@ -23,11 +23,10 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
-from tests.support.foreign import KMOD, ForeignDomain, foreign_domain
+from tests.support.foreign import KMOD, ForeignDomain
 from tests.support.ordinary_user import USER
-from tests.support.own_libvirt import OwnLibvirt, own_libvirt
+from tests.support.own_libvirt import OwnLibvirt
 
 FREED_MIB = 700
 # A Python program that dirties memory page by page, holds it for two seconds, and ends.
@@ -35,19 +34,6 @@ DIRTY = (
     f"b = bytearray({FREED_MIB} << 20); b[::4096] = b'1' * (len(b) // 4096);"
     "import time; time.sleep(2)"
 )
-
-
-@pytest.fixture(scope="module")
-def libvirt(may_have_own_libvirt: None) -> Iterator[OwnLibvirt]:
-    with own_libvirt() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def foreign(libvirt: OwnLibvirt, image: GuestImage) -> Iterator[ForeignDomain]:
-    with foreign_domain(libvirt, image) as made:
-        made.wait_for_boot()
-        yield made
 
 
 @pytest.fixture

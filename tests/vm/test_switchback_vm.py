@@ -11,11 +11,10 @@ import pytest
 
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
-from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S, HostAgent, running_host_agent, wait_until
-from tests.support.foreign import ForeignDomain, foreign_domain
+from tests.support.foreign import ForeignDomain
 from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result, wait_for_line
-from tests.support.own_libvirt import OwnLibvirt, own_libvirt
+from tests.support.own_libvirt import OwnLibvirt
 
 USED_MIB = 300
 # Uses memory for a second, again and again, until its file is gone.
@@ -38,19 +37,6 @@ repetitions: 2
 seed: 1
 sample_period: 500ms
 """
-
-
-@pytest.fixture(scope="module")
-def libvirt(may_have_own_libvirt: None) -> Iterator[OwnLibvirt]:
-    with own_libvirt() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def foreign(libvirt: OwnLibvirt, image: GuestImage) -> Iterator[ForeignDomain]:
-    with foreign_domain(libvirt, image) as made:
-        made.wait_for_boot()
-        yield made
 
 
 @pytest.fixture
