@@ -7,7 +7,7 @@ file must be shared memory (shmem), where a page is data exactly if it is in mem
 (mm/shmem.c); both count as resident. A look costs a few system calls for each run of pages that it
 passes, and some tens of nanoseconds for each resident page that the kernel walks through.
 
-Holes are punched in slices, through a fence (fence.py).
+Holes are punched through a fence, piece by piece (fence.py).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from host_agent.memory.fence import Fence
 from host_agent.memory.page_map import PageMap, first_pfn
 from host_agent.memory.punch import punch
 
-# The most pages in one slice of a punch: so few that closing the fence takes only milliseconds.
-_SLICE_PAGES = 4096
+# The most pages in one punch: so few that who closes the fence waits only milliseconds for it.
+_PIECE_PAGES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,26 +155,19 @@ class GuestRam:
         return self._fence.permit()
 
     def punch(self, ranges: RangeSet, permit: int) -> None:
-        """Drop the memory behind those parts of `ranges` that are RAM, slice by slice. A range is
-        cut at the ends of slices and segments; each piece costs one system call.
+        """Drop the memory behind those parts of `ranges` that are RAM. A range is cut at the ends
+        of segments, and into pieces of at most _PIECE_PAGES; each piece costs one system call.
 
         :param permit: taken when it was decided that these ranges may be dropped.
         :raises OSError: the kernel refused a piece; others may have been dropped.
         :raises FenceClosed: the fence is closed, or the permit ended; a part may have been dropped.
         """
-        for segment, parts in self._parts(ranges):
-            # All slices are made before the first is punched: each punch evicts Python's data from
-            # the processor's caches (punch.c), and they would be made slowly in between.
-            slices = [
-                (
-                    array("q", [segment.to_offset(pfn) for pfn, _ in pieces]),
-                    array("q", [page_count * PAGE_BYTES for _, page_count in pieces]),
-                )
-                for pieces in _slices(parts)
-            ]
-            for offsets, lengths in slices:
-                with self._fence.slice(permit):
-                    punch(segment.fd, offsets, lengths)
+        with self._fence.inside(permit):
+            for segment, parts in self._parts(ranges):
+                pieces = _pieces(parts)
+                offsets = array("q", [segment.to_offset(pfn) for pfn, _ in pieces])
+                lengths = array("q", [page_count * PAGE_BYTES for _, page_count in pieces])
+                punch(segment.fd, offsets, lengths, self._fence.closed_times, permit)
 
     def plug(self, segments: Sequence[Segment]) -> None:
         """Add these segments to the RAM, and take ownership of their file descriptors."""
@@ -227,22 +220,13 @@ class GuestRam:
             yield segment, ranges & segment.pages
 
 
-def _slices(ranges: RangeSet) -> Iterator[list[Range]]:
-    """Yield all of `ranges` in order, in lists of at most _SLICE_PAGES pages."""
-    pieces: list[Range] = []
-    left = _SLICE_PAGES
-    for pfn, page_count in ranges:
-        end = pfn + page_count
-        while pfn < end:
-            piece = Range(pfn, min(left, end - pfn))
-            pieces.append(piece)
-            pfn += piece.page_count
-            left -= piece.page_count
-            if not left:
-                yield pieces
-                pieces, left = [], _SLICE_PAGES
-    if pieces:
-        yield pieces
+def _pieces(ranges: RangeSet) -> list[Range]:
+    """Return all of `ranges` in order, in pieces of at most _PIECE_PAGES pages."""
+    return [
+        Range(at, min(_PIECE_PAGES, pfn + page_count - at))
+        for pfn, page_count in ranges
+        for at in range(pfn, pfn + page_count, _PIECE_PAGES)
+    ]
 
 
 def _close_all(fds: Iterable[int]) -> None:

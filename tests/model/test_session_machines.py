@@ -477,8 +477,8 @@ class GoesOnWhenTheDoorOpens(Fence):
         return 0
 
     @contextmanager
-    def slice(self, permit: int) -> Iterator[None]:
-        with super().slice(super().permit()):
+    def inside(self, permit: int) -> Iterator[None]:
+        with super().inside(super().permit()):
             yield
 
 

@@ -222,7 +222,7 @@ class Host:
     def begin_slice(self) -> None:
         """Begin the running batch's next slice; if its permit has ended, give up the rest."""
         try:
-            self._entered.enter_context(self.fence.slice(self._permit))
+            self._entered.enter_context(self.fence.inside(self._permit))
             self.slice = self.to_drop.pop()
         except FenceClosed:
             self.to_drop.clear()

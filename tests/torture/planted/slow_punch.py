@@ -1,27 +1,30 @@
 """A host agent whose punches take long: so long that a guest that is reset while one runs boots and
 uses its memory again before that punch is done.
 
-This is not a bug by itself: QEMU waits for the slice that has begun before it resets the guest, and
-the memory door's fence lets no other slice of that batch begin.
+This is not a bug by itself: QEMU waits for the punch that has begun before it resets the guest, and
+the memory door's fence lets no other punch of that batch begin.
 """
 
 import threading
 import time
+from array import array
 from collections.abc import Callable
+from ctypes import c_int64
 
 from host_agent.__main__ import main
 from host_agent.memory import ram
-from host_agent.memory.fence import Fence
+from host_agent.memory.fence import Fence, FenceClosed
 
-SLICE_S = 2.0
-"""How long each slice takes: so that some resets come while one runs."""
+TOGETHER = 8
+"""How many punches are delayed together."""
+DELAY_S = 2.0
+"""How long they take: so that some resets come while they run."""
 RESET_S = 180.0
-"""How long a slice goes on after the guest was stopped: it boots, and its workload fills its
-memory."""
+"""How long they go on after the guest was stopped: it boots, and its workload fills its memory."""
 
 
 def slow_down() -> None:
-    """Delay each slice after it has begun, and before it drops memory."""
+    """Delay punches after they have begun, and before they drop memory."""
     stopped = threading.Condition()
     times = 0
     close, punch = Fence.close, vars(ram)["punch"]
@@ -33,13 +36,23 @@ def slow_down() -> None:
             stopped.notify_all()
         close(fence, when_empty)
 
-    def delayed(*arguments: object) -> object:
+    def delay() -> None:
         with stopped:
             before = times
-            was_stopped = stopped.wait_for(lambda: times > before, SLICE_S)
+            was_stopped = stopped.wait_for(lambda: times > before, DELAY_S)
         if was_stopped:
             time.sleep(RESET_S)
-        return punch(*arguments)
+
+    def delayed(
+        fd: int, offsets: array[int], lengths: array[int], closed_times: c_int64, permit: int
+    ) -> None:
+        for at in range(0, len(offsets), TOGETHER):
+            if closed_times.value != permit:
+                raise FenceClosed
+            delay()
+            some = slice(at, at + TOGETHER)
+            # They have begun: what became of the permit since does not matter.
+            punch(fd, offsets[some], lengths[some], c_int64(permit), permit)
 
     Fence.close = noticed  # type: ignore[assignment,method-assign]
     vars(ram)["punch"] = delayed

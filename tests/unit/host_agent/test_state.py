@@ -233,12 +233,15 @@ PUNCHER = """
 import os, sys, threading, time
 from array import array
 from pathlib import Path
+from host_agent.memory.fence import Fence
 from host_agent.memory.punch import punch
 from host_agent.persistence.database import opened
 
 fd, size_bytes = int(sys.argv[2]), int(sys.argv[3])
+fence = Fence()
+ranges = [array("q", [0]), array("q", [size_bytes])]
 with opened(Path(sys.argv[1])):
-    threading.Thread(target=punch, args=[fd, array("q", [0]), array("q", [size_bytes])]).start()
+    threading.Thread(target=punch, args=[fd, *ranges, fence.closed_times, fence.permit()]).start()
     time.sleep(60)
 """
 
