@@ -52,7 +52,8 @@ class EmbeddedIsolator:
     def _on_chunk_free(self, zone: Zone, pfn: int) -> None:
         self._trackers[zone].mark(pfn)
         # This runs in the allocator's free path, so wake the event loop at most twice between two
-        # calls of `isolate`: for the first chunk (this starts the period), and at the threshold.
+        # calls of `isolate` (while memory is held back, of `enough_ready`, too): for the first
+        # chunk beyond what is held back (this starts the period), and at the threshold.
         if self._allocator.unreported_chunk_count() <= self._quiet_chunks:
             return
         wakes_due = 2 if self._enough_spare() else 1
@@ -63,7 +64,8 @@ class EmbeddedIsolator:
     def enough_ready(self) -> bool:
         self._update_held_back()
         if self._held_back_chunks:
-            self._wakes = 0  # `isolate` may not be called before more than that is free
+            # Allow new wakes: the core may not call `isolate` until more is free than is held back.
+            self._wakes = 0
         return self._enough_spare()
 
     def used_pages(self) -> UsedPages:

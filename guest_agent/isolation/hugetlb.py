@@ -293,7 +293,9 @@ class HugetlbIsolator:
         found = new - self._absent
         self._to_hint = _first_pfns(new if self._zeroing else found)
         if self._held_back_chunks and not self._zeroing:
-            del self._to_hint[self._to_find_chunks :]  # these leave the pool as they came
+            # The other found chunks are held back: they leave the pool at the end of the pass
+            # without having been hinted.
+            del self._to_hint[self._to_find_chunks :]
         self._to_find_chunks -= _chunk_count(found)
         if self._to_find_chunks <= 0:
             self._unmoved_chunks += self._to_move_chunks
@@ -303,7 +305,8 @@ class HugetlbIsolator:
         free = min(self._pool.free_chunks(), self._reserve_chunks + self._unmoved_chunks)
         # Subtract the absent chunks outside the pool, which `free` includes.
         left = free - _chunk_count(self._absent - self._in_pool)
-        # A pass that found all that it looked for has left what is held back, which it could have.
+        # A pass that found all that it looked for could also have moved what is held back, so that
+        # does not count as unobtainable.
         obtainable = self._held_back_chunks if self._to_find_chunks <= 0 else 0
         self._unobtainable_chunks = max(0, left - obtainable)
         self._to_hint, self._in_pool, self._to_move_chunks = [], EMPTY, 0
@@ -329,7 +332,7 @@ class HugetlbIsolator:
         thorough = self._pass_requested and not self._zeroing
         unobtainable = 0 if thorough else self._unobtainable_chunks
         gain = free_chunks - _chunk_count(self._absent)
-        gain -= max(unobtainable, self._held_back_chunks)  # what a pass cannot have is held, too
+        gain -= max(unobtainable, self._held_back_chunks)  # unobtainable ones count as held back
         least = 1 if thorough else self._threshold_chunks
         if self._zeroing and not self._pass_requested:
             # Every guest uses a chunk or two now and then. Without this bound, passes for so few

@@ -384,8 +384,8 @@ def _conflict(state: PoolState) -> TransientError:
 
 def _reserve_chunks(zones: Iterable[ZoneInfo]) -> int:
     """Return how many chunks of these zones must stay free for the guest and its kernel."""
-    # A sixteenth is more than the pages that lower zones keep back from allocations of huge pages:
-    # a 256th of the zones above them (mm/page_alloc.c: setup_per_zone_lowmem_reserve).
+    # A sixteenth is more than what a zone keeps back from allocations of huge pages: a 256th or a
+    # 32nd of the zones above it (mm/page_alloc.c: sysctl_lowmem_reserve_ratio).
     pages = [zone.present_pages // _RESERVE_SHARE + zone.low_watermark_pages for zone in zones]
     return sum(pages) // CHUNK_PAGES
 

@@ -41,7 +41,7 @@ HeldBack = Callable[[UsedPages | None], HeldPages]
 
 
 def nothing_held_back(_used: UsedPages | None) -> HeldPages:
-    """Let all free memory be hinted."""
+    """Return that nothing is held back: all free memory may be hinted."""
     return HeldPages(0, 0)
 
 
@@ -68,8 +68,8 @@ class Isolator(Protocol):
         """Begin, and return the ranges that an earlier agent left isolated (may be empty).
 
         :param wake: called when there may be chunks to isolate, from any thread.
-        :param held_back: asked whenever it matters how much to hold back, with what `used_pages`
-            returns: in `idle`, `isolate` and `enough_ready`.
+        :param held_back: called with what `used_pages` returns, to learn how much to hold back,
+            when `idle`, `isolate` or `enough_ready` depend on that.
         :raises hintfleet.errors.Refused: isolation is not safe or not possible here. The message
             says why and, if known, what to do. This call has isolated no chunk.
         :raises hintfleet.errors.TransientError: somebody else uses what isolation needs (hugetlb).
@@ -82,8 +82,9 @@ class Isolator(Protocol):
         """Isolate free chunks within both bounds, and leave what is held back. Never waits for
         chunks.
 
-        kmod isolates whole batches: it leaves more where the next batch would be mostly held back,
-        and up to a quarter of a batch less where it would not.
+        kmod isolates whole batches. If more than a quarter of the next batch should be held back,
+        it leaves all of that batch. Else it isolates all of it, and so leaves up to a quarter of
+        a batch less than what is held back.
 
         Return an empty set if no chunk is ready. Returned ranges stay isolated at least until
         `release`.
@@ -127,8 +128,8 @@ class Isolator(Protocol):
         """
 
     def isolated_pages(self) -> int:
-        """Return how many pages are out of the guest's allocator because of this isolator: those
-        that were returned by `isolate` or `start`, and those that it still holds for it."""
+        """Return how many pages are isolated and not given back to the guest's allocator yet, with
+        those that an earlier agent left and those that `isolate` has not returned."""
 
     def tracker_bytes(self) -> int:
         """Return the size of the tracker's own data; 0 where the kernel tracks."""

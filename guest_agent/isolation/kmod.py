@@ -28,7 +28,7 @@ from hintfleet.settings import DEFAULT_CHUNK_ORDER, MAX_ORDER, IsolatorKind
 
 DEVICE = "/dev/hintfleet"
 
-# struct hintfleet_batch, struct hintfleet_range and struct hintfleet_status
+# Layouts of struct hintfleet_batch, hintfleet_range and hintfleet_status (hintfleet.h).
 _CAPACITY = 32
 _BATCH_HEADER = struct.Struct("=QII")
 _RANGE = struct.Struct("=QQ")
@@ -91,8 +91,8 @@ class KmodIsolator:
     the module when all its parts are released. So an allowance (policy pressure) is rounded up to
     whole batches: up to 64 MiB each or, if the kernel has merged chunks to order 10, 128 MiB.
 
-    A batch that is mostly held back is returned at once, and the module then refuses what the
-    kernel reports until so much more is free that a batch is worth it.
+    A batch of which more than a quarter should be held back is returned at once. The module then
+    refuses what the kernel reports, until so much more is free that a batch is worth hinting.
     """
 
     name = IsolatorKind.KMOD
@@ -157,7 +157,8 @@ class KmodIsolator:
                 self._update_held_back()
                 if not self._worth_hinting(self._batch_pages >> self._chunk_order):
                     self._remaining = []
-                    # First: the kernel may begin its next pass as soon as this one has ended.
+                    # Refuse before the batch is returned: the kernel may begin its next pass at
+                    # once after that.
                     self._refuse(True)
                     self._answer(_IOC_RETURN)
         return self._take(max_ranges, max_pages)
@@ -165,7 +166,8 @@ class KmodIsolator:
     def _worth_hinting(self, batch_chunks: int) -> bool:
         """Return whether so much is free that at most a quarter of a batch should be held back.
 
-        A smaller part would leave more memory unhinted, if a little is held back all the time.
+        A bound below a quarter would leave more memory unhinted in a guest that always holds a
+        little back.
         """
         if not self._held_back_chunks:
             return True
@@ -173,7 +175,7 @@ class KmodIsolator:
         return spare > 0 and 4 * spare >= 3 * batch_chunks
 
     def _free_chunks(self) -> int:
-        """Return how many free chunks may be resident, those of a batch included."""
+        """Return how many free chunks may be resident, those of an unanswered batch included."""
         if self._free_lists is None:
             self._free_lists = FreeLists(self._chunk_order)
         free = self._free_lists.free_chunk_count() + (self._batch_pages >> self._chunk_order)
@@ -183,15 +185,16 @@ class KmodIsolator:
         self._held_back_chunks = self._held_back(self.used_pages()).free >> self._chunk_order
 
     def used_pages(self) -> UsedPages | None:
-        # In this order: a pass that is not running afterwards has isolated nothing before.
+        # Read the use first, then the state: if no pass runs then, none had isolated memory when
+        # the use was read.
         used = mem_used_pages() - self._batch_pages
         unknown = not self._batch_pages and self._state() & _RUNNING
         return None if unknown else UsedPages(used, used)
 
     def _free_ranges(self) -> RangeSet:
-        """Return the chunks that are free now, and some that are not, which do not matter: of these
-        at least a page is resident. On a kernel without page flags, return all memory: what was
-        reserved at boot then counts as free, and as much more is held back."""
+        """Return the chunks that are free now, and some that are partly in use. The latter do not
+        matter: the host has reported them as resident. On a kernel without page flags, return all
+        memory: what was reserved at boot then counts as free, and as much more is held back."""
         spans = present_spans()
         try:
             flags = PageFlags()
@@ -252,8 +255,8 @@ class KmodIsolator:
         self._absent -= ranges.whole_chunks(self._chunk_order)
 
     def idle(self) -> bool:
-        """Return whether no pass is queued, running or due, and no refused chunk needs one; while
-        memory is held back, also if a batch would be mostly of that."""
+        """Return whether no pass is queued, running or due, and no refused chunk needs one. While
+        memory is held back, also return True if the next batch is not worth hinting."""
         # Cheap, even in an idle guest: the kernel's page reporting schedules a pass when a chunk
         # is freed. So it is enough to ask whether one is scheduled; no free list is scanned here.
         self._update_held_back()
@@ -264,8 +267,9 @@ class KmodIsolator:
         most = _CAPACITY << MAX_ORDER - self._chunk_order
         worth = self._worth_hinting(min(self._free_chunks(), most))
         if not worth:
-            # Each time, since a free chunk has the kernel plan another pass. A pass that is refused
-            # moves what is held back to the end of the free lists: it would be used last.
+            # Refuse at each call: this cancels a pass that the kernel has planned for a chunk freed
+            # since the last call. A pass that is refused only when it reports moves what is held
+            # back to the end of the free lists, so that the guest would use it last.
             self._refuse(True)
         return not worth or not state
 
