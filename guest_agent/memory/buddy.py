@@ -77,7 +77,7 @@ class Zone:
 
         Chunks with the reported mark are taken last, as in the kernel, which puts them at the tail
         of its free lists (mm/page_alloc.c: __putback_isolated_page, FPI_TO_TAIL): the host has no
-        memory behind them. Here even chunks in larger blocks are taken before them.
+        memory behind them. Here even unmarked chunks in larger blocks are taken before marked ones.
 
         Return the first pfn of the taken block; None if no free block is large enough.
         """
@@ -208,14 +208,14 @@ class BuddyAllocator:
         return found
 
     def used_pages(self) -> tuple[int, int]:
-        """Return how many pages are in use now, and the most that were since the last call."""
+        """Return how many pages are in use now, and the most at any time since the last call."""
         with self._lock:
             peak, self._peak_page_count = self._peak_page_count, self.used_page_count
             return self.used_page_count, peak
 
     def memory_use(self, isolated_pages: int) -> pb.MemoryUse:
-        """Return what the memory is used for: each figure is a count of its own, kept or taken at
-        one moment. Costs one step for each order and zone.
+        """Return what the memory is used for. Each figure is counted by itself: none is what the
+        others leave. Costs one step for each order and zone.
 
         :param isolated_pages: `isolated_page_count`, as the isolator returns it.
         """

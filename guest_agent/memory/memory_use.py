@@ -79,9 +79,9 @@ def memory_use_of(
 ) -> pb.MemoryUse:
     """Return what all memory is used for, from the texts of the files with these names.
 
-    No kernel counts what is in use: that is what the other figures leave of the present pages, with
-    all that the kernel keeps for itself before MemTotal (its text, the page structs). The present
-    pages are counted, not MemTotal, so that holes of the firmware are not taken for memory in use.
+    No kernel counts what is in use: `used_bytes` is what the other figures leave of all present
+    pages. So it includes what the kernel keeps for itself and leaves out of MemTotal (its text, the
+    page structs). Holes of the firmware are not present, so they are not taken for memory in use.
     The texts are read one after the other: a figure may be wrong by what moved meanwhile.
 
     :raises Refused: a text is not that of such a file, or more is free than there is memory.
