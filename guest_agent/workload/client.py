@@ -80,7 +80,7 @@ def _end_of(call: aio.Call) -> asyncio.Future[None]:
 
 
 class _Answers:
-    """The answers to the last commands, as futures: one that runs or waits is among them."""
+    """The answers to the last commands, as futures: also to a command that still runs or waits."""
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload

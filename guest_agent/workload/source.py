@@ -49,8 +49,8 @@ class Plugs(Protocol):
         """
 
     def offline(self, pages: RangeSet) -> None:
-        """Stop using pages; those that are offline already stay offline. Waits until isolated
-        chunks are released.
+        """Stop using pages; those that are offline already stay offline. May wait for the release
+        of isolated chunks, up to a timeout.
 
         :raises hintfleet.errors.Refused: some pages are in use. Pages that were offlined by this
             call are online again if that is possible.
