@@ -110,8 +110,9 @@ async def _end_orphaned(channel: aio.Channel, after_s: int) -> None:
 
     :raises TransientError: there was no host agent for `after_s` seconds.
     """
-    # Nothing of ours but its host agent finds such a guest (made with --state) and ends it. If the
-    # host agent is gone for good, this error ends the guest, which would otherwise run for ever.
+    # A guest of a host agent with --state outlives that host agent, and only the next one finds the
+    # guest and ends it. If there is no next one, this error ends the guest, which would otherwise
+    # run for ever.
     while after_s:
         try:
             async with asyncio.timeout(after_s):
@@ -156,9 +157,9 @@ async def _run_embedded(config: AgentConfig) -> None:
         raise InvalidInput("an embedded guest needs ram_fd and memory_bytes, in whole pages")
     ram = mmap.mmap(config.ram_fd, max(config.memory_bytes, config.max_memory_bytes))
     if config.chunk_order >= HUGE_PAGE_ORDER:
-        # As QEMU does for its guests: where the host lets shared memory have huge pages
-        # (shmem_enabled), a refault then costs one page fault for a chunk, not 512.
-        with contextlib.suppress(OSError):  # a kernel without huge pages
+        # Ask for huge pages, as QEMU does for its guests: where the host lets shared memory have
+        # them (shmem_enabled), a refault of 2 MiB then costs one page fault, not 512.
+        with contextlib.suppress(OSError):  # raised by a kernel without huge pages
             ram.madvise(mmap.MADV_HUGEPAGE)
     pages = config.memory_bytes // PAGE_BYTES
     allocator = BuddyAllocator(
@@ -194,7 +195,7 @@ async def _run_embedded(config: AgentConfig) -> None:
 
 
 async def _run_in_guest(config: AgentConfig) -> None:
-    """Run the agent of a real guest, with less of a right to the processor than the guest's work.
+    """Run the agent of a real guest, at a lower CPU priority (nice) than the guest's work.
 
     The workload runs in another process (--workload-only), so that its memory and CPU time are not
     counted as the agent's, and so that it survives the agent.
@@ -230,7 +231,7 @@ def _isolator(config: AgentConfig) -> Isolator:
 
     Imports only the one that is needed.
 
-    :raises Refused: it is hugetlb, and the kernel zeroes pages when they are freed.
+    :raises Refused: the isolator is hugetlb, and the kernel zeroes pages when they are freed.
     """
     if config.isolator is IsolatorKind.HUGETLB:
         from guest_agent.isolation.hugetlb import HugetlbIsolator

@@ -63,7 +63,7 @@ class HoldingBack:
     """Decides how many free pages a guest holds back. Starts as policy eager: none."""
 
     def __init__(self, total_pages: int, chunk_pages: int) -> None:
-        """:param total_pages: the memory of the guest, which may grow."""
+        """:param total_pages: the memory of the guest; it may use more than that later."""
         self._level_pages = max(1, -(-total_pages // chunk_pages // _MOST_LEVELS)) * chunk_pages
         self._level_count = -(-total_pages // self._level_pages)
         self._break_even_s = 0.0
@@ -106,7 +106,8 @@ class HoldingBack:
         used = -(-used_pages // self._level_pages)
         if now_s - self._entered_since_s > self._report_delay_s:
             self._entered_before, self._entered, self._entered_since_s = self._entered, 0, now_s
-        # What was used and is free again was used at a time between this call and the last.
+        # When levels were used that are idle again is not known: assume half way between the last
+        # call and this one.
         between_s = (self._observed_s + now_s) / 2
         for level in range(self._levels_in_use, peak):
             self._entered += not self._used_again(level, now_s if level < used else between_s)
@@ -149,8 +150,11 @@ class HoldingBack:
         return max(ends_s, default=now_s) - now_s
 
     def would_hold_pages(self) -> int:
-        """Return how many of the pages that are in use would be held back if they were freed now,
-        at least: of those that would be freed first."""
+        """Return a lower bound of how many pages in use would be held back if they were freed now.
+
+        Count levels from the highest one in use downwards, up to the first that would not be held
+        back, and no more than `_MOST_LOOKED_AT`.
+        """
         first = max(0, self._levels_in_use - _MOST_LOOKED_AT)
         level = self._levels_in_use
         while level > first and self._share_of(level - 1):
@@ -164,7 +168,8 @@ class HoldingBack:
                 held.popitem(last=False)
 
     def _used_again(self, level: int, now_s: float) -> bool:
-        """End the rest of a level, and learn from it; return whether it was held until now."""
+        """End the rest of a level, and learn from the rest; return whether the level was held until
+        now."""
         since_s = self._idle_since_s.pop(level, None)
         if since_s is not None and self._learns and self._break_even_s:
             self._learn(level, (now_s - since_s) / self._break_even_s)
@@ -206,5 +211,5 @@ def cost(rest: float, share: float) -> float:
 
 
 def best_cost(rests: Iterable[float]) -> float:
-    """Return the least that these rests could have cost, known in advance, in refaults."""
+    """Return the least cost of these rests, in refaults, had each been known in advance."""
     return sum(min(rest, 1.0) for rest in rests)

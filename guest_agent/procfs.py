@@ -89,7 +89,7 @@ def init_on_free() -> bool:
 
 def _auto_init(when: str, *, if_unknown: bool) -> bool:
     parameters = _read("/proc/cmdline").decode().split()
-    for parameter in reversed(parameters):  # if it is given twice, the last one counts
+    for parameter in reversed(parameters):  # of a repeated parameter, the last one counts
         if parameter.startswith(f"init_on_{when}="):
             return parameter.partition("=")[2].lower() in ("1", "y", "yes", "on")
     # Without a parameter, the kernel's build configuration decides; the kernel logs its setting at

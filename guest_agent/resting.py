@@ -10,10 +10,12 @@ from guest_agent.isolation.isolator import UsedPages
 _POLLS_BEFORE_REST = 10
 # The least pause between two polls after 0, 10 and 20 idle polls in a row (a rest). The kernel's
 # own reporting waits 2 s, too (mm/page_reporting.c: PAGE_REPORTING_DELAY). A rest delays few hints:
-# hinted memory is used before it is freed again, and the host's report of that (Refaulted) ends it.
+# hinted memory is used before it is freed again, and the host's report of that use (Refaulted) ends
+# the rest.
 _RESTING_PERIODS_S = (0.0, 1.0, 2.0)
-# In a guest that uses and frees memory of which nothing is hinted, because it is held back: its use
-# must be seen, but each look takes time from it (under TCG, ten looks a second took 5 to 10 %).
+# The longest pause of a rest in a guest that uses and frees memory, but hints almost none, because
+# it is held back. The use of the memory must be seen, but each poll takes time from the guest
+# (under TCG, ten polls a second took 5 to 10 %).
 _LONGEST_BUSY_PERIOD_S = 0.3
 # A poll is idle if fewer pages than this (8 MiB) refault or are hinted before the next poll. So few
 # do not end a rest: even in an idle guest, kernel and daemons split and merge a chunk now and then.
@@ -21,7 +23,7 @@ _LEAST_ACTIVE_PAGES = 2048
 
 
 class Resting:
-    """Counts the polls in which nothing much was hinted or taken back."""
+    """Counts the polls in a row after which few pages were hinted or refaulted."""
 
     def __init__(self) -> None:
         self._idle_polls = 0

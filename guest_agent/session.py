@@ -178,8 +178,8 @@ class HintingSession:
         try:
             await self._loop()
         except (hinting.ProtocolViolation, InvalidInput) as violation:
-            # Do not end the agent: a restarted host agent may follow the protocol, and without an
-            # agent the guest's memory would never be hinted again.
+            # A broken protocol does not end the agent: a restarted host agent may follow the
+            # protocol, and without an agent the guest's memory would never be hinted again.
             _log.error("host agent broke the protocol", extra=fields(reason=violation))
         finally:
             self._core.lost()
@@ -202,8 +202,8 @@ class HintingSession:
             self._inbox.put_nowait(_Event.ENDED)
 
     async def _write(self, call: _Call) -> None:
-        # These errors are ignored because `_read` reports the end of the stream. Writing to a
-        # stream that has ended raises asyncio.InvalidStateError (grpc/aio/_call.py).
+        # Errors of a stream that has ended are ignored here, because `_read` reports the end.
+        # Writing to such a stream raises asyncio.InvalidStateError (grpc/aio/_call.py).
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             while True:
                 await call.write(await self._outbox.get())
@@ -231,7 +231,8 @@ class HintingSession:
             self._next_tick.cancel()
 
     def _held_back_pages(self, used: UsedPages | None) -> HeldPages:
-        """Return how many free pages to hold back now; none for a settle request."""
+        """Note how much memory is in use, if that is known. Return how much to hold back now:
+        nothing while a settle request waits."""
         now_s = time.monotonic()
         if used is not None:
             self._resting.used(used)
@@ -266,8 +267,8 @@ class HintingSession:
         try:
             self._poll()
         except Exception as error:  # noqa: BLE001 - `_loop` raises it
-            # asyncio would only log an error that this callback raises, and no further tick would
-            # be scheduled: the agent would look alive, but hint nothing.
+            # asyncio would only log an error that this timer's callback raises, and no further tick
+            # would be scheduled: the agent would look alive, but hint nothing.
             self._inbox.put_nowait(error)
 
     def _poll(self) -> None:
@@ -275,7 +276,8 @@ class HintingSession:
 
         In an idle guest there is mostly no work: then the task in `_loop` is not woken.
         """
-        self._next_tick.cancel()  # so that `_schedule_tick` may choose a later time
+        # Else `_schedule_tick` would take this tick, which is over, for one that is still planned.
+        self._next_tick.cancel()
         if self._core.settling or not self._isolator.idle():
             self._inbox.put_nowait(_Event.TICK)
         self._resting.polled()
@@ -313,7 +315,7 @@ class HintingSession:
         if kind == "refaulted":
             ranges = decode(message.refaulted.ranges)
             self._resting.moved(ranges.page_count)
-            # Look first: most of what has refaulted is in use now.
+            # First note what is in use now: that explains most of what has refaulted.
             self._held_back_pages(self._isolator.used_pages())
             if self._knows_resident:
                 self._holding_back.refaulted(time.monotonic(), ranges.page_count)

@@ -26,9 +26,9 @@ known."""
 
 
 class TelemetryPace:
-    """Makes telemetry: once per second at the most, and if free memory or what is held back has
-    changed by 1 MiB or more, if the host has acknowledged so much since, or if none was made for
-    10 s."""
+    """Makes telemetry at most once per second, and only if one of these holds: since it last made
+    some, free memory or what is held back has changed by 1 MiB or more, the host has acknowledged
+    1 MiB or more, or 10 s have passed."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class TelemetryPace:
         isolator: Isolator,
         holding_back: HoldingBack,
     ) -> None:
-        """:param free_bytes: cheap: called once a second.
+        """:param free_bytes: must be cheap: called up to once a second.
         :param memory_use: called only when telemetry is made.
         """
         self._free_bytes = free_bytes

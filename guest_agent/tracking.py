@@ -39,10 +39,10 @@ class Tracker(Protocol):
         """
 
     def take(self, max_chunks: int) -> list[int]:
-        """Return the first pfns of up to `max_chunks` waiting chunks.
+        """Return up to `max_chunks` waiting chunks, each as its first pfn.
 
-        The caller must isolate them at once, because a tracker may forget them here, and skip those
-        that are in use again.
+        Some of them may be in use again: the caller skips those. It must isolate the others at
+        once, because a tracker may forget all chunks that it returns.
         """
 
     def memory_bytes(self) -> int:
