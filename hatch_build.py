@@ -19,7 +19,7 @@ class CompilePunch(BuildHookInterface[BuilderConfig]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         """Compile the library; if that fails, warn and build the package without it."""
         library = Path(self.root, LIBRARY)
-        library.unlink(missing_ok=True)  # an old one may be of a build for another machine
+        library.unlink(missing_ok=True)  # an old one may be for another machine
         command = ["cc", "-O2", "-Wall", "-shared", "-fPIC", "-o", LIBRARY, SOURCE]
         try:
             subprocess.run(command, cwd=self.root, check=True)

@@ -12,12 +12,12 @@ hintfleet/images in the XDG cache directory for others.
     DIR/layers/kit-HASH/     kernel, modules, shell; built (minutes) if our module or kit.py changed
     DIR/layers/root-HASH/    root disk; built (minutes) if wheels, --package or rootfs.py changed
     DIR/HASH/                the image: root.img vmlinuz initrd.img image.json
-    DIR/current              a link to the image of the last build without --package
+    DIR/current              a link to the last image of variant `current` without --package
     DIR/compiler             the same for --variant compiler, and so for each variant
 
 A build removes all images except those that such links name and the KEPT_IMAGES others that builds
-used last, and all layers that no image uses and that are older than a day. A running guest does not
-need its image any more: QEMU has the disk open, and has read the other files.
+used last. It also removes the layers that no image uses and that are older than a day. A running
+guest does not need its image any more: QEMU has the disk open, and has read the other files.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def build(images: Path, variant: str = "current", packages: Sequence[str] = ()) 
     """Build this tree's image if it is not there, and return its directory.
 
     :param packages: more Debian packages for the root disk. If there are none, the link with the
-        name of the variant points to the image afterwards; else no link is changed.
+        name of the variant points to the image afterwards, and so does `current` if there was no
+        such link; else no link is changed.
     :raises BuildError: a step failed; earlier images are still there.
     """
     sources = [path for _, package in PACKAGES for path in _sources(package)]
@@ -76,7 +77,7 @@ def build(images: Path, variant: str = "current", packages: Sequence[str] = ()) 
     if not packages:
         _point(images / variant, key)
         if not (images / "current").exists():
-            _point(images / "current", key)  # the other variants have all that it has
+            _point(images / "current", key)  # other variants have all that `current` has
     os.utime(image)  # time of use: `prune` keeps the images that were used last
     prune(images)
     return image

@@ -22,7 +22,7 @@ DRIVERS = (
 )
 """What the guest needs before it runs the agent; ext4 and serial are built into the kernel."""
 
-# Runs outside the throwaway tree, which is $1. The tree's own make and gcc are used.
+# A script that runs outside the throwaway tree, which is $1. The tree's own make and gcc are used.
 _BUILD = r"""
 set -eu
 release=$(basename "$1"/lib/modules/*)

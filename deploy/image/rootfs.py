@@ -31,7 +31,7 @@ _SPARE_BYTES = 16 << 20
 _CACHED = "var/lib/hintfleet/cached"
 _CACHED_BYTES = 64 << 30
 
-# $1 is the tree. The import fails if the wheels do not fit the tree's Python and libraries.
+# $1 is the tree. Importing gRPC there fails if the wheels do not fit its Python and libraries.
 _FINISH = f"""
 set -eu
 chroot "$1" python3 -m compileall -q {_SITE}
@@ -105,8 +105,8 @@ def _install_wheels(site: Path, wheels: Sequence[str]) -> None:
 
 
 def _make_disk(tar: Path, disk: Path) -> None:
-    """Make the ext4 file system `disk`, without mounting it: what is in `tar`, except the files in
-    /dev, and the file _CACHED.
+    """Make the ext4 file system `disk`, without mounting it. It has what is in `tar`, except the
+    files in /dev. It also has the file _CACHED.
 
     If the caller is not root, the files belong to the caller's user instead of root. That does not
     matter: in the guest only root uses them, and the file system is read-only.
