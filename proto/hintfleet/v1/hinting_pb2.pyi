@@ -43,7 +43,7 @@ class _SkipReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SkipReason
     HOST_ERROR: _SkipReason.ValueType  # 5
     """The host's kernel refused the punch."""
     GUEST_GONE: _SkipReason.ValueType  # 6
-    """The guest was reset, stopped or destroyed meanwhile."""
+    """The guest was lost or destroyed before the batch ran."""
     GUEST_STOPPED: _SkipReason.ValueType  # 7
     """The guest was stopped or reset while the batch waited or ran."""
 
@@ -59,7 +59,7 @@ WRONG_EPOCH: SkipReason.ValueType  # 4
 HOST_ERROR: SkipReason.ValueType  # 5
 """The host's kernel refused the punch."""
 GUEST_GONE: SkipReason.ValueType  # 6
-"""The guest was reset, stopped or destroyed meanwhile."""
+"""The guest was lost or destroyed before the batch ran."""
 GUEST_STOPPED: SkipReason.ValueType  # 7
 """The guest was stopped or reset while the batch waited or ran."""
 Global___SkipReason: _TypeAlias = SkipReason  # noqa: Y015
@@ -306,8 +306,8 @@ class Policy(_message.Message):
     BREAK_EVEN_MS_FIELD_NUMBER: _builtins.int
     kind: Global___Policy.Kind.ValueType
     report_period_ms: _builtins.int
-    """How often the guest looks for free chunks. It hints earlier if as many chunks are free
-    as the threshold in its configuration.
+    """How often the guest looks for free chunks; less often at rest. It hints earlier if as many
+    chunks are free as the threshold in its configuration (not with kmod).
     """
     cold_after_ms: _builtins.int
     """COLD only."""
@@ -430,9 +430,9 @@ Global___Ack: _TypeAlias = Ack  # noqa: Y015
 @_typing.final
 class Refaulted(_message.Message):
     """Host-guided hinting: the whole chunks in which pages were absent (reclaimed, or never
-    used) and became resident since the last Refaulted. The first one of a session names all
-    chunks with resident pages. If such a chunk is free, hinting it gains memory. Sent once per
-    report period, if there are any, and before a Settle.
+    used) and became resident, or were unplugged, since the last Refaulted. The first one of a
+    session names all chunks with resident pages. If such a chunk is free, hinting it gains memory.
+    Sent once per report period, if there are any, and before a Settle.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -692,8 +692,8 @@ Global___Allocate: _TypeAlias = Allocate  # noqa: Y015
 @_typing.final
 class Free(_message.Message):
     """Free a part of the held memory, the same share of the blocks of each size: blocks of 2 MiB
-    are picked by the seed; smaller ones are those between which the others are left, evenly
-    spaced. Each is compared with its pattern before it is freed.
+    are picked by the seed; of smaller ones, evenly spaced ones are freed, so that the others stay
+    between them. Each is compared with its pattern before it is freed.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -816,7 +816,7 @@ class Looped(_message.Message):
 
     @_builtins.property
     def bytes_per_s(self) -> Global___Sketch:
-        """FAULT and BANDWIDTH: touched bytes per second, one value for each 100 ms."""
+        """Touched bytes per second, one value for each 100 ms or more; with CHURN, its pauses count."""
 
     def __init__(
         self,

@@ -1268,8 +1268,9 @@ class ResidentParts(_message.Message):
     in_flight_bytes: _builtins.int
     """Isolated, and not given back to the guest yet."""
     waiting_bytes: _builtins.int
-    """Free whole chunks that are neither: below the threshold, before the report period, the reserve
-    of the guest's kernel, not allowed (policy pressure), or not known to the tracker.
+    """Free whole chunks that are neither held back nor in flight: below the threshold, before the
+    report period, the reserve of the guest's kernel, not allowed (policy pressure), or not known
+    to the tracker.
     """
     unexplained_bytes: _builtins.int
     """What the parts leave over. Negative: not only free memory is absent, but also memory that the
