@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, and exit with its exit code.
 
     Without --doctor, --leaks and --clean: serve until SIGTERM, SIGINT, end of file on
-    --lifeline-fd, or a bug that ends one of the host agent's loops. Then the guests that it made
-    are ended, and the attached ones detached; but with --state, only end of file does that.
+    --lifeline-fd, or a bug that ends one of the host agent's loops. Then end the guests that this
+    host agent made, and detach the attached ones; with --state, do that only after end of file.
     """
     tell = program.prepare("hintfleet-host")
     sys.exit(program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet[host]"))
@@ -250,7 +250,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     from host_agent.server import Settings
 
     if arguments.enforce_budget and arguments.state:
-        # With --state, guests outlive this host agent, but the cgroup is removed when it ends.
+        # With --state, guests outlive this host agent, but it removes its cgroup when it ends.
         raise InvalidInput("--enforce-budget does not work with --state", hint="leave one out")
     return Settings(
         name=arguments.name,

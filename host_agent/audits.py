@@ -15,8 +15,8 @@ from host_agent.tasks import LastingTasks
 # take at most 1 % of a processor for each guest in the long run.
 _OBSERVING = Pace(period_s=1.0, share=1 / 100)
 
-# Share of a processor that audits of a hinting guest may take in the long run: more than those of
-# other guests, because a hinting guest is told what they find.
+# Share of a processor that the audits that `check` starts for a hinting guest may take in the long
+# run: more than for other guests, because a hinting guest is told what they find.
 _TELLING_SHARE = 1 / 20
 
 

@@ -68,7 +68,7 @@ class Guest:
     ) -> None:
         """:param saver: stores what `record` returns, soon after each change of the books. None:
             nothing is stored.
-        :param observing: counts the processor time of audits for samples and metrics only.
+        :param observing: counts the processor time of audits that serve samples and metrics only.
         """
         self.name = name
         self.uuid = uuid
@@ -266,7 +266,7 @@ class Guest:
         return "\n".join(filter(None, (output, str(self.sessions.conduct))))
 
     def record(self) -> GuestRecord | None:
-        """Return what the next host agent needs to adopt the guest. None if its books are closed,
+        """Return what the next host agent needs to adopt the guest. None if its books are not open,
         unless the guest waits to be attached again."""
         if self.to_attach_again is not None:
             return self.to_attach_again
@@ -322,9 +322,10 @@ class Guest:
         await self.tasks.finish(self.memory.run_locked(self.memory.unplugged(pages)))
 
     async def settle(self) -> hinting_pb2.Settled:
-        """Ask the guest to hint now; return when all that it can hint is acknowledged.
+        """Ask the guest to hint now; return its answer when all that it can hint is acknowledged.
 
-        A peer cannot be asked: return when no memory has left the RAM for some seconds.
+        A peer cannot be asked: return an empty answer when no memory has left the RAM for some
+        seconds.
 
         :raises GuestLost: the guest is gone.
         :raises TransientError: no hinting session was open within some seconds, or it ended.

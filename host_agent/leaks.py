@@ -30,7 +30,8 @@ _MEMFD = "/memfd:hintfleet-"
 
 
 def find(libvirt_uri: str) -> tuple[list[Removable], list[str]]:
-    """Return the leaks, in the order in which to remove them, and what could not be examined."""
+    """Return the leaks, each with what removes it, in the order in which to remove them; and what
+    could not be examined."""
     not_examined = []
     found = [*_processes(list(other_processes()))]
     try:
@@ -52,7 +53,7 @@ def _there(leak_of: Callable[[Path], Removable], paths: Iterable[Path]) -> Itera
 
 def _processes(seen: list[Process]) -> Iterator[Removable]:
     """Yield host agents and embedded guests that are leaked: nobody holds the other end of their
-    lifeline, or only leaked processes hold it."""
+    lifeline, or only leaked processes hold it. If `_parent_is_hidden`, a process is left out."""
     links = {process: process.descriptor_targets() or {} for process in seen}
     lifelines = {
         process: links[process].get(fd, "")
@@ -162,6 +163,6 @@ def _abandoned(what: str, path: Path, size_bytes: int = 0) -> Leak:
 def _size_bytes(paths: Iterable[Path]) -> int:
     sizes = []
     for path in paths:
-        with suppress(FileNotFoundError):  # its guest has just ended
+        with suppress(FileNotFoundError):  # the file's guest has just ended
             sizes.append(path.lstat().st_blocks * 512)
     return sum(sizes)

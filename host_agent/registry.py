@@ -1,8 +1,8 @@
-"""All guests of this host agent: makes, adopts, ends and releases them.
+"""Makes, adopts, ends and releases the guests of this host agent.
 
 A trial's guests are ended when the trial's last Watch ends, unless this host agent is ending. When
 it ends, it ends all guests; with --state it releases them instead, unless its parent is gone
-(--lifeline-fd). A trial's adopted guests are also ended if it has no Watch after a grace period.
+(--lifeline-fd). Adopted guests are also ended if their trial has no Watch after a grace period.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class Registry:
         spec: host_pb2.GuestSpec,
         token: str | None = None,
     ) -> Guest:
-        """Register a guest. After that, `make` starts or attaches it, or `adopt` takes it over.
+        """Register a guest that this host agent does not run yet, and return it. After that, the
+        caller must have `make` start or attach it, or have its driver adopt it.
 
         :param token: of a guest that had one before; None: make a new token.
         """
@@ -177,7 +178,7 @@ class Registry:
         driver = self._driver_of(guest)
         try:
             running = await in_driver_thread(driver.create, self.request(guest))
-        except OSError as error:  # no free descriptor, process or room
+        except OSError as error:  # no free descriptor, process or disk space
             raise Refused(f"guest {guest.name} cannot be made: {error}") from error
         guest.started(running)
         follow_table(guest)
@@ -243,7 +244,7 @@ class Registry:
 
     async def _keep_or_end(self, guest: Guest) -> None:
         if guest.creation is not None:
-            await asyncio.wait([guest.creation])  # it sets `running`
+            await asyncio.wait([guest.creation])  # `creation` sets `running`
         has_ended = False
         if self._attached is not None and guest.running is not None:
             try:
@@ -265,14 +266,14 @@ class Registry:
             _log.error("guest cannot be ended", **about_failure(guest.name, error))
 
     async def attach_again(self, ended: Guest, earlier: host_pb2.Ledger) -> None:
-        """Attach a guest whose domain has started again, with the same name and token.
+        """Attach a guest again whose domain has started again. It keeps its name and token.
 
         :param earlier: sums of the books of the domain's earlier starts.
         :raises HintfleetError: it cannot be attached; it waits to be attached, as before.
         """
         await ended.close()  # not closed yet if libvirt did not answer when its domain ended
         if ended.ending or self._guests.get(ended.name) is not ended:
-            return  # it was detached meanwhile
+            return  # the guest was detached meanwhile
         guest = self.add(ended.name, ended.uuid, "", ended.spec, ended.token)
         guest.earlier = earlier
         guest.creation = asyncio.create_task(self.make(guest))

@@ -1,6 +1,6 @@
-"""Carries out a command of the control API once: if the client sends it again, even while it runs,
-it gets the same answer. A command that has no sequence number, that has failed with another error
-than GuestLost, or whose answer is not kept any more, is carried out again.
+"""Carries out a command of the control API once: if the client sends the command again, even while
+it runs, the client gets the same answer. A command that has no sequence number, that has failed
+with another error than GuestLost, or whose answer is not kept any more, is carried out again.
 
 The client chooses the commands' ids (orchestrator/trial/runner.py; for commands of no trial,
 orchestrator/commands/domains.py). The guest remembers its last answers as well: a step that it has

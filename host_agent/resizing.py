@@ -191,8 +191,8 @@ async def _grow(guest: Guest, size_bytes: int) -> None:
         await guest.saver.save(guest)
         await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=encode(pages))))
     except (Refused, TransientError):
-        # After these two errors it is certain that the guest does not use the memory. After
-        # others it is not, so the memory stays plugged.
+        # After Refused or TransientError it is certain that the guest does not use the memory.
+        # After other errors that is not certain, so the memory stays plugged.
         await _take(guest, running, pages)
         raise
     except OutcomeUnknown as error:

@@ -75,7 +75,7 @@ GUEST_OPTIONS = (
     *_OPTIONS,
     # Enough for a Hello with 100,000 isolated ranges; a batch takes 2 KiB at most.
     ("grpc.max_receive_message_length", 256 << 10),
-    # On each connection: a guest has at most two streams, and two more while those are ending.
+    # Of each connection. A guest needs two streams at most, and two more while those are ending.
     ("grpc.max_concurrent_streams", 8),
     ("grpc.max_allowed_incoming_connections", 8192),
     ("grpc.max_connection_idle_ms", 60_000),
