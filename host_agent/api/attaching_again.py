@@ -37,7 +37,7 @@ async def attach_when_started(registry: Registry, driver: Attacher) -> None:
         await asyncio.sleep(_PERIOD_S)
         waiting = [guest for guest in registry.guests if guest.to_attach_again is not None]
         pauses = {guest.uuid: pauses.get(guest.uuid, _Pause()) for guest in waiting}
-        # At the same time: an attempt at a domain that boots takes many seconds.
+        # All guests at the same time: an attempt at a domain that boots takes many seconds.
         await asyncio.gather(*(_turn(registry, driver, g, pauses[g.uuid]) for g in waiting))
 
 

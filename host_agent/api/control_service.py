@@ -89,7 +89,7 @@ class ControlService(HostServiceServicer):
 
         :raises Refused: a guest runs with another size, or no zram can be used.
         """
-        async with self._swap_changes:  # the trial's guests are made side by side
+        async with self._swap_changes:  # a trial's guests are made at the same time
             if self._budget.swap_bytes == request.spec.zram_bytes:
                 return
             if ending := self._registry.ending:

@@ -1,5 +1,5 @@
-"""Helpers for the gRPC services: error statuses for both; reading and ending streams, for the
-guests' service; the check of operators' certificates, for the control API."""
+"""Helpers for the gRPC services: error statuses, for both services; reading and ending
+streams, for the guests' service; the check of operators' certificates, for the control API."""
 
 from __future__ import annotations
 

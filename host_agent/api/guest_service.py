@@ -98,7 +98,7 @@ class GuestService(HintingServiceServicer):
     async def _first(self, messages: AsyncIterator[_M], kind: str) -> _M:
         """Wait for the first message of a stream and return it.
 
-        :raises TransientError: it did not arrive in time, or other streams needed the place.
+        :raises TransientError: it did not arrive in time, or too many other streams were pending.
         :raises InvalidInput: it is not of this kind, or the stream has ended.
         """
         try:
@@ -129,8 +129,8 @@ class GuestService(HintingServiceServicer):
             if peer is not None and peer.guest_uuid != identity.guest_uuid:
                 raise Refused(f"the certificate is not for guest {identity.guest_uuid}")
             guest = self._registry.authenticate(identity)
-            # `running` alone does not tell: a guest that waits to be attached again keeps it while
-            # libvirt does not answer.
+            # `running` alone does not tell whether the door is plugged in: a guest that waits to be
+            # attached again keeps `running` while libvirt does not answer.
             if guest.to_attach_again or (guest.is_attached and guest.running is None):
                 raise TransientError(f"guest {guest.name}: its memory door is not plugged in now")
             guest.sessions.conduct.check_may_open(time.monotonic())

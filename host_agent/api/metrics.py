@@ -1,4 +1,4 @@
-"""The guests' books, violations of the protocol and bans, as Prometheus metrics over HTTP(S).
+"""The guests' books, and more of their state, as Prometheus metrics over HTTP(S).
 
 A scrape reads the books that were computed last for each guest (`last_ledger`). It does not look at
 RAM files, so it cannot delay a guest's batches.
@@ -63,7 +63,7 @@ _COUNTERS = {
     "hintfleet_guest_batches_total": ("batches", "Batches received"),
 }
 
-# Values of the label `part`, and fields of ResidentParts. One of them may be negative.
+# Values of the label `part`, and their fields of ResidentParts. `unexplained` may be negative.
 _PARTS = {
     "used": "used_bytes",
     "file_cache": "file_cache_bytes",
@@ -83,7 +83,7 @@ _LABELS = ("guest", "trial", "host", "domain", "uuid")
 
 
 class LedgerCollector(Collector):
-    """Turns the ledgers of all guests into metric families."""
+    """Turns the ledgers and other figures of all guests into metric families."""
 
     def __init__(self, registry: Registry, host: str) -> None:
         """:param host: the name of this host, which is a label."""
@@ -91,8 +91,9 @@ class LedgerCollector(Collector):
         self._host = host
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all metric families, labelled as `_LABELS` says: fields of the ledger, violations,
-        bans, and skipped bytes by reason."""
+        """Yield all metric families, each with the labels `_LABELS`: fields of the ledger, memory
+        that is held back, parts of the resident memory, memory of the guest's process, pauses,
+        violations, bans, and skipped bytes by reason."""
         guests = [(self._labels(g), g) for g in self._registry.guests]
         families = [(GaugeMetricFamily, *one) for one in _GAUGES.items()] + [
             (CounterMetricFamily, *one) for one in _COUNTERS.items()
@@ -211,7 +212,7 @@ def _make_server(address: str, tls: Tls | None) -> _Server:
     kind = _Server6 if host.startswith("[") else _Server
     server = kind((host.strip("[]"), int(port)), _Handler)
     if tls is not None:
-        # Not on connect: `accept` would do the handshake in the only thread that accepts, where one
+        # No handshake on connect: `accept` would do it in the only thread that accepts, where one
         # client that stalls would stall all. The first read does it, in the connection's thread.
         server.socket = tls.server_context().wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False

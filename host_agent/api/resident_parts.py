@@ -13,13 +13,13 @@ So what is resident of free memory is known, and the parts should leave nothing 
 leave over (`unexplained_bytes`) is shown, and no part is adjusted for it:
 
 - less than nothing, if more is absent than is free. Then assumption 2 is wrong: memory that is in
-  use by the guest's figures was never touched (a balloon, for example).
+  use by the guest's figures was never touched (a balloon, for example). If there is less of such
+  memory than of resident free memory, this is not seen: `waiting_bytes` is too small instead.
 - more than nothing, if the guest's figures do not add up to its memory.
 
-While more free memory is resident than that, the error is not seen: as much less seems to wait.
-
-Both halves must be of the same moment, so they are combined when telemetry comes. A guest that
-allocates in the milliseconds between seems to have that memory waiting.
+The guest's and the host's figures must be of the same moment, so they are combined when telemetry
+comes. What the guest allocates between its count and the host's, milliseconds later, is counted in
+`waiting_bytes`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def resident_parts(
 
 
 def aged(parts: host_pb2.ResidentParts | None, age_s: float) -> host_pb2.ResidentParts | None:
-    """Return parts as they are to be shown so long after they were computed."""
+    """Return a copy of parts that were computed `age_s` ago, with their age, and with what is left
+    of `held_back_for_ms`; None for None."""
     if parts is None:
         return None
     shown = host_pb2.ResidentParts()

@@ -111,8 +111,8 @@ class SampleFilter:
     def to_send(
         self, current: host_pb2.SampleSet, *, commanded: bool = False
     ) -> Iterator[host_pb2.SampleSet]:
-        """Take the current sample; yield what to send now: nothing; `current`; or one that was held
-        back, then `current`.
+        """Take the current sample; yield what to send now: nothing; `current`; or the last one that
+        was left out, then `current`.
 
         :param commanded: whether a command was answered since the last sample. Then the current
             one is sent: the experiment needs the state after its command.

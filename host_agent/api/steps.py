@@ -62,7 +62,8 @@ def response_of(
     """Return the answer to a step.
 
     :param done_at_unix_us: when the guest had done it, on this host's clock.
-    :raises Refused: the guest's agent is older than loops, and has done nothing.
+    :raises Refused: the step is a loop, and the guest's agent is too old to know loops: it has done
+        nothing.
     """
     if request.HasField("loop") and not done.HasField("looped"):
         raise Refused(
