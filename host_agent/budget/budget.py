@@ -28,8 +28,8 @@ class Budget:
 
     @classmethod
     def enforced(cls, limit_bytes: int, driver: Driver) -> Budget:
-        """Return a budget that a cgroup enforces for guests of this driver, or, where none can be
-        made, one that is watched."""
+        """Return a budget that a cgroup enforces for guests of this driver; if no cgroup can be
+        made, a budget that is only watched."""
         try:
             cgroup = MemoryCgroup.make(limit_bytes, driver)
         except Refused as error:
@@ -42,7 +42,7 @@ class Budget:
         return self.cgroup.partition if self.cgroup else ""
 
     def contain(self, pid: int) -> None:
-        """Put the process of an embedded guest into the cgroup, if there is one for processes.
+        """Put the process of an embedded guest into the cgroup, if that is for such guests.
 
         :raises Refused: the kernel does not take it.
         """
@@ -56,9 +56,11 @@ class Budget:
 
     def use_swap(self, size_bytes: int) -> None:
         """Let the kernel swap guests out to a zram device of this size from now on; 0: not at all.
-        The memory that the device takes counts into the budget. No guest runs now.
+        The memory that the device takes counts into the budget. Call this only while no
+        guest runs.
 
-        :raises Refused: no cgroup enforces the budget, or no device can be made; without swap then.
+        :raises Refused: no cgroup enforces the budget, or no device can be made. There is no swap
+            then.
         """
         if self.swap is not None:
             self.swap.change(size_bytes)
@@ -78,7 +80,7 @@ class Budget:
     def use(self, resident_bytes: Iterable[int]) -> host_pb2.BudgetUse:
         """Return how much of the budget is used.
 
-        :param resident_bytes: of each guest; used if there is no cgroup.
+        :param resident_bytes: of each guest; their sum counts if there is no cgroup.
         """
         use = host_pb2.BudgetUse(limit_bytes=self.limit_bytes, enforced=bool(self.cgroup))
         if self.cgroup is None:

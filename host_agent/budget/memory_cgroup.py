@@ -79,7 +79,7 @@ class MemoryCgroup:
         memory = _with_memory(found)
         if driver is Driver.EMBEDDED:
             return cls(_new(memory, Path(memory.own) / name), "", [])
-        # Make it in each: libvirt refuses a partition that is missing in one that it uses.
+        # Make it in each hierarchy: libvirt wants the partition in all hierarchies that it uses.
         with contextlib.ExitStack() as undo:
             folders = {}
             for hierarchy in found:
@@ -100,10 +100,10 @@ class MemoryCgroup:
         self._watch_oom()
 
     def allow_swap(self, swap_bytes: int, limit_bytes: int) -> None:
-        """Let so much of what the processes use be swapped out; 0: nothing.
+        """Let at most `swap_bytes` of the processes' memory be swapped out; 0: nothing. Limit their
+        other memory to `limit_bytes`, if `set_limit` can.
 
-        :param limit_bytes: of the memory that they use, from now on.
-        :raises Refused: the kernel does not count swap for cgroups. Never for 0.
+        :raises Refused: the kernel does not count swap for cgroups. Never if `swap_bytes` is 0.
         """
         try:
             if self._is_v2:
@@ -118,9 +118,10 @@ class MemoryCgroup:
         self.set_limit(limit_bytes)
 
     def set_limit(self, limit_bytes: int) -> bool:
-        """Set the limit of memory; before, the kernel swaps out what exceeds it.
+        """Set the limit of memory; takes as long as the kernel needs to swap out what exceeds it.
 
-        :returns: False if it cannot swap out enough: v1 then leaves the limit as it was, v2 kills.
+        :returns: False if it cannot swap out enough in v1, and leaves the limit as it was. In v2 it
+            kills a process instead.
         """
         name = "memory.max" if self._is_v2 else "memory.limit_in_bytes"
         try:
@@ -171,7 +172,7 @@ class MemoryCgroup:
         """Remove the cgroup, whose processes must have ended, and release its lock. May be called
         twice.
 
-        If the kernel does not let go of it within 2 s, it is left, for `hintfleet doctor --clean`.
+        A folder that the kernel refuses to remove for 2 s is left for `hintfleet doctor --clean`.
         """
         for folder in (self.folder, *self._others):
             _remove(folder)
@@ -217,12 +218,12 @@ def _new(hierarchy: Hierarchy, folder: Path) -> Path:
         with contextlib.suppress(OSError):  # it has processes, or somebody else removes it now
             other.rmdir()
     if hierarchy.is_v2 and "memory" in _words(folder.parent / "cgroup.controllers"):
-        # The kernel refuses this write if the parent itself has processes, except in the root ("no
-        # internal processes", cgroup-v2.rst).
+        # Enable the memory controller in the parent's children. The kernel refuses that if the
+        # parent itself has processes, except in the root ("no internal processes", cgroup-v2.rst).
         write_kernel_file(folder.parent / "cgroup.subtree_control", "+memory")
     folder.mkdir()
     try:
-        # Until these are set, cpuset of v1 takes no process.
+        # Until its cpus and mems are set, a cpuset cgroup of v1 takes no process.
         for name in ("cpuset.cpus", "cpuset.mems"):
             if "cpuset" in hierarchy.controllers:
                 write_kernel_file(folder / name, (folder.parent / name).read_text())

@@ -1,4 +1,5 @@
-"""Swap for the guests of a host, whose memory counts into the host's budget."""
+"""Swap for the guests of a host. The memory that the swap device takes counts into the host's
+budget."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import threading
 from host_agent.budget.memory_cgroup import MemoryCgroup
 from host_agent.budget.zram import Zram
 
-# How often the limit follows what the device takes; for how long that may be impossible.
+# How often the limit is adapted to what the device takes, and how many times in a row that may fail
+# before it counts as an overflow.
 _PERIOD_S = 0.05
 _PERIODS_OVER = 20
 _ROUNDS = 8
@@ -19,8 +21,8 @@ class Swap:
     counts for no cgroup.
 
     :ivar size_bytes: of the device; 0 if there is none.
-    :ivar overflows: how often too little could be swapped out, for a second or more, to keep both
-        within the budget. It never falls.
+    :ivar overflows: how often, for a second or more, too little could be swapped out to keep the
+        cgroup and the device together within the budget. It never falls.
     """
 
     def __init__(self, cgroup: MemoryCgroup, budget_bytes: int) -> None:
@@ -40,12 +42,12 @@ class Swap:
         zram = self._zram
         try:
             return zram.used_bytes if zram else 0
-        except OSError:  # it is just being removed
+        except OSError:  # the device is being removed
             return 0
 
     def change(self, size_bytes: int) -> None:
-        """Use a device of this size from now on; 0: none. Takes as long as the kernel needs to move
-        back what is swapped out.
+        """Remove the old device, if there is one, and use a new one of this size; 0: none. Takes as
+        long as the kernel needs to move what is swapped out back into memory.
 
         :raises Refused: there can be no such device, or the cgroup cannot swap. There is none then.
         """
@@ -83,10 +85,11 @@ class Swap:
                 self.overflows += 1
 
     def _follow(self, zram: Zram) -> bool:
-        """Lower the limit by what the device takes, if that has changed; return whether that could
-        be done."""
+        """Set the cgroup's limit to the budget minus what the device takes, if that has changed.
+        Return False if that failed."""
         try:
-            # What the kernel swaps out for it takes memory of the device, too, but less and less.
+            # What the kernel swaps out for a lower limit takes memory of the device, too, but less
+            # in each round.
             for _ in range(_ROUNDS):
                 taken_bytes = zram.used_bytes
                 if taken_bytes == self._followed_bytes:
@@ -96,4 +99,4 @@ class Swap:
                 self._followed_bytes = taken_bytes
         except OSError:  # somebody else has removed the device: too little can be swapped out
             return False
-        return True  # guests that are writing may be ahead for some time
+        return True  # also if the device still grows: the next call goes on

@@ -1,5 +1,5 @@
-"""Swap in compressed memory (zram), to which the kernel moves pages of the guests: what people use
-who do not hint.
+"""Swap in compressed memory (zram), to which the kernel moves pages of the guests: a common
+alternative to hinting.
 
 A device has a label of ours, and its maker holds a lock on it: so what a killed host agent left can
 be told apart. Sources: Documentation/admin-guide/blockdev/zram.rst; for the header that mkswap(8)
@@ -48,8 +48,9 @@ class Zram:
 
     @classmethod
     def make(cls, size_bytes: int) -> Zram:
-        """Make a device for `size_bytes` of pages, and swap on it, before all other swap. Before,
-        remove those that killed host agents left. After a failure nothing is left.
+        """Make a device for `size_bytes` of pages, and have the kernel use it as swap, before all
+        other swap. First remove the devices that killed host agents left. After a failure, no new
+        swap is left.
 
         :raises Refused: the size is too small or too large, this process may not, or the kernel has
             no zram.
@@ -102,7 +103,7 @@ def abandoned() -> Iterator[Path]:
 
 
 def _swapped_on(device: Path, size_bytes: int) -> int:
-    """Swap on a new device; return the descriptor that holds its lock."""
+    """Have the kernel use a new device as swap; return the descriptor that holds its lock."""
     write_kernel_file(_BLOCKS / device.name / "disksize", str(size_bytes))
     if not device.is_block_device():
         raise FileNotFoundError(errno.ENOENT, "no such device", str(device))
@@ -141,7 +142,8 @@ def _end(device: Path, lock_fd: int) -> None:
     """
     try:
         _swap_off(device)
-        # The next device has the same name. Nobody must take it for the abandoned one.
+        # Erase the label before the lock is released: nobody else must take the device for an
+        # abandoned one, and then remove the next device, which has the same name.
         os.pwrite(lock_fd, bytes(_HEADER.size), 0)
     finally:
         os.close(lock_fd)
@@ -172,7 +174,7 @@ def _forget(device: Path) -> None:
         try:
             return write_kernel_file(_CONTROL / "hot_remove", device.name.removeprefix("zram"))
         except OSError as error:
-            # Somebody looks at the device: udev, or `hintfleet doctor`.
+            # EBUSY: somebody has the device open, for example udev or `hintfleet doctor`.
             if error.errno != errno.EBUSY or time.monotonic() > give_up_s:
                 raise
             time.sleep(_POLL_S)
