@@ -170,7 +170,7 @@ class MemoryDoor:
 
     def when_disconnected(self, call: Callable[[str], None]) -> None:
         """Call `call` with the reason, on the event loop, when the connection to QEMU ends (except
-        by `close`), and now if there is none. Replaces an earlier `call`."""
+        by `close`), and now if there is no connection. Replaces an earlier `call`."""
 
         def begin() -> None:
             self._disconnected = call

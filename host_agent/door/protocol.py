@@ -51,8 +51,8 @@ _NO_FD = -1
 
 
 class Request(IntEnum):
-    """The requests that this back end handles. It refuses those of `_UNANSWERABLE`, and only
-    acknowledges all others, if QEMU asks for that."""
+    """The requests that this back end handles. It refuses requests that are in `_UNANSWERABLE`. All
+    other requests do nothing, and are acknowledged if QEMU asks for that."""
 
     GET_FEATURES = 1
     RESET_OWNER = 4
@@ -202,7 +202,7 @@ class Backend:
                     raise InvalidInput(f"a memory region came with {len(fds)} descriptors")
                 return self._table((*self.regions, _region(payload, fds[0])))
             case Request.REM_MEM_REG:
-                # The specification allows a descriptor in this message. It is not needed: close it.
+                # The specification allows a descriptor in REM_MEM_REG. It is not needed: close it.
                 actions = self._table(self._without(_region(payload, _NO_FD)))
                 return [*actions, Drop(tuple(fds))] if fds else actions
         return []
