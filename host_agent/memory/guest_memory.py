@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 # to a thread.
 _LIGHT_RANGES, _LIGHT_SPAN_PAGES, _LIGHT_PAGES = 8, 8192, 256
 # A look that is not in full stops at the latest after about this processor time, because batches
-# wait until it ends. The next look continues from there.
+# wait until it ends. The next look continues where this one stopped.
 _SLICE_S = 0.01
 
 
@@ -102,7 +102,8 @@ class GuestMemory:
 
     def tell_all_again(self) -> None:
         """Make the next Refaulted message report all memory that is resident by the books, and all
-        that was unplugged since `started` or `recovered`: earlier messages may have been lost."""
+        that was unplugged, and not plugged again, since `started` or `recovered`: earlier messages
+        may have been lost."""
         if self._open:
             ram, ledger = self._open
             self.refaults_to_tell = (ram.page_map - ledger.absent_pages) | self._forgotten
@@ -168,7 +169,7 @@ class GuestMemory:
         if self._open:
             self._open[1].post(hinted, outcome, wire_bytes)
             self._books_changed()
-        # Without this, a Refaulted message after the ack could report pages that this batch has
+        # A Refaulted message after the batch's ack must not report pages that the batch has
         # reclaimed.
         self.refaults_to_tell -= outcome.reclaimed
 
@@ -185,8 +186,8 @@ class GuestMemory:
         pages = ram.pages - before
         ledger.plugged(PageMap(pages))
         self.plugged_pages |= pages
-        # `taken_out` may have added these pages to both sets. They are RAM again now, and absent,
-        # so they must not be reported as in use.
+        # `taken_out` may have added the plugged pages to `_forgotten` and `refaults_to_tell`. They
+        # are RAM again now, and absent, so they must not be reported as in use.
         self._forgotten -= PageMap(pages)
         self.refaults_to_tell -= PageMap(pages)
         self._books_changed()

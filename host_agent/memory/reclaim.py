@@ -36,7 +36,7 @@ def skip(hinted: RangeSet, reason: pb.SkipReason.ValueType) -> Outcome:
 
 def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap, permit: int) -> Outcome:
     """Punch holes into those parts of `hinted` that are in the guest's RAM (I3). A range without a
-    resident page is left out; any other is punched as a whole.
+    resident page is not punched; any other is punched as a whole.
 
     Three kinds of pages are skipped: pages outside the RAM, pages that the host's kernel did not
     drop, and pages that were not dropped yet when QEMU stopped the guest (I5).
