@@ -17,7 +17,7 @@ from host_agent.guests.libvirt.api import errors_as, modules
 
 # The mount tag of the memory door's device: nobody mounts it, but it marks the device as ours.
 _TAG = "hintfleet"
-# As in libvirt's examples (docs/kbase/virtiofs.rst); the device's queues are never used.
+# The size in libvirt's examples (docs/kbase/virtiofs.rst); the device's queues are never used.
 _QUEUE_SIZE = "1024"
 
 # How long to wait for a guest to release a device. A running guest needs milliseconds; a suspended
@@ -50,8 +50,9 @@ def is_served(door: ET.Element) -> bool:
     path = source.get("socket", "") if source is not None else ""
     if path in _listening_paths():
         return True
-    # The kernel's list has only the sockets of this network namespace, so try to connect, too. Not
-    # if the list has it: a served door from which QEMU has hung up takes any connection for QEMU's.
+    # The kernel's list has only the sockets of this network namespace, so try to connect, too. If
+    # the list has the path, do not connect: a served door from which QEMU has hung up would take
+    # our connection for QEMU's.
     with socket(AF_UNIX) as probe:
         probe.settimeout(_PROBE_S)
         try:

@@ -31,7 +31,7 @@ class Dimm:
 
 def dimm_xml(size_bytes: int, node: int) -> str:
     """Return the XML to plug a DIMM with."""
-    # <memoryBacking> of the domain makes the DIMM a memfd; its access mode must be given here.
+    # <memoryBacking> of the domain makes the DIMM a memfd; but the DIMM needs its own access mode.
     memory = ET.Element("memory", model="dimm", access="shared")
     target = ET.SubElement(memory, "target")
     ET.SubElement(target, "size", unit="bytes").text = str(size_bytes)

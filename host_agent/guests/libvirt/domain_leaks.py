@@ -52,8 +52,8 @@ def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
                 continue
             if (folder := _folder_of(xml)) is None:
                 continue
-            # Any entry would do: entries differ only in their base, which is_abandoned does not
-            # use.
+            # Any entry of `runtime_dirs` would do: they differ only in their base, which
+            # `is_abandoned` does not use.
             if runtime_dirs()[0].is_abandoned(folder):
                 leak = Leak(
                     what="domain",

@@ -263,7 +263,8 @@ class LibvirtDriver:
             try:
                 return kvm_probe.wait_for_boot(spec.console)
             finally:
-                # If that fails, the answer still counts; `hintfleet doctor` finds the domain.
+                # If `destroy` fails, the answer still counts, and libvirt ends the domain when the
+                # connection is closed.
                 with contextlib.suppress(Refused):
                     self._connection.destroy(spec.uuid)
         except Refused:  # for example, libvirt has no KVM, or QEMU failed

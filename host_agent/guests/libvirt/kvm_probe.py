@@ -67,7 +67,7 @@ def _cache(image: GuestImage) -> Path:
 
 def _key(image: GuestImage) -> list[str | int]:
     """Return all that the result of a probe depends on."""
-    # The device's owner and mode decide whether QEMU may open it.
+    # The owner and mode of /dev/kvm decide whether QEMU may open it.
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     device = _DEVICE.stat()
     return [boot_id, image.kernel_release, device.st_mode, device.st_uid, device.st_gid]

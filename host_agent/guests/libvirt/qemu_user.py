@@ -106,7 +106,8 @@ class QemuUser:
                 return bool(bits & mask & right)
         groups = [bits for tag, bits, number in entries if tag == _GROUP and number in self.gids]
         if status.st_gid in self.gids:
-            # With a list, the group's rights are in this entry: the mode's group bits are the mask.
+            # With a list, the rights of the file's group are in the entry _GROUP_OBJ: the mode's
+            # group bits are the mask.
             own = (bits for tag, bits, _ in entries if tag == _GROUP_OBJ)
             groups.append(next(own, status.st_mode >> 3))
         if groups:
