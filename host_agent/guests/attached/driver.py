@@ -58,8 +58,8 @@ class AttachedGuest:
         ram: GuestRam,
         owned: contextlib.ExitStack,
     ) -> None:
-        """:param owned: closes RAM and door, and removes the folder of the door's socket, except
-        under Survival."""
+        """:param owned: closes RAM and door; without Survival, also removes the folder of the
+        door's socket."""
         self.pid = door.pid
         self.domain: str = domain.name()
         self._uuid = uuid_text
@@ -246,7 +246,8 @@ class AttachedDriver:
         with contextlib.ExitStack() as owned:
             door = self._door(request, owned)
             with contextlib.ExitStack() as undo:
-                # Register this before plugging: libvirt may fail after the device is plugged in.
+                # Register the unplugging before plugging: libvirt may fail after the device is
+                # plugged in.
                 undo.callback(_unplug_quietly, domain)
                 plug_door(domain, door.path)
                 if not door.wait_until_open(_OPEN_TIMEOUT_S):
@@ -265,7 +266,7 @@ class AttachedDriver:
         return guest
 
     def _door(self, request: GuestRequest, owned: contextlib.ExitStack) -> MemoryDoor:
-        self._connection.get()  # sets `qemu_user`
+        self._connection.get()  # opens the connection, which sets its `qemu_user`
         if self._survival:
             path = self._survival.door(request.uuid)
         else:

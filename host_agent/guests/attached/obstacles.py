@@ -2,8 +2,8 @@
 
 Each obstacle has a text that says what to change. If a domain has no obstacle, QEMU can hand over
 its memory at the memory door, and the host can drop that memory page by page. The domain's XML and
-state are examined, and who listens on a door's socket, but not what runs in the guest: it also
-needs hintfleet's agent and the driver virtiofs.
+state are examined, and whether somebody listens on a door's socket, but not what runs in the guest:
+the guest also needs hintfleet's agent and the driver virtiofs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _COLD = ", then shut the domain down and start it again"
 def obstacles(
     domain_xml: str, *, is_running: bool, is_suspended: bool = False
 ) -> list[host_pb2.Obstacle]:
-    """Return what keeps a domain from being hinted, in the order in which to remove it; an empty
-    list if nothing does.
+    """Return the obstacles that keep a domain from being hinted, in the order in which to remove
+    them; an empty list if there are none.
 
     :param domain_xml: the live XML of a domain, or its persistent one if it does not run.
     """

@@ -16,8 +16,9 @@ from hintfleet.errors import Refused
 from host_agent.guests.libvirt.api import errors_as, modules
 
 _TIMEOUT_S = 10
-# As long as systemd waits for a service to stop (DefaultTimeoutStopSec), and more: a guest that has
-# just begun to boot, on a busy host, has taken longer than 30 s.
+# How long to wait for a program: longer than systemd waits for a service to stop
+# (DefaultTimeoutStopSec, 90 s). In a guest that had just begun to boot, on a busy host, a program
+# has taken longer than 30 s.
 _RUN_TIMEOUT_S = 120.0
 _POLL_S = 0.1
 
