@@ -83,12 +83,12 @@ def agent_config(
         threshold_chunks=hinting.threshold_chunks or DEFAULT_THRESHOLD_CHUNKS,
         memory=Memory.EMBEDDED if driver is Driver.EMBEDDED else Memory.KERNEL,
         max_memory_bytes=spec.max_memory_bytes,
-        # Empty for an embedded guest, which runs no programs, and for an attached one: only its
-        # owner may allow programs, in the configuration file in the guest.
+        # `programs` is empty for an embedded guest, which runs none, and for an attached one: only
+        # its owner may allow programs, in the configuration file in the guest.
         programs=tuple(spec.programs) if spec.driver == host_pb2.LIBVIRT else (),
         tls_folder=_GUEST_TLS_FOLDER if tls else "",
-        # 0 means never: without Survival, a guest ends with the host agent in any case, and the
-        # agent of an attached guest waits for a host agent without limit.
+        # `orphan_after_s` 0 means never: without Survival, a guest ends with the host agent in any
+        # case, and the agent of an attached guest waits for a host agent without limit.
         orphan_after_s=survival.orphan_after_s if survival else 0,
     )
 

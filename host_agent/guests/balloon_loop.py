@@ -62,7 +62,7 @@ async def follow(
 
 
 async def wait_reporting(reporting: Reporting) -> None:
-    """Return once the guest reports free pages, or if nobody can find out whether it does.
+    """Return when the guest reports free pages, or when it cannot be found out whether it does.
 
     :raises hintfleet.errors.GuestLost: the guest is gone.
     :raises hintfleet.errors.Refused: it does not report within SILENT_AFTER_S; says why.

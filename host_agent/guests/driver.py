@@ -75,7 +75,8 @@ class RunningGuest(Protocol):
 
     @property
     def handle(self) -> Handle:
-        """What identifies the guest, for `adopt` by a later host agent and for `has_ended`."""
+        """What identifies the guest besides its UUID, for `adopt` by a later host agent and for
+        `has_ended`."""
 
     def plugged(self) -> RangeSet:
         """Return the pages that `plug` has added, and that are not unplugged yet."""
@@ -126,7 +127,8 @@ class GuestMaker(Protocol):
 
     def create(self, request: GuestRequest) -> RunningGuest:
         """Start or attach a guest; its agent connects by itself later. After a failure nothing is
-        left, except a memory door that an attached guest did not release.
+        left, except an embedded guest's log under Survival, and a memory door that an attached
+        guest did not release.
 
         :raises hintfleet.errors.Refused: this host cannot run it; says why.
         :raises hintfleet.errors.InvalidInput: a setting is out of its bounds.

@@ -10,13 +10,13 @@ from pathlib import Path
 from hintfleet.units import KIB
 
 _PERIOD_S = 10.0
-# The RAM is a memfd, which counts as RssShmem.
+# RssShmem is left out: the RAM, a memfd, counts as that.
 _RSS = re.compile(rb"^Rss(?:Anon|File):\s+([0-9]+) kB$", re.MULTILINE)
 
 
 class ProcessMemory:
-    """Reads it for one guest, and remembers it for 10 s: a read takes 0.1 ms, so 0.001 % of a
-    core."""
+    """Reads this memory for one guest, and remembers the figure for 10 s: a read takes 0.1 ms, so
+    0.001 % of a core."""
 
     def __init__(self) -> None:
         self._pid = 0
