@@ -103,20 +103,20 @@ class Database:
         """Call `opened` instead: it holds the lock on the state."""
         self._path = folder / "state.db"
         self.guests_folder = folder / "guests"
-        # Not in the folder of the boot, whose name is long: the path of a socket has 107 bytes at
-        # most (unix(7)).
+        # The sockets are not in the folder of the boot, whose name is long: the path of a socket
+        # has 107 bytes at most (unix(7)).
         self.doors_folder = folder.parent / "doors"
         shutil.rmtree(self.doors_folder, ignore_errors=True)
         for made in (folder, self.guests_folder, self.doors_folder):
             made.mkdir(exist_ok=True)
-            made.chmod(_FOLDER_MODE)  # not by mkdir, whose mode is cut down by the umask
-        # Make the file before SQLite does, for its owner only. SQLite gives its journal files the
-        # same mode (os_unix.c: findCreateFileMode).
+            made.chmod(_FOLDER_MODE)  # the umask would cut down a mode that is given to mkdir
+        # Make the SQLite file before SQLite does, for its owner only. SQLite gives its journal
+        # files the same mode (os_unix.c: findCreateFileMode).
         self._path.touch(mode=0o600)
         self._lock = Lock()
         with self._refusing_damage():
-            # `asyncio.to_thread` may call from another thread each time; under `_lock` one thread
-            # writes at a time.
+            # SQLite's check for one thread is off: `asyncio.to_thread` may call from another thread
+            # each time. `_lock` lets one thread write at a time.
             self._db = sqlite3.connect(self._path, check_same_thread=False)
             self._set_up()
 
@@ -220,7 +220,8 @@ def opened(folder: Path) -> Iterator[Database]:
     """Open the state in `folder` until the block ends; no other process can open it meanwhile. Make
     a missing folder, and remove the state of earlier boots.
 
-    :raises Refused: another host agent has the state open, or it is damaged or cannot be made.
+    :raises Refused: another host agent has the state open, or the state is damaged, is of another
+        version of hintfleet, or cannot be made.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with contextlib.ExitStack() as stack:

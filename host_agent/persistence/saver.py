@@ -99,14 +99,16 @@ class Saver:
             await self._write(self._save_all(self._state, guests))
 
     async def _save_all(self, state: Database, guests: Collection[Saved]) -> None:
-        # Before the write, not after it: a guest that changes meanwhile must be saved again.
+        # Remove the guests from `_changed` before the write, not after it: a guest that changes
+        # during the write must be saved again.
         for guest in guests:
             self._changed.pop(guest.name, None)
         records = [record for guest in guests if (record := guest.record()) is not None]
         try:
             await asyncio.to_thread(state.save, records)
         except TransientError:
-            # What changed meanwhile comes last, and wins: another guest may have the name by now.
+            # If a guest that changed meanwhile has the same name, keep that one: it may be another
+            # guest by now.
             self._changed = {guest.name: guest for guest in guests} | self._changed
             self._has_changes.set()
             raise
