@@ -19,7 +19,7 @@ PERIOD_S = 0.5
 
 class Pressure:
     """Reads the books of all guests; by them, gives guests under policy `pressure` an allowance,
-    and tells those under `adaptive` how long to hold memory back (their patience)."""
+    and tells those under `adaptive` how long to hold memory back (`patience`)."""
 
     def __init__(self, guests: Callable[[], Sequence[Guest]], budget_bytes: int) -> None:
         """:param budget_bytes: how much memory all guests of this host may use together."""
@@ -48,7 +48,8 @@ class Pressure:
             self._holds = {}
         if not (allowed or adaptive):
             return
-        # The books of all running guests, not only of those under a policy: all share the budget.
+        # The books of all running guests, not only of those under these two policies: all guests
+        # share the budget.
         books = {name: guest.memory.books_now() for name, guest in guests.items()}
         percents = (g.spec.hinting.pressure_percent or DEFAULT_PRESSURE_PERCENT for g in allowed)
         host = HostView(

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-# A guest oscillates if it takes back more than this share of what it gave: it is held, and may
-# hint nothing for a while.
+# A guest oscillates if, from one call of `suggest` to the next, it takes back more than this share
+# of what it gave. Then it is held: it may hint nothing for a while.
 OSCILLATION_SHARE = 0.5
 
 SHORTEST_HOLD_S = 1.0
@@ -86,8 +86,9 @@ def patience(host: HostView, before: float) -> float:
     One share for all guests: so what goes first is what its guest is the least likely to use again
     soon (`guest_agent.holding_back`), whichever guest has it.
 
-    :param before: what it was until now. It grows only when it can by more than half a step, so
-        that what is held back again does not lower it at once.
+    :param before: the share until now. The share returns to 1 at once when the host is not above
+        the threshold. Otherwise it grows by a step (1/8) only when there is room for more than half
+        of that step: else the memory that is then held back would lower the share again at once.
     """
     room_bytes = int(host.budget_bytes * (1 - host.threshold))
     left = 1 - host.excess_bytes / room_bytes if room_bytes else float(not host.excess_bytes)
@@ -148,7 +149,7 @@ def _why_nothing(host: HostView, may_give: bool) -> Reason:
 
 def _next_hold(now_s: float, guest: GuestView, before: Hold | None) -> Hold:
     """Return the guest's back-off now: `before` while that hold lasts; a new hold if the guest has
-    oscillated since `before`; else no hold."""
+    oscillated since `before`; else a `Hold` that is over, with the guest's present totals."""
     seen = Hold(
         reclaimed_total_bytes=guest.reclaimed_total_bytes,
         refaulted_total_bytes=guest.refaulted_total_bytes,
