@@ -48,7 +48,7 @@ def open_lasting_address(
     :param address: HOST:PORT. Port 0 means the port of `earlier`, or without `earlier` a free port
         that the kernel gives to no outgoing connection (`_lasting_port`).
     :param earlier: where the host agent before this one listened. This one listens at the same
-        abstract socket.
+        abstract socket; None: there was none before, so the socket is new.
     :raises Refused, InvalidInput: as hintfleet.net.tls.listen; or no such port is free.
     """
     host, _, port = address.rpartition(":")

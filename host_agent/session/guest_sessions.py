@@ -219,8 +219,9 @@ class GuestSessions:
     # What the guest is told
 
     async def tell_refaults(self) -> None:
-        """Report to the guest the chunks with memory that was absent and is in use again, if there
-        are any and it has a session. The caller holds the memory's lock."""
+        """Report to the guest the chunks with pages of `refaults_to_tell` (most often memory that
+        was absent and is in use again; first in a session, all that is resident), if there are any
+        and it has a session. The caller holds the memory's lock."""
         # Without the lock, batches could replace the set each time while the thread works, and a
         # busy guest might never be told.
         used = self._memory.refaults_to_tell
@@ -250,7 +251,7 @@ class GuestSessions:
 
     async def rest(self) -> None:
         """Tell the guest to hint no more, if it has a session. Wait until no batch is waiting or
-        running and none has arrived since for 0.3 s, but two seconds at most."""
+        running and the last one arrived at least 0.3 s ago, but two seconds at most."""
         deadline_s = time.monotonic() + _REST_S
         if self._hinting is not None:
             self.policy.rest()

@@ -44,7 +44,7 @@ def policy_of(
 
 
 def nothing_allowed(policy: pb.Policy) -> pb.Policy:
-    """Return a policy under which a guest hints nothing, at the periods of `policy`."""
+    """Return a policy under which a guest hints nothing, with the report period of `policy`."""
     # Not a message of its own: agents of every version obey an allowance of 0.
     return pb.Policy(kind=pb.Policy.PRESSURE, report_period_ms=policy.report_period_ms)
 

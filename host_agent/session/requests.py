@@ -51,7 +51,7 @@ class Requests:
     ) -> _T:
         """Send the message that `make` returns for an id, and wait for its answer.
 
-        :param request_id: 0 for a new id. No open request may have the same one.
+        :param request_id: 0 for a new id. No open request may have the same id.
         :raises OutcomeUnknown: the answer is not of `answer_type`.
         :raises HintfleetError: the error of `fail_all` or `fail_soon`.
         """
@@ -88,8 +88,8 @@ class Requests:
     def fail_soon(self, stream: Stream, error: HintfleetError) -> None:
         """After a grace period, fail the requests that are still on a stream that has ended."""
         # A stream often ends because its guest has ended. Then the driver soon reports that, and
-        # `fail_all` gives the requests this better reason. Or `send_again` moves commands to the
-        # workload to its new stream.
+        # `fail_all` gives the requests this better reason. Or `send_again` moves the workload's
+        # commands to its new stream.
         loop = asyncio.get_running_loop()
         loop.call_later(_FAIL_AFTER_S, self._fail, stream, error)
 

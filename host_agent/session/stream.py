@@ -19,9 +19,9 @@ _GRACE_S = 2.0
 class Stream:
     """A queue of messages to a guest, ended with an error or without.
 
-    The task that writes to the stream uses it as a context. A guest that does not read can block
-    that task for ever, so the task is cancelled if it does not leave the context within a grace
-    period after `end`.
+    The task that writes to the stream does so in a `with` block of it. A guest that does not read
+    can block that task for ever, so the task is cancelled if it does not leave the block within a
+    grace period after `end`.
     """
 
     def __init__(

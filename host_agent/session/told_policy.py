@@ -1,7 +1,8 @@
 """The policy that one guest is told, and pauses of its hinting.
 
-A pause is a policy that allows nothing: no batch, ack or fence knows of it. So a chunk that is
-isolated when it begins goes its usual way, and a Settle is answered with nothing hinted.
+A pause is only a policy that allows nothing: it changes nothing for batches, acks and the fence. So
+chunks that are isolated when the pause begins are still hinted, acknowledged and released, and a
+Settle during the pause is answered with nothing hinted.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class ToldPolicy:
         self._paused_until_s = 0.0
 
     def update(self, *, allowance_bytes: int = 0, patience: float = 1.0) -> None:
-        """Tell the guest its policy as it is now, if that has changed or allows it something more
-        (policy pressure). During a pause it is told afterwards."""
+        """Tell the guest its policy as it is now, if the policy has changed or has an allowance
+        (policy pressure). During a pause, the guest is told only when the pause ends, and without
+        the allowance."""
         policy = policy_of(self._settings, allowance_bytes=allowance_bytes, patience=patience)
         # Nothing allowed is the normal case: it is not sent again in each period.
         if policy.allowance_pages or policy != self._own:
@@ -57,7 +59,8 @@ class ToldPolicy:
         self._tell(nothing_allowed(self._own))
 
     def pause(self, for_s: float) -> float:
-        """Allow nothing for a time, instead of what is left of an earlier pause. It ends by itself.
+        """Allow nothing for a time, instead of what is left of an earlier pause. The new pause ends
+        by itself.
 
         :param for_s: 0 ends the pause.
         :returns: how long the earlier pause would still have lasted, in seconds; 0 if there was

@@ -13,8 +13,8 @@ from hintfleet.sketch import MOST_BUCKETS
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
-# In microseconds 285 years, and in bytes more than any machine has. Such integers are exact in a
-# double.
+# The largest figure: in microseconds 285 years, and in bytes more than any machine has. Integers up
+# to this one are exact in a double.
 _MAX_FIGURE = 1 << 53
 
 _MAX_TEXT_LENGTH = 1000
