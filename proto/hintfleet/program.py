@@ -43,8 +43,8 @@ def run(command: Callable[[], int | None], tell: Tell, needs: str) -> int:
     """
     try:
         code = _code_of(command)
-        # Otherwise the interpreter would flush stdout as it ends, and print an error of that as
-        # "Exception ignored in".
+        # Flush here: the interpreter, which flushes stdout as it ends, would print an error of that
+        # as "Exception ignored in".
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the outermost frame of the program
         _drop_stdout()
@@ -58,7 +58,7 @@ def prepare(program: str) -> Tell:
     Afterwards descriptors 0 to 2 are open, and an unforeseen error in a background thread, a
     callback or a gRPC handler is reported as a bug, too.
     """
-    # Otherwise gRPC's core prints its errors on stderr, besides returning them.
+    # Without this setting, gRPC's core prints its errors on stderr, besides returning them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     _open_missing_descriptors()
     sys.stdout, sys.stderr = (
@@ -95,8 +95,8 @@ def printable(text: str) -> str:
 def _code_of(command: Callable[[], int | None]) -> int:
     try:
         return int(command() or 0)
-    # argparse raises it when it has printed why, or help; click when it has completed a command
-    # line for a shell, and, without a word, when a pipe is closed.
+    # argparse raises SystemExit when it has printed an error or help; click when it has completed
+    # a command line for a shell, and, without a message, when a pipe is closed.
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
 
@@ -114,7 +114,7 @@ def _explain(error: BaseException, tell: Tell, needs: str) -> int:
     if isinstance(error, ImportError) and not _is_ours(error.name):
         tell(f"{error}\n  try: pip install '{needs}'")
         return _FAILED
-    from hintfleet.errors import HintfleetError  # only here: it needs gRPC, which may be missing
+    from hintfleet.errors import HintfleetError  # only here: needs gRPC, which may be missing
 
     if isinstance(error, HintfleetError):
         tell(str(error))
@@ -258,8 +258,8 @@ def _text(stream: _Stream) -> TextIOWrapper:
 
 def _open_missing_descriptors() -> None:
     """Open those of the descriptors 0 to 2 that are closed, as after `>&-` in a shell."""
-    # Otherwise the next file that is opened, maybe a database, would get descriptor 1 or 2, and
-    # all output would be written to it.
+    # If 1 or 2 stayed closed, the next file that is opened, maybe a database, would get that
+    # descriptor, and all output would be written to the file.
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -271,7 +271,8 @@ def _open_missing_descriptors() -> None:
 
 def _drop_stdout() -> None:
     """Flush stdout; if that fails, redirect it to /dev/null, and so discard the output."""
-    # Otherwise the interpreter, which flushes stdout when it ends, would print a second error.
+    # If stdout stayed as it is, the interpreter, which flushes it at the end, would print a second
+    # error.
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

@@ -84,8 +84,8 @@ MAX_ORDER = 10
 HUGE_PAGE_ORDER = 9
 """The order of the 2 MiB pages that isolator hugetlb uses."""
 
-# pageblock_order on x86-64: the smallest order that the kernel's page reporting reports
-# (mm/page_reporting.h: PAGE_REPORTING_MIN_ORDER).
+# pageblock_order on x86-64: by default the smallest order that the kernel's page reporting reports
+# (mm/page_reporting.c: page_reporting_register; before Linux 5.14 always).
 DEFAULT_CHUNK_ORDER = 9
 
 DEFAULT_THRESHOLD_CHUNKS = 16

@@ -31,7 +31,7 @@ class Sketch:
     """How many values are in each bucket.
 
     :ivar first_bucket: the bucket of the first count.
-    :ivar counts: of this and the following buckets.
+    :ivar counts: how many values are in this bucket, in the next one, and so on.
     """
 
     first_bucket: int = 0
