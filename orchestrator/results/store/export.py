@@ -200,8 +200,8 @@ def _parts(
     """
 
     def columns(paths: list[str]) -> list[Any]:
-        # One version of hintfleet writes all parts of a trial, but several may write those of a
-        # resumed run.
+        # One part tells the columns of its trial, all parts of which one version of hintfleet has
+        # written. Several versions may have written the trials of a resumed run.
         return connection.execute("DESCRIBE FROM read_parquet(?)", paths[:1]).fetchall()
 
     by_trial = [
@@ -234,7 +234,7 @@ def _columns(json_object: str, kind: type[Any], prefix: str = "") -> list[str]:
     """Return an SQL expression of a column for each field of `kind` whose type is a number, a truth
     value or a list of numbers.
 
-    :param json_object: an object of the class, as an expression of DuckDB.
+    :param json_object: an expression of DuckDB whose value is a `kind` as a JSON object.
     :param prefix: what the columns' names begin with.
     """
     return [
@@ -281,8 +281,8 @@ def _copied(
         finally:
             os.close(write_fd)  # the reader then sees the end
 
-    # If the reader ends early, its end of the pipe is closed before the thread is waited for: then
-    # the thread fails to write, and ends.
+    # If this generator is closed early, the read end of the pipe is closed before the thread is
+    # waited for: so the thread fails to write, and ends.
     with ThreadPoolExecutor(1) as thread, open(read_fd, "rb", buffering=0) as pipe:
         done = thread.submit(copy)
         while chunk := pipe.read(_CHUNK_BYTES):

@@ -41,7 +41,8 @@ def footprint_rows(
     row for each trial if none has figures.
 
     A trial that was cut off has no figures, but it has these rows, too: without them, its arm would
-    be compared by its other trials alone.
+    be compared by its other trials alone. In a switchback, a guest has no row for a block that was
+    done without it.
 
     :param figures: of all attempts at trials of these runs.
     """
@@ -93,7 +94,7 @@ def capacity_row(row: sqlite3.Row) -> CapacityRow:
 
 
 def _of_host(row: sqlite3.Row) -> dict[str, Any]:
-    """Return what a row about a host in a trial has, whatever its figures are."""
+    """Return the fields that CostRow and CapacityRow have in common."""
     return {
         "arm": row["arm"],
         "is_control": row["arm"] == row["control"],

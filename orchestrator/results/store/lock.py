@@ -12,8 +12,8 @@ from pathlib import Path
 from hintfleet.errors import Refused
 from hintfleet.system.file_lock import lock_file, wait_for
 
-# How long to wait for others that take the lock for a moment: to find abandoned runs
-# (`Store._end_abandoned_runs`), or leaks (orchestrator/leaks.py).
+# How long to wait for a process that holds the lock only for a moment, because it looks for
+# abandoned runs (`Store._end_abandoned_runs`) or for leaks (orchestrator/leaks.py).
 _LOCK_TIMEOUT_S = 1.0
 
 

@@ -1,7 +1,7 @@
 """Reads stored runs, their trials and their figures as rows.
 
 Opening a store creates or migrates the database if needed, and marks abandoned runs as
-interrupted. Nothing else is written to the database.
+interrupted. This module writes nothing else to the database.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Store(AbstractContextManager["Store"]):
         control is first, then the other arms in the order of the spec. A trial that was cut off
         has no figures. It still has rows, without a footprint: one for each host (or guest) that an
         ended trial of the same run has, or a single row if no trial of the run has ended. Runs with
-        capacities (guests started one by one) have no footprints and no rows.
+        capacities (`Spec.asks_how_many`) have no footprints and no rows.
 
         :param run_id: only this run; empty for all.
         :param since_unix_s: only runs that started at or after this time; 0 for all.

@@ -57,7 +57,7 @@ class PartWriter:
         return time.monotonic() - self._flushed_at_s >= _PART_PERIOD_S
 
     def flush(self) -> int:
-        """Write the buffered samples as a part; return their number. No part is written for 0.
+        """Write the buffered samples, if there are any, as a part; return their number.
 
         After an error the buffered samples are lost, but earlier parts are intact.
 
@@ -145,7 +145,7 @@ def read_series(
 def mean_parts(folder: Path, start_us: int, end_us: int) -> dict[str, float]:
     """Return what resident memory consisted of in a trial, in bytes by the name in RESIDENT_PARTS:
     the mean over time of each guest from `start_us` to `end_us`, summed over all guests. Empty if
-    no sample says so: they are older, or no agent had told.
+    no sample has these figures: an older version wrote the samples, or no agent had sent them.
 
     :raises Refused: a part is damaged, or cannot be read.
     """

@@ -31,10 +31,11 @@ from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import Event, Record, Samples
 
-# Far more space than SQLite's log needs for the rows that end a run.
+# The size of the reserve file: far more space than SQLite's log needs for the rows that end a run.
 _RESERVE_BYTES = 1 << 20
 RESERVE = "reserve"
-# Each read goes through all parts of a trial; what it returns is in memory at once.
+# How many hosts `series` reads at once. Each read goes through all parts of a trial, so fewer
+# reads are faster; but what one read returns is in memory at once.
 _HOSTS_PER_READ = 50
 _NO_NODES: Mapping[str, Node] = {}
 
@@ -326,7 +327,7 @@ def spec_hash(spec: Spec) -> str:
     """Return a hash that is equal for specs with equal values, however their text is written."""
     # Left out: description and timeouts, which change no figure, and `under`: its part for this
     # run's driver is merged into the other fields already, and its other parts are not used.
-    # A recording is its points, in whichever file they were.
+    # Of a recording, the SHA-256 of its file is left out: its name and its points count.
     recordings = {"__all__": {"sha256"}}
     content = spec.model_dump_json(
         exclude={"description": True, "timeouts": True, "under": True, "recordings": recordings}
