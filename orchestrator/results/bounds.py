@@ -1,8 +1,9 @@
 """Reads bounds on changes between two runs, such as `bitmap.saved < -5%`, and judges them. Pure.
 
-A bound says what must not be. It is broken if the whole 95 % interval of the change lies beyond it,
-kept if none of the interval does, else undecided. Each bound is judged on its own: if the true
-change is just at the bound, at most about one bound in 40 is broken by chance.
+A bound names the change that must not happen: here, that the arm saves less by more than 5 %. It is
+broken if the whole 95 % interval of the change lies beyond it, kept if none of the interval does,
+else undecided. Each bound is judged on its own: if the true change is just at the bound, at most
+about one bound in 40 is broken by chance.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def judge(bound: Bound, changes: Sequence[Change]) -> list[Judgement]:
 
 def _judge(bound: Bound, change: Change) -> Judgement:
     shown = change.percent if bound.is_percent else change.difference
-    # Positive is within the bound, for lower and for upper bounds.
+    # `room` is negative beyond the bound, for lower and for upper bounds.
     room = [value if bound.is_lower else -value for value in _excess(bound, change)]
     interval = mean_interval(room, change.first_look)
     verdict, reason = Verdict.UNDECIDED, change.undecided
@@ -165,7 +166,8 @@ def _judge(bound: Bound, change: Change) -> Judgement:
     elif interval.low >= 0:
         verdict = Verdict.KEPT
     else:
-        # An interval of about `needed` pairs excludes 0, if mean and spread stay as they are.
+        # With about `needed` pairs, the interval of `room` would exclude 0 (the bound), if mean and
+        # spread stay as they are.
         needed = pairs_needed(interval, abs(interval.mean)) if interval.mean else None
         count = f"about {needed}" if needed else f"more than {MOST_PAIRS}"
         reason = f"needs {count} repetitions, at the spread seen"
@@ -173,8 +175,8 @@ def _judge(bound: Bound, change: Change) -> Judgement:
 
 
 def _excess(bound: Bound, change: Change) -> list[float]:
-    """Return for each pair by how much it is above the bound, in the figure's unit (slowdown: as a
-    logarithm); negative if below."""
+    """Return for each pair by how much the figure of the second run is above the value at the
+    bound, in the figure's unit (slowdown: as a logarithm); negative if below."""
     if bound.figure is Figure.SLOWDOWN:
         return change.excess(offset=math.log1p(bound.value / 100))
     if bound.is_percent:

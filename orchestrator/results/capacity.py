@@ -1,8 +1,8 @@
-"""Computes how many guests fitted on hosts under each arm, when guests were started one by one.
-Pure.
+"""Computes how many guests fitted on hosts under each arm, if guests were started one by one. Pure.
 
 A guest fits if it has done its workload, with all earlier guests still there, before the host ran
 out of memory. In a comparison, as in `savings`, each repetition is one pair, summed over hosts.
+Runs that vary the number of guests have the same rows; `frontier` computes their figures.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from orchestrator.trial.records import Event, GuestFits, HostRanOut
 class Capacity:
     """How many guests fitted on one host in one trial.
 
-    :ivar ran_out: whether the host ran out of memory with the next guest; else all guests of the
-        spec fitted, and more might.
+    :ivar ran_out: whether the host ran out of memory before all guests of the spec fitted; if not,
+        more guests might fit.
     :ivar enforced: whether a cgroup kept the guests within the host's memory budget; None if the
         host did not run out.
     """
@@ -60,8 +60,8 @@ class ArmCapacity:
     :ivar fewest, most: of all trials; 0 if `undecided` is set.
     :ivar at_least: whether in some trial a host took all guests of the spec without running out,
         so that more guests might fit.
-    :ivar more: guests more than under the control; None for the control, without a control whose
-        trials all count, and with fewer than two pairs of trials.
+    :ivar more: how many more guests fitted than under the control; None for the control, without a
+        control whose trials all count, with fewer than two pairs, and if `undecided` is set.
     :ivar watched: whether some host that ran out had no cgroup: its memory was only watched.
     :ivar undecided: why there is no figure; empty otherwise.
     """
@@ -111,7 +111,7 @@ def _arm(rows: Sequence[CapacityRow], control: Sequence[CapacityRow]) -> ArmCapa
     sums = list(guests_by_trial(rows).values())
     more = None
     if not arm.is_control and control and not first_undecided(control):
-        # The arm minus the control: more guests are better.
+        # The arm is given as `control`: the difference is to be the arm minus the control.
         more = mean_interval(paired_differences(guests_by_trial(rows), guests_by_trial(control)))
     return ArmCapacity(
         arm=arm.arm,
@@ -127,7 +127,8 @@ def _arm(rows: Sequence[CapacityRow], control: Sequence[CapacityRow]) -> ArmCapa
 
 
 def first_undecided(rows: Iterable[CapacityRow]) -> str:
-    """Return why the first of these rows that has no figure has none; empty if all have one."""
+    """Return arm, repetition and reason of the first row that does not count or has no capacity;
+    empty if there is no such row."""
     return next(
         (
             f"{row.arm}, repetition {row.repetition + 1}, {row.undecided or 'was cut off'}"

@@ -2,8 +2,8 @@
 
 In both runs, the guests of a repetition get the same seeds. So a repetition is a pair: its figure
 in the second run, and in the first. Figures are summed over the hosts of a trial, but settle times
-are averaged; figures that compare an arm with the control do so within their own run, as in
-`savings` and `comparison`.
+are averaged, and a rate or percentile of loops is that of all loops of the trial. Figures that
+compare an arm with the control do so within their own run, as in `savings` and `comparison`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Figure(StrEnum):
 
     @property
     def percent_of(self) -> str:
-        """What 100 % are if the change of the figure is given in percent."""
+        """The name of what is 100 % if the change of the figure is given in percent."""
         return f"{_PERCENT_OF[self]} in the first run"
 
 
@@ -110,7 +110,7 @@ _PERCENT_OF = {
 class RunRows:
     """The figures of one run, as the store returns them.
 
-    :ivar capacities: those of a run that started its guests one by one, which has no footprints.
+    :ivar capacities: set if the run started its guests one by one; then `footprints` is empty.
     """
 
     footprints: Sequence[FootprintRow]
@@ -122,8 +122,9 @@ class RunRows:
 class Change:
     """The change of one figure of one arm from the first run to the second.
 
-    :ivar pairs: the figure in the first and in the second run, for each repetition, in its unit;
-        of the slowdown, the logarithm of the ratio to the control. Empty if `undecided` is set.
+    :ivar pairs: the figure in the first and in the second run, for each repetition that both have,
+        in its unit; of the slowdown, the logarithm of the ratio to the control. Empty if
+        `undecided` is set.
     :ivar undecided: why the figure cannot be compared; empty if it can.
     :ivar first_look: of the runs' intervals (statistics.Interval).
     """
@@ -186,9 +187,9 @@ def compare_runs(first: RunRows, second: RunRows) -> list[Change]:
 
     In runs that started their guests one by one, arms have only GUESTS. In other runs, the control
     has no figure that compares with the control, and no SETTLE; if there is no control, no arm has
-    SAVED, SLOWDOWN or HOST_CPU. Arms have LOOP_RATE and ALLOCATION_P99 if the workload has loops,
-    SETTLE if it frees something, and SLOWDOWN if it has steps that take as long as the guest needs
-    for them (so not in a switchback).
+    SAVED, SLOWDOWN or HOST_CPU. Arms have LOOP_RATE if the workload has loops, ALLOCATION_P99 if
+    loops allocate, SETTLE if the workload frees something, and SLOWDOWN if it has steps that take
+    as long as the guest needs for them (so not in a switchback).
 
     :param first, second: rows of two runs of the same spec.
     """
@@ -248,7 +249,7 @@ def _values(run: RunRows, arm: str, control: str) -> dict[Figure, _Values]:
     values |= {figure: found for figure, found in loops.items() if found}
     if arm == control:
         return values
-    # Where nothing is freed, there is nothing that could come back.
+    # If nothing is freed, nothing can come back, and there is no SETTLE.
     settle_s = _mean_settle_s(costs)
     if settle_s or any(row.footprint and row.footprint.returned for row in run.footprints):
         values[Figure.SETTLE] = settle_s
@@ -280,7 +281,8 @@ def _costs(run: RunRows, arm: str) -> list[CostRow]:
 
 
 def _loops(costs: Sequence[CostRow]) -> dict[Figure, _Values]:
-    """Return the figures of all loops of each trial together; those without values are empty."""
+    """Return LOOP_RATE and ALLOCATION_P99, each by repetition, of all loops of a trial together; a
+    figure without values is empty."""
     parts: dict[Hashable, list[LoopSum]] = {}
     for row in costs:
         parts.setdefault(row.repetition, []).extend(row.cost.loops if row.cost else ())

@@ -42,7 +42,7 @@ class Cost:
     """What a host and its guests spent in a trial.
 
     :ivar settle_s: one value for each guest and free step after which memory came back to the
-        host: time from the end of the step until 95 % of that memory was back.
+        host: time from the end of the step until 95 % of that memory was back; 0 if it was before.
     :ivar asked_settle_s: how long each Settle call took.
     :ivar step_s: total time of all steps of all guests, without the read-back, without loops
         and blocks, whose time is given, and without the time that replays waited. 0 if there are
@@ -93,8 +93,8 @@ def host_cost(
     def spent(counter: str) -> list[int]:
         return [_increase(part, counter, windows[guest]) for guest, part in series.items()]
 
-    # The series of every guest has the same counters of the host agent, so their increases are
-    # not summed. The windows of the guests differ: the largest increase is taken.
+    # The CPU time of the host agent is one counter, repeated in the series of every guest, so its
+    # increases are not summed. The windows of the guests differ: the largest increase is taken.
     observing_s = max(spent("observing_cpu_us")) / _US_PER_S
     return Cost(
         settle_s=tuple(s for guest, part in series.items() for s in _settle_s(part, steps[guest])),

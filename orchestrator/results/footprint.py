@@ -4,7 +4,8 @@ Resident memory is computed over the measured window, which begins with the firs
 workload, and ends when the last hold ends and the read-back begins. The creation, the boot and the
 end of guests are not part of it. Provisioned, reclaimed and refaulted bytes are from a guest's
 final books. Verified and wrong pages are those of all steps, with the read-back. In a block of a
-switchback, the window begins with the end of its cut, and ends with the block.
+switchback, the window begins with the end of its cut, and ends with the block; the books are those
+at its end, and refaulted bytes those of the window.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from orchestrator.spec.phases import Kind
 from orchestrator.trial.records import BLOCK_END, CUT, VERIFY, GuestEnded, StepDone
 
 RETURNED_AFTER_S = 3.0
-# In sample periods. With a longer gap between two samples there is no footprint: memory may have
-# risen and fallen unseen.
+# The longest gap between two samples, in sample periods. With a longer one there is no footprint:
+# memory may have risen and fallen unseen.
 MAX_GAP_PERIODS = 10
 _US_PER_S = 1_000_000
 _BYTE_S_PER_GIB_MIN = GIB * 60
@@ -78,9 +79,9 @@ class Footprint:
     :ivar resident_gib_min: the integral of resident memory over the window, in GiB times minutes.
     :ivar returned: None if no free step freed anything.
     :ivar coincidence: the most that the workloads of a host's guests held together at a time / the
-        sum of the most that each held: 1 if all peaks come together, 1 / guests if they never meet.
-        None for a single guest, and if nothing was held. With loops and replays, too: what they
-        hold meanwhile is not recorded.
+        sum of the most that each held: 1 if all peaks come together, 1 / guests if equal peaks
+        never meet. None for a single guest, if nothing was held, and with loops or replays: what
+        these hold meanwhile is not recorded.
     """
 
     provisioned_bytes: int

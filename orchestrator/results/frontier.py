@@ -1,7 +1,7 @@
 """Computes how often hosts ran out of memory, by their number of guests, under each arm. Pure.
 
-Each host of each trial is one observation: its guests begin their workload at random times of their
-own, so whether they all peak together is drawn anew for each host.
+Each host of each trial is one observation: with `begin_within` in the spec, its guests begin their
+workload at random times, so whether they all peak together is drawn anew for each host.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from orchestrator.spec.model import Spec, Variant
 class Point:
     """How often hosts with a number of guests ran out of memory under one arm.
 
-    :ivar arm: its name in the spec.
+    :ivar arm: its name, without the number of guests.
     :ivar guests: on each host.
     :ivar overcommit: the memory of these guests / that of their host; None if the spec does not
         say what a host has.
-    :ivar hosts: how many hosts were observed in all trials; 0 if `undecided` is set.
-    :ivar ran_out: how many of them ran out of memory.
+    :ivar hosts: how many observations there are: hosts times trials; 0 if `undecided` is set.
+    :ivar ran_out: in how many of them the host ran out of memory.
     :ivar low, high: the 95 % interval of the share of hosts that run out; 0 to 1 if `undecided` is
         set.
     :ivar watched: whether some host that ran out had no cgroup: its memory was only watched.
@@ -44,10 +44,11 @@ class Point:
 def frontier(rows: Iterable[CapacityRow], spec: Spec | None) -> list[Point]:
     """Return a point for each arm and number of guests, in the order of the spec.
 
-    Empty if the number of guests is fixed (`Spec.vary`), the spec cannot be read, or there are no
-    rows. A point whose trials have not run is undecided.
+    Empty if the number of guests is fixed (`Spec.vary` is None), or there are no rows. A point
+    whose trials have not run is undecided.
 
     :param rows: of a run of this spec.
+    :param spec: None if it cannot be read: then there are no points.
     """
     if spec is None or spec.vary is None:
         return []
@@ -86,8 +87,8 @@ def _point(rows: Sequence[CapacityRow], variant: Variant, host_bytes: int | None
 
 
 def most_without_running_out(points: Iterable[Point]) -> Point | None:
-    """Return the point of one arm with the most guests up to which no host ran out; None if hosts
-    ran out with the fewest, or that is undecided."""
+    """Return the point of one arm with the most guests such that it and all points with fewer
+    guests are decided, and no host ran out in any of them; None if there is no such point."""
     found = None
     for point in sorted(points, key=lambda one: one.guests):
         if point.undecided or point.ran_out:

@@ -59,7 +59,10 @@ def _sum(title: str, done: Sequence[tuple[StepDone, LoopFigures]]) -> LoopSum:
 
 
 def summed(parts: Sequence[LoopSum]) -> LoopSum:
-    """Return the sum of loops of the same title on several hosts."""
+    """Return the sum of loops on several hosts, with title and kind of the first part.
+
+    If the parts have several titles, a guest that ran more than one is counted more than once.
+    """
     return LoopSum(
         title=parts[0].title,
         kind=parts[0].kind,

@@ -4,11 +4,11 @@ The run looks after each round (`trial/plan.rounds`), and goes on until the inte
 savings is narrow enough, or `most_repetitions` have run. `statistics.py` says why such intervals
 are valid although the run looks at them several times.
 
-A trial that counts for nothing must not end a run early: a lost trial is left out, with its pair,
-because `run --resume` may still give it a result. An undecided trial never gets another result, so
-its arm has no savings, and the run does not wait for that arm. If a trial of the control is
-undecided, no arm will have savings, and the run ends at the next look. In a switchback, an
-undecided block only leaves its pair out.
+A lost trial does not end a run early: it is left out, with its pair, because `run --resume` may
+still give it a result. An undecided trial never gets another result, so its arm has no savings, and
+the run does not wait for that arm. If a trial of the control is undecided, no arm will have
+savings, and the run ends at the next look. In a switchback, an undecided block only leaves its pair
+out.
 """
 
 from __future__ import annotations

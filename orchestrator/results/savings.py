@@ -6,8 +6,8 @@ one repetition (so the same seeds) of the whole fleet, of a host or of a guest, 
 the row covers. A row is undecided if a trial of its arm or of the control was cut off, undecided
 or lost, even if that was because of a host or guest that the row does not cover: as in
 `comparison`, no part of such a trial counts as saved. In a switchback, a pair of blocks in which
-one is undecided is left out instead, and counted: its guests are somebody else's, who may restart
-them in any block.
+one is undecided is left out of all figures instead, and `left_out_pairs` counts such pairs: the
+guests are somebody else's, who may restart them in any block.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def aggregate(rows: Iterable[FootprintRow], by: By) -> list[Savings]:
 
 
 def _of_measured_trials(rows: Sequence[FootprintRow]) -> Iterator[FootprintRow]:
-    """Yield all rows, but without footprints those of a trial in which any row has none."""
+    """Yield all rows. If any row of a trial has no footprint, none of the rows that are yielded for
+    that trial has one."""
     # A trial is one result: when a guest is lost, others on its machine have more room.
     unmeasured = {(row.run_id, row.arm, row.repetition) for row in rows if row.footprint is None}
     for row in rows:

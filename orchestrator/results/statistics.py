@@ -115,7 +115,8 @@ def logs(values: Mapping[Hashable, float]) -> dict[Hashable, float]:
 
 
 def percent_of_logs(log_ratio: Interval | None) -> Interval | None:
-    """Convert the interval of a logarithm of a ratio into percent: log(1.5) is 50 % more."""
+    """Convert the interval of a logarithm of a ratio into percent: log(1.5) is 50 % more; None
+    stays None."""
     if log_ratio is None:
         return None
     mean, low, high = (
@@ -125,8 +126,8 @@ def percent_of_logs(log_ratio: Interval | None) -> Interval | None:
 
 
 def share_interval(count: int, of: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of which `count` in `of` independent observations were
-    seen, as two numbers from 0 to 1.
+    """Return the 95 % interval of a share, as two numbers from 0 to 1, if `count` of `of`
+    independent observations were positive.
 
     C. J. Clopper and E. S. Pearson, The use of confidence or fiducial limits illustrated in the
     case of the binomial, Biometrika 26 (1934), 404-413: it covers the true share in at least 95 %

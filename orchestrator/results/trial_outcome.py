@@ -190,7 +190,7 @@ def _measured(
     :raises Undecided: samples, steps or the final books of a guest are missing.
     """
     names = [guest.name for guest in task.guests]
-    if task.spec.switchback:  # they may be all that were attached then
+    if task.spec.switchback:  # those that were measured; its spec may name none
         names = [event.guest for event in _of_kind(events, GuestEnded)]
     missing = [name for name in names if name not in series]
     if missing:
