@@ -34,8 +34,8 @@ def savings_answer(rows: Sequence[Savings], costs: Sequence[ArmCost]) -> str:
 
 
 def capacity_answer(arms: Sequence[ArmCapacity]) -> str:
-    """Return how many guests fit under the arm that fits most, and how many under the control;
-    empty if either has no figure."""
+    """Return how many guests fit under the arm that fits most of all but the control, and how many
+    under the control; empty if the control, or every other arm, has no figure."""
     control = next((arm for arm in arms if arm.is_control), None)
     others = [arm for arm in arms if not arm.is_control and arm.guests is not None]
     if control is None or control.guests is None or not others:
@@ -46,8 +46,9 @@ def capacity_answer(arms: Sequence[ArmCapacity]) -> str:
 
 
 def frontier_answer(points: Sequence[Point]) -> str:
-    """Return with how many guests no host ran out of memory under the arm with the most of them,
-    and under the first arm; empty if hosts ran out under each arm with the fewest guests."""
+    """Return the most guests on a host with which no host ran out of memory: under the arm where
+    they are the most, and under the first arm, if it is known. Empty if hosts ran out, or the point
+    is undecided, under each arm with its fewest guests."""
     arms: dict[str, list[Point]] = {}
     for point in points:
         arms.setdefault(point.arm, []).append(point)
@@ -59,7 +60,7 @@ def frontier_answer(points: Sequence[Point]) -> str:
     answer = f"{best.arm} runs {_guests_of(best)}, and none of {best.hosts} hosts ran out of memory"
     fewest = min(arms[first], key=lambda one: one.guests)
     if best.arm == first:
-        # What stopped the others is known only if it was that hosts ran out.
+        # An arm with an undecided point might run more.
         return answer if any(point.undecided for point in points) else f"{answer}; no arm runs more"
     if fewest.undecided:
         return answer

@@ -135,7 +135,7 @@ def left_out_line(row: Savings) -> str:
 
 
 def _coincidence(rows: Sequence[Savings]) -> str:
-    """Return how far the peaks of guests coincide; empty if all workloads are in step."""
+    """Return how far the peaks of guests coincide; empty if all are in step or it is unknown."""
     found = [row.footprint.coincidence for row in rows if row.footprint]
     apart = [share for share in found if share is not None and share < _IN_STEP]
     if not apart:
@@ -151,7 +151,7 @@ def _coincidence(rows: Sequence[Savings]) -> str:
 
 def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
     """Return the columns that name a row: `arm`; `of` if rows are of single hosts or guests; `run`
-    if there are several; `experiment` if there are several, or if rows are of no single run."""
+    if there are several runs; `experiment` if there are several, or if runs are pooled (By.ARM)."""
     columns = []
     if len({row.experiment for row in rows}) > 1 or not rows[0].run_id:
         columns.append("experiment")
