@@ -9,8 +9,8 @@ from hintfleet import program
 
 
 def main() -> NoReturn:
-    """Run a command and end the process with its exit code."""
-    # Before any import that can fail: `prepare` makes stdout and stderr usable.
+    """Run the command of this process's command line; end the process with its exit code."""
+    # `prepare` makes stdout and stderr usable, so it runs before any import that can fail.
     tell = program.prepare("hintfleet")
     sys.exit(program.run(_command, tell, "hintfleet[orchestrator]"))
 

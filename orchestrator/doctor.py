@@ -37,8 +37,8 @@ def can_run(findings: list[Finding], driver: Driver) -> bool:
 
 
 def libvirt_guests(libvirt_uri: str) -> tuple[bool, str]:
-    """Return whether libvirt guests can run here; and on what, or the first thing that is missing,
-    in one line."""
+    """Return whether libvirt guests can run here; and in one line the libvirt and QEMU that they
+    would run on, or the first thing that is missing."""
     findings = list(_libvirt(libvirt_uri))
     missing = next((finding for finding in findings if not finding.ok), None)
     if missing is None:

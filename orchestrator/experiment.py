@@ -49,7 +49,8 @@ class View(Protocol):
     ) -> None:
         """Show that the hosts are being started.
 
-        :param kept: the trials that already have a result and do not run, by position.
+        :param kept: the status, by position, of each trial that already has a result and does not
+            run.
         """
 
     def waiting(self, reason: str) -> None:
@@ -74,9 +75,10 @@ class Experiment:
 
     :ivar trials: all trials of the plan.
     :ivar to_run: the trials that have no result yet, each as its next attempt. A run with a
-        precision may end before the last; if it is precise enough already, there are none.
+        precision may end before the last. Empty if it is precise enough already, and no repetition
+        that has begun has a trial without a result.
     :ivar begun: how many repetitions have begun.
-    :ivar kept: the trials that already have a result, by position.
+    :ivar kept: the status, by position, of each trial that already has a result.
     :ivar is_resumed: the run is stored already.
     :ivar is_over: the run has ended and was not cut off, and no trial is left to run.
     """
@@ -224,7 +226,7 @@ def run_experiment(
     spec, header = experiment.header.spec, experiment.header
     to_run = experiment.to_run
     if not to_run:
-        # The run was cut off after its last trial. RunWriter stores the end of the run.
+        # The run was cut off when it had no trial left to run. RunWriter stores the end of the run.
         with RunWriter(store, header, resume=True):
             return
     # In a cluster, cluster/placement.py compares the memory of its nodes with what hosts need.
@@ -242,7 +244,7 @@ def run_experiment(
     about = {"run": header.run_id, "spec": spec.name, "hosts": len(host_names(spec))}
     _log.info("run begun", extra=fields(**about, trials=len(to_run), kept=len(experiment.kept)))
     # In this order, RunWriter stores the end of the run before the fleet is closed: closing can
-    # take half a minute, in which this process may be killed.
+    # take more than a minute, in which this process may be killed.
     with (
         fleet,
         RunWriter(store, header, experiment.is_resumed) as writer,
@@ -279,7 +281,8 @@ def run_rounds(
 
 
 def _is_enough(header: RunHeader, store: Store, view: View) -> bool:
-    """Look at the figures, if the run has a precision; return whether they are precise enough."""
+    """If the run has a precision, look at the figures and return whether they are precise enough;
+    else return False."""
     precision = precision_of(header.spec)
     if precision is None:
         return False
@@ -324,7 +327,8 @@ def store_records(
 
     :param writer: has an open trial (`begin_trial`).
     :param batches: of records of all hosts; the trial has ended when this iterable ends.
-    :param seen: called with each record after `writer.append`, which may only buffer samples.
+    :param seen: called with each record after `writer.append`. Samples may then be in a buffer,
+        and not on disk yet.
     """
     events: defaultdict[str, list[Event]] = defaultdict(list)
     for batch in batches:

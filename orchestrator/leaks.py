@@ -49,8 +49,8 @@ def look_for_leaks(data_dir: Path, libvirt_uri: str = "", clean: bool = False) -
     leak has `removed` set, or the reason in `kept`.
     """
     act = remove_all if clean else _only_listed
-    # Ray's processes first: when an actor that hangs is ended, its end of the lifeline closes, and
-    # then its host agent may end by itself.
+    # End Ray's processes first: when an actor that hangs is ended, its end of the lifeline closes,
+    # and then its host agent may end by itself.
     leaks = act(_ray_processes())
     of_host_agent, unseen = _of_host_agent(libvirt_uri, clean)
     leaks += of_host_agent
@@ -162,11 +162,12 @@ def _unlink(path: Path) -> Callable[[], None]:
 
 
 def _huge_pages() -> Iterator[Removable]:
-    """Yield the huge pages of a guest agent that is gone, if this machine is a guest.
+    """Yield one leak for all huge pages that a guest agent isolated before it died; nothing if
+    there are none, or if this machine is no guest.
 
-    They are only listed: `kept` is always set.
+    It is only listed: `kept` is always set.
     """
-    # A running guest agent with isolator hugetlb holds this lock.
+    # A running guest agent with isolator hugetlb holds the lock /run/hintfleet-hugetlb.lock.
     if _HUGETLB_FILE.exists() and not is_held(_HUGETLB_FILE.parent.with_suffix(".lock")):
         kept = (
             "the host may still be punching them; start hintfleet-guest again: it gives them "

@@ -12,8 +12,8 @@ from hintfleet.system.machine_limits import processors, total_memory
 from hintfleet.system.owned_folders import OwnedFolders
 from hintfleet.units import format_size
 
-# The path of a unix socket has at most 107 bytes (unix(7)). The sockets in a private folder add
-# about 75 to the length of the base folder.
+# The path of a unix socket has at most 107 bytes (unix(7)). The longest one in a private folder is
+# Ray's `plasma_store`: it adds 76 to 88 bytes to the base folder, by the length of the process id.
 _MAX_BASE_LENGTH = 30
 
 

@@ -5,8 +5,9 @@
                              the machine that uses it (`--out` puts it elsewhere)
 
 Keys are EC P-256, in files of mode 0600 in folders that other users may not enter. There is no
-revocation: instead a certificate expires (397 days by default), and a guest's certificate is
-useless without the token of a running guest. `read_certificates` describes certificates.
+revocation: instead a certificate expires (`hintfleet pki issue`: after 397 days by default), and a
+guest's certificate is useless without the token of a running guest. `read_certificates` describes
+certificates.
 """
 
 from __future__ import annotations
@@ -339,7 +340,7 @@ def _read_key(path: Path) -> _Key:
         key = load_pem_private_key(read_at_most(path, MOST_FILE_BYTES), password=None)
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}") from error
-    # UnsupportedAlgorithm: for example a curve that OpenSSL has, but not the library.
+    # UnsupportedAlgorithm: for example a curve that OpenSSL has and `cryptography` does not know.
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise InvalidInput(f"{path} is not an unencrypted private key") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
