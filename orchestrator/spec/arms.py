@@ -146,7 +146,7 @@ class Arm(Part):
 
     @property
     def is_control(self) -> bool:
-        """Whether it takes no memory back, and so is what other arms are compared with."""
+        """Whether the arm takes no memory back and has no swap: others are compared with it."""
         return self.method is Method.NONE and self.swap is None
 
     def runs_under(self, driver: Driver) -> bool:

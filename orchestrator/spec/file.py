@@ -60,8 +60,8 @@ _PARTS: dict[tuple[Hashable, ...], type[BaseModel]] = {
 class LoadedSpec:
     """A spec and the document that it was read from.
 
-    :ivar overrides: the top-level keys that replaced those in the document, recordings that were
-        read from files included.
+    :ivar overrides: the top-level keys, with values, that replaced those in the document; SET; and
+        the recordings, if any were read from files.
     :ivar moved: the path in the document of each key that was taken from `under`.
     """
 
@@ -118,7 +118,7 @@ def parse(
         key: ("under", driver, key) for key in section if key not in changed
     }
     values = _with_settings(data | section | changed, settings)
-    if "recordings" in changed:  # of a stored run: those that were set are among them
+    if "recordings" in changed:  # of a stored run; those that --set gave are among them
         values["recordings"] = changed["recordings"]
     if folder is not None:
         recordings, problems = _recordings(values, folder)
@@ -181,7 +181,8 @@ def _recordings(
 
 
 def _replayed(values: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
-    """Yield the recordings that phases name, each with its path in the spec."""
+    """Yield for each phase that replays the path of its `replay` in the spec, and the recording's
+    name."""
     # Values of a wrong type are ignored here: validating the spec reports them.
     guests = values.get("guests")
     classes = enumerate(guests if isinstance(guests, tuple) else ())
@@ -247,7 +248,8 @@ def _problems(error: ValidationError) -> list[Problem]:
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the path of an error without the form of `guests` that the value has."""
+    """Return the path of an error without MAPPING and LIST, the steps that pydantic adds to say
+    which form `guests` has."""
     return tuple(step for step in path if step not in (MAPPING, LIST))
 
 

@@ -47,10 +47,11 @@ class GuestClass(Part):
 
 
 class Guests(Part):
-    """The guests of every host, if all are alike; the other fields are those of `GuestClass`.
+    """The guests of every host, if all are alike; fields without a text are as in `GuestClass`.
 
     :ivar per_host: how many; with `start: one by one` the most that run at once. `vary` replaces
         it.
+    :ivar start: whether all guests of a host are started together, or one by one.
     """
 
     LATER = frozenset({"start", "stagger_s", "begin_within_s", "image"})

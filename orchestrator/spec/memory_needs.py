@@ -12,7 +12,7 @@ from orchestrator.spec.workload import steps_of, total_allocated_bytes
 
 _EMBEDDED_PROCESS_BYTES = 48 * MIB  # a guest process apart from its RAM: Python and gRPC
 _QEMU_PROCESS_BYTES = 96 * MIB  # QEMU apart from the guest's RAM, TCG's translations included
-# The next four were measured in memory cgroups, and include the program text that is in use.
+# The four from _FLEET_BYTES on were measured in memory cgroups, program text in use included.
 _FLEET_BYTES = 480 * MIB  # the command itself and a private Ray cluster
 ACTOR_BYTES = 64 * MIB  # a Ray actor without hosts
 _SESSION_BYTES = 1 * MIB  # what a host adds to its actor; measured without TLS: 0.2 MiB

@@ -199,8 +199,8 @@ class Spec(Part):
 
     @property
     def classes(self) -> tuple[GuestClass, ...]:
-        """The guests of each host, if their number is fixed; else the most. Each class has its
-        workload, unless it is missing (`checks.problems`)."""
+        """The guests of each host; of the varied numbers of guests, the highest. Each class has its
+        workload: its own, or that of the spec. `checks.problems` reports it if both are missing."""
         most = max(self.vary.per_host) if self.vary else None
         return self._with_workloads(classes_of(self.guests, most))
 
@@ -212,7 +212,8 @@ class Spec(Part):
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """What trials run: each arm, with each number of guests."""
+        """What trials run: each arm that runs under this driver, with each number of guests. An arm
+        that sweeps settings is replaced by those that it stands for."""
         running = (arm for arm in self.arms if arm.runs_under(self.driver))
         arms = [one for arm in running for one in arm.swept()]
         if self.vary is None:

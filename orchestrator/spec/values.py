@@ -178,7 +178,7 @@ ReportPeriodS = Annotated[
 ]
 ColdAfterS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.001, le=7 * 86400)]
 BreakEvenS = Annotated[float, BeforeValidator(_duration_s), Field(ge=0.001, le=86400)]
-# From 1: on the wire 0 means the default (host.proto).
+# ChunkOrder and Threshold are at least 1: on the wire 0 means the default (host.proto).
 ChunkOrder = Annotated[int, Field(ge=1, le=MAX_ORDER)]
 Threshold = Annotated[int, Field(ge=1, le=MOST_THRESHOLD_CHUNKS)]
 WholePercent = Annotated[int, BeforeValidator(_whole_percent)]
