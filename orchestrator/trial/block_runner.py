@@ -2,8 +2,8 @@
 hinting or lets it go on, and receives samples. It makes, resizes, settles, verifies and ends no
 guest.
 
-The measured time is one of the host's clock, as that of its samples: it begins when the cut is
-over. results/trial_outcome.py decides how a block that is left out is counted.
+The measured time begins when the cut is over. Its times are of the host's clock, as those of the
+samples. results/trial_outcome.py decides how a block that is left out is counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _PAUSE_S = 60.0
 _RENEWED_EVERY_S = 20.0
 _HAND_BACK_S = 5.0
 _POLL_S = 1.0
-# How long to wait for a sample, beside some periods: a host agent leaves out up to three in a row.
+# How long to wait for a sample: 8 sample periods, as a host agent leaves out up to three samples in
+# a row, and 10 s more.
 _PERIODS_WITHOUT_SAMPLES = 8
 _SAMPLE_TIMEOUT_S = 10.0
 
@@ -57,7 +58,8 @@ def check_guests(
     """Check that a host has the guests of a switchback, and that their hinting can be paused.
 
     :param names: empty for all attached guests.
-    :raises Refused: one is missing, or is another kind of guest; or there is none.
+    :raises Refused: a named guest is missing, or has another method than hinting or another driver;
+        or no guest is named and none is attached.
     """
     guests = {guest.name: guest for guest in listed}
     if not names and not any(map(_is_attached, guests.values())):
@@ -78,8 +80,8 @@ def check_guests(
 
 
 def boots_of(names: Sequence[str], listed: Iterable[host_pb2.Guest]) -> tuple[dict[str, str], str]:
-    """Return the boot of each guest of a block, by name; and why the block cannot begin yet, empty
-    if it can.
+    """Return the boot id of each guest of a block, by name; and why the block cannot begin yet,
+    empty if it can.
 
     :param names: empty for the attached guests that have a session now.
     """
@@ -96,8 +98,8 @@ def boots_of(names: Sequence[str], listed: Iterable[host_pb2.Guest]) -> tuple[di
 
 
 def why_left_out(boots: Mapping[str, str], listed: Iterable[host_pb2.Guest]) -> str:
-    """Return what has become of the guests of a block since it began; empty if each is there and
-    has not booted.
+    """Return why a block does not count: which guest, the first one found, has ended, booted or
+    lost its session since the block began. Empty if none has.
 
     :param boots: as `boots_of` returned them.
     """
@@ -148,8 +150,13 @@ class BlockRunner(Script):
         return "", False
 
     async def _wait_until_there(self) -> dict[str, str]:
-        """Wait until each guest is there and has a session, for as long as the block would last: so
-        a guest that is down for a while does not spoil all blocks at once."""
+        """Wait until each guest is there and has a session; return their boot ids by name.
+
+        Waits as long as the block would last: so a guest that is down for the time of one block
+        spoils about one block, not all that are left.
+
+        :raises LeftOut: the time is over.
+        """
         names = [guest.name for guest in self._task.guests]
         deadline_s = time.monotonic() + self._task.block_s
         while True:
@@ -174,18 +181,18 @@ class BlockRunner(Script):
                 await self._hand_back()
 
     async def _hand_back(self) -> None:
-        """End the pause, if that can be done within some seconds."""
+        """End the pause; give up after 5 s."""
         ending = asyncio.create_task(self._pause(0))
         until_s = time.monotonic() + _HAND_BACK_S
         while not ending.done() and (left_s := until_s - time.monotonic()) > 0:
-            # Whoever cuts off a run may cancel this more than once: the end of the trial, and then
-            # that of the actor. The guests must get their hinting back all the same.
+            # When a run is cut off, this task may be cancelled twice: at the end of the trial, and
+            # at that of the actor. The guests must get their hinting back all the same.
             with suppress(asyncio.CancelledError):
                 await asyncio.wait((ending,), timeout=left_s)
         await cancelled(ending)
 
     async def _watch(self) -> None:
-        # Closed by hand: a LeftOut leaves the loop while the stream is open.
+        # `aclosing` closes the stream: a LeftOut leaves the loop while the stream is open.
         async with aclosing(self._client.watch_host(self._task.spec.sample_period_s)) as stream:
             async for samples in stream:
                 found = {s.guest_name: s for s in samples.samples if s.guest_name in self._boots}
@@ -220,10 +227,10 @@ class BlockRunner(Script):
             self._post_books(name, at_start[name].ledger, at_end[name].ledger)
 
     async def _pass(self, until_us: int) -> None:
-        """Wait until there are samples from this time of the host's clock or later; keep up the
-        pause meanwhile.
+        """Wait until there are samples from this time of the host's clock or later; meanwhile renew
+        the pause, if there is one.
 
-        :raises LeftOut: the samples, or a guest's pause, ended.
+        :raises LeftOut: no samples came for too long, or a guest's pause had ended.
         """
         timeout_s = _PERIODS_WITHOUT_SAMPLES * self._task.spec.sample_period_s + _SAMPLE_TIMEOUT_S
         while self._sampled_us < until_us:
@@ -241,9 +248,9 @@ class BlockRunner(Script):
             raise LeftOut(f"{lapsed[0]} hinted in this block: its pause had ended")
 
     async def _check(self) -> None:
-        """Check that hinting was off, or on, until now, and end the pause.
+        """End the pause, and check that hinting was off until now, or on, as the arm wants it.
 
-        :raises LeftOut: it was not, or a guest has booted.
+        :raises LeftOut: it was not, or a guest has ended, booted or lost its session.
         """
         left_s = await self._pause(0)
         if why := await self._why_left_out():
@@ -254,8 +261,8 @@ class BlockRunner(Script):
                 raise LeftOut(f"{name} {what} in this block")
 
     async def _pause(self, for_s: float) -> dict[str, float]:
-        """Pause the hinting of all guests, or end the pause; return how long each would still have
-        been paused."""
+        """Pause the hinting of all guests of the block for `for_s`; 0 ends the pause. Return how
+        many seconds of its earlier pause each guest had left, by name; 0 if it was not paused."""
         self._renew_s = time.monotonic() + _RENEWED_EVERY_S if for_s else 0.0
         calls = (self._pause_one(name, for_s) for name in self._boots)
         # With return_exceptions, all calls have ended here, also after an error of one.

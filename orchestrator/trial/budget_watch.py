@@ -8,7 +8,8 @@ from hintfleet.units import format_size
 from hintfleet.v1 import host_pb2
 from orchestrator.trial.records import HostRanOut
 
-# The kernel counts pages of a cgroup in batches for each processor.
+# The kernel counts the pages of a cgroup in batches for each processor, so the usage that it
+# reports may be wrong by so much.
 _SLACK_BYTES = 1 << 20
 
 
@@ -17,8 +18,8 @@ class BudgetWatch:
 
     :ivar ran_out: set when the guests have needed more than the budget. It stays set.
     :ivar used_bytes: how much of the budget was used in the last sample.
-    :ivar is_over: whether that was more than the budget. With a cgroup, the kernel is about to swap
-        out what is too much, or the host will run out.
+    :ivar is_over: whether that was over 1 MiB more than the budget. With a cgroup, the kernel is
+        about to swap out what is too much, or the host will run out.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class BudgetWatch:
         self.used_bytes = use.used_bytes
         self.is_over = use.used_bytes > use.limit_bytes + _SLACK_BYTES
         if self._oom_before is None:
-            self._oom_before = use.oom_count  # kills in earlier trials on this host agent
+            self._oom_before = use.oom_count  # those of earlier trials on this host agent
         over = not use.enforced and use.used_bytes > use.limit_bytes
         if (over or use.oom_count > self._oom_before) and not self.ran_out.is_set():
             self._seen = samples
@@ -55,7 +56,7 @@ class BudgetWatch:
 
 
 def describe(event: HostRanOut) -> str:
-    """Return what happened, in one line."""
+    """Return in one line that a host ran out of memory, and how that was seen."""
     seen = (
         "the kernel had no more for their cgroup"
         if event.enforced

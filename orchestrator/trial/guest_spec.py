@@ -53,5 +53,5 @@ def _balloon_settings(arm: Arm) -> host_pb2.BalloonSettings:
 
 
 def driver_pb2(driver: Driver) -> host_pb2.Driver.ValueType:
-    """Return the value of the control API for embedded or real guests."""
+    """Return a driver as a value of the control API's enum."""
     return host_pb2.EMBEDDED if driver is Driver.EMBEDDED else host_pb2.LIBVIRT

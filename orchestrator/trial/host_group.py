@@ -26,7 +26,7 @@ _BATCH_PERIOD_S = 0.25
 # Hundreds of host agents that start at once on a small machine would exceed their deadline. So each
 # actor opens few at once, and the deadline of each begins when it is its turn.
 _OPENED_AT_ONCE = 16
-# How long what is cut off may take, before the connections are closed under it.
+# How long an `open` or `run` that is cut off may take to end. Then its connections are closed.
 _END_S = 6.0
 
 
@@ -39,7 +39,7 @@ class HostGroup:
         self._folder = folder
         self._own_folder: OwnedFolder | None = None
         self._sessions: Mapping[str, HostSession] = {}
-        self._working: set[asyncio.Task[None]] = set()  # of `open` and `run`
+        self._working: set[asyncio.Task[None]] = set()  # `open` and `run`, while not over
 
     async def open(self) -> None:
         """Reach all hosts, up to 16 at a time, and check that they can run the guests.
@@ -79,8 +79,8 @@ class HostGroup:
             ended = False
             while not ended:
                 await asyncio.wait((parts,), timeout=_BATCH_PERIOD_S)
-                # Read before the records are taken: during `yield`, more records may come and the
-                # parts may end; then the loop must go on.
+                # `ended` is read before the records are taken: during `yield`, more records may
+                # come and the parts may end; then the loop must go on.
                 ended = parts.done()
                 batch = _merged(tasks[0].trial.trial_id, records)
                 records.clear()
@@ -93,8 +93,8 @@ class HostGroup:
                 await parts
 
     async def close(self) -> None:
-        """Close all sessions, so that host agents end their guests; stop logical hosts. An `open`
-        or `run` that is not over is cut off first: it could start another host afterwards.
+        """Close all sessions, so that host agents end the guests of a trial; stop logical hosts. An
+        `open` or `run` that is not over is cut off first: it could start another host afterwards.
 
         May be called twice.
         """

@@ -18,7 +18,8 @@ from orchestrator.trial.plan import host_names
 class HostPlace:
     """How to reach a host: a logical host to start, or the address of a host agent.
 
-    :ivar memory_needed_bytes: the size of one guest; the host's memory budget must not be less.
+    :ivar memory_needed_bytes: the size of the largest guest; the host's memory budget must not be
+        less.
     :ivar node: the node that the host agent at `address` is on, by any of the node's names; empty
         if none was named.
     :ivar node_memory_bytes: the most memory that the host can take from its node; 0: not counted.
@@ -46,7 +47,7 @@ def host_places(
 
     :param in_cluster: whether the memory of nodes counts, and paths must not depend on the current
         folder. On this machine alone, `checks.machine_problem` has looked at all memory already,
-        and an actor has the folder of the command.
+        and the current folder of an actor is that of the command.
     """
     agents = spec.hosts.agents or (None,) * spec.hosts.number
     places = [
@@ -68,8 +69,8 @@ def host_places(
 
 
 def from_here(place: HostPlace) -> HostPlace:
-    """Return a place whose paths do not depend on the current folder: that of an actor in a cluster
-    is another one."""
+    """Return a place whose paths do not depend on the current folder: an actor in a cluster has
+    another current folder than this process."""
     path = socket_path(place.address)
     return replace(
         place,

@@ -18,9 +18,10 @@ from pathlib import Path
 from hintfleet.errors import Refused, TransientError
 from hintfleet.settings import Driver
 
-# libvirt waits 15 s for a QEMU that does not react to SIGTERM, then kills it (qemuProcessKill in
-# src/qemu/qemu_process.c). A host agent that we kill before then leaves its guests' folders; on a
-# machine with ten times as much to do as it has processors, it needed more than 25 s.
+# libvirt waits 10 s for a QEMU that does not react to SIGTERM, then kills it
+# (virProcessKillPainfullyDelay in src/util/virprocess.c). A host agent that we kill before its
+# guests have ended leaves their folders. On a machine with ten times as much to do as it has
+# processors, a host agent needed more than 25 s to end.
 _STOP_TIMEOUT_S = 60.0
 _LOG_TAIL_BYTES = 1500
 

@@ -58,7 +58,7 @@ class HostSession:
         if place.switchback is None:
             self._check(await self._client.get_host(driver_pb2(place.driver), wait))
             return
-        # Whether it could make guests does not matter.
+        # Only a check that the host agent answers: whether it can make guests does not matter.
         await self._client.get_host(host_pb2.ATTACHED, wait)
         listed = await self._client.list_guests()
         check_guests(place.name, place.driver, place.switchback.guests, listed)

@@ -1,7 +1,7 @@
 """Plans the trials of a spec, in an order that favours no arm. Pure.
 
-A repetition is a block of one trial per arm, in an order drawn from the spec's seed. So a drift
-of the machine affects all arms alike. In all trials of a repetition, a guest gets the same seeds
+A repetition is one trial of each arm, in an order drawn from the spec's seed. So a drift of the
+machine affects all arms alike. In all trials of a repetition, a guest gets the same seeds
 for its steps, whatever the arm. So two arms can be compared repetition by repetition, in pairs.
 spec/workload.py expands `repeat` in a workload.
 
@@ -165,8 +165,8 @@ def _guest_tasks(
 
 
 def block_s(seed: int, repetition: int, switchback: Switchback) -> float:
-    """Return how long both blocks of a repetition last, in whole milliseconds: any time from the
-    shortest to the longest is as likely."""
+    """Return how many seconds each of the two blocks of a repetition lasts, rounded to
+    milliseconds. All lengths from the shortest to the longest are equally likely."""
     drawn = random.Random(_seed_from(seed, "block", repetition))
     return round(drawn.uniform(switchback.shortest_s, switchback.longest_s), 3)
 

@@ -88,8 +88,9 @@ class PhaseStarted:
 
     :ivar title: the title of the step, after the guest's name if guests are started one by one;
         `verify` for the read-back; of a switchback, the kind of the step.
-    :ivar hold_s: how long to wait after the step; 0 for the read-back.
-    :ivar guest: on which guest alone it begins; empty: on all.
+    :ivar hold_s: how long to wait after the step; 0 for the read-back; of a switchback, how long
+        the step lasts.
+    :ivar guest: the first guest, for a step of the workload if guests are not in step; else empty.
     """
 
     host: str
@@ -198,7 +199,7 @@ class HostRanOut:
 class GuestEnded:
     """A guest was destroyed, and the figures are from its final books; or a block of a switchback
     has ended, and they are from its books then. `refaulted_total_bytes` is since the trial began;
-    of a block, since its cut."""
+    of a block, since the end of its cut."""
 
     host: str
     trial_id: str
@@ -213,8 +214,8 @@ class GuestEnded:
 class HostDone:
     """A host's part of a trial has ended. This is the last record of that part.
 
-    :ivar undecided: why the part ended early; empty if it was completed, or if guests were started
-        one by one until the host ran out of memory.
+    :ivar undecided: why the part ended early; empty if it was completed, or if the figure is how
+        many guests a host can run and the host ran out of memory.
     :ivar lost: whether the reason is that the host agent or its actor was lost.
         results/trial_outcome.py decides whether the trial is run again.
     """

@@ -34,7 +34,7 @@ from orchestrator.trial.steps import hold_request, step_done, step_request
 
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
 _WATCH_BREAKS_WITHIN_S = 0.5
-# How long to wait, beside two periods, for samples before and after the measured window. The
+# How long to wait, after two sample periods, for samples before and after the measured window. The
 # footprint at an end of the window is interpolated (results/footprint.py): that needs a sample of
 # each guest before and after the window. On a busy host a sample may be late.
 _SAMPLE_TIMEOUT_S = 10.0
@@ -85,8 +85,8 @@ class _TrialRunner(Script):
         script = asyncio.create_task(self._script())
         ran_out = asyncio.create_task(self._budget.ran_out.wait())
         try:
-            # What ends first decides: the script, done or failed; the watch, broken; or the host's
-            # memory.
+            # What comes first decides: the script ends, done or failed; the watch breaks; or the
+            # host runs out of memory.
             await asyncio.wait((watch, script, ran_out), return_when=asyncio.FIRST_COMPLETED)
             try:
                 if not ran_out.done():
@@ -170,7 +170,10 @@ class _TrialRunner(Script):
 
     async def _fits(self, guest: GuestTask) -> None:
         """Wait for a sample after the guest's last step; then post that the guest fits, unless the
-        host ran out of memory."""
+        host ran out of memory.
+
+        :raises TransientError: no sample came in time, or the host stays above its memory budget.
+        """
         if not await self._wait_for_samples([guest], since_us=self._last_step_us):
             raise TransientError(f"{self._task.host}: no sample of {guest.name} in time")
         # With swap, the kernel may still be swapping out what does not fit.
@@ -205,8 +208,8 @@ class _TrialRunner(Script):
         )
 
     async def _sampled(self, holds: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until samples say that something holds, or the time is over; return whether it
-        holds."""
+        """Wait until `holds` returns True, called after each sample set, or until the time is over;
+        return what it returns then."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not holds():

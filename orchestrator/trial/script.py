@@ -1,5 +1,5 @@
-"""What the scripts of a host's part of a trial have in common: a queue of records, filled by a
-task, the last of which says how the part ended.
+"""What the scripts of a host's part of a trial have in common: a task that puts records into a
+queue. The last record says how the part ended.
 
 runner.py has the script for guests that are made for the trial, block_runner.py the one for guests
 that are there already.
@@ -27,7 +27,8 @@ class Script(ABC):
         self._task = task
 
     async def run(self) -> None:
-        """Put all records into the queue, the last one a HostDone, and None after it."""
+        """Put all records into the queue, the last one a HostDone, and None after it; after an
+        error, None without a HostDone."""
         try:
             undecided, lost = await self._outcome()
             self._post(
@@ -68,8 +69,8 @@ class Script(ABC):
 
 
 async def records_of(script: Script) -> AsyncIterator[Event | HostSamples]:
-    """Run a script and yield its records. If the iterator is closed early, the script is cancelled,
-    and has ended when this returns.
+    """Run a script and yield its records. If the iterator is closed early, the script is cancelled
+    first, and its end is waited for.
 
     :raises StableError: that of the script.
     """
@@ -79,8 +80,8 @@ async def records_of(script: Script) -> AsyncIterator[Event | HostSamples]:
             yield record
         await running
     finally:
-        # Wait until the cancelled task has closed its watch and ended its pauses: as long as they
-        # are open, the host agent keeps guests, or lets them hint nothing.
+        # Wait until the cancelled task has closed its watch and ended its pauses: while the watch
+        # is open, the host agent keeps the guests; while a pause lasts, a guest hints nothing.
         await cancelled(running)
 
 
