@@ -138,11 +138,12 @@ class Fleet(AbstractContextManager["Fleet"]):
     ) -> Iterator[Sequence[Record]]:
         """Run a trial on all hosts at once; yield batches of their records as they arrive.
 
-        The last event of each host is HostDone. If an actor dies, HostDone says of each of its
-        hosts that was not done that it is lost; `prepare` gives them another actor.
+        The last event of each host is HostDone. If an actor dies, each of its hosts that was not
+        done gets a HostDone that says that it is lost; the next `prepare` gives all of its hosts
+        another actor.
 
-        :param check: called before each batch, and twice a second while no batches arrive
-            (guests boot); an exception that it raises ends the trial.
+        :param check: called when batches have arrived, before they are read, and about twice a
+            second while none arrive (guests boot); an exception that it raises ends the trial.
         :raises HintfleetError: a host cannot run the trial; or a host agent that was lost in an
             earlier trial cannot be reached again; or the cluster is gone.
         """
@@ -173,7 +174,7 @@ class Fleet(AbstractContextManager["Fleet"]):
     def close(self) -> None:
         """End all guests, logical hosts and actors; end a private cluster, or leave another one.
 
-        Waits up to 30 s for the actors; then kills them. Meanwhile Ctrl-C and SIGTERM are ignored
+        Waits up to 70 s for the actors; then kills them. Meanwhile Ctrl-C and SIGTERM are ignored
         (in the main thread). May be called twice.
         """
         groups, self._groups = self._groups, []
@@ -236,8 +237,8 @@ class Fleet(AbstractContextManager["Fleet"]):
             if not placement.missing:
                 return placement, nodes
             waited_s = time.monotonic() - started_s
-            # If none is alive, neither is this process's node: the cluster's `check` below will
-            # soon raise that.
+            # If no node is alive, this process's node is not alive either: `check` below will soon
+            # raise an error that says so.
             no_more = self._cluster.is_private and nodes
             if alive and (no_more or waited_s >= self._wait_s):
                 raise shortage_error(placement, nodes, waited_s)
@@ -250,7 +251,7 @@ class Fleet(AbstractContextManager["Fleet"]):
 
     def _keep_local_hosts(self, placement: Placement) -> None:
         """Bind each host agent at a unix socket or on loopback to the node it was placed on, by
-        Ray's id, unless its node was named: a node that comes back has its name, but a new id.
+        Ray's id. Not if its node was named: a node that comes back has its name, but a new id.
 
         A cluster may begin with one node, and have several when an actor must be started again:
         then such an address alone no longer tells the node.

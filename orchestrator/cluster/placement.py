@@ -43,7 +43,7 @@ def place(
     (`_in_order`).
 
     Ray does not choose: its strategy "SPREAD" sends actors that need no CPU to nodes at random.
-    With four actors and two nodes, often all four go to the same node.
+    With four actors and two nodes, all four may go to the same node.
 
     :param nodes: those that are alive and have no problem.
     :param placed: the node ids of the hosts that stay where they are, by the host's name.
@@ -74,8 +74,9 @@ def place(
 def actor_count(hosts: int, processors: float) -> int:
     """Return the number of actors that control so many hosts on a node.
 
-    One for each 32 hosts or part of them, but not more than the node has whole processors (or one):
-    an actor uses one thread, and 64 MiB of memory before it has any host (ACTOR_BYTES).
+    One for each 32 hosts or part of them, but not more than the node has whole processors; if it
+    has less than one, one. An actor works in one thread, and takes 64 MiB of memory before it has
+    any host (ACTOR_BYTES).
     """
     return min(math.ceil(hosts / HOSTS_PER_ACTOR), max(1, int(processors)))
 
@@ -172,7 +173,7 @@ def _in_order(
     moving: Sequence[HostPlace], node_ids: Mapping[str, str], nodes: Sequence[Node]
 ) -> Iterator[tuple[str, str]]:
     """Yield each moving host that has a node, with a node: hosts of one kind exchange their nodes,
-    so that neighbours are on the same node, and people read `host1-40` instead of 40 names."""
+    so that consecutive hosts are on the same node, and people read `host1-40`, not 40 names."""
     order = {node.node_id: i for i, node in enumerate(nodes)}
     kinds: defaultdict[str, list[str]] = defaultdict(list)
     for host in moving:

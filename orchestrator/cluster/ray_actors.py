@@ -1,7 +1,8 @@
 """Ray: asks the nodes of a cluster what they are, and controls hosts through actors.
 
-Only this module and ray_connection.py import Ray; fleet.py decides what is done with it. Each actor
-carries many hosts. A private cluster runs on loopback, and ends when it is closed.
+Only this module and ray_connection.py import Ray; fleet.py decides which actors are started and
+what they do. Each actor carries many hosts. A private cluster runs on loopback, and ends when it is
+closed.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class Cluster:
         self._runtime_dir: OwnedFolder | None = None  # None unless the cluster is private
         self._watch: ClusterWatch | None = None
         self._nodes: dict[str, Node] = {}  # by id, each as it was when it was asked
-        self._questions: dict[str, tuple[Any, float]] = {}  # without an answer; their deadlines
+        # By node id: a question that has no answer yet, and the time until which to wait for it.
+        self._questions: dict[str, tuple[Any, float]] = {}
         self._actor_count = 0
 
     def open(self) -> None:
@@ -128,8 +130,8 @@ class Cluster:
                 self._runtime_dir.remove()
 
     def nodes(self, libvirt_uri: str | None = None) -> list[Node]:
-        """Return the nodes that are alive, sorted by name. Nodes that no earlier call has returned
-        are asked what they are, for up to a minute, or three with libvirt.
+        """Return the nodes that are alive, sorted by name. Nodes that have not answered to an
+        earlier call are asked what they are, for up to a minute, or three with libvirt.
 
         :param libvirt_uri: also ask new nodes whether libvirt guests can run there, at this URI;
             empty: at their host agents' default.
@@ -171,9 +173,9 @@ class Cluster:
     def _ask(
         self, node_ids: set[str], wanted: dict[str, str], libvirt_uri: str | None
     ) -> dict[str, Mapping[str, Any] | str | None]:
-        """Return what each node answers to `node_probe.look`, or as text why it cannot; None if it
-        does not answer in time. Each is asked once; an answer that is late is returned by a later
-        call, which does not wait for it."""
+        """Return what each node answers to `node_probe.look`, or as text why it cannot; None if
+        there is no answer in time, or the question was lost. A later call asks again only if it was
+        lost; it returns an answer that was late, but does not wait for it."""
         import ray
 
         # The module is sent with the question, because a node may lack it.
@@ -236,7 +238,8 @@ class Cluster:
         # Without a timeout, Ray would wait for ever for an actor on a dead cluster.
         ready, _ = ray.wait(list(refs), timeout=_POLL_S)
         self.check()
-        # All that are ready, or else the first one that is always ready would hide the others.
+        # All that are ready: by default ray.wait returns one, and one that is always ready would
+        # hide the others.
         return ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if ready else []
 
     def check(self) -> None:

@@ -1,6 +1,6 @@
 """Decides which Ray cluster to use, and watches whether it and the node of this process are alive.
 
-Does not import Ray, nor start or join a cluster: ray_connection.py does both.
+Does not import Ray, and does not start or join a cluster: ray_connection.py does that.
 """
 
 from __future__ import annotations
