@@ -72,7 +72,7 @@ def _check(output: Path | None, plot: Path | None) -> None:
 
     from hintfleet.errors import Refused
 
-    # Looked up, not imported: importing them takes long.
+    # altair and vl_convert are looked up, not imported: that would take long.
     missing = [name for name in ("altair", "vl_convert") if find_spec(name) is None]
     if missing:
         raise Refused(

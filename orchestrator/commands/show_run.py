@@ -74,7 +74,7 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
     """
     header = asdict(run)
     del header["spec_text"]
-    if "recordings" in run.overrides:  # left out: each may have thousands of points
+    if "recordings" in run.overrides:  # without their points: there may be thousands
         header["overrides"] = header["overrides"] | {"recordings": run.recordings}
     arms = [savings_as_data(row) for row in rows]
     cost_rows = store.cost_rows(run.run_id)
