@@ -32,9 +32,9 @@ class Contents:
     The arms of `costs`, of `curves`, and of each title in `loops` are in the order of `rows`; some
     may be missing. `allocations` is by title and arm (`loop_comparison.allocation_times`).
     `parts`, what resident memory consisted of, is by arm: means of `mean_parts` over trials.
-    If the figure is how many guests a host can run, only `run`, `trials`, `capacities` and, if
-    guests were started one by one, `fills` are set, else `frontier`. Otherwise these three are
-    empty. `trials` are all attempts.
+    `trials` are all attempts. `capacities`, `fills` and `frontier` are empty, unless the figure is
+    how many guests a host can run. If it is, only `run`, `trials`, `capacities` and one more are
+    set: `fills` if guests were started one by one, `frontier` if their number varied.
     """
 
     run: Run
@@ -52,7 +52,7 @@ class Contents:
 
     @property
     def arms(self) -> list[str]:
-        """The names of all arms; the control is first."""
+        """The names of all arms: the control first; of a frontier, in the order of the spec."""
         if self.frontier:
             return list(dict.fromkeys(point.arm for point in self.frontier))
         return [row.arm for row in self.rows] or [arm.arm for arm in self.capacities]

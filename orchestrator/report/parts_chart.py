@@ -8,7 +8,8 @@ from hintfleet.units import MIB
 from orchestrator.report.contents import Contents
 from orchestrator.report.style import WIDTH, VegaLite, chart, styled
 
-# Names for people, and colours, in the order of the bars: what the guest uses, then what is free.
+# The parts' names for people, and colours, in their order in a bar: what the guest uses, then what
+# is free.
 _PARTS = {
     "used": ("used", "#0072b2"),
     "file_cache": ("file cache", "#56b4e9"),
@@ -20,8 +21,8 @@ _PARTS = {
 
 
 def parts_chart(contents: Contents) -> VegaLite | None:
-    """Return the chart of the mean resident memory of all guests, a bar for each arm, of which the
-    guests' agents said what it is used for. None if there is none."""
+    """Return the chart of what the resident memory of all guests consisted of, as their agents
+    said: a bar for each arm, of the mean of each part. None if no arm has such figures."""
     rows = [
         {"arm": arm, "part": shown, "mib": parts[name] / MIB, "place": place}
         for arm, parts in contents.parts.items()
