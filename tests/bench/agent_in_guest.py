@@ -80,8 +80,8 @@ def _seen_at_rest(isolator: str, port: int) -> dict[str, Any]:
 
 
 def _figures(isolator: str, seen: dict[str, Any]) -> Iterator[Figure]:
-    """Yield the figures of one guest. Rss is from smaps_rollup, which counts pages; VmRSS misses up
-    to 64 page faults of each thread (mm/memory.c: SPLIT_RSS_COUNTING)."""
+    """Yield the figures of one guest. Rss is from smaps_rollup, which counts pages. Before Linux
+    6.2, VmRSS misses up to 64 page faults of each thread (mm/memory.c: SPLIT_RSS_COUNTING)."""
     memory, cpu = seen["memory_kib"], seen["cpu_percent"]
     for client in ("aio", "sync"):
         for measure, wanted in (("Rss", "<= 1.15"), ("VmRSS", ""), ("Pss", "")):
@@ -98,6 +98,6 @@ def _figures(isolator: str, seen: dict[str, Any]) -> Iterator[Figure]:
             ("page flags of all chunks / a loop of bare reads, in a guest", "scan_ns"),
             ("reading the free lists / a bare read of the file, in a guest", "look_ns"),
         ):
-            # Speeds, not times: a ratio below 1 means slower than bare reads.
+            # The pairs are speeds, not times: a ratio below 1 means slower than bare reads.
             pairs = [(1e9 / ours, 1e9 / bare) for ours, bare in seen[key]]
             yield side_by_side(name, "1/s", pairs)

@@ -34,7 +34,8 @@ _ROUNDS = 5
 _STOPS = 100
 _SIZE = GIB
 
-# Starts and stops the device _STOPS times; prints how long each stop took, in us.
+# A program that acts as QEMU: it starts and stops the device _STOPS times, and prints how long each
+# stop took, in us.
 _FRONT_END = f"""
 import os, sys, time
 from pathlib import Path

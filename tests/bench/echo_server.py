@@ -37,7 +37,7 @@ class Echo(HintingServiceServicer):
     async def Workload(  # noqa: N802 - the generated name
         self, request_iterator: AsyncIterator[pb.WorkloadEvent], context: Any
     ) -> AsyncIterator[pb.WorkloadCommand]:
-        """End at the first event. The yield only makes this an async generator."""
+        """End the stream at its first event. The yield only makes this an async generator."""
         async for _ in request_iterator:
             break
         return

@@ -3,7 +3,7 @@ ack latency and the host agent's CPU time, while the hostile guest is active and
 Other work on the machine disturbs the CPU time less than the latency.
 
 Three processes run: a host agent (flood_host.py), this one, which acts for all neighbours at a
-steady pace, and the hostile guest (flooder.py), which floods or shreds. Phases in which it is
+steady pace, and the hostile guest, a Flooder or a Shredder (flooder.py). Phases in which it is
 active and phases in which it pauses alternate within one run.
 """
 
@@ -142,7 +142,8 @@ def _beside(kind: str) -> Iterator[Figure]:
 async def _measure(
     address: str, guests: list[dict[str, str]], flooder: subprocess.Popen[str], host_pid: int
 ) -> list[tuple[_Phase, _Phase]]:
-    """Return two phases for each round: the hostile guest was active, and it paused."""
+    """Return a pair of phases for each round: the one in which the hostile guest was active, and
+    the one before it, in which it paused."""
     neighbours = [_Neighbour(address, guest) for guest in guests]
     for neighbour in neighbours:
         await neighbour.open()

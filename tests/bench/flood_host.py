@@ -1,7 +1,8 @@
 """A host agent with many guests that have RAM files and no processes, for flood.py and sessions.py.
 
 The servers, the registry, the books and the punches are the real ones. The benchmarks act for the
-guests, because the process of each real embedded guest takes 16 MiB, and half a second to start.
+guests, because each real embedded guest is a process: that takes 16 MiB of memory of its own, and
+half a second to start.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class _Driver:
 
 
 async def _make(registry: Registry, name: str) -> dict[str, str]:
-    """Make a guest; return its UUID, token and RAM file, which a client needs to act for it."""
+    """Make a guest; return what a client needs to act for it: its UUID, its token and the path of
+    its RAM file."""
     spec = host_pb2.GuestSpec(
         driver=host_pb2.EMBEDDED, memory_bytes=GUEST_BYTES, method=host_pb2.NONE
     )
@@ -76,7 +78,7 @@ async def _make(registry: Registry, name: str) -> dict[str, str]:
 async def main(guests: int) -> None:
     """Print the address and the guests on stdout, then serve until stdin ends."""
     keep_latency_steady()
-    # Raise the soft limit to the hard limit, as hintfleet-host does.
+    # Raise the soft limit of open files to the hard limit, as hintfleet-host does.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with tempfile.TemporaryDirectory(prefix="hf-flood-") as folder:

@@ -25,8 +25,8 @@ from host_agent.session.gate import LIMITS
 
 _RANGES = encode(RangeSet((2 * n, 1) for n in range(LIMITS.ranges_per_batch)))
 
-# Padded with an unknown field: without it, thousands of messages would fit into the stream's
-# window, and the host would still read them long after the flood's end.
+# Telemetry is padded with an unknown field: without the padding, thousands of messages would fit
+# into the stream's window, and the host would still read them long after the flood's end.
 _PADDING = b"\x7a\x80\x20" + bytes(4096)
 _TELEMETRY = pb.GuestMessage(telemetry=pb.Telemetry.FromString(b"\x20\x01" + _PADDING))
 

@@ -56,7 +56,8 @@ _REAL_ARMS = {
 
 @dataclass
 class _Seen:
-    """What was measured in one guest; one value for each round."""
+    """What was measured in one guest: one of `cycles` and of `p99_us` for each round, one of
+    `touch_s` for each touch that counts. The other figures are of the guest as a whole."""
 
     back_s: float = 0.0
     back_mib: float = 0.0
@@ -69,15 +70,16 @@ class _Seen:
 
 
 def run() -> Iterator[Figure]:
-    """Yield the figures of embedded guests, then those of real ones, unless libvirt or the guest
-    image is missing."""
+    """Yield the figures of embedded guests, then those of real guests. Leave out the real guests if
+    libvirt or the guest image is missing."""
     yield from _compared(_measured(_EMBEDDED_ARMS))
     if can_have_real_guests():
         yield from _compared(_measured(_REAL_ARMS))
 
 
 def _measured(arms: Mapping[str, host_pb2.GuestSpec]) -> dict[str, _Seen]:
-    """Measure one guest for each arm, in turns, so that what else the machine does meets all."""
+    """Measure one guest for each arm, in turns, so that other work on the machine affects all of
+    them."""
     with running_host_agent() as host:
         host.watch(timeout_s=3600)
         guests = Guests(host, {_name(arm): made for arm, made in arms.items()})
@@ -129,7 +131,8 @@ def _compared(seen: Mapping[str, _Seen]) -> Iterator[Figure]:
         )
         if ours:
             eager = seen[arm.replace("adaptive", "eager")]
-            if not arm.startswith("embedded"):  # there, agent and workload are one process
+            # The agent of an embedded guest is one process with its workload.
+            if not arm.startswith("embedded"):
                 cpu = [(one.cpu_s, eager.cpu_s)]
                 yield side_by_side(f"CPU of both agents, {arm} / eager", "s", cpu, "<= 1")
             back = [(one.back_mib, eager.back_mib)]
@@ -151,7 +154,8 @@ def _name(arm: str) -> str:
 
 
 def _give_back(host: HostAgent, name: str, seen: _Seen) -> None:
-    """Use memory once and free it; note how much leaves the host, and how soon."""
+    """Use memory once and free it; note in `seen` how much comes back to the host, and how soon
+    95 % of that is back."""
     host.allocate(_ONE_OFF_BYTES, name)
     full_bytes = host.guests()[name].ledger.resident_bytes
     host.free(_ONE_OFF_BYTES, name)
@@ -182,8 +186,8 @@ def _churn(host: HostAgent, name: str, duration_ms: int) -> tuple[float, float]:
 
 
 def _touch_s(host: HostAgent, name: str) -> float:
-    """Write to free memory, free it, and wait until half a second has passed; return how long the
-    guest took to write, in s."""
+    """Allocate memory, write to it and free it, and wait until half a second has passed since the
+    beginning; return how long the guest took to allocate and write, in s."""
     began_s = time.monotonic()
     done = host.allocate(_USED_BYTES, name)
     host.free(_USED_BYTES, name)
@@ -192,7 +196,7 @@ def _touch_s(host: HostAgent, name: str) -> float:
 
 
 class _Cost:
-    """Adds to a `_Seen` the CPU time that both agents use during a block."""
+    """Adds to a `_Seen` the CPU time of the host agent and the guest's agent during a block."""
 
     def __init__(self, host: HostAgent, name: str, seen: _Seen) -> None:
         self._host, self._name, self._seen = host, name, seen

@@ -1,9 +1,10 @@
 """Measure the parallel efficiency of a run: how long a trial takes on one host of this machine,
 divided by how long it takes on four, each of which does the same work.
 
-With a workload that waits most of the time, as guests in experiments do, the difference is what the
-orchestrator and the host agents need. With one that always works, it is mostly how many cores there
-are: four hosts on two cores cannot reach more than 0.5.
+With a workload that waits most of the time, as guests in experiments do, four hosts take longer
+only by what the orchestrator and the host agents need. With a workload that always works, the
+efficiency depends mostly on the number of cores: four hosts on two cores cannot reach more than
+0.5.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def run() -> Iterator[Figure]:
 
 
 def _trial_s(lab: Lab, phases: str, hosts: int) -> float:
-    """Run it, and return the mean time of its trials, from first to last: with the creation and the
-    end of guests."""
+    """Run _SPEC with these phases on so many hosts; return the mean duration of a trial, in s, from
+    the creation of its guests to their end."""
     done = lab.run("run", lab.spec(_SPEC.format(hosts=hosts, phases=phases)), "-o", "json")
     assert done.returncode == 0, done.stderr
     trials: list[dict[str, Any]] = json.loads(done.stdout)["trials"]

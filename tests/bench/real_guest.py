@@ -176,15 +176,16 @@ class _Bench:
         self._host.stub.DestroyGuest(request, timeout=30)
 
     def touch_s(self) -> float:
-        """Write to free memory, free it, and wait for half a second, so that it can be hinted
-        before the next call; return how long the guest took to write, in s."""
+        """Allocate memory, write to it and free it; wait for half a second, so that it can be
+        hinted before the next call. Return how long the guest took to allocate and write, in s."""
         done = self._host.allocate(_TOUCHED_BYTES, self._name)
         self._host.free(_TOUCHED_BYTES, self._name)
         time.sleep(0.5)
         return done.duration_us / 1e6
 
     def give_back(self, size_bytes: int, ask: Callable[[], object] | None = None) -> _Return:
-        """Write to memory and free all of it; return how much left the RAM file, and how fast.
+        """Allocate memory, write to it and free all of it; return how much left the RAM file, and
+        how fast.
 
         :param ask: called right after the memory is free, to make the guest hint.
         """

@@ -99,7 +99,7 @@ def _records(tasks: Mapping[str, HostTask]) -> Iterator[Record]:
     chance = np.random.default_rng(1)
     names = columns_of([]).keys() - {"at_unix_us", "guest"}
     now_s = time.monotonic()
-    # The writer begins a part when 2 s have passed: by the clock of the samples, not by ours.
+    # The writer begins a part every 2 s of its clock. Here this clock follows the samples' times.
     with mock.patch.object(parts, "time", SimpleNamespace(monotonic=lambda: now_s)):
         for first in range(0, _SAMPLES_PER_GUEST, _SAMPLES_PER_PART):
             times_us = np.arange(first, first + _SAMPLES_PER_PART) * _SAMPLE_PERIOD_US

@@ -1,5 +1,5 @@
-"""Measure what policies cost over a working day in minutes (the spec `workday`), beside the least
-that anybody who knew the day could have paid."""
+"""Measure what policies cost over a working day that is compressed into minutes (the spec
+`workday`), beside the least that a policy that knew the whole day could have paid."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class _Day:
     refaulted_bytes: int = 0
 
     def cost(self, break_even_s: float) -> float:
-        """Return what was paid, in refaults of a chunk: refaults, and memory that was resident and
-        free. What was resident before the day is left out."""
+        """Return the day's cost, in units of one chunk's refault: the refaults, and the holding of
+        memory that was resident and free. What was resident before the day is left out."""
         base_bytes = self.resident[0][1]
         held_byte_s = 0.0
         uses = iter([*self.uses, _Use(float("inf"), 0)])
@@ -62,7 +62,7 @@ class _Day:
         return self.refaulted_bytes / _CHUNK_BYTES + held_byte_s / _CHUNK_BYTES / break_even_s
 
     def best(self, break_even_s: float) -> float:
-        """Return the least that knowing the day could have made of this, in refaults of a chunk."""
+        """Return the least cost for a policy that knew the whole day, in the units of `cost`."""
         left_s: dict[int, float] = {}
         rests: list[float] = []
         used = 0

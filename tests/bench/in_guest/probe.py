@@ -4,7 +4,7 @@ and how fast this program reads page flags and free lists.
     python3 probe.py HOST:PORT     the host to which the bare clients hold streams
 
 After each window of _WINDOW_S seconds, prints a line on the console: PROBE and a JSON object. The
-benchmark uses the last line, when the guest has been at rest for longer than a window.
+benchmark uses the last line: by then, the guest has been at rest for longer than a window.
 """
 
 import ctypes
