@@ -1,5 +1,6 @@
-"""Feeds the seeds and the kept inputs (corpus/: they reach all branches that are known) to each
-target; then, if atheris is installed, fuzzes each with a fixed number of inputs, for at most 20 s.
+"""Feeds each target its seeds and its kept inputs (corpus/: few inputs that reach every branch that
+fuzzing had reached); then, if atheris is installed, fuzzes each target with a fixed number of
+inputs, for at most 20 s.
 
 `python -m tests.fuzz --seconds N` fuzzes all of them for N seconds together.
 """

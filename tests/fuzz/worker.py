@@ -20,7 +20,7 @@ _NOT_MEASURED = ["hintfleet.v1"]
 
 
 def main() -> None:
-    """Run libFuzzer on the target; it ends the process."""
+    """Run libFuzzer on the target. libFuzzer ends the process."""
     name = sys.argv[1]
     with atheris.instrument_imports(include=_MEASURED, exclude=_NOT_MEASURED):
         target = load(name)

@@ -55,7 +55,8 @@ def _meminfo(data: bytes) -> None:
 
 
 def _memory_use(data: bytes, text: str) -> None:
-    """The input is all three texts at once, then only one of them."""
+    """Take the input for all three texts at once, then for each one of them beside two valid
+    texts; check that the parts of the memory add up."""
     real = (_SMALL + b"              count: 7\n", _ONE_ZONE, _MEMINFO)
     for zoneinfo, buddyinfo, meminfo in (
         (data, text, data),

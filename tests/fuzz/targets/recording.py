@@ -13,7 +13,7 @@ from tests.fuzz.target import Target
 
 def try_input(data: bytes) -> None:
     if data.startswith(b"PAR1"):
-        return  # Parquet: DuckDB would read it
+        return  # a Parquet file, which DuckDB would read
     try:
         recording = parse_recording(data, "fuzzed.csv")
     except InvalidInput as error:

@@ -90,8 +90,8 @@ class _Running:
         os.pwrite(self.fd, (page + 1).to_bytes(8, "little"), page * PAGE_BYTES)
 
     def lost(self) -> set[int]:
-        """Return the pages of the file that do not hold what was written to them. Pages that the
-        guest has hinted since it wrote to them are not checked."""
+        """Return the pages of the file that do not hold what was written to them. Pages that were
+        hinted or unplugged since the guest wrote to them are not checked."""
         written = {_OFFSET[pfn] for pfn in self.touched}
         written |= set(range(_FILE_PAGES)) - set(_OFFSET.values())
         return {p for p in written if os.pread(self.fd, 8, p * PAGE_BYTES)[0] != p + 1}

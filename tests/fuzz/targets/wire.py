@@ -57,7 +57,7 @@ class _GuestService:
         method = _SERVICE + _METHODS[source.number() % 8 % len(_METHODS)]
         frames = list(self._frames(source))
         call = self._channel.stream_stream(method, None, None)(iter(frames), timeout=_DEADLINE_S)
-        with contextlib.suppress(grpc.RpcError):  # its status is checked below
+        with contextlib.suppress(grpc.RpcError):  # the call's status is checked below
             for _ in call:
                 pass
         assert call.code() in _ENDINGS, (call.code(), call.details())
