@@ -28,7 +28,7 @@ class BrokenLink:
     loop: asyncio.AbstractEventLoop
 
     def links(self, act: Callable[[Link], None]) -> None:
-        """Call a function with every open link, on the relay's event loop, and wait for that."""
+        """Call a function with every open link, on the relay's event loop; wait for its end."""
         done: Future[None] = Future()
 
         def run() -> None:
@@ -117,7 +117,7 @@ def test_a_hello_that_comes_late_ends_the_session_but_not_the_agent(broken: Brok
     host.free(96 * MIB)
     host.settle()
     assert upstream is not None
-    # The longest recording: another may be of an attempt to connect that the agent gave up.
+    # Take the longest recording: others may be of attempts to connect that the agent gave up.
     said = max((bytes(link.recorded) for link in broken.relay.links), key=len)
     host.allocate(96 * MIB)  # the memory that the recorded batches name is now in use
     before = broken.epoch

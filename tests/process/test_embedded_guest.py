@@ -1,6 +1,6 @@
-"""An embedded guest under a real host agent: memory that it frees leaves the host if it hints, the
-books and samples agree, impossible requests are refused, and guests end with their Watch or their
-host agent."""
+"""An embedded guest under a real host agent: memory that it frees comes back to the host if it
+hints, the books and samples agree, impossible requests are refused, and guests end with their Watch
+or their host agent."""
 
 import os
 import re
@@ -55,7 +55,8 @@ def test_without_hinting_freed_memory_stays(host_agent: HostAgent) -> None:
 
 
 def test_an_agent_takes_no_huge_pages(host_agent: HostAgent) -> None:
-    """Where the kernel can, it only refuses those that are not asked for; that is not in status."""
+    """From Linux 6.18 on, the kernel refuses only huge pages that the agent does not ask for, and
+    /proc/PID/status does not show that: then check that the agent has none."""
     host_agent.watch()
     process = Path(f"/proc/{host_agent.create().pid}")
     refused = "THP_enabled:\t0\n" in (process / "status").read_text()

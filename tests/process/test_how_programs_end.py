@@ -1,6 +1,6 @@
-"""How programs end that get wrong input, cannot write their output, or have a bug: with an exit
-code and a message, and never with a traceback on stderr. There is no message if stderr cannot be
-written, or if only the reader of stdout has ended."""
+"""How programs end when they get wrong input, cannot write their output, or have a bug: with an
+exit code and a message, and never with a traceback on stderr. There is no message if stderr cannot
+be written, or if only the reader of stdout has ended."""
 
 import os
 import shutil

@@ -75,7 +75,8 @@ def held(lab: Lab, dead_pid: int) -> Iterator[list[Path]]:
     """Make files that `--clean` must not remove, and yield their paths. They belong to a living
     process, are locked, or are not hintfleet's."""
     mine = lab.temporary / f"hf-{os.getpid()}-abcdefgh"
-    # Their process id is dead here, but they are locked: their owner may live in another container.
+    # The process in their names is dead here, but they are locked: so their owner may live in
+    # another container.
     locked = [lab.temporary / f"{kind}-{dead_pid}-held" for kind in ("hf", "hintfleet-guest")]
     elsewhere = lab.temporary / f"hf-{dead_pid}-not"
     elsewhere.write_text("a file, no folder of ours")

@@ -204,7 +204,8 @@ program.main()
 def test_a_loop_that_fails_ends_the_agent(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the agent went on, it would look healthy, but make no audits or give no allowances."""
+    """If the host agent went on, it would look healthy, but make no audits or give no
+    allowances."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     done = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""Policies decide when freed memory leaves the host, with real agents."""
+"""Policies decide when freed memory comes back to the host, with real agents."""
 
 import time
 
@@ -59,8 +59,8 @@ def test_what_a_guest_uses_again_at_once_stays_until_its_habit_ends(host_agent: 
 
 
 def test_what_was_used_once_leaves_at_once(host_agent: HostAgent) -> None:
-    """Also if the guest took it bit by bit: the host reports each bit as used, and that is no sign
-    of a habit."""
+    """Memory that the guest took piece by piece comes back at once, too: the host reports each
+    piece as used, but that is no sign of a habit."""
     host_agent.watch()
     host_agent.create(hinting=with_policy("adaptive", break_even_ms=3_600_000))
     for _ in range(8):

@@ -70,7 +70,7 @@ def test_an_address_where_no_ray_cluster_answers(
     monkeypatch: pytest.MonkeyPatch,
     what: Callable[[], AbstractContextManager[int]],
 ) -> None:
-    # Without this, Ray replaces 127.0.0.1 by an address that other machines can reach.
+    # Without this variable, Ray replaces 127.0.0.1 by an address that other machines can reach.
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     with what() as port:
         monkeypatch.setenv("RAY_ADDRESS", address := f"127.0.0.1:{port}")

@@ -1,5 +1,5 @@
 """What the resident memory of an embedded guest consists of, with a real agent: the parts add up,
-and each is what the guest was told to do."""
+and each has the size that follows from what the guest was told to do."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Parts = host_pb2.ResidentParts
 
 
 def checked(parts: Parts) -> Parts:
-    """Return `parts` after checking that they and what is unexplained are what was resident."""
+    """Check that `parts`, with the unexplained bytes, add up to the resident bytes; return them."""
     sizes = (
         *(parts.used_bytes, parts.file_cache_bytes, parts.free_pieces_bytes),
         *(parts.held_back_bytes, parts.in_flight_bytes, parts.waiting_bytes),
@@ -29,7 +29,7 @@ def explained(parts: Parts) -> bool:
 
 
 def at_rest(host: HostAgent, is_so: Callable[[Parts], bool], what: str) -> Parts:
-    """Wait for parts as `is_so` says, of all that is resident now; return them."""
+    """Wait until the parts of all that is resident now satisfy `is_so`; return them."""
     found: list[Parts] = []
 
     def is_found() -> bool:
@@ -52,8 +52,8 @@ def with_policy(policy: str, **settings: int) -> host_pb2.HintingSettings:
 def test_the_parts_are_what_is_resident_under_load_and_at_rest(
     host_agent: HostAgent, policy: str
 ) -> None:
-    """Chunks that come and go, fragments, and memory that stays. So much stays that a chunk which
-    is being written is less than 1 %."""
+    """The guest has chunks that come and go, fragments, and memory that stays. So much stays that
+    a chunk which is being written is less than 1 % of all."""
     host_agent.watch()
     host_agent.create(hinting=with_policy(policy), memory_bytes=512 * MIB)
     host_agent.allocate(256 * MIB)

@@ -80,7 +80,7 @@ def test_memory_comes_back_and_nothing_is_left(finished: tuple[Lab, dict[str, An
     assert none["footprint"]["returned"]["share"] < 0.05
     assert bitmap["footprint"]["reclaimed_now_bytes"] >= 4 * 30 * MIB * 0.9
     assert bitmap["saved_bytes"]["pairs"] == 2, "two repetitions, whatever the hosts"
-    assert bitmap["saved_bytes"]["mean"] > 20 * MIB  # "low" is lower: two pairs are few
+    assert bitmap["saved_bytes"]["mean"] > 20 * MIB  # not "low": two pairs give a wide interval
     lab.check_nothing_is_left()
 
 

@@ -84,7 +84,8 @@ def spec(lab: Lab, owner: Owner, repetitions: int = 3) -> str:
 
 
 def check_left_alone(owner: Owner, before: dict[str, host_pb2.Guest]) -> None:
-    """Check that all guests live on in the same session, hint, and have lost no data."""
+    """End the guests' work; check that all guests live on in the same session, hint, and have lost
+    no data."""
     owner.rest()
     for name, guest in owner.host.guests().items():
         assert (guest.pid, guest.epoch) == (before[name].pid, before[name].epoch)
@@ -129,7 +130,7 @@ def test_a_block_that_others_spoilt_is_left_out_and_said(lab: Lab, owner: Owner)
         owner.destroy("vm2")
         said = wait_for_line(process, "undecided: ")
         assert "vm2 was detached or ended in this block" in said
-        owner.make("vm2")  # of the same name, and another guest
+        owner.make("vm2")  # another guest of the same name
         wait_until(owner.is_paused, "another block without hinting")
         owner.host.pause_hinting(0, "vm1")
         said = wait_for_line(process, "undecided: ")
