@@ -67,8 +67,8 @@ def _run(arguments: argparse.Namespace, setting: Setting, seed: int) -> int:
 
 
 async def _or_sigterm(run: Coroutine[Any, Any, Report]) -> Report:
-    """Wait for the report. SIGTERM cancels the run, as Ctrl-C does, so that its guests are ended
-    and its files removed."""
+    """Wait for the run, and return its report. SIGTERM cancels the run, as Ctrl-C does, so that its
+    guests are ended and its files removed."""
     task = asyncio.ensure_future(run)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await task

@@ -42,8 +42,8 @@ _DIMM_BYTES = 128 * MIB
 _KEPT_TRIES = 20
 _START_TRIES = 60
 
-# The agent is started again however it has ended, and the console shows how. Only isolator kmod
-# needs the module.
+# The agent is started again however it has ended, and the console shows how it ended. Loading the
+# kernel module may fail: only isolator kmod needs it.
 _AGENT_ALWAYS = f"""
 [Unit]
 StartLimitIntervalSec=0
@@ -116,7 +116,7 @@ class AttachedVictim(RealVictim):
 class AttachedPlace(Place):
     """Attaches its domain, and attaches it again whenever it is not attached any more."""
 
-    pause_s = 1.0  # a domain that boots cannot be attached
+    pause_s = 1.0  # a domain that boots cannot be attached yet
 
     def __init__(self, *, domains: Mapping[str, ForeignDomain], **settings: Any) -> None:
         super().__init__(**settings)
@@ -154,13 +154,13 @@ class AttachedPlace(Place):
     async def _lost(self, victim: Victim) -> None:
         self._gone_since_s = time.monotonic()
         with contextlib.suppress(_libvirt_error()):
-            # `finish` has suspended it, if it came so far.
+            # If `finish` came so far, it has suspended the domain.
             await asyncio.to_thread(lambda: victim.domain.resume())
         await super()._lost(victim)
 
     async def _gone(self, victim: Victim, said: str) -> None:
-        """Handle the error of a step that the guest is gone. If the guest is not doomed and waits
-        for its domain, or runs again, it is not lost: count a step without an answer."""
+        """Handle a step's error which says that the guest is gone. If the guest is not doomed, and
+        waits for its domain or runs again, it is not lost: count a step without an answer."""
         if not victim.doomed and await self._is_kept():
             await self._silent(victim, said)
         else:
@@ -184,7 +184,7 @@ class AttachedPlace(Place):
         return False
 
     async def _destroy(self, name: str) -> None:
-        # If that fails, without the QEMU guest agent: a booting guest has none yet.
+        # Try through the QEMU guest agent, then without it: a booting guest has none yet.
         for through in (True, False):
             request = host_pb2.DetachGuestRequest(name=name, through_guest_agent=through)
             with contextlib.suppress(grpc.RpcError):
@@ -222,7 +222,7 @@ def _unplug_door(scene: Scene) -> None:
     try:
         unplug_door(scene.victim.domain)
     except HintfleetError as error:  # a guest that boots releases no device
-        # After OutcomeUnknown, the guest may still release it.
+        # After OutcomeUnknown, the guest may still release the door.
         scene.victim.doomed = isinstance(error, OutcomeUnknown)
         raise Missed from error
 

@@ -23,7 +23,7 @@ def _spec(number: int) -> host_pb2.GuestSpec:
         hinting=host_pb2.HintingSettings(
             tracker=("bitmap", "reported")[number % 2],
             chunk_order=(9, 9, 7)[number % 3],
-            # The harsher one hints what is in use again a moment later.
+            # Most guests are eager: they hint memory even if it is used again a moment later.
             policy="adaptive" if number == _GUESTS - 1 else "eager",
             # Look for free chunks every 20 ms, and hint at once if two are free.
             report_period_ms=20,

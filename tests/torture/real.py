@@ -106,8 +106,8 @@ def setting(seed: int, *, short: bool = False, stress: bool = False) -> Iterator
         images = Path(tempfile.mkdtemp(prefix="hf-torture-images-"))
         undo.callback(shutil.rmtree, images)
         images.chmod(0o755)
-        # Python runs this file at each start in the guest. Where the kernel's command line has
-        # hintfleet.torture, it has the agents kill themselves.
+        # Python runs this file at each start in the guest. If the kernel's command line has
+        # hintfleet.torture, the file makes the agents kill themselves.
         dying = {"hintfleet/sitecustomize.py": Path(__file__).parent / "in_guest/sitecustomize.py"}
         image_with(built_image(["stress-ng"] if stress else []), dying, images)
         connection = libvirt.open(os.environ.get("LIBVIRT_DEFAULT_URI", "qemu:///system"))

@@ -187,7 +187,8 @@ class _Run:
                     self._stop.set()
 
     async def _lane(self, name: str, kinds: Mapping[Kind, int], places: Sequence[Place]) -> None:
-        """Inject one fault after the other, each into one of the places, until the run stops."""
+        """Inject faults of these kinds, one after the other, until the run stops. The victim is the
+        guest of one of the places, chosen at random, also for a fault in the host."""
         for fault in faults(f"{self._seed} {name}", kinds, self._setting.pace):
             await asyncio.sleep(fault.pause_s)
             victim = await self._random.choice(places).victim()
@@ -223,8 +224,8 @@ class _Run:
     async def _begin_at_moment(
         self, fault: Fault, victim: Victim, begin: Callable[[], None]
     ) -> None:
-        """Call `begin` at the fault's moment, or after the longest wait for that moment. If the
-        guest has no connection, call it at once.
+        """Call `begin` `lag_s` after the fault's moment, or after the longest wait for that moment.
+        Call it at once if the guest has no connection, or the moment is AT_ONCE.
 
         :raises Missed: `begin` raised it.
         """
@@ -269,13 +270,13 @@ class _Run:
 
     @asynccontextmanager
     async def _watching(self) -> AsyncIterator[None]:
-        """Watch the trial and the host while the block runs, and check the books in the samples.
-        Without a Watch, the host agent would end the trial's guests."""
+        """Watch the trial and the host while the block runs, and store the books of the samples in
+        the report. Without a Watch, the host agent would end the trial's guests."""
         trial = host_pb2.WatchRequest(trial_id=TRIAL, period_ms=_WATCH_PERIOD_MS)
         host = host_pb2.WatchHostRequest(period_ms=_WATCH_PERIOD_MS)
         tasks = [
             asyncio.create_task(self._watch(lambda: self._stub.Watch(trial, wait_for_ready=True))),
-            # Attached guests belong to no trial.
+            # Attached guests belong to no trial: only WatchHost sends their samples.
             asyncio.create_task(
                 self._watch(lambda: self._stub.WatchHost(host, wait_for_ready=True))
             ),

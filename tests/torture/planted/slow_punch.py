@@ -1,5 +1,5 @@
-"""A host agent whose punches take long: so long that a guest that is reset while one runs boots and
-uses its memory again before that punch is done.
+"""A host agent whose punches take long: so long that a guest that is reset while one runs would
+boot and use its memory again before that punch is done, if QEMU did not wait.
 
 This is not a bug by itself: QEMU waits for the punch that has begun before it resets the guest, and
 the memory door's fence lets no other punch of that batch begin.
