@@ -217,10 +217,10 @@ def running_host_agent(
 ) -> Iterator[HostAgent]:
     """Run a host agent until the block ends; then close its lifeline, so that it ends.
 
-    Checks that it ends with exit code 0, unless it was killed by SIGKILL, and that the child
-    processes that it has when the block ends end, too.
+    Checks that the host agent ends with exit code 0, unless it was killed by SIGKILL. Waits until
+    the child processes that it had at the end of the block are gone, too.
 
-    :param prefix: words to put before the command: a program that then starts it.
+    :param prefix: words to put before the command, such as `ip netns exec NAME`.
     """
     ready_read, ready_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()
@@ -231,7 +231,7 @@ def running_host_agent(
                 *(*prefix, sys.executable, "-m", module, "--listen", address),
                 *("--ready-fd", str(ready_write), "--lifeline-fd", str(lifeline_read)),
                 *("--log-level", LOG_LEVEL),
-                *arguments,  # last: they override the options above
+                *arguments,  # the last ones: they override the options above
             ],
             pass_fds=(ready_write, lifeline_read),
             stderr=stderr,

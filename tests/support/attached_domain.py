@@ -184,7 +184,7 @@ def run(
 
 
 def asked(**more: Any) -> host_pb2.AttachGuestRequest:
-    """Return a request that attaches the domain `db 1`, with these fields besides."""
+    """Return a request that attaches the domain `db 1`, and has these other fields."""
     return host_pb2.AttachGuestRequest(domain="db 1", **more)
 
 
@@ -197,7 +197,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def looking_often(registry: Registry, driver: Any) -> Iterator[None]:
-    """During the block, attach guests again whose domains run; look for them every 10 ms."""
+    """During the block, look every 10 ms for guests whose domain runs again, and attach them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attaching_again, "_PERIOD_S", 0.01)
         task = asyncio.create_task(attaching_again.attach_when_started(registry, driver))
@@ -230,5 +230,5 @@ async def reclaim_one_page(guest: Guest) -> None:
 
 async def ends_are_dealt_with(registry: Registry) -> None:
     """Wait until the registry has dealt with all ends of domains that it was told of."""
-    await asyncio.sleep(0)  # let the event loop tell it of all ends
+    await asyncio.sleep(0)  # let the event loop tell the registry of all ends
     await asyncio.gather(*registry.ending)

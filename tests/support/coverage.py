@@ -67,7 +67,7 @@ class Ended:
 
 
 def rules() -> Iterator[tuple[str, float, Rule]]:
-    """Yield all ways to stop: one of STOPS, the true difference, and the rule."""
+    """Yield each way to stop as (one of STOPS, the true difference, the rule)."""
     for spread in SPREADS:
         yield NARROW, 0.0, narrow_at(spread)
     for effect in EFFECTS:

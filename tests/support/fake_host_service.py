@@ -1,8 +1,8 @@
 """Many fake host agents in one process: each is a gRPC server at a unix socket that answers some
 calls of the control API. Their guests are numbers only.
 
-As a program, it prints a line when all listen, and one whenever as many more steps are done as
-there are guests on all hosts; it serves until stdin ends.
+As a program, it prints `serving` when all listen. Then it prints `step` each time that as many more
+steps are done as there are guests on all hosts. It serves until stdin ends.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Host(host_pb2_grpc.HostServiceServicer):
         while True:
             number += 1
             for books in self._guests.values():
-                books.batches += 1  # numbers the samples: a gap shows a lost one
+                books.batches += 1  # the number of the sample: a gap shows a lost one
             if self._sampling():
                 yield host_pb2.SampleSet(
                     at_unix_us=time.time_ns() // 1000,

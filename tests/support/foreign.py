@@ -134,7 +134,7 @@ class ForeignDomain:
         while not (status := self._ask("guest-exec-status", pid=started["pid"]))["exited"]:
             assert time.monotonic() < deadline_s, command
             time.sleep(0.2)
-        assert status.get("exitcode") == 0, (command, status)  # it has none after a signal
+        assert status.get("exitcode") == 0, (command, status)  # no exit code after a signal
         return base64.b64decode(status.get("out-data", "")).decode()
 
     def spawn(self, *command: str) -> None:

@@ -34,7 +34,7 @@ class FrontEnd:
         socket.send_fds(self.socket, [message], [] if fd is None else [fd])
 
     def ask(self, request: int, payload: bytes = b"", *, fd: int | None = None) -> bytes:
-        """Send a request that is answered, and return the answer."""
+        """Send a request that asks for a reply; return the payload of the reply."""
         self.send(request, payload, flags=1 | _NEEDS_REPLY, fd=fd)
         return self.answer(request)
 
@@ -86,7 +86,8 @@ class FrontEnd:
                 os.close(event)
 
     def ask_to_stop(self) -> None:
-        """Begin to stop the device: ask for queue 0. `wait_until_stopped` does the rest."""
+        """Begin to stop the device: send GET_VRING_BASE for queue 0, and do not wait for an answer.
+        `wait_until_stopped` does the rest."""
         self.send(Request.GET_VRING_BASE, struct.pack("=II", 0, 0))
 
     def wait_until_stopped(self) -> None:

@@ -42,7 +42,7 @@ class Lab:
     Each command gets the mark in its environment, and its child processes inherit that.
 
     :ivar temporary: TMPDIR of the commands.
-    :ivar prefix: words to put before each command: a program that then starts the command.
+    :ivar prefix: words to put before each command, such as `ip netns exec NAME`.
     """
 
     folder: Path
@@ -134,11 +134,12 @@ def parent_pid(pid: int) -> int:
 def on_this_machine(what: str = "tests", *, alone: bool = False) -> Iterator[None]:
     """Hold a lock of this user's tests on this machine until the block ends.
 
-    :param what: which lock. "swap": the kernel moves pages of any process to any device.
-    :param alone: let no other test hold it meanwhile; else others may. For `doctor --clean`, which
-        acts on the whole machine and would remove what another test needs.
+    :param what: the name of the lock. Each test that needs swap holds "swap" alone, because the
+        kernel moves pages of any process to any swap device.
+    :param alone: let no other test hold the lock meanwhile; else others may hold it, too. A test of
+        `doctor --clean` holds "tests" alone: the command would remove what other tests need.
     """
-    # Not in this source tree: tests of another clone may run on the same machine.
+    # The lock file is not in this source tree: tests of another clone may run on this machine.
     lock = os.open(f"/tmp/hintfleet-{what}-{os.geteuid()}.lock", os.O_RDWR | os.O_CREAT, 0o600)  # noqa: S108
     try:
         fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)

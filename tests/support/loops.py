@@ -10,7 +10,7 @@ from threading import Thread
 
 @contextmanager
 def running_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """Run a loop until the block ends."""
+    """Run an event loop in a thread until the block ends."""
     loop = asyncio.new_event_loop()
     thread = Thread(target=loop.run_forever)
     thread.start()

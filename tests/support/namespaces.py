@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-_PREFIX = f"hf-{os.getpid()}-"  # no other process uses these names
+_PREFIX = f"hf-{os.getpid()}-"  # with our process id: no other process uses this prefix
 _SWITCH = f"{_PREFIX}switch"
 """The namespace of the bridge; so the machine's own interfaces and routes are left alone."""
 NEEDS = "needs root and ip (iproute2)"
@@ -55,7 +55,7 @@ def machines(*names: str) -> Iterator[list[Machine]]:
             machine = Machine(name=name, address=f"10.99.0.{i + 1}")
             space, port = _PREFIX + name, f"port{i + 1}"
             stack.enter_context(_namespace(space))
-            # Make each end in its namespace: no interface appears in this machine's own.
+            # Make each end of the link in its namespace, so that this machine gets no interface.
             _ip(
                 *("-n", space, "link", "add", "eth0", "type", "veth"),
                 *("peer", "name", port, "netns", _SWITCH),
@@ -64,7 +64,7 @@ def machines(*names: str) -> Iterator[list[Machine]]:
             _ip("-n", space, "address", "add", f"{machine.address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 _ip("-n", space, "link", "set", device, "up")
-            # Ray takes the address from which the kernel would reach the internet: have a route.
+            # Ray takes the address from which the kernel would reach the internet: add a route.
             _ip("-n", space, "route", "add", "default", "via", "10.99.0.254")
             made.append(machine)
         yield made

@@ -15,8 +15,8 @@ _PLENTY = 1 << 30
 
 @contextlib.contextmanager
 def no_rate_limits() -> Iterator[None]:
-    """In this block, lift the rate limits, the limit of streams and the bans of guests that are
-    added in it, and refuse streams without delay."""
+    """In this block, ban no guest, limit no guest's open streams, and refuse streams at once.
+    Guests that are added in the block have no rate limits."""
     plenty = rate_limits.Rate(per_s=_PLENTY, burst=_PLENTY)
     with (
         mock.patch.multiple(rate_limits, VIOLATIONS_BEFORE_BAN=_PLENTY, STREAMS=_PLENTY),

@@ -112,7 +112,7 @@ class OwnLibvirt:
 def own_libvirt() -> Iterator[OwnLibvirt]:
     """Run a libvirtd; end it, with all its domains, after the block."""
     folder = Path(tempfile.mkdtemp(prefix="hf-libvirt-"))
-    # QEMU's user has to reach the sockets of its monitor and its guest agent.
+    # QEMU's user has to reach the sockets of QEMU's monitor and of the QEMU guest agent in here.
     folder.chmod(0o755)
     for name in ("sock", "run/libvirt", "var/lib/libvirt", "var/cache/libvirt", "etc/libvirt"):
         (folder / name).mkdir(parents=True)

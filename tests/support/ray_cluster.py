@@ -57,7 +57,7 @@ while ray.cluster_resources().get("CPU", 0) < int(sys.argv[2]):
 class RayCluster:
     """A running cluster.
 
-    :ivar prefixes: by node, words before its commands: a program that starts them elsewhere.
+    :ivar prefixes: by node, words to put before its commands, such as `ip netns exec NAME`.
     :ivar raylets: process ids by the name of the node; the first is the head.
     """
 

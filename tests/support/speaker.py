@@ -48,7 +48,7 @@ class Speaker:
         return next(iter(self.call))
 
     def ack(self) -> pb.Ack:
-        """Return the next ack. Reports of refaults come whenever there are any."""
+        """Return the next ack. Skip reports of refaults, which may come at any time."""
         while (message := self.next()).WhichOneof("message") == "refaulted":
             pass
         assert message.WhichOneof("message") == "ack", message
