@@ -45,7 +45,7 @@ def cannot_be_had(what: str) -> NoReturn:
 @pytest.fixture(scope="session")
 def libvirt_uri() -> str:
     """Return the URI of libvirt. Start the system's libvirt if it is used, does not answer, and
-    this is root."""
+    this user is root."""
     try:
         libvirt, _ = modules()
     except Refused as error:
@@ -63,8 +63,8 @@ def libvirt_uri() -> str:
 
 @pytest.fixture(scope="session")
 def may_have_own_libvirt() -> None:
-    """Check that there can be a libvirtd of the tests' own: it needs root and a mount namespace
-    (tests/support/own_libvirt.py)."""
+    """Skip the tests, or fail them, if there can be no libvirtd of their own: it needs root and a
+    mount namespace (tests/support/own_libvirt.py)."""
     if os.geteuid() or subprocess.run(["unshare", "--mount", "true"]).returncode:
         cannot_be_had("no libvirtd of the tests' own: it needs root and a mount namespace")
 
@@ -186,7 +186,7 @@ def libvirt(may_have_own_libvirt: None) -> Iterator[OwnLibvirt]:
 
 @pytest.fixture(scope="module")
 def foreign(libvirt: OwnLibvirt, image: GuestImage) -> Iterator[ForeignDomain]:
-    """Make a domain of somebody else under it, and wait until its guest has booted."""
+    """Start a domain of somebody else under this libvirtd; wait until its guest has booted."""
     with foreign_domain(libvirt, image) as made:
         made.wait_for_boot()
         yield made

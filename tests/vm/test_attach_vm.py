@@ -108,7 +108,7 @@ def test_a_running_domain_is_attached_hinted_and_detached(
         (found,) = (one for one in list_domains(other) if one.name == name)
         assert found.obstacles[0].what == "another host agent is attached to it"
 
-    # Reset by the operator: it boots again in the same memory, in a new epoch.
+    # The operator resets the domain: the guest boots again in the same memory, in a new epoch.
     epoch = host.guests()[name].epoch
     foreign.domain.reset()
     wait_until(lambda: host.guests()[name].epoch > epoch, "the agent of the next boot")

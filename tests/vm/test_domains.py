@@ -1,5 +1,6 @@
 """ListDomains reports what keeps domains of somebody else from being hinted, and does not change
-the domains. Encrypted memory is left out: libvirt defines such a domain only on a machine with SEV.
+the domains. Encrypted memory is not tested here: libvirt defines such a domain only on a machine
+with SEV.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def running_domain(connection: Any, backing: str, devices: str) -> Iterator[Any]
 
 @contextmanager
 def shut_off_domain(connection: Any, backing: str, devices: str) -> Iterator[Any]:
-    """Define a domain, and do not start it: this machine may be unable to."""
+    """Define a domain, and do not start it: this machine may be unable to start it."""
     domain = connection.defineXML(xml(backing, devices))
     try:
         yield domain

@@ -69,7 +69,8 @@ def a_request() -> GuestRequest:
 
 
 def left_folders() -> set[Path]:
-    """Return the folders of guests whose host agent, named by its process id, has ended."""
+    """Return the folders of guests whose host agent has ended. A folder's name has the process id
+    of its host agent."""
     folders = Path("/tmp").glob("hintfleet-guest-*")  # noqa: S108
     return {one for one in folders if not Path("/proc", one.name.split("-")[2]).exists()}
 

@@ -29,7 +29,7 @@ FREED_BYTES = 400 * MIB
 @pytest.mark.parametrize("name", GUESTS)
 def test_what_is_freed_leaves_the_host(guests: Guests, connection: Any, name: str) -> None:
     host = guests.host
-    time.sleep(3)  # so that the agent is at rest
+    time.sleep(3)  # wait until the agent is at rest
     host.allocate(FREED_BYTES + 60 * MIB, name)
     before_bytes = guests.ledger(name).resident_bytes
     host.free(FREED_BYTES, name)
@@ -86,7 +86,7 @@ def test_a_guest_keeps_what_it_uses_again_until_a_settle(
     host = guests.host
     host.settle(name)
     churn = {"size_bytes": 64 * MIB, "duration_ms": 8000, "seed": 1}
-    host.loop(hinting_pb2.Loop.CHURN, name, **churn)  # learns
+    host.loop(hinting_pb2.Loop.CHURN, name, **churn)  # the guest learns what it uses again
     before = guests.ledger(name)
     cycles = host.loop(hinting_pb2.Loop.CHURN, name, **churn).looped.cycles
     after = guests.ledger(name)
@@ -129,7 +129,7 @@ def test_under_pressure_a_guest_gives_what_is_wanted_and_keeps_nothing_back(
 
         wait_until(lambda: resident_bytes() <= threshold_bytes, "the excess to come back")
         host.settle("wanted")
-        # Besides the module's 128 MiB, what the guest stopped using by itself meanwhile.
+        # 150 MiB: the module's 128 MiB, and what the guest stopped using by itself meanwhile.
         assert resident_bytes() > threshold_bytes - 150 * MIB, "and no more than that"
         least_bytes = free_at_first_bytes - held_bytes - 16 * MIB
         wait_until(lambda: free_bytes() > least_bytes, "the guest to have the rest back")

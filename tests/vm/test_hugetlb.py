@@ -135,8 +135,8 @@ def test_zeroing_costs_no_more_than_64_mib_at_a_time(guests: Guests, connection:
     highest_bytes = max(guests.ledger("zeroing").resident_bytes, at_first_bytes + FREED_BYTES)
     seen_before = len(host.samples)
     host.free(FREED_BYTES, "zeroing")
-    # Not nearly all: a guest that has just booted goes on reading files, and the isolator leaves
-    # the kernel a reserve, which was never touched at first.
+    # Two thirds come back, not nearly all: a guest that has just booted goes on reading files, and
+    # the isolator leaves the kernel a reserve, which was never touched at first.
     guests.falls_to("zeroing", at_first_bytes + FREED_BYTES // 3)
     spike_bytes = max(
         sample.ledger.resident_bytes - highest_bytes

@@ -82,7 +82,7 @@ def test_a_guest_and_its_memory(driver: LibvirtDriver, connection: Any) -> None:
     assert len(gone) == 1
     assert NAME_PREFIX + request.name not in [d.name() for d in connection.listAllDomains()]
     wait_until(lambda: not alive(guest.pid), "QEMU to end")
-    # Of this process: tests beside this one have guests of their own.
+    # Only folders of this process: tests beside this one have guests of their own.
     assert not list(Path(tempfile.gettempdir()).glob(f"hintfleet-guest-{os.getpid()}-*"))
 
 
@@ -158,7 +158,7 @@ def test_a_guest_that_is_killed_while_it_is_adopted_is_lost(
             adopted = driver.adopt(request, guest.handle)
         except GuestLost:
             return
-        # QEMU had handed over its memory before it died.
+        # The guest was adopted: QEMU had handed over the memory before it was killed.
         try:
             wait_until(lambda: bool(gone), "the loss to be reported")
         finally:

@@ -17,8 +17,8 @@ from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result
 libvirt = pytest.importorskip("libvirt")
 
 CATALOGUE = Path(__file__).parents[2] / "orchestrator/spec/catalogue/quickstart-vm.yaml"
-# With a Settle after the workload has freed memory: here we only test that this memory comes back.
-# How soon it does is measured in tests/bench.
+# The catalogue's spec, with a Settle after the workload has freed memory: here we only test that
+# this memory comes back. How soon it does is measured in tests/bench.
 SPEC = re.sub(r"free: (.*)}", r"free: \1, settle: true}", CATALOGUE.read_text())
 
 

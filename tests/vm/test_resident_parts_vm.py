@@ -1,5 +1,5 @@
 """What the resident memory of real guests consists of, by their kernels' own figures: the parts add
-up at a few moments of mixed load, and each is what the guest was told to do."""
+up at a few moments of mixed load, and each changes by what the guest was told to do."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,8 @@ def checked(parts: Parts) -> Parts:
 
 
 def told(guests: Guests, name: str, is_so: Callable[[Parts], bool], what: str) -> Parts:
-    """Wait for parts as `is_so` says, of what is resident now but for noise; return them."""
+    """Wait until the guest's parts satisfy `is_so`, and the resident memory that they are about is
+    that of now, to 1 MiB; return the parts."""
     found: list[Parts] = []
 
     def is_found() -> bool:
@@ -66,7 +67,7 @@ def test_the_parts_are_what_is_resident(guests: Guests, name: str) -> None:
     told(guests, name, lambda one: one.file_cache_bytes < cache_bytes, "an emptier cache")
 
     host.allocate(64 * MIB, name, block_bytes=64 << 10)
-    host.free(132 * MIB, name)  # half of each: the small blocks leave pieces
+    host.free(132 * MIB, name)  # half of the blocks of each size: small ones leave pieces
     pieces_bytes = rest.free_pieces_bytes + 16 * MIB
     told(guests, name, lambda one: one.free_pieces_bytes > pieces_bytes, "pieces")
 

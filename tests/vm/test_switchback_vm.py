@@ -1,5 +1,5 @@
-"""A switchback on an attached domain of somebody else, which goes on with its own work; and one in
-whose block that domain is reset."""
+"""A switchback on an attached domain of somebody else, which goes on with its own work; and another
+switchback, during which that domain is reset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result, wait_for_lin
 from tests.support.own_libvirt import OwnLibvirt
 
 USED_MIB = 300
-# Uses memory for a second, again and again, until its file is gone.
+# A Python program that uses memory for one second in four, until /run/work is gone.
 WORK = (
     "import os, time\n"
     "open('/run/work', 'w').close()\n"
@@ -41,7 +41,8 @@ sample_period: 500ms
 
 @pytest.fixture
 def host(libvirt: OwnLibvirt, foreign: ForeignDomain) -> Iterator[HostAgent]:
-    """Attach the domain, whose guest is at work; detach it after the test."""
+    """Run a host agent, attach the domain to it, and start WORK in the guest; after the test, end
+    WORK and detach the domain."""
     with running_host_agent("--libvirt-uri", libvirt.uri) as agent:
         name = foreign.domain.name()
         # Policy adaptive would hold back what is used again after 3 s.

@@ -51,7 +51,7 @@ def errno_of(act: Callable[[], object]) -> str:
 
 def remove_module() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(176, MODULE, os.O_NONBLOCK):  # delete_module
+    if libc.syscall(176, MODULE, os.O_NONBLOCK):  # 176: delete_module(2)
         raise OSError(ctypes.get_errno(), "delete_module")
 
 
