@@ -34,7 +34,7 @@ def test_images_that_were_used_last_are_kept(builder: Any, tmp_path: Path) -> No
     (tmp_path / "layers").mkdir()
     builder.prune(tmp_path)
     kept = {path.name for path in tmp_path.iterdir() if len(path.name) == 16}
-    # Of 11 images, all but the one that is not linked and was used before those that are kept.
+    # The 8 that were used last are kept, and 2 older ones that are linked: of 11, one is removed.
     assert kept == {f"{age_s:016x}" for age_s in range(builder.KEPT_IMAGES + 3)} - {
         f"{builder.KEPT_IMAGES:016x}"
     }

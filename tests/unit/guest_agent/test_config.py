@@ -1,5 +1,5 @@
 """A guest agent's configuration is read from a file, or from the first line of stdin. An error
-names the source, and the key if one is wrong."""
+names the source, and the key if a value is wrong."""
 
 import io
 import sys

@@ -1,5 +1,5 @@
-"""The hinting core keeps I1 in random sequences of events. Also settles, allowances, and batches
-that are hinted again."""
+"""The hinting core keeps invariant I1 (ARCHITECTURE.md) in random sequences of events. Also
+settles, allowances, and batches that are hinted again."""
 
 from collections.abc import Callable
 
@@ -175,7 +175,7 @@ def test_each_of_two_settle_requests_at_once_is_answered() -> None:
 def test_nothing_is_isolated_while_nothing_may_be_hinted(
     forbid: Callable[[HintingCore], object],
 ) -> None:
-    """If the core asked for chunks then, the kernel module would isolate a batch that nobody reads,
+    """If the core still asked for chunks, the kernel module would isolate a batch that is not read,
     and a settle would never end."""
     core = opened()
     chunk = RangeSet([(512, 512)])

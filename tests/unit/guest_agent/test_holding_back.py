@@ -1,6 +1,6 @@
 """What a guest holds back: at first nothing, soon all that it takes again, and nothing that has
-rested for the break-even time. It costs at most COMPETITIVE_RATIO times what knowing the future
-would have cost, and ADDED_COST refaults more for each level."""
+rested for the break-even time. This costs at most COMPETITIVE_RATIO times what it would cost if the
+future was known, and ADDED_COST refaults more for each level."""
 
 import math
 
@@ -22,7 +22,8 @@ BREAK_EVEN_S = 10.0
 
 
 class Guest:
-    """A guest whose free memory is hinted at once, but what is held back; and what that costs."""
+    """A guest whose free memory is hinted at once, except what is held back. Counts what that
+    costs: refaults, and chunks held back times seconds."""
 
     def __init__(self, break_even_s: float = BREAK_EVEN_S) -> None:
         self.rule = HoldingBack(TOTAL_CHUNKS * CHUNK, CHUNK)
@@ -60,7 +61,7 @@ class Guest:
             self.hint()
 
     def cycle(self, chunks: int, used_s: float, free_s: float) -> int:
-        """Use more chunks, free them, and return how many of them were refaults."""
+        """Use so many more chunks, free them, and return how many of them were refaults."""
         before = self.refaults
         base = self.used
         self.use(base + chunks)
@@ -145,7 +146,8 @@ def test_an_allocator_that_leaves_what_is_held_and_takes_what_is_absent_gets_mor
     for now_s in (3, 3.5, 4):
         rule.observe(now_s, 10 * CHUNK)
         rule.refaulted(now_s, 4 * CHUNK)
-    # The first four were not held when the second four came; the third four came beside those.
+    # At 3 s and 3.5 s nothing was held: both reports are about the same four levels, which are held
+    # since. So the report at 4 s is about four other levels, which are not held yet.
     assert rule.held_back_pages(4.1) == 4 * CHUNK
     rule.refaulted(4.2, 4 * CHUNK)
     assert rule.held_back_pages(4.3) == 8 * CHUNK
@@ -219,7 +221,7 @@ def test_a_shorter_break_even_time_lets_go_at_once() -> None:
 
 
 def test_a_huge_guest_has_levels_of_several_chunks() -> None:
-    rule = HoldingBack(1 << 30, CHUNK)  # 4 TiB
+    rule = HoldingBack(1 << 30, CHUNK)  # 1 << 30 pages are 4 TiB
     rule.set_policy(BREAK_EVEN_S)
     for now_s in (0, 0.5, 1):
         rule.observe(now_s, 1 << 24, 1 << 29)
@@ -228,7 +230,7 @@ def test_a_huge_guest_has_levels_of_several_chunks() -> None:
 
 
 rests = st.floats(1e-3, 20, allow_nan=False)
-# Rests just beyond each share, and one habit after the other.
+# Histories of habits: a habit is the same rest many times, often one just longer than a share.
 habits = st.builds(
     lambda rest, times: [rest] * times,
     st.sampled_from([1e-3, *(share + 0.01 for share in SHARES), 1.01]) | rests,
@@ -247,7 +249,7 @@ def costs(history: list[float]) -> tuple[float, float]:
         guest.use(0)
         guest.wait(rest * BREAK_EVEN_S)
         guest.use(1)
-    # The first use is no refault of something that was given back.
+    # Minus 1: the first use is no refault of something that was given back.
     return guest.refaults - 1 + guest.held_chunk_s / BREAK_EVEN_S, best_cost(history)
 
 
@@ -255,12 +257,12 @@ def costs(history: list[float]) -> tuple[float, float]:
 @given(histories)
 def test_it_costs_at_most_so_many_times_the_best_in_hindsight(history: list[float]) -> None:
     paid, best = costs(history)
-    # A step of the clock is a hundredth of the break-even time, or of the rest.
+    # 0.01 for each rest: the guest's clock has steps of a hundredth of the break-even time or more.
     assert paid <= COMPETITIVE_RATIO * best + ADDED_COST + 0.01 * len(history)
 
 
 def test_an_adversary_who_knows_the_rule_stays_within_the_bound() -> None:
-    """It uses each chunk again just after the rule has let go of it."""
+    """The adversary uses its one chunk again just after the rule has let go of it."""
     guest = Guest()
     guest.use(1)
     history = []

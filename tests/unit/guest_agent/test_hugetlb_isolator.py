@@ -394,7 +394,7 @@ def test_a_pass_holds_little_more_than_what_was_freed() -> None:
 
 
 def test_a_new_agent_hints_only_what_the_host_reports_as_resident() -> None:
-    """Otherwise a restarted agent would isolate all free memory of a guest that has little."""
+    """Otherwise a restarted agent would isolate all free memory, also where little is free."""
     kernel = ModelKernel(1000, zeroing=False)
     kernel.allocate(300)
     kernel.release(20)
@@ -433,7 +433,7 @@ def test_chunks_that_were_not_freed_last_are_found_too() -> None:
     host.run()
     kernel.allocate(300)
     isolator.idle()
-    kernel.free = kernel.used[:50] + kernel.free  # so the kernel would allocate them last
+    kernel.free = kernel.used[:50] + kernel.free  # the kernel allocates from the end
     del kernel.used[:50]
     assert host.run() == 50 - RESERVE_CHUNKS, "the reserve is at the end of the kernel's free list"
     assert not host.run()

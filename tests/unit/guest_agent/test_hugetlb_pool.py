@@ -89,8 +89,8 @@ def test_only_one_agent_uses_the_pool(kernel: Path) -> None:
 
 
 def test_a_lock_that_cannot_be_opened_is_refused(kernel: Path) -> None:
-    """As for an ordinary user, who may not write to /run. Root may write to any file, but to no
-    folder."""
+    """An ordinary user cannot open the lock, as it is in /run. Here it is a folder, which even root
+    cannot open for writing."""
     (kernel / "mount.lock").mkdir()
     assert "cannot be locked" in refusal(kernel)
 
@@ -137,7 +137,7 @@ def test_pages_of_somebody_else_stay_where_an_agent_left_nothing_reserved(
     (kernel / "buddyinfo").touch()
     for name, count in {"nr": 3, **counts}.items():
         (kernel / POOL / f"{name}_hugepages").write_text(f"{count}\n")
-    # So that the folder counts as a mounted hugetlbfs.
+    # With chunks as large as its blocks, the folder counts as a mounted hugetlbfs.
     chunk_bytes = os.statvfs(kernel).f_bsize
     monkeypatch.setattr("guest_agent.isolation.hugetlb_pool.CHUNK_BYTES", chunk_bytes)
     with pytest.raises(Refused, match="is in use"):

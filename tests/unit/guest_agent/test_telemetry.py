@@ -1,4 +1,5 @@
-"""When an agent tells its host of its guest's memory: while something changes, then once more."""
+"""When an agent tells its host about its guest's memory: at most once per second while 1 MiB or
+more changes, and every 10 s at rest."""
 
 from guest_agent.holding_back import HoldingBack
 from guest_agent.isolation.embedded import EmbeddedIsolator
@@ -12,7 +13,7 @@ CHUNK = 512
 
 
 class Agent:
-    """A guest of 64 chunks, with a policy that holds back what is free for 5 s."""
+    """The telemetry of a guest of 64 chunks. Counts how often the use of its memory is read."""
 
     def __init__(self) -> None:
         zone = ZoneSpec(name="Normal", present=RangeSet([(0, 64 * CHUNK)]))

@@ -104,10 +104,10 @@ def test_a_cgroup_that_is_full_has_nothing(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("path", "top"),
     [
-        ("/", "/"),  # in a cgroup namespace, and the mount was made in it
-        ("/docker/3f", "/docker/3f"),  # in no namespace: both are the host's path
-        ("/docker/3f/x", "/docker/3f"),  # in no namespace, in a cgroup below that of the mount
-        ("/", "/.."),  # in a namespace, and the mount was made outside
+        ("/", "/"),  # process in a cgroup namespace, mount made in it
+        ("/docker/3f", "/docker/3f"),  # no cgroup namespace: both are the host's path
+        ("/docker/3f/x", "/docker/3f"),  # no cgroup namespace, process below the mount's cgroup
+        ("/", "/.."),  # process in a cgroup namespace, mount made outside of it
         ("/kubepods/elsewhere", "/docker/3f"),  # the process was moved to another cgroup
         ("/only/on/the/host", "/"),  # the mount does not show its real root
     ],

@@ -22,7 +22,7 @@ def later() -> Iterator[int]:
 
 
 def folder(base: Path, pid: int, age_s: float) -> Path:
-    """Make a folder with the name of one that process `pid` made, and that last changed `age_s`
+    """Make a folder whose name says that process `pid` made it, and whose last change was `age_s`
     ago."""
     path = base / f"x-{pid}-abcdefgh"
     path.mkdir()

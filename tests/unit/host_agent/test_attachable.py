@@ -101,7 +101,8 @@ def test_a_domain_that_is_attached_is_not_attached_again(tmp_path: Path) -> None
             domain(devices=PORTS + DISK + door_at(path))
         )
         listener.setblocking(False)
-        with pytest.raises(BlockingIOError):  # nobody connected: that could end the guest
+        # Nobody has connected to the door: a connection could end the guest.
+        with pytest.raises(BlockingIOError):
             listener.accept()
 
 

@@ -55,7 +55,7 @@ def descriptors_of(memfd: str) -> int:
     for fd in os.listdir("/proc/self/fd"):
         try:
             found += f"/memfd:{memfd} " in os.readlink(f"/proc/self/fd/{fd}")
-        except FileNotFoundError:  # the one of listdir
+        except FileNotFoundError:  # the descriptor of listdir
             continue
     return found
 
@@ -124,7 +124,7 @@ def test_memory_that_is_plugged_just_before_the_end_leaves_the_books(tmp_path: P
         guest = await attached(registry, driver)
         await reclaim_one_page(guest)
         (made,) = driver.made
-        async with guest.memory.lock:  # as an audit or a punch holds it
+        async with guest.memory.lock:  # as an audit or a punch holds the lock
             await asyncio.to_thread(made.qemu.add, 1 << 32, SIZE, ram_file())
             driver.end()
             await until(lambda: not made.door.pages())
@@ -237,7 +237,7 @@ def test_a_door_that_is_not_released_at_detach_goes_with_its_domain(tmp_path: Pa
 def test_a_domain_that_ends_while_it_is_detached_is_not_stored_again(tmp_path: Path) -> None:
     async def scenario(registry: Registry, driver: Any) -> None:
         guest = await attached(registry, driver)
-        async with guest.memory.lock:  # as a punch holds it
+        async with guest.memory.lock:  # as a punch holds the lock
             detaching = asyncio.create_task(registry.end(guest))
             await until(lambda: guest.ending)
             driver.end()
@@ -297,7 +297,8 @@ def test_an_error_when_a_guest_is_ended_keeps_no_other_from_being_attached(
 
 
 class Several(Driver):
-    """Makes guests of several domains. If `at_once` is set, attempts wait there for each other."""
+    """Makes guests of several domains. If `at_once` is set, attempts wait at this barrier for each
+    other."""
 
     at_once: Barrier | None = None
 

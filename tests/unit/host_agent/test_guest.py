@@ -160,7 +160,7 @@ def test_a_guest_whose_batch_was_half_dropped_unseen_is_lost(ram_fd: int) -> Non
         for fd in (ram_fd, other_fd):
             os.pwrite(fd, bytes(8 * PAGE_BYTES), 0)
         await guest.audits.ledger()
-        pipe = os.pipe()  # can be neither punched nor looked at
+        pipe = os.pipe()  # a pipe can be neither punched nor looked at
         os.dup2(pipe[0], other_fd)
         for fd in pipe:
             os.close(fd)

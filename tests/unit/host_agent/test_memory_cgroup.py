@@ -160,7 +160,7 @@ def test_where_systemd_manages_cgroups_the_budget_is_watched(
     assert "systemd" in budget.message().why_watched
     use = budget.use([10, 20])
     assert (use.used_bytes, use.limit_bytes, use.enforced) == (30, LIMIT_BYTES, False)
-    budget.contain(os.getpid())  # does nothing
+    budget.contain(os.getpid())  # without a cgroup, this does nothing
     budget.close()
 
 

@@ -74,7 +74,7 @@ def test_a_pause_that_is_renewed_is_told_once_and_ended_at_once() -> None:
 def test_a_pause_outlives_the_session() -> None:
     async def scenario() -> None:
         guest, epochs = made(), Epochs()
-        pause_hinting(guest, 3000)  # before the first session, too
+        pause_hinting(guest, 3000)  # a pause may begin before the first session
         for _ in range(2):
             session, stream, policy = await connected(guest, epochs)
             assert policy == NOTHING
@@ -89,7 +89,7 @@ def test_a_pause_outlives_the_session() -> None:
 
 
 def test_policies_are_not_told_during_a_pause() -> None:
-    """What pressure allows, and how patient a guest may be, is for afterwards."""
+    """An allowance during a pause is dropped; a change of patience is told when the pause ends."""
 
     async def scenario() -> None:
         guest, epochs = made(policy="pressure"), Epochs()

@@ -13,7 +13,8 @@ COMMAND = host_pb2.CommandId(run_id="r", trial_id="t", sequence=1)
 
 
 class Work:
-    """Fails the first time, when the test tells it to; later it returns how often it was done."""
+    """Work that waits until the test sets `may_end`. The first call then fails; later calls return
+    how often the work was done."""
 
     def __init__(self, error: Exception) -> None:
         self.may_end = asyncio.Event()

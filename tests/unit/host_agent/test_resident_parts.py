@@ -14,7 +14,7 @@ Parts = host_pb2.ResidentParts
 
 
 def told(held_back: int = 0, for_ms: int = 0, **mib: int) -> hinting_pb2.Telemetry:
-    """Return the telemetry of a guest whose memory is used so, in MiB."""
+    """Return the telemetry of a guest that has so much memory of each kind, in MiB."""
     sizes = {f"{name}_bytes": size * MIB for name, size in mib.items()}
     use = hinting_pb2.MemoryUse(total_bytes=sum(sizes.values()), **sizes)
     return hinting_pb2.Telemetry(
@@ -86,7 +86,7 @@ def test_figures_that_do_not_add_up_are_unexplained() -> None:
 
 
 def test_memory_that_is_not_the_kernels_is_absent() -> None:
-    """Plugged and not online yet, for example."""
+    """Such memory is plugged and not online yet, for example."""
     parts = parts_of(told(**GUEST), resident=924, provisioned=1024 + 128)
     assert (parts.waiting_bytes, parts.unexplained_bytes) == (400 * MIB, 0)
 

@@ -1,4 +1,4 @@
-"""A resize first unplugs a DIMM that an earlier, failed one plugged, and that is in no books."""
+"""A resize first unplugs a DIMM that is in no books, because the resize that plugged it failed."""
 
 import asyncio
 from typing import Any

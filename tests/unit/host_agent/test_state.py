@@ -257,7 +257,7 @@ def test_the_lock_is_held_until_a_punch_of_a_killed_process_is_over(tmp_path: Pa
 
     arguments = (str(tmp_path), str(fd), str(size_bytes))
     with subprocess.Popen([sys.executable, "-c", PUNCHER, *arguments], pass_fds=[fd]) as process:
-        while resident_bytes() == size_bytes:  # bounded by the test's timeout
+        while resident_bytes() == size_bytes:  # the test's timeout bounds this
             assert process.poll() is None
         process.kill()
         with opened(tmp_path):

@@ -19,7 +19,7 @@ from tests.support.agents import wait_until
 from tests.support.lab import on_this_machine
 
 BUDGET_BYTES = 64 * MIB
-# Half of each page is zeros.
+# Writes as many MiB as it is told to; half of each page is zeros.
 USE_MEMORY = """
 import os, sys
 sys.stdin.readline()

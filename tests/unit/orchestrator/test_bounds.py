@@ -121,7 +121,8 @@ def test_slowdown_is_judged_as_a_ratio() -> None:
 
 
 def test_undecided_says_how_many_repetitions_would_decide() -> None:
-    # The mean is 1 and s = 2: t(17, 0.975) * 2 / sqrt(18) = 0.995, and 1.028 for one pair less.
+    # The mean is 1 and s = 2: t(17, 0.975) * 2 / sqrt(18) = 0.995, and 1.028 for one pair less. So
+    # 18 pairs are the fewest whose interval excludes 0.
     by_hand = change((0.0, -1.0), (0.0, 1.0), (0.0, 3.0))
     assert only("saved < 0B", by_hand).reason.startswith("needs about 18 repetitions")
     reason = only("saved < -2%", UNCLEAR).reason

@@ -159,7 +159,7 @@ def test_an_interrupt_whose_exception_was_lost_still_ends_the_run() -> None:
     try:
         interrupts = Interrupts()
         interrupts.check()
-        with contextlib.suppress(KeyboardInterrupt):  # as Python does in a destructor
+        with contextlib.suppress(KeyboardInterrupt):  # lost, as in a destructor
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             interrupts.check()

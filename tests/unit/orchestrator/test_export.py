@@ -219,7 +219,7 @@ def test_parts_of_a_version_that_had_fewer_columns(
 def test_a_spec_that_cannot_be_read_leaves_its_columns_empty(
     tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    store_run(tmp_path)  # its text is no spec
+    store_run(tmp_path)  # the stored text is no spec
     out, err = ran(tmp_path, capfdbinary)
     assert err.startswith("warning: seed, guest_memory_bytes, method, policy, tracker and isolator")
     assert "cannot read its spec" in err

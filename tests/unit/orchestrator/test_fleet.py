@@ -1,5 +1,5 @@
 """A fleet whose nodes do not answer: it does not wait for ever. Only Ray is replaced here, because
-no test can make a node of it silent for sure."""
+no test can make a node of Ray silent for sure."""
 
 import pytest
 
@@ -17,16 +17,16 @@ class _Silent:
         self.is_private = is_private
 
     def open(self) -> None:
-        """Connect."""
+        """Do nothing: there is no cluster to join."""
 
     def check(self) -> None:
-        """The cluster is there."""
+        """Do nothing: the cluster is always there."""
 
     def nodes(self, libvirt_uri: str | None) -> list[Node]:
         return [node_of("1", "quiet", "10.0.0.1", None, {})]
 
     def close(self, actors: object = ()) -> None:
-        """Leave."""
+        """Do nothing: there is nothing to leave."""
 
 
 @pytest.mark.parametrize("address", ["local", "10.0.0.9:6379"])

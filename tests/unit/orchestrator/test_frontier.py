@@ -108,14 +108,14 @@ def points(**ran_out_with: tuple[int, ...]) -> list[Point]:
             "eager runs 4 guests on a host (1.2 times its memory), and none of 4 hosts ran out of "
             "memory; under none some did with 3 already",
         ),
-        # 5 guests did not run out either, but 4 did: by chance.
+        # With 5 guests under eager no host ran out, but with 4 one did: so 5 fitted by chance.
         (
             points(none=(0, 0, 4), eager=(0, 1, 0)),
             "none runs 4 guests on a host (1.2 times its memory), and none of 4 hosts ran out of "
             "memory; no arm runs more",
         ),
         (points(none=(1, 2), eager=(1, 0)), ""),
-        # Whether eager runs more is not known.
+        # Arm eager is undecided: whether it runs more guests is not known.
         (
             [*points(none=(0, 4)), replace(points(eager=(0,))[0], hosts=0, undecided="lost")],
             "none runs 3 guests on a host (1 times its memory), and none of 4 hosts ran out of "

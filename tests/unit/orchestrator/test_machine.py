@@ -48,8 +48,8 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(base: Path) -> 
 
 def test_a_folder_in_use_stays_though_its_process_cannot_be_seen(base: Path) -> None:
     other = runtime_dirs().make()
-    # As if a process of another container had made the folder: no process here has the id in its
-    # name.
+    # As if a process of another container had made the folder: no process here has the id in the
+    # folder's name.
     elsewhere = other.path.rename(base / "hf-999999999-x")
     runtime_dirs().make().remove()
     assert elsewhere.is_dir()

@@ -94,7 +94,7 @@ def test_an_authority_is_called_like_all_others(
 def test_an_authority_that_could_not_be_written_is_made_later(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     folder = tmp_path / "pki"
-    # Between the sizes of a key and of a certificate.
+    # 300 bytes: a key is smaller, and a certificate is larger.
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
     try:
         with pytest.raises(Refused, match=f"cannot write {folder}: File too large"):

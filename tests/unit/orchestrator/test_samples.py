@@ -19,8 +19,8 @@ def sample(resident_bytes: int, at_s: int = 0, **more: object) -> Samples:
 
 
 def test_a_mean_is_over_time_and_not_over_samples(tmp_path: Path) -> None:
-    """At rest, samples are left out."""
-    told = {1: 50, 21: 50, 31: 400, 32: 400, 33: 400}  # in the last case until 41
+    """At rest, samples are left out: each sample holds until the next."""
+    told = {1: 50, 21: 50, 31: 400, 32: 400, 33: 400}  # used bytes by second; the last until 41
     samples = [
         sample(at_s, at_s=at_s, resident_parts=host_pb2.ResidentParts(used_bytes=used))
         for at_s, used in told.items()

@@ -406,7 +406,7 @@ def test_settings_are_about_the_spec_of_the_driver() -> None:
 
 
 def test_recordings_of_a_stored_run_are_those_that_were_read() -> None:
-    """Also beside some that the command line set."""
+    """This also holds if the command line set other recordings."""
     ramp = {"name": "ramp", "time_s": (0.0, 1.0), "used_bytes": (0, 4096)}
     replayed = GOOD.replace("{allocate: 96MiB, for: 1s}", "{replay: read.csv}")
     replayed = replayed.replace("{free: 75%,", "{allocate: 1MiB,")

@@ -116,7 +116,7 @@ def test_an_interval_that_ignores_the_looks_fails_that_test() -> None:
     ],
 )
 def test_differences_that_are_not_normal(shape: str, least: float) -> None:
-    """The last two show where the method fails; docs/statistics.md says so."""
+    """For the last two shapes the method fails, as docs/statistics.md says."""
     found = coverage.worst(coverage.seen_by(coverage.FIRST_LOOK, shape), *coverage.STOPS)
     assert found >= least
     if least < 0.93:

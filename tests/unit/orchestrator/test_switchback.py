@@ -215,7 +215,7 @@ def test_a_block_begins_when_its_guests_are_there() -> None:
 
 
 def test_all_guests_are_the_attached_ones_that_hint() -> None:
-    """Those of other experiments are left alone."""
+    """Guests of other experiments do not take part."""
     others = [guest("made", driver=host_pb2.LIBVIRT), guest("vm3", boot_id="")]
     assert boots_of((), [*HERE, *others]) == ({"vm1": "b1", "vm2": "b1"}, "")
     assert boots_of((), others) == ({}, "no attached guest has a hinting session")
@@ -237,7 +237,7 @@ def test_what_became_of_the_guests_of_a_block(now: list[host_pb2.Guest], said: s
 
 
 class SlowHost:
-    """A host agent of which each command takes a while.
+    """A host agent that takes 0.1 s to pause or to resume hinting.
 
     :ivar paused: the guests whose hinting is off.
     """
@@ -285,8 +285,8 @@ def test_a_block_that_is_cut_off_more_than_once_still_ends_the_pause(cuts: int) 
 
 
 def block_records(task: HostTask, guests: tuple[str, ...] = ("vm1", "vm2")) -> Iterator[Record]:
-    """Yield the records of a block: before 4 s, the cut, each guest has 900 MiB; then 300 MiB if it
-    is off, else 100 MiB and a MiB more in each repetition."""
+    """Yield the records of a block. Each guest has 900 MiB in the cut, before 4 s. Then it has
+    300 MiB under arm `off`, else 100 MiB, and 1 MiB more in each repetition."""
     trial = task.trial
     times = np.arange(0, 12 * S, S, dtype=np.int64)
     rest_mib = 300 if trial.arm.name == "off" else 100 + trial.repetition
@@ -422,12 +422,12 @@ def test_blocks_that_are_left_out_are_in_no_plot(tmp_path: Path) -> None:
 
 
 def test_a_pair_whose_blocks_have_other_guests_is_left_out(tmp_path: Path) -> None:
-    """With `guests: all`: a guest was attached between the two."""
+    """With `guests: all`: a guest was attached between the two blocks."""
     spec = parsed(GOOD.replace("[vm1, vm2]", "all"))
     header = RunHeader(run_id="run1", spec=spec, spec_text=GOOD, summary="a test")
     with Store(tmp_path) as store, RunWriter(store, header) as writer:
         for trial in plan_trials(spec, "run1"):
-            # From the second block of the third pair on, there are two.
+            # From the second block of the third pair on, there are two guests.
             names = ("vm1", "vm2") if trial.position > 4 else ("vm1",)
             named = parsed(GOOD.replace("[vm1, vm2]", f"[{', '.join(names)}]"))
             task = host_tasks(named, trial)["host1"]
