@@ -48,6 +48,7 @@ _NOISE_BYTES = 1 << 20
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
 _MAX_NAME_LENGTH = 64
+_ANY_MEMORY_BYTES = 1 << 52  # more than processors can address (x86-64: 52 bits)
 
 _log = logging.getLogger("hintfleet.host.guest")
 
@@ -251,7 +252,10 @@ class Guest:
 
     @property
     def largest_memory_bytes(self) -> int:
-        """How much memory the guest has when as much as possible is plugged."""
+        """How much memory the guest has when as much as possible is plugged. The operator of an
+        attached guest may plug any amount."""
+        if self.is_attached:
+            return _ANY_MEMORY_BYTES
         return max(self.spec.memory_bytes, self.spec.max_memory_bytes)
 
     @property

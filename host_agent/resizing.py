@@ -150,7 +150,8 @@ async def resize(guest: Guest, memory_bytes: int) -> None:
     :raises GuestLost: the guest is gone.
     :raises TransientError: its agent is not connected now, or the state cannot be written; the
         guest has what it had before.
-    :raises OutcomeUnknown: the guest did not answer; it is safe to call `resize` again.
+    :raises OutcomeUnknown: the guest did not answer, or an unplug failed and the guest could not be
+        told to use the rest again; it is safe to call `resize` again.
     """
     check(guest.name, guest.spec, memory_bytes)
     await guest.tasks.finish(_resize(guest, memory_bytes))
@@ -208,8 +209,15 @@ async def _shrink(guest: Guest, size_bytes: int) -> None:
         while left:
             await _take(guest, running, left[0])
             del left[0]
-    except HintfleetError:
-        await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=_pack(left))))
+    except HintfleetError as error:
+        try:
+            await _tell(guest, pb.WorkloadCommand(online=pb.Online(ranges=_pack(left))))
+        except (Refused, TransientError, OutcomeUnknown) as not_told:
+            raise OutcomeUnknown(
+                f"{error.message}; and the guest may not use all of its other memory again:"
+                f" {not_told.message}",
+                hint="resize the guest again",
+            ) from error
         raise
 
 

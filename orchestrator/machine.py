@@ -14,7 +14,7 @@ from hintfleet.units import format_size
 
 # The path of a unix socket has at most 107 bytes (unix(7)). The longest one in a private folder is
 # Ray's `plasma_store`: it adds 76 to 88 bytes to the base folder, by the length of the process id.
-_MAX_BASE_LENGTH = 30
+_MAX_BASE_LENGTH = 19
 
 
 def runtime_dirs() -> OwnedFolders:

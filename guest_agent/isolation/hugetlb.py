@@ -130,7 +130,7 @@ class HugetlbIsolator:
         """Whether the guest allocated memory between the last two polls."""
         self._held_back: HeldBack = nothing_held_back
         self._held_back_chunks = 0
-        """How many chunks that are free and not absent no pass looks for."""
+        """How many free chunks, not known to be absent, no pass looks for."""
         self._conflict_logged = False
         """Whether another user of the pool was logged and has not gone since."""
         self._clock = clock

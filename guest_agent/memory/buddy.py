@@ -26,7 +26,7 @@ from hintfleet.v1 import hinting_pb2 as pb
 
 FreeHook = Callable[["Zone", int], None]
 """Called with the zone and the first pfn of a chunk that has just become wholly free. It runs
-under the allocator's lock: it must be quick, and must not call the allocator."""
+under the allocator's lock: it must be quick, and must not call what takes that lock."""
 
 
 @dataclass(frozen=True, kw_only=True)

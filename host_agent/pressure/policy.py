@@ -76,7 +76,7 @@ class Hold:
 
 
 _PATIENCE_STEPS = 8
-"""So that guests are told only when it has changed by much."""
+"""The patience has one of so many values: guests are told only when it changes by a step."""
 
 
 def patience(host: HostView, before: float) -> float:

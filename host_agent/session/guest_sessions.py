@@ -66,9 +66,9 @@ class GuestSessions:
         self.conduct = Conduct()
         self.telemetry = hinting_pb2.Telemetry()
         self.telemetry_at_s = 0.0
-        """When it arrived, by the monotonic clock."""
+        """When `telemetry` arrived, by the monotonic clock."""
         self.resident_parts: host_pb2.ResidentParts | None = None
-        """What was resident then; None if the telemetry does not tell."""
+        """What was resident when `telemetry` arrived; None if that does not tell."""
         self.refusals: Counter[str] = Counter()
         """How often policy `pressure` allowed the guest nothing, by reason."""
         self.workload_is_there = asyncio.Event()
@@ -77,7 +77,7 @@ class GuestSessions:
         self._name = guest_name
         self.policy = ToldPolicy(guest_name, settings, self._send_policy)
         self.boot_id = ""
-        """Of the boot of the guest whose agent sent the last Hello; empty before the first."""
+        """The boot id in the last Hello of the guest's agent; empty before the first Hello."""
         self.chunk_order = settings.chunk_order or DEFAULT_CHUNK_ORDER
         """The order of the chunks that the guest hints."""
         self._memory = memory

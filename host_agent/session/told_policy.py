@@ -34,7 +34,7 @@ class ToldPolicy:
         self._settings = settings
         self._tell = tell
         self._own = policy_of(settings)
-        """Its policy, whether hinting is paused or not."""
+        """The policy of the guest's settings; while hinting is paused, another one applies."""
         self._pause_timer: asyncio.TimerHandle | None = None
         self._paused_until_s = 0.0
 

@@ -87,12 +87,14 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
         arm["precision"] = asdict(found) | {"is_enough": found.is_enough} if found else None
         arm["loops"] = [loop for loop in loops if loop["arm"] == arm["arm"]]
     capacity_rows = store.capacity_rows(run.run_id)
+    points = frontier(capacity_rows, spec_or_none(run))
     return header | {
         "confidence": CONFIDENCE,
         "figures": glossary(),
         "arms": arms,
-        "capacities": [asdict(arm) for arm in capacities(capacity_rows)],
-        "frontier": [asdict(point) for point in frontier(capacity_rows, spec_or_none(run))],
+        # Where the number of guests varies, none are started one by one until the host runs out.
+        "capacities": [] if points else [asdict(arm) for arm in capacities(capacity_rows)],
+        "frontier": [asdict(point) for point in points],
         "trials": [asdict(t) for t in store.trials(run.run_id)],
     }
 

@@ -70,7 +70,7 @@ class Figure(StrEnum):
     ALLOCATION_P99 = "allocation_p99"
     """How long 99 % of the allocations in all loops took at most."""
     GUESTS = "guests"
-    """How many guests fitted, in a run that started them one by one; such a run has no others."""
+    """How many guests fitted, in a run that started them one by one. It has no other figures."""
 
     @property
     def unit(self) -> Unit:

@@ -44,12 +44,12 @@ class TrialStatus(StrEnum):
     """How an attempt at a trial, or one host's part of it, ended."""
 
     DONE = "done"
-    """Every guest was measured and read back; or, if the figure is how many guests a host can run,
-    it ran out of memory or all guests have done their workload."""
+    """Every guest was measured, and its memory read back (not in a switchback); or, if the figure
+    is how many guests a host can run, each host ran out of memory or has run all workloads."""
     UNDECIDED = "undecided"
-    """It has no figures that count: a guest was lost, the outcome of a command is unknown,
-    samples are missing, or pages came back wrong. This is a result: the method under test may
-    be the cause."""
+    """It has no figures that count: for example, a guest was lost, the outcome of a command is
+    unknown, samples are missing, or pages came back wrong. This is a result: the method under test
+    may be the cause."""
     LOST = "lost"
     """It has no result: the test equipment failed, not the method under test. A host agent, or
     the actor that controls it, is gone."""

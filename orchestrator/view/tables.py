@@ -49,8 +49,8 @@ _STATE_STYLES = {
 _NAMES = ("experiment", "run", "of", "arm", "trial")
 _NAME_WIDTH = 16
 _IN_STEP = 0.99
-"""Coincidence from which on guests' workloads are in step: they do not begin a step at the same
-microsecond."""
+"""Coincidence from which on guests' workloads are in step. It is below 1 because even guests in
+step do not begin each step at the same microsecond."""
 _NONE = Text(NO_FIGURE, style="dim")
 _SPENT_NOTE = Text(
     "slower, more: than under none, pairs of same seeds, [95 % CI]; host CPU: of guests' processes "

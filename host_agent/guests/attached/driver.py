@@ -64,7 +64,7 @@ class AttachedGuest:
         self.domain: str = domain.name()
         self._uuid = uuid_text
         self.handle: Handle = {"start": domain.ID()}
-        """libvirt's number of this start of the domain, which it finds by its UUID."""
+        """libvirt's number of this start of the domain. (The domain is found by its UUID.)"""
         self.ram = ram
         self.door: MemoryDoor | None = door
         self._connection = connection

@@ -79,7 +79,7 @@ class LibvirtDriver:
         self._partition = partition
         self._probing = Lock()
         self._kvm_fails = False
-        """Whether a guest could not be started under KVM; it is not tried again."""
+        """Whether a guest could not be started under KVM; then KVM is not tried again."""
 
     def state(self) -> host_pb2.DriverState:
         try:

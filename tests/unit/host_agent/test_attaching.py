@@ -11,9 +11,11 @@ from hintfleet.errors import GuestLost, NotFound, Refused
 from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
+from hintfleet.v1.hinting_pb2 import Telemetry
 from host_agent.api.attaching import attach, detach
 from host_agent.guests.driver import GuestRequest
 from host_agent.registry import Registry
+from host_agent.session.validation import check_telemetry
 from tests.support.attached_domain import (
     SIZE,
     UUID,
@@ -117,6 +119,7 @@ def test_memory_that_somebody_plugs_and_unplugs_is_in_the_books(tmp_path: Path) 
             after.resident_bytes + after.reclaimed_now_bytes + after.untouched_bytes
         )
         assert guest.provisioned_bytes == 2 * SIZE
+        check_telemetry(Telemetry(free_bytes=2 * SIZE), guest.largest_memory_bytes)
 
     run(scenario, Driver(tmp_path))
 

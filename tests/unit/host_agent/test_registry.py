@@ -116,6 +116,20 @@ def test_a_guest_that_is_ended_while_it_is_made_leaves_nothing() -> None:
     run(scenario())
 
 
+def test_a_host_agent_that_ends_makes_no_guest() -> None:
+    async def scenario() -> None:
+        driver = Driver()
+        driver.may_make.set()
+        registry = registry_with(driver)
+        registry.shutting_down = True
+        with pytest.raises(Refused, match="this host agent ends"):
+            await registry.create("g", TRIAL, SPEC)
+        assert not registry.guests
+        assert not driver.made
+
+    run(scenario())
+
+
 def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
     async def scenario() -> None:
         driver = Driver()

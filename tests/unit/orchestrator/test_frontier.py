@@ -156,8 +156,10 @@ def test_a_stored_run_shows_its_frontier(
     assert "adaptive runs 9 guests on a host (3 times its memory)" in shown
     assert "6 of 6" in shown
     assert run_command(["show", "run1", "-o", "json", "--data-dir", str(tmp_path)]) == 0
-    found = json.loads(capsys.readouterr().out)["frontier"]
+    shown = json.loads(capsys.readouterr().out)
+    found = shown["frontier"]
     assert [p["ran_out"] for p in found if p["arm"] == "none"] == [0, 6, 6, 6, 6]
+    assert not shown["capacities"], "no guests were started one by one"
     path = tmp_path / "report.html"
     assert run_command(["report", "run1", "-o", str(path), "--data-dir", str(tmp_path)]) == 0
     page = path.read_text()

@@ -1,6 +1,7 @@
 """Runtime folders are private and have short paths; those of killed processes are removed. Also the
 facts about this machine that are stored with a run."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,19 @@ def test_a_long_temporary_folder_is_not_used(base: Path, monkeypatch: pytest.Mon
         assert len(str(made.path)) < 40
     finally:
         made.remove()
+
+
+@pytest.mark.parametrize("length", [19, 20, 30, 31])
+def test_sockets_of_ray_fit(base: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    folder = base / ("x" * (length - len(str(base)) - 1))
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    made = runtime_dirs().make()
+    made.remove()
+    pid = "4194303"  # the largest (PID_MAX_LIMIT, include/linux/threads.h)
+    private = str(made.path).replace(f"-{os.getpid()}-", f"-{pid}-")
+    session = f"session_2026-01-01_00-00-00_000000_{pid}"
+    assert len(f"{private}/ray/{session}/sockets/plasma_store") <= 107
 
 
 def test_the_environment_says_what_matters() -> None:
