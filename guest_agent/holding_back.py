@@ -138,8 +138,8 @@ class HoldingBack:
         return sum(map(len, self._held.values())) * self._level_pages
 
     def held_back_for_s(self, now_s: float) -> float:
-        """Return after how many seconds nothing is held back any more, if the guest uses no memory
-        again until then; 0.0 if nothing is held back now."""
+        """Return after how many seconds the last of what is held back now is let go at the latest;
+        0.0 if nothing is. Memory that is freed until then may be held back for longer."""
         self._end_holds(now_s)
         # Each queue begins with its oldest hold, so its newest one ends last.
         ends_s = (

@@ -11,8 +11,8 @@ from host_agent.memory.guest_memory import GuestMemory
 from host_agent.session.guest_sessions import GuestSessions
 from host_agent.tasks import LastingTasks
 
-# Audits of a guest that does not hint serve samples and metrics only: those that `check` starts
-# take at most 1 % of a processor for each guest in the long run.
+# The audits that `check` starts for a guest that does not hint serve samples and metrics only. So
+# they take at most 1 % of a processor for each guest in the long run.
 _OBSERVING = Pace(period_s=1.0, share=1 / 100)
 
 # Share of a processor that the audits that `check` starts for a hinting guest may take in the long

@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 from hintfleet.errors import GuestLost, HintfleetError, InvalidInput, NotFound, Refused
@@ -394,6 +395,6 @@ class Registry:
 
 def _report_lost(loop: asyncio.AbstractEventLoop, report: Callable[[], object]) -> None:
     # Drivers call this from their own threads. A guest's process may end after the loop was
-    # closed; then call_soon_threadsafe would raise RuntimeError.
-    if not loop.is_closed():
+    # closed; then call_soon_threadsafe raises RuntimeError.
+    with suppress(RuntimeError):
         loop.call_soon_threadsafe(report)

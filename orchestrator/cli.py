@@ -121,7 +121,9 @@ def _invoke(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     except click.Abort as error:  # click raises it for KeyboardInterrupt and EOFError
-        raise KeyboardInterrupt from error
+        # No command prompts, so an EOFError is a bug, and is reported as one.
+        cause = error.__cause__
+        raise (cause if isinstance(cause, EOFError) else KeyboardInterrupt) from error
 
 
 def _tell(message: str) -> None:

@@ -180,7 +180,7 @@ def _with_history(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str
 
 
 def _appended(history: str, value: str) -> str:
-    # Compare whole values, not the ends of texts: "24 GiB" ends with "4 GiB".
+    # Compare with the whole last value, not the end of the text: "24 GiB" ends with "4 GiB".
     return history if history.split(_THEN)[-1] == value else f"{history}{_THEN}{value}"
 
 

@@ -32,7 +32,8 @@ class EmbeddedIsolator:
     ) -> None:
         """Make a tracker for each zone of `allocator`, and set the allocator's free hook.
 
-        :param threshold_chunks: wake the core when so many chunks of one zone wait.
+        :param threshold_chunks: wake the core again when so many chunks of one zone wait, without
+            what is held back. The first one wakes it, too.
         """
         self._allocator = allocator
         self._threshold_chunks = threshold_chunks

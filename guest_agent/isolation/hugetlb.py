@@ -323,7 +323,8 @@ class HugetlbIsolator:
         return self._pool.free_chunks() - self._reserve_chunks
 
     def _gain(self, free_chunks: int) -> int:
-        """Return how many maybe resident chunks a pass must find; 0 if no pass is worthwhile."""
+        """Return how many maybe resident chunks a pass would look for; 0 if they are too few, or if
+        no pass may begin now."""
         self._held_back_chunks = self._held_back(self.used_pages()).free // CHUNK_PAGES
         movable = free_chunks - self._reserve_chunks
         must_rest = self._guest_grows or self._clock() < self._rest_until_s

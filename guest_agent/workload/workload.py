@@ -31,7 +31,7 @@ class GuestSystem:
 
 
 class Workload:
-    """Holds memory, and answers workload commands, one after the other."""
+    """Holds memory, and carries out commands. The caller must run them one after the other."""
 
     def __init__(self, source: Source, plugs: Plugs, system: GuestSystem | None = None) -> None:
         """:param system: None in an embedded guest."""

@@ -75,8 +75,8 @@ class RunningGuest(Protocol):
 
     @property
     def handle(self) -> Handle:
-        """What identifies the guest besides its UUID, for `adopt` by a later host agent and for
-        `has_ended`."""
+        """What `adopt` by a later host agent and `has_ended` need besides the guest's UUID; may be
+        empty."""
 
     def plugged(self) -> RangeSet:
         """Return the pages that `plug` has added, and that are not unplugged yet."""

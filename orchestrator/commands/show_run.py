@@ -92,7 +92,8 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "figures": glossary(),
         "arms": arms,
-        # Where the number of guests varies, none are started one by one until the host runs out.
+        # With `vary`, the rows are for `frontier`: guests start together, so none of them says how
+        # many fit.
         "capacities": [] if points else [asdict(arm) for arm in capacities(capacity_rows)],
         "frontier": [asdict(point) for point in points],
         "trials": [asdict(t) for t in store.trials(run.run_id)],

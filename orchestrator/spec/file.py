@@ -271,7 +271,8 @@ def _problem(error: Any) -> Problem:
             hint="use lower-case letters, digits and '-', for example bitmap-eager",
         )
     shown = repr(error["input"])
-    # Pydantic's messages begin "Input should be ...". "Input" is replaced by the value.
+    # Pydantic's messages are "Input should be ...", "String should have ..." and the like. What is
+    # before "should" is replaced by the value.
     _, _, text = error["msg"].partition(" should ")
     return Problem(path=path, message=f"{shown[:60]} should {text or error['msg']}")
 

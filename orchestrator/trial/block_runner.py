@@ -2,8 +2,9 @@
 hinting or lets it go on, and receives samples. It makes, resizes, settles, verifies and ends no
 guest.
 
-The measured time begins when the cut is over. Its times are of the host's clock, as those of the
-samples. results/trial_outcome.py decides how a block that is left out is counted.
+The measured time begins when the cut is over. It begins and ends by the host's clock, as samples
+do. A block that is left out is undecided (results/trial_outcome.py), and its pair is in no figure
+(view `left_out_pairs`, results/store/database.py).
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ class BlockRunner(Script):
         return "", False
 
     async def _wait_until_there(self) -> dict[str, str]:
-        """Wait until each guest is there and has a session; return their boot ids by name.
+        """Wait until each named guest is there and has a session; if none is named, until any
+        attached guest has one. Return the boot ids of these guests by name.
 
         Waits as long as the block would last: so a guest that is down for the time of one block
         spoils about one block, not all that are left.
@@ -239,8 +241,11 @@ class BlockRunner(Script):
             if time.monotonic() > self._sampled_s + timeout_s:
                 raise LeftOut(f"{self._task.host}: no samples for {timeout_s:.0f} s")
             self._sample_came.clear()
+            # Not asyncio.wait_for: in Python 3.11 it loses a cancellation that comes together with
+            # a sample (python/cpython#86296), and the block would go on to its end.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._sample_came.wait(), _POLL_S)
+                async with asyncio.timeout(_POLL_S):
+                    await self._sample_came.wait()
 
     async def _renew(self) -> None:
         left_s = await self._pause(_PAUSE_S)

@@ -134,7 +134,8 @@ class HostProcess:
         if self._process.returncode is None:
             self._process.terminate()
             try:
-                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                    await self._process.wait()
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
@@ -174,7 +175,8 @@ async def _read_line(fd: int, timeout_s: float) -> bytes | None:
         lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb")
     )
     try:
-        return await asyncio.wait_for(reader.readline(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await reader.readline()
     except TimeoutError:
         return None
     finally:

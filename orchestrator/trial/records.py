@@ -110,7 +110,8 @@ class LoopFigures:
     :ivar touched_bytes: written, faulted in, or read and written (bandwidth).
     :ivar allocation_us: churn and fault: how long each allocation of an extent took, with the first
         write to it.
-    :ivar bytes_per_s: fault and bandwidth: touched bytes per second, one value for each 100 ms.
+    :ivar bytes_per_s: touched bytes per second, one value for each 100 ms or more; with churn, its
+        pauses count.
     """
 
     title: str

@@ -194,7 +194,8 @@ class _TrialRunner(Script):
 
     async def _wait_watching(self) -> None:
         try:
-            await asyncio.wait_for(self._watching.wait(), _FIRST_SAMPLE_TIMEOUT_S)
+            async with asyncio.timeout(_FIRST_SAMPLE_TIMEOUT_S):
+                await self._watching.wait()
         except TimeoutError:
             raise TransientError(f"{self._task.host}: no samples from the host agent") from None
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
-from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import HealthCheck, Phase, note, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
@@ -518,10 +518,16 @@ MUTATIONS: dict[str, dict[str, object]] = {
 }
 
 
+# Mutations that are hard to find: they take 300 examples on average, sometimes 1,500. These seeds
+# find them soon. Where they do not, with another version of Hypothesis, the test takes longer.
+SEEDS = {"TakesAcksOfOldEpochs": 5, "GoesOnWhenTheDoorOpens": 6}
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_every_mutation_of_the_machines_is_found(mutation: str) -> None:
     mutated = type(mutation, (Sessions,), MUTATIONS[mutation])
+    if mutation in SEEDS:
+        seed(SEEDS[mutation])(mutated)
     with pytest.raises((AssertionError, HintfleetError)) as found:
-        # The mutation that is hardest to find takes 300 examples on average, sometimes 1,500.
         run_state_machine_as_test(mutated, settings=settings(BUDGET, max_examples=6000))
     print(f"{mutation}: {found.value}")

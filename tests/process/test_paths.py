@@ -20,13 +20,10 @@ from tests.support.lab import made_lab, result
 from tests.support.stored import store_run
 
 NAMES = {
-    "glob": b"a [x] *?",
-    "hive": b"host=a",
+    "glob and hive": b"host=a [x] *?",
     "uri": b"file:a#b%41?mode=ro",
-    "quotes": b'it\'s "a"; --',
-    "line feed": b"a\nb",
-    "scripts": "жя 中 😀".encode(),
-    "markup": b"[bold]x{}%s$y",
+    "quotes and markup": b'it\'s "a"; -- [bold]x{}%s$y',
+    "line feed and scripts": "a\nжя 中 😀".encode(),
     "no UTF-8": b"a\xff",
 }
 COMMANDS = {"hintfleet": "orchestrator", "hintfleet-host": "host_agent"}

@@ -130,7 +130,7 @@ def _setting(arguments: argparse.Namespace, seed: int) -> AbstractContextManager
 
 
 class _Progress:
-    """Prints a line about the run on stderr, every `every_s` seconds."""
+    """Called often with the report so far: prints a line of it on stderr, every `every_s` s."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s = self._next_s = every_s

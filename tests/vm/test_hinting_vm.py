@@ -29,7 +29,7 @@ FREED_BYTES = 400 * MIB
 @pytest.mark.parametrize("name", GUESTS)
 def test_what_is_freed_leaves_the_host(guests: Guests, connection: Any, name: str) -> None:
     host = guests.host
-    time.sleep(3)  # wait until the agent is at rest
+    time.sleep(3)  # long enough for a rest: after ten idle polls, the agent polls once a second
     host.allocate(FREED_BYTES + 60 * MIB, name)
     before_bytes = guests.ledger(name).resident_bytes
     host.free(FREED_BYTES, name)

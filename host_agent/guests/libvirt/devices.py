@@ -104,15 +104,19 @@ def unplug_door(domain: Any) -> None:
     :raises GuestLost: the domain is gone.
     """
     for device in _doors(domain):
-        alias = device.find("alias")
-        name = alias.attrib["name"] if alias is not None else _TAG
+        name = _alias(device)
         try:
             detach(domain, name, ET.tostring(device, encoding="unicode"))
         except (Refused, OutcomeUnknown):
             # The device may be gone all the same, which is enough: the domain has ended
             # meanwhile, or somebody else has taken the device out.
-            if _doors(domain):
+            if name in map(_alias, _doors(domain)):
                 raise
+
+
+def _alias(device: ET.Element) -> str:
+    alias = device.find("alias")
+    return alias.attrib["name"] if alias is not None else _TAG
 
 
 def _doors(domain: Any) -> list[ET.Element]:

@@ -172,9 +172,8 @@ class RestartedLedgerMachine(LedgerMachine):
 
     @rule(pages=runs)
     def killed_in_the_middle_of_a_batch(self, pages: list[tuple[int, int]]) -> None:
-        first, *_ = RangeSet(
-            pages
-        )  # only the first range is punched, and no part of the batch is in the books
+        # Only the first range is punched before the kill; no part of the batch is in the books.
+        first, *_ = RangeSet(pages)
         self.ram.punch(RangeSet([first]) & self.ram.pages, self.ram.permit())
         self.killed_and_restarted()
 

@@ -1,5 +1,5 @@
 """The hosts of one actor run side by side; their records come in batches. The host agents are gRPC
-servers in this process (tests/support/fake_host_service.py)."""
+servers in this process (tests/support/fake_host_service.py); one test begins to start real ones."""
 
 import asyncio
 import tempfile

@@ -115,7 +115,7 @@ def test_an_arm_against_the_control() -> None:
     assert figure(none.allocation_p99_us).mean == pytest.approx(100, rel=0.01)
     assert figure(hint.allocation_p99_us).mean == pytest.approx(4000, rel=0.01), "of both hosts"
     assert figure(hint.bytes_per_s).mean == 10 * MIB
-    assert hint.bytes_per_s_p1 is None, "churn has no rates"
+    assert hint.bytes_per_s_p1 is None, "these guests sent no rates"
 
 
 def test_an_arm_with_a_trial_that_does_not_count_has_no_figures() -> None:

@@ -1,4 +1,4 @@
-"""Savings: what forms a pair, how wide intervals are, and when there is no figure."""
+"""Savings: what forms a pair, how often intervals hold the truth, and when there is no figure."""
 
 import random
 from dataclasses import replace

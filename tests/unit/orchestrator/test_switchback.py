@@ -274,7 +274,10 @@ def test_a_block_that_is_cut_off_more_than_once_still_ends_the_pause(cuts: int) 
         for _ in range(cuts):
             block.cancel()
             await asyncio.sleep(0.02)
-        await asyncio.wait((block,), timeout=30)
+        cut_us = time.time_ns() // 1000
+        (done,), _ = await asyncio.wait((block,), timeout=30)
+        assert done.cancelled()
+        assert time.time_ns() // 1000 < cut_us + switchback.carry_over_s * 1e6, "it did not go on"
 
     switchback = spec.switchback
     asyncio.run(cut_off())
