@@ -66,9 +66,9 @@ _OPTIONS = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),
     # Guests ping idle streams every 10 s to notice a lost link. By default a gRPC server closes a
-    # connection with GOAWAY if pings arrive more often than every 5 min (gRPC's
-    # doc/keepalive.md).
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # connection with GOAWAY ("Too many pings") if pings arrive more often than every 5 min (gRPC's
+    # doc/keepalive.md, GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS).
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 _CONTROL_OPTIONS = (*_OPTIONS, ("grpc.max_receive_message_length", 1 << 20))
 GUEST_OPTIONS = (

@@ -46,7 +46,7 @@ class BuddySource:
 
     def copy(self, source_at: int, target_at: int) -> None:
         source, target = self._start + source_at, self._start + target_at
-        # Without the view, the slice would first be copied into a bytes object.
+        # Without the view, the slice that is read would first be copied into a bytes object.
         with memoryview(self._ram) as view:
             view[target : target + EXTENT_BYTES] = view[source : source + EXTENT_BYTES]
 

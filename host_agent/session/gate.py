@@ -228,7 +228,7 @@ class Gate:
         return [*self._done(batch, outcome), *self._welcome(), *self._ask_for_turn()]
 
     def _check(self, batch: Batch) -> None:
-        """Raise InvalidInput if an arriving batch breaks the protocol."""
+        """Raise InvalidInput: no Welcome yet, too many in flight, or not the next of its epoch."""
         if self.state is not State.OPEN:
             raise InvalidInput(f"batch {batch.seq} came before the welcome")
         if len(self._waiting) + (self.running is not None) >= LIMITS.batches_in_flight:

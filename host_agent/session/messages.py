@@ -29,8 +29,8 @@ _KINDS: Mapping[Policy, pb.Policy.Kind.ValueType] = {
 def policy_of(
     settings: host_pb2.HintingSettings, *, allowance_bytes: int = 0, patience: float = 1.0
 ) -> pb.Policy:
-    """Return the policy for a guest with these settings; a setting that is 0 or empty means its
-    default.
+    """Return the message Policy for a guest with these settings; a setting that is 0 or empty means
+    its default.
 
     :param patience: policy adaptive: see `host_agent.pressure.policy.patience`.
     """

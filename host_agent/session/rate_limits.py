@@ -121,7 +121,7 @@ class Conduct:
             raise LimitExceeded(f"more than {SESSIONS.per_s:g} streams opened per second")
 
     def count_stream(self) -> Callable[[], None]:
-        """Count a stream that the guest has opened; return a function to call when it is closed."""
+        """Count one more open stream of the guest; return a function to call when it is closed."""
         self._open_streams += 1
 
         def closed() -> None:

@@ -37,7 +37,8 @@ _STOP_TIMEOUT_S = 70.0
 _POLL_S = 0.5
 # How long a node may take to say what it is: it may first have to start a process for that.
 _NODE_ANSWERS_WITHIN_S = 60.0
-# With libvirt, the 120 s that the host agent's doctor may take (orchestrator/doctor.py) are added.
+# If it is also asked about libvirt: 120 s more, which the host agent's doctor may take
+# (orchestrator/doctor.py).
 _LIBVIRT_ANSWERS_WITHIN_S = 180.0
 
 _log = logging.getLogger("hintfleet.ray")

@@ -65,8 +65,8 @@ def _connect(address: ClusterAddress, quiet: dict[str, Any]) -> None:
             address = replace(address, given=f"{address.given} ({gcs_address})")
         with _gcs_channel(gcs_address) as channel:
             has_token = check_answers(address, *_check_alive(channel))
-        # For `auto`, ray.init itself looks for the token of a local cluster; for an address it
-        # does not (ray/_private/worker.py, 2.60).
+        # No error yet for `auto`: ray.init then looks for the token of a local cluster itself. For
+        # an address it does not (ray/_private/worker.py, 2.60).
         if not has_token and address.value != "auto":
             raise no_token_error(address)
         ray.init(address=address.value, **quiet)  # refuses a cluster with other versions

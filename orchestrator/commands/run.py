@@ -153,7 +153,8 @@ def _run(
     tls_folder: str,
     interrupts: Interrupts,
 ) -> bool:
-    """Run an experiment, if it has trials left; if it is cut off, say how to resume it.
+    """Run the rest of an experiment; if it is over, only say so. If it is cut off after it was
+    stored, say how to resume it.
 
     :returns: whether Ray wrote anything into the run's log during this call.
     """

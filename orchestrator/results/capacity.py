@@ -1,4 +1,5 @@
-"""Computes how many guests fitted on hosts under each arm, if guests were started one by one. Pure.
+"""Computes how many guests fitted on hosts under each arm, in runs that start them one by one.
+Pure.
 
 A guest fits if it has done its workload, with all earlier guests still there, before the host ran
 out of memory. In a comparison, as in `savings`, each repetition is one pair, summed over hosts.

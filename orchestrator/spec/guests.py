@@ -42,7 +42,7 @@ class GuestClass(Part):
 
     @property
     def begins_apart(self) -> bool:
-        """Whether its guests do not begin their workload together."""
+        """Whether the guests of this class begin their workload at different times."""
         return bool(self.stagger_s or self.begin_within_s)
 
 

@@ -1,4 +1,4 @@
-"""Makes the spec from which a host agent creates the guests of a trial. Pure."""
+"""Makes the spec of each guest of a trial, from which a host agent creates the guest. Pure."""
 
 from __future__ import annotations
 

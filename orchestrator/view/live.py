@@ -29,7 +29,7 @@ _FRAMES_PER_S = 5
 _BAR_WIDTH = 24
 # Up to so many hosts have a line each; if there are more, hosts in the same phase share a line.
 _MAX_HOSTS = 12
-# The characters of a host's line that are not its bars.
+# How many characters of the terminal's width are kept for all of a host's line but its bars.
 _BESIDE_LINE = 60
 
 

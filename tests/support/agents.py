@@ -60,7 +60,7 @@ class HostClient:
     guest_address: str
     samples: list[host_pb2.SampleSet] = field(default_factory=list)
 
-    def watch(self, trial_id: str = TRIAL, timeout_s: float = 900) -> grpc.RpcContext:
+    def watch(self, trial_id: str = TRIAL, timeout_s: float = 4 * HANG_S) -> grpc.RpcContext:
         """Open a Watch, which keeps a trial's guests alive; return it after its first sample.
 
         A thread appends all samples to `samples`.

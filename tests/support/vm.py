@@ -168,10 +168,14 @@ class Guests:
 
     def falls_to(self, name: str, resident_bytes: int) -> None:
         """Wait until, by its books, no more than `resident_bytes` of the guest are resident."""
-        wait_until(
-            lambda: self.ledger(name).resident_bytes <= resident_bytes,
-            f"no more than {resident_bytes // MIB} MiB of {name} to be resident",
-        )
+        try:
+            wait_until(
+                lambda: self.ledger(name).resident_bytes <= resident_bytes,
+                f"no more than {resident_bytes // MIB} MiB of {name} to be resident",
+            )
+        except AssertionError as error:
+            error.add_note(str(self.host.guests()[name]))
+            raise
 
     def balances(self, name: str, connection: Any) -> None:
         """Check that the books of a guest balance, and agree with its RAM files. The guest is

@@ -30,9 +30,10 @@ _GONE = (grpc.StatusCode.ABORTED, grpc.StatusCode.NOT_FOUND)
 class Deadlines:
     """How long guests of one driver may take.
 
-    :ivar create_s: for the creation of a guest.
+    :ivar create_s: for the creation of a guest, or for one attempt to attach a domain.
     :ivar step_s: for each other call.
-    :ivar silence_s: the longest time without any answer to a step, however many faults there are.
+    :ivar silence_s: the longest time without any answer to a step, without success in attaching, or
+        for each of the last checks, however many faults there are.
     """
 
     create_s: float

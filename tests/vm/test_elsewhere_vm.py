@@ -141,7 +141,7 @@ def test_a_guest_whose_balloon_stops_answering_is_lost(
     """The guest is suspended, so that its balloon driver does not answer."""
     monkeypatch.setenv("HINTFLEET_IMAGE_DIR", str(image.directory.parent))
     with running_host_agent() as host:
-        host.watch(timeout_s=300)
+        host.watch()
         name = f"silent-{uuid.uuid4().hex[:8]}"
         guests = Guests(host, {name: spec(host_pb2.BALLOON, memory_bytes=384 * MIB)})
         assert guests[name].pid

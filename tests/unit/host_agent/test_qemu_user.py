@@ -1,5 +1,5 @@
 """Whether QEMU's user may reach a file: modes and access lists decide as in the kernel. Also how
-QEMU's user is found out."""
+QEMU's user is read from libvirt's capabilities."""
 
 import os
 import struct
