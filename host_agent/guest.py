@@ -48,7 +48,7 @@ _NOISE_BYTES = 1 << 20
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
 _MAX_NAME_LENGTH = 64
-_ANY_MEMORY_BYTES = 1 << 52  # more than processors can address (x86-64: 52 bits)
+_ANY_MEMORY_BYTES = 1 << 52  # all that processors can address (x86-64: at most 52 bits)
 
 _log = logging.getLogger("hintfleet.host.guest")
 

@@ -53,7 +53,7 @@ class PoolState:
     :ivar total: all pages of the pool.
     :ivar free: pages that are not in use.
     :ivar reserved: free pages that are promised to a file or a mapping.
-    :ivar surplus: pages beyond the number that was set, from overcommit.
+    :ivar surplus: pages beyond the number that was set: of overcommit, or in use as it was lowered.
     """
 
     total: int
@@ -176,7 +176,7 @@ class HugetlbPool:
             return
         # Set the number of pages of each node, not the total: for the total, the kernel takes pages
         # from each node in turn, and reclaims and compacts memory on a node that has no free chunk
-        # (mm/hugetlb.c: alloc_pool_huge_page).
+        # (mm/hugetlb.c: alloc_pool_huge_page, or alloc_pool_huge_folio in later kernels).
         zones = self._zones()
         for node in nodes:
             free_blocks = [counts for (its_node, _), counts in free.items() if its_node == node]
@@ -294,10 +294,10 @@ class HugetlbPool:
         return 0
 
     def _adopt(self) -> None:
-        """Reserve the chunks that an earlier agent of this boot left; if it had reserved none, give
-        all of them back.
+        """Reserve all chunks that an earlier agent of this boot left, also those that it had only
+        moved; if its file is empty, it had reserved none: then give all of them back.
 
-        :raises Refused: somebody uses some of them.
+        :raises Refused: somebody uses some of them, or has put pages into the pool meanwhile.
         """
         self._open_file()
         file_is_empty = not os.fstat(self._fd).st_size

@@ -44,13 +44,15 @@ def check_hello(hello: pb.Hello) -> None:
 def check_telemetry(told: pb.Telemetry, memory_bytes: int) -> None:
     """Check what a guest's agent reports about itself.
 
-    `told.memory` may be about more than `memory_bytes`: somebody else may have plugged memory that
-    this host agent does not know of.
+    `told` may be about more than `memory_bytes`: somebody else may have plugged memory that this
+    host agent does not know of.
 
-    :raises InvalidInput: more memory is free than `memory_bytes`, more is held back than is free,
-        more is used for something than there is, or another figure is too large.
+    :param memory_bytes: the most memory that the guest can have; of an attached guest, any amount.
+    :raises InvalidInput: more memory is free than `memory_bytes`, and than `told.memory` has; more
+        is held back than is free, or used for something than there is; or another figure is too
+        large.
     """
-    _check_at_most("free_bytes", told.free_bytes, memory_bytes)
+    _check_at_most("free_bytes", told.free_bytes, max(memory_bytes, told.memory.total_bytes))
     _check_at_most("held_back_bytes", told.held_back_bytes, told.free_bytes)
     for name in ("agent_cpu_us", "agent_rss_bytes", "tracker_bytes"):
         _check_at_most(name, getattr(told, name), _MAX_FIGURE)

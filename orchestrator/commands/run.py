@@ -100,20 +100,21 @@ def run(
     """Run an experiment: SPEC is a file, or a name that `hintfleet experiments` lists.
 
     All trials of all arms run, in an order drawn from the seed. The memory that they used
-    and saved is stored and printed. Ctrl-C ends all guests and keeps the stored results.
+    and saved is stored and printed. Ctrl-C ends all guests that the run has made (those of a
+    switchback live on, and hint again at once), and keeps the stored results.
 
-    With `precision` in SPEC (5%, or a size), repetitions go on until the interval of each
-    arm's savings is that narrow, or max_repetitions have run. Either way the run is done.
+    With `precision` in SPEC (5%, or a size), repetitions go on until no interval of an arm's
+    savings reaches farther than that from its middle, or max_repetitions have run.
 
-    --resume continues a run that was cut off by Ctrl-C, an error, a crash or a power
-    failure. Trials that have a result keep it; the others run. Trials that were lost with a
-    host, or with the Ray actor that controls it, run again too. A run without such trials is
-    only shown.
+    --resume continues a run that was cut off, by whatever. Trials that have a result keep
+    it; the others run, also those that were lost with a host or with the Ray actor that
+    controls it. A run without such trials is only shown.
 
-    Without a Ray cluster (--address), all hosts run on this machine. If they could need more
-    memory than this machine or a cgroup of this command has, nothing is started and the exit
-    code is 2. With a cluster, each host needs that memory on its node; the run waits for more
-    nodes if it must (timeouts: {nodes: 30s} in SPEC). `hintfleet cluster` shows them.
+    Without a Ray cluster (--address), hosts that do not run already run on this machine. If
+    they could need more memory than this machine or a cgroup of this command has, nothing is
+    started and the exit code is 2. With a cluster, each host needs its memory on its node;
+    the run waits for more nodes if it must (timeouts: {nodes: 30s} in SPEC). `hintfleet
+    cluster` shows them.
     """
     from orchestrator.cluster.ray_cluster import cluster_address
     from orchestrator.commands.show_run import print_run

@@ -69,8 +69,8 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
     """Return a run as plain data: its header without the spec, the units of figures, its arms,
     capacities, frontier and trials.
 
-    If the run has a precision, each arm with an interval says how narrow that is, and whether it
-    is narrow enough.
+    If the run has a precision, each arm with an interval of `saved_bytes` says how narrow that is,
+    and whether it is narrow enough.
     """
     header = asdict(run)
     del header["spec_text"]

@@ -62,7 +62,7 @@ class ArmCost:
     :ivar slowest_settle_s: the longest of these times; None if there are none.
     :ivar asked_settle_s: mean time that a Settle call took; None if there was no call.
     :ivar slowdown_percent: how much longer the workload's steps took than under the
-        control; a geometric mean. Also None if no step takes as long as the guest needs for it.
+        control; a geometric mean. Also None if all steps have a given time, as loops and blocks.
     :ivar guest_cpu_s: CPU time of the guests' agents (embedded: of the whole guest process), minus
         that under the control.
     :ivar host_cpu_s: CPU time of the guests' processes and the host agents, minus that

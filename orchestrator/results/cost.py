@@ -85,7 +85,8 @@ def host_cost(
     """Compute the cost of one host in one trial.
 
     :param series: the samples of each guest, with COUNTERS.
-    :param steps: the steps of each guest, in order; the last one is the read-back.
+    :param steps: the steps of each guest, in order; the last one is the read-back, or the end of a
+        switchback's block.
     :raises Undecided: a workload did not finish.
     """
     windows = {guest: window_of(guest, steps[guest]) for guest in series}

@@ -105,10 +105,11 @@ def guest_footprint(
 ) -> Footprint:
     """Compute the footprint of one guest.
 
-    :param steps: of this guest, in order; the last one is the read-back.
+    :param steps: of this guest, in order; the last one is the read-back, or the end of a
+        switchback's block.
     :param ended: the guest's final books; None if the trial ended before they were read.
     :param period_s: the time between two samples that was asked for.
-    :raises Undecided: samples are missing, the guest was not read back, or `ended` is None.
+    :raises Undecided: samples are missing, that last step is not there, or `ended` is None.
     """
     window = window_of(guest, steps)
     if ended is None:
@@ -167,7 +168,7 @@ def sum_returned(parts: Sequence[Returned | None]) -> Returned | None:
 def window_of(guest: str, steps: Sequence[StepDone]) -> Window:
     """Return the measured window of a guest.
 
-    :raises Undecided: its workload did not finish.
+    :raises Undecided: its workload, or its block of a switchback, did not finish.
     """
     counted = [step for step in steps if step.kind != CUT]
     if len(counted) < 2 or counted[-1].kind not in (VERIFY, BLOCK_END):

@@ -1,7 +1,8 @@
 """`Leak`: a thing that a crash left on a machine. `remove_all` removes such things.
 
 `hintfleet-host --leaks` prints as JSON what killed host agents left; `--clean` also removes it.
-`hintfleet doctor --leaks` and `--clean` run that command, and add what killed runs left.
+`hintfleet doctor --leaks` and `--clean` run that command, and add what killed runs left, and the
+huge pages of a dead guest agent, which are only listed.
 """
 
 from __future__ import annotations

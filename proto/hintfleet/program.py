@@ -76,7 +76,7 @@ def prepare(program: str) -> Tell:
 
 
 def say(message: str) -> None:
-    """Print on stderr, with control characters replaced.
+    """Print on stderr, with control characters replaced, except newlines and tabs.
 
     If stderr cannot be written to, redirect it to /dev/null.
     """

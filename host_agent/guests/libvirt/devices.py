@@ -129,11 +129,12 @@ def _doors(domain: Any) -> list[ET.Element]:
 def detach(domain: Any, alias: str, xml: str) -> None:
     """Detach a device and wait until QEMU has removed it.
 
-    :param alias: libvirt's name for the device.
-    :param xml: the device's element of the live XML.
+    :param alias: libvirt's name for the device: tells which events are about it.
+    :param xml: the device's element of the live XML: tells libvirt what to detach.
     :raises Refused: the guest refused, and the device stays; or libvirt failed, for example because
         the device is gone already.
     :raises OutcomeUnknown: the guest did not answer in time, and may still release the device.
+    :raises GuestLost: the domain is gone.
     """
     libvirt, _ = modules()
     # Subscribe before detaching: detachDeviceFlags returns when the guest has been asked, and

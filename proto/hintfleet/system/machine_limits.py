@@ -102,8 +102,8 @@ def _memory_limits(folder: PurePosixPath, root: Path) -> list[int]:
 
 
 def _used_bytes(folder: Path) -> int:
-    """Return the bytes that a cgroup uses, without the page cache that is easy to free."""
-    # Easy to free: all of the inactive cache, and half of the active one, a guess similar to that
+    """Return the bytes that a cgroup uses, without inactive page cache and half of the active."""
+    # What is left out is easy to free; half of the active cache is a guess similar to that
     # of MemAvailable (si_mem_available() in mm/show_mem.c). The pages of a memfd are shmem, so
     # neither inactive_file nor active_file contains them.
     usage = next(filter(None, (_number(folder / name) for name in _MEMORY_USAGE)), 0)

@@ -90,7 +90,7 @@ def registry_with(driver: Driver) -> Registry:
 
 
 async def made(registry: Registry, name: str = "g") -> None:
-    """Make a guest, and attach its workload; return when it is ready."""
+    """Make a guest, attach its workload, and wait until the guest is ready."""
     creating = asyncio.create_task(registry.create(name, TRIAL, SPEC))
     while not any(guest.name == name and guest.running for guest in registry.guests):
         await asyncio.sleep(0.01)
