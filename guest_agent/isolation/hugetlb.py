@@ -17,8 +17,8 @@ nothing: it is spent on absent chunks, too.
 
 Tracking: a chunk that the host has acknowledged counts as absent until the host reports a refault.
 A new agent begins no pass before the host has reported which memory is resident; all other free
-chunks then count as absent. A pass is worthwhile when enough new chunks are free. Chunks that the
-last pass could not have (the reserve) do not count, except for a requested pass without
+chunks then count as absent. A pass is worthwhile when enough new chunks are free. Chunks that a
+pass could not have (the reserve) do not count, except for a requested pass without
 `init_on_alloc`. After a pass, the next one waits four times as long as the pass took, half a second
 at the most, unless one is requested.
 
@@ -123,7 +123,8 @@ class HugetlbIsolator:
         """Free chunks beyond the reserve that this pass did not move: the kernel refused, or
         the pass had found all new chunks."""
         self._unobtainable_chunks = 0
-        """Chunks that are free and not absent, but that the last pass could not have."""
+        """Chunks that are free and not absent, but that the last pass which did not find all that
+        it looked for could not have; fewer if a pass since then left fewer."""
         self._pass_requested = False
         self._last_free_chunks = 0
         self._guest_grows = False
@@ -305,10 +306,12 @@ class HugetlbIsolator:
         free = min(self._pool.free_chunks(), self._reserve_chunks + self._unmoved_chunks)
         # Subtract the absent chunks outside the pool, which `free` includes.
         left = free - _chunk_count(self._absent - self._in_pool)
-        # A pass that found all that it looked for could also have moved what is held back, so that
-        # does not count as unobtainable.
-        obtainable = self._held_back_chunks if self._to_find_chunks <= 0 else 0
-        self._unobtainable_chunks = max(0, left - obtainable)
+        if self._to_find_chunks <= 0:
+            # This pass found all that it looked for, and did not try to move the rest. Among the
+            # rest are chunks that were held back, and chunks that were reported as resident or
+            # freed during the pass: the next pass may have them all.
+            left = min(left - self._held_back_chunks, self._unobtainable_chunks)
+        self._unobtainable_chunks = max(0, left)
         self._to_hint, self._in_pool, self._to_move_chunks = [], EMPTY, 0
         # The next `idle` must not compare its count of free chunks with one from before the pass.
         self._last_free_chunks = 0

@@ -378,6 +378,135 @@ TestPasses = PassMachine.TestCase
 TestPasses.settings = settings(max_examples=80, stateful_step_count=30)
 
 
+class SlowHost(Host):
+    """A host whose acks and reports of refaults come late, and reports also in parts."""
+
+    def __init__(self, kernel: ModelKernel, isolator: HugetlbIsolator) -> None:
+        super().__init__(kernel, isolator)
+        self.flight: list[RangeSet] = []
+
+    def tell_some_used(self, most: int) -> None:
+        used = sorted(self.known_absent & self.kernel.resident)[:most]
+        self.known_absent -= set(used)
+        self.isolator.refaulted(RangeSet((chunk * CHUNK_PAGES, 1) for chunk in used))
+
+    def poll(self, at_a_time: int) -> None:
+        if not self.isolator.idle():
+            self.take(at_a_time)
+
+    def take(self, at_a_time: int) -> None:
+        while len(self.flight) < 2 and (batch := self.isolator.isolate(at_a_time, 1 << 20)):
+            self.flight.append(batch)
+        self.isolator.idle()
+
+    def answer(self, at_a_time: int, *, acted: bool) -> None:
+        """Acknowledge or skip the oldest batch in flight."""
+        if self.flight:
+            batch = self.flight.pop(0)
+            if acted:
+                self.acknowledge(batch)
+            else:
+                self.isolator.release(batch, hinted=False)
+            self.take(at_a_time)
+
+
+def test_what_the_host_reports_during_a_pass_is_hinted_by_the_next() -> None:
+    kernel = ModelKernel(300, zeroing=True, reserve=22)
+    kernel.resident.clear()
+    isolator, _ = started(kernel, threshold_chunks=16)
+    host = SlowHost(kernel, isolator)
+    kernel.allocate(150)
+    host.tell_some_used(50)
+    kernel.release(150)
+    host.poll(32)
+    assert host.flight, "50 new chunks are worth a pass"
+    host.tell_used()  # the other 100
+    while host.flight:
+        host.answer(32, acted=True)
+    host.run()
+    assert len(kernel.resident) <= kernel.reserve + (300 - kernel.reserve) // 8
+
+
+class SlowPassMachine(RuleBasedStateMachine):
+    """Whatever the guest and the host did, even in the middle of passes: once both rest, no more of
+    the free chunks are resident than the reserve and what is too few for a pass."""
+
+    @initialize(zeroing=st.booleans(), count=st.integers(60, 200))
+    def start(self, zeroing: bool, count: int) -> None:
+        self.kernel = ModelKernel(count, zeroing=zeroing)
+        self.kernel.growing_takes_s = 0.01
+        self.held_chunks = 0
+        self.isolator = HugetlbIsolator(
+            self.kernel,
+            threshold_chunks=THRESHOLD_CHUNKS,
+            zeroing=zeroing,
+            clock=lambda: self.kernel.now_s,
+        )
+        self.isolator.start(lambda: None, lambda _: HeldPages(self.held_chunks * CHUNK_PAGES, 0))
+        self.host = SlowHost(self.kernel, self.isolator)
+        self.host.tell_used()
+
+    @rule(count=st.integers(1, 120))
+    def allocate(self, count: int) -> None:
+        self.kernel.allocate(count)
+
+    @rule(count=st.integers(1, 120), first=st.integers(0, 30))
+    def free(self, count: int, first: int) -> None:
+        self.kernel.release(count, first)
+
+    @rule(most=st.integers(1, 100))
+    def refaults_are_told(self, most: int) -> None:
+        self.host.tell_some_used(most)
+
+    @rule(count=st.integers(30, 120), told=st.integers(0, 60), at_a_time=st.integers(1, 64))
+    def use_and_free(self, count: int, told: int, at_a_time: int) -> None:
+        """Memory is free again before the host has reported all of its use."""
+        self.kernel.allocate(count)
+        self.host.tell_some_used(told)
+        self.kernel.release(count)
+        self.kernel.now_s += 1
+        self.host.poll(at_a_time)
+
+    @rule(chunks=st.integers(0, 60))
+    def hold_back(self, chunks: int) -> None:
+        self.held_chunks = chunks
+
+    @rule(seconds=st.sampled_from((0.1, 0.6)), at_a_time=st.integers(1, 64))
+    def poll(self, seconds: float, at_a_time: int) -> None:
+        self.kernel.now_s += seconds
+        self.host.poll(at_a_time)
+
+    @rule(at_a_time=st.integers(1, 64), acted=st.booleans())
+    def answer(self, at_a_time: int, acted: bool) -> None:
+        self.host.answer(at_a_time, acted=acted)
+
+    @rule(at_a_time=st.integers(1, 64))
+    def settle(self, at_a_time: int) -> None:
+        self.isolator.report_now(thorough=True)
+        self.host.take(at_a_time)
+
+    @rule()
+    def rest(self) -> None:
+        self.held_chunks = 0
+        for _ in range(10):
+            self.kernel.now_s += 1
+            self.host.tell_used()
+            self.host.poll(64)
+            while self.host.flight:
+                self.host.answer(64, acted=True)
+        assert self.isolator.idle(), "passes do not end"
+        assert not self.kernel.pool
+        stay = len(self.kernel.resident & set(self.kernel.free))
+        least = THRESHOLD_CHUNKS
+        if self.kernel.zeroing:
+            least = max(least, (len(self.kernel.free) - RESERVE_CHUNKS) // 8)
+        assert stay <= RESERVE_CHUNKS + least
+
+
+TestSlowPasses = SlowPassMachine.TestCase
+TestSlowPasses.settings = settings(max_examples=80, stateful_step_count=30)
+
+
 def test_a_pass_holds_little_more_than_what_was_freed() -> None:
     """The guest can use the rest of its free memory during the pass."""
     kernel = ModelKernel(1000, zeroing=False)
