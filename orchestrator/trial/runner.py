@@ -33,7 +33,9 @@ from orchestrator.trial.script import Script, cancelled, now_us, records_of
 from orchestrator.trial.steps import hold_request, step_done, step_request
 
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
-_WATCH_BREAKS_WITHIN_S = 0.5
+# Two sets of samples come within so many periods after a command was answered: a host agent leaves
+# out three in a row at most (host.proto: Watch).
+_MOST_PERIODS = 6
 # How long to wait, after two sample periods, for samples before and after the measured window. The
 # footprint at an end of the window is interpolated (results/footprint.py): that needs a sample of
 # each guest before and after the window. On a busy host a sample may be late.
@@ -72,6 +74,8 @@ class _TrialRunner(Script):
         self._held_bytes = dict.fromkeys((guest.name for guest in task.guests), 0)
         self._watching = asyncio.Event()
         self._sample_came = asyncio.Event()
+        self._sample_sets = 0
+        """How many sets of samples have come."""
         self._sampled_us: dict[str, int] = dict.fromkeys(self._held_bytes, -1)
         """When the last sample of each guest was made, on the host's clock."""
         self._last_step_us = 0
@@ -95,13 +99,11 @@ class _TrialRunner(Script):
                 raise
             except HintfleetError as error:
                 # If a guest is lost, only the command fails. If the host agent is lost, the watch
-                # breaks, too; if the host ran out of memory, a sample says so. Either may come a
-                # little later than the command's error, so wait for it.
-                await asyncio.wait(
-                    (watch, ran_out),
-                    timeout=self._spec.sample_period_s + _WATCH_BREAKS_WITHIN_S,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
+                # breaks, too; if the host ran out of memory, a sample says so. Either may come
+                # later than the command's error, so wait for it, or for samples without it.
+                samples = asyncio.create_task(self._next_samples())
+                await asyncio.wait((watch, ran_out, samples), return_when=asyncio.FIRST_COMPLETED)
+                await cancelled(samples)
                 if watch.done():
                     return f"{self._task.host}: its host agent was lost: {error.message}", True
                 if not ran_out.done():
@@ -136,6 +138,7 @@ class _TrialRunner(Script):
             self._budget.take(samples)
             made_us = samples.at_unix_us
             self._sampled_us |= dict.fromkeys((s.guest_name for s in samples.samples), made_us)
+            self._sample_sets += 1
             self._sample_came.set()
         raise TransientError(f"{self._task.host}: the host agent ended the samples")
 
@@ -206,6 +209,15 @@ class _TrialRunner(Script):
         return await self._sampled(
             lambda: min(self._sampled_us[guest.name] for guest in guests) >= since_us,
             2 * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S,
+        )
+
+    async def _next_samples(self) -> None:
+        """Wait for samples that were made after this call, but only for some time."""
+        # The first ones that come may have been made before.
+        enough = self._sample_sets + 2
+        await self._sampled(
+            lambda: self._sample_sets >= enough,
+            _MOST_PERIODS * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S,
         )
 
     async def _sampled(self, holds: Callable[[], bool], timeout_s: float) -> bool:
