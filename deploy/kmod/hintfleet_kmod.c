@@ -102,7 +102,8 @@ static int publish(struct scatterlist *sgl, unsigned int nents)
 	BUILD_BUG_ON(PAGE_REPORTING_CAPACITY > HINTFLEET_CAPACITY);
 
 	mutex_lock(&hf.lock);
-	if (hf.agent && !hf.refuse) {
+	/* If a batch waits, this is a second pass: its batch would replace that one. */
+	if (hf.agent && !hf.refuse && !WARN_ON_ONCE(hf.waiting)) {
 		fill_batch(sgl, nents);
 		hf.taken = false;
 		hf.seen = false;
@@ -123,10 +124,16 @@ static int publish(struct scatterlist *sgl, unsigned int nents)
  * its state when it starts, so running it early is no different from its timer
  * firing. If it runs now it is run again afterwards, and its own request for a
  * delayed run finds it queued.
+ *
+ * It must be queued on the workqueue that the kernel uses for it, and that is one or
+ * another: system_wq; system_percpu_wq since 6.18 (a2be943b46b4 ("workqueue: replace
+ * use of system_wq with system_percpu_wq")). The timer of the work item names it, since
+ * page_reporting_register(). A work item that is queued on two workqueues can run
+ * twice at once, on two CPUs (__queue_work()).
  */
 static void start_pass(void)
 {
-	mod_delayed_work(system_wq, &reporting.work, 0);
+	mod_delayed_work(reporting.work.wq, &reporting.work, 0);
 }
 
 /* Let report() return. Called with the lock held and a batch waiting. */

@@ -1,6 +1,8 @@
 """The systemd unit of the guest agent does not unmount the agent's hugetlbfs when the agent ends.
-deploy/system/install tells what it installs, or what is missing if it is not run by root."""
+The kernel module names no workqueue. deploy/system/install tells what it installs, or what is
+missing if it is not run by root."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -23,6 +25,16 @@ def test_the_guest_agents_mounts_outlive_it(option: str) -> None:
     death of the agent, others could use chunks that the host may still drop (I4)."""
     unit = (ROOT / "deploy/systemd/hintfleet-guest.service").read_text()
     assert not any(line.startswith(f"{option}=") for line in unit.splitlines())
+
+
+def test_the_kernel_module_lets_the_kernel_choose_the_workqueue_of_its_passes() -> None:
+    """If module and kernel queued the kernel's work item on two workqueues, two passes could run at
+    once. The second one's batch would replace the first one's, whose chunks would go back to the
+    guest while the host may still drop them (I1)."""
+    source = (ROOT / "deploy/kmod/hintfleet_kmod.c").read_text()
+    code = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+    assert "mod_delayed_work(reporting.work.wq, &reporting.work, 0)" in code
+    assert not re.findall(r"\w+_wq\b|\b(?:queue|schedule)_(?:delayed_)?work\w*", code)
 
 
 def install(folder: Path, user: int) -> list[str]:
