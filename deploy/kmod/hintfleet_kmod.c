@@ -43,6 +43,10 @@ static int hintfleet_report(struct page_reporting_dev_info *dev,
 
 static struct page_reporting_dev_info reporting = {
 	.report = hintfleet_report,
+	/* In a kernel that has this name, 0 means order 0, not pageblock_order. */
+#ifdef PAGE_REPORTING_ORDER_UNSPECIFIED
+	.order = PAGE_REPORTING_ORDER_UNSPECIFIED,
+#endif
 };
 
 /*

@@ -37,6 +37,13 @@ def test_the_kernel_module_lets_the_kernel_choose_the_workqueue_of_its_passes() 
     assert not re.findall(r"\w+_wq\b|\b(?:queue|schedule)_(?:delayed_)?work\w*", code)
 
 
+def test_the_kernel_module_asks_for_the_default_order_by_name() -> None:
+    """Where the kernel has a name for its default order, 0 is an order, too: every free page would
+    be reported, and no page is a chunk."""
+    source = (ROOT / "deploy/kmod/hintfleet_kmod.c").read_text()
+    assert "#ifdef PAGE_REPORTING_ORDER_UNSPECIFIED\n\t.order =" in source
+
+
 def install(folder: Path, user: int) -> list[str]:
     """Run deploy/system/install as if this user ran it and no package were installed. Return its
     lines on stderr; the fake apt-get adds a line `RUN ...` for each of its calls."""
