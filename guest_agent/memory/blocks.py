@@ -131,7 +131,9 @@ def _set(block: Path, wanted: str, deadline_s: float) -> bool:
             done = subprocess.run(command, timeout=left_s, capture_output=True, check=False)
         except subprocess.TimeoutExpired:
             return False
-        if not done.returncode:
+        # The kernel refuses a state that the block has already: meanwhile the kernel itself
+        # (memhp_default_state) or a rule of udev may have changed it.
+        if not done.returncode or wanted.startswith(_state(block)):
             return True
         # A block with chunks in the hugetlb pool is refused at once (mm/hugetlb.c:
         # dissolve_free_huge_page). The pass that moved them there ends soon: try again.

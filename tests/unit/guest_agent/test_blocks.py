@@ -1,7 +1,9 @@
 """Memory blocks of a guest's kernel, on a fake tree of /sys (tests/vm uses real guests)."""
 
+import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +43,21 @@ def test_blocks_in_the_wanted_state_are_not_changed(root: Path) -> None:
     state = add(root, 32, "online")
     MemoryBlocks(root).online(RangeSet([(32 * BLOCK_PAGES, BLOCK_PAGES)]))
     assert state.read_text() == "online\n"
+
+
+def test_blocks_that_the_kernel_onlines_at_the_same_time_are_online(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """memhp_default_state: a block is there for a moment before the kernel onlines it."""
+    states = [add(root, 32), add(root, 33)]
+
+    def written_too_late(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        Path(command[3]).write_text("online\n")
+        return subprocess.CompletedProcess(command, 1)  # EINVAL
+
+    monkeypatch.setattr(subprocess, "run", written_too_late)
+    MemoryBlocks(root, timeout_s=0.5).online(TWO_BLOCKS)
+    assert [state.read_text() for state in states] == ["online\n"] * 2
 
 
 def test_all_blocks_go_offline_or_none(root: Path) -> None:
