@@ -17,6 +17,7 @@ from guest_agent.workload.workload import Workload
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
+from host_agent.session.validation import check_done
 
 RAM_BYTES = 64 * MIB
 
@@ -242,6 +243,25 @@ def test_a_loop_that_runs_out_of_memory_frees_what_it_took(
     assert "out of memory" in done.error
     assert done.held_bytes == 0
     assert workload.run(allocate(56 * MIB)).error == ""
+
+
+def test_the_host_believes_a_loop_that_runs_out_of_memory_after_many_cycles(ram: mmap.mmap) -> None:
+    class Scarce(BuddySource):
+        left = 100
+
+        def allocate(self, size_bytes: int) -> int:
+            self.left -= 1
+            if self.left < 0:
+                raise MemoryError("no memory comes back")
+            return super().allocate(size_bytes)
+
+    zone = ZoneSpec(name="Normal", present=RangeSet([(0, RAM_BYTES // PAGE_BYTES)]))
+    allocator = BuddyAllocator([zone], chunk_order=9)
+    workload = Workload(Scarce(allocator, ram), BuddyPlugs(allocator))
+    done = workload.run(loop(pb.Loop.CHURN, duration_ms=60_000))
+    assert done.error == "the guest is out of memory: no memory comes back"
+    assert done.verified_pages == 100 * EXTENT_BYTES // PAGE_BYTES > RAM_BYTES // PAGE_BYTES
+    check_done(done, RAM_BYTES)
 
 
 def test_a_pause_between_cycles(source: Source) -> None:
