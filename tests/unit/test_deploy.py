@@ -1,6 +1,7 @@
-"""The systemd unit of the guest agent does not unmount the agent's hugetlbfs when the agent ends.
-The kernel module names no workqueue. deploy/system/install tells what it installs, or what is
-missing if it is not run by root."""
+"""The systemd unit of the guest agent does not unmount the agent's hugetlbfs when the agent ends,
+and that of the host agent stops no daemon of libvirt. The kernel module leaves the workqueue and
+the default order to the kernel. deploy/system/install tells what it installs, or what is missing if
+it is not run by root."""
 
 import re
 import subprocess
@@ -25,6 +26,16 @@ def test_the_guest_agents_mounts_outlive_it(option: str) -> None:
     death of the agent, others could use chunks that the host may still drop (I4)."""
     unit = (ROOT / "deploy/systemd/hintfleet-guest.service").read_text()
     assert not any(line.startswith(f"{option}=") for line in unit.splitlines())
+
+
+def test_the_host_agent_stops_no_daemon_of_libvirt() -> None:
+    """libvirtd and virtqemud conflict: a unit that pulls in one of them stops the other one, and
+    with it every connection to libvirt."""
+    unit = (ROOT / "deploy/systemd/hintfleet-host.service").read_text()
+    settings = [line.partition("=") for line in unit.splitlines() if not line.startswith("#")]
+    about_libvirt = {name: value for name, _, value in settings if "virt" in value}
+    assert about_libvirt.keys() == {"After", "Documentation"}
+    assert {"libvirtd.socket", "virtqemud.socket"} <= set(about_libvirt["After"].split())
 
 
 def test_the_kernel_module_lets_the_kernel_choose_the_workqueue_of_its_passes() -> None:
