@@ -7,7 +7,7 @@ module also turns libvirt's errors into ours, and keeps libvirt's event loop run
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from threading import Lock, Thread
 from types import ModuleType
@@ -67,3 +67,11 @@ def errors_as(what: str, hint: str = "") -> Iterator[None]:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             raise GuestLost(f"{what}: {error}") from error
         raise Refused(f"{what}: {error}", hint=hint) from error
+
+
+def quietly(do: Callable[..., object], *arguments: object) -> None:
+    """Call a function of libvirt that ends a subscription or a connection; ignore its error, which
+    most often says that the connection was lost before."""
+    libvirt, _ = modules()
+    with contextlib.suppress(libvirt.libvirtError):
+        do(*arguments)

@@ -16,7 +16,7 @@ from typing import Any
 from hintfleet.errors import GuestLost
 from hintfleet.logs import fields
 from host_agent.door.door import MemoryDoor
-from host_agent.guests.libvirt.api import errors_as, modules
+from host_agent.guests.libvirt.api import errors_as, modules, quietly
 from host_agent.guests.libvirt.domain_guest import EndNotice
 from host_agent.guests.libvirt.qemu_user import QemuUser
 
@@ -64,7 +64,7 @@ class Connection:
             " without root, qemu:///session",
         ):
             connection = libvirt.open(self._uri)
-        undo.callback(_quietly, connection.close)
+        undo.callback(quietly, connection.close)
         self._subscribe(libvirt, connection, undo)
         with errors_as("asking libvirt which user QEMU has"):
             self.qemu_user = QemuUser.of(connection.getCapabilities())
@@ -104,9 +104,9 @@ class Connection:
                 number = connection.domainEventRegisterAny(None, kind, callback, None)
                 # A callback keeps its connection open even after `close`, so it is removed before
                 # (src/conf/object_event.c: virObjectEventCallbackListAddID).
-                undo.callback(_quietly, connection.domainEventDeregisterAny, number)
+                undo.callback(quietly, connection.domainEventDeregisterAny, number)
             connection.registerCloseCallback(closed, None)
-            undo.callback(_quietly, connection.unregisterCloseCallback)
+            undo.callback(quietly, connection.unregisterCloseCallback)
 
     def close(self) -> None:
         """Close the connection, if it is open."""
@@ -161,9 +161,3 @@ class Connection:
         notice = self._watched.get(uuid_text)
         if notice:
             notice.give(reason)
-
-
-def _quietly(do: Callable[..., object], *arguments: object) -> None:
-    libvirt, _ = modules()
-    with contextlib.suppress(libvirt.libvirtError):
-        do(*arguments)

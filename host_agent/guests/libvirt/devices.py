@@ -13,7 +13,7 @@ from socket import AF_UNIX, socket
 from typing import Any
 
 from hintfleet.errors import OutcomeUnknown, Refused
-from host_agent.guests.libvirt.api import errors_as, modules
+from host_agent.guests.libvirt.api import errors_as, modules, quietly
 
 # The mount tag of the memory door's device: nobody mounts it, but it marks the device as ours.
 _TAG = "hintfleet"
@@ -170,5 +170,6 @@ def _removal_of(alias: str, domain: Any) -> Iterator[queue.SimpleQueue[bool]]:
             (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, False),
         ):
             number = connection.domainEventRegisterAny(domain, event, on_event, was_removed)
-            undo.callback(connection.domainEventDeregisterAny, number)
+            # Quietly: if libvirtd has gone meanwhile, what the block raises tells more.
+            undo.callback(quietly, connection.domainEventDeregisterAny, number)
         yield results
