@@ -325,8 +325,8 @@ class Registry:
                 # Kept until its domain can be attached or is removed: api/attaching_again.py.
                 guest.to_attach_again = record
         else:
-            if guest.is_attached and running.handle != record.handle:
-                # The domain was started anew: the stored books are about the memory it had before.
+            if guest.is_attached and not record.handle.items() <= running.handle.items():
+                # Another start: the books are about other memory. (Older records have fewer items.)
                 guest.earlier = summed(record.earlier, record.books.totals)
                 guest.started(running)
             else:

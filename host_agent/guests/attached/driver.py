@@ -18,6 +18,7 @@ from typing import Any
 from hintfleet.errors import GuestLost, HintfleetError, NotFound, OutcomeUnknown, Refused
 from hintfleet.ranges import EMPTY, RangeSet
 from hintfleet.settings import ATTACHED_CONFIG_PATH, Driver
+from hintfleet.system.processes import find_process
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import MemoryDoor
 from host_agent.guests.agent_settings import agent_config
@@ -63,8 +64,9 @@ class AttachedGuest:
         self.pid = door.pid
         self.domain: str = domain.name()
         self._uuid = uuid_text
-        self.handle: Handle = {"start": domain.ID()}
-        """libvirt's number of this start of the domain. (The domain is found by its UUID.)"""
+        self.handle: Handle = {"start": domain.ID(), **_process(door.pid)}
+        """Identifies this start of the domain: libvirt's number of it, and its QEMU. (The domain
+        is found by its UUID.)"""
         self.ram = ram
         self.door: MemoryDoor | None = door
         self._connection = connection
@@ -279,6 +281,17 @@ class AttachedDriver:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _process(pid: int) -> Handle:
+    """Return what identifies a QEMU; a start time of 0 if /proc does not show it."""
+    # libvirt's number of a start is not enough: a libvirtd that starts continues after the largest
+    # number among the domains that run then (src/qemu/qemu_driver.c: qemuDomainFindMaxID). So a
+    # domain that was shut down before may get its old number again.
+    with contextlib.suppress(OSError):
+        if found := find_process(pid):
+            return {"pid": pid, "start_ticks": found.start_ticks}
+    return {"pid": pid, "start_ticks": 0}
 
 
 def _unplug_quietly(domain: Any) -> None:

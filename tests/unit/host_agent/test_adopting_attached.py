@@ -1,14 +1,21 @@
 """Attached guests of an earlier host agent: which books they have when they are adopted."""
 
+import os
+import subprocess
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hintfleet.units import PAGE_BYTES
-from host_agent.guests.driver import GuestRequest
+from host_agent.guests.attached.driver import AttachedGuest
+from host_agent.guests.driver import GuestRequest, Handle
 from host_agent.registry import Registry
 from tests.support.attached_domain import (
+    UUID,
     Driver,
     HangsUp,
     Running,
@@ -73,3 +80,48 @@ def test_a_qemu_that_hangs_up_while_it_is_adopted(tmp_path: Path) -> None:
         assert driver.made[1].closed == 1
 
     run(scenario, HangsUp(tmp_path))
+
+
+def handle(qemu: int) -> Handle:
+    """Return the handle of a domain's first start by libvirt's numbers, with this QEMU."""
+    unused: Any = None
+    domain = SimpleNamespace(name=lambda: "db", ID=lambda: 1)
+    door: Any = SimpleNamespace(pid=qemu)
+    return AttachedGuest(unused, UUID, domain, door, unused, ExitStack()).handle
+
+
+def test_another_start_of_a_domain_with_the_same_number_is_another_start() -> None:
+    """A libvirtd that starts while no domain runs begins with 1 again."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            assert handle(os.getpid()) == handle(os.getpid())
+            assert handle(os.getpid()) != handle(other.pid)
+        finally:
+            other.kill()
+    assert handle(0) == handle(0), "a QEMU in another container has no pid here"
+
+
+def test_books_that_an_older_hintfleet_has_stored_are_still_those_of_the_domain(
+    tmp_path: Path,
+) -> None:
+    class Newer(Again):
+        def create(self, request: GuestRequest) -> Running:
+            made = super().create(request)
+            made.handle = {**made.handle, "pid": os.getpid()}
+            return made
+
+    async def scenario(registry: Registry, driver: Any) -> None:
+        guest = await attached(registry, driver)
+        await reclaim_one_page(guest)
+        driver.end()
+        await until(lambda: guest.to_attach_again is not None)
+        record = guest.record()
+        assert record is not None
+        driver.domain.running = True
+        later = Registry({}, attached=driver)
+        await later.adopt([replace(record, handle={"start": 1})], grace_s=0)
+        (adopted,) = later.guests
+        assert (await adopted.audits.ledger()).reclaimed_total_bytes == PAGE_BYTES
+        await later.end_all()
+
+    run(scenario, Newer(tmp_path, start=1))
