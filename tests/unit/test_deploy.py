@@ -1,7 +1,7 @@
 """The systemd unit of the guest agent does not unmount the agent's hugetlbfs when the agent ends,
 and that of the host agent stops no daemon of libvirt. The kernel module leaves the workqueue and
 the default order to the kernel. deploy/system/install tells what it installs, or what is missing if
-it is not run by root."""
+it is not run by root. deploy/start-libvirt starts libvirtd alone if virtlogd runs already."""
 
 import re
 import subprocess
@@ -55,17 +55,20 @@ def test_the_kernel_module_asks_for_the_default_order_by_name() -> None:
     assert "#ifdef PAGE_REPORTING_ORDER_UNSPECIFIED\n\t.order =" in source
 
 
-def install(folder: Path, user: int) -> list[str]:
-    """Run deploy/system/install as if this user ran it and no package were installed. Return its
-    lines on stderr; the fake apt-get adds a line `RUN ...` for each of its calls."""
-    commands = {
-        "id": f"echo {user}",
-        "dpkg-query": "exit 1",
-        "apt-get": 'echo "RUN $0 $*" >&2',
-    }
+def fake(folder: Path, commands: dict[str, str]) -> None:
+    """Make these commands in a folder; each runs its line of shell."""
     for name, does in commands.items():
         (folder / name).write_text(f"#!/bin/sh\n{does}\n")
         (folder / name).chmod(0o755)
+
+
+def install(folder: Path, user: int) -> list[str]:
+    """Run deploy/system/install as if this user ran it and no package were installed. Return its
+    lines on stderr; the fake apt-get adds a line `RUN ...` for each of its calls."""
+    fake(
+        folder,
+        {"id": f"echo {user}", "dpkg-query": "exit 1", "apt-get": 'echo "RUN $0 $*" >&2'},
+    )
     done = subprocess.run(
         [ROOT / "deploy/system/install"],
         env={"PATH": f"{folder}:/usr/bin:/bin"},
@@ -90,3 +93,28 @@ def test_others_are_told_what_is_missing(tmp_path: Path) -> None:
     said = install(tmp_path, user=1000)
     assert "not root, so not installed: qemu-system-x86 " in said[0]
     assert not any(line.startswith("RUN") for line in said)
+
+
+@pytest.mark.parametrize(("pidof", "is_started"), [("exit 0", True), ("exit 1", False)])
+def test_libvirtd_is_started_beside_a_virtlogd_that_runs(
+    tmp_path: Path, pidof: str, is_started: bool
+) -> None:
+    started = tmp_path / "started"
+    commands = {
+        "virsh": f"test -e {started}",
+        "getent": "exit 2",  # so that the real /dev/kvm stays as it is
+        "virtlogd": "echo 'virtlogd: error: Unable to obtain pidfile' >&2; exit 1",
+        "pidof": pidof,
+        "libvirtd": f"touch {started}",
+        "sleep": "exit 0",
+    }
+    fake(tmp_path, commands)
+    done = subprocess.run(
+        [ROOT / "deploy/start-libvirt"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) == started.exists() == is_started
+    assert "Unable to obtain pidfile" in done.stderr
