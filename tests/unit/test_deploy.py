@@ -1,8 +1,8 @@
-"""The systemd unit of the guest agent does not unmount the agent's hugetlbfs when the agent ends,
-and that of the host agent stops no daemon of libvirt. The kernel module leaves the workqueue and
-the default order to the kernel. deploy/system/install tells what it installs, or what is missing if
-it is not run by root. deploy/start-libvirt starts libvirtd alone if virtlogd runs already."""
+"""What is deployed: the systemd units let each other, and libvirt, live; the kernel module leaves the
+workqueue and the default order to the kernel; deploy/system/install tells what it installs, or what
+is missing if it is not run by root; deploy/start-libvirt starts libvirtd beside a virtlogd."""
 
+import configparser
 import re
 import subprocess
 from pathlib import Path
@@ -53,6 +53,15 @@ def test_the_kernel_module_asks_for_the_default_order_by_name() -> None:
     be reported, and no page is a chunk."""
     source = (ROOT / "deploy/kmod/hintfleet_kmod.c").read_text()
     assert "#ifdef PAGE_REPORTING_ORDER_UNSPECIFIED\n\t.order =" in source
+
+
+def test_the_host_agent_is_started_until_it_can_serve() -> None:
+    """Guests that were made end by themselves if they have no host agent for a minute."""
+    unit = configparser.ConfigParser(strict=False)
+    unit.read(ROOT / "deploy/systemd/hintfleet-host.service")
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
+    assert unit["Service"]["Restart"] == "on-failure"
+    assert unit["Service"]["RestartSec"] == "1s"
 
 
 def fake(folder: Path, commands: dict[str, str]) -> None:
