@@ -26,12 +26,14 @@ _COLD = ", then shut the domain down and start it again"
 
 
 def obstacles(
-    domain_xml: str, *, is_running: bool, is_suspended: bool = False
+    domain_xml: str, *, is_running: bool, is_suspended: bool = False, is_asleep: bool = False
 ) -> list[host_pb2.Obstacle]:
     """Return the obstacles that keep a domain from being hinted, in the order in which to remove
     them; an empty list if there are none.
 
     :param domain_xml: the live XML of a domain, or its persistent one if it does not run.
+    :param is_suspended: whether its virtual CPUs are stopped.
+    :param is_asleep: whether the guest has suspended itself to RAM (ACPI S3).
     """
     domain = ET.fromstring(domain_xml)  # noqa: S314 - libvirt's own
     found = [host_pb2.Obstacle(what=what, change=change) for what, change in _obstacles(domain)]
@@ -40,6 +42,8 @@ def obstacles(
         found.append(host_pb2.Obstacle(what="it does not run", change=f"virsh start {name}"))
     elif is_suspended:
         found.append(host_pb2.Obstacle(what="it is suspended", change=f"virsh resume {name}"))
+    elif is_asleep:
+        found.append(host_pb2.Obstacle(what="it sleeps", change=f"virsh dompmwakeup {name}"))
     return found
 
 
@@ -141,7 +145,7 @@ def described(domain: Any) -> host_pb2.Domain | None:
     """Return a domain and its obstacles as a message of the control API; None if it is gone."""
     libvirt, _ = modules()
     with suppress(GuestLost), errors_as("looking at a domain"):
-        is_running = bool(domain.isActive())
+        is_running, state = bool(domain.isActive()), domain.state()[0]
         return host_pb2.Domain(
             name=domain.name(),
             uuid=domain.UUIDString(),
@@ -150,7 +154,8 @@ def described(domain: Any) -> host_pb2.Domain | None:
             obstacles=obstacles(
                 domain.XMLDesc(),
                 is_running=is_running,
-                is_suspended=domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED,
+                is_suspended=state == libvirt.VIR_DOMAIN_PAUSED,
+                is_asleep=state == libvirt.VIR_DOMAIN_PMSUSPENDED,
             ),
         )
     return None

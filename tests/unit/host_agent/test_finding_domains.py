@@ -47,6 +47,20 @@ def test_a_failure_of_libvirt_is_not_taken_for_a_domain_that_is_not_there(
         driver.find("test")
 
 
+@pytest.mark.parametrize(
+    ("state", "change"),
+    [
+        ("VIR_DOMAIN_PAUSED", "virsh resume test"),
+        ("VIR_DOMAIN_PMSUSPENDED", "virsh dompmwakeup test"),
+    ],
+)
+def test_a_domain_whose_kernel_stands_still_cannot_open_the_door(
+    driver: AttachedDriver, monkeypatch: pytest.MonkeyPatch, state: str, change: str
+) -> None:
+    monkeypatch.setattr(libvirt.virDomain, "state", lambda _: [getattr(libvirt, state), 0])
+    assert driver.find("test").obstacles[-1].change == change
+
+
 def test_an_obstacle_is_looked_for_again_whenever_a_domain_is_attached(
     driver: AttachedDriver,
 ) -> None:
