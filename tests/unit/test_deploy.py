@@ -1,6 +1,7 @@
-"""What is deployed: the systemd units let each other, and libvirt, live; the kernel module leaves the
-workqueue and the default order to the kernel; deploy/system/install tells what it installs, or what
-is missing if it is not run by root; deploy/start-libvirt starts libvirtd beside a virtlogd."""
+"""What is deployed. The systemd units let libvirt and the guest agent's mounts live. The kernel
+module leaves the workqueue and the default order to the kernel. deploy/system/install tells what it
+installs, or what is missing if it is not run by root. deploy/start-libvirt starts libvirtd beside a
+virtlogd that runs."""
 
 import configparser
 import re
