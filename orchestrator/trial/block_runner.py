@@ -233,13 +233,15 @@ class BlockRunner(Script):
         the pause, if there is one.
 
         :raises LeftOut: no samples came for too long, or a guest's pause had ended.
+        :raises TransientError: no samples came for too long, and the host agent does not answer.
         """
         timeout_s = _PERIODS_WITHOUT_SAMPLES * self._task.spec.sample_period_s + _SAMPLE_TIMEOUT_S
         while self._sampled_us < until_us:
             if self._renew_s and time.monotonic() > self._renew_s:
                 await self._renew()
             if time.monotonic() > self._sampled_s + timeout_s:
-                raise LeftOut(f"{self._task.host}: no samples for {timeout_s:.0f} s")
+                why = f"{self._task.host}: no samples for {timeout_s:.0f} s"
+                raise TransientError(why) if await self._client.is_silent() else LeftOut(why)
             self._sample_came.clear()
             # Not asyncio.wait_for: in Python 3.11 it loses a cancellation that comes together with
             # a sample (python/cpython#86296), and the block would go on to its end.

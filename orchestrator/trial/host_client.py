@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from hintfleet.errors import from_rpc_error
+from hintfleet.errors import HintfleetError, OutcomeUnknown, TransientError, from_rpc_error
 from hintfleet.net.channels import open_aio_channel
 from hintfleet.net.tls import Tls, client_credentials
 from hintfleet.v1 import host_pb2, host_pb2_grpc
@@ -85,6 +85,18 @@ class HostClient:
         request = host_pb2.GetHostRequest(drivers=[driver])
         call = self._stub.GetHost(request, timeout=self._timeouts.connect_s, wait_for_ready=wait)
         return await self._answer(call, "GetHost")
+
+    async def is_silent(self) -> bool:
+        """Return whether the host agent does not answer a call before its deadline.
+
+        A machine that loses its power, or its network, closes no connection: a watch of it does not
+        end, only the samples stop.
+        """
+        try:
+            await self.get_host(host_pb2.ATTACHED, wait=False)
+        except HintfleetError as error:
+            return isinstance(error, TransientError | OutcomeUnknown)
+        return False
 
     async def list_domains(self) -> list[host_pb2.Domain]:
         """Return the domains of the host's libvirt, sorted by name, with obstacles to hinting."""

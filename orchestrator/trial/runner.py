@@ -103,8 +103,9 @@ class _TrialRunner(Script):
                 # later than the command's error, so wait for it, or for samples without it.
                 samples = asyncio.create_task(self._next_samples())
                 await asyncio.wait((watch, ran_out, samples), return_when=asyncio.FIRST_COMPLETED)
+                silent = samples.done() and not samples.result() and await self._client.is_silent()
                 await cancelled(samples)
-                if watch.done():
+                if watch.done() or (silent and not ran_out.done()):
                     return f"{self._task.host}: its host agent was lost: {error.message}", True
                 if not ran_out.done():
                     return str(error), False
@@ -211,11 +212,12 @@ class _TrialRunner(Script):
             2 * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S,
         )
 
-    async def _next_samples(self) -> None:
-        """Wait for samples that were made after this call, but only for some time."""
+    async def _next_samples(self) -> bool:
+        """Wait for samples that were made after this call, but only for some time; return whether
+        they came."""
         # The first ones that come may have been made before.
         enough = self._sample_sets + 2
-        await self._sampled(
+        return await self._sampled(
             lambda: self._sample_sets >= enough,
             _MOST_PERIODS * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S,
         )

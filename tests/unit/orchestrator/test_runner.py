@@ -1,27 +1,31 @@
-"""Why a trial is undecided if a guest is lost: on a busy host, the sample that shows that the host
-ran out of memory comes later than the error of the guest's command."""
+"""What a failed command means for a trial: on a busy host, the sample that shows that the host ran
+out of memory comes later than the error; a host whose machine or link is down sends nothing."""
 
 import asyncio
 import itertools
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import cast
 
 import pytest
 
-from hintfleet.errors import GuestLost
+from hintfleet.errors import GuestLost, OutcomeUnknown
 from hintfleet.units import GIB
 from hintfleet.v1 import host_pb2
 from orchestrator.spec import file as spec_file
+from orchestrator.trial import runner
 from orchestrator.trial.host_client import HostClient
 from orchestrator.trial.plan import host_tasks, plan_trials
 from orchestrator.trial.records import HostDone
 from orchestrator.trial.runner import run_host_task
+from tests.support.fake_host_service import start
+from tests.support.relay import Address, Relay
 
 SPEC = spec_file.parse(
     "name: s\ndriver: embedded\nhosts: {count: 1, memory: 1GiB}\n"
     "guests: {per_host: 1, memory: 64MiB}\nworkload: {phases: [{allocate: 16MiB, for: 1s}]}\n"
-    "arms: [{name: none, method: none}]\nsample_period: 50ms\n",
+    "arms: [{name: none, method: none}]\nsample_period: 50ms\ntimeouts: {connect: 1s}\n",
     "spec.yaml",
 ).spec
 (TASK,) = host_tasks(SPEC, plan_trials(SPEC, "run1")[0]).values()
@@ -69,6 +73,13 @@ class BusyHost:
         raise GuestLost("its process ended with status -9")
 
 
+async def last_record(client: object) -> HostDone:
+    """Run the trial on a host; return its last record."""
+    records = [record async for record in run_host_task(cast(HostClient, client), TASK)]
+    assert isinstance(records[-1], HostDone)
+    return records[-1]
+
+
 @pytest.mark.parametrize(
     ("oom_count", "why"),
     [(1, "host1: ran out of memory"), (0, "its process ended with status -9")],
@@ -76,11 +87,59 @@ class BusyHost:
 def test_whether_the_host_ran_out_is_told_by_samples_of_after_the_error(
     oom_count: int, why: str
 ) -> None:
-    async def last() -> object:
-        client = cast(HostClient, BusyHost(oom_count))
-        return [record async for record in run_host_task(client, TASK)][-1]
-
-    done = asyncio.run(last())
-    assert isinstance(done, HostDone)
+    done = asyncio.run(last_record(BusyHost(oom_count)))
     assert done.undecided.startswith(why)
     assert not done.lost
+
+
+class SilentHost(BusyHost):
+    """A host agent that sends nothing after its first step, which has no answer; the watch stays
+    open."""
+
+    def __init__(self, silent: bool) -> None:
+        super().__init__(0)
+        self._silent = silent
+
+    async def watch(self, _trial_id: str, period_s: float) -> AsyncIterator[host_pb2.SampleSet]:
+        while not self._killed.is_set():
+            yield self._samples(0)
+            await asyncio.sleep(period_s)
+        await asyncio.Event().wait()
+
+    async def run_step(self, _request: host_pb2.RunStepRequest) -> host_pb2.RunStepResponse:
+        self._killed.set()
+        raise OutcomeUnknown("allocate_bytes: Deadline Exceeded")
+
+    async def is_silent(self) -> bool:
+        return self._silent
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_host_that_falls_silent_is_lost(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection breaks if a machine loses its power."""
+    monkeypatch.setattr(runner, "_SAMPLE_TIMEOUT_S", 0.2)
+    done = asyncio.run(last_record(SilentHost(silent)))
+    assert "Deadline Exceeded" in done.undecided
+    assert done.lost == silent
+
+
+@pytest.mark.parametrize("stalls", [True, False])
+def test_whether_a_host_agent_is_silent(stalls: bool) -> None:
+    async def is_silent() -> bool:
+        with socket.create_server(("127.0.0.1", 0)) as bound:
+            port = bound.getsockname()[1]
+        server = await start(f"127.0.0.1:{port}")
+        relay = Relay()
+        relay.upstream = Address(host="127.0.0.1", port=port)
+        async with relay.serving() as address:
+            client = HostClient(str(address), SPEC.timeouts)
+            await client.get_host(host_pb2.EMBEDDED, wait=True)
+            for link in relay.links if stalls else ():
+                link.stall()
+            try:
+                return await client.is_silent()
+            finally:
+                await client.aclose()
+                await server.stop(None)
+
+    assert asyncio.run(is_silent()) == stalls

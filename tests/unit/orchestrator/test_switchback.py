@@ -29,6 +29,7 @@ from orchestrator.spec import file as spec_file
 from orchestrator.spec.memory_needs import host_bytes
 from orchestrator.spec.model import Spec, describe
 from orchestrator.spec.switchback import Switchback
+from orchestrator.trial import block_runner
 from orchestrator.trial.block_runner import BlockRunner, boots_of, check_guests, why_left_out
 from orchestrator.trial.host_client import HostClient
 from orchestrator.trial.plan import HostTask, Trial, block_s, host_tasks, plan_trials
@@ -282,6 +283,33 @@ def test_a_block_that_is_cut_off_more_than_once_still_ends_the_pause(cuts: int) 
     switchback = spec.switchback
     asyncio.run(cut_off())
     assert not host.paused
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_block_whose_host_falls_silent_is_lost(
+    silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Host(SlowHost):
+        async def watch_host(self, period_s: float) -> AsyncGenerator[host_pb2.SampleSet, None]:
+            async for one in super().watch_host(period_s):
+                yield one
+                await asyncio.Event().wait()
+
+        async def is_silent(self) -> bool:
+            return silent
+
+    monkeypatch.setattr(block_runner, "_SAMPLE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(block_runner, "_PERIODS_WITHOUT_SAMPLES", 0)
+    spec = parsed()
+    assert spec.switchback
+    trial = next(trial for trial in plan_trials(spec, "run") if trial.arm.name == "on")
+    task = host_tasks(spec, trial)["host1"]
+    block = BlockRunner(cast(HostClient, Host()), task, spec.switchback)
+    asyncio.run(block.run())
+    done = [block.records.get_nowait() for _ in range(block.records.qsize())][-2]
+    assert isinstance(done, HostDone)
+    assert "no samples for 0 s" in done.undecided
+    assert done.lost == silent
 
 
 # What blocks come to
