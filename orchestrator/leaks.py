@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hintfleet.errors import HintfleetError
@@ -54,7 +56,7 @@ def look_for_leaks(data_dir: Path, libvirt_uri: str = "", clean: bool = False) -
     leaks = act(_ray_processes())
     of_host_agent, unseen = _of_host_agent(libvirt_uri, clean)
     leaks += of_host_agent
-    leaks += act([*map(_folder, runtime_dirs().abandoned()), *_in_store(data_dir), *_huge_pages()])
+    leaks += act([*_folders(runtime_dirs().abandoned()), *_in_store(data_dir), *_huge_pages()])
     return Found(leaks=leaks, not_looked_at=unseen)
 
 
@@ -121,9 +123,10 @@ def _resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _folder(path: Path) -> Removable:
-    why = "the process that created it is gone"
-    return _file(path, "runtime folder", why, lambda: shutil.rmtree(path))
+def _folders(paths: Iterable[Path]) -> Iterator[Removable]:
+    for path in paths:
+        why = "the process that created it is gone"
+        yield from _file(path, "runtime folder", why, partial(shutil.rmtree, path))
 
 
 def _in_store(data_dir: Path) -> Iterator[Removable]:
@@ -131,7 +134,8 @@ def _in_store(data_dir: Path) -> Iterator[Removable]:
         files = [*folder.glob(f"*/*{UNFINISHED}"), *folder.glob(RESERVE)]
         if files and _is_unlocked(folder):
             for path in files:
-                yield _file(path, "unfinished file", f"nobody runs {folder.name}", _unlink(path))
+                why = f"nobody runs {folder.name}"
+                yield from _file(path, "unfinished file", why, _unlink(path))
 
 
 def _is_unlocked(run_folder: Path) -> bool:
@@ -174,18 +178,31 @@ def _huge_pages() -> Iterator[Removable]:
             "back when the host has finished"
         )
         why = "the guest agent that isolated them is gone"
-        yield _file(_HUGETLB_FILE, "huge pages", why, lambda: None, kept)
+        yield from _file(_HUGETLB_FILE, "huge pages", why, lambda: None, kept)
 
 
-def _file(path: Path, what: str, why: str, remove: Callable[[], None], kept: str = "") -> Removable:
-    inside = path.rglob("*") if path.is_dir() else [path]
-    leak = Leak(
-        what=what,
-        where=str(path),
-        since_unix_s=round(path.lstat().st_mtime),
-        # st_blocks counts units of 512 bytes, whatever the file system's block size (stat(2)).
-        size_bytes=sum(file.lstat().st_blocks * 512 for file in inside),
-        why=why,
-        kept=kept,
-    )
-    return leak, remove
+def _file(
+    path: Path, what: str, why: str, remove: Callable[[], None], kept: str = ""
+) -> Iterator[Removable]:
+    """Yield the leak of a file, or of a folder with all that is in it; nothing if it is gone."""
+    # It may be gone, or lose files, since it was found: host agents and processes of Ray of a
+    # killed run are still ending, and the next run removes what they leave.
+    with suppress(FileNotFoundError):
+        leak = Leak(
+            what=what,
+            where=str(path),
+            since_unix_s=round(path.lstat().st_mtime),
+            size_bytes=_size_bytes(path.rglob("*") if path.is_dir() else [path]),
+            why=why,
+            kept=kept,
+        )
+        yield leak, remove
+
+
+def _size_bytes(files: Iterable[Path]) -> int:
+    size_bytes = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            # st_blocks counts units of 512 bytes, whatever the file system's block size (stat(2)).
+            size_bytes += file.lstat().st_blocks * 512
+    return size_bytes

@@ -1,10 +1,14 @@
-"""A killed run whose leaked file cannot be removed is unlocked all the same."""
+"""Leaks of killed runs that cannot be removed, or that go away while they are looked at."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from hintfleet.leaks import remove_all
-from orchestrator.leaks import _in_store
+from orchestrator.leaks import _folders, _in_store
 from orchestrator.results.store.lock import try_lock
 
 
@@ -16,3 +20,21 @@ def test_a_file_that_cannot_be_removed_leaves_its_run_unlocked(tmp_path: Path) -
     lock = try_lock(run_folder)
     assert lock is not None
     os.close(lock)
+
+
+def test_what_is_gone_meanwhile_is_no_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of a killed run end, and remove their files, while they are listed."""
+    run, gone = tmp_path / "run", tmp_path / "gone"
+    (run / "host1").mkdir(parents=True)
+    (run / "log").write_text("x" * 5000)
+    list_all = Path.rglob
+
+    def rglob(self: Path, pattern: str) -> Iterator[Path]:
+        found = list(list_all(self, pattern))
+        shutil.rmtree(run / "host1")
+        return iter(found)
+
+    monkeypatch.setattr(Path, "rglob", rglob)
+    ((leak, _),) = _folders([gone, run])
+    assert leak.where == str(run)
+    assert leak.size_bytes == (run / "log").stat().st_blocks * 512
