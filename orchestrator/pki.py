@@ -48,6 +48,8 @@ _ISSUED = "issued"
 _CLOCK_SKEW = timedelta(minutes=5)
 # A common name has at most 64 characters (ub-common-name, RFC 5280).
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+# A DNS name has at most 253 characters: 255 octets with the length of each label (RFC 1035).
+_DNS_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 
 _Key = ec.EllipticCurvePrivateKey
 
@@ -266,7 +268,7 @@ def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        if not _NAME.fullmatch(host):
+        if not _DNS_NAME.fullmatch(host):
             raise InvalidInput(f"{host!r} is neither a DNS name nor an IP address") from None
         return x509.DNSName(host)
 

@@ -61,6 +61,14 @@ def test_a_host_is_reached_by_its_name_unless_said_otherwise(folder: Path) -> No
     assert host.subjects == ("h1.example.org", "urn:hintfleet:host")
 
 
+def test_a_host_may_have_a_dns_name_that_is_too_long_for_a_common_name(folder: Path) -> None:
+    long = ".".join(["x" * 63] * 3 + ["y" * 61])
+    assert len(long) == 253
+    assert pki("issue", "host", "h1", "--at", long, "--folder", folder) == 0
+    (_, host) = read_certificates(folder)
+    assert host.subjects == (long, "urn:hintfleet:host")
+
+
 def test_nobody_else_can_read_keys(folder: Path) -> None:
     assert pki("issue", "operator", "alice", "--folder", folder) == 0
     for path in (folder, *folder.rglob("*")):
@@ -136,6 +144,7 @@ def test_a_certificate_is_never_overwritten(
         (["operator", "../alice"], "letters"),
         (["host", "h1", "--at", "a b"], "neither a DNS name"),
         (["host", "h1", "--at", "*"], "neither a DNS name"),
+        (["host", "h1", "--at", "x." * 126 + "xx"], "neither a DNS name"),
         (["operator", "alice", "--at", "a.org"], "role host only"),
         (["operator", "alice", "--days", "36500"], "the authority itself is valid until"),
         (["operator", "alice", "--days", "0"], "--days"),
