@@ -202,7 +202,7 @@ def read_certificates(path: Path) -> Iterator[Certificate]:
 
 def _describe(path: Path, ca_path: Path) -> Certificate:
     cert = _read_certificate(path)
-    subjects = _subjects(cert)
+    subjects = _subjects(cert, path)
     uris = [s.value for s in subjects if isinstance(s, x509.UniformResourceIdentifier)]
     peer = Peer.of_uris(uris)
     is_ca = path.name == CA_FILE
@@ -219,18 +219,21 @@ def _describe(path: Path, ca_path: Path) -> Certificate:
     )
 
 
-def _subjects(cert: x509.Certificate) -> list[x509.GeneralName]:
+def _subjects(cert: x509.Certificate, path: Path) -> list[x509.GeneralName]:
     try:
         extension = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:
         return []
+    # Extensions are only parsed here, not when the certificate is loaded.
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise InvalidInput(f"{path}: its extensions cannot be read: {error}") from error
     return list(extension.value)
 
 
 def _state(cert: x509.Certificate, ca: x509.Certificate) -> str:
     try:
         cert.verify_directly_issued_by(ca)
-    except (InvalidSignature, ValueError, TypeError):
+    except (InvalidSignature, ValueError, TypeError, UnsupportedAlgorithm):
         return "foreign"
     now = datetime.now(UTC)
     if now > cert.not_valid_after_utc:

@@ -1,5 +1,6 @@
 """`hintfleet pki` as a user runs it: which files it makes, what it refuses and prints."""
 
+import base64
 import json
 import resource
 import stat
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from hintfleet.errors import InvalidInput, Refused
 from hintfleet.net.tls import CA_FILE, CERT_FILE, KEY_FILE, Role
@@ -209,3 +212,38 @@ def test_an_authority_without_its_key_issues_nothing(folder: Path, key: str) -> 
     (folder / "ca.key").write_text(key)
     with pytest.raises(InvalidInput, match="is not an unencrypted private key"):
         Authority(folder)
+
+
+# Signed with another key on that curve, its own.
+ON_UNKNOWN_CURVE = """\
+-----BEGIN CERTIFICATE-----
+MIIBZDCCAQ+gAwIBAgIUNYw22VwDiNprTVePVf5RbXBk/hEwCgYIKoZIzj0EAwIw
+DDEKMAgGA1UEAwwBeDAeFw0yNjExMjcxOTA4NDNaFw0yNzAzMDcxOTA4NDNaMAwx
+CjAIBgNVBAMMAXgwVTATBgcqhkjOPQIBBggqhkjOPQMBBAM+AAR5I9Ur/RdR7OlR
+QLA9AZyh8292w/Q5+n5nmFTL9RNrCqwfT5vRGF1hyPo+4gC0ps7svZfxdPpUZVfW
+9MujUzBRMB0GA1UdDgQWBBSQQ4Cer5Pxtq72uU/u0eV7BQzDXzAfBgNVHSMEGDAW
+gBSQQ4Cer5Pxtq72uU/u0eV7BQzDXzAPBgNVHRMBAf8EBTADAQH/MAoGCCqGSM49
+BAMCA0MAMEACHncXHP1LLc5aw5Xm6FF3zLFzcN/6i9SmkPuHDWN/CAIeCf75dE6X
+AjM+I0yanBm+MZRn3g1B1ja+pFSm2gA9
+-----END CERTIFICATE-----
+"""
+
+
+def test_a_certificate_on_a_curve_that_the_library_lacks_is_foreign(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "ca.pem").write_text(ON_UNKNOWN_CURVE)
+    code, (row,) = shown(folder, capsys)
+    assert (code, row["name"], row["state"]) == (1, "x", "foreign")
+
+
+def test_a_certificate_whose_names_cannot_be_read_is_wrong_input(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issued = Authority(folder).issue(Role.HOST, "h1", ("a.org",), 1) / CERT_FILE
+    der = x509.load_pem_x509_certificate(issued.read_bytes()).public_bytes(Encoding.DER)
+    assert der.count(b"a.org") == 1
+    text = base64.encodebytes(der.replace(b"a.org", b"a\xff\xff\xff\xff")).decode()
+    issued.write_text(f"-----BEGIN CERTIFICATE-----\n{text}-----END CERTIFICATE-----\n")
+    assert pki("show", issued.parent) == 2
+    assert "its extensions cannot be read" in capsys.readouterr().err
