@@ -139,7 +139,11 @@ def _in_store(data_dir: Path) -> Iterator[Removable]:
 
 
 def _is_unlocked(run_folder: Path) -> bool:
-    fd = try_lock(run_folder)
+    """Return whether nobody runs a run; False if that cannot be determined."""
+    try:
+        fd = try_lock(run_folder)
+    except OSError:  # it is another user's: a lock file has mode 0600
+        return False
     if fd is not None:
         os.close(fd)
     return fd is not None
@@ -167,12 +171,16 @@ def _unlink(path: Path) -> Callable[[], None]:
 
 def _huge_pages() -> Iterator[Removable]:
     """Yield one leak for all huge pages that a guest agent isolated before it died; nothing if
-    there are none, or if this machine is no guest.
+    there are none, if this machine is no guest, or if we may not see them.
 
     It is only listed: `kept` is always set.
     """
+    try:
+        is_there = _HUGETLB_FILE.exists()
+    except PermissionError:  # the folder is root's, with mode 0700
+        return
     # A running guest agent with isolator hugetlb holds the lock /run/hintfleet-hugetlb.lock.
-    if _HUGETLB_FILE.exists() and not is_held(_HUGETLB_FILE.parent.with_suffix(".lock")):
+    if is_there and not is_held(_HUGETLB_FILE.parent.with_suffix(".lock")):
         kept = (
             "the host may still be punching them; start hintfleet-guest again: it gives them "
             "back when the host has finished"

@@ -1,14 +1,18 @@
-"""Leaks of killed runs that cannot be removed, or that go away while they are looked at."""
+"""Leaks of killed runs that cannot be removed, that go away while they are looked at, or that are
+another user's."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from hintfleet.leaks import remove_all
-from orchestrator.leaks import _folders, _in_store
+from orchestrator import leaks
+from orchestrator.leaks import _folders, _huge_pages, _in_store
 from orchestrator.results.store.lock import try_lock
 
 
@@ -38,3 +42,17 @@ def test_what_is_gone_meanwhile_is_no_leak(tmp_path: Path, monkeypatch: pytest.M
     ((leak, _),) = _folders([gone, run])
     assert leak.where == str(run)
     assert leak.size_bytes == (run / "log").stat().st_blocks * 512
+
+
+def test_what_is_another_users_is_no_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "samples/run").mkdir(parents=True)
+    (tmp_path / "samples/run/reserve").touch()
+    monkeypatch.setattr(leaks, "try_lock", refused)
+    assert not list(_in_store(tmp_path))
+    monkeypatch.setattr(Path, "exists", refused)
+    assert not list(_huge_pages())
+
+
+def refused(path: Path) -> NoReturn:
+    """Refuse a file, also to root."""
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
