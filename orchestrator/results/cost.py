@@ -8,14 +8,14 @@ what loops did.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from orchestrator.results.footprint import Series, Window, last_index, window_of
+from orchestrator.results.footprint import Numbers, Series, Window, last_index, window_of
 from orchestrator.results.loops import LoopSum, loops_of
 from orchestrator.trial.records import BLOCK, CUT, GuestSettled, StepDone
 
@@ -91,8 +91,10 @@ def host_cost(
     """
     windows = {guest: window_of(guest, steps[guest]) for guest in series}
 
-    def spent(counter: str) -> list[int]:
-        return [_increase(part, counter, windows[guest]) for guest, part in series.items()]
+    def spent(
+        counter: str, increase: Callable[[Numbers], float] = _last_minus_first
+    ) -> list[float]:
+        return [increase(_within(part, counter, windows[guest])) for guest, part in series.items()]
 
     # The CPU time of the host agent is one counter, repeated in the series of every guest, so its
     # increases are not summed. The windows of the guests differ: the largest increase is taken.
@@ -101,12 +103,12 @@ def host_cost(
         settle_s=tuple(s for guest, part in series.items() for s in _settle_s(part, steps[guest])),
         asked_settle_s=tuple(done.duration_us / _US_PER_S for done in settled),
         step_s=sum(_work_us(step) for done in steps.values() for step in done[:-1]) / _US_PER_S,
-        agent_cpu_s=sum(spent("agent_cpu_us")) / _US_PER_S,
+        agent_cpu_s=sum(spent("agent_cpu_us", _sum_of_steps)) / _US_PER_S,
         process_cpu_s=sum(spent("process_cpu_us")) / _US_PER_S,
         host_agent_cpu_s=max(spent("host_agent_cpu_us")) / _US_PER_S - observing_s,
         observing_cpu_s=observing_s,
-        wire_bytes=sum(spent("wire_bytes")),
-        ranges=sum(spent("ranges")),
+        wire_bytes=int(sum(spent("wire_bytes"))),
+        ranges=int(sum(spent("ranges"))),
         tracker_bytes=max(int(part.counters["tracker_bytes"].max()) for part in series.values()),
         loops=loops_of(steps),
     )
@@ -118,10 +120,23 @@ def _work_us(step: StepDone) -> int:
     return 0 if is_given else step.duration_us - step.waited_us
 
 
-def _increase(series: Series, counter: str, window: Window) -> int:
-    values = series.counters[counter]
+def _within(series: Series, counter: str, window: Window) -> Numbers:
+    """Return the values of a counter in the window, the first one as the window begins."""
     start, end = (last_index(series, at_us) for at_us in (window.start_us, window.end_us))
-    return int(values[end]) - int(values[start])
+    return series.counters[counter][start : end + 1]
+
+
+def _last_minus_first(values: Numbers) -> float:
+    return int(values[-1]) - int(values[0])
+
+
+def _sum_of_steps(values: Numbers) -> float:
+    """Return the increase of a counter that may have begun again at 0."""
+    # An agent counts its own CPU time. Its guest's systemd may restart it at any time, and a block
+    # of a switchback counts all the same (trial/block_runner.py).
+    numbers = values.astype(np.int64)
+    steps = np.diff(numbers)
+    return float(np.where(steps < 0, numbers[1:], steps).sum(dtype=float))
 
 
 def _settle_s(series: Series, steps: Sequence[StepDone]) -> Iterator[float]:

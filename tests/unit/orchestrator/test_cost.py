@@ -101,6 +101,15 @@ def test_counters_are_of_the_window_and_of_all_guests() -> None:
     assert cost.asked_settle_s == (0.25,)
 
 
+def test_an_agent_that_was_restarted_counts_from_0_again() -> None:
+    """Its guest was not, so a block of a switchback counts."""
+    found = series(*((at, 100) for at in range(11)))
+    told_s = (700, 700, 701, 702, 702, 1, 2, 2, 3, 4, 5)
+    counters = {**found.counters, "agent_cpu_us": np.array(told_s, dtype=np.uint64) * S}
+    cost = host_cost({"g": replace(found, counters=counters)}, {"g": STEPS}, [])
+    assert cost.agent_cpu_s == 2 + 4, "before the restart, and after it"
+
+
 def test_a_replay_costs_what_it_works_and_not_what_it_waits() -> None:
     steps = [STEPS[0], replace(step("replay", 3, 8), waited_us=4 * S), STEPS[-1]]
     assert host_cost({"g": series((0, 0), (10, 0))}, {"g": steps}, []).step_s == pytest.approx(2)
