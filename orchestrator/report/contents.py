@@ -87,15 +87,15 @@ class Fill:
 def read_contents(store: Store, run: Run) -> Contents:
     """Read the contents of a report.
 
-    :raises Refused: the run has not ended, no trial is done, or samples are missing or
-        damaged.
+    :raises Refused: the run has not ended, no trial is done (of a switchback, in a pair that is
+        not left out), or samples are missing or damaged.
     """
     if run.state == "running":
         raise busy_error(run.run_id)
     attempts = store.trials(run.run_id)
     trials = [t for t in attempts if t.counted and t.status is TrialStatus.DONE]
     if not trials:
-        raise Refused(f"run {run.run_id} has no trial to show: it is {run.state}")
+        raise _nothing_to_show(run)
     if capacity_rows := store.capacity_rows(run.run_id):
         fitted = capacities(capacity_rows)
         if points := frontier(capacity_rows, spec_or_none(run)):
@@ -105,6 +105,8 @@ def read_contents(store: Store, run: Run) -> Contents:
     footprints = store.footprint_rows(run.run_id)
     of_figures = {(row.arm, row.repetition) for row in counted(footprints)}
     trials = [t for t in trials if (t.arm, t.repetition) in of_figures]
+    if not trials:
+        raise _nothing_to_show(run)
     phases = _phases(store, run, {trial.trial_id for trial in trials})
     marks = mean_marks([begun for hosts in phases.values() for begun in hosts.values()])
     rows = aggregate(footprints, By.FLEET)
@@ -129,6 +131,10 @@ def read_contents(store: Store, run: Run) -> Contents:
         curves=[arm_curve(arm, trials, marks) for arm, trials in by_arm.items() if trials],
         marks=marks,
     )
+
+
+def _nothing_to_show(run: Run) -> Refused:
+    return Refused(f"run {run.run_id} has no trial to show: it is {run.state}")
 
 
 def _means(trials: Sequence[Mapping[str, float]]) -> dict[str, float]:

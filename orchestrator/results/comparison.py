@@ -46,7 +46,7 @@ class CostRow:
     @property
     def counts(self) -> bool:
         """Whether the cost may enter a comparison."""
-        return self.cost is not None and not self.undecided
+        return self.cost is not None and not self.undecided and not self.left_out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,10 @@ from orchestrator.results.statistics import (
     sum_by_trial,
 )
 
+_NO_PAIR = (
+    "each pair of blocks is left out: a block does not count, or the other one had other guests"
+)
+
 
 class By(StrEnum):
     """What one row of an answer covers: one arm, and the fleet, a host or a guest of one run.
@@ -113,7 +117,7 @@ _R = TypeVar("_R", bound=_Row)
 
 def counted(rows: Sequence[_R]) -> Sequence[_R]:
     """Return the rows of a run without those of pairs that are left out; all rows if that leaves
-    none, so that they say why there is no figure."""
+    none, so that they say why there is no figure: nothing may be compared then."""
     return [row for row in rows if not row.left_out] or rows
 
 
@@ -167,6 +171,8 @@ def _arm(
     # One bad trial makes the arm undecided: leaving out only the trials that went wrong would
     # favour an arm that makes trials go wrong.
     undecided = _first_undecided(rows)
+    if not undecided and rows[0].left_out:  # no pair of the group counts (`counted`)
+        undecided = _first_undecided(control) or _NO_PAIR
     saved_bytes = saved_gib_min = control_bytes = None
     if not undecided and not rows[0].is_control and control:
         undecided = _first_undecided(control)

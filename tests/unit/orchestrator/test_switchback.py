@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from orchestrator.results.precision import Precision, look
 from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.reader import Store
 from orchestrator.results.store.writer import RunHeader, RunWriter
+from orchestrator.results.trial_outcome import TrialStatus
 from orchestrator.service.messages import savings_as_pb2, savings_from_pb2
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.memory_needs import host_bytes
@@ -360,10 +362,12 @@ def stored(
     undecided: Mapping[int, str] = {},
     run_id: str = "run1",
     spec: Spec | None = None,
+    cut_off_at: int = 100,
 ) -> None:
     """Store a run.
 
     :param undecided: why the blocks of `off` in these repetitions do not count.
+    :param cut_off_at: the position of the block in which the run is interrupted.
     """
     spec = spec or parsed()
     header = RunHeader(run_id=run_id, spec=spec, spec_text=GOOD, summary="a test")
@@ -380,11 +384,20 @@ def stored(
             return [found[0], done]
         return found
 
-    with Store(folder) as store, RunWriter(store, header) as writer:
+    with (
+        Store(folder) as store,
+        suppress(KeyboardInterrupt),
+        RunWriter(store, header) as writer,
+    ):
         for trial in plan_trials(spec, run_id):
             tasks = host_tasks(spec, trial)
             writer.begin_trial(trial)
+            if trial.position == cut_off_at:
+                raise KeyboardInterrupt
             store_records(writer, tasks, [records(trial, task) for task in tasks.values()])
+
+
+WANTED = Precision(percent=5.0, size_bytes=None, least_repetitions=3, most_repetitions=9)
 
 
 def savings_of(folder: Path) -> dict[str, Savings]:
@@ -452,18 +465,34 @@ def test_blocks_that_are_left_out_are_in_no_plot(tmp_path: Path) -> None:
     assert "left out: 1 of 6 pairs of blocks" in page(contents)
 
 
-def test_a_pair_whose_blocks_have_other_guests_is_left_out(tmp_path: Path) -> None:
-    """With `guests: all`: a guest was attached between the two blocks."""
+def test_if_no_block_is_in_a_plot_there_is_no_report(tmp_path: Path) -> None:
+    stored(tmp_path, {0: "vm1 was restarted in this block"}, cut_off_at=2)
+    with Store(tmp_path) as store:
+        assert store.trials("run1")[1].status is TrialStatus.DONE, "but its pair is left out"
+        with pytest.raises(Refused, match="no trial to show: it is interrupted"):
+            read_contents(store, store.find_run("run1"))
+
+
+def stored_with(folder: Path, guests_of: Callable[[Trial], tuple[str, ...]]) -> None:
+    """Store a run with `guests: all`.
+
+    :param guests_of: the guests that are attached in a block.
+    """
     spec = parsed(GOOD.replace("[vm1, vm2]", "all"))
     header = RunHeader(run_id="run1", spec=spec, spec_text=GOOD, summary="a test")
-    with Store(tmp_path) as store, RunWriter(store, header) as writer:
+    with Store(folder) as store, RunWriter(store, header) as writer:
         for trial in plan_trials(spec, "run1"):
-            # From the second block of the third pair on, there are two guests.
-            names = ("vm1", "vm2") if trial.position > 4 else ("vm1",)
+            names = guests_of(trial)
             named = parsed(GOOD.replace("[vm1, vm2]", f"[{', '.join(names)}]"))
             task = host_tasks(named, trial)["host1"]
             writer.begin_trial(trial)
             store_records(writer, host_tasks(spec, trial), [list(block_records(task, names))])
+
+
+def test_a_pair_whose_blocks_have_other_guests_is_left_out(tmp_path: Path) -> None:
+    """With `guests: all`: a guest was attached between the two blocks."""
+    # From the second block of the third pair on, there are two guests.
+    stored_with(tmp_path, lambda trial: ("vm1", "vm2") if trial.position > 4 else ("vm1",))
     on = savings_of(tmp_path)["on"]
     assert on.left_out_pairs == 1
     assert on.saved_bytes is not None
@@ -474,14 +503,26 @@ def test_a_pair_whose_blocks_have_other_guests_is_left_out(tmp_path: Path) -> No
     assert pairs == {"vm1": 5, "vm2": 3}, "vm2 was not there before"
 
 
+def test_if_all_pairs_have_other_guests_nothing_is_compared(tmp_path: Path) -> None:
+    stored_with(tmp_path, lambda trial: ("vm1", "vm2") if trial.arm.is_control else ("vm1",))
+    on = savings_of(tmp_path)["on"]
+    assert (on.saved_bytes, on.left_out_pairs, on.pairs) == (None, 6, 6)
+    assert on.undecided.startswith("each pair of blocks is left out: ")
+    with Store(tmp_path) as store:
+        assert compare(store.cost_rows("run1"), "libvirt") == []
+        seen = look(store.footprint_rows("run1"), WANTED)
+        of_guests = aggregate(store.footprint_rows("run1", of_guests=True), By.GUEST)
+    assert not seen.is_enough
+    assert [row.key for row in of_guests if row.saved_bytes] == []
+
+
 def test_a_precision_goes_on_without_the_pairs_that_are_left_out(tmp_path: Path) -> None:
-    wanted = Precision(percent=5.0, size_bytes=None, least_repetitions=3, most_repetitions=9)
     precise = parsed(
         GOOD.replace("repetitions: 6", "repetitions: 3") + "precision: 5%\nmax_repetitions: 3\n"
     )
     stored(tmp_path, {0: "vm1 was restarted in this block"}, spec=precise)
     with Store(tmp_path) as store:
-        seen = look(store.footprint_rows("run1"), wanted)
+        seen = look(store.footprint_rows("run1"), WANTED)
     assert seen.arms == {"on": None}, "two pairs are too few for its first look, at three"
     assert not seen.is_enough
 
