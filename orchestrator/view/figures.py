@@ -130,7 +130,7 @@ def sparkline(values: list[int], top: int, width: int) -> str:
 
     Fewer values have blanks before them.
     """
-    shown = values[-width:]
+    shown = values[max(0, len(values) - width) :]
     return "".join(
         _BARS[min(len(_BARS) - 1, value * len(_BARS) // top)] if value and top else " "
         for value in shown

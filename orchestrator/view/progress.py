@@ -1,4 +1,7 @@
-"""Keeps the progress of a run up to date, from its records. Pure: the caller passes the time."""
+"""Keeps the progress of a run up to date, from its records. Pure: the caller passes the time.
+
+One thread updates it, and another one may read it at any time, to draw it.
+"""
 
 from __future__ import annotations
 
@@ -137,8 +140,11 @@ class Progress:
 
     def _group(self, names: list[str]) -> HostGroup:
         hosts = [self.hosts[name] for name in names]
+        # A copy of each, which list() makes without letting another thread run: one that is being
+        # iterated over must not change, and samples may come now.
+        lines = [list(host.resident_bytes) for host in hosts]
         # From the newest value backwards: hosts have begun to send samples at different times.
-        newest_first = zip(*(reversed(host.resident_bytes) for host in hosts), strict=False)
+        newest_first = zip(*map(reversed, lines), strict=False)
         return HostGroup(
             phase=hosts[0].phase,
             names=names,

@@ -36,6 +36,6 @@ def test_returned_says_when() -> None:
     assert figures.returned(None) == "-"
 
 
-@given(st.lists(st.integers(0, 1000)), st.integers(0, 1000), st.integers(1, 60))
+@given(st.lists(st.integers(0, 1000)), st.integers(0, 1000), st.integers(0, 60))
 def test_a_sparkline_keeps_its_width(values: list[int], top: int, width: int) -> None:
     assert len(figures.sparkline(values, top, width)) == width

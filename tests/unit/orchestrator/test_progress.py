@@ -108,3 +108,21 @@ def test_each_host_gets_its_own_samples() -> None:
     assert list(found.hosts["host2"].resident_bytes) == [11]
     assert found.hosts["host1"].provisioned_bytes == 200
     assert found.hosts["host2"].phase == "free 75 %"
+
+
+def test_samples_may_come_while_hosts_are_drawn() -> None:
+    found = progress(FIXED, 0)
+
+    class Drawn(int):
+        """A value. While it is added to others, another thread brings samples."""
+
+        def __radd__(self, other: int) -> int:
+            for host in found.hosts.values():
+                host.resident_bytes.append(999)
+            return other + int(self)
+
+    for name, values in {"host1": (10, 20), "host2": (100, 200)}.items():
+        found.record(phase("free 75 %", 1, name))
+        found.hosts[name].resident_bytes.extend(map(Drawn, values))
+    (group,) = found.host_groups()
+    assert group.resident_bytes == [110, 220]
