@@ -61,8 +61,9 @@ class ArmCapacity:
     :ivar fewest, most: of all trials; 0 if `undecided` is set.
     :ivar at_least: whether in some trial a host took all guests of the spec without running out,
         so that more guests might fit.
-    :ivar more: how many more guests fitted than under the control; None for the control, without a
-        control whose trials all count, with fewer than two pairs, and if `undecided` is set.
+    :ivar more: how many more guests fitted than under the control; a lower bound with `at_least`.
+        None for the control, without a control whose trials all count, if more guests might fit
+        under the control, with fewer than two pairs, and if `undecided` is set.
     :ivar watched: whether some host that ran out had no cgroup: its memory was only watched.
     :ivar undecided: why there is no figure; empty otherwise.
     """
@@ -108,10 +109,9 @@ def _arm(rows: Sequence[CapacityRow], control: Sequence[CapacityRow]) -> ArmCapa
     )
     if arm.undecided:
         return arm
-    found = [row.capacity for row in rows if row.capacity]
     sums = list(guests_by_trial(rows).values())
     more = None
-    if not arm.is_control and control and not first_undecided(control):
+    if control and not (arm.is_control or first_undecided(control) or _might_fit_more(control)):
         # The arm is given as `control`: the difference is to be the arm minus the control.
         more = mean_interval(paired_differences(guests_by_trial(rows), guests_by_trial(control)))
     return ArmCapacity(
@@ -121,10 +121,15 @@ def _arm(rows: Sequence[CapacityRow], control: Sequence[CapacityRow]) -> ArmCapa
         guests=fsum(sums) / len(sums),
         fewest=int(min(sums)),
         most=int(max(sums)),
-        at_least=not all(capacity.ran_out for capacity in found),
+        at_least=_might_fit_more(rows),
         more=more,
-        watched=any(capacity.enforced is False for capacity in found),
+        watched=any(row.capacity.enforced is False for row in rows if row.capacity),
     )
+
+
+def _might_fit_more(rows: Iterable[CapacityRow]) -> bool:
+    """Return whether a host took all guests of the spec without running out."""
+    return not all(row.capacity.ran_out for row in rows if row.capacity)
 
 
 def first_undecided(rows: Iterable[CapacityRow]) -> str:

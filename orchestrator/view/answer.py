@@ -58,15 +58,17 @@ def frontier_answer(points: Sequence[Point]) -> str:
         return ""
     first = next(iter(arms))
     answer = f"{best.arm} runs {_guests_of(best)}, and none of {best.hosts} hosts ran out of memory"
-    fewest = min(arms[first], key=lambda one: one.guests)
     if best.arm == first:
         # An arm with an undecided point might run more.
         return answer if any(point.undecided for point in points) else f"{answer}; no arm runs more"
-    if fewest.undecided:
+    one = most[first]
+    above = [point for point in arms[first] if one is None or point.guests > one.guests]
+    following = min(above, key=lambda point: point.guests, default=None)
+    if following is None or following.undecided:  # the first arm might run more than `one`
         return answer
-    if one := most[first]:
+    if one:
         return f"{answer}; {first} runs {one.guests}"
-    return f"{answer}; under {first} some did with {fewest.guests} already"
+    return f"{answer}; under {first} some did with {following.guests} already"
 
 
 def _guests_of(point: Point) -> str:

@@ -56,6 +56,14 @@ def test_hosts_are_summed_and_one_that_never_ran_out_makes_it_a_lower_bound() ->
     assert (none.guests, none.at_least) == (6.0, True)
 
 
+def test_a_control_that_never_ran_out_is_nothing_to_count_from() -> None:
+    """It may take more guests than the spec has, and more than the arm does."""
+    rows = [row("none", i, 6, ran_out=i > 0) for i in (0, 1)]
+    found = by_name(rows + [row("bitmap", i, 6, ran_out=False) for i in (0, 1)])
+    assert (found["none"].at_least, found["bitmap"].at_least) == (True, True)
+    assert found["bitmap"].more is None
+
+
 def test_a_trial_without_result_makes_the_arm_undecided() -> None:
     cut_off = by_name([row("none", 0, 2), row("none", 1, None), row("bitmap", 0, 5)])
     assert cut_off["none"].guests is None

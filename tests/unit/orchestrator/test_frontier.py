@@ -121,6 +121,15 @@ def points(**ran_out_with: tuple[int, ...]) -> list[Point]:
             "none runs 3 guests on a host (1 times its memory), and none of 4 hosts ran out of "
             "memory",
         ),
+        # With 4 guests under none nothing is known: it might run them, too.
+        (
+            [
+                *points(none=(0,), eager=(0, 0, 0)),
+                *(replace(one, hosts=0, undecided="lost") for one in points(none=(0, 0))[1:]),
+            ],
+            "eager runs 5 guests on a host (1.5 times its memory), and none of 4 hosts ran out of "
+            "memory",
+        ),
     ],
 )
 def test_the_answer(found: list[Point], said: str) -> None:
