@@ -42,6 +42,17 @@ _LOCK_TIMEOUT_S = 1.0
 # be in the kernel, punching a hole. 4 GiB take seconds on a busy host.
 _DEATH_TIMEOUT_S = 60.0
 
+# What the machine refused (sqlite.org/rescode.html): the file need not be damaged. A full disk is
+# an I/O error, too, when SQLite enlarges its -shm file.
+_NOT_DAMAGE = frozenset(
+    {
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+)
+
 _FOLDER_MODE = 0o711
 _SCHEMA_VERSION = 3
 _SCHEMA = f"""
@@ -204,6 +215,13 @@ class Database:
         try:
             yield
         except (sqlite3.DatabaseError, ValueError, InvalidInput, DecodeError) as error:
+            # An error of the module sqlite3 itself has no code. The low byte is the primary code.
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_DAMAGE:
+                raise Refused(
+                    f"the state file {self._path} cannot be opened: {error}",
+                    hint="make room on its disk if that is full, and check that the disk can be"
+                    " written; keep the file, so that the guests can be adopted",
+                ) from error
             raise self._unusable(f"is damaged: {error}") from error
 
     def _unusable(self, what: str) -> Refused:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -108,6 +109,25 @@ def test_a_state_that_cannot_be_used_is_refused(tmp_path: Path, change: str, sai
         state.guests()
     assert str(path.parent) in caught.value.hint
     assert path.exists(), "a state that cannot be used is kept for inspection"
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_state(tmp_path: Path) -> None:
+    with opened(tmp_path) as state:
+        state.save([a_guest()])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # SQLite cannot make its -shm file of 32 KiB then, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with (
+            pytest.raises(Refused, match="cannot be opened: disk I/O error") as caught,
+            opened(tmp_path),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "remove" not in caught.value.hint
+    with opened(tmp_path) as state:
+        assert [guest.name for guest in state.guests()] == [a_guest().name]
 
 
 def make_older(folder: Path, guest: GuestRecord) -> Path:
