@@ -341,7 +341,7 @@ class GuestSessions:
         request_id: int = 0,
     ) -> _T:
         if self._lost is not None:
-            raise self._lost
+            raise self._lost.with_traceback(None)  # see Stream.next
         if stream is None:
             raise TransientError(f"guest {self._name} has no {what} open now")
         return await self._requests.ask(stream, make, answer_type, request_id)

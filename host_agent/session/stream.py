@@ -101,7 +101,9 @@ class Stream:
         if not isinstance(item, _End):
             return item
         if item.error is not None:
-            raise item.error
+            # Without its traceback: all later streams of a guest that is gone end with the same
+            # error, and each `raise` adds its frames, and all that they use, to those before.
+            raise item.error.with_traceback(None)
         return None
 
 

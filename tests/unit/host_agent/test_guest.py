@@ -5,6 +5,7 @@ import asyncio
 import os
 import threading
 import time
+import traceback
 from typing import Any
 
 import pytest
@@ -187,5 +188,33 @@ def test_a_step_on_a_lost_guest_fails_at_once(ram: GuestRam) -> None:
             await guest.sessions.run_step(lambda n: hinting_pb2.WorkloadCommand(command_id=n))
         assert guest.sessions.workload_is_there.is_set()
         assert time.monotonic() - asked_s < 0.5
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_guest_that_is_asked_again_and_again_takes_no_more_memory(ram: GuestRam) -> None:
+    """Its agent may connect again for weeks: nothing of an ended stream may stay."""
+
+    def frames(error: GuestLost) -> int:
+        return len(list(traceback.walk_tb(error.__traceback__)))
+
+    async def ended(guest: Guest, epochs: Epochs) -> GuestLost:
+        stream = Stream()
+        session = guest.sessions.connect_hinting(stream, epochs)
+        with pytest.raises(GuestLost) as caught:
+            await stream.next()
+        guest.sessions.leave_hinting(session)
+        return caught.value
+
+    async def refused(guest: Guest) -> GuestLost:
+        with pytest.raises(GuestLost) as caught:
+            await guest.sessions.settle()
+        return caught.value
+
+    async def scenario() -> None:
+        guest, epochs = started(ram), Epochs()
+        guest.lost("it crashed")
+        assert frames(await ended(guest, epochs)) == frames(await ended(guest, epochs))
+        assert frames(await refused(guest)) == frames(await refused(guest))
 
     asyncio.run(scenario())
