@@ -240,6 +240,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
             # The guests were made for the parent. If it is gone, nobody needs them any more: end
             # them even with --state.
             if parent_gone.is_set():
+                served.registry.shutting_down = True
                 await served.registry.end_all()
 
 

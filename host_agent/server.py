@@ -181,12 +181,12 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
             failure=failure,
         )
     finally:
+        registry.shutting_down = True  # before `end_all`, which would not see a later guest
         for task in loops:
             task.cancel()
         await asyncio.wait(loops)
         if state is None:
             await registry.end_all()
-        registry.shutting_down = True
         await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
         # I2: `leave` waits for punches that run. It must return before the lock of the state is
         # released, because then the next host agent may begin.

@@ -1,0 +1,59 @@
+"""A host agent that ends, with a driver that is slow: it makes no guest any more."""
+
+import asyncio
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from hintfleet.errors import Refused
+from hintfleet.v1 import host_pb2
+from host_agent.registry import Registry
+from host_agent.server import Serving, Settings, serving
+from tests.unit.host_agent.test_registry import SPEC, TRIAL, Driver, made
+
+
+@pytest.fixture
+def settings() -> Iterator[Settings]:
+    with tempfile.TemporaryDirectory(prefix="hf-ending-") as folder:
+        yield Settings(
+            name="in-process",
+            listen=f"unix:{folder}/host.sock",
+            guest_listen="127.0.0.1:0",
+            memory_budget_bytes=1 << 30,
+            libvirt_uri="test:///default",
+        )
+
+
+def use(driver: Driver, served: Serving) -> None:
+    """Let this driver make the embedded guests."""
+    drivers = served.registry.drivers
+    assert isinstance(drivers, dict)
+    drivers[host_pb2.EMBEDDED] = driver
+
+
+def test_no_guest_is_made_while_the_others_are_ended(settings: Settings) -> None:
+    async def make_another(registry: Registry, driver: Driver) -> None:
+        """Wait until the host agent ends its guest, then ask for another one."""
+        (first,) = registry.guests
+        while not first.ending:
+            await asyncio.sleep(0.01)
+        creating = asyncio.create_task(registry.create("late", TRIAL, SPEC))
+        await asyncio.wait([creating], timeout=1.0)
+        driver.may_end.set()
+        with pytest.raises(Refused, match="this host agent ends"):
+            await creating
+
+    async def scenario() -> None:
+        driver = Driver()
+        driver.may_make.set()
+        async with serving(settings) as served:
+            use(driver, served)
+            served.registry.open_watch(TRIAL)
+            await made(served.registry)
+            driver.may_end.clear()
+            late = asyncio.create_task(make_another(served.registry, driver))
+        await late
+        assert [guest.closed for guest in driver.made] == [True]
+
+    asyncio.run(scenario())
