@@ -187,6 +187,8 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
         await asyncio.wait(loops)
         if state is None:
             await registry.end_all()
+        # This removes the file of a unix socket as well. Nobody may remove it later: by then it may
+        # be that of the next host agent.
         await asyncio.gather(control_server.stop(0.1), guest_server.stop(0.1))
         # I2: `leave` waits for punches that run. It must return before the lock of the state is
         # released, because then the next host agent may begin.
@@ -195,8 +197,6 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
         finally:
             await in_driver_thread(budget.close)
             await registry.close()
-            if socket_file is not None:
-                socket_file.unlink(missing_ok=True)
 
 
 def _refuse_if_taken(path: Path) -> None:

@@ -1,12 +1,17 @@
-"""A host agent that ends, with a driver that is slow: it makes no guest any more."""
+"""A host agent that ends, with a driver that is slow: it makes no guest any more, and
+leaves alone the socket of the next one."""
 
 import asyncio
+import os
+import socket
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from hintfleet.errors import Refused
+from hintfleet.net.addresses import socket_path
 from hintfleet.v1 import host_pb2
 from host_agent.registry import Registry
 from host_agent.server import Serving, Settings, serving
@@ -57,3 +62,29 @@ def test_no_guest_is_made_while_the_others_are_ended(settings: Settings) -> None
         assert [guest.closed for guest in driver.made] == [True]
 
     asyncio.run(scenario())
+
+
+class Next(Driver):
+    """A driver that is slow to close: meanwhile the next host agent begins to listen."""
+
+    def __init__(self, listener: socket.socket, path: Path) -> None:
+        super().__init__()
+        self._listener, self._path = listener, path
+
+    def close(self) -> None:
+        assert not self._path.exists()
+        self._listener.bind(os.fspath(self._path))
+
+
+def test_the_socket_of_the_next_host_agent_stays(settings: Settings) -> None:
+    path = socket_path(settings.listen)
+    assert path is not None
+
+    async def scenario(listener: socket.socket) -> None:
+        async with serving(settings) as served:
+            assert path.exists()
+            use(Next(listener, path), served)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        asyncio.run(scenario(listener))
+    assert path.exists()
