@@ -140,7 +140,7 @@ class Registry:
         caller must have `make` start or attach it, or have its driver adopt it.
 
         :param token: of a guest that had one before; None: make a new token.
-        :raises Refused: this host agent ends; `end_all` would not see this guest.
+        :raises Refused: this host agent ends, or there is no such policy.
         """
         if self.shutting_down:
             raise Refused(f"guest {name} is not made: this host agent ends")

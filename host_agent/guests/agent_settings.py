@@ -16,7 +16,6 @@ from hintfleet.settings import (
     HintingParts,
     IsolatorKind,
     Method,
-    Policy,
     hinting_parts,
 )
 from hintfleet.v1 import host_pb2
@@ -31,7 +30,7 @@ def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingPar
     """Return the isolator and the tracker of a guest with these settings.
 
     :raises Refused: the driver has no such isolator or tracker, or the two do not fit together or
-        to the chunk order; or there is no such policy. The hint says what is possible.
+        to the chunk order. The hint says what is possible.
     """
     isolators, trackers = zip(*PARTS[driver], strict=True)
     for what, value, there in (
@@ -44,8 +43,6 @@ def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingPar
     if parts is None:
         its_own = [pair.tracker for pair in PARTS[driver] if pair.isolator == asked.isolator]
         raise _has_no(f"isolator {asked.isolator}", "tracker", asked.tracker, its_own)
-    if asked.policy and asked.policy not in tuple(Policy):
-        raise _has_no("hinting", "policy", asked.policy, tuple(Policy))
     if parts.isolator is IsolatorKind.HUGETLB and asked.chunk_order not in (0, HUGE_PAGE_ORDER):
         raise Refused(
             f"isolator hugetlb moves chunks of order {HUGE_PAGE_ORDER} only", hint="isolator: kmod"

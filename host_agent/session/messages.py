@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hintfleet.errors import Refused
 from hintfleet.ranges import encode
 from hintfleet.settings import (
     DEFAULT_BREAK_EVEN_MS,
@@ -33,9 +34,15 @@ def policy_of(
     its default.
 
     :param patience: policy adaptive: see `host_agent.pressure.policy.patience`.
+    :raises Refused: there is no such policy.
     """
+    asked = settings.policy or DEFAULT_POLICY
+    if asked not in tuple(Policy):
+        raise Refused(
+            f"hinting has no policy {asked!r}", hint=f"policy: {' or '.join(tuple(Policy))}"
+        )
     return pb.Policy(
-        kind=_KINDS[Policy(settings.policy or DEFAULT_POLICY)],
+        kind=_KINDS[Policy(asked)],
         report_period_ms=settings.report_period_ms or DEFAULT_REPORT_PERIOD_MS,
         cold_after_ms=settings.cold_after_ms or DEFAULT_COLD_AFTER_MS,
         allowance_pages=allowance_bytes // PAGE_BYTES,

@@ -64,7 +64,6 @@ def test_all_that_a_driver_has_can_be_asked_for(driver: Driver) -> None:
     [
         ({"isolator": "kmod"}, "an embedded guest has no isolator 'kmod'", "isolator: embedded"),
         ({"tracker": "x"}, "an embedded guest has no tracker 'x'", "tracker: bitmap or reported"),
-        ({"policy": "x"}, "no policy 'x'", "policy: adaptive or eager or cold or pressure"),
     ],
 )
 def test_what_an_embedded_guest_does_not_have(

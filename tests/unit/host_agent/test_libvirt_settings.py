@@ -40,7 +40,6 @@ def test_a_tracker_brings_its_isolator(hinting: dict[str, str], isolator: str) -
     [
         ({"isolator": "embedded"}, "no isolator 'embedded'"),
         ({"tracker": "magic"}, "no tracker 'magic'"),
-        ({"policy": "lazy"}, "no policy 'lazy'"),
         ({"isolator": "kmod", "tracker": "bitmap"}, "has no tracker 'bitmap'"),
         ({"isolator": "hugetlb", "chunk_order": 10}, "order 9 only"),
     ],

@@ -130,6 +130,23 @@ def test_a_host_agent_that_ends_makes_no_guest() -> None:
     run(scenario())
 
 
+def test_a_policy_that_this_host_agent_does_not_have_is_refused() -> None:
+    """For example, one of a later version."""
+
+    async def scenario() -> None:
+        spec = host_pb2.GuestSpec(
+            driver=host_pb2.EMBEDDED, memory_bytes=MIB, method=host_pb2.HINTING
+        )
+        spec.hinting.policy = "lazy"
+        registry = registry_with(Driver())
+        with pytest.raises(Refused, match="no policy 'lazy'") as caught:
+            await registry.create("g", TRIAL, spec)
+        assert caught.value.hint == "policy: adaptive or eager or cold or pressure"
+        assert not registry.guests
+
+    run(scenario())
+
+
 def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
     async def scenario() -> None:
         driver = Driver()
