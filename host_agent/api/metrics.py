@@ -226,10 +226,14 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve the connection in a thread of its own; close it if too many are open."""
-        if self._free_slots.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._free_slots.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread can be started now
+            self._free_slots.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve the connection, then free its slot."""

@@ -1,9 +1,13 @@
 """The name of each metric that a host agent serves is written out in the source, so that a search
-finds it."""
+finds it. Metrics are served again after a time in which no thread could be started."""
 
 import re
+import socket
+import threading
+from http.client import HTTPConnection
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from host_agent.api import metrics
@@ -17,3 +21,28 @@ def test_a_name_that_is_served_stands_literally_in_the_source() -> None:
     source = Path(metrics.__file__).read_text()
     assert "hintfleet_guest_hinted_bytes_total" in served
     assert not [name for name in served if f'"{name}"' not in source]
+
+
+def test_metrics_are_served_again_when_threads_can_be_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def status() -> int:
+        connection = HTTPConnection(address, timeout=30)
+        connection.request("GET", "/metrics")
+        return connection.getresponse().status
+
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with metrics.serve_metrics(address, Registry({}), "h1"):
+        assert status() == 200
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", no_thread)
+            for _ in range(20):  # more than connections that may be open
+                with pytest.raises(OSError, match=r"closed|reset"):
+                    status()
+        assert status() == 200
