@@ -15,12 +15,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from hintfleet.errors import HintfleetError
 from hintfleet.leaks import Leak, Removable
 from hintfleet.system.processes import Process, other_processes
 from host_agent.budget.memory_cgroup import abandoned as abandoned_cgroups
+from host_agent.budget.memory_cgroup import remove_folder
 from host_agent.budget.zram import abandoned as abandoned_zram
 from host_agent.budget.zram import remove as remove_zram
 from host_agent.guests.libvirt.domain_leaks import abandoned_domains
@@ -143,7 +145,7 @@ def _folder(path: Path) -> Removable:
 
 
 def _cgroup(path: Path) -> Removable:
-    return _abandoned("cgroup", path), path.rmdir
+    return _abandoned("cgroup", path), partial(remove_folder, path)
 
 
 def _zram(device: Path) -> Removable:

@@ -198,6 +198,16 @@ def _abandoned(folders: Iterable[Path]) -> Iterator[Path]:
             yield folder
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a cgroup without processes, and the cgroups in it: those of domains stay in a
+    partition if libvirtd was killed, too.
+
+    :raises OSError: the kernel refused one of them: a process is in it.
+    """
+    for at, _, _ in os.walk(folder, topdown=False):
+        os.rmdir(at)
+
+
 def _with_memory(found: list[Hierarchy]) -> Hierarchy:
     for hierarchy in found:
         if "memory" in hierarchy.controllers:
@@ -216,7 +226,7 @@ def _new(hierarchy: Hierarchy, folder: Path) -> Path:
     """
     for other in _abandoned(folder.parent.glob(f"{PREFIX}*")):
         with contextlib.suppress(OSError):  # it has processes, or somebody else removes it now
-            other.rmdir()
+            remove_folder(other)
     if hierarchy.is_v2 and "memory" in _words(folder.parent / "cgroup.controllers"):
         # Enable the memory controller in the parent's children. The kernel refuses that if the
         # parent itself has processes, except in the root ("no internal processes", cgroup-v2.rst).
@@ -237,7 +247,7 @@ def _remove(folder: Path) -> None:
     give_up_s = time.monotonic() + _REMOVE_TIMEOUT_S
     while folder.exists():
         try:
-            folder.rmdir()
+            remove_folder(folder)
         except OSError:  # EBUSY for a moment after its last process has ended
             if time.monotonic() > give_up_s:
                 return

@@ -113,6 +113,8 @@ def test_what_a_killed_host_agent_left_is_found_and_removed(driver: Driver) -> N
     assert (len(mine) > 1) == (driver is Driver.LIBVIRT and len(list(hierarchies())) > 1)
     found = [removable for removable in leaks.find("test:///default")[0] if is_of(removable, mine)]
     assert len(found) == len(mine)
+    for path in mine:
+        (path / "qemu-1-guest.libvirt-qemu").mkdir()  # as of a domain
     for leak, remove in found:
         assert leak.what == "cgroup"
         remove()
@@ -131,6 +133,7 @@ def test_the_next_one_removes_what_a_killed_host_agent_left() -> None:
     other.remove()
     owner.kill()
     owner.communicate()
+    (folder / "below").mkdir()
     make(Driver.EMBEDDED).remove()
     assert not folder.exists()
 
