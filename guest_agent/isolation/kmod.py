@@ -224,7 +224,7 @@ class KmodIsolator:
         return bool(self._remaining)
 
     def enough_ready(self) -> bool:
-        return True  # the module wakes this agent only for a whole batch
+        return True  # a wake means that the module shows a batch, full or not: hint it at once
 
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
         self._parts_in_flight -= bool(ranges)

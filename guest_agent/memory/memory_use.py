@@ -64,7 +64,7 @@ class KernelMemoryUse:
         """Return how much is kept for a crash kernel, which most guests never touch."""
         try:
             return int(self._crash_size.read_text())
-        except FileNotFoundError:  # a kernel without CONFIG_CRASH_DUMP
+        except FileNotFoundError:  # without CONFIG_CRASH_DUMP (before 6.9: CONFIG_KEXEC_CORE)
             return 0
 
 

@@ -129,12 +129,18 @@ class SampleFilter:
 
 
 def _hardly_differ(sent: host_pb2.SampleSet, current: host_pb2.SampleSet) -> bool:
+    before, now = sent.budget_use, current.budget_use
     return (
         len(current.samples) == len(sent.samples)
-        and current.budget_use.oom_count == sent.budget_use.oom_count
-        and abs(current.budget_use.used_bytes - sent.budget_use.used_bytes) < _CALM_BYTES
+        and now.oom_count == before.oom_count
+        and abs(now.used_bytes - before.used_bytes) < _CALM_BYTES
+        and _is_over(now) == _is_over(before)
         and all(map(_alike, sent.samples, current.samples))
     )
+
+
+def _is_over(use: host_pb2.BudgetUse) -> bool:
+    return use.used_bytes > use.limit_bytes
 
 
 def _alike(one: host_pb2.Sample, other: host_pb2.Sample) -> bool:

@@ -103,17 +103,18 @@ class MemoryDoor:
         :param guest: the guest's name, for logs.
         :raises Refused: the socket cannot be made there.
         """
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            path.unlink(missing_ok=True)
-            listener.bind(os.fspath(path))
-            # QEMU's user must be able to connect. The permissions of the folder limit who can reach
-            # the socket at all.
-            path.chmod(0o666)
-            listener.listen(_BACKLOG)
-            listener.setblocking(False)
+            with contextlib.ExitStack() as undo:
+                listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                path.unlink(missing_ok=True)
+                listener.bind(os.fspath(path))
+                # QEMU's user must be able to connect. The permissions of the folder limit who can
+                # reach the socket at all.
+                path.chmod(0o666)
+                listener.listen(_BACKLOG)
+                listener.setblocking(False)
+                undo.pop_all()
         except OSError as error:
-            listener.close()
             raise Refused(
                 f"cannot listen at {path}: {error.strerror or error}",
                 hint="choose another --state DIR, or another TMPDIR without it",

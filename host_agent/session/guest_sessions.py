@@ -287,7 +287,7 @@ class GuestSessions:
             error = OutcomeUnknown(f"guest {self._name}: its workload stream ended")
             self._requests.fail_soon(stream, error)
 
-    # Requests
+    # What the host asks of the guest and its workload
 
     async def run_step(
         self, make: Callable[[int], hinting_pb2.WorkloadCommand], command_id: int = 0

@@ -183,7 +183,8 @@ class HostRanOut:
     """The guests of a host needed more memory than the host's budget. This ends the host's part of
     the trial; of guests that were started one by one, those that fit are read back first.
 
-    :ivar at_unix_us: of the sample that shows it; a sample period late at most.
+    :ivar at_unix_us: of the sample that shows it: a sample period late at most; with swap, a second
+        later.
     :ivar enforced: whether a cgroup keeps the guests within the budget: the kernel has killed one
         of them, or could not swap out enough of them; else they were seen to use more.
     """

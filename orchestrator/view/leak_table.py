@@ -19,7 +19,7 @@ def leak_table(leaks: Sequence[Leak], *, all_looked_at: bool) -> RenderableType:
     A second line below a leak's place says that the leak was removed, or why it was not or must
     not be removed. For any other leak it says how we know that nobody owns the leak.
 
-    :param all_looked_at: False if something could not be checked.
+    :param all_looked_at: False if something could not be checked; then the sentence says so.
     """
     if not leaks:
         if all_looked_at:

@@ -8,7 +8,6 @@ run stores them, in parts of 2 s, and each trial's figures.
 
 from __future__ import annotations
 
-import os
 import signal
 import statistics
 import subprocess
@@ -63,6 +62,14 @@ database = duckdb.connect(config={"threads": 1, "temp_directory": ""})
 database.execute("SET enable_progress_bar = false")
 rows = f"SELECT * FROM read_parquet('{folder}/samples/*/*/*.parquet')"
 database.execute(f"COPY ({rows}) TO '{path}' (FORMAT {kind})")
+"""
+# A small process that starts the one to measure: the kernel begins the peak of a process with that
+# of the process which started it (ru_maxrss, getrusage(2)), and a benchmark has used much memory.
+_MEASURE = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=sys.stderr, check=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
 """
 
 
@@ -169,18 +176,17 @@ def _serving(folder: Path) -> Iterator[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class _Used:
-    """What a process used until its end."""
+    """What a process used until its end. Its peak is never less than that of `_MEASURE`."""
 
     cpu_s: float
     peak_mib: float
 
 
 def _used(*command: str | Path) -> _Used:
-    process = subprocess.Popen([sys.executable, *command])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it
-    assert process.returncode == 0, command
-    return _Used(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * KIB / MIB)
+    measure = [sys.executable, "-c", _MEASURE, sys.executable, *command]
+    done = subprocess.run(measure, stdout=subprocess.PIPE, text=True, check=True)
+    used_s, peak_kib = done.stdout.split()
+    return _Used(float(used_s), int(peak_kib) * KIB / MIB)
 
 
 def _exports(small: Path, large: Path, kind: str, path: Path) -> Iterator[Figure]:

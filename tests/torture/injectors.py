@@ -212,8 +212,8 @@ class Impostor(Task):
 
 
 class Replay(Impostor):
-    """Send on a new connection what the guest sent on another one, open or closed: the one with the
-    longest record."""
+    """Send on a new connection what the guest sent first (64 KiB) on another one, open or closed:
+    the one with the longest record."""
 
     def begin(self) -> None:
         victim, upstream = self._scene.victim, self._scene.victim.relay.upstream

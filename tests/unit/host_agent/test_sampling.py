@@ -52,6 +52,13 @@ def test_a_new_guest_is_sent_at_once() -> None:
     assert len(sent([made(0, 0), two])) == 2
 
 
+def test_that_the_budget_is_exceeded_is_sent_at_once_however_little_it_is() -> None:
+    sets = [made(n, 0) for n in range(3)]
+    for each, used_bytes in zip(sets, (99, 100, 101), strict=True):
+        each.budget_use.CopyFrom(host_pb2.BudgetUse(used_bytes=used_bytes, limit_bytes=100))
+    assert [one.budget_use.used_bytes for one in sent(sets)] == [99, 100, 101]
+
+
 @given(st.lists(st.integers(0, 4 * MIB), min_size=2, max_size=30))
 def test_interpolated_samples_are_never_far_from_the_real_ones(resident: list[int]) -> None:
     sets = [made(n, size_bytes) for n, size_bytes in enumerate(resident)]
