@@ -11,11 +11,17 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-from hintfleet.errors import GuestLost, HintfleetError, InvalidInput, NotFound, Refused
+from hintfleet.errors import (
+    GuestLost,
+    HintfleetError,
+    InvalidInput,
+    NotFound,
+    Refused,
+    TransientError,
+)
 from hintfleet.logs import fields
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
@@ -28,7 +34,7 @@ from host_agent.repeated_commands import RepeatedCommands
 from host_agent.resizing import check_memory, follow_table
 from host_agent.session.gate import Epochs
 from host_agent.tasks import about_failure, raise_first
-from host_agent.threads import in_driver_thread
+from host_agent.threads import call_on, in_driver_thread
 
 _log = logging.getLogger("hintfleet.host.registry")
 
@@ -140,10 +146,11 @@ class Registry:
         caller must have `make` start or attach it, or have its driver adopt it.
 
         :param token: of a guest that had one before; None: make a new token.
-        :raises Refused: this host agent ends, or there is no such policy.
+        :raises TransientError: this host agent ends.
+        :raises Refused: there is no such policy.
         """
         if self.shutting_down:
-            raise Refused(f"guest {name} is not made: this host agent ends")
+            raise TransientError(f"guest {name} is not made: this host agent ends")
         guest = self._guests[name] = Guest(
             name=name,
             uuid=uuid_text,
@@ -197,7 +204,7 @@ class Registry:
             uuid=guest.uuid,
             token=guest.token,
             spec=guest.spec,
-            on_gone=lambda reason: _report_lost(loop, partial(lost, guest, reason)),
+            on_gone=lambda reason: call_on(loop, partial(lost, guest, reason)),
         )
 
     def _driver_of(self, guest: Guest) -> GuestMaker:
@@ -391,10 +398,3 @@ class Registry:
         for guest, error in zip(guests, ended, strict=True):
             if isinstance(error, BaseException):
                 _log.error("guest cannot be ended", **about_failure(guest.name, error))
-
-
-def _report_lost(loop: asyncio.AbstractEventLoop, report: Callable[[], object]) -> None:
-    # Drivers call this from their own threads. A guest's process may end after the loop was
-    # closed; then call_soon_threadsafe raises RuntimeError.
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(report)

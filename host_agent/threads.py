@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -23,3 +24,10 @@ _drivers = ThreadPoolExecutor(max_workers=16, thread_name_prefix="driver")
 async def in_driver_thread(do: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """Run a driver's blocking call in a thread of the drivers' pool, and return its result."""
     return await asyncio.get_running_loop().run_in_executor(_drivers, partial(do, *args, **kwargs))
+
+
+def call_on(loop: asyncio.AbstractEventLoop, do: Callable[[], object]) -> None:
+    """Call `do` on an event loop, from any thread; do nothing if the loop is closed."""
+    # A guest's process may end after the loop was closed; then call_soon_threadsafe raises.
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(do)

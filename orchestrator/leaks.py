@@ -200,11 +200,16 @@ def _file(
             what=what,
             where=str(path),
             since_unix_s=round(path.lstat().st_mtime),
-            size_bytes=_size_bytes(path.rglob("*") if path.is_dir() else [path]),
+            size_bytes=_size_bytes(_files_in(path) if path.is_dir() else [path]),
             why=why,
             kept=kept,
         )
         yield leak, remove
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    # Not rglob: it fails if a folder is removed meanwhile (Python 3.11).
+    return (Path(at, name) for at, dirs, files in os.walk(folder) for name in (*dirs, *files))
 
 
 def _size_bytes(files: Iterable[Path]) -> int:

@@ -8,6 +8,7 @@ it is, which is not an error. Blocks are offlined only if the guest has enough o
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Callable
@@ -133,8 +134,9 @@ def _set(block: Path, wanted: str, deadline_s: float) -> bool:
             return False
         # The kernel refuses a state that the block has already: meanwhile the kernel itself
         # (memhp_default_state) or a rule of udev may have changed it.
-        if not done.returncode or wanted.startswith(_state(block)):
-            return True
+        with contextlib.suppress(OSError):  # the block is gone
+            if not done.returncode or wanted.startswith(_state(block)):
+                return True
         # A block with chunks in the hugetlb pool is refused at once (mm/hugetlb.c:
         # dissolve_free_huge_page). The pass that moved them there ends soon: try again.
         time.sleep(min(_POLL_S, left_s))

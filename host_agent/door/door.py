@@ -286,7 +286,7 @@ class MemoryDoor:
         self._moved(None)
 
     async def _stop(self, reason: str) -> None:
-        """Close the door and its fence, and wait until no slice of a punch is inside the fence. If
+        """Close the door and its fence, and wait until no punch is inside the fence. If
         the door is closed already, wait all the same: an earlier wait may have been cancelled."""
         if self._is_open:
             with self._changed:

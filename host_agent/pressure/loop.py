@@ -63,7 +63,7 @@ class Pressure:
         for guest in adaptive:
             guest.sessions.policy.update(patience=self._patience)
         if allowed:
-            views = [_view(guest, books[guest.name]) for guest in allowed]
+            views = [view_of(guest, books[guest.name]) for guest in allowed]
             suggestions, self._holds = suggest(host, views, self._holds)
             for suggestion in suggestions:
                 _carry_out(guests[suggestion.name], suggestion)
@@ -78,12 +78,15 @@ def _under(policy: Policy, guests: Iterable[Guest]) -> list[Guest]:
     ]
 
 
-def _view(guest: Guest, ledger: host_pb2.Ledger) -> GuestView:
+def view_of(guest: Guest, ledger: host_pb2.Ledger) -> GuestView:
     absent_bytes = ledger.reclaimed_now_bytes + ledger.untouched_bytes
     return GuestView(
         name=guest.name,
-        # Absent memory is free in the guest; all other free memory of the guest is resident.
-        can_give_bytes=max(0, guest.sessions.telemetry.free_bytes - absent_bytes),
+        # Absent memory is free in the guest; all other free memory of the guest is resident. A
+        # guest may lie about what is free, and must not seem to have more to give than all others.
+        can_give_bytes=max(
+            0, min(ledger.resident_bytes, guest.sessions.telemetry.free_bytes - absent_bytes)
+        ),
         chunk_bytes=PAGE_BYTES << guest.sessions.chunk_order,
         reclaimed_total_bytes=ledger.reclaimed_total_bytes,
         refaulted_total_bytes=ledger.refaulted_total_bytes,

@@ -15,7 +15,7 @@ from orchestrator.results.comparison import ArmCost, compare
 from orchestrator.results.footprint import Numbers, Series
 from orchestrator.results.frontier import Point, frontier
 from orchestrator.results.loop_comparison import ArmLoops, allocation_times, compare_loops
-from orchestrator.results.savings import By, Savings, aggregate, counted
+from orchestrator.results.savings import By, Savings, aggregate
 from orchestrator.results.store.lock import busy_error
 from orchestrator.results.store.reader import Run, Store, StoredTrial
 from orchestrator.results.store.run_spec import spec_or_none
@@ -103,7 +103,7 @@ def read_contents(store: Store, run: Run) -> Contents:
         fills = list(_fills(store, run, trials))
         return Contents(run=run, trials=attempts, capacities=fitted, fills=fills)
     footprints = store.footprint_rows(run.run_id)
-    of_figures = {(row.arm, row.repetition) for row in counted(footprints)}
+    of_figures = {(row.arm, row.repetition) for row in footprints if not row.left_out}
     trials = [t for t in trials if (t.arm, t.repetition) in of_figures]
     if not trials:
         raise _nothing_to_show(run)

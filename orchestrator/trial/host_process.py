@@ -133,12 +133,13 @@ class HostProcess:
             self._lifeline_fd = -1
         if self._process.returncode is None:
             self._process.terminate()
-            try:
-                async with asyncio.timeout(_STOP_TIMEOUT_S):
-                    await self._process.wait()
-            except TimeoutError:
+            # No timeout that cancels: this may run in a task that was cancelled before, and then
+            # asyncio.timeout raises no TimeoutError before Python 3.11.3 (python/cpython#102780).
+            ended = asyncio.create_task(self._process.wait())
+            await asyncio.wait((ended,), timeout=_STOP_TIMEOUT_S)
+            if not ended.done():
                 self._process.kill()
-                await self._process.wait()
+            await ended
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

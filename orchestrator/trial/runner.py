@@ -33,9 +33,9 @@ from orchestrator.trial.script import Script, cancelled, now_us, records_of
 from orchestrator.trial.steps import hold_request, step_done, step_request
 
 _FIRST_SAMPLE_TIMEOUT_S = 10.0
-# Two sets of samples come within so many periods after a command was answered: a host agent leaves
-# out three in a row at most (host.proto: Watch).
-_MOST_PERIODS = 6
+# Three sets of samples come within so many periods: a host agent leaves out three in a row at most
+# (host.proto: Watch).
+_MOST_PERIODS = 12
 # How long to wait, after two sample periods, for samples before and after the measured window. The
 # footprint at an end of the window is interpolated (results/footprint.py): that needs a sample of
 # each guest before and after the window. On a busy host a sample may be late.
@@ -102,9 +102,14 @@ class _TrialRunner(Script):
                 # breaks, too; if the host ran out of memory, a sample says so. Either may come
                 # later than the command's error, so wait for it, or for samples without it.
                 samples = asyncio.create_task(self._next_samples())
-                await asyncio.wait((watch, ran_out, samples), return_when=asyncio.FIRST_COMPLETED)
-                silent = samples.done() and not samples.result() and await self._client.is_silent()
-                await cancelled(samples)
+                try:
+                    await asyncio.wait(
+                        (watch, ran_out, samples), return_when=asyncio.FIRST_COMPLETED
+                    )
+                    none_came = samples.done() and not samples.result()
+                    silent = none_came and await self._client.is_silent()
+                finally:
+                    await cancelled(samples)
                 if watch.done() or (silent and not ran_out.done()):
                     return f"{self._task.host}: its host agent was lost: {error.message}", True
                 if not ran_out.done():
@@ -215,8 +220,9 @@ class _TrialRunner(Script):
     async def _next_samples(self) -> bool:
         """Wait for samples that were made after this call, but only for some time; return whether
         they came."""
-        # The first ones that come may have been made before.
-        enough = self._sample_sets + 2
+        # The first that comes may have been made before; so may the second, which the host agent
+        # had left out, and sends together with a third.
+        enough = self._sample_sets + 3
         return await self._sampled(
             lambda: self._sample_sets >= enough,
             _MOST_PERIODS * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S,

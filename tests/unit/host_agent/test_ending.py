@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hintfleet.errors import Refused
+from hintfleet.errors import TransientError
 from hintfleet.net.addresses import socket_path
 from hintfleet.v1 import host_pb2
 from host_agent.registry import Registry
@@ -46,7 +46,7 @@ def test_no_guest_is_made_while_the_others_are_ended(settings: Settings) -> None
         creating = asyncio.create_task(registry.create("late", TRIAL, SPEC))
         await asyncio.wait([creating], timeout=1.0)
         driver.may_end.set()
-        with pytest.raises(Refused, match="this host agent ends"):
+        with pytest.raises(TransientError, match="this host agent ends"):
             await creating
 
     async def scenario() -> None:

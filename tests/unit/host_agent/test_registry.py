@@ -122,7 +122,7 @@ def test_a_host_agent_that_ends_makes_no_guest() -> None:
         driver.may_make.set()
         registry = registry_with(driver)
         registry.shutting_down = True
-        with pytest.raises(Refused, match="this host agent ends"):
+        with pytest.raises(TransientError, match="this host agent ends"):
             await registry.create("g", TRIAL, SPEC)
         assert not registry.guests
         assert not driver.made

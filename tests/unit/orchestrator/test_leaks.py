@@ -3,10 +3,8 @@ another user's."""
 
 import errno
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -31,17 +29,17 @@ def test_what_is_gone_meanwhile_is_no_leak(tmp_path: Path, monkeypatch: pytest.M
     run, gone = tmp_path / "run", tmp_path / "gone"
     (run / "host1").mkdir(parents=True)
     (run / "log").write_text("x" * 5000)
-    list_all = Path.rglob
+    scandir = os.scandir
 
-    def rglob(self: Path, pattern: str) -> Iterator[Path]:
-        found = list(list_all(self, pattern))
-        shutil.rmtree(run / "host1")
-        return iter(found)
+    def vanishing(path: str) -> Any:
+        if Path(path) == run / "host1":
+            (run / "host1").rmdir()
+        return scandir(path)
 
-    monkeypatch.setattr(Path, "rglob", rglob)
+    monkeypatch.setattr(os, "scandir", vanishing)
     ((leak, _),) = _folders([gone, run])
     assert leak.where == str(run)
-    assert leak.size_bytes == (run / "log").stat().st_blocks * 512
+    assert leak.size_bytes >= (run / "log").stat().st_blocks * 512
 
 
 def test_what_is_another_users_is_no_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -514,6 +514,8 @@ def test_if_all_pairs_have_other_guests_nothing_is_compared(tmp_path: Path) -> N
         of_guests = aggregate(store.footprint_rows("run1", of_guests=True), By.GUEST)
     assert not seen.is_enough
     assert [row.key for row in of_guests if row.saved_bytes] == []
+    with Store(tmp_path) as store, pytest.raises(Refused, match="no trial to show"):
+        read_contents(store, store.find_run("run1"))
 
 
 def test_a_precision_goes_on_without_the_pairs_that_are_left_out(tmp_path: Path) -> None:
