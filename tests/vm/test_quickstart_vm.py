@@ -17,10 +17,9 @@ from tests.support.lab import RUN_TIMEOUT_S, Lab, made_lab, result
 libvirt = pytest.importorskip("libvirt")
 
 CATALOGUE = Path(__file__).parents[2] / "orchestrator/spec/catalogue/quickstart-vm.yaml"
-# The catalogue's spec, with a Settle after the workload has freed memory, and once: here we only
-# test that this memory comes back. How soon it does is measured in tests/bench.
+# With a Settle after the workload has freed memory: here we only test that this memory comes back.
+# How soon it does is measured in tests/bench.
 SPEC = re.sub(r"free: (.*)}", r"free: \1, settle: true}", CATALOGUE.read_text())
-SPEC = re.sub(r"repetitions: \d+", "repetitions: 1", SPEC)
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def test_what_guests_free_leaves_the_host(lab: Lab, libvirt_uri: str) -> None:
     data = result(lab.run("run", lab.spec(SPEC), "-o", "json"))
     arms = {arm["arm"]: arm["footprint"] for arm in data["arms"]}
     assert arms["kmod"]["returned"]["after_s"] == 3
-    assert arms["kmod"]["returned"]["freed_bytes"] == 2 * 384 * MIB
+    assert arms["kmod"]["returned"]["freed_bytes"] == 2 * 2 * 384 * MIB
     assert arms["kmod"]["reclaimed_now_bytes"] >= 0.9 * 2 * 384 * MIB
     assert arms["none"]["reclaimed_now_bytes"] == 0
     assert arms["none"]["returned"]["share"] < 0.1
