@@ -48,7 +48,6 @@ _NOISE_BYTES = 1 << 20
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
 _MAX_NAME_LENGTH = 64
-_ANY_MEMORY_BYTES = 1 << 52  # all that processors can address (x86-64: at most 52 bits)
 
 _log = logging.getLogger("hintfleet.host.guest")
 
@@ -253,10 +252,9 @@ class Guest:
     @property
     def largest_memory_bytes(self) -> int:
         """How much memory the guest has when as much as possible is plugged. The operator of an
-        attached guest may plug any amount."""
-        if self.is_attached:
-            return _ANY_MEMORY_BYTES
-        return max(self.spec.memory_bytes, self.spec.max_memory_bytes)
+        attached guest may have plugged more than that."""
+        spec = self.spec
+        return max(spec.memory_bytes, spec.max_memory_bytes, self.provisioned_bytes)
 
     @property
     def provisioned_bytes(self) -> int:

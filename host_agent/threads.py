@@ -1,4 +1,5 @@
-"""A separate thread pool for the blocking calls of drivers, so that they do not delay batches.
+"""Between drivers and the event loop: a separate thread pool for the blocking calls of drivers, so
+that they do not delay batches; and calls from drivers' threads to the loop.
 
 A driver's call may take seconds: libvirt makes a domain, or a guest releases a DIMM. Punches,
 looks at RAM files and writes of books use the event loop's default thread pool. If drivers used

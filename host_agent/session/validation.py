@@ -47,7 +47,7 @@ def check_telemetry(told: pb.Telemetry, memory_bytes: int) -> None:
     `told` may be about more than `memory_bytes`: somebody else may have plugged memory that this
     host agent does not know of.
 
-    :param memory_bytes: the most memory that the guest can have; of an attached guest, any amount.
+    :param memory_bytes: the most memory that the guest can have, as far as this host agent knows.
     :raises InvalidInput: more memory is free than `memory_bytes`, and than `told.memory` has; more
         is held back than is free, or used for something than there is; or another figure is too
         large.

@@ -106,9 +106,9 @@ def run(
     With `precision` in SPEC (5%, or a size), repetitions go on until no interval of an arm's
     savings reaches farther than that from its middle, or max_repetitions have run.
 
-    --resume continues a run that was cut off, by whatever. Trials that have a result keep
-    it; the others run, also those that were lost with a host or with the Ray actor that
-    controls it. A run without such trials is only shown.
+    --resume continues a run that was cut off (Ctrl-C, an error, a crash, a power failure).
+    Trials that have a result keep it; the others run, also those that were lost with a host
+    or with the Ray actor that controls it. A run without such trials is only shown.
 
     Without a Ray cluster (--address), hosts that do not run already run on this machine. If
     they could need more memory than this machine or a cgroup of this command has, nothing is

@@ -72,6 +72,17 @@ def fake(folder: Path, commands: dict[str, str]) -> None:
         (folder / name).chmod(0o755)
 
 
+def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of this tree, with the commands in a folder before those of the system."""
+    return subprocess.run(
+        [ROOT / script],
+        env={"PATH": f"{folder}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def install(folder: Path, user: int) -> list[str]:
     """Run deploy/system/install as if this user ran it and no package were installed. Return its
     lines on stderr; the fake apt-get adds a line `RUN ...` for each of its calls."""
@@ -79,13 +90,8 @@ def install(folder: Path, user: int) -> list[str]:
         folder,
         {"id": f"echo {user}", "dpkg-query": "exit 1", "apt-get": 'echo "RUN $0 $*" >&2'},
     )
-    done = subprocess.run(
-        [ROOT / "deploy/system/install"],
-        env={"PATH": f"{folder}:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run(folder, "deploy/system/install")
+    assert done.returncode == 0, done.stderr
     return done.stderr.splitlines()
 
 
@@ -119,12 +125,6 @@ def test_libvirtd_is_started_beside_a_virtlogd_that_runs(
         "sleep": "exit 0",
     }
     fake(tmp_path, commands)
-    done = subprocess.run(
-        [ROOT / "deploy/start-libvirt"],
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(tmp_path, "deploy/start-libvirt")
     assert (done.returncode == 0) == started.exists() == is_started
     assert "Unable to obtain pidfile" in done.stderr

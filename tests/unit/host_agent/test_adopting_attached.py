@@ -13,6 +13,7 @@ import pytest
 from hintfleet.units import PAGE_BYTES
 from host_agent.guests.attached.driver import AttachedGuest
 from host_agent.guests.driver import GuestRequest, Handle
+from host_agent.persistence.database import GuestRecord
 from host_agent.registry import Registry
 from tests.support.attached_domain import (
     UUID,
@@ -43,6 +44,17 @@ class Again(Driver):
         return self.create(request)
 
 
+async def record_of_one_page(registry: Registry, driver: Driver) -> GuestRecord:
+    """Attach the domain, reclaim one page, and shut the domain off; return its guest's record."""
+    guest = await attached(registry, driver)
+    await reclaim_one_page(guest)
+    driver.end()
+    await until(lambda: guest.to_attach_again is not None)
+    record = guest.record()
+    assert record is not None
+    return record
+
+
 @pytest.mark.parametrize(
     ("start", "now_bytes", "earlier_bytes"), [(1, PAGE_BYTES, 0), (2, 0, PAGE_BYTES)]
 )
@@ -50,12 +62,7 @@ def test_another_start_of_a_domain_has_fresh_books_when_it_is_adopted(
     tmp_path: Path, start: int, now_bytes: int, earlier_bytes: int
 ) -> None:
     async def scenario(registry: Registry, driver: Any) -> None:
-        guest = await attached(registry, driver)
-        await reclaim_one_page(guest)
-        driver.end()
-        await until(lambda: guest.to_attach_again is not None)
-        record = guest.record()
-        assert record is not None
+        record = await record_of_one_page(registry, driver)
         driver.start, driver.domain.running = start, True
         later = Registry({}, attached=driver)
         await later.adopt([record], grace_s=0)
@@ -111,12 +118,7 @@ def test_books_that_an_older_hintfleet_has_stored_are_still_those_of_the_domain(
             return made
 
     async def scenario(registry: Registry, driver: Any) -> None:
-        guest = await attached(registry, driver)
-        await reclaim_one_page(guest)
-        driver.end()
-        await until(lambda: guest.to_attach_again is not None)
-        record = guest.record()
-        assert record is not None
+        record = await record_of_one_page(registry, driver)
         driver.domain.running = True
         later = Registry({}, attached=driver)
         await later.adopt([replace(record, handle={"start": 1})], grace_s=0)
