@@ -1,5 +1,5 @@
 # make demo    set up a venv in the tree and run the quickstart on embedded guests
-# make check   after every edit: format, lint, types, unit and model tests; no root, about a minute
+# make check   after every edit: format, lint, types, unit and model tests; no root, two to three minutes
 # make test    run all tests, real guests included; as root it installs what they need (VM=no: it does without)
 # make image [VARIANT=compiler]    build the image of real guests; with g++ in it: for `hintfleet run footprint`
 # make lowest  unit and model tests with the lowest versions that pyproject.toml allows; minutes, and the network
