@@ -19,11 +19,10 @@ from tests.support.agents import HANG_S, running_host_agent, wait_until
 from tests.support.lab import made_lab, result
 from tests.support.stored import store_run
 
+# Each name has what several programs may take for something else.
 NAMES = {
-    "glob and hive": b"host=a [x] *?",
-    "uri": b"file:a#b%41?mode=ro",
-    "quotes and markup": b'it\'s "a"; -- [bold]x{}%s$y',
-    "line feed and scripts": "a\nжя 中 😀".encode(),
+    "glob, hive and markup": b'host=a [x] *? it\'s "a"; -- [bold]x{}%s$y',
+    "uri, line feed and scripts": "file:a#b%41?mode=ro\nжя 中 😀".encode(),
     "no UTF-8": b"a\xff",
 }
 COMMANDS = {"hintfleet": "orchestrator", "hintfleet-host": "host_agent"}
