@@ -255,11 +255,11 @@ class GuestMemory:
         resident_bytes = self.books_now().resident_bytes
         if self._open is None:
             return 0
-        # Where others reclaim, the books do not know what left. And pages that came and pages that
-        # left cancel each other out in the sum, so this is the least that a look would find.
+        # Where memory leaves without a batch, the books do not know what left. And pages that came
+        # and pages that left cancel each other out in the sum: it is the least that a look finds.
         if self._others_reclaim:
             return abs(resident_bytes - self._audited_bytes) // PAGE_BYTES
-        return self._open[1].unseen_pages(resident_bytes)
+        return abs(self._open[1].unseen_pages(resident_bytes))
 
     def has_moved(self) -> bool:
         """Return whether resident memory grew or shrank by 1 MiB or more since this method last
@@ -284,19 +284,24 @@ class GuestMemory:
         """Look at the RAM for changes that the books do not know, and enter them. Return the
         processor time that this took, in seconds. Locked.
 
-        If it is `in_full`, or if others reclaim, it covers all pages that may be absent. Otherwise
-        it ends early: when it has found `Ledger.unseen_pages` pages, or after _SLICE_S of processor
-        time. If the look fails, the guest is lost. Then, or if the RAM is not open, return 0.
+        If memory left without a batch, it covers all of the RAM. If it is `in_full`, or if others
+        reclaim, it covers all pages that may be absent. Otherwise it ends early: when it has found
+        `Ledger.unseen_pages` pages, or after _SLICE_S of processor time. If the look fails, the
+        guest is lost. Then, or if the RAM is not open, return 0.
         """
         if self._open is None:
             return 0.0
         ram, ledger = self._open
         self._audited_bytes = self.books_now().resident_bytes
         unseen_pages = ledger.unseen_pages(self._audited_bytes)
+        # Nobody is known to reclaim, but an operator may have moved the balloon.
+        some_left = unseen_pages < 0 and not self._others_reclaim
 
         def look() -> tuple[Look, float]:
             began_s = time.thread_time()
-            if in_full or self._others_reclaim:
+            if some_left:
+                found = ram.look(ram.page_map)
+            elif in_full or self._others_reclaim:
                 found = ram.look(ledger.absent_pages)
             else:
                 found = ram.look(ledger.absent_pages, self._look_from_pfn, unseen_pages, _SLICE_S)
@@ -309,8 +314,10 @@ class GuestMemory:
             return 0.0
         began_s = time.thread_time()
         self._look_from_pfn = found.next_pfn
+        if some_left:
+            ledger.left(found.resident)
         used = ledger.audit(found.resident)
-        if used or self._others_reclaim:
+        if used or some_left or self._others_reclaim:
             self.refaults_to_tell |= used
             self._books_changed()
         return took_s + time.thread_time() - began_s

@@ -17,6 +17,10 @@ only a look at the file shows which memory. Then an audit needs a look at all of
 the pages that became absent since the last audit as reclaimed. Such totals are samples: memory that
 became absent and resident again between two audits is in none of them. Of the two balances at the
 top, only the first one holds for such a guest.
+
+Memory may also leave the RAM of a guest for which nobody is known to reclaim: an operator moves the
+balloon of an attached domain, or virtio-mem gives memory back. `left` enters it as untouched: it is
+no saving of ours, and nothing refaulted when it comes back.
 """
 
 from __future__ import annotations
@@ -76,7 +80,7 @@ class Ledger:
         self._ram = ram_pages
         self._others_reclaim = others_reclaim
         self.untouched = ram_pages
-        """Pages that were never seen resident."""
+        """Pages that were never seen resident, or not since `left` entered them."""
         self.reclaimed = NO_PAGES
         """Pages that were reclaimed and have not been seen resident since."""
         # The union of `untouched` and `reclaimed`, and its size. They are kept, not computed again,
@@ -132,6 +136,19 @@ class Ledger:
         """Enter pages as reclaimed; all of them must be resident by the books."""
         self._reclaimed_total += pages.page_count
         self.reclaimed |= pages
+        self._now_absent(pages)
+
+    def left(self, resident: PageMap) -> None:
+        """Enter as untouched all pages that are resident by the books and not in `resident`.
+
+        :param resident: all resident pages of the RAM; no batch may be running.
+        """
+        gone = self._ram - resident - self._absent_pages
+        self.untouched |= gone
+        self._now_absent(gone)
+
+    def _now_absent(self, pages: PageMap) -> None:
+        """Add pages to `_absent_pages`; none of them may be in it."""
         self._absent_pages |= pages
         self._absent_page_count += pages.page_count
 
@@ -157,10 +174,11 @@ class Ledger:
 
     def unseen_pages(self, resident_bytes: int) -> int:
         """Return how many more pages are resident in the RAM files than by the books; negative if
-        fewer.
+        fewer. Then memory left the files without a batch.
 
-        If no others reclaim and no batch runs, each page that is resident by the books is resident
-        in the files. Then this is exactly how many resident pages are absent by the books.
+        If no memory leaves without a batch, and no batch runs, each page that is resident by the
+        books is resident in the files. Then this is exactly how many resident pages are absent by
+        the books.
 
         :param resident_bytes: how much of the RAM files is resident.
         """
@@ -171,8 +189,7 @@ class Ledger:
         """Add pages to the RAM, as untouched."""
         self._ram |= pages
         self.untouched |= pages
-        self._absent_pages |= pages
-        self._absent_page_count += pages.page_count
+        self._now_absent(pages)
 
     def unplugged(self, pages: PageMap) -> PageMap:
         """Remove pages from the RAM; return those that were absent by the books."""

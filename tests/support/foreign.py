@@ -230,7 +230,7 @@ def _xml(layer: Path, disk: Path, console: Path, extra: Extra, name: str) -> str
   <cmdline>{_PARAMETERS} {extra.parameters}</cmdline></os>
  <features><acpi/></features>
  <devices>
-  <memballoon model='none'/>
+  <memballoon model='virtio'/>
   <controller type='pci' index='0' model='pcie-root'/>{ports}
   <disk type='file' device='disk'><driver name='qemu' type='raw'/>
    <source file='{disk}'><seclabel model='dac' relabel='no'/></source>

@@ -135,6 +135,34 @@ def test_the_kernel_module_hints_in_it_too(host: HostAgent, foreign: ForeignDoma
     foreign.run("/sbin/rmmod", "hintfleet_kmod")
 
 
+def test_what_an_operator_takes_with_the_balloon_is_no_saving(
+    host: HostAgent, foreign: ForeignDomain
+) -> None:
+    """The guest hints nothing here; otherwise the balloon would take what is absent already."""
+    name, size_kib = foreign.domain.name(), foreign.domain.maxMemory()
+    attach(host, foreign)
+    wait_until(lambda: bool(host.guests()[name].epoch), "its agent")
+    host.pause_hinting(600, name)
+    foreign.run("/usr/bin/python3", "-c", DIRTY)
+    before = host.guests()[name].ledger
+    foreign.domain.setMemory(size_kib - 400 * 1024)
+    wait_until(
+        lambda: host.guests()[name].ledger.untouched_bytes > before.untouched_bytes + 300 * MIB,
+        "the books to show that the balloon took memory",
+    )
+    foreign.domain.setMemory(size_kib)
+    foreign.run("/usr/bin/python3", "-c", DIRTY)
+    wait_until(
+        lambda: host.guests()[name].ledger.untouched_bytes < before.untouched_bytes + 100 * MIB,
+        "the books to show that it is used again",
+    )
+    books = detach(host, foreign)
+    assert books.reclaimed_total_bytes < before.reclaimed_total_bytes + 50 * MIB
+    assert books.provisioned_bytes == (
+        books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
+    )
+
+
 def test_a_domain_whose_host_agent_ends_is_let_go(
     libvirt: OwnLibvirt, folder: Path, foreign: ForeignDomain
 ) -> None:

@@ -145,6 +145,34 @@ def test_an_audit_is_awaited_though_its_caller_is_gone(
     asyncio.run(scenario())
 
 
+def test_memory_that_an_operator_takes_hides_no_refault(ram: GuestRam, ram_fd: int) -> None:
+    """`virsh setmem` of an attached domain takes memory without a batch. Otherwise no audit would
+    look again before as much had come back: the savings were overstated."""
+
+    async def scenario() -> host_pb2.Ledger:
+        guest = started(ram)
+        memory, audits = guest.memory, guest.audits
+        os.pwrite(ram_fd, b"x" * (100 * PAGE_BYTES), 0)
+        await audits.ledger()
+        hinted = RangeSet([(0, 10)])
+        memory.post(hinted, await memory.reclaim(hinted), wire_bytes=3)
+        ram.punch(RangeSet([(20, 80)]), ram.permit())  # the balloon
+        assert memory.moved_pages() == 80, "or no look would be due"
+        await memory.run_locked(memory.look())
+        os.pwrite(ram_fd, b"x" * (5 * PAGE_BYTES), 0)
+        assert memory.moved_pages() == 5
+        await memory.run_locked(memory.look())
+        return memory.books_now()
+
+    books = asyncio.run(scenario())
+    assert books.reclaimed_total_bytes == 10 * PAGE_BYTES
+    assert books.refaulted_total_bytes == 5 * PAGE_BYTES
+    assert (
+        books.resident_bytes + books.reclaimed_now_bytes + books.untouched_bytes
+        == books.provisioned_bytes
+    )
+
+
 def test_a_guest_whose_batch_was_half_dropped_unseen_is_lost(ram_fd: int) -> None:
     """Otherwise its books would count the dropped half as resident, and hide as many refaults."""
     other_fd = os.memfd_create("other")

@@ -130,6 +130,21 @@ class UnauditedLedgerMachine(LedgerMachine):
         super().teardown()
 
 
+class BalloonedLedgerMachine(LedgerMachine):
+    """An operator moves a balloon that the host agent does not know of, and an audit follows."""
+
+    @rule(pages=runs)
+    def an_operator_takes_memory(self, pages: list[tuple[int, int]]) -> None:
+        self.audit()
+        books = self.books()
+        self.ram.punch(RangeSet(pages) & self.ram.pages, self.ram.permit())
+        if self.ledger.unseen_pages(self.ram.resident_bytes()) < 0:
+            self.ledger.left(self.ram.resident(self.ram.page_map))
+        assert self.books().reclaimed_total_bytes == books.reclaimed_total_bytes, (
+            "what others took is no saving"
+        )
+
+
 class PeerLedgerMachine(LedgerMachine):
     """Others also free memory of the file, as reporting and balloons do."""
 
@@ -281,3 +296,5 @@ TestLedger = LedgerMachine.TestCase
 TestLedger.settings = settings(max_examples=40, stateful_step_count=30)
 TestUnauditedLedger = UnauditedLedgerMachine.TestCase
 TestUnauditedLedger.settings = settings(max_examples=40, stateful_step_count=30)
+TestBalloonedLedger = BalloonedLedgerMachine.TestCase
+TestBalloonedLedger.settings = settings(max_examples=40, stateful_step_count=30)
