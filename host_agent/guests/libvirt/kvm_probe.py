@@ -2,9 +2,10 @@
 
 A /dev/kvm that can be opened proves little: under some nested hypervisors a stock kernel hangs.
 So a guest is booted once (by driver.py), and the result is stored beside the images. The result is
-used until the host reboots, or the guest's kernel or the owner or mode of /dev/kvm changes. Nothing
-is stored if the guest could not be started. Without access to /dev/kvm the answer is no, and no
-guest is booted to find out.
+used until the host reboots, or the guest's kernel or the owner or mode of /dev/kvm changes; a no is
+used for an hour at most, because the host may just have been busy. Nothing is stored if the guest
+could not be started. Without access to /dev/kvm the answer is no, and no guest is booted to find
+out.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from host_agent.guests.libvirt.image import GuestImage
 # The first line that the guest's init writes to the console (deploy/image/init).
 BOOTED = "hintfleet-init: started"
 
-# Ten times what a boot to init takes under KVM.
-TIMEOUT_S = 10.0
+# Thirty times what a boot to init takes under KVM: guests under TCG would cost a busy host more.
+TIMEOUT_S = 30.0
+
+_NO_LASTS_S = 3600.0
 
 _DEVICE = Path("/dev/kvm")
 _POLL_S = 0.05
@@ -34,9 +37,13 @@ def cached(image: GuestImage) -> bool | None:
     if not os.access(_DEVICE, os.R_OK | os.W_OK):
         return False
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(_cache(image).read_text())
+        cache = _cache(image)
+        found = json.loads(cache.read_text())
         if isinstance(found, dict) and found.get("for") == _key(image):
-            return found.get("boots") is True
+            if found.get("boots") is True:
+                return True
+            if time.time() < cache.stat().st_mtime + _NO_LASTS_S:
+                return False
     return None
 
 
