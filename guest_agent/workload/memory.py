@@ -20,6 +20,9 @@ _SPARE_BYTES = 8 * MIB
 _CHECK_EVERY_BYTES = 16 * MIB
 """How much is allocated, at most, before available memory is read again."""
 _ONE_BYTE_PER_PAGE = bytes(EXTENT_BYTES // PAGE_BYTES)
+_ADDRESSES_PER_BYTE = 4
+"""Address space that is reserved for each byte of the guest's memory: small blocks that are left
+over cut it up, and the guest's kernel can still give memory for an extent elsewhere."""
 _TIMEOUT_S = 10.0
 _POLL_S = 0.1
 
@@ -93,7 +96,8 @@ class AnonymousSource(BuddySource):
         available_bytes: Callable[[], int] = mem_available_bytes,
         timeout_s: float = _TIMEOUT_S,
     ) -> None:
-        """Reserve address space for `size_bytes`; no memory is used yet.
+        """Reserve address space for the workload of a guest with `size_bytes` of memory; no memory
+        is used yet.
 
         :param available_bytes: return the memory that the guest can still use.
         :param timeout_s: how long `allocate` waits for memory, which may be isolated or in the
@@ -103,9 +107,11 @@ class AnonymousSource(BuddySource):
         self._timeout_s = timeout_s
         self._bytes_before_check = 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        mapping = mmap.mmap(-1, size_bytes + EXTENT_BYTES, flags=flags)
+        reserved_bytes = _ADDRESSES_PER_BYTE * size_bytes
+        mapping = mmap.mmap(-1, reserved_bytes + EXTENT_BYTES, flags=flags)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        addresses = ZoneSpec(name="addresses", present=RangeSet([(0, size_bytes // PAGE_BYTES)]))
+        pages = RangeSet([(0, reserved_bytes // PAGE_BYTES)])
+        addresses = ZoneSpec(name="addresses", present=pages)
         allocator = BuddyAllocator([addresses], chunk_order=_order(EXTENT_BYTES))
         allocator.zones[0].min_watermark_pages = 0
         super().__init__(allocator, mapping, start=-address % EXTENT_BYTES)

@@ -31,10 +31,22 @@ def ram() -> Iterator[mmap.mmap]:
     os.close(fd)
 
 
+def anonymous_source() -> AnonymousSource:
+    """Return the source of a guest with RAM_BYTES of memory and a little to spare; it does not wait
+    for more."""
+    source = AnonymousSource(RAM_BYTES, lambda: RAM_BYTES + 8 * MIB - used_bytes(), timeout_s=0)
+    before = source._allocator.free_page_count
+
+    def used_bytes() -> int:
+        return (before - source._allocator.free_page_count) * PAGE_BYTES
+
+    return source
+
+
 @pytest.fixture(params=["buddy", "anonymous"])
 def source(request: pytest.FixtureRequest, ram: mmap.mmap) -> Source:
     if request.param == "anonymous":
-        return AnonymousSource(RAM_BYTES)
+        return anonymous_source()
     zone = ZoneSpec(name="Normal", present=RangeSet([(0, RAM_BYTES // PAGE_BYTES)]))
     return BuddySource(BuddyAllocator([zone], chunk_order=9), ram)
 
@@ -151,6 +163,16 @@ def test_a_full_guest_reports_an_error_and_is_not_killed() -> None:
     assert done.error == "the guest is out of memory: only 9 MiB are available"
     assert done.held_bytes == 32 * MIB
     assert workload.run(VERIFY).wrong_pages == 0
+
+
+def test_small_blocks_that_are_left_over_leave_room_for_extents() -> None:
+    """The kernel of a real guest has memory for an extent wherever its pages are."""
+    source = anonymous_source()
+    small = [source.allocate(PAGE_BYTES) for _ in range(RAM_BYTES // PAGE_BYTES)]
+    for at in small[::2]:
+        source.free(at, PAGE_BYTES)
+    for _ in range(RAM_BYTES // 2 // EXTENT_BYTES):
+        source.allocate(EXTENT_BYTES)
 
 
 def test_a_page_dropped_in_use_is_counted_as_wrong(ram: mmap.mmap) -> None:
