@@ -255,8 +255,9 @@ class KmodIsolator:
         self._absent -= ranges.whole_chunks(self._chunk_order)
 
     def idle(self) -> bool:
-        """Return whether no pass is queued, running or due, and no refused chunk needs one. While
-        memory is held back, also return True if the next batch is not worth hinting."""
+        """Return whether no pass runs or is planned, and the module has refused no chunk since the
+        last pass. While memory is held back, also return True if the next batch is not worth
+        hinting, and have the module refuse all chunks."""
         # Cheap, even in an idle guest: the kernel's page reporting schedules a pass when a chunk
         # is freed. So it is enough to ask whether one is scheduled; no free list is scanned here.
         self._update_held_back()

@@ -192,7 +192,7 @@ class PageFlags:
                 if pread(fd, size_bytes, offset)[byte] & mask:
                     found.append(offset // size_bytes)
             except IndexError:
-                continue  # a read behind the last page returns no bytes
+                continue  # no such page: the read was past the last one, and empty
         return found
 
     def _offsets(self, spans: tuple[range, ...], chunk_order: int) -> list[int]:

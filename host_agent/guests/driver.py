@@ -173,7 +173,7 @@ class Attacher(GuestMaker, Protocol):
 
 
 class GuestDriver(GuestMaker, Protocol):
-    """Makes guests for trials."""
+    """Makes the guests of trials; attaches no domains."""
 
     def state(self) -> host_pb2.DriverState:
         """Return whether this host can run such guests, and with what, or why not."""

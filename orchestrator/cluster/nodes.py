@@ -99,7 +99,7 @@ def _problem(found: Mapping[str, str], missing: Sequence[str], wanted: Mapping[s
 def unusable_error(nodes: Sequence[Node], wanted: Mapping[str, str]) -> HintfleetError:
     """Return the error for a cluster in which these nodes have problems.
 
-    :param wanted: the versions that all nodes must have.
+    :param wanted: this machine's `node_probe.versions`, which all nodes must have.
     """
     shown = [f"{node.label}: {node.problem}" for node in nodes[:_PROBLEMS_SHOWN]]
     if len(nodes) > _PROBLEMS_SHOWN:

@@ -37,7 +37,7 @@ _REQUIRED = frozenset({"server", "guest_uuid", "token"})
 
 
 class Memory(StrEnum):
-    """The memory that a guest agent hints."""
+    """Which memory a guest agent hints."""
 
     KERNEL = "kernel"
     """The memory of the machine that the agent runs on."""

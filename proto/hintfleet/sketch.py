@@ -1,4 +1,4 @@
-"""Sketches: many positive values in few integers, for percentiles that are right to 1 %.
+"""Sketches: many values from 1 to 2^53 in few integers, for percentiles that are right to 1 %.
 
 A sketch counts how many values fall into each bucket; each bucket's bounds are 2 % apart. Sketches
 of different guests are merged by adding their counts, and nothing is lost by that. This is DDSketch

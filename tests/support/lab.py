@@ -97,11 +97,11 @@ class Lab:
         return processes_with(_MARK, self.mark)
 
     def agents(self, *modules: str) -> list[int]:
-        """Return the ids of the marked processes that run these Python modules."""
+        """Return the ids of those of `processes` that run these Python modules."""
         return [pid for module in modules for pid in self.find(f"-m {module}")]
 
     def find(self, part: str) -> list[int]:
-        """Return the ids of the marked processes with `part` in their command line."""
+        """Return the ids of those of `processes` with `part` in their command line."""
         return [pid for pid, command in self.processes().items() if part in command]
 
     def check_nothing_is_left(self, timeout_s: float = HANG_S) -> None:

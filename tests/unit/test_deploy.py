@@ -118,7 +118,7 @@ def test_libvirtd_is_started_beside_a_virtlogd_that_runs(
     started = tmp_path / "started"
     commands = {
         "virsh": f"test -e {started}",
-        "getent": "exit 2",  # so that the real /dev/kvm stays as it is
+        "getent": "exit 2",  # no group kvm: the real /dev/kvm is not changed
         "virtlogd": "echo 'virtlogd: error: Unable to obtain pidfile' >&2; exit 1",
         "pidof": pidof,
         "libvirtd": f"touch {started}",

@@ -25,7 +25,7 @@ def runtime_dirs() -> list[OwnedFolders]:
 
 @dataclass(frozen=True)
 class RuntimeDir:
-    """A directory for one guest's files. Its mode lets every user enter it, but not list it.
+    """A directory for one guest's files. Its mode lets other users enter it, but not list it.
 
     :ivar owned: the same directory, locked by this process; None if it outlives the host agent.
     """

@@ -104,7 +104,7 @@ def test_a_guest_that_is_ended_while_it_is_made_leaves_nothing() -> None:
         registry = registry_with(driver)
         creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
         await asyncio.sleep(0.05)
-        registry.close_watch(TRIAL)  # as when the client has gone
+        registry.close_watch(TRIAL)  # as when the one who watches has gone
         await asyncio.sleep(0.05)
         driver.may_make.set()
         with pytest.raises(GuestLost):
