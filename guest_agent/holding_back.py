@@ -1,4 +1,4 @@
-"""How much free memory a guest holds back from hinting, so that it need not take it back soon.
+"""How much free memory a guest holds back, so that it need not take it back (policy adaptive).
 
 Hinting a chunk that its guest soon uses again costs a refault and saves nothing; holding back a
 chunk that is not used again keeps the host's memory for nothing. `HoldingBack` decides which it is

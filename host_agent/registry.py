@@ -255,7 +255,7 @@ class Registry:
 
     async def _keep_or_end(self, guest: Guest) -> None:
         if guest.creation is not None:
-            await asyncio.wait([guest.creation])  # `creation` sets `running`
+            await asyncio.wait([guest.creation])  # it sets `running`, unless it fails
         has_ended = False
         if self._attached is not None and guest.running is not None:
             try:

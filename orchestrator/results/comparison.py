@@ -2,8 +2,8 @@
 alone (`ArmCost`). Pure.
 
 In a comparison, as in `savings`, each repetition is one pair: the arm's trial and the control's,
-each summed over its hosts. An arm has no figures if one of its trials is undecided, lost or was cut
-off, unless the pair is left out (`savings.counted`).
+each summed over its hosts. An arm is not in the result if one of its trials is undecided, lost or
+was cut off; trials of pairs that are left out do not matter (`savings.counted`).
 """
 
 from __future__ import annotations
@@ -86,10 +86,11 @@ class ArmCost:
 
 
 def compare(rows: Sequence[CostRow], driver: str) -> list[ArmCost]:
-    """Return the cost of each arm whose trials all count, except the control.
+    """Return the cost of each arm whose trials all count, except the control. Trials of left-out
+    pairs do not matter (`counted`).
 
-    Arms are in the order of `rows`. If there is no control, or one of its trials does not count,
-    all comparisons with the control are None.
+    Arms are in the order of `rows`. If there is no control whose trials all count, all comparisons
+    with the control are None.
     """
     arms: dict[str, list[CostRow]] = {}
     for row in counted(rows):

@@ -57,7 +57,7 @@ class Returned:
     """Memory that left guests for their host after free steps.
 
     :ivar freed_bytes: the bytes that the workload freed in these steps.
-    :ivar left_bytes: by how much resident bytes fell; negative if they rose.
+    :ivar left_bytes: by how much resident bytes fell since a step began; negative if they rose.
     :ivar after_s: how long after the end of a step resident bytes were read; the shortest time of
         all steps.
     """

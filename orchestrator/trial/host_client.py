@@ -172,7 +172,9 @@ class HostClient:
     def watch(self, trial_id: str, period_s: float) -> AsyncGenerator[host_pb2.SampleSet, None]:
         """Yield samples of a trial's guests until the iterator is closed or the stream ends.
 
-        When the stream has ended, the host agent ends the trial's guests.
+        When the trial's last stream has ended, the host agent ends its guests.
+
+        :raises HintfleetError: the stream broke.
         """
         request = host_pb2.WatchRequest(trial_id=trial_id, period_ms=round(period_s * 1000))
         return self._watched(self._stub.Watch(request))

@@ -30,8 +30,8 @@ def capacity_summary(arms: Sequence[ArmCapacity]) -> RenderableType:
 
 
 def with_notes(shown: Table, note: str, figures: Sequence[ArmCapacity | Point]) -> RenderableType:
-    """Return a table of how many guests a host can run, with a note, whether budgets were only
-    watched, and why figures are undecided."""
+    """Return `shown`; below it `note`, that budgets were only watched if some were, and why figures
+    are undecided."""
     parts: list[RenderableType] = [shown, Text(), Text(note, "dim")]
     if any(figure.watched for figure in figures):
         parts.append(Text(_WATCHED, "yellow"))

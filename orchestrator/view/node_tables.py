@@ -19,7 +19,7 @@ _SOFTWARE = ("Python", "ray", "hintfleet")
 
 
 def cluster_table(nodes: Sequence[Node]) -> Table:
-    """Return a table with a row per node: what it has, and what it can run."""
+    """Return a table with a row per node: what it has, and which guests it can run."""
     shown = table(("node", "has", "software"))
     shown.add_column("can run", overflow="fold")
     for node in nodes:

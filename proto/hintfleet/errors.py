@@ -65,7 +65,7 @@ class TransientError(HintfleetError):
 
 
 class StableError(HintfleetError):
-    """The same call will fail again."""
+    """The same call will fail again, unless something has changed meanwhile."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 

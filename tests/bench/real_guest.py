@@ -62,7 +62,7 @@ class _Return:
 
 
 def run() -> Iterator[Figure]:
-    """Measure the guests of all arms, one after the other, so that none disturbs another. Yield
+    """Compare the methods in real guests, one after the other, so that none disturbs another. Yield
     nothing if libvirt or the guest image is missing."""
     if not can_have_real_guests():
         return

@@ -86,8 +86,8 @@ _MIGRATIONS = (
         AND later.position = t.position AND later.attempt > t.attempt
     );
     """,
-    # capacity: set in the row of a host (guest '') in a run that asks how many guests a host can
-    # run (Spec.asks_how_many), if it has figures.
+    # capacity: a Capacity as JSON, in the row of a host (guest '') that has one: only in a run that
+    # asks how many guests a host can run (Spec.asks_how_many).
     """
     ALTER TABLE footprints ADD COLUMN capacity TEXT;
     """,

@@ -164,7 +164,7 @@ def test_all_is_hinted_although_the_kernel_allocates_first_what_was_freed_last(
     for _ in range(3):
         kernel.allocate(150)
         host.tell_used()
-        for _ in range(10):  # freed in parts, with a pass after each
+        for _ in range(10):  # freed in parts; a pass is requested after each
             kernel.release(15)
             host.run(asked=True)
         assert not kernel.resident & set(kernel.free)

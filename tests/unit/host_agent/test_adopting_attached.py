@@ -45,7 +45,7 @@ class Again(Driver):
 
 
 async def record_of_one_page(registry: Registry, driver: Driver) -> GuestRecord:
-    """Attach the domain, reclaim one page, and shut the domain off; return its guest's record."""
+    """Attach the domain, reclaim a page, and shut the domain off; return the record to adopt."""
     guest = await attached(registry, driver)
     await reclaim_one_page(guest)
     driver.end()

@@ -39,8 +39,8 @@ def guest(
 
 
 def test_a_share_is_whole_chunks_or_nothing() -> None:
-    """Otherwise a guest's kernel module would isolate a batch of which the agent may hint only a
-    part."""
+    """A guest hints whole chunks only. For a part of one, its kernel module would isolate a batch,
+    and all of that would be hinted."""
     both = [replace(guest("a", 100), chunk_bytes=4 * MIB), guest("b", 1)]
     suggestions, _ = suggest(host(810), both, {})
     assert [one.allowance_bytes // MIB for one in suggestions] == [8, 0]

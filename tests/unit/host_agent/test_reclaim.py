@@ -63,7 +63,7 @@ def test_what_was_not_hinted_keeps_its_contents(
 def test_memory_that_is_dropped_during_an_audit_is_absent(
     ram: GuestRam, ram_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QEMU itself drops memory under free page reporting and for a balloon."""
+    """QEMU itself may drop memory meanwhile: the audit must end, and not count it as resident."""
     touch(ram_fd, RangeSet([(0, 4), (8, 2)]))
     lseek, calls = os.lseek, 0
 

@@ -91,7 +91,7 @@ def shown_by(view: Callable[[Console], LiveView | PlainView], of: Spec, trials: 
 
 def test_each_host_gets_its_own_samples() -> None:
     found = progress(FIXED, 0)
-    rows = [  # host, time, resident bytes; two guests each
+    rows = [  # one guest's host, time, resident bytes; two guests on each host
         *[("host1", 1, 10), ("host1", 1, 20), ("host2", 1, 5), ("host2", 1, 6)],
         *[("host1", 2, 30), ("host1", 2, 40)],
     ]
