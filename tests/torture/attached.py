@@ -52,6 +52,7 @@ Restart=always
 RestartPreventExitStatus=
 DeviceAllow=/dev/console rw
 ExecStartPre=-+/sbin/insmod {KMOD}
+ExecStopPost=
 ExecStopPost=+/bin/sh /usr/local/lib/hintfleet-ended
 """
 _ENDED = """

@@ -1,14 +1,18 @@
-"""What is deployed. The systemd units let libvirt and the guest agent's mounts live. The kernel
-module leaves the workqueue and the default order to the kernel. deploy/system/install tells what it
-installs, or what is missing if it is not run by root. deploy/start-libvirt starts libvirtd beside a
-virtlogd that runs."""
+"""What is deployed. The systemd units let libvirt and the guest agent's mounts live, and start
+agents that have failed again, unless their settings are wrong. The kernel module leaves the
+workqueue and the default order to the kernel. deploy/system/install tells what it installs, or what
+is missing if it is not run by root. deploy/start-libvirt starts libvirtd beside a virtlogd that
+runs."""
 
 import configparser
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from hintfleet.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,13 +60,39 @@ def test_the_kernel_module_asks_for_the_default_order_by_name() -> None:
     assert "#ifdef PAGE_REPORTING_ORDER_UNSPECIFIED\n\t.order =" in source
 
 
-def test_the_host_agent_is_started_until_it_can_serve() -> None:
+def unit_of(agent: str) -> configparser.ConfigParser:
+    """Read an agent's systemd unit; of a setting that is there twice, the last one."""
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.read(ROOT / f"deploy/systemd/hintfleet-{agent}.service")
+    return unit
+
+
+@pytest.mark.parametrize(("agent", "pause"), [("host", "1s"), ("guest", "300ms")])
+def test_an_agent_is_started_until_it_works_unless_its_settings_are_wrong(
+    agent: str, pause: str
+) -> None:
     """Guests that were made end by themselves if they have no host agent for a minute."""
-    unit = configparser.ConfigParser(strict=False)
-    unit.read(ROOT / "deploy/systemd/hintfleet-host.service")
+    unit = unit_of(agent)
     assert unit["Unit"]["StartLimitIntervalSec"] == "0"
     assert unit["Service"]["Restart"] == "on-failure"
-    assert unit["Service"]["RestartSec"] == "1s"
+    assert unit["Service"]["RestartSec"] == pause
+    assert unit["Service"]["RestartPreventExitStatus"] == str(ExitCode.USAGE.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "is_delayed"), [("1", True), ("0", False), ("2", False), ("KILL", False)]
+)
+def test_a_guest_agent_that_fails_is_not_started_again_at_once(
+    tmp_path: Path, status: str, is_delayed: bool
+) -> None:
+    """A killed one is: the memory that it had isolated is missing in the guest."""
+    fake(tmp_path, {"sleep": f"touch {tmp_path}/slept"})
+    # systemd.service(5): "$$" stands for "$".
+    command = unit_of("guest")["Service"]["ExecStopPost"].replace("$$", "$")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "EXIT_STATUS": status}
+    # If it failed, the unit would count as failed after a clean stop, too.
+    subprocess.run(shlex.split(command), env=environment, check=True)
+    assert (tmp_path / "slept").exists() == is_delayed
 
 
 def fake(folder: Path, commands: dict[str, str]) -> None:
