@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from hintfleet.errors import Refused
+from hintfleet.errors import InvalidInput, Refused
 from hintfleet.logs import fields
 from hintfleet.net.addresses import (
     check_address,
@@ -236,6 +236,12 @@ def _tell_failure(failure: asyncio.Future[None], task: asyncio.Task[None]) -> No
 def _open_guest_address(
     server: aio.Server, settings: Settings, state: Database | None
 ) -> GuestAddress:
+    if is_unix(settings.guest_listen):
+        raise InvalidInput(
+            f"--guest-listen {settings.guest_listen!r} is not HOST:PORT, where virtual machines can"
+            " reach this agent",
+            hint="127.0.0.1:0",
+        )
     if state is None:
         return open_address(server, settings.guest_listen, settings.guest_tls)
     earlier = state.guest_address()
@@ -286,7 +292,7 @@ def _drivers(
 
 def _address_in_guest(address: str) -> str:
     host, _, port = address.rpartition(":")
-    local = is_unix(address) or not plain_text_problem(address) or host in ("0.0.0.0", "[::]")  # noqa: S104
+    local = not plain_text_problem(address) or host in ("0.0.0.0", "[::]")  # noqa: S104
     return f"{_GUEST_LOOPBACK}:{port}" if local else address
 
 

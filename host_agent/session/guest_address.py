@@ -13,7 +13,8 @@ from socket import AF_INET, AF_INET6, socket
 from grpc import aio
 
 from hintfleet.errors import Refused
-from hintfleet.net.tls import Tls, listen
+from hintfleet.net.addresses import ABSTRACT
+from hintfleet.net.tls import Tls, bind, listen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ def open_address(server: aio.Server, address: str, tls: Tls | None) -> GuestAddr
     """
     # An abstract socket (unix(7)) has no file, so none is left behind however this process ends.
     # Every process of this host can connect to the socket; guests authenticate with their tokens.
-    name = f"unix-abstract:hintfleet-{secrets.token_hex(16)}"
-    return GuestAddress(socket=listen(server, name, None), address=listen(server, address, tls))
+    name = f"{ABSTRACT}hintfleet-{secrets.token_hex(16)}"
+    return GuestAddress(socket=bind(server, name, None), address=listen(server, address, tls))
 
 
 def open_lasting_address(
@@ -60,7 +61,7 @@ def open_lasting_address(
         address = f"{host}:{earlier.address.rpartition(':')[2]}"
     try:
         return GuestAddress(
-            socket=listen(server, earlier.socket, None), address=listen(server, address, tls)
+            socket=bind(server, earlier.socket, None), address=listen(server, address, tls)
         )
     except Refused as error:
         raise Refused(

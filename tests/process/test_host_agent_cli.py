@@ -98,6 +98,8 @@ def test_guests_are_in_the_cgroup_of_the_budget_which_goes_with_the_host_agent()
     [
         (["--listen", "0.0.0.0:7070"], 2, "hintfleet pki"),
         (["--guest-listen", "192.0.2.1:0"], 2, "hintfleet pki"),
+        (["--guest-listen", "unix:/x"], 2, "'unix:/x' is not HOST:PORT"),
+        (["--listen", "unix-abstract:x"], 2, "every user of this machine could connect"),
         (["--metrics", "0.0.0.0:0"], 2, "hintfleet pki"),
         (["--metrics", "unix:/x"], 2, "not HOST:PORT"),
         (["--tls", "/nowhere"], 2, "ca.pem: No such file"),

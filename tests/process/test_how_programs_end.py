@@ -60,6 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("hintfleet", "runs", "--data-dir", "/proc/x"), 1, "cannot use /proc/x: No such"),
         (("hintfleet", "savings", "--server", LONG), 2, "has 120 bytes, and the kernel allows 107"),
         (("hintfleet", "serve", "--listen", LONG), 2, "has 120 bytes, and the kernel allows 107"),
+        (("hintfleet", "serve", "--listen", "unix-abstract:x"), 2, "listen on unix-abstract:x: an"),
         (("hintfleet", "serve", "--listen", "unix:file"), 1, "unix:file: Address already in use"),
         (("hintfleet", "compare", "a", "b", "--data-dir", "file/x"), 1, "Not a directory"),
         (("hintfleet", "export", "--to", "folder"), 2, "is a directory"),

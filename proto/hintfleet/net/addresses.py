@@ -23,9 +23,13 @@ SHARED_FOLDER = Path("/tmp")  # noqa: S108
 _MOST_PATH_BYTES = 107
 
 
+ABSTRACT = "unix-abstract:"
+"""The start of the address of an abstract socket (unix(7)), which has a name, but no file."""
+
+
 def is_unix(address: str) -> bool:
     """Return whether `address` is a unix socket, which no network can reach."""
-    return address.startswith(("unix:", "unix-abstract:"))
+    return address.startswith(("unix:", ABSTRACT))
 
 
 def socket_path(address: str) -> Path | None:

@@ -25,6 +25,7 @@ import grpc
 
 from hintfleet.errors import InvalidInput, Refused
 from hintfleet.net.addresses import (
+    ABSTRACT,
     check_address,
     check_plain_text,
     grpc_target,
@@ -187,13 +188,28 @@ def listen(server: _Server, address: str, tls: Tls | None) -> str:
 
     :param address: port 0 binds a free port.
     :param tls: None for plain text, which unix sockets use in any case.
-    :raises InvalidInput: `address` is not valid; or, without `tls`, neither on loopback nor a unix
-        socket.
+    :raises InvalidInput: `address` is not valid, or is an abstract socket; or, without `tls`,
+        neither on loopback nor a unix socket.
     :raises Refused: `address` cannot be bound.
     """
     check_address(address) if tls else check_plain_text(address)
+    if address.startswith(ABSTRACT):
+        raise InvalidInput(
+            f"cannot listen on {address}: an abstract socket has no file with permissions, so every"
+            " user of this machine could connect to it",
+            hint="unix:PATH, or HOST:PORT with --tls FOLDER",
+        )
+    return bind(server, address, None if is_unix(address) else tls)
+
+
+def bind(server: _Server, address: str, tls: Tls | None) -> str:
+    """Do as `listen`, without its checks. The caller must know who may connect to `address`.
+
+    :param tls: None for plain text.
+    :raises Refused: `address` cannot be bound.
+    """
     try:
-        if tls is None or is_unix(address):
+        if tls is None:
             port = server.add_insecure_port(grpc_target(address))
         else:
             port = server.add_secure_port(address, tls.for_server())
