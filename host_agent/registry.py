@@ -1,4 +1,4 @@
-"""Makes, adopts, ends and releases the guests of this host agent.
+"""Makes, ends and releases the guests of this host agent.
 
 A trial's guests are ended when the trial's last Watch ends, unless this host agent is ending. When
 it ends, it ends all guests; with --state it releases them instead, unless its parent is gone
@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 from hintfleet.errors import (
@@ -26,9 +26,9 @@ from hintfleet.logs import fields
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest, checked_uuid, is_guest_name
+from host_agent.guests.agent_settings import check_known
 from host_agent.guests.driver import Attacher, GuestDriver, GuestMaker, GuestRequest
-from host_agent.memory.ledger import summed
-from host_agent.persistence.database import Database, GuestRecord
+from host_agent.persistence.database import Database
 from host_agent.persistence.saver import Saver
 from host_agent.repeated_commands import RepeatedCommands
 from host_agent.resizing import check_memory, follow_table
@@ -147,10 +147,11 @@ class Registry:
 
         :param token: of a guest that had one before; None: make a new token.
         :raises TransientError: this host agent ends.
-        :raises Refused: there is no such policy.
+        :raises Refused: there is no such driver, method or policy.
         """
         if self.shutting_down:
             raise TransientError(f"guest {name} is not made: this host agent ends")
+        check_known(name, spec)
         guest = self._guests[name] = Guest(
             name=name,
             uuid=uuid_text,
@@ -186,7 +187,7 @@ class Registry:
         :raises OutcomeUnknown: the domain to attach did not release an old memory door in time.
         :raises TransientError: the state cannot be written.
         """
-        driver = self._driver_of(guest)
+        driver = self.driver_of(guest)
         try:
             running = await in_driver_thread(driver.create, self.request(guest))
         except OSError as error:  # no free descriptor, process or disk space
@@ -207,7 +208,8 @@ class Registry:
             on_gone=lambda reason: call_on(loop, partial(lost, guest, reason)),
         )
 
-    def _driver_of(self, guest: Guest) -> GuestMaker:
+    def driver_of(self, guest: Guest) -> GuestMaker:
+        """Return the driver that makes, attaches or adopts this guest."""
         if guest.is_attached and self._attached is not None:
             return self._attached
         return self.drivers[guest.spec.driver]
@@ -297,50 +299,6 @@ class Registry:
             await guest.close()  # waits until `creation` has ended
             raise
 
-    # Guests of an earlier host agent
-
-    async def adopt(self, records: Sequence[GuestRecord], grace_s: float) -> None:
-        """Take over the guests of an earlier host agent. A guest that is gone stays registered as
-        lost; if it is an attached one, it is attached again when its domain runs.
-
-        :param grace_s: guests of a trial that has no open Watch after this time are ended.
-        :raises Refused: a driver cannot find out whether a guest is gone, or cannot use it. No
-            running guest is ended. The first error is raised, the others are logged.
-        """
-        adopting = [asyncio.create_task(self._adopt(record)) for record in records]
-        if adopting:
-            await asyncio.wait(adopting)
-        # Not gather: it raises while other adoptions still run, and drops their errors.
-        errors = [task.exception() for task in adopting]
-        raise_first([record.name for record in records], errors)
-        loop = asyncio.get_running_loop()
-        for trial_id in {record.trial_id for record in records if record.trial_id}:
-            loop.call_later(grace_s, self._end_unwatched, trial_id)
-
-    async def _adopt(self, record: GuestRecord) -> None:
-        self.epochs.after(record.epoch)
-        guest = self.add(record.name, record.uuid, record.trial_id, record.spec, record.token)
-        guest.creation = asyncio.current_task()
-        driver = self._driver_of(guest)
-        try:
-            running = await in_driver_thread(driver.adopt, self.request(guest), record.handle)
-        except GuestLost as error:
-            guest.memory.last_ledger = record.books.totals
-            guest.earlier = record.earlier
-            guest.lost(error.message)
-            if guest.is_attached:
-                # Kept until its domain can be attached or is removed: api/attaching_again.py.
-                guest.to_attach_again = record
-        else:
-            if guest.is_attached and not record.handle.items() <= running.handle.items():
-                # Another start: the books are about other memory. (Older records have fewer items.)
-                guest.earlier = summed(record.earlier, record.books.totals)
-                guest.started(running)
-            else:
-                guest.earlier = record.earlier
-                await guest.adopted(running, record.books)
-            follow_table(guest)
-
     # Trials
 
     def open_watch(self, trial_id: str) -> None:
@@ -359,9 +317,10 @@ class Registry:
         if self._watches[trial_id] > 0:
             return
         del self._watches[trial_id]
-        self._end_unwatched(trial_id)
+        self.end_unwatched(trial_id)
 
-    def _end_unwatched(self, trial_id: str) -> None:
+    def end_unwatched(self, trial_id: str) -> None:
+        """Begin to end a trial's guests if no Watch of it is open, unless this host agent ends."""
         if self.shutting_down or self._watches[trial_id] > 0:
             return
         task = asyncio.create_task(self._end_trial(trial_id))

@@ -36,6 +36,7 @@ from hintfleet.settings import DEFAULT_ORPHAN_AFTER_S, DEFAULT_WATCH_GRACE_S, Dr
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2_grpc import add_HintingServiceServicer_to_server
 from hintfleet.v1.host_pb2_grpc import add_HostServiceServicer_to_server
+from host_agent.api.adopting import adopt
 from host_agent.api.attaching_again import attach_when_started
 from host_agent.api.control_service import ControlService
 from host_agent.api.grpc_calls import OperatorsOnly
@@ -158,7 +159,7 @@ async def _serving(settings: Settings, state: Database | None) -> AsyncIterator[
     registry = Registry(drivers, state, attached)
     # Before the servers start: a guest that connected before its adoption would be refused.
     if state is not None:
-        await registry.adopt(state.guests(), settings.watch_grace_s)
+        await adopt(registry, state.guests(), settings.watch_grace_s)
     control = ControlService(registry, settings.name, budget, attached)
     add_HintingServiceServicer_to_server(GuestService(registry), guest_server)
     await _add_control(control_server, control)

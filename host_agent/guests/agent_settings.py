@@ -1,5 +1,5 @@
-"""Checks a spec's settings for a guest's agent. Makes the agent's configuration, except what only
-the embedded driver adds to it (the RAM)."""
+"""Checks whether a spec's driver, method and settings for a guest's agent are known. Makes the
+agent's configuration, except what only the embedded driver adds to it (the RAM)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,22 @@ from host_agent.guests.driver import GuestRequest, Survival
 _GUEST_TLS_FOLDER = "/etc/hintfleet/tls"
 
 _A_GUEST = {Driver.EMBEDDED: "an embedded guest", Driver.LIBVIRT: "a libvirt guest"}
+
+
+def check_known(name: str, spec: host_pb2.GuestSpec) -> None:
+    """Check that this host agent knows the driver and the method of a guest.
+
+    :raises Refused: it does not; for example, they are of a later version.
+    """
+    for what, kinds, value in (
+        ("driver", host_pb2.Driver, spec.driver),
+        ("method", host_pb2.Method, spec.method),
+    ):
+        if value not in kinds.values():
+            raise Refused(
+                f"guest {name}: this host agent has no {what} number {value}",
+                hint="all programs must be of one version",
+            )
 
 
 def check_hinting(driver: Driver, asked: host_pb2.HintingSettings) -> HintingParts:

@@ -26,6 +26,7 @@ from hintfleet.errors import TransientError
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.host_pb2_grpc import HostServiceStub
+from host_agent.persistence.database import opened
 from host_agent.server import Settings, serving
 from tests.support.agents import HANG_S, TRIAL, HostAgent, alive, running_host_agent, wait_until
 
@@ -274,6 +275,38 @@ def test_guests_that_nobody_watches_again_are_ended(home: Home, tmp_path: Path) 
         wait_until(lambda: not home.guest_files(), "its files to be removed")
     said = log.read_text()
     assert 0 < said.index("guest adopted") < said.index("guest ended")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("policy", "lazy", "hinting has no policy 'lazy'"),
+        ("method", 99, "this host agent has no method number 99"),
+        ("driver", 99, "this host agent has no driver number 99"),
+    ],
+)
+def test_a_guest_of_a_later_version_does_not_keep_others_from_being_adopted(
+    home: Home, tmp_path: Path, field: str, value: str | int, said: str
+) -> None:
+    with home.agent() as first:
+        first.watch()
+        guest, odd = first.create(), first.create("odd")
+        kill(first)
+    with opened(home.folder / "state") as state:
+        (record,) = (record for record in state.guests() if record.name == "odd")
+        setattr(record.spec.hinting if field == "policy" else record.spec, field, value)
+        state.save([record])
+    log = tmp_path / "log"
+    with log.open("wb") as stderr, home.agent(stderr=stderr) as second:
+        second.watch()
+        in_session(second, after_epoch=guest.epoch)
+        assert second.guests().keys() == {"g"}
+        wait_until(lambda: not alive(odd.pid), "the agent of the other one to be refused")
+    (line,) = (line for line in log.read_text().splitlines() if "cannot be adopted" in line)
+    assert "guest=odd" in line
+    assert said in line
+    with opened(home.folder / "state") as state:
+        assert [record.name for record in state.guests()] == ["odd"]
 
 
 @contextmanager

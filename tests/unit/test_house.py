@@ -85,10 +85,10 @@ ARROWS = {
         "auditor": "waking cpu_meter guest",
         "pressure": "waking guest",
         "repeated_commands": "",
-        "registry": "repeated_commands tasks threads cpu_meter memory session guests persistence "
-        "guest resizing",
-        "api": "guests threads waking cpu_meter budget memory session guests.attached guest "
-        "resizing registry",
+        "registry": "repeated_commands tasks threads cpu_meter session guests persistence guest "
+        "resizing",
+        "api": "guests tasks threads waking cpu_meter budget memory session guests.attached "
+        "persistence guest resizing registry",
         "server": "budget session guests guests.libvirt guests.attached persistence auditor "
         "pressure registry api threads",
         "doctor": "memory guests.libvirt",

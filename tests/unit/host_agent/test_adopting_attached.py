@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hintfleet.units import PAGE_BYTES
+from host_agent.api.adopting import adopt
 from host_agent.guests.attached.driver import AttachedGuest
 from host_agent.guests.driver import GuestRequest, Handle
 from host_agent.persistence.database import GuestRecord
@@ -65,7 +66,7 @@ def test_another_start_of_a_domain_has_fresh_books_when_it_is_adopted(
         record = await record_of_one_page(registry, driver)
         driver.start, driver.domain.running = start, True
         later = Registry({}, attached=driver)
-        await later.adopt([record], grace_s=0)
+        await adopt(later, [record], grace_s=0)
         (adopted,) = later.guests
         assert (await adopted.audits.ledger()).reclaimed_total_bytes == now_bytes
         assert adopted.earlier.reclaimed_total_bytes == earlier_bytes
@@ -80,7 +81,7 @@ def test_a_qemu_that_hangs_up_while_it_is_adopted(tmp_path: Path) -> None:
         assert record is not None
         driver.domain.running = True
         later = Registry({}, attached=driver)
-        await later.adopt([record], grace_s=0)
+        await adopt(later, [record], grace_s=0)
         await until(lambda: bool(later.guests) and later.guests[0].running is None)
         (adopted,) = later.guests
         assert adopted.to_attach_again is not None
@@ -121,7 +122,7 @@ def test_books_that_an_older_hintfleet_has_stored_are_still_those_of_the_domain(
         record = await record_of_one_page(registry, driver)
         driver.domain.running = True
         later = Registry({}, attached=driver)
-        await later.adopt([replace(record, handle={"start": 1})], grace_s=0)
+        await adopt(later, [replace(record, handle={"start": 1})], grace_s=0)
         (adopted,) = later.guests
         assert (await adopted.audits.ledger()).reclaimed_total_bytes == PAGE_BYTES
         await later.end_all()

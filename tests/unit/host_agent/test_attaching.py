@@ -12,6 +12,7 @@ from hintfleet.ranges import RangeSet
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from hintfleet.v1.hinting_pb2 import Telemetry
+from host_agent.api.adopting import adopt
 from host_agent.api.attaching import attach, detach
 from host_agent.guests.driver import GuestRequest
 from host_agent.registry import Registry
@@ -186,7 +187,7 @@ def test_a_guest_that_waits_is_stored_for_the_next_host_agent(tmp_path: Path) ->
         record = guest.record()
         assert record is not None
         later = Registry({}, attached=Unwilling(tmp_path))  # type: ignore[arg-type]
-        await later.adopt([record], grace_s=0)
+        await adopt(later, [record], grace_s=0)
         (waiting,) = later.guests
         assert waiting.record() == record
         assert "it is suspended" in waiting.why_not_hinting
