@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
     Without --doctor, --leaks and --clean: serve until SIGTERM, SIGINT, end of file on
     --lifeline-fd, or a bug that ends one of the host agent's loops. Then end the guests that this
-    host agent made, and detach the attached ones; with --state, do that only after end of file.
+    host agent made, and detach the attached ones; with --state, do that only after end of file. A
+    signal while the guests of an earlier host agent are adopted ends this process at once.
     """
     tell = program.prepare("hintfleet-host")
     sys.exit(program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet[host]"))
@@ -221,14 +222,14 @@ async def _serve(arguments: argparse.Namespace) -> None:
     stop = asyncio.Event()
     parent_gone = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    _on_signals(_end_at_once if arguments.state else stop.set)
     if arguments.lifeline_fd is not None:
         loop.add_reader(
             arguments.lifeline_fd, _read_lifeline, arguments.lifeline_fd, parent_gone, stop
         )
     settings = _settings(arguments)
     async with serving(settings) as served:
+        _on_signals(stop.set)
         with serve_metrics(arguments.metrics, served.registry, settings.name, settings.tls):
             ready = json.dumps({"control": served.control, "guest": served.guest})
             if arguments.ready_fd is not None:
@@ -242,6 +243,21 @@ async def _serve(arguments: argparse.Namespace) -> None:
             if parent_gone.is_set():
                 served.registry.shutting_down = True
                 await served.registry.end_all()
+
+
+def _on_signals(do: Callable[[], object]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, do)
+
+
+def _end_at_once() -> None:
+    """End this process, which adopts guests and does not serve yet, as if it were killed."""
+    # The adoption may wait in libvirt's calls, which cannot be cancelled, and for two minutes until
+    # a suspended guest opens its memory door. The state is as the earlier host agent left it. Its
+    # lock must not be released while such a call can change a guest: the kernel releases it when
+    # all threads have ended.
+    _log.info("ended before all guests were adopted")
+    os._exit(0)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

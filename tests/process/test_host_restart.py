@@ -6,16 +6,18 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -33,11 +35,7 @@ from tests.support.agents import HANG_S, TRIAL, HostAgent, alive, running_host_a
 HELD = 96 * MIB
 FREED = 64 * MIB
 STEP = 8 * MIB
-MAY_BE_RETRIED = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.CANCELLED,
-)
+MAY_BE_RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
 
 
 @dataclass(frozen=True)
@@ -307,6 +305,34 @@ def test_a_guest_of_a_later_version_does_not_keep_others_from_being_adopted(
     assert said in line
     with opened(home.folder / "state") as state:
         assert [record.name for record in state.guests()] == ["odd"]
+
+
+def test_a_host_agent_can_be_stopped_while_it_adopts_guests(home: Home) -> None:
+    """Here libvirt never answers, so the adoption would never end."""
+    with home.agent() as first:
+        first.watch()
+        guest = first.create()
+        kill(first)
+    with opened(home.folder / "state") as state:
+        real = replace(*state.guests(), name="real", uuid=str(uuid.uuid4()))
+        real.spec.driver = host_pb2.LIBVIRT
+        state.save([real])
+    with socket.socket(socket.AF_UNIX) as libvirtd:
+        libvirtd.bind(f"{home.folder}/libvirt")
+        libvirtd.listen()
+        libvirtd.settimeout(HANG_S)
+        silent = f"qemu+unix:///system?socket={home.folder}/libvirt"
+        command = [sys.executable, "-m", "host_agent", *home.arguments, "--libvirt-uri", silent]
+        with subprocess.Popen(command) as second, ExitStack() as undo:
+            undo.callback(second.kill)
+            undo.enter_context(libvirtd.accept()[0])
+            second.terminate()
+            assert second.wait(HANG_S) == 0
+    with home.agent("--libvirt-uri", "test:///default") as third:
+        third.watch()
+        in_session(third, after_epoch=guest.epoch)
+        assert third.guests().keys() == {"g", "real"}
+        assert third.verify().wrong_pages == 0
 
 
 @contextmanager
