@@ -90,9 +90,11 @@ class Run:
     def annotated_spec(self) -> str:
         """The text of the spec, after comments with `options`, and with the name and SHA-256 of
         each file with a recording."""
-        comments = [f"# run with {shlex.join(self.options)}"] if self.options else []
-        comments += [f"# {name}: sha256 {digest}" for name, digest in self.recordings.items()]
-        return "".join(f"{comment}\n" for comment in comments) + self.spec_text
+        comments = [f"run with {shlex.join(self.options)}"] if self.options else []
+        comments += [f"{name}: sha256 {digest}" for name, digest in self.recordings.items()]
+        # Each line by itself: the value of a setting may have several.
+        lines = [line for comment in comments for line in comment.splitlines()]
+        return "".join(f"# {line}\n" for line in lines) + self.spec_text
 
     @property
     def recordings(self) -> dict[str, str]:

@@ -420,6 +420,20 @@ def test_what_the_command_line_said_is_asked_for_again(
     assert spec_file.parse(shown, "again.yaml", said).spec == asked.spec
 
 
+def test_a_setting_may_have_several_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = overrides(None, (), ("workload.phases=\n- {allocate: 8MiB}\n- {free: 50%}\n",))
+    asked = new_experiment("quickstart", said).header
+    with Store(tmp_path) as store:
+        stored_run(store, asked)
+    assert run_command(["show", "--spec", "--data-dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    lines = shown.removesuffix(asked.spec_text).splitlines()
+    assert lines[1:3] == ["# - {allocate: 8MiB}", "# - {free: 50%}"]
+    assert spec_file.parse(shown, "again.yaml", said).spec == asked.spec
+
+
 def test_a_run_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         run = stored_run(store, header())
