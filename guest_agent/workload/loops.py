@@ -73,7 +73,7 @@ def run_loop(loop: pb.Loop, holding: Holding, source: Source, stop: threading.Ev
 
     :param stop: ends the loop early when it is set.
     :raises MemoryError: there is not enough memory.
-    :raises InvalidInput: this agent does not know the pattern.
+    :raises InvalidInput: this agent does not know the pattern, or there is nothing to copy.
     """
     extents = -(-loop.size_bytes // EXTENT_BYTES)
     if loop.pattern == pb.Loop.CHURN:
@@ -122,11 +122,13 @@ def _fault(loop: pb.Loop, source: Source, extents: int, stop: threading.Event) -
 
 
 def _bandwidth(loop: pb.Loop, holding: Holding, extents: int, stop: threading.Event) -> pb.Looped:
+    half = extents // 2
+    if not half:
+        raise InvalidInput("bandwidth copies from one 2 MiB to another: it needs at least 4 MiB")
     held: list[int] = []
     try:
         while len(held) < extents:
             held.append(holding.take(EXTENT_BYTES, loop.seed))
-        half = extents // 2
         meter = _Meter(loop, stop)
         for i in cycle(range(half)):
             if not meter.goes_on:

@@ -755,7 +755,7 @@ class Loop(_message.Message):
         FAULT: Loop._Pattern.ValueType  # 2
         """Allocate size_bytes, write one byte to each page, and free it: each page is a page fault."""
         BANDWIDTH: Loop._Pattern.ValueType  # 3
-        """Copy one half of size_bytes, which is held all the time, to the other half."""
+        """Copy one half of size_bytes, which is held all the time, to the other half. At least 4 MiB."""
 
     class Pattern(_Pattern, metaclass=_PatternEnumTypeWrapper): ...
     PATTERN_UNSPECIFIED: Loop.Pattern.ValueType  # 0
@@ -766,7 +766,7 @@ class Loop(_message.Message):
     FAULT: Loop.Pattern.ValueType  # 2
     """Allocate size_bytes, write one byte to each page, and free it: each page is a page fault."""
     BANDWIDTH: Loop.Pattern.ValueType  # 3
-    """Copy one half of size_bytes, which is held all the time, to the other half."""
+    """Copy one half of size_bytes, which is held all the time, to the other half. At least 4 MiB."""
 
     PATTERN_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int

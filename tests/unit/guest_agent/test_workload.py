@@ -306,6 +306,13 @@ def test_a_page_dropped_during_a_loop_is_counted_as_wrong(ram: mmap.mmap) -> Non
     assert workload.run(loop(pb.Loop.BANDWIDTH)).wrong_pages == 4 * 2
 
 
+def test_a_loop_that_would_do_nothing_is_an_error(source: Source) -> None:
+    workload = Workload(source, MemoryBlocks())
+    done = workload.run(loop(pb.Loop.BANDWIDTH, size_bytes=2 * MIB))
+    assert "needs at least 4 MiB" in done.error
+    assert workload.run(loop(pb.Loop.BANDWIDTH, size_bytes=4 * MIB)).looped.cycles > 0
+
+
 def test_a_loop_ends_when_its_agent_ends(source: Source) -> None:
     workload = Workload(source, MemoryBlocks())
     workload.stop()
