@@ -286,6 +286,8 @@ def _unknown_key(path: tuple[Hashable, ...]) -> Problem:
 def _known(path: tuple[Hashable, ...]) -> tuple[str, ...]:
     """Return the keys that are allowed in place of the last key of `path`."""
     around = tuple("*" if isinstance(step, int) else step for step in path[:-1])
+    if around[:1] == ("under",) and len(around) > 2:
+        around = around[2:]  # it has the keys of what it replaces
     return keys_of(_PARTS[around]) if around in _PARTS else ()
 
 

@@ -455,6 +455,19 @@ def test_mistakes_under_a_driver_are_reported_once_and_there() -> None:
     assert str(caught.value).count("mine.yaml") == 1
 
 
+@pytest.mark.parametrize("driver", ["embedded", "libvirt"])
+@pytest.mark.parametrize(
+    "guests", ["{per_host: 1, memori: 512MiB}", "[{count: 1, memori: 512MiB}]"]
+)
+def test_an_unknown_key_under_a_driver_is_reported_once(driver: str, guests: str) -> None:
+    text = BOTH.replace("{per_host: 1, memory: 512MiB}", guests)
+    with pytest.raises(InvalidInput) as caught:
+        spec_file.parse(text, "mine.yaml", {"driver": driver})
+    assert str(caught.value).count("mine.yaml") == 1
+    assert "unknown key 'memori'" in str(caught.value)
+    assert caught.value.hint == "did you mean 'memory'?"
+
+
 def test_an_arm_that_a_driver_cannot_run_says_how_to_leave_it_out() -> None:
     text = BOTH.replace("reporting, drivers: [libvirt]", "reporting")
     with pytest.raises(InvalidInput, match=r"drivers: \[libvirt\]"):
