@@ -230,13 +230,14 @@ class Store(AbstractContextManager["Store"]):
             "       (run_id, t.repetition) IN left_out_pairs AS left_out, "
             "       r.switchback AND t.ended_unix_us AND t.undecided = '' AS is_whole_block "
             "FROM counted_trials t JOIN runs r USING (run_id) "
-            "WHERE (?1 = '' OR run_id = ?1) AND r.started_unix_us >= ?2 "
+            # In seconds: in microseconds, a time that a client has made up may have over 64 bits.
+            "WHERE (?1 = '' OR run_id = ?1) AND r.started_unix_us / 1000000 >= ?2 "
             "  AND (?3 OR r.state != 'running') "
             "  AND run_id NOT IN (SELECT run_id FROM footprints JOIN trials USING (trial_id) "
             "                     WHERE guest = '' AND capacity IS NOT NULL) "
             "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position",
             run_id,
-            since_unix_s * 1_000_000,
+            since_unix_s,
             even_running,
         )
         figures = self._query(
