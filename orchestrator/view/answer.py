@@ -18,15 +18,17 @@ def savings_answer(rows: Sequence[Savings], costs: Sequence[ArmCost]) -> str:
     one whose interval of savings has the highest low end.
 
     If that low end is not above 0, the text says that no arm surely saves. Empty if no arm has an
-    interval, or the control has no footprint.
+    interval.
     """
-    measured = [(row.saved_bytes, row.arm) for row in rows if row.saved_bytes is not None]
-    control = next((row for row in rows if row.saved_bytes is None and row.footprint), None)
-    if not measured or control is None or control.footprint is None:
+    measured = [
+        (row.saved_bytes, row.control_bytes, row.arm)
+        for row in rows
+        if row.saved_bytes is not None and row.control_bytes is not None
+    ]
+    if not measured:
         return ""
-    saved, arm = max(measured, key=lambda found: found[0].low)
-    used = format_size(control.footprint.mean_resident_bytes)
-    answer = f"{arm} saves {_line(size_interval(saved))} of {used}"
+    saved, used_bytes, arm = max(measured, key=lambda found: found[0].low)
+    answer = f"{arm} saves {_line(size_interval(saved))} of {format_size(used_bytes)}"
     if saved.low <= 0:
         return f"No arm surely saves memory: {answer}"
     slower = next((cost.slowdown_percent for cost in costs if cost.arm == arm), None)

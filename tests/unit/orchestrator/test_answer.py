@@ -5,22 +5,9 @@ from typing import Any
 from hintfleet.units import MIB
 from orchestrator.results.capacity import ArmCapacity
 from orchestrator.results.comparison import ArmCost
-from orchestrator.results.footprint import Footprint
 from orchestrator.results.savings import Savings
 from orchestrator.results.statistics import Interval
 from orchestrator.view.answer import capacity_answer, savings_answer
-
-USED = Footprint(
-    provisioned_bytes=0,
-    peak_resident_bytes=0,
-    mean_resident_bytes=1000 * MIB,
-    resident_gib_min=0,
-    reclaimed_now_bytes=0,
-    refaulted_total_bytes=0,
-    verified_pages=0,
-    wrong_pages=0,
-    returned=None,
-)
 
 
 def interval(low: float, high: float, pairs: int = 3) -> Interval:
@@ -29,7 +16,14 @@ def interval(low: float, high: float, pairs: int = 3) -> Interval:
 
 def savings(arm: str, saved: Interval | None = None) -> Savings:
     return Savings(
-        experiment="e", run_id="r", arm=arm, key="", trials=3, footprint=USED, saved_bytes=saved
+        experiment="e",
+        run_id="r",
+        arm=arm,
+        key="",
+        trials=3,
+        footprint=None,
+        saved_bytes=saved,
+        control_bytes=1000.0 * MIB if saved else None,
     )
 
 

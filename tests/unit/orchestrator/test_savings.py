@@ -11,6 +11,7 @@ from hintfleet.units import MIB
 from orchestrator.results.footprint import Footprint, Returned
 from orchestrator.results.savings import By, FootprintRow, Savings, aggregate
 from orchestrator.service.messages import savings_as_pb2, savings_from_pb2
+from orchestrator.view.answer import savings_answer
 
 
 def footprint(mean_bytes: float, wrong_pages: int = 0) -> Footprint:
@@ -85,6 +86,13 @@ def test_the_control_has_a_footprint_and_no_savings() -> None:
     row = arm(aggregate(rows(SAVED), By.FLEET), "none")
     assert row.footprint is not None
     assert (row.saved_bytes, row.undecided) == (None, "")
+
+
+def test_the_answer_is_about_the_pairs() -> None:
+    """A run may be cut off after the control's part of a repetition."""
+    alone = measured("none", 2, "a", footprint(5000 * MIB))
+    found = aggregate([*rows(SAVED), alone], By.FLEET)
+    assert savings_answer(found, []).endswith(" of 1.95 GiB")  # two hosts with 1000 MiB each
 
 
 def test_by_host_pairs_are_the_repetitions_there() -> None:
