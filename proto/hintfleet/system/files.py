@@ -52,6 +52,8 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file to write to. When the block ends without an error, it gets the name `path`
     and replaces an old file of this name; after an error, it is removed, and the old file stays.
 
+    Nothing is left of it either if this process is killed, where the file system has O_TMPFILE.
+
     :raises OSError: it cannot be made, synced or renamed, or `path` is something else than a file:
         a device, for example, must not be replaced.
     """
@@ -60,10 +62,29 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     aside = target.with_name(f".hintfleet-{uuid.uuid4().hex}.unfinished")
     try:
-        with open(aside, "xb") as file:
+        with open(aside, "xb", opener=_open_nameless) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if not aside.exists():
+                _name(file.fileno(), aside)
         aside.rename(target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _open_nameless(path: str, flags: int) -> int:
+    """Open a new file without a name in the folder of `path`; where the file system cannot do that,
+    open a new file with the name `path`."""
+    try:
+        return os.open(os.path.dirname(path), os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except OSError:
+        return os.open(path, flags, 0o666)
+
+
+def _name(fd: int, path: Path) -> None:
+    """Give a file without a name a name that is not there yet."""
+    # As open(2) says of O_TMPFILE. Only with `src_dir_fd`, which an absolute path ignores, does
+    # Python call linkat(2) with AT_SYMLINK_FOLLOW; link(2) would link the symbolic link itself
+    # (python/cpython#81793).
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)

@@ -1,6 +1,9 @@
 """Files whose paths users give: what may be in their place, and what is left after an error."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,14 @@ def test_a_folder_is_named_and_not_left_open(tmp_path: Path) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
+@pytest.fixture(params=["nameless", "named"])
+def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the file system have O_TMPFILE, or not."""
+    if request.param == "named":
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)  # an old kernel sees no more in it
+
+
+@pytest.mark.usefixtures("file_system")
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     with written_whole(tmp_path / "file") as file:
         file.write(b"new")
@@ -36,6 +47,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 1
 
 
+@pytest.mark.usefixtures("file_system")
 def test_after_an_error_the_old_file_is_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(ValueError, match="x"), written_whole(tmp_path / "file") as file:  # noqa: PT012
@@ -45,6 +57,26 @@ def test_after_an_error_the_old_file_is_there(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 1
 
 
+def test_a_killed_process_leaves_nothing_but_the_old_file(tmp_path: Path) -> None:
+    try:
+        os.close(os.open(tmp_path, os.O_TMPFILE | os.O_WRONLY))
+    except OSError as error:
+        pytest.skip(f"no O_TMPFILE here: {error}")
+    (tmp_path / "file").write_bytes(b"old")
+    program = f"""
+import os, pathlib
+from hintfleet.system.files import written_whole
+with written_whole(pathlib.Path({str(tmp_path / "file")!r})) as file:
+    file.write(bytes(1 << 20))
+    os.kill(os.getpid(), {int(signal.SIGKILL)})
+"""
+    ended = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.usefixtures("file_system")
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     for content in (b"first", b"second"):
