@@ -177,10 +177,11 @@ class BlockRunner(Script):
             await asyncio.wait((watch, block), return_when=asyncio.FIRST_COMPLETED)
             await (block if block.done() else watch)
         finally:
-            for job in (block, watch):
-                await cancelled(job)
-            if self._pauses:
-                await self._hand_back()
+            try:
+                await cancelled(block, watch)
+            finally:
+                if self._pauses:
+                    await self._hand_back()
 
     async def _hand_back(self) -> None:
         """End the pause; give up after 5 s."""

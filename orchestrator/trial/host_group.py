@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from hintfleet.errors import HintfleetError
 from hintfleet.system.owned_folders import OwnedFolder
 from orchestrator.machine import runtime_dirs
 from orchestrator.trial.host_place import HostPlace
 from orchestrator.trial.host_session import HostSession
 from orchestrator.trial.plan import HostTask
 from orchestrator.trial.records import Event, HostSamples, Record, Samples, columns_of
+from orchestrator.trial.script import cancelled
 
 _Item = TypeVar("_Item")
 
@@ -88,9 +87,7 @@ class HostGroup:
                     yield batch
             await parts
         finally:
-            parts.cancel()
-            with suppress(asyncio.CancelledError, HintfleetError):
-                await parts
+            await cancelled(parts)
 
     async def close(self) -> None:
         """Close all sessions, so that host agents end the guests of a trial; stop logical hosts. An

@@ -121,8 +121,7 @@ class _TrialRunner(Script):
         finally:
             # The script is cancelled first: its commands need the guests, which the host agent ends
             # when the watch ends.
-            for job in (script, ran_out, watch):
-                await cancelled(job)
+            await cancelled(script, ran_out, watch)
 
     async def _end_out_of_memory(self) -> str:
         """Post that the host ran out of memory, and return why the trial is undecided. If the

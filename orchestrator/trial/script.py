@@ -85,11 +85,26 @@ async def records_of(script: Script) -> AsyncIterator[Event | HostSamples]:
         await cancelled(running)
 
 
-async def cancelled(job: asyncio.Task[Any]) -> None:
-    """Cancel a task if it has not ended, and wait for its end; drop its HintfleetError."""
-    job.cancel()
-    with suppress(asyncio.CancelledError, HintfleetError):
-        await job
+async def cancelled(*jobs: asyncio.Task[Any]) -> None:
+    """Cancel the tasks that have not ended, one after the other, and wait for the end of each; drop
+    their HintfleetErrors.
+
+    :raises CancelledError: the caller was cancelled meanwhile; all the same, all tasks have ended.
+    """
+    before = _cancellations()
+    for job in jobs:
+        job.cancel()
+        with suppress(asyncio.CancelledError, HintfleetError):
+            await job
+    # The error that was dropped may have been that of the caller, not that of the task.
+    if _cancellations() > before:
+        raise asyncio.CancelledError
+
+
+def _cancellations() -> int:
+    """Return how often this task was cancelled."""
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
 
 
 def now_us() -> int:

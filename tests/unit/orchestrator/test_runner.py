@@ -1,5 +1,6 @@
 """What a failed command means for a trial: on a busy host, the sample that shows that the host ran
-out of memory comes later than the error; a host whose machine or link is down sends nothing."""
+out of memory comes later than the error; a host whose machine or link is down sends nothing. Also a
+trial that is cut off while it ends."""
 
 import asyncio
 import itertools
@@ -19,6 +20,7 @@ from orchestrator.trial.host_client import HostClient
 from orchestrator.trial.plan import host_tasks, plan_trials
 from orchestrator.trial.records import HostDone
 from orchestrator.trial.runner import run_host_task
+from orchestrator.trial.script import cancelled
 from tests.support.fake_host_service import start
 from tests.support.relay import Address, Relay
 
@@ -143,3 +145,28 @@ def test_whether_a_host_agent_is_silent(stalls: bool) -> None:
                 await server.stop(None)
 
     assert asyncio.run(is_silent()) == stalls
+
+
+def test_a_task_that_is_cancelled_while_it_cancels_others_does_not_go_on() -> None:
+    """Else a trial that is cut off could go on to read back all guests."""
+
+    async def cut_off() -> None:
+        ending = asyncio.Event()
+
+        async def job() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ending.set()
+                await asyncio.sleep(0.05)
+
+        jobs = [asyncio.create_task(job()) for _ in range(2)]
+        await asyncio.sleep(0)
+        caller = asyncio.create_task(cancelled(*jobs))
+        await ending.wait()
+        caller.cancel()
+        await asyncio.wait((caller,))
+        assert caller.cancelled()
+        assert all(one.cancelled() for one in jobs)
+
+    asyncio.run(cut_off())
