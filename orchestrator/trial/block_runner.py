@@ -198,6 +198,8 @@ class BlockRunner(Script):
         # `aclosing` closes the stream: a LeftOut leaves the loop while the stream is open.
         async with aclosing(self._client.watch_host(self._task.spec.sample_period_s)) as stream:
             async for samples in stream:
+                if samples.at_unix_us < self._sampled_us:
+                    raise LeftOut(f"the clock of {self._task.host} was set back in this block")
                 found = {s.guest_name: s for s in samples.samples if s.guest_name in self._boots}
                 if len(found) < len(self._boots):
                     raise LeftOut(await self._why_left_out() or "a guest was lost in this block")

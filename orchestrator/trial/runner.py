@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 
 from hintfleet.errors import HintfleetError, Refused, StableError, TransientError
 from hintfleet.settings import Method
@@ -136,15 +136,21 @@ class _TrialRunner(Script):
         return ""
 
     async def _watch(self) -> None:
-        stream = self._client.watch(self._trial.trial_id, self._spec.sample_period_s)
-        async for samples in stream:
-            self._watching.set()
-            self._post(HostSamples(host=self._task.host, samples=samples))
-            self._budget.take(samples)
-            made_us = samples.at_unix_us
-            self._sampled_us |= dict.fromkeys((s.guest_name for s in samples.samples), made_us)
-            self._sample_sets += 1
-            self._sample_came.set()
+        made_us = 0
+        # `aclosing` closes the stream: the error leaves the loop while the stream is open.
+        async with aclosing(
+            self._client.watch(self._trial.trial_id, self._spec.sample_period_s)
+        ) as stream:
+            async for samples in stream:
+                if samples.at_unix_us < made_us:  # they are ordered by that time in the store
+                    raise TransientError(f"{self._task.host}: its clock was set back")
+                made_us = samples.at_unix_us
+                self._watching.set()
+                self._post(HostSamples(host=self._task.host, samples=samples))
+                self._budget.take(samples)
+                self._sampled_us |= dict.fromkeys((s.guest_name for s in samples.samples), made_us)
+                self._sample_sets += 1
+                self._sample_came.set()
         raise TransientError(f"{self._task.host}: the host agent ended the samples")
 
     async def _script(self) -> None:
@@ -304,18 +310,18 @@ class _TrialRunner(Script):
         self._post(step_done(self._task.host, self._trial.trial_id, guest.name, step, answers))
 
     async def _settle(self, guest: GuestTask) -> None:
-        started_us = now_us()
+        began_s = time.monotonic()
         settled = await self._client.settle(guest.name)
-        ended_us = now_us()
+        took_s = time.monotonic() - began_s
         self._post(
             GuestSettled(
                 host=self._task.host,
                 trial_id=self._trial.trial_id,
                 guest=guest.name,
-                at_unix_us=ended_us,
+                at_unix_us=now_us(),
                 batches=settled.batches,
                 hinted_bytes=settled.hinted_bytes,
-                duration_us=ended_us - started_us,
+                duration_us=round(took_s * 1e6),
             )
         )
 

@@ -116,6 +116,29 @@ class SilentHost(BusyHost):
         return self._silent
 
 
+class HostWithAnotherTime(BusyHost):
+    """A host agent whose clock is set back by an hour during its first step."""
+
+    async def watch(self, _trial_id: str, period_s: float) -> AsyncIterator[host_pb2.SampleSet]:
+        while True:
+            samples = self._samples(0)
+            samples.at_unix_us -= 3_600_000_000 if self._killed.is_set() else 0
+            yield samples
+            await asyncio.sleep(period_s)
+
+    async def run_step(self, _request: host_pb2.RunStepRequest) -> host_pb2.RunStepResponse:
+        self._killed.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+def test_a_trial_runs_again_if_the_clock_is_set_back() -> None:
+    """Its samples would be in the wrong order."""
+    done = asyncio.run(last_record(HostWithAnotherTime(0)))
+    assert done.undecided.endswith("host1: its clock was set back")
+    assert done.lost
+
+
 @pytest.mark.parametrize("silent", [True, False])
 def test_a_host_that_falls_silent_is_lost(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No connection breaks if a machine loses its power."""

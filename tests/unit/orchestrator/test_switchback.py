@@ -314,6 +314,29 @@ def test_a_block_whose_host_falls_silent_is_lost(
     assert done.lost == silent
 
 
+def test_a_block_is_left_out_if_the_clock_is_set_back() -> None:
+    """Its samples would be in the wrong order, and it would last longer."""
+
+    class Host(SlowHost):
+        async def watch_host(self, period_s: float) -> AsyncGenerator[host_pb2.SampleSet, None]:
+            sent = 0
+            async for one in super().watch_host(period_s):
+                one.at_unix_us -= 3600 * S if sent > 3 else 0
+                sent += 1
+                yield one
+
+    spec = parsed()
+    assert spec.switchback
+    trial = next(trial for trial in plan_trials(spec, "run") if trial.arm.name == "on")
+    task = host_tasks(spec, trial)["host1"]
+    block = BlockRunner(cast(HostClient, Host()), task, spec.switchback)
+    asyncio.run(block.run())
+    done = [block.records.get_nowait() for _ in range(block.records.qsize())][-2]
+    assert isinstance(done, HostDone)
+    assert done.undecided == "the clock of host1 was set back in this block"
+    assert not done.lost
+
+
 # What blocks come to
 
 
