@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from hintfleet.errors import HintfleetError, OutcomeUnknown, TransientError, from_rpc_error
+from hintfleet.net.addresses import is_unix
 from hintfleet.net.channels import open_aio_channel
 from hintfleet.net.tls import Tls, client_credentials
 from hintfleet.v1 import host_pb2, host_pb2_grpc
@@ -39,10 +40,19 @@ _SERVICE_CONFIG = json.dumps(
         ]
     }
 )
-_OPTIONS = (
+_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.service_config", _SERVICE_CONFIG),
     # gRPC's default is 4 MiB; a sample set, with a sample of each guest of a trial, may be larger.
     ("grpc.max_receive_message_length", 16 << 20),
+)
+# If a host has sent nothing for 20 s while a call is open, gRPC pings it; if it does not answer
+# within 30 s, all calls fail. Without this it is noticed only after a hold or at the deadline of a
+# command, days later perhaps, that a machine has lost its power. A host agent allows a ping every
+# 5 s (host_agent/server.py). gRPC 1.85 goes by the last of these options, which is 60 s by default.
+_KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 30_000),
+    ("grpc.http2.ping_timeout_ms", 30_000),
 )
 # How much longer this side waits for a Settle than the host agent does. So the host agent's own
 # error arrives here, which says more than "deadline exceeded".
@@ -66,7 +76,9 @@ class HostClient:
         """
         self._address = address
         self._timeouts = timeouts
-        self._channel = open_aio_channel(address, client_credentials(address, tls), _OPTIONS)
+        # The other end of a unix socket is on this machine.
+        options = _OPTIONS if is_unix(address) else (*_OPTIONS, *_KEEPALIVE)
+        self._channel = open_aio_channel(address, client_credentials(address, tls), options)
         self._stub: host_pb2_grpc.HostServiceAsyncStub = host_pb2_grpc.HostServiceStub(
             self._channel
         )

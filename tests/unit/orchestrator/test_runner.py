@@ -7,6 +7,7 @@ import itertools
 import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import cast
 
 import pytest
@@ -15,22 +16,31 @@ from hintfleet.errors import GuestLost, OutcomeUnknown
 from hintfleet.units import GIB
 from hintfleet.v1 import host_pb2
 from orchestrator.spec import file as spec_file
-from orchestrator.trial import runner
+from orchestrator.spec.model import Spec
+from orchestrator.trial import host_client, runner
 from orchestrator.trial.host_client import HostClient
-from orchestrator.trial.plan import host_tasks, plan_trials
-from orchestrator.trial.records import HostDone
+from orchestrator.trial.plan import HostTask, host_tasks, plan_trials
+from orchestrator.trial.records import Event, HostDone, HostSamples, StepDone
 from orchestrator.trial.runner import run_host_task
 from orchestrator.trial.script import cancelled
 from tests.support.fake_host_service import start
 from tests.support.relay import Address, Relay
 
-SPEC = spec_file.parse(
+_HANG_S = 120
+TEXT = (
     "name: s\ndriver: embedded\nhosts: {count: 1, memory: 1GiB}\n"
     "guests: {per_host: 1, memory: 64MiB}\nworkload: {phases: [{allocate: 16MiB, for: 1s}]}\n"
-    "arms: [{name: none, method: none}]\nsample_period: 50ms\ntimeouts: {connect: 1s}\n",
-    "spec.yaml",
-).spec
-(TASK,) = host_tasks(SPEC, plan_trials(SPEC, "run1")[0]).values()
+    "arms: [{name: none, method: none}]\nsample_period: 50ms\ntimeouts: {connect: 1s}\n"
+)
+
+
+def parsed(text: str) -> tuple[Spec, HostTask]:
+    spec = spec_file.parse(text, "spec.yaml").spec
+    (task,) = host_tasks(spec, plan_trials(spec, "run1")[0]).values()
+    return spec, task
+
+
+SPEC, TASK = parsed(TEXT)
 
 
 class BusyHost:
@@ -148,26 +158,54 @@ def test_a_host_that_falls_silent_is_lost(silent: bool, monkeypatch: pytest.Monk
     assert done.lost == silent
 
 
+@asynccontextmanager
+async def host_elsewhere() -> AsyncIterator[tuple[HostClient, Relay]]:
+    """Yield the client of a host agent, and the relay between them."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port = bound.getsockname()[1]
+    server = await start(f"127.0.0.1:{port}")
+    relay = Relay()
+    relay.upstream = Address(host="127.0.0.1", port=port)
+    async with relay.serving() as address:
+        client = HostClient(str(address), SPEC.timeouts)
+        await client.get_host(host_pb2.EMBEDDED, wait=True)
+        try:
+            yield client, relay
+        finally:
+            await client.aclose()
+            await server.stop(None)
+
+
 @pytest.mark.parametrize("stalls", [True, False])
 def test_whether_a_host_agent_is_silent(stalls: bool) -> None:
     async def is_silent() -> bool:
-        with socket.create_server(("127.0.0.1", 0)) as bound:
-            port = bound.getsockname()[1]
-        server = await start(f"127.0.0.1:{port}")
-        relay = Relay()
-        relay.upstream = Address(host="127.0.0.1", port=port)
-        async with relay.serving() as address:
-            client = HostClient(str(address), SPEC.timeouts)
-            await client.get_host(host_pb2.EMBEDDED, wait=True)
+        async with host_elsewhere() as (client, relay):
             for link in relay.links if stalls else ():
                 link.stall()
-            try:
-                return await client.is_silent()
-            finally:
-                await client.aclose()
-                await server.stop(None)
+            return await client.is_silent()
 
     assert asyncio.run(is_silent()) == stalls
+
+
+def test_a_host_whose_power_is_cut_is_missed_before_the_hold_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    soon = tuple((option, 1000) for option, _ in host_client._KEEPALIVE)
+    monkeypatch.setattr(host_client, "_KEEPALIVE", soon)
+    _, task = parsed(TEXT.replace("for: 1s", "for: 7d"))
+
+    async def records() -> list[Event | HostSamples]:
+        found = []
+        async with asyncio.timeout(_HANG_S), host_elsewhere() as (client, relay):
+            async for record in run_host_task(client, task):
+                found.append(record)
+                for link in relay.links if isinstance(record, StepDone) else ():
+                    link.stall()
+        return found
+
+    done = asyncio.run(records())[-1]
+    assert isinstance(done, HostDone)
+    assert done.lost
 
 
 def test_a_task_that_is_cancelled_while_it_cancels_others_does_not_go_on() -> None:
