@@ -65,8 +65,8 @@ def compare(
     """Compare the second RUN with the first, arm by arm, with 95 % intervals.
 
     Both must be runs of the same spec: then their repetitions have the same seeds, and are
-    compared in pairs. Each RUN is an id, a unique part of an id, or `latest`. Another
-    machine or version is a warning on stderr.
+    compared in pairs. Runs that vary the number of guests are not compared. Each RUN is an
+    id, a unique part of an id, or `latest`. Another machine or version is a warning on stderr.
     """
     from orchestrator.commands.output import emit
     from orchestrator.results.bounds import judge, parse_bound
@@ -159,8 +159,8 @@ def _rows(store: Store, run: Run) -> RunRows:
     spec = spec_or_none(run)
     if spec and spec.vary:
         raise InvalidInput(
-            f"run {run.run_id[-6:]} has several numbers of guests: how often hosts run out is not "
-            "compared",
+            f"run {run.run_id[-6:]} varies the number of guests (vary in its spec): such runs are "
+            "not compared, because their figure is how many hosts ran out of memory",
             hint="look at both with `hintfleet show`",
         )
     rows = RunRows(
