@@ -175,8 +175,13 @@ class HintingCore:
         return [Release(ranges, hinted=acted), *self._isolate()]
 
     def allowed(self, pages: int | None) -> Sequence[Instruction]:
-        """Note how many pages the host allows to be hinted from now on (None for no bound), and ask
-        for chunks."""
+        """Note how many pages the host allows to be hinted (None for no bound), and ask for chunks.
+
+        Batches in flight count: when the host computed the allowance, their memory was resident.
+        """
+        if pages is not None:
+            in_flight_pages = sum(ranges.page_count for ranges in self._in_flight.values())
+            pages = max(0, pages - in_flight_pages)
         self._allowance_pages = pages
         return self._isolate()
 

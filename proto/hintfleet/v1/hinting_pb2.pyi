@@ -312,8 +312,8 @@ class Policy(_message.Message):
     cold_after_ms: _builtins.int
     """COLD only."""
     allowance_pages: _builtins.int
-    """PRESSURE only: how many pages may be hinted from now on; replaces the allowance
-    before. An isolator that can only release whole batches (kmod) may exceed it: it
+    """PRESSURE only: how many pages may be hinted from now on, with those of batches that are
+    not acknowledged yet; replaces the allowance before. An isolator that can only release whole batches (kmod) may exceed it: it
     finishes the batch that it has begun.
     """
     break_even_ms: _builtins.int

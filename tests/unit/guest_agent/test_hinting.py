@@ -214,6 +214,19 @@ def test_a_new_allowance_starts_isolation_again() -> None:
     assert list(core.period_passed(isolator_idle=False)) == [ReportNow(), Isolate(4, 512)]
 
 
+def test_batches_in_flight_count_for_a_new_allowance() -> None:
+    """The host repeats what it wants until the memory is back. A guest that is slow would give it
+    several times."""
+    core = opened()
+    core.allowed(1024)
+    core.isolated(RangeSet([(512, 512)]), isolator_idle=True)
+    assert list(core.allowed(1024)) == [Isolate(4, 512)]
+    core.isolated(RangeSet([(1024, 512)]), isolator_idle=True)
+    assert list(core.allowed(1024)) == []
+    core.acknowledged(1, 1, acted=True)
+    assert list(core.allowed(512)) == [], "the other batch gives it"
+
+
 @pytest.mark.parametrize("acted", [True, False])
 def test_a_batch_that_the_host_skipped_for_now_is_hinted_again(acted: bool) -> None:
     """Otherwise the memory of a batch that came too late would stay resident until the guest has
