@@ -85,12 +85,21 @@ def test_a_guest_keeps_what_it_uses_again_until_a_settle(
 ) -> None:
     host = guests.host
     host.settle(name)
-    churn = {"size_bytes": 64 * MIB, "duration_ms": 8000, "seed": 1}
-    host.loop(hinting_pb2.Loop.CHURN, name, **churn)  # the guest learns what it uses again
+
+    def churned() -> int:
+        """Use and free 64 MiB for 8 s, and again if the guest is slow; return how often."""
+        churn = {"size_bytes": 64 * MIB, "duration_ms": 8000, "seed": 1}
+        cycles = 0
+        for _ in range(10):
+            cycles += host.loop(hinting_pb2.Loop.CHURN, name, **churn).looped.cycles
+            if cycles > 4:
+                return cycles
+        raise AssertionError(f"only {cycles} cycles")
+
+    churned()  # the guest learns what it uses again
     before = guests.ledger(name)
-    cycles = host.loop(hinting_pb2.Loop.CHURN, name, **churn).looped.cycles
+    cycles = churned()
     after = guests.ledger(name)
-    assert cycles > 4
     taken_back_bytes = after.refaulted_total_bytes - before.refaulted_total_bytes
     assert taken_back_bytes < cycles * 64 * MIB / 4
     settled = host.settle(name).ledger

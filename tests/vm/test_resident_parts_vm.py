@@ -77,15 +77,18 @@ def test_the_parts_add_up_while_memory_comes_and_goes(guests: Guests, name: str)
     host = guests.host
     host.allocate(HELD_BYTES, name)
     before = len(host.samples)
-    host.loop(hinting_pb2.Loop.CHURN, name, size_bytes=96 * MIB, duration_ms=10_000, pause_ms=200)
-    busy = [
-        checked(sample.resident_parts)
-        for one in host.samples[before:]
-        for sample in one.samples
-        if sample.guest_name == name and sample.HasField("resident_parts")
-    ]
+    churn = {"size_bytes": 96 * MIB, "duration_ms": 10_000, "pause_ms": 200}
+    for _ in range(5):  # a slow guest needs longer to learn
+        host.loop(hinting_pb2.Loop.CHURN, name, **churn)
+        busy = [
+            checked(sample.resident_parts)
+            for one in host.samples[before:]
+            for sample in one.samples
+            if sample.guest_name == name and sample.HasField("resident_parts")
+        ]
+        if held := [parts for parts in busy if parts.held_back_bytes > 32 * MIB]:
+            break
     assert len({parts.used_bytes for parts in busy}) > 3, "the samples are of a guest at work"
-    held = [parts for parts in busy if parts.held_back_bytes > 32 * MIB]
     assert held, "policy adaptive holds back what is churned"
     assert all(0 < parts.held_back_for_ms <= 10_000 for parts in held if parts.age_ms < 500)
 
