@@ -99,6 +99,14 @@ def test_missing_samples_are_undecided(times: tuple[int, ...], why: str) -> None
         guest_footprint("g", series(*((t, G) for t in times)), steps, ENDED, period_s=0.6)
 
 
+def test_a_machine_that_stands_still_for_a_second_spoils_no_trial() -> None:
+    times = [t / 10 for t in range(101) if not 30 < t < 48]
+    steps = [step("allocate", 1, 2), step("verify", 8, 9)]
+    samples = series(*((t, G) for t in times))
+    found = guest_footprint("g", samples, steps, ENDED, period_s=0.1)
+    assert found.mean_resident_bytes == pytest.approx(G)
+
+
 def test_a_workload_cut_short_is_undecided() -> None:
     with pytest.raises(Undecided, match="the workload did not finish"):
         guest_footprint("g", series((0, 0), (9, 0)), [step("allocate", 1, 2)], ENDED, period_s=9)
