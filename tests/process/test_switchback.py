@@ -3,6 +3,7 @@ leaves the guests alone and their hinting on."""
 
 import json
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -83,6 +84,11 @@ def spec(lab: Lab, owner: Owner, repetitions: int = 3) -> str:
     return lab.spec(SPEC.format(address=owner.host.control, repetitions=repetitions))
 
 
+def wait_for_a_pause(owner: Owner, run: "subprocess.Popen[str]") -> None:
+    wait_until(lambda: owner.is_paused() or run.poll() is not None, "a block without hinting")
+    assert run.poll() is None, "the run ended before such a block"
+
+
 def check_left_alone(owner: Owner, before: dict[str, host_pb2.Guest]) -> None:
     """End the guests' work; check that all guests live on in the same session, hint, and have lost
     no data."""
@@ -126,12 +132,12 @@ def test_what_hinting_saves_on_guests_of_somebody_else(
 
 def test_a_block_that_others_spoilt_is_left_out_and_said(lab: Lab, owner: Owner) -> None:
     with lab.started("run", spec(lab, owner, repetitions=5), "-o", "json") as process:
-        wait_until(owner.is_paused, "a block without hinting")
+        wait_for_a_pause(owner, process)
         owner.destroy("vm2")
         said = wait_for_line(process, "undecided: ")
         assert "vm2 was detached or ended in this block" in said
         owner.make("vm2")  # another guest of the same name
-        wait_until(owner.is_paused, "another block without hinting")
+        wait_for_a_pause(owner, process)
         owner.host.pause_hinting(0, "vm1")
         said = wait_for_line(process, "undecided: ")
         assert "vm1 hinted: its pause had ended in this block" in said
@@ -151,7 +157,7 @@ def test_interrupted_in_an_off_block_it_lets_hinting_go_on_at_once(lab: Lab, own
     long = SPEC.replace("shortest: 3s, longest: 4s", "shortest: 1h, longest: 1h")
     text = long.format(address=owner.host.control, repetitions=1)
     with lab.started("run", lab.spec(text)) as process:
-        wait_until(owner.is_paused, "a block without hinting")
+        wait_for_a_pause(owner, process)
         process.send_signal(signal.SIGINT)
         assert process.wait(RUN_TIMEOUT_S) == 130
         assert {guest.not_hinting_because for guest in owner.host.guests().values()} == {""}
