@@ -259,7 +259,9 @@ class GuestMemory:
         # and pages that left cancel each other out in the sum: it is the least that a look finds.
         if self._others_reclaim:
             return abs(resident_bytes - self._audited_bytes) // PAGE_BYTES
-        return abs(self._open[1].unseen_pages(resident_bytes))
+        unseen_pages = self._open[1].unseen_pages(resident_bytes)
+        # While a batch is reclaimed, its punches are not in the books yet: nobody took memory.
+        return 0 if unseen_pages < 0 and self.lock.locked() else abs(unseen_pages)
 
     def has_moved(self) -> bool:
         """Return whether resident memory grew or shrank by 1 MiB or more since this method last

@@ -173,6 +173,23 @@ def test_memory_that_an_operator_takes_hides_no_refault(ram: GuestRam, ram_fd: i
     )
 
 
+def test_a_batch_that_is_being_reclaimed_causes_no_look(ram: GuestRam, ram_fd: int) -> None:
+    """Until it is posted, as much is missing as if an operator had taken it."""
+
+    async def scenario() -> None:
+        guest = started(ram)
+        os.pwrite(ram_fd, b"x" * (100 * PAGE_BYTES), 0)
+        await guest.audits.ledger()
+        hinted = RangeSet([(0, 10)])
+        async with guest.memory.lock:
+            outcome = await guest.memory.reclaim(hinted)
+            assert guest.memory.moved_pages() == 0
+            guest.memory.post(hinted, outcome, wire_bytes=3)
+        assert guest.memory.moved_pages() == 0
+
+    asyncio.run(scenario())
+
+
 def test_a_guest_whose_batch_was_half_dropped_unseen_is_lost(ram_fd: int) -> None:
     """Otherwise its books would count the dropped half as resident, and hide as many refaults."""
     other_fd = os.memfd_create("other")
