@@ -24,7 +24,7 @@ arms:
   - {name: none, method: none}
   - {name: bitmap, method: hinting, tracker: bitmap}
 repetitions: 2
-sample_period: 200ms
+sample_period: 50ms
 """
 # With three guests, each host needs more than its budget, whatever the arm: they keep their memory.
 VARIED = """\
@@ -39,7 +39,7 @@ workload:
 arms:
   - {name: none, method: none}
   - {name: bitmap, method: hinting, tracker: bitmap}
-sample_period: 200ms
+sample_period: 50ms
 """
 
 

@@ -37,7 +37,7 @@ arms:
   - {name: bitmap, method: hinting, tracker: bitmap, report_period: 50ms}
 repetitions: 2
 seed: 1
-sample_period: 200ms
+sample_period: 50ms
 """
 
 
