@@ -301,10 +301,8 @@ class GuestMemory:
 
         def look() -> tuple[Look, float]:
             began_s = time.thread_time()
-            if some_left:
-                found = ram.look(ram.page_map)
-            elif in_full or self._others_reclaim:
-                found = ram.look(ledger.absent_pages)
+            if some_left or in_full or self._others_reclaim:
+                found = ram.look(ram.page_map if some_left else ledger.absent_pages)
             else:
                 found = ram.look(ledger.absent_pages, self._look_from_pfn, unseen_pages, _SLICE_S)
             return found, time.thread_time() - began_s

@@ -127,7 +127,7 @@ class Ledger:
         :param resident: all resident pages of the RAM; no batch may be running.
         """
         if not self._others_reclaim:
-            gone = self._ram - resident - self._absent_pages
+            gone = self._missing(resident)
             self._hinted += gone.page_count
             self._gone(gone)
         self.audit(resident)
@@ -143,9 +143,14 @@ class Ledger:
 
         :param resident: all resident pages of the RAM; no batch may be running.
         """
-        gone = self._ram - resident - self._absent_pages
+        gone = self._missing(resident)
         self.untouched |= gone
         self._now_absent(gone)
+
+    def _missing(self, resident: PageMap) -> PageMap:
+        """Return the pages that are resident by the books and not in `resident`, which must be all
+        resident pages of the RAM."""
+        return self._ram - resident - self._absent_pages
 
     def _now_absent(self, pages: PageMap) -> None:
         """Add pages to `_absent_pages`; none of them may be in it."""
@@ -228,7 +233,7 @@ class Ledger:
             pages of the RAM. Pages outside of `absent_pages` change nothing.
         """
         if self._others_reclaim:
-            self._gone(self._ram - resident - self._absent_pages)
+            self._gone(self._missing(resident))
         return self._used(resident)
 
     def _used(self, pages: PageMap) -> PageMap:

@@ -312,9 +312,9 @@ class Policy(_message.Message):
     cold_after_ms: _builtins.int
     """COLD only."""
     allowance_pages: _builtins.int
-    """PRESSURE only: how many pages may be hinted from now on, with those of batches that are
-    not acknowledged yet; replaces the allowance before. An isolator that can only release whole batches (kmod) may exceed it: it
-    finishes the batch that it has begun.
+    """PRESSURE only: how many pages may be hinted, counting those of batches that are not
+    acknowledged yet; replaces the allowance before. An isolator that can only release whole
+    batches (kmod) may exceed it: it finishes the batch that it has begun.
     """
     break_even_ms: _builtins.int
     """ADAPTIVE only: holding a chunk back for so long costs as much as taking it back. 0: hold

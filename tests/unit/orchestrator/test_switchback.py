@@ -263,15 +263,31 @@ class SlowHost:
         return 0.0
 
 
-@pytest.mark.parametrize("cuts", [1, 2, 3])
-def test_a_block_that_is_cut_off_more_than_once_still_ends_the_pause(cuts: int) -> None:
+def block_on(host: SlowHost, arm: str) -> tuple[BlockRunner, Switchback]:
+    """Return the first block of an arm, on this host, and what the spec says of blocks."""
     spec = parsed()
     assert spec.switchback
-    trial = next(trial for trial in plan_trials(spec, "run") if trial.arm.name == "off")
-    host, task = SlowHost(), host_tasks(spec, trial)["host1"]
+    trial = next(trial for trial in plan_trials(spec, "run") if trial.arm.name == arm)
+    task = host_tasks(spec, trial)["host1"]
+    return BlockRunner(cast(HostClient, host), task, spec.switchback), spec.switchback
+
+
+def end_of_block(host: SlowHost) -> HostDone:
+    """Run a block with hinting on this host; return what it came to."""
+    block, _ = block_on(host, "on")
+    asyncio.run(block.run())
+    done = [block.records.get_nowait() for _ in range(block.records.qsize())][-2]
+    assert isinstance(done, HostDone)
+    return done
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3])
+def test_a_block_that_is_cut_off_more_than_once_still_ends_the_pause(cuts: int) -> None:
+    host = SlowHost()
+    runner, switchback = block_on(host, "off")
 
     async def cut_off() -> None:
-        block = asyncio.create_task(BlockRunner(cast(HostClient, host), task, switchback).run())
+        block = asyncio.create_task(runner.run())
         while len(host.paused) < 2:
             await asyncio.sleep(0.01)
         for _ in range(cuts):
@@ -282,7 +298,6 @@ def test_a_block_that_is_cut_off_more_than_once_still_ends_the_pause(cuts: int) 
         assert done.cancelled()
         assert time.time_ns() // 1000 < cut_us + switchback.carry_over_s * 1e6, "it did not go on"
 
-    switchback = spec.switchback
     asyncio.run(cut_off())
     assert not host.paused
 
@@ -302,14 +317,7 @@ def test_a_block_whose_host_falls_silent_is_lost(
 
     monkeypatch.setattr(block_runner, "_SAMPLE_TIMEOUT_S", 0.1)
     monkeypatch.setattr(block_runner, "_PERIODS_WITHOUT_SAMPLES", 0)
-    spec = parsed()
-    assert spec.switchback
-    trial = next(trial for trial in plan_trials(spec, "run") if trial.arm.name == "on")
-    task = host_tasks(spec, trial)["host1"]
-    block = BlockRunner(cast(HostClient, Host()), task, spec.switchback)
-    asyncio.run(block.run())
-    done = [block.records.get_nowait() for _ in range(block.records.qsize())][-2]
-    assert isinstance(done, HostDone)
+    done = end_of_block(Host())
     assert "no samples for 0 s" in done.undecided
     assert done.lost == silent
 
@@ -325,14 +333,7 @@ def test_a_block_is_left_out_if_the_clock_is_set_back() -> None:
                 sent += 1
                 yield one
 
-    spec = parsed()
-    assert spec.switchback
-    trial = next(trial for trial in plan_trials(spec, "run") if trial.arm.name == "on")
-    task = host_tasks(spec, trial)["host1"]
-    block = BlockRunner(cast(HostClient, Host()), task, spec.switchback)
-    asyncio.run(block.run())
-    done = [block.records.get_nowait() for _ in range(block.records.qsize())][-2]
-    assert isinstance(done, HostDone)
+    done = end_of_block(Host())
     assert done.undecided == "the clock of host1 was set back in this block"
     assert not done.lost
 
