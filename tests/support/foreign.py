@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hintfleet.units import PAGE_BYTES
 from host_agent.guests.libvirt.api import modules
 from host_agent.guests.libvirt.image import GuestImage
 from tests.support.agents import HANG_S
@@ -140,6 +142,12 @@ class ForeignDomain:
     def spawn(self, *command: str) -> None:
         """Run a program in the guest without waiting for its end."""
         self._ask("guest-exec", path=command[0], arg=command[1:])
+
+    def per_cpu_bytes(self) -> int:
+        """Return how much freed memory is on the kernel's per-CPU lists, of all zones (pagesets in
+        /proc/zoneinfo; mm/vmstat.c)."""
+        zones = self.run("/bin/cat", "/proc/zoneinfo")
+        return sum(map(int, re.findall(r"cpu: \d+\s+count: (\d+)", zones))) * PAGE_BYTES
 
     def wait_for_boot(self) -> None:
         """Wait until the QEMU guest agent in the guest answers."""

@@ -77,7 +77,11 @@ def detach(host: HostAgent, foreign: ForeignDomain) -> host_pb2.Ledger:
 
 
 def check_that_freed_memory_comes_back(host: HostAgent, foreign: ForeignDomain) -> None:
-    """Wait for the guest's agent; then dirty and free memory, and wait until it is reclaimed."""
+    """Wait for the guest's agent; then dirty and free memory, and wait until it is reclaimed.
+
+    What is on the kernel's per-CPU lists (54 MiB at most in this guest) is not free for anybody:
+    neither isolator nor free page reporting can take it.
+    """
     name = foreign.domain.name()
     wait_until(lambda: bool(host.guests()[name].epoch), "its agent")
     before = host.guests()[name].ledger
@@ -86,7 +90,13 @@ def check_that_freed_memory_comes_back(host: HostAgent, foreign: ForeignDomain) 
     def back_bytes() -> int:
         return host.guests()[name].ledger.reclaimed_total_bytes - before.reclaimed_total_bytes
 
-    wait_until(lambda: back_bytes() >= 0.95 * FREED_MIB * MIB, "what it freed")
+    def is_back() -> bool:
+        wanted_bytes = 0.95 * FREED_MIB * MIB
+        return back_bytes() >= wanted_bytes or (
+            back_bytes() >= wanted_bytes - foreign.per_cpu_bytes()
+        )
+
+    wait_until(is_back, "what it freed")
 
 
 def list_domains(host: HostAgent) -> Sequence[host_pb2.Domain]:
@@ -240,15 +250,16 @@ def test_a_domain_that_ends_is_attached_again_when_it_starts(
     name = foreign.domain.name()
     attach(host, foreign)
     check_that_freed_memory_comes_back(host, foreign)
-    epoch = host.guests()[name].epoch
+    guest = host.guests()[name]
     foreign.domain.destroy()
     wait_until(
         lambda: "attached again when its domain runs" in host.guests()[name].not_hinting_because,
         "the guest to wait",
     )
     foreign.domain.create()
-    wait_until(lambda: host.guests()[name].epoch > epoch, "the agent of the next start")
-    assert host.guests()[name].earlier.reclaimed_total_bytes >= 0.95 * FREED_MIB * MIB
+    wait_until(lambda: host.guests()[name].epoch > guest.epoch, "the agent of the next start")
+    earlier = host.guests()[name].earlier
+    assert earlier.reclaimed_total_bytes >= guest.ledger.reclaimed_total_bytes > 0
     foreign.wait_for_boot()
     detach(host, foreign)
 
