@@ -73,9 +73,11 @@ def run_loop(loop: pb.Loop, holding: Holding, source: Source, stop: threading.Ev
 
     :param stop: ends the loop early when it is set.
     :raises MemoryError: there is not enough memory.
-    :raises InvalidInput: this agent does not know the pattern, or there is nothing to copy.
+    :raises InvalidInput: this agent does not know the pattern, or the loop has too little memory.
     """
     extents = -(-loop.size_bytes // EXTENT_BYTES)
+    if not extents:
+        raise InvalidInput("a loop needs memory to work in: its size is 0")
     if loop.pattern == pb.Loop.CHURN:
         return _churn(loop, holding, extents, stop)
     if loop.pattern == pb.Loop.FAULT:

@@ -310,6 +310,8 @@ def test_a_loop_that_would_do_nothing_is_an_error(source: Source) -> None:
     workload = Workload(source, MemoryBlocks())
     done = workload.run(loop(pb.Loop.BANDWIDTH, size_bytes=2 * MIB))
     assert "needs at least 4 MiB" in done.error
+    for pattern in (pb.Loop.CHURN, pb.Loop.FAULT):
+        assert "its size is 0" in workload.run(loop(pattern, size_bytes=0)).error
     assert workload.run(loop(pb.Loop.BANDWIDTH, size_bytes=4 * MIB)).looped.cycles > 0
 
 
