@@ -102,6 +102,10 @@ class Undecided(Exception):
     """No figure can be given; the message says why."""
 
 
+class SamplesMissing(Undecided):
+    """Samples have a gap that is too long: the host agent or its machine stood still."""
+
+
 def guest_footprint(
     guest: str, series: Series, steps: Sequence[StepDone], ended: GuestEnded | None, period_s: float
 ) -> Footprint:
@@ -111,7 +115,8 @@ def guest_footprint(
         switchback's block.
     :param ended: the guest's final books; None if the trial ended before they were read.
     :param period_s: the time between two samples that was asked for.
-    :raises Undecided: samples are missing, that last step is not there, or `ended` is None.
+    :raises SamplesMissing: there are gaps in the samples.
+    :raises Undecided: that last step is not there, or `ended` is None.
     """
     window = window_of(guest, steps)
     if ended is None:
@@ -185,10 +190,10 @@ def _check_gaps(guest: str, series: Series, window: Window, period_s: float) -> 
     first = int(np.searchsorted(at, window.start_us, side="right")) - 1
     last = int(np.searchsorted(at, window.end_us, side="left"))
     if first < 0 or last >= len(at):
-        raise Undecided(f"{guest}: no samples at the start or the end of the workload")
+        raise SamplesMissing(f"{guest}: no samples at the start or the end of the workload")
     gap_s = float(np.diff(at[first : last + 1]).max(initial=0)) / _US_PER_S
     if gap_s > max(_MAX_GAP_PERIODS * period_s, _MAX_GAP_S):
-        raise Undecided(
+        raise SamplesMissing(
             f"{guest}: samples are missing for {gap_s:.1f} s (one is due every {period_s:g} s)"
         )
 

@@ -6,8 +6,9 @@ From the fault to the next attempt, in the order of this file:
    early, and whether its host agent was lost (`trial/runner.py`) or its actor died
    (`cluster/fleet.py`).
 2. `host_outcome` computes one host's figures from its records, or says why there are none. The
-   host's part is done, undecided or lost. With wrong pages it is undecided, even if HostDone says
-   that the host was lost.
+   host's part is done, undecided or lost. It is also lost if its samples have a gap (in a
+   switchback undecided). With wrong pages it is undecided, even if HostDone says that the host
+   was lost.
 3. `trial_outcome` combines the hosts: done, undecided or lost.
 4. `next_attempt` decides whether the trial is run again. A lost trial is run again: up to
    `--retries` times at the end of the same run (with a precision, of the same round), and with
@@ -29,6 +30,7 @@ from orchestrator.results.capacity import Capacity, host_capacity
 from orchestrator.results.cost import Cost, host_cost
 from orchestrator.results.footprint import (
     Footprint,
+    SamplesMissing,
     Series,
     Undecided,
     guest_footprint,
@@ -48,11 +50,10 @@ class TrialStatus(StrEnum):
     is how many guests a host can run, each host ran out of memory or has run all workloads."""
     UNDECIDED = "undecided"
     """It has no figures that count: for example, a guest was lost, the outcome of a command is
-    unknown, samples are missing, or pages came back wrong. This is a result: the method under test
-    may be the cause."""
+    unknown, or pages came back wrong. This is a result: the method under test may be the cause."""
     LOST = "lost"
     """It has no result: the test equipment failed, not the method under test. A host agent, or
-    the actor that controls it, is gone."""
+    the actor that controls it, is gone, or did not sample for a while: its machine stood still."""
     CUT_OFF = "cut off"
     """It has not ended: the run was interrupted, has failed, or still runs."""
 
@@ -121,6 +122,7 @@ def host_outcome(
         guests that have no samples.
     """
     done = next((e for e in reversed(events) if isinstance(e, HostDone)), None)
+    lost = done is not None and done.lost
     figures: tuple[TrialFigures, ...] = ()
     reason = done.undecided if done else f"{task.host}: did not finish"
     if not reason and task.spec.asks_how_many:
@@ -130,12 +132,14 @@ def host_outcome(
             figures = _measured(task, events, series)
         except Undecided as undecided:
             reason = str(undecided)
+            # A block has its place in time beside that of its pair, so it is left out with it.
+            lost = isinstance(undecided, SamplesMissing) and not task.spec.switchback
     # Wrong pages are a result: with them, the host is undecided even if it was lost later.
     wrong_pages = _wrong_pages(events)
     reason = wrong_pages or reason
     if not reason:
         status = TrialStatus.DONE
-    elif done and done.lost and not wrong_pages:
+    elif lost and not wrong_pages:
         status = TrialStatus.LOST
     else:
         status = TrialStatus.UNDECIDED

@@ -125,7 +125,7 @@ FAULTS: dict[Fault, tuple[TrialStatus, str]] = {
     no_host_done: (UNDECIDED, "host1: did not finish"),
     no_samples: (UNDECIDED, "host1-guest1: there are no samples"),
     samples_with_a_gap: (
-        UNDECIDED,
+        LOST,
         "host1-guest2: samples are missing for 2.2 s (one is due every 0.1 s)",
     ),
     wrong_pages: (UNDECIDED, "host1-guest3: 3 pages came back wrong"),
@@ -145,6 +145,16 @@ def test_what_a_host_came_to(fault: Fault) -> None:
         assert (figures.footprint is not None) == measured
         assert figures.undecided == ("" if measured else outcome.reason)
         assert (figures.cost is not None) == (measured and not figures.guest)
+
+
+def test_a_block_with_a_gap_is_left_out_and_not_run_again() -> None:
+    """Its place is beside the other block of its pair."""
+    part = samples_with_a_gap(whole("host1"))
+    switchback = spec_file.load("switchback").spec.switchback
+    spec = SPEC.model_copy(update={"switchback": switchback})
+    outcome = replace(part, task=replace(part.task, spec=spec)).outcome
+    assert outcome.status is UNDECIDED
+    assert "samples are missing" in outcome.reason
 
 
 def test_figures_are_those_of_the_guests_and_their_host() -> None:
