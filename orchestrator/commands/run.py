@@ -107,9 +107,8 @@ def run(
     savings reaches farther than that from its middle, or max_repetitions have run.
 
     --resume continues a run that was cut off (Ctrl-C, an error, a crash, a power failure).
-    Trials that have a result keep it; the others run, also those that were lost: with a host,
-    with the Ray actor that controls it, or because the host stood still and sent no samples. A
-    run without such trials is only shown.
+    Trials that have a result keep it; the others run, also those that were lost: their host or
+    its Ray actor ended, or stood still. A run without such trials is only shown.
 
     Without a Ray cluster (--address), hosts that do not run already run on this machine. If
     they could need more memory than this machine or a cgroup of this command has, nothing is

@@ -62,11 +62,9 @@ class Sketch:
     def quantile(self, share: float) -> float | None:
         """Return, right to 1 %, the value that this share of all values does not exceed; None
         without values."""
-        wanted = math.ceil(share * self.total)
-        for value, seen in self._seen():
-            if seen >= wanted:
-                return value
-        return None
+        # `cumulative` yields the same quotients, so both agree, whatever rounding does.
+        total = self.total
+        return next((value for value, seen in self._seen() if seen / total >= share), None)
 
     def cumulative(self) -> Iterator[tuple[float, float]]:
         """Yield values, right to 1 % and growing, each with the share of all values that do not
