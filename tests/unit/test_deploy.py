@@ -1,8 +1,7 @@
 """What is deployed. The systemd units let libvirt and the guest agent's mounts live, and start
-agents that have failed again, unless their settings are wrong. The kernel module leaves the
-workqueue and the default order to the kernel. deploy/system/install tells what it installs, or what
-is missing if it is not run by root. deploy/start-libvirt starts libvirtd beside a virtlogd that
-runs."""
+failed agents again, unless their settings are wrong. The kernel module leaves the workqueue and the
+default order to the kernel. deploy/system/install tells what it installs, or what is missing if it
+is not run by root. deploy/start-libvirt starts libvirtd beside a virtlogd that runs."""
 
 import configparser
 import re
@@ -90,7 +89,7 @@ def test_a_guest_agent_that_fails_is_not_started_again_at_once(
     # systemd.service(5): "$$" stands for "$".
     command = unit_of("guest")["Service"]["ExecStopPost"].replace("$$", "$")
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "EXIT_STATUS": status}
-    # If it failed, the unit would count as failed after a clean stop, too.
+    # If the command failed, the unit would count as failed after a clean stop, too.
     subprocess.run(shlex.split(command), env=environment, check=True)
     assert (tmp_path / "slept").exists() == is_delayed
 

@@ -77,10 +77,11 @@ def detach(host: HostAgent, foreign: ForeignDomain) -> host_pb2.Ledger:
 
 
 def check_that_freed_memory_comes_back(host: HostAgent, foreign: ForeignDomain) -> None:
-    """Wait for the guest's agent; then dirty and free memory, and wait until it is reclaimed.
+    """Wait for the guest's agent; then dirty and free memory, and wait until 95 % of it, less what
+    is on the kernel's per-CPU lists, is reclaimed.
 
-    What is on the kernel's per-CPU lists (54 MiB at most in this guest) is not free for anybody:
-    neither isolator nor free page reporting can take it.
+    What is on these lists (54 MiB at most in this guest) is not free for anybody: neither isolator
+    nor free page reporting can take it.
     """
     name = foreign.domain.name()
     wait_until(lambda: bool(host.guests()[name].epoch), "its agent")

@@ -16,8 +16,9 @@ PARTS_MIB = {
     "node 1, Normal": [(4096, 4480)],
     "node 1, Movable": [(4608, 1 << 20)],
 }
-"""The guest's memory without the holes that nodes_spec of tests/support/vm.py makes: for each node
-and zone, ranges of guest physical addresses in MiB, each as begin and end (exclusive)."""
+"""The guest's memory without its first 16 MiB (zone DMA) and the holes that nodes_spec of
+tests/support/vm.py makes: by node and zone, ranges of guest physical addresses in MiB, each as
+begin and end (exclusive). Zone Movable is the DIMM, wherever it is above 4608 MiB."""
 
 
 def resident_mib(guests: Guests, name: str, connection: Any) -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""Torture of an attached guest finds no wrong page and no other problem. Among the faults: the
-guest is reset, its door is unplugged, its libvirtd is killed."""
+"""Torture of an attached guest finds no wrong page and no other problem. Among the possible
+faults: the guest is reset, its door is unplugged, its libvirtd is killed."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ from tests.torture.run import Until, torture
 
 FAULTS = 100
 LONGEST_S = 1200
-"""The longest time for a run that hangs."""
+"""When to stop a run that is stuck: normally it ends earlier, after FAULTS faults."""
 SEED = 5
 WHOLE_GUEST = (
     *(Kind.GUEST_RESET, Kind.GUEST_REBOOTED, Kind.DOOR_UNPLUGGED, Kind.DETACHED),

@@ -101,7 +101,8 @@ def chunks_of(ranges: RangeSet) -> set[int]:
 
 
 class Host:
-    """Acknowledges batches, and reports chunks that became resident since the last report."""
+    """Acknowledges batches, and reports which chunks became resident since the last report. The
+    first report has all resident chunks that are free or in the pool."""
 
     def __init__(self, kernel: ModelKernel, isolator: HugetlbIsolator) -> None:
         self.kernel, self.isolator = kernel, isolator
@@ -400,7 +401,7 @@ class SlowHost(Host):
         self.isolator.idle()
 
     def answer(self, at_a_time: int, *, acted: bool) -> None:
-        """Acknowledge or skip the oldest batch in flight."""
+        """Acknowledge or skip the oldest batch in flight, if there is one; then take the next."""
         if self.flight:
             batch = self.flight.pop(0)
             if acted:
@@ -460,7 +461,7 @@ class SlowPassMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(30, 120), told=st.integers(0, 60), at_a_time=st.integers(1, 64))
     def use_and_free(self, count: int, told: int, at_a_time: int) -> None:
-        """Memory is free again before the host has reported all of its use."""
+        """Memory is free again, perhaps before the host has reported all of its use."""
         self.kernel.allocate(count)
         self.host.tell_some_used(told)
         self.kernel.release(count)

@@ -14,8 +14,8 @@ POOL = "kernel/mm/hugepages/hugepages-2048kB"
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Path:
-    """Return a folder with the files of /sys and /proc of a guest in which nobody uses the
-    pool."""
+    """Return a folder with files of /sys and /proc of a guest in which nobody uses the pool;
+    without kpageflags, zoneinfo and buddyinfo."""
     pool = tmp_path / POOL
     pool.mkdir(parents=True)
     for name in ("nr", "free", "resv", "surplus", "nr_overcommit"):
@@ -44,8 +44,8 @@ def test_cma(kernel: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nr_hugepages", "nr_overcommit_hugepages"])
 def test_huge_pages_of_another_size(kernel: Path, name: str) -> None:
-    """Page flags do not show the size of a huge page. So the agent would take those of another size
-    for its own, and have them punched while they are in use."""
+    """Page flags do not show the size of a huge page, so the agent cannot tell those of another
+    size from its own."""
     others = kernel / "kernel/mm/hugepages/hugepages-1048576kB"
     others.mkdir()
     (others / name).write_text("0\n")

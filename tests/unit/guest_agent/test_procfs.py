@@ -1,5 +1,5 @@
-"""Memory figures from /proc: the total is that of the C library, the others are plausible, and a
-missing field is refused."""
+"""Memory figures of the kernel: the total is that of the C library, free memory and that of this
+process are plausible, and a missing field of /proc/meminfo is refused."""
 
 import os
 

@@ -1,5 +1,5 @@
-"""The workload counts pages that were dropped in use as wrong, and keeps what it holds when memory
-runs out, is plugged or is unplugged."""
+"""The workload holds, verifies and frees memory, and runs loops. It counts pages that were dropped
+in use as wrong, and keeps what it holds when memory runs out, is plugged or is unplugged."""
 
 import mmap
 import os
@@ -166,7 +166,7 @@ def test_a_full_guest_reports_an_error_and_is_not_killed() -> None:
 
 
 def test_small_blocks_that_are_left_over_leave_room_for_extents() -> None:
-    """The kernel of a real guest has memory for an extent wherever its pages are."""
+    """A real guest's kernel can back an extent with free pages from anywhere."""
     source = anonymous_source()
     small = [source.allocate(PAGE_BYTES) for _ in range(RAM_BYTES // PAGE_BYTES)]
     for at in small[::2]:

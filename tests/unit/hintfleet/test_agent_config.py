@@ -1,5 +1,5 @@
 """The guest agent and the guest image's init read what a host agent writes. An error names the
-file, and the key and the allowed values if one value is wrong."""
+file; if one value is wrong, also its key and what the value must be."""
 
 import json
 import subprocess

@@ -33,7 +33,7 @@ def test_a_folder_is_named_and_not_left_open(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["nameless", "named"])
 def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the file system have O_TMPFILE, or not."""
+    """Leave O_TMPFILE as it is here, or act like a kernel that does not know it."""
     if request.param == "named":
         monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)  # an old kernel sees no more in it
 

@@ -1,5 +1,5 @@
 """A doctor's finding is the same after the conversion to JSON and back, by which the host agent's
-doctor sends it to the orchestrator. Also which drivers need a finding."""
+doctor sends it to the orchestrator. Also which drivers need what was checked."""
 
 import json
 

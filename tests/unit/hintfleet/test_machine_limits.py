@@ -10,7 +10,7 @@ from hintfleet.system.machine_limits import Bound, available_memory, processors,
 from hintfleet.units import GIB, MIB
 
 NO_LIMIT = 9223372036854771712
-""""No limit" in cgroups v1: the largest signed number of whole pages."""
+""""No limit" in cgroups v1: the largest multiple of the page size in a signed number of 64 bits."""
 
 
 class Machine:

@@ -91,7 +91,7 @@ def test_a_qemu_that_hangs_up_while_it_is_adopted(tmp_path: Path) -> None:
 
 
 def handle(qemu: int) -> Handle:
-    """Return the handle of a domain's first start by libvirt's numbers, with this QEMU."""
+    """Return the handle of a domain's first start by libvirt's numbers; `qemu` is QEMU's pid."""
     unused: Any = None
     domain = SimpleNamespace(name=lambda: "db", ID=lambda: 1)
     door: Any = SimpleNamespace(pid=qemu)

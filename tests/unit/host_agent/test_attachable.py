@@ -1,5 +1,5 @@
-"""The obstacles to hinting somebody else's domain: what its XML has, another host agent at its
-memory door, and a domain that is suspended or does not run."""
+"""The obstacles to hinting somebody else's domain: what its XML has or lacks, another host agent
+at its memory door, and a domain that is suspended or does not run."""
 
 import socket
 import xml.etree.ElementTree as ET

@@ -46,7 +46,7 @@ def test_another_users_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def their_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Be the user UID, whose default folder somebody else has made; return that folder."""
+    """Be the user UID, whose default folder somebody else has made; yield the folder above that."""
     folder = SHARED_FOLDER / f"hintfleet-{UID}"
     (folder / "hintfleet").mkdir(parents=True)
     monkeypatch.setattr(os, "geteuid", lambda: UID)

@@ -1,5 +1,5 @@
-"""A host agent that ends, with a driver that is slow: it makes no guest any more, and
-leaves alone the socket of the next one."""
+"""A host agent that ends, with a driver that is slow: it makes no guest any more, and leaves
+alone the socket of the next host agent."""
 
 import asyncio
 import os
@@ -65,7 +65,7 @@ def test_no_guest_is_made_while_the_others_are_ended(settings: Settings) -> None
 
 
 class Next(Driver):
-    """A driver that is slow to close: meanwhile the next host agent begins to listen."""
+    """A driver that is slow to close: meanwhile the next host agent binds its socket."""
 
     def __init__(self, listener: socket.socket, path: Path) -> None:
         super().__init__()

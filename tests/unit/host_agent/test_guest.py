@@ -1,5 +1,5 @@
 """What a guest is told about memory that is unplugged, plugged and used; an audit that is not cut
-off with its caller; and a guest that is lost."""
+off with its caller; memory that an operator takes; and a guest that is lost."""
 
 import asyncio
 import os
@@ -146,8 +146,8 @@ def test_an_audit_is_awaited_though_its_caller_is_gone(
 
 
 def test_memory_that_an_operator_takes_hides_no_refault(ram: GuestRam, ram_fd: int) -> None:
-    """`virsh setmem` of an attached domain takes memory without a batch. Otherwise no audit would
-    look again before as much had come back: the savings were overstated."""
+    """`virsh setmem` of an attached domain takes memory without a batch. If the books counted it as
+    resident, no audit would look before as much had come back: savings would be overstated."""
 
     async def scenario() -> host_pb2.Ledger:
         guest = started(ram)

@@ -1,4 +1,5 @@
-"""What a probe of KVM found is used again: a yes until the host reboots, a no for an hour."""
+"""What a probe of KVM found is used again until the host reboots, or /dev/kvm or the guest's kernel
+changes; a no is used for an hour at most."""
 
 import os
 import time

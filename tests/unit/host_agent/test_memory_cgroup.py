@@ -1,4 +1,5 @@
-"""A memory cgroup keeps processes within its limit, and what a killed host agent left is found."""
+"""A memory cgroup keeps processes within its limit, and what a killed host agent left is found and
+removed."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""The pressure policy decides which guests give memory, and how much."""
+"""Under policy `pressure`, which guests give memory, and how much; under policy `adaptive`, how a
+full host shortens the time for which guests hold memory back."""
 
 from dataclasses import replace
 

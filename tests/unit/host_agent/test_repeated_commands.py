@@ -14,7 +14,7 @@ COMMAND = host_pb2.CommandId(run_id="r", trial_id="t", sequence=1)
 
 class Work:
     """Work that waits until the test sets `may_end`. The first call then fails; later calls return
-    how often the work was done."""
+    how many calls have begun, with the first."""
 
     def __init__(self, error: Exception) -> None:
         self.may_end = asyncio.Event()

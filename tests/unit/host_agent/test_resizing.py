@@ -1,5 +1,5 @@
-"""A resize first unplugs a DIMM that is in no books, because the resize that plugged it failed. If
-unplugging fails, the guest is told to use the rest again."""
+"""A resize first unplugs a DIMM that is in no books because the resize that plugged it failed. If
+a DIMM in the books cannot be unplugged, the guest is told to use it again."""
 
 import asyncio
 import os

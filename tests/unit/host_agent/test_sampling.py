@@ -1,4 +1,4 @@
-"""Only samples that would add nothing are left out."""
+"""Only samples that hardly differ from the last one sent are left out."""
 
 import numpy as np
 from hypothesis import given

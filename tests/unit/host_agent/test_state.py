@@ -188,7 +188,7 @@ def test_a_host_agent_that_is_killed_while_it_changes_an_older_state_leaves_it_w
 
 
 class Saved:
-    """A guest as the Saver needs it: it only has a record."""
+    """A guest as the Saver needs it: it only has a name and a record."""
 
     name = "g"
 

@@ -1,4 +1,4 @@
-"""Guests can be swapped out to zram, which counts into the budget; and nothing of it is left."""
+"""Guests can be swapped out to zram, which counts into the budget; no device is left."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Every number in the JSON of a run has a unit, and something that it is measured against."""
+"""Every number in the JSON of a run has a unit, and says what it is measured on or against."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from orchestrator.view.glossary import GLOSSARY
 from tests.support.stored import store_filled_run, store_run
 
 WITHOUT_UNIT = {"mean", "low", "high", "pairs", "first_look"}
-"""Of an interval, and of a loop's figure: the unit is that of the whole."""
+"""Parts of an interval or of a loop's figure: they have the unit of the whole, or count pairs."""
 
 
 def numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

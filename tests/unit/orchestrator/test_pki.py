@@ -214,7 +214,7 @@ def test_an_authority_without_its_key_issues_nothing(folder: Path, key: str) -> 
         Authority(folder)
 
 
-# Signed with another key on that curve, its own.
+# Self-signed, with another key on that curve.
 ON_UNKNOWN_CURVE = """\
 -----BEGIN CERTIFICATE-----
 MIIBZDCCAQ+gAwIBAgIUNYw22VwDiNprTVePVf5RbXBk/hEwCgYIKoZIzj0EAwIw

@@ -34,7 +34,7 @@ FIVE_PERCENT = Precision(percent=5.0, size_bytes=None, least_repetitions=3, most
 RUN = replace(test_tables.RUN, state="done", precision=FIVE_PERCENT)
 USED_MIB = 1000.0
 NARROW, WIDE = (300.0, 301.0, 302.0, 300.0), (200.0, 300.0, 400.0, 250.0)
-"""MiB saved in each repetition: with 5 % of 1000 MiB wanted, narrow and wide enough."""
+"""MiB saved in each repetition: with 5 % of 1000 MiB wanted, narrow enough and too wide."""
 
 
 def footprint(mean_mib: float) -> Footprint:
@@ -219,8 +219,8 @@ MEDIUM = 20.0
 
 
 def saved_mib(of: Trial, spread_mib: float) -> float:
-    """Return how much this trial saves: 0 under the control, else 300 MiB and noise that depends
-    only on arm and repetition."""
+    """Return how much this trial saves: 0 under the control, else 300 MiB and noise of this
+    spread, which is the same in each call for one arm and repetition."""
     if of.arm.name == "none":
         return 0.0
     return 300 + random.Random(f"{of.arm.name}{of.repetition}").gauss(0, spread_mib)

@@ -114,7 +114,7 @@ def test_samples_may_come_while_hosts_are_drawn() -> None:
     found = progress(FIXED, 0)
 
     class Drawn(int):
-        """A value. While it is added to others, another thread brings samples."""
+        """A value. While it is added to others, samples come, as from another thread."""
 
         def __radd__(self, other: int) -> int:
             for host in found.hosts.values():

@@ -1,6 +1,6 @@
 """What a failed command means for a trial: on a busy host, the sample that shows that the host ran
-out of memory comes later than the error; a host whose machine or link is down sends nothing. Also a
-trial that is cut off while it ends."""
+out of memory may come later than the error; a host whose machine or link is down sends nothing.
+Also a trial that is cut off while it ends."""
 
 import asyncio
 import itertools
@@ -45,9 +45,9 @@ SPEC, TASK = parsed(TEXT)
 
 class BusyHost:
     """A host agent whose guest is killed in its first step. Afterwards it sends one set of samples
-    that was made before, and nothing for 1.5 s; then samples again.
+    that still says `oom_count` 0, and nothing for 1.5 s; then samples again.
 
-    :ivar oom_count: what the samples say after the guest was killed.
+    :ivar oom_count: what the samples say after these 1.5 s.
     """
 
     def __init__(self, oom_count: int) -> None:
@@ -105,8 +105,8 @@ def test_whether_the_host_ran_out_is_told_by_samples_of_after_the_error(
 
 
 class SilentHost(BusyHost):
-    """A host agent that sends nothing after its first step, which has no answer; the watch stays
-    open."""
+    """A host agent that sends no samples after its first step, which has no answer; the watch stays
+    open. If it is not `silent`, it still answers other calls."""
 
     def __init__(self, silent: bool) -> None:
         super().__init__(0)

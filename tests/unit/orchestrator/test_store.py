@@ -46,7 +46,7 @@ from tests.support.stored import guest_records, store_trial
 S = 1_000_000
 _TIMEOUT_S = 60
 STORED_BEFORE = Path(__file__).parents[2] / "data/store-v3.sql"
-"""A store of the version that stored decided figures, with a trial of each kind."""
+"""A store in format 3 (PRAGMA user_version), with a trial of each status."""
 End = tuple[TrialStatus, str]
 DONE: End = TrialStatus.DONE, ""
 

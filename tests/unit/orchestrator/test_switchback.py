@@ -1,4 +1,5 @@
-"""A switchback: what its spec may say, when its blocks are, and what they come to."""
+"""A switchback: what its spec may say, how long its blocks are and with which guests, and what they
+come to."""
 
 import asyncio
 import time
@@ -343,7 +344,7 @@ def test_a_block_is_left_out_if_the_clock_is_set_back() -> None:
 
 def block_records(task: HostTask, guests: tuple[str, ...] = ("vm1", "vm2")) -> Iterator[Record]:
     """Yield the records of a block. Each guest has 900 MiB in the cut, before 4 s. Then it has
-    300 MiB under arm `off`, else 100 MiB, and 1 MiB more in each repetition."""
+    300 MiB under arm `off`, else 100 MiB and 1 MiB for each earlier repetition."""
     trial = task.trial
     times = np.arange(0, 12 * S, S, dtype=np.int64)
     rest_mib = 300 if trial.arm.name == "off" else 100 + trial.repetition
