@@ -140,7 +140,7 @@ def test_a_link_with_seconds_of_delay_is_slow_and_not_lost(broken: BrokenLink) -
     wait_until(lambda: broken.epoch > before, "the next session")
 
     def allocates() -> bool:
-        """The workload has a connection of its own, which may come after that of the session."""
+        """The workload has a stream of its own, which may open after that of the session."""
         try:
             return broken.host.allocate(16 * MIB).held_bytes == 16 * MIB
         except grpc.RpcError as error:

@@ -1,5 +1,6 @@
-"""Guests are started one by one until their host runs out of memory; a cgroup enforces the budget
-where one can be made. A trial whose guests start together is undecided if its host runs out."""
+"""Guests are started one by one until their host runs out of memory, or all have started; a cgroup
+enforces the budget where one can be made. With zram, more guests fit. A trial whose guests start
+together is undecided if its host runs out."""
 
 import os
 import re

@@ -26,7 +26,8 @@ arms:
 repetitions: 2
 sample_period: 50ms
 """
-# With three guests, each host needs more than its budget, whatever the arm: they keep their memory.
+# With three guests, as the test sets it, each host needs more than its budget, whatever the arm:
+# the guests free nothing.
 VARIED = """\
 name: varied
 driver: embedded
@@ -49,8 +50,8 @@ def test_each_class_has_its_size_and_its_workload(lab: Lab) -> None:
     for arm in data["arms"]:
         footprint = arm["footprint"]
         assert footprint["provisioned_bytes"] == (128 + 2 * 64) << 20
-        # In each of two trials: each guest of the second class frees 16 MiB twice; the first keeps
-        # 64 MiB, which are read back.
+        # In each of two trials: each of the two guests of the second class frees 16 MiB twice, and
+        # the guest of the first class keeps 64 MiB. All of that is read back.
         assert footprint["returned"]["freed_bytes"] == 2 * 2 * 2 * 16 << 20
         assert footprint["verified_pages"] == 2 * (2 * 2 * 16 + 64) << 8
         assert 0 < footprint["coincidence"] <= 1

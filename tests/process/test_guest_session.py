@@ -70,7 +70,8 @@ class ScriptedHost(HintingServiceServicer):
 
 
 class CountingIsolator(EmbeddedIsolator):
-    """Counts in `looks` the calls of `idle`: a poll makes one or two."""
+    """Counts in `looks` the calls of `idle`. In a polled session, a poll that finds no work
+    makes one, and so does an Isolate that finds no chunk."""
 
     looks = 0
 

@@ -151,7 +151,8 @@ def test_a_guest_is_as_large_as_it_was(home: Home) -> None:
 
 
 class Stepper:
-    """Allocates and frees in a thread until `stop`; retries failed calls, like an orchestrator."""
+    """Allocates and frees in a thread until `stop`. Retries calls that fail with a status of
+    MAY_BE_RETRIED."""
 
     def __init__(self, listen: str) -> None:
         self.steps = 0
@@ -337,7 +338,7 @@ def test_a_host_agent_can_be_stopped_while_it_adopts_guests(home: Home) -> None:
 
 @contextmanager
 def without_its_tables(database: Path) -> Iterator[None]:
-    """Rename the table of guests until the block ends: meanwhile, nothing can be saved."""
+    """Rename the table of guests until the block ends: meanwhile, no guest can be saved."""
     for old, new in (("guest", "away"), ("away", "guest")):
         with closing(sqlite3.connect(database)) as other:
             other.execute(f"ALTER TABLE {old} RENAME TO {new}")

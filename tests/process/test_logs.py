@@ -101,7 +101,7 @@ def test_journald_gets_priorities_and_no_time(
 
 
 def test_a_guests_agent_logs_its_sessions(tmp_path: Path) -> None:
-    """It logs to stderr. If the guest is lost, the host agent reports the last of that output."""
+    """It logs to stderr. If the guest is lost, the host agent reports the end of that output."""
     with (tmp_path / "log").open("wb") as stderr, running_host_agent(stderr=stderr) as host:
         host.watch()
         guest = host.create("g")

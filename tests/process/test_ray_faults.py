@@ -21,7 +21,7 @@ from tests.support.ray_cluster import TINY
 
 SPEC = TINY.replace("count: 3", "count: 4")
 TOLD_WITHIN_S = 60
-"""The error must come within this time; Ray itself would try for minutes."""
+"""How soon the error that no cluster answers must come; Ray itself would try for minutes."""
 
 
 @pytest.fixture

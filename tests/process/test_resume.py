@@ -120,7 +120,8 @@ def check_readable(lab: Lab, parts: set[Part]) -> None:
 def killed_somewhere(
     lab: Lab, chance: random.Random, process: "subprocess.Popen[str]"
 ) -> set[Part]:
-    """Kill the orchestrator some time after a trial began; return the parts that it had stored."""
+    """Kill the orchestrator some time after a trial began; return the parts that the database
+    listed just before."""
     wait_for_line(process, "trial ")
     wait_until(lambda: bool(lab.agents("guest_agent")), "a guest")
     with pytest.raises(subprocess.TimeoutExpired):

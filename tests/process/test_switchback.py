@@ -52,7 +52,7 @@ class Owner:
         work.start()
 
     def _work(self, name: str) -> None:
-        with suppress(grpc.RpcError):  # the guest is destroyed
+        with suppress(grpc.RpcError):  # if the guest is destroyed
             while not self._over.is_set():
                 self.host.allocate(USED, name)
                 self.host.free(USED, name)

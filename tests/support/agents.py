@@ -31,10 +31,11 @@ from host_agent.server import Serving, Settings, serving
 TRIAL = "test-trial"
 
 LOG_LEVEL = "info"
-"""Of the host agents that are started; a test that fails shows their logs."""
+"""Of the host agents that `running_host_agent` starts; a test that fails shows their logs."""
 
 HANG_S = 900.0
-"""The longest wait for anything. What works takes less, even on a busy machine."""
+"""How long to wait before a test fails, where nothing else is said. What works takes less, even on
+a busy machine."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = HANG_S) -> None:
@@ -132,7 +133,8 @@ class HostClient:
         return self.stub.Settle(host_pb2.SettleRequest(guest_name=name), timeout=HANG_S)
 
     def pause_hinting(self, for_s: float, name: str = "g") -> float:
-        """Pause a guest's hinting; return how long an earlier pause would still have lasted."""
+        """Pause a guest's hinting; return for how many more seconds an earlier pause would have
+        lasted, 0 if there was none."""
         request = host_pb2.PauseHintingRequest(name=name, for_ms=round(for_s * 1000))
         return self.stub.PauseHinting(request, timeout=HANG_S).left_ms / 1000
 

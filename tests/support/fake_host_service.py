@@ -64,7 +64,7 @@ class _Host(host_pb2_grpc.HostServiceServicer):
         while True:
             number += 1
             for books in self._guests.values():
-                books.batches += 1  # the number of the sample: a gap shows a lost one
+                books.batches += 1  # the sample's number: a gap is one not sent, or lost
             if self._sampling():
                 yield host_pb2.SampleSet(
                     at_unix_us=time.time_ns() // 1000,

@@ -150,7 +150,7 @@ def on_this_machine(what: str = "tests", *, alone: bool = False) -> Iterator[Non
 
 @contextmanager
 def made_lab(folder: Path) -> Iterator[Lab]:
-    # `temporary` is not below `folder`: unix sockets are made in it, and their paths must be short.
+    # `temporary` is not below `folder`: it is for unix sockets, too, whose paths must be short.
     with tempfile.TemporaryDirectory(prefix="hft-") as temporary:
         made = Lab(folder=folder, temporary=Path(temporary))
         try:

@@ -15,8 +15,8 @@ _PLENTY = 1 << 30
 
 @contextlib.contextmanager
 def no_rate_limits() -> Iterator[None]:
-    """In this block, ban no guest, limit no guest's open streams, and refuse streams at once.
-    Guests that are added in the block have no rate limits."""
+    """In this block, ban no guest, limit no guest's open streams, and make no pause before a stream
+    is refused. Guests that are added in the block have no rate limits."""
     plenty = rate_limits.Rate(per_s=_PLENTY, burst=_PLENTY)
     with (
         mock.patch.multiple(rate_limits, VIOLATIONS_BEFORE_BAN=_PLENTY, STREAMS=_PLENTY),

@@ -55,7 +55,7 @@ class Link:
         self.guest_uuid = self.token = ""
         """Empty until the guest has sent its identity."""
         self.recorded = bytearray()
-        """The first bytes that the guest sent."""
+        """The first bytes that the guest sent, up to _RECORDED_BYTES."""
         self.delay_s = 0.0
         """How long each piece is delayed from now on."""
         self._writers = {Direction.TO_HOST: host, Direction.TO_GUEST: guest}
@@ -88,7 +88,7 @@ class Link:
         self._before_next[direction].append(act)
 
     def cancel_before_next(self, direction: Direction, act: Callable[[], None]) -> bool:
-        """Cancel `before_next`; return True if no piece has passed: `act` is never called then."""
+        """Cancel `before_next`; return True if no piece has arrived: `act` is never called then."""
         with contextlib.suppress(ValueError):
             self._before_next[direction].remove(act)
             return True
@@ -127,7 +127,7 @@ class Relay:
         self.links: list[Link] = []
         """The open links."""
         self.closed: dict[str, list[Link]] = {}
-        """The last closed links of each guest."""
+        """The most recently closed links of each guest, up to _OLD_LINKS_KEPT."""
         self.link_count = 0
         self.delay_s = 0.0
         """The delay of links that are opened from now on."""

@@ -88,7 +88,7 @@ class GuestKernel:
         something to hint."""
         self.in_use: dict[int, int] = {}
         self.contents: dict[int, int] = {}
-        """What the host holds for a chunk; no entry after the chunk was dropped."""
+        """What the host holds for a chunk; no entry if it was never used, or was dropped since."""
         self._writes = 0
 
     def allocate(self) -> None:

@@ -1,5 +1,5 @@
 """Makes up the records of trials, and stores a run of them: guests allocate, then free; under arm
-`bitmap`, less stays resident."""
+`bitmap`, less stays resident. `store_filled_run` stores a run in which guests fill their host."""
 
 import json
 import re

@@ -139,7 +139,7 @@ class AttachedPlace(Place):
         return attached.guest
 
     def _start_workload(self) -> None:
-        # The workload reads the token only when it starts, and each attachment has a new token.
+        # The workload reads the token only when it starts, and each AttachGuest makes a new token.
         with contextlib.suppress(AssertionError, _libvirt_error()):
             self._foreign.run("/usr/bin/systemctl", "restart", _WORKLOAD)
 
@@ -155,7 +155,7 @@ class AttachedPlace(Place):
     async def _lost(self, victim: Victim) -> None:
         self._gone_since_s = time.monotonic()
         with contextlib.suppress(_libvirt_error()):
-            # If `finish` came so far, it has suspended the domain.
+            # `finish` may have suspended the domain.
             await asyncio.to_thread(lambda: victim.domain.resume())
         await super()._lost(victim)
 
@@ -252,7 +252,7 @@ def _save(scene: Scene) -> None:
 
 
 class _Detach(Task):
-    """`hintfleet detach`; for some faults, the service of the guest's agent is stopped first."""
+    """`hintfleet detach`; if the fault has a lag, the guest's agent is stopped first."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()

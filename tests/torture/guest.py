@@ -21,9 +21,10 @@ class Victim:
     """One guest, from the moment when it is ready until it is gone.
 
     :ivar find_domain: returns its libvirt.virDomain; None for an embedded guest.
-    :ivar is_grown: whether the last ResizeGuest that was answered has plugged memory into it; not
-        kept for an attached guest.
-    :ivar answered_s: when it last answered a step of its workload, on the monotonic clock.
+    :ivar is_grown: whether the last ResizeGuest that was answered without an error has plugged
+        memory into it; not kept for an attached guest.
+    :ivar answered_s: when it last answered a step of its workload, on the monotonic clock; before
+        that, when this object was made.
     :ivar doomed: a fault has ended it, will end it, or may. The end of a guest that is not doomed
         is a problem.
     """
@@ -87,7 +88,7 @@ class Victim:
 
     @property
     def earlier_links(self) -> list[Link]:
-        """Return the guest's last closed connections."""
+        """Return the guest's most recently closed connections."""
         return self.relay.closed.get(self.uuid, [])
 
     async def stand_still(self) -> None:
@@ -101,7 +102,8 @@ class Victim:
         which has no console."""
 
     def evidence(self) -> str:
-        """Return the end of what the guest has printed; an empty text if that cannot be read."""
+        """Return the end of what the guest has printed; an empty text for an embedded guest, or if
+        that cannot be read."""
         return ""
 
     def forget(self) -> None:

@@ -39,7 +39,7 @@ class Injector(Protocol):
     was interrupted before `begin` was called."""
 
     lasts: bool
-    """Whether the fault lasts until `end` is called. If not, it takes as long as it takes."""
+    """Whether `end` is called only `hold_s` after `begin`; else it is called at once."""
 
     def begin(self) -> None:
         """Inject the fault. Must not wait, because the relay calls this before it passes on data.
@@ -50,7 +50,7 @@ class Injector(Protocol):
     async def end(self) -> None:
         """Undo what can be undone, and wait for the work that `begin` has started.
 
-        :raises Missed: it turned out that nothing was done.
+        :raises Missed: the fault was not injected, as far as is known, or could not be undone.
         """
 
 
@@ -212,8 +212,8 @@ class Impostor(Task):
 
 
 class Replay(Impostor):
-    """Send on a new connection what the guest sent first (64 KiB) on another one, open or closed:
-    the one with the longest record."""
+    """Send on a new connection what the guest sent first (64 KiB at most) on another one, open or
+    closed: the one with the longest record."""
 
     def begin(self) -> None:
         victim, upstream = self._scene.victim, self._scene.victim.relay.upstream
@@ -354,5 +354,5 @@ REAL: Mapping[Kind, Callable[[Scene], Injector]] = {
     Kind.GUEST_RESET: partial(InThread, _reset),
     Kind.GUEST_SUSPENDED: SuspendDomain,
 }
-"""The injector of each kind for virtual machines. Kind.AGENT_KILLED and Kind.AGENT_STOPPED have
-none: agents in the guest end themselves (in_guest/sitecustomize.py)."""
+"""The injector of each kind for guests of driver libvirt. Kind.AGENT_KILLED and Kind.AGENT_STOPPED
+have none: agents in the guest end themselves (in_guest/sitecustomize.py)."""

@@ -41,7 +41,7 @@ class Kind(Enum):
     LINK_STALLED = "link stalled"
     LINK_DELAYED = "link delayed"
     SESSION_REPLAYED = "session replayed"
-    """All that the guest sent on an earlier connection, from Hello on, is sent again."""
+    """What the guest sent first on a connection, 64 KiB at most, is sent again on another one."""
     SECOND_AGENT = "second agent"
     """Another client sends the same Hello and keeps the session open."""
     BOOT_ID_CHANGED = "boot id changed"
@@ -53,9 +53,9 @@ class Moment(Enum):
 
     AT_ONCE = "at once"
     GUEST_SPEAKS = "guest speaks"
-    """A message of the guest is about to reach the host: a batch, if the guest is hinting."""
+    """Data of the guest is about to be sent on to the host: a batch, for example."""
     HOST_SPEAKS = "host speaks"
-    """A message of the host is about to reach the guest: an ack, if the guest is hinting."""
+    """Data of the host is about to be sent on to the guest: an ack, for example."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ _MOST_PROBLEMS = 50
 class Report:
     """Counts of a run.
 
-    :ivar problems: what happened and must not happen, with details for finding the cause: a guest
-        that ended though nobody had killed it, books that do not balance, a process that was left
-        behind.
+    :ivar problems: what happened and must not happen, with details for finding the cause: for
+        example wrong pages, a guest that ended though nobody had killed it, books that do not
+        balance, a process that was left behind.
     :ivar missed: faults that were not injected, because the victim was gone, a call failed, or they
         were refused (memory in use cannot be unplugged); not in `faults`.
     """

@@ -224,8 +224,8 @@ class _Run:
     async def _begin_at_moment(
         self, fault: Fault, victim: Victim, begin: Callable[[], None]
     ) -> None:
-        """Call `begin` `lag_s` after the fault's moment, or after the longest wait for that moment.
-        Call it at once if the guest has no connection, or the moment is AT_ONCE.
+        """Call `begin` `lag_s` after the fault's moment, or as soon as the longest wait for that
+        moment is over. Call it at once if the guest has no connection, or the moment is AT_ONCE.
 
         :raises Missed: `begin` raised it.
         """

@@ -15,7 +15,7 @@ from tests.torture.run import Until, torture
 
 FAULTS = 2000
 LONGEST_S = 800
-"""The longest time for a run that hangs."""
+"""How long faults are injected at most."""
 SEED = 4
 
 

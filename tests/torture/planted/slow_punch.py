@@ -18,9 +18,9 @@ from host_agent.memory.fence import Fence, FenceClosed
 TOGETHER = 8
 """How many punches are delayed together."""
 DELAY_S = 2.0
-"""How long they take: so that some resets come while they run."""
+"""How long such punches are delayed: so that some resets come while they run."""
 RESET_S = 180.0
-"""How long they go on after the guest was stopped: it boots, and its workload fills its memory."""
+"""How much longer, if a guest is stopped meanwhile: it boots, and its workload fills its memory."""
 
 
 def slow_down() -> None:

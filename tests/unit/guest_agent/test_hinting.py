@@ -215,8 +215,8 @@ def test_a_new_allowance_starts_isolation_again() -> None:
 
 
 def test_batches_in_flight_count_for_a_new_allowance() -> None:
-    """The host repeats what it wants until the memory is back. A guest that is slow would give it
-    several times."""
+    """The host repeats what it wants until the memory is back. If batches in flight did not count,
+    a slow guest would give back several times as much."""
     core = opened()
     core.allowed(1024)
     core.isolated(RangeSet([(512, 512)]), isolator_idle=True)

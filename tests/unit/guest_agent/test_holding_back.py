@@ -257,7 +257,8 @@ def costs(history: list[float]) -> tuple[float, float]:
 @given(histories)
 def test_it_costs_at_most_so_many_times_the_best_in_hindsight(history: list[float]) -> None:
     paid, best = costs(history)
-    # 0.01 for each rest: the guest's clock has steps of a hundredth of the break-even time or more.
+    # 0.01 for each rest: in rests of up to the break-even time, the guest's clock has steps of a
+    # hundredth of it.
     assert paid <= COMPETITIVE_RATIO * best + ADDED_COST + 0.01 * len(history)
 
 
