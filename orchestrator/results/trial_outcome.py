@@ -3,12 +3,12 @@
 From the fault to the next attempt, in the order of this file:
 
 1. The last record of a host's part of a trial, HostDone, says whether and why that part ended
-   early, and whether its host agent was lost (`trial/runner.py`) or its actor died
-   (`cluster/fleet.py`).
+   early, and whether its host agent was lost (`trial/runner.py`, `trial/block_runner.py`) or its
+   actor died (`cluster/fleet.py`).
 2. `host_outcome` computes one host's figures from its records, or says why there are none. The
-   host's part is done, undecided or lost. It is also lost if its samples have a gap (in a
-   switchback undecided). With wrong pages it is undecided, even if HostDone says that the host
-   was lost.
+   host's part is done, undecided or lost. It is also lost if its samples have a gap or do not
+   reach an end of the measured window (in a switchback undecided). With wrong pages it is
+   undecided, even if HostDone says that the host was lost.
 3. `trial_outcome` combines the hosts: done, undecided or lost.
 4. `next_attempt` decides whether the trial is run again. A lost trial is run again: up to
    `--retries` times at the end of the same run (with a precision, of the same round), and with
@@ -53,7 +53,8 @@ class TrialStatus(StrEnum):
     unknown, or pages came back wrong. This is a result: the method under test may be the cause."""
     LOST = "lost"
     """It has no result: the test equipment failed, not the method under test. A host agent, or
-    the actor that controls it, is gone, or did not sample for a while: its machine stood still."""
+    the actor that controls it, is gone; or samples are missing for a while (not in a switchback):
+    it or its machine stood still."""
     CUT_OFF = "cut off"
     """It has not ended: the run was interrupted, has failed, or still runs."""
 
@@ -67,10 +68,11 @@ class TrialStatus(StrEnum):
 class TrialFigures:
     """The figures of one guest, or of all guests of a host together (guest ""), in a trial.
 
-    :ivar footprint: None if the host's part of the trial was not measured to the end, or if the
-        figure is how many guests a host can run.
+    :ivar footprint: None if the host's part of the trial was not measured to the end or lacks
+        samples, or if the figure is how many guests a host can run.
     :ivar cost: set for a host with a footprint; None for a guest.
-    :ivar capacity: set for a host if the figure is how many guests it can run.
+    :ivar capacity: set for a host if the figure is how many guests it can run, and its part of the
+        trial did not end early for another reason than lack of memory.
     :ivar undecided: why there is neither a footprint nor a capacity; empty if there is one.
     """
 
@@ -90,7 +92,7 @@ class HostOutcome:
     :ivar figures: those of the host, then those of each of its guests; if the host has a capacity,
         only those of the host.
     :ivar has_wrong_pages: whether a guest read back other data than it had written. If so, the
-        host is undecided, but `figures` has footprints if the host was measured to the end.
+        host is undecided, but `figures` has footprints or a capacity if these were measured.
     """
 
     status: TrialStatus
@@ -132,7 +134,8 @@ def host_outcome(
             figures = _measured(task, events, series)
         except Undecided as undecided:
             reason = str(undecided)
-            # A block has its place in time beside that of its pair, so it is left out with it.
+            # A block is compared with the block beside it in time. So one without all samples is
+            # not run again later: it is undecided, and its pair is left out.
             lost = isinstance(undecided, SamplesMissing) and not task.spec.switchback
     # Wrong pages are a result: with them, the host is undecided even if it was lost later.
     wrong_pages = _wrong_pages(events)

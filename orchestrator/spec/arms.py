@@ -62,10 +62,10 @@ class Sweep(Part):
 
 
 class Swap(Part):
-    """Swap of each host.
+    """Swap of the host: a spec with swap has only one.
 
-    :ivar zram_bytes: how much of the guests' memory can be swapped out, to compressed memory. What
-        that takes counts into the host's memory.
+    :ivar zram_bytes: how much of the guests' memory can be swapped out, to compressed memory. The
+        compressed memory counts into the host's memory budget.
     """
 
     zram_bytes: Size = Field(alias="zram")
@@ -75,19 +75,21 @@ class Arm(Part):
     """One method with its settings.
 
     :ivar drivers: the drivers under which the arm runs; empty for all.
-    :ivar tracker, isolator: empty for the default; see `hintfleet.settings.PARTS`.
-    :ivar break_even_s: policy adaptive: holding a chunk back for so long costs as much as taking
-        it back.
+    :ivar tracker, isolator: empty for that of the driver's first pair that fits
+        (`hintfleet.settings.PARTS`).
+    :ivar break_even_s: policy adaptive: holding a chunk back for so long costs as much as a refault
+        of it.
     :ivar cold_after_s: policy cold: how long memory must have been free before it is hinted.
     :ivar pressure_above_percent: policy pressure: the share of the host's memory
         budget above which the host wants memory back.
-    :ivar report_period_s: how often a guest hints even below the threshold.
-    :ivar threshold_chunks: the number of free chunks at which a guest hints at once.
+    :ivar report_period_s: how often a guest looks for free chunks; less often at rest.
+    :ivar threshold_chunks: how many new free chunks make isolator embedded hint before the period
+        is over, and hugetlb begin a pass by itself; kmod does not use it.
     :ivar reserve_percent: method balloon: the share of its memory that a guest keeps free.
     :ivar step_percent: method balloon: the largest share of its memory that a guest loses at a
         time.
     :ivar sweep: the arm stands for several, one for each combination of these values.
-    :ivar swap: of the hosts while this arm runs; None for none.
+    :ivar swap: of the host while this arm runs; None for none.
     :ivar kernel_parameters: added to the kernel command line of a real guest.
     """
 

@@ -108,8 +108,8 @@ def parse(
     overrides = overrides or {}
     settings = overrides.get(SET, {})
     changed = {key: value for key, value in overrides.items() if key != SET}
-    # Settings are applied twice. Here, because one may be about `driver` or a part of `under`, from
-    # which the driver's section is taken; and below, because they win over that section.
+    # Settings of `driver` and `under` are applied twice: here, because the driver's section depends
+    # on them; and below with all others, because settings win over that section.
     early = {key: text for key, text in settings.items() if key.split(".")[0] in _EARLY}
     data = _with_settings(document.data | changed, early)
     driver = data.get("driver")
@@ -162,7 +162,7 @@ def _with_settings(values: dict[str, Any], settings: Mapping[str, str]) -> dict[
 def _recordings(
     values: Mapping[str, Any], folder: Path
 ) -> tuple[tuple[dict[str, Any], ...], list[Problem]]:
-    """Read the files that the phases replay.
+    """Read the files that the phases replay, except those whose recordings are in `values`.
 
     :returns: the recordings, those in `values` included, as plain data; empty if no file was read.
         And the problems, with the paths of the phases that name the files.
@@ -287,7 +287,7 @@ def _known(path: tuple[Hashable, ...]) -> tuple[str, ...]:
     """Return the keys that are allowed in place of the last key of `path`."""
     around = tuple("*" if isinstance(step, int) else step for step in path[:-1])
     if around[:1] == ("under",) and len(around) > 2:
-        around = around[2:]  # it has the keys of what it replaces
+        around = around[2:]  # below a driver, the keys are those of what is replaced
     return keys_of(_PARTS[around]) if around in _PARTS else ()
 
 

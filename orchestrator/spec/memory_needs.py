@@ -18,7 +18,8 @@ ACTOR_BYTES = 64 * MIB  # a Ray actor without hosts
 _SESSION_BYTES = 1 * MIB  # what a host adds to its actor; measured without TLS: 0.2 MiB
 _HOST_AGENT_BYTES = 32 * MIB
 HOSTS_PER_ACTOR = 32
-"""How many hosts an actor carries; more if its node has too few processors for so many actors."""
+"""The most hosts that an actor carries; more if its node has too few processors for so many
+actors."""
 
 
 def needed_bytes(spec: Spec) -> int:
@@ -50,8 +51,8 @@ def could_become_resident_bytes(spec: Spec) -> int:
     guests = [(_guest_bytes(spec, one), one.count) for one in spec.classes]
     per_host = sum(guest_bytes * count for guest_bytes, count in guests)
     if spec.hosts.memory_bytes is not None:
-        # A trial ends when a host's guests use more than its budget. Where no cgroup stops them,
-        # one of them may go on until that is seen.
+        # A host's part of a trial ends when its guests use more than its budget. Where no cgroup
+        # stops them, they go on until a sample shows that: the size of one guest is added for it.
         largest = max((guest_bytes for guest_bytes, _ in guests), default=0)
         per_host = min(per_host, spec.hosts.memory_bytes + largest)
     return per_host * spec.hosts.number

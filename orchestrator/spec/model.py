@@ -44,8 +44,9 @@ from orchestrator.spec.values import (
 class Agent(Part):
     """A host agent that runs already; in a spec, its address alone or a mapping.
 
-    :ivar node: the node of a Ray cluster that it is on, by name, hostname or IP address. Needed if
-        only that node can reach the address and the cluster has several nodes; else may be empty.
+    :ivar node: the node of a Ray cluster that it is on, by name, hostname, IP address or Ray's id.
+        Needed if the address is a unix socket or on loopback, and the cluster has several nodes;
+        else may be empty.
     """
 
     address: str
@@ -240,7 +241,8 @@ class Spec(Part):
 
     @property
     def asks_how_many(self) -> bool:
-        """Whether the figure is how many guests a host can run; else it is their memory."""
+        """Whether the figure is how many guests a host can run (with `vary`: how often hosts run
+        out of memory with each number); else it is the memory that guests use."""
         return self.one_by_one or self.vary is not None
 
     @property

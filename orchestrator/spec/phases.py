@@ -56,7 +56,7 @@ class Kind(StrEnum):
 
 
 class Phase(Part):
-    """One step of the workload on all guests, and the time to hold after it; or a repeat.
+    """One step of a workload, and the time to hold after it; or a repeat.
 
     Exactly one key of `Kind` is set, or `repeat` (how often all phases before this one run in
     total). The value of `free` is a size, or a percentage of the memory that the workload holds;
@@ -147,6 +147,6 @@ _KEYS_OF = {
 
 
 class Workload(Part):
-    """The phases that every guest goes through, in order."""
+    """The phases that each guest with this workload goes through, in order."""
 
     phases: Annotated[tuple[Phase, ...], Field(min_length=1, max_length=1000)]

@@ -30,7 +30,7 @@ _Point = tuple[float, float]
 class Recording(Part):
     """How much memory something used over time.
 
-    :ivar name: the file, as `replay` names it.
+    :ivar name: as `replay` names it; of a recording from a file, the file's.
     :ivar time_s, used_bytes: from when on how many bytes were used; one value for each point.
     :ivar sha256: of the file; empty if the spec itself contains the recording.
     """

@@ -12,7 +12,7 @@ from orchestrator.spec.switchback import Switchback
 from orchestrator.spec.values import key_of
 
 _FEWEST_SAMPLES = 10
-"""That a block has after its cut."""
+"""The fewest samples that are due in the shortest block after its cut."""
 
 _OF_EXPERIMENTS = ("guests", "vary", "workload", "recordings")
 """Keys that describe guests that are made, and their work."""

@@ -121,9 +121,9 @@ def _amount(value: Any) -> Amount:
 class Part(BaseModel):
     """A part of a spec: frozen; unknown keys are an error.
 
-    :cvar LATER: fields that an earlier version did not have. A dump is without them while they have
-        their defaults: so the hash of a spec that does not use them stays the same, and a run of
-        that version can be resumed.
+    :cvar LATER: fields that an earlier version did not have, or required. A dump is without them
+        while they have their defaults: so the hash of a spec that does not use them stays the same,
+        and a run of that version can be resumed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=False)

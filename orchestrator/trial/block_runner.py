@@ -2,9 +2,9 @@
 hinting or lets it go on, and receives samples. It makes, resizes, settles, verifies and ends no
 guest.
 
-The measured time begins when the cut is over. It begins and ends by the host's clock, as samples
-do. A block that is left out is undecided (results/trial_outcome.py), and its pair is in no figure
-(view `left_out_pairs`, results/store/database.py).
+The measured time begins when the cut is over. Its beginning and end are times of the host's clock,
+as those of samples. A block that is left out is undecided (results/trial_outcome.py), and its pair
+is in no figure (view `left_out_pairs`, results/store/database.py).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from orchestrator.trial.records import (
 from orchestrator.trial.script import Script, cancelled, now_us
 
 # For how long hinting is paused at a time, and how often the pause is renewed: if this process is
-# lost, the guests hint again after the first of these times.
+# lost, the guests hint again within the first of these times.
 _PAUSE_S = 60.0
 _RENEWED_EVERY_S = 20.0
 _HAND_BACK_S = 5.0
@@ -99,8 +99,9 @@ def boots_of(names: Sequence[str], listed: Iterable[host_pb2.Guest]) -> tuple[di
 
 
 def why_left_out(boots: Mapping[str, str], listed: Iterable[host_pb2.Guest]) -> str:
-    """Return why a block does not count: which guest, the first one found, has ended, booted or
-    lost its session since the block began. Empty if none has.
+    """Return why a block does not count: which guest, the first one found, has ended or booted
+    since the block began, or has no session now. Empty if there is none. A guest that lost its
+    session and has a new one in the same boot is not found.
 
     :param boots: as `boots_of` returned them.
     """
@@ -128,7 +129,7 @@ class BlockRunner(Script):
         self._cut_us = round(switchback.carry_over_s * 1e6)
         self._pauses = task.trial.arm.method is Method.NONE
         self._boots: Mapping[str, str] = {}
-        """The boot of each guest, by its name."""
+        """The boot id of each guest, by its name."""
         self._last: dict[str, host_pb2.Sample] = {}
         """The last sample of each guest."""
         self._sampled_us = 0
@@ -235,7 +236,8 @@ class BlockRunner(Script):
         """Wait until there are samples from this time of the host's clock or later; meanwhile renew
         the pause, if there is one.
 
-        :raises LeftOut: no samples came for too long, or a guest's pause had ended.
+        :raises LeftOut: no samples came for too long, although the host agent answers; or a guest's
+            pause had ended.
         :raises TransientError: no samples came for too long, and the host agent does not answer.
         """
         timeout_s = _PERIODS_WITHOUT_SAMPLES * self._task.spec.sample_period_s + _SAMPLE_TIMEOUT_S
@@ -258,9 +260,10 @@ class BlockRunner(Script):
             raise LeftOut(f"{lapsed[0]} hinted in this block: its pause had ended")
 
     async def _check(self) -> None:
-        """End the pause, and check that hinting was off until now, or on, as the arm wants it.
+        """End the pause, and check that each guest was paused until now, or was not paused just
+        before, as the arm wants it.
 
-        :raises LeftOut: it was not, or a guest has ended, booted or lost its session.
+        :raises LeftOut: one was otherwise, has ended or booted, or has no session.
         """
         left_s = await self._pause(0)
         if why := await self._why_left_out():

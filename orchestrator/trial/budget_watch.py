@@ -18,7 +18,7 @@ class BudgetWatch:
 
     :ivar ran_out: set when the guests have needed more than the budget. It stays set.
     :ivar used_bytes: how much of the budget was used in the last sample.
-    :ivar is_over: whether that was over 1 MiB more than the budget. With a cgroup, the kernel is
+    :ivar is_over: whether that was more than 1 MiB above the budget. With a cgroup, the kernel is
         about to swap out what is too much, or the host will run out.
     """
 

@@ -23,7 +23,8 @@ _SampleCall = grpc.aio.UnaryStreamCall[Any, host_pb2.SampleSet]
 
 # gRPC retries a call that failed with UNAVAILABLE, although the host agent may have carried it
 # out before the connection broke. That is safe: each command has a CommandId, and the host agent
-# answers a repeated command without doing it twice. Repeating any other call does no harm.
+# answers a repeated command without doing it twice. Repeating any other call does no harm; but
+# PauseHinting then answers with what is left of the pause that its first attempt has set.
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
@@ -99,10 +100,10 @@ class HostClient:
         return await self._answer(call, "GetHost")
 
     async def is_silent(self) -> bool:
-        """Return whether the host agent does not answer a call before its deadline.
+        """Return whether the host agent cannot be reached, or does not answer before the deadline.
 
-        A machine that loses its power, or its network, closes no connection: a watch of it does not
-        end, only the samples stop.
+        A machine that loses its power, or its network, closes no connection: a watch of it ends
+        only after some 50 s (`_KEEPALIVE`); before that, only the samples stop.
         """
         try:
             await self.get_host(host_pb2.ATTACHED, wait=False)

@@ -23,7 +23,7 @@ class HostSession:
     """Owns the client of a host agent and, for a logical host, the host agent's process."""
 
     def __init__(self, place: HostPlace, folder: Path) -> None:
-        """:param folder: for the files of a logical host, which creates and removes it."""
+        """:param folder: for the files of a logical host; `HostProcess` makes and removes it."""
         self._folder = folder
         self._place = place
         self._process: HostProcess | None = None

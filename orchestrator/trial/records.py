@@ -51,13 +51,13 @@ Columns = dict[str, "np.ndarray[Any, Any]"]
 
 VERIFY = "verify"
 CUT, BLOCK, BLOCK_END = "cut", "block", "block end"
-"""The steps of a switchback: the beginning of a block that does not count, the rest of it, and its
-end, which takes no time. Between them the guest does what it does."""
+"""The steps of a switchback: the beginning of a block, which does not count; the rest of it; and
+its end, which takes no time. They give the guest nothing to do: it goes on with its own work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostSamples:
-    """One sample set as a host agent sent it."""
+    """A sample set from a host agent; in a switchback, only with samples of the block's guests."""
 
     host: str
     samples: host_pb2.SampleSet
@@ -81,7 +81,8 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseStarted:
-    """The guests of a host begin a step of the workload, or the read-back at its end.
+    """The guests of a host begin a step of the workload or of a switchback, or the read-back at
+    the end of the workload.
 
     If guests are not in step, only the steps of the first guest are announced. With guests that are
     started one by one, a step begins only on the newest.
@@ -181,7 +182,7 @@ class GuestFits:
 @dataclass(frozen=True, kw_only=True)
 class HostRanOut:
     """The guests of a host needed more memory than the host's budget. This ends the host's part of
-    the trial; of guests that were started one by one, those that fit are read back first.
+    the trial; if the figure is how many guests a host can run, those that fit are read back first.
 
     :ivar at_unix_us: of the sample that shows it: a sample period late at most; with swap, a second
         later.
@@ -200,8 +201,8 @@ class HostRanOut:
 @dataclass(frozen=True, kw_only=True)
 class GuestEnded:
     """A guest was destroyed, and the figures are from its final books; or a block of a switchback
-    has ended, and they are from its books then. `refaulted_total_bytes` is since the trial began;
-    of a block, since the end of its cut."""
+    has ended, and they are from the guest's books then. `refaulted_total_bytes` is since the trial
+    began; of a block, since the end of its cut."""
 
     host: str
     trial_id: str

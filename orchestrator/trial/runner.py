@@ -36,9 +36,9 @@ _FIRST_SAMPLE_TIMEOUT_S = 10.0
 # Three sets of samples come within so many periods: a host agent leaves out three in a row at most
 # (host.proto: Watch).
 _MOST_PERIODS = 12
-# How long to wait, after two sample periods, for samples before and after the measured window. The
-# footprint at an end of the window is interpolated (results/footprint.py): that needs a sample of
-# each guest before and after the window. On a busy host a sample may be late.
+# How much longer than the sample periods in which they are due to wait for samples: on a busy host
+# they may be late. The footprint at an end of the measured window is interpolated
+# (results/footprint.py): that needs a sample of each guest before and after the window.
 _SAMPLE_TIMEOUT_S = 10.0
 _SWAP_OUT_TIMEOUT_S = 60.0
 
@@ -89,7 +89,7 @@ class _TrialRunner(Script):
         script = asyncio.create_task(self._script())
         ran_out = asyncio.create_task(self._budget.ran_out.wait())
         try:
-            # What comes first decides: the script ends, done or failed; the watch breaks; or the
+            # Wait for the first of these: the script ends, done or failed; the watch breaks; the
             # host runs out of memory.
             await asyncio.wait((watch, script, ran_out), return_when=asyncio.FIRST_COMPLETED)
             try:
@@ -215,16 +215,16 @@ class _TrialRunner(Script):
 
     async def _wait_for_samples(self, guests: Sequence[GuestTask], since_us: int) -> bool:
         """Wait until there is a sample of each of these guests from `since_us` or later, on the
-        host's clock, but only for some time; return whether there is. Without one, the trial
-        may have no footprint."""
+        host's clock, but only for two sample periods and 10 s; return whether there is. Without
+        one, the trial may have no footprint."""
         return await self._sampled(
             lambda: min(self._sampled_us[guest.name] for guest in guests) >= since_us,
             2 * self._spec.sample_period_s + _SAMPLE_TIMEOUT_S,
         )
 
     async def _next_samples(self) -> bool:
-        """Wait for samples that were made after this call, but only for some time; return whether
-        they came."""
+        """Wait for samples that were made after this call, but only for 12 sample periods and 10 s;
+        return whether they came."""
         # The first that comes may have been made before; so may the second, which the host agent
         # had left out, and sends together with a third.
         enough = self._sample_sets + 3

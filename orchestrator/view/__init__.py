@@ -1,1 +1,1 @@
-"""Output for people: the live view of a run, and tables."""
+"""Output: the live view of a run, sentences and tables for people, and some of it as plain data."""

@@ -174,7 +174,8 @@ def _method(spec: host_pb2.GuestSpec) -> str:
 
 
 def _hinting(guest: host_pb2.Guest) -> Text:
-    """Return since when a guest hints, or why it does not; `-` if its method is not hinting."""
+    """Return when the session of a guest began, or why the guest does not hint; `-` if its method
+    is not hinting."""
     if guest.spec.method != host_pb2.HINTING:
         return Text(NO_FIGURE)
     if why := guest.not_hinting_because:

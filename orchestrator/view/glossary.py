@@ -9,7 +9,7 @@ class Meaning(NamedTuple):
     """What a figure means.
 
     :ivar unit: `B`, `s`, `µs`, `GiB·min`, `%`, `B/s`, `1` (a share or ratio), or what is counted.
-    :ivar of: what it is measured on, or against: its denominator.
+    :ivar of: what it is measured on, counted in or compared with; of a share, the whole.
     """
 
     unit: str

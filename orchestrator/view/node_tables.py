@@ -45,8 +45,9 @@ def _can_run(node: Node) -> Text:
 def places_table(run: Run, trials: Iterable[StoredTrial]) -> Table:
     """Return a table with a row per node that hosts of the run were on, in any attempt at a trial.
 
-    A machine has one row even if it had several node ids: when a run on this machine alone is
-    resumed, its new private cluster gives the machine another id.
+    A machine has one row even if it had several node ids, unless its name, address or environment
+    changed: when a run on this machine alone is resumed, its new private cluster gives the machine
+    another id.
     """
     hosts = hosts_by_node(trials)
     machines: dict[object, tuple[Node, set[str]]] = {}

@@ -46,7 +46,7 @@ def outcome(run: Run, rows: Sequence[Savings]) -> str:
 
 
 def _missed(arms: Mapping[str, Reached | None], without_interval: str) -> str:
-    """Return which arms are not precise enough, and how far they are from it; empty if none is."""
+    """Return which arms are not precise enough, and how far they are from it; empty if all are."""
     return "; ".join(
         f"{arm} {_how_far(found) if found else without_interval}"
         for arm, found in arms.items()

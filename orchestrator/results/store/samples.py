@@ -26,12 +26,12 @@ from orchestrator.trial.records import Columns, Samples
 if TYPE_CHECKING:
     import duckdb
 
-# The suffix of a part that is being written. `read_series` ignores such files: it reads only
-# `*.parquet`.
+# The suffix of a part that is being written. Nothing reads such files: parts are `*.parquet`.
 UNFINISHED = ".unfinished"
 _PART_PERIOD_S = 2.0
 RESIDENT_PARTS = ("used", "file_cache", "held_back", "in_flight", "waiting", "free_pieces")
-"""Of ResidentParts (host.proto): what a guest's resident memory consists of."""
+"""Of ResidentParts (host.proto): what a guest's resident memory consists of, without what is
+unexplained."""
 
 
 class PartWriter:
@@ -53,7 +53,7 @@ class PartWriter:
 
     @property
     def is_due(self) -> bool:
-        """Whether 2 s have passed since the last flush, or since the start if there was none."""
+        """Whether 2 s have passed since the last flush; if there was none, since `__init__`."""
         return time.monotonic() - self._flushed_at_s >= _PART_PERIOD_S
 
     def flush(self) -> int:
@@ -145,9 +145,10 @@ def read_series(
 def mean_parts(folder: Path, start_us: int, end_us: int) -> dict[str, float]:
     """Return what resident memory consisted of in a trial, in bytes by the name in RESIDENT_PARTS:
     the mean over time of each guest from `start_us` to `end_us`, summed over all guests. Empty if
-    no sample has these figures: an older version wrote the samples, or no agent had sent them.
+    no sample in that time has these figures: an older version wrote the samples, or no agent had
+    sent them.
 
-    :raises Refused: a part is damaged, or cannot be read.
+    :raises Refused: there is no part, or a part is damaged or cannot be read.
     """
     # A sample counts until the next one: at rest, most samples are left out (host.proto: Watch).
     means = ", ".join(f"sum(parts_{name}_bytes * us) / sum(us)" for name in RESIDENT_PARTS)

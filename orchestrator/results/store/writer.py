@@ -44,8 +44,9 @@ _NO_NODES: Mapping[str, Node] = {}
 class RunHeader:
     """The facts about a run that are known before it starts.
 
-    :ivar environment: the machine; see `machine.environment`.
-    :ivar overrides: top-level keys that replace those in `spec_text`.
+    :ivar environment: facts about the machine (`machine.environment`); of a resumed run, those of
+        all its parts.
+    :ivar overrides: as in `spec.file.LoadedSpec`.
     """
 
     run_id: str
@@ -144,6 +145,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
         :raises LimitExceeded: the disk is full. Buffered samples may be lost; all that is on disk
             is intact.
+        :raises Refused: the store cannot be written; the same holds.
         """
         trial = self._open_trial()
         events = [record for record in batch if not isinstance(record, Samples)]
@@ -165,7 +167,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         Stores the buffered samples first. 50 hosts are in memory at a time.
 
         :raises LimitExceeded: the disk is full.
-        :raises Refused: a part is damaged, or cannot be read.
+        :raises Refused: a part is damaged, or cannot be read or written.
         """
         trial = self._open_trial()
         self._flush(trial)
@@ -181,6 +183,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
         :raises LimitExceeded: the disk is full. Figures and end are not stored; the trial stays
             open.
+        :raises Refused: the store cannot be written; the same holds.
         """
         trial = self._open_trial()
         self._flush(trial)
