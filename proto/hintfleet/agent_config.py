@@ -3,7 +3,7 @@
 The host agent converts an `AgentConfig` with `to_json`, and the guest agent reads the JSON with
 `from_json`. The host agent passes the JSON to each guest that it makes. For an attached domain,
 `hintfleet attach` prints the JSON, and a person puts it into the guest; with `--via guest-agent`
-the host agent writes it there.
+the host agent writes it there, through the QEMU guest agent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hintfleet.settings import (
 )
 
 FW_CFG_NAME = "opt/org.hintfleet/config"
-"""QEMU's fw_cfg file in which a real guest's agent finds its configuration."""
+"""QEMU's fw_cfg file with the configuration, in a real guest that the host agent has made."""
 
 MOST_JSON_BYTES = 1 << 16
 
@@ -49,8 +49,8 @@ class Memory(StrEnum):
 class AgentConfig:
     """The configuration of a guest agent.
 
-    :ivar server: the host agent's address, as users write it: `HOST:PORT`, `unix:PATH` or
-        `unix-abstract:NAME`.
+    :ivar server: the host agent's address for guests, as users write it: `HOST:PORT`, `unix:PATH`
+        or `unix-abstract:NAME`.
     :ivar tls_folder: the folder with ca.pem, cert.pem and key.pem for a server with TLS; empty
         for plain text.
     :ivar method: HINTING, or NONE for a guest that only runs workloads.
@@ -62,7 +62,7 @@ class AgentConfig:
         the size of the RAM at the start.
     :ivar max_memory_bytes: the size up to which the guest may be resized; 0 if it may not.
     :ivar programs: in a guest with a kernel of its own, the programs that the workload may start:
-        a command is allowed if its first argument is exactly one of these.
+        a command is allowed if its argv[0] is exactly one of these.
     :ivar orphan_after_s: the agent ends after so long without a link to a host agent; 0 for never.
     """
 

@@ -115,10 +115,10 @@ MOST_COMPRESSIBLE_PERCENT = 90
 
 DEFAULT_ORPHAN_AFTER_S = 60
 DEFAULT_WATCH_GRACE_S = 30
-"""Seconds after which an adopted guest is ended if nobody watches its trial.
+"""Seconds after its adoption when a guest is ended if nobody watches its trial then.
 
 DEFAULT_ORPHAN_AFTER_S: seconds after which a guest that has no host agent ends by itself. Both are
-for the guests of a host agent with --state."""
+for the guests that a host agent with --state has made, not for attached ones."""
 
 
 def hinting_parts(driver: Driver, isolator: str = "", tracker: str = "") -> HintingParts | None:

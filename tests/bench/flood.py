@@ -33,8 +33,8 @@ _PERIOD_S = 0.5
 _PHASE_S = 3.0
 """Too short for a violation: the host ends a longer flood, which would improve the figures."""
 _REST_S = 0.2
-"""Time for messages that are still on their way. In a phase without flood, the burst of the
-flooder's rate limit fills up again."""
+"""Time after a flood for messages that are still on their way. In a phase without flood, the burst
+of the flooder's rate limit fills up again."""
 _ROUNDS = 8
 _CHUNK_PAGES = 512
 _CHUNKS = range(0, 8, 2)

@@ -43,8 +43,8 @@ class Flooder:
         self.sent = 0
 
     async def run(self, hello: pb.Hello) -> None:
-        """Send `hello`, then flood whenever the last line on stdin is `on`. At the end of stdin,
-        print how many messages were sent after `hello`."""
+        """Send `hello`, then flood while the last line read from stdin is `on`. At the end of
+        stdin, print how many messages were sent after `hello`."""
         await self._call.write(pb.GuestMessage(hello=hello))
         self._epoch = (await self._call.read()).welcome.epoch
         tasks = [asyncio.create_task(work) for work in (self._read(), self._write())]

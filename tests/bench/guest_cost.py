@@ -25,15 +25,15 @@ _BARE_CLIENT = str(Path(__file__).with_name("in_guest") / "bare_client.py")
 
 
 def run() -> Iterator[Figure]:
-    """Yield the bytes on the wire for each hinted range, then RSS and CPU of an idle embedded guest
-    that has used and freed 64 MiB ten times, and of the agent of a real guest with nothing to do.
+    """Yield the bytes on the wire for each hinted range, then memory (without the guest's RAM) and
+    CPU of an idle embedded guest that has used and freed 64 MiB ten times, and of the agent of a
+    real guest with nothing to do.
 
     The embedded guest contains more than an agent: the workload with its pattern, and the
     allocator.
     """
     with running_host_agent() as host:
         host.watch()
-        # The guest's RAM is shared memory, which `_private_mib` leaves out.
         guest = host.create()
         for _ in range(10):
             host.allocate(64 * MIB)

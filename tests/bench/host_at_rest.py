@@ -56,7 +56,7 @@ _EMBEDDED = host_pb2.GuestSpec(
 
 def run() -> Iterator[Figure]:
     """Yield figures of three real guests of each arm, of embedded guests, and of idle sessions.
-    Leave out the real guests if libvirt or the guest image is missing."""
+    Leave out the real guests if libvirt-python or the guest image is missing."""
     punch_s_per_byte = _punch_s_per_byte()
     if can_have_real_guests():
         for arm, wanted in _ARMS.items():
@@ -105,6 +105,7 @@ def _rest_and_churn(
         wanted=wanted,
     )
     # The host agent passes on the benchmark's commands. Their cost is not churn, and is subtracted.
+    # With it, the cost of all guests at rest is subtracted; that of one guest is added again.
     with _Share(host) as commands:
         _use_and_free(0, host, names[0])
     before = host.guests()[names[0]].ledger.reclaimed_total_bytes

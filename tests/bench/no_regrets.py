@@ -71,7 +71,7 @@ class _Seen:
 
 def run() -> Iterator[Figure]:
     """Yield the figures of embedded guests, then those of real guests. Leave out the real guests if
-    libvirt or the guest image is missing."""
+    libvirt-python or the guest image is missing."""
     yield from _compared(_measured(_EMBEDDED_ARMS))
     if can_have_real_guests():
         yield from _compared(_measured(_REAL_ARMS))

@@ -61,7 +61,7 @@ def run() -> Iterator[Figure]:
 
 def _trial_s(lab: Lab, phases: str, hosts: int) -> float:
     """Run _SPEC with these phases on so many hosts; return the mean duration of a trial, in s, from
-    the creation of its guests to their end."""
+    before its guests are created until its figures are computed."""
     done = lab.run("run", lab.spec(_SPEC.format(hosts=hosts, phases=phases)), "-o", "json")
     assert done.returncode == 0, done.stderr
     trials: list[dict[str, Any]] = json.loads(done.stdout)["trials"]

@@ -1,5 +1,6 @@
-"""Measure how much memory comes back from a real guest, and how fast, by eager hinting and by its
-peers; how much each method slows the guest down; and the RSS of the agent of guests that hint."""
+"""Measure how much memory comes back from a real guest, and how fast: by eager hinting, by hinting
+on request (settle), and by the peers; how much each method slows the guest down; and the RSS of the
+agent of guests that hint."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ class _Return:
 
 def run() -> Iterator[Figure]:
     """Compare the methods in real guests, one after the other, so that none disturbs another. Yield
-    nothing if libvirt or the guest image is missing."""
+    nothing if libvirt-python or the guest image is missing."""
     if not can_have_real_guests():
         return
     with running_host_agent() as host:
@@ -108,10 +109,10 @@ def _measure(host: HostAgent, arm: str, wanted: host_pb2.GuestSpec) -> _Seen:
 
 def _measure_asked(host: HostAgent, isolator: str) -> list[_Return]:
     """Measure how fast memory comes back when all of it is freed first, and the agent is then asked
-    to settle. Before that it hints nothing, because its period is 60 s.
+    to settle. Before that it hints nothing: hugetlb is polled only every 60 s, and the kernel's
+    page reporting, which gives kmod its chunks, waits for 2 s after a free.
 
-    So little is freed that it comes back in less than the 2 s between two passes of the kernel's
-    page reporting, which gives kmod its chunks.
+    So little is freed that it comes back in less than the 2 s between two passes of page reporting.
     """
     wanted = spec(isolator=isolator, parameters=_NO_ZEROING)
     wanted.hinting.report_period_ms = 60_000

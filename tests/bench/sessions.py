@@ -32,8 +32,8 @@ _BATCH = encode(RangeSet([(0, 512)]))
 
 
 def idle_sessions(count: int) -> Iterator[Figure]:
-    """Yield CPU and memory of a host agent with `count` idle sessions, and two percentiles of
-    latency: of the host agent's ack / of the bare server's."""
+    """Yield the CPU time of a host agent with `count` idle sessions, the memory that each of them
+    takes, and two percentiles of latency: of the host agent's ack / of the bare server's."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with ExitStack() as stack:

@@ -78,7 +78,8 @@ class _Day:
 
 def run() -> Iterator[Figure]:
     """Let one guest for each policy have the same day at the same time, and yield what each paid /
-    the least possible, for three break-even times."""
+    the least possible, for three break-even times; of the adaptive guests, only what the one with
+    that break-even time paid."""
     spec_of_day = spec_file.load("workday").spec
     steps = steps_of(spec_of_day, spec_of_day.classes[0])
     with running_host_agent() as host:

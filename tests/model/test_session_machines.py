@@ -29,7 +29,7 @@ from host_agent.session.gate import OLDEST_BATCH_S, Gate
 from tests.support.session_world import CHUNK_COUNT, Agent, GuestKernel, Host, Stream, pages
 
 LATE_STEP = 20
-"""A guest is reset after so many steps at the earliest, because the history ends there."""
+"""`guest_is_reset` comes only after so many steps: no agent runs in the guest after that."""
 MOST_STEPS_TO_REST = 500
 
 Event = Callable[[], None]
@@ -172,7 +172,7 @@ class Sessions(RuleBasedStateMachine):
 
     def host_punches(self) -> None:
         """Take the next step of the running batch: drop the chunk of the slice that has begun, or
-        begin the next slice, or finish the batch, which sends the ack."""
+        begin the next slice, or finish the batch (with an ack, if a session is open)."""
         host = self.present_host
         if host.slice is not None:
             self.drop(host.slice)
@@ -332,7 +332,7 @@ class Sessions(RuleBasedStateMachine):
             )
 
     def teardown(self) -> None:
-        """Unless the guest was reset or `comes_to_rest` is false: continue without faults, then
+        """Unless `reset` is set or `comes_to_rest` is false: continue without faults, then
         check that no chunk is isolated any more, and that no batch is missing in the books."""
         if self.reset or not self.comes_to_rest:
             return
@@ -519,7 +519,7 @@ MUTATIONS: dict[str, dict[str, object]] = {
 
 
 # Mutations that are hard to find: they take 300 examples on average, sometimes 1,500. These seeds
-# find them soon. Where they do not, after a change of the machine or with another version of
+# find them soon. Where they do not, after a change of a state machine or with another version of
 # Hypothesis, the test takes longer.
 SEEDS = {
     "AnswersBeforeThePunchIsOver": 3,

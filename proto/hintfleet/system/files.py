@@ -50,9 +50,11 @@ def _open_at_once(path: str, flags: int) -> int:
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file to write to. When the block ends without an error, it gets the name `path`
-    and replaces an old file of this name; after an error, it is removed, and the old file stays.
+    and replaces an old file of this name; after an error, it is removed, and the old file stays. If
+    `path` is a symbolic link, this is about the file that it points to.
 
-    Nothing is left of it either if this process is killed, where the file system has O_TMPFILE.
+    Where the file system has O_TMPFILE, nothing is left of the new file either if this process is
+    killed in the block.
 
     :raises OSError: it cannot be made, synced or renamed, or `path` is something else than a file:
         a device, for example, must not be replaced.

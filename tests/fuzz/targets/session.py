@@ -1,5 +1,5 @@
 """A hostile guest sends any messages in any order to the host agent's service for guests. In
-between, it uses memory, and it is audited, settled, resized or reset.
+between, the guest uses memory, and is audited, settled, resized or reset.
 
 Service, registry, guest, gate, books, and the RAM in a memfd are real. gRPC, the driver and the
 guest's process are replaced, and rate limits are off. The guest's RAM is two pieces of a larger

@@ -71,8 +71,8 @@ def try_input(data: bytes) -> None:
 
 
 def _says_where(error: InvalidInput, text: str) -> None:
-    """Check that the error names the file, a line of the text (or the one after it) and a column,
-    and can be encoded as UTF-8."""
+    """Check that the error names the file, a line of the text (or the one after its last) and a
+    column, and can be encoded as UTF-8."""
     str(error).encode()
     where = _WHERE.match(error.message)
     assert where, error.message
