@@ -30,6 +30,7 @@ from guest_agent.session import HelloFacts, HintingSession
 from hintfleet.agent_config import AgentConfig, Memory
 from hintfleet.errors import InvalidInput, Refused, TransientError
 from hintfleet.logs import fields
+from hintfleet.net.addresses import is_unix
 from hintfleet.net.channels import open_aio_channel
 from hintfleet.ranges import RangeSet
 from hintfleet.settings import HUGE_PAGE_ORDER, IsolatorKind, Method
@@ -98,7 +99,7 @@ def _connect(config: AgentConfig) -> tuple[aio.Channel, pb.Identity]:
     """
     identity = pb.Identity(guest_uuid=config.guest_uuid, token=config.token)
     credentials = None
-    if config.tls_folder:
+    if config.tls_folder and not is_unix(config.server):
         from hintfleet.net.tls import Tls  # imported only for TLS: it takes memory
 
         credentials = Tls.read(config.tls_folder, server=False).for_client()

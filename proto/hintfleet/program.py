@@ -164,16 +164,17 @@ def bug_fields(error: BaseException) -> dict[str, str]:
     import traceback
 
     what = traceback.format_exception_only(error)[-1].strip()
-    if len(_report_paths) > _MOST_REPORTS:
-        return {"bug": what, "details": _report_paths[-1]}
     report = _report("".join(traceback.format_exception(error)))
-    try:
-        _report_paths.append(_append(report))
-    except OSError as failed:
-        _report_paths.append("")
-        trace = f"{report}  (no file can be written: {failed.strerror})"
-        return {"bug": what, "trace": trace}
-    return {"bug": what, "details": _report_paths[-1]}
+    why_not = "too many bugs"
+    if len(_report_paths) <= _MOST_REPORTS:
+        try:
+            _report_paths.append(_append(report))
+        except OSError as failed:
+            _report_paths.append("")
+            why_not = failed.strerror or str(failed)
+    if _report_paths[-1]:
+        return {"bug": what, "details": _report_paths[-1]}
+    return {"bug": what, "trace": f"{report}  (no file can be written: {why_not})"}
 
 
 def _report(trace: str) -> str:

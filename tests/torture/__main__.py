@@ -33,10 +33,9 @@ def main() -> None:
     """Run what the command line asks for, and exit with one of the exit codes in _EPILOG."""
     arguments = _parser().parse_args()
     seed = arguments.seed if arguments.seed is not None else secrets.randbits(32)
-    only = {_kind(name) for name in (arguments.only or "").split(",") if name}
     with _setting(arguments, seed) as setting:
-        if only:
-            setting = replace(setting, kinds=dict.fromkeys(only, 1), host_kinds={})
+        if arguments.only:
+            setting = replace(setting, kinds=dict.fromkeys(arguments.only, 1), host_kinds={})
         if arguments.pause is not None:
             setting = replace(setting, pace=replace(setting.pace, pause_s=arguments.pause))
         try:
@@ -96,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stress", action="store_true", help="run stress-ng in real guests, too")
     add(
         "--only",
+        type=_kinds,
         metavar="KINDS",
         help="inject only these kinds into guests, and none into host agents: guest_reset,link_cut",
     )
@@ -111,12 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _kind(name: str) -> Kind:
+def _kinds(names: str) -> list[Kind]:
     try:
-        return Kind[name.upper()]
-    except KeyError:
-        names = ", ".join(kind.name.lower() for kind in Kind)
-        sys.exit(f"--only: no kind {name!r}; kinds: {names}")
+        return [Kind[name.upper()] for name in names.split(",") if name]
+    except KeyError as unknown:
+        known = ", ".join(kind.name.lower() for kind in Kind)
+        raise argparse.ArgumentTypeError(f"no kind {unknown}; kinds: {known}") from None
 
 
 def _setting(arguments: argparse.Namespace, seed: int) -> AbstractContextManager[Setting]:

@@ -55,7 +55,6 @@ class HostAgent:
         self._lifeline = -1
         self._log = (folder / "host.log").open("ab")
         self.control = f"unix:{folder}/host.sock"
-        self.deaths = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[HostServiceAsyncStub]:
@@ -119,7 +118,6 @@ class HostAgent:
         """Kill the host agent with SIGKILL. Its lifeline stays open: else the host agent would end
         its guests before it is killed."""
         self.signal(signal.SIGKILL)
-        self.deaths += 1
 
     async def wait_dead(self) -> None:
         """Wait until a killed host agent is gone."""

@@ -33,7 +33,7 @@ _STOPS = (
     Request.GET_VRING_BASE,
     Request.RESET_OWNER,
     Request.RESET_DEVICE,
-    Request.SET_VRING_ENABLE,
+    Request.SET_VRING_ENABLE,  # with 0; with 1 it stops nothing
 )
 _NUMBERS = (0, 1, PAGE_BYTES, 512 * PAGE_BYTES, 1 << 32, (1 << 52) - PAGE_BYTES, (1 << 64) - 1)
 
@@ -91,7 +91,9 @@ class _Edge:
                     assert (answered, size) == (request, len(message) - HEADER.size)
         assert replies <= 1
         assert self.open_fds == self.in_table, "a descriptor is lost, or one of the table is closed"
-        assert not (ran and request in _STOPS and self.runs), "runs after a stop"
+        enables = request == Request.SET_VRING_ENABLE and struct.unpack("=II", payload)[1] == 1
+        stops = request in _STOPS and not enables
+        assert not (ran and stops and self.runs), "runs after a stop"
         assert self.runs == self.backend.is_running
         return True
 
@@ -139,6 +141,11 @@ TARGET = Target.of(
             (_INDEX[Request.GET_VRING_BASE], 0, 0, 0),
         ),
         _seed((_INDEX[Request.SET_MEM_TABLE], 32, 0, 2, 0, 0, 4, 2, 0, 0, 1)),
+        _seed(
+            (_INDEX[Request.ADD_MEM_REG], 16, 0, 3, 0, 0, 1),
+            (_INDEX[Request.SET_VRING_KICK], 16, 0, 0),
+            (_INDEX[Request.SET_VRING_ENABLE], 1, 0, 0),
+        ),
     ),
     max_bytes=256,
     quick_runs=20_000,
