@@ -47,14 +47,14 @@ class View(Protocol):
     def starting(
         self, header: RunHeader, trials: tuple[Trial, ...], kept: Mapping[int, TrialStatus]
     ) -> None:
-        """Show that the hosts are being started.
+        """Show that the hosts are being started or reached.
 
         :param kept: the status, by position, of each trial that already has a result and does not
             run.
         """
 
     def waiting(self, reason: str) -> None:
-        """Show that the hosts cannot be started yet, and why."""
+        """Show why hosts cannot be started yet, or which node of the cluster does not answer."""
 
     def trial_started(self, trial: Trial) -> None:
         """Show that this trial runs now."""
@@ -98,7 +98,7 @@ def new_experiment(
 ) -> Experiment:
     """Return a new run. Stores and starts nothing.
 
-    :param overrides: top-level keys and values that replace those in the spec.
+    :param overrides: as the function `overrides` returns them.
     :raises InvalidInput: there is no such spec, or it is not valid.
     """
     loaded = spec_file.load(name_or_path, dict(overrides))
@@ -120,7 +120,8 @@ def new_experiment(
 def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experiment:
     """Return a stored run, to be resumed with its own spec and so with the same seeds.
 
-    :param libvirt_uri: replaces the stored one; empty keeps it.
+    :param libvirt_uri: used instead of the stored one, which does not change; empty: the stored one
+        is used.
     :raises Refused: another process runs this run now, or this version cannot read the spec, or
         the same text has another meaning in this version.
     """
@@ -220,8 +221,8 @@ def run_experiment(
     :raises InvalidInput: this machine alone is to run it and has too little memory, or a host's
         address needs TLS, or the node of a host agent is not certain. No host was started.
     :raises HintfleetError: a host cannot be reached or used, or results cannot be
-        stored. If all hosts had been reached once, the run is stored, as failed. All guests and
-        processes of the run have ended.
+        stored. If all hosts had been reached once, the run is stored as failed, as far as it can be
+        stored. All guests that the run made, and its processes, have ended.
     """
     spec, header = experiment.header.spec, experiment.header
     to_run = experiment.to_run
@@ -354,6 +355,7 @@ def overrides(
 
     :param agents: values of --host: an address, or ADDRESS,node=NAME.
     :param settings: values of --set: KEY=VALUE.
+    :raises InvalidInput: a setting is not KEY=VALUE.
     """
     keys: dict[str, object] = {}
     if driver:

@@ -194,7 +194,7 @@ def _file(
 ) -> Iterator[Removable]:
     """Yield the leak of a file, or of a folder with all that is in it; nothing if it is gone."""
     # It may be gone, or lose files, since it was found: host agents and processes of Ray of a
-    # killed run are still ending, and the next run removes what they leave.
+    # killed run may still be ending, and a run that starts removes what they left.
     with suppress(FileNotFoundError):
         leak = Leak(
             what=what,

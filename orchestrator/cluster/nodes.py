@@ -17,17 +17,18 @@ class Node:
 
     :ivar node_id: Ray's id.
     :ivar name: the name from `ray start --node-name`; without that, the hostname, or the address if
-        the node did not answer.
+        the node could not be asked or did not answer.
     :ivar address: the IP address at which other nodes reach it.
     :ivar environment: versions and hardware as text, by name (machine.environment); of a node with
         a problem only some versions and the kernel, or nothing.
     :ivar processors: how many processors actors and guests may use there.
     :ivar memory_bytes: the memory that they may use; `available_bytes`: the part of it that was
-        not in use. Both are 0 if there is a problem.
+        not in use. These two and `processors` are 0 if there is a problem.
     :ivar libvirt: what libvirt guests would run on, or why they cannot run; empty if not asked.
     :ivar libvirt_usable: None if not asked.
     :ivar problem: why no host can run there; empty if hosts can.
-    :ivar is_silent: whether the problem is that it did not answer in time.
+    :ivar is_silent: whether the problem is that there is no answer: it did not come in time, or the
+        question was lost.
     """
 
     node_id: str
@@ -63,8 +64,8 @@ def node_of(
     """Return a node from what it answered.
 
     :param name: as Ray knows it; without `ray start --node-name`, Ray uses the address.
-    :param answer: from `node_probe.look`; a text that says why the node cannot be asked; None if it
-        did not answer in time.
+    :param answer: from `node_probe.look`; a text that says why the node cannot be asked; None if
+        there is no answer (`Node.is_silent`).
     :param wanted: the versions of this machine (`node_probe.versions`).
     """
     if answer is None or isinstance(answer, str):

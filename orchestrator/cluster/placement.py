@@ -1,8 +1,8 @@
 """Decides on which node of a Ray cluster each host runs, and which hosts share an actor. Pure.
 
-A logical host needs memory of its node, and under the driver libvirt a node that can run such
-guests. A host agent at a unix socket or on loopback is on one certain node. A host agent at any
-other address counts as reachable from all nodes, unless its node is named.
+Each host needs memory of its node. A logical host under the driver libvirt also needs a node that
+can run libvirt guests. A host agent at a unix socket or on loopback is on one certain node. A host
+agent at any other address counts as reachable from all nodes, unless its node is named.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def place(
     hosts: Sequence[HostPlace], nodes: Sequence[Node], placed: Mapping[str, str]
 ) -> Placement:
     """Choose a node for each host that is not in `placed`: of the nodes with what the host needs,
-    the one that then has the fewest hosts for each processor. Then hosts of one kind exchange nodes
-    (`_in_order`).
+    the one that then has the fewest hosts for each processor. Then those of these
+    hosts that are of one kind exchange nodes (`_in_order`).
 
     Ray does not choose: its strategy "SPREAD" sends actors that need no CPU to nodes at random.
     With four actors and two nodes, all four may go to the same node.
@@ -122,7 +122,7 @@ def check_nodes_named(hosts: Sequence[HostPlace], nodes: Sequence[Node]) -> None
 
 def shortage_error(placement: Placement, nodes: Sequence[Node], waited_s: float) -> HintfleetError:
     """Return the error for hosts that have no node: how many of which kind; and for up to 8 nodes
-    how many hosts are placed there, and what memory and libvirt they have."""
+    how many hosts are placed there, and what memory and libvirt the node has."""
     taken = Counter(placement.node_ids.values())
     missing = shortage(placement)
     there = [f"{node.label}: {_offer(node, taken[node.node_id])}" for node in nodes[:_NODES_SHOWN]]

@@ -131,12 +131,14 @@ class Cluster:
                 self._runtime_dir.remove()
 
     def nodes(self, libvirt_uri: str | None = None) -> list[Node]:
-        """Return the nodes that are alive, sorted by name. Nodes that have not answered to an
-        earlier call are asked what they are, for up to a minute, or three with libvirt.
+        """Return the nodes that are alive, also those with a problem, sorted by name.
+
+        Asks new nodes what they are, and waits for their answers up to a minute, or three with
+        libvirt. Asks a node again only if the question was lost.
 
         :param libvirt_uri: also ask new nodes whether libvirt guests can run there, at this URI;
             empty: at their host agents' default.
-        :raises TransientError: the cluster is gone.
+        :raises TransientError: the cluster is gone, or Ray failed.
         """
         alive = {node["NodeID"]: node for node in self._listed() if node["Alive"]}
         wanted = node_probe.versions()
@@ -153,7 +155,7 @@ class Cluster:
     def _listed(self) -> list[dict[str, Any]]:
         """Return what Ray knows of its nodes.
 
-        :raises TransientError: the cluster is gone.
+        :raises TransientError: the cluster is gone, or Ray failed.
         """
         import ray
 

@@ -167,7 +167,7 @@ class ClusterWatch:
         self.lost = False
 
     def check(self) -> None:
-        """Check the answer to the last request, if there is one; send the next request when due.
+        """Check the answer to the last request, if it has come; send the next request when due.
 
         Does not wait for an answer.
 

@@ -43,7 +43,7 @@ def connect(address: ClusterAddress, runtime_dir: Path | None) -> ClusterWatch:
         os.environ["RAY_ADDRESS"] = address.value
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # log_to_driver would print the output of all actors on our stderr.
+    # log_to_driver would print the output of all actors on our stdout and stderr.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     with sigterm_handler_kept():
         if runtime_dir is None:

@@ -39,8 +39,8 @@ def _ask(
 
 
 def _new_command() -> host_pb2.CommandId:
-    """Return the id of a new command outside all trials. The host agent knows a command that gRPC
-    sends again by its id (host_client.py)."""
+    """Return the id of a new command outside all trials. By this id the host agent recognises a
+    command that gRPC sends again (host_client.py)."""
     from hintfleet.v1 import host_pb2
 
     return host_pb2.CommandId(run_id=str(uuid.uuid4()), sequence=1)

@@ -44,7 +44,7 @@ def savings_as_data(row: Savings) -> dict[str, Any]:
     """Return a row as plain data.
 
     The bytes of its footprint and of the control are rounded to whole numbers. `returned.share` is
-    the share of the freed bytes that left the host's memory.
+    the share of the freed bytes that came back to the host.
     """
     data = asdict(row)
     footprint = data["footprint"]

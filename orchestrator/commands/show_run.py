@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 
 def print_run(store: Store, run: Run, output_format: str, with_trials: bool = False) -> int:
-    """Print a run on stdout; return the exit code for its state.
+    """Print a run on stdout; return its exit code.
 
     Also print on stderr how to resume a run that was cut off or has lost trials, and that undecided
     trials do not run again (those of a switchback are only left out); with JSON and YAML also why
-    the exit code is UNDECIDED, and whether a run that has ended has its precision.
+    arms are undecided if the exit code is UNDECIDED, and whether a run that has ended has its
+    precision.
 
     :param with_trials: also print a table of trials, and one of the nodes that the hosts were on;
         JSON and YAML contain them in any case.
@@ -92,8 +93,8 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "figures": glossary(),
         "arms": arms,
-        # With `vary`, the rows are for `frontier`: guests start together, so none of them says how
-        # many fit.
+        # With `vary`, the rows are for `frontier`: guests start together, so no row says how many
+        # fit.
         "capacities": [] if points else [asdict(arm) for arm in capacities(capacity_rows)],
         "frontier": [asdict(point) for point in points],
         "trials": [asdict(t) for t in store.trials(run.run_id)],
@@ -101,10 +102,12 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
 
 
 def exit_code(run: Run, rows: list[Savings]) -> ExitCode:
-    """Return the exit code for the state of a run.
+    """Return the exit code of a run: by its state, and by whether an arm is undecided.
 
     A run that ends without its precision is done: its intervals hold, they are only wide. UNDECIDED
-    is for figures that do not count.
+    is for figures that are missing or do not count.
+
+    :param rows: of the whole fleet (By.FLEET).
     """
     if run.state == "failed":
         return ExitCode.FAILED

@@ -1,4 +1,5 @@
-"""Builds the charts of a report with Altair; each is a Vega-Lite spec, as a dict."""
+"""Builds the charts of resident memory and of savings with Altair; each is a Vega-Lite spec, as a
+dict."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def resident_chart(contents: Contents) -> VegaLite:
     """Return the chart of resident memory over time.
 
     Each arm has a line (the mean of its trials), a band (from the lowest to the highest trial)
-    and its name. A vertical rule marks the start of each phase, except that of the read-back.
+    and its name. A vertical rule marks the start of each phase, except the last: the read-back, or
+    the end of a block.
     """
     top = max(float(c.high_bytes.max()) for c in contents.curves)
     unit_bytes, unit = (GIB, "GiB") if top >= 2 * GIB else (MIB, "MiB")
@@ -140,7 +142,7 @@ def _points(curves: Sequence[Curve], unit_bytes: int) -> list[dict[str, Any]]:
 def _phases(marks: Sequence[Mark], end_s: float, x: alt.X) -> list[alt.Chart]:
     """Return a vertical rule at the start of each phase, and each phase's title above its rule.
 
-    The read-back, which is the last mark, has neither.
+    The last mark, the read-back or the end of a block, has neither.
     """
     placed = marks[:-1]
     rows = _rows([(mark.at_s / end_s * WIDTH, len(mark.title)) for mark in placed])

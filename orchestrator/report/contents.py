@@ -190,7 +190,7 @@ def _began_us(event: PhaseStarted, number: int, steps: Mapping[str, Sequence[int
     """
     if event.guest and number:
         return steps[event.guest][number]
-    # The first phase begins with the first guest, as the figures do.
+    # The first phase begins with the earliest first step of any guest, as the measured window does.
     # Guests that are not in step may have different numbers of steps before the read-back.
     place = -1 if event.title == VERIFY else number
     return min(began_us[place] for began_us in steps.values())

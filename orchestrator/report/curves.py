@@ -1,4 +1,4 @@
-"""Computes resident memory over time for each arm, from all of its trials. Pure.
+"""Computes resident memory over time for each arm, from all of its trials that count. Pure.
 
 A step takes more time in some trials than in others. So the time of each host in each trial is
 stretched or shrunk, phase by phase, until each phase begins at its mean time over all hosts and
@@ -23,7 +23,7 @@ _US_PER_S = 1_000_000
 class Mark:
     """The mean time at which a phase begins, over all hosts and trials.
 
-    The mark of the read-back is the last one.
+    The last one is that of the read-back, or of the end of a block.
 
     :ivar at_s: seconds since the workload began.
     """

@@ -137,7 +137,7 @@ def _paragraph(kind: str, text: str) -> str:
 
 
 def _loops(contents: Contents) -> str:
-    """Return the section with what the loops of the workload measured; empty if it has none."""
+    """Return the section with what the loops of the workload measured; empty without figures."""
     if not contents.loops:
         return ""
     measured = []

@@ -70,7 +70,8 @@ class Figure(StrEnum):
     ALLOCATION_P99 = "allocation_p99"
     """How long 99 % of the allocations in all loops took at most."""
     GUESTS = "guests"
-    """How many guests fitted, in a run that started them one by one. It has no other figures."""
+    """How many guests fitted, in a run that started them one by one. Such a run has no other
+    figures."""
 
     @property
     def unit(self) -> Unit:
@@ -110,7 +111,8 @@ _PERCENT_OF = {
 class RunRows:
     """The figures of one run, as the store returns them.
 
-    :ivar capacities: set if the run started its guests one by one; then `footprints` is empty.
+    :ivar capacities: set if the run started its guests one by one and any host has a capacity; then
+        `footprints` is empty.
     """
 
     footprints: Sequence[FootprintRow]
@@ -150,7 +152,7 @@ class Change:
     def difference(self) -> Interval | None:
         """The second run minus the first, in the figure's unit.
 
-        None if `undecided` is set, with fewer than `first_look` pairs, and for the slowdown, whose
+        None if `undecided` is set, with too few pairs (`mean_interval`), and for the slowdown: its
         change is a ratio.
         """
         return None if self.figure is Figure.SLOWDOWN else self._interval()
@@ -159,7 +161,7 @@ class Change:
     def percent(self) -> Interval | None:
         """The difference in percent of `figure.percent_of`.
 
-        None if `undecided` is set, and with fewer than `first_look` pairs. Also None, except for
+        None if `undecided` is set, and with too few pairs (`mean_interval`). Also None, except for
         the slowdown, if the figure is not above 0 in the first run with 95 % confidence: a
         percentage of it would say nothing.
         """

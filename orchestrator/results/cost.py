@@ -41,8 +41,9 @@ COUNTERS = (
 class Cost:
     """What a host and its guests spent in a trial.
 
-    :ivar settle_s: one value for each guest and free step after which memory came back to the
-        host: time from the end of the step until 95 % of that memory was back; 0 if it was before.
+    :ivar settle_s: one value for each guest and free step after which memory came back to the host
+        (at least 5 % of what was freed): time from the end of the step until 95 % of that memory
+        was back; 0 if it was back before the end.
     :ivar asked_settle_s: how long each Settle call took.
     :ivar step_s: total time of all steps of all guests, without the read-back, without loops
         and blocks, whose time is given, and without the time that replays waited. 0 if there are
@@ -87,7 +88,7 @@ def host_cost(
     :param series: the samples of each guest, with COUNTERS.
     :param steps: the steps of each guest, in order; the last one is the read-back, or the end of a
         switchback's block.
-    :raises Undecided: a workload did not finish.
+    :raises Undecided: a workload, or a block of a switchback, did not finish.
     """
     windows = {guest: window_of(guest, steps[guest]) for guest in series}
 
@@ -121,7 +122,7 @@ def _work_us(step: StepDone) -> int:
 
 
 def _within(series: Series, counter: str, window: Window) -> Numbers:
-    """Return the values of a counter in the window, the first one as the window begins."""
+    """Return a counter's values from the last one at or before the window's start to its end."""
     start, end = (last_index(series, at_us) for at_us in (window.start_us, window.end_us))
     return series.counters[counter][start : end + 1]
 

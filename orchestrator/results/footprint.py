@@ -22,7 +22,7 @@ from orchestrator.spec.phases import Kind
 from orchestrator.trial.records import BLOCK_END, CUT, VERIFY, GuestEnded, StepDone
 
 RETURNED_AFTER_S = 3.0
-# The longest gap between two samples: so many sample periods, and this time if that is longer. With
+# The longest gap between two samples: so many sample periods, or this time if that is longer. With
 # a longer one there is no footprint: memory may have risen and fallen unseen. At rest, gaps of four
 # periods are normal (`host_agent.api.sampling`), and a busy machine stands still for a second.
 _MAX_GAP_PERIODS = 10
@@ -103,7 +103,8 @@ class Undecided(Exception):
 
 
 class SamplesMissing(Undecided):
-    """Samples have a gap that is too long: the host agent or its machine stood still."""
+    """Samples have a gap that is too long, or there are none at an end of the window, as when the
+    host agent or its machine stands still."""
 
 
 def guest_footprint(
@@ -115,8 +116,9 @@ def guest_footprint(
         switchback's block.
     :param ended: the guest's final books; None if the trial ended before they were read.
     :param period_s: the time between two samples that was asked for.
-    :raises SamplesMissing: there are gaps in the samples.
-    :raises Undecided: that last step is not there, or `ended` is None.
+    :raises SamplesMissing: a gap in the samples is too long, or they do not reach both ends of the
+        window.
+    :raises Undecided: `steps` does not have that last step, or `ended` is None.
     """
     window = window_of(guest, steps)
     if ended is None:

@@ -39,7 +39,8 @@ class ArmLoops:
     :ivar allocation_p50_us, allocation_p99_us: how long it took to allocate an extent of 2 MiB and
         to write to it for the first time.
     :ivar bytes_per_s: in one guest: touched bytes, divided by the time that the loops lasted.
-    :ivar bytes_per_s_p1: the rate that the slowest 1 % of all parts of 100 ms do not exceed.
+    :ivar bytes_per_s_p1: the rate that the slowest 1 % of all parts of at least 100 ms do not
+        exceed.
     """
 
     arm: str

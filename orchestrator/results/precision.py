@@ -27,7 +27,8 @@ class Precision:
     :ivar percent: the half width, as a percentage of the control's mean resident memory; None if
         it is a size.
     :ivar size_bytes: the half width; None if it is a percentage.
-    :ivar least_repetitions: how many always run; the number of pairs at the first look.
+    :ivar least_repetitions: how many always run, before the first look; also the least number of
+        pairs with an interval (`statistics.Interval.first_look`).
     """
 
     percent: float | None

@@ -23,7 +23,8 @@ def run_outcome(error: BaseException | None, undecided: Sequence[str]) -> RunOut
     """Return the outcome of a run that has ended.
 
     :param error: the exception that ended the run; None if no exception ended it.
-    :param undecided: the reasons of the trials whose last attempts are undecided or lost.
+    :param undecided: the reasons of the trials whose last attempts are undecided or lost, without
+        the undecided blocks of a switchback.
     """
     if isinstance(error, KeyboardInterrupt):
         return RunOutcome(state="interrupted", reason="interrupted by the user")

@@ -5,9 +5,10 @@ Savings compare an arm with the control of the same run, pair by pair. A pair is
 one repetition (so the same seeds) of the whole fleet, of a host or of a guest, depending on what
 the row covers. A row is undecided if a trial of its arm or of the control was cut off, undecided
 or lost, even if that was because of a host or guest that the row does not cover: as in
-`comparison`, no part of such a trial counts as saved. In a switchback, a pair of blocks in which
-one is undecided is left out of all figures instead, and `left_out_pairs` counts such pairs: the
-guests are somebody else's, who may restart them in any block.
+`comparison`, no part of such a trial counts as saved. A row with too few pairs for an interval is
+undecided, too. In a switchback, a pair in which a block is undecided, or which has a guest in one
+block only, is left out of all figures instead, and `left_out_pairs` counts such pairs: the guests
+are somebody else's, who may restart them in any block.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ class Savings:
         `saved_bytes` as a percentage of it; None if `saved_bytes` is None.
     :ivar undecided: why figures are missing or do not count, for example wrong pages or only one
         pair of trials; empty otherwise.
-    :ivar left_out_pairs: how many pairs of blocks are left out of a switchback, and count in no
-        figure; `pairs` is the number of all pairs that have begun.
+    :ivar left_out_pairs: how many pairs of blocks are left out of a switchback. They count in no
+        figure (but in `footprint` and `trials` if all pairs are left out). `pairs` is the number of
+        all pairs that have begun, those left out included.
     """
 
     experiment: str

@@ -140,8 +140,8 @@ def open_database(path: Path) -> sqlite3.Connection:
         connection.row_factory = sqlite3.Row
         # WAL: to read (`show`, `serve`), nobody waits for the writer of a run or blocks it.
         connection.execute("PRAGMA journal_mode = WAL")
-        # In WAL mode only FULL syncs the log at every commit; with NORMAL a power failure can
-        # undo commits (sqlite.org/pragma.html#pragma_synchronous).
+        # In WAL mode FULL syncs the log at every commit; with NORMAL a power failure can undo
+        # commits (sqlite.org/pragma.html#pragma_synchronous).
         connection.execute("PRAGMA synchronous = FULL")
         # SQLite does not check foreign keys by default; each connection has to ask for it.
         connection.execute("PRAGMA foreign_keys = ON")

@@ -90,7 +90,7 @@ _TYPES = {
 
 _SAMPLES = (
     "SELECT parse_path(filename)[-2] AS trial_id, * EXCLUDE (filename) "
-    # A user's folder may be called `host=a`, which would become a column.
+    # So that no part of a path becomes a column, as `host=a` would.
     "FROM read_parquet(?, filename = true, hive_partitioning = false)"
 )
 _EVENTS = (

@@ -38,7 +38,7 @@ def footprint_rows(
     trials: Sequence[sqlite3.Row], figures: Sequence[sqlite3.Row]
 ) -> list[FootprintRow]:
     """Return a row for each trial and each host (or guest) that has figures in the trial's run; one
-    row for each trial if none has figures.
+    row for each trial of a run without figures.
 
     A trial that was cut off has no figures, but it has these rows, too: without them, its arm would
     be compared by its other trials alone. In a switchback, a guest has no row for a block that was
@@ -76,7 +76,7 @@ def footprint_rows(
 
 
 def cost_row(row: sqlite3.Row) -> CostRow:
-    """Convert a row of `Store.cost_rows`."""
+    """Convert a row of the query in `Store.cost_rows`."""
     return CostRow(
         **_of_host(row),
         cost=_cost(json.loads(row["cost"], object_hook=_with_sketches)) if row["cost"] else None,
@@ -86,7 +86,7 @@ def cost_row(row: sqlite3.Row) -> CostRow:
 
 
 def capacity_row(row: sqlite3.Row) -> CapacityRow:
-    """Convert a row of `Store.capacity_rows`."""
+    """Convert a row of the query in `Store.capacity_rows`."""
     return CapacityRow(
         **_of_host(row),
         capacity=Capacity(**json.loads(row["capacity"])) if row["capacity"] else None,

@@ -47,9 +47,10 @@ class Run:
     :ivar ended_unix_us: 0 while the run runs.
     :ivar nodes: those that its hosts ran on, by the ids in `StoredTrial.places`.
     :ivar overrides: the top-level keys that replaced those in `spec_text`, with their values: from
-        options of the command line, and recordings that were read from files.
+        options of the command line, and recordings that were read from files; and the values of
+        --set, under the key SET.
     :ivar precision: None if the number of repetitions is fixed.
-    :ivar switchback: 1 for a switchback: pairs with an undecided trial are left out.
+    :ivar switchback: 1 for a switchback, of which some pairs are left out (view `left_out_pairs`).
     """
 
     run_id: str
@@ -216,8 +217,8 @@ class Store(AbstractContextManager["Store"]):
         Only the last attempt at each trial counts. The newest run is first. Within a run the
         control is first, then the other arms in the order of the spec. A trial that was cut off
         has no figures. It still has rows, without a footprint: one for each host (or guest) that an
-        ended trial of the same run has, or a single row if no trial of the run has ended. Runs with
-        capacities (`Spec.asks_how_many`) have no footprints and no rows.
+        ended trial of the same run has, or a single row if no trial of the run has ended. A run
+        with a capacity (only if `Spec.asks_how_many`) has no footprints and no rows.
 
         :param run_id: only this run; empty for all.
         :param since_unix_s: only runs that started at or after this time; 0 for all.
