@@ -80,7 +80,8 @@ class Audits:
         return await self._tasks.finish(self._memory.run_locked(self._memory.audit()))
 
     async def tell_refaults(self) -> None:
-        """Audit in full, then tell the guest in which chunks it uses absent memory again."""
+        """Audit in full, then report refaults to the guest, if there are any and it has a session
+        (`GuestSessions.tell_refaults`)."""
         await self._tasks.finish(self._memory.run_locked(self._audit_and_tell()))
 
     async def _audit_and_tell(self) -> None:

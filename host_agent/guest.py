@@ -81,16 +81,17 @@ class Guest:
         self.earlier = host_pb2.Ledger()
         """Attached guests: the closed books of earlier starts of the domain, summed."""
         self.to_attach_again: GuestRecord | None = None
-        """The record of an attached guest whose domain does not run; see api/attaching_again.py."""
+        """The record of an attached guest that waits to be attached again; None for others. See
+        api/attaching_again.py."""
         self.ending = False
         """Whether somebody has asked for the end of the guest: it is not attached again."""
         self.running: RunningGuest | None = None
         self.domain = ""
         """Name of its libvirt domain, once it has run; empty for an embedded guest."""
         self.creation: asyncio.Task[None] | None = None
-        """The task that makes or adopts the guest. It sets `running`, or ends with the error."""
+        """The task that makes or adopts the guest. It sets `running`, unless it fails."""
         self.resize_lock = asyncio.Lock()
-        """Held while memory is plugged or unplugged."""
+        """Held while the guest is resized (resizing.py), ended or left."""
         self.tasks = LastingTasks(self._failed)
         self.memory = GuestMemory(
             name,
@@ -230,8 +231,8 @@ class Guest:
                 self.running = None
 
     def misbehaved(self, error: HintfleetError) -> None:
-        """Log and count a violation of the protocol. Many violations ban the guest for a while;
-        after too many bans it is treated as lost."""
+        """Log and count a violation of the protocol. Many violations ban the guest for a while; at
+        the third ban it is treated as lost."""
         conduct = self.sessions.conduct
         _log.warning("guest broke the protocol", extra=self._fields(reason=error.message))
         if conduct.count_violation(error, time.monotonic()):
@@ -251,8 +252,8 @@ class Guest:
 
     @property
     def largest_memory_bytes(self) -> int:
-        """How much memory the guest has when as much as possible is plugged. The operator of an
-        attached guest may have plugged more than that."""
+        """How much memory the guest has when as much as possible is plugged, as far as this host
+        agent knows: the operator of an attached guest may plug more."""
         spec = self.spec
         return max(spec.memory_bytes, spec.max_memory_bytes, self.provisioned_bytes)
 
@@ -319,15 +320,15 @@ class Guest:
         a later batch hints it, this memory is skipped as OUTSIDE_RAM (I3).
 
         :raises GuestLost: the guest does not run.
-        :raises Refused: the host's kernel did not free it; it is still in the books.
+        :raises Refused: the host's kernel did not free all of it; all is still in the books.
         """
         await self.tasks.finish(self.memory.run_locked(self.memory.unplugged(pages)))
 
     async def settle(self) -> hinting_pb2.Settled:
         """Ask the guest to hint now; return its answer when all that it can hint is acknowledged.
 
-        A peer cannot be asked: return an empty answer when no memory has left the RAM for some
-        seconds.
+        Under a peer, the guest cannot be asked: return an empty answer when no memory has left the
+        RAM for some seconds.
 
         :raises GuestLost: the guest is gone.
         :raises TransientError: no hinting session was open within some seconds, or it ended.

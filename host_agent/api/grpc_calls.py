@@ -32,9 +32,9 @@ async def abort(context: Context, error: HintfleetError) -> NoReturn:
 
 
 class OperatorsOnly(aio.ServerInterceptor):  # type: ignore[type-arg] # generic in stubs only
-    """Refuses every call without an operator's certificate, also calls to the health and reflection
-    services. On a connection without TLS it allows every call: there, the unix socket's permissions
-    or the loopback address limit who can connect."""
+    """On a TLS connection, refuses every call without an operator's certificate, also calls to the
+    health and reflection services. Allows every call on a connection without TLS: there, the unix
+    socket's permissions or the loopback address limit who can connect."""
 
     async def intercept_service(
         self,
@@ -80,8 +80,8 @@ def _for_operators_only(handler: Any) -> Any:
 async def force_close(context: Context, error: HintfleetError) -> None:
     """End the call with the status for `error`, from another task than the call's own. Raises
     nothing, even if the call has ended already."""
-    # gRPC's `abort` always raises aio.BaseError, even after the call's end. `abort` below raises
-    # HintfleetError only if gRPC's does not.
+    # gRPC's `abort` always raises aio.BaseError, even after the call's end. This module's `abort`
+    # raises HintfleetError only if gRPC's does not raise.
     with suppress(aio.BaseError, HintfleetError):
         await abort(context, error)
 

@@ -2,9 +2,9 @@
 
 A guest is untrusted. What it sends is checked against the gate's limits, against what is possible
 (`validation`) and against its rate limits (`rate_limits`). Messages beyond the rate limits are only
-read more slowly, until they count as a flood. Any other violation, and a flood, ends the stream on
-which it arrived, with the reason, and is counted for the guest if the guest has authenticated
-itself. Other guests are not affected.
+read more slowly; messages other than batches count as a flood after some seconds of that. A flood,
+like any other violation, ends the stream on which it arrived, with the reason, and is counted for
+the guest if the guest has authenticated itself. Other guests are not affected.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class GuestService(HintingServiceServicer):
         """Wait for the first message of a stream and return it.
 
         :raises TransientError: it did not arrive in time, or too many other streams were pending.
-        :raises InvalidInput: it is not of this kind, or the stream has ended.
+        :raises InvalidInput: it is not a valid message of kind `kind`, or the stream ended before.
         """
         try:
             async with self._pending_streams.place():
@@ -118,11 +118,11 @@ class GuestService(HintingServiceServicer):
         return first
 
     async def _authenticated(self, identity: pb.Identity, context: Context) -> Guest:
-        """Return the guest with this identity. Its token must be right, and under TLS its
-        certificate, too.
+        """Return the guest with this identity, and count the stream for its rate limit. The token
+        must be right, and under TLS the certificate, too.
 
-        :raises HintfleetError: no guest on this host has this identity and token, the certificate
-            is wrong, or the guest may not open a stream now. Raised after a pause.
+        :raises HintfleetError: no guest on this host has this UUID and token, the certificate is
+            wrong, or the guest may not open a stream now. Raised after a pause.
         """
         try:
             peer = check_role(context.auth_context(), Role.GUEST)
@@ -183,8 +183,8 @@ async def _read_session(
 async def _paced(guest: Guest, messages: AsyncIterator[_M]) -> AsyncIterator[_M]:
     """Yield messages, but read them only as fast as the guest's rate limits allow.
 
-    :raises LimitExceeded: the guest has sent so many messages besides batches that all of them had
-        to be delayed for some seconds (FLOOD_S). Batches are only delayed.
+    :raises LimitExceeded: for longer than FLOOD_S, the guest has sent messages besides batches so
+        fast that each had to be delayed. Batches are only delayed.
     """
     # Messages that are not read yet fill the stream's window (64 KiB). Then gRPC's flow control
     # makes the guest wait. So a flood costs little memory and time here.

@@ -1,7 +1,7 @@
 """The guests' books, and more of their state, as Prometheus metrics over HTTP(S).
 
 A scrape reads the books that were computed last for each guest (`last_ledger`). It does not look at
-RAM files, so it cannot delay a guest's batches.
+RAM files, so no batch has to wait for it.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class LedgerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metric families, each with the labels `_LABELS`: fields of the ledger, memory
-        that is held back, parts of the resident memory, memory of the guest's process, pauses,
-        violations, bans, and skipped bytes by reason."""
+        that is held back, parts of the resident memory and their age, memory of the guest's
+        process, pauses, violations, bans, and skipped bytes by reason."""
         guests = [(self._labels(g), g) for g in self._registry.guests]
         families = [(GaugeMetricFamily, *one) for one in _GAUGES.items()] + [
             (CounterMetricFamily, *one) for one in _COUNTERS.items()

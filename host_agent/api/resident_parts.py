@@ -13,9 +13,11 @@ So what is resident of free memory is known, and the parts should leave nothing 
 leave over (`unexplained_bytes`) is shown, and no part is adjusted for it:
 
 - less than nothing, if more is absent than is free. Then assumption 2 is wrong: memory that is in
-  use by the guest's figures was never touched (a balloon, for example). If there is less of such
-  memory than of resident free memory, this is not seen: `waiting_bytes` is too small instead.
-- more than nothing, if the guest's figures do not add up to its memory.
+  use by the guest's figures is absent (never touched, or in a balloon). If there is less of such
+  memory than of resident free memory, this is not seen: the parts that are free memory are too
+  small instead, `waiting_bytes` first.
+- more than nothing, if more is resident than the guest's kernel has. Then assumption 1 is wrong.
+- less or more than nothing, if the guest's figures do not add up to its memory.
 
 The guest's and the host's figures must be of the same moment, so they are combined when telemetry
 comes. What the guest allocates between its count and the host's, milliseconds later, is counted in

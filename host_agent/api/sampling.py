@@ -47,7 +47,8 @@ def process_rss_bytes(guest: Guest) -> int | None:
 
 
 def parts_of(guest: Guest) -> host_pb2.ResidentParts | None:
-    """Return what the resident memory of a guest consists of; None if that is not known."""
+    """Return what the resident memory of a guest consisted of at its last telemetry; None if that
+    is not known."""
     sessions = guest.sessions
     return aged(sessions.resident_parts, time.monotonic() - sessions.telemetry_at_s)
 

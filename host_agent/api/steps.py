@@ -24,7 +24,7 @@ def number_of(command: host_pb2.CommandId) -> int:
 def command_of(request: host_pb2.RunStepRequest, number: int) -> hinting_pb2.WorkloadCommand:
     """Return the command with this id that does a step.
 
-    :raises InvalidInput: there is no step, or a loop or a program takes longer than allowed.
+    :raises InvalidInput: there is no step, or the time for a loop or a program is too long.
     """
     command = hinting_pb2.WorkloadCommand(command_id=number)
     step = request.WhichOneof("step")
@@ -61,7 +61,8 @@ def response_of(
 ) -> host_pb2.RunStepResponse:
     """Return the answer to a step.
 
-    :param done_at_unix_us: when the guest had done it, on this host's clock.
+    :param done_at_unix_us: when it was done, on this host's clock; after `verify`, when the audit
+        that follows was done.
     :raises Refused: the step is a loop, and the guest's agent is too old to know loops: it has done
         nothing.
     """

@@ -17,7 +17,7 @@ class Budget:
     """A host's memory budget.
 
     :ivar cgroup: keeps the guests of one driver within the budget; None if it is only watched.
-    :ivar swap: what the cgroup is swapped out to; None if there is no cgroup.
+    :ivar swap: the cgroup's swap, which may have no device; None if there is no cgroup.
     :ivar why_watched: why no cgroup could be made; empty if there is one, or none was asked for.
     """
 
@@ -38,11 +38,11 @@ class Budget:
 
     @property
     def partition(self) -> str:
-        """The libvirt partition that domains must be in; empty for none."""
+        """The libvirt partition to make domains in; empty for libvirt's default."""
         return self.cgroup.partition if self.cgroup else ""
 
     def contain(self, pid: int) -> None:
-        """Put the process of an embedded guest into the cgroup, if that is for such guests.
+        """Put the process of an embedded guest into the cgroup, if there is one for such guests.
 
         :raises Refused: the kernel does not take it.
         """
@@ -59,8 +59,8 @@ class Budget:
         The memory that the device takes counts into the budget. Call this only while no
         guest runs.
 
-        :raises Refused: no cgroup enforces the budget, or no device can be made. There is no swap
-            then.
+        :raises Refused: no cgroup enforces the budget, no device can be made, or the cgroup cannot
+            swap. There is no swap then.
         """
         if self.swap is not None:
             self.swap.change(size_bytes)

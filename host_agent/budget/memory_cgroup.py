@@ -1,7 +1,7 @@
 """A memory cgroup of a host agent, in which its guests run: the kernel keeps them within a limit.
 
-Until it removes its cgroup or ends, a host agent holds a lock on its folder (for domains, on that
-of the memory hierarchy). `OwnedFolders` says when a folder is abandoned.
+Until it removes its cgroup or ends, a host agent holds a lock on the cgroup's folder (for domains,
+on the folder in the memory hierarchy). `OwnedFolders` says when a folder is abandoned.
 Sources: Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst of the kernel.
 """
 
@@ -32,7 +32,7 @@ _POLL_S = 0.05
 class MemoryCgroup:
     """A memory cgroup with a limit. Make it with `make`, and end it with `remove`.
 
-    :ivar folder: of the cgroup.
+    :ivar folder: of the cgroup, in the hierarchy that limits memory.
     :ivar partition: its name for libvirt (`<resource><partition>`); empty if it is for embedded
         guests.
     """

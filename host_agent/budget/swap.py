@@ -8,8 +8,8 @@ import threading
 from host_agent.budget.memory_cgroup import MemoryCgroup
 from host_agent.budget.zram import Zram
 
-# How often the limit is adapted to what the device takes, and how many times in a row that may fail
-# before it counts as an overflow.
+# The time between two adaptations of the limit to what the device takes, and how many failures in a
+# row, or more, count as one overflow.
 _PERIOD_S = 0.05
 _PERIODS_OVER = 20
 _ROUNDS = 8
@@ -22,7 +22,8 @@ class Swap:
 
     :ivar size_bytes: of the device; 0 if there is none.
     :ivar overflows: how often, for a second or more, too little could be swapped out to keep the
-        cgroup and the device together within the budget. It never falls.
+        cgroup and the device together within the budget. It never falls. In cgroup v2, the kernel
+        kills a process instead (`MemoryCgroup.oom_count`).
     """
 
     def __init__(self, cgroup: MemoryCgroup, budget_bytes: int) -> None:
@@ -88,8 +89,8 @@ class Swap:
         """Set the cgroup's limit to the budget minus what the device takes, if that has changed.
         Return False if that failed."""
         try:
-            # What the kernel swaps out for a lower limit takes memory of the device, too, but less
-            # in each round.
+            # What the kernel swaps out for a lower limit makes the device take more memory, but in
+            # each round less than in the round before.
             for _ in range(_ROUNDS):
                 taken_bytes = zram.used_bytes
                 if taken_bytes == self._followed_bytes:

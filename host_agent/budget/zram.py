@@ -29,8 +29,8 @@ _LABEL = b"hintfleet"
 # signature is at the end of the first page.
 _HEADER = struct.Struct("=1024xIII16x16s")
 _SIGNATURE = b"SWAPSPACE2"
-# SWAP_FLAG_PREFER, and the highest priority: else the kernel would first use other swap, which does
-# not count into the budget (swapon(2)).
+# SWAP_FLAG_PREFER, and the highest priority: else the kernel would first use other swap, if there
+# is any, which does not count into the budget (swapon(2)).
 _HIGHEST_PRIORITY = 0x8000 | 0x7FFF
 _MOST_BYTES = 1 << 40
 _REMOVE_TIMEOUT_S = 5.0
@@ -136,7 +136,7 @@ def remove(device: Path) -> None:
 
 
 def _end(device: Path, lock_fd: int) -> None:
-    """Swap off a device, and remove it. Closes the descriptor, which holds its lock.
+    """Swap off a device, and remove it. Close the descriptor, which holds its lock, in any case.
 
     :raises OSError: the kernel refused; the device keeps our label.
     """

@@ -1,1 +1,2 @@
-"""The memory door: QEMU hands over a guest's RAM, and waits for running punches before a reset."""
+"""The memory door: QEMU hands over a guest's RAM, and waits for running punches before it stops or
+resets the guest."""

@@ -5,10 +5,10 @@ The host agent is the vhost-user back end of a virtiofs device that nobody mount
 handled in `protocol.Backend`; this module serves the socket, on the host agent's event loop.
 
 A door is open while punches may run: from the start of the device until QEMU stops the device or
-hangs up. QEMU stops the device before it suspends or resets the guest, loads a state into the
-guest, or removes the device, and does nothing else until it has the answer. If the host agent is
-killed, the kernel closes the socket only after the last thread of the host agent has left the
-kernel (kernel/exit.c: exit_files). So even then QEMU cannot continue before the last punch has
+the connection ends. QEMU stops the device before it suspends or resets the guest, loads a state
+into the guest, or removes the device, and does nothing else until it has the answer. If the host
+agent is killed, the kernel closes the socket only after the last thread of the host agent has left
+the kernel (kernel/exit.c: exit_files). So even then QEMU cannot continue before the last punch has
 ended.
 """
 
@@ -82,7 +82,8 @@ class MemoryDoor:
         self._uids = uids
         self._listener = listener
         self._changed = Condition()
-        """Held while `_regions` are changed, and while their files are opened again."""
+        """Held while `_regions` or `_is_open` change, and while `segments` duplicates the regions'
+        descriptors."""
         self._regions: tuple[Region, ...] = ()
         self._is_open = self._is_connected = False
         self._moved: Callable[[str | None], None] = _ignore
@@ -108,8 +109,8 @@ class MemoryDoor:
                 listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 path.unlink(missing_ok=True)
                 listener.bind(os.fspath(path))
-                # QEMU's user must be able to connect. The permissions of the folder limit who can
-                # reach the socket at all.
+                # QEMU's user must be able to connect; `_serve` disconnects users that are not in
+                # `uids`.
                 path.chmod(0o666)
                 listener.listen(_BACKLOG)
                 listener.setblocking(False)
@@ -140,7 +141,7 @@ class MemoryDoor:
         """Return where the guest's RAM is. The caller must close the segments' files.
 
         :param besides: RAM to leave out.
-        :raises Refused: some of the RAM is not in a shared memfd with small pages.
+        :raises Refused: some of this RAM is not in a shared memfd with small pages.
         """
         # QEMU sends a file again with each region in it, each time as another descriptor. The
         # segments share one descriptor for each file.
@@ -181,8 +182,8 @@ class MemoryDoor:
         self._loop.call_soon_threadsafe(begin)
 
     def when_table_changes(self, call: Callable[[], object]) -> None:
-        """Call `call` on the event loop whenever QEMU adds RAM to its table or removes some; not
-        when it hangs up."""
+        """Call `call` on the event loop whenever QEMU has sent its table, added RAM to it or
+        removed some; not when QEMU hangs up."""
         self._table_changed = call
 
     def pages(self) -> RangeSet:

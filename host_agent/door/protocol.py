@@ -22,12 +22,12 @@ HEADER = struct.Struct("=III")
 """Request, flags, size of the payload."""
 MAX_PAYLOAD_BYTES = 1024
 MAX_DESCRIPTORS = 8
-"""What one message may carry: a table has eight regions at most."""
+"""The most that one message may carry: a SET_MEM_TABLE has eight regions at most."""
 
-# As many as QEMU itself allows (VHOST_USER_MAX_RAM_SLOTS). QEMU does not plug memory into a guest
-# that would then have more regions than the back end allows.
+# At least as many as QEMU itself allows (VHOST_USER_MAX_RAM_SLOTS). QEMU does not plug memory into
+# a guest that would then have more regions than the back end allows.
 MAX_REGIONS = 512
-# Guest physical addresses have 52 bits at most (x86-64). Offsets in files have the same bound.
+# Guest physical addresses have 52 bits at most (x86-64). Offsets in files get the same bound.
 _MAX_ADDRESS = 1 << 52
 _MAX_QUEUES = 256
 
@@ -122,7 +122,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Table:
-    """All RAM of the guest from now on; replaces the last table."""
+    """All RAM of the guest from now on; replaces the table before."""
 
     regions: tuple[Region, ...]
 
@@ -150,7 +150,7 @@ class Backend:
     def __init__(self) -> None:
         self.regions: tuple[Region, ...] = ()
         self.is_running = False
-        """Whether `Start` was the last of `Start` and `Stop`."""
+        """Whether the device runs: a `Start` was returned, and no `Stop` since."""
         self._acknowledges = False
         self._kicked: set[int] = set()
         self._disabled: set[int] = set()

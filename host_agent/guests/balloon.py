@@ -109,7 +109,7 @@ class Silence:
 
     def problem(self, stats: BalloonStats, now_s: float) -> str:
         """Note these statistics, and return why the rule cannot work. Return an empty text until
-        SILENT_AFTER_S have passed without usable statistics: the guest may only be slow."""
+        SILENT_AFTER_S have passed without new usable statistics: the guest may only be slow."""
         # Compared by !=, not by >: after the host's wall clock was set back, new statistics have
         # an earlier time.
         if stats.last_update_s != self._last_update_s and stats.unused_bytes is not None:

@@ -64,6 +64,9 @@ class RunningGuest(Protocol):
         punched at any time.
     :ivar balloon: the owner sets its target; None unless the method is BALLOON.
     :ivar reporting: None unless the method is REPORTING.
+
+    `plugged`, `plug`, `to_unplug` and `unplug` also raise hintfleet.errors.GuestLost if the guest's
+    domain is gone, and Refused if libvirt does not answer.
     """
 
     pid: int
@@ -102,7 +105,8 @@ class RunningGuest(Protocol):
         """Unplug one memory device. `pages` are all pages of this device, and the guest does not
         use them any more. `ram` is not changed.
 
-        :raises hintfleet.errors.Refused: the guest did not release it; nothing has changed.
+        :raises hintfleet.errors.Refused: the guest refused to release it, libvirt failed, or the
+            guest is attached; nothing has changed.
         :raises hintfleet.errors.OutcomeUnknown: the guest did not answer in time, and may still
             release it.
         """
@@ -126,7 +130,7 @@ class GuestMaker(Protocol):
     """Makes or attaches one driver's guests. Methods may block: call them from worker threads."""
 
     def create(self, request: GuestRequest) -> RunningGuest:
-        """Start or attach a guest; its agent connects by itself later. After a failure nothing is
+        """Start or attach a guest; do not wait for its agent to connect. After a failure nothing is
         left, except an embedded guest's log under Survival, and a memory door that an attached
         guest did not release.
 
@@ -135,6 +139,7 @@ class GuestMaker(Protocol):
         :raises hintfleet.errors.GuestLost: it ended, or did not become usable in time.
         :raises hintfleet.errors.OutcomeUnknown: an attached guest did not release the door of an
             earlier host agent in time.
+        :raises OSError: for example, there is no free descriptor, process or disk space.
         """
 
     def adopt(self, request: GuestRequest, handle: Handle) -> RunningGuest:
@@ -143,9 +148,11 @@ class GuestMaker(Protocol):
 
         Call it only under Survival, and only if no other host agent can work on the guest.
 
-        :raises hintfleet.errors.GuestLost: it is gone, or it does not accept a new memory door.
+        :raises hintfleet.errors.GuestLost: it is gone, or it does not accept a new memory door. For
+            an attached guest, also instead of Refused.
         :raises hintfleet.errors.Refused: this host agent cannot find out whether it is gone, or
-            cannot open the guest's memory, log or sockets.
+            cannot open the guest's memory or sockets.
+        :raises OSError: the guest's folder or log cannot be opened, or no descriptor is free.
         """
 
     def close(self) -> None:
@@ -158,7 +165,7 @@ class Attacher(GuestMaker, Protocol):
 
     def has_ended(self, uuid_text: str, handle: Handle) -> bool:
         """Return whether a domain whose door is disconnected has ended. If not, somebody has taken
-        the door out, or QEMU broke the protocol. Wait up to 10 s for libvirt to notice the end.
+        the door out, or its connection failed. Wait up to 10 s for libvirt to notice the end.
 
         :param handle: the handle of the guest that was attached.
         :raises hintfleet.errors.Refused: libvirt does not answer.

@@ -254,9 +254,10 @@ class EmbeddedDriver:
     def create(self, request: GuestRequest) -> EmbeddedGuest:
         """Start a guest process.
 
-        :raises Refused: no embedded guest can have such settings, or the kernel refused to make the
-            RAM file or to put the process into the cgroup.
+        :raises Refused: no embedded guest can have such settings, the RAM file cannot be so large,
+            or the kernel refused to put the process into the cgroup.
         :raises InvalidInput: a setting is out of its bounds.
+        :raises OSError: the log, the RAM file or the process cannot be made.
         """
         _check_settings(request.spec)
         config = agent_config(Driver.EMBEDDED, request, self._server, self._survival)
@@ -282,6 +283,7 @@ class EmbeddedDriver:
 
         :raises GuestLost: the process has ended.
         :raises Refused: the RAM file cannot be opened.
+        :raises OSError: the log cannot be opened, or no descriptor is free.
         """
         with contextlib.ExitStack() as undo:
             log = self._log(request)

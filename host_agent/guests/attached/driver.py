@@ -88,10 +88,12 @@ class AttachedGuest:
         return ""
 
     def close(self) -> None:
-        """Take the door out of the domain, which runs on, and free RAM and door. May be called
-        again. If it raises, nothing is freed, except the RAM if QEMU has hung up.
+        """Take the door out of the domain, if that still runs, without ending it, and free RAM and
+        door. May be called again. If it raises, nothing is freed, except the RAM if QEMU has hung
+        up.
 
-        :raises Refused: libvirt does not answer, or the guest did not release the door.
+        :raises Refused: libvirt failed or does not answer, or the guest refused to release the
+            door.
         :raises OutcomeUnknown: the guest did not answer in time.
         """
         if self.door is not None and not self.door.pages():
@@ -197,9 +199,10 @@ class AttachedDriver:
         """Plug the door into the domain with the request's UUID. A door that a killed host agent
         left there is taken out first.
 
-        :raises Refused: the domain has obstacles, the guest does not release an old door, libvirt
-            or QEMU failed, the guest's kernel does not bind the device, or the guest's memory
-            cannot be punched. The new door is taken out again, if the guest releases it.
+        :raises Refused: the domain has obstacles, the guest refused to release an old door, libvirt
+            or QEMU failed, the door's socket cannot be made, the guest's kernel does not bind the
+            device, or the guest's memory cannot be punched. The new door is taken out again, if the
+            guest releases it.
         :raises OutcomeUnknown: the guest did not release an old door in time.
         :raises GuestLost: the domain is gone.
         """

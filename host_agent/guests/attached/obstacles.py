@@ -2,8 +2,8 @@
 
 Each obstacle has a text that says what to change. If a domain has no obstacle, QEMU can hand over
 its memory at the memory door, and the host can drop that memory page by page. The domain's XML and
-state are examined, and whether somebody listens on a door's socket, but not what runs in the guest:
-the guest also needs hintfleet's agent and the driver virtiofs.
+state are examined, and whether somebody listens on a door's socket; but not its memory devices
+(DIMMs), nor what runs in the guest, which also needs hintfleet's agent and the driver virtiofs.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _memory_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
 
 
 def _is_shared(domain: ET.Element) -> bool:
-    """Return whether all memory is shared. A NUMA cell's own access mode overrides the domain's."""
+    """Return whether all memory is shared, except that of memory devices (DIMMs), which is not
+    examined. A NUMA cell's own access mode overrides the domain's."""
     access = domain.find("memoryBacking/access")
     by_default = access is not None and access.get("mode") == "shared"
     cells = domain.findall("cpu/numa/cell")
@@ -142,7 +143,10 @@ def refuse_if_any(domain: host_pb2.Domain) -> None:
 
 
 def described(domain: Any) -> host_pb2.Domain | None:
-    """Return a domain and its obstacles as a message of the control API; None if it is gone."""
+    """Return a domain and its obstacles as a message of the control API; None if it is gone.
+
+    :raises Refused: libvirt does not answer.
+    """
     libvirt, _ = modules()
     with suppress(GuestLost), errors_as("looking at a domain"):
         is_running, state = bool(domain.isActive()), domain.state()[0]

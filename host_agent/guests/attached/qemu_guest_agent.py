@@ -24,7 +24,7 @@ _POLL_S = 0.1
 
 
 class QemuGuestAgent:
-    """The QEMU guest agent of a running domain."""
+    """The QEMU guest agent of a running domain. Methods raise GuestLost if the domain is gone."""
 
     def __init__(self, domain: Any) -> None:
         self._domain = domain

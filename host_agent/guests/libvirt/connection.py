@@ -87,7 +87,7 @@ class Connection:
             if event in reasons:
                 self._give_notice(domain.UUIDString(), reasons[event])
 
-        # libvirt reports a reset by an event of its own, not by a lifecycle event.
+        # libvirt may report a reset by an event of its own, not by a lifecycle event.
         def reboot(_connection: Any, domain: Any, _: None) -> None:
             self._give_notice(domain.UUIDString(), "the guest was reset")
 

@@ -20,7 +20,7 @@ class Dimms:
 
     def __init__(self, domain: Any, door: MemoryDoor, node: int) -> None:
         """:param door: the memory door at which QEMU hands over the memory of a new DIMM.
-        :param node: NUMA node of the guest that gets the DIMMs.
+        :param node: the guest's NUMA node into which DIMMs are plugged.
         """
         self._domain = domain
         self._door = door

@@ -72,7 +72,7 @@ def reporting_problem(status: list[str], features: list[str]) -> str:
     """Return why a guest does not report free pages; empty if it does. Pure.
 
     :param status, features: the driver's status bits and accepted features, as QEMU lists them:
-        each is a name from the virtio specification, followed by its meaning.
+        each is a name from Linux's virtio headers, followed by its meaning.
     """
     if not any(line.startswith("VIRTIO_CONFIG_S_DRIVER_OK") for line in status):
         return "it has no driver for its balloon device (Linux: virtio_balloon)"

@@ -42,7 +42,7 @@ class EndNotice:
 
 
 class LibvirtGuest:
-    """A running guest, made by LibvirtDriver."""
+    """A running guest, made or adopted by LibvirtDriver."""
 
     handle: Handle = {}
     """Empty: libvirt finds the domain by its UUID."""

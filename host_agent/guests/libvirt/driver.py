@@ -79,7 +79,8 @@ class LibvirtDriver:
         self._partition = partition
         self._probing = Lock()
         self._kvm_fails = False
-        """Whether a guest could not be started under KVM; then KVM is not tried again."""
+        """Whether the guest of the probe could not be started under KVM; then this driver does not
+        probe again."""
 
     def state(self) -> host_pb2.DriverState:
         try:

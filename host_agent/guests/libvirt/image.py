@@ -14,7 +14,7 @@ from hintfleet.system.files import read_at_most
 
 _MAX_MANIFEST_BYTES = 1 << 20
 _CURRENT = "current"
-# A variant's name becomes a part of a path, and comes from another machine.
+# A variant's name becomes a part of a path, and may come from another machine.
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
 

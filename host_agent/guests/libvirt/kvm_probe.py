@@ -22,7 +22,8 @@ from host_agent.guests.libvirt.image import GuestImage
 # The first line that the guest's init writes to the console (deploy/image/init).
 BOOTED = "hintfleet-init: started"
 
-# Thirty times what a boot to init takes under KVM: guests under TCG would cost a busy host more.
+# Thirty times what a boot to init takes under KVM. A wrong no would cost a busy host more than so
+# long a wait: guests would run under TCG.
 TIMEOUT_S = 30.0
 
 _NO_LASTS_S = 3600.0
