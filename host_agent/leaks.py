@@ -4,9 +4,10 @@ devices, folders.
 An embedded guest, and a host agent with --lifeline-fd, has a lifeline, a pipe. A guest's folder, a
 cgroup and a zram device have a lock, and a domain has its console in a guest's folder. When the
 owner dies, the kernel closes the other end of the pipe, or releases the lock. So these are leaks: a
-process whose lifeline has no other end, a folder, cgroup or zram device whose lock is free, the
-domain of such a folder, and a memory door on whose socket nobody listens. Guests that a host agent
-has made under --state are not examined: each ends by itself after --orphan-after.
+process whose lifeline has no other end (or one that only leaked processes hold), a folder, cgroup
+or zram device whose lock is free, the domain of such a folder, and a memory door on whose socket
+nobody listens. Guests that a host agent has made under --state are not examined: each ends by
+itself after --orphan-after.
 """
 
 from __future__ import annotations
@@ -165,6 +166,6 @@ def _abandoned(what: str, path: Path, size_bytes: int = 0) -> Leak:
 def _size_bytes(paths: Iterable[Path]) -> int:
     sizes = []
     for path in paths:
-        with suppress(FileNotFoundError):  # the file's guest has just ended
+        with suppress(FileNotFoundError):  # somebody else removes the folder now
             sizes.append(path.lstat().st_blocks * 512)
     return sum(sizes)

@@ -1,8 +1,9 @@
 """Makes, ends and releases the guests of this host agent.
 
 A trial's guests are ended when the trial's last Watch ends, unless this host agent is ending. When
-it ends, it ends all guests; with --state it releases them instead, unless its parent is gone
-(--lifeline-fd). Adopted guests are also ended if their trial has no Watch after a grace period.
+this host agent ends, it ends all guests and detaches the attached ones; with --state it releases
+all instead, unless its parent is gone (--lifeline-fd). Adopted guests of a trial are also ended if
+the trial has no Watch after a grace period.
 """
 
 from __future__ import annotations
@@ -64,19 +65,21 @@ class Registry:
         self.saver = Saver(state)
         self.epochs = Epochs()
         self.observing = CpuMeter()
-        """Counts the processor time of samples, and of audits for samples and metrics only."""
+        """Counts the processor time of samples, of checks whether audits are due, and of audits for
+        samples and metrics only."""
         self._guests: dict[str, Guest] = {}
         self._watches: Counter[str] = Counter()
         self.shutting_down = False
-        """Whether this host agent ends: then the end of a Watch does not end its guests."""
+        """Whether this host agent ends: then the end of a Watch does not end its trial's guests."""
         self.ending: set[asyncio.Task[None]] = set()
-        """Tasks that end guests: `close_watch` does not wait for them."""
+        """Tasks that end guests, or close them until they are attached again. Whoever begins a task
+        does not wait for it."""
         # A trial's answers stay until the trial ends: its client may retry a command at any time.
         self.commands = RepeatedCommands()
 
     @property
     def guests(self) -> tuple[Guest, ...]:
-        """All guests, including those that are still being made or ended."""
+        """All guests, including those that are lost, and those still being made or ended."""
         return tuple(self._guests.values())
 
     def get(self, name: str) -> Guest:
@@ -110,7 +113,7 @@ class Registry:
         :raises Refused: no Watch of the trial is open, the name or UUID is taken, or this machine
             or the driver cannot make the guest.
         :raises GuestLost: it ended or was not ready in time; with its last output.
-        :raises TransientError: the state cannot be written.
+        :raises TransientError: the state cannot be written, or this host agent ends.
         """
         # An earlier guest with this name may still be ending: `close_watch` does not wait for it.
         if name in self._guests and self.ending:
@@ -190,7 +193,7 @@ class Registry:
         driver = self.driver_of(guest)
         try:
             running = await in_driver_thread(driver.create, self.request(guest))
-        except OSError as error:  # no free descriptor, process or disk space
+        except OSError as error:  # for example, no free descriptor, process or disk space
             raise Refused(f"guest {guest.name} cannot be made: {error}") from error
         guest.started(running)
         follow_table(guest)
@@ -246,8 +249,8 @@ class Registry:
         return ledger
 
     def _attached_lost(self, guest: Guest, reason: str) -> None:
-        """End the epoch of an attached guest whose door is disconnected; then keep the guest until
-        its domain starts again, or end it if the domain runs on without the door."""
+        """End the epoch of an attached guest whose door is disconnected. Begin to find out whether
+        its domain has ended: if so, keep the guest until the domain starts again; else end it."""
         guest.lost(reason)
         if self.shutting_down or guest.to_attach_again is not None:
             return  # this host agent ends, or the guest is kept already
@@ -302,7 +305,8 @@ class Registry:
     # Trials
 
     def open_watch(self, trial_id: str) -> None:
-        """Count one more open Watch of this trial; its guests live while at least one is open."""
+        """Count one more open Watch of this trial. The end of the last one ends the trial's
+        guests."""
         _log.info("watch opened", extra=fields(trial=trial_id))
         self._watches[trial_id] += 1
 
@@ -310,7 +314,7 @@ class Registry:
         """Count one open Watch less. If it was the last one, begin to end the trial's guests,
         unless this host agent is ending.
 
-        Not a coroutine: the handler of a cancelled stream cannot await.
+        Not a coroutine: it must be done even if the stream's handler is cancelled meanwhile.
         """
         _log.info("watch closed", extra=fields(trial=trial_id))
         self._watches[trial_id] -= 1

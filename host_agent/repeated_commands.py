@@ -31,7 +31,7 @@ ANSWERS_WITHOUT_TRIAL = 100
 
 class RepeatedCommands:
     """The answers to commands, by the commands' ids: to all commands of trials that have not ended,
-    and to the last commands of no trial."""
+    and to the latest ANSWERS_WITHOUT_TRIAL commands of no trial."""
 
     def __init__(self) -> None:
         self._answers: dict[str, _Answers] = {}

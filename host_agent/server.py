@@ -137,7 +137,8 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
     With a state folder, adopt the guests of an earlier host agent before serving; at the end, leave
     the guests as they are: they live on for the next host agent.
 
-    :raises Refused: an address cannot be bound, or the state cannot be used.
+    :raises Refused: an address cannot be bound, the state cannot be used, or a guest of an earlier
+        host agent can be neither adopted nor found to be gone.
     :raises InvalidInput: an address is not valid, or needs TLS.
     :raises TransientError: the state cannot be written; at the end, all is closed all the same.
     """

@@ -10,8 +10,8 @@ import gc
 import sys
 
 _SWITCH_INTERVAL_S = 0.0005
-# CPython 3.11's defaults are (700, 10, 10). After freeze() there is little garbage to find, so
-# collections may be rarer.
+# CPython 3.11's defaults are (700, 10, 10). Little garbage is in cycles, so collections may be
+# rarer.
 _GC_THRESHOLDS = (10_000, 20, 20)
 
 

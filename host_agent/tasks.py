@@ -56,7 +56,7 @@ class LastingTasks:
 
 
 def raise_first(names: Iterable[str], errors: Iterable[BaseException | None]) -> None:
-    """Raise the first error, if there is one, and log the others.
+    """Raise the first of `errors` that is not None, if there is one; log the others.
 
     :param names: the guests' names, in the order of `errors`.
     """

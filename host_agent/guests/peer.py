@@ -16,10 +16,11 @@ PEERS = frozenset({host_pb2.REPORTING, host_pb2.BALLOON})
 
 
 class Peer:
-    """Runs reporting or the balloon for one guest; does nothing under other methods.
+    """Moves the balloon of one guest, or waits until its free page reporting works (QEMU does the
+    rest); does nothing under other methods.
 
-    :ivar works: whether it works in the guest, as far as that can be found out; true from the start
-        under other methods.
+    :ivar works: whether the peer was found to work, as far as that can be found out; true from the
+        start under other methods.
     """
 
     def __init__(self, spec: host_pb2.GuestSpec) -> None:
@@ -41,7 +42,8 @@ class Peer:
         :param on_works: called whenever the peer is found to work; `works` is true then.
         :param has_moved: returns whether the guest's resident memory has moved by 1 MiB or more
             since it last returned true.
-        :param failed: called with the reason when the method cannot work.
+        :param failed: called with the reason when the method cannot work, or does not any more. Not
+            called when the guest is gone.
         """
         if self.works:
             return

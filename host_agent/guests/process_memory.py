@@ -15,8 +15,8 @@ _RSS = re.compile(rb"^Rss(?:Anon|File):\s+([0-9]+) kB$", re.MULTILINE)
 
 
 class ProcessMemory:
-    """Reads this memory for one guest, and remembers the figure for 10 s: a read takes 0.1 ms, so
-    0.001 % of a core."""
+    """Reads this figure for one guest, and remembers it for 10 s: a read takes 0.1 ms, so 0.001 %
+    of a core."""
 
     def __init__(self) -> None:
         self._pid = 0

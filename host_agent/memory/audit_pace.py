@@ -51,7 +51,8 @@ class AuditPace:
         self._took_s = 0.0
 
     def check(self, now_s: float, moved_pages: int) -> bool:
-        """Return whether the caller must look now, and set `next_check_s`.
+        """Return whether the caller must look now (the look counts as begun then), and set
+        `next_check_s`.
 
         :param moved_pages: how many changed pages a look would find (`GuestMemory.moved_pages`).
         """

@@ -1,7 +1,7 @@
 """Keeps punches out while a guest's RAM must not be punched.
 
 A batch gets a permit when its turn comes. With this permit it enters the fence, and before each of
-its punches the permit is checked again (punch.c). Closing the fence ends all permits, so whoever
+its punches the permit is checked again (punch.py). Closing the fence ends all permits, so whoever
 closes it has to wait for one punch, not for the whole batch. A permit stays ended when the fence is
 opened again: then another epoch begins, and the rest of an old batch must not run in it.
 """

@@ -30,8 +30,8 @@ _T = TypeVar("_T")
 # A batch within these bounds (at most 1 MiB to drop, in few runs) takes less time than handing it
 # to a thread.
 _LIGHT_RANGES, _LIGHT_SPAN_PAGES, _LIGHT_PAGES = 8, 8192, 256
-# A look that is not in full stops at the latest after about this processor time, because batches
-# wait until it ends. The next look continues where this one stopped.
+# A look that may end early (see `look`) stops after about this processor time at the latest:
+# batches wait until it ends. The next look continues where this one stopped.
 _SLICE_S = 0.01
 
 
@@ -49,19 +49,20 @@ class GuestMemory:
         """:param name: the guest's name, for messages.
         :param others_reclaim: whether memory may leave the RAM without a batch (peers).
         :param changed: called after each change of the books.
-        :param lost: called with the reason when a look at the RAM failed; the RAM is closed then.
+        :param lost: called with the reason, after `closed`, when the kernel did not report what is
+            resident.
         """
         self.lock = asyncio.Lock()
         self.refaults_to_tell = NO_PAGES
-        """What the next Refaulted message must report: absent memory that was found in use again,
-        and what `recovered`, `tell_all_again` and `taken_out` add."""
+        """What the next Refaulted message must report: memory that was absent by the books and that
+        a look found resident, and what `recovered`, `tell_all_again` and `taken_out` add."""
         self.plugged_pages = EMPTY
         """Memory that was plugged and not unplugged since, by the books."""
         self._forgotten = NO_PAGES
         """Pages that were unplugged and not plugged again. They are reported in Refaulted
         messages, because a guest that remembers which of its memory is absent must forget them."""
         self.last_ledger = host_pb2.Ledger()
-        """The books as `books_now` last returned them; after `closed`, the last books."""
+        """The books as `books_now` last returned them; `closed` does not change them."""
         self._ledger_is_current = False
         self._name = name
         self._others_reclaim = others_reclaim
@@ -81,7 +82,7 @@ class GuestMemory:
         self._open = ram, Ledger(ram.page_map, others_reclaim=self._others_reclaim)
 
     def recovered(self, ram: GuestRam, books: Books) -> None:
-        """Open the RAM of a guest that an earlier host agent made, with the books that it stored.
+        """Open the RAM of a guest of an earlier host agent, with the books that that agent stored.
 
         Blocks while it looks at all of the RAM: call it in a worker thread.
         """
@@ -260,7 +261,8 @@ class GuestMemory:
         if self._others_reclaim:
             return abs(resident_bytes - self._audited_bytes) // PAGE_BYTES
         unseen_pages = self._open[1].unseen_pages(resident_bytes)
-        # While a batch is reclaimed, its punches are not in the books yet: nobody took memory.
+        # If the lock is held, a batch may be running, whose punches are not in the books yet. Then
+        # it proves nothing that less is resident.
         return 0 if unseen_pages < 0 and self.lock.locked() else abs(unseen_pages)
 
     def has_moved(self) -> bool:
@@ -273,8 +275,8 @@ class GuestMemory:
         return moved
 
     async def audit(self) -> host_pb2.Ledger:
-        """Look at all pages that may be absent, unless nobody else reclaims and as much is resident
-        as the books say. Return what `books_now` returns. The caller holds `lock`."""
+        """`look` in full, unless nobody else reclaims and as much is resident as the books say.
+        Return what `books_now` returns. Locked."""
         if self._open:
             _, ledger = self._open
             resident_bytes = self.books_now().resident_bytes
@@ -286,10 +288,10 @@ class GuestMemory:
         """Look at the RAM for changes that the books do not know, and enter them. Return the
         processor time that this took, in seconds. Locked.
 
-        If memory left without a batch, it covers all of the RAM. If it is `in_full`, or if others
-        reclaim, it covers all pages that may be absent. Otherwise it ends early: when it has found
-        `Ledger.unseen_pages` pages, or after _SLICE_S of processor time. If the look fails, the
-        guest is lost. Then, or if the RAM is not open, return 0.
+        If less is resident than the books say, or if others reclaim, it covers all of the RAM. If
+        it is `in_full`, it covers all pages that may be absent. Otherwise it may end early: when it
+        has found `Ledger.unseen_pages` pages, or after _SLICE_S of processor time. If the look
+        fails, the guest is lost. Then, or if the RAM is not open, return 0.
         """
         if self._open is None:
             return 0.0

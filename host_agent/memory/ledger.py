@@ -5,7 +5,8 @@ These two balances hold after a full look and its `audit`, until the guest's mem
     resident + reclaimed_now + untouched = provisioned
     hinted_total = reclaimed_total + absent_total + sum(skipped_total)
 
-`untouched` memory was never resident: a hint of it counts as `absent`, not as a saving.
+`untouched` memory was never seen resident (or not since `left`, see below): a hint of it counts as
+`absent`, not as a saving.
 
 Memory that is plugged begins as untouched. Memory that is unplugged while it is reclaimed is
 subtracted from `reclaimed_now`, and counted in a total of its own, because it did not refault:
@@ -118,11 +119,11 @@ class Ledger:
     def recover(self, resident: PageMap) -> None:
         """Bring restored books up to date from the RAM files alone.
 
-        A page that is absent in the files and resident by the books was reclaimed by a batch that
-        the killed host agent did not save: it is entered as hinted and reclaimed (under a peer, the
-        peer took it: it is entered as reclaimed only). Pages that an unsaved batch hinted while
-        they were absent, or that it reclaimed and the guest used again, are missing in the totals.
-        The balances hold nevertheless.
+        A page that is absent in the files and resident by the books counts as reclaimed by a batch
+        that the killed host agent did not save: it is entered as hinted and reclaimed (under a
+        peer, as taken by the peer: it is entered as reclaimed only). Pages that an unsaved batch
+        hinted while they were absent, or that it reclaimed and the guest used again, are missing in
+        the totals. The balances hold nevertheless.
 
         :param resident: all resident pages of the RAM; no batch may be running.
         """
@@ -179,7 +180,8 @@ class Ledger:
 
     def unseen_pages(self, resident_bytes: int) -> int:
         """Return how many more pages are resident in the RAM files than by the books; negative if
-        fewer. Then memory left the files without a batch.
+        fewer. Then memory left the files without a batch, or a batch is running: its outcome is not
+        in the books yet.
 
         If no memory leaves without a batch, and no batch runs, each page that is resident by the
         books is resident in the files. Then this is exactly how many resident pages are absent by

@@ -32,7 +32,7 @@ _PUNCH_HOLE = 0x02 | 0x01
 def loop_in_c(library: Path) -> Punch:
     """Return a function that calls the loop of punch.c.
 
-    :raises OSError: the library was not built, or not for this machine, or from an older source.
+    :raises OSError: the library was not built, or not for this machine, or does not have the loop.
     """
     try:
         loop = ctypes.CDLL(str(library)).punch_while_permitted

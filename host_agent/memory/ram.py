@@ -83,7 +83,8 @@ def close_files(segments: Iterable[Segment]) -> None:
 
 
 class GuestRam:
-    """All of a guest's RAM. Only this class punches holes into it (and, under a peer, QEMU)."""
+    """All of a guest's RAM. In this process only this class punches holes into it. QEMU may, too:
+    under a peer, or if an operator moves the balloon of an attached guest."""
 
     def __init__(self, segments: Sequence[Segment], fence: Fence | None = None) -> None:
         """Take ownership of the segments' file descriptors; segments must not overlap.

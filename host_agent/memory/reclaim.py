@@ -42,7 +42,7 @@ def reclaim(ram: GuestRam, hinted: RangeSet, maybe_absent: PageMap, permit: int)
     drop, and pages that were not dropped yet when QEMU stopped the guest (I5).
 
     :param maybe_absent: pages that may be absent, from the ledger; every other page of the RAM
-        is resident.
+        counts as resident.
     :param permit: from `GuestRam.permit`, taken when the batch's turn came.
     :raises OSError: the kernel does not report what is resident. Nothing or a part was dropped.
     """

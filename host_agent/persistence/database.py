@@ -5,8 +5,8 @@ guest's own files. The process holds a lock (flock) while it uses the state. The
 over a restart: the process that holds the lock knows that no batch of an earlier host agent is
 running or can ever run.
 
-The file must outlive the process, but not a power failure, which ends the guests as well. So each
-boot of the host has its own folder, and folders of earlier boots are removed unread.
+The file must outlive the process. It need not outlive a power failure, which ends the guests as
+well. So each boot of the host has its own folder, and folders of earlier boots are removed unread.
 
 The SQLite file contains tokens, so only its owner can read it. Other users can enter the folders
 but not list them: QEMU's user must reach the files of its guests.
@@ -126,8 +126,8 @@ class Database:
         self._path.touch(mode=0o600)
         self._lock = Lock()
         with self._refusing_damage():
-            # SQLite's check for one thread is off: `asyncio.to_thread` may call from another thread
-            # each time. `_lock` lets one thread write at a time.
+            # The check of Python's sqlite3 for one thread is off: `asyncio.to_thread` may call from
+            # another thread each time. `_lock` lets one thread write at a time.
             self._db = sqlite3.connect(self._path, check_same_thread=False)
             self._set_up()
 
@@ -148,10 +148,10 @@ class Database:
             raise self._unusable(f"is damaged: {verdict}")
 
     def guest_address(self) -> GuestAddress | None:
-        """Return where the last host agent with this state listened for guests; None if there was
-        none.
+        """Return the address that `set_guest_address` stored last, in this host agent or an earlier
+        one of this boot; None if there is none.
 
-        :raises Refused: the file is damaged.
+        :raises Refused: the file is damaged or cannot be read.
         """
         with self._refusing_damage():
             row = self._db.execute("SELECT socket, address FROM door").fetchone()
@@ -160,7 +160,7 @@ class Database:
     def guests(self) -> list[GuestRecord]:
         """Return all guests that were saved and not forgotten.
 
-        :raises Refused: the file is damaged.
+        :raises Refused: the file is damaged or cannot be read.
         """
         with self._refusing_damage():
             return [_record(*row) for row in self._db.execute("SELECT * FROM guest")]
@@ -239,7 +239,7 @@ def opened(folder: Path) -> Iterator[Database]:
     a missing folder, and remove the state of earlier boots.
 
     :raises Refused: another host agent has the state open, or the state is damaged, is of another
-        version of hintfleet, or cannot be made.
+        version of hintfleet, or cannot be made or opened.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with contextlib.ExitStack() as stack:
@@ -280,8 +280,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
-    """Return what the last holder of the lock has written into the file: its process id; empty if
-    nobody has written yet."""
+    """Return what the holder of the lock, or the holder before it, has written into the file: its
+    process id. Empty if the file has none."""
     return path.read_text()[:20]
 
 

@@ -83,7 +83,7 @@ def view_of(guest: Guest, ledger: host_pb2.Ledger) -> GuestView:
     return GuestView(
         name=guest.name,
         # Absent memory is free in the guest; all other free memory of the guest is resident. A
-        # guest may lie about what is free, and must not seem to have more to give than all others.
+        # guest may lie about what is free, but cannot give more than is resident.
         can_give_bytes=max(
             0, min(ledger.resident_bytes, guest.sessions.telemetry.free_bytes - absent_bytes)
         ),

@@ -76,7 +76,7 @@ class Hold:
 
 
 _PATIENCE_STEPS = 8
-"""The patience has one of so many values: guests are told only when it changes by a step."""
+"""How many steps the patience has from 0 to 1: guests are told only when it changes by a step."""
 
 
 def patience(host: HostView, before: float) -> float:
@@ -87,8 +87,9 @@ def patience(host: HostView, before: float) -> float:
     soon (`guest_agent.holding_back`), whichever guest has it.
 
     :param before: the share until now. The share returns to 1 at once when the host is not above
-        the threshold. Otherwise it grows by a step (1/8) only when there is room for more than half
-        of that step: else the memory that is then held back would lower the share again at once.
+        the threshold. Otherwise it grows to a higher step (of 1/8) only when there is room
+        for more than half of that step: else the memory that is then held back would lower the
+        share again at once.
     """
     room_bytes = int(host.budget_bytes * (1 - host.threshold))
     left = 1 - host.excess_bytes / room_bytes if room_bytes else float(not host.excess_bytes)

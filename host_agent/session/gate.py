@@ -185,13 +185,13 @@ class Gate:
         return self._welcome()
 
     def arrived(self, session: int, batch: Batch) -> Sequence[Instruction]:
-        """Let a batch wait for its turn; skip it at once if its session is not the newest.
+        """Let a batch wait for its turn; skip it at once if its session was superseded or ended.
 
         :raises InvalidInput: it came before the Welcome or out of sequence, or is empty or beyond
             the limits. The caller must end the session; nothing was done with the batch.
         """
         _check_size(batch)
-        # A superseded stream is still read for a moment, until its `EndSession` is carried out.
+        # The stream of such a session is still read for a moment.
         if session != self._session:
             return [Post(batch, skip(batch.ranges, pb.WRONG_EPOCH))]
         self._check(batch)

@@ -35,7 +35,8 @@ def open_address(server: aio.Server, address: str, tls: Tls | None) -> GuestAddr
     :raises Refused, InvalidInput: as hintfleet.net.tls.listen.
     """
     # An abstract socket (unix(7)) has no file, so none is left behind however this process ends.
-    # Every process of this host can connect to the socket; guests authenticate with their tokens.
+    # Every process in this network namespace can connect to the socket; guests authenticate with
+    # their tokens.
     name = f"{ABSTRACT}hintfleet-{secrets.token_hex(16)}"
     return GuestAddress(socket=bind(server, name, None), address=listen(server, address, tls))
 

@@ -68,7 +68,8 @@ class GuestSessions:
         self.telemetry_at_s = 0.0
         """When `telemetry` arrived, by the monotonic clock."""
         self.resident_parts: host_pb2.ResidentParts | None = None
-        """What was resident when `telemetry` arrived; None if that does not tell."""
+        """What the resident memory consisted of when `telemetry` arrived; None if that cannot be
+        told from `telemetry`."""
         self.refusals: Counter[str] = Counter()
         """How often policy `pressure` allowed the guest nothing, by reason."""
         self.workload_is_there = asyncio.Event()
@@ -79,7 +80,7 @@ class GuestSessions:
         self.boot_id = ""
         """The boot id in the last Hello of the guest's agent; empty before the first Hello."""
         self.chunk_order = settings.chunk_order or DEFAULT_CHUNK_ORDER
-        """The order of the chunks that the guest hints."""
+        """The order of the chunks that the guest hints, by its settings."""
         self._memory = memory
         self._tasks = tasks
         self._opened = opened
@@ -152,7 +153,8 @@ class GuestSessions:
 
     def batch_arrived(self, session: int, batch: gate.Batch) -> None:
         """Hand a batch that came on a session to the gate. It is skipped at once if the session was
-        superseded; else it is run or skipped later, and acknowledged if the session is open then.
+        superseded or ended; else it is run or skipped later, and acknowledged if the session is
+        open then.
 
         :raises InvalidInput: the batch breaks the protocol; the caller must end the session with
             this error.
@@ -160,8 +162,8 @@ class GuestSessions:
         self._carry_out(self._gate.arrived(session, batch))
 
     def leave_hinting(self, session: int) -> None:
-        """Remove a session whose stream has ended. If it was the newest, its epoch ends, too. Its
-        open requests fail after a grace period."""
+        """Remove a session whose stream has ended. If it was the newest, its epoch ends, too. The
+        requests that were sent on this stream and have no answer fail after a grace period."""
         stream = self._by_session.pop(session)
         if not self._by_session:
             self.why_closed = f"its agent's session ended: {stream.why_ended}"

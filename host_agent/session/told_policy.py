@@ -21,7 +21,8 @@ _log = logging.getLogger("hintfleet.host.session")
 
 
 class ToldPolicy:
-    """What a guest is told about when to hint: its policy, or nothing at all during a pause."""
+    """What a guest is told about when to hint: its policy; during a pause, one that allows
+    nothing."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class ToldPolicy:
         self._settings = settings
         self._tell = tell
         self._own = policy_of(settings)
-        """The policy of the guest's settings; while hinting is paused, another one applies."""
+        """The guest's policy outside of a pause, with its present allowance and patience."""
         self._pause_timer: asyncio.TimerHandle | None = None
         self._paused_until_s = 0.0
 

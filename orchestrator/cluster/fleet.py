@@ -118,8 +118,8 @@ class Fleet(AbstractContextManager["Fleet"]):
         """Give an actor to each host that has none yet, or has lost its actor; return the node of
         each host, by the host's name.
 
-        :raises HintfleetError: there is no node for a host; or an actor cannot reach a host, or
-            died at each of four starts; or the cluster is gone.
+        :raises HintfleetError: there is no node for a host; or an actor cannot reach a host; or
+            some actor died at each of four starts; or the cluster is gone.
         """
         # Actors that died are started again. The GCS may have named a node that is dead already, or
         # a new node that not all other nodes know yet; a later start may succeed.
@@ -172,7 +172,8 @@ class Fleet(AbstractContextManager["Fleet"]):
                 yield batch
 
     def close(self) -> None:
-        """End all guests, logical hosts and actors; end a private cluster, or leave another one.
+        """End the guests that were made for the run, all logical hosts and actors; end a private
+        cluster, or leave another one.
 
         Waits up to 70 s for the actors; then kills them. Meanwhile Ctrl-C and SIGTERM are ignored
         (in the main thread). May be called twice.
@@ -222,7 +223,8 @@ class Fleet(AbstractContextManager["Fleet"]):
 
     def _find_nodes(self, placed: Mapping[str, str]) -> tuple[Placement, list[Node]]:
         """Place the hosts that have no node yet; return where all hosts are placed, and all nodes
-        that can be used. If a host fits on no node, wait for nodes that join.
+        that can be used. If a host fits on no node, wait up to `wait_s` for nodes that join; not in
+        a private cluster.
 
         :raises HintfleetError: a host found no node in time; or it is not certain on which node a
             host agent is; or the cluster is gone.

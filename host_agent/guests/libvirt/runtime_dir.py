@@ -1,6 +1,6 @@
 """The folder with one libvirt guest's files: console, agent's configuration, socket of the memory
-door. The socket is elsewhere under Survival (`Survival.door`), and is the only file in the folder
-of an attached guest."""
+door. Under Survival the socket is elsewhere (`Survival.door`). An attached guest has a folder only
+for its socket, so none under Survival."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _SHARED = Path("/tmp")  # noqa: S108
 
 
 def runtime_dirs() -> list[OwnedFolders]:
-    """Return where guests' folders are made, in order of preference: $TMPDIR, then /tmp."""
+    """Return where guests' folders are made without Survival, in order of preference: $TMPDIR,
+    then /tmp."""
     # /tmp too, because a private TMPDIR (libpam-tmpdir) may deny access to QEMU's user.
     bases = dict.fromkeys((Path(tempfile.gettempdir()), _SHARED))
     return [OwnedFolders(base=base, prefix="hintfleet-guest-") for base in bases]
@@ -36,10 +37,10 @@ class RuntimeDir:
     @classmethod
     def make(cls, user: QemuUser | None = None) -> RuntimeDir:
         """Make a new directory in the first base of `runtime_dirs` that the user can enter, or in
-        the first of all if there is none. Also remove the directories that killed host agents
-        left in that base.
+        the first base if the user can enter none. Before, remove the directories that killed host
+        agents left in that base.
 
-        :param user: who must be able to enter it; None for this process's user.
+        :param user: who must be able to enter it; None: do not check.
         """
         places = runtime_dirs()
         accessible = (p for p in places if user is None or user.first_denied(p.base) is None)
