@@ -161,7 +161,7 @@ def _add_guests_and_state(add: Callable[..., argparse.Action]) -> None:
     )
     add(
         "--orphan-after",
-        type=int,
+        type=_seconds,
         default=DEFAULT_ORPHAN_AFTER_S,
         metavar="S",
         help="with --state: a guest ends when it had no host agent for S seconds"
@@ -169,7 +169,7 @@ def _add_guests_and_state(add: Callable[..., argparse.Action]) -> None:
     )
     add(
         "--watch-grace",
-        type=int,
+        type=_seconds,
         default=DEFAULT_WATCH_GRACE_S,
         metavar="S",
         help="with --state: adopted guests end when no Watch of their trial is open after S"
@@ -185,6 +185,16 @@ def _size(text: str) -> int:
         return parse_size(text)
     except InvalidInput as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _seconds(text: str) -> int:
+    """:raises argparse.ArgumentTypeError: it is none, or beyond what a guest's agent takes
+    (`hintfleet.agent_config`)."""
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 1 << 20:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of seconds from 1 to {(1 << 20) - 1}"
+        )
+    return int(text)
 
 
 def _leaks(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class RepeatedCommands:
         task = answers.get(key)
         if task is None:
             task = answers[key] = asyncio.ensure_future(_as_coroutine(do))
-            task.add_done_callback(partial(_drop_failed, answers, key))
+            task.add_done_callback(partial(self._drop_failed, command.trial_id, key))
             if not command.trial_id and len(answers) > ANSWERS_WITHOUT_TRIAL:
                 del answers[next(iter(answers))]  # the oldest
         return cast(_T, await asyncio.shield(task))
@@ -61,13 +61,15 @@ class RepeatedCommands:
         """Drop the answers of a trial that has ended."""
         self._answers.pop(trial_id, None)
 
-
-def _drop_failed(answers: _Answers, key: _Key, task: asyncio.Task[object]) -> None:
-    # Not in `once`: the caller may be gone when the command fails. `exception` marks the error as
-    # retrieved, else asyncio logs it.
-    failed = task.cancelled() or not isinstance(task.exception(), GuestLost | None)
-    if failed and answers.get(key) is task:
-        del answers[key]
+    def _drop_failed(self, trial_id: str, key: _Key, task: asyncio.Task[object]) -> None:
+        # Not in `once`: the caller may be gone when the command fails. `exception` marks the error
+        # as retrieved, else asyncio logs it.
+        failed = task.cancelled() or not isinstance(task.exception(), GuestLost | None)
+        answers = self._answers.get(trial_id, {})
+        if failed and answers.get(key) is task:
+            del answers[key]
+            if not answers:  # nobody would call `forget` for a trial that was never watched
+                del self._answers[trial_id]
 
 
 async def _as_coroutine(do: Callable[[], Awaitable[object]]) -> object:

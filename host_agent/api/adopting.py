@@ -51,6 +51,8 @@ async def _adopt(registry: Registry, record: GuestRecord) -> None:
     driver = registry.driver_of(guest)
     try:
         running = await in_driver_thread(driver.adopt, registry.request(guest), record.handle)
+    except OSError as error:  # its log, or no descriptor is free
+        raise Refused(f"guest {record.name}: it cannot be adopted: {error}") from error
     except GuestLost as error:
         guest.memory.last_ledger = record.books.totals
         guest.earlier = record.earlier

@@ -43,7 +43,8 @@ async def guest_message(guest: Guest) -> host_pb2.Guest:
 def process_rss_bytes(guest: Guest) -> int | None:
     """Return the memory of a guest's process that is not the guest's RAM; None if that is not
     known."""
-    return guest.process_memory.rss_bytes(guest.running.pid) if guest.running else None
+    running = guest.running  # read once: a thread that answers a scrape may call this
+    return guest.process_memory.rss_bytes(running.pid) if running else None
 
 
 def parts_of(guest: Guest) -> host_pb2.ResidentParts | None:

@@ -38,9 +38,10 @@ _PIXELS_PER_POINT = 2
 def report(run: str, output: Path | None, plot: Path | None, data_dir: Path | None) -> None:
     """Make a report of one run as one HTML file that needs no network.
 
-    It shows memory over time under each arm, what each arm saved and cost, the spec, and
-    the machine. RUN is an id, a unique part of an id, or `latest`. Prints the name of the
-    file. Needs the extra `report` (pip install 'hintfleet[report]').
+    It shows memory over time under each arm, what each arm saved and cost (or how many guests
+    it could run), the spec, and the machine. RUN is an id, a unique part of an id, or
+    `latest`. Prints the name of the file. Needs the extra `report` (pip install
+    'hintfleet[report]').
     """
     from orchestrator.results.store.reader import Store
 

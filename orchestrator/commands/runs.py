@@ -18,18 +18,14 @@ from orchestrator.commands.options import data_dir_option, data_dir_or_default, 
 @output_option
 def runs(limit: int, data_dir: Path | None, output_format: str) -> None:
     """List the stored runs, newest first."""
-    from dataclasses import asdict
-
     from orchestrator.commands.output import emit
-    from orchestrator.commands.show_run import print_resume_hint
+    from orchestrator.commands.show_run import header_as_data, print_resume_hint
     from orchestrator.results.store.reader import Store
     from orchestrator.view import tables
 
     with Store(data_dir_or_default(data_dir)) as store:
         found = store.runs(limit)
-    data = [asdict(run) for run in found]
-    for run in data:  # the spec is left out here: `show RUN --spec` prints it
-        del run["spec_text"]
+    data = [header_as_data(run) for run in found]
     emit(data, output_format, lambda: tables.runs(found))
     print_resume_hint([run.run_id for run in found if run.was_cut_off])
 
@@ -44,7 +40,7 @@ def show(run: str, only_spec: bool, data_dir: Path | None, output_format: str) -
     of a Ray cluster its hosts ran.
 
     RUN is an id, a unique part of an id, or `latest`. The exit code is that of the run:
-    1 if it failed, 3 if it is undecided, 130 if it was interrupted.
+    1 if it failed, 3 if it or an arm is undecided, 130 if it was interrupted.
     """
     from orchestrator.commands.show_run import print_run
     from orchestrator.results.store.reader import Store

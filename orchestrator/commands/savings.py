@@ -51,8 +51,8 @@ def savings(
 ) -> int:
     """Show how much memory each arm saved, compared with the control arm of its run.
 
-    Only running runs are left out; stderr lists every run that is not done. The exit code
-    is 3 if a row is undecided.
+    Left out are running runs, and those whose figure is how many guests fit. stderr lists
+    every run that is not done. The exit code is 3 if a row is undecided.
     """
     from hintfleet.errors import ExitCode
     from orchestrator.commands.output import emit, savings_as_data

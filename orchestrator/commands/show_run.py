@@ -52,7 +52,9 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
     # person who watches stderr.
     if output_format != "table":
         if code is ExitCode.UNDECIDED:
-            for reason in dict.fromkeys(row.undecided for row in rows if row.undecided):
+            # A run that asks how many guests fit has no rows.
+            reasons = [row.undecided for row in rows] or [run.reason]
+            for reason in dict.fromkeys(filter(None, reasons)):
                 click.echo(f"undecided: {reason}", err=True)
         if precision := outcome(run, rows):
             click.echo(precision, err=True)
@@ -66,17 +68,23 @@ def print_resume_hint(run_ids: Sequence[str]) -> None:
         click.echo(f"to resume: hintfleet run --resume {run_ids[0][-6:]}", err=True)
 
 
+def header_as_data(run: Run) -> dict[str, Any]:
+    """Return a run's header as plain data: without the spec, and without the points of recordings,
+    of which there may be thousands."""
+    header = asdict(run)
+    del header["spec_text"]
+    if "recordings" in run.overrides:
+        header["overrides"] = header["overrides"] | {"recordings": run.recordings}
+    return header
+
+
 def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
-    """Return a run as plain data: its header without the spec, the units of figures, its arms,
-    capacities, frontier and trials.
+    """Return a run as plain data: its header, the units of figures, its arms, capacities, frontier
+    and trials.
 
     If the run has a precision, each arm with an interval of `saved_bytes` says how narrow that is,
     and whether it is narrow enough.
     """
-    header = asdict(run)
-    del header["spec_text"]
-    if "recordings" in run.overrides:  # without their points: there may be thousands
-        header["overrides"] = header["overrides"] | {"recordings": run.recordings}
     arms = [savings_as_data(row) for row in rows]
     cost_rows = store.cost_rows(run.run_id)
     costs = {cost.arm: asdict(cost) for cost in compare(cost_rows, run.driver)}
@@ -89,7 +97,7 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
         arm["loops"] = [loop for loop in loops if loop["arm"] == arm["arm"]]
     capacity_rows = store.capacity_rows(run.run_id)
     points = frontier(capacity_rows, spec_or_none(run))
-    return header | {
+    return header_as_data(run) | {
         "confidence": CONFIDENCE,
         "figures": glossary(),
         "arms": arms,

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from hintfleet.errors import GuestLost, Refused
-from hintfleet.units import KIB
+from hintfleet.units import KIB, PAGE_BYTES
 from hintfleet.v1 import host_pb2
 from host_agent.door.door import BACKING_HINT
 from host_agent.guests.libvirt.api import errors_as, modules
@@ -68,6 +68,13 @@ def _memory_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
             "its memory is in huge pages, which cannot be dropped in part",
             f"remove <hugepages> from <memoryBacking>{_COLD}",
         )
+    # libvirt gives the size in KiB.
+    pages = domain.findall("devices/memory/source/pagesize")
+    if any(page.text != str(PAGE_BYTES // KIB) for page in pages):
+        yield (
+            "a DIMM is in huge pages, which cannot be dropped in part",
+            "detach it, and plug one without <pagesize>",
+        )
     if domain.find("memoryBacking/locked") is not None:
         yield "its memory is locked", f"remove <locked/> from <memoryBacking>{_COLD}"
     source = domain.find("memoryBacking/source")
@@ -78,17 +85,13 @@ def _memory_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
 
 
 def _is_shared(domain: ET.Element) -> bool:
-    """Return whether all memory is shared, except that of memory devices (DIMMs), which is not
-    examined. A NUMA cell's own access mode overrides the domain's."""
+    """Return whether all memory is shared. The own access mode of a NUMA cell or of a memory device
+    (DIMM) overrides the domain's."""
     access = domain.find("memoryBacking/access")
     by_default = access is not None and access.get("mode") == "shared"
-    cells = domain.findall("cpu/numa/cell")
-    if not cells:
-        return by_default
-    return all(
-        (cell.get("memAccess") == "shared") or (cell.get("memAccess") is None and by_default)
-        for cell in cells
-    )
+    own = [cell.get("memAccess") for cell in domain.findall("cpu/numa/cell")] or [None]
+    own += [device.get("access") for device in domain.findall("devices/memory")]
+    return all(access == "shared" or (access is None and by_default) for access in own)
 
 
 def _device_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
