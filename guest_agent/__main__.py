@@ -66,11 +66,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _avoid_huge_pages() -> None:
-    """Turn off transparent huge pages for this process, except where it asks for them (madvise)."""
+    """Turn off transparent huge pages for this process; from Linux 6.18 on, except where it asks
+    for them (madvise)."""
     # Where transparent huge pages are set to "always", the kernel gives heap and stacks whole pages
     # of 2 MiB, of which they use only a part. Such pages were up to 8 MiB of an agent's memory
-    # (docs/measurements.md). Linux before 6.18 knows no exception: there an embedded guest's RAM
-    # gets no huge pages either.
+    # (docs/measurements.md). Before 6.18 an embedded guest's RAM gets no huge pages either.
     prctl = ctypes.CDLL(None).prctl
     for flags in (_PR_THP_DISABLE_EXCEPT_ADVISED, 0):
         if not prctl(_PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, flags, 0, 0))):

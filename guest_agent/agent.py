@@ -40,11 +40,12 @@ from hintfleet.v1 import hinting_pb2 as pb
 _log = logging.getLogger("hintfleet.guest")
 
 _FINISH_TIMEOUT_S = 1.0
-"""How long an agent that is asked to end waits for the acks of what it has in flight."""
+"""How long at most the agent of a real guest waits after SIGTERM for acks of what is in flight."""
 
 _NICENESS = 10
-"""Of the agent in a real guest: it waits until the guest's work pauses, but it is not starved. When
-it was as nice as the work, each of its wakes made an allocation of the work wait."""
+"""Of the agent in a real guest: while the guest's work runs, the agent gets little CPU time, but it
+is not starved. When it was as nice as the work, each of its wakes made an allocation of the work
+wait."""
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 1 << 20),
@@ -111,9 +112,9 @@ async def _end_orphaned(channel: aio.Channel, after_s: int) -> None:
 
     :raises TransientError: there was no host agent for `after_s` seconds.
     """
-    # A guest of a host agent with --state outlives that host agent, and only the next one finds the
-    # guest and ends it. If there is no next one, this error ends the guest, which would otherwise
-    # run for ever.
+    # A guest of a host agent with --state outlives that host agent, and then only the next one can
+    # end it. If there is no next one, this error ends the guest, which would otherwise run for
+    # ever.
     while after_s:
         try:
             async with asyncio.timeout(after_s):

@@ -28,7 +28,7 @@ class State(Enum):
     """The state of the session."""
 
     DISCONNECTED = "disconnected"
-    """No stream, or no Welcome yet: nothing may be isolated."""
+    """No stream, or no Welcome yet: the core asks for no chunks. Some may still be isolated."""
     OPEN = "open"
     """Welcomed: batches may be sent."""
 
@@ -61,7 +61,8 @@ class Send:
 
 @dataclass(frozen=True)
 class Release:
-    """Call the isolator's `release`, which gives the ranges back to the guest's allocator.
+    """Call the isolator's `release`, which gives the ranges back to the guest's allocator, now or
+    later.
 
     :ivar hinted: False if the ranges are to be hinted again: the host skipped their batch because
         it was too old, or no ack of it came.
@@ -73,7 +74,7 @@ class Release:
 
 @dataclass(frozen=True)
 class ReportNow:
-    """Call the isolator's `report_now`, which makes free chunks ready.
+    """Call the isolator's `report_now`, which begins to make free chunks ready.
 
     :ivar thorough: whether to make all free chunks ready, even if only few are new.
     """
@@ -124,20 +125,22 @@ class HintingCore:
         self._awaiting_welcome: list[RangeSet] = [still_isolated] if still_isolated else []
         self._settling: list[_Settling] = []
         self._pages_at_last_pass = 0
-        """`hinted_page_count` when the last pass for a settle request began."""
+        """`hinted_page_count` when the latest pass for a settle request began."""
         self._allowance_pages: int | None = None
         self._unfinished = False
         self._stopped = False
 
     @property
     def still_isolated(self) -> RangeSet:
-        """All isolated ranges for which this core has returned no Release yet; Hello has them."""
+        """All ranges that this core was given as isolated, and for which it has returned no Release
+        yet; Hello has them. The isolator may hold more (`isolated_pages`)."""
         held = [*self._awaiting_welcome, *self._in_flight.values()]
         return RangeSet(one for ranges in held for one in ranges)
 
     def welcomed(self, epoch: int, limits: Limits) -> Sequence[Instruction]:
         """Open the session, and release the ranges of all earlier batches (I4): the host has sent
-        Welcome, so none of these batches can run any more (I2). Then ask for free chunks."""
+        Welcome, so none of these batches can run any more (I2). Then ask for free chunks, unless
+        none may be hinted."""
         self.lost()
         self.state = State.OPEN
         self._epoch, self._seq, self._limits = epoch, 0, limits
@@ -177,7 +180,8 @@ class HintingCore:
     def allowed(self, pages: int | None) -> Sequence[Instruction]:
         """Note how many pages the host allows to be hinted (None for no bound), and ask for chunks.
 
-        Batches in flight count: when the host computed the allowance, their memory was resident.
+        The pages of batches in flight are subtracted: when the host computed the allowance, they
+        were resident.
         """
         if pages is not None:
             in_flight_pages = sum(ranges.page_count for ranges in self._in_flight.values())
@@ -238,7 +242,7 @@ class HintingCore:
 
     def stop(self) -> None:
         """Isolate and hint nothing more, except the rest of an unfinished batch of the kernel
-        module. Isolated ranges are still released by their acks."""
+        module. Isolated ranges are still released by their acks or a Welcome."""
         self._stopped = True
 
     @property

@@ -1,8 +1,10 @@
-"""How much free memory a guest holds back, so that it need not take it back (policy adaptive).
+"""How much free memory a guest holds back, so that it need not take it back from the host
+(policies adaptive and cold).
 
 Hinting a chunk that its guest soon uses again costs a refault and saves nothing; holding back a
 chunk that is not used again keeps the host's memory for nothing. `HoldingBack` decides which it is
-likely to be, and learns it from the guest's own use. It is pure: times and amounts in, amounts out.
+likely to be. Under policy adaptive it learns that from the guest's own use; under policy cold it
+holds each chunk back for the same time. It is pure: times and amounts in, amounts out.
 
 It works by amount. The guest's memory is a stack of levels of one chunk (larger ones in large
 guests): level k is in use while the guest uses more than k chunks, whichever they are. So when a
@@ -77,10 +79,11 @@ class HoldingBack:
         """For each share: the levels held for it, and since when; the first is the oldest."""
         self._scores: dict[int, list[float]] = {}
         self._report_delay_s = 1.0
-        """How long after a refault the host reports it, at most."""
+        """How long after a refault the host is assumed to report it, at most."""
         self._entered = self._entered_before = 0
-        """Levels that came into use without having been held: since `_entered_since_s`, and in a
-        time of `_report_delay_s` before that."""
+        """Levels that came into use without having been held, less those that a report of refaults
+        has explained: since `_entered_since_s`, and in a time of more than `_report_delay_s` before
+        that."""
         self._entered_since_s = 0.0
 
     def set_policy(
@@ -118,9 +121,10 @@ class HoldingBack:
     def refaulted(self, now_s: float, pages: int) -> None:
         """Note a host's report that so many pages which were absent are resident again.
 
-        `observe` explains most of them. The others were used and freed between two calls, or the
-        guest's allocator has used absent memory although what is held back was free. Both need more
-        to be held back than the levels say: that many levels of a second stack, below 0.
+        Most of them are of levels that came into use, as `observe` has seen. The others were used
+        and freed between two calls of `observe`, or the guest's allocator has used absent memory
+        although what is held back was free. Both need more to be held back than the levels say:
+        that many levels of a second stack, below 0.
         """
         unexplained = pages // self._level_pages - self._entered_before - self._entered
         self._entered_before, self._entered = 0, max(0, -unexplained)
@@ -133,7 +137,7 @@ class HoldingBack:
                 unexplained -= 1
 
     def held_back_pages(self, now_s: float) -> int:
-        """Return how many free pages should not be hinted now."""
+        """Return how many free pages should not be hinted now; may be more than are free."""
         self._end_holds(now_s)
         return sum(map(len, self._held.values())) * self._level_pages
 

@@ -33,7 +33,8 @@ class Resting:
         self._now_pages = self._lowest_pages = self._highest_pages = 0
         """Pages in use: as last seen, and the fewest and the most since the last poll."""
         self._busy = False
-        """Whether the fewest and the most pages in use between the last polls were far apart."""
+        """Whether the fewest and the most pages in use between the last two polls were at least
+        `_LEAST_ACTIVE_PAGES` apart."""
 
     @property
     def period_s(self) -> float:

@@ -45,7 +45,8 @@ _ACK_POLL_S = 0.01
 # OUTSIDE_RAM or HOST_ERROR they are not: the host would most likely skip them each time, for ever.
 _SKIPPED_FOR_NOW = frozenset({pb.STALE, pb.WRONG_EPOCH})
 
-# The status codes with which the host ends a session if it will never accept this agent.
+# The status codes after which to connect again would not help: the host refuses this guest's
+# identity, has lost the guest, or says that this agent broke the protocol.
 _FINAL_CODES = frozenset(
     {
         grpc.StatusCode.UNAUTHENTICATED,
@@ -136,8 +137,8 @@ class HintingSession:
     async def run(self) -> None:
         """Hold sessions until cancelled, then close the isolator. Isolated ranges stay isolated.
 
-        :raises HintfleetError: the host will never accept this agent. The isolator is closed then,
-            too.
+        :raises HintfleetError: the host ended a session with one of `_FINAL_CODES`. The isolator is
+            closed then, too.
         """
         reconnect_pause_s = _SHORTEST_RECONNECT_PAUSE_S
         try:
@@ -156,7 +157,8 @@ class HintingSession:
             self._isolator.close()
 
     async def finish(self) -> None:
-        """Begin no new batch, and return when no range is isolated any more.
+        """Begin no new batch, and return when the core has released all ranges. (A batch that the
+        kernel module has, and that this agent has not read, may still be isolated.)
 
         If a part of a batch of the kernel module is in flight, the rest of that batch is still
         hinted. Waits for all acks (or a new Welcome), so for ever if there is no host agent.

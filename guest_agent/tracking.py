@@ -30,7 +30,7 @@ class Tracker(Protocol):
 
     @property
     def waiting_count(self) -> int:
-        """How many chunks wait."""
+        """How many chunks wait, with those that may be in use again (see `take`)."""
 
     def mark(self, pfn: int) -> None:
         """Note that the chunk at `pfn` is free and not hinted.
@@ -46,7 +46,7 @@ class Tracker(Protocol):
         """
 
     def memory_bytes(self) -> int:
-        """Return the size of the tracker's own data."""
+        """Return the size of the data from which `take` picks chunks."""
 
 
 class ReportedTracker:

@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, and exit with its exit code.
 
     Without --doctor, --leaks and --clean: serve until SIGTERM, SIGINT, end of file on
-    --lifeline-fd, or a bug that ends one of the host agent's loops. Then end the guests that this
-    host agent made, and detach the attached ones; with --state, do that only after end of file. A
-    signal while the guests of an earlier host agent are adopted ends this process at once.
+    --lifeline-fd, or a bug that ends one of the host agent's loops. Then end all guests, but only
+    detach the attached ones; with --state, do that only after end of file. A signal while the
+    guests of an earlier host agent are adopted ends this process at once.
     """
     tell = program.prepare("hintfleet-host")
     sys.exit(program.run(lambda: _run(_parser().parse_args(argv)), tell, "hintfleet[host]"))
@@ -226,7 +226,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
             _refuse_if_not_ours(folder, SHARED_FOLDER)
     keep_latency_steady()
     # Raise the soft limit of open files to the hard one: guests and connections take descriptors.
-    # It is low by default (1024) only because select(2) fails above; we use epoll and poll.
+    # The soft limit is low by default (1024) only because select(2) fails above it; this program
+    # uses epoll and poll.
     hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     stop = asyncio.Event()

@@ -10,9 +10,10 @@ noticed). The base directory (DIR) is HINTFLEET_IMAGE_DIR; by default
 hintfleet/images in the XDG cache directory for others.
 
     DIR/layers/kit-HASH/     kernel, modules, shell; built (minutes) if our module or kit.py changed
-    DIR/layers/root-HASH/    root disk; built (minutes) if wheels, --package or rootfs.py changed
+    DIR/layers/root-HASH/    root disk; built (minutes) if wheels, packages or rootfs.py changed
     DIR/HASH/                the image: root.img vmlinuz initrd.img image.json
-    DIR/current              a link to the last image of variant `current` without --package
+    DIR/current              a link to the image of variant `current` that was built or reused last,
+                             without --package; before the first one, to that of another variant
     DIR/compiler             the same for --variant compiler, and so for each variant
 
 A build removes all images except those that such links name and the KEPT_IMAGES others that builds
@@ -65,8 +66,8 @@ def build(images: Path, variant: str = "current", packages: Sequence[str] = ()) 
     """Build this tree's image if it is not there, and return its directory.
 
     :param packages: more Debian packages for the root disk. If there are none, the link with the
-        name of the variant points to the image afterwards, and so does `current` if there was no
-        such link; else no link is changed.
+        name of the variant points to the image afterwards, and so does `current` if that link was
+        missing. If there are some, no link is changed.
     :raises BuildError: a step failed; earlier images are still there.
     """
     sources = [path for _, package in PACKAGES for path in _sources(package)]

@@ -1,4 +1,5 @@
-"""Errors, commands, hashes and layers, shared by the steps of the image builder.
+"""Errors, commands, hashes and layers, shared by the steps of the image builder (and by
+kmod/check_kernels.py).
 
 The builder must run where hintfleet is not installed: it imports only the standard library.
 """
@@ -102,8 +103,9 @@ def digest(parts: Iterable[str | Path]) -> str:
 def build_once(directory: Path, marker: str, build: Callable[[Path], None]) -> Path:
     """Return `directory`; it is made by `build` unless it is there, with the file `marker`.
 
-    `build` fills another directory, which is then renamed. So `directory` is complete if it exists,
-    and two builders may run at once.
+    `build` fills another directory, which is then renamed. So two builders may run at once.
+
+    :raises OSError: `directory` has files, but no `marker`.
     """
     if (directory / marker).exists():
         return directory

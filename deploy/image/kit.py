@@ -1,4 +1,4 @@
-"""The image's first layer: a Debian kernel, our module built for it, and a static shell.
+"""The image's first layer: a Debian kernel, drivers, our module built for it, and a static shell.
 
 All of them are copied from a throwaway tree that has the kernel's headers and a compiler.
 """
@@ -20,7 +20,7 @@ DRIVERS = (
     "virtiofs",  # the driver of the memory door's device; no file system is mounted
     "qemu_fw_cfg",
 )
-"""What the guest needs before it runs the agent; ext4 and serial are built into the kernel."""
+"""What every guest loads before it runs the agent; ext4 and serial are built into the kernel."""
 
 # A script that runs outside the throwaway tree, which is $1. The tree's own make and gcc are used.
 _BUILD = r"""

@@ -32,8 +32,8 @@ class EmbeddedIsolator:
     ) -> None:
         """Make a tracker for each zone of `allocator`, and set the allocator's free hook.
 
-        :param threshold_chunks: wake the core again when so many chunks of one zone wait, without
-            what is held back. The first one wakes it, too.
+        :param threshold_chunks: wake the core again when so many chunks of one zone wait, and as
+            many of all zones are not held back. The first one wakes it, too.
         """
         self._allocator = allocator
         self._threshold_chunks = threshold_chunks
@@ -54,7 +54,8 @@ class EmbeddedIsolator:
         self._trackers[zone].mark(pfn)
         # This runs in the allocator's free path, so wake the event loop at most twice between two
         # calls of `isolate` (while memory is held back, of `enough_ready`, too): for the first
-        # chunk beyond what is held back (this starts the period), and at the threshold.
+        # chunk beyond what is held back, or would be if the memory in use were freed (this starts
+        # the period), and at the threshold.
         if self._allocator.unreported_chunk_count() <= self._quiet_chunks:
             return
         wakes_due = 2 if self._enough_spare() else 1
@@ -65,7 +66,8 @@ class EmbeddedIsolator:
     def enough_ready(self) -> bool:
         self._update_held_back()
         if self._held_back_chunks:
-            # Allow new wakes: the core may not call `isolate` until more is free than is held back.
+            # Allow new wakes: perhaps `isolate` is not called before more is free than is held
+            # back.
             self._wakes = 0
         return self._enough_spare()
 
@@ -82,7 +84,8 @@ class EmbeddedIsolator:
         return min(waiting, self._spare_chunks()) >= self._threshold_chunks
 
     def _spare_chunks(self) -> int:
-        """Return how many free chunks that may be resident are not held back."""
+        """Return how many free chunks that may be resident are not held back; negative if fewer
+        are free than should be held back."""
         # A chunk can wait in a bitmap and be in use again; none of these is counted here.
         return self._allocator.unreported_chunk_count() - self._held_back_chunks
 

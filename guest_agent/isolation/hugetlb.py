@@ -1,26 +1,27 @@
 """Isolation on a stock kernel: free chunks are moved into the hugetlb pool.
 
 A pass moves free chunks into the pool, step by step. Free chunks whose memory is not known to be
-absent on the host are new. A pass counts the new chunks when it begins. It moves no more chunks
-when it has found that many, or when only the reserve is left, and ends when all that it has hinted
-is acknowledged. All moved chunks stay in the pool until the pass ends. Each step moves twice as
-many chunks as the step before (not with `init_on_alloc`), and begins only when the host has
-acknowledged all that the step before has hinted.
+absent on the host are new. A pass counts the new chunks when it begins, without those that it
+could not have or that are to be held back. It moves no more chunks when it has found that many, or
+when only the reserve is left, and ends when all that it has hinted is acknowledged. All moved
+chunks stay in the pool until the pass ends. Each step moves up to twice as many chunks as the step
+before (not with `init_on_alloc`), and begins only when the host has acknowledged all that the step
+before has hinted.
 
-With `init_on_alloc` the kernel zeroes each chunk that it moves: absent memory becomes
-resident until it is punched. Such a pass moves 32 chunks at a time, or about a 64th of the memory
-if that is more, but never more than a batch may hold, and hints all of them. So at most one step of
-memory is resident for this reason. The pass may have to zero all free memory, so it begins only if
-the new chunks are at least an eighth of the free memory beyond the reserve; if it was requested,
-`threshold_chunks` are enough. An allowance (policy pressure) smaller than all free memory may gain
-nothing: it is spent on absent chunks, too.
+With `init_on_alloc` the kernel zeroes each chunk that it moves: absent memory becomes resident
+until it is punched. Such a pass moves 32 chunks at a time, or about a 64th of the memory if that is
+more, but never more than a batch may hold (nor, while memory is held back, than it has yet to
+find), and hints all of them. So at most one step of memory is resident for this reason. The pass
+may have to zero all free memory, so it begins only if the new chunks are at least an eighth of the
+free memory beyond the reserve; if it was requested, `threshold_chunks` are enough. An allowance
+(policy pressure) smaller than all free memory may gain nothing: it is spent on absent chunks, too.
 
 Tracking: a chunk that the host has acknowledged counts as absent until the host reports a refault.
 A new agent begins no pass before the host has reported which memory is resident; all other free
 chunks then count as absent. A pass is worthwhile when enough new chunks are free. Chunks that a
-pass could not have (the reserve) do not count, except for a requested pass without
-`init_on_alloc`. After a pass, the next one waits four times as long as the pass took, half a second
-at the most, unless one is requested.
+pass could not have (the reserve, and what the kernel refused) do not count, except for a requested
+pass without `init_on_alloc`. After a pass, the next one waits four times as long as the pass took,
+half a second at the most, unless one is requested.
 
 A guest that allocates while a pass holds memory may run out of memory. So no pass begins
 while free memory falls fast, unless one is requested. When the guest has used half of the reserve,
@@ -108,8 +109,8 @@ class HugetlbIsolator:
         """First pfns of the chunks of `_in_pool` that `isolate` has yet to return."""
         self._in_flight_pages = 0
         self._absent = EMPTY
-        """Chunks without memory on the host: acknowledged, or not in the host's first list of
-        what is resident, and not used since."""
+        """Chunks without memory on the host: acknowledged, or free and not in the host's first list
+        of what is resident, and not used since."""
         self._resident_known = False
         """Whether the host has sent its first list of what is resident."""
         self._reserve_chunks = 0
@@ -128,7 +129,8 @@ class HugetlbIsolator:
         self._pass_requested = False
         self._last_free_chunks = 0
         self._guest_grows = False
-        """Whether the guest allocated memory between the last two polls."""
+        """Whether the guest allocated more than a quarter of the reserve between the last two
+        polls, without a pass in between."""
         self._held_back: HeldBack = nothing_held_back
         self._held_back_chunks = 0
         """How many free chunks, not known to be absent, no pass looks for."""
@@ -181,13 +183,13 @@ class HugetlbIsolator:
     def report_now(self, *, thorough: bool) -> None:
         """If `thorough`, request a pass; else do nothing.
 
-        A requested pass begins even in the pause after a pass or while the guest allocates memory,
+        A requested pass begins even in the pause after a pass or while free memory falls fast,
         and even for a single new chunk (with zeroing, for `threshold_chunks`).
         """
         self._pass_requested |= thorough
 
     def idle(self) -> bool:
-        """Return whether a batch is in flight or no pass is worthwhile now.
+        """Return whether a batch is in flight or no pass would begin now.
 
         This call ends a pass that has nothing in flight: all its chunks leave the pool. Without
         such a pass, it costs one small read at most.

@@ -67,12 +67,14 @@ class Isolator(Protocol):
     def start(self, wake: Callable[[], None], held_back: HeldBack = nothing_held_back) -> RangeSet:
         """Begin, and return the ranges that an earlier agent left isolated (may be empty).
 
-        :param wake: called when there may be chunks to isolate, from any thread.
+        :param wake: called when there may be chunks to isolate, from any thread; hugetlb never
+            calls it.
         :param held_back: called with what `used_pages` returns, to learn how much to hold back,
             when `idle`, `isolate` or `enough_ready` depend on that.
         :raises hintfleet.errors.Refused: isolation is not safe or not possible here. The message
             says why and, if known, what to do. This call has isolated no chunk.
-        :raises hintfleet.errors.TransientError: somebody else uses what isolation needs (hugetlb).
+        :raises hintfleet.errors.TransientError: somebody else has just begun to use what isolation
+            needs (hugetlb).
         """
 
     def used_pages(self) -> UsedPages | None:

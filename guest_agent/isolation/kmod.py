@@ -89,7 +89,8 @@ class KmodIsolator:
 
     `isolate` returns a large batch of the module in parts; the batch is acknowledged or returned to
     the module when all its parts are released. So an allowance (policy pressure) is rounded up to
-    whole batches: up to 64 MiB each or, if the kernel has merged chunks to order 10, 128 MiB.
+    whole batches: at chunk order 9 up to 64 MiB each or, where the kernel has merged chunks to
+    order 10, 128 MiB.
 
     A batch of which more than a quarter should be held back is returned at once. The module then
     refuses what the kernel reports, until so much more is free that a batch is worth hinting.
@@ -185,16 +186,17 @@ class KmodIsolator:
         self._held_back_chunks = self._held_back(self.used_pages()).free >> self._chunk_order
 
     def used_pages(self) -> UsedPages | None:
-        # Read the use first, then the state: if no pass runs then, none had isolated memory when
-        # the use was read.
+        # Read the use first, then the state: then what is isolated by a pass that begins in between
+        # is not taken for memory in use.
         used = mem_used_pages() - self._batch_pages
         unknown = not self._batch_pages and self._state() & _RUNNING
         return None if unknown else UsedPages(used, used)
 
     def _free_ranges(self) -> RangeSet:
         """Return the chunks that are free now, and some that are partly in use. The latter do not
-        matter: the host has reported them as resident. On a kernel without page flags, return all
-        memory: what was reserved at boot then counts as free, and as much more is held back."""
+        matter: the host has reported them as resident. If page flags cannot be read, return all
+        memory: what was reserved at boot and never used then counts as free and absent, and as much
+        more is held back."""
         spans = present_spans()
         try:
             flags = PageFlags()
@@ -255,9 +257,9 @@ class KmodIsolator:
         self._absent -= ranges.whole_chunks(self._chunk_order)
 
     def idle(self) -> bool:
-        """Return whether no pass runs or is planned, and the module has refused no chunk since the
-        last pass. While memory is held back, also return True if the next batch is not worth
-        hinting, and have the module refuse all chunks."""
+        """Return whether no pass runs or is planned, and the module has refused or taken back no
+        chunk since the last `report_now`. While memory is held back, also return True if the next
+        batch is not worth hinting, and have the module refuse all chunks."""
         # Cheap, even in an idle guest: the kernel's page reporting schedules a pass when a chunk
         # is freed. So it is enough to ask whether one is scheduled; no free list is scanned here.
         self._update_held_back()

@@ -21,7 +21,7 @@ from hintfleet.units import MIB, PAGE_BYTES, format_size
 
 _TIMEOUT_S = 30.0
 _FREE_MEMORY_TIMEOUT_S = 3.0
-"""Longer than a chunk stays isolated."""
+"""Longer than a chunk stays isolated while the host answers."""
 _POLL_S = 0.1
 _SPARE_BYTES = 32 * MIB
 """Memory that the guest must keep available, besides its watermarks."""

@@ -73,11 +73,12 @@ class Zone:
         self.low_watermark_pages = self.min_watermark_pages * 5 // 4
 
     def take(self, order: int) -> int | None:
-        """Take a block of `order` out of the smallest free block that is large enough.
+        """Take a block of `order` out of the smallest free block that is large enough, but out of
+        chunks with the reported mark last.
 
-        Chunks with the reported mark are taken last, as in the kernel, which puts them at the tail
-        of its free lists (mm/page_alloc.c: __putback_isolated_page, FPI_TO_TAIL): the host has no
-        memory behind them. Here even unmarked chunks in larger blocks are taken before marked ones.
+        The kernel puts them at the tail of its free lists (mm/page_alloc.c:
+        __putback_isolated_page, FPI_TO_TAIL): the host has no memory behind them. Here even
+        unmarked chunks in larger blocks are taken before marked ones.
 
         Return the first pfn of the taken block; None if no free block is large enough.
         """

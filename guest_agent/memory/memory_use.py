@@ -79,12 +79,14 @@ def memory_use_of(
 ) -> pb.MemoryUse:
     """Return what all memory is used for, from the texts of the files with these names.
 
-    No kernel counts what is in use: `used_bytes` is what the other figures leave of all present
-    pages. So it includes what the kernel keeps for itself and leaves out of MemTotal (its text, the
-    page structs). Holes of the firmware are not present, so they are not taken for memory in use.
-    The texts are read one after the other: a figure may be wrong by what moved meanwhile.
+    No kernel counts what is in use: `used_bytes` is what the other figures leave of `total_bytes`,
+    which is all present pages without those of a crash kernel. So `used_bytes` includes what the
+    kernel keeps for itself and leaves out of MemTotal (its text, the page structs). Holes of the
+    firmware are not present, so they are not taken for memory in use. The texts are read one after
+    the other: a figure may be wrong by what moved meanwhile.
 
-    :raises Refused: a text is not that of such a file, or more is free than there is memory.
+    :raises Refused: a text is not that of such a file, or more is free, isolated and file cache
+        than there is memory.
     """
     present_pages = sum(map(int, _PRESENT.findall(zoneinfo)))
     total_bytes = present_pages * PAGE_BYTES - crash_kernel_bytes

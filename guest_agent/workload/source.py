@@ -52,6 +52,6 @@ class Plugs(Protocol):
         """Stop using pages; those that are offline already stay offline. May wait for the release
         of isolated chunks, up to a timeout.
 
-        :raises hintfleet.errors.Refused: some pages are in use. Pages that were offlined by this
-            call are online again if that is possible.
+        :raises hintfleet.errors.Refused: some pages are in use, or the guest would have too little
+            memory left. Pages that were offlined by this call are online again if that is possible.
         """

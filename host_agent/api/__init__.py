@@ -1,1 +1,1 @@
-"""The host agent's gRPC services and metrics."""
+"""The host agent's gRPC services and metrics; attaching, detaching and adopting of guests."""

@@ -3,7 +3,8 @@
 An attached guest belongs to no trial. If its domain ends, the guest is kept until the domain starts
 again (attaching_again.py) or is removed from libvirt. The guest ends if it is detached, or if its
 memory door is taken out of the running domain. When the host agent ends, it detaches the guest;
-with --state it does not, and the next host agent adopts the guest.
+with --state it does not (unless its parent is gone, see --lifeline-fd), and the next host agent
+adopts the guest.
 """
 
 from __future__ import annotations

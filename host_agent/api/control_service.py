@@ -172,7 +172,7 @@ class ControlService(HostServiceServicer):
     async def Settle(
         self, request: host_pb2.SettleRequest, context: Context
     ) -> host_pb2.SettleResponse:
-        """Have one guest hint now, and return when all that can be reclaimed is reclaimed.
+        """Have one guest hint now, and return when all that it may hint is acknowledged.
 
         Under a peer, wait until no memory leaves the RAM file for some seconds.
         """
