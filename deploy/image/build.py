@@ -37,7 +37,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cpio
-from common import SUITE, TREE, BuildError, build_once, digest, require_tools, write_json
+from common import (
+    BUILDING,
+    SUITE,
+    TREE,
+    BuildError,
+    build_once,
+    digest,
+    remove,
+    require_tools,
+    write_json,
+)
 from kit import kit
 from rootfs import rootfs
 
@@ -79,7 +89,6 @@ def build(images: Path, variant: str = "current", packages: Sequence[str] = ()) 
         _point(images / variant, key)
         if not (images / "current").exists():
             _point(images / "current", key)  # other variants have all that `current` has
-    os.utime(image)  # time of use: `prune` keeps the images that were used last
     prune(images)
     return image
 
@@ -95,12 +104,13 @@ def prune(images: Path) -> None:
     ours = [image for image in there if not image.is_symlink() and image.resolve() not in linked]
     ours.sort(key=lambda image: image.stat().st_mtime, reverse=True)
     for image in ours[KEPT_IMAGES:]:
-        shutil.rmtree(image, ignore_errors=True)
-    for layer in images.glob("layers/*-*"):
+        remove(image)
+    # Also what a killed builder left.
+    for layer in (*images.glob("layers/*-*"), *images.glob(f"{BUILDING}*")):
         # An image that uses a layer has hard links to files of that layer.
         is_used = any(file.stat().st_nlink > 1 for file in layer.iterdir() if file.is_file())
         if not is_used and time.time() - layer.stat().st_mtime > KEPT_LAYERS_S:
-            shutil.rmtree(layer, ignore_errors=True)
+            remove(layer)
 
 
 def _sources(package: Path) -> list[Path]:
@@ -171,7 +181,7 @@ def _point(link: Path, target: str) -> None:
     """Make `link` point to `target` in one step: readers find the old or the new target."""
     if link.is_symlink() and os.readlink(link) == target:
         return
-    with tempfile.TemporaryDirectory(dir=link.parent, prefix=".building-") as aside:
+    with tempfile.TemporaryDirectory(dir=link.parent, prefix=BUILDING) as aside:
         new = Path(aside, link.name)
         new.symlink_to(target)
         new.replace(link)
@@ -200,7 +210,7 @@ def main() -> int:
         require_tools()
         images = image_dir(dict(os.environ), os.geteuid() == 0)
         image = build(images, arguments.variant, arguments.package)
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         print(f"image: {error}", file=sys.stderr)
         return 1
     if arguments.print_path:

@@ -6,6 +6,7 @@ The builder must run where hintfleet is not installed: it imports only the stand
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 
 TREE = Path(__file__).resolve().parents[2]
 SUITE = "bookworm"
+BUILDING = ".building-"
+"""How the names of directories begin that are being made or removed."""
 
 _INSTALL = {
     "mmdebstrap": "mmdebstrap",
@@ -103,14 +106,16 @@ def digest(parts: Iterable[str | Path]) -> str:
 def build_once(directory: Path, marker: str, build: Callable[[Path], None]) -> Path:
     """Return `directory`; it is made by `build` unless it is there, with the file `marker`.
 
-    `build` fills another directory, which is then renamed. So two builders may run at once.
+    `build` fills another directory, which is then renamed. So two builders may run at once. The
+    directory's time becomes now: so no builder removes it soon.
 
     :raises OSError: `directory` has files, but no `marker`.
     """
     if (directory / marker).exists():
+        os.utime(directory)
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".building-") as temporary:
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=BUILDING) as temporary:
         aside = Path(temporary) / "layer"
         aside.mkdir()
         build(aside)
@@ -120,6 +125,15 @@ def build_once(directory: Path, marker: str, build: Callable[[Path], None]) -> P
             if not (directory / marker).exists():
                 raise
     return directory
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory that `build_once` made: at no time a part of it is there."""
+    with (
+        tempfile.TemporaryDirectory(dir=directory.parent, prefix=BUILDING) as aside,
+        contextlib.suppress(FileNotFoundError),  # another builder removes it, too
+    ):
+        directory.rename(Path(aside, directory.name))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -53,3 +53,18 @@ def test_layers_of_no_image_go_after_a_day(builder: Any, tmp_path: Path) -> None
         os.utime(tmp_path / "layers" / name, (day_ago, day_ago))
     builder.prune(tmp_path)
     assert {layer.name for layer in (tmp_path / "layers").iterdir()} == {"root-used", "root-new"}
+
+
+def test_an_old_layer_that_a_build_reuses_is_not_removed(builder: Any, tmp_path: Path) -> None:
+    """Another builder that ends meanwhile must not remove it before the image has links to it."""
+    layer = tmp_path / "layers/root-reused"
+    layer.mkdir(parents=True)
+    (layer / "root.json").write_text("{}")
+    os.utime(layer, (0, 0))
+
+    def build(to: Path) -> None:
+        raise AssertionError(to)
+
+    assert builder.build_once(layer, "root.json", build) == layer
+    builder.prune(tmp_path)
+    assert (layer / "root.json").exists()
