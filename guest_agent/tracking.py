@@ -26,7 +26,7 @@ _WORD_BITS = 64
 
 
 class Tracker(Protocol):
-    """The free chunks of one zone that wait to be hinted."""
+    """The chunks of one zone that were freed and wait to be hinted; some may be in use again."""
 
     @property
     def waiting_count(self) -> int:

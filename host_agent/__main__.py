@@ -127,7 +127,7 @@ def _add_addresses(add: Callable[..., argparse.Action]) -> None:
 
 
 def _absolute(path: str) -> Path:
-    # libvirt and QEMU are given paths in this folder, and have other working directories.
+    # For --state: libvirt and QEMU are given paths in it, and have other working directories.
     return Path(path).absolute()
 
 

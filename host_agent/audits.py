@@ -1,4 +1,5 @@
-"""Audits one guest's RAM when an audit is due or asked for, and reports refaults to the guest."""
+"""Decides when one guest's RAM is audited, and when the guest is told of refaults: each when it is
+due or asked for, the one without the other, too."""
 
 from __future__ import annotations
 

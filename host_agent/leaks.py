@@ -117,7 +117,7 @@ def _holders(pipe: str, process: Process, links: dict[Process, dict[int, str]]) 
 def _parent_is_hidden(process: Process, links: dict[Process, dict[int, str]]) -> bool:
     """Return whether the parent (except pid 1) may hold the other end of the lifeline, but we
     cannot read which files it has open."""
-    # Only root may read /proc/PID/fd of another user's process (sudo, setuid).
+    # The parent may be another user's process (sudo, setuid): only root may read its /proc/PID/fd.
     if process.parent_pid == 1 or os.geteuid() == 0:
         return False
     return not any(p.pid == process.parent_pid and found for p, found in links.items())

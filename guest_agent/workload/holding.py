@@ -37,7 +37,7 @@ class Pattern:
 
     def of(self, key: int, size_bytes: int = EXTENT_BYTES) -> memoryview:
         """Return the first `size_bytes` bytes of the pattern of a key."""
-        # Fibonacci hashing: most keys are consecutive, but their patterns should begin far apart.
+        # Most keys are consecutive: without this hash, their patterns would begin 8 bytes apart.
         mixed = (key * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 32
         start = mixed % (EXTENT_BYTES // _OFFSET_STEP_BYTES) * _OFFSET_STEP_BYTES
         return self._random_bytes[start : start + size_bytes]

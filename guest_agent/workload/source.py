@@ -49,9 +49,11 @@ class Plugs(Protocol):
         """
 
     def offline(self, pages: RangeSet) -> None:
-        """Stop using pages; those that are offline already stay offline. May wait for the release
-        of isolated chunks, up to a timeout.
+        """Stop using pages; those that are offline already stay offline. May wait, up to a timeout,
+        for the release of isolated chunks or for the guest's kernel.
 
-        :raises hintfleet.errors.Refused: some pages are in use, or the guest would have too little
-            memory left. Pages that were offlined by this call are online again if that is possible.
+        :raises hintfleet.errors.Refused: some pages are in use (embedded guest), or the kernel
+            cannot move what is in them or take them offline (real guest), or the guest would have
+            too little memory left. Pages that were offlined by this call are online again if that
+            is possible.
         """

@@ -299,8 +299,9 @@ def _near(path: tuple[Hashable, ...]) -> str:
 def _error(
     document: Document, moved: Mapping[Hashable, Keys], problems: Iterable[Problem]
 ) -> InvalidInput:
-    # A mistake in `under` may be found twice: at its path in `under`, and at its path in the merged
-    # spec. The second path is replaced by the first: both are then equal, and `fromkeys` keeps one.
+    # A mistake in `under` may be found twice: at its path in `under`, and at the path of the
+    # top-level key that it replaces. The second path is changed to the first: both problems are
+    # then equal, and `fromkeys` keeps one.
     unique = dict.fromkeys(
         replace(problem, path=(*moved.get(problem.path[0], problem.path[:1]), *problem.path[1:]))
         if problem.path

@@ -32,7 +32,8 @@ class Switchback(Part):
     """Guests that are there already, and the blocks in which their hinting is off or on.
 
     :ivar guests: their names; empty for all attached guests of every host.
-    :ivar shortest_s, longest_s: how long a block lasts, with its cut; drawn for each repetition.
+    :ivar shortest_s, longest_s: how long a block lasts at least and at most, with its cut. A time
+        between them is drawn for each repetition, for both of its blocks.
     :ivar cut_s: how much of the beginning of each block does not count, because the block before
         has left its traces; None for a third of the shortest block.
     """

@@ -138,7 +138,11 @@ def held_after(step: Step, held_bytes: int, memory_bytes: int) -> int:
 
 
 def held_during(step: Step, held_bytes: int, memory_bytes: int) -> int:
-    """Return the most bytes that a guest's workload holds during a step, with those of a loop."""
+    """Return the most bytes that a guest's workload holds during a step, with those of a loop, but
+    without what a program or the page cache uses.
+
+    :param held_bytes: what it holds before the step.
+    """
     if step.points:
         return max(held_bytes, *(point.held_bytes for point in step.points))
     if step.kind is Kind.ALLOCATE or step.kind.is_loop:

@@ -91,9 +91,10 @@ class HostGroup:
 
     async def close(self) -> None:
         """Close all sessions, so that host agents end the guests of a trial; stop logical hosts. An
-        `open` or `run` that is not over is cut off first: it could start another host afterwards.
+        `open` or `run` that is not over is cancelled first, and waited for, _END_S at most: it
+        could start another host afterwards.
 
-        May be called twice.
+        May be called twice. Raises the first error of a session after all are closed.
         """
         working = list(self._working)
         for task in working:

@@ -28,8 +28,10 @@ _USED_CHUNKS = 2000  # of 2048: the watermarks keep a few free
 
 
 def run() -> Iterator[Figure]:
-    """Yield the memory of allocator and tracker and the time to hint all used chunks (embedded
-    guests), and the time to find isolated chunks in the page flags (real guests)."""
+    """Yield figures of memory that is spread over 1 TiB / in one piece: the size of allocator and
+    tracker, and the time to hint all chunks that were used and freed (embedded guests); and the
+    time of a look through the page flags, as in real guests, but in a file of zeros: without the
+    kernel's part."""
     guests = [(_hinted(_SPREAD), _hinted(1)) for _ in range(_ROUNDS)]
     for name, unit, which in (("memory", "KiB", 0), ("time to hint 3.9 GiB of it", "ms", 1)):
         yield side_by_side(

@@ -98,7 +98,7 @@ class Place:
         has the right contents and is free afterwards, and the books balance. All memory of an
         embedded guest comes back. Report as a problem what does not hold."""
         try:
-            # The last fault may have ended the guest, and no step has noticed it yet.
+            # No more faults come, but one may have ended the guest, and no step has noticed it yet.
             while self._there is None or self._there.doomed:
                 if self._there is not None:
                     await self._lost(self._there)

@@ -191,8 +191,8 @@ def errors_mapped(path: Path) -> Iterator[None]:
 
 
 def storage_error(path: Path, error: Exception) -> HintfleetError:
-    """Return the error to raise for a failed read or write at `path`: LimitExceeded if the disk is
-    full, else Refused."""
+    """Return the error to raise for a failed read or write at `path`: LimitExceeded if the disk or
+    a quota is full, or the file may not become larger; else Refused."""
     message = str(error)
     if isinstance(error, OSError):
         message, path = error.strerror or message, Path(error.filename or path)

@@ -1,5 +1,5 @@
-"""What loops measured: sums over guests and hosts, percentiles of all values together, and pairs of
-trials. The store and the tables keep all of it."""
+"""What loops measured in a trial: sums, and percentiles of all values of its guests and hosts
+together; then means over trials, and pairs of trials. The store keeps and the tables show it."""
 
 from collections import Counter
 from dataclasses import replace

@@ -339,7 +339,7 @@ def test_a_block_is_left_out_if_the_clock_is_set_back() -> None:
     assert not done.lost
 
 
-# What blocks come to
+# What is computed from stored blocks
 
 
 def block_records(task: HostTask, guests: tuple[str, ...] = ("vm1", "vm2")) -> Iterator[Record]:
