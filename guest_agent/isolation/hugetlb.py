@@ -31,7 +31,8 @@ If the host is lost while a batch is in flight, the pool stays as it is until th
 if no batch is in flight, the pass ends by itself. The kernel does not let us choose which pages
 leave the pool, so the pool cannot keep only the chunks of a batch in flight. The effect on the
 guest is bounded: a pass is short (a few tenths of a second for 700 MiB); without `init_on_alloc` it
-holds little more than the memory that was freed lately; and the reserve (a sixteenth of the memory
+holds at most about three times the memory that was freed lately, or a sixteenth of the movable
+memory if that is more; and the reserve (a sixteenth of the memory
 and the low watermarks) stays free for the guest, besides what its kernel can reclaim.
 """
 

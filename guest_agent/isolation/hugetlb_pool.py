@@ -164,7 +164,7 @@ class HugetlbPool:
         return moved
 
     def _move_in(self, before: int, chunks: int) -> None:
-        """Add up to `chunks` free chunks to the `before` ones in the pool.
+        """Move up to `chunks` free chunks into the pool, which has `before` chunks in all.
 
         If there are several NUMA nodes, each node keeps its own reserve. If there is only one, the
         caller must have left the reserve out of `chunks`.

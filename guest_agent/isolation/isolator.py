@@ -78,7 +78,8 @@ class Isolator(Protocol):
         """
 
     def used_pages(self) -> UsedPages | None:
-        """Return how much of the guest's memory is in use; None if that cannot be known now."""
+        """Return how many pages of the guest are in use, now and at most since the last call; None
+        if that cannot be known now (kmod, while the kernel isolates chunks)."""
 
     def isolate(self, max_ranges: int, max_pages: int) -> RangeSet:
         """Isolate free chunks within both bounds, and leave what is held back. Never waits for

@@ -73,8 +73,8 @@ _ANSWERS: dict[int, int] = {
     Request.GET_PROTOCOL_FEATURES: _PROTOCOL_FEATURES,
     Request.GET_MAX_MEM_SLOTS: MAX_REGIONS,
 }
-# Requests that this back end refuses, because it cannot give their answers. They belong to features
-# that it does not offer.
+# Requests that need an answer which this back end does not have. They belong to features that it
+# does not offer, and end the connection.
 _UNANSWERABLE = {
     17: "GET_QUEUE_NUM",
     24: "GET_CONFIG",

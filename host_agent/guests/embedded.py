@@ -150,7 +150,7 @@ class EmbeddedGuest:
         return {**self._handle, "memory_bytes": self.ram.provisioned_bytes}
 
     def plugged(self) -> RangeSet:
-        """Return the present pages of the RAM after those that the guest started with."""
+        """Return the pages that are plugged now: the RAM but for what the guest started with."""
         return self.ram.pages - self._first
 
     def plug(self, size_bytes: int) -> list[Segment]:

@@ -238,8 +238,8 @@ def opened(folder: Path) -> Iterator[Database]:
     """Open the state in `folder` until the block ends; no other process can open it meanwhile. Make
     a missing folder, and remove the state of earlier boots.
 
-    :raises Refused: another host agent has the state open, or the state is damaged, is of another
-        version of hintfleet, or cannot be made or opened.
+    :raises Refused: another host agent has the state open, or the state is damaged, has a format
+        that this version does not know, or cannot be made or opened.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with contextlib.ExitStack() as stack:

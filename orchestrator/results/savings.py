@@ -118,8 +118,8 @@ _R = TypeVar("_R", bound=_Row)
 
 
 def counted(rows: Sequence[_R]) -> Sequence[_R]:
-    """Return the rows of a run without those of pairs that are left out; all rows if that leaves
-    none, so that they say why there is no figure: nothing may be compared then."""
+    """Return these rows without those of pairs that are left out. If that leaves none, return all
+    of them, because they say why there is no figure; they must not be compared then."""
     return [row for row in rows if not row.left_out] or rows
 
 

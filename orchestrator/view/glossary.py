@@ -20,9 +20,10 @@ _RESIDENT = "memory of all guests that is resident on their hosts"
 _PAIRS = "the arm's trial and the control's of the same repetition, all hosts together"
 _ALONE = "a trial, all hosts together; a mean over trials"
 
-# By the path of the figure in an item of `arms`, without the places of lists (`loops.more_percent`
-# is for each figure of a loop); by `capacities.` or `frontier.` and its name in an item of these.
-# An interval (mean, low, high) has the unit of the figure that it is of.
+# The key is the path of the figure in an item of `arms`, without list indices; for an item of
+# `capacities` or `frontier`, that word and the figure's name. One exception: `loops.more_percent`
+# is the `more_percent` of every figure of a loop. An interval with mean, low and high has the unit
+# of its figure, and no entry of its own.
 GLOSSARY: dict[str, Meaning] = {
     "trials": Meaning("trials", "the arm"),
     "left_out_pairs": Meaning("pairs", "pairs"),

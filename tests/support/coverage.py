@@ -136,7 +136,8 @@ def pocock_alpha() -> float:
 
 
 def stein(spread: float) -> Ended:
-    """Return how runs end by Stein's two stages: the first look fixes the number of repetitions."""
+    """Return how runs end, on average, by Stein's two stages: the first look decides how many
+    repetitions there are in all, MOST at most. The precision is 1 / spread."""
     plain = seen_by(0)
     n = np.ceil((plain.half_widths[:, 0] * spread) ** 2 * FIRST_LOOK)
     n = n.clip(FIRST_LOOK, MOST).astype(int)

@@ -31,7 +31,8 @@ from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
 from orchestrator.trial.records import Event, Record, Samples
 
-# The size of the reserve file: far more space than SQLite's log needs for the rows that end a run.
+# The size of the reserve file, which is deleted before the end of a run is stored, so that a full
+# disk has room for it. SQLite's log needs far less for these rows.
 _RESERVE_BYTES = 1 << 20
 RESERVE = "reserve"
 # How many hosts `series` reads at once. Each read goes through all parts of a trial, so fewer

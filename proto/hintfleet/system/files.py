@@ -1,4 +1,4 @@
-"""Reads and writes files: those whose paths users give, and settings of the kernel."""
+"""Reads and writes files whose paths users give, and writes settings of the kernel."""
 
 from __future__ import annotations
 

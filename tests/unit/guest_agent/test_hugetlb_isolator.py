@@ -508,8 +508,9 @@ TestSlowPasses = SlowPassMachine.TestCase
 TestSlowPasses.settings = settings(max_examples=80, stateful_step_count=30)
 
 
-def test_a_pass_holds_little_more_than_what_was_freed() -> None:
-    """The guest can use the rest of its free memory during the pass."""
+def test_a_pass_for_little_holds_a_small_part_of_the_free_memory() -> None:
+    """Its first step takes a sixteenth of the memory, and that has all 20 chunks. The guest can use
+    the rest of its free memory during the pass."""
     kernel = ModelKernel(1000, zeroing=False)
     isolator, host = started(kernel)
     host.run()
