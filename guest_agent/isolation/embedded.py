@@ -84,8 +84,8 @@ class EmbeddedIsolator:
         return min(waiting, self._spare_chunks()) >= self._threshold_chunks
 
     def _spare_chunks(self) -> int:
-        """Return how many free chunks that may be resident are not held back; negative if fewer
-        are free than should be held back."""
+        """Return how many free chunks that may be resident are not held back; negative if there
+        are fewer of them than should be held back."""
         # A chunk can wait in a bitmap and be in use again; none of these is counted here.
         return self._allocator.unreported_chunk_count() - self._held_back_chunks
 

@@ -29,8 +29,8 @@ class Stream:
         abort: Callable[[HintfleetError], Awaitable[None]] | None = None,
         on_closed: Callable[[], None] = lambda: None,
     ) -> None:
-        """:param abort: ends the stream at once with an error, even while a task writes to it; None
-            if this is impossible: then no task is cancelled.
+        """:param abort: ends the stream at once with an error, even while a task writes to it. None
+            if this is impossible: then a task stays blocked whose guest does not read.
         :param on_closed: called when the stream uses no memory of this process any more.
         """
         self._queue: asyncio.Queue[object] = asyncio.Queue()

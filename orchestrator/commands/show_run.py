@@ -52,7 +52,7 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
     # person who watches stderr.
     if output_format != "table":
         if code is ExitCode.UNDECIDED:
-            # A run that asks how many guests fit has no rows.
+            # A run with capacities has no rows (`footprint_rows`): its own reason says why.
             reasons = [row.undecided for row in rows] or [run.reason]
             for reason in dict.fromkeys(filter(None, reasons)):
                 click.echo(f"undecided: {reason}", err=True)

@@ -1,4 +1,5 @@
-"""Builds the chart of a run whose arms ran with several numbers of guests."""
+"""Builds the chart of how many hosts ran out of memory, for a run whose arms ran with several
+numbers of guests."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Timeouts(Part):
 
 
 class UnderDriver(Part):
-    """Keys that replace those of the spec under one driver. None: the spec has no such key here."""
+    """Keys that replace those of the spec under one driver. None: this key is not replaced."""
 
     LATER = frozenset({"vary"})
 

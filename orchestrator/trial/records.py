@@ -184,8 +184,8 @@ class HostRanOut:
     """The guests of a host needed more memory than the host's budget. This ends the host's part of
     the trial; if the figure is how many guests a host can run, those that fit are read back first.
 
-    :ivar at_unix_us: of the sample that shows it: a sample period late at most; with swap, a second
-        later.
+    :ivar at_unix_us: of the sample that shows it: a sample period late at most. That too little
+        could be swapped out shows only after a second or more (cgroups v1).
     :ivar enforced: whether a cgroup keeps the guests within the budget: the kernel has killed one
         of them, or could not swap out enough of them; else they were seen to use more.
     """

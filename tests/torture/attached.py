@@ -161,7 +161,8 @@ class AttachedPlace(Place):
 
     async def _gone(self, victim: Victim, said: str) -> None:
         """Handle a step's error which says that the guest is gone. If the guest is not doomed, and
-        waits for its domain or runs again, it is not lost: count a step without an answer."""
+        waits for its domain or runs again, the step only has no answer (`_silent`); else it is
+        lost."""
         if not victim.doomed and await self._is_kept():
             await self._silent(victim, said)
         else:

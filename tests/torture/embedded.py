@@ -25,7 +25,7 @@ def _spec(number: int) -> host_pb2.GuestSpec:
             chunk_order=(9, 9, 7)[number % 3],
             # Most guests are eager: they hint memory even if it is used again a moment later.
             policy="adaptive" if number == _GUESTS - 1 else "eager",
-            # Look for free chunks every 20 ms, and hint at once if two are free.
+            # Look for free chunks every 20 ms, and hint at once if two wait to be hinted.
             report_period_ms=20,
             threshold_chunks=2,
         ),

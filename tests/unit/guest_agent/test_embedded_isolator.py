@@ -146,7 +146,7 @@ def test_a_zone_at_its_watermark_keeps_its_bits_for_later(
 def test_each_chunk_of_a_range_over_two_zones_is_released_into_its_own(
     tracker: TrackerKind,
 ) -> None:
-    """Version 11 of Lal's patches merged bits across NUMA nodes."""
+    """Version 11 of Lal's patches had one bitmap for the zones of one type on all NUMA nodes."""
     pages = 8 * CHUNK
     zones = [
         ZoneSpec(name="Normal", node=node, present=RangeSet([(node * pages, pages)]))

@@ -61,7 +61,8 @@ class Guest:
             self.hint()
 
     def cycle(self, chunks: int, used_s: float, free_s: float) -> int:
-        """Use so many more chunks, free them, and return how many of them were refaults."""
+        """Use so many more chunks for `used_s`, then leave them free for `free_s`. Return how many
+        of them were absent when they were taken; those used for the first time are, too."""
         before = self.refaults
         base = self.used
         self.use(base + chunks)

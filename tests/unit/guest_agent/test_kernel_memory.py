@@ -153,7 +153,7 @@ def test_only_present_chunks_of_a_sparse_guest_are_read(
 def test_memory_plugged_during_a_read_shifts_no_flag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk whose entry does not exist yet must not get the flags of the next one."""
+    """A chunk that is not in /proc/kpageflags yet must not get the flags of the next one."""
     path = tmp_path / "kpageflags"
     path.write_bytes(b"".join(struct.pack("=Q", (pfn == 1024) << KPF_HUGE) for pfn in range(2048)))
     pread = os.pread

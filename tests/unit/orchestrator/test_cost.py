@@ -102,7 +102,8 @@ def test_counters_are_of_the_window_and_of_all_guests() -> None:
 
 
 def test_an_agent_that_was_restarted_counts_from_0_again() -> None:
-    """Its guest was not, so a block of a switchback counts."""
+    """Its guest was not restarted, so in a switchback the block is not left out: what was used
+    before and after the restart is added up."""
     found = series(*((at, 100) for at in range(11)))
     told_s = (700, 700, 701, 702, 702, 1, 2, 2, 3, 4, 5)
     counters = {**found.counters, "agent_cpu_us": np.array(told_s, dtype=np.uint64) * S}
