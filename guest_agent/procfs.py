@@ -88,7 +88,7 @@ def init_on_free() -> bool:
 
 
 def _auto_init(when: str, *, if_unknown: bool) -> bool:
-    parameters = _read("/proc/cmdline").decode().split()
+    parameters = _read("/proc/cmdline").decode(errors="replace").split()
     for parameter in reversed(parameters):  # of a repeated parameter, the last one counts
         if parameter.startswith(f"init_on_{when}="):
             return parameter.partition("=")[2].lower() in ("1", "y", "yes", "on")

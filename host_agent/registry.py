@@ -115,9 +115,7 @@ class Registry:
         :raises GuestLost: it ended or was not ready in time; with its last output.
         :raises TransientError: the state cannot be written, or this host agent ends.
         """
-        # An earlier guest with this name may still be ending: `close_watch` does not wait for it.
-        if name in self._guests and self.ending:
-            await asyncio.wait(self.ending)
+        await self.earlier_ended()
         self._check_new(name, trial_id, spec)
         guest = self.add(name, checked_uuid(guest_uuid, self.guests), trial_id, spec)
         guest.creation = asyncio.create_task(self.make(guest))
@@ -330,6 +328,13 @@ class Registry:
         task = asyncio.create_task(self._end_trial(trial_id))
         self.ending.add(task)
         task.add_done_callback(self.ending.discard)
+
+    async def earlier_ended(self) -> None:
+        """Wait until the guests are gone whose end has begun without a command: most often those of
+        a trial that nobody watches any more (`close_watch` does not wait for them). Until then they
+        have names and use memory that the guests of the next trial need."""
+        if self.ending:
+            await asyncio.wait(self.ending)
 
     async def _end_trial(self, trial_id: str) -> None:
         await self._destroy_all([g for g in self.guests if g.trial_id == trial_id])

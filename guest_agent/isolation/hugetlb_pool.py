@@ -278,7 +278,7 @@ class HugetlbPool:
 
         # With page_poison, free_pages_prepare() (mm/page_alloc.c) writes to each page that leaves
         # the pool.
-        for parameter in (self._proc_root / "cmdline").read_text().split():
+        for parameter in (self._proc_root / "cmdline").read_text(errors="replace").split():
             name, _, value = parameter.partition("=")
             if name == "page_poison" and value.lower() in ("1", "y", "yes", "on"):
                 raise Refused(

@@ -215,13 +215,15 @@ class ControlService(HostServiceServicer):
     async def Watch(
         self, request: host_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[host_pb2.SampleSet]:
-        """Stream samples of a trial's guests. When the trial's last Watch ends, its guests are
-        ended, unless this host agent is ending itself."""
+        """Stream samples of a trial's guests, once those of earlier trials are gone that nobody
+        watches any more. When the trial's last Watch ends, its guests are ended, unless this host
+        agent is ending itself."""
         if not request.trial_id:
             await abort(context, InvalidInput("Watch needs a trial"))
         await _check_period(request.period_ms, context)
         self._registry.open_watch(request.trial_id)
         try:
+            await self._registry.earlier_ended()
             async for samples in self._samples(
                 request.period_ms,
                 lambda: [g for g in self._registry.guests if g.trial_id == request.trial_id],

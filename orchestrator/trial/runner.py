@@ -32,7 +32,6 @@ from orchestrator.trial.records import (
 from orchestrator.trial.script import Script, cancelled, now_us, records_of
 from orchestrator.trial.steps import hold_request, step_done, step_request
 
-_FIRST_SAMPLE_TIMEOUT_S = 10.0
 # Three sets of samples come within so many periods: a host agent leaves out three in a row at most
 # (host.proto: Watch).
 _MOST_PERIODS = 12
@@ -208,7 +207,8 @@ class _TrialRunner(Script):
 
     async def _wait_watching(self) -> None:
         try:
-            async with asyncio.timeout(_FIRST_SAMPLE_TIMEOUT_S):
+            # The host agent first ends the guests that an earlier trial has left, if any.
+            async with asyncio.timeout(self._spec.timeouts.destroy_s + _SAMPLE_TIMEOUT_S):
                 await self._watching.wait()
         except TimeoutError:
             raise TransientError(f"{self._task.host}: no samples from the host agent") from None

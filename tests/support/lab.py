@@ -29,7 +29,9 @@ def processes_with(variable: str, value: str) -> dict[int, str]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+                found[int(entry.name)] = (
+                    (entry / "cmdline").read_text(errors="replace").replace("\0", " ")
+                )
         except OSError:
             continue
     return found

@@ -200,7 +200,7 @@ class HostServiceServicer:
         usual; memory that was reclaimed before comes back only as the guest uses it. A pause ends by
         itself: whoever wants a longer one asks again, and if nobody does, the guest saves memory
         again. It outlives the guest's sessions, but not this host agent. Repeating a call does no
-        harm.
+        harm, but the answer is then what is left of the pause that the first call has set.
         NOT_FOUND if there is no such guest, INVALID_ARGUMENT beyond an hour, FAILED_PRECONDITION
         under another method, ABORTED if the guest is lost.
         """
@@ -209,7 +209,8 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Samples of a trial's guests, once per period, until cancelled. Up to three samples in a
+        """Samples of a trial's guests, once per period, until cancelled. The first one comes when the
+        guests of earlier trials are gone that nobody watches any more. Up to three samples in a
         row are left out while no guest's books change, less than 1 MiB moves in each guest, and
         no command is answered. The last sample that was left out is sent late, just before the
         first one that differs.

@@ -1,5 +1,6 @@
 """A host agent that ends, with a driver that is slow: it makes no guest any more, and leaves
-alone the socket of the next host agent."""
+alone the socket of the next host agent. And a trial that ends: its guests are gone before the
+next one begins."""
 
 import asyncio
 import os
@@ -8,11 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from hintfleet.errors import TransientError
 from hintfleet.net.addresses import socket_path
 from hintfleet.v1 import host_pb2
+from hintfleet.v1.host_pb2_grpc import HostServiceStub
 from host_agent.registry import Registry
 from host_agent.server import Serving, Settings, serving
 from tests.unit.host_agent.test_registry import SPEC, TRIAL, Driver, made
@@ -60,6 +63,37 @@ def test_no_guest_is_made_while_the_others_are_ended(settings: Settings) -> None
             late = asyncio.create_task(make_another(served.registry, driver))
         await late
         assert [guest.closed for guest in driver.made] == [True]
+
+    asyncio.run(scenario())
+
+
+def test_a_trial_begins_when_the_guests_of_the_one_before_are_gone(settings: Settings) -> None:
+    """Their memory would count in it: its host could run out of memory because of them."""
+
+    async def scenario() -> None:
+        driver = Driver()
+        driver.may_make.set()
+        async with (
+            serving(settings) as served,
+            grpc.aio.insecure_channel(served.control) as channel,
+        ):
+            use(driver, served)
+            served.registry.open_watch(TRIAL)
+            await made(served.registry)
+            driver.may_end.clear()
+            served.registry.close_watch(TRIAL)
+            request = host_pb2.WatchRequest(trial_id="the next", period_ms=10)
+            watch = HostServiceStub(channel).Watch(request)
+            first = asyncio.create_task(watch.read())
+            await asyncio.wait([first], timeout=0.5)
+            waited = not first.done()
+            driver.may_end.set()
+            assert waited
+            samples = await first
+            assert isinstance(samples, host_pb2.SampleSet)
+            assert not samples.samples
+            assert not served.registry.guests
+            watch.cancel()
 
     asyncio.run(scenario())
 
