@@ -74,6 +74,8 @@ class Registry:
         self.ending: set[asyncio.Task[None]] = set()
         """Tasks that end guests, or close them until they are attached again. Whoever begins a task
         does not wait for it."""
+        self._trials_ending: set[asyncio.Task[None]] = set()
+        """Those of them that end the guests of a trial."""
         # A trial's answers stay until the trial ends: its client may retry a command at any time.
         self.commands = RepeatedCommands()
 
@@ -116,6 +118,8 @@ class Registry:
         :raises TransientError: the state cannot be written, or this host agent ends.
         """
         await self.earlier_ended()
+        if name in self._guests and self.ending:
+            await asyncio.wait(self.ending)
         self._check_new(name, trial_id, spec)
         guest = self.add(name, checked_uuid(guest_uuid, self.guests), trial_id, spec)
         guest.creation = asyncio.create_task(self.make(guest))
@@ -326,15 +330,15 @@ class Registry:
         if self.shutting_down or self._watches[trial_id] > 0:
             return
         task = asyncio.create_task(self._end_trial(trial_id))
-        self.ending.add(task)
-        task.add_done_callback(self.ending.discard)
+        for tasks in (self.ending, self._trials_ending):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
 
     async def earlier_ended(self) -> None:
-        """Wait until the guests are gone whose end has begun without a command: most often those of
-        a trial that nobody watches any more (`close_watch` does not wait for them). Until then they
-        have names and use memory that the guests of the next trial need."""
-        if self.ending:
-            await asyncio.wait(self.ending)
+        """Wait until the guests of trials are gone whose last Watch has ended (`close_watch` does
+        not wait for them). Until then they use memory that the guests of the next trial need."""
+        if self._trials_ending:
+            await asyncio.wait(self._trials_ending)
 
     async def _end_trial(self, trial_id: str) -> None:
         await self._destroy_all([g for g in self.guests if g.trial_id == trial_id])

@@ -24,6 +24,7 @@ guest does not need its image any more: QEMU has the disk open, and has read the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -107,10 +108,11 @@ def prune(images: Path) -> None:
         remove(image)
     # Also what a killed builder left.
     for layer in (*images.glob("layers/*-*"), *images.glob(f"{BUILDING}*")):
-        # An image that uses a layer has hard links to files of that layer.
-        is_used = any(file.stat().st_nlink > 1 for file in layer.iterdir() if file.is_file())
-        if not is_used and time.time() - layer.stat().st_mtime > KEPT_LAYERS_S:
-            remove(layer)
+        with contextlib.suppress(FileNotFoundError):  # another builder removes it
+            # An image that uses a layer has hard links to files of that layer.
+            is_used = any(file.stat().st_nlink > 1 for file in layer.iterdir() if file.is_file())
+            if not is_used and time.time() - layer.stat().st_mtime > KEPT_LAYERS_S:
+                remove(layer)
 
 
 def _sources(package: Path) -> list[Path]:

@@ -111,8 +111,9 @@ def build_once(directory: Path, marker: str, build: Callable[[Path], None]) -> P
 
     :raises OSError: `directory` has files, but no `marker`.
     """
-    if (directory / marker).exists():
+    with contextlib.suppress(FileNotFoundError):  # it is not there, or is just being removed
         os.utime(directory)
+        (directory / marker).stat()
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=BUILDING) as temporary:
@@ -130,7 +131,9 @@ def build_once(directory: Path, marker: str, build: Callable[[Path], None]) -> P
 def remove(directory: Path) -> None:
     """Remove a directory that `build_once` made: at no time a part of it is there."""
     with (
-        tempfile.TemporaryDirectory(dir=directory.parent, prefix=BUILDING) as aside,
+        tempfile.TemporaryDirectory(
+            dir=directory.parent, prefix=BUILDING, ignore_cleanup_errors=True
+        ) as aside,
         contextlib.suppress(FileNotFoundError),  # another builder removes it, too
     ):
         directory.rename(Path(aside, directory.name))

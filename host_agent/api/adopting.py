@@ -20,9 +20,9 @@ _log = logging.getLogger("hintfleet.host.registry")
 async def adopt(registry: Registry, records: Sequence[GuestRecord], grace_s: float) -> None:
     """Take over the guests of an earlier host agent.
 
-    A guest that is gone stays registered as lost; if it is an attached one, it is attached again
-    when its domain runs. A guest with settings that this host agent does not know is left alone: it
-    is logged and not registered, and its record stays.
+    A guest that is gone, or whose log cannot be opened, stays registered as lost; if it is an
+    attached one, it is attached again when its domain runs. A guest with settings that this host
+    agent does not know is left alone: it is logged and not registered, and its record stays.
 
     :param grace_s: guests of a trial that has no open Watch after this time are ended.
     :raises Refused: a driver cannot find out whether a guest is gone, or cannot use it. No
@@ -51,12 +51,10 @@ async def _adopt(registry: Registry, record: GuestRecord) -> None:
     driver = registry.driver_of(guest)
     try:
         running = await in_driver_thread(driver.adopt, registry.request(guest), record.handle)
-    except OSError as error:  # its log, or no descriptor is free
-        raise Refused(f"guest {record.name}: it cannot be adopted: {error}") from error
-    except GuestLost as error:
+    except (GuestLost, OSError) as error:  # OSError: its log cannot be opened, for example
         guest.memory.last_ledger = record.books.totals
         guest.earlier = record.earlier
-        guest.lost(error.message)
+        guest.lost(error.message if isinstance(error, GuestLost) else str(error))
         if guest.is_attached:
             # Kept until its domain can be attached or is removed: api/attaching_again.py.
             guest.to_attach_again = record

@@ -54,7 +54,7 @@ class TrialStatus(StrEnum):
     LOST = "lost"
     """It has no result: the test equipment failed, not the method under test. A host agent, or
     the actor that controls it, is gone; or samples are missing for a while (not in a switchback):
-    it or its machine stood still."""
+    it or its machine stood still. (If the method is why, that happens again and again.)"""
     CUT_OFF = "cut off"
     """It has not ended: the run was interrupted, has failed, or still runs."""
 
@@ -201,7 +201,7 @@ def _measured(
         names = [event.guest for event in _of_kind(events, GuestEnded)]
     missing = [name for name in names if name not in series]
     if missing:
-        raise Undecided(f"{missing[0]}: there are no samples")
+        raise SamplesMissing(f"{missing[0]}: there are no samples")
     series = {name: series[name] for name in names}
     done = _of_kind(events, StepDone)
     steps = {name: [step for step in done if step.guest == name] for name in names}

@@ -111,8 +111,8 @@ class _TrialRunner(Script):
                     await cancelled(samples)
                 if watch.done() or (silent and not ran_out.done()):
                     return f"{self._task.host}: its host agent was lost: {error.message}", True
-                if not ran_out.done():
-                    return str(error), False
+                if not ran_out.done():  # lost if there never was a sample: nothing has begun
+                    return str(error), not self._watching.is_set()
             if not ran_out.done():
                 return "", False
             await cancelled(script)
@@ -207,8 +207,10 @@ class _TrialRunner(Script):
 
     async def _wait_watching(self) -> None:
         try:
-            # The host agent first ends the guests that an earlier trial has left, if any.
-            async with asyncio.timeout(self._spec.timeouts.destroy_s + _SAMPLE_TIMEOUT_S):
+            # The host agent first ends the guests that an earlier trial has left, if any; one that
+            # is being made is made first.
+            timeouts = self._spec.timeouts
+            async with asyncio.timeout(timeouts.create_s + timeouts.destroy_s + _SAMPLE_TIMEOUT_S):
                 await self._watching.wait()
         except TimeoutError:
             raise TransientError(f"{self._task.host}: no samples from the host agent") from None

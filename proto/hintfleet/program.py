@@ -159,22 +159,20 @@ def bug_fields(error: BaseException) -> dict[str, str]:
 
     `bug` is the error, `details` the path of the file. If the file cannot be written, `trace` is
     the report itself, instead of `details`. After more than _MOST_REPORTS reports, no report is
-    written, and `details` is the path of the last one.
+    written, and `details` is the path of the last one that was, if there is one.
     """
     import traceback
 
     what = traceback.format_exception_only(error)[-1].strip()
+    if len(_report_paths) > _MOST_REPORTS and any(_report_paths):
+        return {"bug": what, "details": next(filter(None, reversed(_report_paths)))}
     report = _report("".join(traceback.format_exception(error)))
-    why_not = "too many bugs"
-    if len(_report_paths) <= _MOST_REPORTS:
-        try:
-            _report_paths.append(_append(report))
-        except OSError as failed:
-            _report_paths.append("")
-            why_not = failed.strerror or str(failed)
-    if _report_paths[-1]:
-        return {"bug": what, "details": _report_paths[-1]}
-    return {"bug": what, "trace": f"{report}  (no file can be written: {why_not})"}
+    try:
+        _report_paths.append(_append(report))
+    except OSError as failed:
+        _report_paths.append("")
+        return {"bug": what, "trace": f"{report}  (no file can be written: {failed.strerror})"}
+    return {"bug": what, "details": _report_paths[-1]}
 
 
 def _report(trace: str) -> str:

@@ -2,8 +2,8 @@
 
 Each obstacle has a text that says what to change. If a domain has no obstacle, QEMU can hand over
 its memory at the memory door, and the host can drop that memory page by page. The domain's XML and
-state are examined, and whether somebody listens on a door's socket; but not its memory devices
-(DIMMs), nor what runs in the guest, which also needs hintfleet's agent and the driver virtiofs.
+state are examined, and whether somebody listens on a door's socket; but not what runs in the guest,
+which also needs hintfleet's agent and the driver virtiofs.
 """
 
 from __future__ import annotations
@@ -85,13 +85,18 @@ def _memory_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:
 
 
 def _is_shared(domain: ET.Element) -> bool:
-    """Return whether all memory is shared. The own access mode of a NUMA cell or of a memory device
-    (DIMM) overrides the domain's."""
+    """Return whether all memory is shared. The access mode of a NUMA cell overrides the domain's,
+    and that of a memory device (DIMM) overrides its cell's."""
     access = domain.find("memoryBacking/access")
-    by_default = access is not None and access.get("mode") == "shared"
-    own = [cell.get("memAccess") for cell in domain.findall("cpu/numa/cell")] or [None]
-    own += [device.get("access") for device in domain.findall("devices/memory")]
-    return all(access == "shared" or (access is None and by_default) for access in own)
+    default = access.get("mode") if access is not None else None
+    cells = {
+        cell.get("id"): cell.get("memAccess", default) for cell in domain.findall("cpu/numa/cell")
+    }
+    dimms = [
+        device.get("access", cells.get(device.findtext("target/node"), default))
+        for device in domain.findall("devices/memory")
+    ]
+    return {*(cells.values() or [default]), *dimms} == {"shared"}
 
 
 def _device_obstacles(domain: ET.Element) -> Iterator[tuple[str, str]]:

@@ -210,7 +210,7 @@ class HostServiceServicer:
 
     def Watch(self, request, context):
         """Samples of a trial's guests, once per period, until cancelled. The first one comes when the
-        guests of earlier trials are gone that nobody watches any more. Up to three samples in a
+        guests are gone of all trials whose last Watch has ended. Up to three samples in a
         row are left out while no guest's books change, less than 1 MiB moves in each guest, and
         no command is answered. The last sample that was left out is sent late, just before the
         first one that differs.

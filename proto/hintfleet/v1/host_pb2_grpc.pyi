@@ -91,7 +91,7 @@ class HostServiceStub:
     """
     Watch: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]
     """Samples of a trial's guests, once per period, until cancelled. The first one comes when the
-    guests of earlier trials are gone that nobody watches any more. Up to three samples in a
+    guests are gone of all trials whose last Watch has ended. Up to three samples in a
     row are left out while no guest's books change, less than 1 MiB moves in each guest, and
     no command is answered. The last sample that was left out is sent late, just before the
     first one that differs.
@@ -168,7 +168,7 @@ class HostServiceAsyncStub(HostServiceStub):
     """
     Watch: _aio.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]  # type: ignore[assignment]
     """Samples of a trial's guests, once per period, until cancelled. The first one comes when the
-    guests of earlier trials are gone that nobody watches any more. Up to three samples in a
+    guests are gone of all trials whose last Watch has ended. Up to three samples in a
     row are left out while no guest's books change, less than 1 MiB moves in each guest, and
     no command is answered. The last sample that was left out is sent late, just before the
     first one that differs.
@@ -314,7 +314,7 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_host_pb2.SampleSet], _abc.AsyncIterator[_host_pb2.SampleSet]]:
         """Samples of a trial's guests, once per period, until cancelled. The first one comes when the
-        guests of earlier trials are gone that nobody watches any more. Up to three samples in a
+        guests are gone of all trials whose last Watch has ended. Up to three samples in a
         row are left out while no guest's books change, less than 1 MiB moves in each guest, and
         no command is answered. The last sample that was left out is sent late, just before the
         first one that differs.

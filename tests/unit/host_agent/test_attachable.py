@@ -58,6 +58,12 @@ def test_a_domain_without_pcie_needs_no_port() -> None:
             "not in a shared memfd",
         ),
         (BACKING, "", "<memory model='dimm' access='private'/>", "not in a shared memfd"),
+        (
+            BACKING,
+            "<cpu><numa><cell id='0' memAccess='shared'/></numa></cpu>",
+            "<memory model='dimm' access='private'><target><node>0</node></target></memory>",
+            "not in a shared memfd",
+        ),
         (BACKING.replace("<source", "<hugepages/><source"), "", "", "huge pages"),
         (
             BACKING,
@@ -88,6 +94,8 @@ def test_a_domain_whose_cells_are_shared_one_by_one() -> None:
     backing = "<memoryBacking><source type='memfd'/></memoryBacking>"
     cells = "<cpu><numa><cell id='0' memAccess='shared'/></numa></cpu>"
     assert said(domain(backing=backing, more=cells)) == []
+    dimm = "<memory model='dimm'><target><node>0</node></target></memory>"
+    assert said(domain(backing=backing, more=cells, devices=PORTS + DISK + dimm)) == []
 
 
 def door_at(path: Path) -> str:

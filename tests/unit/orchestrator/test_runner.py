@@ -158,6 +158,29 @@ def test_a_host_that_falls_silent_is_lost(silent: bool, monkeypatch: pytest.Monk
     assert done.lost == silent
 
 
+class HostThatNeverBegins(SilentHost):
+    """A host agent that answers, and still ends the guests of an earlier trial."""
+
+    async def watch(self, _trial_id: str, _period_s: float) -> AsyncIterator[host_pb2.SampleSet]:
+        await asyncio.Event().wait()
+        yield self._samples(0)
+
+
+def test_a_trial_that_has_not_begun_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method under test cannot be the cause, so it is run again."""
+    monkeypatch.setattr(runner, "_SAMPLE_TIMEOUT_S", 0.2)
+    _, task = parsed(TEXT.replace("connect: 1s", "connect: 1s, create: 100ms, destroy: 100ms"))
+    client = cast(HostClient, HostThatNeverBegins(silent=False))
+
+    async def scenario() -> Event | HostSamples:
+        return [record async for record in run_host_task(client, task)][-1]
+
+    done = asyncio.run(scenario())
+    assert isinstance(done, HostDone)
+    assert "no samples from the host agent" in done.undecided
+    assert done.lost
+
+
 @asynccontextmanager
 async def host_elsewhere() -> AsyncIterator[tuple[HostClient, Relay]]:
     """Yield the client of a host agent, and the relay between them."""

@@ -123,7 +123,7 @@ FAULTS: dict[Fault, tuple[TrialStatus, str]] = {
     host_agent_lost: (LOST, "host1: its host agent was lost"),
     guest_lost: (UNDECIDED, "host1-guest1: lost"),
     no_host_done: (UNDECIDED, "host1: did not finish"),
-    no_samples: (UNDECIDED, "host1-guest1: there are no samples"),
+    no_samples: (LOST, "host1-guest1: there are no samples"),
     samples_with_a_gap: (
         LOST,
         "host1-guest2: samples are missing for 2.2 s (one is due every 0.1 s)",
