@@ -117,7 +117,7 @@ class Registry:
         :raises GuestLost: it ended or was not ready in time; with its last output.
         :raises TransientError: the state cannot be written, or this host agent ends.
         """
-        await self.earlier_ended()
+        # An earlier guest with this name may still be ending: `close_watch` does not wait for it.
         if name in self._guests and self.ending:
             await asyncio.wait(self.ending)
         self._check_new(name, trial_id, spec)

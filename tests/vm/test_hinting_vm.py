@@ -96,13 +96,15 @@ def test_a_guest_keeps_what_it_uses_again_until_a_settle(
                 return cycles
         raise AssertionError(f"only {cycles} cycles")
 
-    churned()  # the guest learns what it uses again
-    before = guests.ledger(name)
-    cycles = churned()
-    after = guests.ledger(name)
-    taken_back_bytes = after.refaulted_total_bytes - before.refaulted_total_bytes
-    # Eager takes back all of it. On a busy machine, the guest goes on learning for a while.
-    assert taken_back_bytes < cycles * 64 * MIB / 2
+    churned()  # the guest learns what it uses again; on a busy machine, for some rounds more
+    for _ in range(5):
+        before = guests.ledger(name)
+        cycles = churned()
+        after = guests.ledger(name)
+        taken_back_bytes = after.refaulted_total_bytes - before.refaulted_total_bytes
+        if taken_back_bytes < cycles * 64 * MIB / 4:
+            break
+    assert taken_back_bytes < cycles * 64 * MIB / 4
     settled = host.settle(name).ledger
     assert settled.resident_bytes < after.resident_bytes - 40 * MIB
     guests.balances(name, connection)
