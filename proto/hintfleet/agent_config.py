@@ -52,7 +52,7 @@ class AgentConfig:
     :ivar server: the host agent's address for guests, as users write it: `HOST:PORT`, `unix:PATH`
         or `unix-abstract:NAME`.
     :ivar tls_folder: the folder with ca.pem, cert.pem and key.pem for a server with TLS; empty
-        for plain text.
+        for plain text. Not used with a unix socket, which is never encrypted.
     :ivar method: HINTING, or NONE for a guest that only runs workloads.
     :ivar isolator, tracker: a pair that `settings.PARTS` has for guests with this `memory`.
     :ivar chunk_order: log2 of the pages in a chunk.

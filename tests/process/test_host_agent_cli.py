@@ -105,6 +105,8 @@ def test_guests_are_in_the_cgroup_of_the_budget_which_goes_with_the_host_agent()
         (["--tls", "/nowhere"], 2, "ca.pem: No such file"),
         (["--guest-tls", "/nowhere"], 2, "ca.pem: No such file"),
         (["--memory-budget", "4G"], 2, "ambiguous"),
+        (["--orphan-after", "0"], 2, "'0' is no number of seconds from 1 to 1048575"),
+        (["--watch-grace", "-1"], 2, "'-1' is no number of seconds"),
         (["--enforce-budget", "embedded", "--state", "/x"], 2, "does not work with --state"),
         (["--metrics", "nonsense"], 2, "not HOST:PORT"),
         (["--nonsense"], 2, "unrecognized arguments"),

@@ -193,4 +193,6 @@ def test_a_replay_goes_on_without_the_file_that_was_recorded(lab: Lab) -> None:
     )
     assert data["arms"][1]["saved_bytes"]["pairs"] == 2
     assert len(data["overrides"]["recordings"]["day.csv"]) == 64
+    (run,) = json.loads(lab.run("runs", "-o", "json").stdout)
+    assert run["overrides"] == data["overrides"], "without the points, too"
     lab.check_nothing_is_left()

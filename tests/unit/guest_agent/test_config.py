@@ -1,6 +1,7 @@
 """A guest agent's configuration is read from a file, or from the first line of stdin. An error
-names the source, and the key if a value is wrong."""
+names the source, and the key if a value is wrong. TLS is not used on a unix socket."""
 
+import asyncio
 import io
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from guest_agent import config
+from guest_agent.agent import _connect
 from hintfleet.agent_config import AgentConfig
 from hintfleet.errors import InvalidInput
 
@@ -45,3 +47,14 @@ def test_mistakes_name_the_file(tmp_path: Path, content: bytes | None, said: str
     with pytest.raises(InvalidInput, match=said) as caught:
         config.read(str(path))
     assert str(path) in caught.value.message
+
+
+def test_a_unix_socket_is_never_encrypted() -> None:
+    async def connect(server: str) -> None:
+        made = AgentConfig(server=server, guest_uuid="u", token="t", tls_folder="/nowhere")
+        channel, _ = _connect(made)
+        await channel.close(None)
+
+    asyncio.run(connect("unix:/run/host.sock"))
+    with pytest.raises(InvalidInput, match=r"ca\.pem"):
+        asyncio.run(connect("127.0.0.1:1"))

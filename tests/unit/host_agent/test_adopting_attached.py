@@ -1,5 +1,6 @@
 """Attached guests of an earlier host agent: which books they have when they are adopted."""
 
+import errno
 import os
 import subprocess
 from contextlib import ExitStack
@@ -73,6 +74,25 @@ def test_another_start_of_a_domain_has_fresh_books_when_it_is_adopted(
         await later.end_all()
 
     run(scenario, Again(tmp_path, start=1))
+
+
+class NoFile(Again):
+    """An operating system that opens no more files while a guest is adopted."""
+
+    def adopt(self, _request: GuestRequest, _handle: object) -> Running:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_guest_whose_files_cannot_be_opened_does_not_stop_the_host_agent(tmp_path: Path) -> None:
+    async def scenario(registry: Registry, driver: Any) -> None:
+        record = await record_of_one_page(registry, driver)
+        later = Registry({}, attached=driver)
+        await adopt(later, [record], grace_s=0)
+        (lost,) = later.guests
+        assert "Too many open files" in lost.why_not_hinting
+        await later.end_all()
+
+    run(scenario, NoFile(tmp_path, start=1))
 
 
 def test_a_qemu_that_hangs_up_while_it_is_adopted(tmp_path: Path) -> None:
