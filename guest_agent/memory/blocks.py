@@ -8,7 +8,6 @@ it is, which is not an error. Blocks are offlined only if the guest has enough o
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ _TIMEOUT_S = 30.0
 _FREE_MEMORY_TIMEOUT_S = 3.0
 """Longer than a chunk stays isolated while the host answers."""
 _POLL_S = 0.1
+_GONE = "gone"
 _SPARE_BYTES = 32 * MIB
 """Memory that the guest must keep available, besides its watermarks."""
 
@@ -49,7 +49,7 @@ class MemoryBlocks:
     def online(self, pages: RangeSet) -> None:
         deadline_s = time.monotonic() + self._timeout_s
         blocks = self._blocks(pages)
-        while missing := [block for block in blocks if not (block / "state").exists()]:
+        while missing := [block for block in blocks if _state(block) == _GONE]:
             if time.monotonic() > deadline_s:
                 raise Refused(f"the guest's kernel shows no memory block {missing[0].name}")
             time.sleep(_POLL_S)
@@ -58,7 +58,7 @@ class MemoryBlocks:
 
     def offline(self, pages: RangeSet) -> None:
         deadline_s = time.monotonic() + self._timeout_s
-        blocks = [b for b in self._blocks(pages) if b.exists() and _state(b) != "offline"]
+        blocks = [b for b in self._blocks(pages) if _state(b) not in ("offline", _GONE)]
         self._wait_for_memory(len(blocks) * self._block_bytes())
         self._set_all(blocks, "offline", "online_movable", deadline_s)
 
@@ -113,16 +113,23 @@ class MemoryBlocks:
                 again_until_s = time.monotonic() + self._timeout_s
                 stuck = [b.name for b in blocks[:i] if not _set(b, before, again_until_s)]
                 why = "it is in use" if wanted == "offline" else "the kernel refused it"
+                state = _state(block)
+                problem = "is gone" if state == _GONE else f"stays {state}: {why}"
                 also = f"; {', '.join(stuck)} did not become {before} again" if stuck else ""
-                raise Refused(f"memory block {block.name} stays {_state(block)}: {why}{also}")
+                raise Refused(f"memory block {block.name} {problem}{also}")
 
 
 def _state(block: Path) -> str:
-    return (block / "state").read_text().strip()
+    """Return a block's state; `gone` if the kernel does not have the block (yet, or any more)."""
+    try:
+        return (block / "state").read_text().strip()
+    except OSError:
+        return _GONE
 
 
 def _set(block: Path, wanted: str, deadline_s: float) -> bool:
-    """Change a block's state; return False if the kernel has not changed it by the deadline."""
+    """Change a block's state; return False if the kernel has not changed it by the deadline, or has
+    removed the block."""
     # If the kernel cannot empty a block, the write to the block's state file does not return until
     # the writer gets a signal (mm/memory_hotplug.c: offline_pages). So the writer is a process of
     # its own, which can be killed.
@@ -134,9 +141,11 @@ def _set(block: Path, wanted: str, deadline_s: float) -> bool:
             return False
         # The kernel refuses a state that the block has already: meanwhile the kernel itself
         # (memhp_default_state) or a rule of udev may have changed it.
-        with contextlib.suppress(OSError):  # the block is gone
-            if not done.returncode or wanted.startswith(_state(block)):
-                return True
+        state = _state(block)
+        if not done.returncode or wanted.startswith(state):
+            return True
+        if state == _GONE:
+            return False
         # A block with chunks in the hugetlb pool is refused at once (mm/hugetlb.c:
         # dissolve_free_huge_page). The pass that moved them there ends soon: try again.
         time.sleep(min(_POLL_S, left_s))

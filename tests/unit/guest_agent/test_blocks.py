@@ -1,5 +1,6 @@
 """Memory blocks of a guest's kernel, on a fake tree of /sys (tests/vm uses real guests)."""
 
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -71,6 +72,28 @@ def test_all_blocks_go_offline_or_none(root: Path) -> None:
     held.write_text("online\n")
     MemoryBlocks(root).offline(TWO_BLOCKS)
     assert held.read_text() == other.read_text() == "offline\n"
+
+
+@pytest.mark.parametrize("state", ["offline", "online"])
+def test_a_block_that_is_unplugged_meanwhile_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Not an error of this program: it would end the guest's workload."""
+    other, going = add(root, 32, state), add(root, 33, state)
+
+    def written(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        if Path(command[3]) == going:
+            shutil.rmtree(going.parent, ignore_errors=True)
+            return subprocess.CompletedProcess(command, 2)  # ENOENT
+        Path(command[3]).write_text(f"{command[4]}\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", written)
+    blocks = MemoryBlocks(root)
+    change = blocks.online if state == "offline" else blocks.offline
+    with pytest.raises(Refused, match=r"memory block memory33 is gone$"):
+        change(TWO_BLOCKS)
+    assert other.read_text().startswith(state)
 
 
 def test_offline_is_refused_if_the_guest_would_run_out_of_memory(root: Path) -> None:
