@@ -144,6 +144,7 @@ class Guest:
             on_works=self._note_ready,
             has_moved=self.memory.has_moved,
             failed=self.lost,
+            begin=self.tasks.begin,
         )
 
     def lost(self, reason: str) -> None:

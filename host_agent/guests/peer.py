@@ -4,7 +4,7 @@ hints: free page reporting and the balloon, both by QEMU."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from hintfleet.errors import GuestLost, HintfleetError
 from hintfleet.v1 import host_pb2
@@ -36,6 +36,7 @@ class Peer:
         on_works: Callable[[], None],
         has_moved: Callable[[], bool],
         failed: Callable[[str], None],
+        begin: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
     ) -> None:
         """Start a task that runs the peer once `booted` is set.
 
@@ -44,6 +45,7 @@ class Peer:
             since it last returned true.
         :param failed: called with the reason when the method cannot work, or does not any more. Not
             called when the guest is gone.
+        :param begin: starts the task, as LastingTasks.begin does.
         """
         if self.works:
             return
@@ -67,7 +69,7 @@ class Peer:
                 name = host_pb2.Method.Name(self._spec.method).lower()
                 failed(f"method {name} cannot work: {error}")
 
-        self._task = asyncio.create_task(run())
+        self._task = begin(run())
 
     async def stop(self) -> None:
         """Cancel the task, and wait until it has ended. A call to the hypervisor that is running in

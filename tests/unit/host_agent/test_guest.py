@@ -29,6 +29,7 @@ class Running:
 
     pid = 0
     domain = ""
+    hypervisor = ""
     door = None
     balloon = None
     reporting = None
@@ -261,5 +262,25 @@ def test_a_lost_guest_that_is_asked_again_and_again_takes_no_more_memory(ram: Gu
         guest.lost("it crashed")
         assert frames(await ended(guest, epochs)) == frames(await ended(guest, epochs))
         assert frames(await refused(guest)) == frames(await refused(guest))
+
+    asyncio.run(scenario())
+
+
+def test_a_guest_whose_balloon_fails_by_a_bug_is_lost(ram: GuestRam) -> None:
+    """Otherwise its method would have stopped without a word, and its trial would go on."""
+
+    class Broken:
+        def stats(self) -> None:
+            raise KeyError("actual")
+
+    async def scenario() -> None:
+        spec = host_pb2.GuestSpec(method=host_pb2.BALLOON)
+        guest = Guest(name="g", uuid="u", token="t", trial_id="t", spec=spec)
+        running = Running(ram)
+        running.balloon = Broken()  # type: ignore[assignment]
+        guest.started(running)  # type: ignore[arg-type]
+        guest.sessions.attach_workload(Stream())
+        with pytest.raises(GuestLost, match="KeyError: 'actual'"):
+            await guest.ready(HANG_S)
 
     asyncio.run(scenario())
