@@ -317,7 +317,8 @@ class HintingSession:
         if kind == "refaulted":
             ranges = decode(message.refaulted.ranges)
             self._resting.moved(ranges.page_count)
-            # First note what is in use now: that explains most of what has refaulted.
+            # First observe what is in use now: the levels that came into use explain most of what
+            # has refaulted, and only the rest makes the guest hold back more.
             self._held_back_pages(self._isolator.used_pages())
             if self._knows_resident:
                 self._holding_back.refaulted(time.monotonic(), ranges.page_count)

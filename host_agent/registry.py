@@ -1,9 +1,9 @@
 """Makes, ends and releases the guests of this host agent.
 
 A trial's guests are ended when the trial's last Watch ends, unless this host agent is ending. When
-this host agent ends, it ends all guests and detaches the attached ones; with --state it releases
-all instead, unless its parent is gone (--lifeline-fd). Adopted guests of a trial are also ended if
-the trial has no Watch after a grace period.
+this host agent ends, it ends all guests and detaches the attached ones; with --state it leaves all
+of them running instead, unless its parent is gone (--lifeline-fd). Adopted guests of a trial are
+also ended if the trial has no Watch after a grace period.
 """
 
 from __future__ import annotations

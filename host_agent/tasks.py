@@ -1,5 +1,5 @@
-"""Tasks that continue until their work is done, even if their caller is cancelled; and the errors
-of work on several guests at once."""
+"""Tasks that go on by themselves when their caller is cancelled, which does not wait for them; and
+the errors of work on several guests at once: the first is raised, the others are logged."""
 
 from __future__ import annotations
 

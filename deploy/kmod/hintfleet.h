@@ -4,7 +4,8 @@
  *
  * The kernel's page reporting isolates up to HINTFLEET_CAPACITY free chunks and
  * hands them to the module. read() gives them to the agent as one batch; they
- * stay isolated until HINTFLEET_IOC_ACK, however often the agent dies between.
+ * stay isolated until HINTFLEET_IOC_ACK or HINTFLEET_IOC_RETURN, however often the
+ * agent dies between.
  */
 #ifndef HINTFLEET_H
 #define HINTFLEET_H

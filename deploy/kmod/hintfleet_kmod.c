@@ -9,7 +9,8 @@
  * agent says that the host has answered. See hintfleet.h for the interface.
  *
  * What holds at any time:
- * - A batch that the agent has read stays isolated until it is acknowledged.
+ * - A batch that the agent has read stays isolated until it acknowledges or
+ *   returns it.
  *   Neither close() nor rmmod ends it: the host may be acting on it.
  * - A batch that nobody has read is given back unreported when the agent goes
  *   away or does not read it for a second. So nothing is isolated for long on
@@ -66,7 +67,7 @@ static struct {
 	bool agent;
 	/* report() sleeps on the batch; cleared with result set. */
 	bool waiting;
-	/* The batch was read: only an acknowledgement may end it. */
+	/* The batch was read: only the agent may end it (ACK, RETURN). */
 	bool taken;
 	/* It was read through the present open. */
 	bool seen;

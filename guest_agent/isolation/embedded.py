@@ -17,7 +17,8 @@ TRACKERS: dict[TrackerKind, Callable[[BuddyAllocator, Zone], Tracker]] = {
 
 
 class EmbeddedIsolator:
-    """Isolates on request: `isolate` takes the chunks that wait in the trackers of all zones."""
+    """Takes free chunks from the buddy allocator when `isolate` is called: those that wait in the
+    trackers of all zones, except as many as are held back."""
 
     name = IsolatorKind.EMBEDDED
     unfinished = False

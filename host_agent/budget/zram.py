@@ -188,7 +188,7 @@ def _header(size_bytes: int) -> bytes:
 def _is_ours(device: Path) -> bool:
     with device.open("rb") as file:
         start = file.read(_HEADER.size)
-    # A device without a size has no bytes.
+    # From a device whose size is not set yet, read() returns no bytes: it is not ours.
     return len(start) == _HEADER.size and _HEADER.unpack(start)[3].rstrip(b"\0") == _LABEL
 
 

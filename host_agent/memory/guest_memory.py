@@ -251,13 +251,14 @@ class GuestMemory:
         return self.last_ledger
 
     def moved_pages(self) -> int:
-        """Return how many changed pages a look would find, judged by how much is resident; 0 if the
-        RAM is not open."""
+        """Return how many changed pages a look would find (under a peer, the least), judged by how
+        much is resident; 0 if the RAM is not open."""
         resident_bytes = self.books_now().resident_bytes
         if self._open is None:
             return 0
-        # Where memory leaves without a batch, the books do not know what left. And pages that came
-        # and pages that left cancel each other out in the sum: it is the least that a look finds.
+        # Peers take memory without a batch: the books learn of it only from a look. So compare with
+        # what was resident at the last look. Pages that came and pages that left since then cancel
+        # each other out: a look finds at least the difference.
         if self._others_reclaim:
             return abs(resident_bytes - self._audited_bytes) // PAGE_BYTES
         unseen_pages = self._open[1].unseen_pages(resident_bytes)

@@ -1,5 +1,6 @@
 """The addresses at which guests connect to the host agent. With --state, the next host agent
-listens at the same ones, unless its --guest-listen names another host or port."""
+listens at the same abstract socket, and at the same HOST:PORT unless its --guest-listen names
+another host or port."""
 
 from __future__ import annotations
 

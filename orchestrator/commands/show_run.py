@@ -101,8 +101,8 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "figures": glossary(),
         "arms": arms,
-        # With `vary`, the rows are for `frontier`: guests start together, so no row says how many
-        # fit.
+        # With `vary`, the number of guests is given and they start together: so the rows say
+        # whether hosts ran out of memory (`frontier`), not how many guests fit.
         "capacities": [] if points else [asdict(arm) for arm in capacities(capacity_rows)],
         "frontier": [asdict(point) for point in points],
         "trials": [asdict(t) for t in store.trials(run.run_id)],

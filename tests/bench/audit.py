@@ -93,8 +93,8 @@ def _uncounted(guest: _Guest) -> None:
 
 
 def _within(name: str, guest: _Guest) -> Figure:
-    """Compare an audit of `guest` with one of a guest in which only `_BACK` is absent by the books,
-    and only `_BACK` is resident. Close the files of both guests."""
+    """Return the CPU time of an audit of `guest`, beside that of a guest in which only `_BACK` is
+    absent by the books, and only `_BACK` is resident. Close the files of both guests."""
     small = _Guest(GIB, _BACK, _BACK.ranges())
     pairs = [(_took_s(guest.look) * 1e3, _took_s(small.look) * 1e3) for _ in range(_ROUNDS)]
     for each in (guest, small):

@@ -70,8 +70,8 @@ class _Seen:
 
 
 def run() -> Iterator[Figure]:
-    """Yield the figures of embedded guests, then those of real guests. Leave out the real guests if
-    libvirt-python or the guest image is missing."""
+    """Yield the figures of embedded guests, then those of real guests. If libvirt-python or the
+    guest image is missing, leave out the real guests, and say so on stderr."""
     yield from _compared(_measured(_EMBEDDED_ARMS))
     if can_have_real_guests():
         yield from _compared(_measured(_REAL_ARMS))

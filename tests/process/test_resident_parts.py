@@ -58,7 +58,7 @@ def test_the_parts_are_what_is_resident_under_load_and_at_rest(
     host_agent.create(hinting=with_policy(policy), memory_bytes=512 * MIB)
     host_agent.allocate(256 * MIB)
     host_agent.allocate(32 * MIB, block_bytes=BLOCK)
-    host_agent.free(72 * MIB)  # a quarter of each
+    host_agent.free(72 * MIB)  # a quarter of the extents (64 MiB), and of the small blocks
     host_agent.loop(hinting_pb2.Loop.CHURN, size_bytes=64 * MIB, duration_ms=6000)
     busy = [
         sample.resident_parts

@@ -115,7 +115,7 @@ def check_settled_size(host: HostAgent, provisioned_bytes: int) -> None:
 
 
 def shrink_when_possible(host: HostAgent) -> None:
-    """Unplug down to START. Retry, because memory that the workload just uses stays plugged."""
+    """Unplug down to START. Retry, because memory that the workload is using stays plugged."""
     for _ in range(200):
         with contextlib.suppress(grpc.RpcError):
             host.resize(START)

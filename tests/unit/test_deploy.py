@@ -15,7 +15,8 @@ from hintfleet.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
 
-# systemd.exec(5): each of these sets up a mount namespace.
+# systemd.exec(5): each of these gives the service a mount namespace of its own, whose mounts end
+# with the service.
 MOUNT_NAMESPACE = (
     *("ProtectSystem", "ProtectHome", "ProtectKernelTunables", "ProtectKernelModules"),
     *("ProtectKernelLogs", "ProtectControlGroups", "ProtectProc", "ProcSubset", "PrivateTmp"),

@@ -72,7 +72,7 @@ def test_a_peer_is_resized_too(guests: Guests, connection: Any) -> None:
 
 
 def test_a_dimm_that_is_in_use_or_not_ejected_stays(guests: Guests, connection: Any) -> None:
-    """This guest's kernel takes a DIMM's memory offline, but then refuses to eject the DIMM."""
+    """This guest's kernel was told to eject no DIMM; it still takes their memory offline."""
     host, most = guests.host, 768 * MIB
     host.resize(most, "zeroing")
     host.allocate(540 * MIB, "zeroing")

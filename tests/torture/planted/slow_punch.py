@@ -1,5 +1,6 @@
-"""A host agent whose punches take long: so long that a guest that is reset while one runs would
-boot and use its memory again before that punch is done, if QEMU did not wait.
+"""A host agent whose punches are slow: 2 s for each 8 of them, and 3 minutes more if a guest is
+stopped meanwhile. If QEMU did not wait, a guest that is reset would boot and use its memory again
+before they are done.
 
 This is not a bug by itself: QEMU waits for the punch that has begun before it resets the guest, and
 the memory door's fence lets no other punch of that batch begin.

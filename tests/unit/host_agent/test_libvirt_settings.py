@@ -1,5 +1,5 @@
 """Which hinting settings a real guest can have, and which are refused before it boots; its kernel
-parameters; and that domains of another machine are not called abandoned."""
+parameters; and that abandoned domains are not looked for on another machine."""
 
 from typing import Any
 
