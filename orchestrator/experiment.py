@@ -177,7 +177,7 @@ _THEN = ", then "
 
 def _with_history(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of all parts of a run: `6.1, then 6.6` where a value changed."""
-    return {name: _appended(before.get(name, value), value) for name, value in now.items()}
+    return {**before} | {n: _appended(before.get(n, value), value) for n, value in now.items()}
 
 
 def _appended(history: str, value: str) -> str:

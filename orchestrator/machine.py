@@ -26,7 +26,9 @@ def runtime_dirs() -> OwnedFolders:
 
 
 def environment() -> dict[str, str]:
-    """Return the versions and the hardware that a run's figures depend on, as text."""
+    """Return facts about this machine, as text: its processors and memory, and the versions of
+    hintfleet, Python, the kernel, Ray, gRPC and protobuf. The store adds the hypervisors of a run's
+    guests, if they have any."""
     return {
         "hintfleet": __version__,
         "Python": platform.python_version(),

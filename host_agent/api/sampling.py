@@ -29,6 +29,7 @@ async def guest_message(guest: Guest) -> host_pb2.Guest:
         ledger=await guest.audits.ledger(),
         pid=guest.running.pid if guest.running else 0,
         domain=guest.domain,
+        hypervisor=guest.running.hypervisor if guest.running else "",
         guest_free_bytes=guest.sessions.telemetry.free_bytes,
         held_back_bytes=guest.sessions.telemetry.held_back_bytes,
         epoch_began_unix_us=int(guest.sessions.epoch_began_s * 1e6),

@@ -60,6 +60,7 @@ class RunningGuest(Protocol):
     """A running guest, owned by the caller of `create` or `adopt`.
 
     :ivar domain: name of its libvirt domain; empty for an embedded guest.
+    :ivar hypervisor: as in host_pb2.Guest.
     :ivar door: the memory door at which QEMU handed over the RAM; None for RAM that may be
         punched at any time.
     :ivar balloon: the owner sets its target; None unless the method is BALLOON.
@@ -71,6 +72,7 @@ class RunningGuest(Protocol):
 
     pid: int
     domain: str
+    hypervisor: str
     ram: GuestRam
     door: MemoryDoor | None
     balloon: Balloon | None

@@ -117,6 +117,7 @@ class EmbeddedGuest:
     """A running guest process."""
 
     domain = ""
+    hypervisor = ""
     door: MemoryDoor | None = None
     balloon: Balloon | None = None
     reporting: Reporting | None = None

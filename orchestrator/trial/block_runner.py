@@ -163,8 +163,12 @@ class BlockRunner(Script):
         names = [guest.name for guest in self._task.guests]
         deadline_s = time.monotonic() + self._task.block_s
         while True:
-            boots, problem = boots_of(names, await self._client.list_guests())
+            listed = await self._client.list_guests()
+            boots, problem = boots_of(names, listed)
             if not problem:
+                for guest in listed:
+                    if guest.name in boots:
+                        self._note_hypervisor(guest)
                 return boots
             if time.monotonic() > deadline_s:
                 raise LeftOut(problem)

@@ -103,6 +103,19 @@ class PhaseStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HypervisorFound:
+    """Real guests of a host have this hypervisor; once for each in a trial.
+
+    :ivar hypervisor: as in host_pb2.Guest.
+    """
+
+    host: str
+    trial_id: str
+    at_unix_us: int
+    hypervisor: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopFigures:
     """What a loop did.
 
@@ -230,7 +243,16 @@ class HostDone:
     lost: bool = False
 
 
-Event = PhaseStarted | StepDone | GuestSettled | GuestFits | HostRanOut | GuestEnded | HostDone
+Event = (
+    HypervisorFound
+    | PhaseStarted
+    | StepDone
+    | GuestSettled
+    | GuestFits
+    | HostRanOut
+    | GuestEnded
+    | HostDone
+)
 Record = Samples | Event
 
 

@@ -58,6 +58,11 @@ def run_host_task(client: HostClient, task: HostTask) -> AsyncIterator[Event | H
     return records_of(_TrialRunner(client, task))
 
 
+class SamplesLate(TransientError):
+    """A sample that the trial needs did not come in time: the host agent or its machine stood
+    still."""
+
+
 class StepFailed(HintfleetError):
     """A step was refused, as for lack of memory. Unlike Refused, this does not end the run."""
 
@@ -111,8 +116,8 @@ class _TrialRunner(Script):
                     await cancelled(samples)
                 if watch.done() or (silent and not ran_out.done()):
                     return f"{self._task.host}: its host agent was lost: {error.message}", True
-                if not ran_out.done():  # lost if there never was a sample: nothing has begun
-                    return str(error), not self._watching.is_set()
+                if not ran_out.done():
+                    return str(error), isinstance(error, SamplesLate)
             if not ran_out.done():
                 return "", False
             await cancelled(script)
@@ -141,7 +146,7 @@ class _TrialRunner(Script):
             self._client.watch(self._trial.trial_id, self._spec.sample_period_s)
         ) as stream:
             async for samples in stream:
-                if samples.at_unix_us < made_us:  # they are ordered by that time in the store
+                if samples.at_unix_us < made_us:  # the store orders samples by this time
                     raise TransientError(f"{self._task.host}: its clock was set back")
                 made_us = samples.at_unix_us
                 self._watching.set()
@@ -185,10 +190,11 @@ class _TrialRunner(Script):
         """Wait for a sample after the guest's last step; then post that the guest fits, unless the
         host ran out of memory.
 
-        :raises TransientError: no sample came in time, or the host stays above its memory budget.
+        :raises SamplesLate: no sample came in time.
+        :raises TransientError: the host stays above its memory budget.
         """
         if not await self._wait_for_samples([guest], since_us=self._last_step_us):
-            raise TransientError(f"{self._task.host}: no sample of {guest.name} in time")
+            raise SamplesLate(f"{self._task.host}: no sample of {guest.name} in time")
         # With swap, the kernel may still be swapping out what does not fit.
         if not await self._sampled(lambda: not self._budget.is_over, _SWAP_OUT_TIMEOUT_S):
             raise TransientError(f"{self._task.host}: stays above its memory")
@@ -213,7 +219,7 @@ class _TrialRunner(Script):
             async with asyncio.timeout(timeouts.create_s + timeouts.destroy_s + _SAMPLE_TIMEOUT_S):
                 await self._watching.wait()
         except TimeoutError:
-            raise TransientError(f"{self._task.host}: no samples from the host agent") from None
+            raise SamplesLate(f"{self._task.host}: no samples from the host agent") from None
 
     async def _wait_for_samples(self, guests: Sequence[GuestTask], since_us: int) -> bool:
         """Wait until there is a sample of each of these guests from `since_us` or later, on the
@@ -236,8 +242,8 @@ class _TrialRunner(Script):
         )
 
     async def _sampled(self, holds: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until `holds` returns True, called after each sample set, or until the time is over;
-        return what it returns then."""
+        """Wait until `holds` returns True, called at once and after each sample set, or until the
+        time is over; return what it returns then."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not holds():
@@ -259,11 +265,12 @@ class _TrialRunner(Script):
         await asyncio.sleep(step.hold_s)
 
     async def _create(self, guest: GuestTask) -> None:
-        await self._client.create_guest(
+        made = await self._client.create_guest(
             host_pb2.CreateGuestRequest(
                 command=self._command(), name=guest.name, spec=guest_spec(self._task, guest)
             )
         )
+        self._note_hypervisor(made)
 
     async def _step(self, guest: GuestTask, index: int, step: Step) -> None:
         size_bytes = step.size_bytes(self._held_bytes[guest.name], guest.kind.memory_bytes)

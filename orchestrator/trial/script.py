@@ -15,8 +15,15 @@ from contextlib import suppress
 from typing import Any
 
 from hintfleet.errors import HintfleetError
+from hintfleet.v1 import host_pb2
 from orchestrator.trial.plan import HostTask
-from orchestrator.trial.records import Event, HostDone, HostSamples, PhaseStarted
+from orchestrator.trial.records import (
+    Event,
+    HostDone,
+    HostSamples,
+    HypervisorFound,
+    PhaseStarted,
+)
 
 
 class Script(ABC):
@@ -25,6 +32,7 @@ class Script(ABC):
     def __init__(self, task: HostTask) -> None:
         self.records: asyncio.Queue[Event | HostSamples | None] = asyncio.Queue()
         self._task = task
+        self._hypervisors: set[str] = set()
 
     async def run(self) -> None:
         """Put all records into the queue, the last one a HostDone, and None after it; after an
@@ -63,6 +71,19 @@ class Script(ABC):
                 guest=guest,
             )
         )
+
+    def _note_hypervisor(self, guest: host_pb2.Guest) -> None:
+        """Post the guest's hypervisor, unless it has none or it was posted before."""
+        if guest.hypervisor and guest.hypervisor not in self._hypervisors:
+            self._hypervisors.add(guest.hypervisor)
+            self._post(
+                HypervisorFound(
+                    host=self._task.host,
+                    trial_id=self._task.trial.trial_id,
+                    at_unix_us=now_us(),
+                    hypervisor=guest.hypervisor,
+                )
+            )
 
     def _post(self, record: Event | HostSamples) -> None:
         self.records.put_nowait(record)

@@ -33,6 +33,7 @@ class _Guest:
 
     pid = 0
     domain = ""
+    hypervisor = ""
     handle = ""
     door = None
     balloon = None

@@ -45,6 +45,7 @@ class Running:
 
     pid = 0
     domain = "db"
+    hypervisor = "libvirt 9.0.0, QEMU 7.2.0, TCG"
     balloon = reporting = None
 
     def __init__(self, request: GuestRequest, door: MemoryDoor, qemu: FrontEnd) -> None:

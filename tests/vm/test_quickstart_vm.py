@@ -56,6 +56,8 @@ def test_what_guests_free_leaves_the_host(lab: Lab, libvirt_uri: str) -> None:
     for footprint in arms.values():
         assert footprint["wrong_pages"] == 0
         assert footprint["verified_pages"] >= 2 * 512 * 256  # two guests read back 512 MiB each
+    hypervisor = data["environment"]["hypervisor"]
+    assert re.fullmatch(r"libvirt [\d.]+, QEMU [\d.]+, (KVM|TCG)", hypervisor)
     assert domains(libvirt_uri) == []
     assert host_huge_pages() == huge_before
     lab.check_nothing_is_left()

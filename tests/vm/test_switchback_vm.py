@@ -77,6 +77,7 @@ def test_what_hinting_saves_on_an_attached_domain(
     assert (off["arm"], on["arm"]) == ("off", "on")
     assert on["saved_bytes"]["mean"] > USED_MIB * MIB / 4
     assert on["saved_bytes"]["pairs"] == 2
+    assert data["environment"]["hypervisor"].endswith(", TCG")
     (after,) = host.guests().values()
     assert (after.pid, after.epoch, after.boot_id) == (before.pid, before.epoch, before.boot_id)
     assert after.not_hinting_because == "", "nobody's hinting stays paused"

@@ -26,7 +26,7 @@ from host_agent.guests.attached.obstacles import described, refuse_if_any
 from host_agent.guests.attached.qemu_guest_agent import QemuGuestAgent
 from host_agent.guests.balloon import Balloon, Reporting
 from host_agent.guests.driver import GuestRequest, Handle, Survival
-from host_agent.guests.libvirt.api import errors_as
+from host_agent.guests.libvirt.api import errors_as, hypervisor_of
 from host_agent.guests.libvirt.connection import Connection
 from host_agent.guests.libvirt.devices import doors_in, plug_door, unplug_door
 from host_agent.guests.libvirt.runtime_dir import RuntimeDir
@@ -55,6 +55,7 @@ class AttachedGuest:
         connection: Connection,
         uuid_text: str,
         domain: Any,
+        hypervisor: str,
         door: MemoryDoor,
         ram: GuestRam,
         owned: contextlib.ExitStack,
@@ -63,6 +64,7 @@ class AttachedGuest:
         door's socket."""
         self.pid = door.pid
         self.domain: str = domain.name()
+        self.hypervisor = hypervisor
         self._uuid = uuid_text
         self.handle: Handle = {"start": domain.ID(), **_process(door.pid)}
         """Identifies this start of the domain: libvirt's number of it, and its QEMU. (The domain
@@ -261,11 +263,12 @@ class AttachedDriver:
                         f" {_OPEN_TIMEOUT_S:g} s",
                         hint="it needs the driver virtiofs: `modprobe virtiofs` in the guest",
                     )
+                hypervisor = hypervisor_of(domain)
                 ram = GuestRam(door.segments(), door.fence)
                 undo.pop_all()
             owned.callback(ram.close)
             guest = AttachedGuest(
-                self._connection, request.uuid, domain, door, ram, owned.pop_all()
+                self._connection, request.uuid, domain, hypervisor, door, ram, owned.pop_all()
             )
         door.when_disconnected(request.on_gone)
         return guest

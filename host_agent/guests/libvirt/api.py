@@ -7,11 +7,12 @@ module also turns libvirt's errors into ours, and keeps libvirt's event loop run
 from __future__ import annotations
 
 import contextlib
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from functools import cache
 from threading import Lock, Thread
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hintfleet.errors import GuestLost, Refused
 
@@ -67,6 +68,29 @@ def errors_as(what: str, hint: str = "") -> Iterator[None]:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             raise GuestLost(f"{what}: {error}") from error
         raise Refused(f"{what}: {error}", hint=hint) from error
+
+
+def versions(connection: Any) -> str:
+    """Return the versions of libvirt, and of the QEMU that it starts by default.
+
+    :raises Refused: libvirt does not answer.
+    """
+    with errors_as("asking libvirt for versions"):
+        numbers = connection.getLibVersion(), connection.getVersion()
+    # libvirt packs a version as major * 1,000,000 + minor * 1,000 + release.
+    libvirt, qemu = (f"{n // 1_000_000}.{n // 1000 % 1000}.{n % 1000}" for n in numbers)
+    return f"libvirt {libvirt}, QEMU {qemu}"
+
+
+def hypervisor_of(domain: Any) -> str:
+    """Return `versions`, and whether the running domain has KVM or TCG.
+
+    :raises GuestLost: the domain is gone.
+    :raises Refused: libvirt does not answer.
+    """
+    with errors_as("looking at a domain"):
+        kind = ET.fromstring(domain.XMLDesc()).get("type")  # noqa: S314 - libvirt's own
+    return f"{versions(domain.connect())}, {'KVM' if kind == 'kvm' else 'TCG'}"
 
 
 def quietly(do: Callable[..., object], *arguments: object) -> None:

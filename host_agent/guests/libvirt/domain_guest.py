@@ -56,6 +56,7 @@ class LibvirtGuest:
         balloon: Balloon | None,
         reporting: Reporting | None,
         dimms: Dimms,
+        hypervisor: str,
         files: RuntimeDir,
         end_notice: EndNotice,
         forget: Callable[[], None],
@@ -68,6 +69,7 @@ class LibvirtGuest:
         """
         self.pid = door.pid
         self.domain = domain
+        self.hypervisor = hypervisor
         self.ram = ram
         self.door: MemoryDoor | None = door
         self._end_door = door.close

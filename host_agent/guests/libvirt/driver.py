@@ -24,7 +24,7 @@ from host_agent.door.door import MemoryDoor
 from host_agent.guests.agent_settings import agent_config
 from host_agent.guests.driver import GuestRequest, Handle, Survival
 from host_agent.guests.libvirt import kvm_probe
-from host_agent.guests.libvirt.api import errors_as, modules
+from host_agent.guests.libvirt.api import errors_as, hypervisor_of, modules, versions
 from host_agent.guests.libvirt.connection import Connection
 from host_agent.guests.libvirt.devices import plug_door, unplug_door
 from host_agent.guests.libvirt.dimms import Dimms
@@ -87,10 +87,7 @@ class LibvirtDriver:
             connection = self._connection.get()
             image = find_image(self._images)
             self._check_reach(image)
-            with errors_as("asking libvirt for versions"):
-                detail = f"libvirt {_version(connection.getLibVersion())}, QEMU " + _version(
-                    connection.getVersion()
-                )
+            detail = versions(connection)
         except HintfleetError as error:
             return host_pb2.DriverState(driver=host_pb2.LIBVIRT, usable=False, detail=str(error))
         boots = {True: "KVM", False: "TCG (KVM does not boot here)", None: "KVM not probed yet"}
@@ -176,9 +173,10 @@ class LibvirtDriver:
         guest owns what `undo` would undo. After a failure, `undo` still undoes all.
 
         :raises GuestLost: the domain has ended meanwhile, or did not open the door in time.
-        :raises Refused: the guest's memory cannot be punched.
+        :raises Refused: the guest's memory cannot be punched, or libvirt does not answer.
         """
         _wait_until_open(door, domain)
+        hypervisor = hypervisor_of(domain)
         ram = GuestRam(door.segments(), door.fence)
         undo.callback(ram.close)
         method = request.spec.method
@@ -189,6 +187,7 @@ class LibvirtDriver:
             balloon=LibvirtBalloon(domain) if method == host_pb2.BALLOON else None,
             reporting=LibvirtReporting(domain) if method == host_pb2.REPORTING else None,
             dimms=Dimms(domain, door, node=(request.spec.node_count or 1) - 1),
+            hypervisor=hypervisor,
             files=files,
             end_notice=end_notice,
             forget=lambda: self._connection.forget(request.uuid),
@@ -333,8 +332,3 @@ def _wait_until_open(door: MemoryDoor, domain: Any) -> None:
                     " it needs the driver virtiofs"
                 )
         raise GuestLost("it ended before its kernel opened the memory door")
-
-
-def _version(number: int) -> str:
-    # libvirt packs a version as major * 1,000,000 + minor * 1,000 + release.
-    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

@@ -29,7 +29,7 @@ from orchestrator.results.store.samples import PartWriter, read_series
 from orchestrator.results.trial_outcome import TrialFigures, TrialOutcome, TrialStatus
 from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import Trial
-from orchestrator.trial.records import Event, Record, Samples
+from orchestrator.trial.records import Event, HypervisorFound, Record, Samples
 
 # The size of the reserve file, which is deleted before the end of a run is stored, so that a full
 # disk has room for it. SQLite's log needs far less for these rows.
@@ -46,7 +46,7 @@ class RunHeader:
     """The facts about a run that are known before it starts.
 
     :ivar environment: facts about the machine (`machine.environment`); of a resumed run, those of
-        all its parts.
+        all its parts, with the hypervisors of its guests.
     :ivar overrides: as in `spec.file.LoadedSpec`.
     """
 
@@ -87,6 +87,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         self._header = header
         self._folder = store.samples_dir(header.run_id)
         self._trial: _OpenTrial | None = None
+        self._environment = dict(header.environment)
         with errors_mapped(store.path), ExitStack() as undo:
             # The lock is held until the run ends. If this process is killed, the kernel releases
             # the lock, and the next reader sees that the run was abandoned
@@ -154,6 +155,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             with self._transaction():  # one for all: each transaction waits for the disk
                 for event in events:
                     self._insert_event(event)
+                    if isinstance(event, HypervisorFound):
+                        self._note_hypervisor(event.hypervisor)
         # Buffered: each actor sends samples every 0.25 s (trial/host_group.py), and a part costs
         # a file and two fsyncs.
         for record in batch:
@@ -266,6 +269,18 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             event.at_unix_us,
             type(event).__name__,
             json.dumps(asdict(event)),
+        )
+
+    def _note_hypervisor(self, found: str) -> None:
+        """Add a hypervisor to the run's environment, unless it is there."""
+        known = self._environment.get("hypervisor", "")
+        if found in known.split("; "):
+            return
+        self._environment["hypervisor"] = "; ".join(filter(None, (known, found)))
+        self._execute(
+            "UPDATE runs SET environment = ? WHERE run_id = ?",
+            json.dumps(self._environment),
+            self._header.run_id,
         )
 
     def _insert_figures(self, trial: _OpenTrial, figures: TrialFigures) -> None:

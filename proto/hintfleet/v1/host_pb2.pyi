@@ -428,6 +428,7 @@ class Guest(_message.Message):
     RESIDENT_PARTS_FIELD_NUMBER: _builtins.int
     PROCESS_RSS_BYTES_FIELD_NUMBER: _builtins.int
     BOOT_ID_FIELD_NUMBER: _builtins.int
+    HYPERVISOR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     uuid: _builtins.str
     trial_id: _builtins.str
@@ -447,6 +448,10 @@ class Guest(_message.Message):
     process_rss_bytes: _builtins.int
     boot_id: _builtins.str
     """Hello.boot_id of the session that is open; empty if none is."""
+    hypervisor: _builtins.str
+    """"libvirt 9.0.0, QEMU 7.2.22, TCG"; empty for an embedded guest. The version is that of the
+    QEMU that libvirt starts now: a domain that ran before an update may have an older one.
+    """
     @_builtins.property
     def spec(self) -> Global___GuestSpec: ...
     @_builtins.property
@@ -480,10 +485,11 @@ class Guest(_message.Message):
         resident_parts: Global___ResidentParts | None = ...,
         process_rss_bytes: _builtins.int | None = ...,
         boot_id: _builtins.str = ...,
+        hypervisor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes", "earlier", b"earlier", "ledger", b"ledger", "process_rss_bytes", b"process_rss_bytes", "resident_parts", b"resident_parts", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes", "boot_id", b"boot_id", "domain", b"domain", "earlier", b"earlier", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "held_back_bytes", b"held_back_bytes", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "process_rss_bytes", b"process_rss_bytes", "resident_parts", b"resident_parts", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes", "boot_id", b"boot_id", "domain", b"domain", "earlier", b"earlier", "epoch", b"epoch", "epoch_began_unix_us", b"epoch_began_unix_us", "guest_free_bytes", b"guest_free_bytes", "held_back_bytes", b"held_back_bytes", "hypervisor", b"hypervisor", "ledger", b"ledger", "name", b"name", "not_hinting_because", b"not_hinting_because", "pid", b"pid", "process_rss_bytes", b"process_rss_bytes", "resident_parts", b"resident_parts", "spec", b"spec", "trial_id", b"trial_id", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__process_rss_bytes: _TypeAlias = _typing.Literal["process_rss_bytes"]  # noqa: Y015
     _WhichOneofArgType__process_rss_bytes: _TypeAlias = _typing.Literal["_process_rss_bytes", b"_process_rss_bytes"]  # noqa: Y015

@@ -63,6 +63,7 @@ class _Running:
 
     pid = 0
     domain = ""
+    hypervisor = ""
     door = None
     balloon = None
 

@@ -115,7 +115,7 @@ def handle(qemu: int) -> Handle:
     unused: Any = None
     domain = SimpleNamespace(name=lambda: "db", ID=lambda: 1)
     door: Any = SimpleNamespace(pid=qemu)
-    return AttachedGuest(unused, UUID, domain, door, unused, ExitStack()).handle
+    return AttachedGuest(unused, UUID, domain, "", door, unused, ExitStack()).handle
 
 
 def test_another_start_of_a_domain_with_the_same_number_is_another_start() -> None:

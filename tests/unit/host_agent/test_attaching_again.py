@@ -90,7 +90,7 @@ def test_the_memory_of_an_ended_qemu_is_freed_also_without_libvirt(tmp_path: Pat
         ram = GuestRam(door.segments(), door.fence)
         hung_up = Event()
         door.when_disconnected(lambda _reason: hung_up.set())
-        guest = AttachedGuest(Unreachable(), UUID, Domain(), door, ram, ExitStack())  # type: ignore[arg-type]
+        guest = AttachedGuest(Unreachable(), UUID, Domain(), "", door, ram, ExitStack())  # type: ignore[arg-type]
         with pytest.raises(Refused):
             guest.close()
         assert descriptors_of("ended-ram"), "QEMU runs: its RAM may be hinted"

@@ -24,6 +24,7 @@ class Running:
 
     pid = 0
     domain = ""
+    hypervisor = ""
     door = balloon = reporting = None
 
     def __init__(self) -> None:

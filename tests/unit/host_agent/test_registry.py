@@ -31,6 +31,7 @@ class Running:
 
     pid = 0
     domain = ""
+    hypervisor = ""
     door = None
     balloon = None
     reporting = None

@@ -23,6 +23,7 @@ class Running:
 
     pid = 0
     domain = ""
+    hypervisor = ""
     door = balloon = reporting = None
 
     def __init__(self, ram: GuestRam, releases: bool) -> None:

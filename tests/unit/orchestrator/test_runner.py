@@ -77,17 +77,17 @@ class BusyHost:
             budget_use=use,
         )
 
-    async def create_guest(self, _request: host_pb2.CreateGuestRequest) -> None:
-        """Do nothing: the guest is a name only."""
+    async def create_guest(self, request: host_pb2.CreateGuestRequest) -> host_pb2.Guest:
+        return host_pb2.Guest(name=request.name)
 
     async def run_step(self, _request: host_pb2.RunStepRequest) -> host_pb2.RunStepResponse:
         self._killed.set()
         raise GuestLost("its process ended with status -9")
 
 
-async def last_record(client: object) -> HostDone:
+async def last_record(client: object, task: HostTask = TASK) -> HostDone:
     """Run the trial on a host; return its last record."""
-    records = [record async for record in run_host_task(cast(HostClient, client), TASK)]
+    records = [record async for record in run_host_task(cast(HostClient, client), task)]
     assert isinstance(records[-1], HostDone)
     return records[-1]
 
@@ -170,14 +170,27 @@ def test_a_trial_that_has_not_begun_is_lost(monkeypatch: pytest.MonkeyPatch) -> 
     """The method under test cannot be the cause, so it is run again."""
     monkeypatch.setattr(runner, "_SAMPLE_TIMEOUT_S", 0.2)
     _, task = parsed(TEXT.replace("connect: 1s", "connect: 1s, create: 100ms, destroy: 100ms"))
-    client = cast(HostClient, HostThatNeverBegins(silent=False))
-
-    async def scenario() -> Event | HostSamples:
-        return [record async for record in run_host_task(client, task)][-1]
-
-    done = asyncio.run(scenario())
-    assert isinstance(done, HostDone)
+    done = asyncio.run(last_record(HostThatNeverBegins(silent=False), task))
     assert "no samples from the host agent" in done.undecided
+    assert done.lost
+
+
+class HostThatStops(SilentHost):
+    """A host agent that does a step, and sends no samples afterwards."""
+
+    async def run_step(self, _request: host_pb2.RunStepRequest) -> host_pb2.RunStepResponse:
+        self._killed.set()
+        return host_pb2.RunStepResponse(done_at_unix_us=time.time_ns() // 1000 + 1_000_000)
+
+
+def test_a_trial_whose_host_stands_still_when_a_guest_should_fit_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether the guest fits is not known, and the method under test is not the cause."""
+    monkeypatch.setattr(runner, "_SAMPLE_TIMEOUT_S", 0.2)
+    _, task = parsed(TEXT.replace("memory: 64MiB", "memory: 64MiB, start: one by one"))
+    done = asyncio.run(last_record(HostThatStops(silent=False), task))
+    assert "no sample of" in done.undecided
     assert done.lost
 
 

@@ -39,7 +39,14 @@ from orchestrator.service.queries import ask_store
 from orchestrator.spec import file as spec_file
 from orchestrator.spec.model import Spec
 from orchestrator.trial.plan import HostTask, Trial, host_tasks, plan_trials
-from orchestrator.trial.records import Columns, HostDone, Record, Samples, StepDone
+from orchestrator.trial.records import (
+    Columns,
+    HostDone,
+    HypervisorFound,
+    Record,
+    Samples,
+    StepDone,
+)
 from orchestrator.view.progress import Progress
 from tests.support.stored import guest_records, store_trial
 
@@ -110,6 +117,31 @@ def write_trial(
 def measured_guests(store: Store) -> int:
     """Return how many pairs of an arm and a guest have a footprint."""
     return sum(row.footprint is not None for row in ask_store(store, By.GUEST, "run1"))
+
+
+def test_the_hypervisors_of_all_guests_are_facts_of_the_run(tmp_path: Path) -> None:
+    """Figures under KVM and under TCG cannot be compared, so `compare` must know."""
+
+    def find(writer: RunWriter, attempt: int, *found: str) -> None:
+        trial, _ = trial_of(header().spec, "run1", 0, attempt)
+        writer.begin_trial(trial)
+        writer.append(
+            [
+                HypervisorFound(host="h", trial_id=trial.trial_id, at_unix_us=1, hypervisor=each)
+                for each in found
+            ]
+        )
+
+    with Store(tmp_path) as store:
+        with pytest.raises(KeyboardInterrupt), RunWriter(store, header()) as writer:  # noqa: PT012
+            find(writer, 1, "QEMU 7.2.0, TCG", "QEMU 7.2.0, KVM", "QEMU 7.2.0, TCG")
+            raise KeyboardInterrupt
+        resumed = stored_experiment(store, store.find_run("run1")).header
+        assert resumed.environment["hypervisor"] == "QEMU 7.2.0, TCG; QEMU 7.2.0, KVM"
+        with RunWriter(store, resumed, resume=True) as writer:
+            find(writer, 2, "QEMU 8.0.0, KVM", "QEMU 7.2.0, KVM")
+        after = store.find_run("run1").environment["hypervisor"]
+        assert after == "QEMU 7.2.0, TCG; QEMU 7.2.0, KVM; QEMU 8.0.0, KVM"
 
 
 def test_a_run_is_read_back(tmp_path: Path) -> None:
