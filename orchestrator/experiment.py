@@ -120,8 +120,8 @@ def new_experiment(
 def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experiment:
     """Return a stored run, to be resumed with its own spec and so with the same seeds.
 
-    :param libvirt_uri: used instead of the stored one, which does not change; empty: the stored one
-        is used.
+    :param libvirt_uri: used and stored from now on, instead of the stored one; empty: the stored
+        one is used.
     :raises Refused: another process runs this run now, or this version cannot read the spec, or
         the same text has another meaning in this version.
     """

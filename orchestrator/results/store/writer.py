@@ -255,9 +255,10 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
     def _resume_run(self) -> None:
         self._execute(
-            "UPDATE runs SET state = 'running', reason = '', ended_unix_us = 0, environment = ? "
-            "WHERE run_id = ?",
+            "UPDATE runs SET state = 'running', reason = '', ended_unix_us = 0, environment = ?, "
+            "libvirt_uri = ? WHERE run_id = ?",
             json.dumps(self._header.environment),
+            self._header.libvirt_uri,
             self._header.run_id,
         )
 

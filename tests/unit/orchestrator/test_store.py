@@ -466,6 +466,17 @@ def test_a_setting_may_have_several_lines(
     assert spec_file.parse(shown, "again.yaml", said).spec == asked.spec
 
 
+def test_a_run_that_is_resumed_twice_keeps_the_libvirt_that_it_was_given(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        run = stored_run(store, header())
+        for given in ("qemu:///session", ""):
+            resumed = stored_experiment(store, run, given).header
+            with RunWriter(store, resumed, resume=True):
+                pass
+            run = store.find_run("run1")
+            assert run.libvirt_uri == resumed.libvirt_uri == "qemu:///session"
+
+
 def test_a_run_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         run = stored_run(store, header())
