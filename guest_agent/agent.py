@@ -42,6 +42,8 @@ _log = logging.getLogger("hintfleet.guest")
 _FINISH_TIMEOUT_S = 1.0
 """How long at most the agent of a real guest waits after SIGTERM for acks of what is in flight."""
 
+_TOLD_AFTER_S = 10.0
+
 _NICENESS = 10
 """Of the agent in a real guest: while the guest's work runs, the agent gets little CPU time, but it
 is not starved. When it was as nice as the work, each of its wakes made an allocation of the work
@@ -107,21 +109,35 @@ def _connect(config: AgentConfig) -> tuple[aio.Channel, pb.Identity]:
     return open_aio_channel(config.server, credentials, _CHANNEL_OPTIONS), identity
 
 
-async def _end_orphaned(channel: aio.Channel, after_s: int) -> None:
-    """Watch the link to the host agent until it is down for too long; do nothing if `after_s` is 0.
+async def _watch_link(channel: aio.Channel, config: AgentConfig) -> None:
+    """Watch the link to the host agent, until cancelled or until it is down for `orphan_after_s`
+    (0: for ever). Log if it is down for 10 s.
 
-    :raises TransientError: there was no host agent for `after_s` seconds.
+    :raises TransientError: there was no host agent for `orphan_after_s` seconds.
     """
     # A guest of a host agent with --state outlives that host agent, and then only the next one can
     # end it. If there is no next one, this error ends the guest, which would otherwise run for
     # ever.
-    while after_s:
+    after_s = config.orphan_after_s
+    while True:
         try:
-            async with asyncio.timeout(after_s):
-                await _wait_for_state(channel, ChannelConnectivity.READY)
+            async with asyncio.timeout(after_s or None):
+                await _wait_for_link(channel, config.server)
         except TimeoutError:
             raise TransientError(f"no host agent for {after_s} s: this guest ends") from None
         await channel.wait_for_state_change(ChannelConnectivity.READY)
+
+
+async def _wait_for_link(channel: aio.Channel, server: str) -> None:
+    # gRPC tries for ever, and says nothing: not that the address is wrong, nor that a firewall or a
+    # certificate of another CA is in the way.
+    try:
+        async with asyncio.timeout(_TOLD_AFTER_S):
+            await _wait_for_state(channel, ChannelConnectivity.READY)
+    except TimeoutError:
+        _log.warning("host agent cannot be reached", extra=fields(server=server))
+        await _wait_for_state(channel, ChannelConnectivity.READY)
+        _log.info("host agent reached", extra=fields(server=server))
 
 
 async def _wait_for_state(channel: aio.Channel, wanted: ChannelConnectivity) -> None:
@@ -172,9 +188,9 @@ async def _run_embedded(config: AgentConfig) -> None:
     workload = Workload(BuddySource(allocator, ram), BuddyPlugs(allocator))
     channel, identity = _connect(config)
     serving = serve_workload(channel, workload, identity, boot)
-    orphaned = _end_orphaned(channel, config.orphan_after_s)
+    link = _watch_link(channel, config)
     if config.method is Method.NONE:
-        await _until_one_fails(serving, orphaned)
+        await _until_one_fails(serving, link)
         return
     isolator = EmbeddedIsolator(
         allocator, tracker=config.tracker, threshold_chunks=config.threshold_chunks
@@ -193,7 +209,7 @@ async def _run_embedded(config: AgentConfig) -> None:
         lambda: allocator.free_page_count * PAGE_BYTES,
         allocator.memory_use,
     )
-    await _until_one_fails(session.run(), serving, orphaned)
+    await _until_one_fails(session.run(), serving, link)
 
 
 async def _run_in_guest(config: AgentConfig) -> None:
@@ -224,7 +240,7 @@ async def _run_in_guest(config: AgentConfig) -> None:
     await _until_one_fails(
         session.run(),
         _end_when_terminated(session),
-        _end_orphaned(channel, config.orphan_after_s),
+        _watch_link(channel, config),
     )
 
 
@@ -277,4 +293,4 @@ async def _serve_anonymous_workload(config: AgentConfig) -> None:
     system = GuestSystem(cache=FileCache(), programs=Programs(config.programs))
     workload = Workload(source, MemoryBlocks(), system)
     serving = serve_workload(channel, workload, identity, boot_id())
-    await _until_one_fails(serving, _end_orphaned(channel, config.orphan_after_s))
+    await _until_one_fails(serving, _watch_link(channel, config))

@@ -251,6 +251,12 @@ class HintingCore:
         return bool(self._settling)
 
     @property
+    def may_send(self) -> bool:
+        """Whether a batch could be sent now, if chunks were isolated: a session is open, and the
+        host allows it. (Too many batches may be in flight.)"""
+        return self.state is State.OPEN and self._may_hint
+
+    @property
     def _may_hint(self) -> bool:
         return self._unfinished or (not self._stopped and self._allowance_pages != 0)
 

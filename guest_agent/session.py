@@ -14,7 +14,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -26,10 +26,11 @@ from guest_agent import hinting
 from guest_agent.holding_back import HoldingBack
 from guest_agent.isolation.isolator import HeldPages, Isolator, UsedPages, nothing_held_back
 from guest_agent.resting import Resting
+from guest_agent.stream_end import refusal, why_ended
 from guest_agent.telemetry import TELEMETRY_PERIOD_S, MemoryUseOf, TelemetryPace
 from hintfleet import __version__
-from hintfleet.errors import InvalidInput, from_rpc_error
-from hintfleet.logs import fields
+from hintfleet.errors import InvalidInput
+from hintfleet.logs import LogRateLimit, fields
 from hintfleet.ranges import decode, encode
 from hintfleet.settings import SHORTEST_REPORT_PERIOD_MS
 from hintfleet.units import PAGE_BYTES
@@ -44,18 +45,6 @@ _ACK_POLL_S = 0.01
 # If the host skipped a batch for one of these reasons, its ranges are hinted again. After
 # OUTSIDE_RAM or HOST_ERROR they are not: the host would most likely skip them each time, for ever.
 _SKIPPED_FOR_NOW = frozenset({pb.STALE, pb.WRONG_EPOCH})
-
-# The status codes after which to connect again would not help: the host refuses this guest's
-# identity, has lost the guest, or says that this agent broke the protocol.
-_FINAL_CODES = frozenset(
-    {
-        grpc.StatusCode.UNAUTHENTICATED,
-        grpc.StatusCode.PERMISSION_DENIED,
-        grpc.StatusCode.FAILED_PRECONDITION,
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.ABORTED,
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +107,7 @@ class HintingSession:
         self._period_s = 1.0
         self._policy_kind = pb.Policy.KIND_UNSPECIFIED
         self._resting = Resting()
+        self._refusals = LogRateLimit()
         self._epoch = 0
         """The epoch of this session; 0 until the Welcome."""
         self._knows_resident = False
@@ -137,8 +127,8 @@ class HintingSession:
     async def run(self) -> None:
         """Hold sessions until cancelled, then close the isolator. Isolated ranges stay isolated.
 
-        :raises HintfleetError: the host ended a session with one of `_FINAL_CODES`. The isolator is
-            closed then, too.
+        :raises HintfleetError: the host refuses this guest for good. The isolator is closed then,
+            too.
         """
         reconnect_pause_s = _SHORTEST_RECONNECT_PAUSE_S
         try:
@@ -146,8 +136,8 @@ class HintingSession:
                 self._epoch = 0
                 error = await self._run_once()
                 self._log_end(error)
-                if error is not None and error.code() in _FINAL_CODES:
-                    raise from_rpc_error(error, "the host agent ended the hinting session")
+                if refused := refusal(error):
+                    raise refused
                 if self._epoch:  # there was a Welcome: connect again soon
                     reconnect_pause_s = _SHORTEST_RECONNECT_PAUSE_S
                 # Random, so that after a restart of the host agent not all guests connect at once.
@@ -171,7 +161,8 @@ class HintingSession:
 
     async def _run_once(self) -> grpc.RpcError | None:
         """Run one stream; return the gRPC error that ended it, None if something else ended it."""
-        self._outbox = asyncio.Queue()
+        # New ones: in the old inbox there may be the end of the stream before.
+        self._inbox, self._outbox = asyncio.Queue(), asyncio.Queue()
         self._outbox.put_nowait(pb.GuestMessage(hello=self._hello()))
         # Without wait_for_ready, a call that begins while gRPC pauses between two attempts to
         # connect fails at once (grpc: doc/wait-for-ready.md).
@@ -189,12 +180,14 @@ class HintingSession:
                 task.cancel()
             call.cancel()
             await asyncio.wait(tasks)
-        return _why_ended(tasks)
+        return why_ended(tasks)
 
     def _log_end(self, error: grpc.RpcError | None) -> None:
+        reason = error.details() if error is not None else "closed by either side"
         if self._epoch:
-            reason = error.details() if error is not None else "closed by either side"
             _log.info("session ended", extra=fields(epoch=self._epoch, reason=reason))
+        elif (more := self._refusals.due()) is not None:
+            _log.warning("no session", extra=fields(reason=reason, **more))
 
     async def _read(self, call: _Call) -> None:
         try:
@@ -233,12 +226,16 @@ class HintingSession:
             self._next_tick.cancel()
 
     def _held_back_pages(self, used: UsedPages | None) -> HeldPages:
-        """Note how much memory is in use, if that is known. Return how much to hold back now:
-        nothing while a settle request waits."""
+        """Note how much memory is in use, if that is known. Return how much to hold back now: all
+        while nothing may be hinted, else nothing while a settle request waits."""
         now_s = time.monotonic()
         if used is not None:
             self._resting.used(used)
             self._holding_back.observe(now_s, used.now, used.peak)
+        if not self._core.may_send:
+            # So that no isolator makes chunks ready: the kernel module would take 32 blocks out of
+            # the guest, again and again, and give them back a second later.
+            return HeldPages(self._facts.most_memory_bytes // PAGE_BYTES, 0)
         if self._core.settling:
             return nothing_held_back(used)
         return HeldPages(
@@ -304,7 +301,7 @@ class HintingSession:
             self._knows_resident = False
             _log.info("session welcomed", extra=fields(epoch=welcome.epoch))
             self._apply_policy(welcome.policy)
-            return self._core.welcomed(
+            instructions = self._core.welcomed(
                 welcome.epoch,
                 hinting.Limits(
                     ranges_per_batch=welcome.limits.ranges_per_batch,
@@ -312,6 +309,9 @@ class HintingSession:
                     batches_in_flight=welcome.limits.batches_in_flight,
                 ),
             )
+            self._telemetry.begin()
+            self._send_telemetry()
+            return instructions
         if kind == "settle":
             return self._core.settle_requested(message.settle.request_id)
         if kind == "refaulted":
@@ -339,8 +339,12 @@ class HintingSession:
             learns=policy.kind != pb.Policy.COLD,
             report_period_s=period_s,
         )
+        might_send = self._core.may_send
         bounded = policy.kind == pb.Policy.PRESSURE
-        return self._core.allowed(policy.allowance_pages if bounded else None)
+        instructions = self._core.allowed(policy.allowance_pages if bounded else None)
+        if self._core.may_send and not might_send:
+            self._resting.end()
+        return instructions
 
     def _carry_out(self, instructions: Sequence[hinting.Instruction]) -> None:
         todo = deque(instructions)
@@ -383,18 +387,3 @@ class HintingSession:
             tracker=facts.tracker,
             agent_version=__version__,
         )
-
-
-def _why_ended(tasks: Iterable[asyncio.Task[None]]) -> grpc.RpcError | None:
-    """Return the gRPC error with which a task of the stream failed; None if no task failed.
-
-    :raises Exception: a task failed with any other error, which is a bug.
-    """
-    why = None
-    for task in tasks:
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, grpc.RpcError):
-            why = error
-        elif error is not None:
-            raise error
-    return why

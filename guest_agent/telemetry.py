@@ -47,8 +47,12 @@ class TelemetryPace:
         self._made = pb.Telemetry()
         self._acknowledged_pages = 0
         """How much was acknowledged when `_made` was made."""
-        self._made_at_s = -_LONGEST_PERIOD_S
-        self._checked_at_s = -TELEMETRY_PERIOD_S
+        self.begin()
+
+    def begin(self) -> None:
+        """Make the next telemetry due at once: a host agent that has begun a session may know
+        nothing of this guest."""
+        self._made_at_s, self._checked_at_s = -_LONGEST_PERIOD_S, -TELEMETRY_PERIOD_S
 
     def if_due(self, now_s: float, acknowledged_pages: int) -> pb.Telemetry | None:
         """Return telemetry if it is due, else None.

@@ -110,11 +110,12 @@ class EmbeddedIsolator:
         return RangeSet(isolated)
 
     def release(self, ranges: RangeSet, *, hinted: bool) -> None:
-        self._allocator.release(ranges, reported=hinted)
         if not hinted:
+            # Before they are free: then the workload's thread may unplug them at once.
             for pfn, page_count in ranges:
                 for chunk in range(pfn, pfn + page_count, self._chunk_pages):
                     self._trackers[self._allocator.zone_of(chunk)].mark(chunk)
+        self._allocator.release(ranges, reported=hinted)
 
     def report_now(self, *, thorough: bool) -> None:
         """Do nothing: `isolate` finds all chunks that wait, without preparation."""

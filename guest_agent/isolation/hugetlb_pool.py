@@ -10,7 +10,6 @@ so its counts are read back afterwards.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from guest_agent.memory.kernel import (
     PageFlags,
     ZoneInfo,
     free_chunk_count,
+    mount_hugetlbfs,
     parse_buddyinfo,
     parse_zoneinfo,
     present_spans,
@@ -41,9 +41,6 @@ CHUNK_BYTES = PAGE_BYTES << CHUNK_ORDER
 _SMALLEST_RESERVE_CHUNKS = 16
 _RESERVE_SHARE = 16
 _POOL_NAME = "hugepages-2048kB"
-
-# include/uapi/linux/mount.h
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +213,7 @@ class HugetlbPool:
         if self._fd >= 0:
             ours = os.fstat(self._fd).st_size // CHUNK_BYTES
             os.ftruncate(self._fd, 0)
-            self._set_total(self.state().total - ours)
+            self._set_total(max(0, self.state().total - ours))  # somebody may have lowered it
             self._file.unlink()
             self._close_file()
 
@@ -302,6 +299,11 @@ class HugetlbPool:
         self._open_file()
         file_is_empty = not os.fstat(self._fd).st_size
         state = self.state()
+        if state.surplus and state.total == state.free == state.reserved and not file_is_empty:
+            # Somebody has lowered the number. The kernel frees no reserved page, so they are
+            # surplus until the number is raised again (mm/hugetlb.c: set_max_huge_pages).
+            self._set_total(state.total)
+            state = self.state()
         if state.free != state.total or state.surplus or (file_is_empty and state.reserved):
             raise Refused(
                 f"the hugetlb pool that an earlier agent left is in use: {state}",
@@ -341,7 +343,7 @@ class HugetlbPool:
         self._mount_point.mkdir(mode=0o700, parents=True, exist_ok=True)
         # On a hugetlbfs, statfs returns the huge page size as block size (fs/hugetlbfs/inode.c).
         if os.statvfs(self._mount_point).f_bsize != CHUNK_BYTES:
-            _mount_hugetlbfs(self._mount_point)
+            mount_hugetlbfs(self._mount_point)
 
     def _open_file(self) -> None:
         if self._fd < 0:
@@ -388,13 +390,3 @@ def _reserve_chunks(zones: Iterable[ZoneInfo]) -> int:
     # 32nd of the zones above it (mm/page_alloc.c: sysctl_lowmem_reserve_ratio).
     pages = [zone.present_pages // _RESERVE_SHARE + zone.low_watermark_pages for zone in zones]
     return sum(pages) // CHUNK_PAGES
-
-
-def _mount_hugetlbfs(mount_point: Path) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
-    if libc.mount(b"none", bytes(mount_point), b"hugetlbfs", flags, b"pagesize=2M,mode=0700"):
-        raise Refused(
-            f"cannot mount hugetlbfs at {mount_point}: {os.strerror(ctypes.get_errno())}",
-            hint="run the guest agent as root, on a kernel with CONFIG_HUGETLBFS",
-        )

@@ -2,11 +2,12 @@
 
 The functions `parse_...` are pure: text in, values out. `present_spans`, `FreeLists` and
 `PageFlags` read files. `PageFlags` reads single entries of /proc/kpageflags
-(Documentation/admin-guide/mm/pagemap.rst).
+(Documentation/admin-guide/mm/pagemap.rst). Also mounts a hugetlbfs.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Iterable
@@ -24,6 +25,9 @@ KPF_HUGE = 17
 """Part of a hugetlb page."""
 
 _ENTRY_BYTES = 8
+
+# include/uapi/linux/mount.h
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,3 +222,17 @@ def _open(path: str, hint: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise Refused(f"cannot read {path}: {error.strerror}", hint=hint) from error
+
+
+def mount_hugetlbfs(mount_point: Path) -> None:
+    """Mount a hugetlbfs of 2 MiB pages that only root can enter.
+
+    :raises Refused: this process may not, or the kernel has none.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    if libc.mount(b"none", bytes(mount_point), b"hugetlbfs", flags, b"pagesize=2M,mode=0700"):
+        raise Refused(
+            f"cannot mount hugetlbfs at {mount_point}: {os.strerror(ctypes.get_errno())}",
+            hint="run the guest agent as root, on a kernel with CONFIG_HUGETLBFS",
+        )

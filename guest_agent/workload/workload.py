@@ -17,7 +17,7 @@ from guest_agent.workload.programs import Programs
 from guest_agent.workload.source import EXTENT_BYTES, Plugs, Source
 from hintfleet.errors import HintfleetError, InvalidInput, Refused
 from hintfleet.ranges import decode
-from hintfleet.settings import MOST_COMPRESSIBLE_PERCENT
+from hintfleet.settings import LONGEST_TEXT, MOST_COMPRESSIBLE_PERCENT
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
 
@@ -60,9 +60,9 @@ class Workload:
         try:
             self._run(command, done)
         except MemoryError as caught:
-            done.error = f"the guest is out of memory: {caught}"
+            done.error = f"the guest is out of memory: {caught}"[:LONGEST_TEXT]
         except HintfleetError as caught:
-            done.error = caught.message
+            done.error = caught.message[:LONGEST_TEXT]
         done.changed_bytes = abs(holding.held_bytes - held_bytes)
         done.held_bytes = holding.held_bytes
         done.verified_pages = holding.verified_pages - verified_pages

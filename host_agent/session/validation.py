@@ -8,7 +8,7 @@ are checked in gate.py, how often a guest may send messages in rate_limits.py.
 from __future__ import annotations
 
 from hintfleet.errors import InvalidInput
-from hintfleet.settings import MAX_ORDER
+from hintfleet.settings import LONGEST_TEXT, MAX_ORDER
 from hintfleet.sketch import MOST_BUCKETS
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -17,7 +17,6 @@ from hintfleet.v1 import hinting_pb2 as pb
 # to this one are exact in a double.
 _MAX_FIGURE = 1 << 53
 
-_MAX_TEXT_LENGTH = 1000
 
 _MEMORY_USES = (
     "used_bytes",
@@ -38,7 +37,7 @@ def check_hello(hello: pb.Hello) -> None:
             f"the guest's pages have {hello.page_size_bytes} bytes, those of this host {PAGE_BYTES}"
         )
     _check_at_most("chunk_order", hello.chunk_order, MAX_ORDER)
-    _check_at_most("length of boot_id", len(hello.boot_id), _MAX_TEXT_LENGTH)
+    _check_at_most("length of boot_id", len(hello.boot_id), LONGEST_TEXT)
 
 
 def check_telemetry(told: pb.Telemetry, memory_bytes: int) -> None:
@@ -75,7 +74,7 @@ def check_done(done: pb.Done, memory_bytes: int) -> None:
     for name in ("verified_pages", "wrong_pages"):
         _check_at_most(name, getattr(done, name), most_pages)
     _check_at_most("duration_us", done.duration_us, _MAX_FIGURE)
-    _check_at_most("length of error", len(done.error), _MAX_TEXT_LENGTH)
+    _check_at_most("length of error", len(done.error), LONGEST_TEXT)
     _check_looped(done.looped)
 
 

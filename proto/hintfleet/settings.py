@@ -104,6 +104,9 @@ DEFAULT_STEP_PERCENT = 5
 
 SHORTEST_SAMPLE_PERIOD_MS = 10
 
+LONGEST_TEXT = 1000
+"""How many characters of a guest's text a host agent accepts; a longer one breaks the protocol."""
+
 MOST_PAUSE_MS = 3_600_000
 """The longest pause of a guest's hinting."""
 MOST_LOOP_MS = 3_600_000

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
+import grpc
 import pytest
 from grpc import aio
 
+from guest_agent import agent
 from guest_agent.isolation.embedded import EmbeddedIsolator
 from guest_agent.memory.buddy import BuddyAllocator, ZoneSpec
 from guest_agent.session import HelloFacts, HintingSession
+from hintfleet.errors import ExitCode, HintfleetError
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -30,6 +34,7 @@ class ScriptedHost(HintingServiceServicer):
     """Welcomes every guest, and acknowledges each batch.
 
     :ivar withhold_acks: while set, batches are not acknowledged.
+    :ivar refuse_with: the code with which the host refuses each guest; None: it refuses none.
     :ivar violate_in: the sessions, by number from 1, in which the host acknowledges a batch that
         the guest has not sent.
     :ivar say: sends a message to the guest, in the latest session.
@@ -39,6 +44,7 @@ class ScriptedHost(HintingServiceServicer):
         self.sessions = 0
         self.batches: list[pb.Batch] = []
         self.telemetry_count = 0
+        self.refuse_with: grpc.StatusCode | None = None
         self.withhold_acks = asyncio.Event()
         self.violate_in: set[int] = set()
         self.report_period_ms = 10
@@ -54,6 +60,8 @@ class ScriptedHost(HintingServiceServicer):
         self.sessions += 1
         epoch = self.sessions
         async for message in requests:
+            if self.refuse_with is not None:
+                await context.abort(self.refuse_with, "not you")
             if message.HasField("hello"):
                 policy = pb.Policy(kind=pb.Policy.EAGER, report_period_ms=self.report_period_ms)
                 welcome = pb.Welcome(epoch=epoch, limits=LIMITS, policy=policy)
@@ -143,8 +151,103 @@ def test_a_session_with_a_host_that_breaks_the_protocol_ends_and_is_retried() ->
         host.violate_in = {1, 2}
         async with in_session(host):
             await until(lambda: host.sessions == 3 and len(host.batches) > 0)
+            await asyncio.sleep(0.2)
+            assert host.sessions == 3, "a new session does not see the end of the one before"
 
     run(scene)
+
+
+def test_no_chunk_counts_as_ready_while_none_may_be_hinted() -> None:
+    """Else the kernel module takes up to 128 MiB out of the guest, again and again, for nothing."""
+
+    async def scene(host: ScriptedHost) -> None:
+        async with in_session(host) as (_, allocator, isolator):
+            assert isolator.idle(), "there is no session yet"
+            await until(lambda: len(host.batches) > 0 and isolator.idle())
+            paused = pb.Policy(kind=pb.Policy.PRESSURE, allowance_pages=0, report_period_ms=10)
+            await host.say(pb.HostMessage(policy=paused))
+            await asyncio.sleep(0.2)
+            sent = len(host.batches)
+            for pfn in [allocator.allocate(9) for _ in range(8)]:
+                allocator.free(pfn, 9)
+            assert isolator.idle(), "nothing may be hinted"
+            await asyncio.sleep(0.2)
+            assert len(host.batches) == sent
+            eager = pb.Policy(kind=pb.Policy.EAGER, report_period_ms=10)
+            await host.say(pb.HostMessage(policy=eager))
+            await until(lambda: len(host.batches) > sent)
+
+    run(scene)
+
+
+def test_a_host_agent_that_has_just_started_is_told_of_the_guest_at_once() -> None:
+    """It knows nothing: not how much is free, which a guest under pressure may give."""
+
+    async def scene(host: ScriptedHost) -> None:
+        host.report_period_ms = 1000
+        async with in_session(host) as (_, _, isolator):
+            await until(lambda: host.telemetry_count > 0 and isolator.idle())
+            await asyncio.sleep(0.5)  # the host must have sent all its acks
+            before = host.telemetry_count
+            await host.say(pb.HostMessage(ack=pb.Ack(epoch=1, seq=99)))  # which ends the session
+            await until(lambda: host.sessions == 2)
+            await asyncio.sleep(2)
+            assert host.telemetry_count > before
+
+    run(scene)
+
+
+def test_a_guest_that_is_turned_away_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene(host: ScriptedHost) -> None:
+        host.refuse_with = grpc.StatusCode.UNAVAILABLE
+        async with in_session(host):
+            await until(lambda: host.sessions == 3)
+
+    run(scene)
+    (said,) = [record for record in caplog.records if record.message == "no session"]
+    assert vars(said)["hintfleet_fields"]["reason"] == "not you"
+
+
+def test_what_the_host_does_not_understand_is_no_wrong_usage() -> None:
+    """systemd does not start an agent again that ends with the exit code of wrong usage."""
+
+    async def scene(host: ScriptedHost) -> None:
+        host.refuse_with = grpc.StatusCode.INVALID_ARGUMENT
+        async with in_session(host):
+            (agent,) = (task for task in asyncio.all_tasks() if "Session.run" in repr(task))
+            await until(agent.done)
+            error = agent.exception()
+            assert isinstance(error, HintfleetError)
+            assert error.exit_code == ExitCode.FAILED
+
+    with pytest.raises(AssertionError, match="not you"):
+        run(scene)
+
+
+def test_a_host_agent_that_cannot_be_reached_is_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "_TOLD_AFTER_S", 0.2)
+
+    async def scene() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as bound:
+            address = f"127.0.0.1:{bound.getsockname()[1]}"
+        async with aio.insecure_channel(address) as channel:
+            channel.get_state(try_to_connect=True)
+            reaching = asyncio.create_task(agent._wait_for_link(channel, address))
+            await until(lambda: bool(caplog.records))
+            assert not reaching.done()
+            server = aio.server()
+            server.add_insecure_port(address)
+            await server.start()
+            channel.get_state(try_to_connect=True)
+            await asyncio.wait_for(reaching, HANG_S)
+            await server.stop(None)
+
+    caplog.set_level("INFO")
+    asyncio.run(scene())
+    said = ["host agent cannot be reached", "host agent reached"]
+    assert [record.message for record in caplog.records] == said
 
 
 def test_finish_hints_no_more_and_waits_for_acks() -> None:

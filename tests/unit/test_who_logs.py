@@ -15,6 +15,7 @@ SILENT = {
         "guest_agent/hinting.py",
         "guest_agent/holding_back.py",
         "guest_agent/resting.py",
+        "guest_agent/stream_end.py",
         "guest_agent/telemetry.py",
         "guest_agent/tracking.py",
         "host_agent/guests/agent_settings.py",

@@ -110,6 +110,23 @@ def test_a_guest_keeps_what_it_uses_again_until_a_settle(
     guests.balances(name, connection)
 
 
+@pytest.mark.parametrize("name", GUESTS)
+def test_a_guest_whose_hinting_is_paused_keeps_what_it_frees(guests: Guests, name: str) -> None:
+    """The kernel would isolate up to 128 MiB for the module every three seconds, for a second."""
+    host = guests.host
+    host.allocate(FREED_BYTES, name)
+    host.pause_hinting(HANG_S, name)
+    host.free(FREED_BYTES, name)
+    time.sleep(2)
+    free_bytes = []
+    for _ in range(40):
+        free_bytes.append(host.guests()[name].guest_free_bytes)
+        time.sleep(0.25)
+    host.pause_hinting(0, name)
+    assert min(free_bytes) > max(free_bytes) - 32 * MIB
+    assert host.settle(name).ledger.reclaimed_now_bytes > 0.8 * FREED_BYTES
+
+
 def test_under_pressure_a_guest_gives_what_is_wanted_and_keeps_nothing_back(
     image: GuestImage, libvirt_uri: str
 ) -> None:

@@ -107,13 +107,14 @@ def test_what_a_dead_agent_isolated_stays_so_until_the_next_is_welcomed(
     said = said_by_dying_agents
     assert "the agent was killed (status 137)" in said
     found = re.search(
-        r"PROBE found PoolState\(total=(\d+), free=(\d+), reserved=(\d+), surplus=0\),"
+        r"PROBE found PoolState\(total=(\d+), free=(\d+), reserved=(\d+), surplus=(\d+)\),"
         r" adopted (\d+)",
         said,
     )
     assert found, said
-    total, free, reserved, adopted = map(int, found.groups())
+    total, free, reserved, surplus, adopted = map(int, found.groups())
     assert total == free == reserved == adopted > 0, "somebody could have used them"
+    assert surplus == total, "somebody has set nr_hugepages to 0 meanwhile"
     assert "PROBE second agent: another guest agent uses the hugetlb pool" in said
     # After its Welcome, the second agent released what it had found, and has hinted it since.
     assert guests.ledger("dying").hinted_total_bytes >= adopted * 2 * MIB

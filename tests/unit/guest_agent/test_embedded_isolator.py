@@ -210,3 +210,21 @@ def test_chunks_that_may_be_resident_are_allocated_before_those_that_were_hinted
         allocator.free(pfn, 9)
     assert sorted(allocator.allocate(0) & -CHUNK for _ in range(10 * CHUNK))[::CHUNK] == again
     assert isolator.idle()
+
+
+def test_chunks_that_are_unplugged_as_soon_as_they_are_free(tracker: TrackerKind) -> None:
+    """The workload's thread waits for just these chunks to unplug them."""
+
+    class Unplugged(BuddyAllocator):
+        def release(self, ranges: RangeSet, *, reported: bool) -> None:
+            super().release(ranges, reported=reported)
+            self.offline(ranges)
+
+    zone = ZoneSpec(name="Normal", present=RangeSet([(0, CHUNKS * CHUNK)]))
+    allocator = Unplugged([zone], chunk_order=9)
+    isolator = EmbeddedIsolator(allocator, tracker=tracker, threshold_chunks=16)
+    freed(allocator, 1)
+    ranges = isolator.isolate(1, CHUNK)
+    isolator.release(ranges, hinted=False)
+    assert not ranges & allocator.zones[0].present
+    assert not isolator.isolate(CHUNKS, 1 << 20) & ranges

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from guest_agent.isolation.hugetlb_pool import HugetlbPool
+from guest_agent.isolation.hugetlb_pool import CHUNK_BYTES, HugetlbPool
 from hintfleet.errors import Refused, TransientError
 
 POOL = "kernel/mm/hugepages/hugepages-2048kB"
@@ -159,3 +159,15 @@ def test_pages_that_somebody_else_adds_meanwhile_stay(kernel: Path) -> None:
     with pytest.raises(TransientError, match="somebody else"):
         SharedPool(kernel / "mount", kernel, kernel).grow(75)
     assert (kernel / POOL / "nr_hugepages").read_text() == "7"
+
+
+def test_a_pool_that_somebody_has_made_smaller_meanwhile_is_emptied(kernel: Path) -> None:
+    """The kernel frees surplus pages by itself as soon as they are not reserved any more."""
+    (kernel / "mount").mkdir()
+    pool = HugetlbPool(kernel / "mount", kernel, kernel)
+    pool._open_file()
+    os.ftruncate(pool._fd, 5 * CHUNK_BYTES)
+    (kernel / POOL / "nr_hugepages").write_text("3\n")
+    pool.empty()
+    assert (kernel / POOL / "nr_hugepages").read_text() == "0"
+    assert not list((kernel / "mount").iterdir())

@@ -14,6 +14,7 @@ from guest_agent.workload.holding import Pattern
 from guest_agent.workload.memory import AnonymousSource, BuddyPlugs, BuddySource
 from guest_agent.workload.source import EXTENT_BYTES, Source
 from guest_agent.workload.workload import Workload
+from hintfleet.errors import Refused
 from hintfleet.ranges import RangeSet, encode
 from hintfleet.units import MIB, PAGE_BYTES
 from hintfleet.v1 import hinting_pb2 as pb
@@ -326,3 +327,16 @@ def test_an_unknown_command_or_loop_is_an_error(source: Source) -> None:
     assert "does not know the command" in workload.run(pb.WorkloadCommand(command_id=1)).error
     unknown = loop(pb.Loop.PATTERN_UNSPECIFIED)
     assert "does not know the loop" in workload.run(unknown).error
+
+
+def test_a_long_error_is_cut_to_what_a_host_accepts() -> None:
+    """The host takes a longer one for an attack, and would never learn the reason."""
+
+    class Stuck(MemoryBlocks):
+        def online(self, pages: RangeSet) -> None:
+            raise Refused(f"{pages} stay offline: " + "memory1234, " * 200)
+
+    command = pb.WorkloadCommand(command_id=1, online=pb.Online(ranges=encode(RangeSet([(0, 1)]))))
+    done = Workload(anonymous_source(), Stuck()).run(command)
+    check_done(done, RAM_BYTES)
+    assert "stay offline" in done.error

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import grpc
 import pytest
 
-from guest_agent import session
+from guest_agent import stream_end
 from guest_agent.workload import client
 from hintfleet.errors import Refused
 from hintfleet.units import PAGE_BYTES
@@ -75,7 +75,7 @@ def refuse_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_agent_tries_again_when_its_guest_waits() -> None:
-    for final in (session._FINAL_CODES, client._FINAL_CODES):
+    for final in (stream_end._FINAL_CODES, client._FINAL_CODES):
         assert not final & set(TRY_AGAIN)
 
 

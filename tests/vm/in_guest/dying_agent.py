@@ -1,9 +1,9 @@
 """Runs in a guest whenever Python starts there. The kernel's command line selects what it does.
 
-hintfleet.test=die: the first agent kills itself (SIGKILL) when it has isolated chunks. The second
-agent prints on the console what it found in the hugetlb pool, and why another agent could not use
-the pool. When it has isolated chunks, it stops itself (SIGTERM); at its end it prints what it left
-in the pool.
+hintfleet.test=die: the first agent kills itself (SIGKILL) when it has isolated chunks. Then
+nr_hugepages is set to 0. The second agent prints on the console what it found in the hugetlb pool,
+and why another agent could not use the pool. When it has isolated chunks, it stops itself
+(SIGTERM); at its end it prints what it left in the pool.
 hintfleet.test=no-eject: the kernel refuses to eject DIMMs.
 """
 
@@ -40,9 +40,13 @@ def install() -> None:
         print(f"PROBE left {HugetlbPool().state()}", flush=True)
 
     def open_and_tell(self: HugetlbPool) -> RangeSet:
+        after_death = DIED.exists() and not STOPPED.exists()
+        if after_death:
+            # An operator wants the memory back.
+            (self._pool / "nr_hugepages").write_text("0")
         found = self.state()
         left = open_pool(self)
-        if DIED.exists() and not STOPPED.exists():
+        if after_death:
             print(f"PROBE found {found}, adopted {left.page_count // 512}", flush=True)
             print(f"PROBE second agent: {refusal_of_a_second()}", flush=True)
         return left
