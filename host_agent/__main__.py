@@ -211,7 +211,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     from hintfleet.net.addresses import SHARED_FOLDER, default_control_address, socket_path
     from host_agent.api.metrics import serve_metrics
     from host_agent.server import serving
-    from host_agent.steady import keep_latency_steady
+    from host_agent.threads import keep_latency_steady
 
     if socket := socket_path(arguments.listen):
         folder = socket.parent

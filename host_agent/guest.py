@@ -221,6 +221,8 @@ class Guest:
 
         :raises TransientError: the state cannot be written; the guest is released all the same.
         """
+        if self.creation is not None:  # a driver's thread cannot be cancelled
+            await asyncio.wait([self.creation])
         await self._peer.stop()
         # I2: the next host agent may begin as soon as this process ends. So wait for a punch
         # that runs (it holds the lock), and prevent later punches by `closed`.
@@ -389,3 +391,8 @@ def checked_uuid(asked: str, guests: Iterable[Guest]) -> str:
 def is_guest_name(name: str) -> bool:
     """Return whether a guest can have this name: 1 to 64 ASCII letters, digits and `-`."""
     return 0 < len(name) <= _MAX_NAME_LENGTH and set(name) <= _NAME_CHARACTERS
+
+
+def has_memory(guest: Guest) -> bool:
+    """Return whether the guest runs, and so may have memory of this host."""
+    return guest.running is not None and not guest.memory.is_freed

@@ -1,17 +1,16 @@
 """Makes, ends and releases the guests of this host agent.
 
-A trial's guests are ended when the trial's last Watch ends, unless this host agent is ending. When
+A trial's guests are ended when the trial ends (trials.py), unless this host agent is ending. When
 this host agent ends, it ends all guests and detaches the attached ones; with --state it leaves all
-of them running instead, unless its parent is gone (--lifeline-fd). Adopted guests of a trial are
-also ended if the trial has no Watch after a grace period.
+of them running instead, unless its parent is gone (--lifeline-fd).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 
@@ -23,7 +22,7 @@ from hintfleet.errors import (
     Refused,
     TransientError,
 )
-from hintfleet.logs import fields
+from hintfleet.system.processes import find_process
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
 from host_agent.guest import Guest, checked_uuid, is_guest_name
@@ -36,6 +35,7 @@ from host_agent.resizing import check_memory, follow_table
 from host_agent.session.gate import Epochs
 from host_agent.tasks import about_failure, raise_first
 from host_agent.threads import call_on, in_driver_thread
+from host_agent.trials import Trials
 
 _log = logging.getLogger("hintfleet.host.registry")
 
@@ -68,14 +68,12 @@ class Registry:
         """Counts the processor time of samples, of checks whether audits are due, and of audits for
         samples and metrics only."""
         self._guests: dict[str, Guest] = {}
-        self._watches: Counter[str] = Counter()
         self.shutting_down = False
-        """Whether this host agent ends: then the end of a Watch does not end its trial's guests."""
-        self.ending: set[asyncio.Task[None]] = set()
-        """Tasks that end guests, or close them until they are attached again. Whoever begins a task
-        does not wait for it."""
-        self._trials_ending: set[asyncio.Task[None]] = set()
-        """Those of them that end the guests of a trial."""
+        """Whether this host agent ends: then no guest is made, and no trial ends any more."""
+        self.trials = Trials(self._end_trial, lambda: self.shutting_down)
+        self.leaving: set[asyncio.Task[None]] = set()
+        """Tasks that end attached guests whose door was disconnected, or close them until they are
+        attached again."""
         # A trial's answers stay until the trial ends: its client may retry a command at any time.
         self.commands = RepeatedCommands()
 
@@ -117,9 +115,8 @@ class Registry:
         :raises GuestLost: it ended or was not ready in time; with its last output.
         :raises TransientError: the state cannot be written, or this host agent ends.
         """
-        # An earlier guest with this name may still be ending: `close_watch` does not wait for it.
-        if name in self._guests and self.ending:
-            await asyncio.wait(self.ending)
+        if name in self._guests:
+            await self.room_for(trial_id)
         self._check_new(name, trial_id, spec)
         guest = self.add(name, checked_uuid(guest_uuid, self.guests), trial_id, spec)
         guest.creation = asyncio.create_task(self.make(guest))
@@ -135,9 +132,14 @@ class Registry:
                 raise
             raise GuestLost(f"{error.message}; its last output:\n{evidence}") from error
         except BaseException:
-            await self.end(guest)
+            await self.end_unless_left(guest)
             raise
         return guest
+
+    async def end_unless_left(self, guest: Guest) -> None:
+        """End a guest that could not be made, unless this host agent ends and leaves it."""
+        if not (self.shutting_down and self.saver.stores):
+            await self.end(guest)
 
     def add(
         self,
@@ -175,7 +177,7 @@ class Registry:
             raise InvalidInput(f"guest name {name!r}: 1 to 64 letters, digits and '-'")
         if name in self._guests:
             raise Refused(f"there is a guest {name!r} on this host already")
-        if not self._watches[trial_id]:
+        if not self.trials.is_watched(trial_id):
             raise Refused(f"no Watch of trial {trial_id!r} is open", hint="open Watch first")
         check_memory(name, spec)
         if spec.driver not in self.drivers:
@@ -204,7 +206,7 @@ class Registry:
     def request(self, guest: Guest) -> GuestRequest:
         """Return what a driver needs to make, attach or adopt a guest."""
         loop = asyncio.get_running_loop()
-        lost = self._attached_lost if guest.is_attached else Guest.lost
+        lost = self._attached_lost if guest.is_attached else _made_lost
         return GuestRequest(
             name=guest.name,
             uuid=guest.uuid,
@@ -257,12 +259,15 @@ class Registry:
         if self.shutting_down or guest.to_attach_again is not None:
             return  # this host agent ends, or the guest is kept already
         task = asyncio.create_task(self._keep_or_end(guest))
-        self.ending.add(task)
-        task.add_done_callback(self.ending.discard)
+        self.leaving.add(task)
+        task.add_done_callback(self.leaving.discard)
 
     async def _keep_or_end(self, guest: Guest) -> None:
         if guest.creation is not None:
             await asyncio.wait([guest.creation])  # it sets `running`, unless it fails
+        await guest.audits.ledger()  # the record must have the last books
+        record = guest.record()
+        await _free_if_ended(guest)
         has_ended = False
         if self._attached is not None and guest.running is not None:
             try:
@@ -271,8 +276,6 @@ class Registry:
                 )
             except HintfleetError:  # libvirt does not answer: assume that the domain has ended
                 has_ended = True
-        await guest.audits.ledger()  # the record must have the last books
-        record = guest.record()
         if not has_ended or record is None or guest.ending:
             return await self._destroy_all([guest])
         guest.to_attach_again = record
@@ -306,39 +309,12 @@ class Registry:
 
     # Trials
 
-    def open_watch(self, trial_id: str) -> None:
-        """Count one more open Watch of this trial. The end of the last one ends the trial's
-        guests."""
-        _log.info("watch opened", extra=fields(trial=trial_id))
-        self._watches[trial_id] += 1
-
-    def close_watch(self, trial_id: str) -> None:
-        """Count one open Watch less. If it was the last one, begin to end the trial's guests,
-        unless this host agent is ending.
-
-        Not a coroutine: it must be done even if the stream's handler is cancelled meanwhile.
-        """
-        _log.info("watch closed", extra=fields(trial=trial_id))
-        self._watches[trial_id] -= 1
-        if self._watches[trial_id] > 0:
-            return
-        del self._watches[trial_id]
-        self.end_unwatched(trial_id)
-
-    def end_unwatched(self, trial_id: str) -> None:
-        """Begin to end a trial's guests if no Watch of it is open, unless this host agent ends."""
-        if self.shutting_down or self._watches[trial_id] > 0:
-            return
-        task = asyncio.create_task(self._end_trial(trial_id))
-        for tasks in (self.ending, self._trials_ending):
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-
-    async def earlier_ended(self) -> None:
-        """Wait until the guests of trials are gone whose last Watch has ended (`close_watch` does
-        not wait for them). Until then they use memory that the guests of the next trial need."""
-        if self._trials_ending:
-            await asyncio.wait(self._trials_ending)
+    async def room_for(self, trial_id: str) -> None:
+        """Wait until all other trials have ended that nobody watches (`Trials.others_ended`). Try
+        again to end guests that could not be ended."""
+        await self.trials.others_ended(trial_id)
+        others = [g for g in self.guests if g.ending and g.trial_id not in ("", trial_id)]
+        await self._destroy_all(others)
 
     async def _end_trial(self, trial_id: str) -> None:
         await self._destroy_all([g for g in self.guests if g.trial_id == trial_id])
@@ -346,7 +322,7 @@ class Registry:
 
     async def end_all(self) -> None:
         """End every guest; detach the attached ones. If a guest cannot be ended, log that."""
-        await asyncio.gather(*self.ending)
+        await self._finish()
         await self._destroy_all(self.guests)
 
     async def leave(self) -> None:
@@ -355,10 +331,14 @@ class Registry:
         :raises TransientError: the state cannot be written, so it has older books of some guests.
             All are released all the same. The first error is raised, the others are logged.
         """
-        await asyncio.gather(*self.ending)
+        await self._finish()
         guests = self.guests
         left = await asyncio.gather(*(g.leave() for g in guests), return_exceptions=True)
         raise_first([guest.name for guest in guests], left)
+
+    async def _finish(self) -> None:
+        await self.trials.finish()
+        await asyncio.gather(*self.leaving)
 
     async def close(self) -> None:
         """Close the drivers; call it after `end_all` or `leave`."""
@@ -370,3 +350,16 @@ class Registry:
         for guest, error in zip(guests, ended, strict=True):
             if isinstance(error, BaseException):
                 _log.error("guest cannot be ended", **about_failure(guest.name, error))
+
+
+def _made_lost(guest: Guest, reason: str) -> None:
+    guest.lost(reason)
+    guest.tasks.begin(_free_if_ended(guest))
+
+
+async def _free_if_ended(guest: Guest) -> None:
+    """Free the RAM of a guest whose process has ended. Otherwise our descriptors alone would keep
+    its memory: a kernel that is out of memory, and has killed this guest, would kill others."""
+    with contextlib.suppress(OSError):  # /proc shows no processes of other users (hidepid)
+        if guest.running is not None and find_process(guest.running.pid) is None:
+            await guest.memory.run_locked(guest.memory.free())

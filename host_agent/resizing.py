@@ -31,6 +31,7 @@ from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
 from host_agent.guest import Guest
 from host_agent.guests.driver import RunningGuest
+from host_agent.memory.ram import close_files
 from host_agent.threads import in_driver_thread
 
 # Linux adds and removes memory in sections of its sparse memory model: 2^27 bytes on x86-64
@@ -130,9 +131,14 @@ async def _follow(guest: Guest) -> None:
         try:
             if gone:
                 guest.memory.taken_out(gone)
-            guest.memory.plugged(door.segments(besides=ram.pages))
-        except HintfleetError as error:  # memory that cannot be punched, or a lost guest
-            about = {"guest": guest.name, "reason": error.message}
+            segments = door.segments(besides=ram.pages)
+            try:
+                guest.memory.plugged(segments)
+            except HintfleetError:  # the guest does not run any more
+                close_files(segments)
+                raise
+        except (HintfleetError, OSError) as error:  # it cannot be punched, or no descriptor is free
+            about = {"guest": guest.name, "reason": str(error)}
             _log.warning("memory cannot be followed", extra=fields(**about))
             return
     now_bytes = guest.provisioned_bytes

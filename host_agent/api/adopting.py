@@ -34,9 +34,8 @@ async def adopt(registry: Registry, records: Sequence[GuestRecord], grace_s: flo
     # Not gather: it raises while other adoptions still run, and drops their errors.
     errors = [task.exception() for task in adopting]
     raise_first([record.name for record in records], errors)
-    loop = asyncio.get_running_loop()
     for trial_id in {record.trial_id for record in records if record.trial_id}:
-        loop.call_later(grace_s, registry.end_unwatched, trial_id)
+        registry.trials.adopted(trial_id, grace_s)
 
 
 async def _adopt(registry: Registry, record: GuestRecord) -> None:

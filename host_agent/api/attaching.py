@@ -74,7 +74,7 @@ async def attach(
         if request.through_guest_agent:
             await in_driver_thread(driver.start_agent, guest.uuid, config)
     except BaseException:
-        await registry.end(guest)
+        await registry.end_unless_left(guest)
         raise
     return host_pb2.AttachGuestResponse(
         domain=domain, guest=await guest_message(guest), agent_config=config

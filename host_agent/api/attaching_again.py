@@ -38,7 +38,11 @@ async def attach_when_started(registry: Registry, driver: Attacher) -> None:
         waiting = [guest for guest in registry.guests if guest.to_attach_again is not None]
         pauses = {guest.uuid: pauses.get(guest.uuid, _Pause()) for guest in waiting}
         # All guests at the same time: an attempt at a domain that boots takes many seconds.
-        await asyncio.gather(*(_turn(registry, driver, g, pauses[g.uuid]) for g in waiting))
+        # A group, not gather: when this is cancelled, it waits for all of them. Each takes out the
+        # door that it has plugged in.
+        async with asyncio.TaskGroup() as turns:
+            for guest in waiting:
+                turns.create_task(_turn(registry, driver, guest, pauses[guest.uuid]))
 
 
 @dataclass

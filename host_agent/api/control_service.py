@@ -92,8 +92,7 @@ class ControlService(HostServiceServicer):
         async with self._swap_changes:  # a trial's guests are made at the same time
             if self._budget.swap_bytes == request.spec.zram_bytes:
                 return
-            if ending := self._registry.ending:
-                await asyncio.wait(ending)
+            await self._registry.room_for(request.command.trial_id)
             if guests := self._registry.guests:
                 raise Refused(f"guest {guests[0].name} runs with another swap", hint="end it first")
             await in_driver_thread(self._budget.use_swap, request.spec.zram_bytes)
@@ -221,16 +220,16 @@ class ControlService(HostServiceServicer):
         if not request.trial_id:
             await abort(context, InvalidInput("Watch needs a trial"))
         await _check_period(request.period_ms, context)
-        self._registry.open_watch(request.trial_id)
+        self._registry.trials.open_watch(request.trial_id)
         try:
-            await self._registry.earlier_ended()
+            await self._registry.room_for(request.trial_id)
             async for samples in self._samples(
                 request.period_ms,
                 lambda: [g for g in self._registry.guests if g.trial_id == request.trial_id],
             ):
                 yield samples
         finally:
-            self._registry.close_watch(request.trial_id)
+            self._registry.trials.close_watch(request.trial_id)
 
     async def WatchHost(
         self, request: host_pb2.WatchHostRequest, context: Context

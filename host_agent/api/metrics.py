@@ -25,7 +25,7 @@ from hintfleet.errors import InvalidInput, Refused
 from hintfleet.net.addresses import address_problem, check_plain_text, is_unix
 from hintfleet.net.tls import Peer, Role, Tls
 from host_agent.api.sampling import parts_of, process_rss_bytes
-from host_agent.guest import Guest
+from host_agent.guest import Guest, has_memory
 from host_agent.registry import Registry
 
 # Fields of the ledger, by the names of their metrics. The names are written out, so that grep
@@ -98,9 +98,10 @@ class LedgerCollector(Collector):
         families = [(GaugeMetricFamily, *one) for one in _GAUGES.items()] + [
             (CounterMetricFamily, *one) for one in _COUNTERS.items()
         ]
+        running = [one for one in guests if has_memory(one[1])]
         for make, name, (field, text) in families:
             family = make(name, text, labels=_LABELS)
-            for labels, guest in guests:
+            for labels, guest in running if make is GaugeMetricFamily else guests:
                 family.add_metric(labels, getattr(guest.memory.last_ledger, field))
             yield family
         held_back = GaugeMetricFamily(
@@ -108,10 +109,10 @@ class LedgerCollector(Collector):
             "Free memory that the guest holds back, to use it again soon",
             labels=_LABELS,
         )
-        for labels, guest in guests:
+        for labels, guest in running:
             held_back.add_metric(labels, guest.sessions.telemetry.held_back_bytes)
         yield held_back
-        yield from self._resident_parts(guests)
+        yield from self._resident_parts(running)
         paused = GaugeMetricFamily(
             "hintfleet_guest_hinting_paused_seconds",
             "How long the pause of the guest's hinting will last; 0 without one",

@@ -10,7 +10,7 @@ from hintfleet.v1 import host_pb2
 from host_agent.api.resident_parts import aged
 from host_agent.budget.budget import Budget
 from host_agent.cpu_meter import CpuMeter
-from host_agent.guest import Guest
+from host_agent.guest import Guest, has_memory
 from host_agent.memory.audit_pace import CALM_PAGES
 
 _CALM_BYTES = CALM_PAGES * PAGE_BYTES
@@ -20,13 +20,18 @@ _MAX_LEFT_OUT = 3
 
 async def guest_message(guest: Guest) -> host_pb2.Guest:
     """Return a guest as a message of the control API. Its books are audited first."""
+    ledger = await guest.audits.ledger()
+    if not has_memory(guest):
+        closed, ledger = ledger, host_pb2.Ledger()
+        ledger.CopyFrom(closed)
+        ledger.resident_bytes = ledger.reclaimed_now_bytes = ledger.untouched_bytes = 0
     return host_pb2.Guest(
         name=guest.name,
         uuid=guest.uuid,
         trial_id=guest.trial_id,
         spec=guest.spec,
         epoch=guest.sessions.epoch,
-        ledger=await guest.audits.ledger(),
+        ledger=ledger,
         pid=guest.running.pid if guest.running else 0,
         domain=guest.domain,
         hypervisor=guest.running.hypervisor if guest.running else "",
@@ -62,7 +67,7 @@ def sample_set(guests: Iterable[Guest], budget: Budget, observing: CpuMeter) -> 
         returned with them.
     """
     with observing.running():
-        samples = [_sample(guest) for guest in guests if guest.running]
+        samples = [_sample(guest) for guest in guests if has_memory(guest)]
         current = host_pb2.SampleSet(
             at_unix_us=time.time_ns() // 1000,
             samples=samples,

@@ -270,13 +270,15 @@ class EmbeddedDriver:
             memory_bytes = request.spec.memory_bytes
             config = replace(config, ram_fd=ram.only_fd(), memory_bytes=memory_bytes)
             popen = self._start(config, log)
+            undo.callback(popen.wait)
+            undo.callback(popen.kill)
+            found = find_process(popen.pid)
+            handle = {
+                "pid": popen.pid,
+                "start_ticks": found.start_ticks if found else 0,
+                "ram_fd": ram.only_fd(),
+            }
             undo.pop_all()
-        found = find_process(popen.pid)
-        handle = {
-            "pid": popen.pid,
-            "start_ticks": found.start_ticks if found else 0,
-            "ram_fd": ram.only_fd(),
-        }
         return EmbeddedGuest(request, _Child(popen), ram, log, handle)
 
     def adopt(self, request: GuestRequest, handle: Handle) -> EmbeddedGuest:

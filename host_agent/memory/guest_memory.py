@@ -64,6 +64,8 @@ class GuestMemory:
         self.last_ledger = host_pb2.Ledger()
         """The books as `books_now` last returned them; `closed` does not change them."""
         self._ledger_is_current = False
+        self.is_freed = False
+        """Whether the RAM was closed because the guest's process has ended."""
         self._name = name
         self._others_reclaim = others_reclaim
         self._changed = changed
@@ -92,6 +94,16 @@ class GuestMemory:
         # It is not stored which refaults were reported to the guest: report all that is resident.
         self.refaults_to_tell = resident
         self._open = ram, ledger
+
+    async def free(self) -> None:
+        """Look once more, close the books, and close the RAM, so that the kernel can free it.
+        Locked."""
+        self.is_freed = True
+        await self.audit()
+        if self._open is not None:
+            ram, _ = self._open
+            self.closed()
+            ram.close()
 
     def closed(self) -> None:
         """Stop using the RAM, whose files the driver closes. `last_ledger` stays as it is."""

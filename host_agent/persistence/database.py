@@ -46,6 +46,11 @@ _DEATH_TIMEOUT_S = 60.0
 # an I/O error, too, when SQLite enlarges its -shm file.
 _NOT_DAMAGE = frozenset(
     {
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PROTOCOL,
         sqlite3.SQLITE_READONLY,
         sqlite3.SQLITE_IOERR,
         sqlite3.SQLITE_FULL,

@@ -46,6 +46,11 @@ class Saver:
         self._write_lock = asyncio.Lock()
         self._writes: set[asyncio.Task[None]] = set()
 
+    @property
+    def stores(self) -> bool:
+        """Whether guests are stored for the next host agent (--state)."""
+        return self._state is not None
+
     def changed(self, guest: Saved) -> None:
         """Note that this guest has changed; `run` saves it soon."""
         if self._state is not None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from hintfleet.settings import DEFAULT_POLICY, DEFAULT_PRESSURE_PERCENT, Policy
 from hintfleet.units import PAGE_BYTES
 from hintfleet.v1 import host_pb2
-from host_agent.guest import Guest
+from host_agent.guest import Guest, has_memory
 from host_agent.pressure.policy import GuestView, Hold, HostView, Suggestion, patience, suggest
 from host_agent.waking import next_wake_s, sleep_until
 
@@ -40,7 +40,7 @@ class Pressure:
     def act(self) -> None:
         """Send each running guest under policy `pressure` its present allowance (0 is not sent
         twice in succession), and each under `adaptive` its patience, if that has changed."""
-        guests = {g.name: g for g in self._guests() if g.running is not None}
+        guests = {g.name: g for g in self._guests() if has_memory(g)}
         allowed = _under(Policy.PRESSURE, guests.values())
         adaptive = _under(Policy.ADAPTIVE, guests.values())
         self._any_allowed = bool(allowed)

@@ -26,7 +26,7 @@ from host_agent.door.door import MemoryDoor
 from host_agent.door.protocol import HEADER, Request
 from host_agent.memory.fence import FenceClosed
 from host_agent.memory.ram import GuestRam
-from host_agent.steady import keep_latency_steady
+from host_agent.threads import keep_latency_steady
 from tests.bench.report import Figure, side_by_side
 from tests.support.loops import running_loop
 

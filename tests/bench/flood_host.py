@@ -21,7 +21,7 @@ from host_agent.memory.ram import GuestRam, Segment
 from host_agent.registry import Registry
 from host_agent.server import Settings, serving
 from host_agent.session.stream import Stream
-from host_agent.steady import keep_latency_steady
+from host_agent.threads import keep_latency_steady
 
 _TRIAL = "flood"
 GUEST_BYTES = 1 * GIB
@@ -92,7 +92,7 @@ async def main(guests: int) -> None:
         )
         async with serving(settings) as served:
             served.registry.drivers = {host_pb2.EMBEDDED: _Driver()}  # type: ignore[dict-item]
-            served.registry.open_watch(_TRIAL)
+            served.registry.trials.open_watch(_TRIAL)
             made = [await _make(served.registry, f"g{n}") for n in range(guests)]
             print(json.dumps({"address": served.guest, "guests": made}), flush=True)
             await asyncio.to_thread(sys.stdin.read)

@@ -20,7 +20,7 @@ from host_agent.memory.ram import GuestRam, Segment
 from host_agent.memory.reclaim import reclaim
 from host_agent.session.gate import LIMITS, Acknowledge, Batch, Gate, Post, Run
 from host_agent.session.messages import ack_of
-from host_agent.steady import keep_latency_steady
+from host_agent.threads import keep_latency_steady
 from tests.bench.report import Figure, side_by_side
 
 _ROUNDS = 100

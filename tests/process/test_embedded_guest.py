@@ -54,6 +54,29 @@ def test_without_hinting_freed_memory_stays(host_agent: HostAgent) -> None:
     assert host_agent.guests()["g"].ledger.resident_bytes == HELD
 
 
+def test_the_memory_of_a_guest_that_was_killed_is_free_at_once(host_agent: HostAgent) -> None:
+    """While the host agent held its RAM, a kernel that was out of memory killed one guest after the
+    other, and got nothing for it."""
+    host_agent.watch()
+    killed, kept = host_agent.create(), host_agent.create("kept")
+    host_agent.allocate(HELD)
+    host_agent.allocate(HELD, "kept")
+
+    def held() -> list[str]:
+        descriptors = Path(f"/proc/{host_agent.process.pid}/fd").iterdir()
+        return [path for one in descriptors if "hintfleet-" in (path := os.readlink(one))]
+
+    assert len(held()) == 2
+    os.kill(killed.pid, signal.SIGKILL)
+    wait_until(lambda: len(held()) == 1, "the memory to be free")
+    assert alive(kept.pid)
+    assert host_agent.verify("kept").wrong_pages == 0
+    books = host_agent.guests()["g"].ledger
+    assert (books.resident_bytes, books.untouched_bytes) == (0, 0)
+    names = [sample.guest_name for sample in host_agent.samples[-1].samples]
+    wait_until(lambda: host_agent.samples[-1].samples[0].guest_name == "kept", f"{names}")
+
+
 def test_an_agent_takes_no_huge_pages(host_agent: HostAgent) -> None:
     """From Linux 6.18 on, the kernel refuses only huge pages that the agent does not ask for, and
     /proc/PID/status does not show that: then check that the agent has none."""

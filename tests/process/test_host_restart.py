@@ -276,6 +276,25 @@ def test_guests_that_nobody_watches_again_are_ended(home: Home, tmp_path: Path) 
     assert 0 < said.index("guest adopted") < said.index("guest ended")
 
 
+def test_the_next_trial_begins_when_the_guests_of_the_one_before_are_gone(home: Home) -> None:
+    """The guests of a run's trials have the same names. A host agent that is restarted in a trial
+    adopts those of that trial; without this, the next one would fail, and the whole run with it."""
+    with home.agent() as agent:
+        agent.watch()
+        guest = agent.create()
+        kill(agent)
+    with home.agent("--watch-grace", "3") as agent:
+        agent.watch("next-trial")
+        command = host_pb2.CommandId(trial_id="next-trial")
+        spec = host_pb2.GuestSpec(
+            driver=host_pb2.EMBEDDED, memory_bytes=128 * MIB, method=host_pb2.NONE
+        )
+        request = host_pb2.CreateGuestRequest(command=command, name="g", spec=spec)
+        made = agent.stub.CreateGuest(request, timeout=HANG_S)
+        assert made.uuid != guest.uuid
+        assert not alive(guest.pid)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
@@ -365,7 +384,7 @@ def test_a_state_that_cannot_be_written_at_the_end_keeps_nothing_open(
 
     async def serve_and_fail() -> None:
         async with serving(settings) as served:
-            served.registry.open_watch(TRIAL)
+            served.registry.trials.open_watch(TRIAL)
             await served.registry.create("g", TRIAL, spec)
             driver = served.registry.drivers[host_pb2.LIBVIRT]
             monkeypatch.setattr(driver, "close", closed.set)

@@ -232,4 +232,4 @@ async def reclaim_one_page(guest: Guest) -> None:
 async def ends_are_dealt_with(registry: Registry) -> None:
     """Wait until the registry has dealt with all ends of domains that it was told of."""
     await asyncio.sleep(0)  # let the event loop tell the registry of all ends
-    await asyncio.gather(*registry.ending)
+    await asyncio.gather(*registry.leaving)

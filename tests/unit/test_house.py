@@ -67,7 +67,6 @@ ARROWS = {
         "__main__": "config agent",
     },
     "host_agent": {
-        "steady": "",
         "threads": "",
         "tasks": "",
         "waking": "",
@@ -82,19 +81,20 @@ ARROWS = {
         "persistence": "memory session guests",
         "audits": "tasks cpu_meter memory session",
         "guest": "tasks threads cpu_meter memory session guests persistence audits",
-        "resizing": "threads guests guest",
+        "resizing": "threads memory guests guest",
         "auditor": "waking cpu_meter guest",
         "pressure": "waking guest",
         "repeated_commands": "",
-        "registry": "repeated_commands tasks threads cpu_meter session guests persistence guest "
-        "resizing",
+        "trials": "",
+        "registry": "repeated_commands trials tasks threads cpu_meter session guests "
+        "persistence guest resizing",
         "api": "guests tasks threads waking cpu_meter budget memory session guests.attached "
         "persistence guest resizing registry",
         "server": "budget session guests guests.libvirt guests.attached persistence auditor "
         "pressure registry api threads",
         "doctor": "memory guests.libvirt",
         "leaks": "budget guests.libvirt",
-        "__main__": "steady api server doctor leaks",
+        "__main__": "threads api server doctor leaks",
     },
     "orchestrator": {
         "machine": "",

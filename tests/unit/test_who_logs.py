@@ -89,7 +89,6 @@ SILENT = {
     "answers on stdout": ("host_agent/doctor.py", "host_agent/leaks.py"),
     "sets up the process, before or without logs": (
         "guest_agent/__main__.py",
-        "host_agent/steady.py",
         "host_agent/threads.py",
         "host_agent/waking.py",
     ),

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
@@ -19,6 +20,9 @@ from host_agent.door.door import MemoryDoor
 from host_agent.guests.libvirt.api import errors_as, modules, quietly
 from host_agent.guests.libvirt.domain_guest import EndNotice
 from host_agent.guests.libvirt.qemu_user import QemuUser
+
+_ENDS_WITHIN_S = 5.0
+_POLL_S = 0.1
 
 _log = logging.getLogger("hintfleet.host.libvirt")
 
@@ -155,9 +159,24 @@ class Connection:
         # lost since.
         connection = self.get()
         with contextlib.suppress(GuestLost), errors_as("ending the domain"):
-            connection.lookupByUUIDString(uuid_text).destroy()
+            _destroy(connection.lookupByUUIDString(uuid_text))
 
     def _give_notice(self, uuid_text: str, reason: str) -> None:
         notice = self._watched.get(uuid_text)
         if notice:
             notice.give(reason)
+
+
+def _destroy(domain: Any) -> None:
+    libvirt, _ = modules()
+    try:
+        domain.destroy()
+    except libvirt.libvirtError as error:
+        # A domain that ends by itself meanwhile: it is "not running", and gone a moment later.
+        until_s = time.monotonic() + _ENDS_WITHIN_S
+        while domain.isActive():
+            if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+                raise
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(_POLL_S)

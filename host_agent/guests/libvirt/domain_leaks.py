@@ -59,10 +59,18 @@ def _abandoned(uri: str, connection: Any) -> Iterator[Removable]:
                     what="domain",
                     where=domain.name(),
                     since_unix_s=round(folder.lstat().st_mtime) if folder.exists() else 0,
-                    size_bytes=domain.memoryStats().get("rss", 0) * 1024,
+                    size_bytes=_rss_bytes(domain),
                     why="the host agent that made it is gone",
                 )
                 yield leak, partial(_with_domain, uri, domain.UUIDString(), _destroy)
+
+
+def _rss_bytes(domain: Any) -> int:
+    libvirt, _ = modules()
+    try:
+        return int(domain.memoryStats().get("rss", 0)) * 1024
+    except libvirt.libvirtError:  # it is just ending; the size is only told to people
+        return 0
 
 
 def _dead_door(uri: str, domain: Any, xml: ET.Element) -> Iterator[Removable]:

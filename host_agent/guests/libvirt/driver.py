@@ -39,6 +39,7 @@ _EVIDENCE_LINES = 40
 _PROBE_MEMORY_BYTES = 256 * MIB
 # How long a guest may take to boot until its kernel binds the device of the memory door.
 _OPEN_TIMEOUT_S = 120.0
+_FREE_WITHIN_S = 20.0
 _POLL_S = 0.2
 
 _MEMBALLOONS = {
@@ -99,7 +100,7 @@ class LibvirtDriver:
         image = find_image(self._images, request.spec.image)
         connection = self._connection.get()
         self._check_reach(image)
-        _refuse_if_taken(connection, request)
+        _wait_until_free(connection, request)
         accelerator = self._accelerator(connection, image)
         files = self._files(request.name)
         with contextlib.ExitStack() as undo:
@@ -281,19 +282,33 @@ def _kernel_parameters(spec: host_pb2.GuestSpec, config: AgentConfig) -> list[st
     return parameters
 
 
-def _refuse_if_taken(connection: Any, request: GuestRequest) -> None:
-    libvirt, _ = modules()
+def _wait_until_free(connection: Any, request: GuestRequest) -> None:
+    """Wait until no domain has this guest's name or UUID: libvirtd may still be ending those of a
+    host agent that was killed, one after the other.
+
+    :raises Refused: one still has it after 20 s.
+    """
     name = NAME_PREFIX + request.name
-    for lookup, key in (
-        (connection.lookupByName, name),
-        (connection.lookupByUUIDString, request.uuid),
-    ):
-        with contextlib.suppress(libvirt.libvirtError):
-            taken = lookup(key).name()
+    until_s = time.monotonic() + _FREE_WITHIN_S
+    while taken := _domain_with(connection, name, request.uuid):
+        if time.monotonic() > until_s:
             raise Refused(
                 f"cannot start domain {name}: there is a domain {taken} already",
                 hint=f"virsh destroy {taken}, or choose another name",
             )
+        time.sleep(_POLL_S)
+
+
+def _domain_with(connection: Any, name: str, uuid_text: str) -> str:
+    """Return the name of a domain that has this name or UUID; empty if there is none."""
+    libvirt, _ = modules()
+    for lookup, key in (
+        (connection.lookupByName, name),
+        (connection.lookupByUUIDString, uuid_text),
+    ):
+        with contextlib.suppress(libvirt.libvirtError):
+            return str(lookup(key).name())
+    return ""
 
 
 def _start(connection: Any, spec: DomainSpec, *, lasting: bool = False) -> Any:

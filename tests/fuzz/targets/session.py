@@ -203,7 +203,7 @@ class _Host:
 
     def __init__(self) -> None:
         self.registry = Registry({host_pb2.EMBEDDED: _Driver()})  # type: ignore[dict-item]
-        self.registry.open_watch(_TRIAL)
+        self.registry.trials.open_watch(_TRIAL)
         self.service = GuestService(self.registry)
         self._seq = 0
 

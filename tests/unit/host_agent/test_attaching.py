@@ -61,8 +61,8 @@ def test_an_attached_guest_stays_until_it_is_detached(tmp_path: Path) -> None:
         answer = await attach(registry, driver, asked(server="h1:7071"))
         assert answer.agent_config == f"{UUID} hugetlb h1:7071"
         assert answer.guest.name == UUID, "a name with a space is no name of a guest"
-        registry.open_watch("t")
-        registry.close_watch("t")
+        registry.trials.open_watch("t")
+        registry.trials.close_watch("t")
         await asyncio.sleep(0)
         assert registry.guests
         with pytest.raises(Refused, match="not destroyed from here"):

@@ -2,6 +2,7 @@
 driver."""
 
 import queue
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 from hintfleet.errors import Refused
+from hintfleet.v1 import host_pb2
+from host_agent.guests.driver import GuestRequest
+from host_agent.guests.libvirt import driver
 from host_agent.guests.libvirt.connection import Connection
 from tests.support.agents import HANG_S
 
@@ -61,3 +65,47 @@ def test_a_connection_that_fails_while_it_is_set_up_is_opened_again(
         connection.domain(UUID).destroy()
         assert reasons.get(timeout=HANG_S) == "the guest was stopped"
         assert connection.qemu_user is not None
+
+
+def test_a_domain_that_ends_by_itself_meanwhile_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt says then that it is not running. As an error, that would end the whole run."""
+    (tmp_path / "node.xml").write_text(NODE)
+    monkeypatch.setattr(libvirt.virConnect, "getCapabilities", lambda _: CAPABILITIES)
+    destroy = libvirt.virDomain.destroy
+
+    def too_late(domain: Any) -> None:
+        destroy(domain)
+        destroy(domain)
+
+    monkeypatch.setattr(libvirt.virDomain, "destroy", too_late)
+    with closing(Connection(f"test://{tmp_path}/node.xml")) as connection:
+        connection.destroy(UUID)
+        assert not connection.domain(UUID).isActive()
+
+
+def test_a_name_that_is_about_to_be_free_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirtd ends the domains of a killed host agent one after the other, while the next one
+    begins."""
+    (tmp_path / "node.xml").write_text(NODE)
+    monkeypatch.setattr(libvirt.virConnect, "getCapabilities", lambda _: CAPABILITIES)
+    request = GuestRequest(
+        name="g", uuid=UUID, token="t", spec=host_pb2.GuestSpec(), on_gone=lambda _: None
+    )
+    with closing(Connection(f"test://{tmp_path}/node.xml")) as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr(driver, "_FREE_WITHIN_S", 0.1)
+            with pytest.raises(Refused, match="there is a domain db1"):
+                driver._wait_until_free(connection.get(), request)
+
+        def end() -> None:
+            connection.destroy(UUID)
+            connection.domain(UUID).undefine()
+
+        ending = threading.Timer(0.5, end)
+        ending.start()
+        driver._wait_until_free(connection.get(), request)
+        ending.join()

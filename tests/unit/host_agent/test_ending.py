@@ -57,7 +57,7 @@ def test_no_guest_is_made_while_the_others_are_ended(settings: Settings) -> None
         driver.may_make.set()
         async with serving(settings) as served:
             use(driver, served)
-            served.registry.open_watch(TRIAL)
+            served.registry.trials.open_watch(TRIAL)
             await made(served.registry)
             driver.may_end.clear()
             late = asyncio.create_task(make_another(served.registry, driver))
@@ -78,10 +78,10 @@ def test_a_trial_begins_when_the_guests_of_the_one_before_are_gone(settings: Set
             grpc.aio.insecure_channel(served.control) as channel,
         ):
             use(driver, served)
-            served.registry.open_watch(TRIAL)
+            served.registry.trials.open_watch(TRIAL)
             await made(served.registry)
             driver.may_end.clear()
-            served.registry.close_watch(TRIAL)
+            served.registry.trials.close_watch(TRIAL)
             request = host_pb2.WatchRequest(trial_id="the next", period_ms=10)
             watch = HostServiceStub(channel).Watch(request)
             first = asyncio.create_task(watch.read())

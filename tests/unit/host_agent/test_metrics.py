@@ -1,6 +1,7 @@
 """The name of each metric that a host agent serves is written out in the source, so that a search
 finds it. Metrics are served again after a time in which no thread could be started."""
 
+import asyncio
 import re
 import socket
 import threading
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from hintfleet.v1 import host_pb2
 from host_agent.api import metrics
+from host_agent.memory.ram import GuestRam
 from host_agent.registry import Registry
 
 
@@ -46,3 +49,17 @@ def test_metrics_are_served_again_when_threads_can_be_started_again(
                 with pytest.raises(OSError, match=r"closed|reset"):
                     status()
         assert status() == 200
+
+
+def test_a_guest_without_memory_has_totals_and_no_gauges(ram: GuestRam) -> None:
+    """A sum over all guests must not count the savings of domains that do not run."""
+    registry = Registry({})
+    guest = registry.add("g", "u", "", host_pb2.GuestSpec(method=host_pb2.HINTING))
+    guest.memory.started(ram)
+    asyncio.run(guest.audits.ledger())
+    guest.memory.closed()
+    collectors = CollectorRegistry()
+    collectors.register(metrics.LedgerCollector(registry, "h1"))
+    served = generate_latest(collectors).decode().splitlines()
+    assert any(line.startswith("hintfleet_guest_hinted_bytes_total{") for line in served)
+    assert not [line for line in served if line.startswith("hintfleet_guest_resident_bytes{")]

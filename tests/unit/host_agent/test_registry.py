@@ -86,7 +86,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 def registry_with(driver: Driver) -> Registry:
     registry = Registry({host_pb2.EMBEDDED: driver})  # type: ignore[dict-item]
-    registry.open_watch(TRIAL)
+    registry.trials.open_watch(TRIAL)
     return registry
 
 
@@ -105,7 +105,7 @@ def test_a_guest_that_is_ended_while_it_is_made_leaves_nothing() -> None:
         registry = registry_with(driver)
         creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
         await asyncio.sleep(0.05)
-        registry.close_watch(TRIAL)  # as when the one who watches has gone
+        registry.trials.close_watch(TRIAL)  # as when the one who watches has gone
         await asyncio.sleep(0.05)
         driver.may_make.set()
         with pytest.raises(GuestLost):
@@ -156,8 +156,8 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
         await made(registry)
         first = registry.get("g")
         driver.may_end.clear()
-        registry.close_watch(TRIAL)
-        registry.open_watch(TRIAL)  # watched again before the earlier guest has ended
+        registry.trials.close_watch(TRIAL)
+        registry.trials.open_watch(TRIAL)  # watched again before the earlier guest has ended
         creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
         await asyncio.sleep(0.1)
         assert not creating.done()
@@ -168,6 +168,66 @@ def test_a_name_is_free_again_when_its_guest_has_ended() -> None:
         running: object = (await creating).running
         assert running is driver.made[1]
         await registry.end_all()
+
+    run(scenario())
+
+
+def test_a_guest_that_could_not_be_ended_is_tried_again_for_the_next_trial() -> None:
+    """Its name is the next trial's, and its memory is missing: no run could use this host again."""
+
+    async def scenario() -> None:
+        driver = Driver()
+        driver.may_make.set()
+        registry = registry_with(driver)
+        await made(registry)
+        (running,) = driver.made
+        end = running.close
+
+        def fail() -> None:
+            running.close = end  # type: ignore[method-assign]
+            raise Refused("libvirt does not answer")
+
+        running.close = fail  # type: ignore[method-assign]
+        registry.trials.close_watch(TRIAL)
+        registry.trials.open_watch("next")
+        creating = asyncio.create_task(registry.create("g", "next", SPEC))
+        while not (len(driver.made) == 2 and registry.get("g").running):
+            assert not creating.done(), creating.exception()
+            await asyncio.sleep(0.01)
+        assert running.closed
+        registry.get("g").sessions.attach_workload(Stream())
+        await creating
+        await registry.end_all()
+
+    run(scenario())
+
+
+def test_a_host_agent_that_leaves_its_guests_waits_for_one_that_is_being_made(
+    tmp_path: Path,
+) -> None:
+    """Else the next host agent could begin while a thread of this one still makes the guest, which
+    nobody would know."""
+
+    async def scenario() -> None:
+        driver = Driver()
+        with opened(tmp_path) as state:
+            registry = Registry({host_pb2.EMBEDDED: driver}, state)  # type: ignore[dict-item]
+            registry.trials.open_watch(TRIAL)
+            creating = asyncio.create_task(registry.create("g", TRIAL, SPEC))
+            await asyncio.sleep(0.05)
+            registry.shutting_down = True
+            leaving = asyncio.create_task(registry.leave())
+            await asyncio.sleep(0.1)
+            assert not leaving.done()
+            driver.may_make.set()
+            await leaving
+            assert [record.name for record in state.guests()] == ["g"]
+            creating.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await creating
+            assert [one.closed for one in driver.made] == [False], "the guest lives on"
+            assert [record.name for record in state.guests()] == ["g"]
+        driver.made[0].ram.close()
 
     run(scenario())
 
@@ -221,7 +281,7 @@ def test_all_guests_that_cannot_be_saved_are_named(
         driver.may_make.set()
         with opened(tmp_path) as state:
             registry = Registry({host_pb2.EMBEDDED: driver}, state)  # type: ignore[dict-item]
-            registry.open_watch(TRIAL)
+            registry.trials.open_watch(TRIAL)
             for name in ("one", "two", "three"):
                 await made(registry, name)
             (path,) = tmp_path.glob("*/state.db")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hintfleet.errors import Refused, TransientError
+from hintfleet.errors import HintfleetError, Refused, TransientError
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
 from host_agent.memory.ledger import Books
@@ -109,6 +109,23 @@ def test_a_state_that_cannot_be_used_is_refused(tmp_path: Path, change: str, sai
         state.guests()
     assert str(path.parent) in caught.value.hint
     assert path.exists(), "a state that cannot be used is kept for inspection"
+
+
+def test_a_state_that_somebody_reads_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice for a damaged one is to remove it, and with it all guests."""
+    with opened(tmp_path):
+        (path,) = tmp_path.glob("*/state.db")
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **{**k, "timeout": 0.1}))
+    with closing(connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(HintfleetError) as caught, opened(tmp_path):
+            pass
+    assert "locked" in str(caught.value)
+    assert "damaged" not in str(caught.value)
 
 
 def test_a_full_disk_is_not_taken_for_a_damaged_state(tmp_path: Path) -> None:
