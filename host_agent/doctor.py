@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import closing
+from threading import Thread
 
-from hintfleet.errors import HintfleetError
+from hintfleet.errors import HintfleetError, TransientError
 from hintfleet.findings import Finding
 from hintfleet.ranges import RangeSet
 from hintfleet.settings import Driver
@@ -20,6 +22,8 @@ from host_agent.guests.libvirt.driver import LibvirtDriver
 from host_agent.guests.libvirt.image import find_image
 from host_agent.memory.ram import GuestRam, Segment
 from host_agent.memory.reclaim import reclaim
+
+_LIBVIRT_TIMEOUT_S = 30.0
 
 
 def examine(libvirt_uri: str) -> list[Finding]:
@@ -60,6 +64,27 @@ def _punch_a_memfd() -> str:
 
 
 def _libvirt_detail(uri: str) -> str:
+    """Return what libvirt says of itself.
+
+    :raises HintfleetError: real guests cannot run here, or libvirt does not answer within 30 s.
+    """
+    answer: Future[str] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(_ask_libvirt(uri))
+        except BaseException as error:  # noqa: BLE001 - it is raised in the other thread
+            answer.set_exception(error)
+
+    # In a thread of its own: libvirt waits without limit for a libvirtd that hangs.
+    Thread(target=ask, name="libvirt", daemon=True).start()
+    try:
+        return answer.result(_LIBVIRT_TIMEOUT_S)
+    except TimeoutError:
+        raise TransientError("libvirt does not answer", hint="restart libvirtd") from None
+
+
+def _ask_libvirt(uri: str) -> str:
     # The driver makes no guests here, so it needs no loop that runs.
     with (
         closing(asyncio.new_event_loop()) as loop,

@@ -139,7 +139,7 @@ def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experime
     )
     trials = plan_trials(loaded.spec, run.run_id)
     attempts = store.trials(run.run_id)
-    to_run = left_to_run(trials, attempts)
+    to_run = left_to_run(trials, attempts, in_pairs=loaded.spec.switchback is not None)
     begun = 1 + max((attempt.repetition for attempt in attempts), default=-1)
     if not rounds(loaded.spec, to_run, begun)[0] and _is_precise(store, run):
         to_run = ()
@@ -149,7 +149,13 @@ def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experime
         trials=trials,
         to_run=to_run,
         begun=begun,
-        kept={t.position: t.status for t in attempts if t.counted and t.status.has_result},
+        kept={
+            attempt.position: attempt.status
+            for attempt in attempts
+            if attempt.counted
+            and attempt.status.has_result
+            and attempt.position not in {trial.position for trial in to_run}
+        },
         is_resumed=True,
         is_over=not to_run and not run.was_cut_off,
     )
@@ -185,19 +191,29 @@ def _appended(history: str, value: str) -> str:
     return history if history.split(_THEN)[-1] == value else f"{history}{_THEN}{value}"
 
 
-def left_to_run(trials: Iterable[Trial], attempts: Iterable[StoredTrial]) -> tuple[Trial, ...]:
+def left_to_run(
+    trials: Iterable[Trial], attempts: Iterable[StoredTrial], *, in_pairs: bool = False
+) -> tuple[Trial, ...]:
     """Return the trials of a stored run that have no result yet, each as its next attempt. Pure.
 
     Which trials are run again is decided by `trial_outcome.next_attempt`.
+
+    :param in_pairs: of a switchback: if a block has no result, both blocks of its pair are run, so
+        that they are beside each other in time.
     """
     last = {stored.position: stored for stored in attempts if stored.counted}
-    following = (
-        next_attempt(replace(trial, attempt=stored.attempt), stored.status)
-        if (stored := last.get(trial.position))
-        else trial
-        for trial in trials
-    )
-    return tuple(trial for trial in following if trial)
+
+    def following(trial: Trial, again: bool) -> Trial | None:
+        if not (stored := last.get(trial.position)):
+            return trial
+        attempt = replace(trial, attempt=stored.attempt)
+        return next_attempt(attempt, TrialStatus.CUT_OFF if again else stored.status)
+
+    trials = list(trials)
+    left = [trial for trial in trials if following(trial, again=False)]
+    broken = {trial.repetition for trial in left} if in_pairs else set()
+    found = (following(trial, again=trial.repetition in broken) for trial in trials)
+    return tuple(trial for trial in found if trial)
 
 
 def run_experiment(

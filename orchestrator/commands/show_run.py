@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hintfleet.errors import ExitCode
+from hintfleet.program import printable
 from orchestrator.commands.output import emit, savings_as_data
 from orchestrator.results.capacity import capacities
 from orchestrator.results.comparison import compare
@@ -55,7 +56,7 @@ def print_run(store: Store, run: Run, output_format: str, with_trials: bool = Fa
             # A run with capacities has no rows (`footprint_rows`): its own reason says why.
             reasons = [row.undecided for row in rows] or [run.reason]
             for reason in dict.fromkeys(filter(None, reasons)):
-                click.echo(f"undecided: {reason}", err=True)
+                click.echo(f"undecided: {printable(reason)}", err=True)
         if precision := outcome(run, rows):
             click.echo(precision, err=True)
     return code

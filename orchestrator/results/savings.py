@@ -79,7 +79,9 @@ class Savings:
     """One row of an answer: what one arm used and saved.
 
     :ivar run_id: empty with By.ARM, because runs of the same spec are pooled.
-    :ivar key: the host's or guest's name; empty with By.FLEET and By.ARM.
+    :ivar key: the host's or guest's name (`host/guest` if several hosts of the run have a guest of
+        this name); empty with By.FLEET and By.ARM.
+    :ivar spec_hash: equal for runs of the same spec.
     :ivar footprint: means over trials (of `coincidence`, over hosts and trials), with three
         exceptions: the peak is the highest of all trials (of several hosts, the sum of their
         peaks), pages and `returned` are sums.
@@ -96,6 +98,7 @@ class Savings:
     """
 
     experiment: str
+    spec_hash: str
     run_id: str
     arm: str
     key: str
@@ -130,9 +133,15 @@ def aggregate(rows: Iterable[FootprintRow], by: By) -> list[Savings]:
     Groups, and the arms in each, are in the order in which they first appear in `rows`.
     """
     groups: dict[tuple[str, str, str], list[FootprintRow]] = {}
-    for row in _of_measured_trials(list(rows)):
-        if bool(row.guest) == (by is By.GUEST):
-            groups.setdefault(_group(row, by), []).append(row)
+    hosts: dict[tuple[str, str], set[str]] = {}
+    measured = [
+        row for row in _of_measured_trials(list(rows)) if bool(row.guest) == (by is By.GUEST)
+    ]
+    for row in measured:
+        hosts.setdefault((row.run_id, row.guest), set()).add(row.host)
+    for row in measured:
+        is_alone = len(hosts[row.run_id, row.guest]) == 1
+        groups.setdefault(_group(row, by, is_alone), []).append(row)
     return [saving for key, group in groups.items() for saving in _arms(key, group)]
 
 
@@ -146,12 +155,15 @@ def _of_measured_trials(rows: Sequence[FootprintRow]) -> Iterator[FootprintRow]:
         yield row if whole else replace(row, footprint=None)
 
 
-def _group(row: FootprintRow, by: By) -> tuple[str, str, str]:
+def _group(row: FootprintRow, by: By, is_alone: bool) -> tuple[str, str, str]:
     """Return the group of a row: spec hash, run id (empty with By.ARM), key as in `Savings`.
 
     Arms are compared only within a group.
+
+    :param is_alone: whether no other host of the run has a guest of the same name.
     """
-    key = {By.HOST: row.host, By.GUEST: row.guest}.get(by, "")
+    guest = row.guest if is_alone else f"{row.host}/{row.guest}"
+    key = {By.HOST: row.host, By.GUEST: guest}.get(by, "")
     return row.spec_hash, "" if by is By.ARM else row.run_id, key
 
 
@@ -169,7 +181,7 @@ def _arms(group: tuple[str, str, str], rows: Sequence[FootprintRow]) -> list[Sav
 def _arm(
     group: tuple[str, str, str], rows: Sequence[FootprintRow], control: Sequence[FootprintRow]
 ) -> Savings:
-    _, run_id, key = group
+    spec_hash, run_id, key = group
     # One bad trial makes the arm undecided: leaving out only the trials that went wrong would
     # favour an arm that makes trials go wrong.
     undecided = _first_undecided(rows)
@@ -188,6 +200,7 @@ def _arm(
                 undecided = _too_few(len(used), rows[0].first_look)
     return Savings(
         experiment=rows[0].experiment,
+        spec_hash=spec_hash,
         run_id=run_id,
         arm=rows[0].arm,
         key=key,

@@ -7,8 +7,8 @@ From the fault to the next attempt, in the order of this file:
    actor died (`cluster/fleet.py`).
 2. `host_outcome` computes one host's figures from its records, or says why there are none. The
    host's part is done, undecided or lost. It is also lost if its samples have a gap or do not
-   reach an end of the measured window (in a switchback undecided). With wrong pages it is
-   undecided, even if HostDone says that the host was lost.
+   reach an end of the measured window. With wrong pages it is undecided, even if HostDone says
+   that the host was lost; and so it is in a switchback, where no block is run again alone.
 3. `trial_outcome` combines the hosts: done, undecided or lost.
 4. `next_attempt` decides whether the trial is run again. A lost trial is run again: up to
    `--retries` times at the end of the same run (with a precision, of the same round), and with
@@ -53,8 +53,8 @@ class TrialStatus(StrEnum):
     unknown, or pages came back wrong. This is a result: the method under test may be the cause."""
     LOST = "lost"
     """It has no result: the test equipment failed, not the method under test. A host agent, or
-    the actor that controls it, is gone; or samples are missing for a while (not in a switchback):
-    it or its machine stood still. (If the method is why, that happens again and again.)"""
+    the actor that controls it, is gone; or samples are missing for a while: it or its machine stood
+    still. (If the method is why, that happens again and again.) Not in a switchback."""
     CUT_OFF = "cut off"
     """It has not ended: the run was interrupted, has failed, or still runs."""
 
@@ -134,9 +134,10 @@ def host_outcome(
             figures = _measured(task, events, series)
         except Undecided as undecided:
             reason = str(undecided)
-            # A block is compared with the block beside it in time. So one without all samples is
-            # not run again later: it is undecided, and its pair is left out.
-            lost = isinstance(undecided, SamplesMissing) and not task.spec.switchback
+            lost = isinstance(undecided, SamplesMissing)
+    # A block is compared with the block beside it in time, so it is not run again later: its pair
+    # is left out.
+    lost = lost and not task.spec.switchback
     # Wrong pages are a result: with them, the host is undecided even if it was lost later.
     wrong_pages = _wrong_pages(events)
     reason = wrong_pages or reason

@@ -34,6 +34,7 @@ def savings_as_pb2(row: Savings) -> fleet_pb2.Savings:
     whole numbers."""
     return fleet_pb2.Savings(
         experiment=row.experiment,
+        spec_hash=row.spec_hash,
         run_id=row.run_id,
         arm=row.arm,
         key=row.key,
@@ -54,6 +55,7 @@ def savings_from_pb2(message: fleet_pb2.Savings) -> Savings:
     # not None.
     return Savings(
         experiment=message.experiment,
+        spec_hash=message.spec_hash,
         run_id=message.run_id,
         arm=message.arm,
         key=message.key,

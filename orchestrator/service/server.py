@@ -25,7 +25,14 @@ from orchestrator.service.queries import ask_store
 SERVICE_NAME = fleet_pb2.DESCRIPTOR.services_by_name["FleetService"].full_name
 _DEFAULT_LIMIT = 100
 _MAX_LIMIT = 10_000
-_WORKERS = 4
+# A client that asks for reflection keeps a worker for as long as its stream is open.
+_WORKERS = 32
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    # So that a client whose machine is gone keeps no worker.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
 _GRACE_S = 2.0
 _Answer = TypeVar("_Answer")
 
@@ -102,7 +109,7 @@ def serve(
 def _bind(address: str, service: FleetService, tls: Tls | None) -> tuple[grpc.Server, str]:
     # gRPC sets SO_REUSEPORT by default on Linux: a second server could then bind the same address
     # and would get a part of the calls. Without SO_REUSEPORT, the second bind is an error.
-    server = grpc.server(ThreadPoolExecutor(_WORKERS), options=(("grpc.so_reuseport", 0),))
+    server = grpc.server(ThreadPoolExecutor(_WORKERS), options=_OPTIONS)
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(service, server)
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)

@@ -168,7 +168,9 @@ def _recordings(
         And the problems, with the paths of the phases that name the files.
     """
     known = values.get("recordings", ())
-    recordings = {one.get("name"): one for one in known if isinstance(one, dict)}
+    if not isinstance(known, tuple):
+        return (), []  # validating the spec reports it
+    recordings = {str(one.get("name")) for one in known if isinstance(one, dict)}
     read: dict[str, dict[str, Any]] = {}
     found = []
     for path, name in _replayed(values):

@@ -39,6 +39,7 @@ class HostGroup:
         self._own_folder: OwnedFolder | None = None
         self._sessions: Mapping[str, HostSession] = {}
         self._working: set[asyncio.Task[None]] = set()  # `open` and `run`, while not over
+        self._turns = asyncio.Semaphore(_OPENED_AT_ONCE)
 
     async def open(self) -> None:
         """Reach all hosts, up to 16 at a time, and check that they can run the guests.
@@ -51,14 +52,11 @@ class HostGroup:
             self._own_folder = runtime_dirs().make()
             self._folder = self._own_folder.path
         folder = self._folder or Path()  # not used for hosts that run already
-        self._sessions = {p.name: HostSession(p, folder / p.name) for p in self._places}
-        turns = asyncio.Semaphore(_OPENED_AT_ONCE)
-
-        async def open_one(session: HostSession) -> None:
-            async with turns:
-                await session.open()
-
-        await self._started(_on_all(open_one, self._sessions.values()))
+        self._sessions = {
+            place.name: HostSession(place, folder / place.name, self._turns)
+            for place in self._places
+        }
+        await self._started(_on_all(HostSession.open, self._sessions.values()))
 
     async def run(self, tasks: Sequence[HostTask]) -> AsyncGenerator[list[Record], None]:
         """Run the hosts' parts of one trial at once; yield batches of their records.

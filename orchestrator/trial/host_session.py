@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -22,9 +23,12 @@ from orchestrator.trial.runner import run_host_task
 class HostSession:
     """Owns the client of a host agent and, for a logical host, the host agent's process."""
 
-    def __init__(self, place: HostPlace, folder: Path) -> None:
-        """:param folder: for the files of a logical host; `HostProcess` makes and removes it."""
+    def __init__(self, place: HostPlace, folder: Path, turns: asyncio.Semaphore) -> None:
+        """:param folder: for the files of a logical host; `HostProcess` makes and removes it.
+        :param turns: how many hosts may be opened at once.
+        """
         self._folder = folder
+        self._turns = turns
         self._place = place
         self._process: HostProcess | None = None
         self._client: HostClient | None = None
@@ -42,7 +46,8 @@ class HostSession:
         :raises OutcomeUnknown: the host agent did not answer before the deadline.
         """
         try:
-            await self._open(wait)
+            async with self._turns:
+                await self._open(wait)
         except BaseException:
             await self.close()
             raise

@@ -115,8 +115,10 @@ def rounds(spec: Spec, to_run: Sequence[Trial], begun: int = 0) -> list[list[Tri
     :param begun: how many repetitions have begun in an earlier part of the run.
     """
     first = max(spec.repetitions, begun)
-    later = [[t for t in to_run if t.repetition == r] for r in range(first, spec.most_repetitions)]
-    return [[trial for trial in to_run if trial.repetition < first], *later]
+    found: list[list[Trial]] = [[] for _ in range(1 + max(0, spec.most_repetitions - first))]
+    for trial in to_run:
+        found[max(0, trial.repetition - first + 1)].append(trial)
+    return found
 
 
 def host_names(spec: Spec) -> tuple[str, ...]:

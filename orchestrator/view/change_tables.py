@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from hintfleet.program import printable
 from hintfleet.units import format_size
 from orchestrator.results.bounds import Judgement, Verdict
 from orchestrator.results.changes import Change, Figure, Unit
@@ -99,7 +100,8 @@ def undecided(changes: Sequence[Change]) -> list[str]:
 
 def verdict_line(judgement: Judgement) -> str:
     """Return the verdict on a bound for one arm as a line of text."""
-    found = " ".join(filter(None, (_shown(judgement).replace("\n", " "), judgement.reason)))
+    shown = _shown(judgement).replace("\n", " ")
+    found = " ".join(filter(None, (shown, printable(judgement.reason))))
     return f"{judgement.verdict}: {judgement.arm}: {judgement.bound.text}: {found}"
 
 

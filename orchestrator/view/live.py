@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hintfleet.program import printable
 from hintfleet.units import format_size
 from orchestrator.results.precision import Look
 from orchestrator.results.store.writer import RunHeader
@@ -80,7 +81,8 @@ class LiveView:
         if self._progress:
             self._progress.trial_ended(trial, bool(outcome.reason), time.monotonic())
         if outcome.reason:
-            self._console.print(Text.assemble((f"{outcome.status}: ", "yellow"), outcome.reason))
+            status = f"{outcome.status}: "
+            self._console.print(Text.assemble((status, "yellow"), printable(outcome.reason)))
 
     def looked(self, seen: Look) -> None:
         self._console.print(Text(look_line(seen), style="dim"))
@@ -135,7 +137,7 @@ class PlainView:
         if self._progress:
             self._progress.trial_ended(trial, bool(outcome.reason), time.monotonic())
         if outcome.reason:
-            self._say(f"{outcome.status}: {outcome.reason}")
+            self._say(f"{outcome.status}: {printable(outcome.reason)}")
 
     def looked(self, seen: Look) -> None:
         self._say(look_line(seen))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -162,8 +163,20 @@ def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
     return (*columns, "arm")
 
 
-def _name_cells(names: Sequence[str], row: Savings) -> list[Text]:
-    values = {"experiment": row.experiment, "run": row.run_id[-6:], "of": row.key, "arm": row.arm}
+def _experiments(rows: Sequence[Savings]) -> dict[str, str]:
+    """Return the name of each experiment by the hash of its spec; with the hash, if several specs
+    have the name."""
+    names = {row.spec_hash: row.experiment for row in rows}
+    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    return {
+        spec_hash: f"{name} {spec_hash[:6]}" if name in shared else name
+        for spec_hash, name in names.items()
+    }
+
+
+def _name_cells(names: Sequence[str], row: Savings, experiments: Mapping[str, str]) -> list[Text]:
+    experiment = experiments[row.spec_hash]
+    values = {"experiment": experiment, "run": row.run_id[-6:], "of": row.key, "arm": row.arm}
     return [name_cell(values[name]) for name in names]
 
 
@@ -175,7 +188,7 @@ def name_cell(name: str) -> Text:
 
 def memory(rows: Sequence[Savings]) -> Table:
     """Return the table of the memory that arms used and saved."""
-    names = _names(rows)
+    names, experiments = _names(rows), _experiments(rows)
     result = table(
         names,
         (
@@ -188,7 +201,8 @@ def memory(rows: Sequence[Savings]) -> Table:
         ),
     )
     for row in rows:
-        result.add_row(*_name_cells(names, row), *_footprint_cells(row.footprint), *_saved(row))
+        cells = _name_cells(names, row, experiments)
+        result.add_row(*cells, *_footprint_cells(row.footprint), *_saved(row))
     return result
 
 
@@ -218,7 +232,7 @@ def _saved(row: Savings) -> list[Text]:
 
 def returned_memory(rows: Sequence[Savings]) -> Table:
     """Return the table of the memory that came back, and whether workloads kept their data."""
-    names = _names(rows)
+    names, experiments = _names(rows), _experiments(rows)
     result = table(
         names,
         (
@@ -230,7 +244,8 @@ def returned_memory(rows: Sequence[Savings]) -> Table:
         ),
     )
     for row in rows:
-        result.add_row(*_name_cells(names, row), str(row.trials), *_came_back_cells(row.footprint))
+        cells = _name_cells(names, row, experiments)
+        result.add_row(*cells, str(row.trials), *_came_back_cells(row.footprint))
     return result
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from hintfleet.agent_config import AgentConfig
 from hintfleet.errors import GuestLost, HintfleetError, OutcomeUnknown, Refused
+from hintfleet.program import printable
 from hintfleet.settings import Driver, IsolatorKind, Method
 from hintfleet.units import MIB
 from hintfleet.v1 import host_pb2
@@ -113,7 +114,7 @@ class LibvirtDriver:
             try:
                 return self._take_over(request, domain, files, door, end_notice, undo)
             except GuestLost as error:
-                said = files.console_tail(_EVIDENCE_LINES)
+                said = printable(files.console_tail(_EVIDENCE_LINES))
                 raise GuestLost(f"{error.message}; its last output:\n{said}") from error
 
     def adopt(self, request: GuestRequest, handle: Handle) -> LibvirtGuest:  # noqa: ARG002

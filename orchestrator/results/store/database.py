@@ -122,6 +122,11 @@ _MIGRATIONS = (
         CROSS JOIN footprints AS f ON f.trial_id = t.trial_id AND f.guest != ''
     ) GROUP BY run_id, repetition, host, guest HAVING count(*) = 1;
     """,
+    # asks_how_many: 1 for a run whose figure is how many guests a host can run, so that it has no
+    # savings (Spec.asks_how_many); 0 for all runs of earlier versions.
+    """
+    ALTER TABLE runs ADD COLUMN asks_how_many INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 

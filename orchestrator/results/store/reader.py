@@ -51,6 +51,8 @@ class Run:
         --set, under the key SET.
     :ivar precision: None if the number of repetitions is fixed.
     :ivar switchback: 1 for a switchback, of which some pairs are left out (view `left_out_pairs`).
+    :ivar asks_how_many: 1 for a run whose figure is how many guests a host can run; 0 if an earlier
+        version stored it.
     """
 
     run_id: str
@@ -70,6 +72,7 @@ class Run:
     libvirt_uri: str = ""
     precision: Precision | None = None
     switchback: int = 0
+    asks_how_many: int = 0
 
     @property
     def was_cut_off(self) -> bool:
@@ -218,7 +221,7 @@ class Store(AbstractContextManager["Store"]):
         control is first, then the other arms in the order of the spec. A trial that was cut off
         has no figures. It still has rows, without a footprint: one for each host (or guest) that an
         ended trial of the same run has, or a single row if no trial of the run has ended. A run
-        with a capacity (only if `Spec.asks_how_many`) has no footprints and no rows.
+        whose figure is how many guests a host can run has no footprints and no rows.
 
         :param run_id: only this run; empty for all.
         :param since_unix_s: only runs that started at or after this time; 0 for all.
@@ -234,6 +237,7 @@ class Store(AbstractContextManager["Store"]):
             # In seconds: in microseconds, a time that a client has made up may have over 64 bits.
             "WHERE (?1 = '' OR run_id = ?1) AND r.started_unix_us / 1000000 >= ?2 "
             "  AND (?3 OR r.state != 'running') "
+            "  AND NOT r.asks_how_many "
             "  AND run_id NOT IN (SELECT run_id FROM footprints JOIN trials USING (trial_id) "
             "                     WHERE guest = '' AND capacity IS NOT NULL) "
             "ORDER BY r.started_unix_us DESC, t.arm IS NOT r.control, t.arm_position, t.position",

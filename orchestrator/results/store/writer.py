@@ -236,8 +236,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         spec = self._header.spec
         self._execute(
             "INSERT INTO runs (run_id, name, driver, spec_text, spec_hash, control, summary, "
-            "started_unix_us, state, environment, overrides, libvirt_uri, precision, switchback) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, ?)",
+            "started_unix_us, state, environment, overrides, libvirt_uri, precision, switchback, "
+            "asks_how_many) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, ?, ?)",
             self._header.run_id,
             spec.name,
             spec.driver,
@@ -251,6 +251,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             self._header.libvirt_uri,
             json.dumps(asdict(precision) if (precision := precision_of(spec)) else None),
             spec.switchback is not None,
+            spec.asks_how_many,
         )
 
     def _resume_run(self) -> None:

@@ -195,13 +195,16 @@ class Savings(_message.Message):
     CONTROL_BYTES_FIELD_NUMBER: _builtins.int
     LEFT_OUT_PAIRS_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
+    SPEC_HASH_FIELD_NUMBER: _builtins.int
     experiment: _builtins.str
     """The name in the spec."""
     run_id: _builtins.str
     """Empty by arm."""
     arm: _builtins.str
     key: _builtins.str
-    """The host's or guest's name; empty by fleet and by arm."""
+    """The host's or guest's name, HOST/GUEST if several hosts of the run have a guest of this name;
+    empty by fleet and by arm.
+    """
     trials: _builtins.int
     """Trials behind the row."""
     undecided: _builtins.str
@@ -216,6 +219,8 @@ class Savings(_message.Message):
     """
     pairs: _builtins.int
     """All pairs that have begun."""
+    spec_hash: _builtins.str
+    """Equal for runs of the same spec."""
     @_builtins.property
     def footprint(self) -> Global___Footprint:
         """Absent if the arm was not measured completely; `undecided` says why."""
@@ -243,10 +248,11 @@ class Savings(_message.Message):
         control_bytes: _builtins.int | None = ...,
         left_out_pairs: _builtins.int = ...,
         pairs: _builtins.int = ...,
+        spec_hash: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "control_bytes", b"control_bytes", "footprint", b"footprint", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "arm", b"arm", "control_bytes", b"control_bytes", "experiment", b"experiment", "footprint", b"footprint", "key", b"key", "left_out_pairs", b"left_out_pairs", "pairs", b"pairs", "run_id", b"run_id", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min", "trials", b"trials", "undecided", b"undecided"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes", "arm", b"arm", "control_bytes", b"control_bytes", "experiment", b"experiment", "footprint", b"footprint", "key", b"key", "left_out_pairs", b"left_out_pairs", "pairs", b"pairs", "run_id", b"run_id", "saved_bytes", b"saved_bytes", "saved_gib_min", b"saved_gib_min", "spec_hash", b"spec_hash", "trials", b"trials", "undecided", b"undecided"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__control_bytes: _TypeAlias = _typing.Literal["control_bytes"]  # noqa: Y015
     _WhichOneofArgType__control_bytes: _TypeAlias = _typing.Literal["_control_bytes", b"_control_bytes"]  # noqa: Y015

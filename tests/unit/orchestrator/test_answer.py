@@ -17,6 +17,7 @@ def interval(low: float, high: float, pairs: int = 3) -> Interval:
 def savings(arm: str, saved: Interval | None = None) -> Savings:
     return Savings(
         experiment="e",
+        spec_hash="5f0c",
         run_id="r",
         arm=arm,
         key="",

@@ -125,6 +125,21 @@ def test_by_guest_looks_at_guests_only() -> None:
     assert found[1].saved_bytes.pairs == 2
 
 
+def test_guests_of_several_hosts_that_have_the_same_name_are_not_one_guest() -> None:
+    """The domains of two hosts may have the same names."""
+    guests = [
+        measured(name, repetition, host, footprint(mean * MIB), guest="vm1")
+        for repetition in (0, 1)
+        for host in ("a", "b")
+        for name, mean in (("none", 100), ("hint", 60 + repetition))
+    ]
+    found = [row for row in aggregate(guests, By.GUEST) if row.arm == "hint"]
+    assert [row.key for row in found] == ["a/vm1", "b/vm1"]
+    for row in found:
+        assert row.saved_bytes is not None
+        assert row.saved_bytes.mean == pytest.approx(39.5 * MIB)
+
+
 @pytest.mark.parametrize("lost", ["none", "hint"])
 def test_one_lost_trial_leaves_no_figure(lost: str) -> None:
     found = [row for row in rows(SAVED) if not (row.arm == lost and row.repetition == 1)]

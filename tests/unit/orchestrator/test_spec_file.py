@@ -310,6 +310,15 @@ def test_a_recording_is_read_from_beside_the_spec(tmp_path: Path) -> None:
     assert spec_hash(inside) == spec_hash(loaded.spec), "they give the same trials"
 
 
+@pytest.mark.parametrize("given", ["", "5", "[{name: {a: b}}]", "[5]"])
+def test_recordings_of_a_wrong_type_are_refused(tmp_path: Path, given: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{REPLAY}recordings: {given}\n")
+    (tmp_path / "day.csv").write_text("time_s,used_bytes\n0,1000000\n600,2000000\n")
+    with pytest.raises(InvalidInput, match=r"mine.yaml:14:.*recordings"):
+        spec_file.load(str(path))
+
+
 def test_a_recording_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(REPLAY)

@@ -381,6 +381,33 @@ def test_what_is_left_of_a_run(tmp_path: Path) -> None:
         assert left[0].trial_id == f"{trials[1].trial_id}.2"
 
 
+def test_a_pair_of_blocks_that_was_cut_off_is_run_again_as_a_pair(tmp_path: Path) -> None:
+    """Else today's block would be compared with yesterday's."""
+    with Store(tmp_path) as store:
+        with RunWriter(store, header()) as writer:
+            for position in range(3):  # one pair, and half of the next one
+                write_trial(writer, position, 1)
+        trials = plan_trials(header().spec, "run1")
+        assert [trial.repetition for trial in trials[:4]] == [0, 0, 1, 1]
+        left = left_to_run(trials, store.trials("run1"), in_pairs=True)
+        assert [(trial.position, trial.attempt) for trial in left] == [
+            (2, 2), (3, 1), (4, 1), (5, 1),
+        ]  # fmt: skip
+
+
+def test_a_run_about_how_many_guests_fit_has_no_savings_though_it_was_cut_off(
+    tmp_path: Path,
+) -> None:
+    """Else `hintfleet savings` would end with exit code 3 until somebody resumed it."""
+    loaded = spec_file.load("density")
+    head = replace(header(), spec=loaded.spec, spec_text=loaded.document.text)
+    with Store(tmp_path) as store:
+        with pytest.raises(KeyboardInterrupt), RunWriter(store, head) as writer:  # noqa: PT012
+            writer.begin_trial(plan_trials(loaded.spec, "run1")[0])
+            raise KeyboardInterrupt
+        assert ask_store(store, By.FLEET) == []
+
+
 def test_a_run_has_one_writer(tmp_path: Path) -> None:
     with Store(tmp_path) as store, RunWriter(store, header()):
         with pytest.raises(Refused, match="another process"):

@@ -30,6 +30,7 @@ USED = Footprint(
 )
 ROW = Savings(
     experiment="quickstart",
+    spec_hash="5f0c",
     run_id="01m83e784gckepknb5g3mph4a4",
     arm="bitmap",
     key="",
@@ -40,6 +41,7 @@ ROW = Savings(
 )
 LOST = Savings(
     experiment="quickstart",
+    spec_hash="5f0c",
     run_id=ROW.run_id,
     arm="kmod",
     key="",
@@ -198,3 +200,12 @@ def test_control_characters_of_guests_reach_no_terminal() -> None:
     shown = rendered(tables.savings([replace(LOST, undecided="lost: \x1b[2J\x9b31m")]), 80)
     assert "lost: \N{REPLACEMENT CHARACTER}[2J" in shown
     assert not {"\x1b", "\x9b"} & set(shown)
+
+
+def test_specs_of_the_same_name_are_told_apart() -> None:
+    pooled = replace(ROW, run_id="")
+    assert "5f0c" not in rendered(tables.savings([pooled]), 140)
+    text = rendered(tables.savings([pooled, replace(pooled, spec_hash="77aa00bb")]), 140)
+    assert "quickstart" in text
+    assert "5f0c" in text
+    assert "77aa00" in text

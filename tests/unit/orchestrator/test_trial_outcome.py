@@ -147,14 +147,18 @@ def test_what_a_host_came_to(fault: Fault) -> None:
         assert (figures.cost is not None) == (measured and not figures.guest)
 
 
-def test_a_block_with_a_gap_is_left_out_and_not_run_again() -> None:
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [(samples_with_a_gap, "samples are missing"), (actor_died, "its actor died")],
+)
+def test_a_block_without_a_result_is_left_out_and_not_run_again(fault: Fault, said: str) -> None:
     """Its place is beside the other block of its pair."""
-    part = samples_with_a_gap(whole("host1"))
+    part = fault(whole("host1"))
     switchback = spec_file.load("switchback").spec.switchback
     spec = SPEC.model_copy(update={"switchback": switchback})
     outcome = replace(part, task=replace(part.task, spec=spec)).outcome
     assert outcome.status is UNDECIDED
-    assert "samples are missing" in outcome.reason
+    assert said in outcome.reason
 
 
 def test_figures_are_those_of_the_guests_and_their_host() -> None:
