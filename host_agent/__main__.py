@@ -173,7 +173,7 @@ def _add_guests_and_state(add: Callable[..., argparse.Action]) -> None:
         default=DEFAULT_WATCH_GRACE_S,
         metavar="S",
         help="with --state: adopted guests end when no Watch of their trial is open after S"
-        " seconds (default: %(default)s)",
+        " seconds (default: %(default)s); until then, other trials wait",
     )
 
 

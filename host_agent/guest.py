@@ -91,7 +91,7 @@ class Guest:
         self.creation: asyncio.Task[None] | None = None
         """The task that makes or adopts the guest. It sets `running`, unless it fails."""
         self.resize_lock = asyncio.Lock()
-        """Held while the guest is resized (resizing.py), ended or left."""
+        """Held while the guest is resized (resizing.py), freed, ended or left."""
         self.tasks = LastingTasks(self._failed)
         self.memory = GuestMemory(
             name,
@@ -263,7 +263,8 @@ class Guest:
     @property
     def provisioned_bytes(self) -> int:
         """Size of the guest's RAM now, resident or not; while it does not run, the start size."""
-        return self.running.ram.provisioned_bytes if self.running else self.spec.memory_bytes
+        running = self.running if has_memory(self) else None
+        return running.ram.provisioned_bytes if running else self.spec.memory_bytes
 
     def evidence(self) -> str:
         """Return the last lines of a running guest's console or log, and a summary of its

@@ -8,8 +8,8 @@ of them running instead, unless its parent is gone (--lifeline-fd).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import os
 import secrets
 from collections.abc import Mapping
 from functools import partial
@@ -25,7 +25,7 @@ from hintfleet.errors import (
 from hintfleet.system.processes import find_process
 from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.cpu_meter import CpuMeter
-from host_agent.guest import Guest, checked_uuid, is_guest_name
+from host_agent.guest import Guest, checked_uuid, has_memory, is_guest_name
 from host_agent.guests.agent_settings import check_known
 from host_agent.guests.driver import Attacher, GuestDriver, GuestMaker, GuestRequest
 from host_agent.persistence.database import Database
@@ -127,7 +127,7 @@ class Registry:
             await guest.ready(READY_TIMEOUT_S[spec.driver])
         except GuestLost as error:
             evidence = guest.evidence()
-            await self.end(guest)
+            await self.end_unless_left(guest)
             if evidence in error.message:
                 raise
             raise GuestLost(f"{error.message}; its last output:\n{evidence}") from error
@@ -312,6 +312,9 @@ class Registry:
     async def room_for(self, trial_id: str) -> None:
         """Wait until all other trials have ended that nobody watches (`Trials.others_ended`). Try
         again to end guests that could not be ended."""
+        trials = {guest.trial_id for guest in self.guests}
+        for gone in trials - {guest.trial_id for guest in self.guests if has_memory(guest)}:
+            self.trials.end_grace(gone)  # nobody would watch it again
         await self.trials.others_ended(trial_id)
         others = [g for g in self.guests if g.ending and g.trial_id not in ("", trial_id)]
         await self._destroy_all(others)
@@ -360,6 +363,18 @@ def _made_lost(guest: Guest, reason: str) -> None:
 async def _free_if_ended(guest: Guest) -> None:
     """Free the RAM of a guest whose process has ended. Otherwise our descriptors alone would keep
     its memory: a kernel that is out of memory, and has killed this guest, would kill others."""
-    with contextlib.suppress(OSError):  # /proc shows no processes of other users (hidepid)
-        if guest.running is not None and find_process(guest.running.pid) is None:
+    async with guest.resize_lock:
+        if guest.running is not None and not _is_alive(guest.running.pid):
             await guest.memory.run_locked(guest.memory.free())
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        if find_process(pid) is None:
+            os.kill(pid, 0)  # with hidepid, /proc does not show it
+            return False  # a zombie
+    except PermissionError:
+        return True  # of another user
+    except OSError:
+        return False
+    return True

@@ -29,7 +29,7 @@ from hintfleet.system.machine_limits import total_memory
 from hintfleet.units import MIB, format_size
 from hintfleet.v1 import hinting_pb2 as pb
 from hintfleet.v1 import host_pb2
-from host_agent.guest import Guest
+from host_agent.guest import Guest, has_memory
 from host_agent.guests.driver import RunningGuest
 from host_agent.memory.ram import close_files
 from host_agent.threads import in_driver_thread
@@ -237,7 +237,7 @@ def _pack(devices: Sequence[RangeSet]) -> bytes:
 
 
 def _running(guest: Guest) -> RunningGuest:
-    if guest.running is None:
+    if guest.running is None or not has_memory(guest):
         raise GuestLost(f"guest {guest.name} does not run")
     return guest.running
 

@@ -61,6 +61,12 @@ class Trials:
 
         self._in_grace[trial_id] = asyncio.create_task(end_later())
 
+    def end_grace(self, trial_id: str) -> None:
+        """Begin to end a trial that is in its time of grace; do nothing if it is not."""
+        if grace := self._in_grace.pop(trial_id, None):
+            grace.cancel()
+            self._begin_to_end(trial_id)
+
     async def others_ended(self, trial_id: str) -> None:
         """Wait until all other trials have ended that nobody watches, also those in their time of
         grace. Until then, their guests have memory that the guests of this trial need, and their
@@ -73,8 +79,8 @@ class Trials:
 
     async def finish(self) -> None:
         """Wait for the trials that are ending, and for no time of grace."""
-        for task in self._in_grace.values():
-            task.cancel()
+        while self._in_grace:
+            self._in_grace.popitem()[1].cancel()
         await asyncio.gather(*self._ending)
 
     def _begin_to_end(self, trial_id: str) -> None:

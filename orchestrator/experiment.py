@@ -74,7 +74,7 @@ class Experiment:
     """A run that is new, or stored and to be resumed.
 
     :ivar trials: all trials of the plan.
-    :ivar to_run: the trials that have no result yet, each as its next attempt. A run with a
+    :ivar to_run: the trials that are left to run, each as its next attempt. A run with a
         precision may end before the last. Empty if it is precise enough already, and no repetition
         that has begun has a trial without a result.
     :ivar begun: how many repetitions have begun.
@@ -120,8 +120,8 @@ def new_experiment(
 def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experiment:
     """Return a stored run, to be resumed with its own spec and so with the same seeds.
 
-    :param libvirt_uri: used and stored from now on, instead of the stored one; empty: the stored
-        one is used.
+    :param libvirt_uri: used instead of the stored one, which does not change; empty: the stored one
+        is used.
     :raises Refused: another process runs this run now, or this version cannot read the spec, or
         the same text has another meaning in this version.
     """
@@ -143,6 +143,7 @@ def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experime
     begun = 1 + max((attempt.repetition for attempt in attempts), default=-1)
     if not rounds(loaded.spec, to_run, begun)[0] and _is_precise(store, run):
         to_run = ()
+    again = {trial.position for trial in to_run}
     return Experiment(
         loaded=loaded,
         header=header,
@@ -152,9 +153,7 @@ def stored_experiment(store: Store, run: Run, libvirt_uri: str = "") -> Experime
         kept={
             attempt.position: attempt.status
             for attempt in attempts
-            if attempt.counted
-            and attempt.status.has_result
-            and attempt.position not in {trial.position for trial in to_run}
+            if attempt.counted and attempt.status.has_result and attempt.position not in again
         },
         is_resumed=True,
         is_over=not to_run and not run.was_cut_off,

@@ -214,15 +214,16 @@ class ControlService(HostServiceServicer):
     async def Watch(
         self, request: host_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[host_pb2.SampleSet]:
-        """Stream samples of a trial's guests, once those of earlier trials are gone that nobody
-        watches any more. When the trial's last Watch ends, its guests are ended, unless this host
-        agent is ending itself."""
+        """Stream samples of a trial's guests; if it has none yet, once those of all other trials
+        are gone that nobody watches. When the trial's last Watch ends, its guests are ended, unless
+        this host agent is ending itself."""
         if not request.trial_id:
             await abort(context, InvalidInput("Watch needs a trial"))
         await _check_period(request.period_ms, context)
         self._registry.trials.open_watch(request.trial_id)
         try:
-            await self._registry.room_for(request.trial_id)
+            if not any(guest.trial_id == request.trial_id for guest in self._registry.guests):
+                await self._registry.room_for(request.trial_id)
             async for samples in self._samples(
                 request.period_ms,
                 lambda: [g for g in self._registry.guests if g.trial_id == request.trial_id],

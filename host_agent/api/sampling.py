@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from hintfleet.units import PAGE_BYTES
-from hintfleet.v1 import host_pb2
+from hintfleet.v1 import hinting_pb2, host_pb2
 from host_agent.api.resident_parts import aged
 from host_agent.budget.budget import Budget
 from host_agent.cpu_meter import CpuMeter
@@ -20,11 +20,12 @@ _MAX_LEFT_OUT = 3
 
 async def guest_message(guest: Guest) -> host_pb2.Guest:
     """Return a guest as a message of the control API. Its books are audited first."""
-    ledger = await guest.audits.ledger()
+    ledger, told, parts = await guest.audits.ledger(), guest.sessions.telemetry, parts_of(guest)
     if not has_memory(guest):
         closed, ledger = ledger, host_pb2.Ledger()
         ledger.CopyFrom(closed)
         ledger.resident_bytes = ledger.reclaimed_now_bytes = ledger.untouched_bytes = 0
+        told, parts = hinting_pb2.Telemetry(), None
     return host_pb2.Guest(
         name=guest.name,
         uuid=guest.uuid,
@@ -35,12 +36,12 @@ async def guest_message(guest: Guest) -> host_pb2.Guest:
         pid=guest.running.pid if guest.running else 0,
         domain=guest.domain,
         hypervisor=guest.running.hypervisor if guest.running else "",
-        guest_free_bytes=guest.sessions.telemetry.free_bytes,
-        held_back_bytes=guest.sessions.telemetry.held_back_bytes,
+        guest_free_bytes=told.free_bytes,
+        held_back_bytes=told.held_back_bytes,
         epoch_began_unix_us=int(guest.sessions.epoch_began_s * 1e6),
         not_hinting_because=guest.why_not_hinting,
         earlier=guest.earlier,
-        resident_parts=parts_of(guest),
+        resident_parts=parts,
         process_rss_bytes=process_rss_bytes(guest),
         boot_id=guest.sessions.boot_id if guest.sessions.is_welcome else "",
     )

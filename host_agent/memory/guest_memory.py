@@ -103,7 +103,8 @@ class GuestMemory:
         if self._open is not None:
             ram, _ = self._open
             self.closed()
-            ram.close()
+            # In a thread: it is the last descriptor, so the kernel frees all of the memory in here.
+            await asyncio.to_thread(ram.close)
 
     def closed(self) -> None:
         """Stop using the RAM, whose files the driver closes. `last_ledger` stays as it is."""

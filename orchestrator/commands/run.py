@@ -78,8 +78,8 @@ Examples:
     type=click.IntRange(0, 100),
     default=1,
     show_default=True,
-    help="How often a trial is retried that was lost with its host, or because the host stood "
-    "still, at the end of the run; with a precision, before each look at the intervals.",
+    help="How often a trial (no block of a switchback) is retried that was lost with its host, or "
+    "because the host stood still, at the end of the run; with a precision, before each look.",
 )
 @libvirt_uri_option
 @data_dir_option
@@ -107,8 +107,8 @@ def run(
     savings reaches farther than that from its middle, or max_repetitions have run.
 
     --resume continues a run that was cut off (Ctrl-C, an error, a crash, a power failure).
-    Trials that have a result keep it; the others run, also those that were lost: their host or
-    its Ray actor ended, or stood still. A run without such trials is only shown.
+    Trials (or pairs of blocks) with a result keep it; the others run, also lost ones: their host
+    or its Ray actor ended, or stood still. A run without such trials is only shown.
 
     Without a Ray cluster (--address), hosts that do not run already run on this machine. If
     they could need more memory than this machine or a cgroup of this command has, nothing is

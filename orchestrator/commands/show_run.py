@@ -91,7 +91,7 @@ def run_as_data(store: Store, run: Run, rows: list[Savings]) -> dict[str, Any]:
     costs = {cost.arm: asdict(cost) for cost in compare(cost_rows, run.driver)}
     loops = [asdict(loop) for loop in compare_loops(cost_rows)]
     for arm, row in zip(arms, rows, strict=True):
-        del arm["experiment"], arm["run_id"], arm["key"]
+        del arm["experiment"], arm["spec_hash"], arm["run_id"], arm["key"]
         arm["cost"] = costs.get(arm["arm"])
         found = reached(row, run.precision) if run.precision else None
         arm["precision"] = asdict(found) | {"is_enough": found.is_enough} if found else None

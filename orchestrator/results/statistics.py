@@ -10,8 +10,8 @@ If a run was stopped by what its figures said (`precision` in a spec), Student's
 true value too seldom: a run stops where the interval happens to be narrow. Then the interval is
 one of Lai's t confidence sequence: for normal differences, at least 95 % of all runs have the true
 value in *all* their intervals, from the first look on. So it does not matter when a run stops, nor
-why, nor whether it is resumed or pooled with others. docs/statistics.md compares it with other
-methods, and says where it fails.
+why, nor whether it is resumed. docs/statistics.md compares it with other methods, and says where it
+fails.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decides how a trial ended and whether it is run again. Pure; no other file decides this.
+"""Decides how a trial ended and whether it is run again. Pure.
 
 From the fault to the next attempt, in the order of this file:
 
@@ -12,8 +12,9 @@ From the fault to the next attempt, in the order of this file:
 3. `trial_outcome` combines the hosts: done, undecided or lost.
 4. `next_attempt` decides whether the trial is run again. A lost trial is run again: up to
    `--retries` times at the end of the same run (with a precision, of the same round), and with
-   every `run --resume`. A trial that was cut off is run again with `run --resume`. An undecided
-   trial is never run again.
+   every `run --resume`. A trial that was cut off is run again with `run --resume`; so is, in a
+   switchback, the other block of its pair (`experiment.left_to_run`). No other undecided trial is
+   run again.
 
 Only the last attempt at a trial counts in figures (view `counted_trials` in
 `store/database.py`). The other attempts stay stored.
@@ -60,7 +61,8 @@ class TrialStatus(StrEnum):
 
     @property
     def has_result(self) -> bool:
-        """Whether the trial has a result. A trial with a result is not run again."""
+        """Whether the trial has a result. A trial with a result is not run again, unless it is the
+        other block of a pair that was cut off."""
         return self in (TrialStatus.DONE, TrialStatus.UNDECIDED)
 
 

@@ -80,6 +80,8 @@ class _TrialRunner(Script):
         self._sample_came = asyncio.Event()
         self._sample_sets = 0
         """How many sets of samples have come."""
+        self._made_us = 0
+        """When the last one was made, on the host's clock."""
         self._sampled_us: dict[str, int] = dict.fromkeys(self._held_bytes, -1)
         """When the last sample of each guest was made, on the host's clock."""
         self._last_step_us = 0
@@ -140,15 +142,14 @@ class _TrialRunner(Script):
         return ""
 
     async def _watch(self) -> None:
-        made_us = 0
         # `aclosing` closes the stream: the error leaves the loop while the stream is open.
         async with aclosing(
             self._client.watch(self._trial.trial_id, self._spec.sample_period_s)
         ) as stream:
             async for samples in stream:
-                if samples.at_unix_us < made_us:  # the store orders samples by this time
+                if samples.at_unix_us < self._made_us:  # the store orders samples by this time
                     raise TransientError(f"{self._task.host}: its clock was set back")
-                made_us = samples.at_unix_us
+                self._made_us = made_us = samples.at_unix_us
                 self._watching.set()
                 self._post(HostSamples(host=self._task.host, samples=samples))
                 self._budget.take(samples)
@@ -187,14 +188,19 @@ class _TrialRunner(Script):
             await self._run_phase([guest], i, step)
 
     async def _fits(self, guest: GuestTask) -> None:
-        """Wait for a sample after the guest's last step; then post that the guest fits, unless the
-        host ran out of memory.
+        """Wait for a sample of this guest, and of all that fit, after the last step; then post that
+        the guest fits, unless the host ran out of memory.
 
-        :raises SamplesLate: no sample came in time.
-        :raises TransientError: the host stays above its memory budget.
+        :raises SamplesLate: no samples came in time.
+        :raises TransientError: one of the guests sends no samples any more: it has ended. Or the
+            host stays above its memory budget.
         """
-        if not await self._wait_for_samples([guest], since_us=self._last_step_us):
-            raise SamplesLate(f"{self._task.host}: no sample of {guest.name} in time")
+        there, since_us = [*self._fitting, guest], self._last_step_us
+        if not await self._wait_for_samples(there, since_us=since_us):
+            if self._made_us < since_us:
+                raise SamplesLate(f"{self._task.host}: no sample of {guest.name} in time")
+            gone = next(one.name for one in there if self._sampled_us[one.name] < since_us)
+            raise TransientError(f"{gone} sends no samples any more")
         # With swap, the kernel may still be swapping out what does not fit.
         if not await self._sampled(lambda: not self._budget.is_over, _SWAP_OUT_TIMEOUT_S):
             raise TransientError(f"{self._task.host}: stays above its memory")

@@ -163,19 +163,22 @@ def _names(rows: Sequence[Savings]) -> tuple[str, ...]:
     return (*columns, "arm")
 
 
-def _experiments(rows: Sequence[Savings]) -> dict[str, str]:
-    """Return the name of each experiment by the hash of its spec; with the hash, if several specs
-    have the name."""
-    names = {row.spec_hash: row.experiment for row in rows}
-    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+_Names = dict[tuple[str, str], str]
+
+
+def _experiments(rows: Sequence[Savings]) -> _Names:
+    """Return what to call each spec, by its hash and name: the name; with the hash, if several
+    specs have it. (A fleet service of an earlier version sends no hashes.)"""
+    specs = {(row.spec_hash, row.experiment) for row in rows}
+    counts = Counter(name for _, name in specs)
     return {
-        spec_hash: f"{name} {spec_hash[:6]}" if name in shared else name
-        for spec_hash, name in names.items()
+        (spec_hash, name): f"{name} {spec_hash[:6]}" if counts[name] > 1 else name
+        for spec_hash, name in specs
     }
 
 
-def _name_cells(names: Sequence[str], row: Savings, experiments: Mapping[str, str]) -> list[Text]:
-    experiment = experiments[row.spec_hash]
+def _name_cells(names: Sequence[str], row: Savings, experiments: _Names) -> list[Text]:
+    experiment = experiments[row.spec_hash, row.experiment]
     values = {"experiment": experiment, "run": row.run_id[-6:], "of": row.key, "arm": row.arm}
     return [name_cell(values[name]) for name in names]
 

@@ -161,12 +161,12 @@ def test_no_chunk_counts_as_ready_while_none_may_be_hinted() -> None:
     """Else the kernel module takes up to 128 MiB out of the guest, again and again, for nothing."""
 
     async def scene(host: ScriptedHost) -> None:
-        async with in_session(host) as (_, allocator, isolator):
+        async with in_session(host) as (session, allocator, isolator):
             assert isolator.idle(), "there is no session yet"
             await until(lambda: len(host.batches) > 0 and isolator.idle())
             paused = pb.Policy(kind=pb.Policy.PRESSURE, allowance_pages=0, report_period_ms=10)
             await host.say(pb.HostMessage(policy=paused))
-            await asyncio.sleep(0.2)
+            await until(lambda: not session._core.may_send)
             sent = len(host.batches)
             for pfn in [allocator.allocate(9) for _ in range(8)]:
                 allocator.free(pfn, 9)
@@ -211,17 +211,20 @@ def test_a_guest_that_is_turned_away_says_why(caplog: pytest.LogCaptureFixture) 
 def test_what_the_host_does_not_understand_is_no_wrong_usage() -> None:
     """systemd does not start an agent again that ends with the exit code of wrong usage."""
 
+    ended_with: list[BaseException | None] = []
+
     async def scene(host: ScriptedHost) -> None:
         host.refuse_with = grpc.StatusCode.INVALID_ARGUMENT
         async with in_session(host):
             (agent,) = (task for task in asyncio.all_tasks() if "Session.run" in repr(task))
             await until(agent.done)
-            error = agent.exception()
-            assert isinstance(error, HintfleetError)
-            assert error.exit_code == ExitCode.FAILED
+            ended_with.append(agent.exception())
 
     with pytest.raises(AssertionError, match="not you"):
         run(scene)
+    (error,) = ended_with
+    assert isinstance(error, HintfleetError)
+    assert error.exit_code == ExitCode.FAILED
 
 
 def test_a_host_agent_that_cannot_be_reached_is_named(

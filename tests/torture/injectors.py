@@ -25,6 +25,8 @@ from tests.torture.plan import Fault, Kind
 if TYPE_CHECKING:  # HostServiceAsyncStub is in the .pyi file only
     from hintfleet.v1.host_pb2_grpc import HostServiceAsyncStub
 
+# How often, once a second, a domain is resumed while libvirtd does not answer.
+_RESUME_TRIES = 120
 _SECTION_BYTES = 128 * MIB
 _DEADLINE_S = 60.0
 _LONGEST_DELAY_S = 0.05
@@ -259,9 +261,27 @@ class SuspendDomain(Task):
         self._start(asyncio.to_thread(lambda: self._victim.domain.suspend()))
 
     async def end(self) -> None:
-        with missed_if_libvirt_fails():
-            await super().end()
-            await asyncio.to_thread(lambda: self._victim.domain.resume())
+        try:
+            with missed_if_libvirt_fails():
+                await super().end()
+        finally:
+            # Also after an error: libvirtd may have been killed when it had suspended the domain.
+            for _ in range(_RESUME_TRIES):
+                if await asyncio.to_thread(self._goes_on):
+                    break
+                await asyncio.sleep(1)
+
+    def _goes_on(self) -> bool:
+        """Resume the domain if it is suspended; return False if libvirtd does not answer."""
+        import libvirt
+
+        try:
+            domain = self._victim.domain
+            if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+                domain.resume()
+        except libvirt.libvirtError as error:
+            return bool(error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
+        return True
 
 
 class Resize(Task):

@@ -116,11 +116,17 @@ def test_a_guest_whose_hinting_is_paused_keeps_what_it_frees(guests: Guests, nam
     host = guests.host
     host.allocate(FREED_BYTES, name)
     host.pause_hinting(HANG_S, name)
+
+    def free_now() -> int:
+        return host.guests()[name].guest_free_bytes
+
+    held_bytes = free_now()
     host.free(FREED_BYTES, name)
+    wait_until(lambda: free_now() > held_bytes + FREED_BYTES // 2, "the guest to say it is free")
     time.sleep(2)
     free_bytes = []
     for _ in range(40):
-        free_bytes.append(host.guests()[name].guest_free_bytes)
+        free_bytes.append(free_now())
         time.sleep(0.25)
     host.pause_hinting(0, name)
     assert min(free_bytes) > max(free_bytes) - 32 * MIB

@@ -83,14 +83,16 @@ def versions(connection: Any) -> str:
 
 
 def hypervisor_of(domain: Any) -> str:
-    """Return `versions`, and whether the running domain has KVM or TCG.
+    """Return `versions`, and whether the running domain has KVM or TCG; empty if libvirt does not
+    say it, for example while QEMU's package is upgraded.
 
     :raises GuestLost: the domain is gone.
-    :raises Refused: libvirt does not answer.
     """
-    with errors_as("looking at a domain"):
-        kind = ET.fromstring(domain.XMLDesc()).get("type")  # noqa: S314 - libvirt's own
-    return f"{versions(domain.connect())}, {'KVM' if kind == 'kvm' else 'TCG'}"
+    with contextlib.suppress(Refused):
+        with errors_as("looking at a domain"):
+            kind = ET.fromstring(domain.XMLDesc()).get("type")  # noqa: S314 - libvirt's own
+        return f"{versions(domain.connect())}, {'KVM' if kind == 'kvm' else 'TCG'}"
+    return ""
 
 
 def quietly(do: Callable[..., object], *arguments: object) -> None:

@@ -175,7 +175,7 @@ class LibvirtDriver:
         guest owns what `undo` would undo. After a failure, `undo` still undoes all.
 
         :raises GuestLost: the domain has ended meanwhile, or did not open the door in time.
-        :raises Refused: the guest's memory cannot be punched, or libvirt does not answer.
+        :raises Refused: the guest's memory cannot be punched.
         """
         _wait_until_open(door, domain)
         hypervisor = hypervisor_of(domain)

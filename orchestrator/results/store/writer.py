@@ -256,10 +256,9 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
     def _resume_run(self) -> None:
         self._execute(
-            "UPDATE runs SET state = 'running', reason = '', ended_unix_us = 0, environment = ?, "
-            "libvirt_uri = ? WHERE run_id = ?",
+            "UPDATE runs SET state = 'running', reason = '', ended_unix_us = 0, environment = ? "
+            "WHERE run_id = ?",
             json.dumps(self._header.environment),
-            self._header.libvirt_uri,
             self._header.run_id,
         )
 
@@ -275,10 +274,11 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
     def _note_hypervisor(self, found: str) -> None:
         """Add a hypervisor to the run's environment, unless it is there."""
-        known = self._environment.get("hypervisor", "")
-        if found in known.split("; "):
+        known = set(filter(None, self._environment.get("hypervisor", "").split("; ")))
+        if found in known:
             return
-        self._environment["hypervisor"] = "; ".join(filter(None, (known, found)))
+        # Sorted, so that two runs on the same hosts have the same text.
+        self._environment["hypervisor"] = "; ".join(sorted(known | {found}))
         self._execute(
             "UPDATE runs SET environment = ? WHERE run_id = ?",
             json.dumps(self._environment),

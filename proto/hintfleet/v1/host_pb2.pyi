@@ -455,7 +455,9 @@ class Guest(_message.Message):
     @_builtins.property
     def spec(self) -> Global___GuestSpec: ...
     @_builtins.property
-    def ledger(self) -> Global___Ledger: ...
+    def ledger(self) -> Global___Ledger:
+        """Of a guest that does not run: only what it is provisioned, and the totals."""
+
     @_builtins.property
     def earlier(self) -> Global___Ledger:
         """Attached guests: books of the domain's earlier starts since it was attached, closed and

@@ -209,8 +209,9 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Samples of a trial's guests, once per period, until cancelled. The first one comes when the
-        guests are gone of all trials whose last Watch has ended. Up to three samples in a
+        """Samples of a trial's guests, once per period, until cancelled. If the trial has no guests yet,
+        the first one comes when the guests are gone of all other trials that nobody watches, also
+        those that a host agent with --state has adopted. Up to three samples in a
         row are left out while no guest's books change, less than 1 MiB moves in each guest, and
         no command is answered. The last sample that was left out is sent late, just before the
         first one that differs.

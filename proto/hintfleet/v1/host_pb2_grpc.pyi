@@ -90,8 +90,9 @@ class HostServiceStub:
     under another method, ABORTED if the guest is lost.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]
-    """Samples of a trial's guests, once per period, until cancelled. The first one comes when the
-    guests are gone of all trials whose last Watch has ended. Up to three samples in a
+    """Samples of a trial's guests, once per period, until cancelled. If the trial has no guests yet,
+    the first one comes when the guests are gone of all other trials that nobody watches, also
+    those that a host agent with --state has adopted. Up to three samples in a
     row are left out while no guest's books change, less than 1 MiB moves in each guest, and
     no command is answered. The last sample that was left out is sent late, just before the
     first one that differs.
@@ -167,8 +168,9 @@ class HostServiceAsyncStub(HostServiceStub):
     under another method, ABORTED if the guest is lost.
     """
     Watch: _aio.UnaryStreamMultiCallable[_host_pb2.WatchRequest, _host_pb2.SampleSet]  # type: ignore[assignment]
-    """Samples of a trial's guests, once per period, until cancelled. The first one comes when the
-    guests are gone of all trials whose last Watch has ended. Up to three samples in a
+    """Samples of a trial's guests, once per period, until cancelled. If the trial has no guests yet,
+    the first one comes when the guests are gone of all other trials that nobody watches, also
+    those that a host agent with --state has adopted. Up to three samples in a
     row are left out while no guest's books change, less than 1 MiB moves in each guest, and
     no command is answered. The last sample that was left out is sent late, just before the
     first one that differs.
@@ -313,8 +315,9 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_host_pb2.SampleSet], _abc.AsyncIterator[_host_pb2.SampleSet]]:
-        """Samples of a trial's guests, once per period, until cancelled. The first one comes when the
-        guests are gone of all trials whose last Watch has ended. Up to three samples in a
+        """Samples of a trial's guests, once per period, until cancelled. If the trial has no guests yet,
+        the first one comes when the guests are gone of all other trials that nobody watches, also
+        those that a host agent with --state has adopted. Up to three samples in a
         row are left out while no guest's books change, less than 1 MiB moves in each guest, and
         no command is answered. The last sample that was left out is sent late, just before the
         first one that differs.

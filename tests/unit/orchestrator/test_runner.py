@@ -194,6 +194,30 @@ def test_a_trial_whose_host_stands_still_when_a_guest_should_fit_is_lost(
     assert done.lost
 
 
+class HostWithADeadGuest(HostThatStops):
+    """A host agent that does a step, and goes on sampling without its guest."""
+
+    async def watch(self, _trial_id: str, period_s: float) -> AsyncIterator[host_pb2.SampleSet]:
+        while True:
+            samples = self._samples(0)
+            if self._killed.is_set():
+                samples.at_unix_us += 2_000_000
+                samples.ClearField("samples")
+            yield samples
+            await asyncio.sleep(period_s)
+
+
+def test_a_guest_that_died_when_it_should_fit_makes_its_trial_undecided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The method under test may be the cause: run again until it ends well, it would look good."""
+    monkeypatch.setattr(runner, "_SAMPLE_TIMEOUT_S", 0.2)
+    _, task = parsed(TEXT.replace("memory: 64MiB", "memory: 64MiB, start: one by one"))
+    done = asyncio.run(last_record(HostWithADeadGuest(silent=False), task))
+    assert done.undecided.endswith("sends no samples any more")
+    assert not done.lost
+
+
 @asynccontextmanager
 async def host_elsewhere() -> AsyncIterator[tuple[HostClient, Relay]]:
     """Yield the client of a host agent, and the relay between them."""

@@ -209,3 +209,7 @@ def test_specs_of_the_same_name_are_told_apart() -> None:
     assert "quickstart" in text
     assert "5f0c" in text
     assert "77aa00" in text
+    older = [replace(pooled, spec_hash="", experiment=name) for name in ("one", "two")]
+    text = rendered(tables.savings(older), 140)
+    assert "one" in text
+    assert "two" in text
