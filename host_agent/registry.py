@@ -373,8 +373,8 @@ def _is_alive(pid: int) -> bool:
         if find_process(pid) is None:
             os.kill(pid, 0)  # with hidepid, /proc does not show it
             return False  # a zombie
-    except PermissionError:
-        return True  # of another user
-    except OSError:
+    except ProcessLookupError:
         return False
+    except OSError:  # of another user; or no descriptor is free to look
+        return True
     return True

@@ -29,7 +29,7 @@ from host_agent.registry import Registry
 from host_agent.session.gate import LIMITS, Batch
 from host_agent.session.pending_streams import PendingStreams
 from host_agent.session.stream import Stream
-from host_agent.session.validation import check_done, check_hello, check_telemetry
+from host_agent.session.validation import check_done, check_hello, check_settled, check_telemetry
 
 _FIRST_MESSAGE_S = 10.0
 _MAX_PENDING_STREAMS = 256
@@ -66,7 +66,11 @@ class GuestService(HintingServiceServicer):
                     welcome = await stream.next()
                     # Save the epoch before the Welcome is sent: the next host agent must choose a
                     # later epoch (I2), even if this host agent is killed right after the Welcome.
-                    await guest.saver.save(guest)
+                    try:
+                        await guest.saver.save(guest)
+                    except HintfleetError as error:
+                        stream.end(error)  # so that nobody says the guest has closed it
+                        raise
                     yield welcome  # type: ignore[misc]
                     async with ended_by(stream, _read_session(guest, session, messages)):
                         while (message := await stream.next()) is not None:
@@ -126,6 +130,10 @@ class GuestService(HintingServiceServicer):
         """
         try:
             peer = check_role(context.auth_context(), Role.GUEST)
+            # Before a message quotes it: anybody can send a long one, and to quote 250 KiB takes
+            # 20 ms of the event loop.
+            if len(identity.guest_uuid) > _UUID_LENGTH:
+                raise Refused("a guest's UUID is not so long")
             if peer is not None and peer.guest_uuid != identity.guest_uuid:
                 raise Refused(f"the certificate is not for guest {identity.guest_uuid}")
             guest = self._registry.authenticate(identity)
@@ -169,6 +177,7 @@ async def _read_session(
         if kind == "batch":
             guest.sessions.batch_arrived(session, _received(message.batch))
         elif kind == "settled":
+            check_settled(message.settled)
             guest.sessions.answer(message.settled.request_id, message.settled)
         elif kind == "telemetry":
             check_telemetry(message.telemetry, guest.largest_memory_bytes)

@@ -7,12 +7,12 @@ RAM files, so no batch has to wait for it.
 from __future__ import annotations
 
 import socket
+import socketserver
 import ssl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
-from socketserver import ThreadingMixIn
 from threading import BoundedSemaphore, Thread
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -221,9 +221,16 @@ def _make_server(address: str, tls: Tls | None) -> _Server:
     return server
 
 
-class _Server(ThreadingMixIn, WSGIServer):
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
     _free_slots = BoundedSemaphore(_MAX_CONNECTIONS)
+
+    def server_bind(self) -> None:
+        """Bind, without asking the name service for this machine's name, as http.server does: that
+        may take half a minute, in which the host agent would stand still."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve the connection in a thread of its own; close it if too many are open."""

@@ -38,25 +38,29 @@ class ToldPolicy:
         """The guest's policy outside of a pause, with its present allowance and patience."""
         self._pause_timer: asyncio.TimerHandle | None = None
         self._paused_until_s = 0.0
+        self._rests = False
+        """Whether the guest was told to rest, and has begun no session since."""
 
     def update(self, *, allowance_bytes: int = 0, patience: float = 1.0) -> None:
         """Tell the guest its policy as it is now, if the policy has changed or has an allowance
         (policy pressure). During a pause, the guest is told only when the pause ends, and without
-        the allowance."""
+        the allowance; after `rest`, not before a new session."""
         policy = policy_of(self._settings, allowance_bytes=allowance_bytes, patience=patience)
         # Nothing allowed is the normal case: it is not sent again in each period.
         if policy.allowance_pages or policy != self._own:
             self._own = policy
-            if self._pause_timer is None:
+            if self._pause_timer is None and not self._rests:
                 self._tell(policy)
 
     def of_new_session(self) -> pb.Policy:
         """Return the policy with which a session begins."""
         self._own.allowance_pages = 0  # what was allowed was for the session before
+        self._rests = False
         return self._now()
 
     def rest(self) -> None:
-        """Tell the guest to hint no more, until its policy changes or a new session begins."""
+        """Tell the guest to hint no more, until a new session begins."""
+        self._rests = True
         self._tell(nothing_allowed(self._own))
 
     def pause(self, for_s: float) -> float:
@@ -77,7 +81,8 @@ class ToldPolicy:
             about = fields(guest=self._name)
             _log.info("hinting paused" if for_s else "hinting goes on", extra=about)
             self._own.allowance_pages = 0  # what was allowed was for the time before
-            self._tell(self._now())
+            if not self._rests:
+                self._tell(self._now())
         return left_s
 
     @property

@@ -61,6 +61,15 @@ def check_telemetry(told: pb.Telemetry, memory_bytes: int) -> None:
         _check_at_most(name, getattr(use, name), use.total_bytes)
 
 
+def check_settled(settled: pb.Settled) -> None:
+    """Check a guest's answer to a settle request.
+
+    :raises InvalidInput: a figure is too large.
+    """
+    _check_at_most("batches", settled.batches, _MAX_FIGURE)
+    _check_at_most("hinted_pages", settled.hinted_pages, _MAX_FIGURE // PAGE_BYTES)
+
+
 def check_done(done: pb.Done, memory_bytes: int) -> None:
     """Check a workload's answer.
 

@@ -61,7 +61,10 @@ def test_metrics_are_the_books() -> None:
         host.allocate(96 * MIB)
         host.free(64 * MIB)
         books = host.settle().ledger
-        wait_until(lambda: host.guests()["g"].HasField("resident_parts"), "telemetry")
+        # The first telemetry comes with the session, before anything is allocated.
+        wait_until(
+            lambda: host.guests()["g"].resident_parts.used_bytes >= 32 * MIB, "telemetry of now"
+        )
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S) as page:
             lines = page.read().decode().splitlines()
     series = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "{" in line}

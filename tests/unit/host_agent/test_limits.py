@@ -1,5 +1,5 @@
 """Rate limits slow a hostile guest, and its violations ban it. A guest that keeps to its rates
-never waits."""
+never waits. Also figures that cannot be."""
 
 import math
 
@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hintfleet.errors import InvalidInput, LimitExceeded
+from hintfleet.v1 import hinting_pb2
 from host_agent.session.rate_limits import (
     BANS_S,
     BATCHES,
@@ -21,6 +22,7 @@ from host_agent.session.rate_limits import (
     Rate,
     TokenBucket,
 )
+from host_agent.session.validation import check_settled
 
 gaps = st.lists(st.floats(0, 0.5), min_size=1, max_size=200)
 
@@ -150,3 +152,9 @@ def test_violations_after_the_last_ban_change_nothing() -> None:
 
 def test_a_guest_without_violations_has_no_description() -> None:
     assert str(Conduct()) == ""
+
+
+def test_an_answer_to_a_settle_request_has_possible_figures() -> None:
+    check_settled(hinting_pb2.Settled(batches=3, hinted_pages=1 << 30))
+    with pytest.raises(InvalidInput, match="hinted_pages"):
+        check_settled(hinting_pb2.Settled(hinted_pages=1 << 52))

@@ -26,6 +26,19 @@ def test_a_name_that_is_served_stands_literally_in_the_source() -> None:
     assert not [name for name in served if f'"{name}"' not in source]
 
 
+def test_no_name_service_is_asked_before_metrics_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where none answers, the host agent would stand still for half a minute."""
+
+    def ask(_: str) -> str:
+        raise AssertionError
+
+    monkeypatch.setattr(socket, "getfqdn", ask)
+    with metrics.serve_metrics("127.0.0.1:0", Registry({}), "h1"):
+        pass
+
+
 def test_metrics_are_served_again_when_threads_can_be_started_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -146,3 +146,27 @@ def test_a_pause_is_a_metric() -> None:
         assert 2990 < paused_s() <= 3000
 
     run(scenario())
+
+
+def test_a_guest_that_is_about_to_be_detached_is_not_told_to_hint_again() -> None:
+    """Nobody would answer its batches any more: their chunks would stay isolated."""
+
+    async def scenario() -> None:
+        guest, epochs = made(), Epochs()
+        session, stream, own = await connected(guest, epochs)
+        policy = guest.sessions.policy
+        policy.rest()
+        policy.update(patience=0.5)
+        policy.pause(60)
+        policy.pause(0)
+        stream.end()
+        told = []
+        while (message := await stream.next()) is not None:
+            assert isinstance(message, pb.HostMessage)
+            told.append(message.policy)
+        assert told == [NOTHING]
+        guest.sessions.leave_hinting(session)
+        _, _, again = await connected(guest, epochs)
+        assert again.kind == own.kind, "as after a detach that failed"
+
+    run(scenario())
