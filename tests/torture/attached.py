@@ -210,12 +210,20 @@ def _reset(scene: Scene) -> None:
 def _end_domain(scene: Scene) -> None:
     """`virsh destroy` and `virsh start`: the host agent attaches the domain again by itself."""
     scene.victim.domain.destroy()
+    _boot(scene)
+
+
+def _boot(scene: Scene) -> None:
+    """Have the domain run, from its disk and not from a saved state."""
+    import libvirt
+
     for _ in range(_START_TRIES):  # libvirtd may be killed meanwhile
-        with contextlib.suppress(_libvirt_error()):
+        with contextlib.suppress(libvirt.libvirtError):
             if scene.victim.domain.isActive():
                 return
-            scene.victim.domain.create()
+            scene.victim.domain.createWithFlags(libvirt.VIR_DOMAIN_START_FORCE_BOOT)
         time.sleep(1)
+    scene.problem(f"domain {scene.victim.name} cannot be started")
 
 
 def _unplug_door(scene: Scene) -> None:
@@ -245,11 +253,16 @@ def _save(scene: Scene) -> None:
     """`virsh managedsave`, which must be refused while the door is there."""
     domain = scene.victim.domain
     has_door = "<filesystem" in domain.XMLDesc()
-    with contextlib.suppress(_libvirt_error()):
+    try:
         domain.managedSave()
-        if has_door:
-            scene.problem(f"domain {scene.victim.name} was saved with its door")
+    except _libvirt_error():
+        return
+    if has_door:
+        scene.problem(f"domain {scene.victim.name} was saved with its door")
+    with contextlib.suppress(_libvirt_error()):
         domain.create()
+    # libvirt before 9.2, restarted meanwhile, cannot always restore what it has saved.
+    _boot(scene)
 
 
 class _Detach(Task):
