@@ -18,7 +18,7 @@ may choose any. Most allocators use memory that was freed lately before memory t
 The costs: a refault of one chunk costs c; holding one chunk back for a second costs p. Both are in
 one number, the break-even time c / p: holding a chunk for so long costs as much as a refault. A
 level that is idle for x break-even times could, in hindsight, have cost min(x, 1) refaults.
-Whoever holds each level for f break-even times pays x if x <= f, else f + 1. With f = 1 (ski
+Whoever holds each level for f break-even times pays x if x < f, else f + 1. With f = 1 (ski
 rental) that is never more than twice the best in hindsight; with f = 0 (eager) it is the best where
 memory rests, and the worst where it is used again at once.
 
@@ -211,7 +211,9 @@ def cost(rest: float, share: float) -> float:
 
     Both are in break-even times, the cost is in refaults.
     """
-    return rest if rest <= share else share + 1
+    # A level that is used at the very moment at which it is let go is a refault. Such a rest is a
+    # share only within rounding errors.
+    return rest if rest < share * (1 - 1e-9) else share + 1
 
 
 def best_cost(rests: Iterable[float]) -> float:

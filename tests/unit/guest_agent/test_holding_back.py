@@ -5,7 +5,7 @@ future was known, and ADDED_COST refaults more for each level."""
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guest_agent.holding_back import (
@@ -255,6 +255,9 @@ def costs(history: list[float]) -> tuple[float, float]:
 
 
 @settings(deadline=None)
+@example([0.1] * 40)  # used again at the very moment at which it is let go
+@example([0.3] * 40)
+@example([1.0] * 40)
 @given(histories)
 def test_it_costs_at_most_so_many_times_the_best_in_hindsight(history: list[float]) -> None:
     paid, best = costs(history)
