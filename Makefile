@@ -38,9 +38,11 @@ system:
 image: $(VENV)/base
 	$(BIN)/python deploy/image/build.py $(if $(VARIANT),--variant $(VARIANT))
 
-# tests/unit/test_house.py runs ruff and mypy.
+# tests/unit/test_house.py runs ruff and mypy. The longest tests come first, and a worker that has
+# done its share takes from the others.
 check: $(VENV)/dev
-	@$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 tests/unit tests/model
+	@$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist worksteal \
+		tests/model tests/unit/test_house.py tests/unit
 
 # VM=no: run without real guests, and install nothing for them.
 test: $(if $(filter no,$(VM)),,system) $(VENV)/dev
