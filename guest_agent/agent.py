@@ -43,6 +43,7 @@ _FINISH_TIMEOUT_S = 1.0
 """How long at most the agent of a real guest waits after SIGTERM for acks of what is in flight."""
 
 _TOLD_AFTER_S = 10.0
+"""How long the link to the host agent may be down until the log says so."""
 
 _NICENESS = 10
 """Of the agent in a real guest: while the guest's work runs, the agent gets little CPU time, but it

@@ -225,7 +225,8 @@ class Database:
                 raise Refused(
                     f"the state file {self._path} cannot be opened: {error}",
                     hint="make room on its disk if that is full, and check that the disk can be"
-                    " written; keep the file, so that the guests can be adopted",
+                    " written and that nobody else has the file open; keep the file, so that the"
+                    " guests can be adopted",
                 ) from error
             raise self._unusable(f"is damaged: {error}") from error
 

@@ -253,15 +253,12 @@ def _save(scene: Scene) -> None:
     """`virsh managedsave`, which must be refused while the door is there."""
     domain = scene.victim.domain
     has_door = "<filesystem" in domain.XMLDesc()
-    try:
-        domain.managedSave()
-    except _libvirt_error():
-        return
-    if has_door:
-        scene.problem(f"domain {scene.victim.name} was saved with its door")
     with contextlib.suppress(_libvirt_error()):
+        domain.managedSave()
+        if has_door:
+            scene.problem(f"domain {scene.victim.name} was saved with its door")
         domain.create()
-    # libvirt before 9.2, restarted meanwhile, cannot always restore what it has saved.
+    # libvirtd may be killed meanwhile, and before 9.2 it cannot always restore what it has saved.
     _boot(scene)
 
 

@@ -21,6 +21,7 @@ from host_agent.guests.libvirt.api import errors_as, modules, quietly
 from host_agent.guests.libvirt.domain_guest import EndNotice
 from host_agent.guests.libvirt.qemu_user import QemuUser
 
+# How long a domain that ends by itself may still be there.
 _ENDS_WITHIN_S = 5.0
 _POLL_S = 0.1
 

@@ -40,6 +40,7 @@ _EVIDENCE_LINES = 40
 _PROBE_MEMORY_BYTES = 256 * MIB
 # How long a guest may take to boot until its kernel binds the device of the memory door.
 _OPEN_TIMEOUT_S = 120.0
+# How long libvirtd may take to end the domains of a host agent that was killed.
 _FREE_WITHIN_S = 20.0
 _POLL_S = 0.2
 

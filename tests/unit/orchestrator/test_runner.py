@@ -183,17 +183,6 @@ class HostThatStops(SilentHost):
         return host_pb2.RunStepResponse(done_at_unix_us=time.time_ns() // 1000 + 1_000_000)
 
 
-def test_a_trial_whose_host_stands_still_when_a_guest_should_fit_is_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Whether the guest fits is not known, and the method under test is not the cause."""
-    monkeypatch.setattr(runner, "_SAMPLE_TIMEOUT_S", 0.2)
-    _, task = parsed(TEXT.replace("memory: 64MiB", "memory: 64MiB, start: one by one"))
-    done = asyncio.run(last_record(HostThatStops(silent=False), task))
-    assert "no sample of" in done.undecided
-    assert done.lost
-
-
 class HostWithADeadGuest(HostThatStops):
     """A host agent that does a step, and goes on sampling without its guest."""
 
@@ -207,15 +196,20 @@ class HostWithADeadGuest(HostThatStops):
             await asyncio.sleep(period_s)
 
 
-def test_a_guest_that_died_when_it_should_fit_makes_its_trial_undecided(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("host", "said", "lost"),
+    [(HostThatStops, "no sample of", True), (HostWithADeadGuest, "sends no samples", False)],
+)
+def test_a_guest_of_which_no_sample_says_whether_it_fits(
+    host: type[HostThatStops], said: str, lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The method under test may be the cause: run again until it ends well, it would look good."""
+    """If the host stands still, the method under test is not the cause. If only the guest is gone,
+    it may be: run again until it ends well, it would look good."""
     monkeypatch.setattr(runner, "_SAMPLE_TIMEOUT_S", 0.2)
     _, task = parsed(TEXT.replace("memory: 64MiB", "memory: 64MiB, start: one by one"))
-    done = asyncio.run(last_record(HostWithADeadGuest(silent=False), task))
-    assert done.undecided.endswith("sends no samples any more")
-    assert not done.lost
+    done = asyncio.run(last_record(host(silent=False), task))
+    assert said in done.undecided
+    assert done.lost == lost
 
 
 @asynccontextmanager
